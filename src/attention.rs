@@ -1,0 +1,415 @@
+//! The layer, [`MaskedAttention`], and the primitives it is made of.
+
+use crate::backend::{Attention, Op, Rows};
+use crate::device::Device;
+use crate::dtype::DType;
+use crate::error::{Error, Result};
+use crate::layout::Layout;
+use crate::mask::KeyMask;
+use crate::meta::{CuSeqlens, VarlenMeta};
+use crate::plan::{Forced, Kernel, Path, Plan, plan_packed, plan_padded};
+use crate::problem::{AttentionProblem, AttentionViews, MaskInfo, ViewInfo, check_pack, check_scatter};
+use crate::tensor::{Tensor, TensorView, TensorViewMut};
+
+/// Which queries attend to which keys of padded tensors.
+#[derive(Debug, Clone, Copy)]
+#[non_exhaustive]
+pub enum AttentionMask<'a> {
+    /// Every query attends to every key.
+    None,
+    /// Every query attends to the kept keys of its batch row, `[B, Sk]`. Rows of dropped queries are computed like any other,
+    /// as PyTorch's SDPA does. NaN and Inf in dropped keys and values never matter.
+    Key(&'a KeyMask),
+    /// A floating-point tensor that is added to the scaled scores, broadcast over `[B, H, Sq, Sk]`; of the tensors' element
+    /// type or f32. A row whose every entry is −∞ gives zeros.
+    Bias(TensorView<'a>),
+    /// Self-attention among the valid tokens; the rows of the others are exactly zero in the output.
+    Varlen(&'a VarlenMeta),
+    /// Cross-attention of the valid queries to the valid keys of their batch row; other rows are exactly zero in the output.
+    VarlenCross {
+        /// Which queries are valid, `[B, Sq]`.
+        query: &'a VarlenMeta,
+        /// Which keys are valid, `[B, Sk]`.
+        key: &'a VarlenMeta,
+    },
+}
+
+impl AttentionMask<'_> {
+    fn info(&self) -> MaskInfo<'_> {
+        match self {
+            Self::None => MaskInfo::None,
+            Self::Key(mask) => MaskInfo::Key(mask),
+            Self::Bias(bias) => MaskInfo::Bias(bias.info()),
+            Self::Varlen(meta) => MaskInfo::Varlen { query: meta, key: meta },
+            Self::VarlenCross { query, key } => MaskInfo::Varlen { query, key },
+        }
+    }
+}
+
+/// What [`MaskedAttention::forward`] returns.
+#[derive(Debug)]
+#[non_exhaustive]
+pub struct Attended {
+    /// `[B, Sq, H, D]`, of the element type of `q`.
+    pub out: Tensor,
+    /// Path and kernel that were taken, and why.
+    pub plan: Plan,
+}
+
+/// Scaled dot-product attention over padded batches.
+///
+/// Tensors are `[B, S, H, D]` views of any strides with the last dimension contiguous. `q` has H heads, `k` and `v` have Hkv,
+/// and Hkv divides H (grouped-query attention): query head `h` reads key/value head `h / (H / Hkv)`. D is a multiple of 8 from
+/// 8 to 256. Products accumulate in f32, and the softmax is f32.
+///
+/// ```
+/// use varlen_fa::{AttentionMask, Device, DeviceChoice, KeyMask, MaskedAttention, Tensor, VarlenMeta};
+///
+/// let device = Device::new(DeviceChoice::Cpu)?;
+/// let (batch, seq, heads, dim) = (2, 5, 4, 8);
+/// let x = Tensor::from_slice(&device, &vec![0.5_f32; batch * seq * heads * dim], &[batch, seq, heads, dim])?;
+///
+/// // Once per request.
+/// let meta = VarlenMeta::from_key_mask(&KeyMask::from_lengths(seq, &[5, 2])?)?;
+///
+/// // In every layer and step.
+/// let attended = MaskedAttention::new(&device).forward(&x, &x, &x, AttentionMask::Varlen(&meta))?;
+/// println!("{}", attended.plan);
+/// let out = attended.out.to_vec::<f32>()?;
+/// assert!((out[0] - 0.5).abs() < 1e-6);
+/// assert!(out[(seq + 2) * heads * dim..].iter().all(|&masked| masked == 0.0));
+/// # Ok::<(), varlen_fa::Error>(())
+/// ```
+#[derive(Debug, Clone)]
+pub struct MaskedAttention {
+    device: Device,
+    softmax_scale: Option<f32>,
+    forced: Forced,
+}
+
+impl MaskedAttention {
+    /// A layer on a device, with `softmax_scale` 1/√D.
+    #[must_use]
+    pub fn new(device: &Device) -> Self {
+        Self { device: device.clone(), softmax_scale: None, forced: Forced::default() }
+    }
+
+    /// The factor on `q·kᵀ` before the softmax; any finite number.
+    #[must_use]
+    pub fn with_softmax_scale(mut self, softmax_scale: f32) -> Self {
+        self.softmax_scale = Some(softmax_scale);
+        self
+    }
+
+    /// Takes this path whatever the plan would be; for tests and comparisons. A call it does not fit fails with
+    /// [`Error::NotApplicable`](Error::NotApplicable).
+    #[must_use]
+    pub fn with_path(mut self, path: Path) -> Self {
+        self.forced.path = Some(path);
+        self
+    }
+
+    /// Runs this kernel whatever the plan would be; for tests and comparisons. A device that does not run it fails with
+    /// [`Error::NotApplicable`](Error::NotApplicable).
+    #[must_use]
+    pub fn with_kernel(mut self, kernel: Kernel) -> Self {
+        self.forced.kernel = Some(kernel);
+        self
+    }
+
+    /// The layer's device.
+    #[must_use]
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
+    /// Attention into a new `[B, Sq, H, D]` tensor.
+    ///
+    /// # Errors
+    /// Any of [`Error`] that names an argument, if the arguments do not fit one another or the device; nothing is
+    /// launched then. [`Error::OutOfMemory`](Error::OutOfMemory) and the device's own failures otherwise.
+    pub fn forward<'a>(
+        &self,
+        q: impl Into<TensorView<'a>>,
+        k: impl Into<TensorView<'a>>,
+        v: impl Into<TensorView<'a>>,
+        mask: AttentionMask<'_>,
+    ) -> Result<Attended> {
+        let (q, k, v) = (q.into(), k.into(), v.into());
+        // Checked against an output that has yet to be made, so that a call that does not fit allocates nothing.
+        let future_out = ViewInfo {
+            layout: Layout::contiguous(q.shape())?,
+            dtype: q.dtype(),
+            device: self.device.info().id,
+            device_name: self.device.name(),
+            memory_bytes: u64::MAX,
+            space: u64::MAX,
+            touched: 0..0,
+        };
+        let (problem, plan) = self.prepare(&q, &k, &v, &mask, &future_out)?;
+        let mut out = Tensor::uninit(&self.device, q.dtype(), q.shape())?;
+        self.launch(problem, plan, [q, k, v], &mask, out.view_mut())?;
+        Ok(Attended { out, plan })
+    }
+
+    /// Attention into memory of the caller: `out` is a `[B, Sq, H, D]` view that shares no memory with the inputs. Every element
+    /// of the view is written, and nothing else.
+    ///
+    /// # Errors
+    /// As [`forward`](Self::forward); [`Error::Overlap`](Error::Overlap) if `out` shares memory with an input.
+    pub fn forward_into<'a, 'o>(
+        &self,
+        q: impl Into<TensorView<'a>>,
+        k: impl Into<TensorView<'a>>,
+        v: impl Into<TensorView<'a>>,
+        mask: AttentionMask<'_>,
+        out: impl Into<TensorViewMut<'o>>,
+    ) -> Result<Plan> {
+        let (q, k, v, out) = (q.into(), k.into(), v.into(), out.into());
+        let (problem, plan) = self.prepare(&q, &k, &v, &mask, &out.info())?;
+        self.launch(problem, plan, [q, k, v], &mask, out)?;
+        Ok(plan)
+    }
+
+    fn prepare(
+        &self,
+        q: &TensorView<'_>,
+        k: &TensorView<'_>,
+        v: &TensorView<'_>,
+        mask: &AttentionMask<'_>,
+        out: &ViewInfo<'_>,
+    ) -> Result<(AttentionProblem, Plan)> {
+        let (q, k, v, mask) = (q.info(), k.info(), v.info(), mask.info());
+        let views = AttentionViews { q: &q, k: &k, v: &v, out };
+        let problem = AttentionProblem::padded(self.device.info(), &views, &mask, self.softmax_scale)?;
+        let plan = plan_padded(&problem, &mask, self.device.capabilities(), &self.device.config(), self.forced)?;
+        log::debug!("{} {:?}: {plan}", problem.dtype, problem.shape);
+        Ok((problem, plan))
+    }
+
+    fn launch(
+        &self,
+        problem: AttentionProblem,
+        plan: Plan,
+        [q, k, v]: [TensorView<'_>; 3],
+        mask: &AttentionMask<'_>,
+        out: TensorViewMut<'_>,
+    ) -> Result<()> {
+        let out = out.output();
+        if out.layout.numel() == 0 {
+            return Ok(());
+        }
+        if plan.path == Path::Zero {
+            return self.device.backend().execute(Op::Zero(out));
+        }
+        let rows = match (*mask, plan.path) {
+            (AttentionMask::Varlen(meta), path) => varlen_rows(meta, meta, path),
+            (AttentionMask::VarlenCross { query, key }, path) => varlen_rows(query, key, path),
+            (AttentionMask::None, _) => Rows::Dense { key_mask: None, bias: None, zero_rows: None },
+            (AttentionMask::Key(mask), _) => {
+                Rows::Dense { key_mask: Some(mask).filter(|mask| !mask.is_all_kept()), bias: None, zero_rows: None }
+            }
+            (AttentionMask::Bias(bias), _) => {
+                let bias = problem.bias.map(|layout| bias.with_layout(layout).input());
+                Rows::Dense { key_mask: None, bias, zero_rows: None }
+            }
+        };
+        let (q, k, v) = (q.input(), k.input(), v.input());
+        self.device.backend().execute(Op::Attention(Attention {
+            problem: &problem,
+            plan,
+            q,
+            k,
+            v,
+            out,
+            lse: None,
+            rows,
+        }))
+    }
+}
+
+/// The rows of a call with metadata; on the dense path its masks do the work of the metadata.
+fn varlen_rows<'a>(query: &'a VarlenMeta, key: &'a VarlenMeta, path: Path) -> Rows<'a> {
+    if path != Path::Dense {
+        return Rows::Varlen { query, key };
+    }
+    let unless_full = |meta: &'a VarlenMeta| (!meta.is_all_valid()).then(|| meta.key_mask());
+    Rows::Dense { key_mask: unless_full(key), bias: None, zero_rows: unless_full(query) }
+}
+
+/// Copies the valid rows of a padded `[B, S, H, D]` tensor to a packed `[total_valid, H, D]` one, bit for bit.
+///
+/// # Errors
+/// An [`Error`] that names the argument that does not fit; [`Error::OutOfMemory`](Error::OutOfMemory).
+pub fn pack<'a>(device: &Device, padded: impl Into<TensorView<'a>>, meta: &VarlenMeta) -> Result<Tensor> {
+    let padded = padded.into();
+    let mut packed = uninit_packed(device, "padded", &padded, meta)?;
+    pack_into(device, [("padded", padded)], [packed.view_mut()], meta)?;
+    Ok(packed)
+}
+
+/// Copies the valid rows of padded `q`, `k` and `v` to packed tensors in one launch, bit for bit: `[B, S, H, D]` to
+/// `[total_valid, H, D]`, and the same with Hkv heads (`fused_pack_qkv` of sglang PR #26318).
+///
+/// # Errors
+/// As [`pack`].
+pub fn pack_qkv<'a>(
+    device: &Device,
+    q: impl Into<TensorView<'a>>,
+    k: impl Into<TensorView<'a>>,
+    v: impl Into<TensorView<'a>>,
+    meta: &VarlenMeta,
+) -> Result<[Tensor; 3]> {
+    let (q, k, v) = (q.into(), k.into(), v.into());
+    let mut packed = [
+        uninit_packed(device, "q", &q, meta)?,
+        uninit_packed(device, "k", &k, meta)?,
+        uninit_packed(device, "v", &v, meta)?,
+    ];
+    pack_into(device, [("q", q), ("k", k), ("v", v)], packed.each_mut().map(Tensor::view_mut), meta)?;
+    Ok(packed)
+}
+
+fn uninit_packed(
+    device: &Device,
+    argument: &'static str,
+    padded: &TensorView<'_>,
+    meta: &VarlenMeta,
+) -> Result<Tensor> {
+    let &[_, _, heads, dim] = padded.shape() else {
+        return Err(Error::Rank { argument, expected: "4: [B, S, H, D]", got: padded.shape().len() });
+    };
+    Tensor::uninit(device, padded.dtype(), &[meta.total_valid(), heads, dim])
+}
+
+fn pack_into<const N: usize>(
+    device: &Device,
+    padded: [(&'static str, TensorView<'_>); N],
+    packed: [TensorViewMut<'_>; N],
+    meta: &VarlenMeta,
+) -> Result<()> {
+    {
+        let inputs = padded.each_ref().map(|(name, view)| (*name, view.info()));
+        let outputs = packed.each_ref().map(TensorViewMut::info);
+        let pairs: Vec<_> = inputs.iter().zip(&outputs).map(|((name, i), o)| (*name, i, o)).collect();
+        check_pack(device.info(), &pairs, meta)?;
+    }
+    if meta.is_empty() {
+        return Ok(());
+    }
+    let pairs = padded.into_iter().zip(packed).map(|((_, from), to)| (from.input(), to.output())).collect();
+    device.backend().execute(Op::Pack { pairs, meta })
+}
+
+/// Copies packed `[total_valid, H, D]` rows to a new padded `[B, S, H, D]` tensor, bit for bit, and writes +0.0 to the masked
+/// rows, in one launch (`fused_scatter_to_padded` of sglang PR #26318).
+///
+/// # Errors
+/// As [`pack`].
+pub fn scatter_to_padded<'a>(device: &Device, packed: impl Into<TensorView<'a>>, meta: &VarlenMeta) -> Result<Tensor> {
+    let packed = packed.into();
+    let &[_, heads, dim] = packed.shape() else {
+        let got = packed.shape().len();
+        return Err(Error::Rank { argument: "packed", expected: "3: [total_valid, H, D]", got });
+    };
+    let mut padded = Tensor::uninit(device, packed.dtype(), &[meta.batch(), meta.seq(), heads, dim])?;
+    scatter_into(device, packed, meta, padded.view_mut())?;
+    Ok(padded)
+}
+
+fn scatter_into(device: &Device, packed: TensorView<'_>, meta: &VarlenMeta, padded: TensorViewMut<'_>) -> Result<()> {
+    check_scatter(device.info(), &packed.info(), &padded.info(), meta)?;
+    let padded = padded.output();
+    if padded.layout.numel() == 0 {
+        return Ok(());
+    }
+    device.backend().execute(Op::Scatter { packed: packed.input(), padded, meta })
+}
+
+/// The result of [`varlen_attention`].
+#[derive(Debug)]
+#[non_exhaustive]
+pub struct PackedAttended {
+    /// `[total_q, H, D]`, of the element type of `q`.
+    pub out: Tensor,
+    /// `[H, total_q]` f32: the natural logarithm of the sum of `exp(score)` of each row, −∞ for a row with no key.
+    pub lse: Option<Tensor>,
+}
+
+/// Options of [`varlen_attention`].
+#[derive(Debug, Clone, Copy, Default)]
+#[non_exhaustive]
+pub struct VarlenOptions {
+    /// The factor on `q·kᵀ`; 1/√D if there is none.
+    pub softmax_scale: Option<f32>,
+    /// Whether to return the log-sum-exp of every row.
+    pub return_lse: bool,
+    /// The kernel to run; the device's preferred one if there is none.
+    pub kernel: Option<Kernel>,
+}
+
+impl VarlenOptions {
+    /// With this factor on `q·kᵀ`.
+    #[must_use]
+    pub fn with_softmax_scale(mut self, softmax_scale: f32) -> Self {
+        self.softmax_scale = Some(softmax_scale);
+        self
+    }
+
+    /// With the log-sum-exp of every row.
+    #[must_use]
+    pub fn with_lse(mut self) -> Self {
+        self.return_lse = true;
+        self
+    }
+
+    /// With this kernel.
+    #[must_use]
+    pub fn with_kernel(mut self, kernel: Kernel) -> Self {
+        self.kernel = Some(kernel);
+        self
+    }
+}
+
+/// Attention over packed rows: `q` `[total_q, H, D]`, `k` and `v` `[total_k, Hkv, D]`. Sequence `b` of the queries, rows
+/// `cu_seqlens_q[b]..cu_seqlens_q[b + 1]`, attends to sequence `b` of the keys. Either may be empty; a query without keys gives
+/// zeros.
+///
+/// # Errors
+/// As [`MaskedAttention::forward`]; [`Error::CuSeqlens`](Error::CuSeqlens) if the sequences do not fit the tensors.
+pub fn varlen_attention<'a>(
+    device: &Device,
+    [q, k, v]: [impl Into<TensorView<'a>>; 3],
+    cu_seqlens_q: &CuSeqlens,
+    cu_seqlens_k: &CuSeqlens,
+    options: VarlenOptions,
+) -> Result<PackedAttended> {
+    let (q, k, v) = (q.into(), k.into(), v.into());
+    let &[total_q, num_heads, _] = q.shape() else {
+        return Err(Error::Rank { argument: "q", expected: "3: [total_q, H, D]", got: q.shape().len() });
+    };
+    let mut out = Tensor::uninit(device, q.dtype(), q.shape())?;
+    let mut lse = match options.return_lse {
+        true => Some(Tensor::uninit(device, DType::F32, &[num_heads, total_q])?),
+        false => None,
+    };
+    {
+        let (out, lse) = (out.view_mut(), lse.as_mut().map(Tensor::view_mut));
+        let (q_info, k_info, v_info, out_info) = (q.info(), k.info(), v.info(), out.info());
+        let views = AttentionViews { q: &q_info, k: &k_info, v: &v_info, out: &out_info };
+        let lse_info = lse.as_ref().map(TensorViewMut::info);
+        let cu_seqlens = (cu_seqlens_q, cu_seqlens_k);
+        let problem =
+            AttentionProblem::packed(device.info(), &views, lse_info.as_ref(), cu_seqlens, options.softmax_scale)?;
+        let plan = plan_packed(device.capabilities(), Forced { path: None, kernel: options.kernel })?;
+        log::debug!("{} {:?}: {plan}", problem.dtype, problem.shape);
+        let (out, lse) = (out.output(), lse.map(TensorViewMut::output));
+        if out.layout.numel() > 0 {
+            let rows = Rows::Packed { query: cu_seqlens_q, key: cu_seqlens_k };
+            let (q, k, v) = (q.input(), k.input(), v.input());
+            let attention = Attention { problem: &problem, plan, q, k, v, out, lse, rows };
+            device.backend().execute(Op::Attention(attention))?;
+        }
+    }
+    Ok(PackedAttended { out, lse })
+}

@@ -1,0 +1,173 @@
+//! The seam between the library and its devices: what a backend is given, and what it must do.
+
+use std::any::Any;
+use std::fmt::{self, Debug};
+use std::time::Duration;
+
+use crate::cache::DeviceId;
+use crate::dtype::DType;
+use crate::error::Result;
+use crate::layout::Layout;
+use crate::mask::KeyMask;
+use crate::meta::{CuSeqlens, VarlenMeta};
+use crate::plan::{Capabilities, Plan};
+use crate::problem::AttentionProblem;
+
+/// Memory of a device other than the host.
+pub(crate) trait DeviceBuffer: Any + Debug + Send + Sync {
+    /// Device that owns the memory.
+    fn device(&self) -> DeviceId;
+    /// The device's name, for messages.
+    fn device_name(&self) -> &str;
+    /// Size in bytes.
+    fn size(&self) -> u64;
+    /// Tells buffers of all devices apart; never 0.
+    fn space(&self) -> u64;
+    /// For the owning backend to find its own type.
+    fn as_any(&self) -> &dyn Any;
+}
+
+/// Memory that a tensor owns.
+pub(crate) enum Storage {
+    /// Host memory, in words that are aligned for every element type.
+    Host(Vec<u64>),
+    Device(Box<dyn DeviceBuffer>),
+}
+
+/// Memory to read.
+#[derive(Clone, Copy)]
+pub(crate) enum Source<'a> {
+    Host(&'a [u8]),
+    Device(&'a dyn DeviceBuffer),
+}
+
+/// Memory to write. Device memory is written by the device, so a shared reference is enough; that no input shares it is
+/// checked in `problem`.
+pub(crate) enum Sink<'a> {
+    Host(&'a mut [u8]),
+    Device(&'a dyn DeviceBuffer),
+}
+
+// Debug says where memory is, not what it holds: that may be gigabytes.
+
+impl Debug for Storage {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Host(words) => write!(f, "host memory, {} bytes", size_of_val(&words[..])),
+            Self::Device(buffer) => buffer.fmt(f),
+        }
+    }
+}
+
+impl Debug for Source<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Host(bytes) => write!(f, "host memory, {} bytes", bytes.len()),
+            Self::Device(buffer) => buffer.fmt(f),
+        }
+    }
+}
+
+impl Debug for Sink<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Host(bytes) => write!(f, "host memory, {} bytes", bytes.len()),
+            Self::Device(buffer) => buffer.fmt(f),
+        }
+    }
+}
+
+/// A tensor to read.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Input<'a> {
+    pub memory: Source<'a>,
+    pub layout: Layout,
+    pub dtype: DType,
+}
+
+/// A tensor to write.
+#[derive(Debug)]
+pub(crate) struct Output<'a> {
+    pub memory: Sink<'a>,
+    pub layout: Layout,
+    pub dtype: DType,
+}
+
+/// Which queries meet which keys, and where they lie.
+#[derive(Debug)]
+pub(crate) enum Rows<'a> {
+    /// Padded tensors, every query row computed. Rows that `zero_rows` does not keep are written as zeros instead.
+    Dense { key_mask: Option<&'a KeyMask>, bias: Option<Input<'a>>, zero_rows: Option<&'a KeyMask> },
+    /// Padded tensors of which only the valid tokens count; rows of masked queries are written as zeros. `plan.path` says
+    /// whether to work in place or to pack.
+    Varlen { query: &'a VarlenMeta, key: &'a VarlenMeta },
+    /// Packed rows.
+    Packed { query: &'a CuSeqlens, key: &'a CuSeqlens },
+}
+
+/// One attention call: `out = softmax(q·kᵀ·scale + bias) · v`, head by head.
+#[derive(Debug)]
+pub(crate) struct Attention<'a> {
+    pub problem: &'a AttentionProblem,
+    pub plan: Plan,
+    pub q: Input<'a>,
+    pub k: Input<'a>,
+    pub v: Input<'a>,
+    pub out: Output<'a>,
+    /// `[H, total_q]` f32, natural logarithm; only with [`Rows::Packed`].
+    pub lse: Option<Output<'a>>,
+    pub rows: Rows<'a>,
+}
+
+/// Work for a device. Every operand has passed the checks of `problem`.
+#[derive(Debug)]
+#[expect(clippy::large_enum_variant, reason = "made once a call and passed on by value, never stored")]
+pub(crate) enum Op<'a> {
+    Attention(Attention<'a>),
+    /// Copies the valid rows of each padded input to its packed output.
+    Pack {
+        pairs: Vec<(Input<'a>, Output<'a>)>,
+        meta: &'a VarlenMeta,
+    },
+    /// Copies packed rows to the valid rows of the padded output and writes zeros to the others.
+    Scatter {
+        packed: Input<'a>,
+        padded: Output<'a>,
+        meta: &'a VarlenMeta,
+    },
+    /// Writes zeros to every element of the view, and to nothing else.
+    Zero(Output<'a>),
+}
+
+/// A device. Launches do not wait: results are there for later calls on the same device and for [`Backend::download`].
+pub(crate) trait Backend: Debug + Send + Sync {
+    fn id(&self) -> DeviceId;
+    /// The device's name, for messages: its kind and its adapter.
+    fn name(&self) -> &str;
+    fn capabilities(&self) -> &Capabilities;
+    /// New memory with contents that are not specified.
+    fn alloc(&self, bytes: u64) -> Result<Storage>;
+    /// Copies host bytes to the start of the memory.
+    fn upload(&self, to: Sink<'_>, bytes: &[u8]) -> Result<()>;
+    /// Copies the first `into.len()` bytes to the host, after all work launched so far.
+    fn download(&self, from: Source<'_>, into: &mut [u8]) -> Result<()>;
+    fn execute(&self, op: Op<'_>) -> Result<()>;
+    /// Waits for all work launched so far.
+    fn synchronize(&self) -> Result<()>;
+    /// Starts to add up the time that launches take on the device. [`Backend::stop_timer`] ends it.
+    fn start_timer(&self) -> Result<()>;
+    /// Waits for all work and gives the time since [`Backend::start_timer`].
+    fn stop_timer(&self) -> Result<Timing>;
+    /// For accessors of one backend's own handles.
+    fn as_any(&self) -> &dyn Any;
+}
+
+/// How long work took.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Timing {
+    /// Time taken.
+    pub duration: Duration,
+    /// Whether the device measured it (timestamp queries around its own work); the host's clock otherwise.
+    pub by_device: bool,
+}

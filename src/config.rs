@@ -1,0 +1,125 @@
+//! What the user may set from outside. This file is the only reader of the environment.
+
+use std::ffi::OsString;
+use std::fmt;
+use std::str::FromStr;
+
+use crate::error::{Error, Result};
+
+/// Which device to compute on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+#[non_exhaustive]
+pub enum DeviceChoice {
+    /// The best one present: CUDA, then a hardware wgpu adapter, then the CPU.
+    #[default]
+    Auto,
+    /// The CUDA device with this ordinal.
+    Cuda(usize),
+    /// The best wgpu adapter, software adapters included.
+    Wgpu,
+    /// The CPU.
+    Cpu,
+}
+
+impl FromStr for DeviceChoice {
+    type Err = Error;
+
+    /// Reads `cuda`, `cuda:N`, `wgpu` or `cpu`.
+    fn from_str(text: &str) -> Result<Self> {
+        let choice = match text {
+            "cpu" => Some(Self::Cpu),
+            "wgpu" => Some(Self::Wgpu),
+            "cuda" => Some(Self::Cuda(0)),
+            _ => text
+                .strip_prefix("cuda:")
+                .filter(|ordinal| ordinal.bytes().all(|byte| byte.is_ascii_digit()))
+                .and_then(|ordinal| ordinal.parse().ok())
+                .map(Self::Cuda),
+        };
+        choice.ok_or_else(|| Error::Environment {
+            variable: Config::DEVICE_VARIABLE,
+            expected: "cuda, cuda:N, wgpu or cpu",
+            got: text.to_owned(),
+        })
+    }
+}
+
+impl fmt::Display for DeviceChoice {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Auto => f.write_str("auto"),
+            Self::Cuda(ordinal) => write!(f, "cuda:{ordinal}"),
+            Self::Wgpu => f.write_str("wgpu"),
+            Self::Cpu => f.write_str("cpu"),
+        }
+    }
+}
+
+/// Settings of a device, fixed when it is created.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
+pub struct Config {
+    /// Which device to take.
+    pub device: DeviceChoice,
+    /// Compute every call densely, with the same contract (`VARLEN_FA=0`).
+    pub force_dense: bool,
+    /// Upper bound of one storage binding on wgpu devices, in bytes; the adapter's own where there is none. 128 MiB is what a
+    /// browser grants. Work on larger tensors is split by batch row.
+    pub max_binding_bytes: Option<u64>,
+}
+
+impl Config {
+    /// `VARLEN_FA`: `0` forces dense attention, `1` (or unset) is the default.
+    pub const VARLEN_VARIABLE: &'static str = "VARLEN_FA";
+    /// `VARLEN_FA_DEVICE`: `cuda`, `cuda:N`, `wgpu` or `cpu`; unset picks the best device.
+    pub const DEVICE_VARIABLE: &'static str = "VARLEN_FA_DEVICE";
+
+    /// Reads `VARLEN_FA` and `VARLEN_FA_DEVICE`.
+    ///
+    /// # Errors
+    /// [`Error::Environment`] for a value that is not understood.
+    pub fn from_env() -> Result<Self> {
+        Self::from_values(std::env::var_os(Self::VARLEN_VARIABLE), std::env::var_os(Self::DEVICE_VARIABLE))
+    }
+
+    /// The same, from given values of the two variables (`None` = unset).
+    ///
+    /// # Errors
+    /// [`Error::Environment`] for a value that is not understood.
+    pub fn from_values(varlen: Option<OsString>, device: Option<OsString>) -> Result<Self> {
+        let force_dense = match varlen.as_deref().map(|value| (value, value.to_str())) {
+            None | Some((_, Some("1"))) => false,
+            Some((_, Some("0"))) => true,
+            Some((value, _)) => {
+                return Err(Error::Environment {
+                    variable: Self::VARLEN_VARIABLE,
+                    expected: "0 or 1",
+                    got: value.to_string_lossy().into_owned(),
+                });
+            }
+        };
+        let device = match device {
+            None => DeviceChoice::Auto,
+            Some(value) => value.to_string_lossy().parse()?,
+        };
+        Ok(Self { device, force_dense, max_binding_bytes: None })
+    }
+
+    /// The same settings with another device.
+    #[must_use]
+    pub fn with_device(self, device: DeviceChoice) -> Self {
+        Self { device, ..self }
+    }
+
+    /// The same settings, dense attention forced or not.
+    #[must_use]
+    pub fn with_force_dense(self, force_dense: bool) -> Self {
+        Self { force_dense, ..self }
+    }
+
+    /// The same settings with another [`max_binding_bytes`](Self::max_binding_bytes).
+    #[must_use]
+    pub fn with_max_binding_bytes(self, bytes: u64) -> Self {
+        Self { max_binding_bytes: Some(bytes), ..self }
+    }
+}

@@ -1,0 +1,96 @@
+//! What the CUDA driver says of a device, without creating a context. cudarc panics where there is no driver library, so that
+//! is looked for first.
+
+use std::fmt;
+
+use cudarc::driver::result;
+use cudarc::driver::sys::{self, CUdevice_attribute};
+
+/// Compute capability below which no kernel of this crate runs.
+const OLDEST: (i32, i32) = (8, 0);
+
+/// A CUDA device as its driver describes it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct CudaDeviceInfo {
+    pub name: String,
+    /// Major and minor.
+    pub compute_capability: (i32, i32),
+    pub multiprocessors: i32,
+    pub memory_bytes: u64,
+    /// Newest CUDA version that the driver knows: 1000 · major + 10 · minor.
+    pub driver_version: i32,
+}
+
+impl CudaDeviceInfo {
+    /// Asks the driver about the device with an ordinal.
+    ///
+    /// # Errors
+    /// Why the device cannot be used, in words.
+    pub fn probe(ordinal: usize) -> Result<Self, String> {
+        // SAFETY: loads the driver library, whose initialisers are the vendor's own and safe to run; nothing else is called.
+        if !unsafe { sys::is_culib_present() } {
+            return Err("the NVIDIA driver library (libcuda.so.1 or nvcuda.dll) is not installed".to_owned());
+        }
+        result::init().map_err(|error| format!("the NVIDIA driver does not start: {error}"))?;
+        let count = result::device::get_count().map_err(|error| format!("counting devices failed: {error}"))?;
+        let index = i32::try_from(ordinal).ok().filter(|&index| index < count);
+        let Some(index) = index else {
+            return Err(format!("the NVIDIA driver has {count} device(s), numbered from 0"));
+        };
+        let info = Self::describe(index).map_err(|error| format!("asking the driver failed: {error}"))?;
+        if info.compute_capability < OLDEST {
+            return Err(format!("{info} is older than compute capability {}.{}", OLDEST.0, OLDEST.1));
+        }
+        Ok(info)
+    }
+
+    fn describe(index: i32) -> Result<Self, result::DriverError> {
+        let device = result::device::get(index)?;
+        let attribute = |attribute| {
+            // SAFETY: `device` comes from the driver, which was started before.
+            unsafe { result::device::get_attribute(device, attribute) }
+        };
+        // SAFETY: as above.
+        let memory_bytes = unsafe { result::device::total_mem(device) }? as u64;
+        let mut driver_version = 0;
+        // SAFETY: the driver was started, and the pointer is to a live integer.
+        unsafe { sys::cuDriverGetVersion(&mut driver_version) }.result()?;
+        Ok(Self {
+            name: result::device::get_name(device)?,
+            compute_capability: (
+                attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?,
+                attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?,
+            ),
+            multiprocessors: attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?,
+            memory_bytes,
+            driver_version,
+        })
+    }
+}
+
+impl fmt::Display for CudaDeviceInfo {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let ((major, minor), driver) = (self.compute_capability, self.driver_version);
+        write!(
+            f,
+            "{} (compute capability {major}.{minor}, {} multiprocessors, {} MiB, driver for CUDA {}.{})",
+            self.name,
+            self.multiprocessors,
+            self.memory_bytes >> 20,
+            driver / 1000,
+            driver % 1000 / 10,
+        )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn probing_never_panics_and_says_why() {
+        // With a driver, the ordinal does not exist; without one, the library does not.
+        let why = CudaDeviceInfo::probe(usize::MAX).map(|info| info.to_string());
+        assert!(why.is_err_and(|why| why.contains("NVIDIA driver")));
+    }
+}

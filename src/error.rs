@@ -1,0 +1,260 @@
+//! What can go wrong, as values: each variant names the argument, what was expected and what came.
+
+use crate::dtype::DType;
+
+/// The result of every fallible call of this crate.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// Why a call was refused or failed.
+///
+/// Variants up to [`Error::OutOfMemory`] are raised before anything is launched or written.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A tensor has the wrong number of dimensions.
+    #[error("`{argument}`: expected {expected} dimensions, got {got}")]
+    Rank {
+        /// Name of the argument.
+        argument: &'static str,
+        /// Expected dimensions, with their names.
+        expected: &'static str,
+        /// Number of dimensions that came.
+        got: usize,
+    },
+    /// A tensor's shape does not fit the other arguments.
+    #[error("`{argument}`: expected shape {expected:?}, got {got:?}")]
+    Shape {
+        /// Name of the argument.
+        argument: &'static str,
+        /// Shape that fits.
+        expected: Vec<usize>,
+        /// Shape that came.
+        got: Vec<usize>,
+    },
+    /// A bias dimension is neither 1 nor the full size.
+    #[error("`bias`: shape {got:?} does not broadcast to [B, H, Sq, Sk] = {expected:?}")]
+    Broadcast {
+        /// `[B, H, Sq, Sk]`.
+        expected: Vec<usize>,
+        /// Shape that came.
+        got: Vec<usize>,
+    },
+    /// The number of query heads is not a multiple of the number of key/value heads.
+    #[error("`k`: num_kv_heads must be at least 1 and divide num_heads = {num_heads}, got {num_kv_heads}")]
+    HeadsNotDivisible {
+        /// Heads of `q`.
+        num_heads: usize,
+        /// Heads of `k` and `v`.
+        num_kv_heads: usize,
+    },
+    /// The head dimension is not supported.
+    #[error("`q`: head_dim must be a multiple of 8 from 8 to 256, got {got}")]
+    HeadDim {
+        /// Head dimension that came.
+        got: usize,
+    },
+    /// The device cannot compute with this element type.
+    #[error("`{argument}`: element type {got} is not supported by device {device}, which takes {expected:?}")]
+    UnsupportedDType {
+        /// Name of the argument.
+        argument: &'static str,
+        /// Device that was asked.
+        device: String,
+        /// Element types it takes.
+        expected: Vec<DType>,
+        /// Element type that came.
+        got: DType,
+    },
+    /// Element types of the arguments differ where they must agree.
+    #[error("`{argument}`: expected element type {expected}, got {got}")]
+    DTypeMismatch {
+        /// Name of the argument.
+        argument: &'static str,
+        /// Element type that fits.
+        expected: DType,
+        /// Element type that came.
+        got: DType,
+    },
+    /// The last dimension of a view is not contiguous.
+    #[error("`{argument}`: the last dimension must have stride 1, got {got}")]
+    InnerStride {
+        /// Name of the argument.
+        argument: &'static str,
+        /// Stride that came, in elements.
+        got: u64,
+    },
+    /// A view's offset or strides do not keep the alignment that the device needs.
+    #[error("`{argument}`: offset and strides must be multiples of {expected} bytes on this device, got {got} bytes")]
+    Misaligned {
+        /// Name of the argument.
+        argument: &'static str,
+        /// Alignment needed, in bytes.
+        expected: u64,
+        /// Offending offset or stride, in bytes.
+        got: u64,
+    },
+    /// A view reaches past the end of its memory.
+    #[error("`{argument}`: the view reaches byte {expected} of a buffer of {got} bytes")]
+    BufferTooSmall {
+        /// Name of the argument.
+        argument: &'static str,
+        /// Bytes that the view needs.
+        expected: u64,
+        /// Bytes that the memory has.
+        got: u64,
+    },
+    /// The output shares memory with an input.
+    #[error("`{argument}` overlaps `{other}`; an output must have memory of its own")]
+    Overlap {
+        /// Name of the output.
+        argument: &'static str,
+        /// Name of the argument that it overlaps.
+        other: &'static str,
+    },
+    /// Two elements of an output view may lie at the same address.
+    #[error("`{argument}`: strides {strides:?} put elements of shape {shape:?} over one another")]
+    SelfOverlap {
+        /// Name of the output.
+        argument: &'static str,
+        /// Shape of the view.
+        shape: Vec<usize>,
+        /// Strides of the view, in elements.
+        strides: Vec<u64>,
+    },
+    /// A slice or permutation names a dimension or range that the view does not have.
+    #[error("`{argument}`: {expected}, got {got}")]
+    View {
+        /// Name of the argument.
+        argument: &'static str,
+        /// What would have been accepted.
+        expected: String,
+        /// What came.
+        got: String,
+    },
+    /// A slice of host data has the wrong number of elements.
+    #[error("`{argument}`: expected {expected} elements, got {got}")]
+    Length {
+        /// Name of the argument.
+        argument: &'static str,
+        /// Elements expected.
+        expected: usize,
+        /// Elements that came.
+        got: usize,
+    },
+    /// A mask or metadata was built for another batch or sequence length.
+    #[error("`{argument}`: expected a mask of [batch, sequence] = {expected:?}, got one of {got:?}")]
+    MaskSize {
+        /// Name of the argument.
+        argument: &'static str,
+        /// `[batch, sequence]` of the tensors.
+        expected: [usize; 2],
+        /// `[batch, sequence]` of the mask.
+        got: [usize; 2],
+    },
+    /// A length or a run of a mask reaches outside its row.
+    #[error("`{argument}`: row {row}: {expected}, got {got}")]
+    MaskRow {
+        /// Name of the argument.
+        argument: &'static str,
+        /// Batch row.
+        row: usize,
+        /// What would have been accepted.
+        expected: String,
+        /// What came.
+        got: String,
+    },
+    /// Cumulative sequence lengths do not start at 0, fall, or end elsewhere than the tensors do.
+    #[error("`{argument}`: expected {expected}, got {got}")]
+    CuSeqlens {
+        /// Name of the argument.
+        argument: &'static str,
+        /// The rule that was broken.
+        expected: String,
+        /// What came.
+        got: String,
+    },
+    /// The softmax scale is not a finite number.
+    #[error("`softmax_scale`: expected a finite number, got {got}")]
+    SoftmaxScale {
+        /// Scale that came.
+        got: f32,
+    },
+    /// A size does not fit the integers or the limits that hold it.
+    #[error("`{argument}`: {limit_name} allows {limit}, got {got}")]
+    TooLarge {
+        /// Name of the argument.
+        argument: &'static str,
+        /// The limit's name.
+        limit_name: &'static str,
+        /// The largest value allowed.
+        limit: u64,
+        /// The value that came.
+        got: u64,
+    },
+    /// An environment variable has a value that is not understood.
+    #[error("environment variable {variable}: expected {expected}, got {got:?}")]
+    Environment {
+        /// Name of the variable.
+        variable: &'static str,
+        /// Values that are understood.
+        expected: &'static str,
+        /// Value that came.
+        got: String,
+    },
+    /// A tensor lives on another device than the one asked to compute.
+    #[error("`{argument}`: expected a tensor of device {expected}, got one of {got}")]
+    DeviceMismatch {
+        /// Name of the argument.
+        argument: &'static str,
+        /// Device of the call.
+        expected: String,
+        /// Device of the tensor.
+        got: String,
+    },
+    /// The chosen device cannot be used here.
+    #[error("device {device} is not available: {why}")]
+    DeviceUnavailable {
+        /// Device that was asked for.
+        device: String,
+        /// Why it cannot be used.
+        why: String,
+    },
+    /// A forced path or kernel does not exist on this device or for this call.
+    #[error("`{argument}`: {got} cannot be forced here: {why}")]
+    NotApplicable {
+        /// `path` or `kernel`.
+        argument: &'static str,
+        /// The one that was forced.
+        got: String,
+        /// Why it cannot run.
+        why: String,
+    },
+    /// Memory ran out.
+    #[error("device {device} has no memory for {requested} more bytes: {why}")]
+    OutOfMemory {
+        /// Device that ran out.
+        device: String,
+        /// Bytes asked for.
+        requested: u64,
+        /// What the device said.
+        why: String,
+    },
+    /// The device is gone: every tensor on it is lost, and no later call on it succeeds.
+    #[error("device {device} is lost: {why}")]
+    DeviceLost {
+        /// Device that was lost.
+        device: String,
+        /// What the device said.
+        why: String,
+    },
+    /// The device or its driver refused an operation.
+    #[error("device {device}: {operation} failed: {why}")]
+    Backend {
+        /// Device that failed.
+        device: String,
+        /// What was being done.
+        operation: &'static str,
+        /// What the device said.
+        why: String,
+    },
+}

@@ -1,0 +1,242 @@
+//! Where the elements of a view lie: shape, strides and offset, all in elements and 64 bits.
+
+use std::fmt;
+use std::ops::Range;
+
+use crate::error::{Error, Result};
+
+/// The most dimensions a view has.
+pub const MAX_RANK: usize = 4;
+
+/// Shape, strides and offset of a view, in elements.
+///
+/// ```text
+/// element [b, s, h, d] of a [B, S, H, D] view lies at
+///     offset + b·strides[0] + s·strides[1] + h·strides[2] + d·strides[3]
+/// ```
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub struct Layout {
+    rank: usize,
+    shape: [usize; MAX_RANK],
+    strides: [u64; MAX_RANK],
+    offset: u64,
+}
+
+impl Layout {
+    /// A row-major layout at offset 0.
+    ///
+    /// # Errors
+    /// [`Error::Rank`] for 0 or more than 4 dimensions, [`Error::TooLarge`] if the number of elements does not fit 63 bits.
+    pub fn contiguous(shape: &[usize]) -> Result<Self> {
+        let mut strides = [0; MAX_RANK];
+        let mut stride = 1_u64;
+        for (dim, &size) in shape.iter().enumerate().take(MAX_RANK).rev() {
+            strides[dim] = stride;
+            stride = stride.saturating_mul((size as u64).max(1));
+        }
+        Self::strided(shape, strides.get(..shape.len()).unwrap_or(&strides), 0)
+    }
+
+    /// A layout with given strides and offset, in elements.
+    ///
+    /// # Errors
+    /// [`Error::Rank`] for 0 or more than 4 dimensions or another number of strides, [`Error::TooLarge`] if the last element's
+    /// position or the number of elements does not fit 63 bits.
+    pub fn strided(shape: &[usize], strides: &[u64], offset: u64) -> Result<Self> {
+        let rank = shape.len();
+        if rank == 0 || rank > MAX_RANK {
+            return Err(Error::Rank { argument: "shape", expected: "1 to 4", got: rank });
+        }
+        if strides.len() != rank {
+            return Err(Error::Rank { argument: "strides", expected: "as many as the shape has", got: strides.len() });
+        }
+        let mut layout = Self { rank, shape: [1; MAX_RANK], strides: [0; MAX_RANK], offset };
+        layout.shape[..rank].copy_from_slice(shape);
+        layout.strides[..rank].copy_from_slice(strides);
+        let mut numel = 1_u128;
+        let mut last = u128::from(offset);
+        for (&size, &stride) in shape.iter().zip(strides) {
+            numel = numel.saturating_mul(size as u128);
+            last = last.saturating_add((size as u128).saturating_sub(1).saturating_mul(u128::from(stride)));
+        }
+        // An eighth of the range, so that no position overflows when it is counted in bytes.
+        const LIMIT: u64 = (i64::MAX as u64) / 8;
+        let got = numel.max(last);
+        if got > u128::from(LIMIT) || usize::try_from(got).is_err() {
+            return Err(Error::TooLarge {
+                argument: "shape",
+                limit_name: "the address space",
+                limit: LIMIT.min(usize::MAX as u64),
+                got: u64::try_from(got).unwrap_or(u64::MAX),
+            });
+        }
+        Ok(layout)
+    }
+
+    /// Number of dimensions.
+    #[must_use]
+    pub fn rank(&self) -> usize {
+        self.rank
+    }
+
+    /// Size of each dimension.
+    #[must_use]
+    pub fn shape(&self) -> &[usize] {
+        &self.shape[..self.rank]
+    }
+
+    /// Distance between neighbours of each dimension, in elements.
+    #[must_use]
+    pub fn strides(&self) -> &[u64] {
+        &self.strides[..self.rank]
+    }
+
+    /// Position of the first element.
+    #[must_use]
+    pub fn offset(&self) -> u64 {
+        self.offset
+    }
+
+    /// Number of elements.
+    #[must_use]
+    pub fn numel(&self) -> usize {
+        self.shape().iter().product()
+    }
+
+    /// One past the position of the last element; the offset itself if there are no elements.
+    #[must_use]
+    pub fn end(&self) -> u64 {
+        if self.numel() == 0 {
+            return self.offset;
+        }
+        self.offset + self.dims().map(|(size, stride)| (size as u64 - 1) * stride).sum::<u64>() + 1
+    }
+
+    /// Whether the elements lie in row-major order without gaps.
+    #[must_use]
+    pub fn is_contiguous(&self) -> bool {
+        let mut expected = 1_u64;
+        self.dims().rev().all(|(size, stride)| {
+            let fits = size == 1 || stride == expected;
+            expected *= size as u64;
+            fits
+        }) || self.numel() == 0
+    }
+
+    /// Whether two elements may lie at one position.
+    ///
+    /// Each dimension's stride must step over all that the dimensions of smaller stride reach; the few interleaved layouts
+    /// that would be free of overlap all the same are reported as overlapping.
+    #[must_use]
+    pub fn self_overlaps(&self) -> bool {
+        let mut dims = [(0_u64, 0_usize); MAX_RANK];
+        let mut count = 0;
+        for (size, stride) in self.dims().filter(|&(size, _)| size > 1) {
+            dims[count] = (stride, size);
+            count += 1;
+        }
+        let dims = &mut dims[..count];
+        dims.sort_unstable();
+        let mut reach = 0_u64;
+        for &(stride, size) in dims.iter() {
+            if stride <= reach {
+                return true;
+            }
+            reach += stride * (size as u64 - 1);
+        }
+        false
+    }
+
+    /// The view with its dimensions in another order: dimension `i` of the result is dimension `order[i]` of this one.
+    ///
+    /// # Errors
+    /// [`Error::View`] if `order` is not a permutation of the dimensions.
+    pub fn permute(&self, order: &[usize]) -> Result<Self> {
+        let mut seen = [false; MAX_RANK];
+        let valid = order.len() == self.rank
+            && order.iter().all(|&dim| dim < self.rank && !std::mem::replace(&mut seen[dim], true));
+        if !valid {
+            return Err(Error::View {
+                argument: "order",
+                expected: format!("a permutation of 0..{}", self.rank),
+                got: format!("{order:?}"),
+            });
+        }
+        let mut permuted = *self;
+        for (to, &from) in order.iter().enumerate() {
+            permuted.shape[to] = self.shape[from];
+            permuted.strides[to] = self.strides[from];
+        }
+        Ok(permuted)
+    }
+
+    /// The part of the view with `range` in dimension `dim`.
+    ///
+    /// # Errors
+    /// [`Error::View`] if the dimension or the range does not exist.
+    pub fn slice(&self, dim: usize, range: Range<usize>) -> Result<Self> {
+        if dim >= self.rank || range.start > range.end || range.end > self.shape[dim] {
+            return Err(Error::View {
+                argument: "range",
+                expected: format!("a range inside a dimension of shape {:?}", self.shape()),
+                got: format!("{range:?} of dimension {dim}"),
+            });
+        }
+        let mut sliced = *self;
+        sliced.shape[dim] = range.len();
+        // An empty view keeps its offset: nothing is read, and the position may lie past the memory.
+        if !range.is_empty() {
+            sliced.offset += range.start as u64 * self.strides[dim];
+        }
+        Ok(sliced)
+    }
+
+    fn dims(&self) -> impl DoubleEndedIterator<Item = (usize, u64)> + '_ {
+        self.shape().iter().copied().zip(self.strides().iter().copied())
+    }
+}
+
+impl fmt::Debug for Layout {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:?} strides {:?} offset {}", self.shape(), self.strides(), self.offset)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn slices_of_a_fused_projection_stay_inside_it() -> Result<()> {
+        let qkv = Layout::contiguous(&[2, 5, 12, 8])?;
+        let v = qkv.slice(2, 8..12)?;
+        assert_eq!(v.shape(), [2, 5, 4, 8]);
+        assert_eq!(v.offset(), 64);
+        assert_eq!(v.end(), qkv.end());
+        assert!(!v.is_contiguous() && !v.self_overlaps());
+        Ok(())
+    }
+
+    #[test]
+    fn broadcast_strides_overlap_and_permuted_ones_do_not() -> Result<()> {
+        assert!(Layout::strided(&[2, 3], &[0, 1], 0)?.self_overlaps());
+        assert!(Layout::strided(&[2, 3], &[2, 1], 0)?.self_overlaps());
+        assert!(!Layout::contiguous(&[2, 4, 6, 8])?.permute(&[0, 2, 1, 3])?.self_overlaps());
+        Ok(())
+    }
+
+    #[test]
+    fn sizes_past_the_address_space_are_errors() {
+        assert!(matches!(Layout::contiguous(&[usize::MAX, 2, 2, 8]), Err(Error::TooLarge { .. })));
+        assert!(matches!(Layout::strided(&[2], &[u64::MAX], 1), Err(Error::TooLarge { .. })));
+        assert!(matches!(Layout::contiguous(&[1; 5]), Err(Error::Rank { got: 5, .. })));
+        assert!(matches!(Layout::contiguous(&[]), Err(Error::Rank { got: 0, .. })));
+    }
+
+    #[test]
+    fn empty_views_have_no_extent() -> Result<()> {
+        let empty = Layout::contiguous(&[2, 0, 4, 8])?;
+        assert_eq!((empty.numel(), empty.end()), (0, 0));
+        Ok(())
+    }
+}

@@ -1,0 +1,55 @@
+//! Attention under a key mask at FlashAttention speed, on any GPU.
+//!
+//! Diffusion transformers and encoders run attention over padded batches. This crate computes only what is valid: build a
+//! [`VarlenMeta`] from the batch's [`KeyMask`] once per request, and give it to [`MaskedAttention`] in every layer and step. The
+//! rows of masked tokens are exactly zero in the output, and what they hold in the input never matters.
+//!
+//! [`Device::from_env`] picks the device. The crate's `README.md` shows both in fifteen lines, and `ARCHITECTURE.md` says how it
+//! is built.
+//!
+//! # Features
+//! - `wgpu` (default): Vulkan, Metal, DirectX 12 and WebGPU devices through WGSL compute shaders.
+//! - `cuda` (default): NVIDIA devices. The driver is loaded at run time; no toolkit is needed to build or to run.
+//!
+//! The CPU device is always there.
+
+mod attention;
+mod backend;
+mod cache;
+mod config;
+mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
+mod device;
+mod dtype;
+mod error;
+mod layout;
+mod mask;
+mod meta;
+mod plan;
+mod problem;
+mod tensor;
+// Not `mod wgpu`: that name belongs to the crate, which is re-exported under it.
+#[cfg(feature = "wgpu")]
+#[path = "wgpu/mod.rs"]
+mod wgpu_backend;
+
+/// The wgpu that [`Device::wgpu`] speaks of; its major version is part of this crate's API.
+#[cfg(feature = "wgpu")]
+pub use ::wgpu;
+pub use half::{bf16, f16};
+
+pub use crate::attention::{
+    Attended, AttentionMask, MaskedAttention, PackedAttended, VarlenOptions, pack, pack_qkv, scatter_to_padded,
+    varlen_attention,
+};
+pub use crate::backend::Timing;
+pub use crate::config::{Config, DeviceChoice};
+pub use crate::device::{Device, DeviceReport};
+pub use crate::dtype::{DType, Element};
+pub use crate::error::{Error, Result};
+pub use crate::layout::Layout;
+pub use crate::mask::{KeyMask, MaskInteger, Run};
+pub use crate::meta::{CuSeqlens, VarlenMeta};
+pub use crate::plan::{Capabilities, Kernel, Path, Plan, Reason};
+pub use crate::tensor::{Tensor, TensorView, TensorViewMut};

@@ -1,0 +1,347 @@
+//! Key masks: which tokens of a padded batch are kept.
+
+use std::ops::Range;
+
+use crate::cache::DeviceCopies;
+use crate::error::{Error, Result};
+
+/// Bits of one word of a mask.
+const WORD_BITS: usize = 64;
+
+mod sealed {
+    pub trait Sealed {}
+}
+
+/// An integer that can stand in a mask: zero drops the token, anything else keeps it.
+pub trait MaskInteger: sealed::Sealed + Copy {
+    /// Whether the token is kept.
+    fn keeps(self) -> bool;
+}
+
+macro_rules! mask_integer {
+    ($($integer:ty),*) => {$(
+        impl sealed::Sealed for $integer {}
+        impl MaskInteger for $integer {
+            #[inline(always)]
+            fn keeps(self) -> bool {
+                self != 0
+            }
+        }
+    )*};
+}
+mask_integer!(u8, i8, u16, i16, u32, i32, u64, i64);
+
+/// A maximal range of consecutive kept tokens of one batch row.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Run {
+    /// First kept token.
+    pub start: u32,
+    /// Number of kept tokens, at least 1.
+    pub len: u32,
+}
+
+impl Run {
+    /// The run's tokens.
+    #[must_use]
+    pub fn range(self) -> Range<usize> {
+        self.start as usize..self.end()
+    }
+
+    /// One past the last kept token.
+    #[must_use]
+    pub fn end(self) -> usize {
+        self.start as usize + self.len as usize
+    }
+}
+
+/// Which of the `[B, S]` tokens are kept; one bit a token.
+///
+/// Given as a mask to dense attention it drops keys only; the rows of dropped queries are computed like any other. To have
+/// those rows skipped and written as zeros, build a [`VarlenMeta`](crate::VarlenMeta) from it.
+#[derive(Debug, Clone)]
+pub struct KeyMask {
+    batch: usize,
+    seq: usize,
+    /// `[B, ceil(S / 64)]`: bit `s % 64` of word `s / 64`; bits past S are 0.
+    words: Vec<u64>,
+    copies: DeviceCopies,
+}
+
+/// Two masks are equal if they keep the same tokens.
+impl PartialEq for KeyMask {
+    fn eq(&self, other: &Self) -> bool {
+        (self.batch, self.seq, &self.words) == (other.batch, other.seq, &other.words)
+    }
+}
+
+impl Eq for KeyMask {}
+
+impl KeyMask {
+    /// A mask from `[B, S]` booleans, row-major; `true` keeps.
+    ///
+    /// # Errors
+    /// [`Error::Length`] if `keep` has not `batch · seq` elements, [`Error::TooLarge`] if that number does not fit an `i32`.
+    pub fn from_bool(batch: usize, seq: usize, keep: &[bool]) -> Result<Self> {
+        Self::from_flags(batch, seq, keep, |&flag| flag)
+    }
+
+    /// A mask from `[B, S]` integers, row-major; any non-zero value keeps.
+    ///
+    /// # Errors
+    /// As [`from_bool`](Self::from_bool).
+    pub fn from_integers<T: MaskInteger>(batch: usize, seq: usize, keep: &[T]) -> Result<Self> {
+        Self::from_flags(batch, seq, keep, |&value| value.keeps())
+    }
+
+    /// A mask that keeps the first `lengths[b]` tokens of each row; the batch is the number of lengths.
+    ///
+    /// # Errors
+    /// [`Error::MaskRow`] for a length over `seq`, [`Error::TooLarge`] if `batch · seq` does not fit an `i32`.
+    pub fn from_lengths(seq: usize, lengths: &[usize]) -> Result<Self> {
+        let mut mask = Self::none(lengths.len(), seq)?;
+        for (row, &length) in lengths.iter().enumerate() {
+            if length > seq {
+                return Err(Error::MaskRow {
+                    argument: "lengths",
+                    row,
+                    expected: format!("a length of at most {seq}"),
+                    got: length.to_string(),
+                });
+            }
+            mask.keep(row, 0..length);
+        }
+        Ok(mask)
+    }
+
+    /// A mask that keeps the given ranges of each row; the batch is the number of rows. Ranges may be empty, touch or overlap.
+    ///
+    /// # Errors
+    /// [`Error::MaskRow`] for a range that ends past `seq` or before it starts, [`Error::TooLarge`] if `batch · seq` does not fit
+    /// an `i32`.
+    pub fn from_runs<R: AsRef<[Range<usize>]>>(seq: usize, rows: &[R]) -> Result<Self> {
+        let mut mask = Self::none(rows.len(), seq)?;
+        for (row, runs) in rows.iter().enumerate() {
+            for run in runs.as_ref() {
+                if run.start > run.end || run.end > seq {
+                    return Err(Error::MaskRow {
+                        argument: "runs",
+                        row,
+                        expected: format!("a range inside 0..{seq}"),
+                        got: format!("{run:?}"),
+                    });
+                }
+                mask.keep(row, run.clone());
+            }
+        }
+        Ok(mask)
+    }
+
+    /// A mask that keeps every token.
+    ///
+    /// # Errors
+    /// [`Error::TooLarge`] if `batch · seq` does not fit an `i32`.
+    pub fn all(batch: usize, seq: usize) -> Result<Self> {
+        let mut mask = Self::none(batch, seq)?;
+        (0..batch).for_each(|row| mask.keep(row, 0..seq));
+        Ok(mask)
+    }
+
+    /// Number of batch rows.
+    #[must_use]
+    pub fn batch(&self) -> usize {
+        self.batch
+    }
+
+    /// Tokens of each row, kept or not.
+    #[must_use]
+    pub fn seq(&self) -> usize {
+        self.seq
+    }
+
+    /// Whether token `token` of row `row` is kept; `false` outside the mask.
+    #[must_use]
+    pub fn keeps(&self, row: usize, token: usize) -> bool {
+        row < self.batch && token < self.seq && self.row_words(row)[token / WORD_BITS] >> (token % WORD_BITS) & 1 == 1
+    }
+
+    /// Number of kept tokens in the whole batch.
+    #[must_use]
+    pub fn total_kept(&self) -> usize {
+        self.words.iter().map(|word| word.count_ones() as usize).sum()
+    }
+
+    /// Whether every token is kept.
+    #[must_use]
+    pub fn is_all_kept(&self) -> bool {
+        self.total_kept() == self.batch * self.seq
+    }
+
+    /// Whether no token is kept.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.words.iter().all(|&word| word == 0)
+    }
+
+    /// The maximal ranges of kept tokens of row `row`, ascending; none if there is no such row.
+    pub fn runs(&self, row: usize) -> impl Iterator<Item = Run> + '_ {
+        Runs { words: if row < self.batch { self.row_words(row) } else { &[] }, position: 0 }
+    }
+
+    /// The bits of one row, least significant first; bits past the row's end are 0.
+    pub(crate) fn row_words(&self, row: usize) -> &[u64] {
+        let width = self.words_per_row();
+        &self.words[row * width..][..width]
+    }
+
+    /// The bits of all rows, `[B, words_per_row]`.
+    pub(crate) fn words(&self) -> &[u64] {
+        &self.words
+    }
+
+    pub(crate) fn words_per_row(&self) -> usize {
+        self.seq.div_ceil(WORD_BITS)
+    }
+
+    pub(crate) fn copies(&self) -> &DeviceCopies {
+        &self.copies
+    }
+
+    fn none(batch: usize, seq: usize) -> Result<Self> {
+        check_token_count(batch, seq)?;
+        let words = vec![0; batch * seq.div_ceil(WORD_BITS)];
+        Ok(Self { batch, seq, words, copies: DeviceCopies::default() })
+    }
+
+    fn from_flags<T>(batch: usize, seq: usize, flags: &[T], keeps: impl Fn(&T) -> bool) -> Result<Self> {
+        let expected = check_token_count(batch, seq)?;
+        if flags.len() != expected {
+            return Err(Error::Length { argument: "mask", expected, got: flags.len() });
+        }
+        let mut words = Vec::with_capacity(batch * seq.div_ceil(WORD_BITS));
+        for row in flags.chunks_exact(seq.max(1)) {
+            words.extend(row.chunks(WORD_BITS).map(|chunk| {
+                chunk.iter().enumerate().fold(0_u64, |word, (bit, flag)| word | u64::from(keeps(flag)) << bit)
+            }));
+        }
+        Ok(Self { batch, seq, words, copies: DeviceCopies::default() })
+    }
+
+    fn keep(&mut self, row: usize, range: Range<usize>) {
+        let width = self.words_per_row();
+        let words = &mut self.words[row * width..][..width];
+        let mut position = range.start;
+        while position < range.end {
+            let bit = position % WORD_BITS;
+            let count = (WORD_BITS - bit).min(range.end - position);
+            words[position / WORD_BITS] |= (u64::MAX >> (WORD_BITS - count)) << bit;
+            position += count;
+        }
+    }
+}
+
+/// `batch · seq`, if every position fits the `i32` of `cu_seqlens` and `inv_indices`.
+fn check_token_count(batch: usize, seq: usize) -> Result<usize> {
+    let limit = i32::MAX as u64;
+    let got = (batch as u128 * seq as u128).max(batch as u128);
+    match usize::try_from(got) {
+        Ok(_) if got <= u128::from(limit) => Ok(batch * seq),
+        _ => Err(Error::TooLarge {
+            argument: "mask",
+            limit_name: "an i32 of batch · seq",
+            limit,
+            got: u64::try_from(got).unwrap_or(u64::MAX),
+        }),
+    }
+}
+
+/// Walks the runs of one row a word at a time.
+struct Runs<'a> {
+    words: &'a [u64],
+    position: usize,
+}
+
+impl Runs<'_> {
+    /// The first position at or after `from` whose bit is `set`, or the end of the words.
+    fn first_bit(&self, from: usize, set: bool) -> usize {
+        let flip = if set { 0 } else { u64::MAX };
+        let mut unseen = u64::MAX << (from % WORD_BITS);
+        for (index, &word) in self.words.iter().enumerate().skip(from / WORD_BITS) {
+            let hits = (word ^ flip) & unseen;
+            if hits != 0 {
+                return index * WORD_BITS + hits.trailing_zeros() as usize;
+            }
+            unseen = u64::MAX;
+        }
+        self.words.len() * WORD_BITS
+    }
+}
+
+impl Iterator for Runs<'_> {
+    type Item = Run;
+
+    fn next(&mut self) -> Option<Run> {
+        let start = self.first_bit(self.position, true);
+        if start >= self.words.len() * WORD_BITS {
+            return None;
+        }
+        let end = self.first_bit(start, false);
+        self.position = end;
+        // Both fit: the constructors bound batch · seq by i32::MAX.
+        Some(Run { start: start as u32, len: (end - start) as u32 })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn runs_cross_words_and_end_at_the_row() -> Result<()> {
+        let mask = KeyMask::from_runs(130, &[vec![0..1, 60..70, 127..130], vec![], vec![0..130]])?;
+        let runs = |row| mask.runs(row).map(Run::range).collect::<Vec<_>>();
+        assert_eq!(runs(0), [0..1, 60..70, 127..130]);
+        assert!(runs(1).is_empty());
+        assert_eq!(mask.runs(2).map(Run::range).collect::<Vec<_>>(), [Range { start: 0, end: 130 }]);
+        assert_eq!(mask.runs(3).count(), 0);
+        Ok(())
+    }
+
+    #[test]
+    fn a_length_of_whole_words_ends_its_run() -> Result<()> {
+        let mask = KeyMask::from_lengths(192, &[128, 192, 64])?;
+        assert_eq!(mask.runs(0).collect::<Vec<_>>(), [Run { start: 0, len: 128 }]);
+        assert_eq!(mask.runs(1).collect::<Vec<_>>(), [Run { start: 0, len: 192 }]);
+        assert_eq!(mask.total_kept(), 128 + 192 + 64);
+        Ok(())
+    }
+
+    #[test]
+    fn every_source_gives_the_same_mask() -> Result<()> {
+        let flags = [true, false, true, true, false, false];
+        let mask = KeyMask::from_bool(2, 3, &flags)?;
+        assert_eq!(mask, KeyMask::from_integers(2, 3, &[7_i64, 0, -1, i64::MIN, 0, 0])?);
+        assert_eq!(mask, KeyMask::from_integers(2, 3, &[255_u8, 0, 2, 1, 0, 0])?);
+        assert_eq!(mask, KeyMask::from_runs(3, &[vec![0..1, 2..3], vec![Range { start: 0, end: 1 }]])?);
+        assert!(mask.keeps(0, 2) && !mask.keeps(0, 1) && !mask.keeps(0, 3) && !mask.keeps(2, 0));
+        Ok(())
+    }
+
+    #[test]
+    fn sizes_are_checked() {
+        assert_eq!(
+            KeyMask::from_bool(2, 3, &[true; 5]).err(),
+            Some(Error::Length { argument: "mask", expected: 6, got: 5 })
+        );
+        assert!(matches!(KeyMask::all(1 << 20, 1 << 20), Err(Error::TooLarge { .. })));
+        assert!(matches!(KeyMask::all(usize::MAX, usize::MAX), Err(Error::TooLarge { .. })));
+        assert!(matches!(KeyMask::from_lengths(4, &[4, 5]), Err(Error::MaskRow { row: 1, .. })));
+    }
+
+    #[test]
+    fn empty_batches_and_rows_are_masks() -> Result<()> {
+        assert!(KeyMask::from_bool(0, 5, &[])?.is_empty());
+        let rows_of_nothing = KeyMask::from_bool(3, 0, &[])?;
+        assert_eq!((rows_of_nothing.batch(), rows_of_nothing.runs(2).count()), (3, 0));
+        Ok(())
+    }
+}

@@ -1,0 +1,290 @@
+//! Launches of the attention shader: dense, on packed rows, and the packed path of padded tensors.
+
+use std::f32::consts::LOG2_E;
+use std::ops::Range;
+
+use crate::backend::{Attention, Rows as AttentionRows};
+use crate::error::{Error, Result};
+use crate::mask::KeyMask;
+use crate::meta::{CuSeqlens, VarlenMeta};
+
+use super::WgpuDevice;
+use super::copy::{RowShape, packed_rows};
+use super::launch::{Launch, Window};
+use super::metadata::TILE_ROWS;
+use super::params::AttentionParams;
+use super::placement::{MAX_GROUPS, Operand, Placed, Rows};
+use super::shader::Shader;
+
+/// Placed tensors of one launch.
+struct Tensors {
+    q: Placed,
+    k: Placed,
+    v: Placed,
+    out: Placed,
+}
+
+/// The sequences of one launch on packed rows.
+struct Sequences<'a> {
+    query: &'a CuSeqlens,
+    key: &'a CuSeqlens,
+    range: Range<usize>,
+    /// Packed rows at which the placed tensors start.
+    q_row_base: usize,
+    k_row_base: usize,
+}
+
+impl WgpuDevice {
+    pub(super) fn record_attention(&self, attention: &Attention<'_>, launches: &mut Vec<Launch>) -> Result<()> {
+        let heads = attention.problem.shape.num_heads;
+        if heads > MAX_GROUPS {
+            let (limit_name, limit) = ("heads in max_compute_workgroups_per_dimension", MAX_GROUPS as u64);
+            return Err(Error::TooLarge { argument: "q", limit_name, limit, got: heads as u64 });
+        }
+        match &attention.rows {
+            AttentionRows::Dense { key_mask, zero_rows, .. } => {
+                self.record_dense(attention, *key_mask, *zero_rows, launches)
+            }
+            AttentionRows::Packed { query, key } => self.record_packed(attention, query, key, launches),
+            AttentionRows::Varlen { query, key } => self.record_varlen(attention, query, key, launches),
+        }
+    }
+
+    fn record_dense(
+        &self,
+        attention: &Attention<'_>,
+        key_mask: Option<&KeyMask>,
+        zero_rows: Option<&KeyMask>,
+        launches: &mut Vec<Launch>,
+    ) -> Result<()> {
+        let shape = attention.problem.shape;
+        let [q, k, v, out] = self.operands(attention, Rows::Padded, Rows::Padded)?;
+        let AttentionRows::Dense { bias, .. } = &attention.rows else { return Ok(()) };
+        let bias = bias.as_ref().map(|bias| self.input("bias", bias, Rows::Padded)).transpose()?;
+        let mut bound = vec![q, k, v, out];
+        bound.extend(bias);
+        let tiles = shape.seq_q.div_ceil(TILE_ROWS);
+        if tiles > MAX_GROUPS {
+            let (limit_name, limit) =
+                ("query rows in max_compute_workgroups_per_dimension", (MAX_GROUPS * TILE_ROWS) as u64);
+            return Err(Error::TooLarge { argument: "q", limit_name, limit, got: shape.seq_q as u64 });
+        }
+        let bits = |mask: Option<&KeyMask>| mask.map(|mask| self.mask_bits(mask)).transpose();
+        let (key_bits, row_bits) = (bits(key_mask)?, bits(zero_rows)?);
+        let shader = Shader::AttentionDense {
+            dtype: attention.problem.dtype,
+            head_dim: shape.head_dim,
+            key_mask: key_mask.is_some(),
+            zero_rows: zero_rows.is_some(),
+            bias: bias.map(|bias| bias.dtype),
+        };
+        for range in self.split_batch(shape.batch, &bound, |_| 0)? {
+            let mut scratch = Vec::new();
+            let tensors = Tensors {
+                q: self.place_input(&q, &range, launches, &mut scratch)?,
+                k: self.place_input(&k, &range, launches, &mut scratch)?,
+                v: self.place_input(&v, &range, launches, &mut scratch)?,
+                out: out.place_output(&range)?,
+            };
+            let mut params = AttentionParams {
+                batch_base: range.start as u32,
+                key_words: key_bits.as_ref().map_or(0, |bits| bits.row_words),
+                row_words: row_bits.as_ref().map_or(0, |bits| bits.row_words),
+                ..attention_params(attention, &tensors)
+            };
+            let mut bias_window = self.unused_read();
+            if let Some(bias) = &bias {
+                let (window, offset) = bias.place_elements(&range)?;
+                bias_window = window;
+                params.bias_offset = offset;
+                // Each fits wherever it is stepped over: a binding is below 2 GiB.
+                let [b, h, q, k] = [0, 1, 2, 3].map(|dim| bias.layout.strides()[dim] as u32);
+                (params.bias_stride_b, params.bias_stride_h) = (b, h);
+                (params.bias_stride_q, params.bias_stride_k) = (q, k);
+            }
+            let mask_window = |bits: &Option<std::sync::Arc<super::metadata::MaskBits>>| {
+                bits.as_ref().map_or_else(|| self.unused_read(), |bits| Window::whole(&bits.buffer))
+            };
+            let Tensors { q, k, v, out } = tensors;
+            launches.push(Launch {
+                shader,
+                params: bytemuck::bytes_of(&params).to_vec(),
+                windows: vec![
+                    q.window,
+                    k.window,
+                    v.window,
+                    out.window,
+                    mask_window(&key_bits),
+                    mask_window(&row_bits),
+                    bias_window,
+                ],
+                groups: [tiles as u32, range.len() as u32, shape.num_heads as u32],
+            });
+            self.allocator.give_back(scratch);
+        }
+        Ok(())
+    }
+
+    fn record_packed(
+        &self,
+        attention: &Attention<'_>,
+        query: &CuSeqlens,
+        key: &CuSeqlens,
+        launches: &mut Vec<Launch>,
+    ) -> Result<()> {
+        let [q, k, v, out] = self.operands(attention, Rows::Packed(query), Rows::Packed(key))?;
+        for range in self.split_batch(query.batch(), &[q, k, v, out], |_| 0)? {
+            let mut scratch = Vec::new();
+            let tensors = Tensors {
+                q: self.place_input(&q, &range, launches, &mut scratch)?,
+                k: self.place_input(&k, &range, launches, &mut scratch)?,
+                v: self.place_input(&v, &range, launches, &mut scratch)?,
+                out: out.place_output(&range)?,
+            };
+            let (q_row_base, k_row_base) = (query.rows(range.start).start, key.rows(range.start).start);
+            let sequences = Sequences { query, key, range, q_row_base, k_row_base };
+            self.push_packed(attention, tensors, &sequences, launches)?;
+            self.allocator.give_back(scratch);
+        }
+        Ok(())
+    }
+
+    /// Pack, attention on the packed rows, scatter; a range of batch rows at a time, through scratch.
+    fn record_varlen(
+        &self,
+        attention: &Attention<'_>,
+        query: &VarlenMeta,
+        key: &VarlenMeta,
+        launches: &mut Vec<Launch>,
+    ) -> Result<()> {
+        let (shape, size) = (attention.problem.shape, attention.problem.dtype.size());
+        let [q, k, v, out] = self.operands(attention, Rows::Padded, Rows::Padded)?;
+        let q_row = RowShape::new(shape.num_heads, shape.head_dim, size);
+        let kv_row = RowShape::new(shape.num_kv_heads, shape.head_dim, size);
+        let q_bytes = |range: &Range<usize>| packed_rows(query, range).len() as u64 * q_row.bytes();
+        let kv_bytes = |range: &Range<usize>| packed_rows(key, range).len() as u64 * kv_row.bytes();
+        let scratch_bytes = |range: &Range<usize>| q_bytes(range).max(kv_bytes(range));
+        for range in self.split_batch(shape.batch, &[q, k, v, out], scratch_bytes)? {
+            let mut scratch = Vec::new();
+            let mut pack = |operand: &Operand<'_>, row: RowShape, meta: &VarlenMeta| -> Result<Placed> {
+                let src = self.place_input(operand, &range, launches, &mut scratch)?;
+                let bytes = packed_rows(meta, &range).len() as u64 * row.bytes();
+                let buffer = self.allocator.take_scratch(bytes)?;
+                let dst = row.packed_in(&buffer);
+                scratch.push(buffer);
+                self.push_pack(&src, &dst, row, meta, &range, launches)?;
+                Ok(dst)
+            };
+            let (q, k, v) = (pack(&q, q_row, query)?, pack(&k, kv_row, key)?, pack(&v, kv_row, key)?);
+            let buffer = self.allocator.take_scratch(q_bytes(&range))?;
+            let packed_out = q_row.packed_in(&buffer);
+            scratch.push(buffer);
+            let sequences = Sequences {
+                query: query.cu_seqlens(),
+                key: key.cu_seqlens(),
+                range: range.clone(),
+                q_row_base: packed_rows(query, &range).start,
+                k_row_base: packed_rows(key, &range).start,
+            };
+            self.push_packed(attention, Tensors { q, k, v, out: packed_out.clone() }, &sequences, launches)?;
+            self.push_scatter(&packed_out, &out.place_output(&range)?, q_row, query, &range, launches)?;
+            self.allocator.give_back(scratch);
+        }
+        Ok(())
+    }
+
+    fn push_packed(
+        &self,
+        attention: &Attention<'_>,
+        tensors: Tensors,
+        sequences: &Sequences<'_>,
+        launches: &mut Vec<Launch>,
+    ) -> Result<()> {
+        let shape = attention.problem.shape;
+        let tiles = self.tiles(sequences.query)?;
+        let of_range = tiles.of(&sequences.range);
+        if of_range.is_empty() {
+            return Ok(());
+        }
+        let grid_width = of_range.len().min(MAX_GROUPS);
+        let mut params = AttentionParams {
+            first_tile: of_range.start,
+            end_tile: of_range.end,
+            grid_width: grid_width as u32,
+            q_row_base: sequences.q_row_base as u32,
+            k_row_base: sequences.k_row_base as u32,
+            ..attention_params(attention, &tensors)
+        };
+        let mut lse_window = Window::whole(&self.unused[1]);
+        if let Some(lse) = &attention.lse {
+            let operand = self.output("lse", lse, Rows::Padded)?;
+            let (window, offset) = operand.place_elements(&(0..shape.num_heads))?;
+            if window.size > self.capabilities.max_binding_bytes {
+                let (limit_name, limit) =
+                    ("max_storage_buffer_binding_size (bytes)", self.capabilities.max_binding_bytes);
+                return Err(Error::TooLarge { argument: "lse", limit_name, limit, got: window.size });
+            }
+            lse_window = window;
+            params.lse_offset = offset;
+            (params.lse_stride_h, params.lse_stride_s) =
+                (operand.layout.strides()[0] as u32, operand.layout.strides()[1] as u32);
+        }
+        let (dtype, head_dim) = (attention.problem.dtype, shape.head_dim);
+        let Tensors { q, k, v, out } = tensors;
+        launches.push(Launch {
+            shader: Shader::AttentionPacked { dtype, head_dim, lse: attention.lse.is_some() },
+            params: bytemuck::bytes_of(&params).to_vec(),
+            windows: vec![
+                q.window,
+                k.window,
+                v.window,
+                out.window,
+                lse_window,
+                Window::whole(&tiles.buffer),
+                Window::whole(&self.cu_seqlens(sequences.key)?.0),
+            ],
+            groups: [grid_width as u32, of_range.len().div_ceil(grid_width) as u32, shape.num_heads as u32],
+        });
+        Ok(())
+    }
+
+    fn operands<'a>(&self, attention: &Attention<'a>, q_rows: Rows<'a>, kv_rows: Rows<'a>) -> Result<[Operand<'a>; 4]> {
+        Ok([
+            self.input("q", &attention.q, q_rows)?,
+            self.input("k", &attention.k, kv_rows)?,
+            self.input("v", &attention.v, kv_rows)?,
+            self.output("out", &attention.out, q_rows)?,
+        ])
+    }
+
+    fn unused_read(&self) -> Window {
+        Window::whole(&self.unused[0])
+    }
+}
+
+fn attention_params(attention: &Attention<'_>, Tensors { q, k, v, out }: &Tensors) -> AttentionParams {
+    let shape = attention.problem.shape;
+    AttentionParams {
+        q_offset: q.offset,
+        q_stride_b: q.stride_b,
+        q_stride_s: q.stride_s,
+        q_stride_h: q.stride_h,
+        k_offset: k.offset,
+        k_stride_b: k.stride_b,
+        k_stride_s: k.stride_s,
+        k_stride_h: k.stride_h,
+        v_offset: v.offset,
+        v_stride_b: v.stride_b,
+        v_stride_s: v.stride_s,
+        v_stride_h: v.stride_h,
+        out_offset: out.offset,
+        out_stride_b: out.stride_b,
+        out_stride_s: out.stride_s,
+        out_stride_h: out.stride_h,
+        seq_q: shape.seq_q as u32,
+        seq_k: shape.seq_k as u32,
+        group_size: shape.group_size() as u32,
+        score_scale: attention.problem.softmax_scale * LOG2_E,
+        ..Default::default()
+    }
+}

@@ -1,0 +1,186 @@
+//! The WGSL device: compute shaders on Vulkan, Metal, DirectX 12 and WebGPU adapters, with no optional feature.
+
+mod adapter;
+mod attention;
+mod buffer;
+mod copy;
+mod fault;
+mod launch;
+mod metadata;
+mod params;
+mod placement;
+mod shader;
+mod timer;
+mod transfer;
+
+use std::any::Any;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use wgpu::{DeviceType, Features};
+
+use crate::backend::{Backend, DeviceBuffer, Op, Sink, Source, Storage, Timing};
+use crate::cache::DeviceId;
+use crate::dtype::DType;
+use crate::error::{Error, Result};
+use crate::plan::{Capabilities, Kernel};
+
+use buffer::{Allocator, WgpuBuffer};
+use fault::Faults;
+use launch::Launcher;
+use timer::Timer;
+
+/// A wgpu device with its queue and what was compiled and allocated on it.
+#[derive(Debug)]
+pub(crate) struct WgpuDevice {
+    id: DeviceId,
+    name: Arc<str>,
+    capabilities: Capabilities,
+    device: wgpu::Device,
+    queue: wgpu::Queue,
+    faults: Arc<Faults>,
+    allocator: Allocator,
+    launcher: Launcher,
+    timer: Timer,
+    /// Held from recording an operation to submitting all of it: scratch goes from one operation to the next in that order.
+    recording: Mutex<()>,
+    /// Bound where a shader variant has a binding that it does not use, to read and to write.
+    unused: [wgpu::Buffer; 2],
+}
+
+impl WgpuDevice {
+    /// Opens the best adapter; `max_binding_bytes` lowers its limit.
+    pub(crate) fn open(include_software: bool, max_binding_bytes: Option<u64>) -> Result<Self> {
+        // 0 is the CPU device.
+        static NEXT_ID: AtomicU64 = AtomicU64::new(1);
+        let (adapter, device, queue) = adapter::open(include_software, max_binding_bytes)?;
+        let info = adapter.get_info();
+        let limits = device.limits();
+        let capabilities = Capabilities {
+            backend: "wgpu",
+            adapter: format!("{}, {:?}, {} {}", info.name, info.backend, info.driver, info.driver_info),
+            is_software: info.device_type == DeviceType::Cpu,
+            dtypes: &[DType::F32, DType::F16, DType::Bf16],
+            kernels: vec![Kernel::WgslPortable],
+            has_fused: false,
+            max_buffer_bytes: limits.max_buffer_size,
+            // The shaders count 16-byte words in 32 bits, and Vulkan's bindings end below 2 GiB.
+            max_binding_bytes: limits.max_storage_buffer_binding_size.min((1 << 31) - 256),
+            has_timestamps: device.features().contains(Features::TIMESTAMP_QUERY),
+        };
+        let id = DeviceId(NEXT_ID.fetch_add(1, Ordering::Relaxed));
+        let name: Arc<str> = capabilities.to_string().into();
+        let faults = Faults::watch(&device, &name);
+        let allocator = Allocator::new(&device, &faults, id, &name);
+        let launcher = Launcher::new(&device, &queue, &faults, &allocator)?;
+        let unused = [allocator.storage("unused", 0)?, allocator.storage("unused", 0)?];
+        let timer = Timer::new(&name);
+        Ok(Self {
+            id,
+            name,
+            capabilities,
+            device,
+            queue,
+            faults,
+            allocator,
+            launcher,
+            timer,
+            recording: Mutex::new(()),
+            unused,
+        })
+    }
+
+    pub(crate) fn handles(&self) -> (&wgpu::Device, &wgpu::Queue) {
+        (&self.device, &self.queue)
+    }
+
+    /// A new buffer that holds the bytes.
+    fn uploaded(&self, label: &'static str, bytes: &[u8]) -> Result<wgpu::Buffer> {
+        let buffer = self.allocator.storage(label, bytes.len() as u64)?;
+        transfer::upload(&self.queue, &self.faults, &buffer, bytes)?;
+        Ok(buffer)
+    }
+
+    fn own<'a>(&self, buffer: &'a dyn DeviceBuffer) -> Result<&'a WgpuBuffer> {
+        buffer.as_any().downcast_ref::<WgpuBuffer>().ok_or_else(|| self.foreign(buffer.device_name()))
+    }
+
+    fn source<'a>(&self, source: Source<'a>) -> Result<&'a WgpuBuffer> {
+        match source {
+            Source::Device(buffer) => self.own(buffer),
+            Source::Host(_) => Err(self.foreign("cpu")),
+        }
+    }
+
+    fn sink<'a>(&self, sink: &Sink<'a>) -> Result<&'a WgpuBuffer> {
+        match sink {
+            Sink::Device(buffer) => self.own(*buffer),
+            Sink::Host(_) => Err(self.foreign("cpu")),
+        }
+    }
+
+    fn foreign(&self, got: &str) -> Error {
+        Error::DeviceMismatch { argument: "memory", expected: self.name.to_string(), got: got.to_owned() }
+    }
+}
+
+impl Backend for WgpuDevice {
+    fn id(&self) -> DeviceId {
+        self.id
+    }
+
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn capabilities(&self) -> &Capabilities {
+        &self.capabilities
+    }
+
+    fn alloc(&self, bytes: u64) -> Result<Storage> {
+        Ok(Storage::Device(Box::new(self.allocator.tensor(bytes)?)))
+    }
+
+    fn upload(&self, to: Sink<'_>, bytes: &[u8]) -> Result<()> {
+        transfer::upload(&self.queue, &self.faults, &self.sink(&to)?.raw, bytes)
+    }
+
+    fn download(&self, from: Source<'_>, into: &mut [u8]) -> Result<()> {
+        let buffer = &self.source(from)?.raw;
+        transfer::download((&self.device, &self.queue), &self.allocator, &self.faults, buffer, into)
+    }
+
+    fn execute(&self, op: Op<'_>) -> Result<()> {
+        let _recording = self.recording.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut launches = Vec::new();
+        match op {
+            Op::Attention(attention) => self.record_attention(&attention, &mut launches)?,
+            Op::Pack { pairs, meta } => {
+                for (from, to) in &pairs {
+                    self.record_pack(from, to, meta, &mut launches)?;
+                }
+            }
+            Op::Scatter { packed, padded, meta } => self.record_scatter(&packed, &padded, meta, &mut launches)?,
+            Op::Zero(out) => self.record_zero(&out, &mut launches)?,
+        }
+        self.launcher.submit(&launches, &self.timer)
+    }
+
+    fn synchronize(&self) -> Result<()> {
+        transfer::wait(&self.device, &self.faults)
+    }
+
+    fn start_timer(&self) -> Result<()> {
+        // On the host's clock, earlier work must not count.
+        transfer::wait(&self.device, &self.faults)?;
+        self.timer.start(&self.device, &self.faults)
+    }
+
+    fn stop_timer(&self) -> Result<Timing> {
+        self.timer.stop((&self.device, &self.queue), &self.allocator, &self.faults)
+    }
+
+    fn as_any(&self) -> &dyn Any {
+        self
+    }
+}

@@ -1,0 +1,65 @@
+//! Uniform parameters of the shaders. Each struct is declared once: its WGSL text is made from the same list of fields.
+
+use bytemuck::{Pod, Zeroable};
+
+macro_rules! params {
+    ($(#[$doc:meta])* $name:ident { $($(#[$field_doc:meta])* $field:ident: $scalar:ident,)* }) => {
+        $(#[$doc])*
+        #[repr(C)]
+        #[derive(Debug, Clone, Copy, Default, Pod, Zeroable)]
+        pub(super) struct $name {
+            $($(#[$field_doc])* pub $field: $scalar,)*
+        }
+
+        impl $name {
+            /// The struct in WGSL: 4-byte scalars lie in the same places there.
+            pub const WGSL: &str =
+                concat!("struct Params {\n", $("    ", stringify!($field), ": ", stringify!($scalar), ",\n",)* "}\n");
+        }
+    };
+}
+
+params! {
+    /// Parameters of `attention.wgsl`. Offsets and strides of tensors are in words of 16 bytes from the start of the binding,
+    /// those of the bias and the lse in elements.
+    AttentionParams {
+        q_offset: u32, q_stride_b: u32, q_stride_s: u32, q_stride_h: u32,
+        k_offset: u32, k_stride_b: u32, k_stride_s: u32, k_stride_h: u32,
+        v_offset: u32, v_stride_b: u32, v_stride_s: u32, v_stride_h: u32,
+        out_offset: u32, out_stride_b: u32, out_stride_s: u32, out_stride_h: u32,
+        bias_offset: u32, bias_stride_b: u32, bias_stride_h: u32, bias_stride_q: u32, bias_stride_k: u32,
+        lse_offset: u32, lse_stride_h: u32, lse_stride_s: u32,
+        seq_q: u32, seq_k: u32,
+        /// Query heads of one key/value head.
+        group_size: u32,
+        /// `softmax_scale` · log2(e).
+        score_scale: f32,
+        /// First batch row of the launch, for the masks, which are bound whole.
+        batch_base: u32,
+        /// u32s of one mask row.
+        key_words: u32, row_words: u32,
+        /// Tiles of the launch in the list, and how many of them lie side by side in the grid.
+        first_tile: u32, end_tile: u32, grid_width: u32,
+        /// First packed rows of the bindings of q and of k and v.
+        q_row_base: u32, k_row_base: u32,
+    }
+}
+
+params! {
+    /// Parameters of the shaders that copy or zero rows.
+    CopyParams {
+        src_offset: u32, src_stride_b: u32, src_stride_s: u32, src_stride_h: u32,
+        dst_offset: u32, dst_stride_b: u32, dst_stride_s: u32, dst_stride_h: u32,
+        rows: u32, heads: u32,
+        /// Words (or u32s, see the shader) of one head of one row.
+        head_words: u32,
+        /// Tokens of a batch row.
+        seq: u32,
+        /// First row of the launch in the index list.
+        first_row: u32,
+        /// First batch row of the padded tensor's binding.
+        batch_base: u32,
+        /// First packed row of the packed tensor's binding.
+        row_base: u32,
+    }
+}
