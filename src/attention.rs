@@ -102,7 +102,7 @@ impl MaskedAttention {
     }
 
     /// Takes this path whatever the plan would be; for tests and comparisons. A call it does not fit fails with
-    /// [`Error::NotApplicable`](Error::NotApplicable).
+    /// [`Error::NotApplicable`].
     #[must_use]
     pub fn with_path(mut self, path: Path) -> Self {
         self.forced.path = Some(path);
@@ -110,7 +110,7 @@ impl MaskedAttention {
     }
 
     /// Runs this kernel whatever the plan would be; for tests and comparisons. A device that does not run it fails with
-    /// [`Error::NotApplicable`](Error::NotApplicable).
+    /// [`Error::NotApplicable`].
     #[must_use]
     pub fn with_kernel(mut self, kernel: Kernel) -> Self {
         self.forced.kernel = Some(kernel);
@@ -127,7 +127,7 @@ impl MaskedAttention {
     ///
     /// # Errors
     /// Any of [`Error`] that names an argument, if the arguments do not fit one another or the device; nothing is
-    /// launched then. [`Error::OutOfMemory`](Error::OutOfMemory) and the device's own failures otherwise.
+    /// launched then. [`Error::OutOfMemory`] and the device's own failures otherwise.
     pub fn forward<'a>(
         &self,
         q: impl Into<TensorView<'a>>,
@@ -156,7 +156,7 @@ impl MaskedAttention {
     /// of the view is written, and nothing else.
     ///
     /// # Errors
-    /// As [`forward`](Self::forward); [`Error::Overlap`](Error::Overlap) if `out` shares memory with an input.
+    /// As [`forward`](Self::forward); [`Error::Overlap`] if `out` shares memory with an input.
     pub fn forward_into<'a, 'o>(
         &self,
         q: impl Into<TensorView<'a>>,
@@ -240,7 +240,7 @@ fn varlen_rows<'a>(query: &'a VarlenMeta, key: &'a VarlenMeta, path: Path) -> Ro
 /// Copies the valid rows of a padded `[B, S, H, D]` tensor to a packed `[total_valid, H, D]` one, bit for bit.
 ///
 /// # Errors
-/// An [`Error`] that names the argument that does not fit; [`Error::OutOfMemory`](Error::OutOfMemory).
+/// An [`Error`] that names the argument that does not fit; [`Error::OutOfMemory`].
 pub fn pack<'a>(device: &Device, padded: impl Into<TensorView<'a>>, meta: &VarlenMeta) -> Result<Tensor> {
     let padded = padded.into();
     let mut packed = uninit_packed(device, "padded", &padded, meta)?;
@@ -376,7 +376,7 @@ impl VarlenOptions {
 /// zeros.
 ///
 /// # Errors
-/// As [`MaskedAttention::forward`]; [`Error::CuSeqlens`](Error::CuSeqlens) if the sequences do not fit the tensors.
+/// As [`MaskedAttention::forward`]; [`Error::CuSeqlens`] if the sequences do not fit the tensors.
 pub fn varlen_attention<'a>(
     device: &Device,
     [q, k, v]: [impl Into<TensorView<'a>>; 3],

@@ -2,7 +2,7 @@
 
 use std::any::Any;
 use std::fmt::{self, Debug};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::cache::DeviceId;
 use crate::dtype::DType;
@@ -154,11 +154,12 @@ pub(crate) trait Backend: Debug + Send + Sync {
     fn execute(&self, op: Op<'_>) -> Result<()>;
     /// Waits for all work launched so far.
     fn synchronize(&self) -> Result<()>;
-    /// Starts to add up the time that launches take on the device. [`Backend::stop_timer`] ends it.
-    fn start_timer(&self) -> Result<()>;
-    /// Waits for all work and gives the time since [`Backend::start_timer`].
-    fn stop_timer(&self) -> Result<Timing>;
+    /// Starts to add up the time that launches take on the device; gives the host's time.
+    fn start_timer(&self) -> Result<Instant>;
+    /// Waits for all work and gives the time since [`Backend::start_timer`] gave `started`.
+    fn stop_timer(&self, started: Instant) -> Result<Timing>;
     /// For accessors of one backend's own handles.
+    #[cfg_attr(not(feature = "wgpu"), allow(dead_code, reason = "only the wgpu device has such accessors"))]
     fn as_any(&self) -> &dyn Any;
 }
 

@@ -2,13 +2,25 @@
 
 use std::any::Any;
 use std::fmt;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::error::Result;
 
 /// Identifies one device of this process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub(crate) struct DeviceId(pub(crate) u64);
+pub(crate) struct DeviceId(u64);
+
+impl DeviceId {
+    /// The host's processor and memory.
+    pub(crate) const CPU: Self = Self(0);
+
+    /// An id that no other device of this process has.
+    pub(crate) fn unique() -> Self {
+        static NEXT: AtomicU64 = AtomicU64::new(1);
+        Self(NEXT.fetch_add(1, Ordering::Relaxed))
+    }
+}
 
 type Entry = (DeviceId, Arc<dyn Any + Send + Sync>);
 

@@ -21,6 +21,8 @@ pub enum DeviceChoice {
     Cpu,
 }
 
+const DEVICE_NAMES: &str = "cuda, cuda:N, wgpu or cpu";
+
 impl FromStr for DeviceChoice {
     type Err = Error;
 
@@ -36,11 +38,7 @@ impl FromStr for DeviceChoice {
                 .and_then(|ordinal| ordinal.parse().ok())
                 .map(Self::Cuda),
         };
-        choice.ok_or_else(|| Error::Environment {
-            variable: Config::DEVICE_VARIABLE,
-            expected: "cuda, cuda:N, wgpu or cpu",
-            got: text.to_owned(),
-        })
+        choice.ok_or_else(|| Error::UnknownDevice { expected: DEVICE_NAMES, got: text.to_owned() })
     }
 }
 
@@ -100,7 +98,11 @@ impl Config {
         };
         let device = match device {
             None => DeviceChoice::Auto,
-            Some(value) => value.to_string_lossy().parse()?,
+            Some(value) => {
+                let got = value.to_string_lossy().into_owned();
+                let variable = Self::DEVICE_VARIABLE;
+                got.parse().map_err(|_| Error::Environment { variable, expected: DEVICE_NAMES, got })?
+            }
         };
         Ok(Self { device, force_dense, max_binding_bytes: None })
     }

@@ -115,14 +115,14 @@ impl Device {
     }
 
     /// Runs `work` and gives the time its launches took: on the device if it has timestamp queries, on the host's clock
-    /// otherwise. Waits for the work. One timing at a time on one device.
+    /// otherwise. Waits for the work. On wgpu devices one timing at a time: what other threads launch meanwhile counts too.
     ///
     /// # Errors
     /// Those of `work`, and [`Error::Backend`] if the device cannot be timed.
     pub fn time<R>(&self, work: impl FnOnce() -> Result<R>) -> Result<(R, Timing)> {
-        self.backend.start_timer()?;
+        let started = self.backend.start_timer()?;
         let result = work();
-        let timing = self.backend.stop_timer()?;
+        let timing = self.backend.stop_timer(started)?;
         Ok((result?, timing))
     }
 

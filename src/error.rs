@@ -201,6 +201,14 @@ pub enum Error {
         /// Value that came.
         got: String,
     },
+    /// A device's name is not understood.
+    #[error("`device`: expected {expected}, got {got:?}")]
+    UnknownDevice {
+        /// Names that are understood.
+        expected: &'static str,
+        /// Name that came.
+        got: String,
+    },
     /// A tensor lives on another device than the one asked to compute.
     #[error("`{argument}`: expected a tensor of device {expected}, got one of {got}")]
     DeviceMismatch {

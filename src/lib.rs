@@ -13,6 +13,9 @@
 //!
 //! The CPU device is always there.
 
+// The seam and the copies of metadata on devices have no other users where no GPU backend is built.
+#![cfg_attr(not(any(feature = "wgpu", feature = "cuda")), allow(dead_code))]
+
 mod attention;
 mod backend;
 mod cache;
@@ -37,6 +40,11 @@ mod wgpu_backend;
 /// The wgpu that [`Device::wgpu`] speaks of; its major version is part of this crate's API.
 #[cfg(feature = "wgpu")]
 pub use ::wgpu;
+/// Compiles and runs the README's example.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;
+
 pub use half::{bf16, f16};
 
 pub use crate::attention::{

@@ -1,5 +1,6 @@
 //! Key masks: which tokens of a padded batch are kept.
 
+use std::mem::replace;
 use std::ops::Range;
 
 use crate::cache::DeviceCopies;
@@ -184,7 +185,19 @@ impl KeyMask {
 
     /// The maximal ranges of kept tokens of row `row`, ascending; none if there is no such row.
     pub fn runs(&self, row: usize) -> impl Iterator<Item = Run> + '_ {
-        Runs { words: if row < self.batch { self.row_words(row) } else { &[] }, position: 0 }
+        Runs::new(if row < self.batch { self.row_words(row) } else { &[] })
+    }
+
+    /// Number of runs in the whole batch.
+    pub(crate) fn run_count(&self) -> usize {
+        let rows = (0..self.batch).map(|row| self.row_words(row));
+        rows.map(|words| {
+            // A run starts at each bit whose lower neighbour is clear.
+            let mut below = 0;
+            let starts = words.iter().map(|&word| word & !(word << 1 | replace(&mut below, word >> 63)));
+            starts.map(|bits| bits.count_ones() as usize).sum::<usize>()
+        })
+        .sum()
     }
 
     /// The bits of one row, least significant first; bits past the row's end are 0.
@@ -257,41 +270,50 @@ fn check_token_count(batch: usize, seq: usize) -> Result<usize> {
 /// Walks the runs of one row a word at a time.
 struct Runs<'a> {
     words: &'a [u64],
-    position: usize,
+    /// The word being walked, and what is left of it: bits of runs already given are cleared.
+    index: usize,
+    rest: u64,
 }
 
-impl Runs<'_> {
-    /// The first position at or after `from` whose bit is `set`, or the end of the words.
-    fn first_bit(&self, from: usize, set: bool) -> usize {
-        let flip = if set { 0 } else { u64::MAX };
-        let mut unseen = u64::MAX << (from % WORD_BITS);
-        for (index, &word) in self.words.iter().enumerate().skip(from / WORD_BITS) {
-            let hits = (word ^ flip) & unseen;
-            if hits != 0 {
-                return index * WORD_BITS + hits.trailing_zeros() as usize;
-            }
-            unseen = u64::MAX;
-        }
-        self.words.len() * WORD_BITS
+impl<'a> Runs<'a> {
+    fn new(words: &'a [u64]) -> Self {
+        Self { words, index: 0, rest: words.first().copied().unwrap_or(0) }
     }
 }
 
 impl Iterator for Runs<'_> {
     type Item = Run;
 
+    #[inline]
     fn next(&mut self) -> Option<Run> {
-        let start = self.first_bit(self.position, true);
-        if start >= self.words.len() * WORD_BITS {
-            return None;
+        while self.rest == 0 {
+            self.index += 1;
+            self.rest = *self.words.get(self.index)?;
         }
-        let end = self.first_bit(start, false);
-        self.position = end;
+        let first = self.rest.trailing_zeros();
+        let start = self.index * WORD_BITS + first as usize;
+        // The word's bits above the run: adding its lowest bit carries past it, out of the word if it reaches the end.
+        let (carried, reaches_end) = self.rest.overflowing_add(1 << first);
+        self.rest &= carried;
+        let mut end = self.index * WORD_BITS + carried.trailing_zeros() as usize;
+        if reaches_end {
+            loop {
+                self.index += 1;
+                let word = self.words.get(self.index).copied().unwrap_or(0);
+                end = self.index * WORD_BITS + word.trailing_ones() as usize;
+                if word != u64::MAX {
+                    self.rest = word & word.wrapping_add(1);
+                    break;
+                }
+            }
+        }
         // Both fit: the constructors bound batch · seq by i32::MAX.
         Some(Run { start: start as u32, len: (end - start) as u32 })
     }
 }
 
 #[cfg(test)]
+#[expect(clippy::single_range_in_vec_init, reason = "a row may have one run")]
 mod tests {
     use super::*;
 
@@ -323,6 +345,40 @@ mod tests {
         assert_eq!(mask, KeyMask::from_integers(2, 3, &[255_u8, 0, 2, 1, 0, 0])?);
         assert_eq!(mask, KeyMask::from_runs(3, &[vec![0..1, 2..3], vec![Range { start: 0, end: 1 }]])?);
         assert!(mask.keeps(0, 2) && !mask.keeps(0, 1) && !mask.keeps(0, 3) && !mask.keeps(2, 0));
+        Ok(())
+    }
+
+    #[test]
+    fn runs_are_those_of_a_walk_token_by_token() -> Result<()> {
+        // A small generator of its own: run lengths from 1 to several words, and rows of every length modulo a word.
+        let mut state = 1_u64;
+        let mut below = |bound: u64| {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            (state >> 33) % bound
+        };
+        for seq in 1..=200 {
+            for longest in [1, 2, 5, 70, 200] {
+                let mut flags = Vec::new();
+                while flags.len() < 3 * seq {
+                    let (keep, len) = (below(2) == 1, 1 + below(longest));
+                    flags.extend((0..len).map(|_| keep));
+                }
+                flags.truncate(3 * seq);
+                let mask = KeyMask::from_bool(3, seq, &flags)?;
+                let mut count = 0;
+                for (row, flags) in flags.chunks(seq).enumerate() {
+                    let starts = (0..seq).filter(|&token| flags[token] && (token == 0 || !flags[token - 1]));
+                    let ranges: Vec<_> = starts
+                        .map(|start| {
+                            start..flags[start..].iter().position(|&keep| !keep).map_or(seq, |len| start + len)
+                        })
+                        .collect();
+                    assert_eq!(mask.runs(row).map(Run::range).collect::<Vec<_>>(), ranges);
+                    count += ranges.len();
+                }
+                assert_eq!(mask.run_count(), count);
+            }
+        }
         Ok(())
     }
 

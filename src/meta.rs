@@ -2,6 +2,9 @@
 //!
 //! The layout of the metadata is that of sglang PR #26318 (`build_varlen_mask_meta`), with the runs of valid tokens added.
 
+use std::ops::Range;
+use std::sync::OnceLock;
+
 use crate::cache::DeviceCopies;
 use crate::error::{Error, Result};
 use crate::mask::{KeyMask, Run};
@@ -84,7 +87,7 @@ impl CuSeqlens {
     /// Rows of sequence `b`.
     ///
     /// The caller keeps `b` below [`batch`](Self::batch).
-    pub(crate) fn rows(&self, b: usize) -> std::ops::Range<usize> {
+    pub(crate) fn rows(&self, b: usize) -> Range<usize> {
         self.values[b] as usize..self.values[b + 1] as usize
     }
 
@@ -94,10 +97,6 @@ impl CuSeqlens {
         self.max_seqlen
     }
 
-    #[cfg_attr(
-        not(any(feature = "wgpu", feature = "cuda")),
-        expect(dead_code, reason = "only GPU devices keep copies")
-    )]
     pub(crate) fn copies(&self) -> &DeviceCopies {
         &self.copies
     }
@@ -123,8 +122,10 @@ impl CuSeqlens {
 #[derive(Debug, Clone)]
 pub struct VarlenMeta {
     mask: KeyMask,
-    indices: Vec<u32>,
-    inv_indices: Vec<i32>,
+    // The tables of one entry a token are made at their first use: in-place paths need only the runs, and faulting in fresh
+    // pages for the tables costs many times the rest.
+    indices: OnceLock<Vec<u32>>,
+    inv_indices: OnceLock<Vec<i32>>,
     cu_seqlens: CuSeqlens,
     runs: Vec<Run>,
     /// Runs of row `b` are `runs[row_runs[b]..row_runs[b + 1]]`.
@@ -138,35 +139,40 @@ impl VarlenMeta {
     /// # Errors
     /// None today: a [`KeyMask`] is already small enough for every index. The `Result` leaves room for limits to come.
     pub fn from_key_mask(mask: &KeyMask) -> Result<Self> {
-        let (batch, seq) = (mask.batch(), mask.seq());
-        let mut indices = Vec::with_capacity(mask.total_kept());
-        let mut inv_indices = Vec::with_capacity(batch * seq);
+        let batch = mask.batch();
         let mut cu_seqlens = Vec::with_capacity(batch + 1);
         let mut row_runs = Vec::with_capacity(batch + 1);
-        let mut runs = Vec::with_capacity(2 * batch);
-        let mut max_seqlen = 0;
+        let mut runs = Vec::with_capacity(mask.run_count());
+        let (mut total, mut max_seqlen) = (0_usize, 0);
         cu_seqlens.push(0);
         row_runs.push(0);
         for row in 0..batch {
-            let row_start = row * seq;
-            let packed_before = indices.len();
-            for run in mask.runs(row) {
-                // Every cast fits: KeyMask bounds batch · seq by i32::MAX.
-                let start = row_start + run.start as usize;
-                let packed = indices.len() as i32;
-                inv_indices.resize(start, -1);
-                inv_indices.extend(packed..packed + run.len as i32);
-                indices.extend(start as u32..start as u32 + run.len);
-                runs.push(run);
-            }
-            inv_indices.resize(row_start + seq, -1);
-            max_seqlen = max_seqlen.max(indices.len() - packed_before);
-            cu_seqlens.push(indices.len() as i32);
+            let first = runs.len();
+            runs.extend(mask.runs(row));
+            let length = runs[first..].iter().map(|run: &Run| run.len as usize).sum();
+            total += length;
+            max_seqlen = max_seqlen.max(length);
+            // Both casts fit: KeyMask bounds batch · seq by i32::MAX.
+            cu_seqlens.push(total as i32);
             row_runs.push(runs.len() as u32);
         }
-        let cu_seqlens = CuSeqlens { values: cu_seqlens, max_seqlen, copies: DeviceCopies::default() };
-        let copies = DeviceCopies::default();
-        Ok(Self { mask: mask.clone(), indices, inv_indices, cu_seqlens, runs, row_runs, copies })
+        Ok(Self {
+            mask: mask.clone(),
+            indices: OnceLock::new(),
+            inv_indices: OnceLock::new(),
+            cu_seqlens: CuSeqlens { values: cu_seqlens, max_seqlen, copies: DeviceCopies::default() },
+            runs,
+            row_runs,
+            copies: DeviceCopies::default(),
+        })
+    }
+
+    /// Every run as positions in the flat batch, ascending.
+    fn flat_runs(&self) -> impl Iterator<Item = Range<usize>> + '_ {
+        (0..self.batch()).flat_map(|row| {
+            let start = row * self.seq();
+            self.runs(row).iter().map(move |run| start + run.start as usize..start + run.end())
+        })
     }
 
     /// Number of batch rows, B.
@@ -184,13 +190,28 @@ impl VarlenMeta {
     /// `[total_valid]`: flat positions `b·S + s` of the valid tokens, ascending.
     #[must_use]
     pub fn indices(&self) -> &[u32] {
-        &self.indices
+        self.indices.get_or_init(|| {
+            let mut indices = Vec::with_capacity(self.total_valid());
+            // Every cast fits: KeyMask bounds batch · seq by i32::MAX.
+            self.flat_runs().for_each(|run| indices.extend(run.start as u32..run.end as u32));
+            indices
+        })
     }
 
     /// `[B·S]`: the packed row of each token, −1 where it is masked.
     #[must_use]
     pub fn inv_indices(&self) -> &[i32] {
-        &self.inv_indices
+        self.inv_indices.get_or_init(|| {
+            let mut inv_indices = vec![-1; self.batch() * self.seq()];
+            let mut packed = 0;
+            for run in self.flat_runs() {
+                for index in &mut inv_indices[run] {
+                    *index = packed;
+                    packed += 1;
+                }
+            }
+            inv_indices
+        })
     }
 
     /// `[B + 1]`: packed rows of batch row `b` are `cu_seqlens[b]..cu_seqlens[b + 1]`.
@@ -208,7 +229,7 @@ impl VarlenMeta {
     /// Number of valid tokens, which is the number of packed rows.
     #[must_use]
     pub fn total_valid(&self) -> usize {
-        self.indices.len()
+        self.cu_seqlens.total()
     }
 
     /// The runs of valid tokens of batch row `row`, ascending; none if there is no such row.
@@ -229,7 +250,7 @@ impl VarlenMeta {
     /// Whether no token is valid; attention then only writes zeros.
     #[must_use]
     pub fn is_empty(&self) -> bool {
-        self.indices.is_empty()
+        self.total_valid() == 0
     }
 
     /// The mask that the metadata was built from.
@@ -238,16 +259,13 @@ impl VarlenMeta {
         &self.mask
     }
 
-    #[cfg_attr(
-        not(any(feature = "wgpu", feature = "cuda")),
-        expect(dead_code, reason = "only GPU devices keep copies")
-    )]
     pub(crate) fn copies(&self) -> &DeviceCopies {
         &self.copies
     }
 }
 
 #[cfg(test)]
+#[expect(clippy::single_range_in_vec_init, reason = "a row may have one run")]
 mod tests {
     use super::*;
 

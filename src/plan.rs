@@ -44,10 +44,12 @@ impl fmt::Display for Path {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Kernel {
-    /// The CPU device's tiled kernel: matrix products by the `gemm` crate, SIMD softmax.
+    /// The CPU device's tiled kernel: SIMD products and softmax, dispatched at run time.
     CpuTiled,
     /// The WGSL kernel that needs no optional feature.
     WgslPortable,
+    /// The CUDA kernel of every chip from compute capability 8.0 on: `mma.sync` and `cp.async`.
+    CudaSm80,
 }
 
 impl Kernel {
@@ -57,6 +59,7 @@ impl Kernel {
         match self {
             Self::CpuTiled => "cpu-tiled",
             Self::WgslPortable => "wgsl-portable",
+            Self::CudaSm80 => "sm80",
         }
     }
 }
@@ -127,7 +130,10 @@ pub struct Plan {
 
 impl fmt::Display for Plan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} by {}: {}", self.path, self.kernel, self.reason)
+        match self.path {
+            Path::Zero => write!(f, "{}: {}", self.path, self.reason),
+            path => write!(f, "{path} by {}: {}", self.kernel, self.reason),
+        }
     }
 }
 

@@ -10,8 +10,6 @@ use crate::error::{Error, Result};
 use crate::layout::Layout;
 use crate::problem::ViewInfo;
 
-/// The CPU device's id; its memory is the host's.
-const HOST: DeviceId = DeviceId(0);
 /// Host memory is one address space; each buffer of another device is a space of its own.
 const HOST_SPACE: u64 = 0;
 
@@ -313,7 +311,7 @@ fn view_info(whole: Whole<'_>, layout: Layout, dtype: DType) -> ViewInfo<'_> {
         Whole::Host { address, bytes } => {
             let start = (address as u64).saturating_add(layout.offset() * size);
             let end = (address as u64).saturating_add(layout.end() * size);
-            let (device, device_name) = (HOST, "cpu");
+            let (device, device_name) = (DeviceId::CPU, "cpu");
             ViewInfo {
                 layout,
                 dtype,

@@ -22,11 +22,14 @@ fn locate(group: vec3<u32>) -> Tile {
 }
 
 fn key_is_kept(tile: Tile, key: u32) -> bool {
+    if key >= tile.keys {
+        return false;
+    }
     if KEY_MASK {
         let word = key_bits[(params.batch_base + tile.batch) * params.key_words + (key >> 5u)];
-        return key < tile.keys && ((word >> (key & 31u)) & 1u) == 1u;
+        return ((word >> (key & 31u)) & 1u) == 1u;
     }
-    return key < tile.keys;
+    return true;
 }
 
 fn row_is_kept(tile: Tile, row: u32) -> bool {

@@ -1,25 +1,61 @@
-//! The CUDA device. So far it finds the driver and says what the hardware can do; it has no kernels yet, so it is never
-//! selected.
+//! The CUDA device: this crate's own kernels on NVIDIA hardware from compute capability 8.0 on. They come compiled inside the
+//! library, so the NVIDIA driver is all that it needs at run time.
+//!
+//! | module | what it holds |
+//! |---|---|
+//! | `probe` | what the driver says of a device, before anything is created |
+//! | `context` | the context and its stream; every driver call that touches memory or launches |
+//! | `fault` | driver errors as [`Error`]s, and the loss of the context |
+//! | `memory` | buffers, allocated and freed in stream order |
+//! | `module` | the compiled kernels and their functions |
+//! | `params`, `tiles` | what kernels and host agree on: parameter structs, tile sizes |
+//! | `placement` | where tensors lie, and copies of those that lie at odd places |
+//! | `metadata` | device copies of masks and metadata |
+//! | `attention`, `copy` | launches |
+//! | `timer` | GPU time by events |
 
+mod attention;
+mod context;
+mod copy;
+mod device;
+mod fault;
+mod memory;
+mod metadata;
+mod module;
+mod params;
+mod placement;
 mod probe;
+mod tiles;
+mod timer;
 
-use std::sync::Arc;
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::backend::Backend;
-use crate::config::DeviceChoice;
 use crate::error::{Error, Result};
 
-use probe::CudaDeviceInfo;
+use device::CudaDevice;
 
-/// The CUDA device with an ordinal.
+/// The CUDA device with an ordinal. There is one for each ordinal in a process, shared by all who open it: they use the same
+/// context anyway, and so take one another's tensors.
 ///
 /// # Errors
-/// [`Error::DeviceUnavailable`] with the reason: no driver, no such device, too old a device, or that there are no kernels for it
-/// in this version.
+/// [`Error::DeviceUnavailable`] with the reason: no driver, too old a driver, no such device, too old a device, or no memory for a
+/// context. [`Error::DeviceLost`] if its context was lost earlier in this process.
 pub(crate) fn open(ordinal: usize) -> Result<Arc<dyn Backend>> {
-    let why = match CudaDeviceInfo::probe(ordinal) {
-        Ok(info) => format!("found {info}, but this version of varlen-fa has no CUDA kernels yet"),
-        Err(why) => why,
-    };
-    Err(Error::DeviceUnavailable { device: DeviceChoice::Cuda(ordinal).to_string(), why })
+    static OPENED: Mutex<BTreeMap<usize, Arc<CudaDevice>>> = Mutex::new(BTreeMap::new());
+    // A panic while it is held leaves the map as it was: devices are only inserted whole.
+    let mut opened = OPENED.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(device) = opened.get(&ordinal) {
+        device.check()?;
+        return Ok(Arc::clone(device) as Arc<dyn Backend>);
+    }
+    let device = Arc::new(CudaDevice::open(ordinal)?);
+    opened.insert(ordinal, Arc::clone(&device));
+    Ok(device)
+}
+
+/// A tensor of another device, where one of this device was expected.
+fn foreign(expected: &str, got: &str) -> Error {
+    Error::DeviceMismatch { argument: "memory", expected: expected.to_owned(), got: got.to_owned() }
 }

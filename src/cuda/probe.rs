@@ -68,17 +68,21 @@ impl CudaDeviceInfo {
     }
 }
 
+/// A CUDA version that the driver gives as 1000 · major + 10 · minor.
+pub(super) fn version(number: i32) -> String {
+    format!("{}.{}", number / 1000, number % 1000 / 10)
+}
+
 impl fmt::Display for CudaDeviceInfo {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let ((major, minor), driver) = (self.compute_capability, self.driver_version);
+        let (major, minor) = self.compute_capability;
         write!(
             f,
-            "{} (compute capability {major}.{minor}, {} multiprocessors, {} MiB, driver for CUDA {}.{})",
+            "{} (compute capability {major}.{minor}, {} multiprocessors, {} MiB, driver for CUDA {})",
             self.name,
             self.multiprocessors,
             self.memory_bytes >> 20,
-            driver / 1000,
-            driver % 1000 / 10,
+            version(self.driver_version),
         )
     }
 }

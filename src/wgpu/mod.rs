@@ -14,8 +14,8 @@ mod timer;
 mod transfer;
 
 use std::any::Any;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
 
 use wgpu::{DeviceType, Features};
 
@@ -51,8 +51,6 @@ pub(crate) struct WgpuDevice {
 impl WgpuDevice {
     /// Opens the best adapter; `max_binding_bytes` lowers its limit.
     pub(crate) fn open(include_software: bool, max_binding_bytes: Option<u64>) -> Result<Self> {
-        // 0 is the CPU device.
-        static NEXT_ID: AtomicU64 = AtomicU64::new(1);
         let (adapter, device, queue) = adapter::open(include_software, max_binding_bytes)?;
         let info = adapter.get_info();
         let limits = device.limits();
@@ -68,7 +66,7 @@ impl WgpuDevice {
             max_binding_bytes: limits.max_storage_buffer_binding_size.min((1 << 31) - 256),
             has_timestamps: device.features().contains(Features::TIMESTAMP_QUERY),
         };
-        let id = DeviceId(NEXT_ID.fetch_add(1, Ordering::Relaxed));
+        let id = DeviceId::unique();
         let name: Arc<str> = capabilities.to_string().into();
         let faults = Faults::watch(&device, &name);
         let allocator = Allocator::new(&device, &faults, id, &name);
@@ -170,14 +168,15 @@ impl Backend for WgpuDevice {
         transfer::wait(&self.device, &self.faults)
     }
 
-    fn start_timer(&self) -> Result<()> {
+    fn start_timer(&self) -> Result<Instant> {
         // On the host's clock, earlier work must not count.
         transfer::wait(&self.device, &self.faults)?;
-        self.timer.start(&self.device, &self.faults)
+        self.timer.start(&self.device, &self.faults)?;
+        Ok(Instant::now())
     }
 
-    fn stop_timer(&self) -> Result<Timing> {
-        self.timer.stop((&self.device, &self.queue), &self.allocator, &self.faults)
+    fn stop_timer(&self, started: Instant) -> Result<Timing> {
+        self.timer.stop(started, (&self.device, &self.queue), &self.allocator, &self.faults)
     }
 
     fn as_any(&self) -> &dyn Any {

@@ -25,7 +25,7 @@ pub(super) struct Timer {
 #[derive(Debug)]
 enum State {
     Idle,
-    Host(Instant),
+    Host,
     Device { queries: QuerySet, used: u32 },
 }
 
@@ -58,7 +58,7 @@ impl Timer {
             let make = || device.create_query_set(&descriptor);
             State::Device { queries: faults.capture(device, "creating timestamp queries", 0, make)?, used: 0 }
         } else {
-            State::Host(Instant::now())
+            State::Host
         };
         *self.lock() = state;
         Ok(())
@@ -78,6 +78,7 @@ impl Timer {
     /// Waits for the device and gives the sum of the passes' times, or the host's time since `start`.
     pub fn stop(
         &self,
+        started: Instant,
         (device, queue): (&wgpu::Device, &wgpu::Queue),
         allocator: &Allocator,
         faults: &Faults,
@@ -85,7 +86,7 @@ impl Timer {
         let state = std::mem::replace(&mut *self.lock(), State::Idle);
         match state {
             State::Idle => Err(self.error("it was not started, or another thread stopped it".to_owned())),
-            State::Host(started) => {
+            State::Host => {
                 transfer::wait(device, faults)?;
                 Ok(Timing { duration: started.elapsed(), by_device: false })
             }

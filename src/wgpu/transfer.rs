@@ -1,6 +1,7 @@
 //! Copies between host and device, and waiting for the device.
 
-use std::sync::mpsc;
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::time::Duration;
 
 use wgpu::{BufferUsages, MapMode, PollType};
 
@@ -13,6 +14,9 @@ use super::fault::Faults;
 const STAGING_BYTES: usize = 64 << 20;
 /// Copies move whole u32s.
 const COPY_ALIGNMENT: usize = 4;
+
+/// How long to wait for the callback of a mapping before asking the device again.
+const CALLBACK_PATIENCE: Duration = Duration::from_millis(10);
 
 /// Waits for all work submitted so far.
 pub(super) fn wait(device: &wgpu::Device, faults: &Faults) -> Result<()> {
@@ -69,11 +73,17 @@ pub(super) fn download(
             // The receiver is gone only if this function has returned an error already.
             let _ = done.send(result);
         });
-        wait(device, faults)?;
-        match mapped.try_recv() {
-            Ok(Ok(())) => {}
-            Ok(Err(error)) => return Err(faults.explain(device, "mapping a buffer", error.to_string())),
-            Err(error) => return Err(faults.explain(device, "mapping a buffer", error.to_string())),
+        let result = loop {
+            wait(device, faults)?;
+            // Another thread that waits too may have taken the callback and be about to run it.
+            match mapped.recv_timeout(CALLBACK_PATIENCE) {
+                Err(RecvTimeoutError::Timeout) => {}
+                Ok(result) => break result.map_err(|error| error.to_string()),
+                Err(RecvTimeoutError::Disconnected) => break Err("its callback was dropped".to_owned()),
+            }
+        };
+        if let Err(why) = result {
+            return Err(faults.explain(device, "mapping a buffer", why));
         }
         {
             let view = slice

@@ -1,0 +1,123 @@
+//! Times the metadata builders, on the host.
+//!
+//! They run once per request, before anything is launched: tens of microseconds at the size of a large batch.
+
+#[path = "../examples/common/report.rs"]
+mod report;
+#[path = "../examples/common/times.rs"]
+mod times;
+
+use std::hint::black_box;
+use std::io::Write;
+use std::num::NonZeroUsize;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Instant;
+
+use anyhow::Result;
+use clap::Parser;
+use serde::Serialize;
+use varlen_fa::{KeyMask, Run, VarlenMeta};
+use varlen_fa_testkit::{Workload, WorkloadKind};
+
+use report::{Report, exit_code};
+use times::{Times, milliseconds};
+
+/// A joint sequence of text and image, lengths of a padded batch, and the worst case for runs; all B = 8, S = 4352.
+const WORKLOADS: [(&str, &str); 3] = [
+    ("joint", "joint:text=256:image=4096:valid=12,37,80,211,256,5,150,64"),
+    ("lengths", "prefix:len=4352:valid=544,1088,1632,2176,2720,3264,3808,4352"),
+    ("random p=0.5", "random:len=4352:p=0.5:batch=8"),
+];
+
+/// Time what a request spends on the host: building a key mask, and building its metadata.
+#[derive(Debug, Parser)]
+#[command(name = "metadata", version)]
+struct Arguments {
+    /// Calls of each row, after as many to warm up [default: 1000]
+    #[arg(long, value_name = "N")]
+    reps: Option<NonZeroUsize>,
+    /// Call everything once: shows that it runs
+    #[arg(long, conflicts_with = "reps")]
+    smoke: bool,
+    /// Also write one JSON object a line to FILE; `-` is standard output, and the text then goes to standard error
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+    /// `cargo bench` passes it.
+    #[arg(long, hide = true)]
+    bench: bool,
+}
+
+fn main() -> ExitCode {
+    exit_code(run(&Arguments::parse()))
+}
+
+fn run(arguments: &Arguments) -> Result<()> {
+    // `cargo test` runs benches too, without `--bench`: there it is enough that they work.
+    let default = if arguments.smoke || !arguments.bench { 1 } else { 1000 };
+    let calls = arguments.reps.map_or(default, NonZeroUsize::get);
+    let mut report = Report::new(arguments.json.as_deref())?;
+    let [median, min, max] = ["median µs", "min µs", "max µs"];
+    writeln!(report.text, "{:<14} {:<24} {median:>10} {min:>10} {max:>10}   {calls} calls", "B 8, S 4352", "")?;
+
+    for (name, spec) in WORKLOADS {
+        let workload = Workload::parse(spec)?;
+        let (batch, seq, keep) = (workload.batch, workload.seq, workload.mask.as_slice());
+        let mask = KeyMask::from_bool(batch, seq, keep)?;
+        let integers: Vec<i64> = keep.iter().map(|&keep| i64::from(keep)).collect();
+        let runs: Vec<Vec<_>> = (0..batch).map(|row| mask.runs(row).map(Run::range).collect()).collect();
+        let lengths = workload.row_lengths();
+
+        let mut row = |call, times| write_row(&mut report, Record::new(name, call, [batch, seq], times));
+        row("KeyMask::from_bool", time(calls, || KeyMask::from_bool(batch, seq, black_box(keep)))?)?;
+        row("KeyMask::from_integers", time(calls, || KeyMask::from_integers(batch, seq, black_box(&integers)))?)?;
+        row("KeyMask::from_runs", time(calls, || KeyMask::from_runs(seq, black_box(&runs)))?)?;
+        if matches!(workload.kind, WorkloadKind::Prefix { .. }) {
+            row("KeyMask::from_lengths", time(calls, || KeyMask::from_lengths(seq, black_box(&lengths)))?)?;
+        }
+        row("VarlenMeta::from_key_mask", time(calls, || VarlenMeta::from_key_mask(black_box(&mask)))?)?;
+    }
+    Ok(())
+}
+
+/// Times each call alone. What it makes is dropped outside the time, since a request keeps it.
+fn time<R>(calls: usize, call: impl Fn() -> varlen_fa::Result<R>) -> Result<Times> {
+    let mut timings = Vec::with_capacity(calls);
+    for index in 0..2 * calls {
+        let start = Instant::now();
+        let made = call();
+        let elapsed = start.elapsed();
+        drop(black_box(made?));
+        // The first half warms up.
+        if index >= calls {
+            timings.push(elapsed);
+        }
+    }
+    Ok(Times::of(timings))
+}
+
+/// One JSON line.
+#[derive(Debug, Serialize)]
+struct Record {
+    mask: &'static str,
+    call: &'static str,
+    batch: usize,
+    seq: usize,
+    median_us: f64,
+    min_us: f64,
+    max_us: f64,
+}
+
+impl Record {
+    fn new(mask: &'static str, call: &'static str, [batch, seq]: [usize; 2], times: Times) -> Self {
+        let [median_us, min_us, max_us] =
+            [times.median, times.min, times.max].map(|duration| 1e3 * milliseconds(duration));
+        Self { mask, call, batch, seq, median_us, min_us, max_us }
+    }
+}
+
+fn write_row(report: &mut Report, record: Record) -> Result<()> {
+    let Record { mask, call, median_us, min_us, max_us, .. } = record;
+    writeln!(report.text, "{mask:<14} {call:<26} {median_us:>8.2} {min_us:>10.2} {max_us:>10.2}")?;
+    report.json(&record)
+}

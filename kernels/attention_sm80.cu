@@ -1,0 +1,227 @@
+// Attention forward for SM80 and newer: mma.sync, ldmatrix, cp.async. The algorithm is FlashAttention-2's (Dao, 2023): a thread
+// block keeps a tile of query rows and walks over the keys from the last tile to the first.
+//
+//                 keys, TILE_N a step  ◀──────────────
+//              ┌───────┬───────┬───────┐
+//   TILE_M     │       │       │ S = Q·Kᵀ in registers; P = exp2(S - max) becomes the A operand of O += P·V in place
+//   rows,      │       │       │
+//   a warp     └───────┴───────┴───────┘
+//   16·M_TILES
+//
+// Keys and values of the next step are on their way to shared memory while this one is computed; one barrier a step.
+//
+// One kernel serves padded tensors (grid z = batch row) and packed ones (z = sequence, cu_seqlens set). MASKED adds the key mask,
+// the bias and the rows to be written as zeros; the plain kernel masks nothing but the tail of the last key tile.
+#include "include/mask.cuh"
+#include "include/params.cuh"
+#include "include/ptx/cp_async.cuh"
+#include "include/ptx/mma.cuh"
+#include "include/seqlen.cuh"
+#include "include/shared_tile.cuh"
+#include "include/softmax.cuh"
+#include "include/tile_shape.cuh"
+
+namespace {
+
+constexpr float LOG2_E = 1.4426950408889634f;
+constexpr float LN_2 = 0.6931471805599453f;
+
+// a·bᵀ of a warp: rows of `a` against rows of `b`, both D wide in shared memory.
+template <typename T, int M_TILES, int N_TILES, typename TileA, typename TileB>
+__device__ inline void scores_of(float (&scores)[M_TILES][N_TILES][4], uint32_t a, uint32_t b, int first_row) {
+    const int lane = threadIdx.x % 32;
+    const auto a_lane = TileA::lane_address(a, first_row, lane % 16, lane / 16);
+    const auto b_lane = TileB::lane_address(b, 0, lane % 8 + lane / 16 * 8, lane / 8 % 2);
+#pragma unroll
+    for (int k = 0; k < TileA::D / 16; ++k) {
+        uint32_t a_fragments[M_TILES][4];
+#pragma unroll
+        for (int m = 0; m < M_TILES; ++m) {
+            ptx::ldmatrix_x4(a_fragments[m], TileA::at(a_lane, m * 16, k * 2));
+        }
+#pragma unroll
+        for (int n = 0; n < N_TILES; n += 2) {
+            uint32_t b_fragments[4];
+            ptx::ldmatrix_x4(b_fragments, TileB::at(b_lane, n * 8, k * 2));
+#pragma unroll
+            for (int m = 0; m < M_TILES; ++m) {
+                ptx::mma_16x8x16<T>(scores[m][n], a_fragments[m], b_fragments[0], b_fragments[1]);
+                ptx::mma_16x8x16<T>(scores[m][n + 1], a_fragments[m], b_fragments[2], b_fragments[3]);
+            }
+        }
+    }
+}
+
+// acc += P·V, P in registers, V in shared memory.
+template <typename T, int M_TILES, int N_TILES, int O_TILES, typename TileV>
+__device__ inline void accumulate(float (&acc)[M_TILES][O_TILES][4], const float (&probs)[M_TILES][N_TILES][4], uint32_t v) {
+    const int lane = threadIdx.x % 32;
+    const auto v_lane = TileV::lane_address(v, 0, lane % 16, lane / 16);
+#pragma unroll
+    for (int k = 0; k < N_TILES / 2; ++k) {
+        uint32_t p_fragments[M_TILES][4];
+#pragma unroll
+        for (int m = 0; m < M_TILES; ++m) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const float(&pair)[4] = probs[m][2 * k + i / 2];
+                p_fragments[m][i] = ptx::pack_pair<T>(pair[i % 2 * 2], pair[i % 2 * 2 + 1]);
+            }
+        }
+#pragma unroll
+        for (int o = 0; o < O_TILES; o += 2) {
+            uint32_t v_fragments[4];
+            ptx::ldmatrix_x4_trans(v_fragments, TileV::at(v_lane, k * 16, o));
+#pragma unroll
+            for (int m = 0; m < M_TILES; ++m) {
+                ptx::mma_16x8x16<T>(acc[m][o], p_fragments[m], v_fragments[0], v_fragments[1]);
+                ptx::mma_16x8x16<T>(acc[m][o + 1], p_fragments[m], v_fragments[2], v_fragments[3]);
+            }
+        }
+    }
+}
+
+template <typename T, int D, int TILE_M, int TILE_N, int WARPS, bool MASKED>
+__device__ inline void attention(const AttentionParams& params) {
+    constexpr int THREADS = WARPS * 32;
+    constexpr int M_TILES = TILE_M / WARPS / 16;
+    constexpr int N_TILES = TILE_N / 8;
+    constexpr int O_TILES = D / 8;
+    using TileQ = SharedTile<TILE_M, D>;
+    using TileKV = SharedTile<TILE_N, D>;
+    extern __shared__ __align__(128) unsigned char shared[];
+    const uint32_t q_shared = ptx::shared_address(shared);
+    const uint32_t kv_shared = q_shared + TileQ::BYTES;
+
+    // In shared memory, for the fragments take all registers.
+    __shared__ BlockRows rows;
+    if (threadIdx.x == 0) rows = BlockRows(params, TILE_M);
+    __syncthreads();
+    const auto tile_rows = [&] { return min(TILE_M, rows.queries - rows.first_query); };
+    if (tile_rows() <= 0) return;
+    const auto head_chunks = [&] { return params.head_dim / 8; };
+    const int warp_row = threadIdx.x / 32 * (M_TILES * 16);
+    const int lane = threadIdx.x % 32;
+
+    const T* q = static_cast<const T*>(params.q) + rows.start(params.q_strides, rows.q_base + rows.first_query, rows.head);
+
+    // Starts to copy the keys and values of a tile to one of the two stages.
+    const auto load = [&](int tile) {
+        const int first_key = tile * TILE_N;
+        const uint32_t stage = kv_shared + tile % 2 * (2 * TileKV::BYTES);
+        const auto keeps = [&](int row) {
+            if constexpr (MASKED) {
+                return params.key_bits == nullptr || bit_at(params.key_bits, params.key_words, rows.batch, first_key + row);
+            } else {
+                return true;
+            }
+        };
+        const auto copy = [&](uint32_t to, const void* tensor, const Strides& strides) {
+            const T* from = static_cast<const T*>(tensor) + rows.start(strides, rows.k_base + first_key, rows.kv_head);
+            TileKV::template load<THREADS>(to, from, strides.token, rows.keys - first_key, head_chunks(), keeps);
+        };
+        copy(stage, params.k, params.k_strides);
+        copy(stage + TileKV::BYTES, params.v, params.v_strides);
+        ptx::cp_async_commit();
+    };
+
+    float acc[M_TILES][O_TILES][4] = {};
+    OnlineSoftmax<M_TILES> softmax;
+    // The maximum is taken before scaling, so the sign of the scale goes to the scores.
+    const float scale = MASKED ? 1.0f : fabsf(params.score_scale);
+
+    const auto tiles = [&] { return (rows.keys + TILE_N - 1) / TILE_N; };
+    if (tiles() > 0) {
+        TileQ::template load<THREADS>(q_shared, q, params.q_strides.token, tile_rows(), head_chunks(), [](int) { return true; });
+        load(tiles() - 1);
+    }
+    for (int tile = tiles() - 1; tile >= 0; --tile) {
+        const int first_key = tile * TILE_N;
+        const uint32_t stage = kv_shared + tile % 2 * (2 * TileKV::BYTES);
+        // The tile has arrived, and every warp is done with the one before, whose stage the next copy takes.
+        ptx::cp_async_wait<0>();
+        __syncthreads();
+        if (tile > 0) load(tile - 1);
+        float scores[M_TILES][N_TILES][4] = {};
+        scores_of<T, M_TILES, N_TILES, TileQ, TileKV>(scores, q_shared, stage, warp_row);
+        if constexpr (MASKED) {
+            for_each_score(scores, [&](float& score, int row, int key) {
+                const int query = min(rows.first_query + warp_row + row, rows.queries - 1);
+                const int at = min(first_key + key, rows.keys - 1);
+                score *= params.score_scale;
+                if (params.bias != nullptr) {
+                    const int64_t position = rows.batch * params.bias_strides[0] + rows.head * params.bias_strides[1] +
+                                             query * params.bias_strides[2] + at * params.bias_strides[3];
+                    // The smallest floats stand for -inf in many programs; times log2(e) they would become it.
+                    const float bias = bias_at<T>(params, position);
+                    score += bias == -INFINITY ? bias : fmaxf(bias, -2.3e38f) * LOG2_E;
+                }
+                const bool kept = params.key_bits == nullptr || bit_at(params.key_bits, params.key_words, rows.batch, at);
+                if (!kept || first_key + key >= rows.keys) score = -INFINITY;
+            });
+        } else {
+            if (params.score_scale < 0.0f) for_each_score(scores, [](float& score, int, int) { score = -score; });
+            if (first_key + TILE_N > rows.keys) {
+                for_each_score(scores, [&](float& score, int, int key) {
+                    if (first_key + key >= rows.keys) score = -INFINITY;
+                });
+            }
+        }
+        softmax.step(scores, acc, scale);
+        accumulate<T, M_TILES, N_TILES, O_TILES, TileKV>(acc, scores, stage + TileKV::BYTES);
+    }
+    softmax.finish();
+
+    // Through shared memory, each warp in its own rows of the query tile, to 16-byte stores.
+    T* out = static_cast<T*>(params.out) + rows.start(params.out_strides, rows.q_base + rows.first_query, rows.head);
+    if (tiles() > 0) __syncthreads();
+#pragma unroll
+    for (int m = 0; m < M_TILES; ++m) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const int row = warp_row + m * 16 + half * 8 + lane / 4;
+            const float sum = softmax.row_sum[m][half];
+            bool zero = sum == 0.0f;
+            if constexpr (MASKED) {
+                const int query = min(rows.first_query + row, rows.queries - 1);
+                zero = zero || (params.row_bits != nullptr && !bit_at(params.row_bits, params.row_words, rows.batch, query));
+            }
+            const float inverse = zero ? 0.0f : 1.0f / sum;
+#pragma unroll
+            for (int o = 0; o < O_TILES; ++o) {
+                // Selected, not multiplied: a dropped row may hold NaN.
+                const float low = zero ? 0.0f : acc[m][o][2 * half] * inverse;
+                const float high = zero ? 0.0f : acc[m][o][2 * half + 1] * inverse;
+                *reinterpret_cast<uint32_t*>(shared + TileQ::offset(row, o) + lane % 4 * 4) = ptx::pack_pair<T>(low, high);
+            }
+            if (params.lse != nullptr && lane % 4 == 0 && row < tile_rows()) {
+                const float lse = sum == 0.0f ? -INFINITY : (softmax.scaled_reference(m, half, scale) + log2f(sum)) * LN_2;
+                params.lse[rows.head * params.lse_head_stride + rows.q_base + rows.first_query + row] = lse;
+            }
+        }
+    }
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < M_TILES * 16 * O_TILES / 32; ++i) {
+        const int index = i * 32 + lane;
+        const int row = warp_row + index / O_TILES;
+        const int chunk = index % O_TILES;
+        if (row < tile_rows() && chunk < head_chunks()) {
+            *reinterpret_cast<uint4*>(out + row * params.out_strides.token + chunk * 8) =
+                *reinterpret_cast<const uint4*>(shared + TileQ::offset(row, chunk));
+        }
+    }
+}
+
+}  // namespace
+
+#define VARLEN_FA_ENTRY(NAME, T, D, M, N, WARPS, MASKED)                                                        \
+    extern "C" __global__ void __launch_bounds__(WARPS * 32) NAME(const __grid_constant__ AttentionParams params) { \
+        attention<T, D, M, N, WARPS, MASKED>(params);                                                           \
+    }
+#define VARLEN_FA_ENTRIES(D, M, N, N_MASKED, WARPS)                                             \
+    VARLEN_FA_ENTRY(attention_sm80_f16_d##D, __half, D, M, N, WARPS, false)                     \
+    VARLEN_FA_ENTRY(attention_sm80_bf16_d##D, __nv_bfloat16, D, M, N, WARPS, false)             \
+    VARLEN_FA_ENTRY(attention_sm80_f16_d##D##_masked, __half, D, M, N_MASKED, WARPS, true)      \
+    VARLEN_FA_ENTRY(attention_sm80_bf16_d##D##_masked, __nv_bfloat16, D, M, N_MASKED, WARPS, true)
+VARLEN_FA_SM80_TILES(VARLEN_FA_ENTRIES)

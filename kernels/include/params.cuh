@@ -1,0 +1,86 @@
+// Parameters of the kernels, laid out as in src/cuda/params.rs; sizes and offsets are asserted on both sides.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+// Distances in elements between neighbours of each dimension. A packed tensor has no batch rows.
+struct Strides {
+    int64_t batch;
+    int64_t token;
+    int64_t head;
+};
+
+struct AttentionParams {
+    const void* q;
+    const void* k;
+    const void* v;
+    void* out;
+    // [H, total_q] f32, natural logarithm; null where it is not wanted.
+    float* lse;
+    // [B + 1] each; null for padded tensors.
+    const int32_t* cu_seqlens_q;
+    const int32_t* cu_seqlens_k;
+    // [B, words] bits of padded tensors: kept keys, and query rows that are not written as zeros; null keeps all.
+    const uint32_t* key_bits;
+    const uint32_t* row_bits;
+    // Additive, any strides; null for none.
+    const void* bias;
+    Strides q_strides;
+    Strides k_strides;
+    Strides v_strides;
+    Strides out_strides;
+    // Batch row, head, query, key.
+    int64_t bias_strides[4];
+    int64_t lse_head_stride;
+    int32_t seq_q;
+    int32_t seq_k;
+    // Query heads of one key/value head.
+    int32_t group_size;
+    int32_t head_dim;
+    int32_t key_words;
+    int32_t row_words;
+    // softmax_scale · log2(e)
+    float score_scale;
+    int32_t bias_is_f32;
+};
+static_assert(sizeof(Strides) == 24);
+static_assert(offsetof(AttentionParams, q_strides) == 80);
+static_assert(offsetof(AttentionParams, bias_strides) == 176);
+static_assert(offsetof(AttentionParams, seq_q) == 216);
+static_assert(sizeof(AttentionParams) == 248);
+
+// Rows move as 16-byte words: H heads of `head_words` words each. All strides count words.
+struct RowTensor {
+    const void* padded;
+    void* packed;
+    Strides padded_strides;
+    int64_t packed_token_stride;
+    int64_t packed_head_stride;
+    int32_t heads;
+    int32_t head_words;
+};
+static_assert(sizeof(RowTensor) == 64);
+
+struct PackParams {
+    RowTensor tensors[3];
+    // [total] flat positions of the valid tokens.
+    const uint32_t* indices;
+    // [B + 1]; the last value is the number of packed rows, so that it may be known to the device alone.
+    const int32_t* cu_seqlens;
+    int32_t batch;
+    int32_t seq;
+    int32_t tensor_count;
+    int32_t unused;
+};
+static_assert(offsetof(PackParams, indices) == 192);
+static_assert(sizeof(PackParams) == 224);
+
+struct ScatterParams {
+    // `padded` is written, `packed` read.
+    RowTensor tensor;
+    // [B·S] packed row of each token, negative where it is masked; null writes zeros everywhere.
+    const int32_t* inv_indices;
+    int32_t batch;
+    int32_t seq;
+};
+static_assert(sizeof(ScatterParams) == 80);

@@ -1,0 +1,14 @@
+// Tile sizes of the sm80 kernel for each compiled head dimension. src/cuda/attention.rs includes the same table as text: the
+// host's grid and shared-memory size come from here.
+//
+//   X(head_dim, query rows, keys, keys of the masked kernel, warps)
+//
+// Shared memory holds the query tile and two stages of key and value tiles: at most 96 KiB, which every chip from SM80 on has.
+#pragma once
+#define VARLEN_FA_SM80_TILES(X) \
+    X(32, 128, 128, 64, 4)      \
+    X(64, 128, 64, 64, 4)       \
+    X(96, 128, 64, 32, 4)       \
+    X(128, 128, 64, 32, 4)      \
+    X(192, 128, 32, 32, 8)      \
+    X(256, 64, 32, 32, 4)

@@ -1,0 +1,216 @@
+//! The device: what the rest of the library sees of a GPU.
+
+use std::any::Any;
+use std::sync::Arc;
+use std::time::Instant;
+
+use cudarc::driver::DriverError;
+use cudarc::driver::sys::CUresult;
+
+use crate::backend::{Backend, DeviceBuffer, Op, Sink, Source, Storage, Timing};
+use crate::cache::DeviceId;
+use crate::config::DeviceChoice;
+use crate::dtype::DType;
+use crate::error::{Error, Result};
+use crate::plan::{Capabilities, Kernel};
+
+use super::context::Context;
+use super::fault::{self, Faults};
+use super::foreign;
+use super::memory::CudaBuffer;
+use super::module::{Entry, Function, KERNELS_CUDA, Modules};
+use super::probe::{self, CudaDeviceInfo};
+use super::timer::Timers;
+
+/// A CUDA device. Launches go to one stream, in the order of the calls, from whatever threads they come.
+#[derive(Debug)]
+pub(super) struct CudaDevice {
+    pub(super) id: DeviceId,
+    name: Arc<str>,
+    capabilities: Capabilities,
+    pub(super) multiprocessors: u32,
+    pub(super) context: Arc<Context>,
+    modules: Modules,
+    timers: Timers,
+}
+
+impl CudaDevice {
+    /// Opens the device with an ordinal.
+    pub fn open(ordinal: usize) -> Result<Self> {
+        let unavailable =
+            |why: String| Error::DeviceUnavailable { device: DeviceChoice::Cuda(ordinal).to_string(), why };
+        let info = CudaDeviceInfo::probe(ordinal).map_err(unavailable)?;
+        if info.driver_version < KERNELS_CUDA {
+            return Err(unavailable(format!("{info}: {}", older_driver(info.driver_version))));
+        }
+        let capabilities = capabilities_of(&info);
+        let name: Arc<str> = capabilities.to_string().into();
+        // Fits: the driver counts devices in an i32, and has this one.
+        let context = Context::open(ordinal as i32, Faults::new(&name)).map_err(|error| {
+            unavailable(format!("{info}: making a CUDA context failed: {}", fault::describe(error)))
+        })?;
+        let modules = {
+            let _current = context.enter()?;
+            Modules::load().map_err(|error| unavailable(format!("{info}: {}", why_not_loaded(error))))?
+        };
+        Ok(Self {
+            id: DeviceId::unique(),
+            name,
+            capabilities,
+            multiprocessors: info.multiprocessors.max(1).unsigned_abs(),
+            context: Arc::new(context),
+            modules,
+            timers: Timers::default(),
+        })
+    }
+
+    /// The context's loss, if it is lost.
+    pub fn check(&self) -> Result<()> {
+        self.context.faults.check()
+    }
+
+    /// Memory with whatever contents, for a tensor or for scratch; the context is current.
+    pub(super) fn scratch(&self, bytes: u64) -> Result<CudaBuffer> {
+        let limit = self.capabilities.max_buffer_bytes;
+        if bytes > limit {
+            let limit_name = "the device's memory (bytes)";
+            return Err(Error::TooLarge { argument: "tensor", limit_name, limit, got: bytes });
+        }
+        CudaBuffer::new(&self.context, self.id, bytes)
+    }
+
+    pub(super) fn function(&self, entry: Entry) -> Result<Function> {
+        self.modules.function(&self.context, entry)
+    }
+
+    fn own<'a>(&self, buffer: &'a dyn DeviceBuffer) -> Result<&'a CudaBuffer> {
+        let own = buffer.as_any().downcast_ref::<CudaBuffer>().filter(|buffer| buffer.device() == self.id);
+        own.ok_or_else(|| foreign(&self.name, buffer.device_name()))
+    }
+
+    pub(super) fn source<'a>(&self, source: Source<'a>) -> Result<&'a CudaBuffer> {
+        match source {
+            Source::Device(buffer) => self.own(buffer),
+            Source::Host(_) => Err(foreign(&self.name, "cpu")),
+        }
+    }
+
+    pub(super) fn sink<'a>(&self, sink: &Sink<'a>) -> Result<&'a CudaBuffer> {
+        match sink {
+            Sink::Device(buffer) => self.own(*buffer),
+            Sink::Host(_) => Err(foreign(&self.name, "cpu")),
+        }
+    }
+}
+
+fn capabilities_of(info: &CudaDeviceInfo) -> Capabilities {
+    let (major, minor) = info.compute_capability;
+    let driver = probe::version(info.driver_version);
+    Capabilities {
+        backend: "cuda",
+        adapter: format!("{}, sm_{major}{minor}, driver CUDA {driver}", info.name),
+        is_software: false,
+        dtypes: &[DType::F16, DType::Bf16],
+        kernels: vec![Kernel::CudaSm80],
+        has_fused: false,
+        max_buffer_bytes: info.memory_bytes,
+        // Kernels count bytes in 64 bits.
+        max_binding_bytes: info.memory_bytes,
+        has_timestamps: true,
+    }
+}
+
+fn older_driver(version: i32) -> String {
+    let (driver, kernels) = (probe::version(version), probe::version(KERNELS_CUDA));
+    format!("the driver for CUDA {driver} is older than the kernels' {kernels}; a newer NVIDIA driver runs them")
+}
+
+/// Why the driver does not take the kernels.
+fn why_not_loaded(error: DriverError) -> String {
+    let hint = match error.0 {
+        CUresult::CUDA_ERROR_NO_BINARY_FOR_GPU => "there are no kernels for this device in varlen-fa",
+        CUresult::CUDA_ERROR_UNSUPPORTED_PTX_VERSION | CUresult::CUDA_ERROR_INVALID_IMAGE => {
+            "the driver does not know the kernels' format; a newer NVIDIA driver may"
+        }
+        CUresult::CUDA_ERROR_JIT_COMPILER_NOT_FOUND | CUresult::CUDA_ERROR_JIT_COMPILATION_DISABLED => {
+            "the device is newer than the compiled kernels, and the driver's own compiler is missing or disabled"
+        }
+        _ => "loading the kernels failed",
+    };
+    format!("{hint}: {}", fault::describe(error))
+}
+
+impl Backend for CudaDevice {
+    fn id(&self) -> DeviceId {
+        self.id
+    }
+
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn capabilities(&self) -> &Capabilities {
+        &self.capabilities
+    }
+
+    fn alloc(&self, bytes: u64) -> Result<Storage> {
+        let _current = self.context.enter()?;
+        Ok(Storage::Device(Box::new(self.scratch(bytes)?)))
+    }
+
+    fn upload(&self, to: Sink<'_>, bytes: &[u8]) -> Result<()> {
+        let _current = self.context.enter()?;
+        self.sink(&to)?.upload(bytes)
+    }
+
+    fn download(&self, from: Source<'_>, into: &mut [u8]) -> Result<()> {
+        let _current = self.context.enter()?;
+        self.source(from)?.download(into)
+    }
+
+    fn execute(&self, op: Op<'_>) -> Result<()> {
+        let _current = self.context.enter()?;
+        match op {
+            Op::Attention(attention) => self.attend(&attention),
+            Op::Pack { pairs, meta } => self.pack(&pairs, meta),
+            Op::Scatter { packed, padded, meta } => self.scatter(&packed, &padded, meta),
+            Op::Zero(out) => self.zero(&out),
+        }
+    }
+
+    fn synchronize(&self) -> Result<()> {
+        let _current = self.context.enter()?;
+        self.context.synchronize()
+    }
+
+    fn start_timer(&self) -> Result<Instant> {
+        let _current = self.context.enter()?;
+        self.timers.start(&self.context)
+    }
+
+    fn stop_timer(&self, started: Instant) -> Result<Timing> {
+        let _current = self.context.enter()?;
+        self.timers.stop(&self.context, started)
+    }
+
+    fn as_any(&self) -> &dyn Any {
+        self
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_device_that_is_not_there_is_unavailable_with_the_reason() {
+        let error = CudaDevice::open(usize::MAX).err();
+        assert!(matches!(error, Some(Error::DeviceUnavailable { why, .. }) if why.contains("NVIDIA driver")));
+    }
+
+    #[test]
+    fn an_old_driver_is_named_with_both_versions() {
+        let why = older_driver(12_040);
+        assert!(why.contains("12.4") && why.contains("13.0"), "{why}");
+    }
+}

@@ -1,0 +1,151 @@
+//! The compiled kernels. They are loaded once a context; a function is looked up at its first launch.
+
+use std::collections::HashMap;
+use std::ffi::{CString, c_void};
+use std::fmt;
+use std::sync::{Mutex, PoisonError};
+
+use cudarc::driver::DriverError;
+use cudarc::driver::result::{function, module};
+use cudarc::driver::sys::{CUfunction, CUfunction_attribute, CUmodule};
+
+use crate::dtype::DType;
+use crate::error::Result;
+
+use super::context::Context;
+use super::tiles::Tile;
+
+/// The CUDA version whose compiler made the kernels, as the driver counts: 1000 · major + 10 · minor. Older drivers do not load
+/// them.
+pub(super) const KERNELS_CUDA: i32 = 13_000;
+
+/// Bytes at a multiple of 16, as the driver reads the headers of a fatbin in place.
+#[repr(C, align(16))]
+struct Aligned<Bytes: ?Sized>(Bytes);
+
+static ATTENTION_SM80: &Aligned<[u8]> = &Aligned(*include_bytes!("../../kernels/prebuilt/attention_sm80.fatbin"));
+static PACK: &Aligned<[u8]> = &Aligned(*include_bytes!("../../kernels/prebuilt/pack.fatbin"));
+
+/// A kernel.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) enum Entry {
+    Pack,
+    Scatter,
+    /// `masked` adds the key mask, the bias and the rows to be written as zeros.
+    Attention {
+        dtype: DType,
+        tile: Tile,
+        masked: bool,
+    },
+}
+
+/// A kernel that is ready to be launched.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Function {
+    pub raw: CUfunction,
+    /// Its dynamic shared memory.
+    pub shared_bytes: u32,
+}
+
+/// The modules of one context.
+pub(super) struct Modules {
+    attention: CUmodule,
+    pack: CUmodule,
+    functions: Mutex<HashMap<Entry, Function>>,
+}
+
+// SAFETY: modules and functions may be used from any thread, and stay valid: nothing unloads them, and the context is never
+// released.
+unsafe impl Send for Modules {}
+// SAFETY: as above; the map of functions is behind a lock.
+unsafe impl Sync for Modules {}
+
+impl fmt::Debug for Modules {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Modules").field("attention", &self.attention).field("pack", &self.pack).finish_non_exhaustive()
+    }
+}
+
+impl Modules {
+    /// Loads the kernels into the current context.
+    pub fn load() -> Result<Self, DriverError> {
+        let load = |image: &'static Aligned<[u8]>| {
+            // SAFETY: the image is a whole, aligned fatbin, whose header says how long it is.
+            unsafe { module::load_data(image.0.as_ptr().cast::<c_void>()) }
+        };
+        Ok(Self { attention: load(ATTENTION_SM80)?, pack: load(PACK)?, functions: Mutex::default() })
+    }
+
+    /// A kernel; the context that the modules were loaded into is current.
+    pub fn function(&self, context: &Context, entry: Entry) -> Result<Function> {
+        // A panic while it is held leaves the map as it was: functions are only inserted whole.
+        let mut functions = self.functions.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(&found) = functions.get(&entry) {
+            return Ok(found);
+        }
+        let found = context.done(self.look_up(entry), "looking up a kernel")?;
+        functions.insert(entry, found);
+        Ok(found)
+    }
+
+    fn look_up(&self, entry: Entry) -> Result<Function, DriverError> {
+        let (module, name, shared_bytes) = match entry {
+            Entry::Pack => (self.pack, "pack_rows".to_owned(), 0),
+            Entry::Scatter => (self.pack, "scatter_rows".to_owned(), 0),
+            Entry::Attention { dtype, tile, masked } => {
+                (self.attention, attention_name(dtype, tile, masked), tile.shared_bytes(masked))
+            }
+        };
+        // No name holds a zero byte; one that did would not be found.
+        let name = CString::new(name).unwrap_or_default();
+        // SAFETY: the module is loaded for good.
+        let raw = unsafe { module::get_function(module, name) }?;
+        let attribute = CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+        // More than 48 KiB must be asked for; asking for less does no harm.
+        // SAFETY: the function was just found.
+        unsafe { function::set_function_attribute(raw, attribute, shared_bytes as i32) }?;
+        Ok(Function { raw, shared_bytes })
+    }
+}
+
+fn attention_name(dtype: DType, tile: Tile, masked: bool) -> String {
+    format!("attention_sm80_{dtype}_d{}{}", tile.width, if masked { "_masked" } else { "" })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn contains(image: &[u8], name: &str) -> bool {
+        image.windows(name.len()).any(|window| window == name.as_bytes())
+    }
+
+    #[test]
+    fn images_are_fatbins_at_aligned_addresses() {
+        for image in [ATTENTION_SM80, PACK] {
+            assert_eq!(image.0[..4], 0xba55_ed50_u32.to_le_bytes());
+            assert!((image.0.as_ptr() as usize).is_multiple_of(16));
+        }
+    }
+
+    #[test]
+    fn the_images_are_of_the_compiler_that_the_driver_is_checked_for() {
+        let manifest = include_str!("../../kernels/prebuilt/manifest.json");
+        let release = format!("release {}", super::super::probe::version(KERNELS_CUDA));
+        assert!(manifest.contains(&release), "the manifest does not say {release}");
+    }
+
+    #[test]
+    fn the_kernels_are_declared_under_the_names_that_are_looked_up() {
+        let pack = include_bytes!("../../kernels/pack.cu");
+        assert!(contains(pack, "pack_rows(const __grid_constant__ PackParams"));
+        assert!(contains(pack, "scatter_rows(const __grid_constant__ ScatterParams"));
+        let attention = include_bytes!("../../kernels/attention_sm80.cu");
+        for name in ["attention_sm80_f16_d##D", "attention_sm80_bf16_d##D", "_masked"] {
+            assert!(contains(attention, name), "{name}");
+        }
+        let tile = Tile::of(72);
+        let name = tile.map(|tile| attention_name(DType::Bf16, tile, true));
+        assert_eq!(name.as_deref(), Some("attention_sm80_bf16_d96_masked"));
+    }
+}

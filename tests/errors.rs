@@ -1,0 +1,89 @@
+//! What errors say: the argument or variable, what was expected and what came, for every variant.
+
+use varlen_fa::{DType, Error};
+
+fn owned(text: &str) -> String {
+    text.to_owned()
+}
+
+/// Each variant, and all that its message must say, in this order.
+#[test]
+fn messages_name_the_argument_what_was_expected_and_what_came() {
+    let cases = [
+        (Error::Rank { argument: "q", expected: "4: [B, S, H, D]", got: 3 }, ["`q`", "4: [B, S, H, D]", "3"]),
+        (Error::Shape { argument: "k", expected: vec![2, 5], got: vec![2, 6] }, ["`k`", "[2, 5]", "[2, 6]"]),
+        (Error::Broadcast { expected: vec![2, 4, 6, 5], got: vec![3] }, ["`bias`", "[3]", "[2, 4, 6, 5]"]),
+        (Error::HeadsNotDivisible { num_heads: 4, num_kv_heads: 3 }, ["`k`", "num_heads = 4", "3"]),
+        (Error::HeadDim { got: 12 }, ["`q`", "multiple of 8 from 8 to 256", "12"]),
+        (
+            Error::UnsupportedDType {
+                argument: "q",
+                device: owned("cuda"),
+                expected: vec![DType::F16, DType::Bf16],
+                got: DType::F32,
+            },
+            ["`q`", "f32", "cuda"],
+        ),
+        (Error::DTypeMismatch { argument: "v", expected: DType::F16, got: DType::Bf16 }, ["`v`", "f16", "bf16"]),
+        (Error::InnerStride { argument: "q", got: 2 }, ["`q`", "stride 1", "2"]),
+        (Error::Misaligned { argument: "out", expected: 4, got: 6 }, ["`out`", "4 bytes", "6 bytes"]),
+        (Error::BufferTooSmall { argument: "q", expected: 10, got: 8 }, ["`q`", "10", "8"]),
+        (Error::Overlap { argument: "out", other: "v" }, ["`out`", "`v`", ""]),
+        (Error::SelfOverlap { argument: "out", shape: vec![2, 8], strides: vec![4, 1] }, ["`out`", "[4, 1]", "[2, 8]"]),
+        (
+            Error::View { argument: "range", expected: owned("a range"), got: owned("3..2") },
+            ["`range`", "a range", "3..2"],
+        ),
+        (Error::Length { argument: "mask", expected: 6, got: 5 }, ["`mask`", "6", "5"]),
+        (Error::MaskSize { argument: "mask", expected: [2, 5], got: [2, 6] }, ["`mask`", "[2, 5]", "[2, 6]"]),
+        (
+            Error::MaskRow { argument: "runs", row: 1, expected: owned("a range inside 0..4"), got: owned("3..5") },
+            ["`runs`", "row 1: a range inside 0..4", "3..5"],
+        ),
+        (
+            Error::CuSeqlens { argument: "cu_seqlens_q", expected: owned("a first value of 0"), got: owned("1") },
+            ["`cu_seqlens_q`", "a first value of 0", "1"],
+        ),
+        (Error::SoftmaxScale { got: f32::INFINITY }, ["`softmax_scale`", "finite", "inf"]),
+        (
+            Error::TooLarge { argument: "shape", limit_name: "max_buffer_size", limit: 8, got: 9 },
+            ["`shape`", "max_buffer_size allows 8", "9"],
+        ),
+        (
+            Error::Environment { variable: "VARLEN_FA", expected: "0 or 1", got: owned("2") },
+            ["VARLEN_FA", "0 or 1", "2"],
+        ),
+        (Error::DeviceMismatch { argument: "q", expected: owned("wgpu"), got: owned("cpu") }, ["`q`", "wgpu", "cpu"]),
+        (
+            Error::DeviceUnavailable { device: owned("cuda:1"), why: owned("no driver") },
+            ["cuda:1", "not available", "no driver"],
+        ),
+        (
+            Error::NotApplicable { argument: "path", got: owned("fused"), why: owned("no metadata") },
+            ["`path`", "fused", "no metadata"],
+        ),
+        (Error::OutOfMemory { device: owned("cpu"), requested: 64, why: owned("full") }, ["cpu", "64", "full"]),
+        (Error::DeviceLost { device: owned("wgpu"), why: owned("gone") }, ["wgpu", "lost", "gone"]),
+        (Error::Backend { device: owned("wgpu"), operation: "mapping", why: owned("no") }, ["wgpu", "mapping", "no"]),
+    ];
+    for (error, parts) in cases {
+        let message = error.to_string();
+        let mut rest = message.as_str();
+        for part in parts {
+            let Some((_, after)) = rest.split_once(part) else {
+                panic!("{message:?} does not say {part:?} after what comes before it in {parts:?}");
+            };
+            rest = after;
+        }
+    }
+}
+
+/// Errors travel between threads and into `Box<dyn Error>`.
+#[test]
+fn errors_are_ordinary_values() {
+    fn takes<E: std::error::Error + Send + Sync + Clone + PartialEq + 'static>(error: E) -> Box<dyn std::error::Error> {
+        Box::new(error)
+    }
+    let boxed = takes(Error::HeadDim { got: 12 });
+    assert_eq!(boxed.downcast_ref::<Error>(), Some(&Error::HeadDim { got: 12 }));
+}

@@ -1,0 +1,73 @@
+//! The named cases that every device must pass.
+
+use std::collections::HashMap;
+use std::sync::{Arc, LazyLock, Mutex, PoisonError};
+
+use anyhow::Result;
+use varlen_fa::{DType, Device};
+use varlen_fa_testkit::{CASES, Case, OracleShape};
+
+use super::call::{Call, Mask};
+use super::check::{Reference, Rules};
+use super::trials::{Trials, Variant};
+
+/// Cases with more elements than this are held against a sample of the oracle's rows, one case at a time.
+const LARGE: usize = 1 << 20;
+/// Rows of that sample, half of them at the edges of batch rows and runs.
+const SAMPLE: usize = 3000;
+
+pub fn register(trials: &mut Trials) {
+    let device = trials.device().clone();
+    for case in &CASES {
+        let heads = heads(case, &device);
+        let mut name = case.name.to_owned();
+        let mut dtypes = device.capabilities().dtypes.to_vec();
+        if heads < case.heads {
+            name = format!("{name}_{heads}_of_{}_heads", case.heads);
+            eprintln!("{name}: fewer heads, since {} is emulated", device.capabilities());
+        }
+        if heads == 1 {
+            dtypes.retain(|&dtype| dtype != DType::F32);
+            eprintln!("{name}: in f16 and bf16 alone, since {} is emulated", device.capabilities());
+        }
+        trials.each_path_of(&dtypes, &name, move |variant| check(case, heads, variant));
+    }
+}
+
+/// All heads on hardware; on emulated devices as many as end within seconds.
+fn heads(case: &Case, device: &Device) -> usize {
+    let capabilities = device.capabilities();
+    let most_work = match (capabilities.is_software, capabilities.backend) {
+        (false, _) => return case.heads,
+        (true, "cpu") => 40_000_000_000,
+        (true, _) => 2_600_000_000,
+    };
+    let work_of_a_head = case.batch * case.seq().pow(2) * case.head_dim;
+    (most_work / work_of_a_head).clamp(1, case.heads)
+}
+
+fn check(case: &'static Case, heads: usize, variant: &Variant) -> Result<()> {
+    static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+    let elements = case.elements() / case.heads * heads;
+    let _alone = (elements > LARGE).then(|| ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner));
+
+    let shape = OracleShape::self_attention(case.batch, case.seq(), heads, case.head_dim);
+    let call = Call::random(shape, Mask::Varlen(case.mask()), variant.dtype, 26318);
+    let bits = call.run(variant)?;
+    call.judge(&bits, &*reference(case, &call)?, Rules::standard(variant.dtype))
+}
+
+/// The oracle's answer, computed once for all paths and kernels.
+fn reference(case: &'static Case, call: &Call) -> Result<Arc<Reference>> {
+    type Answers = HashMap<(&'static str, DType), Arc<Reference>>;
+    static ANSWERS: LazyLock<Mutex<Answers>> = LazyLock::new(Mutex::default);
+    let find = || ANSWERS.lock().unwrap_or_else(PoisonError::into_inner).get(&(case.name, call.dtype)).cloned();
+    if let Some(found) = find() {
+        return Ok(found);
+    }
+    let limit = if call.values[0].len() > LARGE { SAMPLE } else { usize::MAX };
+    let answer = Arc::new(call.reference(limit)?);
+    let mut answers = ANSWERS.lock().unwrap_or_else(PoisonError::into_inner);
+    answers.insert((case.name, call.dtype), Arc::clone(&answer));
+    Ok(answer)
+}

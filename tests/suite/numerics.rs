@@ -1,0 +1,125 @@
+//! Scales and magnitudes.
+
+use anyhow::{Context, Result, ensure};
+use varlen_fa::DType;
+use varlen_fa_testkit::{OracleShape, random};
+
+use super::call::{Call, Mask};
+use super::check::Rules;
+use super::trials::{Trials, Variant};
+
+pub fn register(trials: &mut Trials) {
+    trials.each_path("numerics/softmax_scales", softmax_scales);
+    trials.each_path("numerics/large_scores", large_scores);
+    trials.each_path("numerics/largest_values", largest_values);
+    trials.each_path("numerics/smallest_values", smallest_values);
+    trials.each_path("numerics/equal_scores", equal_scores);
+    let halves = [DType::F16, DType::Bf16];
+    trials.each_path_of(&halves, "numerics/outputs_are_rounded_to_nearest", outputs_are_rounded_to_nearest);
+}
+
+const SHAPE: OracleShape = OracleShape { batch: 2, seq_q: 150, seq_k: 150, heads: 2, kv_heads: 2, head_dim: 64 };
+
+fn holes() -> Mask {
+    Mask::Varlen((0..2 * 150).map(|at| at % 7 != 3 && at % 150 > 4).collect())
+}
+
+fn softmax_scales(variant: &Variant) -> Result<()> {
+    for scale in [None, Some(0.0), Some(1.0 / 64.0), Some(1.0), Some(-0.125), Some(-0.0), Some(3.5)] {
+        let mut call = Call::random(SHAPE, holes(), variant.dtype, 1);
+        call.scale = scale;
+        // Scores of scale 3.5 reach 100, where an f32 is off by 1e-5, and so is a weight; a naive run in 16 bits is far off.
+        let rules = match scale {
+            Some(scale) if scale.abs() >= 1.0 => Rules::fixed_only(variant.dtype, 1e-3),
+            _ => Rules::standard(variant.dtype),
+        };
+        call.check_by(variant, rules).with_context(|| format!("softmax_scale {scale:?}"))?;
+    }
+    Ok(())
+}
+
+/// Scores up to 20,000, exact in f32: whole numbers times a power of two.
+fn large_scores(variant: &Variant) -> Result<()> {
+    let mut call = Call::random(SHAPE, holes(), variant.dtype, 2);
+    for values in &mut call.values[..2] {
+        for value in values {
+            *value = (*value * 8.0).round().clamp(-32.0, 32.0);
+        }
+    }
+    for scale in [8.0, -8.0] {
+        call.scale = Some(scale);
+        // A kernel may scale q first, which puts scores off by 2^-24 of their size, and weights by as much in all.
+        let rules = Rules::fixed_only(variant.dtype, 8.0 * 20_000.0 * 2f64.powi(-24));
+        call.check_by(variant, rules).with_context(|| format!("softmax_scale {scale}"))?;
+    }
+    Ok(())
+}
+
+/// Every query is one key's twin: scores of the largest size, and one key that outweighs all others.
+fn largest_values(variant: &Variant) -> Result<()> {
+    let signs: Vec<f32> = random::normal(3, 2 * 150 * 2 * 64).iter().map(|value| value.signum()).collect();
+    let (factor, largest) = match variant.dtype {
+        DType::F16 => (65504.0, 65504.0),
+        _ => (2f32.powi(40), 2f32.powi(100)),
+    };
+    let rows: Vec<f32> = signs.iter().map(|sign| sign * factor).collect();
+    let values: Vec<f32> = signs.iter().rev().map(|sign| sign * largest).collect();
+    for scale in [None, Some(1.0)] {
+        let mut call = Call::new(SHAPE, holes(), variant.dtype, [rows.clone(), rows.clone(), values.clone()]);
+        call.scale = scale;
+        let atol = f64::from(largest) * 1e-4;
+        call.check_by(variant, Rules::fixed_only(variant.dtype, atol)).with_context(|| format!("{scale:?}"))?;
+    }
+    Ok(())
+}
+
+/// Tiny q and k, whose scores are all but equal, and values at the bottom of the normal range.
+fn smallest_values(variant: &Variant) -> Result<()> {
+    let mut call = Call::random(SHAPE, holes(), variant.dtype, 4);
+    let smallest = match variant.dtype {
+        DType::F16 => 2f32.powi(-14),
+        _ => 2f32.powi(-100),
+    };
+    let precision = super::memory::precision(variant.dtype);
+    for values in &mut call.values {
+        for value in values {
+            *value = precision.round(value.signum() * value.abs().max(1.0) * smallest);
+        }
+    }
+    // The outputs are means of about 120 such values: in f16 they fall below the normal range, where steps are 2^-24.
+    let atol = f64::from(smallest) * 2f64.powi(-7);
+    let bits = call.run(variant)?;
+    let mut rules = Rules::fixed_only(variant.dtype, 0.0);
+    rules.fixed.atol = atol;
+    call.judge(&bits, &call.reference(usize::MAX)?, rules)
+}
+
+/// Keys that are all the same: every weight is one of as many as there are keys.
+fn equal_scores(variant: &Variant) -> Result<()> {
+    let mut call = Call::random(SHAPE, holes(), variant.dtype, 5);
+    call.values[1].fill(1.5);
+    call.check(variant)
+}
+
+/// Means that lie a quarter and three quarters of a step above a value of the element type, with every weight exact.
+fn outputs_are_rounded_to_nearest(variant: &Variant) -> Result<()> {
+    let step = if variant.dtype == DType::F16 { 2f32.powi(-10) } else { 2f32.powi(-7) };
+    let shape = OracleShape { batch: 1, seq_q: 4, seq_k: 4, heads: 1, kv_heads: 1, head_dim: 8 };
+    // Four keys with equal scores; in column c, `ups` of them hold the next value up.
+    let ups = [0, 1, 3, 4, 0, 1, 3, 4];
+    let values: Vec<f32> = (0..4 * 8)
+        .map(|at| {
+            let (key, column) = (at / 8, at % 8);
+            let sign = if column < 4 { 1.0 } else { -1.0 };
+            sign * (1.0 + if key < ups[column] { step } else { 0.0 })
+        })
+        .collect();
+    let call = Call::new(shape, Mask::Varlen(vec![true; 4]), variant.dtype, [vec![1.0; 32], vec![1.0; 32], values]);
+    let out = call.widen(&call.run(variant)?);
+    let nearest = [1.0, 1.0, 1.0 + step, 1.0 + step];
+    let expected: Vec<f32> = nearest.into_iter().chain(nearest.map(|value| -value)).collect();
+    for row in out.chunks(8) {
+        ensure!(row == expected, "expected {expected:?}, got {row:?}");
+    }
+    Ok(())
+}

@@ -1,0 +1,428 @@
+//! The primitives: pack and scatter, bit for bit, and attention over packed rows.
+
+use anyhow::{Context, Result, ensure};
+use varlen_fa::{
+    CuSeqlens, DType, Device, KeyMask, Tensor, VarlenMeta, VarlenOptions, pack, pack_qkv, scatter_to_padded,
+    varlen_attention,
+};
+use varlen_fa_testkit::{
+    CASES, PackedOutput, PackedProblem, Tolerance, attend_packed, check_close, check_relative, random,
+};
+
+use super::check::{Rules, Yardsticks};
+use super::masks::{LENGTHS, mask};
+use super::memory::{download, narrow, poison, precision, sentinel, upload, widen};
+use super::placement::Placement;
+use super::trials::{Trials, Variant};
+
+pub fn register(trials: &mut Trials) {
+    trials.each_dtype("pack/bit_for_bit", pack_bit_for_bit);
+    trials.each_dtype("pack/named_cases", pack_and_scatter_named_cases);
+    trials.each_dtype("pack/strided_inputs", pack_strided_inputs);
+    trials.each_dtype("pack/nothing", pack_and_scatter_nothing);
+    trials.each_dtype("pack/more_rows_than_workgroups", pack_and_scatter_many_rows);
+    trials.each_dtype("scatter/bit_for_bit", scatter_bit_for_bit);
+    trials.each_dtype("scatter/strided_input", scatter_strided_input);
+    trials.each_kernel("varlen_attention/separate_lengths", separate_lengths);
+    trials.each_kernel("varlen_attention/empty_sequences", empty_sequences);
+    trials.each_kernel("varlen_attention/lengths_around_tiles", lengths_around_tiles);
+    trials.each_kernel("varlen_attention/many_sequences", many_sequences);
+    trials.each_kernel("varlen_attention/softmax_scales", softmax_scales);
+    trials.each_kernel("varlen_attention/strided_views", strided_views);
+    trials.each_kernel("varlen_attention/same_bits_with_and_without_lse", same_bits_with_and_without_lse);
+    trials.each_kernel("varlen_attention/is_the_packed_path", is_the_packed_path);
+}
+
+/// Bit patterns that a careless copy changes: −0.0, NaN of every kind with payloads, subnormals, infinities.
+fn awkward_bits(dtype: DType, seed: u64, len: usize) -> Vec<u32> {
+    let special: [u32; 10] = match dtype {
+        DType::F16 => [0x8000, 0x7e01, 0xfe5a, 0x7c01, 0xfd55, 0x0001, 0x83ff, 0x7c00, 0xfc00, 0x7bff],
+        DType::Bf16 => [0x8000, 0x7fc1, 0xffda, 0x7f81, 0xffa5, 0x0001, 0x807f, 0x7f80, 0xff80, 0x7f7f],
+        _ => [
+            0x8000_0000,
+            0x7fc0_0001,
+            0xffc5_a5a5,
+            0x7f80_0001,
+            0xff95_5555,
+            0x0000_0001,
+            0x807f_ffff,
+            0x7f80_0000,
+            0xff80_0000,
+            0x7f7f_ffff,
+        ],
+    };
+    let normal = random::normal(seed, len);
+    (0..len).map(|at| if at % 3 == 0 { special[at / 3 % 10] } else { narrow(normal[at], dtype) }).collect()
+}
+
+/// The rows that `keep` keeps, one after another: what pack must give.
+fn gather(bits: &[u32], keep: &[bool], row: usize) -> Vec<u32> {
+    bits.chunks(row).zip(keep).filter(|(_, keep)| **keep).flat_map(|(row, _)| row).copied().collect()
+}
+
+/// Packed rows at the places that `keep` keeps, zeros at the others: what scatter must give.
+fn spread(packed: &[u32], keep: &[bool], row: usize) -> Vec<u32> {
+    let mut rows = packed.chunks(row);
+    keep.iter().flat_map(|&keep| if keep { rows.next().unwrap_or(&[]).to_vec() } else { vec![0; row] }).collect()
+}
+
+fn meta_of(batch: usize, seq: usize, keep: &[bool]) -> Result<VarlenMeta> {
+    Ok(VarlenMeta::from_key_mask(&KeyMask::from_bool(batch, seq, keep)?)?)
+}
+
+/// Masks of `[3, 50]`.
+fn masks() -> Result<Vec<Vec<bool>>> {
+    Ok(vec![
+        vec![true; 150],
+        random::bernoulli_mask(1, 150, 0.5)?,
+        mask(3, 50, |row, token| row == 2 && token == 49),
+        mask(3, 50, |row, token| row != 1 && !(20..30).contains(&token)),
+    ])
+}
+
+fn pack_bit_for_bit(device: &Device, dtype: DType) -> Result<()> {
+    for keep in masks()? {
+        let meta = meta_of(3, 50, &keep)?;
+        for (heads, dim) in [(1, 8), (3, 40), (4, 64), (2, 256)] {
+            let bits = awkward_bits(dtype, 2, 150 * heads * dim);
+            let padded = upload(device, dtype, &bits, &[3, 50, heads, dim])?;
+            let packed = pack(device, &padded, &meta)?;
+            ensure!(packed.shape() == [meta.total_valid(), heads, dim] && packed.dtype() == dtype, "got {packed:?}");
+            ensure!(download(&packed)? == gather(&bits, &keep, heads * dim), "{heads} × {dim}");
+        }
+        // Three tensors in one launch, the second and third with fewer heads.
+        let bits = [(4, 3), (2, 4), (2, 5)].map(|(heads, seed)| awkward_bits(dtype, seed, 150 * heads * 24));
+        let tensor = |at: usize, heads| upload(device, dtype, &bits[at], &[3, 50, heads, 24]);
+        let packed = pack_qkv(device, &tensor(0, 4)?, &tensor(1, 2)?, &tensor(2, 2)?, &meta)?;
+        for ((packed, bits), heads) in packed.iter().zip(&bits).zip([4, 2, 2]) {
+            ensure!(packed.shape() == [meta.total_valid(), heads, 24], "got {packed:?}");
+            ensure!(download(packed)? == gather(bits, &keep, heads * 24), "pack_qkv, {heads} heads");
+        }
+    }
+    Ok(())
+}
+
+/// The named cases' masks, with as many heads as keep this quick.
+fn pack_and_scatter_named_cases(device: &Device, dtype: DType) -> Result<()> {
+    for case in &CASES {
+        let (heads, dim, keep) = (case.heads.min(4), case.head_dim, case.mask());
+        let meta = meta_of(case.batch, case.seq(), &keep)?;
+        let bits = awkward_bits(dtype, 6, keep.len() * heads * dim);
+        let padded = upload(device, dtype, &bits, &[case.batch, case.seq(), heads, dim])?;
+        let packed = pack(device, &padded, &meta)?;
+        let expected = gather(&bits, &keep, heads * dim);
+        ensure!(download(&packed)? == expected, "pack of {}", case.name);
+        let scattered = scatter_to_padded(device, &packed, &meta)?;
+        ensure!(download(&scattered)? == spread(&expected, &keep, heads * dim), "scatter of {}", case.name);
+    }
+    Ok(())
+}
+
+fn pack_strided_inputs(device: &Device, dtype: DType) -> Result<()> {
+    let (shape, keep) = ([3, 50, 4, 40], random::bernoulli_mask(7, 150, 0.6)?);
+    let meta = meta_of(3, 50, &keep)?;
+    let bits = awkward_bits(dtype, 8, shape.iter().product());
+    for placement in [Placement::HEADS_OUTSIDE, Placement::ROOM_AROUND, Placement::TURNED, Placement::among_heads(4, 8)]
+    {
+        let mut memory: Vec<u32> = (0..placement.memory_len(shape)).map(|place| poison(place, dtype)).collect();
+        for (row, start) in placement.rows(shape).into_iter().enumerate() {
+            memory[start..start + 40].copy_from_slice(&bits[row * 40..][..40]);
+        }
+        let holder = upload(device, dtype, &memory, &placement.memory_shape(shape))?;
+        let view = || placement.view(holder.view(), shape);
+        let expected = gather(&bits, &keep, 160);
+        ensure!(download(&pack(device, view()?, &meta)?)? == expected, "pack, {placement:?}");
+        for packed in pack_qkv(device, view()?, view()?, view()?, &meta)? {
+            ensure!(download(&packed)? == expected, "pack_qkv, {placement:?}");
+        }
+    }
+    Ok(())
+}
+
+fn pack_and_scatter_nothing(device: &Device, dtype: DType) -> Result<()> {
+    for (batch, seq) in [(2, 16), (0, 16), (2, 0)] {
+        let meta = meta_of(batch, seq, &vec![false; batch * seq])?;
+        let padded = upload(device, dtype, &vec![sentinel(dtype); batch * seq * 4 * 64], &[batch, seq, 4, 64])?;
+        for packed in pack_qkv(device, &padded, &padded, &padded, &meta)? {
+            ensure!(packed.shape() == [0, 4, 64], "got {packed:?}");
+            ensure!(download(&packed)?.is_empty());
+            let scattered = scatter_to_padded(device, &packed, &meta)?;
+            ensure!(scattered.shape() == [batch, seq, 4, 64], "got {scattered:?}");
+            ensure!(download(&scattered)?.iter().all(|&bits| bits == 0), "scatter of nothing is not all +0.0");
+        }
+    }
+    Ok(())
+}
+
+fn pack_and_scatter_many_rows(device: &Device, dtype: DType) -> Result<()> {
+    // 140,000 tokens; WebGPU launches at most 65,535 workgroups in one dimension.
+    let keep: Vec<bool> = (0..140_000).map(|at| at % 5 != 2).collect();
+    let meta = meta_of(2, 70_000, &keep)?;
+    let bits = awkward_bits(dtype, 9, 140_000 * 8);
+    let packed = pack(device, &upload(device, dtype, &bits, &[2, 70_000, 1, 8])?, &meta)?;
+    let expected = gather(&bits, &keep, 8);
+    ensure!(download(&packed)? == expected, "pack");
+    ensure!(download(&scatter_to_padded(device, &packed, &meta)?)? == spread(&expected, &keep, 8), "scatter");
+    Ok(())
+}
+
+fn scatter_bit_for_bit(device: &Device, dtype: DType) -> Result<()> {
+    for keep in masks()? {
+        let meta = meta_of(3, 50, &keep)?;
+        for (heads, dim) in [(1, 8), (3, 40), (4, 64), (2, 256)] {
+            let bits = awkward_bits(dtype, 10, meta.total_valid() * heads * dim);
+            let packed = upload(device, dtype, &bits, &[meta.total_valid(), heads, dim])?;
+            // Memory that holds something else, if the device hands it out again.
+            drop(upload(device, dtype, &vec![sentinel(dtype); 150 * heads * dim], &[150 * heads * dim])?);
+            let padded = scatter_to_padded(device, &packed, &meta)?;
+            ensure!(padded.shape() == [3, 50, heads, dim] && padded.dtype() == dtype, "got {padded:?}");
+            ensure!(download(&padded)? == spread(&bits, &keep, heads * dim), "{heads} × {dim}");
+        }
+    }
+    Ok(())
+}
+
+fn scatter_strided_input(device: &Device, dtype: DType) -> Result<()> {
+    let keep = random::bernoulli_mask(11, 150, 0.6)?;
+    let meta = meta_of(3, 50, &keep)?;
+    let (total, dim) = (meta.total_valid(), 24);
+    // The middle 2 of 5 heads, from the third row on.
+    let bits = awkward_bits(dtype, 12, (total + 4) * 5 * dim);
+    let holder = upload(device, dtype, &bits, &[total + 4, 5, dim])?;
+    let view = holder.view().slice(0, 3..3 + total)?.slice(1, 2..4)?;
+    let rows: Vec<u32> =
+        bits.chunks(5 * dim).skip(3).take(total).flat_map(|row| &row[2 * dim..4 * dim]).copied().collect();
+    ensure!(download(&scatter_to_padded(device, view, &meta)?)? == spread(&rows, &keep, 2 * dim));
+    // Head after head instead of row after row.
+    let holder = upload(device, dtype, &bits[..2 * total * dim], &[2, total, dim])?;
+    let rows: Vec<u32> = (0..total)
+        .flat_map(|row| [0, 1].map(|head| (head * total + row) * dim))
+        .flat_map(|start| &bits[start..start + dim])
+        .copied()
+        .collect();
+    let view = holder.view().permute(&[1, 0, 2])?;
+    ensure!(download(&scatter_to_padded(device, view, &meta)?)? == spread(&rows, &keep, 2 * dim), "head after head");
+    Ok(())
+}
+
+/// Packed inputs and the lengths of their sequences.
+struct Packed {
+    heads: usize,
+    kv_heads: usize,
+    dim: usize,
+    scale: Option<f32>,
+    lengths_q: Vec<usize>,
+    lengths_k: Vec<usize>,
+    values: [Vec<f32>; 3],
+    dtype: DType,
+}
+
+impl Packed {
+    fn random(dtype: DType, [heads, kv_heads, dim]: [usize; 3], lengths_q: &[usize], lengths_k: &[usize]) -> Self {
+        let [total_q, total_k] = [lengths_q, lengths_k].map(|lengths| lengths.iter().sum::<usize>());
+        let lens = [total_q * heads * dim, total_k * kv_heads * dim, total_k * kv_heads * dim];
+        let values = [0, 1, 2].map(|input| random::normal_rounded(13, input as u64, lens[input], precision(dtype)));
+        let (lengths_q, lengths_k) = (lengths_q.to_vec(), lengths_k.to_vec());
+        Self { heads, kv_heads, dim, scale: None, lengths_q, lengths_k, values, dtype }
+    }
+
+    fn shapes(&self) -> [[usize; 3]; 3] {
+        let [total_q, total_k] = [&self.lengths_q, &self.lengths_k].map(|lengths| lengths.iter().sum::<usize>());
+        let kv = [total_k, self.kv_heads, self.dim];
+        [[total_q, self.heads, self.dim], kv, kv]
+    }
+
+    fn options(&self, variant: &Variant) -> VarlenOptions {
+        let options = VarlenOptions::default().with_kernel(variant.kernel);
+        self.scale.map_or(options, |scale| options.with_softmax_scale(scale))
+    }
+
+    fn tensors(&self, device: &Device) -> Result<[Tensor; 3]> {
+        let [q, k, v] = [0, 1, 2].map(|input| {
+            let bits: Vec<u32> = self.values[input].iter().map(|&value| narrow(value, self.dtype)).collect();
+            upload(device, self.dtype, &bits, &self.shapes()[input])
+        });
+        Ok([q?, k?, v?])
+    }
+
+    fn cu_seqlens(&self) -> Result<[CuSeqlens; 2]> {
+        Ok([CuSeqlens::from_lengths(&self.lengths_q)?, CuSeqlens::from_lengths(&self.lengths_k)?])
+    }
+
+    fn answer(&self) -> Result<PackedOutput> {
+        let starts = |lengths: &[usize]| {
+            let mut total = 0;
+            let ends = lengths.iter().map(|&length| {
+                total += length as i32;
+                total
+            });
+            [0].into_iter().chain(ends).collect::<Vec<_>>()
+        };
+        let (cu_seqlens_q, cu_seqlens_k) = (starts(&self.lengths_q), starts(&self.lengths_k));
+        Ok(attend_packed(&PackedProblem {
+            heads: self.heads,
+            kv_heads: self.kv_heads,
+            head_dim: self.dim,
+            softmax_scale: self.scale.map_or(1.0 / (self.dim as f64).sqrt(), f64::from),
+            cu_seqlens_q: &cu_seqlens_q,
+            cu_seqlens_k: &cu_seqlens_k,
+            q: &self.values[0],
+            k: &self.values[1],
+            v: &self.values[2],
+        })?)
+    }
+
+    /// Judges an output and its log-sum-exp; rows without keys are +0.0 and −∞.
+    fn judge(&self, out: &Tensor, lse: Option<&Tensor>, rules: Rules) -> Result<()> {
+        let [total_q, heads, dim] = self.shapes()[0];
+        let answer = self.answer()?;
+        ensure!(out.shape() == [total_q, heads, dim] && out.dtype() == self.dtype, "got {out:?}");
+        let got: Vec<f32> = download(out)?.into_iter().map(|bits| widen(bits, self.dtype)).collect();
+        let shape = [1, total_q, heads, dim];
+        check_close("out", shape, &got, &answer.out, rules.fixed)?;
+        if let Some(Yardsticks { relative, .. }) = rules.yardsticks {
+            check_relative("out", shape, &got, &answer.out, relative)?;
+        }
+        let lse_of = |row: usize, head: usize| answer.lse[head * total_q + row];
+        for (at, values) in got.chunks(dim).enumerate() {
+            let has_keys = lse_of(at / heads, at % heads) != f64::NEG_INFINITY;
+            ensure!(
+                has_keys || values.iter().all(|value| value.to_bits() == 0),
+                "row {}, head {} has no key: expected +0.0, got {values:?}",
+                at / heads,
+                at % heads
+            );
+        }
+        let Some(lse) = lse else { return Ok(()) };
+        ensure!(lse.shape() == [heads, total_q] && lse.dtype() == DType::F32, "got {lse:?}");
+        let got = lse.to_vec::<f32>()?;
+        // −∞ equals itself and is near nothing.
+        let (got, expected): (Vec<_>, Vec<_>) = got
+            .into_iter()
+            .zip(answer.lse)
+            .filter(|&(got, expected)| f64::from(got) != expected || expected.is_finite())
+            .unzip();
+        let tolerance = Tolerance { rtol: 1e-5, atol: 2e-5 };
+        check_close("lse, rows with keys", [1, 1, 1, got.len()], &got, &expected, tolerance)?;
+        Ok(())
+    }
+
+    fn check(&self, variant: &Variant) -> Result<()> {
+        self.check_by(variant, Rules::standard(self.dtype))
+    }
+
+    fn check_by(&self, variant: &Variant, rules: Rules) -> Result<()> {
+        let ([q, k, v], [cu_q, cu_k]) = (self.tensors(&variant.device)?, self.cu_seqlens()?);
+        let options = self.options(variant).with_lse();
+        let attended = varlen_attention(&variant.device, [&q, &k, &v], &cu_q, &cu_k, options)?;
+        let lse = attended.lse.context("lse was asked for")?;
+        self.judge(&attended.out, Some(&lse), rules)
+            .with_context(|| format!("queries {:?}, keys {:?}", self.lengths_q, self.lengths_k))
+    }
+}
+
+fn separate_lengths(variant: &Variant) -> Result<()> {
+    for (heads, kv_heads, dim) in [(4, 4, 64), (6, 2, 40), (8, 1, 128)] {
+        let sizes = [heads, kv_heads, dim];
+        Packed::random(variant.dtype, sizes, &[40, 1, 70, 129], &[40, 1, 70, 129]).check(variant)?;
+        Packed::random(variant.dtype, sizes, &[40, 1, 70, 129], &[3, 200, 64, 65]).check(variant)?;
+    }
+    Ok(())
+}
+
+fn empty_sequences(variant: &Variant) -> Result<()> {
+    let sizes = [4, 2, 32];
+    for (queries, keys) in [
+        (&[5, 0, 7, 3, 0][..], &[4, 6, 0, 9, 0][..]),
+        (&[0, 0, 33], &[0, 65, 1]),
+        (&[3, 4], &[0, 0]),
+        (&[0, 0], &[3, 4]),
+        (&[0], &[0]),
+        (&[], &[]),
+    ] {
+        Packed::random(variant.dtype, sizes, queries, keys).check(variant)?;
+    }
+    Ok(())
+}
+
+fn lengths_around_tiles(variant: &Variant) -> Result<()> {
+    let backwards: Vec<usize> = LENGTHS.into_iter().rev().collect();
+    for (queries, keys) in [(&LENGTHS[..], &LENGTHS[..]), (&LENGTHS, &backwards)] {
+        Packed::random(variant.dtype, [2, 2, 48], queries, keys).check(variant)?;
+    }
+    Ok(())
+}
+
+/// More sequences than one dimension of a launch has workgroups.
+fn many_sequences(variant: &Variant) -> Result<()> {
+    let lengths: Vec<usize> = (0..66_000).map(|at| at % 3).collect();
+    Packed::random(variant.dtype, [1, 1, 8], &lengths, &lengths).check(variant)
+}
+
+fn softmax_scales(variant: &Variant) -> Result<()> {
+    for scale in [0.0, 1.0, -0.25] {
+        let mut packed = Packed::random(variant.dtype, [4, 4, 32], &[30, 70], &[70, 30]);
+        packed.scale = Some(scale);
+        let rules = if scale == 1.0 { Rules::fixed_only(variant.dtype, 1e-3) } else { Rules::standard(variant.dtype) };
+        packed.check_by(variant, rules).with_context(|| format!("softmax_scale {scale}"))?;
+    }
+    Ok(())
+}
+
+/// Parts of a packed, fused QKV projection `[total, 3H, D]`.
+fn strided_views(variant: &Variant) -> Result<()> {
+    let (heads, dim, lengths) = (4, 40, [30, 0, 65, 1]);
+    let packed = Packed::random(variant.dtype, [heads, heads, dim], &lengths, &lengths);
+    let total = lengths.iter().sum::<usize>();
+    let mut bits: Vec<u32> = (0..(total + 2) * 3 * heads * dim).map(|place| poison(place, variant.dtype)).collect();
+    for (input, values) in packed.values.iter().enumerate() {
+        for (row, values) in values.chunks(heads * dim).enumerate() {
+            let start = ((row + 1) * 3 + input) * heads * dim;
+            bits[start..start + heads * dim]
+                .iter_mut()
+                .zip(values)
+                .for_each(|(bits, &value)| *bits = narrow(value, variant.dtype));
+        }
+    }
+    let fused = upload(&variant.device, variant.dtype, &bits, &[total + 2, 3 * heads, dim])?;
+    let view = |input: usize| fused.view().slice(0, 1..1 + total)?.slice(1, input * heads..(input + 1) * heads);
+    let [cu_q, cu_k] = packed.cu_seqlens()?;
+    let views = [view(0)?, view(1)?, view(2)?];
+    let attended = varlen_attention(&variant.device, views, &cu_q, &cu_k, packed.options(variant))?;
+    ensure!(attended.lse.is_none(), "lse was not asked for");
+    packed.judge(&attended.out, None, Rules::standard(variant.dtype))
+}
+
+fn same_bits_with_and_without_lse(variant: &Variant) -> Result<()> {
+    let packed = Packed::random(variant.dtype, [4, 2, 64], &[50, 70, 3], &[50, 90, 3]);
+    let ([q, k, v], [cu_q, cu_k]) = (packed.tensors(&variant.device)?, packed.cu_seqlens()?);
+    let run = |options| varlen_attention(&variant.device, [&q, &k, &v], &cu_q, &cu_k, options);
+    let (plain, with_lse) = (run(packed.options(variant))?, run(packed.options(variant).with_lse())?);
+    ensure!(download(&plain.out)? == download(&with_lse.out)?, "asking for lse changed the output");
+    Ok(())
+}
+
+/// pack → varlen_attention → scatter is what the packed path does, bit for bit.
+fn is_the_packed_path(variant: &Variant) -> Result<()> {
+    let (shape, keep) = ([2, 90, 4, 64], random::bernoulli_mask(14, 180, 0.6)?);
+    let meta = meta_of(2, 90, &keep)?;
+    let len = shape.iter().product();
+    let [q, k, v] = [15, 16, 17].map(|seed| {
+        let values = random::normal_rounded(seed, 0, len, precision(variant.dtype));
+        let bits: Vec<u32> = values.iter().map(|&value| narrow(value, variant.dtype)).collect();
+        upload(&variant.device, variant.dtype, &bits, &shape)
+    });
+    let (q, k, v) = (q?, k?, v?);
+    let device = &variant.device;
+    let [packed_q, packed_k, packed_v] = pack_qkv(device, &q, &k, &v, &meta)?;
+    let options = VarlenOptions::default().with_kernel(variant.kernel);
+    let cu = meta.cu_seqlens();
+    let attended = varlen_attention(device, [&packed_q, &packed_k, &packed_v], cu, cu, options)?;
+    let by_hand = scatter_to_padded(device, &attended.out, &meta)?;
+    let layer = variant.layer().with_path(varlen_fa::Path::Packed);
+    let whole = layer.forward(&q, &k, &v, varlen_fa::AttentionMask::Varlen(&meta))?;
+    let (by_hand, whole) = (download(&by_hand)?, download(&whole.out)?);
+    ensure!(by_hand.iter().any(|&bits| bits != 0), "the output is all zeros: nothing was tested");
+    ensure!(by_hand == whole, "the steps and the packed path differ");
+    Ok(())
+}

@@ -1,0 +1,116 @@
+//! The path and reason that a call reports when nothing is forced.
+
+use anyhow::{Result, ensure};
+use varlen_fa::{AttentionMask, DType, Device, KeyMask, MaskedAttention, Path, Plan, Reason, Tensor, VarlenMeta};
+use varlen_fa_testkit::OracleShape;
+
+use super::call::{Call, Mask};
+use super::masks::mask;
+use super::placement::Placement;
+use super::trials::{Trials, Variant};
+
+pub fn register(trials: &mut Trials) {
+    trials.once("plans/without_metadata", without_metadata);
+    trials.once("plans/with_metadata", with_metadata);
+    trials.once("plans/cross_attention", cross_attention);
+    trials.once("plans/are_words", are_words);
+    trials.each_kernel("plans/whatever_path_is_chosen", whatever_path_is_chosen);
+}
+
+/// `[2, 6, 2, 8]`.
+fn tensor(device: &Device) -> Result<Tensor> {
+    Ok(Tensor::from_slice(device, &[varlen_fa::f16::ONE; 2 * 6 * 2 * 8], &[2, 6, 2, 8])?)
+}
+
+fn plan(device: &Device, mask: AttentionMask<'_>) -> Result<Plan> {
+    let x = tensor(device)?;
+    let layer = MaskedAttention::new(device);
+    let attended = layer.forward(&x, &x, &x, mask)?;
+    ensure!(attended.out.dtype() == DType::F16 && attended.out.shape() == [2, 6, 2, 8], "got {:?}", attended.out);
+    let mut out = tensor(device)?;
+    let into = layer.forward_into(&x, &x, &x, mask, &mut out)?;
+    ensure!(attended.plan == into, "forward: {}, forward_into: {into}", attended.plan);
+    ensure!(into.kernel == device.capabilities().kernels[0], "expected the preferred kernel, got {into}");
+    Ok(into)
+}
+
+fn expect(got: Plan, path: Path, reason: Reason) -> Result<()> {
+    ensure!((got.path, got.reason) == (path, reason), "expected {path} since {reason}, got {got}");
+    Ok(())
+}
+
+fn meta(lengths: &[usize]) -> Result<VarlenMeta> {
+    Ok(VarlenMeta::from_key_mask(&KeyMask::from_lengths(6, lengths)?)?)
+}
+
+fn without_metadata(device: &Device) -> Result<()> {
+    let (some, all) = (KeyMask::from_lengths(6, &[3, 6])?, KeyMask::all(2, 6)?);
+    let bias = Tensor::zeros(device, DType::F32, &[6])?;
+    expect(plan(device, AttentionMask::None)?, Path::Dense, Reason::NoMask)?;
+    expect(plan(device, AttentionMask::Key(&some))?, Path::Dense, Reason::KeyMask)?;
+    expect(plan(device, AttentionMask::Key(&all))?, Path::Dense, Reason::KeyMaskKeepsAll)?;
+    expect(plan(device, AttentionMask::Bias(bias.view()))?, Path::Dense, Reason::Bias)
+}
+
+fn with_metadata(device: &Device) -> Result<()> {
+    expect(plan(device, AttentionMask::Varlen(&meta(&[6, 6])?))?, Path::Dense, Reason::AllValid)?;
+    expect(plan(device, AttentionMask::Varlen(&meta(&[0, 0])?))?, Path::Zero, Reason::NothingValid)?;
+    let some = plan(device, AttentionMask::Varlen(&meta(&[3, 6])?))?;
+    ensure!(matches!(some.path, Path::Fused | Path::Packed), "some tokens masked: got {some}");
+    if !device.capabilities().has_fused {
+        expect(some, Path::Packed, Reason::NoFusedKernel)?;
+    }
+    Ok(())
+}
+
+fn cross_attention(device: &Device) -> Result<()> {
+    let (none, some, all) = (meta(&[0, 0])?, meta(&[0, 4])?, meta(&[6, 6])?);
+    for (query, key, path, reason) in [
+        (&all, &all, Path::Dense, Reason::AllValid),
+        (&none, &all, Path::Zero, Reason::NothingValid),
+        (&all, &none, Path::Zero, Reason::NothingValid),
+        (&none, &none, Path::Zero, Reason::NothingValid),
+    ] {
+        expect(plan(device, AttentionMask::VarlenCross { query, key })?, path, reason)?;
+    }
+    for (query, key) in [(&some, &all), (&all, &some), (&some, &some)] {
+        let got = plan(device, AttentionMask::VarlenCross { query, key })?;
+        ensure!(matches!(got.path, Path::Fused | Path::Packed), "got {got}");
+    }
+    Ok(())
+}
+
+fn are_words(device: &Device) -> Result<()> {
+    let plan = plan(device, AttentionMask::Varlen(&meta(&[6, 6])?))?;
+    let kernel = device.capabilities().kernels[0];
+    ensure!(plan.to_string() == format!("dense by {kernel}: {}", Reason::AllValid), "got {plan}");
+    let listed = Device::list().into_iter().find(|report| report.to_string().contains(&device.capabilities().adapter));
+    ensure!(listed.is_some(), "Device::list() does not name {}", device.capabilities().adapter);
+    Ok(())
+}
+
+/// The other trials force paths; these masks lead to each that the device would choose by itself, zeros alone among them.
+fn whatever_path_is_chosen(variant: &Variant) -> Result<()> {
+    let shape = OracleShape { batch: 3, seq_q: 70, seq_k: 70, heads: 4, kv_heads: 2, head_dim: 40 };
+    let masks = [
+        vec![false; 210],
+        vec![true; 210],
+        mask(3, 70, |row, token| token < 20 * row),
+        mask(3, 70, |row, token| (token + row) % 2 == 0),
+    ];
+    for keep in masks {
+        for placement in [Placement::CONTIGUOUS, Placement::ROOM_AROUND, Placement::TURNED] {
+            let mut call = Call::random(shape, Mask::Varlen(keep.clone()), variant.dtype, 1);
+            call.output = placement;
+            call.check(variant)?;
+        }
+    }
+    // Queries without a key in the whole batch, and keys without a query.
+    let some = mask(3, 70, |row, token| token > 9 * row);
+    for (query, key) in [(some.clone(), vec![false; 210]), (vec![false; 210], some)] {
+        let mut call = Call::random(shape, Mask::Cross { query, key }, variant.dtype, 2);
+        call.output = Placement::ROOM_AROUND;
+        call.check(variant)?;
+    }
+    Ok(())
+}

@@ -1,0 +1,110 @@
+//! Head counts, head dimensions, and sizes of nothing.
+
+use anyhow::{Context, Result, ensure};
+use varlen_fa::{AttentionMask, DType, KeyMask, MaskedAttention, Path, Tensor, VarlenMeta};
+use varlen_fa_testkit::{OracleShape, random};
+
+use super::call::{Call, Mask};
+use super::masks::mask;
+use super::memory::upload;
+use super::trials::{Trials, Variant};
+
+pub fn register(trials: &mut Trials) {
+    trials.each_path("shapes/every_head_dim", every_head_dim);
+    trials.each_path("shapes/grouped_heads", grouped_heads);
+    trials.each_path("shapes/heads_times_dim_not_a_power_of_two", heads_times_dim_not_a_power_of_two);
+    trials.each_path("shapes/sizes_of_nothing", sizes_of_nothing);
+    // Grids do not depend on the element type.
+    trials.each_path_of(&[DType::F16], "shapes/more_batch_rows_than_workgroups", more_batch_rows_than_workgroups);
+    trials.each_path_of(&[DType::F16], "shapes/more_heads_than_workgroups", more_heads_than_workgroups);
+    trials.each_kernel("shapes/no_mask", no_mask);
+    trials.each_kernel("shapes/sizes_of_nothing_without_metadata", sizes_of_nothing_without_metadata);
+}
+
+fn every_head_dim(variant: &Variant) -> Result<()> {
+    for head_dim in (8..=256).step_by(8) {
+        let shape = OracleShape { batch: 2, seq_q: 35, seq_k: 35, heads: 2, kv_heads: 1, head_dim };
+        let keep = random::bernoulli_mask(head_dim as u64, 70, 0.7)?;
+        let call = Call::random(shape, Mask::Varlen(keep), variant.dtype, 1);
+        call.check(variant).with_context(|| format!("head_dim {head_dim}"))?;
+    }
+    Ok(())
+}
+
+fn grouped_heads(variant: &Variant) -> Result<()> {
+    for (heads, kv_heads) in [(1, 1), (2, 1), (8, 1), (6, 2), (12, 3), (24, 8), (5, 5), (7, 7)] {
+        let shape = OracleShape { batch: 2, seq_q: 40, seq_k: 40, heads, kv_heads, head_dim: 24 };
+        let keep = random::bernoulli_mask(heads as u64, 80, 0.7)?;
+        let call = Call::random(shape, Mask::Varlen(keep), variant.dtype, 2);
+        call.check(variant).with_context(|| format!("{heads} heads on {kv_heads}"))?;
+    }
+    Ok(())
+}
+
+fn heads_times_dim_not_a_power_of_two(variant: &Variant) -> Result<()> {
+    for (heads, head_dim) in [(3, 8), (3, 40), (5, 72), (7, 24), (9, 56), (16, 72)] {
+        let shape = OracleShape::self_attention(2, 37, heads, head_dim);
+        let keep = random::bernoulli_mask(heads as u64, 74, 0.6)?;
+        let call = Call::random(shape, Mask::Varlen(keep), variant.dtype, 3);
+        call.check(variant).with_context(|| format!("{heads} heads of {head_dim}"))?;
+    }
+    Ok(())
+}
+
+/// `[batch, seq_q, seq_k]` of which some are 0.
+const EMPTY_SIZES: [[usize; 3]; 5] = [[0, 5, 5], [2, 0, 5], [2, 5, 0], [2, 0, 0], [0, 0, 0]];
+
+fn sizes_of_nothing(variant: &Variant) -> Result<()> {
+    for [batch, seq_q, seq_k] in EMPTY_SIZES {
+        let shape = OracleShape { batch, seq_q, seq_k, heads: 4, kv_heads: 2, head_dim: 16 };
+        let (query, key) = (vec![true; batch * seq_q], vec![true; batch * seq_k]);
+        let call = Call::random(shape, Mask::Cross { query, key }, variant.dtype, 4);
+        call.check(variant).with_context(|| format!("{shape:?}"))?;
+    }
+    Ok(())
+}
+
+fn sizes_of_nothing_without_metadata(variant: &Variant) -> Result<()> {
+    for [batch, seq_q, seq_k] in EMPTY_SIZES {
+        let shape = OracleShape { batch, seq_q, seq_k, heads: 4, kv_heads: 2, head_dim: 16 };
+        for mask in [Mask::None, Mask::Key(vec![true; batch * seq_k])] {
+            let call = Call::random(shape, mask, variant.dtype, 5);
+            call.check(variant).with_context(|| format!("{shape:?}"))?;
+        }
+    }
+    // And through the call that makes its own output.
+    let q = upload(&variant.device, variant.dtype, &[0; 2 * 3 * 2 * 8], &[2, 3, 2, 8])?;
+    let k = Tensor::zeros(&variant.device, variant.dtype, &[2, 0, 2, 8])?;
+    let attended = variant.layer().forward(&q, &k, &k, AttentionMask::None)?;
+    ensure!(attended.plan.path == Path::Zero, "no keys: got {}", attended.plan);
+    ensure!(super::memory::download(&attended.out)? == [0; 2 * 3 * 2 * 8], "no keys: expected zeros");
+    let meta = VarlenMeta::from_key_mask(&KeyMask::all(0, 7)?)?;
+    let nothing = Tensor::zeros(&variant.device, variant.dtype, &[0, 7, 2, 8])?;
+    let layer = MaskedAttention::new(&variant.device);
+    let attended = layer.forward(&nothing, &nothing, &nothing, AttentionMask::Varlen(&meta))?;
+    ensure!(attended.out.shape() == [0, 7, 2, 8], "got shape {:?}", attended.out.shape());
+    Ok(())
+}
+
+/// WebGPU launches at most 65,535 workgroups in one dimension.
+fn more_batch_rows_than_workgroups(variant: &Variant) -> Result<()> {
+    let shape = OracleShape::self_attention(66_000, 2, 1, 8);
+    let keep = mask(66_000, 2, |row, token| (row + token) % 3 != 0);
+    Call::random(shape, Mask::Varlen(keep), variant.dtype, 6).check(variant)
+}
+
+/// As many pairs of batch row and head.
+fn more_heads_than_workgroups(variant: &Variant) -> Result<()> {
+    let shape = OracleShape::self_attention(1000, 2, 66, 8);
+    let keep = mask(1000, 2, |row, token| (row + token) % 3 != 0);
+    Call::random(shape, Mask::Varlen(keep), variant.dtype, 6).check(variant)
+}
+
+fn no_mask(variant: &Variant) -> Result<()> {
+    for (seq_q, seq_k) in [(1, 1), (1, 200), (200, 1), (65, 130), (128, 128)] {
+        let shape = OracleShape { batch: 2, seq_q, seq_k, heads: 4, kv_heads: 2, head_dim: 64 };
+        let call = Call::random(shape, Mask::None, variant.dtype, 7);
+        call.check(variant).with_context(|| format!("{seq_q} queries, {seq_k} keys"))?;
+    }
+    Ok(())
+}

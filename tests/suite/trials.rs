@@ -1,0 +1,168 @@
+//! From tests to trials: a test is a function, run once for each kernel, path and element type that it depends on.
+
+use std::sync::{PoisonError, RwLock};
+
+use anyhow::Result;
+use libtest_mimic::{Completion, Failed, Trial};
+use varlen_fa::{DType, Device, Kernel, MaskedAttention, Path};
+
+/// Trials that fill the device's memory run alone; every other one holds this for reading.
+static MEMORY: RwLock<()> = RwLock::new(());
+
+/// What a trial runs: one kernel of a device, forced, on one path, with one element type.
+#[derive(Debug, Clone)]
+pub struct Variant {
+    /// The device.
+    pub device: Device,
+    /// The kernel to force.
+    pub kernel: Kernel,
+    /// The path to force; none where the mask leaves no choice.
+    pub path: Option<Path>,
+    /// Element type of q, k, v and the output.
+    pub dtype: DType,
+}
+
+impl Variant {
+    /// The layer with everything forced.
+    pub fn layer(&self) -> MaskedAttention {
+        let layer = MaskedAttention::new(&self.device).with_kernel(self.kernel);
+        match self.path {
+            Some(path) => layer.with_path(path),
+            None => layer,
+        }
+    }
+}
+
+/// What a test returns: nothing, or that it could not run here and why.
+pub trait Outcome: 'static {
+    /// The harness's word for it.
+    fn completion(self) -> Completion;
+}
+
+impl Outcome for () {
+    fn completion(self) -> Completion {
+        Completion::Completed
+    }
+}
+
+impl Outcome for Completion {
+    fn completion(self) -> Completion {
+        self
+    }
+}
+
+/// The list being built for one device.
+#[derive(Debug)]
+pub struct Trials {
+    device: Device,
+    list: Vec<Trial>,
+}
+
+impl Trials {
+    /// An empty list.
+    pub fn new(device: Device) -> Self {
+        Self { device, list: Vec::new() }
+    }
+
+    /// The finished list.
+    pub fn into_list(self) -> Vec<Trial> {
+        self.list
+    }
+
+    /// The device under test.
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
+    /// One trial.
+    pub fn once<R: Outcome>(&mut self, test: &str, run: fn(&Device) -> Result<R>) {
+        let device = self.device.clone();
+        self.push(&[], test, None, move || run(&device));
+    }
+
+    /// One trial that no other runs beside.
+    pub fn alone<R: Outcome>(&mut self, test: &str, run: fn(&Device) -> Result<R>) {
+        let (name, device) = (self.name(&[], test, None), self.device.clone());
+        self.list.push(Trial::ignorable_test(name, move || {
+            let _alone = MEMORY.write().unwrap_or_else(PoisonError::into_inner);
+            completion(run(&device))
+        }));
+    }
+
+    /// One trial for each element type.
+    pub fn each_dtype<R: Outcome>(&mut self, test: &str, run: fn(&Device, DType) -> Result<R>) {
+        for &dtype in self.device.capabilities().dtypes {
+            let device = self.device.clone();
+            self.push(&[], test, Some(dtype), move || run(&device, dtype));
+        }
+    }
+
+    /// One trial for each kernel and element type.
+    pub fn each_kernel<R: Outcome>(&mut self, test: &str, run: impl Fn(&Variant) -> Result<R> + Copy + Send + 'static) {
+        for kernel in self.device.capabilities().kernels.clone() {
+            self.variants(self.device.capabilities().dtypes, test, kernel, None, run);
+        }
+    }
+
+    /// One trial for each kernel, each path that metadata can take, and each element type.
+    pub fn each_path<R: Outcome>(&mut self, test: &str, run: impl Fn(&Variant) -> Result<R> + Copy + Send + 'static) {
+        self.each_path_of(self.device.capabilities().dtypes, test, run);
+    }
+
+    /// The same for some element types.
+    pub fn each_path_of<R: Outcome>(
+        &mut self,
+        dtypes: &[DType],
+        test: &str,
+        run: impl Fn(&Variant) -> Result<R> + Copy + Send + 'static,
+    ) {
+        let has_fused = self.device.capabilities().has_fused;
+        let paths =
+            [Path::Dense, Path::Fused, Path::Packed].into_iter().filter(|&path| path != Path::Fused || has_fused);
+        for kernel in self.device.capabilities().kernels.clone() {
+            for path in paths.clone() {
+                self.variants(dtypes, test, kernel, Some(path), run);
+            }
+        }
+    }
+
+    fn variants<R: Outcome>(
+        &mut self,
+        dtypes: &[DType],
+        test: &str,
+        kernel: Kernel,
+        path: Option<Path>,
+        run: impl Fn(&Variant) -> Result<R> + Copy + Send + 'static,
+    ) {
+        let parts: Vec<_> = [Some(kernel.name()), path.map(Path::name)].into_iter().flatten().collect();
+        for &dtype in dtypes {
+            let variant = Variant { device: self.device.clone(), kernel, path, dtype };
+            self.push(&parts, test, Some(dtype), move || run(&variant));
+        }
+    }
+
+    fn push<R: Outcome>(
+        &mut self,
+        parts: &[&str],
+        test: &str,
+        dtype: Option<DType>,
+        run: impl FnOnce() -> Result<R> + Send + 'static,
+    ) {
+        let name = self.name(parts, test, dtype);
+        self.list.push(Trial::ignorable_test(name, move || {
+            let _beside_others = MEMORY.read().unwrap_or_else(PoisonError::into_inner);
+            completion(run())
+        }));
+    }
+
+    fn name(&self, parts: &[&str], test: &str, dtype: Option<DType>) -> String {
+        let backend = self.device.capabilities().backend;
+        let before = [backend].into_iter().chain(parts.iter().copied());
+        before.chain([test]).chain(dtype.map(DType::name)).collect::<Vec<_>>().join("/")
+    }
+}
+
+fn completion<R: Outcome>(result: Result<R>) -> Result<Completion, Failed> {
+    // With `#`, the whole chain of causes.
+    result.map(Outcome::completion).map_err(|error| Failed::from(format!("{error:#}")))
+}

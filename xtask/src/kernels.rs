@@ -1,0 +1,350 @@
+//! The CUDA kernels, compiled ahead of time: `kernels/NAME.cu` to `kernels/prebuilt/NAME.fatbin`.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::num::NonZeroUsize;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+
+use crate::compiler::{Compiler, PACKAGES};
+use crate::manifest::Manifest;
+use crate::ptxas::{self, Usage};
+use crate::table;
+use crate::workspace::{Workspace, capture, text};
+
+/// Every fatbin together; they are part of each program that uses the library.
+const MAX_TOTAL_BYTES: usize = 8_000_000;
+
+/// Architectures that get machine code. 86 and 89 run sm_80's, and 103 and 121 those of 100 and 120; what comes later compiles the
+/// PTX.
+const ARCHS: [&str; 4] = ["sm_80", "sm_90", "sm_100", "sm_120"];
+
+/// For every kernel. `size` is the strongest compression; a driver that loads this compiler's PTX (580) unpacks it.
+const FLAGS: [&str; 18] = [
+    "-fatbin",
+    "-O3",
+    "-std=c++17",
+    "-gencode",
+    "arch=compute_80,code=sm_80",
+    "-gencode",
+    "arch=compute_80,code=sm_90",
+    "-gencode",
+    "arch=compute_80,code=sm_100",
+    "-gencode",
+    "arch=compute_80,code=sm_120",
+    "-gencode",
+    "arch=compute_80,code=compute_80",
+    "--compress-mode=size",
+    "-Werror",
+    "all-warnings",
+    "-Xptxas",
+    "-v",
+];
+
+const MANIFEST: &str = "manifest.json";
+
+/// Compiles everything and writes `kernels/prebuilt`.
+pub fn build(workspace: &Workspace) -> Result<()> {
+    let kernels = Kernels::read(workspace)?;
+    let built = kernels.compile(workspace)?;
+    let folder = kernels.folder.join("prebuilt");
+    fs::create_dir_all(&folder).with_context(|| format!("cannot create {}", folder.display()))?;
+    for stale in fatbins_in(&folder)?.into_iter().filter(|name| !built.fatbins.contains_key(name)) {
+        fs::remove_file(folder.join(fatbin_name(&stale)))?;
+        println!("removed {}: its source is gone", fatbin_name(&stale));
+    }
+    for (name, bytes) in &built.fatbins {
+        let path = folder.join(fatbin_name(name));
+        // Renamed into place: a compilation of the library beside this one reads whole files.
+        let part = path.with_extension("part");
+        fs::write(&part, bytes)
+            .and_then(|()| fs::rename(&part, &path))
+            .with_context(|| format!("cannot write {}", path.display()))?;
+    }
+    built.manifest.write(&folder.join(MANIFEST))?;
+    println!("wrote {}", folder.display());
+    built.check_defects()
+}
+
+/// Compiles everything and compares it with `kernels/prebuilt`.
+pub fn check(workspace: &Workspace) -> Result<()> {
+    let kernels = Kernels::read(workspace)?;
+    let built = kernels.compile(workspace)?;
+    let folder = kernels.folder.join("prebuilt");
+    let mut differences = match Manifest::read(&folder.join(MANIFEST)) {
+        Ok(recorded) => built.manifest.differences(&recorded),
+        Err(error) => vec![format!("{error:#}")],
+    };
+    differences.extend(file_differences(&built.fatbins, &folder)?);
+    if !differences.is_empty() {
+        for difference in &differences {
+            eprintln!("- {difference}");
+        }
+        // Nothing else is worth saying about kernels that nobody would run.
+        bail!(
+            "kernels/prebuilt is not what kernels/*.cu compile to: run `cargo xtask kernels` and commit kernels/prebuilt"
+        );
+    }
+    println!("kernels/prebuilt is up to date");
+    built.check_defects()
+}
+
+/// The sources.
+struct Kernels {
+    folder: PathBuf,
+    /// Contents of each `.cu`, by its name without the extension.
+    sources: BTreeMap<String, Vec<u8>>,
+    /// Contents of each header, by its path in the folder.
+    headers: BTreeMap<String, Vec<u8>>,
+}
+
+impl Kernels {
+    fn read(workspace: &Workspace) -> Result<Self> {
+        let folder = workspace.root.join("kernels");
+        let mut sources = BTreeMap::new();
+        for path in entries(&folder)?.iter().filter(|path| path.extension().is_some_and(|end| end == "cu")) {
+            let name = path.file_stem().and_then(|name| name.to_str());
+            let name = name.with_context(|| format!("{} is not named in UTF-8", path.display()))?;
+            sources.insert(name.to_owned(), read(path)?);
+        }
+        ensure!(!sources.is_empty(), "no .cu file in {}", folder.display());
+        let mut headers = BTreeMap::new();
+        read_headers(&folder, "include", &mut headers)?;
+        Ok(Self { folder, sources, headers })
+    }
+
+    /// Compiles each source, as many at a time as there are cores, and prints what came out.
+    fn compile(&self, workspace: &Workspace) -> Result<Built> {
+        let compiler = Compiler::install(workspace)?;
+        let out = workspace.target.join("kernels");
+        fs::create_dir_all(&out).with_context(|| format!("cannot create {}", out.display()))?;
+        let names: Vec<&str> = self.sources.keys().map(String::as_str).collect();
+        let threads = thread::available_parallelism().map_or(1, NonZeroUsize::get);
+        let compiled = in_parallel(&names, threads, |name| self.compile_one(&compiler, &out, name, threads))?;
+
+        let mut manifest = Manifest::new(&compiler.version, PACKAGES, &FLAGS, &self.headers);
+        let mut fatbins = BTreeMap::new();
+        let mut usages = vec![];
+        let mut rows = vec![["source", "seconds", "kernels", "fatbin bytes"].map(str::to_owned).to_vec()];
+        for ((name, source), one) in self.sources.iter().zip(compiled) {
+            manifest.add(name, source, &one.fatbin);
+            rows.push(vec![
+                format!("{name}.cu"),
+                format!("{:.1}", one.time.as_secs_f64()),
+                (one.usages.len() / ARCHS.len()).to_string(),
+                one.fatbin.len().to_string(),
+            ]);
+            fatbins.insert(name.clone(), one.fatbin);
+            usages.extend(one.usages);
+        }
+        println!("{}", compiler.version);
+        println!("\nRegisters, bytes of static shared memory, bytes of spill stores/loads:");
+        print!("{}", ptxas::usage_table(&usages, &ARCHS));
+        println!("\n{}", table::format(&rows));
+        let total = manifest.total_bytes();
+        ensure!(
+            total < MAX_TOTAL_BYTES,
+            "the fatbins have {total} bytes together, at most {MAX_TOTAL_BYTES} are allowed"
+        );
+        Ok(Built { manifest, fatbins, usages })
+    }
+
+    fn compile_one(&self, compiler: &Compiler, out: &Path, name: &str, threads: usize) -> Result<Compiled> {
+        let start = Instant::now();
+        let fatbin = out.join(fatbin_name(name));
+        let source = format!("{name}.cu");
+        let mut nvcc = compiler.command();
+        nvcc.current_dir(&self.folder).args(FLAGS).args(["--threads", &threads.to_string()]).arg("-o").arg(&fatbin);
+        let output = capture(nvcc.arg(&source)).with_context(|| format!("cannot compile {source}"))?;
+        let printed = text(&output);
+        // What -Werror leaves a warning.
+        ensure!(!printed.contains("warning"), "{source} compiles with warnings:\n{printed}");
+        let usages = ptxas::parse(&printed).with_context(|| format!("{source}:\n{printed}"))?;
+        for arch in ARCHS {
+            let count = usages.iter().filter(|usage| usage.arch == arch).count();
+            let all = usages.len();
+            ensure!(
+                count * ARCHS.len() == all && count > 0,
+                "{source}: ptxas reports {count} kernels for {arch}, {all} for {ARCHS:?}"
+            );
+        }
+        let time = start.elapsed();
+        eprintln!("{source}: {:.1} s", time.as_secs_f64());
+        Ok(Compiled { fatbin: read(&fatbin)?, usages, time })
+    }
+}
+
+/// What one source was compiled to.
+struct Compiled {
+    fatbin: Vec<u8>,
+    usages: Vec<Usage>,
+    time: Duration,
+}
+
+/// What all sources were compiled to.
+struct Built {
+    manifest: Manifest,
+    fatbins: BTreeMap<String, Vec<u8>>,
+    usages: Vec<Usage>,
+}
+
+impl Built {
+    fn check_defects(&self) -> Result<()> {
+        let mut names: Vec<_> = self.usages.iter().filter(|usage| usage.is_defect()).collect();
+        names.sort_by_key(|usage| (&usage.kernel, &usage.arch));
+        let names: Vec<_> = names.iter().map(|usage| format!("{} ({})", usage.kernel, usage.arch)).collect();
+        ensure!(names.is_empty(), "hot kernels spill registers: {}", names.join(", "));
+        Ok(())
+    }
+}
+
+/// How the files of a folder differ from what they must be.
+fn file_differences(built: &BTreeMap<String, Vec<u8>>, folder: &Path) -> Result<Vec<String>> {
+    let mut differences = vec![];
+    for (name, bytes) in built {
+        let file = fatbin_name(name);
+        match fs::read(folder.join(&file)) {
+            Err(error) => differences.push(format!("cannot read prebuilt/{file}: {error}")),
+            Ok(found) if found != *bytes => {
+                let same = found.iter().zip(bytes).take_while(|(a, b)| a == b).count();
+                let (was, is) = (found.len(), bytes.len());
+                differences
+                    .push(format!("prebuilt/{file} has {was} bytes, {is} expected, and differs from byte {same} on"));
+            }
+            Ok(_) => {}
+        }
+    }
+    if folder.is_dir() {
+        for name in fatbins_in(folder)?.into_iter().filter(|name| !built.contains_key(name)) {
+            differences.push(format!("prebuilt/{} has no source {name}.cu", fatbin_name(&name)));
+        }
+    }
+    Ok(differences)
+}
+
+/// Names of the fatbins in a folder, without the extension.
+fn fatbins_in(folder: &Path) -> Result<Vec<String>> {
+    let paths = entries(folder)?;
+    let names = paths.iter().filter_map(|path| path.file_name()?.to_str()?.strip_suffix(".fatbin"));
+    Ok(names.map(str::to_owned).collect())
+}
+
+fn fatbin_name(name: &str) -> String {
+    format!("{name}.fatbin")
+}
+
+fn read_headers(folder: &Path, below: &str, into: &mut BTreeMap<String, Vec<u8>>) -> Result<()> {
+    for path in entries(&folder.join(below))? {
+        let name = path.file_name().and_then(|name| name.to_str());
+        let name = format!("{below}/{}", name.with_context(|| format!("{} is not named in UTF-8", path.display()))?);
+        if path.is_dir() {
+            read_headers(folder, &name, into)?;
+        } else {
+            into.insert(name, read(&path)?);
+        }
+    }
+    Ok(())
+}
+
+fn entries(folder: &Path) -> Result<Vec<PathBuf>> {
+    let list = fs::read_dir(folder).with_context(|| format!("cannot read {}", folder.display()))?;
+    Ok(list.map(|entry| Ok(entry?.path())).collect::<std::io::Result<_>>()?)
+}
+
+fn read(path: &Path) -> Result<Vec<u8>> {
+    fs::read(path).with_context(|| format!("cannot read {}", path.display()))
+}
+
+/// The results of `work` for each item, in their order, `threads` at a time; all errors together if there are any.
+fn in_parallel<T: Send>(items: &[&str], threads: usize, work: impl Fn(&str) -> Result<T> + Sync) -> Result<Vec<T>> {
+    let next = AtomicUsize::new(0);
+    let worker = || {
+        let mut done = vec![];
+        loop {
+            let index = next.fetch_add(1, Ordering::Relaxed);
+            let Some(item) = items.get(index) else { return done };
+            done.push((index, work(item)));
+        }
+    };
+    let mut results: Vec<(usize, Result<T>)> = vec![];
+    thread::scope(|scope| {
+        let workers: Vec<_> = (0..threads.min(items.len())).map(|_| scope.spawn(worker)).collect();
+        for worker in workers {
+            match worker.join() {
+                Ok(done) => results.extend(done),
+                Err(panic) => std::panic::resume_unwind(panic),
+            }
+        }
+    });
+    results.sort_by_key(|&(index, _)| index);
+    let mut values = vec![];
+    let mut errors = vec![];
+    for (_, result) in results {
+        match result {
+            Ok(value) => values.push(value),
+            Err(error) => errors.push(format!("{error:#}")),
+        }
+    }
+    ensure!(errors.is_empty(), "{}", errors.join("\n\n"));
+    Ok(values)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+    use std::{env, fs, process};
+
+    use anyhow::ensure;
+
+    use super::{ARCHS, FLAGS, file_differences, in_parallel};
+
+    #[test]
+    fn every_architecture_is_asked_for() {
+        for arch in ARCHS {
+            assert!(FLAGS.iter().any(|flag| flag.ends_with(&format!("code={arch}"))), "{arch}");
+        }
+        assert_eq!(FLAGS.iter().filter(|flag| flag.contains("code=sm_")).count(), ARCHS.len());
+    }
+
+    #[test]
+    fn results_keep_their_order_and_all_errors_are_told() {
+        let items = ["a", "bb", "ccc", "dddd", "eeeee"];
+        for threads in [1, 3, 8] {
+            assert_eq!(in_parallel(&items, threads, |item| Ok(item.len())).unwrap(), [1, 2, 3, 4, 5]);
+            let odd = |item: &str| {
+                ensure!(item.len() % 2 == 1, "even: {item}");
+                Ok(())
+            };
+            let error = in_parallel(&items, threads, odd).unwrap_err().to_string();
+            assert_eq!(error, "even: bb\n\neven: dddd");
+        }
+    }
+
+    #[test]
+    fn files_that_differ_are_named() {
+        let folder = env::temp_dir().join(format!("xtask-test-{}", process::id()));
+        fs::create_dir_all(&folder).unwrap();
+        for (name, bytes) in [("same", "abc"), ("changed", "abc"), ("longer", "abcd"), ("stale", "abc")] {
+            fs::write(folder.join(format!("{name}.fatbin")), bytes).unwrap();
+        }
+        let built = [("same", "abc"), ("changed", "abx"), ("longer", "abc"), ("absent", "abc")];
+        let built = BTreeMap::from(built.map(|(name, bytes)| (name.to_owned(), bytes.as_bytes().to_vec())));
+        let found = file_differences(&built, &folder);
+        fs::remove_dir_all(&folder).unwrap();
+        let found = found.unwrap();
+        let expected = [
+            "cannot read prebuilt/absent.fatbin",
+            "prebuilt/changed.fatbin has 3 bytes, 3 expected, and differs from byte 2",
+            "prebuilt/longer.fatbin has 4 bytes, 3 expected, and differs from byte 3",
+            "prebuilt/stale.fatbin has no source",
+        ];
+        assert_eq!(found.len(), expected.len(), "{found:?}");
+        for (found, expected) in found.iter().zip(expected) {
+            assert!(found.starts_with(expected), "{found}");
+        }
+    }
+}

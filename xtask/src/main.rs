@@ -1,0 +1,73 @@
+//! Chores of this repository; `cargo xtask --help` lists them.
+
+mod bundle;
+mod compiler;
+mod kernels;
+mod manifest;
+mod ptxas;
+mod table;
+mod workspace;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+
+use crate::workspace::Workspace;
+
+/// Chores of the varlen-fa repository.
+#[derive(Debug, Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask")]
+struct Arguments {
+    #[command(subcommand)]
+    chore: Chore,
+}
+
+#[derive(Debug, Subcommand)]
+enum Chore {
+    /// Compile kernels/*.cu into kernels/prebuilt
+    ///
+    /// Each kernels/NAME.cu becomes kernels/prebuilt/NAME.fatbin: machine code for sm_80, sm_90, sm_100 and sm_120, and PTX for newer
+    /// chips. The compiler, CUDA 13.0, is installed into target/cuda-compiler the first time (about 500 MB, through pip); no
+    /// CUDA toolkit and no GPU is needed, only python3 with venv, gcc and g++. Prints the registers and the spills of every
+    /// kernel.
+    ///
+    /// Fails on a compiler warning, on register spills in kernels that are not named *_masked, and when the fatbins exceed 8 MB
+    /// together.
+    Kernels {
+        /// Write nothing: rebuild under target/ and compare with kernels/prebuilt byte for byte
+        #[arg(long)]
+        check: bool,
+    },
+    /// Put tests, benches and examples into one folder that runs on a machine with an NVIDIA GPU and no Rust
+    ///
+    /// Builds the programs in release mode with every feature, strips them and puts them beside scripts/gpu/run.sh. That machine needs
+    /// the NVIDIA driver and a glibc no older than this one's. Copy the folder there and start run.sh; run.sh --help says more.
+    ///
+    /// The bundle is limited to 60 MB. The embed_sentences example and its model (91 MB) are not part of it.
+    GpuBundle {
+        /// Folder to write, created if need be [default: gpu-bundle in the target folder]
+        #[arg(long, value_name = "DIR")]
+        out: Option<PathBuf>,
+    },
+}
+
+fn main() -> ExitCode {
+    match run(&Arguments::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(arguments: &Arguments) -> Result<()> {
+    let workspace = Workspace::find()?;
+    match &arguments.chore {
+        Chore::Kernels { check: false } => kernels::build(&workspace),
+        Chore::Kernels { check: true } => kernels::check(&workspace),
+        Chore::GpuBundle { out } => bundle::build(&workspace, out.as_deref()),
+    }
+}

@@ -1,0 +1,75 @@
+//! Where things are, and how other programs are run.
+
+use std::env;
+use std::ffi::OsString;
+use std::path::PathBuf;
+use std::process::{Command, Output, Stdio};
+
+use anyhow::{Context, Result, bail};
+use serde::Deserialize;
+
+/// The repository, as cargo sees it.
+#[derive(Debug, Deserialize)]
+pub struct Workspace {
+    /// The repository's root.
+    #[serde(rename = "workspace_root")]
+    pub root: PathBuf,
+    /// Cargo's target folder.
+    #[serde(rename = "target_directory")]
+    pub target: PathBuf,
+}
+
+impl Workspace {
+    /// Asks cargo.
+    pub fn find() -> Result<Self> {
+        let printed = stdout_of(cargo().args(["metadata", "--no-deps", "--format-version", "1"]))?;
+        serde_json::from_str(&printed).context("cannot read what `cargo metadata` printed")
+    }
+}
+
+/// The cargo that started this program.
+pub fn cargo() -> Command {
+    Command::new(env::var_os("CARGO").unwrap_or_else(|| OsString::from("cargo")))
+}
+
+/// Runs a command; an error unless it succeeds. Its output is shown.
+pub fn run(command: &mut Command) -> Result<()> {
+    let status = command.status().with_context(|| cannot_start(command))?;
+    if !status.success() {
+        bail!("{status} from {}", line(command));
+    }
+    Ok(())
+}
+
+/// Runs a command and returns its output; an error with that output unless it succeeds.
+pub fn capture(command: &mut Command) -> Result<Output> {
+    let output = command.stdin(Stdio::null()).output().with_context(|| cannot_start(command))?;
+    if !output.status.success() {
+        bail!("{} from {}\n{}", output.status, line(command), text(&output).trim_end());
+    }
+    Ok(output)
+}
+
+/// Runs a command and returns its standard output; what it says on standard error is shown.
+pub fn stdout_of(command: &mut Command) -> Result<String> {
+    let output =
+        command.stdin(Stdio::null()).stderr(Stdio::inherit()).output().with_context(|| cannot_start(command))?;
+    if !output.status.success() {
+        bail!("{} from {}", output.status, line(command));
+    }
+    Ok(String::from_utf8(output.stdout)?)
+}
+
+/// Standard output, then standard error.
+pub fn text(output: &Output) -> String {
+    String::from_utf8_lossy(&[&output.stdout[..], &output.stderr[..]].concat()).into_owned()
+}
+
+fn cannot_start(command: &Command) -> String {
+    format!("cannot start {}", command.get_program().display())
+}
+
+fn line(command: &Command) -> String {
+    let words = [command.get_program()].into_iter().chain(command.get_args());
+    words.map(|word| word.to_string_lossy().into_owned()).collect::<Vec<_>>().join(" ")
+}
