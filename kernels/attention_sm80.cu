@@ -21,7 +21,7 @@
 #include "include/softmax.cuh"
 #include "include/tile_shape.cuh"
 
-namespace {
+namespace sm80 {
 
 constexpr float LOG2_E = 1.4426950408889634f;
 constexpr float LN_2 = 0.6931471805599453f;
@@ -89,21 +89,20 @@ __device__ inline void attention(const AttentionParams& params) {
     constexpr int O_TILES = D / 8;
     using TileQ = SharedTile<TILE_M, D>;
     using TileKV = SharedTile<TILE_N, D>;
-    extern __shared__ __align__(128) unsigned char shared[];
+    extern __shared__ __align__(1024) unsigned char shared[];
     const uint32_t q_shared = ptx::shared_address(shared);
     const uint32_t kv_shared = q_shared + TileQ::BYTES;
 
-    // In shared memory, for the fragments take all registers.
-    __shared__ BlockRows rows;
-    if (threadIdx.x == 0) rows = BlockRows(params, TILE_M);
-    __syncthreads();
-    const auto tile_rows = [&] { return min(TILE_M, rows.queries - rows.first_query); };
-    if (tile_rows() <= 0) return;
-    const auto head_chunks = [&] { return params.head_dim / 8; };
+    const BlockRows rows(params, TILE_M);
+    const int tile_rows = min(TILE_M, rows.queries - rows.first_query);
+    if (tile_rows <= 0) return;
+    const int head_chunks = params.head_dim / 8;
     const int warp_row = threadIdx.x / 32 * (M_TILES * 16);
     const int lane = threadIdx.x % 32;
 
     const T* q = static_cast<const T*>(params.q) + rows.start(params.q_strides, rows.q_base + rows.first_query, rows.head);
+    const T* k = static_cast<const T*>(params.k) + rows.start(params.k_strides, rows.k_base, rows.kv_head);
+    const T* v = static_cast<const T*>(params.v) + rows.start(params.v_strides, rows.k_base, rows.kv_head);
 
     // Starts to copy the keys and values of a tile to one of the two stages.
     const auto load = [&](int tile) {
@@ -116,12 +115,11 @@ __device__ inline void attention(const AttentionParams& params) {
                 return true;
             }
         };
-        const auto copy = [&](uint32_t to, const void* tensor, const Strides& strides) {
-            const T* from = static_cast<const T*>(tensor) + rows.start(strides, rows.k_base + first_key, rows.kv_head);
-            TileKV::template load<THREADS>(to, from, strides.token, rows.keys - first_key, head_chunks(), keeps);
+        const auto copy = [&](uint32_t to, const T* from, const Strides& strides) {
+            TileKV::template load<THREADS>(to, from + first_key * strides.token, strides.token, rows.keys - first_key, head_chunks, keeps);
         };
-        copy(stage, params.k, params.k_strides);
-        copy(stage + TileKV::BYTES, params.v, params.v_strides);
+        copy(stage, k, params.k_strides);
+        copy(stage + TileKV::BYTES, v, params.v_strides);
         ptx::cp_async_commit();
     };
 
@@ -130,12 +128,12 @@ __device__ inline void attention(const AttentionParams& params) {
     // The maximum is taken before scaling, so the sign of the scale goes to the scores.
     const float scale = MASKED ? 1.0f : fabsf(params.score_scale);
 
-    const auto tiles = [&] { return (rows.keys + TILE_N - 1) / TILE_N; };
-    if (tiles() > 0) {
-        TileQ::template load<THREADS>(q_shared, q, params.q_strides.token, tile_rows(), head_chunks(), [](int) { return true; });
-        load(tiles() - 1);
+    const int tiles = (rows.keys + TILE_N - 1) / TILE_N;
+    if (tiles > 0) {
+        TileQ::template load<THREADS>(q_shared, q, params.q_strides.token, tile_rows, head_chunks, [](int) { return true; });
+        load(tiles - 1);
     }
-    for (int tile = tiles() - 1; tile >= 0; --tile) {
+    for (int tile = tiles - 1; tile >= 0; --tile) {
         const int first_key = tile * TILE_N;
         const uint32_t stage = kv_shared + tile % 2 * (2 * TileKV::BYTES);
         // The tile has arrived, and every warp is done with the one before, whose stage the next copy takes.
@@ -174,7 +172,7 @@ __device__ inline void attention(const AttentionParams& params) {
 
     // Through shared memory, each warp in its own rows of the query tile, to 16-byte stores.
     T* out = static_cast<T*>(params.out) + rows.start(params.out_strides, rows.q_base + rows.first_query, rows.head);
-    if (tiles() > 0) __syncthreads();
+    if (tiles > 0) __syncthreads();
 #pragma unroll
     for (int m = 0; m < M_TILES; ++m) {
 #pragma unroll
@@ -194,8 +192,8 @@ __device__ inline void attention(const AttentionParams& params) {
                 const float high = zero ? 0.0f : acc[m][o][2 * half + 1] * inverse;
                 *reinterpret_cast<uint32_t*>(shared + TileQ::offset(row, o) + lane % 4 * 4) = ptx::pack_pair<T>(low, high);
             }
-            if (params.lse != nullptr && lane % 4 == 0 && row < tile_rows()) {
-                const float lse = sum == 0.0f ? -INFINITY : (softmax.scaled_reference(m, half, scale) + log2f(sum)) * LN_2;
+            if (params.lse != nullptr && lane % 4 == 0 && row < tile_rows) {
+                const float lse = sum == 0.0f ? -INFINITY : (softmax.finite_max(m, half) * scale + log2f(sum)) * LN_2;
                 params.lse[rows.head * params.lse_head_stride + rows.q_base + rows.first_query + row] = lse;
             }
         }
@@ -206,14 +204,12 @@ __device__ inline void attention(const AttentionParams& params) {
         const int index = i * 32 + lane;
         const int row = warp_row + index / O_TILES;
         const int chunk = index % O_TILES;
-        if (row < tile_rows() && chunk < head_chunks()) {
+        if (row < tile_rows && chunk < head_chunks) {
             *reinterpret_cast<uint4*>(out + row * params.out_strides.token + chunk * 8) =
                 *reinterpret_cast<const uint4*>(shared + TileQ::offset(row, chunk));
         }
     }
 }
-
-}  // namespace
 
 #define VARLEN_FA_ENTRY(NAME, T, D, M, N, WARPS, MASKED)                                                        \
     extern "C" __global__ void __launch_bounds__(WARPS * 32) NAME(const __grid_constant__ AttentionParams params) { \
@@ -225,3 +221,5 @@ __device__ inline void attention(const AttentionParams& params) {
     VARLEN_FA_ENTRY(attention_sm80_f16_d##D##_masked, __half, D, M, N_MASKED, WARPS, true)      \
     VARLEN_FA_ENTRY(attention_sm80_bf16_d##D##_masked, __nv_bfloat16, D, M, N_MASKED, WARPS, true)
 VARLEN_FA_SM80_TILES(VARLEN_FA_ENTRIES)
+
+}  // namespace sm80

@@ -7,7 +7,7 @@
 // A warp takes one row of one tensor at a time, strided over the grid, with several loads under way before the first store.
 #include "include/params.cuh"
 
-namespace {
+namespace pack {
 
 constexpr int THREADS = 256;
 constexpr int WARP = 32;
@@ -39,8 +39,6 @@ __device__ inline void copy_row(const RowTensor& tensor, const uint4* from, int6
     for (; word < words; word += WARP) to[word_at(word, tensor, to_head)] = __ldcs(from + word_at(word, tensor, from_head));
 }
 
-}  // namespace
-
 
 extern "C" __global__ void __launch_bounds__(THREADS) pack_rows(const __grid_constant__ PackParams params) {
     const int64_t tasks = static_cast<int64_t>(params.cu_seqlens[params.batch]) * params.tensor_count;
@@ -71,3 +69,5 @@ extern "C" __global__ void __launch_bounds__(THREADS) scatter_rows(const __grid_
         }
     }
 }
+
+}  // namespace pack
