@@ -10,7 +10,7 @@ use super::memory::upload;
 use super::trials::{Trials, Variant};
 
 pub fn register(trials: &mut Trials) {
-    trials.each_path("shapes/every_head_dim", every_head_dim);
+    register_head_dims(trials);
     trials.each_path("shapes/grouped_heads", grouped_heads);
     trials.each_path("shapes/heads_times_dim_not_a_power_of_two", heads_times_dim_not_a_power_of_two);
     trials.each_path("shapes/sizes_of_nothing", sizes_of_nothing);
@@ -21,8 +21,22 @@ pub fn register(trials: &mut Trials) {
     trials.each_kernel("shapes/sizes_of_nothing_without_metadata", sizes_of_nothing_without_metadata);
 }
 
-fn every_head_dim(variant: &Variant) -> Result<()> {
-    for head_dim in (8..=256).step_by(8) {
+/// A GPU compiles a shader for each head dimension and element type, which takes an emulated one a second: there bf16, whose
+/// shaders are those of f16 but for the conversion, runs every fourth.
+fn register_head_dims(trials: &mut Trials) {
+    let capabilities = trials.device().capabilities().clone();
+    if !capabilities.is_software || capabilities.backend == "cpu" {
+        trials.each_path("shapes/every_head_dim", |variant| head_dims(variant, 8));
+        return;
+    }
+    eprintln!("shapes/every_head_dim: every fourth in bf16, since {capabilities} is emulated");
+    let (bf16, others): (Vec<_>, Vec<_>) = capabilities.dtypes.iter().partition(|&&dtype| dtype == DType::Bf16);
+    trials.each_path_of(&others, "shapes/every_head_dim", |variant| head_dims(variant, 8));
+    trials.each_path_of(&bf16, "shapes/every_fourth_head_dim", |variant| head_dims(variant, 32));
+}
+
+fn head_dims(variant: &Variant, step: usize) -> Result<()> {
+    for head_dim in (8..=256).rev().step_by(step) {
         let shape = OracleShape { batch: 2, seq_q: 35, seq_k: 35, heads: 2, kv_heads: 1, head_dim };
         let keep = random::bernoulli_mask(head_dim as u64, 70, 0.7)?;
         let call = Call::random(shape, Mask::Varlen(keep), variant.dtype, 1);
