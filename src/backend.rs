@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use crate::cache::DeviceId;
 use crate::dtype::DType;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::layout::Layout;
 use crate::mask::KeyMask;
 use crate::meta::{CuSeqlens, VarlenMeta};
@@ -46,6 +46,36 @@ pub(crate) enum Source<'a> {
 pub(crate) enum Sink<'a> {
     Host(&'a mut [u8]),
     Device(&'a dyn DeviceBuffer),
+}
+
+impl<'a> Source<'a> {
+    /// The buffer as the type of the device that owns it.
+    pub(crate) fn owned_by<B: DeviceBuffer>(self, device: &dyn Backend) -> Result<&'a B> {
+        match self {
+            Self::Device(buffer) => owned_by(buffer, device),
+            Self::Host(_) => Err(foreign_memory(device.name(), "cpu")),
+        }
+    }
+}
+
+impl<'a> Sink<'a> {
+    /// The buffer as the type of the device that owns it.
+    pub(crate) fn owned_by<B: DeviceBuffer>(&self, device: &dyn Backend) -> Result<&'a B> {
+        match self {
+            Self::Device(buffer) => owned_by(*buffer, device),
+            Self::Host(_) => Err(foreign_memory(device.name(), "cpu")),
+        }
+    }
+}
+
+fn owned_by<'a, B: DeviceBuffer>(buffer: &'a dyn DeviceBuffer, device: &dyn Backend) -> Result<&'a B> {
+    let own = buffer.as_any().downcast_ref().filter(|_| buffer.device() == device.id());
+    own.ok_or_else(|| foreign_memory(device.name(), buffer.device_name()))
+}
+
+/// Memory of another device, where memory of this one was expected.
+pub(crate) fn foreign_memory(expected: &str, got: &str) -> Error {
+    Error::DeviceMismatch { argument: "memory", expected: expected.to_owned(), got: got.to_owned() }
 }
 
 // Debug says where memory is, not what it holds: that may be gigabytes.

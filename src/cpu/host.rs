@@ -4,7 +4,7 @@ use std::marker::PhantomData;
 
 use bytemuck::Pod;
 
-use crate::backend::{Input, Output, Sink, Source};
+use crate::backend::{Input, Output, Sink, Source, foreign_memory};
 use crate::error::{Error, Result};
 use crate::layout::Layout;
 
@@ -30,19 +30,15 @@ pub(super) fn reserve<T>(count: usize) -> Result<Vec<T>> {
 pub(super) fn source_bytes(source: Source<'_>) -> Result<&[u8]> {
     match source {
         Source::Host(bytes) => Ok(bytes),
-        Source::Device(buffer) => Err(foreign(buffer.device_name())),
+        Source::Device(buffer) => Err(foreign_memory(super::NAME, buffer.device_name())),
     }
 }
 
 pub(super) fn sink_bytes(sink: Sink<'_>) -> Result<&mut [u8]> {
     match sink {
         Sink::Host(bytes) => Ok(bytes),
-        Sink::Device(buffer) => Err(foreign(buffer.device_name())),
+        Sink::Device(buffer) => Err(foreign_memory(super::NAME, buffer.device_name())),
     }
-}
-
-fn foreign(device: &str) -> Error {
-    Error::DeviceMismatch { argument: "memory", expected: super::NAME.to_owned(), got: device.to_owned() }
 }
 
 /// A view of host memory to read, of 2 to 4 dimensions of which the last is contiguous.

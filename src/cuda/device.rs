@@ -7,7 +7,7 @@ use std::time::Instant;
 use cudarc::driver::DriverError;
 use cudarc::driver::sys::CUresult;
 
-use crate::backend::{Backend, DeviceBuffer, Op, Sink, Source, Storage, Timing};
+use crate::backend::{Backend, Op, Sink, Source, Storage, Timing};
 use crate::cache::DeviceId;
 use crate::config::DeviceChoice;
 use crate::dtype::DType;
@@ -16,7 +16,6 @@ use crate::plan::{Capabilities, Kernel};
 
 use super::context::Context;
 use super::fault::{self, Faults};
-use super::foreign;
 use super::memory::CudaBuffer;
 use super::module::{Entry, Function, KERNELS_CUDA, Modules};
 use super::probe::{self, CudaDeviceInfo};
@@ -83,23 +82,12 @@ impl CudaDevice {
         self.modules.function(&self.context, entry)
     }
 
-    fn own<'a>(&self, buffer: &'a dyn DeviceBuffer) -> Result<&'a CudaBuffer> {
-        let own = buffer.as_any().downcast_ref::<CudaBuffer>().filter(|buffer| buffer.device() == self.id);
-        own.ok_or_else(|| foreign(&self.name, buffer.device_name()))
-    }
-
     pub(super) fn source<'a>(&self, source: Source<'a>) -> Result<&'a CudaBuffer> {
-        match source {
-            Source::Device(buffer) => self.own(buffer),
-            Source::Host(_) => Err(foreign(&self.name, "cpu")),
-        }
+        source.owned_by(self)
     }
 
     pub(super) fn sink<'a>(&self, sink: &Sink<'a>) -> Result<&'a CudaBuffer> {
-        match sink {
-            Sink::Device(buffer) => self.own(*buffer),
-            Sink::Host(_) => Err(foreign(&self.name, "cpu")),
-        }
+        sink.owned_by(self)
     }
 }
 

@@ -5,7 +5,7 @@
 //! |---|---|
 //! | `probe` | what the driver says of a device, before anything is created |
 //! | `context` | the context and its stream; every driver call that touches memory or launches |
-//! | `fault` | driver errors as [`Error`]s, and the loss of the context |
+//! | `fault` | driver errors as [`Error`](crate::Error)s, and the loss of the context |
 //! | `memory` | buffers, allocated and freed in stream order |
 //! | `module` | the compiled kernels and their functions |
 //! | `params`, `tiles` | what kernels and host agree on: parameter structs, tile sizes |
@@ -32,7 +32,7 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::backend::Backend;
-use crate::error::{Error, Result};
+use crate::error::Result;
 
 use device::CudaDevice;
 
@@ -40,8 +40,8 @@ use device::CudaDevice;
 /// context anyway, and so take one another's tensors.
 ///
 /// # Errors
-/// [`Error::DeviceUnavailable`] with the reason: no driver, too old a driver, no such device, too old a device, or no memory for a
-/// context. [`Error::DeviceLost`] if its context was lost earlier in this process.
+/// [`DeviceUnavailable`](crate::Error::DeviceUnavailable) with the reason: no driver, too old a driver, no such device, too old a device, or no memory for a
+/// context. [`DeviceLost`](crate::Error::DeviceLost) if its context was lost earlier in this process.
 pub(crate) fn open(ordinal: usize) -> Result<Arc<dyn Backend>> {
     static OPENED: Mutex<BTreeMap<usize, Arc<CudaDevice>>> = Mutex::new(BTreeMap::new());
     // A panic while it is held leaves the map as it was: devices are only inserted whole.
@@ -53,9 +53,4 @@ pub(crate) fn open(ordinal: usize) -> Result<Arc<dyn Backend>> {
     let device = Arc::new(CudaDevice::open(ordinal)?);
     opened.insert(ordinal, Arc::clone(&device));
     Ok(device)
-}
-
-/// A tensor of another device, where one of this device was expected.
-fn foreign(expected: &str, got: &str) -> Error {
-    Error::DeviceMismatch { argument: "memory", expected: expected.to_owned(), got: got.to_owned() }
 }

@@ -19,10 +19,10 @@ use std::time::Instant;
 
 use wgpu::{DeviceType, Features};
 
-use crate::backend::{Backend, DeviceBuffer, Op, Sink, Source, Storage, Timing};
+use crate::backend::{Backend, Op, Sink, Source, Storage, Timing};
 use crate::cache::DeviceId;
 use crate::dtype::DType;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::plan::{Capabilities, Kernel};
 
 use buffer::{Allocator, WgpuBuffer};
@@ -99,26 +99,12 @@ impl WgpuDevice {
         Ok(buffer)
     }
 
-    fn own<'a>(&self, buffer: &'a dyn DeviceBuffer) -> Result<&'a WgpuBuffer> {
-        buffer.as_any().downcast_ref::<WgpuBuffer>().ok_or_else(|| self.foreign(buffer.device_name()))
-    }
-
     fn source<'a>(&self, source: Source<'a>) -> Result<&'a WgpuBuffer> {
-        match source {
-            Source::Device(buffer) => self.own(buffer),
-            Source::Host(_) => Err(self.foreign("cpu")),
-        }
+        source.owned_by(self)
     }
 
     fn sink<'a>(&self, sink: &Sink<'a>) -> Result<&'a WgpuBuffer> {
-        match sink {
-            Sink::Device(buffer) => self.own(*buffer),
-            Sink::Host(_) => Err(self.foreign("cpu")),
-        }
-    }
-
-    fn foreign(&self, got: &str) -> Error {
-        Error::DeviceMismatch { argument: "memory", expected: self.name.to_string(), got: got.to_owned() }
+        sink.owned_by(self)
     }
 }
 
