@@ -2,6 +2,7 @@
 
 use std::any::Any;
 use std::fmt::{self, Debug};
+use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use crate::cache::DeviceId;
@@ -21,8 +22,10 @@ pub(crate) trait DeviceBuffer: Any + Debug + Send + Sync {
     fn device_name(&self) -> &str;
     /// Size in bytes.
     fn size(&self) -> u64;
-    /// Tells buffers of all devices apart; never 0.
+    /// The address space that [`touched`](Self::touched) counts in; never 0, which is the host's.
     fn space(&self) -> u64;
+    /// What a launch that uses these bytes of the buffer keeps from others, in the address space.
+    fn touched(&self, bytes: Range<u64>) -> Range<u64>;
     /// For the owning backend to find its own type.
     fn as_any(&self) -> &dyn Any;
 }

@@ -10,7 +10,7 @@ use crate::error::{Error, Result};
 use crate::layout::Layout;
 use crate::problem::ViewInfo;
 
-/// Host memory is one address space; each buffer of another device is a space of its own.
+/// Host memory is one address space; memory of other devices lies in others.
 const HOST_SPACE: u64 = 0;
 
 /// A tensor that owns its memory on a device; row-major.
@@ -155,6 +155,10 @@ impl<'a> TensorView<'a> {
         Self { memory: Source::Host(bytemuck::cast_slice(data)), layout, dtype: T::DTYPE }
     }
 
+    pub(crate) fn over(memory: Source<'a>, dtype: DType, layout: Layout) -> Self {
+        Self { memory, layout, dtype }
+    }
+
     /// Where the elements lie.
     #[must_use]
     pub fn layout(&self) -> &Layout {
@@ -240,6 +244,10 @@ impl<'a> TensorViewMut<'a> {
         Self { memory: Sink::Host(bytemuck::cast_slice_mut(data)), layout, dtype: T::DTYPE }
     }
 
+    pub(crate) fn over(memory: Sink<'a>, dtype: DType, layout: Layout) -> Self {
+        Self { memory, layout, dtype }
+    }
+
     /// Where the elements lie.
     #[must_use]
     pub fn layout(&self) -> &Layout {
@@ -322,7 +330,6 @@ fn view_info(whole: Whole<'_>, layout: Layout, dtype: DType) -> ViewInfo<'_> {
                 touched: start..end,
             }
         }
-        // A launch cannot both read and write one buffer, so a view touches all of its buffer.
         Whole::Device(buffer) => ViewInfo {
             layout,
             dtype,
@@ -330,7 +337,7 @@ fn view_info(whole: Whole<'_>, layout: Layout, dtype: DType) -> ViewInfo<'_> {
             device_name: buffer.device_name(),
             memory_bytes: buffer.size(),
             space: buffer.space(),
-            touched: 0..buffer.size(),
+            touched: buffer.touched(layout.offset() * size..layout.end() * size),
         },
     }
 }

@@ -2,8 +2,8 @@
 
 use std::any::Any;
 use std::fmt;
+use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use cudarc::driver::sys::CUdeviceptr;
 
@@ -15,6 +15,8 @@ use super::context::Context;
 
 /// An empty tensor has memory too, so that no address is null.
 const MIN_BYTES: u64 = 16;
+/// All CUDA devices of a process share one; no buffer of another kind is in it.
+const ADDRESS_SPACE: u64 = u64::MAX - 1;
 
 /// Memory of a device.
 pub(super) struct CudaBuffer {
@@ -22,16 +24,13 @@ pub(super) struct CudaBuffer {
     address: CUdeviceptr,
     size: u64,
     device: DeviceId,
-    space: u64,
 }
 
 impl CudaBuffer {
     /// Memory with whatever contents; the context is current.
     pub fn new(context: &Arc<Context>, device: DeviceId, size: u64) -> Result<Self> {
-        static NEXT_SPACE: AtomicU64 = AtomicU64::new(1);
         let address = context.alloc(size.max(MIN_BYTES))?;
-        let space = NEXT_SPACE.fetch_add(1, Ordering::Relaxed);
-        Ok(Self { context: Arc::clone(context), address, size, device, space })
+        Ok(Self { context: Arc::clone(context), address, size, device })
     }
 
     /// Address of the first byte; a multiple of 256.
@@ -94,7 +93,11 @@ impl DeviceBuffer for CudaBuffer {
     }
 
     fn space(&self) -> u64 {
-        self.space
+        ADDRESS_SPACE
+    }
+
+    fn touched(&self, bytes: Range<u64>) -> Range<u64> {
+        self.address.saturating_add(bytes.start)..self.address.saturating_add(bytes.end)
     }
 
     fn as_any(&self) -> &dyn Any {

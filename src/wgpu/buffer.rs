@@ -1,6 +1,7 @@
 //! Buffers: tensors' own, and scratch that is reused from call to call.
 
 use std::any::Any;
+use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -42,6 +43,11 @@ impl DeviceBuffer for WgpuBuffer {
 
     fn space(&self) -> u64 {
         self.space
+    }
+
+    /// A launch cannot both read and write one buffer.
+    fn touched(&self, _bytes: Range<u64>) -> Range<u64> {
+        0..self.size
     }
 
     fn as_any(&self) -> &dyn Any {

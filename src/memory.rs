@@ -1,0 +1,104 @@
+//! Memory of a device that tensors are laid over: allocated here, or the caller's own.
+
+use bytemuck::Pod;
+
+use crate::backend::{Sink, Source, Storage};
+use crate::device::Device;
+use crate::dtype::DType;
+use crate::error::Result;
+use crate::layout::Layout;
+use crate::tensor::{TensorView, TensorViewMut};
+
+/// A range of a device's memory, to be viewed as tensors of any element type and layout.
+///
+/// Where a view lies outside the memory, or an output shares memory with an input, the call that uses the view is refused.
+#[derive(Debug)]
+pub struct DeviceMemory {
+    device: Device,
+    storage: Storage,
+}
+
+impl DeviceMemory {
+    /// New memory of `bytes` bytes with contents that are not specified.
+    ///
+    /// # Errors
+    /// [`Error::TooLarge`](crate::Error::TooLarge), [`Error::OutOfMemory`](crate::Error::OutOfMemory),
+    /// [`Error::DeviceLost`](crate::Error::DeviceLost).
+    pub fn alloc(device: &Device, bytes: u64) -> Result<Self> {
+        Ok(Self::over(device, device.backend().alloc(bytes)?))
+    }
+
+    pub(crate) fn over(device: &Device, storage: Storage) -> Self {
+        Self { device: device.clone(), storage }
+    }
+
+    /// The device that holds the memory.
+    #[must_use]
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
+    /// Size in bytes.
+    #[must_use]
+    pub fn size(&self) -> u64 {
+        match &self.storage {
+            Storage::Host(words) => size_of_val(&words[..]) as u64,
+            Storage::Device(buffer) => buffer.size(),
+        }
+    }
+
+    /// Copies host data to the start of the memory.
+    ///
+    /// # Errors
+    /// [`Error::BufferTooSmall`](crate::Error::BufferTooSmall) if it does not fit, [`Error::DeviceLost`](crate::Error::DeviceLost).
+    pub fn write<T: Pod>(&mut self, data: &[T]) -> Result<()> {
+        let bytes: &[u8] = bytemuck::cast_slice(data);
+        self.expect_room(bytes.len())?;
+        let device = self.device.clone();
+        device.backend().upload(self.sink(), bytes)
+    }
+
+    /// Copies the start of the memory to the host, after all work launched so far.
+    ///
+    /// # Errors
+    /// As [`write`](Self::write), and whatever failed since the last call.
+    pub fn read<T: Pod>(&self, into: &mut [T]) -> Result<()> {
+        let bytes: &mut [u8] = bytemuck::cast_slice_mut(into);
+        self.expect_room(bytes.len())?;
+        self.device.backend().download(self.source(), bytes)
+    }
+
+    /// Part of the memory as a tensor to read. The layout counts elements from the start of the memory.
+    #[must_use]
+    pub fn view(&self, dtype: DType, layout: Layout) -> TensorView<'_> {
+        TensorView::over(self.source(), dtype, layout)
+    }
+
+    /// Part of the memory as a tensor to write. The layout counts elements from the start of the memory.
+    #[must_use]
+    pub fn view_mut(&mut self, dtype: DType, layout: Layout) -> TensorViewMut<'_> {
+        TensorViewMut::over(self.sink(), dtype, layout)
+    }
+
+    pub(crate) fn source(&self) -> Source<'_> {
+        match &self.storage {
+            Storage::Host(words) => Source::Host(bytemuck::cast_slice(words)),
+            Storage::Device(buffer) => Source::Device(&**buffer),
+        }
+    }
+
+    pub(crate) fn sink(&mut self) -> Sink<'_> {
+        match &mut self.storage {
+            Storage::Host(words) => Sink::Host(bytemuck::cast_slice_mut(words)),
+            Storage::Device(buffer) => Sink::Device(&**buffer),
+        }
+    }
+
+    fn expect_room(&self, bytes: usize) -> Result<()> {
+        let (expected, got) = (bytes as u64, self.size());
+        if expected <= got {
+            return Ok(());
+        }
+        Err(crate::Error::BufferTooSmall { argument: "memory", expected, got })
+    }
+}
