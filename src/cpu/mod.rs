@@ -17,6 +17,7 @@ use crate::backend::{Backend, Op, Sink, Source, Storage, Timing};
 use crate::cache::DeviceId;
 use crate::dtype::DType;
 use crate::error::Result;
+use crate::meta::VarlenMeta;
 use crate::plan::{Capabilities, Kernel};
 
 const NAME: &str = "cpu";
@@ -99,6 +100,11 @@ impl Backend for CpuDevice {
             Op::Scatter { packed, padded, meta } => copy::scatter(packed, padded, meta),
             Op::Zero(out) => copy::zero(out),
         }
+    }
+
+    fn upload_meta(&self, _meta: &VarlenMeta) -> Result<()> {
+        // The metadata's own tables are where they are needed.
+        Ok(())
     }
 
     fn synchronize(&self) -> Result<()> {
