@@ -9,8 +9,9 @@ use anyhow::{Context, Result, anyhow, ensure};
 use cudarc::driver::sys::{CUcontext, CUgraphInstantiate_flags, CUmemAttach_flags, CUstreamCaptureMode};
 use cudarc::driver::{CudaContext, CudaGraph, CudaStream, result, sys};
 use varlen_fa::{
-    AttentionMask, Config, CuSeqlens, DType, Device, DeviceChoice, DeviceMemory, Error, KeyMask, Layout, Path, Plan,
-    Tensor, TensorView, TensorViewMut, VarlenMeta, VarlenOptions, pack, pack_qkv, scatter_to_padded, varlen_attention,
+    AttentionMask, Config, CuSeqlens, DType, Device, DeviceChoice, DeviceMemory, DeviceVarlenMeta, Error, KeyMask,
+    Layout, MaskDType, Path, Plan, Tensor, TensorView, TensorViewMut, VarlenMeta, VarlenOptions, pack, pack_qkv,
+    scatter_to_padded, varlen_attention,
 };
 use varlen_fa_testkit::{OracleShape, random};
 
@@ -25,6 +26,7 @@ pub fn register(trials: &mut Trials) {
     trials.each_path("in_place/capture_and_replay", capture_and_replay);
     trials.each_path("in_place/capture_of_new_metadata", capture_of_new_metadata);
     trials.each_kernel("in_place/capture_of_dense_calls", capture_of_dense_calls);
+    trials.each_path("in_place/capture_of_metadata_on_the_device", capture_of_metadata_on_the_device);
     trials.once("in_place/capture_of_the_first_launch", capture_of_the_first_launch);
     // What is unsafe during this kind of capture is refused to all threads.
     trials.alone("in_place/capture_in_the_global_mode", capture_in_the_global_mode);
@@ -423,6 +425,45 @@ fn capture_of_new_metadata(variant: &Variant) -> Result<()> {
     let (call, meta) = masked_call(&variant, 5)?;
     let mut in_place = InPlace::new(&application, &variant.device, call, PLAIN)?;
     check_replays(&application, &variant, &mut in_place, LOCAL, AttentionMask::Varlen(&meta))
+}
+
+/// A graph that builds the metadata too follows whatever its mask holds, with the bits of direct calls.
+fn capture_of_metadata_on_the_device(variant: &Variant) -> Result<()> {
+    let application = Application::new()?;
+    let variant = application.variant(variant)?;
+    let (call, _) = masked_call(&variant, 12)?;
+    let OracleShape { batch, seq_k: seq, .. } = call.shape;
+    let mut in_place = InPlace::new(&application, &variant.device, call, PLAIN)?;
+    // Any bits but zero keep a token; the mask starts at an odd element.
+    let mask = Raw::of(&application, &vec![0; batch * seq + 1])?;
+    let memory = mask.on(&variant.device, 2)?;
+    let view = memory.mask_view(MaskDType::U16, Layout::contiguous(&[batch, seq])?);
+    let mut meta = DeviceVarlenMeta::new(&variant.device, batch, seq)?;
+
+    let graph = application.capture(LOCAL, || {
+        ensure!(
+            matches!(DeviceVarlenMeta::new(&variant.device, batch, seq), Err(Error::StreamCaptured { .. })),
+            "metadata that must outlive the capture is allocated in it"
+        );
+        meta.rebuild(view)?;
+        in_place.launch(&variant, AttentionMask::DeviceVarlen(&meta)).map(drop)
+    })?;
+    for (seed, p) in [(201, 0.5), (202, 0.9), (203, 0.0), (204, 1.0)] {
+        let keep = random::bernoulli_mask(seed, batch * seq, p)?;
+        in_place.call.mask = Mask::Varlen(keep.clone());
+        in_place.rewrite(seed)?;
+        let tokens: Vec<u16> =
+            keep.iter().enumerate().map(|(at, &keep)| if keep { at as u16 | 1 } else { 0 }).collect();
+        mask.write(2, &tokens)?;
+        graph.launch().map_err(driver)?;
+        let replayed = in_place.read()?;
+        in_place.judge().with_context(|| format!("replay on a mask that keeps {p}"))?;
+        in_place.clear()?;
+        meta.rebuild(view)?;
+        in_place.launch(&variant, AttentionMask::DeviceVarlen(&meta))?;
+        ensure!(in_place.read()? == replayed, "replay on a mask that keeps {p}: other bits than a direct call");
+    }
+    Ok(())
 }
 
 /// Kernels that no launch has looked up before, nor used the metadata; the application itself does not wait for either.
