@@ -35,9 +35,8 @@ __device__ inline bool mbarrier_try_wait(uint32_t barrier, uint32_t parity) {
 // Waits for the end of the phase of this parity. A fresh barrier is in phase 0, and counts as past a phase of parity 1.
 __device__ inline void mbarrier_wait(uint32_t barrier, uint32_t parity) {
 #ifdef VARLEN_FA_SPIN_LIMIT
-    // For tests: a lost arrival ends the kernel with an error instead of hanging it.
-    for (int spins = 0; !mbarrier_try_wait(barrier, parity); ++spins) {
-        if (spins > VARLEN_FA_SPIN_LIMIT) __trap();
+    // For tests: a lost arrival gives wrong results instead of hanging the device. (A trap would keep wgmma from overlapping.)
+    for (int spins = 0; !mbarrier_try_wait(barrier, parity) && spins < VARLEN_FA_SPIN_LIMIT; ++spins) {
     }
 #else
     while (!mbarrier_try_wait(barrier, parity)) {
