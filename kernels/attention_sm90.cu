@@ -31,20 +31,14 @@ constexpr float LN_2 = 0.6931471805599453f;
 constexpr int WARPGROUP = 128;
 constexpr int STAGES = 2;
 
-enum WorkKind : int32_t { WORK_ATTENTION, WORK_ZEROS, WORK_END };
-
 // What consumers know of a query tile.
 struct TileRows {
-    int32_t kind;
+    // Negative where nothing is left to do.
     int32_t key_tiles;
     int32_t batch;
     int32_t head;
     // Padded tensors: rows past the end are clipped by the copy engine.
     int32_t clips;
-    // Of zeros.
-    int32_t first_row;
-    int32_t zero_rows;
-    int32_t unused;
     // Of each 16 rows, one warp's: the first, how many are the tile's, and which of them are kept.
     struct Group {
         int32_t first_row;
@@ -85,11 +79,11 @@ struct Shape {
     static constexpr int V = K + STAGES * TileKV::BYTES;
     static constexpr int OUT = OUT_IN_Q ? Q : V + STAGES * TileKV::BYTES;
     static constexpr int ROWS_INFO = V + STAGES * TileKV::BYTES + (OUT_IN_Q ? 0 : TileQ::BYTES);
-    static constexpr int KEYS_INFO = ROWS_INFO + sizeof(TileRows);
+    static constexpr int KEYS_INFO = ROWS_INFO + 2 * sizeof(TileRows);
     static constexpr int BARRIERS = KEYS_INFO + STAGES * sizeof(TileKeys);
     static constexpr int FULL_Q = BARRIERS;
-    static constexpr int EMPTY_Q = FULL_Q + 8;
-    static constexpr int FULL_K = EMPTY_Q + 8;
+    static constexpr int EMPTY_Q = FULL_Q + 8 * WARPGROUPS;
+    static constexpr int FULL_K = EMPTY_Q + 8 * WARPGROUPS;
     static constexpr int EMPTY_K = FULL_K + 8 * STAGES;
     static constexpr int FULL_V = EMPTY_K + 8 * STAGES;
     static constexpr int EMPTY_V = FULL_V + 8 * STAGES;
@@ -137,29 +131,13 @@ struct Producer {
     __device__ void run() {
         Schedule<S::TILE_M> schedule(params);
         Turn turn;
-        for (int works = 0;; ++works) {
-            Work work;
-            const bool has_work = schedule.next(work);
-            ptx::mbarrier_wait(base + S::EMPTY_Q, (works + 1) % 2);
-            auto& rows = *reinterpret_cast<TileRows*>(shared + S::ROWS_INFO);
-            if (!has_work || work.group < 0) {
-                if (lane == 0) {
-                    rows.kind = has_work ? WORK_ZEROS : WORK_END;
-                    if (has_work) {
-                        const ZeroSpan span = params.zero_spans[work.tile];
-                        rows.batch = span.batch;
-                        rows.head = work.head;
-                        rows.first_row = span.first_query;
-                        rows.zero_rows = span.rows;
-                    }
-                    ptx::mbarrier_arrive(base + S::FULL_Q);
-                }
-                if (!has_work) return;
-                continue;
-            }
-            start(work, rows);
+        Work work;
+        int works = 0;
+        for (; schedule.next(work); ++works) {
+            TileRows::Group group = find(work);
             int tile = key_tiles > 0 ? tile_at(0) : 0;
             if (key_tiles > 0) load_keys(0, tile, turn);
+            load_queries(work, works, group);
             for (int i = 0; i < key_tiles; ++i) {
                 int next = 0;
                 if (i + 1 < key_tiles) {
@@ -171,11 +149,21 @@ struct Producer {
                 ++turn.count;
             }
         }
+        for (int warpgroup = 0; warpgroup < S::WARPGROUPS; ++warpgroup) {
+            ptx::mbarrier_wait(base + S::EMPTY_Q + 8 * warpgroup, (works + 1) % 2);
+            if (lane == 0) {
+                rows_info(works).key_tiles = -1;
+                ptx::mbarrier_arrive(base + S::FULL_Q + 8 * warpgroup);
+            }
+        }
     }
 
 private:
-    // Describes the query tile and loads it.
-    __device__ void start(const Work& work, TileRows& rows) {
+    // Two, since one warpgroup may be at the next query tile already.
+    __device__ TileRows& rows_info(int works) const { return reinterpret_cast<TileRows*>(shared + S::ROWS_INFO)[works % 2]; }
+
+    // Where the work's keys are, and this lane's 16 query rows.
+    __device__ TileRows::Group find(const Work& work) {
         batch = work.group;
         first_key = 0;
         keys = params.seq_k;
@@ -195,8 +183,7 @@ private:
             }
         } else {
             if (params.form == FORM_PACKED) {
-                const int q_base = params.cu_seqlens_q[work.group];
-                first_row += q_base;
+                first_row += params.cu_seqlens_q[work.group];
                 queries = params.cu_seqlens_q[work.group + 1];
                 first_key = params.cu_seqlens_k[work.group];
                 keys = params.cu_seqlens_k[work.group + 1] - first_key;
@@ -204,21 +191,29 @@ private:
             }
             key_tiles = (keys + S::TILE_N - 1) / S::TILE_N;
         }
-        if (lane < S::TILE_M / GROUP_ROWS) {
-            rows.groups[lane] = {first_row, min(max(queries - first_row, 0), GROUP_ROWS), kept};
-        }
-        if (lane == 0) {
-            rows.kind = WORK_ATTENTION;
-            rows.key_tiles = key_tiles;
-            rows.batch = batch;
-            rows.head = work.head;
-            rows.clips = params.form != FORM_PACKED;
-        }
-        __syncwarp();
-        if (lane == 0) ptx::mbarrier_arrive_expect(base + S::FULL_Q, S::TileQ::BYTES);
-        __syncwarp();
-        if (lane < S::TILE_M / GROUP_ROWS) {
-            load_group<S::TILE_M>(params.q_map, base + S::Q, base + S::FULL_Q, ptx::policy_evict_first(), first_row, work.head);
+        return {first_row, min(max(queries - first_row, 0), GROUP_ROWS), kept};
+    }
+
+    // Describes the query tile, and loads each warpgroup's rows as soon as it has finished with those before.
+    __device__ void load_queries(const Work& work, int works, const TileRows::Group& group) const {
+#pragma unroll 1
+        for (int warpgroup = 0; warpgroup < S::WARPGROUPS; ++warpgroup) {
+            const uint32_t full = base + S::FULL_Q + 8 * warpgroup;
+            ptx::mbarrier_wait(base + S::EMPTY_Q + 8 * warpgroup, (works + 1) % 2);
+            if (warpgroup == 0) {
+                TileRows& rows = rows_info(works);
+                if (lane < S::TILE_M / GROUP_ROWS) rows.groups[lane] = group;
+                if (lane == 0) {
+                    rows.key_tiles = key_tiles;
+                    rows.batch = batch;
+                    rows.head = work.head;
+                    rows.clips = params.form != FORM_PACKED;
+                }
+                __syncwarp();
+            }
+            if (lane == 0) ptx::mbarrier_arrive_expect(full, S::TileQ::BYTES / S::WARPGROUPS);
+            __syncwarp();
+            if (lane / 4 == warpgroup) load_group<S::TILE_M>(params.q_map, base + S::Q, full, ptx::policy_evict_first(), group.first_row, work.head);
         }
     }
 
@@ -294,16 +289,14 @@ private:
 template <typename S>
 __device__ inline void mend_values(unsigned char* shared, uint32_t base) {
     const int lane = threadIdx.x % 32;
-    const auto& rows = *reinterpret_cast<const volatile TileRows*>(shared + S::ROWS_INFO);
     Turn turn;
     // One bit a stage.
     uint32_t raw_parities = 0;
     for (int works = 0;; ++works) {
         ptx::mbarrier_wait(base + S::FULL_Q, works % 2);
-        const int kind = rows.kind;
-        const int key_tiles = kind == WORK_ATTENTION ? rows.key_tiles : 0;
+        const int key_tiles = reinterpret_cast<const volatile TileRows*>(shared + S::ROWS_INFO)[works % 2].key_tiles;
         __syncwarp();
-        if (kind == WORK_END) return;
+        if (key_tiles < 0) return;
         if (lane == 0) ptx::mbarrier_arrive(base + S::EMPTY_Q);
         for (int i = 0; i < key_tiles; ++i, ++turn.count) {
             ptx::mbarrier_wait(base + S::FULL_K + 8 * turn.stage(), turn.parity());
@@ -331,6 +324,25 @@ __device__ inline void mend_values(unsigned char* shared, uint32_t base) {
             ptx::fence_async_proxy();
             __syncwarp();
             if (lane == 0) ptx::mbarrier_arrive(base + S::FULL_V + 8 * turn.stage());
+        }
+    }
+}
+
+// The warps that write the rows without a query tile as zeros, with nothing else to do.
+template <typename T>
+__device__ inline void write_zeros(const AttentionParamsSm90& params, int thread, int threads) {
+    const int chunks = params.head_dim / 8;
+    for (int item = blockIdx.x; item < params.zero_span_count * params.heads; item += gridDim.x) {
+        const ZeroSpan span = params.zero_spans[item / params.heads];
+        const int head = item % params.heads;
+        T* const out = static_cast<T*>(params.out) + span.batch * params.out_strides.batch + span.first_query * params.out_strides.token +
+                       head * params.out_strides.head;
+        for (int index = thread; index < span.rows * chunks; index += threads) {
+            *reinterpret_cast<uint4*>(out + index / chunks * params.out_strides.token + index % chunks * 8) = uint4{0, 0, 0, 0};
+        }
+        if (params.lse != nullptr) {
+            float* const lse = params.lse + head * params.lse_head_stride + static_cast<int64_t>(span.batch) * params.seq_q + span.first_query;
+            for (int row = thread; row < span.rows; row += threads) lse[row] = -INFINITY;
         }
     }
 }
@@ -392,8 +404,11 @@ struct Consumer {
         }
     }
 
-    __device__ void mask(float (&scores)[N / 8][4], int stage) const {
-        const auto& info = reinterpret_cast<const volatile TileKeys*>(shared + S::KEYS_INFO)[stage];
+    __device__ const volatile TileKeys& keys_info(int stage) const {
+        return reinterpret_cast<const volatile TileKeys*>(shared + S::KEYS_INFO)[stage];
+    }
+
+    __device__ void mask(float (&scores)[N / 8][4], int stage, bool masked) const {
         if (params.score_scale < 0.0f) {
 #pragma unroll
             for (int tile = 0; tile < N / 8; ++tile) {
@@ -401,10 +416,10 @@ struct Consumer {
                 for (int i = 0; i < 4; ++i) scores[tile][i] = -scores[tile][i];
             }
         }
-        if (!info.masked) return;
+        if (!masked) return;
 #pragma unroll
         for (int word = 0; word < (N + 31) / 32; ++word) {
-            const uint32_t kept = info.kept[word] >> (threadIdx.x % 4 * 2);
+            const uint32_t kept = keys_info(stage).kept[word] >> (threadIdx.x % 4 * 2);
 #pragma unroll
             for (int tile = word * 4; tile < word * 4 + 4 && tile < N / 8; ++tile) {
 #pragma unroll
@@ -432,30 +447,26 @@ struct Consumer {
     }
 
     __device__ void run() const {
-        const auto& rows = *reinterpret_cast<const volatile TileRows*>(shared + S::ROWS_INFO);
         Turn turn;
         if (warpgroup + 1 == S::WARPGROUPS) give_turn();
         for (int works = 0;; ++works) {
-            ptx::mbarrier_wait(base + S::FULL_Q, works % 2);
-            const int kind = rows.kind;
-            if (kind == WORK_END) break;
-            if (kind == WORK_ZEROS) {
-                write_zeros(rows.batch, rows.head, rows.first_row, rows.zero_rows);
-                arrive(S::EMPTY_Q);
-                continue;
-            }
+            ptx::mbarrier_wait(base + S::FULL_Q + 8 * warpgroup, works % 2);
+            const auto& rows = reinterpret_cast<const volatile TileRows*>(shared + S::ROWS_INFO)[works % 2];
+            const int key_tiles = rows.key_tiles;
+            if (key_tiles < 0) break;
             // The tile's groups are filled from the first on.
             if (rows.groups[warpgroup * 4].rows == 0) {
-                const int key_tiles = rows.key_tiles;
-                arrive(S::EMPTY_Q);
+                give_back_queries();
                 pass(key_tiles, turn);
             } else {
-                attend(rows, turn);
+                attend(rows, key_tiles, turn);
             }
         }
         if (warpgroup == 0) wait_turn();
         ptx::tma_store_wait_read();
     }
+
+    __device__ void give_back_queries() const { arrive(S::EMPTY_Q + 8 * warpgroup); }
 
     // A warpgroup without rows keeps pace with the others.
     __device__ void pass(int key_tiles, Turn& turn) const {
@@ -471,9 +482,8 @@ struct Consumer {
         }
     }
 
-    __device__ void attend(const volatile TileRows& rows, Turn& turn) const {
+    __device__ void attend(const volatile TileRows& rows, int key_tiles, Turn& turn) const {
         const float scale = fabsf(params.score_scale);
-        const int key_tiles = rows.key_tiles;
         WarpgroupSoftmax softmax;
         float acc[D / 8][4] = {};
         if (key_tiles > 0) {
@@ -481,16 +491,17 @@ struct Consumer {
             uint32_t probs[N / 16][4];
             float factor[2];
             ptx::mbarrier_wait(base + S::FULL_K + 8 * turn.stage(), turn.parity());
+            bool masked = keys_info(turn.stage()).masked;
             issue_scores(scores, turn.stage());
             ptx::wgmma_wait<0>();
             ptx::pin_registers(scores);
-            mask(scores, turn.stage());
+            mask(scores, turn.stage(), masked);
             arrive(S::EMPTY_K + 8 * turn.stage());
             softmax.step(scores, factor, scale);
             pack(probs, scores);
+            if (key_tiles > 1) wait_keys({turn.count + 1}, masked);
             for (int i = 1; i < key_tiles; ++i) {
                 const Turn next = {turn.count + 1};
-                ptx::mbarrier_wait(base + S::FULL_K + 8 * next.stage(), next.parity());
                 wait_turn();
                 issue_scores(scores, next.stage());
                 ptx::mbarrier_wait(base + S::FULL_V + 8 * turn.stage(), turn.parity());
@@ -498,9 +509,11 @@ struct Consumer {
                 give_turn();
                 ptx::wgmma_wait<1>();
                 ptx::pin_registers(scores);
-                mask(scores, next.stage());
+                mask(scores, next.stage(), masked);
                 arrive(S::EMPTY_K + 8 * next.stage());
                 softmax.step(scores, factor, scale);
+                // Stands here since its branch keeps the compiler from waiting for the product before it computes the exponentials.
+                if (i + 1 < key_tiles) wait_keys({turn.count + 2}, masked);
                 ptx::wgmma_wait<0>();
                 ptx::pin_registers(acc);
                 ptx::pin_registers(probs);
@@ -511,7 +524,7 @@ struct Consumer {
             }
             // The last product is left to do. What the producer says of the rows may be gone once the query tile is given back.
             const WarpRows mine(rows);
-            if (!S::OUT_IN_Q) arrive(S::EMPTY_Q);
+            if (!S::OUT_IN_Q) give_back_queries();
             ptx::mbarrier_wait(base + S::FULL_V + 8 * turn.stage(), turn.parity());
             issue_output(acc, probs, turn.stage());
             ptx::wgmma_wait<0>();
@@ -522,9 +535,14 @@ struct Consumer {
             write_output(mine, acc, softmax, scale);
         } else {
             const WarpRows mine(rows);
-            if (!S::OUT_IN_Q) arrive(S::EMPTY_Q);
+            if (!S::OUT_IN_Q) give_back_queries();
             write_output(mine, acc, softmax, scale);
         }
+    }
+
+    __device__ void wait_keys(Turn turn, bool& masked) const {
+        ptx::mbarrier_wait(base + S::FULL_K + 8 * turn.stage(), turn.parity());
+        masked = keys_info(turn.stage()).masked;
     }
 
     // What this warp has to know of its 16 rows to write them.
@@ -604,22 +622,7 @@ struct Consumer {
         }
         if constexpr (S::OUT_IN_Q) {
             if (lane == 0) ptx::tma_store_wait_read();
-            arrive(S::EMPTY_Q);
-        }
-    }
-
-    __device__ void write_zeros(int batch, int head, int first_row, int rows) const {
-        const int chunks = params.head_dim / 8;
-        T* const out = static_cast<T*>(params.out) + batch * params.out_strides.batch + first_row * params.out_strides.token +
-                       head * params.out_strides.head;
-        const int thread = threadIdx.x - WARPGROUP;
-        for (int index = thread; index < rows * chunks; index += S::CONSUMER_WARPS * 32) {
-            *reinterpret_cast<uint4*>(out + index / chunks * params.out_strides.token + index % chunks * 8) = uint4{0, 0, 0, 0};
-        }
-        if (params.lse != nullptr) {
-            for (int row = thread; row < rows; row += S::CONSUMER_WARPS * 32) {
-                params.lse[head * params.lse_head_stride + static_cast<int64_t>(batch) * params.seq_q + first_row + row] = -INFINITY;
-            }
+            give_back_queries();
         }
     }
 };
@@ -634,8 +637,10 @@ __device__ inline void attention(const AttentionParamsSm90& params) {
         // The swizzle of the tensor cores and the copy engine follows the address.
         if (base % 1024 != 0) __trap();
         const int helpers = params.form == FORM_DENSE ? 0 : 1;
-        ptx::mbarrier_init(base + S::FULL_Q, 1);
-        ptx::mbarrier_init(base + S::EMPTY_Q, S::CONSUMER_WARPS + helpers);
+        for (int warpgroup = 0; warpgroup < S::WARPGROUPS; ++warpgroup) {
+            ptx::mbarrier_init(base + S::FULL_Q + 8 * warpgroup, 1);
+            ptx::mbarrier_init(base + S::EMPTY_Q + 8 * warpgroup, warpgroup == 0 ? 4 + helpers : 4);
+        }
         for (int stage = 0; stage < STAGES; ++stage) {
             ptx::mbarrier_init(base + S::FULL_K + 8 * stage, 1);
             ptx::mbarrier_init(base + S::EMPTY_K + 8 * stage, S::CONSUMER_WARPS + helpers);
@@ -652,6 +657,8 @@ __device__ inline void attention(const AttentionParamsSm90& params) {
             Producer<S>(params, shared, base).run();
         } else if (warp == 1 && params.form != FORM_DENSE) {
             mend_values<S>(shared, base);
+        } else if (warp >= 2) {
+            write_zeros<typename S::T>(params, threadIdx.x - 64, 64);
         }
     } else {
         ptx::take_registers<S::CONSUMER_REGISTERS>();

@@ -1,17 +1,17 @@
-// Which work a persistent block does next. Work is a query tile of a head, or a range of rows to be written as zeros, of a head.
+// Which work a persistent block does next: a query tile of a head.
 //
-//   items    batch row 0 (the longest)                           batch row 1 ...                     zeros
-//            head 0: tile 0, 1, 2, ... | head 1: tile 0, ...     head 0: ...                         span 0: head 0, 1, ...
+//   items    batch row 0 (the longest)                           batch row 1 ...
+//            head 0: tile 0, 1, 2, ... | head 1: tile 0, ...     head 0: ...
 //
 // Block b takes items b, b + blocks, ... Blocks that run side by side thus share keys and values in L2.
 #pragma once
 #include "params_sm90.cuh"
 
 struct Work {
-    // The entry of the list (or sequence) that the tile belongs to; negative for zeros.
+    // The entry of `batches`, sequence or batch row that the tile belongs to.
     int group;
     int head;
-    // The query tile in the group, or the span of zeros.
+    // The query tile in the group.
     int tile;
 };
 
@@ -23,18 +23,13 @@ public:
 
     // False when nothing is left.
     __device__ bool next(Work& work) {
-        while (first_group < params.groups) {
+        while (true) {
+            if (first_group >= params.groups) return false;
             const int items_of_all = __shfl_sync(0xffffffff, items_through, 31);
             if (item < first_item + items_of_all) break;
             first_item += items_of_all;
             first_group += 32;
             load();
-        }
-        if (first_group >= params.groups) {
-            const int at = item - first_item;
-            work = {-1, at % params.heads, at / params.heads};
-            item += gridDim.x;
-            return work.tile < params.zero_span_count;
         }
         const int at_lane = __popc(__ballot_sync(0xffffffff, item - first_item >= items_through));
         const int tiles = __shfl_sync(0xffffffff, lane_tiles, at_lane);

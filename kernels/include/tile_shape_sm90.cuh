@@ -10,6 +10,6 @@
     X(64, 3, 128, false, true)     \
     X(96, 2, 160, false, true)     \
     X(128, 2, 160, false, true)    \
-    X(192, 2, 112, true, false)    \
-    X(256, 2, 80, true, false)
+    X(192, 2, 112, true, true)     \
+    X(256, 2, 80, true, true)
 #endif
