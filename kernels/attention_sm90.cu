@@ -49,6 +49,7 @@ struct TileRows {
 
 // What consumers know of a key tile.
 struct TileKeys {
+    // Whether the scores need any change: for keys that are not kept, or for a negative scale.
     uint32_t masked;
     // Rows of V that are not kept have to be zeroed.
     uint32_t mended;
@@ -68,6 +69,12 @@ struct Shape {
     static constexpr bool TAKES_TURNS = TAKES_TURNS_;
     static constexpr int PRODUCER_REGISTERS = WARPGROUPS == 2 ? 40 : 32;
     static constexpr int CONSUMER_REGISTERS = WARPGROUPS == 2 ? 232 : 160;
+
+    // Tiles of 8 keys whose exponentials are computed before the wait for the last product.
+#ifndef EARLY
+#define EARLY 2
+#endif
+    static constexpr int EARLY_TILES = TILE_N / 8 * EARLY / 4;
 
     using TileQ = SharedTile<TILE_M, D>;
     using TileKV = SharedTile<TILE_N, D>;
@@ -97,7 +104,7 @@ struct Shape {
 
 // The position of a tile in the ring of stages.
 struct Turn {
-    int count = 0;
+    uint32_t count = 0;
     __device__ int stage() const { return count % STAGES; }
     __device__ uint32_t parity() const { return count / STAGES % 2; }
 };
@@ -247,9 +254,10 @@ private:
         const uint32_t full = base + S::FULL_K + 8 * turn.stage();
         ptx::mbarrier_wait(base + S::EMPTY_K + 8 * turn.stage(), turn.parity() ^ 1);
         auto& info = reinterpret_cast<TileKeys*>(shared + S::KEYS_INFO)[turn.stage()];
-        if (is_masked(i, tile)) describe(i, tile, info);
+        const bool is_changed = is_masked(i, tile) || params.score_scale < 0.0f;
+        if (is_changed) describe(i, tile, info);
         if (lane == 0) {
-            info.masked = is_masked(i, tile);
+            info.masked = is_changed;
             info.mended = is_mended(i, tile);
         }
         __syncwarp();
@@ -260,8 +268,9 @@ private:
 
     // Which keys of a masked tile are kept.
     __device__ void describe(int i, int tile, TileKeys& info) const {
-        uint32_t kept = 0;
-        if (params.form == FORM_FUSED) {
+        uint32_t kept = 0xffffffff;
+        if (params.form == FORM_FUSED && tile < 0) {
+            kept = 0;
             if (lane < S::TILE_N / GROUP_ROWS) {
                 const int first = params.key_groups[~tile * (S::TILE_N / GROUP_ROWS) + lane];
                 kept = bits_of_group(params.key_bits, params.key_words, batch, first);
@@ -269,7 +278,7 @@ private:
             const uint32_t even = __shfl_sync(0xffffffff, kept, 2 * lane % 32);
             const uint32_t odd = __shfl_sync(0xffffffff, kept, (2 * lane + 1) % 32);
             kept = even | odd << 16;
-        } else {
+        } else if (params.form != FORM_FUSED) {
             const int left = keys - i * S::TILE_N - lane * 32;
             kept = left >= 32 ? 0xffffffff : left <= 0 ? 0 : (1u << left) - 1;
         }
@@ -359,29 +368,29 @@ struct Consumer {
     uint32_t base;
     int warpgroup;
 
+    using Matrix = ptx::SharedMatrix<ROW_BYTES>;
+
+    __device__ Matrix queries() const { return Matrix(base + S::Q + warpgroup * 64 * ROW_BYTES, 16); }
+    __device__ Matrix keys(int stage) const { return Matrix(base + S::K + stage * S::TileKV::BYTES, 16); }
+    __device__ Matrix values(int stage) const { return Matrix(base + S::V + stage * S::TileKV::BYTES, N * ROW_BYTES); }
+
     // S = Q·Kᵀ of this warpgroup's rows and a tile of keys.
-    __device__ void issue_scores(float (&scores)[N / 8][4], int stage) const {
-        const uint64_t q = ptx::wgmma_matrix<ROW_BYTES>(base + S::Q + warpgroup * 64 * ROW_BYTES, 16);
-        const uint64_t k = ptx::wgmma_matrix<ROW_BYTES>(base + S::K + stage * S::TileKV::BYTES, 16);
+    __device__ static void issue_scores(float (&scores)[N / 8][4], Matrix q, Matrix k) {
         ptx::wgmma_fence();
 #pragma unroll
         for (int step = 0; step < D / 16; ++step) {
             const int panel = step * 16 / S::PANEL;
             const int column = step * 16 % S::PANEL * 2;
-            ptx::Wgmma<N, T>::ss(scores, ptx::wgmma_offset(q, panel * S::TILE_M * ROW_BYTES + column),
-                                 ptx::wgmma_offset(k, panel * N * ROW_BYTES + column), step > 0);
+            ptx::Wgmma<N, T>::ss(scores, q.at(panel * S::TILE_M * ROW_BYTES + column), k.at(panel * N * ROW_BYTES + column), step > 0);
         }
         ptx::wgmma_commit();
     }
 
     // O += P·V
-    __device__ void issue_output(float (&acc)[D / 8][4], uint32_t (&probs)[N / 16][4], int stage) const {
-        const uint64_t v = ptx::wgmma_matrix<ROW_BYTES>(base + S::V + stage * S::TileKV::BYTES, N * ROW_BYTES);
+    __device__ static void issue_output(float (&acc)[D / 8][4], uint32_t (&probs)[N / 16][4], Matrix v) {
         ptx::wgmma_fence();
 #pragma unroll
-        for (int step = 0; step < N / 16; ++step) {
-            ptx::Wgmma<D, T>::rs(acc, probs[step], ptx::wgmma_offset(v, step * 16 * ROW_BYTES), 1);
-        }
+        for (int step = 0; step < N / 16; ++step) ptx::Wgmma<D, T>::rs(acc, probs[step], v.at(step * 16 * ROW_BYTES), 1);
         ptx::wgmma_commit();
     }
 
@@ -409,6 +418,8 @@ struct Consumer {
     }
 
     __device__ void mask(float (&scores)[N / 8][4], int stage, bool masked) const {
+        if (!masked) return;
+        // The maximum is taken before scaling, so the sign of the scale goes to the scores.
         if (params.score_scale < 0.0f) {
 #pragma unroll
             for (int tile = 0; tile < N / 8; ++tile) {
@@ -416,7 +427,6 @@ struct Consumer {
                 for (int i = 0; i < 4; ++i) scores[tile][i] = -scores[tile][i];
             }
         }
-        if (!masked) return;
 #pragma unroll
         for (int word = 0; word < (N + 31) / 32; ++word) {
             const uint32_t kept = keys_info(stage).kept[word] >> (threadIdx.x % 4 * 2);
@@ -489,36 +499,46 @@ struct Consumer {
         if (key_tiles > 0) {
             float scores[N / 8][4];
             uint32_t probs[N / 16][4];
-            float factor[2];
+            const Matrix q = queries();
             ptx::mbarrier_wait(base + S::FULL_K + 8 * turn.stage(), turn.parity());
             bool masked = keys_info(turn.stage()).masked;
-            issue_scores(scores, turn.stage());
+            issue_scores(scores, q, keys(turn.stage()));
             ptx::wgmma_wait<0>();
             ptx::pin_registers(scores);
             mask(scores, turn.stage(), masked);
             arrive(S::EMPTY_K + 8 * turn.stage());
-            softmax.step(scores, factor, scale);
+            softmax.raise_max(scores, scale);
+            softmax.template exponentiate<0, N / 8>(scores, scale);
+            softmax.add(scores);
             pack(probs, scores);
             if (key_tiles > 1) wait_keys({turn.count + 1}, masked);
             for (int i = 1; i < key_tiles; ++i) {
                 const Turn next = {turn.count + 1};
-                wait_turn();
-                issue_scores(scores, next.stage());
                 ptx::mbarrier_wait(base + S::FULL_V + 8 * turn.stage(), turn.parity());
-                issue_output(acc, probs, turn.stage());
+                Matrix k = keys(next.stage());
+                Matrix v = values(turn.stage());
+                ptx::pin_register(k.lower);
+                ptx::pin_register(v.lower);
+                wait_turn();
+                issue_scores(scores, q, k);
+                issue_output(acc, probs, v);
                 give_turn();
                 ptx::wgmma_wait<1>();
                 ptx::pin_registers(scores);
                 mask(scores, next.stage(), masked);
                 arrive(S::EMPTY_K + 8 * next.stage());
-                softmax.step(scores, factor, scale);
-                // Stands here since its branch keeps the compiler from waiting for the product before it computes the exponentials.
+                softmax.raise_max(scores, scale);
+                // Exponentials limit this part of the loop. The first run under the product; the others among the instructions that
+                // need its result. The branch in `wait_keys` keeps the compiler from moving the first past the wait.
+                softmax.template exponentiate<0, S::EARLY_TILES>(scores, scale);
                 if (i + 1 < key_tiles) wait_keys({turn.count + 2}, masked);
                 ptx::wgmma_wait<0>();
                 ptx::pin_registers(acc);
                 ptx::pin_registers(probs);
                 arrive(S::EMPTY_V + 8 * turn.stage());
-                rescale(acc, factor);
+                softmax.template exponentiate<S::EARLY_TILES, N / 8>(scores, scale);
+                softmax.add(scores);
+                rescale(acc, softmax.factor);
                 pack(probs, scores);
                 turn = next;
             }
@@ -526,7 +546,7 @@ struct Consumer {
             const WarpRows mine(rows);
             if (!S::OUT_IN_Q) give_back_queries();
             ptx::mbarrier_wait(base + S::FULL_V + 8 * turn.stage(), turn.parity());
-            issue_output(acc, probs, turn.stage());
+            issue_output(acc, probs, values(turn.stage()));
             ptx::wgmma_wait<0>();
             ptx::pin_registers(acc);
             arrive(S::EMPTY_V + 8 * turn.stage());

@@ -10,11 +10,13 @@ struct WarpgroupSoftmax {
     // In the scores' own units; sums are over this lane's keys until `finish`.
     float row_max[2] = {-INFINITY, -INFINITY};
     float row_sum[2] = {0.0f, 0.0f};
+    // Of the latest scores.
+    float factor[2];
+    float subtrahend[2];
 
-    // Scores become probabilities exp2(score · scale - max · scale). What came before must be multiplied by `factor`.
+    // Takes the scores into the maximum. What came before must be multiplied by `factor`.
     template <int TILES>
-    __device__ void step(float (&scores)[TILES][4], float (&factor)[2], float scale) {
-        float subtrahend[2];
+    __device__ void raise_max(float (&scores)[TILES][4], float scale) {
         bool is_coarse = false;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
@@ -35,8 +37,8 @@ struct WarpgroupSoftmax {
             subtrahend[half] = finite_max(half) * scale;
             is_coarse |= fabsf(subtrahend[half]) > COARSE;
         }
-        // Differences of the scores themselves are exact where they count. Rare, and then for the whole warp.
-        if (__any_sync(0xffffffff, is_coarse)) {
+        // Differences of the scores themselves are exact where they count. Rare.
+        if (is_coarse) {
 #pragma unroll
             for (int tile = 0; tile < TILES; ++tile) {
 #pragma unroll
@@ -44,14 +46,25 @@ struct WarpgroupSoftmax {
             }
             subtrahend[0] = subtrahend[1] = 0.0f;
         }
+    }
+
+    // Scores of tiles [FIRST, LAST) become probabilities exp2(score · scale - max · scale).
+    template <int FIRST, int LAST, int TILES>
+    __device__ void exponentiate(float (&scores)[TILES][4], float scale) const {
+#pragma unroll
+        for (int tile = FIRST; tile < LAST; ++tile) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) scores[tile][i] = ptx::exp2_approx(__fmaf_rn(scores[tile][i], scale, -subtrahend[i / 2]));
+        }
+    }
+
+    template <int TILES>
+    __device__ void add(const float (&probs)[TILES][4]) {
         float sum[2][2] = {};
 #pragma unroll
         for (int tile = 0; tile < TILES; ++tile) {
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                scores[tile][i] = ptx::exp2_approx(__fmaf_rn(scores[tile][i], scale, -subtrahend[i / 2]));
-                sum[i / 2][i % 2] += scores[tile][i];
-            }
+            for (int i = 0; i < 4; ++i) sum[i / 2][i % 2] += probs[tile][i];
         }
 #pragma unroll
         for (int half = 0; half < 2; ++half) row_sum[half] = row_sum[half] * factor[half] + (sum[half][0] + sum[half][1]);

@@ -31,6 +31,8 @@ __device__ inline void pin_registers(float (&values)[TILES][4]) {
     }
 }
 
+__device__ inline void pin_register(uint32_t& value) { asm volatile("" : "+r"(value)::"memory"); }
+
 template <int STEPS>
 __device__ inline void pin_registers(uint32_t (&values)[STEPS][4]) {
 #pragma unroll
@@ -41,16 +43,19 @@ __device__ inline void pin_registers(uint32_t (&values)[STEPS][4]) {
 }
 
 // Where a matrix lies in shared memory, in panels of 128 (or 64) bytes a row whose 16-byte chunks are permuted by the row number:
-// panels `panel_bytes` apart, eight rows of a panel after the other. Offsets in bytes may be added with `wgmma_offset`.
+// panels `panel_bytes` apart, eight rows of a panel after the other. The upper half of the descriptor is the same for all of them.
 template <int ROW_BYTES>
-__device__ inline uint64_t wgmma_matrix(uint32_t shared, int panel_bytes) {
+struct SharedMatrix {
     static_assert(ROW_BYTES == 128 || ROW_BYTES == 64);
-    constexpr uint64_t SWIZZLE = ROW_BYTES == 128 ? 1 : 2;
-    return SWIZZLE << 62 | static_cast<uint64_t>(8 * ROW_BYTES / 16) << 32 | static_cast<uint64_t>(panel_bytes / 16) << 16 |
-           static_cast<uint64_t>((shared & 0x3ffff) / 16);
-}
+    static constexpr uint32_t SWIZZLE = ROW_BYTES == 128 ? 1 : 2;
+    static constexpr uint32_t UPPER = SWIZZLE << 30 | 8 * ROW_BYTES / 16;
+    uint32_t lower;
 
-__device__ inline uint64_t wgmma_offset(uint64_t matrix, int bytes) { return matrix + static_cast<uint64_t>(bytes / 16); }
+    __device__ SharedMatrix(uint32_t shared, int panel_bytes) : lower(static_cast<uint32_t>(panel_bytes / 16) << 16 | shared / 16) {}
+
+    // The descriptor of what lies `bytes` further on.
+    __device__ uint64_t at(int bytes) const { return static_cast<uint64_t>(UPPER) << 32 | (lower + bytes / 16); }
+};
 
 // ss: `a` and `b` in shared memory, both with the 16 summed elements contiguous in a row.
 // rs: `a` in registers; `b` in shared memory with the N columns contiguous in a row.
