@@ -1,0 +1,698 @@
+// Attention forward for SM90 (Hopper): wgmma, the copy engine (TMA), warp specialisation. The algorithm is FlashAttention-3's (Shah
+// et al., 2024): persistent blocks of one producer warpgroup and two or three consumer warpgroups, 64 query rows each.
+//
+//                    work list                          shared memory
+//   producer  warp 0 ─────────▶ copy engine ──▶ Q │ K K │ V V │  two stages, a full and an empty barrier each
+//             warp 1  zeroes dropped rows of V ─────────────┘
+//                                                 │     │     │
+//   consumer 0  S = Q·Kᵀ ▒▒▒ softmax ░░░░░░ S ▒▒▒ O += P·V ▒▒▒ softmax ░░░   rows 0 to 63
+//   consumer 1           S = Q·Kᵀ ▒▒▒ softmax ░░░░░░░░ S ▒▒▒ O += P·V ▒▒▒    rows 64 to 127
+//
+// Two overlaps keep the tensor cores busy: a consumer issues the scores of the next tile before the product of this one, and computes
+// its softmax meanwhile; and consumers take turns, so that one's softmax runs under the other's products.
+//
+// One kernel serves padded tensors, packed ones and padded ones under a mask, in place. Only the producer knows which: it passes on what
+// a consumer has to know of a query tile (`TileRows`) and of a key tile (`TileKeys`) in shared memory, along with the data. Scores
+// are masked in tiles that need it, and nowhere else. Rows of V that are not kept hold anything, NaN included, and P·V multiplies
+// them by zero: where the copy engine does not leave zeros itself, warp 1 of the producer does, before consumers see the tile.
+#include "include/params_sm90.cuh"
+#include "include/ptx/mbarrier.cuh"
+#include "include/ptx/tma.cuh"
+#include "include/ptx/warpgroup.cuh"
+#include "include/ptx/wgmma.cuh"
+#include "include/schedule_sm90.cuh"
+#include "include/shared_tile.cuh"
+#include "include/tile_shape_sm90.cuh"
+#include "include/warpgroup_softmax.cuh"
+
+namespace sm90 {
+
+constexpr float LN_2 = 0.6931471805599453f;
+constexpr int WARPGROUP = 128;
+constexpr int STAGES = 2;
+
+// What consumers know of a query tile.
+struct TileRows {
+    // Negative where nothing is left to do.
+    int32_t key_tiles;
+    int32_t batch;
+    int32_t head;
+    // Padded tensors: rows past the end are clipped by the copy engine.
+    int32_t clips;
+    // Of each 16 rows, one warp's: the first, how many are the tile's, and which of them are kept.
+    struct Group {
+        int32_t first_row;
+        int32_t rows;
+        uint32_t kept;
+    } groups[12];
+};
+
+// What consumers know of a key tile.
+struct TileKeys {
+    // Whether the scores need any change: for keys that are not kept, or for a negative scale.
+    uint32_t masked;
+    // Rows of V that are not kept have to be zeroed.
+    uint32_t mended;
+    uint32_t kept[6];
+};
+
+template <typename T_, int D_, int WARPGROUPS_, int TILE_N_, bool OUT_IN_Q_, bool TAKES_TURNS_>
+struct Shape {
+    using T = T_;
+    static constexpr int D = D_;
+    static constexpr int WARPGROUPS = WARPGROUPS_;
+    static constexpr int TILE_M = WARPGROUPS * 64;
+    static constexpr int TILE_N = TILE_N_;
+    static constexpr int THREADS = (WARPGROUPS + 1) * WARPGROUP;
+    static constexpr int CONSUMER_WARPS = WARPGROUPS * 4;
+    static constexpr bool OUT_IN_Q = OUT_IN_Q_;
+    static constexpr bool TAKES_TURNS = TAKES_TURNS_;
+    static constexpr int PRODUCER_REGISTERS = WARPGROUPS == 2 ? 40 : 32;
+    static constexpr int CONSUMER_REGISTERS = WARPGROUPS == 2 ? 232 : 160;
+
+    // Tiles of 8 keys whose exponentials are computed before the wait for the last product.
+#ifndef EARLY
+#define EARLY 2
+#endif
+    static constexpr int EARLY_TILES = TILE_N / 8 * EARLY / 4;
+
+    using TileQ = SharedTile<TILE_M, D>;
+    using TileKV = SharedTile<TILE_N, D>;
+    static constexpr int PANEL = TileQ::PANEL;
+    static constexpr int PANELS = D / PANEL;
+    static constexpr int ROW_BYTES = PANEL * 2;
+    static constexpr int Q = 0;
+    static constexpr int K = Q + TileQ::BYTES;
+    static constexpr int V = K + STAGES * TileKV::BYTES;
+    static constexpr int OUT = OUT_IN_Q ? Q : V + STAGES * TileKV::BYTES;
+    static constexpr int ROWS_INFO = V + STAGES * TileKV::BYTES + (OUT_IN_Q ? 0 : TileQ::BYTES);
+    static constexpr int KEYS_INFO = ROWS_INFO + 2 * sizeof(TileRows);
+    static constexpr int BARRIERS = KEYS_INFO + STAGES * sizeof(TileKeys);
+    static constexpr int FULL_Q = BARRIERS;
+    static constexpr int EMPTY_Q = FULL_Q + 8 * WARPGROUPS;
+    static constexpr int FULL_K = EMPTY_Q + 8 * WARPGROUPS;
+    static constexpr int EMPTY_K = FULL_K + 8 * STAGES;
+    static constexpr int FULL_V = EMPTY_K + 8 * STAGES;
+    static constexpr int EMPTY_V = FULL_V + 8 * STAGES;
+    // Copied but not yet zeroed where it has to be.
+    static constexpr int RAW_V = EMPTY_V + 8 * STAGES;
+    static constexpr int BYTES = RAW_V + 8 * STAGES;
+    // What the host asks for: the tiles and 1 KiB.
+    static_assert(BYTES <= ROWS_INFO + 1024 && ROWS_INFO + 1024 <= 227 * 1024);
+    static_assert(TILE_N % 16 == 0 && TILE_N <= 192 && TILE_M <= 192);
+};
+
+// The position of a tile in the ring of stages.
+struct Turn {
+    uint32_t count = 0;
+    __device__ int stage() const { return count % STAGES; }
+    __device__ uint32_t parity() const { return count / STAGES % 2; }
+};
+
+// Bits of 16 positions from `first` on; none past the end.
+__device__ inline uint32_t bits_of_group(const uint32_t* bits, int words, int64_t row, int first) {
+    if (bits == nullptr) return 0xffff;
+    const int word = first / 32;
+    const uint32_t low = word < words ? bits[row * words + word] : 0;
+    const uint32_t high = word + 1 < words ? bits[row * words + word + 1] : 0;
+    return __funnelshift_r(low, high, first % 32) & 0xffff;
+}
+
+template <typename S>
+struct Producer {
+    const AttentionParamsSm90& params;
+    unsigned char* shared;
+    uint32_t base;
+    int lane;
+    // Which keys the tiles of this query tile come from.
+    int batch;
+    int kv_head;
+    int first_key;
+    int keys;
+    int key_tiles;
+    const int32_t* tile_list;
+
+    __device__ Producer(const AttentionParamsSm90& params, unsigned char* shared, uint32_t base)
+        : params(params), shared(shared), base(base), lane(threadIdx.x % 32) {}
+
+    __device__ void run() {
+        Schedule<S::TILE_M> schedule(params);
+        Turn turn;
+        Work work;
+        int works = 0;
+        for (; schedule.next(work); ++works) {
+            TileRows::Group group = find(work);
+            int tile = key_tiles > 0 ? tile_at(0) : 0;
+            if (key_tiles > 0) load_keys(0, tile, turn);
+            load_queries(work, works, group);
+            for (int i = 0; i < key_tiles; ++i) {
+                int next = 0;
+                if (i + 1 < key_tiles) {
+                    next = tile_at(i + 1);
+                    load_keys(i + 1, next, {turn.count + 1});
+                }
+                load_values(i, tile, turn);
+                tile = next;
+                ++turn.count;
+            }
+        }
+        for (int warpgroup = 0; warpgroup < S::WARPGROUPS; ++warpgroup) {
+            ptx::mbarrier_wait(base + S::EMPTY_Q + 8 * warpgroup, (works + 1) % 2);
+            if (lane == 0) {
+                rows_info(works).key_tiles = -1;
+                ptx::mbarrier_arrive(base + S::FULL_Q + 8 * warpgroup);
+            }
+        }
+    }
+
+private:
+    // Two, since one warpgroup may be at the next query tile already.
+    __device__ TileRows& rows_info(int works) const { return reinterpret_cast<TileRows*>(shared + S::ROWS_INFO)[works % 2]; }
+
+    // Where the work's keys are, and this lane's 16 query rows.
+    __device__ TileRows::Group find(const Work& work) {
+        batch = work.group;
+        first_key = 0;
+        keys = params.seq_k;
+        kv_head = work.head / params.group_size;
+        int first_row = work.tile * S::TILE_M + lane * GROUP_ROWS;
+        int queries = params.seq_q;
+        uint32_t kept = 0xffff;
+        if (params.form == FORM_FUSED) {
+            const BatchTiles tiles = params.batches[work.group];
+            batch = tiles.batch;
+            key_tiles = tiles.key_tiles;
+            tile_list = params.key_tiles + tiles.first_key_tile;
+            const int tile = tiles.first_query_tile + work.tile;
+            if (lane < S::TILE_M / GROUP_ROWS) {
+                first_row = params.query_groups[tile * (S::TILE_M / GROUP_ROWS) + lane];
+                kept = bits_of_group(params.row_bits, params.row_words, batch, first_row);
+            }
+        } else {
+            if (params.form == FORM_PACKED) {
+                first_row += params.cu_seqlens_q[work.group];
+                queries = params.cu_seqlens_q[work.group + 1];
+                first_key = params.cu_seqlens_k[work.group];
+                keys = params.cu_seqlens_k[work.group + 1] - first_key;
+                batch = 0;
+            }
+            key_tiles = (keys + S::TILE_N - 1) / S::TILE_N;
+        }
+        return {first_row, min(max(queries - first_row, 0), GROUP_ROWS), kept};
+    }
+
+    // Describes the query tile, and loads each warpgroup's rows as soon as it has finished with those before.
+    __device__ void load_queries(const Work& work, int works, const TileRows::Group& group) const {
+#pragma unroll 1
+        for (int warpgroup = 0; warpgroup < S::WARPGROUPS; ++warpgroup) {
+            const uint32_t full = base + S::FULL_Q + 8 * warpgroup;
+            ptx::mbarrier_wait(base + S::EMPTY_Q + 8 * warpgroup, (works + 1) % 2);
+            if (warpgroup == 0) {
+                TileRows& rows = rows_info(works);
+                if (lane < S::TILE_M / GROUP_ROWS) rows.groups[lane] = group;
+                if (lane == 0) {
+                    rows.key_tiles = key_tiles;
+                    rows.batch = batch;
+                    rows.head = work.head;
+                    rows.clips = params.form != FORM_PACKED;
+                }
+                __syncwarp();
+            }
+            if (lane == 0) ptx::mbarrier_arrive_expect(full, S::TileQ::BYTES / S::WARPGROUPS);
+            __syncwarp();
+            if (lane / 4 == warpgroup) load_group<S::TILE_M>(params.q_map, base + S::Q, full, ptx::policy_evict_first(), group.first_row, work.head);
+        }
+    }
+
+    // A key tile's first key in the tensor, or, negative, ~ its number among the masked ones of the lists.
+    __device__ int tile_at(int i) const { return params.form == FORM_FUSED ? tile_list[i] : first_key + i * S::TILE_N; }
+
+    template <int ROWS>
+    __device__ void load_group(const ptx::TensorMap& map, uint32_t to, uint32_t barrier, uint64_t policy, int row, int head) const {
+#pragma unroll
+        for (int panel = 0; panel < S::PANELS; ++panel) {
+            ptx::tma_load(to + (panel * ROWS + lane * GROUP_ROWS) * S::ROW_BYTES, &map, barrier, policy, panel * S::PANEL, row, head, batch);
+        }
+    }
+
+    __device__ void load_tile(const ptx::TensorMap& map, const ptx::TensorMap& group_map, uint32_t to, uint32_t barrier, int tile) const {
+        const uint64_t policy = ptx::policy_evict_last();
+        if (tile >= 0) {
+            if (lane < S::PANELS) {
+                ptx::tma_load(to + lane * S::TILE_N * S::ROW_BYTES, &map, barrier, policy, lane * S::PANEL, tile, kv_head, batch);
+            }
+        } else if (lane < S::TILE_N / GROUP_ROWS) {
+            load_group<S::TILE_N>(group_map, to, barrier, policy, params.key_groups[~tile * (S::TILE_N / GROUP_ROWS) + lane], kv_head);
+        }
+    }
+
+    __device__ bool is_masked(int i, int tile) const { return params.form == FORM_FUSED ? tile < 0 : (i + 1) * S::TILE_N > keys; }
+
+    __device__ bool is_mended(int i, int tile) const { return params.form != FORM_DENSE && is_masked(i, tile); }
+
+    __device__ void load_keys(int i, int tile, Turn turn) const {
+        const uint32_t full = base + S::FULL_K + 8 * turn.stage();
+        ptx::mbarrier_wait(base + S::EMPTY_K + 8 * turn.stage(), turn.parity() ^ 1);
+        auto& info = reinterpret_cast<TileKeys*>(shared + S::KEYS_INFO)[turn.stage()];
+        const bool is_changed = is_masked(i, tile) || params.score_scale < 0.0f;
+        if (is_changed) describe(i, tile, info);
+        if (lane == 0) {
+            info.masked = is_changed;
+            info.mended = is_mended(i, tile);
+        }
+        __syncwarp();
+        if (lane == 0) ptx::mbarrier_arrive_expect(full, S::TileKV::BYTES);
+        __syncwarp();
+        load_tile(params.k_map, params.k_group_map, base + S::K + turn.stage() * S::TileKV::BYTES, full, tile);
+    }
+
+    // Which keys of a masked tile are kept.
+    __device__ void describe(int i, int tile, TileKeys& info) const {
+        uint32_t kept = 0xffffffff;
+        if (params.form == FORM_FUSED && tile < 0) {
+            kept = 0;
+            if (lane < S::TILE_N / GROUP_ROWS) {
+                const int first = params.key_groups[~tile * (S::TILE_N / GROUP_ROWS) + lane];
+                kept = bits_of_group(params.key_bits, params.key_words, batch, first);
+            }
+            const uint32_t even = __shfl_sync(0xffffffff, kept, 2 * lane % 32);
+            const uint32_t odd = __shfl_sync(0xffffffff, kept, (2 * lane + 1) % 32);
+            kept = even | odd << 16;
+        } else if (params.form != FORM_FUSED) {
+            const int left = keys - i * S::TILE_N - lane * 32;
+            kept = left >= 32 ? 0xffffffff : left <= 0 ? 0 : (1u << left) - 1;
+        }
+        if (lane < (S::TILE_N + 31) / 32) info.kept[lane] = kept;
+    }
+
+    __device__ void load_values(int i, int tile, Turn turn) const {
+        const uint32_t full = base + (is_mended(i, tile) ? S::RAW_V : S::FULL_V) + 8 * turn.stage();
+        ptx::mbarrier_wait(base + S::EMPTY_V + 8 * turn.stage(), turn.parity() ^ 1);
+        if (lane == 0) ptx::mbarrier_arrive_expect(full, S::TileKV::BYTES);
+        __syncwarp();
+        load_tile(params.v_map, params.v_group_map, base + S::V + turn.stage() * S::TileKV::BYTES, full, tile);
+    }
+};
+
+// The warp that zeroes rows of V which are not kept.
+template <typename S>
+__device__ inline void mend_values(unsigned char* shared, uint32_t base) {
+    const int lane = threadIdx.x % 32;
+    Turn turn;
+    // One bit a stage.
+    uint32_t raw_parities = 0;
+    for (int works = 0;; ++works) {
+        ptx::mbarrier_wait(base + S::FULL_Q, works % 2);
+        const int key_tiles = reinterpret_cast<const volatile TileRows*>(shared + S::ROWS_INFO)[works % 2].key_tiles;
+        __syncwarp();
+        if (key_tiles < 0) return;
+        if (lane == 0) ptx::mbarrier_arrive(base + S::EMPTY_Q);
+        for (int i = 0; i < key_tiles; ++i, ++turn.count) {
+            ptx::mbarrier_wait(base + S::FULL_K + 8 * turn.stage(), turn.parity());
+            const auto& info = reinterpret_cast<const volatile TileKeys*>(shared + S::KEYS_INFO)[turn.stage()];
+            const bool is_mended = info.mended;
+            uint32_t kept = lane < (S::TILE_N + 31) / 32 && is_mended ? info.kept[lane] : 0;
+            __syncwarp();
+            if (lane == 0) ptx::mbarrier_arrive(base + S::EMPTY_K + 8 * turn.stage());
+            if (!is_mended) continue;
+            ptx::mbarrier_wait(base + S::RAW_V + 8 * turn.stage(), raw_parities >> turn.stage() & 1);
+            raw_parities ^= 1u << turn.stage();
+            unsigned char* const tile = shared + S::V + turn.stage() * S::TileKV::BYTES;
+            // A panel's row is as many chunks of 16 bytes; the warp zeroes them for several rows at a time.
+            constexpr int CHUNKS = S::ROW_BYTES / 16;
+            for (int first = 0; first < S::TILE_N; first += 32 / CHUNKS) {
+                const int row = first + lane / CHUNKS;
+                const uint32_t word = __shfl_sync(0xffffffff, kept, first / 32);
+                if ((word >> (row % 32) & 1) == 0) {
+#pragma unroll
+                    for (int panel = 0; panel < S::PANELS; ++panel) {
+                        *reinterpret_cast<uint4*>(tile + (panel * S::TILE_N + row) * S::ROW_BYTES + lane % CHUNKS * 16) = uint4{0, 0, 0, 0};
+                    }
+                }
+            }
+            ptx::fence_async_proxy();
+            __syncwarp();
+            if (lane == 0) ptx::mbarrier_arrive(base + S::FULL_V + 8 * turn.stage());
+        }
+    }
+}
+
+// The warps that write the rows without a query tile as zeros, with nothing else to do.
+template <typename T>
+__device__ inline void write_zeros(const AttentionParamsSm90& params, int thread, int threads) {
+    const int chunks = params.head_dim / 8;
+    for (int item = blockIdx.x; item < params.zero_span_count * params.heads; item += gridDim.x) {
+        const ZeroSpan span = params.zero_spans[item / params.heads];
+        const int head = item % params.heads;
+        T* const out = static_cast<T*>(params.out) + span.batch * params.out_strides.batch + span.first_query * params.out_strides.token +
+                       head * params.out_strides.head;
+        for (int index = thread; index < span.rows * chunks; index += threads) {
+            *reinterpret_cast<uint4*>(out + index / chunks * params.out_strides.token + index % chunks * 8) = uint4{0, 0, 0, 0};
+        }
+        if (params.lse != nullptr) {
+            float* const lse = params.lse + head * params.lse_head_stride + static_cast<int64_t>(span.batch) * params.seq_q + span.first_query;
+            for (int row = thread; row < span.rows; row += threads) lse[row] = -INFINITY;
+        }
+    }
+}
+
+template <typename S>
+struct Consumer {
+    using T = typename S::T;
+    static constexpr int N = S::TILE_N;
+    static constexpr int D = S::D;
+    static constexpr int ROW_BYTES = S::ROW_BYTES;
+
+    const AttentionParamsSm90& params;
+    unsigned char* shared;
+    uint32_t base;
+    int warpgroup;
+
+    using Matrix = ptx::SharedMatrix<ROW_BYTES>;
+
+    __device__ Matrix queries() const { return Matrix(base + S::Q + warpgroup * 64 * ROW_BYTES, 16); }
+    __device__ Matrix keys(int stage) const { return Matrix(base + S::K + stage * S::TileKV::BYTES, 16); }
+    __device__ Matrix values(int stage) const { return Matrix(base + S::V + stage * S::TileKV::BYTES, N * ROW_BYTES); }
+
+    // S = Q·Kᵀ of this warpgroup's rows and a tile of keys.
+    __device__ static void issue_scores(float (&scores)[N / 8][4], Matrix q, Matrix k) {
+        ptx::wgmma_fence();
+#pragma unroll
+        for (int step = 0; step < D / 16; ++step) {
+            const int panel = step * 16 / S::PANEL;
+            const int column = step * 16 % S::PANEL * 2;
+            ptx::Wgmma<N, T>::ss(scores, q.at(panel * S::TILE_M * ROW_BYTES + column), k.at(panel * N * ROW_BYTES + column), step > 0);
+        }
+        ptx::wgmma_commit();
+    }
+
+    // O += P·V
+    __device__ static void issue_output(float (&acc)[D / 8][4], uint32_t (&probs)[N / 16][4], Matrix v) {
+        ptx::wgmma_fence();
+#pragma unroll
+        for (int step = 0; step < N / 16; ++step) ptx::Wgmma<D, T>::rs(acc, probs[step], v.at(step * 16 * ROW_BYTES), 1);
+        ptx::wgmma_commit();
+    }
+
+    __device__ static void pack(uint32_t (&probs)[N / 16][4], const float (&scores)[N / 8][4]) {
+#pragma unroll
+        for (int step = 0; step < N / 16; ++step) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const float(&pair)[4] = scores[2 * step + i / 2];
+                probs[step][i] = ptx::pack_pair<T>(pair[i % 2 * 2], pair[i % 2 * 2 + 1]);
+            }
+        }
+    }
+
+    __device__ static void rescale(float (&acc)[D / 8][4], const float (&factor)[2]) {
+#pragma unroll
+        for (int tile = 0; tile < D / 8; ++tile) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) acc[tile][i] *= factor[i / 2];
+        }
+    }
+
+    __device__ const volatile TileKeys& keys_info(int stage) const {
+        return reinterpret_cast<const volatile TileKeys*>(shared + S::KEYS_INFO)[stage];
+    }
+
+    __device__ void mask(float (&scores)[N / 8][4], int stage, bool masked) const {
+        if (!masked) return;
+        // The maximum is taken before scaling, so the sign of the scale goes to the scores.
+        if (params.score_scale < 0.0f) {
+#pragma unroll
+            for (int tile = 0; tile < N / 8; ++tile) {
+#pragma unroll
+                for (int i = 0; i < 4; ++i) scores[tile][i] = -scores[tile][i];
+            }
+        }
+#pragma unroll
+        for (int word = 0; word < (N + 31) / 32; ++word) {
+            const uint32_t kept = keys_info(stage).kept[word] >> (threadIdx.x % 4 * 2);
+#pragma unroll
+            for (int tile = word * 4; tile < word * 4 + 4 && tile < N / 8; ++tile) {
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    if ((kept >> (tile % 4 * 8 + i % 2) & 1) == 0) scores[tile][i] = -INFINITY;
+                }
+            }
+        }
+    }
+
+    __device__ void arrive(int barrier) const {
+        __syncwarp();
+        if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(base + barrier);
+    }
+
+    // Consumers issue their products in turn.
+    __device__ void wait_turn() const {
+        if constexpr (S::TAKES_TURNS) ptx::barrier_sync(1 + warpgroup, 2 * WARPGROUP);
+    }
+    __device__ void give_turn() const {
+        if constexpr (S::TAKES_TURNS) {
+            const int next = warpgroup + 1 == S::WARPGROUPS ? 0 : warpgroup + 1;
+            ptx::barrier_arrive(1 + next, 2 * WARPGROUP);
+        }
+    }
+
+    __device__ void run() const {
+        Turn turn;
+        if (warpgroup + 1 == S::WARPGROUPS) give_turn();
+        for (int works = 0;; ++works) {
+            ptx::mbarrier_wait(base + S::FULL_Q + 8 * warpgroup, works % 2);
+            const auto& rows = reinterpret_cast<const volatile TileRows*>(shared + S::ROWS_INFO)[works % 2];
+            const int key_tiles = rows.key_tiles;
+            if (key_tiles < 0) break;
+            // The tile's groups are filled from the first on.
+            if (rows.groups[warpgroup * 4].rows == 0) {
+                give_back_queries();
+                pass(key_tiles, turn);
+            } else {
+                attend(rows, key_tiles, turn);
+            }
+        }
+        if (warpgroup == 0) wait_turn();
+        ptx::tma_store_wait_read();
+    }
+
+    __device__ void give_back_queries() const { arrive(S::EMPTY_Q + 8 * warpgroup); }
+
+    // A warpgroup without rows keeps pace with the others.
+    __device__ void pass(int key_tiles, Turn& turn) const {
+        for (int i = 0; i < key_tiles; ++i, ++turn.count) {
+            ptx::mbarrier_wait(base + S::FULL_K + 8 * turn.stage(), turn.parity());
+            if (i > 0) {
+                wait_turn();
+                give_turn();
+            }
+            arrive(S::EMPTY_K + 8 * turn.stage());
+            ptx::mbarrier_wait(base + S::FULL_V + 8 * turn.stage(), turn.parity());
+            arrive(S::EMPTY_V + 8 * turn.stage());
+        }
+    }
+
+    __device__ void attend(const volatile TileRows& rows, int key_tiles, Turn& turn) const {
+        const float scale = fabsf(params.score_scale);
+        WarpgroupSoftmax softmax;
+        float acc[D / 8][4] = {};
+        if (key_tiles > 0) {
+            float scores[N / 8][4];
+            uint32_t probs[N / 16][4];
+            const Matrix q = queries();
+            ptx::mbarrier_wait(base + S::FULL_K + 8 * turn.stage(), turn.parity());
+            bool masked = keys_info(turn.stage()).masked;
+            issue_scores(scores, q, keys(turn.stage()));
+            ptx::wgmma_wait<0>();
+            ptx::pin_registers(scores);
+            mask(scores, turn.stage(), masked);
+            arrive(S::EMPTY_K + 8 * turn.stage());
+            softmax.raise_max(scores, scale);
+            softmax.template exponentiate<0, N / 8>(scores, scale);
+            softmax.add(scores);
+            pack(probs, scores);
+            if (key_tiles > 1) wait_keys({turn.count + 1}, masked);
+            for (int i = 1; i < key_tiles; ++i) {
+                const Turn next = {turn.count + 1};
+                ptx::mbarrier_wait(base + S::FULL_V + 8 * turn.stage(), turn.parity());
+                Matrix k = keys(next.stage());
+                Matrix v = values(turn.stage());
+                ptx::pin_register(k.lower);
+                ptx::pin_register(v.lower);
+                wait_turn();
+                issue_scores(scores, q, k);
+                issue_output(acc, probs, v);
+                give_turn();
+                ptx::wgmma_wait<1>();
+                ptx::pin_registers(scores);
+                mask(scores, next.stage(), masked);
+                arrive(S::EMPTY_K + 8 * next.stage());
+                softmax.raise_max(scores, scale);
+                // Exponentials limit this part of the loop. The first run under the product; the others among the instructions that
+                // need its result. The branch in `wait_keys` keeps the compiler from moving the first past the wait.
+                softmax.template exponentiate<0, S::EARLY_TILES>(scores, scale);
+                if (i + 1 < key_tiles) wait_keys({turn.count + 2}, masked);
+                ptx::wgmma_wait<0>();
+                ptx::pin_registers(acc);
+                ptx::pin_registers(probs);
+                arrive(S::EMPTY_V + 8 * turn.stage());
+                softmax.template exponentiate<S::EARLY_TILES, N / 8>(scores, scale);
+                softmax.add(scores);
+                rescale(acc, softmax.factor);
+                pack(probs, scores);
+                turn = next;
+            }
+            // The last product is left to do. What the producer says of the rows may be gone once the query tile is given back.
+            const WarpRows mine(rows);
+            if (!S::OUT_IN_Q) give_back_queries();
+            ptx::mbarrier_wait(base + S::FULL_V + 8 * turn.stage(), turn.parity());
+            issue_output(acc, probs, values(turn.stage()));
+            ptx::wgmma_wait<0>();
+            ptx::pin_registers(acc);
+            arrive(S::EMPTY_V + 8 * turn.stage());
+            ++turn.count;
+            softmax.finish();
+            write_output(mine, acc, softmax, scale);
+        } else {
+            const WarpRows mine(rows);
+            if (!S::OUT_IN_Q) give_back_queries();
+            write_output(mine, acc, softmax, scale);
+        }
+    }
+
+    __device__ void wait_keys(Turn turn, bool& masked) const {
+        ptx::mbarrier_wait(base + S::FULL_K + 8 * turn.stage(), turn.parity());
+        masked = keys_info(turn.stage()).masked;
+    }
+
+    // What this warp has to know of its 16 rows to write them.
+    struct WarpRows {
+        int batch;
+        int head;
+        int first_row;
+        int rows;
+        uint32_t kept;
+        bool clips;
+
+        __device__ WarpRows(const volatile TileRows& tile) {
+            const volatile auto& group = tile.groups[threadIdx.x / 32 - 4];
+            batch = tile.batch;
+            head = tile.head;
+            first_row = group.first_row;
+            rows = group.rows;
+            kept = group.kept;
+            clips = tile.clips;
+        }
+    };
+
+    // Through shared memory to the copy engine; or to 16-byte stores, where it would write rows of the next sequence.
+    __device__ void write_output(const WarpRows& mine, const float (&acc)[D / 8][4], const WarpgroupSoftmax& softmax, float scale) const {
+        const int lane = threadIdx.x % 32;
+        const int warp = threadIdx.x / 32 - 4;
+        if constexpr (S::OUT_IN_Q) {
+            // Every warp is done with the query rows.
+            ptx::barrier_sync(1 + S::WARPGROUPS + warpgroup, WARPGROUP);
+        } else {
+            // This warp's last output has left.
+            if (lane == 0) ptx::tma_store_wait_read();
+            __syncwarp();
+        }
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const int row = half * 8 + lane / 4;
+            const float sum = softmax.row_sum[half];
+            const bool zero = sum == 0.0f || (mine.kept >> row & 1) == 0;
+            const float inverse = zero ? 0.0f : 1.0f / sum;
+#pragma unroll
+            for (int tile = 0; tile < D / 8; ++tile) {
+                // Selected, not multiplied: a dropped row may hold NaN.
+                const float low = zero ? 0.0f : acc[tile][2 * half] * inverse;
+                const float high = zero ? 0.0f : acc[tile][2 * half + 1] * inverse;
+                *reinterpret_cast<uint32_t*>(shared + S::OUT + S::TileQ::offset(warp * GROUP_ROWS + row, tile) + lane % 4 * 4) =
+                    ptx::pack_pair<T>(low, high);
+            }
+            if (params.lse != nullptr && lane % 4 == 0 && row < mine.rows) {
+                const float lse = zero ? -INFINITY : (softmax.finite_max(half) * scale + log2f(sum)) * LN_2;
+                params.lse[mine.head * params.lse_head_stride + static_cast<int64_t>(mine.batch) * params.seq_q + mine.first_row + row] = lse;
+            }
+        }
+        if (mine.clips || mine.rows == GROUP_ROWS) {
+            ptx::fence_async_proxy();
+            __syncwarp();
+            if (lane == 0) {
+#pragma unroll
+                for (int panel = 0; panel < S::PANELS; ++panel) {
+                    const uint32_t from = base + S::OUT + (panel * S::TILE_M + warp * GROUP_ROWS) * ROW_BYTES;
+                    ptx::tma_store(&params.out_map, from, panel * S::PANEL, mine.first_row, mine.head, mine.batch);
+                }
+                ptx::tma_store_commit();
+            }
+        } else {
+            __syncwarp();
+            T* const out = static_cast<T*>(params.out) + mine.first_row * params.out_strides.token + mine.head * params.out_strides.head;
+            for (int index = lane; index < mine.rows * (D / 8); index += 32) {
+                const int row = index / (D / 8);
+                const int chunk = index % (D / 8);
+                if (chunk * 8 < params.head_dim) {
+                    *reinterpret_cast<uint4*>(out + row * params.out_strides.token + chunk * 8) =
+                        *reinterpret_cast<const uint4*>(shared + S::OUT + S::TileQ::offset(warp * GROUP_ROWS + row, chunk));
+                }
+            }
+            if constexpr (S::OUT_IN_Q) ptx::fence_async_proxy();
+        }
+        if constexpr (S::OUT_IN_Q) {
+            if (lane == 0) ptx::tma_store_wait_read();
+            give_back_queries();
+        }
+    }
+};
+
+template <typename S>
+__device__ inline void attention(const AttentionParamsSm90& params) {
+    extern __shared__ __align__(1024) unsigned char shared[];
+    const uint32_t base = ptx::shared_address(shared);
+    // The same for all lanes, and known to be so.
+    const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32, 0);
+    if (threadIdx.x == 0) {
+        // The swizzle of the tensor cores and the copy engine follows the address.
+        if (base % 1024 != 0) __trap();
+        const int helpers = params.form == FORM_DENSE ? 0 : 1;
+        for (int warpgroup = 0; warpgroup < S::WARPGROUPS; ++warpgroup) {
+            ptx::mbarrier_init(base + S::FULL_Q + 8 * warpgroup, 1);
+            ptx::mbarrier_init(base + S::EMPTY_Q + 8 * warpgroup, warpgroup == 0 ? 4 + helpers : 4);
+        }
+        for (int stage = 0; stage < STAGES; ++stage) {
+            ptx::mbarrier_init(base + S::FULL_K + 8 * stage, 1);
+            ptx::mbarrier_init(base + S::EMPTY_K + 8 * stage, S::CONSUMER_WARPS + helpers);
+            ptx::mbarrier_init(base + S::FULL_V + 8 * stage, 1);
+            ptx::mbarrier_init(base + S::EMPTY_V + 8 * stage, S::CONSUMER_WARPS);
+            ptx::mbarrier_init(base + S::RAW_V + 8 * stage, 1);
+        }
+        ptx::mbarrier_init_fence();
+    }
+    __syncthreads();
+    if (warp < 4) {
+        ptx::release_registers<S::PRODUCER_REGISTERS>();
+        if (warp == 0) {
+            Producer<S>(params, shared, base).run();
+        } else if (warp == 1 && params.form != FORM_DENSE) {
+            mend_values<S>(shared, base);
+        } else if (warp >= 2) {
+            write_zeros<typename S::T>(params, threadIdx.x - 64, 64);
+        }
+    } else {
+        ptx::take_registers<S::CONSUMER_REGISTERS>();
+        Consumer<S>{params, shared, base, warp / 4 - 1}.run();
+    }
+}
+
+#define VARLEN_FA_ENTRY(NAME, THREADS, ...)                                                                              \
+    extern "C" __global__ void __launch_bounds__(THREADS, 1) NAME(const __grid_constant__ AttentionParamsSm90 params) { \
+        attention<Shape<__VA_ARGS__>>(params);                                                                           \
+    }
+#define VARLEN_FA_ENTRIES(D, WARPGROUPS, ...)                                                                          \
+    VARLEN_FA_ENTRY(attention_sm90_f16_d##D, (WARPGROUPS + 1) * 128, __half, D, WARPGROUPS, __VA_ARGS__)               \
+    VARLEN_FA_ENTRY(attention_sm90_bf16_d##D, (WARPGROUPS + 1) * 128, __nv_bfloat16, D, WARPGROUPS, __VA_ARGS__)
+VARLEN_FA_SM90_TILES(VARLEN_FA_ENTRIES)
+
+}  // namespace sm90

@@ -1,0 +1,15 @@
+// Tile sizes of the sm90 kernel for each compiled head dimension.
+//
+//   X(head_dim, warpgroups of 64 query rows, keys, output tile in the place of the query tile, warpgroups take turns)
+//
+// Shared memory holds the query tile, two stages of key and value tiles and, where there is room, an output tile of its own, so that
+// the next query tile is loaded while the output of the last is stored: at most 227 KiB less the barriers.
+#pragma once
+#ifndef VARLEN_FA_SM90_TILES
+#define VARLEN_FA_SM90_TILES(X)    \
+    X(64, 3, 128, false, true)     \
+    X(96, 2, 160, false, true)     \
+    X(128, 2, 160, false, true)    \
+    X(192, 2, 112, true, true)     \
+    X(256, 2, 80, true, true)
+#endif
