@@ -1,6 +1,6 @@
 //! The CUDA kernels, compiled ahead of time: `kernels/NAME.cu` to `kernels/prebuilt/NAME.fatbin`.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
@@ -19,31 +19,41 @@ use crate::workspace::{Workspace, capture, text};
 /// Every fatbin together; they are part of each program that uses the library.
 const MAX_TOTAL_BYTES: usize = 8_000_000;
 
-/// Architectures that get machine code. 86 and 89 run sm_80's, and 103 and 121 those of 100 and 120; what comes later compiles the
-/// PTX.
+/// Architectures that get machine code of kernels that any chip from SM80 on runs. 86 and 89 run sm_80's, and 103 and 121 those of
+/// 100 and 120; what comes later compiles the PTX.
 const ARCHS: [&str; 4] = ["sm_80", "sm_90", "sm_100", "sm_120"];
 
+/// What one source is compiled for: architectures as ptxas names them, and the compiler's flags for them.
+struct Targets {
+    archs: &'static [&'static str],
+    flags: &'static [&'static str],
+}
+
+/// Sources named after an architecture use what it alone has.
+fn targets(source: &str) -> Targets {
+    if source.ends_with("_sm90") {
+        return Targets { archs: &["sm_90a"], flags: &["-gencode", "arch=compute_90a,code=sm_90a"] };
+    }
+    Targets {
+        archs: &ARCHS,
+        flags: &[
+            "-gencode",
+            "arch=compute_80,code=sm_80",
+            "-gencode",
+            "arch=compute_80,code=sm_90",
+            "-gencode",
+            "arch=compute_80,code=sm_100",
+            "-gencode",
+            "arch=compute_80,code=sm_120",
+            "-gencode",
+            "arch=compute_80,code=compute_80",
+        ],
+    }
+}
+
 /// For every kernel. `size` is the strongest compression; a driver that loads this compiler's PTX (580) unpacks it.
-const FLAGS: [&str; 18] = [
-    "-fatbin",
-    "-O3",
-    "-std=c++17",
-    "-gencode",
-    "arch=compute_80,code=sm_80",
-    "-gencode",
-    "arch=compute_80,code=sm_90",
-    "-gencode",
-    "arch=compute_80,code=sm_100",
-    "-gencode",
-    "arch=compute_80,code=sm_120",
-    "-gencode",
-    "arch=compute_80,code=compute_80",
-    "--compress-mode=size",
-    "-Werror",
-    "all-warnings",
-    "-Xptxas",
-    "-v",
-];
+const FLAGS: [&str; 8] =
+    ["-fatbin", "-O3", "-std=c++17", "--compress-mode=size", "-Werror", "all-warnings", "-Xptxas", "-v"];
 
 const MANIFEST: &str = "manifest.json";
 
@@ -126,7 +136,9 @@ impl Kernels {
         let threads = thread::available_parallelism().map_or(1, NonZeroUsize::get);
         let compiled = in_parallel(&names, threads, |name| self.compile_one(&compiler, &out, name, threads))?;
 
-        let mut manifest = Manifest::new(&compiler.version, PACKAGES, &FLAGS, &self.headers);
+        let of_source = |name: &&str| format!("{name}.cu: {}", targets(name).flags.join(" "));
+        let flags: Vec<String> = FLAGS.map(str::to_owned).into_iter().chain(names.iter().map(of_source)).collect();
+        let mut manifest = Manifest::new(&compiler.version, PACKAGES, &flags, &self.headers);
         let mut fatbins = BTreeMap::new();
         let mut usages = vec![];
         let mut rows = vec![["source", "seconds", "kernels", "fatbin bytes"].map(str::to_owned).to_vec()];
@@ -135,7 +147,7 @@ impl Kernels {
             rows.push(vec![
                 format!("{name}.cu"),
                 format!("{:.1}", one.time.as_secs_f64()),
-                (one.usages.len() / ARCHS.len()).to_string(),
+                (one.usages.len() / targets(name).archs.len()).to_string(),
                 one.fatbin.len().to_string(),
             ]);
             fatbins.insert(name.clone(), one.fatbin);
@@ -143,7 +155,8 @@ impl Kernels {
         }
         println!("{}", compiler.version);
         println!("\nRegisters, bytes of static shared memory, bytes of spill stores/loads:");
-        print!("{}", ptxas::usage_table(&usages, &ARCHS));
+        let archs: BTreeSet<_> = usages.iter().map(|usage: &Usage| usage.arch.as_str()).collect();
+        print!("{}", ptxas::usage_table(&usages, &archs.into_iter().collect::<Vec<_>>()));
         println!("\n{}", table::format(&rows));
         let total = manifest.total_bytes();
         ensure!(
@@ -158,18 +171,24 @@ impl Kernels {
         let fatbin = out.join(fatbin_name(name));
         let source = format!("{name}.cu");
         let mut nvcc = compiler.command();
-        nvcc.current_dir(&self.folder).args(FLAGS).args(["--threads", &threads.to_string()]).arg("-o").arg(&fatbin);
+        let Targets { archs, flags } = targets(name);
+        nvcc.current_dir(&self.folder)
+            .args(FLAGS)
+            .args(flags)
+            .args(["--threads", &threads.to_string()])
+            .arg("-o")
+            .arg(&fatbin);
         let output = capture(nvcc.arg(&source)).with_context(|| format!("cannot compile {source}"))?;
         let printed = text(&output);
         // What -Werror leaves a warning.
         ensure!(!printed.contains("warning"), "{source} compiles with warnings:\n{printed}");
         let usages = ptxas::parse(&printed).with_context(|| format!("{source}:\n{printed}"))?;
-        for arch in ARCHS {
+        for &arch in archs {
             let count = usages.iter().filter(|usage| usage.arch == arch).count();
             let all = usages.len();
             ensure!(
-                count * ARCHS.len() == all && count > 0,
-                "{source}: ptxas reports {count} kernels for {arch}, {all} for {ARCHS:?}"
+                count * archs.len() == all && count > 0,
+                "{source}: ptxas reports {count} kernels for {arch}, {all} for {archs:?}"
             );
         }
         let time = start.elapsed();
@@ -300,14 +319,17 @@ mod tests {
 
     use anyhow::ensure;
 
-    use super::{ARCHS, FLAGS, file_differences, in_parallel};
+    use super::{Targets, file_differences, in_parallel, targets};
 
     #[test]
     fn every_architecture_is_asked_for() {
-        for arch in ARCHS {
-            assert!(FLAGS.iter().any(|flag| flag.ends_with(&format!("code={arch}"))), "{arch}");
+        for source in ["pack", "attention_sm80", "attention_sm90"] {
+            let Targets { archs, flags } = targets(source);
+            for arch in archs {
+                assert!(flags.iter().any(|flag| flag.ends_with(&format!("code={arch}"))), "{source}: {arch}");
+            }
+            assert_eq!(flags.iter().filter(|flag| flag.contains("code=sm_")).count(), archs.len());
         }
-        assert_eq!(FLAGS.iter().filter(|flag| flag.contains("code=sm_")).count(), ARCHS.len());
     }
 
     #[test]

@@ -38,12 +38,12 @@ struct Fatbin {
 
 impl Manifest {
     /// Of nothing compiled so far.
-    pub fn new(compiler: &str, packages: &str, flags: &[&str], headers: &BTreeMap<String, Vec<u8>>) -> Self {
+    pub fn new(compiler: &str, packages: &str, flags: &[String], headers: &BTreeMap<String, Vec<u8>>) -> Self {
         Self {
             about: ABOUT.to_owned(),
             compiler: compiler.to_owned(),
             packages: packages.lines().map(str::to_owned).collect(),
-            flags: flags.iter().map(|&flag| flag.to_owned()).collect(),
+            flags: flags.to_vec(),
             headers: headers.iter().map(|(path, content)| (path.clone(), sha256(content))).collect(),
             fatbins: BTreeMap::new(),
         }
@@ -155,7 +155,7 @@ mod tests {
 
     fn manifest(header: &str, source: &str, fatbin: &str) -> Manifest {
         let headers = BTreeMap::from([("include/a.cuh".to_owned(), header.into())]);
-        let mut manifest = Manifest::new("nvcc 1", "one==1\ntwo==2\n", &["-O3", "-v"], &headers);
+        let mut manifest = Manifest::new("nvcc 1", "one==1\ntwo==2\n", &["-O3", "-v"].map(str::to_owned), &headers);
         manifest.add("pack", source.as_bytes(), fatbin.as_bytes());
         manifest
     }
