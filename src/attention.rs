@@ -434,7 +434,7 @@ pub fn varlen_attention<'a>(
         let cu_seqlens = (cu_seqlens_q, cu_seqlens_k);
         let problem =
             AttentionProblem::packed(device.info(), &views, lse_info.as_ref(), cu_seqlens, options.softmax_scale)?;
-        let plan = plan_packed(device.capabilities(), Forced { path: None, kernel: options.kernel })?;
+        let plan = plan_packed(&problem, device.capabilities(), Forced { path: None, kernel: options.kernel })?;
         log::debug!("{} {:?}: {plan}", problem.dtype, problem.shape);
         let (out, lse) = (out.output(), lse.map(TensorViewMut::output));
         if out.layout.numel() > 0 {

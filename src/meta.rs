@@ -4,10 +4,14 @@
 
 use std::ops::Range;
 use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::cache::DeviceCopies;
 use crate::error::{Error, Result};
 use crate::mask::{KeyMask, Run};
+
+/// Rows of a group: what kernels that work in place take at least of a run.
+pub(crate) const GROUP_ROWS: usize = 16;
 
 /// Cumulative sequence lengths of packed rows: sequence `b` is rows `cu_seqlens[b]..cu_seqlens[b + 1]`.
 #[derive(Debug, Clone)]
@@ -126,6 +130,9 @@ pub struct VarlenMeta {
     // pages for the tables costs many times the rest.
     indices: OnceLock<Vec<u32>>,
     inv_indices: OnceLock<Vec<i32>>,
+    group_count: OnceLock<usize>,
+    /// The same for clones, which hold the same.
+    id: u64,
     cu_seqlens: CuSeqlens,
     runs: Vec<Run>,
     /// Runs of row `b` are `runs[row_runs[b]..row_runs[b + 1]]`.
@@ -139,6 +146,7 @@ impl VarlenMeta {
     /// # Errors
     /// None today: a [`KeyMask`] is already small enough for every index. The `Result` leaves room for limits to come.
     pub fn from_key_mask(mask: &KeyMask) -> Result<Self> {
+        static NEXT_ID: AtomicU64 = AtomicU64::new(0);
         let batch = mask.batch();
         let mut cu_seqlens = Vec::with_capacity(batch + 1);
         let mut row_runs = Vec::with_capacity(batch + 1);
@@ -160,6 +168,8 @@ impl VarlenMeta {
             mask: mask.clone(),
             indices: OnceLock::new(),
             inv_indices: OnceLock::new(),
+            group_count: OnceLock::new(),
+            id: NEXT_ID.fetch_add(1, Ordering::Relaxed),
             cu_seqlens: CuSeqlens { values: cu_seqlens, max_seqlen, copies: DeviceCopies::default() },
             runs,
             row_runs,
@@ -253,6 +263,34 @@ impl VarlenMeta {
         self.total_valid() == 0
     }
 
+    /// Groups of [`GROUP_ROWS`] tokens that it takes to cover the valid ones, from the left of each row.
+    pub(crate) fn group_count(&self) -> usize {
+        *self.group_count.get_or_init(|| {
+            let mut count = 0;
+            for row in 0..self.batch() {
+                let mut covered = 0;
+                for run in self.runs(row) {
+                    let start = covered.max(run.start as usize);
+                    let groups = run.end().saturating_sub(start).div_ceil(GROUP_ROWS);
+                    if groups > 0 {
+                        covered = start + groups * GROUP_ROWS;
+                    }
+                    count += groups;
+                }
+            }
+            count
+        })
+    }
+
+    /// Tells metadata of different masks apart.
+    #[cfg_attr(
+        not(feature = "cuda"),
+        allow(dead_code, reason = "only the CUDA device keeps what depends on two of them")
+    )]
+    pub(crate) fn id(&self) -> u64 {
+        self.id
+    }
+
     /// The mask that the metadata was built from.
     #[must_use]
     pub fn key_mask(&self) -> &KeyMask {
@@ -280,6 +318,19 @@ mod tests {
         assert_eq!(meta.runs(0), [Run { start: 1, len: 1 }, Run { start: 4, len: 2 }]);
         assert!(meta.runs(1).is_empty() && meta.runs(9).is_empty());
         assert!(!meta.is_all_valid() && !meta.is_empty());
+        Ok(())
+    }
+
+    #[test]
+    fn groups_cover_from_the_left() -> Result<()> {
+        let count = |runs: &[Range<usize>]| -> Result<usize> {
+            Ok(VarlenMeta::from_key_mask(&KeyMask::from_runs(100, &[runs])?)?.group_count())
+        };
+        assert_eq!(count(&[])?, 0);
+        assert_eq!(count(&[0..100])?, 7);
+        // The second run lies in the first's group, the third only begins there.
+        assert_eq!(count(&[3..5, 8..10, 18..35])?, 2);
+        assert_eq!(count(&[3..5, 8..10, 18..36])?, 3);
         Ok(())
     }
 

@@ -5,6 +5,7 @@ use std::fmt;
 use crate::config::Config;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
+use crate::meta::{GROUP_ROWS, VarlenMeta};
 use crate::problem::{AttentionProblem, MaskInfo};
 
 /// How a call is computed.
@@ -50,6 +51,8 @@ pub enum Kernel {
     WgslPortable,
     /// The CUDA kernel of every chip from compute capability 8.0 on: `mma.sync` and `cp.async`.
     CudaSm80,
+    /// The CUDA kernel of compute capability 9.0 (Hopper): `wgmma` and TMA.
+    CudaSm90,
 }
 
 impl Kernel {
@@ -60,9 +63,42 @@ impl Kernel {
             Self::CpuTiled => "cpu-tiled",
             Self::WgslPortable => "wgsl-portable",
             Self::CudaSm80 => "sm80",
+            Self::CudaSm90 => "sm90",
         }
     }
+
+    /// Whether it reads padded tensors in place, past what is masked.
+    #[must_use]
+    pub const fn has_fused(self) -> bool {
+        matches!(self, Self::CpuTiled | Self::CudaSm90)
+    }
+
+    /// Whether it adds a bias to the scores.
+    #[must_use]
+    pub const fn has_bias(self) -> bool {
+        !matches!(self, Self::CudaSm90)
+    }
+
+    /// Why it cannot compute a call, if it cannot.
+    fn refuses(self, mask: Option<&MaskInfo<'_>>, is_dense: bool) -> Option<&'static str> {
+        match (self, mask) {
+            (kernel, Some(MaskInfo::Bias(_))) if !kernel.has_bias() => Some("it adds no bias"),
+            (Self::CudaSm90, Some(MaskInfo::DeviceVarlen { .. })) if is_dense => {
+                Some("its dense form needs metadata that was built on the host")
+            }
+            _ => None,
+        }
+    }
+
+    /// Whether it is the one to take where it can compute a call.
+    fn suits(self, head_dim: usize) -> bool {
+        // It computes with at least 64 columns.
+        self != Self::CudaSm90 || head_dim > SM90_LEAST_HEAD_DIM
+    }
 }
+
+/// Up to this head dimension the sm80 kernel, which has a form of 32 columns, has less to do than the sm90 kernel.
+const SM90_LEAST_HEAD_DIM: usize = 32;
 
 impl fmt::Display for Kernel {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -88,6 +124,8 @@ pub enum Reason {
     NothingValid,
     /// Metadata was given, and the device reads padded tensors in place.
     InPlace,
+    /// Metadata was given, and reading the padded tensors in place would take longer than packing: the runs are too short for it.
+    Fragmented,
     /// Metadata was given, and the device has no kernel that reads padded tensors in place.
     NoFusedKernel,
     /// Metadata was given that is in the device's memory, so the plan cannot know the mask.
@@ -110,6 +148,7 @@ impl fmt::Display for Reason {
             Self::AllValid => "every token is valid, so there is nothing to skip",
             Self::NothingValid => "no query or no key is valid, so the output is zeros",
             Self::InPlace => "metadata was given and the device reads padded tensors in place",
+            Self::Fragmented => "metadata was given with runs too short to be read in place",
             Self::NoFusedKernel => "metadata was given and the device has no kernel that reads padded tensors in place",
             Self::MetadataOnDevice => "the metadata was built on the device, where the plan cannot see it",
             Self::DenseForced => "dense attention is forced (VARLEN_FA=0)",
@@ -154,8 +193,6 @@ pub struct Capabilities {
     pub dtypes: &'static [DType],
     /// Kernels that run on it, the preferred one first.
     pub kernels: Vec<Kernel>,
-    /// Whether a kernel reads padded tensors in place.
-    pub has_fused: bool,
     /// Bytes of the largest tensor.
     pub max_buffer_bytes: u64,
     /// Bytes that one kernel launch can reach of one tensor; work on larger tensors is split by batch row.
@@ -179,7 +216,11 @@ pub(crate) fn plan_padded(
     config: &Config,
     forced: Forced,
 ) -> Result<Plan> {
-    let kernel = pick_kernel(capabilities, forced)?;
+    let is_dense = match forced.path {
+        Some(path) => path == Path::Dense,
+        None => config.force_dense,
+    };
+    let kernel = pick_kernel(capabilities, forced, problem, Some(mask), is_dense)?;
     let chosen = match mask {
         _ if problem.shape.seq_k == 0 => (Path::Zero, Reason::NothingValid),
         MaskInfo::None => (Path::Dense, Reason::NoMask),
@@ -194,32 +235,72 @@ pub(crate) fn plan_padded(
         MaskInfo::Varlen { query, key } if query.is_all_valid() && key.is_all_valid() => {
             (Path::Dense, Reason::AllValid)
         }
-        MaskInfo::Varlen { .. } if capabilities.has_fused => (Path::Fused, Reason::InPlace),
-        MaskInfo::Varlen { .. } => (Path::Packed, Reason::NoFusedKernel),
+        MaskInfo::Varlen { .. } if !kernel.has_fused() => (Path::Packed, Reason::NoFusedKernel),
+        MaskInfo::Varlen { query, key } if is_fragmented(kernel, problem, query, key) => {
+            (Path::Packed, Reason::Fragmented)
+        }
+        MaskInfo::Varlen { .. } => (Path::Fused, Reason::InPlace),
     };
     let (path, reason) = match forced.path {
         None => chosen,
-        Some(path) => (path, check_forced_path(path, mask, capabilities)?),
+        Some(path) => (path, check_forced_path(path, mask, kernel)?),
     };
     Ok(Plan { path, kernel, reason })
 }
 
+/// Operations that the sm90 kernel does in the time in which pack and scatter move a byte, about: 600 TFLOP/s over 3.8 TB/s.
+const OPERATIONS_PER_BYTE: f64 = 160.0;
+
+/// Whether the rows that the sm90 kernel would compute in place without need cost more than moving the valid ones together.
+///
+/// It takes groups of rows, so a short run costs as much as a group. The packed path computes valid rows alone, but reads and
+/// writes q, k, v and the output once more. The CPU's kernel gathers single rows.
+fn is_fragmented(kernel: Kernel, problem: &AttentionProblem, query: &VarlenMeta, key: &VarlenMeta) -> bool {
+    if kernel != Kernel::CudaSm90 {
+        return false;
+    }
+    let shape = problem.shape;
+    let covered = |meta: &VarlenMeta| (meta.group_count() * GROUP_ROWS) as f64 / meta.total_valid() as f64;
+    let (queries, keys) = (query.cu_seqlens(), key.cu_seqlens());
+    let pairs: f64 = (0..query.batch()).map(|b| queries.rows(b).len() as f64 * keys.rows(b).len() as f64).sum();
+    let (heads, kv_heads, head_dim) = (shape.num_heads as f64, shape.num_kv_heads as f64, shape.head_dim as f64);
+    let needless = 4.0 * pairs * heads * head_dim * (covered(query) * covered(key) - 1.0);
+    let row_bytes = head_dim * problem.dtype.size() as f64;
+    let padded_rows = (query.batch() * query.seq()) as f64;
+    let query_rows = query.total_valid() as f64 * 3.0 + padded_rows;
+    let moved = row_bytes * (heads * query_rows + kv_heads * key.total_valid() as f64 * 4.0);
+    needless > OPERATIONS_PER_BYTE * moved
+}
+
 /// Plans a call on packed rows.
-pub(crate) fn plan_packed(capabilities: &Capabilities, forced: Forced) -> Result<Plan> {
-    let kernel = pick_kernel(capabilities, forced)?;
+pub(crate) fn plan_packed(problem: &AttentionProblem, capabilities: &Capabilities, forced: Forced) -> Result<Plan> {
+    let kernel = pick_kernel(capabilities, forced, problem, None, false)?;
     Ok(Plan { path: Path::Packed, kernel, reason: Reason::AlreadyPacked })
 }
 
-fn pick_kernel(capabilities: &Capabilities, forced: Forced) -> Result<Kernel> {
-    let preferred = capabilities.kernels.first().copied();
-    match forced.kernel {
-        Some(kernel) if capabilities.kernels.contains(&kernel) => Ok(kernel),
-        Some(kernel) => Err(not_applicable("kernel", kernel.name(), format!("{capabilities} does not run it"))),
-        None => preferred.ok_or_else(|| not_applicable("kernel", "any", format!("{capabilities} has no kernels"))),
+fn pick_kernel(
+    capabilities: &Capabilities,
+    forced: Forced,
+    problem: &AttentionProblem,
+    mask: Option<&MaskInfo<'_>>,
+    is_dense: bool,
+) -> Result<Kernel> {
+    if let Some(kernel) = forced.kernel {
+        let why = match kernel.refuses(mask, is_dense) {
+            _ if !capabilities.kernels.contains(&kernel) => format!("{capabilities} does not run it"),
+            Some(why) => why.to_owned(),
+            None => return Ok(kernel),
+        };
+        return Err(not_applicable("kernel", kernel.name(), why));
     }
+    let able = || capabilities.kernels.iter().copied().filter(|kernel| kernel.refuses(mask, is_dense).is_none());
+    let suited = able().find(|kernel| kernel.suits(problem.shape.head_dim));
+    suited
+        .or_else(|| able().next())
+        .ok_or_else(|| not_applicable("kernel", "any", format!("{capabilities} has no kernel for this call")))
 }
 
-fn check_forced_path(path: Path, mask: &MaskInfo<'_>, capabilities: &Capabilities) -> Result<Reason> {
+fn check_forced_path(path: Path, mask: &MaskInfo<'_>, kernel: Kernel) -> Result<Reason> {
     let is_varlen = matches!(mask, MaskInfo::Varlen { .. } | MaskInfo::DeviceVarlen { .. });
     let is_on_device = matches!(mask, MaskInfo::DeviceVarlen { .. });
     let why = match path {
@@ -227,7 +308,7 @@ fn check_forced_path(path: Path, mask: &MaskInfo<'_>, capabilities: &Capabilitie
         Path::Zero => "it follows from the metadata alone".to_owned(),
         Path::Fused | Path::Packed if !is_varlen => "it needs AttentionMask::Varlen".to_owned(),
         Path::Fused if is_on_device => "it needs metadata that was built on the host".to_owned(),
-        Path::Fused if !capabilities.has_fused => format!("{capabilities} has no fused kernel"),
+        Path::Fused if !kernel.has_fused() => format!("kernel {kernel} does not read padded tensors in place"),
         Path::Fused | Path::Packed => return Ok(Reason::PathForced),
     };
     Err(not_applicable("path", path.name(), why))

@@ -201,7 +201,7 @@ pub fn run<T: Element + Value>(
     let forced: Vec<Path> = [Path::Fused, Path::Packed]
         .into_iter()
         .filter(|&path| path != plan.path && !meta.is_empty())
-        .filter(|&path| path != Path::Fused || device.capabilities().has_fused)
+        .filter(|&path| path != Path::Fused || plan.kernel.has_fused())
         .collect();
     let primitives = if meta.is_empty() { 0 } else { 3 };
     let progress = Progress::new(2 + forced.len() + primitives)?;

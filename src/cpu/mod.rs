@@ -42,7 +42,6 @@ impl CpuDevice {
                 is_software: true,
                 dtypes: &[DType::F32, DType::F16, DType::Bf16],
                 kernels: vec![Kernel::CpuTiled],
-                has_fused: true,
                 max_buffer_bytes: isize::MAX as u64,
                 max_binding_bytes: isize::MAX as u64,
                 has_timestamps: false,

@@ -4,7 +4,7 @@ use std::f32::consts::LOG2_E;
 
 use crate::backend::{Attention, Rows};
 use crate::dtype::DType;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::plan::{Kernel, Path};
 use crate::problem::AttentionShape;
 

@@ -88,7 +88,12 @@ impl CudaDevice {
         self.launch_attention_sm80(attention, &params, &extent)
     }
 
-    fn launch_attention_sm80(&self, attention: &Attention<'_>, params: &AttentionParams, extent: &Extent) -> Result<()> {
+    fn launch_attention_sm80(
+        &self,
+        attention: &Attention<'_>,
+        params: &AttentionParams,
+        extent: &Extent,
+    ) -> Result<()> {
         let AttentionShape { num_heads, head_dim, .. } = attention.problem.shape;
         let &Extent { batch, max_queries, masked } = extent;
         if num_heads > MAX_GRID {

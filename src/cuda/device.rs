@@ -31,6 +31,7 @@ pub(super) struct CudaDevice {
     name: Arc<str>,
     capabilities: Capabilities,
     pub(super) context: Arc<Context>,
+    pub(super) multiprocessors: usize,
     modules: Arc<Modules>,
     timers: Timers,
 }
@@ -92,13 +93,15 @@ impl CudaDevice {
     ) -> Result<Self, String> {
         let modules = {
             let _current = context.enter().map_err(|error| error.to_string())?;
-            Modules::of(&context).map_err(|error| format!("{info}: {}", why_not_loaded(error)))?
+            Modules::of(&context, has_sm90(info)).map_err(|error| format!("{info}: {}", why_not_loaded(error)))?
         };
         Ok(Self {
             id: DeviceId::unique(),
             name,
             capabilities,
             context: Arc::new(context),
+            // Never negative: the driver counts them.
+            multiprocessors: info.multiprocessors.unsigned_abs().max(1) as usize,
             modules,
             timers: Timers::default(),
         })
@@ -160,13 +163,17 @@ fn capabilities_of(info: &CudaDeviceInfo) -> Capabilities {
         adapter: format!("{}, sm_{major}{minor}, driver CUDA {driver}", info.name),
         is_software: false,
         dtypes: &[DType::F16, DType::Bf16],
-        kernels: vec![Kernel::CudaSm80],
-        has_fused: false,
+        kernels: if has_sm90(info) { vec![Kernel::CudaSm90, Kernel::CudaSm80] } else { vec![Kernel::CudaSm80] },
         max_buffer_bytes: info.memory_bytes,
         // Kernels count bytes in 64 bits.
         max_binding_bytes: info.memory_bytes,
         has_timestamps: true,
     }
+}
+
+/// Whether the chip runs code for 9.0a, which no other does.
+fn has_sm90(info: &CudaDeviceInfo) -> bool {
+    info.compute_capability == (9, 0)
 }
 
 fn older_driver(version: i32) -> String {

@@ -109,7 +109,7 @@ impl CudaDevice {
     }
 
     /// New memory that holds the bytes.
-    fn uploaded(&self, bytes: &[u8]) -> Result<CudaBuffer> {
+    pub(super) fn uploaded(&self, bytes: &[u8]) -> Result<CudaBuffer> {
         CudaBuffer::holding(&self.context, self.id, bytes)
     }
 

@@ -10,13 +10,16 @@
 //! | `fault` | driver errors as [`Error`](crate::Error)s, and the loss of the context |
 //! | `memory` | buffers, allocated and freed in stream order, or over the caller's memory |
 //! | `module` | the compiled kernels and their functions |
-//! | `params`, `tiles` | what kernels and host agree on: parameter structs, tile sizes |
+//! | `params`, `params_sm90`, `tiles` | what kernels and host agree on: parameter structs, tile sizes |
+//! | `tile_lists`, `tensor_map` | what the sm90 kernel is told of masks and of tensors |
 //! | `placement` | where tensors lie, and copies of those that lie at odd places |
 //! | `metadata` | device copies of masks and metadata |
-//! | `attention`, `copy` | launches |
+//! | `attention`, `attention_sm80`, `attention_sm90`, `copy` | launches |
 //! | `timer` | GPU time by events |
 
 mod attention;
+mod attention_sm80;
+mod attention_sm90;
 mod caller;
 mod capture;
 mod context;
@@ -27,8 +30,11 @@ mod memory;
 mod metadata;
 mod module;
 mod params;
+mod params_sm90;
 mod placement;
 mod probe;
+mod tensor_map;
+mod tile_lists;
 mod tiles;
 mod timer;
 

@@ -8,14 +8,14 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use cudarc::driver::DriverError;
 use cudarc::driver::result::{function, module};
-use cudarc::driver::sys::{CUfunction, CUfunction_attribute, CUmodule};
+use cudarc::driver::sys::{CUfunction, CUfunction_attribute, CUmodule, CUresult};
 
 use crate::dtype::DType;
 use crate::error::Result;
 
 use super::capture::Relaxed;
 use super::context::Context;
-use super::tiles::Tile;
+use super::tiles::{Tile, TileSm90};
 
 /// The CUDA version whose compiler made the kernels, as the driver counts: 1000 · major + 10 · minor. Older drivers do not load
 /// them.
@@ -26,6 +26,7 @@ pub(super) const KERNELS_CUDA: i32 = 13_000;
 struct Aligned<Bytes: ?Sized>(Bytes);
 
 static ATTENTION_SM80: &Aligned<[u8]> = &Aligned(*include_bytes!("../../kernels/prebuilt/attention_sm80.fatbin"));
+static ATTENTION_SM90: &Aligned<[u8]> = &Aligned(*include_bytes!("../../kernels/prebuilt/attention_sm90.fatbin"));
 static METADATA: &Aligned<[u8]> = &Aligned(*include_bytes!("../../kernels/prebuilt/metadata.fatbin"));
 static PACK: &Aligned<[u8]> = &Aligned(*include_bytes!("../../kernels/prebuilt/pack.fatbin"));
 
@@ -43,6 +44,10 @@ pub(super) enum Entry {
         tile: Tile,
         masked: bool,
     },
+    AttentionSm90 {
+        dtype: DType,
+        tile: TileSm90,
+    },
 }
 
 /// A kernel that is ready to be launched.
@@ -56,6 +61,8 @@ pub(super) struct Function {
 /// The modules of one context.
 pub(super) struct Modules {
     attention: CUmodule,
+    /// Only on compute capability 9.0.
+    attention_sm90: Option<CUmodule>,
     metadata: CUmodule,
     pack: CUmodule,
     functions: Mutex<HashMap<Entry, Function>>,
@@ -78,7 +85,7 @@ impl Modules {
     /// The kernels in a context, which is current; they are loaded if they are not there yet.
     ///
     /// They stay until the context is destroyed, and graphs that were captured may go on to run them when the device is dropped.
-    pub fn of(context: &Context) -> Result<Arc<Self>, DriverError> {
+    pub fn of(context: &Context, has_sm90: bool) -> Result<Arc<Self>, DriverError> {
         // By the number of the context, which a later context at the same address does not have. What is kept of a context that
         // is destroyed is a few handles that nobody finds again; it does not keep the context.
         static LOADED: Mutex<BTreeMap<u64, Arc<Modules>>> = Mutex::new(BTreeMap::new());
@@ -88,13 +95,13 @@ impl Modules {
         if let Some(modules) = loaded.get(&number) {
             return Ok(Arc::clone(modules));
         }
-        let modules = Arc::new(Self::load()?);
+        let modules = Arc::new(Self::load(has_sm90)?);
         loaded.insert(number, Arc::clone(&modules));
         Ok(modules)
     }
 
     /// Loads the kernels into the current context.
-    fn load() -> Result<Self, DriverError> {
+    fn load(has_sm90: bool) -> Result<Self, DriverError> {
         // Another thread may be capturing a stream.
         let _relaxed = Relaxed::enter()?;
         let load = |image: &'static Aligned<[u8]>| {
@@ -102,7 +109,8 @@ impl Modules {
             unsafe { module::load_data(image.0.as_ptr().cast::<c_void>()) }
         };
         let (attention, metadata, pack) = (load(ATTENTION_SM80)?, load(METADATA)?, load(PACK)?);
-        Ok(Self { attention, metadata, pack, functions: Mutex::default() })
+        let attention_sm90 = has_sm90.then(|| load(ATTENTION_SM90)).transpose()?;
+        Ok(Self { attention, attention_sm90, metadata, pack, functions: Mutex::default() })
     }
 
     /// A kernel; the context that the modules were loaded into is current.
@@ -128,6 +136,11 @@ impl Modules {
             Entry::MetadataIndex => (self.metadata, "metadata_index".to_owned(), 0),
             Entry::Attention { dtype, tile, masked } => {
                 (self.attention, attention_name(dtype, tile, masked), tile.shared_bytes(masked))
+            }
+            Entry::AttentionSm90 { dtype, tile } => {
+                // Planned only where it runs.
+                let module = self.attention_sm90.ok_or(DriverError(CUresult::CUDA_ERROR_NOT_FOUND))?;
+                (module, format!("attention_sm90_{dtype}_d{}", tile.width), tile.shared_bytes())
             }
         };
         // No name holds a zero byte; one that did would not be found.
@@ -156,7 +169,7 @@ mod tests {
 
     #[test]
     fn images_are_fatbins_at_aligned_addresses() {
-        for image in [ATTENTION_SM80, METADATA, PACK] {
+        for image in [ATTENTION_SM80, ATTENTION_SM90, METADATA, PACK] {
             assert_eq!(image.0[..4], 0xba55_ed50_u32.to_le_bytes());
             assert!((image.0.as_ptr() as usize).is_multiple_of(16));
         }
@@ -179,6 +192,10 @@ mod tests {
             assert!(contains(metadata, &format!("{name}(const __grid_constant__ MetadataParams")), "{name}");
         }
         let attention = include_bytes!("../../kernels/attention_sm80.cu");
+        let sm90 = include_bytes!("../../kernels/attention_sm90.cu");
+        for name in ["attention_sm90_f16_d##D", "attention_sm90_bf16_d##D"] {
+            assert!(contains(sm90, name), "{name}");
+        }
         for name in ["attention_sm80_f16_d##D", "attention_sm80_bf16_d##D", "_masked"] {
             assert!(contains(attention, name), "{name}");
         }

@@ -4,10 +4,8 @@
 use bytemuck::{Pod, Zeroable};
 
 use crate::mask::Run;
-use crate::meta::VarlenMeta;
+use crate::meta::{GROUP_ROWS, VarlenMeta};
 
-/// Rows of a group: what tiles are made of where rows are masked.
-pub(super) const GROUP_ROWS: usize = 16;
 /// Rows of a range of zeros, at most.
 const ZERO_ROWS: usize = 64;
 
@@ -50,6 +48,7 @@ impl TileLists {
     /// For tiles of so many query rows and keys, both multiples of [`GROUP_ROWS`].
     pub fn new(query: &VarlenMeta, key: &VarlenMeta, tile_queries: usize, tile_keys: usize) -> Self {
         let mut lists = Self::default();
+        // All numbers below fit: KeyMask bounds batch · seq by i32::MAX.
         for row in 0..query.batch() {
             let first_query_tile = lists.query_groups.len() / (tile_queries / GROUP_ROWS);
             let first_key_tile = lists.key_tiles.len();
@@ -73,7 +72,8 @@ impl TileLists {
     }
 
     /// Pairs of tiles: the work of one head, in tiles.
-    pub fn tile_pairs(&self) -> u64 {
+    #[cfg(test)]
+    fn tile_pairs(&self) -> u64 {
         self.batches.iter().map(|batch| batch.query_tiles as u64 * batch.key_tiles as u64).sum()
     }
 

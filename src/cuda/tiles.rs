@@ -1,6 +1,6 @@
-//! Tile sizes of the sm80 kernel, read at compile time from the header that the kernel itself is compiled with.
+//! Tile sizes of the attention kernels, read at compile time from the headers that the kernels themselves are compiled with.
 
-/// Sizes for one compiled head dimension.
+/// Sizes of the sm80 kernel for one compiled head dimension.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) struct Tile {
     /// Head dimension that the kernel is compiled for; smaller ones run in it too.
@@ -15,7 +15,17 @@ pub(super) struct Tile {
 const HEADER: &[u8] = include_bytes!("../../kernels/include/tile_shape.cuh");
 const COUNT: usize = count(HEADER);
 /// The table, the smallest width first.
-const TILES: [Tile; COUNT] = parse(HEADER);
+const TILES: [Tile; COUNT] = {
+    let entries: [[u32; 5]; COUNT] = parse(HEADER);
+    let mut tiles = [Tile { width: 0, rows: 0, keys: 0, keys_masked: 0, warps: 0 }; COUNT];
+    let mut i = 0;
+    while i < COUNT {
+        let [width, rows, keys, keys_masked, warps] = entries[i];
+        tiles[i] = Tile { width, rows, keys, keys_masked, warps };
+        i += 1;
+    }
+    tiles
+};
 
 /// Stages of key and value tiles, and tensors of one stage.
 const STAGES: u32 = 2;
@@ -55,6 +65,83 @@ const _: () = {
     assert!(TILES[COUNT - 1].width as usize == crate::problem::MAX_HEAD_DIM);
 };
 
+/// Sizes of the sm90 kernel for one compiled head dimension.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) struct TileSm90 {
+    /// Head dimension that the kernel is compiled for; smaller ones run in it too.
+    pub width: u32,
+    /// Warpgroups that compute; one more loads.
+    warpgroups: u32,
+    /// Keys of a step.
+    pub keys: u32,
+    /// Whether the output tile takes the query tile's place.
+    shares_query_tile: bool,
+}
+
+const HEADER_SM90: &[u8] = include_bytes!("../../kernels/include/tile_shape_sm90.cuh");
+const COUNT_SM90: usize = count(HEADER_SM90);
+/// The table, the smallest width first.
+const TILES_SM90: [TileSm90; COUNT_SM90] = {
+    let entries: [[u32; 5]; COUNT_SM90] = parse(HEADER_SM90);
+    let mut tiles = [TileSm90 { width: 0, warpgroups: 0, keys: 0, shares_query_tile: false }; COUNT_SM90];
+    let mut i = 0;
+    while i < COUNT_SM90 {
+        let [width, warpgroups, keys, shares_query_tile, _takes_turns] = entries[i];
+        tiles[i] = TileSm90 { width, warpgroups, keys, shares_query_tile: shares_query_tile == 1 };
+        i += 1;
+    }
+    tiles
+};
+
+/// Query rows and threads of a warpgroup.
+const WARPGROUP_ROWS: u32 = 64;
+const WARPGROUP_THREADS: u32 = 128;
+/// Shared memory for barriers, and what aligning the tiles takes.
+const SHARED_BYTES_BESIDE_TILES: u32 = 1024;
+/// Shared memory of a block on compute capability 9.0.
+const MAX_SHARED_BYTES_SM90: u32 = 227 << 10;
+
+impl TileSm90 {
+    /// The smallest tile that holds a head dimension.
+    pub fn of(head_dim: usize) -> Option<Self> {
+        TILES_SM90.into_iter().find(|tile| tile.width as usize >= head_dim)
+    }
+
+    /// Query rows of a tile.
+    pub const fn rows(self) -> u32 {
+        self.warpgroups * WARPGROUP_ROWS
+    }
+
+    /// Threads of a block.
+    pub const fn threads(self) -> u32 {
+        (self.warpgroups + 1) * WARPGROUP_THREADS
+    }
+
+    /// Columns of a panel, as tiles lie in shared memory.
+    pub const fn panel(self) -> u32 {
+        if self.width.is_multiple_of(64) { 64 } else { 32 }
+    }
+
+    /// Dynamic shared memory: the query and output tiles and the stages of key and value tiles.
+    pub const fn shared_bytes(self) -> u32 {
+        let row_tiles = if self.shares_query_tile { 1 } else { 2 };
+        let rows = row_tiles * self.rows() + STAGES * STAGE_TENSORS * self.keys;
+        rows * self.width * ELEMENT_BYTES + SHARED_BYTES_BESIDE_TILES
+    }
+}
+
+const _: () = {
+    let mut i = 0;
+    while i < COUNT_SM90 {
+        let tile = TILES_SM90[i];
+        assert!(tile.shared_bytes() <= MAX_SHARED_BYTES_SM90);
+        assert!(tile.keys.is_multiple_of(crate::meta::GROUP_ROWS as u32));
+        assert!(i == 0 || TILES_SM90[i - 1].width < tile.width);
+        i += 1;
+    }
+    assert!(TILES_SM90[COUNT_SM90 - 1].width as usize == crate::problem::MAX_HEAD_DIM);
+};
+
 /// Where the next entry's numbers start: an entry is `X(` and a digit.
 const fn next_entry(text: &[u8], mut at: usize) -> Option<usize> {
     while at + 2 < text.len() {
@@ -75,27 +162,28 @@ const fn count(text: &[u8]) -> usize {
     count
 }
 
-const fn parse<const N: usize>(text: &[u8]) -> [Tile; N] {
-    let mut tiles = [Tile { width: 0, rows: 0, keys: 0, keys_masked: 0, warps: 0 }; N];
+/// The fields of every entry: numbers, and `true` and `false` as 1 and 0.
+const fn parse<const N: usize, const FIELDS: usize>(text: &[u8]) -> [[u32; FIELDS]; N] {
+    let mut entries = [[0_u32; FIELDS]; N];
     let (mut i, mut at) = (0, 0);
     while let Some(entry) = next_entry(text, at) {
         at = entry;
-        let mut numbers = [0_u32; 5];
         let mut field = 0;
         while text[at] != b')' {
             match text[at] {
-                digit @ b'0'..=b'9' => numbers[field] = numbers[field] * 10 + (digit - b'0') as u32,
+                digit @ b'0'..=b'9' => entries[i][field] = entries[i][field] * 10 + (digit - b'0') as u32,
+                // Of the letters of both words only one says which it is.
+                b't' => entries[i][field] = 1,
+                b'r' | b'u' | b'e' | b'f' | b'a' | b'l' | b's' => {}
                 b',' => field += 1,
-                byte => assert!(byte == b' ', "an entry holds numbers, commas and spaces"),
+                byte => assert!(byte == b' ', "an entry holds numbers, words, commas and spaces"),
             }
             at += 1;
         }
-        assert!(field == 4, "an entry has five numbers");
-        let [width, rows, keys, keys_masked, warps] = numbers;
-        tiles[i] = Tile { width, rows, keys, keys_masked, warps };
+        assert!(field + 1 == FIELDS, "every entry has as many fields as the table");
         i += 1;
     }
-    tiles
+    entries
 }
 
 #[cfg(test)]
@@ -104,16 +192,9 @@ mod tests {
 
     #[test]
     fn entries_are_read_and_comments_are_not() {
-        const TEXT: &[u8] =
-            b"//  X(head_dim, rows)\n#define TILES(X) \\\n  X(32, 128, 64, 48, 4) \\\n X(256,64,  32,16,8)\n";
-        const PARSED: [Tile; count(TEXT)] = parse(TEXT);
-        assert_eq!(
-            PARSED,
-            [
-                Tile { width: 32, rows: 128, keys: 64, keys_masked: 48, warps: 4 },
-                Tile { width: 256, rows: 64, keys: 32, keys_masked: 16, warps: 8 },
-            ]
-        );
+        const TEXT: &[u8] = b"//  X(head_dim, rows)\n#define TILES(X) \\\n  X(32, 128, false) \\\n X(256,64,  true)\n";
+        const PARSED: [[u32; 3]; count(TEXT)] = parse(TEXT);
+        assert_eq!(PARSED, [[32, 128, 0], [256, 64, 1]]);
     }
 
     #[test]
@@ -124,6 +205,9 @@ mod tests {
         assert_eq!(Tile::of(64).map(|tile| tile.width), Some(64));
         assert_eq!(Tile::of(72).map(|tile| tile.width), Some(96));
         assert_eq!(Tile::of(264), None);
+        assert_eq!(TileSm90::of(8).map(|tile| tile.width), Some(64));
+        assert_eq!(TileSm90::of(72).map(|tile| tile.width), Some(96));
+        assert_eq!(TileSm90::of(264), None);
     }
 
     #[test]

@@ -61,7 +61,6 @@ impl WgpuDevice {
             is_software: info.device_type == DeviceType::Cpu,
             dtypes: &[DType::F32, DType::F16, DType::Bf16],
             kernels: vec![Kernel::WgslPortable],
-            has_fused: false,
             max_buffer_bytes: limits.max_buffer_size,
             // The shaders count 16-byte words in 32 bits, and Vulkan's bindings end below 2 GiB.
             max_binding_bytes: limits.max_storage_buffer_binding_size.min((1 << 31) - 256),

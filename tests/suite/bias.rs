@@ -13,13 +13,13 @@ const SHAPE: OracleShape = OracleShape { batch: 2, seq_q: 37, seq_k: 70, heads: 
 const FULL: [usize; 4] = [SHAPE.batch, SHAPE.heads, SHAPE.seq_q, SHAPE.seq_k];
 
 pub fn register(trials: &mut Trials) {
-    trials.each_kernel("bias/broadcast_shapes", broadcast_shapes);
-    trials.each_kernel("bias/broadcast_shapes_in_f32", broadcast_shapes_in_f32);
-    trials.each_kernel("bias/minus_infinity", minus_infinity);
-    trials.each_kernel("bias/rows_of_minus_infinity", rows_of_minus_infinity);
-    trials.each_kernel("bias/strided", strided);
-    trials.each_kernel("bias/odd_lengths", odd_lengths);
-    trials.each_kernel("bias/lowest_finite_values", lowest_finite_values);
+    trials.each_kernel_with_bias("bias/broadcast_shapes", broadcast_shapes);
+    trials.each_kernel_with_bias("bias/broadcast_shapes_in_f32", broadcast_shapes_in_f32);
+    trials.each_kernel_with_bias("bias/minus_infinity", minus_infinity);
+    trials.each_kernel_with_bias("bias/rows_of_minus_infinity", rows_of_minus_infinity);
+    trials.each_kernel_with_bias("bias/strided", strided);
+    trials.each_kernel_with_bias("bias/odd_lengths", odd_lengths);
+    trials.each_kernel_with_bias("bias/lowest_finite_values", lowest_finite_values);
 }
 
 /// `values`, of `shape`, read as PyTorch broadcasts it to `full`.

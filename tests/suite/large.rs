@@ -213,9 +213,8 @@ fn many_batch_rows(device: &Device, batch: usize) -> Result<Completion> {
     let meta = VarlenMeta::from_key_mask(&KeyMask::from_bool(batch, SEQ, &keep)?)?;
 
     let capabilities = device.capabilities();
-    let paths = [Path::Dense, Path::Fused, Path::Packed];
-    for path in paths.into_iter().filter(|&path| path != Path::Fused || capabilities.has_fused) {
-        for &kernel in &capabilities.kernels {
+    for path in [Path::Dense, Path::Fused, Path::Packed] {
+        for &kernel in capabilities.kernels.iter().filter(|kernel| path != Path::Fused || kernel.has_fused()) {
             let layer = MaskedAttention::new(device).with_path(path).with_kernel(kernel);
             let attended = match layer.forward(&x, &x, &x, AttentionMask::Varlen(&meta)) {
                 Err(Error::OutOfMemory { why, .. }) => {

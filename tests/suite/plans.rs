@@ -57,7 +57,7 @@ fn with_metadata(device: &Device) -> Result<()> {
     expect(plan(device, AttentionMask::Varlen(&meta(&[0, 0])?))?, Path::Zero, Reason::NothingValid)?;
     let some = plan(device, AttentionMask::Varlen(&meta(&[3, 6])?))?;
     ensure!(matches!(some.path, Path::Fused | Path::Packed), "some tokens masked: got {some}");
-    if !device.capabilities().has_fused {
+    if !some.kernel.has_fused() {
         expect(some, Path::Packed, Reason::NoFusedKernel)?;
     }
     Ok(())

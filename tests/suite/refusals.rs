@@ -377,10 +377,10 @@ fn forced_paths_and_kernels(device: &Device) -> Result<()> {
         }
     }
     is_refused(Path::Zero, varlen)?;
-    if !device.capabilities().has_fused {
+    if !device.capabilities().kernels[0].has_fused() {
         is_refused(Path::Fused, varlen)?;
     }
-    for kernel in [Kernel::CpuTiled, Kernel::WgslPortable, Kernel::CudaSm80] {
+    for kernel in [Kernel::CpuTiled, Kernel::WgslPortable, Kernel::CudaSm80, Kernel::CudaSm90] {
         if device.capabilities().kernels.contains(&kernel) {
             continue;
         }

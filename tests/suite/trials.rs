@@ -104,6 +104,17 @@ impl Trials {
         }
     }
 
+    /// The same for kernels that add a bias.
+    pub fn each_kernel_with_bias<R: Outcome>(
+        &mut self,
+        test: &str,
+        run: impl Fn(&Variant) -> Result<R> + Copy + Send + 'static,
+    ) {
+        for kernel in self.device.capabilities().kernels.clone().into_iter().filter(|kernel| kernel.has_bias()) {
+            self.variants(self.device.capabilities().dtypes, test, kernel, None, run);
+        }
+    }
+
     /// One trial for each kernel, each path that metadata can take, and each element type.
     pub fn each_path<R: Outcome>(&mut self, test: &str, run: impl Fn(&Variant) -> Result<R> + Copy + Send + 'static) {
         self.each_path_of(self.device.capabilities().dtypes, test, run);
@@ -116,11 +127,9 @@ impl Trials {
         test: &str,
         run: impl Fn(&Variant) -> Result<R> + Copy + Send + 'static,
     ) {
-        let has_fused = self.device.capabilities().has_fused;
-        let paths =
-            [Path::Dense, Path::Fused, Path::Packed].into_iter().filter(|&path| path != Path::Fused || has_fused);
         for kernel in self.device.capabilities().kernels.clone() {
-            for path in paths.clone() {
+            let paths = [Path::Dense, Path::Fused, Path::Packed].into_iter();
+            for path in paths.filter(|&path| path != Path::Fused || kernel.has_fused()) {
                 self.variants(dtypes, test, kernel, Some(path), run);
             }
         }

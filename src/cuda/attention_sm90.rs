@@ -1,0 +1,239 @@
+//! Launches of `attention_sm90`: dense, on packed rows, and on padded tensors in place by lists of tiles.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use crate::backend::Attention;
+use crate::error::{Error, Result};
+use crate::mask::KeyMask;
+use crate::meta::{GROUP_ROWS, VarlenMeta};
+use crate::problem::AttentionShape;
+
+use super::attention::{PackedRows, Tensors, score_scale};
+use super::device::CudaDevice;
+use super::memory::CudaBuffer;
+use super::module::Entry;
+use super::params_sm90::{AttentionParamsSm90, Form};
+use super::tensor_map::MappedTensor;
+use super::tile_lists::TileLists;
+use super::tiles::TileSm90;
+
+/// Lists on the device.
+#[derive(Debug)]
+struct ListsCopy {
+    batches: CudaBuffer,
+    query_groups: CudaBuffer,
+    key_tiles: CudaBuffer,
+    key_groups: CudaBuffer,
+    zero_spans: CudaBuffer,
+    batch_count: usize,
+    zero_span_count: usize,
+    query_tiles: usize,
+}
+
+/// What a copy of lists depends on beside the query's metadata: the key's, by its id, and the tile.
+type ListsKey = (u64, TileSm90);
+
+/// Copies that a query's metadata keeps at most. A request has one or two kinds of keys and one head dimension; only queries that
+/// outlive their keys many times over come to more.
+const MAX_LISTS: usize = 16;
+
+/// The copies that a query's metadata keeps, the oldest first.
+#[derive(Debug, Default)]
+struct ListsCopies(Mutex<Vec<(ListsKey, Arc<ListsCopy>)>>);
+
+/// The metadata of a mask that was given without any, to make lists of.
+#[derive(Debug)]
+struct DenseMeta(VarlenMeta);
+
+impl CudaDevice {
+    /// Every query row; keys by the mask, and rows that `zero_rows` drops as zeros.
+    pub(super) fn attend_dense_sm90(
+        &self,
+        attention: &Attention<'_>,
+        tensors: &Tensors,
+        key_mask: Option<&KeyMask>,
+        zero_rows: Option<&KeyMask>,
+    ) -> Result<()> {
+        let AttentionShape { batch, seq_q, seq_k, num_heads, .. } = attention.problem.shape;
+        let tile = tile(attention)?;
+        // Both fit: checked by problem.
+        let params = AttentionParamsSm90 { seq_q: seq_q as i32, seq_k: seq_k as i32, ..params(attention, tensors) };
+        let Some(mask) = key_mask.or(zero_rows) else {
+            let params = AttentionParamsSm90 { form: Form::Dense as i32, groups: batch as i32, ..params };
+            let tiles = seq_q.div_ceil(tile.rows() as usize) * batch;
+            return self.launch_attention_sm90(attention, tensors, params, tile, tiles * num_heads);
+        };
+        let meta =
+            |mask: &KeyMask| mask.copies().get_or_make(self.id, || VarlenMeta::from_key_mask(mask).map(DenseMeta));
+        let every = |seq| VarlenMeta::from_key_mask(&KeyMask::all(batch, seq)?).map(DenseMeta);
+        // Kept with a mask that the caller keeps, so that the lists are made once.
+        let queries = mask.copies().get_or_make(self.id, || Ok(EveryQuery(every(seq_q)?)))?;
+        let keys = match key_mask {
+            Some(mask) => meta(mask)?,
+            None => mask.copies().get_or_make(self.id, || Ok(EveryKey(Arc::new(every(seq_k)?))))?.0.clone(),
+        };
+        self.attend_by_lists(attention, tensors, params, tile, (&queries.0.0, &keys.0), (key_mask, zero_rows))
+    }
+
+    /// Valid query rows and keys of padded tensors; other rows as zeros.
+    pub(super) fn attend_fused_sm90(
+        &self,
+        attention: &Attention<'_>,
+        tensors: &Tensors,
+        query: &VarlenMeta,
+        key: &VarlenMeta,
+    ) -> Result<()> {
+        let AttentionShape { seq_q, seq_k, .. } = attention.problem.shape;
+        let params = AttentionParamsSm90 { seq_q: seq_q as i32, seq_k: seq_k as i32, ..params(attention, tensors) };
+        let masks = (Some(key.key_mask()), Some(query.key_mask()));
+        self.attend_by_lists(attention, tensors, params, tile(attention)?, (query, key), masks)
+    }
+
+    /// `masks` are of keys and of query rows that are not written as zeros; none keeps all.
+    fn attend_by_lists(
+        &self,
+        attention: &Attention<'_>,
+        tensors: &Tensors,
+        params: AttentionParamsSm90,
+        tile: TileSm90,
+        (query, key): (&VarlenMeta, &VarlenMeta),
+        (key_mask, row_mask): (Option<&KeyMask>, Option<&KeyMask>),
+    ) -> Result<()> {
+        let lists = self.lists(query, key, tile)?;
+        let bits = |mask: Option<&KeyMask>| mask.map(|mask| self.mask_bits(mask)).transpose();
+        let (key_bits, row_bits) = (bits(key_mask)?, bits(row_mask)?);
+        let params = AttentionParamsSm90 {
+            form: Form::Fused as i32,
+            // Both fit: there are at most as many as tokens.
+            groups: lists.batch_count as i32,
+            zero_span_count: lists.zero_span_count as i32,
+            key_bits: key_bits.as_ref().map_or(0, |bits| bits.buffer.address()),
+            key_words: key_bits.as_ref().map_or(0, |bits| bits.row_words),
+            row_bits: row_bits.as_ref().map_or(0, |bits| bits.buffer.address()),
+            row_words: row_bits.as_ref().map_or(0, |bits| bits.row_words),
+            batches: lists.batches.address(),
+            query_groups: lists.query_groups.address(),
+            key_tiles: lists.key_tiles.address(),
+            key_groups: lists.key_groups.address(),
+            zero_spans: lists.zero_spans.address(),
+            ..params
+        };
+        let items = (lists.query_tiles + lists.zero_span_count) * attention.problem.shape.num_heads;
+        self.launch_attention_sm90(attention, tensors, params, tile, items)
+    }
+
+    pub(super) fn attend_packed_sm90(
+        &self,
+        attention: &Attention<'_>,
+        tensors: &Tensors,
+        rows: &PackedRows,
+    ) -> Result<()> {
+        let tile = tile(attention)?;
+        let (lse, lse_head_stride) = rows.lse.unwrap_or_default();
+        let params = AttentionParamsSm90 {
+            form: Form::Packed as i32,
+            // Fits: batches are counted in an i32.
+            groups: rows.batch as i32,
+            cu_seqlens_q: rows.cu_seqlens_q.unwrap_or_default(),
+            cu_seqlens_k: rows.cu_seqlens_k.unwrap_or_default(),
+            order: rows.batch_order.unwrap_or_default(),
+            lse,
+            lse_head_stride,
+            ..params(attention, tensors)
+        };
+        let items = rows.max_queries.div_ceil(tile.rows() as usize) * rows.batch * attention.problem.shape.num_heads;
+        self.launch_attention_sm90(attention, tensors, params, tile, items)
+    }
+
+    fn lists(&self, query: &VarlenMeta, key: &VarlenMeta, tile: TileSm90) -> Result<Arc<ListsCopy>> {
+        let copies = query.copies().get_or_make(self.id, || Ok(ListsCopies::default()))?;
+        let wanted = (key.id(), tile);
+        // Held while the lists are made, so that two threads never upload the same. A panic leaves it as it was: copies are
+        // only pushed whole.
+        let mut copies = copies.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((_, found)) = copies.iter().find(|(key, _)| *key == wanted) {
+            return Ok(Arc::clone(found));
+        }
+        let lists = TileLists::new(query, key, tile.rows() as usize, tile.keys as usize);
+        let copy = Arc::new(ListsCopy {
+            batches: self.uploaded(bytemuck::cast_slice(&lists.batches))?,
+            query_groups: self.uploaded(bytemuck::cast_slice(&lists.query_groups))?,
+            key_tiles: self.uploaded(bytemuck::cast_slice(&lists.key_tiles))?,
+            key_groups: self.uploaded(bytemuck::cast_slice(&lists.key_groups))?,
+            zero_spans: self.uploaded(bytemuck::cast_slice(&lists.zero_spans))?,
+            batch_count: lists.batches.len(),
+            zero_span_count: lists.zero_spans.len(),
+            query_tiles: lists.query_tiles(),
+        });
+        if copies.len() == MAX_LISTS {
+            copies.remove(0);
+        }
+        copies.push((wanted, Arc::clone(&copy)));
+        Ok(copy)
+    }
+
+    /// `items` are tiles and ranges of zeros, times heads: more than that many blocks would find nothing to do.
+    fn launch_attention_sm90(
+        &self,
+        attention: &Attention<'_>,
+        tensors: &Tensors,
+        mut params: AttentionParamsSm90,
+        tile: TileSm90,
+        items: usize,
+    ) -> Result<()> {
+        let AttentionShape { batch, seq_q, seq_k, num_heads, num_kv_heads, head_dim } = attention.problem.shape;
+        if items == 0 {
+            return Ok(());
+        }
+        let dtype = attention.problem.dtype;
+        // Packed tensors have no batch rows: all of their rows are tokens.
+        let batch = if params.form == Form::Packed as i32 { 1 } else { batch };
+        let queries = |placed| MappedTensor { placed, dtype, head_dim, tokens: seq_q, heads: num_heads, batch };
+        let keys = |placed| MappedTensor { placed, dtype, head_dim, tokens: seq_k, heads: num_kv_heads, batch };
+        let encode = |tensor: MappedTensor, rows: u32| {
+            self.context.done(tensor.encode(tile.panel(), rows), "describing a tensor to the copy engine")
+        };
+        let group = GROUP_ROWS as u32;
+        params.q_map = encode(queries(tensors.q), group)?;
+        params.out_map = encode(queries(tensors.out), group)?;
+        params.k_map = encode(keys(tensors.k), tile.keys)?;
+        params.v_map = encode(keys(tensors.v), tile.keys)?;
+        params.k_group_map = encode(keys(tensors.k), group)?;
+        params.v_group_map = encode(keys(tensors.v), group)?;
+        let function = self.function(Entry::AttentionSm90 { dtype, tile })?;
+        // Blocks are as many as run at once, and take one item after the other. Fits: a chip has few multiprocessors.
+        let blocks = items.min(self.multiprocessors) as u32;
+        // SAFETY: the tensors have the problem's shape and lie inside their buffers, those of packed rows as `cu_seqlens` says
+        // (checked by problem; scratch is made so), and their rows start at words (placement). Lists, masks and `cu_seqlens` have
+        // the problem's batch rows and sequence lengths. The output shares no memory with them (checked by problem).
+        unsafe { self.context.launch(function, [blocks, 1, 1], tile.threads(), &params) }
+    }
+}
+
+/// Metadata in which every query is valid, kept with a mask of the call.
+#[derive(Debug)]
+struct EveryQuery(DenseMeta);
+
+/// The same of keys.
+#[derive(Debug)]
+struct EveryKey(Arc<DenseMeta>);
+
+fn tile(attention: &Attention<'_>) -> Result<TileSm90> {
+    let got = attention.problem.shape.head_dim;
+    TileSm90::of(got).ok_or(Error::HeadDim { got })
+}
+
+/// What every form has.
+fn params(attention: &Attention<'_>, tensors: &Tensors) -> AttentionParamsSm90 {
+    let shape = attention.problem.shape;
+    AttentionParamsSm90 {
+        out: tensors.out.address,
+        out_strides: tensors.out.strides,
+        // All fit: checked by problem.
+        heads: shape.num_heads as i32,
+        group_size: shape.group_size() as i32,
+        head_dim: shape.head_dim as i32,
+        score_scale: score_scale(attention.problem.softmax_scale),
+        ..Default::default()
+    }
+}
