@@ -53,12 +53,12 @@ impl MappedTensor {
             128 => CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B,
             _ => CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_64B,
         };
-        let mut map = TensorMap::default();
-        // SAFETY: the map is 128 bytes at a multiple of 64, as a CUtensorMap is; the arrays have an entry for each of the four
+        let mut map = CUtensorMap { opaque: [0; 16] };
+        // SAFETY: the map is the driver's own type; the arrays have an entry for each of the four
         // dimensions (the strides one less) and live through the call, which reads no memory at the tensor's address.
         unsafe {
             sys::cuTensorMapEncodeTiled(
-                (&raw mut map).cast::<CUtensorMap>(),
+                &mut map,
                 data_type,
                 4,
                 self.placed.address as *mut c_void,
@@ -73,6 +73,6 @@ impl MappedTensor {
             )
         }
         .result()?;
-        Ok(map)
+        Ok(TensorMap(map.opaque))
     }
 }
