@@ -56,7 +56,7 @@ struct TileKeys {
     uint32_t kept[6];
 };
 
-template <typename T_, int D_, int WARPGROUPS_, int TILE_N_, bool OUT_IN_Q_, bool TAKES_TURNS_>
+template <typename T_, int D_, int WARPGROUPS_, int TILE_N_, bool OUT_IN_Q_, bool OVERLAPS_>
 struct Shape {
     using T = T_;
     static constexpr int D = D_;
@@ -66,15 +66,9 @@ struct Shape {
     static constexpr int THREADS = (WARPGROUPS + 1) * WARPGROUP;
     static constexpr int CONSUMER_WARPS = WARPGROUPS * 4;
     static constexpr bool OUT_IN_Q = OUT_IN_Q_;
-    static constexpr bool TAKES_TURNS = TAKES_TURNS_;
+    static constexpr bool OVERLAPS = OVERLAPS_;
     static constexpr int PRODUCER_REGISTERS = WARPGROUPS == 2 ? 40 : 32;
     static constexpr int CONSUMER_REGISTERS = WARPGROUPS == 2 ? 232 : 160;
-
-    // Tiles of 8 keys whose exponentials are computed before the wait for the last product.
-#ifndef EARLY
-#define EARLY 2
-#endif
-    static constexpr int EARLY_TILES = TILE_N / 8 * EARLY / 4;
 
     using TileQ = SharedTile<TILE_M, D>;
     using TileKV = SharedTile<TILE_N, D>;
@@ -374,6 +368,26 @@ struct Consumer {
     __device__ Matrix keys(int stage) const { return Matrix(base + S::K + stage * S::TileKV::BYTES, 16); }
     __device__ Matrix values(int stage) const { return Matrix(base + S::V + stage * S::TileKV::BYTES, N * ROW_BYTES); }
 
+    // What this warp has to know of its 16 rows to write them.
+    struct WarpRows {
+        int batch;
+        int head;
+        int first_row;
+        int rows;
+        uint32_t kept;
+        bool clips;
+
+        __device__ void read(const volatile TileRows& tile) {
+            const volatile auto& group = tile.groups[threadIdx.x / 32 - 4];
+            batch = tile.batch;
+            head = tile.head;
+            first_row = group.first_row;
+            rows = group.rows;
+            kept = group.kept;
+            clips = tile.clips;
+        }
+    };
+
     // S = Q·Kᵀ of this warpgroup's rows and a tile of keys.
     __device__ static void issue_scores(float (&scores)[N / 8][4], Matrix q, Matrix k) {
         ptx::wgmma_fence();
@@ -417,8 +431,7 @@ struct Consumer {
         return reinterpret_cast<const volatile TileKeys*>(shared + S::KEYS_INFO)[stage];
     }
 
-    __device__ void mask(float (&scores)[N / 8][4], int stage, bool masked) const {
-        if (!masked) return;
+    __device__ void mask(float (&scores)[N / 8][4], int stage) const {
         // The maximum is taken before scaling, so the sign of the scale goes to the scores.
         if (params.score_scale < 0.0f) {
 #pragma unroll
@@ -447,10 +460,10 @@ struct Consumer {
 
     // Consumers issue their products in turn.
     __device__ void wait_turn() const {
-        if constexpr (S::TAKES_TURNS) ptx::barrier_sync(1 + warpgroup, 2 * WARPGROUP);
+        if constexpr (S::OVERLAPS) ptx::barrier_sync(1 + warpgroup, 2 * WARPGROUP);
     }
     __device__ void give_turn() const {
-        if constexpr (S::TAKES_TURNS) {
+        if constexpr (S::OVERLAPS) {
             const int next = warpgroup + 1 == S::WARPGROUPS ? 0 : warpgroup + 1;
             ptx::barrier_arrive(1 + next, 2 * WARPGROUP);
         }
@@ -495,95 +508,110 @@ struct Consumer {
     __device__ void attend(const volatile TileRows& rows, int key_tiles, Turn& turn) const {
         const float scale = fabsf(params.score_scale);
         WarpgroupSoftmax softmax;
+        WarpRows mine;
         float acc[D / 8][4] = {};
-        if (key_tiles > 0) {
+        if (key_tiles == 0) {
+            leave_queries(rows, mine);
+        } else if constexpr (S::OVERLAPS) {
+            attend_overlapped(rows, mine, key_tiles, turn, softmax, acc, scale);
+        } else {
+            attend_in_order(rows, mine, key_tiles, turn, softmax, acc, scale);
+        }
+        softmax.finish();
+        write_output(mine, acc, softmax, scale);
+    }
+
+    // Scores, softmax and product one after the other: what the other warpgroups do in the meantime fills the gaps.
+    __device__ void attend_in_order(const volatile TileRows& rows, WarpRows& mine, int key_tiles, Turn& turn, WarpgroupSoftmax& softmax,
+                                    float (&acc)[D / 8][4], float scale) const {
+        const Matrix q = queries();
+        for (int i = 0; i < key_tiles; ++i, ++turn.count) {
             float scores[N / 8][4];
             uint32_t probs[N / 16][4];
-            const Matrix q = queries();
-            ptx::mbarrier_wait(base + S::FULL_K + 8 * turn.stage(), turn.parity());
-            bool masked = keys_info(turn.stage()).masked;
+            const bool masked = wait_keys(turn);
             issue_scores(scores, q, keys(turn.stage()));
             ptx::wgmma_wait<0>();
             ptx::pin_registers(scores);
-            mask(scores, turn.stage(), masked);
+            if (i + 1 == key_tiles) leave_queries(rows, mine);
+            if (masked) mask(scores, turn.stage());
             arrive(S::EMPTY_K + 8 * turn.stage());
             softmax.raise_max(scores, scale);
-            softmax.template exponentiate<0, N / 8>(scores, scale);
-            softmax.add(scores);
+            softmax.exponentiate(scores, scale);
+            rescale(acc, softmax.factor);
             pack(probs, scores);
-            if (key_tiles > 1) wait_keys({turn.count + 1}, masked);
-            for (int i = 1; i < key_tiles; ++i) {
-                const Turn next = {turn.count + 1};
-                ptx::mbarrier_wait(base + S::FULL_V + 8 * turn.stage(), turn.parity());
-                Matrix k = keys(next.stage());
-                Matrix v = values(turn.stage());
-                ptx::pin_register(k.lower);
-                ptx::pin_register(v.lower);
-                wait_turn();
-                issue_scores(scores, q, k);
-                issue_output(acc, probs, v);
-                give_turn();
-                ptx::wgmma_wait<1>();
-                ptx::pin_registers(scores);
-                mask(scores, next.stage(), masked);
-                arrive(S::EMPTY_K + 8 * next.stage());
-                softmax.raise_max(scores, scale);
-                // Exponentials limit this part of the loop. The first run under the product; the others among the instructions that
-                // need its result. The branch in `wait_keys` keeps the compiler from moving the first past the wait.
-                softmax.template exponentiate<0, S::EARLY_TILES>(scores, scale);
-                if (i + 1 < key_tiles) wait_keys({turn.count + 2}, masked);
-                ptx::wgmma_wait<0>();
-                ptx::pin_registers(acc);
-                ptx::pin_registers(probs);
-                arrive(S::EMPTY_V + 8 * turn.stage());
-                softmax.template exponentiate<S::EARLY_TILES, N / 8>(scores, scale);
-                softmax.add(scores);
-                rescale(acc, softmax.factor);
-                pack(probs, scores);
-                turn = next;
-            }
-            // The last product is left to do. What the producer says of the rows may be gone once the query tile is given back.
-            const WarpRows mine(rows);
-            if (!S::OUT_IN_Q) give_back_queries();
             ptx::mbarrier_wait(base + S::FULL_V + 8 * turn.stage(), turn.parity());
             issue_output(acc, probs, values(turn.stage()));
             ptx::wgmma_wait<0>();
             ptx::pin_registers(acc);
+            ptx::pin_registers(probs);
             arrive(S::EMPTY_V + 8 * turn.stage());
-            ++turn.count;
-            softmax.finish();
-            write_output(mine, acc, softmax, scale);
-        } else {
-            const WarpRows mine(rows);
-            if (!S::OUT_IN_Q) give_back_queries();
-            write_output(mine, acc, softmax, scale);
         }
     }
 
-    __device__ void wait_keys(Turn turn, bool& masked) const {
+    // The scores of a tile are issued before the product of the tile before, and its maximum is found under that product.
+    __device__ void attend_overlapped(const volatile TileRows& rows, WarpRows& mine, int key_tiles, Turn& turn, WarpgroupSoftmax& softmax,
+                                      float (&acc)[D / 8][4], float scale) const {
+        const Matrix q = queries();
+        float scores[N / 8][4];
+        uint32_t probs[N / 16][4];
+        bool masked = wait_keys(turn);
+        issue_scores(scores, q, keys(turn.stage()));
+        ptx::wgmma_wait<0>();
+        ptx::pin_registers(scores);
+        if (masked) mask(scores, turn.stage());
+        arrive(S::EMPTY_K + 8 * turn.stage());
+        softmax.raise_max(scores, scale);
+        softmax.exponentiate(scores, scale);
+        pack(probs, scores);
+        if (key_tiles > 1) masked = wait_keys({turn.count + 1});
+        for (int i = 1; i < key_tiles; ++i) {
+            const Turn next = {turn.count + 1};
+            ptx::mbarrier_wait(base + S::FULL_V + 8 * turn.stage(), turn.parity());
+            Matrix k = keys(next.stage());
+            Matrix v = values(turn.stage());
+            ptx::pin_register(k.lower);
+            ptx::pin_register(v.lower);
+            wait_turn();
+            issue_scores(scores, q, k);
+            issue_output(acc, probs, v);
+            give_turn();
+            ptx::wgmma_wait<1>();
+            ptx::pin_registers(scores);
+            if (masked) mask(scores, next.stage());
+            arrive(S::EMPTY_K + 8 * next.stage());
+            softmax.raise_max(scores, scale);
+            if (i + 1 < key_tiles) masked = wait_keys({turn.count + 2});
+            // The exponentials limit this loop. They could be computed before this wait, but then nothing is left to do beside them:
+            // issuing the products has taken about as long as the tensor cores took for them.
+            ptx::wgmma_wait<0>();
+            ptx::pin_registers(acc);
+            ptx::pin_registers(probs);
+            arrive(S::EMPTY_V + 8 * turn.stage());
+            softmax.exponentiate(scores, scale);
+            rescale(acc, softmax.factor);
+            pack(probs, scores);
+            turn = next;
+        }
+        leave_queries(rows, mine);
+        ptx::mbarrier_wait(base + S::FULL_V + 8 * turn.stage(), turn.parity());
+        issue_output(acc, probs, values(turn.stage()));
+        ptx::wgmma_wait<0>();
+        ptx::pin_registers(acc);
+        arrive(S::EMPTY_V + 8 * turn.stage());
+        ++turn.count;
+    }
+
+    // Whether the scores of the tile have to be masked.
+    __device__ bool wait_keys(Turn turn) const {
         ptx::mbarrier_wait(base + S::FULL_K + 8 * turn.stage(), turn.parity());
-        masked = keys_info(turn.stage()).masked;
+        return keys_info(turn.stage()).masked;
     }
 
-    // What this warp has to know of its 16 rows to write them.
-    struct WarpRows {
-        int batch;
-        int head;
-        int first_row;
-        int rows;
-        uint32_t kept;
-        bool clips;
-
-        __device__ WarpRows(const volatile TileRows& tile) {
-            const volatile auto& group = tile.groups[threadIdx.x / 32 - 4];
-            batch = tile.batch;
-            head = tile.head;
-            first_row = group.first_row;
-            rows = group.rows;
-            kept = group.kept;
-            clips = tile.clips;
-        }
-    };
+    // After the last scores: what the producer says of the rows may be gone once the query tile is given back.
+    __device__ void leave_queries(const volatile TileRows& rows, WarpRows& mine) const {
+        mine.read(rows);
+        if (!S::OUT_IN_Q) give_back_queries();
+    }
 
     // Through shared memory to the copy engine; or to 16-byte stores, where it would write rows of the next sequence.
     __device__ void write_output(const WarpRows& mine, const float (&acc)[D / 8][4], const WarpgroupSoftmax& softmax, float scale) const {
