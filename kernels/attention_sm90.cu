@@ -1,15 +1,19 @@
-// Attention forward for SM90 (Hopper): wgmma, the copy engine (TMA), warp specialisation. The algorithm is FlashAttention-3's (Shah
-// et al., 2024): persistent blocks of one producer warpgroup and two or three consumer warpgroups, 64 query rows each.
+// Attention forward for SM90 (Hopper): wgmma, the copy engine (TMA), warp specialisation. Persistent blocks of one producer
+// warpgroup and two or three consumer warpgroups, 64 query rows each, as in FlashAttention-3 (Shah et al., 2024).
 //
-//                    work list                          shared memory
-//   producer  warp 0 ─────────▶ copy engine ──▶ Q │ K K │ V V │  two stages, a full and an empty barrier each
-//             warp 1  zeroes dropped rows of V ─────────────┘
-//                                                 │     │     │
-//   consumer 0  S = Q·Kᵀ ▒▒▒ softmax ░░░░░░ S ▒▒▒ O += P·V ▒▒▒ softmax ░░░   rows 0 to 63
-//   consumer 1           S = Q·Kᵀ ▒▒▒ softmax ░░░░░░░░ S ▒▒▒ O += P·V ▒▒▒    rows 64 to 127
+//                   work list                             shared memory
+//   producer  warp 0 ────────▶ copy engine ──▶  Q │ K K │ V V │ O    two stages of K and V; full and empty barriers for each
+//             warp 1 zeroes dropped rows of V ─────────────┘
+//             warps 2, 3 write the rows without a query tile as zeros
 //
-// Two overlaps keep the tensor cores busy: a consumer issues the scores of the next tile before the product of this one, and computes
-// its softmax meanwhile; and consumers take turns, so that one's softmax runs under the other's products.
+//   consumers, in order (three)                        consumers, overlapped (two, taking turns)
+//     0  S=Q·Kᵀ  softmax  O+=P·V  S=Q·Kᵀ               0  S₁ O+=P₀·V₀ softmax₁         S₂ O+=P₁·V₁ softmax₂
+//     1          S=Q·Kᵀ  softmax  O+=P·V               1              S₁ O+=P₀·V₀ softmax₁         S₂ O+=P₁·V₁
+//     2                  S=Q·Kᵀ  softmax
+//
+// The tensor cores have to be fed while a softmax runs, which takes longer than a product of one warpgroup. Three warpgroups in order
+// do it by their number, where registers allow three. Two issue the scores of the next tile together with the product of this one,
+// and the one's softmax runs under both products of the other. What was measured about this is in docs/PERFORMANCE.md.
 //
 // One kernel serves padded tensors, packed ones and padded ones under a mask, in place. Only the producer knows which: it passes on what
 // a consumer has to know of a query tile (`TileRows`) and of a key tile (`TileKeys`) in shared memory, along with the data. Scores
@@ -288,7 +292,7 @@ private:
     }
 };
 
-// The warp that zeroes rows of V which are not kept.
+// The warp that zeroes rows of V which are not kept: it follows the consumers' barriers, and opens theirs for such a tile.
 template <typename S>
 __device__ inline void mend_values(unsigned char* shared, uint32_t base) {
     const int lane = threadIdx.x % 32;
@@ -581,8 +585,8 @@ struct Consumer {
             arrive(S::EMPTY_K + 8 * next.stage());
             softmax.raise_max(scores, scale);
             if (i + 1 < key_tiles) masked = wait_keys({turn.count + 2});
-            // The exponentials limit this loop. They could be computed before this wait, but then nothing is left to do beside them:
-            // issuing the products has taken about as long as the tensor cores took for them.
+            // Exponentials could be computed before this wait. But a warp has issued its products only when the tensor cores are
+            // nearly done with them, so little is won; after it, rescaling and packing fill the pauses of the special-function unit.
             ptx::wgmma_wait<0>();
             ptx::pin_registers(acc);
             ptx::pin_registers(probs);
@@ -714,13 +718,14 @@ __device__ inline void attention(const AttentionParamsSm90& params) {
     }
 }
 
+// attention_sm90_{f16, bf16}_d{head_dim}_w{warpgroups}
 #define VARLEN_FA_ENTRY(NAME, THREADS, ...)                                                                              \
     extern "C" __global__ void __launch_bounds__(THREADS, 1) NAME(const __grid_constant__ AttentionParamsSm90 params) { \
         attention<Shape<__VA_ARGS__>>(params);                                                                           \
     }
-#define VARLEN_FA_ENTRIES(D, WARPGROUPS, ...)                                                                          \
-    VARLEN_FA_ENTRY(attention_sm90_f16_d##D, (WARPGROUPS + 1) * 128, __half, D, WARPGROUPS, __VA_ARGS__)               \
-    VARLEN_FA_ENTRY(attention_sm90_bf16_d##D, (WARPGROUPS + 1) * 128, __nv_bfloat16, D, WARPGROUPS, __VA_ARGS__)
+#define VARLEN_FA_ENTRIES(D, WARPGROUPS, ...)                                                                                        \
+    VARLEN_FA_ENTRY(attention_sm90_f16_d##D##_w##WARPGROUPS, (WARPGROUPS + 1) * 128, __half, D, WARPGROUPS, __VA_ARGS__)             \
+    VARLEN_FA_ENTRY(attention_sm90_bf16_d##D##_w##WARPGROUPS, (WARPGROUPS + 1) * 128, __nv_bfloat16, D, WARPGROUPS, __VA_ARGS__)
 VARLEN_FA_SM90_TILES(VARLEN_FA_ENTRIES)
 
 }  // namespace sm90
