@@ -1,15 +1,19 @@
-// Attention forward for SM90 (Hopper): wgmma, the copy engine (TMA), warp specialisation. The algorithm is FlashAttention-3's (Shah
-// et al., 2024): persistent blocks of one producer warpgroup and two or three consumer warpgroups, 64 query rows each.
+// Attention forward for SM90 (Hopper): wgmma, the copy engine (TMA), warp specialisation. Persistent blocks of one producer
+// warpgroup and two or three consumer warpgroups, 64 query rows each, as in FlashAttention-3 (Shah et al., 2024).
 //
-//                    work list                          shared memory
-//   producer  warp 0 ─────────▶ copy engine ──▶ Q │ K K │ V V │  two stages, a full and an empty barrier each
-//             warp 1  zeroes dropped rows of V ─────────────┘
-//                                                 │     │     │
-//   consumer 0  S = Q·Kᵀ ▒▒▒ softmax ░░░░░░ S ▒▒▒ O += P·V ▒▒▒ softmax ░░░   rows 0 to 63
-//   consumer 1           S = Q·Kᵀ ▒▒▒ softmax ░░░░░░░░ S ▒▒▒ O += P·V ▒▒▒    rows 64 to 127
+//                   work list                             shared memory
+//   producer  warp 0 ────────▶ copy engine ──▶  Q │ K K │ V V │ O    two stages of K and V; full and empty barriers for each
+//             warp 1 zeroes dropped rows of V ─────────────┘
+//             warps 2, 3 write the rows without a query tile as zeros
 //
-// Two overlaps keep the tensor cores busy: a consumer issues the scores of the next tile before the product of this one, and computes
-// its softmax meanwhile; and consumers take turns, so that one's softmax runs under the other's products.
+//   consumers, in order (three)                        consumers, overlapped (two, taking turns)
+//     0  S=Q·Kᵀ  softmax  O+=P·V  S=Q·Kᵀ               0  S₁ O+=P₀·V₀ softmax₁         S₂ O+=P₁·V₁ softmax₂
+//     1          S=Q·Kᵀ  softmax  O+=P·V               1              S₁ O+=P₀·V₀ softmax₁         S₂ O+=P₁·V₁
+//     2                  S=Q·Kᵀ  softmax
+//
+// The tensor cores have to be fed while a softmax runs, which takes longer than a product of one warpgroup. Three warpgroups in order
+// do it by their number, where registers allow three. Two issue the scores of the next tile together with the product of this one,
+// and the one's softmax runs under both products of the other. What was measured about this is in docs/PERFORMANCE.md.
 //
 // One kernel serves padded tensors, packed ones and padded ones under a mask, in place. Only the producer knows which: it passes on what
 // a consumer has to know of a query tile (`TileRows`) and of a key tile (`TileKeys`) in shared memory, along with the data. Scores
@@ -56,7 +60,7 @@ struct TileKeys {
     uint32_t kept[6];
 };
 
-template <typename T_, int D_, int WARPGROUPS_, int TILE_N_, bool OUT_IN_Q_, bool TAKES_TURNS_>
+template <typename T_, int D_, int WARPGROUPS_, int TILE_N_, bool OUT_IN_Q_, bool OVERLAPS_>
 struct Shape {
     using T = T_;
     static constexpr int D = D_;
@@ -66,15 +70,9 @@ struct Shape {
     static constexpr int THREADS = (WARPGROUPS + 1) * WARPGROUP;
     static constexpr int CONSUMER_WARPS = WARPGROUPS * 4;
     static constexpr bool OUT_IN_Q = OUT_IN_Q_;
-    static constexpr bool TAKES_TURNS = TAKES_TURNS_;
+    static constexpr bool OVERLAPS = OVERLAPS_;
     static constexpr int PRODUCER_REGISTERS = WARPGROUPS == 2 ? 40 : 32;
     static constexpr int CONSUMER_REGISTERS = WARPGROUPS == 2 ? 232 : 160;
-
-    // Tiles of 8 keys whose exponentials are computed before the wait for the last product.
-#ifndef EARLY
-#define EARLY 2
-#endif
-    static constexpr int EARLY_TILES = TILE_N / 8 * EARLY / 4;
 
     using TileQ = SharedTile<TILE_M, D>;
     using TileKV = SharedTile<TILE_N, D>;
@@ -294,7 +292,7 @@ private:
     }
 };
 
-// The warp that zeroes rows of V which are not kept.
+// The warp that zeroes rows of V which are not kept: it follows the consumers' barriers, and opens theirs for such a tile.
 template <typename S>
 __device__ inline void mend_values(unsigned char* shared, uint32_t base) {
     const int lane = threadIdx.x % 32;
@@ -374,6 +372,26 @@ struct Consumer {
     __device__ Matrix keys(int stage) const { return Matrix(base + S::K + stage * S::TileKV::BYTES, 16); }
     __device__ Matrix values(int stage) const { return Matrix(base + S::V + stage * S::TileKV::BYTES, N * ROW_BYTES); }
 
+    // What this warp has to know of its 16 rows to write them.
+    struct WarpRows {
+        int batch;
+        int head;
+        int first_row;
+        int rows;
+        uint32_t kept;
+        bool clips;
+
+        __device__ void read(const volatile TileRows& tile) {
+            const volatile auto& group = tile.groups[threadIdx.x / 32 - 4];
+            batch = tile.batch;
+            head = tile.head;
+            first_row = group.first_row;
+            rows = group.rows;
+            kept = group.kept;
+            clips = tile.clips;
+        }
+    };
+
     // S = Q·Kᵀ of this warpgroup's rows and a tile of keys.
     __device__ static void issue_scores(float (&scores)[N / 8][4], Matrix q, Matrix k) {
         ptx::wgmma_fence();
@@ -417,8 +435,7 @@ struct Consumer {
         return reinterpret_cast<const volatile TileKeys*>(shared + S::KEYS_INFO)[stage];
     }
 
-    __device__ void mask(float (&scores)[N / 8][4], int stage, bool masked) const {
-        if (!masked) return;
+    __device__ void mask(float (&scores)[N / 8][4], int stage) const {
         // The maximum is taken before scaling, so the sign of the scale goes to the scores.
         if (params.score_scale < 0.0f) {
 #pragma unroll
@@ -447,10 +464,10 @@ struct Consumer {
 
     // Consumers issue their products in turn.
     __device__ void wait_turn() const {
-        if constexpr (S::TAKES_TURNS) ptx::barrier_sync(1 + warpgroup, 2 * WARPGROUP);
+        if constexpr (S::OVERLAPS) ptx::barrier_sync(1 + warpgroup, 2 * WARPGROUP);
     }
     __device__ void give_turn() const {
-        if constexpr (S::TAKES_TURNS) {
+        if constexpr (S::OVERLAPS) {
             const int next = warpgroup + 1 == S::WARPGROUPS ? 0 : warpgroup + 1;
             ptx::barrier_arrive(1 + next, 2 * WARPGROUP);
         }
@@ -495,95 +512,110 @@ struct Consumer {
     __device__ void attend(const volatile TileRows& rows, int key_tiles, Turn& turn) const {
         const float scale = fabsf(params.score_scale);
         WarpgroupSoftmax softmax;
+        WarpRows mine;
         float acc[D / 8][4] = {};
-        if (key_tiles > 0) {
+        if (key_tiles == 0) {
+            leave_queries(rows, mine);
+        } else if constexpr (S::OVERLAPS) {
+            attend_overlapped(rows, mine, key_tiles, turn, softmax, acc, scale);
+        } else {
+            attend_in_order(rows, mine, key_tiles, turn, softmax, acc, scale);
+        }
+        softmax.finish();
+        write_output(mine, acc, softmax, scale);
+    }
+
+    // Scores, softmax and product one after the other: what the other warpgroups do in the meantime fills the gaps.
+    __device__ void attend_in_order(const volatile TileRows& rows, WarpRows& mine, int key_tiles, Turn& turn, WarpgroupSoftmax& softmax,
+                                    float (&acc)[D / 8][4], float scale) const {
+        const Matrix q = queries();
+        for (int i = 0; i < key_tiles; ++i, ++turn.count) {
             float scores[N / 8][4];
             uint32_t probs[N / 16][4];
-            const Matrix q = queries();
-            ptx::mbarrier_wait(base + S::FULL_K + 8 * turn.stage(), turn.parity());
-            bool masked = keys_info(turn.stage()).masked;
+            const bool masked = wait_keys(turn);
             issue_scores(scores, q, keys(turn.stage()));
             ptx::wgmma_wait<0>();
             ptx::pin_registers(scores);
-            mask(scores, turn.stage(), masked);
+            if (i + 1 == key_tiles) leave_queries(rows, mine);
+            if (masked) mask(scores, turn.stage());
             arrive(S::EMPTY_K + 8 * turn.stage());
             softmax.raise_max(scores, scale);
-            softmax.template exponentiate<0, N / 8>(scores, scale);
-            softmax.add(scores);
+            softmax.exponentiate(scores, scale);
+            rescale(acc, softmax.factor);
             pack(probs, scores);
-            if (key_tiles > 1) wait_keys({turn.count + 1}, masked);
-            for (int i = 1; i < key_tiles; ++i) {
-                const Turn next = {turn.count + 1};
-                ptx::mbarrier_wait(base + S::FULL_V + 8 * turn.stage(), turn.parity());
-                Matrix k = keys(next.stage());
-                Matrix v = values(turn.stage());
-                ptx::pin_register(k.lower);
-                ptx::pin_register(v.lower);
-                wait_turn();
-                issue_scores(scores, q, k);
-                issue_output(acc, probs, v);
-                give_turn();
-                ptx::wgmma_wait<1>();
-                ptx::pin_registers(scores);
-                mask(scores, next.stage(), masked);
-                arrive(S::EMPTY_K + 8 * next.stage());
-                softmax.raise_max(scores, scale);
-                // Exponentials limit this part of the loop. The first run under the product; the others among the instructions that
-                // need its result. The branch in `wait_keys` keeps the compiler from moving the first past the wait.
-                softmax.template exponentiate<0, S::EARLY_TILES>(scores, scale);
-                if (i + 1 < key_tiles) wait_keys({turn.count + 2}, masked);
-                ptx::wgmma_wait<0>();
-                ptx::pin_registers(acc);
-                ptx::pin_registers(probs);
-                arrive(S::EMPTY_V + 8 * turn.stage());
-                softmax.template exponentiate<S::EARLY_TILES, N / 8>(scores, scale);
-                softmax.add(scores);
-                rescale(acc, softmax.factor);
-                pack(probs, scores);
-                turn = next;
-            }
-            // The last product is left to do. What the producer says of the rows may be gone once the query tile is given back.
-            const WarpRows mine(rows);
-            if (!S::OUT_IN_Q) give_back_queries();
             ptx::mbarrier_wait(base + S::FULL_V + 8 * turn.stage(), turn.parity());
             issue_output(acc, probs, values(turn.stage()));
             ptx::wgmma_wait<0>();
             ptx::pin_registers(acc);
+            ptx::pin_registers(probs);
             arrive(S::EMPTY_V + 8 * turn.stage());
-            ++turn.count;
-            softmax.finish();
-            write_output(mine, acc, softmax, scale);
-        } else {
-            const WarpRows mine(rows);
-            if (!S::OUT_IN_Q) give_back_queries();
-            write_output(mine, acc, softmax, scale);
         }
     }
 
-    __device__ void wait_keys(Turn turn, bool& masked) const {
+    // The scores of a tile are issued before the product of the tile before, and its maximum is found under that product.
+    __device__ void attend_overlapped(const volatile TileRows& rows, WarpRows& mine, int key_tiles, Turn& turn, WarpgroupSoftmax& softmax,
+                                      float (&acc)[D / 8][4], float scale) const {
+        const Matrix q = queries();
+        float scores[N / 8][4];
+        uint32_t probs[N / 16][4];
+        bool masked = wait_keys(turn);
+        issue_scores(scores, q, keys(turn.stage()));
+        ptx::wgmma_wait<0>();
+        ptx::pin_registers(scores);
+        if (masked) mask(scores, turn.stage());
+        arrive(S::EMPTY_K + 8 * turn.stage());
+        softmax.raise_max(scores, scale);
+        softmax.exponentiate(scores, scale);
+        pack(probs, scores);
+        if (key_tiles > 1) masked = wait_keys({turn.count + 1});
+        for (int i = 1; i < key_tiles; ++i) {
+            const Turn next = {turn.count + 1};
+            ptx::mbarrier_wait(base + S::FULL_V + 8 * turn.stage(), turn.parity());
+            Matrix k = keys(next.stage());
+            Matrix v = values(turn.stage());
+            ptx::pin_register(k.lower);
+            ptx::pin_register(v.lower);
+            wait_turn();
+            issue_scores(scores, q, k);
+            issue_output(acc, probs, v);
+            give_turn();
+            ptx::wgmma_wait<1>();
+            ptx::pin_registers(scores);
+            if (masked) mask(scores, next.stage());
+            arrive(S::EMPTY_K + 8 * next.stage());
+            softmax.raise_max(scores, scale);
+            if (i + 1 < key_tiles) masked = wait_keys({turn.count + 2});
+            // Exponentials could be computed before this wait. But a warp has issued its products only when the tensor cores are
+            // nearly done with them, so little is won; after it, rescaling and packing fill the pauses of the special-function unit.
+            ptx::wgmma_wait<0>();
+            ptx::pin_registers(acc);
+            ptx::pin_registers(probs);
+            arrive(S::EMPTY_V + 8 * turn.stage());
+            softmax.exponentiate(scores, scale);
+            rescale(acc, softmax.factor);
+            pack(probs, scores);
+            turn = next;
+        }
+        leave_queries(rows, mine);
+        ptx::mbarrier_wait(base + S::FULL_V + 8 * turn.stage(), turn.parity());
+        issue_output(acc, probs, values(turn.stage()));
+        ptx::wgmma_wait<0>();
+        ptx::pin_registers(acc);
+        arrive(S::EMPTY_V + 8 * turn.stage());
+        ++turn.count;
+    }
+
+    // Whether the scores of the tile have to be masked.
+    __device__ bool wait_keys(Turn turn) const {
         ptx::mbarrier_wait(base + S::FULL_K + 8 * turn.stage(), turn.parity());
-        masked = keys_info(turn.stage()).masked;
+        return keys_info(turn.stage()).masked;
     }
 
-    // What this warp has to know of its 16 rows to write them.
-    struct WarpRows {
-        int batch;
-        int head;
-        int first_row;
-        int rows;
-        uint32_t kept;
-        bool clips;
-
-        __device__ WarpRows(const volatile TileRows& tile) {
-            const volatile auto& group = tile.groups[threadIdx.x / 32 - 4];
-            batch = tile.batch;
-            head = tile.head;
-            first_row = group.first_row;
-            rows = group.rows;
-            kept = group.kept;
-            clips = tile.clips;
-        }
-    };
+    // After the last scores: what the producer says of the rows may be gone once the query tile is given back.
+    __device__ void leave_queries(const volatile TileRows& rows, WarpRows& mine) const {
+        mine.read(rows);
+        if (!S::OUT_IN_Q) give_back_queries();
+    }
 
     // Through shared memory to the copy engine; or to 16-byte stores, where it would write rows of the next sequence.
     __device__ void write_output(const WarpRows& mine, const float (&acc)[D / 8][4], const WarpgroupSoftmax& softmax, float scale) const {
@@ -686,13 +718,14 @@ __device__ inline void attention(const AttentionParamsSm90& params) {
     }
 }
 
+// attention_sm90_{f16, bf16}_d{head_dim}_w{warpgroups}
 #define VARLEN_FA_ENTRY(NAME, THREADS, ...)                                                                              \
     extern "C" __global__ void __launch_bounds__(THREADS, 1) NAME(const __grid_constant__ AttentionParamsSm90 params) { \
         attention<Shape<__VA_ARGS__>>(params);                                                                           \
     }
-#define VARLEN_FA_ENTRIES(D, WARPGROUPS, ...)                                                                          \
-    VARLEN_FA_ENTRY(attention_sm90_f16_d##D, (WARPGROUPS + 1) * 128, __half, D, WARPGROUPS, __VA_ARGS__)               \
-    VARLEN_FA_ENTRY(attention_sm90_bf16_d##D, (WARPGROUPS + 1) * 128, __nv_bfloat16, D, WARPGROUPS, __VA_ARGS__)
+#define VARLEN_FA_ENTRIES(D, WARPGROUPS, ...)                                                                                        \
+    VARLEN_FA_ENTRY(attention_sm90_f16_d##D##_w##WARPGROUPS, (WARPGROUPS + 1) * 128, __half, D, WARPGROUPS, __VA_ARGS__)             \
+    VARLEN_FA_ENTRY(attention_sm90_bf16_d##D##_w##WARPGROUPS, (WARPGROUPS + 1) * 128, __nv_bfloat16, D, WARPGROUPS, __VA_ARGS__)
 VARLEN_FA_SM90_TILES(VARLEN_FA_ENTRIES)
 
 }  // namespace sm90

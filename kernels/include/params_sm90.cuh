@@ -1,5 +1,5 @@
-// Parameters of the sm90 attention kernel, and the metadata it reads. Everything that depends on masks or lengths is made once per
-// request, on the host; the kernel needs nothing from it but these lists.
+// Parameters of the sm90 attention kernel, and the lists that its fused form reads, made once per request on the host. M and N are the
+// query rows and keys of a tile (tile_shape_sm90.cuh).
 //
 // Groups. Query tiles and masked key tiles are made of groups: 16 consecutive rows from any start. The host covers the kept rows of
 // a batch row from the left: a group starts at the first kept row that none covers yet. So groups never overlap, no cover has
@@ -75,7 +75,7 @@ struct AttentionParamsSm90 {
     const int32_t* cu_seqlens_k;
     // The sequences in the order of work, longest first; null for their own order.
     const int32_t* order;
-    // [B, words] bits, if fused; bits past the end of a row are zero. Null keeps all.
+    // [B, words] bits, if fused; bits past the end of a row are zero. `row_bits` may be null, which keeps all.
     const uint32_t* key_bits;
     const uint32_t* row_bits;
     const BatchTiles* batches;

@@ -48,23 +48,17 @@ struct WarpgroupSoftmax {
         }
     }
 
-    // Scores of tiles [FIRST, LAST) become probabilities exp2(score · scale - max · scale).
-    template <int FIRST, int LAST, int TILES>
-    __device__ void exponentiate(float (&scores)[TILES][4], float scale) const {
-#pragma unroll
-        for (int tile = FIRST; tile < LAST; ++tile) {
-#pragma unroll
-            for (int i = 0; i < 4; ++i) scores[tile][i] = ptx::exp2_approx(__fmaf_rn(scores[tile][i], scale, -subtrahend[i / 2]));
-        }
-    }
-
+    // Scores become probabilities exp2(score · scale - max · scale).
     template <int TILES>
-    __device__ void add(const float (&probs)[TILES][4]) {
+    __device__ void exponentiate(float (&scores)[TILES][4], float scale) {
         float sum[2][2] = {};
 #pragma unroll
         for (int tile = 0; tile < TILES; ++tile) {
 #pragma unroll
-            for (int i = 0; i < 4; ++i) sum[i / 2][i % 2] += probs[tile][i];
+            for (int i = 0; i < 4; ++i) {
+                scores[tile][i] = ptx::exp2_approx(__fmaf_rn(scores[tile][i], scale, -subtrahend[i / 2]));
+                sum[i / 2][i % 2] += scores[tile][i];
+            }
         }
 #pragma unroll
         for (int half = 0; half < 2; ++half) row_sum[half] = row_sum[half] * factor[half] + (sum[half][0] + sum[half][1]);

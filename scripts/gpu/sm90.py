@@ -1,9 +1,16 @@
-"""Tests and times the cubins of kernels/attention_sm90.cu through the driver API, without the crate. Needs PyTorch; FA3 is optional.
+"""Tests and times the kernels of kernels/attention_sm90.cu through the driver API, without the crate, on a Hopper GPU.
 
-  sm90.py test  CUBIN [HEAD_DIM...]        every form against f32, each head dimension in its own process
-  sm90.py bench CUBIN,CUBIN... [NAME...]   workloads, the cubins and the peers side by side, ms of GPU time by graph replays
+  sm90.py test  CUBIN [HEAD_DIM...]        every form against f64, each head dimension in its own process
+  sm90.py bench CUBIN[,CUBIN...] [NAME...] workloads, the kernels and the peers side by side: ms of GPU time (TFLOP/s of valid pairs)
 
-A cubin NAME.cubin goes with NAME.tiles, its tile table (the text of VARLEN_FA_SM90_TILES).
+CUBIN is NAME.cubin, beside it NAME.tiles with its tile table (tile_shape_sm90.cuh will do). NAME.cubin@2 prefers the kernels of two
+warpgroups where a head dimension has several; the first in the table is the default. A cubin for tests is best compiled with
+-DVARLEN_FA_SPIN_LIMIT=200000, so that an error in the barriers cannot hang the device. Compile with
+
+  nvcc -O3 -std=c++17 -cubin -gencode arch=compute_90a,code=sm_90a -o NAME.cubin kernels/attention_sm90.cu
+
+Needs PyTorch 2.11 or newer, for FA3 the package fa3-fwd. Variables: PEERS (of fa3, fa2, cudnn; fa3 alone by default), DTYPE (bf16, f16),
+SECONDS_MAX.
 """
 import ctypes, json, math, os, re, statistics, struct, sys, time
 import numpy as np
@@ -25,27 +32,29 @@ class Kernels:
     """The kernels of a cubin, and their tiles."""
 
     def __init__(self, path):
+        path, _, prefer = path.partition("@")
         torch.cuda.current_stream()
         torch.zeros(1, device="cuda")
-        self.name = os.path.basename(path)[:-6]
+        self.name = os.path.basename(path)[:-6] + ("@" + prefer if prefer else "")
         self.module = ctypes.c_void_p()
         check(cuda.cuModuleLoadData(ctypes.byref(self.module), open(path, "rb").read()), "load " + path)
         self.tiles = {}
-        for d, wgs, n, alias in re.findall(r"X\((\d+),\s*(\d+),\s*(\d+),\s*(true|false)", open(path[:-6] + ".tiles").read()):
-            self.tiles[int(d)] = (int(wgs), int(n), alias == "true")
+        for d, warpgroups, n, alias in re.findall(r"X\((\d+),\s*(\d+),\s*(\d+),\s*(true|false)", open(path[:-6] + ".tiles").read()):
+            if int(d) not in self.tiles or warpgroups == prefer:
+                self.tiles[int(d)] = (int(warpgroups), int(n), alias == "true")
         self.functions = {}
         self.blocks = torch.cuda.get_device_properties(0).multi_processor_count
 
     def tile(self, d):
         compiled = min(c for c in self.tiles if c >= d)
-        wgs, n, alias = self.tiles[compiled]
-        return compiled, wgs * 64, n, alias
+        warpgroups, n, alias = self.tiles[compiled]
+        return compiled, warpgroups * 64, n, alias
 
     def function(self, dtype, d):
         compiled, m, n, alias = self.tile(d)
         key = (dtype, compiled)
         if key not in self.functions:
-            name = f"attention_sm90_{'f16' if dtype == torch.float16 else 'bf16'}_d{compiled}"
+            name = f"attention_sm90_{'f16' if dtype == torch.float16 else 'bf16'}_d{compiled}_w{m // 64}"
             f = ctypes.c_void_p()
             check(cuda.cuModuleGetFunction(ctypes.byref(f), self.module, name.encode()), name)
             size = compiled * 2 * (m * (1 if alias else 2) + 4 * n) + 1024
@@ -222,7 +231,7 @@ class Suite:
         if not all(torch.equal(results[0].view(torch.int16), r.view(torch.int16)) for r in results): self.report(name + " repeats", ["bits differ"])
         return results[0]
 
-    def dense(self, b, sq, sk, h, hkv, dtype=torch.bfloat16, scale=None, magnitude=1.0, layout="bshd", d=None):
+    def dense(self, b, sq, sk, h, hkv, dtype=torch.bfloat16, scale=None, magnitude=1.0, layout="bshd", d=None, whole_numbers=False):
         d = d or self.d
         name = f"dense B{b} {sq}x{sk} {h}/{hkv} d{d} {str(dtype)[6:]} scale {scale} x{magnitude} {layout}"
         if layout == "bshd":
@@ -232,6 +241,8 @@ class Suite:
         else:  # views of one projection
             q, k, v = torch.randn(b, sq, 3, h, d, device="cuda", dtype=dtype).unbind(2)
         q = q * magnitude if magnitude != 1 else q
+        # Scores without rounding, so that those of any size can be compared.
+        if whole_numbers: q, k = q.round(), k.round()
         whole = torch.empty(b, sq + 3, h + 1, d, device="cuda", dtype=dtype)
         out = whole[:, :sq, :h]
         lse = torch.full((h, b * sq), math.nan, device="cuda")
@@ -306,6 +317,8 @@ class Suite:
         self.dense(2, 200, 333, 2, 1, scale=1e-30)
         self.dense(1, 200, 333, 2, 1, magnitude=3000.0)
         self.dense(1, 200, 333, 2, 1, scale=-300.0)
+        self.dense(1, 200, 333, 2, 1, scale=20000.0, whole_numbers=True)
+        self.dense(1, 200, 333, 2, 1, scale=-20000.0, whole_numbers=True)
         self.dense(4, 2048, 2048, 8, 8)
         if self.d == 96: self.dense(2, 300, 410, 4, 2, d=72); self.dense(2, 300, 410, 4, 2, d=80)
         if self.d == 192: self.dense(2, 300, 410, 4, 2, d=160)
@@ -477,14 +490,6 @@ def bench(paths, names, dtype=torch.bfloat16, peers=("fa3",)):
             if "cudnn" in peers:
                 am = keep[:, None, None]
                 run("SDPA with mask", lambda q, k, v: sdpa(*(t.transpose(1, 2) for t in (q, k, v)), attn_mask=am), sets)
-            if "pipeline" in peers:
-                import peers_pack as pp
-                inv = torch.full((b * s,), -1, dtype=torch.int64, device="cuda")
-                inv[indices] = torch.arange(indices.numel(), device="cuda")
-                def pipeline(q, k, v):
-                    o = fa3v(*pp.pack(q, k, v, indices), cu, cu, longest, longest)
-                    return pp.scatter(o[0] if isinstance(o, tuple) else o, inv, b, s)
-                run("pack-FA3-scatter", pipeline, sets)
         # The better of two medians, from two rounds: the card's clock falls as it warms up.
         times = {}
         for _ in range(2):
