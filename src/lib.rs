@@ -25,6 +25,8 @@ mod cpu;
 mod cuda;
 mod device;
 mod dtype;
+#[cfg(feature = "wgpu")]
+mod encode;
 mod error;
 mod layout;
 mod mask;
@@ -56,6 +58,8 @@ pub use crate::backend::Timing;
 pub use crate::config::{Config, DeviceChoice};
 pub use crate::device::{Device, DeviceReport};
 pub use crate::dtype::{DType, Element};
+#[cfg(feature = "wgpu")]
+pub use crate::encode::{encode_pack, encode_scatter};
 pub use crate::error::{Error, Result};
 pub use crate::layout::Layout;
 pub use crate::mask::{KeyMask, MaskInteger, Run};
@@ -63,3 +67,5 @@ pub use crate::memory::DeviceMemory;
 pub use crate::meta::{CuSeqlens, VarlenMeta};
 pub use crate::plan::{Capabilities, Kernel, Path, Plan, Reason};
 pub use crate::tensor::{Tensor, TensorView, TensorViewMut};
+#[cfg(feature = "wgpu")]
+pub use crate::wgpu_backend::Recorder;

@@ -28,6 +28,27 @@ impl DeviceMemory {
         Ok(Self::over(device, device.backend().alloc(bytes)?))
     }
 
+    /// The application's buffer, of the wgpu device that `device` computes on. Clones of one `wgpu::Buffer` are the same memory:
+    /// no call takes an output that lies in the same buffer as one of its inputs.
+    ///
+    /// The buffer needs usage `STORAGE`; `COPY_SRC` and `COPY_DST` only for [`read`](Self::read) and [`write`](Self::write). It
+    /// may be larger than one binding. Its bytes after the last multiple of 4 cannot be bound and do not count. Only what the
+    /// views that calls write to cover is ever written. Destroying or mapping the buffer makes later calls fail.
+    ///
+    /// Inputs may start at any multiple of their element type's size. Where a row does not start at a multiple of 16 bytes of
+    /// the buffer, an input is copied to scratch by a shader, and an output is refused.
+    ///
+    /// # Errors
+    /// [`Error::BufferUsage`](crate::Error::BufferUsage) that names the missing usage;
+    /// [`Error::BufferUnusable`](crate::Error::BufferUnusable) for a buffer that is destroyed, mapped, empty or of another wgpu
+    /// device (one of another `wgpu::Instance` cannot always be told from the device's own);
+    /// [`Error::DeviceKind`](crate::Error::DeviceKind) if `device` is not a wgpu device,
+    /// [`Error::DeviceLost`](crate::Error::DeviceLost).
+    #[cfg(feature = "wgpu")]
+    pub fn from_wgpu(device: &Device, buffer: ::wgpu::Buffer) -> Result<Self> {
+        Ok(Self::over(device, device.wgpu_backend()?.import(buffer)?))
+    }
+
     pub(crate) fn over(device: &Device, storage: Storage) -> Self {
         Self { device: device.clone(), storage }
     }

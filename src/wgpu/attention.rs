@@ -257,7 +257,7 @@ impl WgpuDevice {
         ])
     }
 
-    fn unused_read(&self) -> Window {
+    pub(super) fn unused_read(&self) -> Window {
         Window::whole(&self.unused[0])
     }
 }
