@@ -32,6 +32,8 @@ mod repeats;
 mod shapes;
 mod tensors;
 pub mod trials;
+#[cfg(feature = "wgpu")]
+mod wgpu_in_place;
 
 use std::process::ExitCode;
 
@@ -63,6 +65,8 @@ pub fn run(choice: DeviceChoice, own: fn(&mut Trials)) -> ExitCode {
             refusals::register,
             large::register,
             bindings::register,
+            #[cfg(feature = "wgpu")]
+            wgpu_in_place::register,
             own,
         ] {
             register(&mut trials);
