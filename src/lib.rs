@@ -48,6 +48,11 @@ pub use ::wgpu;
 #[doc = include_str!("../README.md")]
 struct Readme;
 
+/// Compiles and runs the programs for embedders.
+#[cfg(all(doctest, feature = "wgpu"))]
+#[doc = include_str!("../docs/EMBEDDING.md")]
+struct Embedding;
+
 pub use half::{bf16, f16};
 
 pub use crate::attention::{

@@ -1,7 +1,8 @@
 //! Calls that are refused: the exact error, the argument's name in its message, and an output that nobody touched.
 //!
-//! `Error::Overlap` is not among them: an output that shares memory with an input cannot be written down in safe Rust. A
-//! `TensorViewMut` borrows its memory mutably, so no `TensorView` of the same memory lives beside it.
+//! `Error::Overlap` is not among them: an output that shares memory with an input cannot be written down in safe Rust where the
+//! library owns the memory. A `TensorViewMut` borrows it mutably, so no `TensorView` of the same memory lives beside it. Two
+//! memories over one buffer of the application's can: see `wgpu_in_place/refusals.rs`.
 
 use anyhow::{Context, Result, ensure};
 use varlen_fa::{

@@ -122,7 +122,7 @@ fn calls_from_many_threads(own: &Device) -> Result<()> {
         for round in 0..6 {
             let ([q, k, v], out) = tensors.call();
             let mask = AttentionMask::Varlen(&case.meta);
-            if (index + round) % 2 == 0 {
+            if (index + round).is_multiple_of(2) {
                 layer.forward_into(q, k, v, mask, out)?;
             } else {
                 let mut encoder = application.encoder();
@@ -150,7 +150,7 @@ fn reads_and_writes(own: &Device) -> Result<()> {
     let buffer = application.buffer(READABLE | BufferUsages::COPY_DST, &[7; 16])?;
     let mut memory = DeviceMemory::from_wgpu(&device, buffer.clone())?;
     for len in [0, 1, 2, 3, 4, 5, 11, 16] {
-        memory.write(&vec![7_u8; 16])?;
+        memory.write(&[7_u8; 16])?;
         memory.write(&(1..=len as u8).collect::<Vec<_>>())?;
         let expected: Vec<u8> = (0..16).map(|at| if at < len { at as u8 + 1 } else { 7 }).collect();
         ensure!(application.read(&buffer)? == expected, "{len} bytes written");
