@@ -71,7 +71,9 @@ impl DeviceMemory {
     /// Copies host data to the start of the memory.
     ///
     /// # Errors
-    /// [`Error::BufferTooSmall`](crate::Error::BufferTooSmall) if it does not fit, [`Error::DeviceLost`](crate::Error::DeviceLost).
+    /// [`Error::BufferTooSmall`](crate::Error::BufferTooSmall) if it does not fit, [`Error::DeviceLost`](crate::Error::DeviceLost);
+    /// [`Error::BufferUsage`](crate::Error::BufferUsage) or [`Error::BufferUnusable`](crate::Error::BufferUnusable) if a buffer of
+    /// the application's does not allow it.
     pub fn write<T: Pod>(&mut self, data: &[T]) -> Result<()> {
         let bytes: &[u8] = bytemuck::cast_slice(data);
         self.expect_room(bytes.len())?;

@@ -4,6 +4,9 @@
 //! out of the very call that caused it and reaches no handler of the application. wgpu keeps one uncaptured-error handler and one
 //! device-lost callback a device, and setting them replaces what is there: both are set on devices that were opened here and left
 //! alone on the application's. There the loss is found by asking, with [`Faults::probe`].
+//!
+//! A submission also runs callbacks of the application that were waiting, on our thread and inside our scopes: an error that one of
+//! them raises comes out of our call.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex, PoisonError};

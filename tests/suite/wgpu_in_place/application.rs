@@ -181,9 +181,14 @@ impl Case {
 
     /// The output that a device of the library's own gives.
     pub fn expected(&self, device: &Device, mask: AttentionMask<'_>) -> Result<Vec<u32>> {
-        let tensor = |input: usize| upload(device, self.dtype, &self.inputs[input], &self.shapes[input]);
+        self.expected_by(&MaskedAttention::new(device), mask)
+    }
+
+    /// The same of a layer with settings.
+    pub fn expected_by(&self, layer: &MaskedAttention, mask: AttentionMask<'_>) -> Result<Vec<u32>> {
+        let tensor = |input: usize| upload(layer.device(), self.dtype, &self.inputs[input], &self.shapes[input]);
         let (q, k, v) = (tensor(0)?, tensor(1)?, tensor(2)?);
-        let out = download(&MaskedAttention::new(device).forward(&q, &k, &v, mask)?.out)?;
+        let out = download(&layer.forward(&q, &k, &v, mask)?.out)?;
         ensure!(out.iter().any(|&bits| bits != 0), "the expected output is all zeros: nothing is tested");
         Ok(out)
     }

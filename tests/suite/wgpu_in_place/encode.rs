@@ -163,27 +163,28 @@ fn between_the_applications_passes(own: &Device) -> Result<()> {
     application.expect_quiet()
 }
 
-/// Three calls that share scratch, recorded, interleaved with a call that is launched, submitted backwards but for one.
+/// Three calls that share scratch, recorded, interleaved with a call that is launched, submitted backwards but for one. Each has
+/// a scale of its own, so that it shows whose parameters a call ran with.
 fn submitted_in_any_order_or_never(own: &Device) -> Result<()> {
     let application = Application::new(own)?;
     let device = application.attach()?;
-    let layer = MaskedAttention::new(&device);
+    let layer = |device, index: usize| MaskedAttention::new(device).with_softmax_scale(0.1 * (index + 1) as f32);
     let cases = (0..4).map(|seed| Case::new(DType::F16, 20 + seed)).collect::<Result<Vec<_>>>()?;
     let mut stages = Vec::new();
-    for case in &cases {
-        let expected = case.expected(own, AttentionMask::Varlen(&case.meta))?;
+    for (index, case) in cases.iter().enumerate() {
+        let expected = case.expected_by(&layer(own, index), AttentionMask::Varlen(&case.meta))?;
         stages.push((case, InPlace::new(&application, &device, case, 1, 0)?, expected));
     }
     let mut recorded = Vec::new();
-    for (case, tensors, _) in &mut stages[..3] {
+    for (index, (case, tensors, _)) in stages[..3].iter_mut().enumerate() {
         let mut encoder = application.encoder();
         let ([q, k, v], out) = tensors.call();
-        layer.encode_into(&mut encoder, q, k, v, AttentionMask::Varlen(&case.meta), out)?;
+        layer(&device, index).encode_into(&mut encoder, q, k, v, AttentionMask::Varlen(&case.meta), out)?;
         recorded.push(encoder.finish());
     }
     let (case, tensors, _) = &mut stages[3];
     let ([q, k, v], out) = tensors.call();
-    layer.forward_into(q, k, v, AttentionMask::Varlen(&case.meta), out)?;
+    layer(&device, 3).forward_into(q, k, v, AttentionMask::Varlen(&case.meta), out)?;
     // The third, then the first; the second never.
     for index in [2, 0] {
         application.queue.submit([recorded.remove(index)]);

@@ -86,6 +86,11 @@ fn unusable_buffers(own: &Device) -> Result<()> {
     unusable("destroyed", import(destroyed), "buffer", "mine")?;
     let (other, _) = application.sibling()?;
     unusable("another device's", import(create(&other, 64, false)), "buffer", "mine")?;
+    // One of another instance that has more buffers than ours: wgpu panics on it, and the library does not.
+    let elsewhere = Application::new(own)?;
+    let buffers: Vec<_> = (0..1000).map(|_| create(&elsewhere.device, 64, false)).collect();
+    let last = buffers.last().context("a buffer")?.clone();
+    unusable("another instance's", import(last), "buffer", "another wgpu instance")?;
     // Bytes after the last whole word do not count.
     ensure!(import(create(&application.device, 103, false))?.size() == 100);
     application.expect_quiet()
