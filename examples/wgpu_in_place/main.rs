@@ -13,6 +13,7 @@ mod random;
 mod times;
 
 use std::num::NonZeroUsize;
+use std::process::ExitCode;
 
 use anyhow::{Context, Result, ensure};
 use clap::Parser;
@@ -45,9 +46,18 @@ struct Arguments {
     steps: NonZeroUsize,
 }
 
-fn main() -> Result<()> {
+fn main() -> ExitCode {
     env_logger::init();
-    let Arguments { workload, heads, head_dim, steps } = Arguments::parse();
+    match run(Arguments::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(Arguments { workload, heads, head_dim, steps }: Arguments) -> Result<()> {
     let sizes = Sizes { batch: workload.batch, seq: workload.seq, heads: heads.get(), head_dim: head_dim.get() };
 
     let application = Application::new()?;

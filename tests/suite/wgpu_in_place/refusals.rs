@@ -155,6 +155,15 @@ fn buffers_mapped_later(own: &Device) -> Result<Completion> {
     unusable("write", v_memory.write(&[0_u8; 4]), "memory", "mapped")?;
     tensors.expect_untouched(&application)?;
 
+    // Mapped in part: wgpu refuses the submission.
+    v_buffer.unmap();
+    v_buffer.map_async(wgpu::MapMode::Read, 64..128, |_| {});
+    application.device.poll(wgpu::PollType::wait_indefinitely())?;
+    let ([q, k, _], out) = tensors.call();
+    let refused = layer.forward_into(q, k, v_memory.view(DType::F16, v_layout), mask, out);
+    ensure!(matches!(&refused, Err(Error::Backend { operation: "a launch", .. })), "got {refused:?}");
+    tensors.expect_untouched(&application)?;
+
     v_buffer.unmap();
     let ([q, k, _], out) = tensors.call();
     layer.forward_into(q, k, v_memory.view(DType::F16, v_layout), mask, out)?;
