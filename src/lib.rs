@@ -24,6 +24,7 @@ mod cpu;
 #[cfg(feature = "cuda")]
 mod cuda;
 mod device;
+mod device_meta;
 mod dtype;
 #[cfg(feature = "wgpu")]
 mod encode;
@@ -48,10 +49,15 @@ pub use ::wgpu;
 #[doc = include_str!("../README.md")]
 struct Readme;
 
-/// Compiles and runs the programs for embedders.
+/// Compiles the program of the page on CUDA in place.
+#[cfg(all(doctest, feature = "cuda"))]
+#[doc = include_str!("../docs/embedding-cuda.md")]
+struct EmbeddingCuda;
+
+/// Compiles and runs the program of the page on wgpu in place.
 #[cfg(all(doctest, feature = "wgpu"))]
 #[doc = include_str!("../docs/EMBEDDING.md")]
-struct Embedding;
+struct EmbeddingWgpu;
 
 pub use half::{bf16, f16};
 
@@ -62,12 +68,13 @@ pub use crate::attention::{
 pub use crate::backend::Timing;
 pub use crate::config::{Config, DeviceChoice};
 pub use crate::device::{Device, DeviceReport};
+pub use crate::device_meta::{DeviceVarlenMeta, MaskView};
 pub use crate::dtype::{DType, Element};
 #[cfg(feature = "wgpu")]
 pub use crate::encode::{encode_pack, encode_scatter};
 pub use crate::error::{Error, Result};
 pub use crate::layout::Layout;
-pub use crate::mask::{KeyMask, MaskInteger, Run};
+pub use crate::mask::{KeyMask, MaskDType, MaskInteger, Run};
 pub use crate::memory::DeviceMemory;
 pub use crate::meta::{CuSeqlens, VarlenMeta};
 pub use crate::plan::{Capabilities, Kernel, Path, Plan, Reason};

@@ -13,10 +13,11 @@ use std::any::Any;
 use std::sync::{Arc, LazyLock};
 use std::time::Instant;
 
-use crate::backend::{Backend, Op, Sink, Source, Storage, Timing};
+use crate::backend::{Backend, MetadataPlace, Op, Sink, Source, Storage, Timing, no_device_tables};
 use crate::cache::DeviceId;
 use crate::dtype::DType;
 use crate::error::Result;
+use crate::meta::VarlenMeta;
 use crate::plan::{Capabilities, Kernel};
 
 const NAME: &str = "cpu";
@@ -80,6 +81,10 @@ impl Backend for CpuDevice {
         host::alloc_words(bytes).map(Storage::Host)
     }
 
+    fn metadata_place(&self) -> MetadataPlace {
+        MetadataPlace::Host
+    }
+
     fn upload(&self, to: Sink<'_>, bytes: &[u8]) -> Result<()> {
         let memory = host::sink_bytes(to)?;
         memory[..bytes.len()].copy_from_slice(bytes);
@@ -98,7 +103,13 @@ impl Backend for CpuDevice {
             Op::Pack { pairs, meta } => pairs.into_iter().try_for_each(|(from, to)| copy::pack(from, to, meta)),
             Op::Scatter { packed, padded, meta } => copy::scatter(packed, padded, meta),
             Op::Zero(out) => copy::zero(out),
+            Op::Metadata { .. } => Err(no_device_tables(NAME)),
         }
+    }
+
+    fn upload_meta(&self, _meta: &VarlenMeta) -> Result<()> {
+        // The metadata's own tables are where they are needed.
+        Ok(())
     }
 
     fn synchronize(&self) -> Result<()> {

@@ -1,9 +1,10 @@
-//! The compiled kernels. They are loaded once a context; a function is looked up at its first launch.
+//! The compiled kernels. They are loaded once a context, however many devices there are over it; a function is looked up at its
+//! first launch.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::ffi::{CString, c_void};
 use std::fmt;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use cudarc::driver::DriverError;
 use cudarc::driver::result::{function, module};
@@ -12,6 +13,7 @@ use cudarc::driver::sys::{CUfunction, CUfunction_attribute, CUmodule};
 use crate::dtype::DType;
 use crate::error::Result;
 
+use super::capture::Relaxed;
 use super::context::Context;
 use super::tiles::Tile;
 
@@ -24,6 +26,7 @@ pub(super) const KERNELS_CUDA: i32 = 13_000;
 struct Aligned<Bytes: ?Sized>(Bytes);
 
 static ATTENTION_SM80: &Aligned<[u8]> = &Aligned(*include_bytes!("../../kernels/prebuilt/attention_sm80.fatbin"));
+static METADATA: &Aligned<[u8]> = &Aligned(*include_bytes!("../../kernels/prebuilt/metadata.fatbin"));
 static PACK: &Aligned<[u8]> = &Aligned(*include_bytes!("../../kernels/prebuilt/pack.fatbin"));
 
 /// A kernel.
@@ -31,6 +34,9 @@ static PACK: &Aligned<[u8]> = &Aligned(*include_bytes!("../../kernels/prebuilt/p
 pub(super) enum Entry {
     Pack,
     Scatter,
+    MetadataCount,
+    MetadataScan,
+    MetadataIndex,
     /// `masked` adds the key mask, the bias and the rows to be written as zeros.
     Attention {
         dtype: DType,
@@ -50,30 +56,53 @@ pub(super) struct Function {
 /// The modules of one context.
 pub(super) struct Modules {
     attention: CUmodule,
+    metadata: CUmodule,
     pack: CUmodule,
     functions: Mutex<HashMap<Entry, Function>>,
 }
 
-// SAFETY: modules and functions may be used from any thread, and stay valid: nothing unloads them, and the context is never
-// released.
+// SAFETY: modules and functions may be used from any thread, and stay valid as long as their context: nothing unloads them.
 unsafe impl Send for Modules {}
 // SAFETY: as above; the map of functions is behind a lock.
 unsafe impl Sync for Modules {}
 
 impl fmt::Debug for Modules {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Modules").field("attention", &self.attention).field("pack", &self.pack).finish_non_exhaustive()
+        let Self { attention, metadata, pack, .. } = self;
+        let mut modules = f.debug_struct("Modules");
+        modules.field("attention", attention).field("metadata", metadata).field("pack", pack).finish_non_exhaustive()
     }
 }
 
 impl Modules {
+    /// The kernels in a context, which is current; they are loaded if they are not there yet.
+    ///
+    /// They stay until the context is destroyed, and graphs that were captured may go on to run them when the device is dropped.
+    pub fn of(context: &Context) -> Result<Arc<Self>, DriverError> {
+        // By the number of the context, which a later context at the same address does not have. What is kept of a context that
+        // is destroyed is a few handles that nobody finds again; it does not keep the context.
+        static LOADED: Mutex<BTreeMap<u64, Arc<Modules>>> = Mutex::new(BTreeMap::new());
+        let number = context.number()?;
+        // A panic while it is held leaves the map as it was: modules are only inserted whole.
+        let mut loaded = LOADED.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(modules) = loaded.get(&number) {
+            return Ok(Arc::clone(modules));
+        }
+        let modules = Arc::new(Self::load()?);
+        loaded.insert(number, Arc::clone(&modules));
+        Ok(modules)
+    }
+
     /// Loads the kernels into the current context.
-    pub fn load() -> Result<Self, DriverError> {
+    fn load() -> Result<Self, DriverError> {
+        // Another thread may be capturing a stream.
+        let _relaxed = Relaxed::enter()?;
         let load = |image: &'static Aligned<[u8]>| {
             // SAFETY: the image is a whole, aligned fatbin, whose header says how long it is.
             unsafe { module::load_data(image.0.as_ptr().cast::<c_void>()) }
         };
-        Ok(Self { attention: load(ATTENTION_SM80)?, pack: load(PACK)?, functions: Mutex::default() })
+        let (attention, metadata, pack) = (load(ATTENTION_SM80)?, load(METADATA)?, load(PACK)?);
+        Ok(Self { attention, metadata, pack, functions: Mutex::default() })
     }
 
     /// A kernel; the context that the modules were loaded into is current.
@@ -89,16 +118,21 @@ impl Modules {
     }
 
     fn look_up(&self, entry: Entry) -> Result<Function, DriverError> {
+        // The driver may load the kernel only now, and the stream may be captured.
+        let _relaxed = Relaxed::enter()?;
         let (module, name, shared_bytes) = match entry {
             Entry::Pack => (self.pack, "pack_rows".to_owned(), 0),
             Entry::Scatter => (self.pack, "scatter_rows".to_owned(), 0),
+            Entry::MetadataCount => (self.metadata, "metadata_count".to_owned(), 0),
+            Entry::MetadataScan => (self.metadata, "metadata_scan".to_owned(), 0),
+            Entry::MetadataIndex => (self.metadata, "metadata_index".to_owned(), 0),
             Entry::Attention { dtype, tile, masked } => {
                 (self.attention, attention_name(dtype, tile, masked), tile.shared_bytes(masked))
             }
         };
         // No name holds a zero byte; one that did would not be found.
         let name = CString::new(name).unwrap_or_default();
-        // SAFETY: the module is loaded for good.
+        // SAFETY: the module is loaded as long as its context is there.
         let raw = unsafe { module::get_function(module, name) }?;
         let attribute = CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
         // More than 48 KiB must be asked for; asking for less does no harm.
@@ -122,7 +156,7 @@ mod tests {
 
     #[test]
     fn images_are_fatbins_at_aligned_addresses() {
-        for image in [ATTENTION_SM80, PACK] {
+        for image in [ATTENTION_SM80, METADATA, PACK] {
             assert_eq!(image.0[..4], 0xba55_ed50_u32.to_le_bytes());
             assert!((image.0.as_ptr() as usize).is_multiple_of(16));
         }
@@ -140,6 +174,10 @@ mod tests {
         let pack = include_bytes!("../../kernels/pack.cu");
         assert!(contains(pack, "pack_rows(const __grid_constant__ PackParams"));
         assert!(contains(pack, "scatter_rows(const __grid_constant__ ScatterParams"));
+        let metadata = include_bytes!("../../kernels/metadata.cu");
+        for name in ["metadata_count", "metadata_scan", "metadata_index"] {
+            assert!(contains(metadata, &format!("{name}(const __grid_constant__ MetadataParams")), "{name}");
+        }
         let attention = include_bytes!("../../kernels/attention_sm80.cu");
         for name in ["attention_sm80_f16_d##D", "attention_sm80_bf16_d##D", "_masked"] {
             assert!(contains(attention, name), "{name}");

@@ -21,10 +21,11 @@ use std::time::Instant;
 
 use wgpu::{BufferUsages, DeviceType, Features};
 
-use crate::backend::{Backend, Op, Sink, Source, Storage, Timing};
+use crate::backend::{Backend, Op, Sink, Source, Storage, Timing, no_device_tables};
 use crate::cache::DeviceId;
 use crate::dtype::DType;
 use crate::error::Result;
+use crate::meta::VarlenMeta;
 use crate::plan::{Capabilities, Kernel};
 
 use buffer::{Allocator, WgpuBuffer};
@@ -128,6 +129,7 @@ impl WgpuDevice {
             }
             Op::Scatter { packed, padded, meta } => self.record_scatter(&packed, &padded, meta, &mut launches)?,
             Op::Zero(out) => self.record_zero(&out, &mut launches)?,
+            Op::Metadata { .. } => return Err(no_device_tables(self.name())),
         }
         Ok(launches)
     }
@@ -190,6 +192,15 @@ impl Backend for WgpuDevice {
             return Ok(());
         }
         self.launcher.submit(&self.launches(op)?, &self.allocator, &self.timer)
+    }
+
+    fn upload_meta(&self, meta: &VarlenMeta) -> Result<()> {
+        self.indices(meta)?;
+        self.inv_indices(meta)?;
+        self.cu_seqlens(meta.cu_seqlens())?;
+        self.tiles(meta.cu_seqlens())?;
+        // What dense paths use instead.
+        self.mask_bits(meta.key_mask()).map(drop)
     }
 
     fn synchronize(&self) -> Result<()> {

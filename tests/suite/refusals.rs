@@ -1,8 +1,8 @@
 //! Calls that are refused: the exact error, the argument's name in its message, and an output that nobody touched.
 //!
 //! `Error::Overlap` is not among them: an output that shares memory with an input cannot be written down in safe Rust where the
-//! library owns the memory. A `TensorViewMut` borrows it mutably, so no `TensorView` of the same memory lives beside it. Two
-//! memories over one buffer of the application's can: see `wgpu_in_place/refusals.rs`.
+//! library owns the memory. A `TensorViewMut` borrows it mutably, so no `TensorView` of the same memory lives beside it. Memory
+//! of the application's can be had twice; its trials are in `wgpu_in_place` and `foreign_cuda`.
 
 use anyhow::{Context, Result, ensure};
 use varlen_fa::{
