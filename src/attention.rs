@@ -168,7 +168,7 @@ impl MaskedAttention {
         };
         let (problem, plan) = self.prepare(&q, &k, &v, &mask, &future_out)?;
         let mut out = Tensor::uninit(&self.device, q.dtype(), q.shape())?;
-        self.launch(problem, plan, [q, k, v], &mask, out.view_mut())?;
+        self.launch(problem, plan, [q, k, v], &mask, out.view_mut(), |op| self.device.backend().execute(op))?;
         Ok(Attended { out, plan })
     }
 
@@ -187,11 +187,11 @@ impl MaskedAttention {
     ) -> Result<Plan> {
         let (q, k, v, out) = (q.into(), k.into(), v.into(), out.into());
         let (problem, plan) = self.prepare(&q, &k, &v, &mask, &out.info())?;
-        self.launch(problem, plan, [q, k, v], &mask, out)?;
+        self.launch(problem, plan, [q, k, v], &mask, out, |op| self.device.backend().execute(op))?;
         Ok(plan)
     }
 
-    fn prepare(
+    pub(crate) fn prepare(
         &self,
         q: &TensorView<'_>,
         k: &TensorView<'_>,
@@ -207,20 +207,22 @@ impl MaskedAttention {
         Ok((problem, plan))
     }
 
-    fn launch(
+    /// Hands the operation of a checked call to `execute`, unless there is nothing to write.
+    pub(crate) fn launch(
         &self,
         problem: AttentionProblem,
         plan: Plan,
         [q, k, v]: [TensorView<'_>; 3],
         mask: &AttentionMask<'_>,
         out: TensorViewMut<'_>,
+        execute: impl FnOnce(Op<'_>) -> Result<()>,
     ) -> Result<()> {
         let out = out.output();
         if out.layout.numel() == 0 {
             return Ok(());
         }
         if plan.path == Path::Zero {
-            return self.device.backend().execute(Op::Zero(out));
+            return execute(Op::Zero(out));
         }
         let rows = match (*mask, plan.path) {
             (AttentionMask::Varlen(meta), path) => varlen_rows(meta, meta, path),
@@ -237,16 +239,7 @@ impl MaskedAttention {
             }
         };
         let (q, k, v) = (q.input(), k.input(), v.input());
-        self.device.backend().execute(Op::Attention(Attention {
-            problem: &problem,
-            plan,
-            q,
-            k,
-            v,
-            out,
-            lse: None,
-            rows,
-        }))
+        execute(Op::Attention(Attention { problem: &problem, plan, q, k, v, out, lse: None, rows }))
     }
 }
 
@@ -277,7 +270,7 @@ fn device_rows<'a>(query: &'a DeviceVarlenMeta, key: &'a DeviceVarlenMeta, path:
 pub fn pack<'a>(device: &Device, padded: impl Into<TensorView<'a>>, meta: &VarlenMeta) -> Result<Tensor> {
     let padded = padded.into();
     let mut packed = uninit_packed(device, "padded", &padded, meta)?;
-    pack_into(device, [("padded", padded)], [packed.view_mut()], meta)?;
+    pack_into(device, [("padded", padded)], [packed.view_mut()], meta, |op| device.backend().execute(op))?;
     Ok(packed)
 }
 
@@ -299,7 +292,8 @@ pub fn pack_qkv<'a>(
         uninit_packed(device, "k", &k, meta)?,
         uninit_packed(device, "v", &v, meta)?,
     ];
-    pack_into(device, [("q", q), ("k", k), ("v", v)], packed.each_mut().map(Tensor::view_mut), meta)?;
+    let into = packed.each_mut().map(Tensor::view_mut);
+    pack_into(device, [("q", q), ("k", k), ("v", v)], into, meta, |op| device.backend().execute(op))?;
     Ok(packed)
 }
 
@@ -315,11 +309,12 @@ fn uninit_packed(
     Tensor::uninit(device, padded.dtype(), &[meta.total_valid(), heads, dim])
 }
 
-fn pack_into<const N: usize>(
+pub(crate) fn pack_into<const N: usize>(
     device: &Device,
     padded: [(&'static str, TensorView<'_>); N],
     packed: [TensorViewMut<'_>; N],
     meta: &VarlenMeta,
+    execute: impl FnOnce(Op<'_>) -> Result<()>,
 ) -> Result<()> {
     {
         let inputs = padded.each_ref().map(|(name, view)| (*name, view.info()));
@@ -331,7 +326,7 @@ fn pack_into<const N: usize>(
         return Ok(());
     }
     let pairs = padded.into_iter().zip(packed).map(|((_, from), to)| (from.input(), to.output())).collect();
-    device.backend().execute(Op::Pack { pairs, meta })
+    execute(Op::Pack { pairs, meta })
 }
 
 /// Copies packed `[total_valid, H, D]` rows to a new padded `[B, S, H, D]` tensor, bit for bit, and writes +0.0 to the masked
@@ -346,17 +341,23 @@ pub fn scatter_to_padded<'a>(device: &Device, packed: impl Into<TensorView<'a>>,
         return Err(Error::Rank { argument: "packed", expected: "3: [total_valid, H, D]", got });
     };
     let mut padded = Tensor::uninit(device, packed.dtype(), &[meta.batch(), meta.seq(), heads, dim])?;
-    scatter_into(device, packed, meta, padded.view_mut())?;
+    scatter_into(device, packed, meta, padded.view_mut(), |op| device.backend().execute(op))?;
     Ok(padded)
 }
 
-fn scatter_into(device: &Device, packed: TensorView<'_>, meta: &VarlenMeta, padded: TensorViewMut<'_>) -> Result<()> {
+pub(crate) fn scatter_into(
+    device: &Device,
+    packed: TensorView<'_>,
+    meta: &VarlenMeta,
+    padded: TensorViewMut<'_>,
+    execute: impl FnOnce(Op<'_>) -> Result<()>,
+) -> Result<()> {
     check_scatter(device.info(), &packed.info(), &padded.info(), meta)?;
     let padded = padded.output();
     if padded.layout.numel() == 0 {
         return Ok(());
     }
-    device.backend().execute(Op::Scatter { packed: packed.input(), padded, meta })
+    execute(Op::Scatter { packed: packed.input(), padded, meta })
 }
 
 /// The result of [`varlen_attention`].
