@@ -1,5 +1,6 @@
 //! Launches of `attention_sm90`: dense, on packed rows, and on padded tensors in place by lists of tiles.
 
+use std::iter;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::backend::Attention;
@@ -15,7 +16,7 @@ use super::module::Entry;
 use super::params_sm90::{AttentionParamsSm90, Form};
 use super::tensor_map::MappedTensor;
 use super::tile_lists::TileLists;
-use super::tiles::TileSm90;
+use super::tiles::{TileSm90, WorkSm90};
 
 /// Lists on the device.
 #[derive(Debug)]
@@ -55,7 +56,7 @@ impl CudaDevice {
         zero_rows: Option<&KeyMask>,
     ) -> Result<()> {
         let AttentionShape { batch, seq_q, seq_k, num_heads, .. } = attention.problem.shape;
-        let tile = tile(attention)?;
+        let tile = self.tile(attention, iter::repeat_n((seq_q, seq_k), batch))?;
         // Both fit: checked by problem.
         let params = AttentionParamsSm90 { seq_q: seq_q as i32, seq_k: seq_k as i32, ..params(attention, tensors) };
         let Some(mask) = key_mask.or(zero_rows) else {
@@ -83,10 +84,12 @@ impl CudaDevice {
         query: &VarlenMeta,
         key: &VarlenMeta,
     ) -> Result<()> {
-        let AttentionShape { seq_q, seq_k, .. } = attention.problem.shape;
+        let AttentionShape { batch, seq_q, seq_k, .. } = attention.problem.shape;
+        let lengths = |row| (query.cu_seqlens().rows(row).len(), key.cu_seqlens().rows(row).len());
+        let tile = self.tile(attention, (0..batch).map(lengths))?;
         let params = AttentionParamsSm90 { seq_q: seq_q as i32, seq_k: seq_k as i32, ..params(attention, tensors) };
         let masks = (Some(key.key_mask()), Some(query.key_mask()));
-        self.attend_by_lists(attention, tensors, params, tile(attention)?, (query, key), masks)
+        self.attend_by_lists(attention, tensors, params, tile, (query, key), masks)
     }
 
     /// `masks` are of keys and of query rows that are not written as zeros; none keeps all.
@@ -128,7 +131,8 @@ impl CudaDevice {
         tensors: &Tensors,
         rows: &PackedRows,
     ) -> Result<()> {
-        let tile = tile(attention)?;
+        // As if every sequence were the longest: how long the others are may be known to the device alone.
+        let tile = self.tile(attention, iter::repeat_n((rows.max_queries, rows.max_queries), rows.batch))?;
         let (lse, lse_head_stride) = rows.lse.unwrap_or_default();
         let params = AttentionParamsSm90 {
             form: Form::Packed as i32,
@@ -143,6 +147,17 @@ impl CudaDevice {
         };
         let items = rows.max_queries.div_ceil(tile.rows() as usize) * rows.batch * attention.problem.shape.num_heads;
         self.launch_attention_sm90(attention, tensors, params, tile, items)
+    }
+
+    /// The tile for sequences of so many queries and keys.
+    fn tile(
+        &self,
+        attention: &Attention<'_>,
+        lengths: impl Iterator<Item = (usize, usize)> + Clone,
+    ) -> Result<TileSm90> {
+        let AttentionShape { num_heads, head_dim, .. } = attention.problem.shape;
+        let work = WorkSm90 { lengths, heads: num_heads, multiprocessors: self.multiprocessors };
+        TileSm90::of(head_dim, &work).ok_or(Error::HeadDim { got: head_dim })
     }
 
     fn lists(&self, query: &VarlenMeta, key: &VarlenMeta, tile: TileSm90) -> Result<Arc<ListsCopy>> {
@@ -217,11 +232,6 @@ struct EveryQuery(DenseMeta);
 /// The same of keys.
 #[derive(Debug)]
 struct EveryKey(Arc<DenseMeta>);
-
-fn tile(attention: &Attention<'_>) -> Result<TileSm90> {
-    let got = attention.problem.shape.head_dim;
-    TileSm90::of(got).ok_or(Error::HeadDim { got })
-}
 
 /// What every form has.
 fn params(attention: &Attention<'_>, tensors: &Tensors) -> AttentionParamsSm90 {

@@ -140,7 +140,7 @@ impl Modules {
             Entry::AttentionSm90 { dtype, tile } => {
                 // Planned only where it runs.
                 let module = self.attention_sm90.ok_or(DriverError(CUresult::CUDA_ERROR_NOT_FOUND))?;
-                (module, format!("attention_sm90_{dtype}_d{}", tile.width), tile.shared_bytes())
+                (module, format!("attention_sm90_{dtype}_{}", tile.name()), tile.shared_bytes())
             }
         };
         // No name holds a zero byte; one that did would not be found.

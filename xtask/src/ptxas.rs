@@ -12,6 +12,11 @@ use crate::table;
 /// that is a defect.
 const HOT_SPILL_BYTES: u32 = 48;
 
+/// The same for kernels whose three computing warpgroups leave 160 registers to a thread: measured faster all the same than two
+/// warpgroups that spill nothing, at the head dimensions that have them.
+const THREE_WARPGROUPS: &str = "_w3";
+const THREE_WARPGROUPS_SPILL_BYTES: u32 = 152;
+
 /// Ends the names of kernels off the hot path, which may spill.
 const MASKED: &str = "_masked";
 
@@ -30,7 +35,9 @@ pub struct Usage {
 impl Usage {
     /// The kernel is on the hot path and spills more than it may.
     pub fn is_defect(&self) -> bool {
-        !self.kernel.ends_with(MASKED) && self.spill_store_bytes.max(self.spill_load_bytes) > HOT_SPILL_BYTES
+        let three = self.kernel.ends_with(THREE_WARPGROUPS);
+        let allowed = if three { THREE_WARPGROUPS_SPILL_BYTES } else { HOT_SPILL_BYTES };
+        !self.kernel.ends_with(MASKED) && self.spill_store_bytes.max(self.spill_load_bytes) > allowed
     }
 
     fn cell(&self) -> String {
