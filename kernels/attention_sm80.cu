@@ -116,7 +116,12 @@ __device__ inline void attention(const AttentionParams& params) {
             }
         };
         const auto copy = [&](uint32_t to, const T* from, const Strides& strides) {
-            TileKV::template load<THREADS>(to, from + first_key * strides.token, strides.token, rows.keys - first_key, head_chunks, keeps);
+            const T* first = from + first_key * strides.token;
+            if (!MASKED && first_key + TILE_N <= rows.keys && params.head_dim == D) {
+                TileKV::template load_whole<THREADS>(to, first, strides.token);
+            } else {
+                TileKV::template load<THREADS>(to, first, strides.token, rows.keys - first_key, head_chunks, keeps);
+            }
         };
         copy(stage, k, params.k_strides);
         copy(stage + TileKV::BYTES, v, params.v_strides);
@@ -211,9 +216,13 @@ __device__ inline void attention(const AttentionParams& params) {
     }
 }
 
-#define VARLEN_FA_ENTRY(NAME, T, D, M, N, WARPS, MASKED)                                                        \
-    extern "C" __global__ void __launch_bounds__(WARPS * 32) NAME(const __grid_constant__ AttentionParams params) { \
-        attention<T, D, M, N, WARPS, MASKED>(params);                                                           \
+// Blocks that a multiprocessor holds at once: at 64 columns a third hides more than the registers it takes are worth.
+constexpr int blocks(int d, int warps, bool masked) { return d == 64 && !masked ? 3 : 8 / warps; }
+
+#define VARLEN_FA_ENTRY(NAME, T, D, M, N, WARPS, MASKED)                                     \
+    extern "C" __global__ void __launch_bounds__(WARPS * 32, blocks(D, WARPS, MASKED))         \
+        NAME(const __grid_constant__ AttentionParams params) {                               \
+        attention<T, D, M, N, WARPS, MASKED>(params);                                        \
     }
 #define VARLEN_FA_ENTRIES(D, M, N, N_MASKED, WARPS)                                             \
     VARLEN_FA_ENTRY(attention_sm80_f16_d##D, __half, D, M, N, WARPS, false)                     \

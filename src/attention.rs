@@ -1,7 +1,8 @@
 //! The layer, [`MaskedAttention`], and the primitives it is made of.
 
-use crate::backend::{Attention, Op, Rows};
+use crate::backend::{Attention, Op, Rows, foreign_memory};
 use crate::device::Device;
+use crate::device_meta::DeviceVarlenMeta;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::layout::Layout;
@@ -32,6 +33,15 @@ pub enum AttentionMask<'a> {
         /// Which keys are valid, `[B, Sk]`.
         key: &'a VarlenMeta,
     },
+    /// [`Varlen`](Self::Varlen) with metadata that the device built.
+    DeviceVarlen(&'a DeviceVarlenMeta),
+    /// [`VarlenCross`](Self::VarlenCross) with metadata that the device built.
+    DeviceVarlenCross {
+        /// Which queries are valid, `[B, Sq]`.
+        query: &'a DeviceVarlenMeta,
+        /// Which keys are valid, `[B, Sk]`.
+        key: &'a DeviceVarlenMeta,
+    },
 }
 
 impl AttentionMask<'_> {
@@ -42,7 +52,17 @@ impl AttentionMask<'_> {
             Self::Bias(bias) => MaskInfo::Bias(bias.info()),
             Self::Varlen(meta) => MaskInfo::Varlen { query: meta, key: meta },
             Self::VarlenCross { query, key } => MaskInfo::Varlen { query, key },
+            Self::DeviceVarlen(meta) => device_meta_info(meta, meta),
+            Self::DeviceVarlenCross { query, key } => device_meta_info(query, key),
         }
+    }
+}
+
+/// Metadata in host memory is what [`AttentionMask::Varlen`] has.
+fn device_meta_info<'a>(query: &'a DeviceVarlenMeta, key: &'a DeviceVarlenMeta) -> MaskInfo<'a> {
+    match (query.on_host(), key.on_host()) {
+        (Some(query), Some(key)) => MaskInfo::Varlen { query, key },
+        _ => MaskInfo::DeviceVarlen { query: query.info(), key: key.info() },
     }
 }
 
@@ -205,6 +225,8 @@ impl MaskedAttention {
         let rows = match (*mask, plan.path) {
             (AttentionMask::Varlen(meta), path) => varlen_rows(meta, meta, path),
             (AttentionMask::VarlenCross { query, key }, path) => varlen_rows(query, key, path),
+            (AttentionMask::DeviceVarlen(meta), path) => device_rows(meta, meta, path)?,
+            (AttentionMask::DeviceVarlenCross { query, key }, path) => device_rows(query, key, path)?,
             (AttentionMask::None, _) => Rows::Dense { key_mask: None, bias: None, zero_rows: None },
             (AttentionMask::Key(mask), _) => {
                 Rows::Dense { key_mask: Some(mask).filter(|mask| !mask.is_all_kept()), bias: None, zero_rows: None }
@@ -235,6 +257,17 @@ fn varlen_rows<'a>(query: &'a VarlenMeta, key: &'a VarlenMeta, path: Path) -> Ro
     }
     let unless_full = |meta: &'a VarlenMeta| (!meta.is_all_valid()).then(|| meta.key_mask());
     Rows::Dense { key_mask: unless_full(key), bias: None, zero_rows: unless_full(query) }
+}
+
+fn device_rows<'a>(query: &'a DeviceVarlenMeta, key: &'a DeviceVarlenMeta, path: Path) -> Result<Rows<'a>> {
+    if let (Some(query), Some(key)) = (query.on_host(), key.on_host()) {
+        return Ok(varlen_rows(query, key, path));
+    }
+    match (query.on_device(), key.on_device()) {
+        (Some(query), Some(key)) => Ok(Rows::DeviceVarlen { query, key }),
+        // One of each, so of two devices: problem refuses that.
+        _ => Err(foreign_memory(query.device().name(), key.device().name())),
+    }
 }
 
 /// Copies the valid rows of a padded `[B, S, H, D]` tensor to a packed `[total_valid, H, D]` one, bit for bit.

@@ -51,6 +51,24 @@ pub(crate) enum Sink<'a> {
     Device(&'a dyn DeviceBuffer),
 }
 
+impl Storage {
+    /// The memory, to read.
+    pub(crate) fn source(&self) -> Source<'_> {
+        match self {
+            Self::Host(words) => Source::Host(bytemuck::cast_slice(words)),
+            Self::Device(buffer) => Source::Device(&**buffer),
+        }
+    }
+
+    /// The memory, to write.
+    pub(crate) fn sink(&mut self) -> Sink<'_> {
+        match self {
+            Self::Host(words) => Sink::Host(bytemuck::cast_slice_mut(words)),
+            Self::Device(buffer) => Sink::Device(&**buffer),
+        }
+    }
+}
+
 impl<'a> Source<'a> {
     /// The buffer as the type of the device that owns it.
     pub(crate) fn owned_by<B: DeviceBuffer>(self, device: &dyn Backend) -> Result<&'a B> {
@@ -74,6 +92,12 @@ impl<'a> Sink<'a> {
 fn owned_by<'a, B: DeviceBuffer>(buffer: &'a dyn DeviceBuffer, device: &dyn Backend) -> Result<&'a B> {
     let own = buffer.as_any().downcast_ref().filter(|_| buffer.device() == device.id());
     own.ok_or_else(|| foreign_memory(device.name(), buffer.device_name()))
+}
+
+/// Tables of a device, where a device was given them that builds none.
+pub(crate) fn no_device_tables(device: &str) -> Error {
+    let why = "it does not build metadata itself; build VarlenMeta on the host".to_owned();
+    Error::NotApplicable { argument: "device", got: device.to_owned(), why }
 }
 
 /// Memory of another device, where memory of this one was expected.
@@ -134,8 +158,37 @@ pub(crate) enum Rows<'a> {
     /// Padded tensors of which only the valid tokens count; rows of masked queries are written as zeros. `plan.path` says
     /// whether to work in place or to pack.
     Varlen { query: &'a VarlenMeta, key: &'a VarlenMeta },
+    /// The same with metadata in tables of the device, which only a device that builds them has.
+    DeviceVarlen { query: DeviceTables<'a>, key: DeviceTables<'a> },
     /// Packed rows.
     Packed { query: &'a CuSeqlens, key: &'a CuSeqlens },
+}
+
+/// Metadata in the memory of the device that built it.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct DeviceTables<'a> {
+    pub memory: Source<'a>,
+    pub batch: usize,
+    pub seq: usize,
+}
+
+/// A `[B, S]` mask to read.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct MaskInput<'a> {
+    pub memory: Source<'a>,
+    pub layout: Layout,
+    pub element_bytes: usize,
+}
+
+/// Where a device keeps metadata of masks that it has already.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum MetadataPlace {
+    /// In host memory, where its tensors are too.
+    Host,
+    /// In tables that it builds itself.
+    Device,
+    /// It does not build metadata.
+    Nowhere,
 }
 
 /// One attention call: `out = softmax(q·kᵀ·scale + bias) · v`, head by head.
@@ -170,6 +223,11 @@ pub(crate) enum Op<'a> {
     },
     /// Writes zeros to every element of the view, and to nothing else.
     Zero(Output<'a>),
+    /// Builds the metadata of a mask in tables of [`Backend::alloc_metadata`].
+    Metadata {
+        mask: MaskInput<'a>,
+        tables: DeviceTables<'a>,
+    },
 }
 
 /// A device. Launches do not wait: results are there for later calls on the same device and for [`Backend::download`].
@@ -180,6 +238,14 @@ pub(crate) trait Backend: Debug + Send + Sync {
     fn capabilities(&self) -> &Capabilities;
     /// New memory with contents that are not specified.
     fn alloc(&self, bytes: u64) -> Result<Storage>;
+    /// Where metadata of masks on the device is kept.
+    fn metadata_place(&self) -> MetadataPlace {
+        MetadataPlace::Nowhere
+    }
+    /// Tables of a `[batch, seq]` mask, without any valid token; only where [`MetadataPlace::Device`] is.
+    fn alloc_metadata(&self, _batch: usize, _seq: usize) -> Result<Storage> {
+        Err(no_device_tables(self.name()))
+    }
     /// Copies host bytes to the start of the memory.
     fn upload(&self, to: Sink<'_>, bytes: &[u8]) -> Result<()>;
     /// Copies the first `into.len()` bytes to the host, after all work launched so far.

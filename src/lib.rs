@@ -24,6 +24,7 @@ mod cpu;
 #[cfg(feature = "cuda")]
 mod cuda;
 mod device;
+mod device_meta;
 mod dtype;
 mod error;
 mod layout;
@@ -55,10 +56,11 @@ pub use crate::attention::{
 pub use crate::backend::Timing;
 pub use crate::config::{Config, DeviceChoice};
 pub use crate::device::{Device, DeviceReport};
+pub use crate::device_meta::{DeviceVarlenMeta, MaskView};
 pub use crate::dtype::{DType, Element};
 pub use crate::error::{Error, Result};
 pub use crate::layout::Layout;
-pub use crate::mask::{KeyMask, MaskInteger, Run};
+pub use crate::mask::{KeyMask, MaskDType, MaskInteger, Run};
 pub use crate::memory::DeviceMemory;
 pub use crate::meta::{CuSeqlens, VarlenMeta};
 pub use crate::plan::{Capabilities, Kernel, Path, Plan, Reason};

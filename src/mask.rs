@@ -10,19 +10,51 @@ use crate::error::{Error, Result};
 const WORD_BITS: usize = 64;
 
 mod sealed {
-    pub trait Sealed {}
+    pub trait Sealed: bytemuck::Pod {}
+}
+
+/// Element type of a mask in a device's memory, by size: booleans and signed integers count like unsigned ones, and any value
+/// that is not 0 keeps its token.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum MaskDType {
+    /// One byte: `bool`, `u8`, `i8`.
+    U8,
+    /// Two bytes.
+    U16,
+    /// Four bytes.
+    U32,
+    /// Eight bytes.
+    U64,
+}
+
+impl MaskDType {
+    /// Bytes of one element.
+    #[must_use]
+    pub const fn size(self) -> usize {
+        match self {
+            Self::U8 => 1,
+            Self::U16 => 2,
+            Self::U32 => 4,
+            Self::U64 => 8,
+        }
+    }
 }
 
 /// An integer that can stand in a mask: zero drops the token, anything else keeps it.
 pub trait MaskInteger: sealed::Sealed + Copy {
+    /// The integer's size as a mask element of a device.
+    const MASK_DTYPE: MaskDType;
     /// Whether the token is kept.
     fn keeps(self) -> bool;
 }
 
 macro_rules! mask_integer {
-    ($($integer:ty),*) => {$(
+    ($($integer:ty: $dtype:ident),*) => {$(
         impl sealed::Sealed for $integer {}
         impl MaskInteger for $integer {
+            const MASK_DTYPE: MaskDType = MaskDType::$dtype;
+
             #[inline(always)]
             fn keeps(self) -> bool {
                 self != 0
@@ -30,7 +62,7 @@ macro_rules! mask_integer {
         }
     )*};
 }
-mask_integer!(u8, i8, u16, i16, u32, i32, u64, i64);
+mask_integer!(u8: U8, i8: U8, u16: U16, i16: U16, u32: U32, i32: U32, u64: U64, i64: U64);
 
 /// A maximal range of consecutive kept tokens of one batch row.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -253,7 +285,7 @@ impl KeyMask {
 }
 
 /// `batch · seq`, if every position fits the `i32` of `cu_seqlens` and `inv_indices`.
-fn check_token_count(batch: usize, seq: usize) -> Result<usize> {
+pub(crate) fn check_token_count(batch: usize, seq: usize) -> Result<usize> {
     let limit = i32::MAX as u64;
     let got = (batch as u128 * seq as u128).max(batch as u128);
     match usize::try_from(got) {

@@ -81,17 +81,11 @@ impl DeviceMemory {
     }
 
     pub(crate) fn source(&self) -> Source<'_> {
-        match &self.storage {
-            Storage::Host(words) => Source::Host(bytemuck::cast_slice(words)),
-            Storage::Device(buffer) => Source::Device(&**buffer),
-        }
+        self.storage.source()
     }
 
     pub(crate) fn sink(&mut self) -> Sink<'_> {
-        match &mut self.storage {
-            Storage::Host(words) => Sink::Host(bytemuck::cast_slice_mut(words)),
-            Storage::Device(buffer) => Sink::Device(&**buffer),
-        }
+        self.storage.sink()
     }
 
     fn expect_room(&self, bytes: usize) -> Result<()> {

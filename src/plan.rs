@@ -90,6 +90,8 @@ pub enum Reason {
     InPlace,
     /// Metadata was given, and the device has no kernel that reads padded tensors in place.
     NoFusedKernel,
+    /// Metadata was given that is in the device's memory, so the plan cannot know the mask.
+    MetadataOnDevice,
     /// `VARLEN_FA=0`, or [`Config::force_dense`].
     DenseForced,
     /// The caller forced the path.
@@ -109,6 +111,7 @@ impl fmt::Display for Reason {
             Self::NothingValid => "no query or no key is valid, so the output is zeros",
             Self::InPlace => "metadata was given and the device reads padded tensors in place",
             Self::NoFusedKernel => "metadata was given and the device has no kernel that reads padded tensors in place",
+            Self::MetadataOnDevice => "the metadata was built on the device, where the plan cannot see it",
             Self::DenseForced => "dense attention is forced (VARLEN_FA=0)",
             Self::PathForced => "the caller forced this path",
             Self::AlreadyPacked => "the rows are packed already",
@@ -184,7 +187,10 @@ pub(crate) fn plan_padded(
         MaskInfo::Key(_) => (Path::Dense, Reason::KeyMask),
         MaskInfo::Bias(_) => (Path::Dense, Reason::Bias),
         MaskInfo::Varlen { query, key } if query.is_empty() || key.is_empty() => (Path::Zero, Reason::NothingValid),
-        MaskInfo::Varlen { .. } if config.force_dense => (Path::Dense, Reason::DenseForced),
+        MaskInfo::Varlen { .. } | MaskInfo::DeviceVarlen { .. } if config.force_dense => {
+            (Path::Dense, Reason::DenseForced)
+        }
+        MaskInfo::DeviceVarlen { .. } => (Path::Packed, Reason::MetadataOnDevice),
         MaskInfo::Varlen { query, key } if query.is_all_valid() && key.is_all_valid() => {
             (Path::Dense, Reason::AllValid)
         }
@@ -214,11 +220,13 @@ fn pick_kernel(capabilities: &Capabilities, forced: Forced) -> Result<Kernel> {
 }
 
 fn check_forced_path(path: Path, mask: &MaskInfo<'_>, capabilities: &Capabilities) -> Result<Reason> {
-    let is_varlen = matches!(mask, MaskInfo::Varlen { .. });
+    let is_varlen = matches!(mask, MaskInfo::Varlen { .. } | MaskInfo::DeviceVarlen { .. });
+    let is_on_device = matches!(mask, MaskInfo::DeviceVarlen { .. });
     let why = match path {
         Path::Dense => return Ok(Reason::PathForced),
         Path::Zero => "it follows from the metadata alone".to_owned(),
         Path::Fused | Path::Packed if !is_varlen => "it needs AttentionMask::Varlen".to_owned(),
+        Path::Fused if is_on_device => "it needs metadata that was built on the host".to_owned(),
         Path::Fused if !capabilities.has_fused => format!("{capabilities} has no fused kernel"),
         Path::Fused | Path::Packed => return Ok(Reason::PathForced),
     };

@@ -81,7 +81,35 @@ pub(crate) enum MaskInfo<'a> {
     None,
     Key(&'a KeyMask),
     Bias(ViewInfo<'a>),
-    Varlen { query: &'a VarlenMeta, key: &'a VarlenMeta },
+    Varlen {
+        query: &'a VarlenMeta,
+        key: &'a VarlenMeta,
+    },
+    /// Metadata in tables of a device, as (device, batch and sequence).
+    DeviceVarlen {
+        query: DeviceMetaInfo<'a>,
+        key: DeviceMetaInfo<'a>,
+    },
+}
+
+/// Metadata in tables of a device.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct DeviceMetaInfo<'a> {
+    pub device: DeviceId,
+    pub device_name: &'a str,
+    /// `[batch, sequence]` of its mask.
+    pub size: [usize; 2],
+}
+
+/// A `[B, S]` mask in a device's memory.
+#[derive(Debug, Clone)]
+pub(crate) struct DeviceMaskInfo<'a> {
+    pub layout: Layout,
+    pub element_bytes: usize,
+    pub device: DeviceId,
+    pub device_name: &'a str,
+    /// Bytes of the memory that the layout indexes.
+    pub memory_bytes: u64,
 }
 
 impl AttentionProblem {
@@ -115,6 +143,10 @@ impl AttentionProblem {
             MaskInfo::Varlen { query, key } => {
                 expect_mask("query metadata", query.key_mask(), batch, seq_q)?;
                 expect_mask("key metadata", key.key_mask(), batch, seq_k)?;
+            }
+            MaskInfo::DeviceVarlen { query, key } => {
+                expect_device_meta("query metadata", query, device, [batch, seq_q])?;
+                expect_device_meta("key metadata", key, device, [batch, seq_k])?;
             }
         }
         Ok(Self { shape, dtype: views.q.dtype, softmax_scale, bias })
@@ -192,6 +224,42 @@ pub(crate) fn check_scatter(
     expect_input("packed", packed, device)?;
     expect_output("padded", padded, device)?;
     expect_apart("padded", padded, "packed", packed)
+}
+
+/// Checks a mask from which metadata of `size`, `[batch, sequence]`, is built on a device.
+pub(crate) fn check_device_mask(device: DeviceInfo<'_>, mask: &DeviceMaskInfo<'_>, size: [usize; 2]) -> Result<()> {
+    let argument = "mask";
+    let &[batch, seq] = mask.layout.shape() else {
+        return Err(Error::Rank { argument, expected: "2: [B, S]", got: mask.layout.rank() });
+    };
+    if [batch, seq] != size {
+        return Err(Error::MaskSize { argument, expected: size, got: [batch, seq] });
+    }
+    if mask.device != device.id {
+        let (expected, got) = (device.name.to_owned(), mask.device_name.to_owned());
+        return Err(Error::DeviceMismatch { argument, expected, got });
+    }
+    let expected = mask.layout.end() * mask.element_bytes as u64;
+    if mask.layout.numel() > 0 && expected > mask.memory_bytes {
+        return Err(Error::BufferTooSmall { argument, expected, got: mask.memory_bytes });
+    }
+    Ok(())
+}
+
+fn expect_device_meta(
+    argument: &'static str,
+    meta: &DeviceMetaInfo<'_>,
+    device: DeviceInfo<'_>,
+    expected: [usize; 2],
+) -> Result<()> {
+    if meta.device != device.id {
+        let (expected, got) = (device.name.to_owned(), meta.device_name.to_owned());
+        return Err(Error::DeviceMismatch { argument, expected, got });
+    }
+    if meta.size != expected {
+        return Err(Error::MaskSize { argument, expected, got: meta.size });
+    }
+    Ok(())
 }
 
 fn check_rows(

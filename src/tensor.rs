@@ -74,21 +74,13 @@ impl Tensor {
     /// The whole tensor, to read.
     #[must_use]
     pub fn view(&self) -> TensorView<'_> {
-        let memory = match &self.storage {
-            Storage::Host(words) => Source::Host(bytemuck::cast_slice(words)),
-            Storage::Device(buffer) => Source::Device(&**buffer),
-        };
-        TensorView { memory, layout: self.layout, dtype: self.dtype }
+        TensorView { memory: self.storage.source(), layout: self.layout, dtype: self.dtype }
     }
 
     /// The whole tensor, to write.
     #[must_use]
     pub fn view_mut(&mut self) -> TensorViewMut<'_> {
-        let memory = match &mut self.storage {
-            Storage::Host(words) => Sink::Host(bytemuck::cast_slice_mut(words)),
-            Storage::Device(buffer) => Sink::Device(&**buffer),
-        };
-        TensorViewMut { memory, layout: self.layout, dtype: self.dtype }
+        TensorViewMut { memory: self.storage.sink(), layout: self.layout, dtype: self.dtype }
     }
 
     /// Copies the tensor to the host, row-major; waits for the work that writes it.

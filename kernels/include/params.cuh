@@ -20,6 +20,8 @@ struct AttentionParams {
     // [B + 1] each; null for padded tensors.
     const int32_t* cu_seqlens_q;
     const int32_t* cu_seqlens_k;
+    // [B]: the batch row or sequence that each step of the grid takes, the longest first; null for the order they have.
+    const int32_t* batch_order;
     // [B, words] bits of padded tensors: kept keys, and query rows that are not written as zeros; null keeps all.
     const uint32_t* key_bits;
     const uint32_t* row_bits;
@@ -44,10 +46,10 @@ struct AttentionParams {
     int32_t bias_is_f32;
 };
 static_assert(sizeof(Strides) == 24);
-static_assert(offsetof(AttentionParams, q_strides) == 80);
-static_assert(offsetof(AttentionParams, bias_strides) == 176);
-static_assert(offsetof(AttentionParams, seq_q) == 216);
-static_assert(sizeof(AttentionParams) == 248);
+static_assert(offsetof(AttentionParams, q_strides) == 88);
+static_assert(offsetof(AttentionParams, bias_strides) == 184);
+static_assert(offsetof(AttentionParams, seq_q) == 224);
+static_assert(sizeof(AttentionParams) == 256);
 
 // Rows move as 16-byte words: H heads of `head_words` words each. All strides count words.
 struct RowTensor {
@@ -69,11 +71,9 @@ struct PackParams {
     const int32_t* cu_seqlens;
     int32_t batch;
     int32_t seq;
-    int32_t tensor_count;
-    int32_t unused;
 };
 static_assert(offsetof(PackParams, indices) == 192);
-static_assert(sizeof(PackParams) == 224);
+static_assert(sizeof(PackParams) == 216);
 
 struct ScatterParams {
     // `padded` is written, `packed` read.
@@ -84,3 +84,30 @@ struct ScatterParams {
     int32_t seq;
 };
 static_assert(sizeof(ScatterParams) == 80);
+
+// Tokens that one block of the metadata kernels reads of a row.
+constexpr int METADATA_CHUNK = 2048;
+
+struct MetadataParams {
+    // [B, S] integers of `mask_bytes` bytes each; any that is not 0 keeps its token. Strides in elements.
+    const void* mask;
+    int64_t mask_batch_stride;
+    int64_t mask_token_stride;
+    // [B + 1], [B], [B·S], [B·S]: as src/meta.rs has them.
+    int32_t* cu_seqlens;
+    int32_t* batch_order;
+    uint32_t* indices;
+    int32_t* inv_indices;
+    // [B, row_words] bits of kept tokens.
+    uint32_t* bits;
+    // [B, chunks]: kept tokens, then the packed row of the first of them.
+    int32_t* chunk_starts;
+    int32_t batch;
+    int32_t seq;
+    int32_t chunks;
+    int32_t row_words;
+    int32_t mask_bytes;
+    int32_t unused;
+};
+static_assert(offsetof(MetadataParams, batch) == 72);
+static_assert(sizeof(MetadataParams) == 96);

@@ -18,7 +18,7 @@ struct BlockRows {
 
     // Grid: x query tiles, y query heads, z batch rows.
     __device__ BlockRows(const AttentionParams& params, int tile_rows) {
-        batch = blockIdx.z;
+        batch = params.batch_order == nullptr ? blockIdx.z : params.batch_order[blockIdx.z];
         head = blockIdx.y;
         kv_head = head / params.group_size;
         first_query = blockIdx.x * tile_rows;

@@ -71,4 +71,22 @@ struct SharedTile {
             from += PASS_ROWS * row_stride;
         }
     }
+
+    // The same for a tile that is wanted whole, the rule: deciding for each copy is a part of what a step costs.
+    template <int THREADS, typename T>
+    __device__ static void load_whole(uint32_t shared, const T* global, int64_t row_stride) {
+        constexpr int PASS_ROWS = THREADS / PANEL_CHUNKS;
+        const int first_row = threadIdx.x / PANEL_CHUNKS;
+        const int column = threadIdx.x % PANEL_CHUNKS;
+        const uint32_t to = shared + offset(first_row, column);
+        const T* from = global + first_row * row_stride + column * 8;
+#pragma unroll
+        for (int pass = 0; pass < ROWS / PASS_ROWS; ++pass) {
+#pragma unroll
+            for (int panel = 0; panel < D / PANEL; ++panel) {
+                ptx::cp_async_16(to + (panel * ROWS + pass * PASS_ROWS) * (PANEL * 2), from + panel * PANEL);
+            }
+            from += PASS_ROWS * row_stride;
+        }
+    }
 };

@@ -29,7 +29,7 @@ use super::host::{self, HostInput, HostOutput};
 use super::rows::RowElement;
 use super::tiles::{KEY_TILE, Tiles};
 use super::tokens::Sequences;
-use crate::backend::{Attention, Input, Output, Rows};
+use crate::backend::{Attention, Input, Output, Rows, no_device_tables};
 use crate::dtype::DType;
 use crate::error::Result;
 use crate::layout::Layout;
@@ -141,6 +141,7 @@ impl<'a, T: RowElement> Call<'a, T> {
                 (Sequences::Valid(query), Sequences::Valid(key), None, Some(query.key_mask()), None)
             }
             Rows::Packed { query, key } => (Sequences::Packed(query), Sequences::Packed(key), None, None, None),
+            Rows::DeviceVarlen { .. } => return Err(no_device_tables(super::NAME)),
         };
         let bias = match bias {
             None => None,

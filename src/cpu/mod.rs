@@ -13,7 +13,7 @@ use std::any::Any;
 use std::sync::{Arc, LazyLock};
 use std::time::Instant;
 
-use crate::backend::{Backend, Op, Sink, Source, Storage, Timing};
+use crate::backend::{Backend, MetadataPlace, Op, Sink, Source, Storage, Timing, no_device_tables};
 use crate::cache::DeviceId;
 use crate::dtype::DType;
 use crate::error::Result;
@@ -80,6 +80,10 @@ impl Backend for CpuDevice {
         host::alloc_words(bytes).map(Storage::Host)
     }
 
+    fn metadata_place(&self) -> MetadataPlace {
+        MetadataPlace::Host
+    }
+
     fn upload(&self, to: Sink<'_>, bytes: &[u8]) -> Result<()> {
         let memory = host::sink_bytes(to)?;
         memory[..bytes.len()].copy_from_slice(bytes);
@@ -98,6 +102,7 @@ impl Backend for CpuDevice {
             Op::Pack { pairs, meta } => pairs.into_iter().try_for_each(|(from, to)| copy::pack(from, to, meta)),
             Op::Scatter { packed, padded, meta } => copy::scatter(packed, padded, meta),
             Op::Zero(out) => copy::zero(out),
+            Op::Metadata { .. } => Err(no_device_tables(NAME)),
         }
     }
 

@@ -6,12 +6,14 @@ use crate::backend::{Attention, Rows};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::mask::KeyMask;
-use crate::meta::{CuSeqlens, VarlenMeta};
+use crate::meta::CuSeqlens;
+use crate::plan::Path;
 use crate::problem::AttentionShape;
 
 use super::copy::RowShape;
 use super::device::CudaDevice;
 use super::memory::CudaBuffer;
+use super::metadata::Tables;
 use super::module::Entry;
 use super::params::{AttentionParams, RowTensor};
 use super::placement::{Placed, WORD_BYTES};
@@ -41,21 +43,21 @@ struct Extent {
 
 /// One side of a call with metadata, queries or keys: if every token is valid, its padded tensors are taken as they are.
 #[derive(Clone, Copy)]
-struct Side<'a> {
-    meta: &'a VarlenMeta,
+struct Side {
+    tables: Tables,
     row: RowShape,
     head_dim: usize,
     dtype: DType,
 }
 
-impl Side<'_> {
+impl Side {
     fn is_packed(&self) -> bool {
-        !self.meta.is_all_valid()
+        !self.tables.is_all_valid
     }
 
     /// Bytes of one packed tensor, rounded up; 0 if there is none.
     fn packed_bytes(&self) -> u64 {
-        let bytes = (self.meta.total_valid() * self.row.words()) as u64 * WORD_BYTES;
+        let bytes = (self.tables.packed_rows * self.row.words()) as u64 * WORD_BYTES;
         if self.is_packed() { bytes.next_multiple_of(PART_ALIGNMENT) } else { 0 }
     }
 
@@ -84,7 +86,22 @@ impl CudaDevice {
         match &attention.rows {
             Rows::Dense { key_mask, zero_rows, .. } => self.attend_dense(attention, tensors, *key_mask, *zero_rows),
             Rows::Packed { query, key } => self.attend_packed(attention, tensors, query, key),
-            Rows::Varlen { query, key } => self.attend_varlen(attention, tensors, query, key),
+            Rows::Varlen { query, key } => {
+                let tables = [self.host_tables(query)?, self.host_tables(key)?];
+                self.attend_varlen(attention, tensors, tables, std::ptr::eq(*query, *key))
+            }
+            Rows::DeviceVarlen { query, key } if attention.plan.path == Path::Dense => {
+                let mut params = params(attention, &tensors);
+                (params.row_bits, params.row_words) = self.device_bits(query)?;
+                (params.key_bits, params.key_words) = self.device_bits(key)?;
+                let extent = Extent { batch: query.batch, max_queries: query.seq, masked: true };
+                self.launch_attention(attention, &params, &extent)
+            }
+            Rows::DeviceVarlen { query, key } => {
+                let tables = [self.device_tables(query)?, self.device_tables(key)?];
+                let is_self = tables[0].cu_seqlens == tables[1].cu_seqlens;
+                self.attend_varlen(attention, tensors, tables, is_self)
+            }
         }
     }
 
@@ -126,8 +143,9 @@ impl CudaDevice {
     ) -> Result<()> {
         let (cu_seqlens_q, cu_seqlens_k) = (self.cu_seqlens(query)?, self.cu_seqlens(key)?);
         let mut params = AttentionParams {
-            cu_seqlens_q: cu_seqlens_q.0.address(),
-            cu_seqlens_k: cu_seqlens_k.0.address(),
+            cu_seqlens_q: cu_seqlens_q.address(),
+            cu_seqlens_k: cu_seqlens_k.address(),
+            batch_order: cu_seqlens_k.order(),
             ..params(attention, &tensors)
         };
         if let Some(lse) = &attention.lse {
@@ -145,12 +163,12 @@ impl CudaDevice {
         &self,
         attention: &Attention<'_>,
         mut tensors: Tensors,
-        query: &VarlenMeta,
-        key: &VarlenMeta,
+        [query, key]: [Tables; 2],
+        is_self_attention: bool,
     ) -> Result<()> {
         let AttentionShape { batch, num_heads, num_kv_heads, head_dim, .. } = attention.problem.shape;
         let dtype = attention.problem.dtype;
-        let side = |meta, heads| Side { meta, row: RowShape::new(heads, head_dim, dtype.size()), head_dim, dtype };
+        let side = |tables, heads| Side { tables, row: RowShape::new(heads, head_dim, dtype.size()), head_dim, dtype };
         let (queries, keys) = (side(query, num_heads), side(key, num_kv_heads));
         // Lives until the last launch; the work that is launched by then keeps its memory.
         let scratch: CudaBuffer = self.scratch(2 * queries.packed_bytes() + 2 * keys.packed_bytes())?;
@@ -171,26 +189,25 @@ impl CudaDevice {
             (tensors.k, tensors.v) = (packed_k, packed_v);
         }
         match (q_rows, kv_rows) {
-            // Self-attention: all three in one launch.
-            (Some(q), Some([k, v])) if std::ptr::eq(query, key) => self.launch_pack(&[q, k, v], query)?,
+            // All three in one launch.
+            (Some(q), Some([k, v])) if is_self_attention => self.launch_pack(&[q, k, v], &query)?,
             (q, kv) => {
-                q.map_or(Ok(()), |q| self.launch_pack(&[q], query))?;
-                kv.map_or(Ok(()), |kv| self.launch_pack(&kv, key))?;
+                q.map_or(Ok(()), |q| self.launch_pack(&[q], &query))?;
+                kv.map_or(Ok(()), |kv| self.launch_pack(&kv, &key))?;
             }
         }
 
         let mut params = params(attention, &tensors);
-        let cu_seqlens_of = |side: &Side<'_>| match side.is_packed() {
-            true => self.cu_seqlens(side.meta.cu_seqlens()).map(|copy| copy.0.address()),
-            false => Ok(0),
-        };
-        // Addresses outlive the handles: the metadata keeps its copies.
-        params.cu_seqlens_q = cu_seqlens_of(&queries)?;
-        params.cu_seqlens_k = cu_seqlens_of(&keys)?;
-        let extent = Extent { batch, max_queries: query.max_seqlen(), masked: false };
+        if queries.is_packed() {
+            params.cu_seqlens_q = query.cu_seqlens;
+        }
+        if keys.is_packed() {
+            (params.cu_seqlens_k, params.batch_order) = (key.cu_seqlens, key.batch_order);
+        }
+        let extent = Extent { batch, max_queries: query.max_seqlen, masked: false };
         self.launch_attention(attention, &params, &extent)?;
         if queries.is_packed() {
-            self.launch_scatter(queries.row, &tensors.out, &padded_out, query)?;
+            self.launch_scatter(queries.row, &tensors.out, &padded_out, &query)?;
         }
         Ok(())
     }
@@ -205,9 +222,11 @@ impl CudaDevice {
         let function = self.function(Entry::Attention { dtype: attention.problem.dtype, tile, masked })?;
         // Both fit: a sequence has at most i32::MAX rows, and the number of heads was checked.
         let (tiles, heads) = (max_queries.div_ceil(tile.rows as usize) as u32, num_heads as u32);
+        // The order is of the whole batch.
+        let batch_order = if batch > MAX_GRID { 0 } else { params.batch_order };
         for first in (0..batch).step_by(MAX_GRID) {
             let grid = [tiles, heads, (batch - first).min(MAX_GRID) as u32];
-            let params = params.after_batch_rows(first);
+            let params = AttentionParams { batch_order, ..params.after_batch_rows(first) };
             // SAFETY: the tensors have the problem's shape and lie inside their buffers, those of packed rows as `cu_seqlens`
             // says (checked by problem; scratch is made so), and their rows start at words (placement). Masks, `cu_seqlens` and
             // the bias have the problem's batch rows. The output shares no memory with them (checked by problem).

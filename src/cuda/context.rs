@@ -190,14 +190,17 @@ impl Context {
         self.synchronize()
     }
 
-    /// Writes zeros.
+    /// Writes the same byte to all of a range.
     ///
     /// # Safety
     /// `bytes` bytes at `address` are memory of this context that nobody else uses.
-    pub unsafe fn zero(&self, address: CUdeviceptr, bytes: u64) -> Result<()> {
+    pub unsafe fn fill(&self, address: CUdeviceptr, byte: u8, bytes: u64) -> Result<()> {
+        if bytes == 0 {
+            return Ok(());
+        }
         // SAFETY: in bounds by the caller's promise.
-        let zeroed = unsafe { result::memset_d8_async(address, 0, bytes as usize, self.stream) };
-        self.done(zeroed, "writing zeros")
+        let filled = unsafe { result::memset_d8_async(address, byte, bytes as usize, self.stream) };
+        self.done(filled, "filling memory")
     }
 
     /// Copies rows of bytes that need no alignment.

@@ -5,15 +5,17 @@ use crate::error::{Error, Result};
 use crate::meta::VarlenMeta;
 
 use super::device::CudaDevice;
+use super::metadata::Tables;
 use super::module::Entry;
 use super::params::{MAX_PACK_TENSORS, PackParams, RowTensor, ScatterParams};
 use super::placement::{Operand, Placed, WORD_BYTES};
 
 /// Threads of a block of `pack_rows` and `scatter_rows`; `THREADS` of pack.cu.
 const THREADS: u32 = 256;
-/// Blocks that a grid-stride loop is spread over, for each multiprocessor: it runs eight of 256 threads at a time, and a second
-/// wave evens out what the first leaves.
-const BLOCKS_PER_MULTIPROCESSOR: u32 = 16;
+/// Each warp takes rows of its own.
+const BLOCK_ROWS: usize = THREADS as usize / 32;
+/// Blocks in a grid's first dimension; kernels stride over what is left.
+const MAX_BLOCKS: usize = i32::MAX as usize;
 
 /// Heads of a row and 16-byte words of a head.
 #[derive(Debug, Clone, Copy)]
@@ -65,30 +67,30 @@ impl CudaDevice {
             let padded = self.place_input(&from, &mut scratch)?;
             tensors.push(RowShape::of(&from).tensor(&padded, &packed));
         }
-        tensors.chunks(MAX_PACK_TENSORS).try_for_each(|tensors| self.launch_pack(tensors, meta))
+        let tables = self.host_tables(meta)?;
+        tensors.chunks(MAX_PACK_TENSORS).try_for_each(|tensors| self.launch_pack(tensors, &tables))
     }
 
     /// Packs up to [`MAX_PACK_TENSORS`] tensors of one batch.
-    pub(super) fn launch_pack(&self, tensors: &[RowTensor], meta: &VarlenMeta) -> Result<()> {
+    pub(super) fn launch_pack(&self, tensors: &[RowTensor], tables: &Tables) -> Result<()> {
         let words = tensors.iter().map(|tensor| tensor.heads as usize * tensor.head_words as usize).sum::<usize>();
-        if meta.is_empty() || words == 0 {
+        if tables.packed_rows == 0 || words == 0 {
             return Ok(());
         }
-        let (indices, cu_seqlens) = (self.indices(meta)?, self.cu_seqlens(meta.cu_seqlens())?);
         let mut params = PackParams {
-            indices: indices.0.address(),
-            cu_seqlens: cu_seqlens.0.address(),
+            indices: tables.indices,
+            cu_seqlens: tables.cu_seqlens,
             // All fit: KeyMask bounds batch · seq by i32::MAX.
-            batch: meta.batch() as i32,
-            seq: meta.seq() as i32,
-            tensor_count: tensors.len() as i32,
+            batch: tables.batch as i32,
+            seq: tables.seq as i32,
             ..Default::default()
         };
         params.tensors.iter_mut().zip(tensors).for_each(|(slot, tensor)| *slot = *tensor);
         let function = self.function(Entry::Pack)?;
+        let [blocks, ..] = row_grid(tables.packed_rows);
         // SAFETY: padded and packed tensors have the metadata's rows (checked by problem; scratch is made so), and their rows
         // start at words (placement); the metadata is this device's copy, whose indices are below batch · seq.
-        unsafe { self.context.launch(function, self.row_grid(meta.total_valid() * words), THREADS, &params) }
+        unsafe { self.context.launch(function, [blocks, tensors.len() as u32, 1], THREADS, &params) }
     }
 
     pub(super) fn scatter(&self, packed: &Input<'_>, padded: &Output<'_>, meta: &VarlenMeta) -> Result<()> {
@@ -96,7 +98,7 @@ impl CudaDevice {
         let padded = to.place_output()?;
         let mut scratch = Vec::new();
         let packed = self.place_input(&self.input("packed", packed)?, &mut scratch)?;
-        self.launch_scatter(RowShape::of(&to), &packed, &padded, meta)
+        self.launch_scatter(RowShape::of(&to), &packed, &padded, &self.host_tables(meta)?)
     }
 
     pub(super) fn launch_scatter(
@@ -104,22 +106,22 @@ impl CudaDevice {
         row: RowShape,
         packed: &Placed,
         padded: &Placed,
-        meta: &VarlenMeta,
+        tables: &Tables,
     ) -> Result<()> {
-        let rows = meta.batch() * meta.seq();
+        let rows = tables.batch * tables.seq;
         if rows * row.words() == 0 {
             return Ok(());
         }
         let params = ScatterParams {
             tensor: row.tensor(padded, packed),
-            inv_indices: self.inv_indices(meta)?.0.address(),
+            inv_indices: tables.inv_indices,
             // Both fit: KeyMask bounds batch · seq by i32::MAX.
-            batch: meta.batch() as i32,
-            seq: meta.seq() as i32,
+            batch: tables.batch as i32,
+            seq: tables.seq as i32,
         };
         let function = self.function(Entry::Scatter)?;
         // SAFETY: as in `launch_pack`; the metadata's packed rows are below the number that `packed` has.
-        unsafe { self.context.launch(function, self.row_grid(rows * row.words()), THREADS, &params) }
+        unsafe { self.context.launch(function, row_grid(rows), THREADS, &params) }
     }
 
     /// Zeros in every element of a view: of any shape and place if it is contiguous, of `[B, S, H, D]` otherwise.
@@ -131,7 +133,7 @@ impl CudaDevice {
         if to.layout.is_contiguous() {
             let bytes = to.layout.numel() as u64 * to.dtype.size() as u64;
             // SAFETY: a contiguous view is the bytes from its address on, inside its buffer (checked by problem).
-            return unsafe { self.context.zero(to.address(), bytes) };
+            return unsafe { self.context.fill(to.address(), 0, bytes) };
         }
         let &[batch, seq, ..] = to.layout.shape() else {
             return Err(Error::Rank { argument: "out", expected: "4: [B, S, H, D]", got: to.layout.rank() });
@@ -156,14 +158,13 @@ impl CudaDevice {
             };
             // SAFETY: the view lies inside its buffer (checked by problem), its rows start at words (placement), and without
             // `inv_indices` nothing is read.
-            unsafe { self.context.launch(function, self.row_grid(batch * seq * row.words()), THREADS, &params) }?;
+            unsafe { self.context.launch(function, row_grid(batch * seq), THREADS, &params) }?;
         }
         Ok(())
     }
+}
 
-    /// Blocks for a grid-stride loop over words.
-    fn row_grid(&self, words: usize) -> [u32; 3] {
-        let most = self.multiprocessors * BLOCKS_PER_MULTIPROCESSOR;
-        [words.div_ceil(THREADS as usize).clamp(1, most as usize) as u32, 1, 1]
-    }
+/// Blocks for so many rows of one tensor.
+fn row_grid(rows: usize) -> [u32; 3] {
+    [rows.div_ceil(BLOCK_ROWS).clamp(1, MAX_BLOCKS) as u32, 1, 1]
 }

@@ -7,7 +7,7 @@ use std::time::Instant;
 use cudarc::driver::DriverError;
 use cudarc::driver::sys::CUresult;
 
-use crate::backend::{Backend, Op, Sink, Source, Storage, Timing};
+use crate::backend::{Backend, MetadataPlace, Op, Sink, Source, Storage, Timing};
 use crate::cache::DeviceId;
 use crate::config::DeviceChoice;
 use crate::dtype::DType;
@@ -27,7 +27,6 @@ pub(super) struct CudaDevice {
     pub(super) id: DeviceId,
     name: Arc<str>,
     capabilities: Capabilities,
-    pub(super) multiprocessors: u32,
     pub(super) context: Arc<Context>,
     modules: Modules,
     timers: Timers,
@@ -56,7 +55,6 @@ impl CudaDevice {
             id: DeviceId::unique(),
             name,
             capabilities,
-            multiprocessors: info.multiprocessors.max(1).unsigned_abs(),
             context: Arc::new(context),
             modules,
             timers: Timers::default(),
@@ -146,6 +144,15 @@ impl Backend for CudaDevice {
         Ok(Storage::Device(Box::new(self.scratch(bytes)?)))
     }
 
+    fn metadata_place(&self) -> MetadataPlace {
+        MetadataPlace::Device
+    }
+
+    fn alloc_metadata(&self, batch: usize, seq: usize) -> Result<Storage> {
+        let _current = self.context.enter()?;
+        Ok(Storage::Device(Box::new(self.empty_metadata(batch, seq)?)))
+    }
+
     fn upload(&self, to: Sink<'_>, bytes: &[u8]) -> Result<()> {
         let _current = self.context.enter()?;
         self.sink(&to)?.upload(bytes)
@@ -163,6 +170,7 @@ impl Backend for CudaDevice {
             Op::Pack { pairs, meta } => self.pack(&pairs, meta),
             Op::Scatter { packed, padded, meta } => self.scatter(&packed, &padded, meta),
             Op::Zero(out) => self.zero(&out),
+            Op::Metadata { mask, tables } => self.build_metadata(&mask, &tables),
         }
     }
 

@@ -24,6 +24,7 @@ pub(super) const KERNELS_CUDA: i32 = 13_000;
 struct Aligned<Bytes: ?Sized>(Bytes);
 
 static ATTENTION_SM80: &Aligned<[u8]> = &Aligned(*include_bytes!("../../kernels/prebuilt/attention_sm80.fatbin"));
+static METADATA: &Aligned<[u8]> = &Aligned(*include_bytes!("../../kernels/prebuilt/metadata.fatbin"));
 static PACK: &Aligned<[u8]> = &Aligned(*include_bytes!("../../kernels/prebuilt/pack.fatbin"));
 
 /// A kernel.
@@ -31,6 +32,9 @@ static PACK: &Aligned<[u8]> = &Aligned(*include_bytes!("../../kernels/prebuilt/p
 pub(super) enum Entry {
     Pack,
     Scatter,
+    MetadataCount,
+    MetadataScan,
+    MetadataIndex,
     /// `masked` adds the key mask, the bias and the rows to be written as zeros.
     Attention {
         dtype: DType,
@@ -50,6 +54,7 @@ pub(super) struct Function {
 /// The modules of one context.
 pub(super) struct Modules {
     attention: CUmodule,
+    metadata: CUmodule,
     pack: CUmodule,
     functions: Mutex<HashMap<Entry, Function>>,
 }
@@ -62,7 +67,9 @@ unsafe impl Sync for Modules {}
 
 impl fmt::Debug for Modules {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Modules").field("attention", &self.attention).field("pack", &self.pack).finish_non_exhaustive()
+        let Self { attention, metadata, pack, .. } = self;
+        let mut modules = f.debug_struct("Modules");
+        modules.field("attention", attention).field("metadata", metadata).field("pack", pack).finish_non_exhaustive()
     }
 }
 
@@ -73,7 +80,8 @@ impl Modules {
             // SAFETY: the image is a whole, aligned fatbin, whose header says how long it is.
             unsafe { module::load_data(image.0.as_ptr().cast::<c_void>()) }
         };
-        Ok(Self { attention: load(ATTENTION_SM80)?, pack: load(PACK)?, functions: Mutex::default() })
+        let (attention, metadata, pack) = (load(ATTENTION_SM80)?, load(METADATA)?, load(PACK)?);
+        Ok(Self { attention, metadata, pack, functions: Mutex::default() })
     }
 
     /// A kernel; the context that the modules were loaded into is current.
@@ -92,6 +100,9 @@ impl Modules {
         let (module, name, shared_bytes) = match entry {
             Entry::Pack => (self.pack, "pack_rows".to_owned(), 0),
             Entry::Scatter => (self.pack, "scatter_rows".to_owned(), 0),
+            Entry::MetadataCount => (self.metadata, "metadata_count".to_owned(), 0),
+            Entry::MetadataScan => (self.metadata, "metadata_scan".to_owned(), 0),
+            Entry::MetadataIndex => (self.metadata, "metadata_index".to_owned(), 0),
             Entry::Attention { dtype, tile, masked } => {
                 (self.attention, attention_name(dtype, tile, masked), tile.shared_bytes(masked))
             }
@@ -122,7 +133,7 @@ mod tests {
 
     #[test]
     fn images_are_fatbins_at_aligned_addresses() {
-        for image in [ATTENTION_SM80, PACK] {
+        for image in [ATTENTION_SM80, METADATA, PACK] {
             assert_eq!(image.0[..4], 0xba55_ed50_u32.to_le_bytes());
             assert!((image.0.as_ptr() as usize).is_multiple_of(16));
         }
@@ -140,6 +151,10 @@ mod tests {
         let pack = include_bytes!("../../kernels/pack.cu");
         assert!(contains(pack, "pack_rows(const __grid_constant__ PackParams"));
         assert!(contains(pack, "scatter_rows(const __grid_constant__ ScatterParams"));
+        let metadata = include_bytes!("../../kernels/metadata.cu");
+        for name in ["metadata_count", "metadata_scan", "metadata_index"] {
+            assert!(contains(metadata, &format!("{name}(const __grid_constant__ MetadataParams")), "{name}");
+        }
         let attention = include_bytes!("../../kernels/attention_sm80.cu");
         for name in ["attention_sm80_f16_d##D", "attention_sm80_bf16_d##D", "_masked"] {
             assert!(contains(attention, name), "{name}");

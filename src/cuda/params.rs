@@ -26,6 +26,7 @@ pub(super) struct AttentionParams {
     pub lse: u64,
     pub cu_seqlens_q: u64,
     pub cu_seqlens_k: u64,
+    pub batch_order: u64,
     pub key_bits: u64,
     pub row_bits: u64,
     pub bias: u64,
@@ -73,8 +74,6 @@ pub(super) struct PackParams {
     pub cu_seqlens: u64,
     pub batch: i32,
     pub seq: i32,
-    pub tensor_count: i32,
-    pub unused: i32,
 }
 
 /// Parameters of `scatter_rows`.
@@ -88,23 +87,50 @@ pub(super) struct ScatterParams {
     pub seq: i32,
 }
 
+/// Tokens that one block of the metadata kernels reads of a row.
+pub(super) const METADATA_CHUNK: usize = 2048;
+
+/// Parameters of the metadata kernels. Strides are in elements.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default, Pod, Zeroable)]
+pub(super) struct MetadataParams {
+    pub mask: u64,
+    pub mask_batch_stride: i64,
+    pub mask_token_stride: i64,
+    pub cu_seqlens: u64,
+    pub batch_order: u64,
+    pub indices: u64,
+    pub inv_indices: u64,
+    pub bits: u64,
+    pub chunk_starts: u64,
+    pub batch: i32,
+    pub seq: i32,
+    pub chunks: i32,
+    pub row_words: i32,
+    pub mask_bytes: i32,
+    pub unused: i32,
+}
+
 const _: () = {
     assert!(size_of::<Strides>() == 24);
-    assert!(offset_of!(AttentionParams, q_strides) == 80);
-    assert!(offset_of!(AttentionParams, bias_strides) == 176);
-    assert!(offset_of!(AttentionParams, seq_q) == 216);
-    assert!(size_of::<AttentionParams>() == 248);
+    assert!(offset_of!(AttentionParams, q_strides) == 88);
+    assert!(offset_of!(AttentionParams, bias_strides) == 184);
+    assert!(offset_of!(AttentionParams, seq_q) == 224);
+    assert!(size_of::<AttentionParams>() == 256);
     assert!(size_of::<RowTensor>() == 64);
     assert!(offset_of!(PackParams, indices) == 192);
-    assert!(size_of::<PackParams>() == 224);
+    assert!(size_of::<PackParams>() == 216);
     assert!(size_of::<ScatterParams>() == 80);
+    assert!(offset_of!(MetadataParams, batch) == 72);
+    assert!(size_of::<MetadataParams>() == 96);
 };
 
 /// Bytes of an element of q, k, v and out: f16 or bf16.
 const ELEMENT_BYTES: i64 = 2;
 
 impl AttentionParams {
-    /// The same call without its first `rows` batch rows: packed tensors stay, since `cu_seqlens` says where their rows are.
+    /// The same call without its first `rows` batch rows: packed tensors stay, since `cu_seqlens` says where their rows are. Calls
+    /// that are split have no `batch_order`.
     pub fn after_batch_rows(&self, rows: usize) -> Self {
         let rows = rows as i64;
         // Null stays null.
@@ -142,6 +168,9 @@ mod tests {
             format!("offsetof(PackParams, indices) == {}", offset_of!(PackParams, indices)),
             format!("sizeof(PackParams) == {}", size_of::<PackParams>()),
             format!("sizeof(ScatterParams) == {}", size_of::<ScatterParams>()),
+            format!("offsetof(MetadataParams, batch) == {}", offset_of!(MetadataParams, batch)),
+            format!("sizeof(MetadataParams) == {}", size_of::<MetadataParams>()),
+            format!("METADATA_CHUNK = {METADATA_CHUNK}"),
         ] {
             assert!(header.contains(&assertion), "params.cuh does not assert {assertion}");
         }

@@ -3,7 +3,7 @@
 use std::f32::consts::LOG2_E;
 use std::ops::Range;
 
-use crate::backend::{Attention, Rows as AttentionRows};
+use crate::backend::{Attention, Rows as AttentionRows, no_device_tables};
 use crate::error::{Error, Result};
 use crate::mask::KeyMask;
 use crate::meta::{CuSeqlens, VarlenMeta};
@@ -47,6 +47,7 @@ impl WgpuDevice {
             }
             AttentionRows::Packed { query, key } => self.record_packed(attention, query, key, launches),
             AttentionRows::Varlen { query, key } => self.record_varlen(attention, query, key, launches),
+            AttentionRows::DeviceVarlen { .. } => Err(no_device_tables(&self.name)),
         }
     }
 

@@ -19,7 +19,7 @@ use std::time::Instant;
 
 use wgpu::{DeviceType, Features};
 
-use crate::backend::{Backend, Op, Sink, Source, Storage, Timing};
+use crate::backend::{Backend, Op, Sink, Source, Storage, Timing, no_device_tables};
 use crate::cache::DeviceId;
 use crate::dtype::DType;
 use crate::error::Result;
@@ -146,6 +146,7 @@ impl Backend for WgpuDevice {
             }
             Op::Scatter { packed, padded, meta } => self.record_scatter(&packed, &padded, meta, &mut launches)?,
             Op::Zero(out) => self.record_zero(&out, &mut launches)?,
+            Op::Metadata { .. } => return Err(no_device_tables(self.name())),
         }
         self.launcher.submit(&launches, &self.timer)
     }

@@ -1,7 +1,10 @@
 //! One attention call on padded tensors: its inputs, what surrounds them in memory, and its run.
 
 use anyhow::{Context, Result, ensure};
-use varlen_fa::{AttentionMask, DType, Device, KeyMask, Path, Plan, Reason, Tensor, TensorView, VarlenMeta};
+use varlen_fa::{
+    AttentionMask, DType, Device, DeviceMemory, DeviceVarlenMeta, KeyMask, Layout, MaskDType, Path, Plan, Reason,
+    Tensor, TensorView, VarlenMeta,
+};
 use varlen_fa_testkit::{OracleShape, random};
 
 use super::memory::{download, narrow, poison, precision, sentinel, upload, widen};
@@ -24,6 +27,15 @@ pub enum Mask {
         /// Keys.
         key: Vec<bool>,
     },
+    /// `AttentionMask::DeviceVarlen`: `[B, S]`.
+    Device(Vec<bool>),
+    /// `AttentionMask::DeviceVarlenCross`: `[B, Sq]` and `[B, Sk]`.
+    DeviceCross {
+        /// Queries.
+        query: Vec<bool>,
+        /// Keys.
+        key: Vec<bool>,
+    },
 }
 
 impl Mask {
@@ -31,7 +43,10 @@ impl Mask {
     pub fn query_keep(&self) -> Option<&[bool]> {
         match self {
             Self::None | Self::Key(_) => None,
-            Self::Varlen(keep) | Self::Cross { query: keep, .. } => Some(keep),
+            Self::Varlen(keep)
+            | Self::Cross { query: keep, .. }
+            | Self::Device(keep)
+            | Self::DeviceCross { query: keep, .. } => Some(keep),
         }
     }
 
@@ -39,7 +54,11 @@ impl Mask {
     pub fn key_keep(&self) -> Option<&[bool]> {
         match self {
             Self::None => None,
-            Self::Key(keep) | Self::Varlen(keep) | Self::Cross { key: keep, .. } => Some(keep),
+            Self::Key(keep)
+            | Self::Varlen(keep)
+            | Self::Cross { key: keep, .. }
+            | Self::Device(keep)
+            | Self::DeviceCross { key: keep, .. } => Some(keep),
         }
     }
 }
@@ -130,6 +149,15 @@ impl Call {
             Mask::Cross { query, key } => {
                 let (query, key) = (meta(seq_q, query)?, meta(seq_k, key)?);
                 self.run_as(variant, AttentionMask::VarlenCross { query: &query, key: &key })?
+            }
+            Mask::Device(keep) => {
+                let meta = device_meta(&variant.device, batch, seq_k, keep)?;
+                self.run_as(variant, AttentionMask::DeviceVarlen(&meta))?
+            }
+            Mask::DeviceCross { query, key } => {
+                let query = device_meta(&variant.device, batch, seq_q, query)?;
+                let key = device_meta(&variant.device, batch, seq_k, key)?;
+                self.run_as(variant, AttentionMask::DeviceVarlenCross { query: &query, key: &key })?
             }
         };
         ensure!(plan.kernel == variant.kernel, "forced kernel {}, but the plan is {plan}", variant.kernel);
@@ -235,6 +263,15 @@ impl Call {
     pub fn widen(&self, bits: &[u32]) -> Vec<f32> {
         bits.iter().map(|&bits| widen(bits, self.dtype)).collect()
     }
+}
+
+/// Metadata that the device builds of a mask in its memory.
+pub fn device_meta(device: &Device, batch: usize, seq: usize, keep: &[bool]) -> Result<DeviceVarlenMeta> {
+    let mut memory = DeviceMemory::alloc(device, keep.len() as u64)?;
+    memory.write(&keep.iter().map(|&keep| if keep { 0xff } else { 0_u8 }).collect::<Vec<_>>())?;
+    let mut meta = DeviceVarlenMeta::new(device, batch, seq)?;
+    meta.rebuild(memory.mask_view(MaskDType::U8, Layout::contiguous(&[batch, seq])?))?;
+    Ok(meta)
 }
 
 /// Shapes of q, k and v.

@@ -34,7 +34,7 @@ pub fn mask(rows: usize, seq: usize, keep: impl Fn(usize, usize) -> bool) -> Vec
     (0..rows * seq).map(|at| keep(at / seq, at % seq)).collect()
 }
 
-fn bernoulli(seed: u64, len: usize, p: f64) -> Result<Vec<bool>> {
+pub fn bernoulli(seed: u64, len: usize, p: f64) -> Result<Vec<bool>> {
     Ok(random::bernoulli_mask(seed, len, p)?)
 }
 

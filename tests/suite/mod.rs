@@ -17,6 +17,7 @@ mod call;
 mod cases;
 mod check;
 mod dense;
+mod device_meta;
 mod large;
 mod layouts;
 mod masks;
@@ -51,6 +52,7 @@ pub fn run(choice: DeviceChoice, own: fn(&mut Trials)) -> ExitCode {
             plans::register,
             cases::register,
             masks::register,
+            device_meta::register,
             shapes::register,
             layouts::register,
             numerics::register,

@@ -1,0 +1,197 @@
+//! Metadata that the device builds of a mask in its own memory.
+
+use anyhow::{Result, bail, ensure};
+use libtest_mimic::Completion;
+use varlen_fa::{
+    AttentionMask, Device, DeviceMemory, DeviceVarlenMeta, Error, Layout, MaskDType, Path, Reason, VarlenMeta,
+};
+use varlen_fa_testkit::OracleShape;
+
+use super::call::{Call, Mask, device_meta};
+use super::masks::{bernoulli, mask};
+use super::trials::{Trials, Variant};
+
+pub fn register(trials: &mut Trials) {
+    // One that builds none says so; there is nothing more to test on it.
+    if DeviceVarlenMeta::new(trials.device(), 1, 1).is_err() {
+        trials.once("device_meta/refused_by_name", refused_by_name);
+        return;
+    }
+    trials.each_path("device_meta/masks", masks);
+    trials.each_path("device_meta/cross", cross);
+    trials.each_path("device_meta/rows_longer_than_a_chunk", rows_longer_than_a_chunk);
+    trials.each_path("device_meta/more_rows_than_are_ordered", more_rows_than_are_ordered);
+    trials.each_path("device_meta/rebuilt", rebuilt);
+    trials.once("device_meta/mask_types_and_strides", mask_types_and_strides);
+    trials.once("device_meta/refusals", refusals);
+    trials.once("device_meta/nothing_valid_at_first", nothing_valid_at_first);
+    trials.once("device_meta/plan", plan);
+}
+
+fn refused_by_name(device: &Device) -> Result<()> {
+    match DeviceVarlenMeta::new(device, 2, 3) {
+        Err(Error::NotApplicable { argument: "device", why, .. }) if why.contains("VarlenMeta on the host") => Ok(()),
+        other => bail!("expected a refusal that names the other builder, got {other:?}"),
+    }
+}
+
+fn masks(variant: &Variant) -> Result<()> {
+    let (batch, seq) = (3, 130);
+    let shape = OracleShape { batch, seq_q: seq, seq_k: seq, heads: 4, kv_heads: 2, head_dim: 32 };
+    for keep in [
+        bernoulli(3, batch * seq, 0.5)?,
+        mask(batch, seq, |row, token| token < 40 * row || token >= 100),
+        mask(batch, seq, |row, token| row != 1 && token % 2 == 0),
+        vec![false; batch * seq],
+        vec![true; batch * seq],
+        mask(batch, seq, |row, token| (row, token) == (2, 129)),
+    ] {
+        Call::random(shape, Mask::Device(keep), variant.dtype, 7).check(variant)?;
+    }
+    Ok(())
+}
+
+fn cross(variant: &Variant) -> Result<()> {
+    let (batch, seq_q, seq_k) = (3, 70, 41);
+    let shape = OracleShape { batch, seq_q, seq_k, heads: 4, kv_heads: 4, head_dim: 40 };
+    let query = bernoulli(4, batch * seq_q, 0.6)?;
+    let key = mask(batch, seq_k, |row, token| row != 0 && token < 20 * row);
+    Call::random(shape, Mask::DeviceCross { query, key }, variant.dtype, 8).check(variant)
+}
+
+fn rows_longer_than_a_chunk(variant: &Variant) -> Result<()> {
+    let (batch, seq) = (2, 2500);
+    let shape = OracleShape { batch, seq_q: seq, seq_k: seq, heads: 1, kv_heads: 1, head_dim: 16 };
+    let keep = mask(batch, seq, |row, token| token % 97 == 5 || (2040..2060 + row).contains(&token) || token == 2499);
+    Call::random(shape, Mask::Device(keep), variant.dtype, 9).check(variant)
+}
+
+fn more_rows_than_are_ordered(variant: &Variant) -> Result<()> {
+    let (batch, seq) = (1030, 3);
+    let shape = OracleShape { batch, seq_q: seq, seq_k: seq, heads: 1, kv_heads: 1, head_dim: 8 };
+    Call::random(shape, Mask::Device(bernoulli(5, batch * seq, 0.5)?), variant.dtype, 10).check(variant)
+}
+
+/// The same metadata, filled again, gives what metadata from the host gives.
+fn rebuilt(variant: &Variant) -> Result<()> {
+    let (batch, seq) = (2, 100);
+    let layout = Layout::contiguous(&[batch, seq])?;
+    let shape = OracleShape::self_attention(batch, seq, 2, 64);
+    let mut memory = DeviceMemory::alloc(&variant.device, (batch * seq) as u64)?;
+    let mut meta = DeviceVarlenMeta::new(&variant.device, batch, seq)?;
+    for seed in 0..3 {
+        let keep = bernoulli(seed, batch * seq, 0.3 + 0.2 * seed as f64)?;
+        let call = Call::random(shape, Mask::Varlen(keep.clone()), variant.dtype, seed);
+        memory.write(&keep.iter().map(|&keep| u8::from(keep)).collect::<Vec<_>>())?;
+        meta.rebuild(memory.mask_view(MaskDType::U8, layout))?;
+        let (_, bits) = call.run_as(variant, AttentionMask::DeviceVarlen(&meta))?;
+        ensure!(bits == call.run(variant)?, "rebuild {seed}: other bits than with metadata from the host");
+    }
+    Ok(())
+}
+
+/// The output under metadata of `meta`, with every other thing fixed.
+fn output(device: &Device, batch: usize, seq: usize, attention: AttentionMask<'_>) -> Result<Vec<u32>> {
+    let capabilities = device.capabilities();
+    let (kernel, dtype) = (capabilities.kernels[0], capabilities.dtypes[0]);
+    let variant = Variant { device: device.clone(), kernel, path: Some(Path::Packed), dtype };
+    let call = Call::random(OracleShape::self_attention(batch, seq, 2, 16), Mask::None, dtype, 11);
+    Ok(call.run_as(&variant, attention)?.1)
+}
+
+fn mask_types_and_strides(device: &Device) -> Result<()> {
+    let (batch, seq) = (3, 50);
+    let keep = bernoulli(6, batch * seq, 0.5)?;
+    let expected = device_meta(device, batch, seq, &keep)?;
+    let expected = output(device, batch, seq, AttentionMask::DeviceVarlen(&expected))?;
+    // Values with only one bit set, in turn at the low and the high end; between the elements lies what keeps everything.
+    for (dtype, bytes) in [(MaskDType::U8, 1), (MaskDType::U16, 2), (MaskDType::U32, 4), (MaskDType::U64, 8)] {
+        for (strides, offset) in [([50, 1], 0), ([1, 3], 0), ([150, 3], 5), ([53, 1], 1)] {
+            let elements = offset + (batch - 1) * strides[0] + (seq - 1) * strides[1] + 1;
+            let mut memory = vec![0xff_u8; elements * bytes];
+            for (at, &keep) in keep.iter().enumerate() {
+                let element = offset + at / seq * strides[0] + at % seq * strides[1];
+                let value = &mut memory[element * bytes..][..bytes];
+                value.fill(0);
+                value[if at % 2 == 0 { 0 } else { bytes - 1 }] = if keep { 0x80 } else { 0 };
+            }
+            let mut on_device = DeviceMemory::alloc(device, memory.len() as u64)?;
+            on_device.write(&memory)?;
+            let layout = Layout::strided(&[batch, seq], &strides.map(|stride| stride as u64), offset as u64)?;
+            let mut meta = DeviceVarlenMeta::new(device, batch, seq)?;
+            meta.rebuild(on_device.mask_view(dtype, layout))?;
+            let got = output(device, batch, seq, AttentionMask::DeviceVarlen(&meta))?;
+            ensure!(got == expected, "{dtype:?}, strides {strides:?}, offset {offset}: another mask was read");
+        }
+    }
+    Ok(())
+}
+
+fn refusals(device: &Device) -> Result<()> {
+    let mut memory = DeviceMemory::alloc(device, 64)?;
+    memory.write(&[1_u8; 64])?;
+    let mut meta = DeviceVarlenMeta::new(device, 2, 8)?;
+    meta.rebuild(memory.mask_view(MaskDType::U8, Layout::contiguous(&[2, 8])?))?;
+    let before = output(device, 2, 8, AttentionMask::DeviceVarlen(&meta))?;
+
+    let larger = Layout::contiguous(&[2, 9])?;
+    let error = meta.rebuild(memory.mask_view(MaskDType::U8, larger)).err();
+    ensure!(
+        error == Some(Error::MaskSize { argument: "mask", expected: [2, 8], got: [2, 9] }),
+        "a mask that changed its size: {error:?}"
+    );
+    let error = meta.rebuild(memory.mask_view(MaskDType::U64, Layout::contiguous(&[2, 8])?)).err();
+    ensure!(
+        matches!(error, Some(Error::BufferTooSmall { argument: "mask", expected: 128, .. })),
+        "a mask that leaves its memory: {error:?}"
+    );
+    let error = meta.rebuild(memory.mask_view(MaskDType::U8, Layout::contiguous(&[16])?)).err();
+    ensure!(matches!(error, Some(Error::Rank { argument: "mask", .. })), "a mask of one dimension: {error:?}");
+    if device.capabilities().backend != "cpu" {
+        let host = varlen_fa::MaskView::from_host(&[0_u8; 16], 2, 8)?;
+        let error = meta.rebuild(host).err();
+        ensure!(
+            matches!(error, Some(Error::DeviceMismatch { argument: "mask", .. })),
+            "a mask of another device: {error:?}"
+        );
+    }
+    let error = DeviceVarlenMeta::new(device, 1 << 20, 1 << 20).err();
+    ensure!(matches!(error, Some(Error::TooLarge { .. })), "more tokens than an i32: {error:?}");
+    // The metadata is as it was.
+    ensure!(output(device, 2, 8, AttentionMask::DeviceVarlen(&meta))? == before, "a refusal changed the metadata");
+
+    let error = output(device, 2, 9, AttentionMask::DeviceVarlen(&meta)).err();
+    let error = error.as_ref().and_then(|error| error.downcast_ref::<Error>());
+    ensure!(matches!(error, Some(Error::MaskSize { .. })), "tensors of another size: {error:?}");
+    Ok(())
+}
+
+fn nothing_valid_at_first(device: &Device) -> Result<()> {
+    let meta = DeviceVarlenMeta::new(device, 2, 8)?;
+    let out = output(device, 2, 8, AttentionMask::DeviceVarlen(&meta))?;
+    ensure!(out.iter().all(|&bits| bits == 0), "metadata without a mask has valid tokens");
+    // Without any token at all, too.
+    let mut empty = DeviceVarlenMeta::new(device, 0, 8)?;
+    let memory = DeviceMemory::alloc(device, 0)?;
+    empty.rebuild(memory.mask_view(MaskDType::U8, Layout::contiguous(&[0, 8])?))?;
+    Ok(())
+}
+
+fn plan(device: &Device) -> Result<Completion> {
+    let keep = vec![true; 16];
+    let meta = device_meta(device, 2, 8, &keep)?;
+    if device.capabilities().backend == "cpu" {
+        return Ok(Completion::ignored_with("metadata of the CPU device is the host's, and planned as such"));
+    }
+    let capabilities = device.capabilities();
+    let (kernel, dtype) = (capabilities.kernels[0], capabilities.dtypes[0]);
+    let call = Call::random(OracleShape::self_attention(2, 8, 2, 16), Mask::None, dtype, 12);
+    let variant = Variant { device: device.clone(), kernel, path: None, dtype };
+    let (plan, _) = call.run_as(&variant, AttentionMask::DeviceVarlen(&meta))?;
+    ensure!((plan.path, plan.reason) == (Path::Packed, Reason::MetadataOnDevice), "{plan}");
+    // What the host knows it uses.
+    let host = VarlenMeta::from_key_mask(&varlen_fa::KeyMask::from_bool(2, 8, &keep)?)?;
+    let (plan, _) = call.run_as(&variant, AttentionMask::Varlen(&host))?;
+    ensure!((plan.path, plan.reason) == (Path::Dense, Reason::AllValid), "{plan}");
+    Ok(Completion::Completed)
+}
