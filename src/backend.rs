@@ -253,12 +253,13 @@ pub(crate) trait Backend: Debug + Send + Sync {
     fn execute(&self, op: Op<'_>) -> Result<()>;
     /// Waits for all work launched so far.
     fn synchronize(&self) -> Result<()>;
+    /// Makes the copies of the metadata that calls use, so that none of them has to.
+    fn upload_meta(&self, meta: &VarlenMeta) -> Result<()>;
     /// Starts to add up the time that launches take on the device; gives the host's time.
     fn start_timer(&self) -> Result<Instant>;
     /// Waits for all work and gives the time since [`Backend::start_timer`] gave `started`.
     fn stop_timer(&self, started: Instant) -> Result<Timing>;
     /// For accessors of one backend's own handles.
-    #[cfg_attr(not(feature = "wgpu"), allow(dead_code, reason = "only the wgpu device has such accessors"))]
     fn as_any(&self) -> &dyn Any;
 }
 

@@ -1,5 +1,7 @@
 //! Devices: which one to compute on, and the only place that knows the backends by name.
 
+#[cfg(feature = "cuda")]
+use std::ffi::c_void;
 use std::fmt;
 use std::sync::Arc;
 
@@ -7,6 +9,7 @@ use crate::backend::{Backend, Timing};
 use crate::config::{Config, DeviceChoice};
 use crate::cpu::CpuDevice;
 use crate::error::{Error, Result};
+use crate::meta::VarlenMeta;
 use crate::plan::Capabilities;
 use crate::problem::DeviceInfo;
 
@@ -76,6 +79,74 @@ impl Device {
         Ok(Self { backend, config })
     }
 
+    /// A device over a CUDA context and stream of the caller's, which stay the caller's. Launches, copies and allocations go to
+    /// that stream and no other, in the order of the calls, so they need no events between them and the caller's own work there.
+    ///
+    /// Both are raw handles of the driver API; those of the runtime API are the same. From cudarc, whatever its version,
+    /// they are `context.cu_ctx().cast()` and `stream.cu_stream().cast()`.
+    ///
+    /// - `context`: a `CUcontext`. Null takes the stream's context, or with the default stream the one that is current in this
+    ///   thread. It is made current during each call, and then again whichever was.
+    /// - `stream`: a `CUstream` of that context. Null is the legacy default stream. `CU_STREAM_PER_THREAD` is refused: calls
+    ///   from different threads would have no order.
+    /// - `config`: as everywhere, but for its `device`, which becomes that of the context.
+    ///
+    /// Kernels are loaded once a context, however many devices are made over it. Each device takes its own memory alone, and
+    /// that of another stream is refused: nothing would order the work of the two. The caller who orders it with events can lay
+    /// a [`DeviceMemory`](crate::DeviceMemory) of each over the same addresses.
+    ///
+    /// # While the stream is being captured into a graph
+    /// [`forward_into`](crate::MaskedAttention::forward_into) is captured: kernels, copies, and scratch memory as nodes that the
+    /// graph allocates and frees itself (so it cannot be a child graph or be cloned, as the driver says of such nodes).
+    /// Metadata and masks that the device has not seen yet are uploaded at once, on another stream, and are not part of the
+    /// graph; [`VarlenMeta::upload_to`] does so beforehand. The graph uses them and the tensors where they lie: they and the
+    /// device must outlive its last run. What returns new memory, copies from or to the host, waits, or measures time is refused
+    /// with [`Error::StreamCaptured`], and the capture goes on. After any other error, end the capture and drop its graph:
+    /// it may hold half of the call.
+    ///
+    /// # Errors
+    /// [`Error::Handle`] for a handle that the driver does not know as a context or stream, or a stream of another context;
+    /// [`Error::StreamCaptured`] if the stream is being captured; [`Error::DeviceUnavailable`] with the reason, as of
+    /// [`with_config`](Self::with_config): no driver, too old a driver or device, no memory for the kernels.
+    ///
+    /// # Safety
+    /// `context` and `stream` are null, or live: the driver need not notice other pointers before it follows them. They live
+    /// until the last clone of the device is dropped, and every tensor, memory, mask and metadata used with it: drop those
+    /// first, then the stream, then the context. No capture of the stream begins or ends during a call.
+    ///
+    /// # Example
+    /// ```no_run
+    /// use std::{ffi::c_void, ptr};
+    /// use varlen_fa::{
+    ///     AttentionMask, Config, DType, Device, DeviceMemory, Layout, MaskedAttention, Plan, Result, VarlenMeta,
+    /// };
+    ///
+    /// /// Attention of a fused bf16 projection `[B, S, 3H, D]`, on the application's stream.
+    /// ///
+    /// /// # Safety
+    /// /// The stream is live; the addresses are of tensors that nothing uses meanwhile but this stream.
+    /// unsafe fn attend(stream: *mut c_void, qkv: u64, out: u64, meta: &VarlenMeta) -> Result<Plan> {
+    ///     let (batch, seq, heads, dim) = (meta.batch(), meta.seq(), 8, 64);
+    ///     // Once per application, in practice.
+    ///     let device = unsafe { Device::from_cuda(ptr::null_mut(), stream, Config::default()) }?;
+    ///     let bytes = 2 * (batch * seq * heads * dim) as u64;
+    ///     let qkv = unsafe { DeviceMemory::from_cuda(&device, qkv, 3 * bytes) }?;
+    ///     let mut out = unsafe { DeviceMemory::from_cuda(&device, out, bytes) }?;
+    ///
+    ///     let fused = qkv.view(DType::Bf16, Layout::contiguous(&[batch, seq, 3 * heads, dim])?);
+    ///     let part = |i: usize| fused.slice(2, i * heads..(i + 1) * heads);
+    ///     let out = out.view_mut(DType::Bf16, Layout::contiguous(&[batch, seq, heads, dim])?);
+    ///     MaskedAttention::new(&device).forward_into(part(0)?, part(1)?, part(2)?, AttentionMask::Varlen(meta), out)
+    /// }
+    /// ```
+    #[cfg(feature = "cuda")]
+    pub unsafe fn from_cuda(context: *mut c_void, stream: *mut c_void, config: Config) -> Result<Self> {
+        // SAFETY: by the caller's promise.
+        let (backend, ordinal) = unsafe { crate::cuda::over(context, stream) }?;
+        log::info!("computing on {}", backend.name());
+        Ok(Self { backend, config: config.with_device(DeviceChoice::Cuda(ordinal)) })
+    }
+
     /// Every device that this build knows of, with what it can do or why it cannot be used.
     #[must_use]
     pub fn list() -> Vec<DeviceReport> {
@@ -139,6 +210,16 @@ impl Device {
 
     pub(crate) fn info(&self) -> DeviceInfo<'_> {
         DeviceInfo { id: self.backend.id(), name: self.name(), dtypes: self.capabilities().dtypes }
+    }
+}
+
+impl VarlenMeta {
+    /// Makes the device's copy of the metadata now rather than at its first use there. It is kept with the metadata either way.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`], [`Error::DeviceLost`].
+    pub fn upload_to(&self, device: &Device) -> Result<()> {
+        device.backend().upload_meta(self)
     }
 }
 

@@ -83,14 +83,16 @@ pub enum Error {
         /// Stride that came, in elements.
         got: u64,
     },
-    /// A view's offset or strides do not keep the alignment that the device needs.
-    #[error("`{argument}`: offset and strides must be multiples of {expected} bytes on this device, got {got} bytes")]
+    /// A view's address, offset or strides do not keep the alignment that the device needs.
+    #[error(
+        "`{argument}`: address, offset and strides must be multiples of {expected} bytes on this device, got {got}"
+    )]
     Misaligned {
         /// Name of the argument.
         argument: &'static str,
         /// Alignment needed, in bytes.
         expected: u64,
-        /// Offending offset or stride, in bytes.
+        /// Offending offset, stride or address, in bytes.
         got: u64,
     },
     /// A view reaches past the end of its memory.
@@ -218,6 +220,28 @@ pub enum Error {
         expected: String,
         /// Device of the tensor.
         got: String,
+    },
+    /// A raw handle or address of the caller is not what it should be.
+    #[error("`{argument}`: expected {expected}, got {got}")]
+    Handle {
+        /// Name of the argument.
+        argument: &'static str,
+        /// What would have been accepted.
+        expected: String,
+        /// What came.
+        got: String,
+    },
+    /// The caller is capturing the device's stream into a graph, which cannot hold the operation. The capture goes on as if it
+    /// had not been asked for.
+    #[error(
+        "device {device}: {operation} is not possible while its stream is being captured; wait, copy and allocate before or \
+         after, and let `forward_into` write to memory that is there"
+    )]
+    StreamCaptured {
+        /// Device that was asked.
+        device: String,
+        /// What was asked for.
+        operation: &'static str,
     },
     /// The chosen device cannot be used here.
     #[error("device {device} is not available: {why}")]

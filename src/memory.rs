@@ -28,6 +28,29 @@ impl DeviceMemory {
         Ok(Self::over(device, device.backend().alloc(bytes)?))
     }
 
+    /// Memory of the caller's on a CUDA device: `bytes` bytes from a device address, which is any that belongs to the context's
+    /// GPU, or managed or registered host memory that kernels see at this address. It is never freed here.
+    ///
+    /// It may start anywhere. Elements must lie at multiples of their size. Inputs whose rows do not start at multiples of
+    /// 16 bytes are copied on the device before each use; outputs must start there.
+    ///
+    /// # Errors
+    /// [`Error::DeviceMismatch`](crate::Error::DeviceMismatch) if the device is not a CUDA one.
+    /// [`Error::Handle`](crate::Error::Handle) for null with bytes, a range past the last address, memory of another GPU, memory
+    /// that the driver does not know (freed, or of the host), and, where the driver says how long the allocation is, more bytes
+    /// than that.
+    ///
+    /// # Safety
+    /// The memory stays allocated until this is dropped and the work launched by then is done; a graph that the work was captured
+    /// into uses it each time it runs. Work outside the device's stream that writes it, or reads what is written here, is ordered
+    /// with that stream by the caller.
+    #[cfg(feature = "cuda")]
+    pub unsafe fn from_cuda(device: &Device, address: u64, bytes: u64) -> Result<Self> {
+        // SAFETY: by the caller's promise.
+        let storage = unsafe { crate::cuda::memory_over(device.backend(), address, bytes) }?;
+        Ok(Self::over(device, storage))
+    }
+
     pub(crate) fn over(device: &Device, storage: Storage) -> Self {
         Self { device: device.clone(), storage }
     }

@@ -17,6 +17,7 @@ use crate::backend::{Backend, MetadataPlace, Op, Sink, Source, Storage, Timing, 
 use crate::cache::DeviceId;
 use crate::dtype::DType;
 use crate::error::Result;
+use crate::meta::VarlenMeta;
 use crate::plan::{Capabilities, Kernel};
 
 const NAME: &str = "cpu";
@@ -104,6 +105,11 @@ impl Backend for CpuDevice {
             Op::Zero(out) => copy::zero(out),
             Op::Metadata { .. } => Err(no_device_tables(NAME)),
         }
+    }
+
+    fn upload_meta(&self, _meta: &VarlenMeta) -> Result<()> {
+        // The metadata's own tables are where they are needed.
+        Ok(())
     }
 
     fn synchronize(&self) -> Result<()> {

@@ -1,12 +1,14 @@
-//! The context of one device and its stream. Driver calls that copy, fill or launch are made here and nowhere else.
+//! A context and one stream of it. Driver calls that copy, fill or launch are made here and nowhere else.
 //!
-//! The context is the device's primary one, which the CUDA runtime and other libraries in the process use too. It is retained
-//! and never released, so handles of it stay valid to the end of the process.
+//! A context is either the primary one of a device that the library opened, which the CUDA runtime and other libraries in the
+//! process use too: it is retained as long as the device is there. Or it is the caller's, stream included; then both stay the
+//! caller's, and only the pool of memory is the library's own.
 
 use std::ffi::c_void;
 use std::fmt;
 use std::marker::PhantomData;
 use std::ptr;
+use std::sync::{Mutex, PoisonError};
 
 use bytemuck::Pod;
 use cudarc::driver::DriverError;
@@ -16,24 +18,47 @@ use cudarc::driver::sys::{
     CUmemPool_attribute, CUmemPoolProps, CUmemoryPool, CUmemorytype, CUpointer_attribute, CUstream,
 };
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 
+use super::capture::Relaxed;
 use super::fault::Faults;
 use super::module::Function;
 use super::placement::Rectangle;
 
-/// A context, its one stream, and the pool that memory comes from.
+/// A context, the stream of it that takes all work, and the pool that memory comes from.
 pub(super) struct Context {
     raw: CUcontext,
     stream: CUstream,
+    owner: Owner,
     /// The library's own, so that the settings of the device's default pool stay the application's. None where the driver or
     /// the virtual machine has no pools.
     pool: Option<CUmemoryPool>,
+    /// Memory that was given up while the stream was being captured into a graph; it is freed once that has ended.
+    unfreed: Mutex<Vec<CUdeviceptr>>,
     pub faults: Faults,
 }
 
+/// Whom context and stream belong to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Owner {
+    /// The primary context of this device, retained, and a stream that nobody else has.
+    Library(sys::CUdevice),
+    /// Both the caller's, who keeps them until this is dropped.
+    Caller,
+}
+
+/// Memory from [`Context::alloc`].
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Allocation {
+    /// A multiple of 256 bytes.
+    pub address: CUdeviceptr,
+    /// The graph that the stream is being captured into allocates it each time it runs, and frees it.
+    in_graph: bool,
+}
+
 // SAFETY: the handles may be used from any thread (the driver API is thread-safe; the context is made current by `enter` in each
-// thread that uses them), and they stay valid: nothing releases or destroys them.
+// thread that uses them), and they stay valid until this is dropped: they are retained, or the caller's by the contract of
+// `Context::over`.
 unsafe impl Send for Context {}
 // SAFETY: as above.
 unsafe impl Sync for Context {}
@@ -46,6 +71,7 @@ impl fmt::Debug for Context {
 
 /// The context is current in this thread until this is dropped; then the one before it is again. The application may be in the
 /// middle of its own CUDA work.
+#[derive(Debug)]
 pub(super) struct Current {
     /// None if it was the same.
     previous: Option<CUcontext>,
@@ -65,14 +91,20 @@ impl Drop for Current {
     }
 }
 
-fn make_current(raw: CUcontext) -> Result<Current, DriverError> {
-    let previous = ctx::get_current()?.unwrap_or(ptr::null_mut());
-    if previous == raw {
-        return Ok(Current { previous: None, thread: PhantomData });
+impl Current {
+    /// Makes a context current.
+    ///
+    /// # Safety
+    /// `raw` is a live context.
+    pub unsafe fn enter(raw: CUcontext) -> Result<Self, DriverError> {
+        let previous = ctx::get_current()?.unwrap_or(ptr::null_mut());
+        if previous == raw {
+            return Ok(Self { previous: None, thread: PhantomData });
+        }
+        // SAFETY: live by the caller's promise.
+        unsafe { ctx::set_current(raw) }?;
+        Ok(Self { previous: Some(previous), thread: PhantomData })
     }
-    // SAFETY: `raw` is a primary context that is retained for good.
-    unsafe { ctx::set_current(raw) }?;
-    Ok(Current { previous: Some(previous), thread: PhantomData })
 }
 
 impl Context {
@@ -81,7 +113,8 @@ impl Context {
         let device = result::device::get(index)?;
         // SAFETY: `device` comes from the driver.
         let raw = unsafe { primary_ctx::retain(device) }?;
-        let made = make_current(raw).and_then(|_current| {
+        // SAFETY: retained above.
+        let made = unsafe { Current::enter(raw) }.and_then(|_current| {
             let stream = stream::create(stream::StreamKind::NonBlocking)?;
             Ok((stream, own_pool(device, index)))
         });
@@ -92,13 +125,24 @@ impl Context {
                 log::debug!("releasing a context that is not used: {error}");
             }
         })?;
-        Ok(Self { raw, stream, pool, faults })
+        Ok(Self { raw, stream, owner: Owner::Library(device), pool, unfreed: Mutex::default(), faults })
+    }
+
+    /// A context and a stream of the caller's, and a pool of its own. The context is that of the device with an index.
+    ///
+    /// # Safety
+    /// Both are live, until the last copy of this and of everything made with it is dropped; the stream is one of the context's
+    /// or its legacy default stream. The context is current.
+    pub unsafe fn over(raw: CUcontext, stream: CUstream, index: i32, faults: Faults) -> Result<Self, DriverError> {
+        let pool = own_pool(result::device::get(index)?, index);
+        Ok(Self { raw, stream, owner: Owner::Caller, pool, unfreed: Mutex::default(), faults })
     }
 
     /// Makes the context current; every other method wants that.
     pub fn enter(&self) -> Result<Current> {
         self.faults.check()?;
-        make_current(self.raw).map_err(|error| self.faults.explain(error, "making the context current", 0))
+        // SAFETY: the context lives as long as this.
+        unsafe { Current::enter(self.raw) }.map_err(|error| self.faults.explain(error, "making the context current", 0))
     }
 
     pub fn stream(&self) -> CUstream {
@@ -110,16 +154,57 @@ impl Context {
         outcome.map_err(|error| self.faults.explain(error, operation, 0))
     }
 
-    /// Memory for later work on the stream, at a multiple of 256 bytes; `bytes` is not 0.
-    pub fn alloc(&self, bytes: u64) -> Result<CUdeviceptr> {
+    /// The context's number, which no other context of this process ever has; the context is current.
+    pub fn number(&self) -> Result<u64, DriverError> {
+        let mut number = 0;
+        // SAFETY: the context is live, and the pointer is to an integer of the right size.
+        unsafe { sys::cuCtxGetId(self.raw, &mut number) }.result()?;
+        Ok(number)
+    }
+
+    /// Whether the stream is being captured into a graph, so that nothing may wait for it.
+    pub fn is_captured(&self) -> Result<bool> {
+        self.done(self.capture_status(), "asking whether the stream is being captured")
+    }
+
+    /// The same. A capture that has failed counts until it is ended.
+    fn capture_status(&self) -> Result<bool, DriverError> {
+        match self.owner {
+            // Nobody else has the stream.
+            Owner::Library(_) => Ok(false),
+            // SAFETY: the stream is live.
+            Owner::Caller => unsafe { is_captured(self.stream) },
+        }
+    }
+
+    /// Refuses what a graph cannot hold. The capture goes on as if it had not been asked for.
+    pub fn expect_no_capture(&self, operation: &'static str) -> Result<()> {
+        match self.is_captured()? {
+            false => Ok(()),
+            true => Err(Error::StreamCaptured { device: self.faults.device_name().to_string(), operation }),
+        }
+    }
+
+    /// Memory for later work on the stream; `bytes` is not 0. While the stream is being captured it is the graph's, to be freed
+    /// before the capture ends.
+    pub fn alloc(&self, bytes: u64) -> Result<Allocation> {
         let explain = |error| self.faults.explain(error, "allocating memory", bytes);
+        let in_graph = self.is_captured()?;
         let Some(pool) = self.pool else {
+            self.expect_no_capture("allocating scratch memory without memory pools")?;
+            self.free_the_unfreed();
             // SAFETY: the context is current; nothing is assumed of the memory's contents.
-            return unsafe { result::malloc_sync(bytes as usize) }.map_err(explain);
+            let address = unsafe { result::malloc_sync(bytes as usize) }.map_err(explain)?;
+            return Ok(Allocation { address, in_graph });
         };
         // SAFETY: pool and stream are this context's and live; nothing is assumed of the memory's contents.
         let take = || unsafe { mem_pool::alloc_async(pool, bytes as usize, self.stream) };
-        take().or_else(|error| {
+        if in_graph {
+            let address = take().map_err(explain)?;
+            return Ok(Allocation { address, in_graph });
+        }
+        self.free_the_unfreed();
+        let taken = take().or_else(|error| {
             if error.0 != sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY {
                 return Err(explain(error));
             }
@@ -129,14 +214,28 @@ impl Context {
             let trimmed = unsafe { mem_pool::trim_to(pool, 0) };
             self.done(trimmed, "trimming the memory pool")?;
             take().map_err(explain)
-        })
+        });
+        taken.map(|address| Allocation { address, in_graph })
     }
 
     /// Frees memory once the work launched so far is done with it.
     ///
     /// # Safety
-    /// `address` came from [`alloc`](Self::alloc), is freed once, and no later work uses it.
-    pub unsafe fn free(&self, address: CUdeviceptr) -> Result<(), DriverError> {
+    /// The memory came from this context, is freed once, and no later work uses it.
+    pub unsafe fn free(&self, memory: Allocation) -> Result<(), DriverError> {
+        // A capture takes a free for a node of the graph, which must be of the graph's own memory. If the stream cannot be asked,
+        // because work on it would depend on a capture of another stream, it cannot take the free either.
+        if !memory.in_graph && self.capture_status() != Ok(false) {
+            self.unfreed.lock().unwrap_or_else(PoisonError::into_inner).push(memory.address);
+            return Ok(());
+        }
+        // SAFETY: by the caller's promise.
+        unsafe { self.free_now(memory.address) }
+    }
+
+    /// # Safety
+    /// As of [`free`](Self::free); the stream is not being captured, or the memory is the graph's.
+    unsafe fn free_now(&self, address: CUdeviceptr) -> Result<(), DriverError> {
         match self.pool {
             // SAFETY: the memory is the pool's by the caller's promise; all its uses are on this stream, before this.
             Some(_) => unsafe { result::free_async(address, self.stream) },
@@ -145,11 +244,70 @@ impl Context {
         }
     }
 
+    /// Frees what was given up during a capture; the stream is not being captured now.
+    fn free_the_unfreed(&self) {
+        let unfreed = std::mem::take(&mut *self.unfreed.lock().unwrap_or_else(PoisonError::into_inner));
+        for address in unfreed {
+            // SAFETY: `free` was promised that it is freed once and used no more; it was taken from the list.
+            let freed = unsafe { self.free_now(address) };
+            if let Err(error) = freed {
+                log::debug!("memory at {address:#x} is not freed: {error}");
+            }
+        }
+    }
+
+    /// Memory of `size` bytes that starts with the given ones, made while the stream is being captured but not captured with it:
+    /// it is complete when this returns, and stays when the capture has ended. `size` is at least 1.
+    pub fn alloc_beside_capture(&self, size: u64, bytes: &[u8]) -> Result<Allocation> {
+        let made = Relaxed::enter().and_then(|_relaxed| {
+            let side = stream::create(stream::StreamKind::NonBlocking)?;
+            // SAFETY: the stream was just made, in this context.
+            let filled = unsafe { self.fill_beside_capture(side, size, bytes) };
+            // SAFETY: it is live, and nobody else has it.
+            let destroyed = unsafe { stream::destroy(side) };
+            if let Err(error) = destroyed {
+                log::debug!("a stream is not destroyed: {error}");
+            }
+            filled
+        });
+        let explain = |error| self.faults.explain(error, "uploading beside a captured stream", size);
+        made.map(|address| Allocation { address, in_graph: false }).map_err(explain)
+    }
+
+    /// # Safety
+    /// `side` is a live stream of this context.
+    unsafe fn fill_beside_capture(&self, side: CUstream, size: u64, bytes: &[u8]) -> Result<CUdeviceptr, DriverError> {
+        let size = (size as usize).max(bytes.len());
+        let address = match self.pool {
+            // SAFETY: pool and stream are live; nothing is assumed of the memory's contents.
+            Some(pool) => unsafe { mem_pool::alloc_async(pool, size, side) }?,
+            // SAFETY: the context is current; nothing is assumed of the memory's contents.
+            None => unsafe { result::malloc_sync(size) }?,
+        };
+        // SAFETY: the new memory has room for the bytes, which are borrowed until the stream is done with them, below.
+        let copied = unsafe { result::memcpy_htod_async(address, bytes, side) };
+        // SAFETY: the stream is live. Waits even where the copy was refused: part of it may be under way.
+        let waited = unsafe { stream::synchronize(side) };
+        copied.and(waited).map(|()| address).inspect_err(|_| {
+            // SAFETY: the memory came from the pool or `malloc_sync` above, and nothing else has it.
+            let freed = match self.pool {
+                // SAFETY: as above; the stream is live.
+                Some(_) => unsafe { result::free_async(address, side) },
+                // SAFETY: as above.
+                None => unsafe { result::free_sync(address) },
+            };
+            if let Err(error) = freed {
+                log::debug!("memory at {address:#x} is not freed: {error}");
+            }
+        })
+    }
+
     /// Copies host bytes; they may change as soon as this returns.
     ///
     /// # Safety
     /// `bytes.len()` bytes at `to` are memory of this context.
     pub unsafe fn upload(&self, to: CUdeviceptr, bytes: &[u8]) -> Result<()> {
+        self.expect_no_capture("copying from the host")?;
         if bytes.is_empty() {
             return Ok(());
         }
@@ -178,6 +336,7 @@ impl Context {
     /// # Safety
     /// `into.len()` bytes at `from` are memory of this context.
     pub unsafe fn download(&self, from: CUdeviceptr, into: &mut [u8]) -> Result<()> {
+        self.expect_no_capture("copying to the host")?;
         if !into.is_empty() {
             // SAFETY: the source is in bounds by the caller's promise; the destination is borrowed until the stream is done
             // with it, below. Any bytes are valid u8s.
@@ -255,8 +414,8 @@ impl Context {
     pub unsafe fn launch<P: Pod>(&self, function: Function, grid: [u32; 3], block: u32, params: &P) -> Result<()> {
         let [x, y, z] = grid;
         let mut arguments = [ptr::from_ref(params).cast_mut().cast::<c_void>()];
-        // SAFETY: the function is of a module that is never unloaded; the parameter is what it takes by the caller's promise, and
-        // is copied before the call returns.
+        // SAFETY: the function is of a module that is there as long as the context; the parameter is what it takes by the
+        // caller's promise, and is copied before the call returns.
         let launched = unsafe {
             result::launch_kernel(
                 function.raw,
@@ -272,10 +431,49 @@ impl Context {
 
     /// Waits for all work launched so far.
     pub fn synchronize(&self) -> Result<()> {
+        self.expect_no_capture("waiting for the device")?;
+        self.free_the_unfreed();
         // SAFETY: the stream is live.
         let waited = unsafe { stream::synchronize(self.stream) };
         self.done(waited, "waiting for the device")
     }
+}
+
+impl Drop for Context {
+    /// The context is live: buffers hold it, and the caller's outlives them by the contract of [`over`](Self::over).
+    fn drop(&mut self) {
+        // Of a lost context nothing can be given back.
+        let Ok(_current) = self.enter() else { return };
+        let _relaxed = Relaxed::enter();
+        if self.capture_status() == Ok(false) {
+            self.free_the_unfreed();
+        }
+        let report = |what: &str, outcome: Result<(), DriverError>| {
+            if let Err(error) = outcome {
+                log::debug!("{what} is not given back: {error}");
+            }
+        };
+        if let Some(pool) = self.pool {
+            // SAFETY: the pool is this context's own. The driver keeps its memory until the frees before this have run.
+            report("a memory pool", unsafe { mem_pool::destroy(pool) });
+        }
+        if let Owner::Library(device) = self.owner {
+            // SAFETY: the stream is this context's own; the driver lets it finish its work.
+            report("a stream", unsafe { stream::destroy(self.stream) });
+            // SAFETY: retained in `open`, once.
+            report("a context", unsafe { primary_ctx::release(device) });
+        }
+    }
+}
+
+/// Whether a stream is being captured into a graph, or was until something went wrong and has not ended the capture yet.
+///
+/// # Safety
+/// The stream is live, or the legacy default stream of the current context.
+pub(super) unsafe fn is_captured(stream: CUstream) -> Result<bool, DriverError> {
+    // SAFETY: by the caller's promise.
+    let status = unsafe { stream::is_capturing(stream) }?;
+    Ok(status != sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE)
 }
 
 /// A pool that keeps what is freed, so that a model's layers reuse it.

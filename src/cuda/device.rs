@@ -1,6 +1,7 @@
 //! The device: what the rest of the library sees of a GPU.
 
 use std::any::Any;
+use std::ffi::c_void;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -12,8 +13,10 @@ use crate::cache::DeviceId;
 use crate::config::DeviceChoice;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
+use crate::meta::VarlenMeta;
 use crate::plan::{Capabilities, Kernel};
 
+use super::caller::{self, CallerHandles};
 use super::context::Context;
 use super::fault::{self, Faults};
 use super::memory::CudaBuffer;
@@ -28,7 +31,7 @@ pub(super) struct CudaDevice {
     name: Arc<str>,
     capabilities: Capabilities,
     pub(super) context: Arc<Context>,
-    modules: Modules,
+    modules: Arc<Modules>,
     timers: Timers,
 }
 
@@ -47,9 +50,49 @@ impl CudaDevice {
         let context = Context::open(ordinal as i32, Faults::new(&name)).map_err(|error| {
             unavailable(format!("{info}: making a CUDA context failed: {}", fault::describe(error)))
         })?;
+        Self::in_context(context, name, capabilities, &info).map_err(unavailable)
+    }
+
+    /// A device over the caller's context and stream, and its ordinal.
+    ///
+    /// # Safety
+    /// As of [`CallerHandles::check`]; both live until the last copy of the device and of everything made with it is dropped.
+    pub unsafe fn over(context: *mut c_void, stream: *mut c_void) -> Result<(Self, usize)> {
+        let unavailable =
+            |why: String| Error::DeviceUnavailable { device: "cuda (the caller's context)".to_owned(), why };
+        CallerHandles::check_values(context, stream)?;
+        probe::start_driver().map_err(unavailable)?;
+        let asked = |error| unavailable(format!("asking the driver failed: {}", fault::describe(error)));
+        let driver_version = probe::driver_version().map_err(asked)?;
+        // First of all: an older driver lacks calls that come below.
+        if driver_version < KERNELS_CUDA {
+            return Err(unavailable(older_driver(driver_version)));
+        }
+        // SAFETY: by the caller's promise.
+        let handles = unsafe { CallerHandles::check(context, stream) }?;
+        let info = CudaDeviceInfo::of(handles.index).map_err(unavailable)?;
+        let capabilities = capabilities_of(&info);
+        // Devices over one GPU do not take one another's tensors, so messages must tell them apart.
+        let name: Arc<str> = format!("{capabilities} on the caller's stream {:#x}", stream as usize).into();
+        // SAFETY: checked as far as the driver can tell, and live by the caller's promise; `handles` has made it current.
+        let context = unsafe { Context::over(handles.context, handles.stream, handles.index, Faults::new(&name)) };
+        let context = context.map_err(asked)?;
+        // Never negative: the driver counts devices from 0.
+        let ordinal = handles.index.unsigned_abs() as usize;
+        let device = Self::in_context(context, name, capabilities, &info).map_err(unavailable)?;
+        Ok((device, ordinal))
+    }
+
+    /// The device with its kernels; otherwise, why they cannot be had.
+    fn in_context(
+        context: Context,
+        name: Arc<str>,
+        capabilities: Capabilities,
+        info: &CudaDeviceInfo,
+    ) -> Result<Self, String> {
         let modules = {
-            let _current = context.enter()?;
-            Modules::load().map_err(|error| unavailable(format!("{info}: {}", why_not_loaded(error))))?
+            let _current = context.enter().map_err(|error| error.to_string())?;
+            Modules::of(&context).map_err(|error| format!("{info}: {}", why_not_loaded(error)))?
         };
         Ok(Self {
             id: DeviceId::unique(),
@@ -66,7 +109,14 @@ impl CudaDevice {
         self.context.faults.check()
     }
 
-    /// Memory with whatever contents, for a tensor or for scratch; the context is current.
+    /// Memory with whatever contents that may outlive a capture of the stream, so there is none during one; the context is
+    /// current.
+    pub(super) fn lasting(&self, bytes: u64) -> Result<CudaBuffer> {
+        self.context.expect_no_capture("allocating a tensor")?;
+        self.scratch(bytes)
+    }
+
+    /// Memory with whatever contents, to be dropped before the call ends; the context is current.
     pub(super) fn scratch(&self, bytes: u64) -> Result<CudaBuffer> {
         let limit = self.capabilities.max_buffer_bytes;
         if bytes > limit {
@@ -74,6 +124,19 @@ impl CudaDevice {
             return Err(Error::TooLarge { argument: "tensor", limit_name, limit, got: bytes });
         }
         CudaBuffer::new(&self.context, self.id, bytes)
+    }
+
+    /// The caller's memory as this device's; checked as far as the driver can tell.
+    ///
+    /// # Safety
+    /// As of [`CudaBuffer::over`].
+    pub(super) unsafe fn memory_over(&self, address: u64, bytes: u64) -> Result<CudaBuffer> {
+        {
+            let _current = self.context.enter()?;
+            caller::check_memory(&self.context, address, bytes)?;
+        }
+        // SAFETY: by the caller's promise.
+        Ok(unsafe { CudaBuffer::over(&self.context, self.id, address, bytes) })
     }
 
     pub(super) fn function(&self, entry: Entry) -> Result<Function> {
@@ -141,7 +204,7 @@ impl Backend for CudaDevice {
 
     fn alloc(&self, bytes: u64) -> Result<Storage> {
         let _current = self.context.enter()?;
-        Ok(Storage::Device(Box::new(self.scratch(bytes)?)))
+        Ok(Storage::Device(Box::new(self.lasting(bytes)?)))
     }
 
     fn metadata_place(&self) -> MetadataPlace {
@@ -179,6 +242,15 @@ impl Backend for CudaDevice {
         self.context.synchronize()
     }
 
+    fn upload_meta(&self, meta: &VarlenMeta) -> Result<()> {
+        let _current = self.context.enter()?;
+        self.indices(meta)?;
+        self.inv_indices(meta)?;
+        self.cu_seqlens(meta.cu_seqlens())?;
+        // What dense paths use instead.
+        self.mask_bits(meta.key_mask()).map(drop)
+    }
+
     fn start_timer(&self) -> Result<Instant> {
         let _current = self.context.enter()?;
         self.timers.start(&self.context)
@@ -202,6 +274,20 @@ mod tests {
     fn a_device_that_is_not_there_is_unavailable_with_the_reason() {
         let error = CudaDevice::open(usize::MAX).err();
         assert!(matches!(error, Some(Error::DeviceUnavailable { why, .. }) if why.contains("NVIDIA driver")));
+    }
+
+    #[test]
+    fn handles_that_cannot_be_are_refused_without_a_driver() {
+        for (context, stream, expected) in
+            [(0, 2, "stream"), (0x10, 0, "context"), (0x7f00_1003_usize, 0_usize, "context"), (0, 8, "stream")]
+        {
+            // SAFETY: no driver is asked about handles that are refused by their values.
+            let refused = unsafe { CudaDevice::over(context as *mut c_void, stream as *mut c_void) }.err();
+            assert!(
+                matches!(&refused, Some(Error::Handle { argument, .. }) if *argument == expected),
+                "{context:#x}, {stream:#x}: {refused:?}"
+            );
+        }
     }
 
     #[test]

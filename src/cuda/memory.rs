@@ -1,4 +1,5 @@
-//! Buffers. They are allocated and freed in stream order: one may be dropped as soon as the work that uses it is launched.
+//! Buffers: the library's own, or over the caller's memory. Its own are allocated and freed in stream order: one may be dropped
+//! as soon as the work that uses it is launched.
 
 use std::any::Any;
 use std::fmt;
@@ -11,7 +12,7 @@ use crate::backend::DeviceBuffer;
 use crate::cache::DeviceId;
 use crate::error::{Error, Result};
 
-use super::context::Context;
+use super::context::{Allocation, Context};
 
 /// An empty tensor has memory too, so that no address is null.
 const MIN_BYTES: u64 = 16;
@@ -24,16 +25,44 @@ pub(super) struct CudaBuffer {
     address: CUdeviceptr,
     size: u64,
     device: DeviceId,
+    /// None if the memory is the caller's.
+    own: Option<Allocation>,
 }
 
 impl CudaBuffer {
-    /// Memory with whatever contents; the context is current.
+    /// Memory with whatever contents; the context is current. While the stream is being captured the memory is the graph's, and
+    /// must be dropped before the capture ends: it is for scratch alone then.
     pub fn new(context: &Arc<Context>, device: DeviceId, size: u64) -> Result<Self> {
-        let address = context.alloc(size.max(MIN_BYTES))?;
-        Ok(Self { context: Arc::clone(context), address, size, device })
+        let own = context.alloc(size.max(MIN_BYTES))?;
+        Ok(Self::owning(own, context, device, size))
     }
 
-    /// Address of the first byte; a multiple of 256.
+    /// Memory that holds the bytes and outlives a capture of the stream; the context is current.
+    pub fn holding(context: &Arc<Context>, device: DeviceId, bytes: &[u8]) -> Result<Self> {
+        let size = bytes.len() as u64;
+        if context.is_captured()? {
+            let own = context.alloc_beside_capture(size.max(MIN_BYTES), bytes)?;
+            return Ok(Self::owning(own, context, device, size));
+        }
+        let buffer = Self::new(context, device, size)?;
+        buffer.upload(bytes)?;
+        Ok(buffer)
+    }
+
+    fn owning(own: Allocation, context: &Arc<Context>, device: DeviceId, size: u64) -> Self {
+        Self { context: Arc::clone(context), address: own.address, size, device, own: Some(own) }
+    }
+
+    /// The caller's memory.
+    ///
+    /// # Safety
+    /// `size` bytes from `address` are memory that the context's work may read and write, until this is dropped and the work
+    /// launched by then is done; nobody else uses them out of the stream's order.
+    pub unsafe fn over(context: &Arc<Context>, device: DeviceId, address: CUdeviceptr, size: u64) -> Self {
+        Self { context: Arc::clone(context), address, size, device, own: None }
+    }
+
+    /// Address of the first byte; a multiple of 256 unless the memory is the caller's.
     pub fn address(&self) -> CUdeviceptr {
         self.address
     }
@@ -63,10 +92,11 @@ impl CudaBuffer {
 
 impl Drop for CudaBuffer {
     fn drop(&mut self) {
+        let Some(own) = self.own else { return };
         // Of a lost context nothing can be freed, and nothing needs to be.
         let Ok(_current) = self.context.enter() else { return };
-        // SAFETY: the address is from this context's `alloc`, and this is its only owner.
-        let freed = unsafe { self.context.free(self.address) };
+        // SAFETY: the memory is this context's, and this is its only owner.
+        let freed = unsafe { self.context.free(own) };
         if let Err(error) = freed {
             log::debug!("{self:?} is not freed: {error}");
         }

@@ -110,9 +110,7 @@ impl CudaDevice {
 
     /// New memory that holds the bytes.
     fn uploaded(&self, bytes: &[u8]) -> Result<CudaBuffer> {
-        let buffer = self.scratch(bytes.len() as u64)?;
-        buffer.upload(bytes)?;
-        Ok(buffer)
+        CudaBuffer::holding(&self.context, self.id, bytes)
     }
 
     /// Tables for masks of a size, in which no token is valid.

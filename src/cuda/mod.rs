@@ -4,9 +4,11 @@
 //! | module | what it holds |
 //! |---|---|
 //! | `probe` | what the driver says of a device, before anything is created |
-//! | `context` | the context and its stream; every driver call that touches memory or launches |
+//! | `caller` | checks of what the caller brings: context, stream, memory |
+//! | `context` | a context and its stream; every driver call that touches memory or launches |
+//! | `capture` | calls beside a stream that is being captured |
 //! | `fault` | driver errors as [`Error`](crate::Error)s, and the loss of the context |
-//! | `memory` | buffers, allocated and freed in stream order |
+//! | `memory` | buffers, allocated and freed in stream order, or over the caller's memory |
 //! | `module` | the compiled kernels and their functions |
 //! | `params`, `tiles` | what kernels and host agree on: parameter structs, tile sizes |
 //! | `placement` | where tensors lie, and copies of those that lie at odd places |
@@ -15,6 +17,8 @@
 //! | `timer` | GPU time by events |
 
 mod attention;
+mod caller;
+mod capture;
 mod context;
 mod copy;
 mod device;
@@ -29,9 +33,10 @@ mod tiles;
 mod timer;
 
 use std::collections::BTreeMap;
+use std::ffi::c_void;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use crate::backend::Backend;
+use crate::backend::{Backend, Storage, foreign_memory};
 use crate::error::Result;
 
 use device::CudaDevice;
@@ -53,4 +58,32 @@ pub(crate) fn open(ordinal: usize) -> Result<Arc<dyn Backend>> {
     let device = Arc::new(CudaDevice::open(ordinal)?);
     opened.insert(ordinal, Arc::clone(&device));
     Ok(device)
+}
+
+/// A device over the caller's context and stream, and its ordinal.
+///
+/// # Errors
+/// As of [`Device::from_cuda`](crate::Device::from_cuda).
+///
+/// # Safety
+/// As of [`Device::from_cuda`](crate::Device::from_cuda).
+pub(crate) unsafe fn over(context: *mut c_void, stream: *mut c_void) -> Result<(Arc<dyn Backend>, usize)> {
+    // SAFETY: by the caller's promise.
+    let (device, ordinal) = unsafe { CudaDevice::over(context, stream) }?;
+    Ok((Arc::new(device), ordinal))
+}
+
+/// The caller's memory as a CUDA device's.
+///
+/// # Errors
+/// As of [`DeviceMemory::from_cuda`](crate::DeviceMemory::from_cuda).
+///
+/// # Safety
+/// As of [`DeviceMemory::from_cuda`](crate::DeviceMemory::from_cuda).
+pub(crate) unsafe fn memory_over(device: &dyn Backend, address: u64, bytes: u64) -> Result<Storage> {
+    let cuda = device.as_any().downcast_ref::<CudaDevice>();
+    let cuda = cuda.ok_or_else(|| foreign_memory(device.name(), "cuda"))?;
+    // SAFETY: by the caller's promise.
+    let buffer = unsafe { cuda.memory_over(address, bytes) }?;
+    Ok(Storage::Device(Box::new(buffer)))
 }

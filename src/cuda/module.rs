@@ -1,9 +1,10 @@
-//! The compiled kernels. They are loaded once a context; a function is looked up at its first launch.
+//! The compiled kernels. They are loaded once a context, however many devices there are over it; a function is looked up at its
+//! first launch.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::ffi::{CString, c_void};
 use std::fmt;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use cudarc::driver::DriverError;
 use cudarc::driver::result::{function, module};
@@ -12,6 +13,7 @@ use cudarc::driver::sys::{CUfunction, CUfunction_attribute, CUmodule};
 use crate::dtype::DType;
 use crate::error::Result;
 
+use super::capture::Relaxed;
 use super::context::Context;
 use super::tiles::Tile;
 
@@ -59,8 +61,7 @@ pub(super) struct Modules {
     functions: Mutex<HashMap<Entry, Function>>,
 }
 
-// SAFETY: modules and functions may be used from any thread, and stay valid: nothing unloads them, and the context is never
-// released.
+// SAFETY: modules and functions may be used from any thread, and stay valid as long as their context: nothing unloads them.
 unsafe impl Send for Modules {}
 // SAFETY: as above; the map of functions is behind a lock.
 unsafe impl Sync for Modules {}
@@ -74,8 +75,28 @@ impl fmt::Debug for Modules {
 }
 
 impl Modules {
+    /// The kernels in a context, which is current; they are loaded if they are not there yet.
+    ///
+    /// They stay until the context is destroyed, and graphs that were captured may go on to run them when the device is dropped.
+    pub fn of(context: &Context) -> Result<Arc<Self>, DriverError> {
+        // By the number of the context, which a later context at the same address does not have. What is kept of a context that
+        // is destroyed is a few handles that nobody finds again; it does not keep the context.
+        static LOADED: Mutex<BTreeMap<u64, Arc<Modules>>> = Mutex::new(BTreeMap::new());
+        let number = context.number()?;
+        // A panic while it is held leaves the map as it was: modules are only inserted whole.
+        let mut loaded = LOADED.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(modules) = loaded.get(&number) {
+            return Ok(Arc::clone(modules));
+        }
+        let modules = Arc::new(Self::load()?);
+        loaded.insert(number, Arc::clone(&modules));
+        Ok(modules)
+    }
+
     /// Loads the kernels into the current context.
-    pub fn load() -> Result<Self, DriverError> {
+    fn load() -> Result<Self, DriverError> {
+        // Another thread may be capturing a stream.
+        let _relaxed = Relaxed::enter()?;
         let load = |image: &'static Aligned<[u8]>| {
             // SAFETY: the image is a whole, aligned fatbin, whose header says how long it is.
             unsafe { module::load_data(image.0.as_ptr().cast::<c_void>()) }
@@ -97,6 +118,8 @@ impl Modules {
     }
 
     fn look_up(&self, entry: Entry) -> Result<Function, DriverError> {
+        // The driver may load the kernel only now, and the stream may be captured.
+        let _relaxed = Relaxed::enter()?;
         let (module, name, shared_bytes) = match entry {
             Entry::Pack => (self.pack, "pack_rows".to_owned(), 0),
             Entry::Scatter => (self.pack, "scatter_rows".to_owned(), 0),
@@ -109,7 +132,7 @@ impl Modules {
         };
         // No name holds a zero byte; one that did would not be found.
         let name = CString::new(name).unwrap_or_default();
-        // SAFETY: the module is loaded for good.
+        // SAFETY: the module is loaded as long as its context is there.
         let raw = unsafe { module::get_function(module, name) }?;
         let attribute = CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
         // More than 48 KiB must be asked for; asking for less does no harm.

@@ -58,18 +58,24 @@ impl Operand<'_> {
         elements * self.dtype.size() as u64
     }
 
-    /// The first distance, of the offset and the strides that are stepped over, that is no multiple of a word.
+    /// What keeps the rows from starting at words: the offset, or the address if the memory itself does not start at one, or
+    /// the first stride that is stepped over. In bytes.
     fn misaligned_by(&self) -> Option<u64> {
-        if self.layout.numel() == 0 {
-            return None;
-        }
         let dims = self.layout.shape().iter().zip(self.layout.strides());
-        let leading = dims.take(self.layout.rank() - 1).filter(|&(&size, _)| size > 1);
-        // Buffers start at words.
-        std::iter::once(self.layout.offset())
-            .chain(leading.map(|(_, &stride)| stride))
-            .map(|elements| self.bytes(elements))
-            .find(|bytes| bytes % WORD_BYTES != 0)
+        let leading = dims.take(self.layout.rank().saturating_sub(1)).filter(|&(&size, _)| size > 1);
+        let strides = leading.map(|(_, &stride)| self.bytes(stride));
+        let offset = self.bytes(self.layout.offset());
+        if self.layout.numel() == 0 { None } else { misaligned(self.buffer.address(), offset, strides) }
+    }
+
+    /// Elements are read and written whole, so they must lie at multiples of their size; memory of the caller need not start at
+    /// one.
+    fn with_whole_elements(self) -> Result<Self> {
+        let (address, expected) = (self.address(), self.dtype.size() as u64);
+        if self.layout.numel() == 0 || address.is_multiple_of(expected) {
+            return Ok(self);
+        }
+        Err(Error::Misaligned { argument: self.name, expected, got: address })
     }
 
     fn placed(&self) -> Placed {
@@ -83,6 +89,14 @@ impl Operand<'_> {
             Some(got) => Err(Error::Misaligned { argument: self.name, expected: WORD_BYTES, got }),
         }
     }
+}
+
+/// The first of the bytes that put rows beside words.
+fn misaligned(base: u64, offset: u64, strides: impl Iterator<Item = u64>) -> Option<u64> {
+    let is_odd = |bytes: &u64| !bytes.is_multiple_of(WORD_BYTES);
+    let address = base + offset;
+    let culprit = if is_odd(&base) { address } else { offset };
+    Some(culprit).filter(|_| is_odd(&address)).or_else(|| strides.into_iter().find(is_odd))
 }
 
 /// Strides of batch row, token and head. Steps that are never taken are put so that nothing looks scattered.
@@ -99,11 +113,13 @@ fn strides(layout: &Layout) -> Strides {
 
 impl CudaDevice {
     pub(super) fn input<'a>(&self, name: &'static str, input: &Input<'a>) -> Result<Operand<'a>> {
-        Ok(Operand { name, buffer: self.source(input.memory)?, layout: input.layout, dtype: input.dtype })
+        Operand { name, buffer: self.source(input.memory)?, layout: input.layout, dtype: input.dtype }
+            .with_whole_elements()
     }
 
     pub(super) fn output<'a>(&self, name: &'static str, output: &Output<'a>) -> Result<Operand<'a>> {
-        Ok(Operand { name, buffer: self.sink(&output.memory)?, layout: output.layout, dtype: output.dtype })
+        Operand { name, buffer: self.sink(&output.memory)?, layout: output.layout, dtype: output.dtype }
+            .with_whole_elements()
     }
 
     /// Where to read. A view whose rows do not start at words is first copied to scratch that lives until the launch.
@@ -263,6 +279,20 @@ mod tests {
         };
         assert_eq!(rectangles, [far(0), far(1), far(2)]);
         Ok(())
+    }
+
+    #[test]
+    fn alignment_is_of_the_address() {
+        let odd = |base, offset, strides: [u64; 2]| misaligned(base, offset, strides.into_iter());
+        assert_eq!(odd(0x7000, 32, [64, 128]), None);
+        // Memory that starts at a word: the offset is at fault.
+        assert_eq!(odd(0x7000, 6, [64, 128]), Some(6));
+        // The caller's memory starts beside a word, and the offset does or does not make up for it.
+        assert_eq!(odd(0x7006, 10, [64, 128]), None);
+        assert_eq!(odd(0x7006, 0, [64, 128]), Some(0x7006));
+        assert_eq!(odd(0x7006, 16, [64, 128]), Some(0x7016));
+        assert_eq!(odd(0x7006, 10, [64, 24]), Some(24));
+        assert_eq!(odd(0x7000, 0, [8, 24]), Some(8));
     }
 
     #[test]

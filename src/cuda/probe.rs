@@ -27,16 +27,17 @@ impl CudaDeviceInfo {
     /// # Errors
     /// Why the device cannot be used, in words.
     pub fn probe(ordinal: usize) -> Result<Self, String> {
-        // SAFETY: loads the driver library, whose initialisers are the vendor's own and safe to run; nothing else is called.
-        if !unsafe { sys::is_culib_present() } {
-            return Err("the NVIDIA driver library (libcuda.so.1 or nvcuda.dll) is not installed".to_owned());
-        }
-        result::init().map_err(|error| format!("the NVIDIA driver does not start: {error}"))?;
+        start_driver()?;
         let count = result::device::get_count().map_err(|error| format!("counting devices failed: {error}"))?;
         let index = i32::try_from(ordinal).ok().filter(|&index| index < count);
         let Some(index) = index else {
             return Err(format!("the NVIDIA driver has {count} device(s), numbered from 0"));
         };
+        Self::of(index)
+    }
+
+    /// The same of the device with an index, which there is; the driver has been started.
+    pub fn of(index: i32) -> Result<Self, String> {
         let info = Self::describe(index).map_err(|error| format!("asking the driver failed: {error}"))?;
         if info.compute_capability < OLDEST {
             return Err(format!("{info} is older than compute capability {}.{}", OLDEST.0, OLDEST.1));
@@ -52,9 +53,7 @@ impl CudaDeviceInfo {
         };
         // SAFETY: as above.
         let memory_bytes = unsafe { result::device::total_mem(device) }? as u64;
-        let mut driver_version = 0;
-        // SAFETY: the driver was started, and the pointer is to a live integer.
-        unsafe { sys::cuDriverGetVersion(&mut driver_version) }.result()?;
+        let driver_version = driver_version()?;
         Ok(Self {
             name: result::device::get_name(device)?,
             compute_capability: (
@@ -66,6 +65,26 @@ impl CudaDeviceInfo {
             driver_version,
         })
     }
+}
+
+/// Loads and starts the driver. Without it, every other call of the driver API would panic.
+///
+/// # Errors
+/// Why there is none, in words.
+pub(super) fn start_driver() -> Result<(), String> {
+    // SAFETY: loads the driver library, whose initialisers are the vendor's own and safe to run; nothing else is called.
+    if !unsafe { sys::is_culib_present() } {
+        return Err("the NVIDIA driver library (libcuda.so.1 or nvcuda.dll) is not installed".to_owned());
+    }
+    result::init().map_err(|error| format!("the NVIDIA driver does not start: {error}"))
+}
+
+/// Newest CUDA version that the driver knows: 1000 · major + 10 · minor. The driver has been started.
+pub(super) fn driver_version() -> Result<i32, result::DriverError> {
+    let mut version = 0;
+    // SAFETY: the pointer is to a live integer.
+    unsafe { sys::cuDriverGetVersion(&mut version) }.result()?;
+    Ok(version)
 }
 
 /// A CUDA version that the driver gives as 1000 · major + 10 · minor.

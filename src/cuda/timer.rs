@@ -12,7 +12,7 @@ use crate::error::{Error, Result};
 
 use super::context::Context;
 
-/// An event of a context that is never released.
+/// An event of a context that outlives it.
 #[derive(Debug)]
 struct Event(CUevent);
 
@@ -56,6 +56,7 @@ pub(super) struct Timers {
 impl Timers {
     /// Starts a timing, and gives what tells it apart.
     pub fn start(&self, context: &Context) -> Result<Instant> {
+        context.expect_no_capture("timing")?;
         let event = context.done(Event::record(context), "timing")?;
         let started = Instant::now();
         self.lock().push((started, event));
@@ -73,6 +74,7 @@ impl Timers {
             let device = context.faults.device_name().to_string();
             return Err(Error::Backend { device, operation: "timing", why: "it was not started".to_owned() });
         };
+        context.expect_no_capture("timing")?;
         let measured = Event::record(context).and_then(|end| begin.milliseconds_until(&end));
         let seconds = f64::from(context.done(measured, "timing")?) / 1e3;
         let duration = Duration::try_from_secs_f64(seconds).unwrap_or_default();

@@ -23,6 +23,7 @@ use crate::backend::{Backend, Op, Sink, Source, Storage, Timing, no_device_table
 use crate::cache::DeviceId;
 use crate::dtype::DType;
 use crate::error::Result;
+use crate::meta::VarlenMeta;
 use crate::plan::{Capabilities, Kernel};
 
 use buffer::{Allocator, WgpuBuffer};
@@ -149,6 +150,15 @@ impl Backend for WgpuDevice {
             Op::Metadata { .. } => return Err(no_device_tables(self.name())),
         }
         self.launcher.submit(&launches, &self.timer)
+    }
+
+    fn upload_meta(&self, meta: &VarlenMeta) -> Result<()> {
+        self.indices(meta)?;
+        self.inv_indices(meta)?;
+        self.cu_seqlens(meta.cu_seqlens())?;
+        self.tiles(meta.cu_seqlens())?;
+        // What dense paths use instead.
+        self.mask_bits(meta.key_mask()).map(drop)
     }
 
     fn synchronize(&self) -> Result<()> {

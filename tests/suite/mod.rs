@@ -13,18 +13,18 @@
 
 mod bias;
 mod bindings;
-mod call;
+pub mod call;
 mod cases;
-mod check;
+pub mod check;
 mod dense;
 mod device_meta;
 mod large;
 mod layouts;
 mod masks;
-mod memory;
+pub mod memory;
 mod numerics;
 mod packed;
-mod placement;
+pub mod placement;
 mod plans;
 mod presence;
 mod properties;

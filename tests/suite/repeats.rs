@@ -73,7 +73,9 @@ impl Stage {
 
 fn same_bits_every_time(variant: &Variant) -> Result<()> {
     let shape = OracleShape { batch: 2, seq_q: 100, seq_k: 100, heads: 4, kv_heads: 2, head_dim: 64 };
-    check(variant, &Stage::new(variant, shape, 0.6)?, 10)
+    // A race shows itself once in many runs, and hardware is where it does; software devices take too long for as many.
+    let runs = if variant.device.capabilities().is_software { 10 } else { 100 };
+    check(variant, &Stage::new(variant, shape, 0.6)?, runs)
 }
 
 fn same_bits_for_many_tiles(variant: &Variant) -> Result<()> {
