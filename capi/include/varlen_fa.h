@@ -1,3 +1,36 @@
+// varlen-fa: attention over padded batches that computes only what is valid.
+//
+// This file is made from the sources of capi/ by `cargo xtask header`: change those instead.
+// docs/embedding-c.md shows how to build, link and use the library; capi/examples/masked_attention.c is a complete program.
+//
+// Errors
+//   Functions that can fail return a varlen_fa_status: 0 is success. varlen_fa_last_error() then has a message that names the
+//   argument, what was expected and what came. After an error no output and no result has been written; only if the device itself
+//   failed (VARLEN_FA_STATUS_DEVICE_LOST, _BACKEND) in the middle of a call, device memory given as an output may hold anything.
+//   No error of a caller ends the process, and no panic crosses into C.
+//
+// Handles
+//   Pointers to devices, masks, metadata and cu_seqlens are handles, not addresses: they are looked up. One that was freed, is of
+//   another kind or was never given out is refused with VARLEN_FA_STATUS_BAD_HANDLE. Every handle is freed once, with the function of
+//   its kind; freeing one ends the name and not the object, which lives on where others need it: metadata outlives its mask, and
+//   a call that runs in another thread finishes.
+//
+// Threads
+//   Every function may be called from any thread at any time, also on the same handles. Calls on one device are ordered as they
+//   are made; calls that use device metadata wait for one that rebuilds it, and the other way round. A message of
+//   varlen_fa_last_error() belongs to the thread that got the error. What callers keep apart is their memory: while a call runs,
+//   nobody else writes to its inputs or uses its outputs. Work on VARLEN_FA_MEMORY_CUDA goes on after the call: order other uses
+//   behind it with the device's stream, or call varlen_fa_device_synchronize.
+//
+// Pointers
+//   NULL where there must be something, addresses in the first page, and misaligned ones are refused. Other pointers must be to live
+//   memory of the size that their function names: that is the caller's word, as everywhere in C.
+//
+// Structs
+//   Start from zeros (`varlen_fa_tensor q = {0};`) and set what you need. Reserved space must be 0; later versions may use it, and
+//   0 will mean what this version does.
+
+
 #ifndef VARLEN_FA_H
 #define VARLEN_FA_H
 
@@ -26,7 +59,8 @@ enum varlen_fa_status
   VARLEN_FA_STATUS_OK = 0,
   // A pointer that must not be NULL is NULL, or points into the first page.
   VARLEN_FA_STATUS_NULL_POINTER = 1,
-  // Not a live handle of the kind that the argument wants: freed, of another kind, or never a handle.
+  // Not a live handle of the kind that the argument wants: freed, of another kind, or never a handle. Also a CUDA context, stream
+  // or address that the driver does not know.
   VARLEN_FA_STATUS_BAD_HANDLE = 2,
   // A number that is not one of an enum's, a negative stride, a size that is no size, reserved space that is not 0.
   VARLEN_FA_STATUS_BAD_VALUE = 3,
@@ -82,6 +116,8 @@ enum varlen_fa_status
   VARLEN_FA_STATUS_DEVICE_LOST = 102,
   // The device or its driver refused an operation.
   VARLEN_FA_STATUS_BACKEND = 103,
+  // The device's stream is being captured into a CUDA graph, which cannot hold the operation; the capture goes on.
+  VARLEN_FA_STATUS_STREAM_CAPTURED = 104,
   // This library failed; the message says where. Please report it.
   VARLEN_FA_STATUS_PANIC = 200,
 };
@@ -202,6 +238,10 @@ enum varlen_fa_mask_kind
   VARLEN_FA_MASK_KIND_VARLEN = 3,
   // `query_meta` and `key_meta`: valid queries attend to the valid keys of their batch row; other rows are exactly zero.
   VARLEN_FA_MASK_KIND_VARLEN_CROSS = 4,
+  // `query_device_meta`: as VARLEN, with metadata that the device built.
+  VARLEN_FA_MASK_KIND_DEVICE_VARLEN = 5,
+  // `query_device_meta` and `key_device_meta`: as VARLEN_CROSS, with metadata that the device built.
+  VARLEN_FA_MASK_KIND_DEVICE_VARLEN_CROSS = 6,
 };
 #ifndef __cplusplus
 #if __STDC_VERSION__ >= 202311L
@@ -239,6 +279,8 @@ enum varlen_fa_reason
   VARLEN_FA_REASON_PATH_FORCED = 10,
   // The tensors were packed already.
   VARLEN_FA_REASON_ALREADY_PACKED = 11,
+  // The device built the metadata, so the plan cannot know the mask.
+  VARLEN_FA_REASON_METADATA_ON_DEVICE = 12,
   // One that this header has no name for; the text says it.
   VARLEN_FA_REASON_UNLISTED = 255,
 };
@@ -301,6 +343,9 @@ typedef struct varlen_fa_cu_seqlens varlen_fa_cu_seqlens;
 
 // A device. Handles are numbers that look like pointers: they point to nothing.
 typedef struct varlen_fa_device varlen_fa_device;
+
+// What varlen_fa_meta is, built on the device from a mask that is there already, without waiting for the host.
+typedef struct varlen_fa_device_meta varlen_fa_device_meta;
 
 // Which tokens of a [B, S] batch are kept.
 typedef struct varlen_fa_key_mask varlen_fa_key_mask;
@@ -365,6 +410,10 @@ typedef struct varlen_fa_attention_mask {
   const struct varlen_fa_meta *query_meta;
   // [B, Sk], for VARLEN_CROSS.
   const struct varlen_fa_meta *key_meta;
+  // [B, S] for DEVICE_VARLEN, [B, Sq] for DEVICE_VARLEN_CROSS.
+  const struct varlen_fa_device_meta *query_device_meta;
+  // [B, Sk], for DEVICE_VARLEN_CROSS.
+  const struct varlen_fa_device_meta *key_device_meta;
   // 0.
   uint64_t reserved[4];
 } varlen_fa_attention_mask;
@@ -404,6 +453,24 @@ typedef struct varlen_fa_device_info {
   // 0.
   uint64_t reserved[4];
 } varlen_fa_device_info;
+
+// A [B, S] mask in the caller's memory. Start from zeros, as with a tensor.
+typedef struct varlen_fa_mask_view {
+  // The first element. May be NULL if the mask has no elements.
+  const void *data;
+  // Bytes from `data` on that belong to the mask.
+  uint64_t bytes;
+  // Element type.
+  varlen_fa_mask_dtype dtype;
+  // What `data` is an address of.
+  varlen_fa_memory memory;
+  // B and S.
+  uint64_t shape[2];
+  // Distance between neighbours of each dimension, in elements, 0 or more.
+  int64_t strides[2];
+  // 0.
+  uint64_t reserved[2];
+} varlen_fa_mask_view;
 
 // A range of kept tokens of one batch row. It may be empty; ranges may touch or overlap.
 typedef struct varlen_fa_run {
@@ -462,10 +529,12 @@ varlen_fa_status varlen_fa_device_open(varlen_fa_device_kind kind,
                                        struct varlen_fa_device **device);
 
 // A CUDA device over a context and a stream of the caller's. All work is launched on that stream, in order with the caller's own
-// work, and no call waits for it, unless tensors are in host memory. Neither is destroyed with the handle; both must outlive it.
+// work, and no call waits for it, unless tensors are in host memory. While the stream is being captured into a graph,
+// varlen_fa_forward over CUDA memory is captured. Neither context nor stream is destroyed here; both must outlive the device and
+// everything used with it.
 //
-// `context`: a CUcontext, of CUDA's driver API. With the runtime API, make it current and ask cuCtxGetCurrent.
-// `stream`: a CUstream or cudaStream_t of that context; NULL is the context's default stream.
+// `context`: a CUcontext, live. NULL takes the stream's context, or with the default stream the one that is current in this thread.
+// `stream`: a CUstream or cudaStream_t of that context, live; NULL is the legacy default stream. CU_STREAM_PER_THREAD is refused.
 // `device`: receives the handle, to be given to varlen_fa_device_free.
 varlen_fa_status varlen_fa_device_open_cuda(void *context,
                                             void *stream,
@@ -479,6 +548,25 @@ varlen_fa_status varlen_fa_device_synchronize(const struct varlen_fa_device *dev
 
 // Closes a device; NULL is fine. Work that was launched goes on.
 varlen_fa_status varlen_fa_device_free(struct varlen_fa_device *device);
+
+// Room on the device for the metadata of [batch, seq] masks; until varlen_fa_device_meta_rebuild no token is valid. CUDA devices and
+// the CPU device have it.
+//
+// `meta`: receives the handle, to be given to varlen_fa_device_meta_free.
+varlen_fa_status varlen_fa_device_meta_create(const struct varlen_fa_device *device,
+                                              uint64_t batch,
+                                              uint64_t seq,
+                                              struct varlen_fa_device_meta **meta);
+
+// Builds the metadata anew from a mask. Nothing is downloaded and nobody waits, if the mask is in the device's memory; calls made
+// before still see the metadata as it was. In a captured CUDA graph, each run rebuilds it from what the mask holds then.
+//
+// `mask`: of the size that the metadata was made for. On the CPU device in host memory.
+varlen_fa_status varlen_fa_device_meta_rebuild(const struct varlen_fa_device_meta *meta,
+                                               const struct varlen_fa_mask_view *mask);
+
+// Ends metadata on a device; NULL is fine.
+varlen_fa_status varlen_fa_device_meta_free(struct varlen_fa_device_meta *meta);
 
 // The message of the last call of this thread that did not return VARLEN_FA_STATUS_OK; "" if there was none. It names the
 // argument, what was expected and what came. The text is valid until the thread's next call that fails, or its end.
@@ -525,6 +613,11 @@ varlen_fa_status varlen_fa_meta_create(const struct varlen_fa_key_mask *key_mask
 
 // The sizes of a batch.
 varlen_fa_status varlen_fa_meta_describe(const struct varlen_fa_meta *meta, struct varlen_fa_meta_info *info);
+
+// Makes the device's copy of the metadata now rather than at its first use there. It is kept with the metadata either way. Call
+// it before the metadata is used in the capture of a CUDA graph.
+varlen_fa_status varlen_fa_meta_upload(const struct varlen_fa_meta *meta,
+                                       const struct varlen_fa_device *device);
 
 // Copies the flat positions b*S + s of the valid tokens, ascending.
 //

@@ -1,5 +1,7 @@
 //! The layer.
 
+use std::sync::Arc;
+
 use varlen::{AttentionMask, Kernel, MaskedAttention, Path, Plan, Reason};
 
 use crate::arguments::{Name, Place, choose, expect_zeros, read_optional, text};
@@ -49,6 +51,8 @@ pub unsafe extern "C" fn varlen_fa_forward(
         let kind = expect_kind(mask.as_ref())?;
         let (bias, query_meta, key_meta, key_mask);
         let bias_input;
+        let (query_device_meta, key_device_meta);
+        let (query_lock, key_lock);
         // SAFETY: as above.
         let out = unsafe { Described::new("out", out) }?;
         expect_apart(&[&out], &[&q, &k, &v])?;
@@ -73,6 +77,26 @@ pub unsafe extern "C" fn varlen_fa_forward(
                 query_meta = handles::get(Name::of("mask.query_meta"), mask.query_meta)?;
                 key_meta = handles::get(Name::of("mask.key_meta"), mask.key_meta)?;
                 AttentionMask::VarlenCross { query: &query_meta, key: &key_meta }
+            }
+            (varlen_fa_mask_kind::DeviceVarlen, Some(mask)) => {
+                query_device_meta = handles::get(Name::of("mask.query_device_meta"), mask.query_device_meta)?;
+                query_lock = query_device_meta.read();
+                AttentionMask::DeviceVarlen(&query_lock)
+            }
+            (varlen_fa_mask_kind::DeviceVarlenCross, Some(mask)) => {
+                query_device_meta = handles::get(Name::of("mask.query_device_meta"), mask.query_device_meta)?;
+                key_device_meta = handles::get(Name::of("mask.key_device_meta"), mask.key_device_meta)?;
+                let same = Arc::ptr_eq(&query_device_meta, &key_device_meta);
+                query_lock = query_device_meta.read();
+                // One that is read twice is locked once: a thread that waits to rebuild it would come between.
+                let key = match same {
+                    true => &query_lock,
+                    false => {
+                        key_lock = key_device_meta.read();
+                        &key_lock
+                    }
+                };
+                AttentionMask::DeviceVarlenCross { query: &query_lock, key }
             }
         };
         let mut layer = MaskedAttention::new(&device);
@@ -141,12 +165,14 @@ fn expect_kind(mask: Option<&varlen_fa_attention_mask>) -> Result<varlen_fa_mask
     let kind = choose(name.field("kind"), mask.kind)?;
     expect_zeros(name.field("reserved_word"), &[u64::from(mask.reserved_word)])?;
     expect_zeros(name.field("reserved"), &mask.reserved)?;
-    use varlen_fa_mask_kind::{Bias, Key, Varlen, VarlenCross};
+    use varlen_fa_mask_kind::{Bias, DeviceVarlen, DeviceVarlenCross, Key, Varlen, VarlenCross};
     for (field, is_null, kinds) in [
         ("key_mask", mask.key_mask.is_null(), &[Key][..]),
         ("bias", mask.bias.is_null(), &[Bias]),
         ("query_meta", mask.query_meta.is_null(), &[Varlen, VarlenCross]),
         ("key_meta", mask.key_meta.is_null(), &[VarlenCross]),
+        ("query_device_meta", mask.query_device_meta.is_null(), &[DeviceVarlen, DeviceVarlenCross]),
+        ("key_device_meta", mask.key_device_meta.is_null(), &[DeviceVarlenCross]),
     ] {
         if !is_null && !kinds.contains(&kind) {
             let expected = format!("NULL with a mask of kind {}", kind as u32);
@@ -179,6 +205,7 @@ pub(crate) fn plan_of(plan: &Plan) -> varlen_fa_plan {
             Reason::DenseForced => varlen_fa_reason::DenseForced,
             Reason::PathForced => varlen_fa_reason::PathForced,
             Reason::AlreadyPacked => varlen_fa_reason::AlreadyPacked,
+            Reason::MetadataOnDevice => varlen_fa_reason::MetadataOnDevice,
             _ => varlen_fa_reason::Unlisted,
         },
         reserved_word: 0,

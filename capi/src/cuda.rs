@@ -2,30 +2,27 @@
 
 use std::ffi::c_void;
 
-use varlen::{Device, DeviceMemory};
-
-use crate::failure::Result;
+use varlen::{Device, DeviceMemory, Result};
 
 /// A device over a context and a stream of it.
 ///
 /// # Safety
-/// Both live for as long as the device and what is made from it; a null stream is the context's default one.
+/// Those of [`Device::from_cuda`].
 #[cfg(feature = "cuda")]
 pub(crate) unsafe fn device_over(context: *mut c_void, stream: *mut c_void) -> Result<Device> {
     let config = varlen::Config::from_env()?;
     // SAFETY: by this function's contract.
-    Ok(unsafe { Device::from_cuda(context, stream, config) }?)
+    unsafe { Device::from_cuda(context, stream, config) }
 }
 
 /// Memory of a CUDA device, to be used in place.
 ///
 /// # Safety
-/// `address` is that of `bytes` bytes of the device's memory, which stay allocated until the work that uses them is done, and
-/// which nobody else uses meanwhile outside the device's stream.
+/// Those of [`DeviceMemory::from_cuda`].
 #[cfg(feature = "cuda")]
 pub(crate) unsafe fn memory(device: &Device, address: u64, bytes: u64) -> Result<DeviceMemory> {
     // SAFETY: by this function's contract.
-    Ok(unsafe { DeviceMemory::from_cuda(device, address, bytes) }?)
+    unsafe { DeviceMemory::from_cuda(device, address, bytes) }
 }
 
 #[cfg(not(feature = "cuda"))]
@@ -39,7 +36,7 @@ pub(crate) unsafe fn memory(_device: &Device, _address: u64, _bytes: u64) -> Res
 }
 
 #[cfg(not(feature = "cuda"))]
-fn not_built() -> crate::failure::Failure {
+fn not_built() -> varlen::Error {
     let why = "varlen-fa was built without its feature `cuda`".to_owned();
-    varlen::Error::DeviceUnavailable { device: "cuda".to_owned(), why }.into()
+    varlen::Error::DeviceUnavailable { device: "cuda".to_owned(), why }
 }

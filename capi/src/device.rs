@@ -45,10 +45,12 @@ pub unsafe extern "C" fn varlen_fa_device_open(
 }
 
 /// A CUDA device over a context and a stream of the caller's. All work is launched on that stream, in order with the caller's own
-/// work, and no call waits for it, unless tensors are in host memory. Neither is destroyed with the handle; both must outlive it.
+/// work, and no call waits for it, unless tensors are in host memory. While the stream is being captured into a graph,
+/// varlen_fa_forward over CUDA memory is captured. Neither context nor stream is destroyed here; both must outlive the device and
+/// everything used with it.
 ///
-/// `context`: a CUcontext, of CUDA's driver API. With the runtime API, make it current and ask cuCtxGetCurrent.
-/// `stream`: a CUstream or cudaStream_t of that context; NULL is the context's default stream.
+/// `context`: a CUcontext, live. NULL takes the stream's context, or with the default stream the one that is current in this thread.
+/// `stream`: a CUstream or cudaStream_t of that context, live; NULL is the legacy default stream. CU_STREAM_PER_THREAD is refused.
 /// `device`: receives the handle, to be given to varlen_fa_device_free.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn varlen_fa_device_open_cuda(
@@ -59,10 +61,7 @@ pub unsafe extern "C" fn varlen_fa_device_open_cuda(
     border(|| {
         // SAFETY: the caller keeps the header's rules for pointers.
         let place = unsafe { Place::new(Name::of("device"), device) }?;
-        if context.is_null() {
-            return Err(Failure::argument(varlen_fa_status::NullPointer, "context", "a CUcontext", "NULL"));
-        }
-        // SAFETY: by the header, a context and a stream of it that live for as long as the device.
+        // SAFETY: by the header, null or a live context and a live stream of it, which outlive the device.
         let opened = unsafe { cuda::device_over(context, stream) }?;
         place.put(handles::issue(opened));
         Ok(())

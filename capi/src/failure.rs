@@ -67,6 +67,8 @@ fn status_of(error: &Error) -> varlen_fa_status {
         Error::Environment { .. } => Status::Environment,
         Error::DeviceMismatch { .. } => Status::DeviceMismatch,
         Error::NotApplicable { .. } => Status::NotApplicable,
+        Error::Handle { .. } => Status::BadHandle,
+        Error::StreamCaptured { .. } => Status::StreamCaptured,
         Error::DeviceUnavailable { .. } => Status::DeviceUnavailable,
         Error::OutOfMemory { .. } => Status::OutOfMemory,
         Error::DeviceLost { .. } => Status::DeviceLost,

@@ -9,13 +9,16 @@ use std::sync::{Arc, PoisonError, RwLock};
 use varlen::{Device, KeyMask, VarlenMeta};
 
 use crate::arguments::Name;
+use crate::device_meta::DeviceMeta;
 use crate::failure::{Failure, Result};
 use crate::masks::Sequences;
-use crate::types::{varlen_fa_cu_seqlens, varlen_fa_device, varlen_fa_key_mask, varlen_fa_meta, varlen_fa_status};
+use crate::types::{
+    varlen_fa_cu_seqlens, varlen_fa_device, varlen_fa_device_meta, varlen_fa_key_mask, varlen_fa_meta, varlen_fa_status,
+};
 
 /// The low bits of a handle say what kind it is; the rest counts up, so that no number comes twice.
 const KIND_BITS: u32 = 4;
-const KINDS: [&str; 5] = ["", "device", "key mask", "metadata", "cu_seqlens"];
+const KINDS: [&str; 6] = ["", "device", "key mask", "metadata", "cu_seqlens", "device metadata"];
 
 static NEXT: AtomicUsize = AtomicUsize::new(1);
 
@@ -53,6 +56,7 @@ handle!(varlen_fa_device, 1, Device);
 handle!(varlen_fa_key_mask, 2, KeyMask);
 handle!(varlen_fa_meta, 3, VarlenMeta);
 handle!(varlen_fa_cu_seqlens, 4, Sequences);
+handle!(varlen_fa_device_meta, 5, DeviceMeta);
 
 /// A new handle for an object.
 pub(crate) fn issue<H: Handle>(object: H::Object) -> *mut H {

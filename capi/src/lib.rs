@@ -10,6 +10,7 @@ mod arguments;
 mod attention;
 mod cuda;
 mod device;
+mod device_meta;
 mod failure;
 mod handles;
 mod masks;

@@ -11,8 +11,8 @@ use crate::arguments::{Name, Place, choose, size, slice};
 use crate::failure::{Failure, Result, border};
 use crate::handles;
 use crate::types::{
-    varlen_fa_cu_seqlens, varlen_fa_key_mask, varlen_fa_mask_dtype, varlen_fa_meta, varlen_fa_meta_info, varlen_fa_run,
-    varlen_fa_status,
+    varlen_fa_cu_seqlens, varlen_fa_device, varlen_fa_key_mask, varlen_fa_mask_dtype, varlen_fa_meta,
+    varlen_fa_meta_info, varlen_fa_run, varlen_fa_status,
 };
 
 /// Cumulative sequence lengths of the caller's own, or of metadata, which then lives on in them.
@@ -181,6 +181,19 @@ pub unsafe extern "C" fn varlen_fa_meta_describe(
             reserved: [0; 4],
         });
         Ok(())
+    })
+}
+
+/// Makes the device's copy of the metadata now rather than at its first use there. It is kept with the metadata either way. Call
+/// it before the metadata is used in the capture of a CUDA graph.
+#[unsafe(no_mangle)]
+pub extern "C" fn varlen_fa_meta_upload(
+    meta: *const varlen_fa_meta,
+    device: *const varlen_fa_device,
+) -> varlen_fa_status {
+    border(|| {
+        let meta = handles::get(Name::of("meta"), meta)?;
+        Ok(meta.upload_to(&*handles::get(Name::of("device"), device)?)?)
     })
 }
 

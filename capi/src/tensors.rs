@@ -122,13 +122,29 @@ impl<'a> Described<'a> {
 
     /// Memory of a CUDA device, for the device that computes.
     fn cuda_memory(&self, device: &Device) -> Result<DeviceMemory> {
-        if kind_of(device) != varlen_fa_device_kind::Cuda {
-            let (expected, got) = (device.name().to_owned(), "cuda".to_owned());
-            return Err(Error::DeviceMismatch { argument: self.name, expected, got }.into());
-        }
         // SAFETY: by the contract of `new`, memory of the device that lives until the work is done.
-        unsafe { cuda::memory(device, self.data.addr() as u64, self.bytes) }
+        unsafe { cuda_memory(device, Name::of(self.name), self.data.addr(), self.bytes) }
     }
+}
+
+/// Memory of a CUDA device, for the device that computes.
+///
+/// # Safety
+/// As [`cuda::memory`].
+pub(crate) unsafe fn cuda_memory(device: &Device, name: Name, address: usize, bytes: u64) -> Result<DeviceMemory> {
+    if kind_of(device) != varlen_fa_device_kind::Cuda {
+        let (argument, got) = (name.argument, "cuda".to_owned());
+        return Err(Error::DeviceMismatch { argument, expected: device.name().to_owned(), got }.into());
+    }
+    // SAFETY: by this function's contract.
+    let memory = unsafe { cuda::memory(device, address as u64, bytes) };
+    memory.map_err(|error| match error {
+        // The driver does not know the address; the caller knows it by this name.
+        Error::Handle { expected, got, .. } => {
+            Failure::argument(varlen_fa_status::BadHandle, name.field("data"), expected, got)
+        }
+        error => error.into(),
+    })
 }
 
 /// Outputs share no host memory with an input or one another. Tensors that interleave count as sharing. The library itself checks
@@ -294,7 +310,7 @@ fn host_view_mut<'a, T: Element>(described: &mut Described<'a>) -> TensorViewMut
     TensorViewMut::from_host_strided(data, described.layout)
 }
 
-fn upload(device: &Device, bytes: &[u8]) -> Result<DeviceMemory> {
+pub(crate) fn upload(device: &Device, bytes: &[u8]) -> Result<DeviceMemory> {
     let mut memory = DeviceMemory::alloc(device, bytes.len() as u64)?;
     memory.write(bytes)?;
     Ok(memory)
@@ -327,7 +343,11 @@ fn compact(layout: &Layout) -> Result<(Layout, Layout)> {
 }
 
 /// Calls `copy` with the bytes of each contiguous piece, where the layout has them and where a row-major tensor does.
-fn for_each_row(layout: &Layout, element: usize, mut copy: impl FnMut(std::ops::Range<usize>, std::ops::Range<usize>)) {
+pub(crate) fn for_each_row(
+    layout: &Layout,
+    element: usize,
+    mut copy: impl FnMut(std::ops::Range<usize>, std::ops::Range<usize>),
+) {
     if layout.numel() == 0 {
         return;
     }

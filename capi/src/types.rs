@@ -17,7 +17,8 @@ pub enum varlen_fa_status {
     Ok = 0,
     /// A pointer that must not be NULL is NULL, or points into the first page.
     NullPointer = 1,
-    /// Not a live handle of the kind that the argument wants: freed, of another kind, or never a handle.
+    /// Not a live handle of the kind that the argument wants: freed, of another kind, or never a handle. Also a CUDA context, stream
+    /// or address that the driver does not know.
     BadHandle = 2,
     /// A number that is not one of an enum's, a negative stride, a size that is no size, reserved space that is not 0.
     BadValue = 3,
@@ -73,6 +74,8 @@ pub enum varlen_fa_status {
     DeviceLost = 102,
     /// The device or its driver refused an operation.
     Backend = 103,
+    /// The device's stream is being captured into a CUDA graph, which cannot hold the operation; the capture goes on.
+    StreamCaptured = 104,
     /// This library failed; the message says where. Please report it.
     Panic = 200,
 }
@@ -188,6 +191,8 @@ pub enum varlen_fa_reason {
     PathForced = 10,
     /// The tensors were packed already.
     AlreadyPacked = 11,
+    /// The device built the metadata, so the plan cannot know the mask.
+    MetadataOnDevice = 12,
     /// One that this header has no name for; the text says it.
     Unlisted = 255,
 }
@@ -206,6 +211,10 @@ pub enum varlen_fa_mask_kind {
     Varlen = 3,
     /// `query_meta` and `key_meta`: valid queries attend to the valid keys of their batch row; other rows are exactly zero.
     VarlenCross = 4,
+    /// `query_device_meta`: as VARLEN, with metadata that the device built.
+    DeviceVarlen = 5,
+    /// `query_device_meta` and `key_device_meta`: as VARLEN_CROSS, with metadata that the device built.
+    DeviceVarlenCross = 6,
 }
 
 /// A device. Handles are numbers that look like pointers: they point to nothing.
@@ -221,6 +230,11 @@ pub struct varlen_fa_key_mask {
 /// Where the valid tokens of a [B, S] batch lie. Made once per request and used by every layer and step: devices keep their copy
 /// of it.
 pub struct varlen_fa_meta {
+    _private: (),
+}
+
+/// What varlen_fa_meta is, built on the device from a mask that is there already, without waiting for the host.
+pub struct varlen_fa_device_meta {
     _private: (),
 }
 
@@ -259,6 +273,26 @@ pub struct varlen_fa_tensor {
     pub reserved: [u64; 2],
 }
 
+/// A [B, S] mask in the caller's memory. Start from zeros, as with a tensor.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct varlen_fa_mask_view {
+    /// The first element. May be NULL if the mask has no elements.
+    pub data: *const c_void,
+    /// Bytes from `data` on that belong to the mask.
+    pub bytes: u64,
+    /// Element type.
+    pub dtype: MaybeUninit<varlen_fa_mask_dtype>,
+    /// What `data` is an address of.
+    pub memory: MaybeUninit<varlen_fa_memory>,
+    /// B and S.
+    pub shape: [u64; 2],
+    /// Distance between neighbours of each dimension, in elements, 0 or more.
+    pub strides: [i64; 2],
+    /// 0.
+    pub reserved: [u64; 2],
+}
+
 /// A range of kept tokens of one batch row. It may be empty; ranges may touch or overlap.
 #[repr(C)]
 #[derive(Debug, Clone, Copy)]
@@ -287,6 +321,10 @@ pub struct varlen_fa_attention_mask {
     pub query_meta: *const varlen_fa_meta,
     /// [B, Sk], for VARLEN_CROSS.
     pub key_meta: *const varlen_fa_meta,
+    /// [B, S] for DEVICE_VARLEN, [B, Sq] for DEVICE_VARLEN_CROSS.
+    pub query_device_meta: *const varlen_fa_device_meta,
+    /// [B, Sk], for DEVICE_VARLEN_CROSS.
+    pub key_device_meta: *const varlen_fa_device_meta,
     /// 0.
     pub reserved: [u64; 4],
 }
@@ -421,5 +459,7 @@ unsafe impl Choice for varlen_fa_mask_kind {
         (Self::Bias, "bias"),
         (Self::Varlen, "varlen"),
         (Self::VarlenCross, "varlen-cross"),
+        (Self::DeviceVarlen, "device-varlen"),
+        (Self::DeviceVarlenCross, "device-varlen-cross"),
     ];
 }

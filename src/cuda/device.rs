@@ -244,9 +244,7 @@ impl Backend for CudaDevice {
 
     fn upload_meta(&self, meta: &VarlenMeta) -> Result<()> {
         let _current = self.context.enter()?;
-        self.indices(meta)?;
-        self.inv_indices(meta)?;
-        self.cu_seqlens(meta.cu_seqlens())?;
+        self.host_tables(meta)?;
         // What dense paths use instead.
         self.mask_bits(meta.key_mask()).map(drop)
     }
