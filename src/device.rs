@@ -97,7 +97,8 @@ impl Device {
     ///
     /// # While the stream is being captured into a graph
     /// [`forward_into`](crate::MaskedAttention::forward_into) is captured: kernels, copies, and scratch memory as nodes that the
-    /// graph allocates and frees itself (so it cannot be a child graph or be cloned, as the driver says of such nodes).
+    /// graph allocates and frees itself (so it cannot be a child graph or be cloned, as the driver says of such nodes; a GPU
+    /// without memory pools, as in some virtual machines, cannot capture calls that need scratch).
     /// Metadata and masks that the device has not seen yet are uploaded at once, on another stream, and are not part of the
     /// graph; [`VarlenMeta::upload_to`] does so beforehand. The graph uses them and the tensors where they lie: they and the
     /// device must outlive its last run. What returns new memory, copies from or to the host, waits, or measures time is refused

@@ -46,6 +46,10 @@ pub use ::wgpu;
 #[cfg(doctest)]
 #[doc = include_str!("../README.md")]
 struct Readme;
+/// Compiles the program of the page on CUDA in place.
+#[cfg(all(doctest, feature = "cuda"))]
+#[doc = include_str!("../docs/embedding-cuda.md")]
+struct EmbeddingCuda;
 
 pub use half::{bf16, f16};
 

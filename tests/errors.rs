@@ -26,7 +26,7 @@ fn messages_name_the_argument_what_was_expected_and_what_came() {
         ),
         (Error::DTypeMismatch { argument: "v", expected: DType::F16, got: DType::Bf16 }, ["`v`", "f16", "bf16"]),
         (Error::InnerStride { argument: "q", got: 2 }, ["`q`", "stride 1", "2"]),
-        (Error::Misaligned { argument: "out", expected: 4, got: 6 }, ["`out`", "4 bytes", "6 bytes"]),
+        (Error::Misaligned { argument: "out", expected: 4, got: 6 }, ["`out`", "4 bytes", "6"]),
         (Error::BufferTooSmall { argument: "q", expected: 10, got: 8 }, ["`q`", "10", "8"]),
         (Error::Overlap { argument: "out", other: "v" }, ["`out`", "`v`", ""]),
         (Error::SelfOverlap { argument: "out", shape: vec![2, 8], strides: vec![4, 1] }, ["`out`", "[4, 1]", "[2, 8]"]),
@@ -54,6 +54,14 @@ fn messages_name_the_argument_what_was_expected_and_what_came() {
             ["VARLEN_FA", "0 or 1", "2"],
         ),
         (Error::DeviceMismatch { argument: "q", expected: owned("wgpu"), got: owned("cpu") }, ["`q`", "wgpu", "cpu"]),
+        (
+            Error::Handle { argument: "stream", expected: owned("one stream"), got: owned("0x2") },
+            ["`stream`", "one stream", "0x2"],
+        ),
+        (
+            Error::StreamCaptured { device: owned("cuda"), operation: "timing" },
+            ["cuda", "timing is not possible", "captured"],
+        ),
         (
             Error::DeviceUnavailable { device: owned("cuda:1"), why: owned("no driver") },
             ["cuda:1", "not available", "no driver"],

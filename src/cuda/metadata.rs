@@ -116,7 +116,7 @@ impl CudaDevice {
     /// Tables for masks of a size, in which no token is valid.
     pub(super) fn empty_metadata(&self, batch: usize, seq: usize) -> Result<CudaBuffer> {
         let places = Places::of(batch, seq);
-        let buffer = self.scratch(places.bytes)?;
+        let buffer = self.lasting(places.bytes)?;
         // SAFETY: the buffer is new and as large.
         unsafe { self.context.fill(buffer.address(), 0, places.bytes) }?;
         let inv_indices = buffer.address() + places.inv_indices;

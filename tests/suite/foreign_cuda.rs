@@ -9,8 +9,9 @@ use anyhow::{Context, Result, anyhow, ensure};
 use cudarc::driver::sys::{CUcontext, CUgraphInstantiate_flags, CUmemAttach_flags, CUstreamCaptureMode};
 use cudarc::driver::{CudaContext, CudaGraph, CudaStream, result, sys};
 use varlen_fa::{
-    AttentionMask, Config, CuSeqlens, DType, Device, DeviceChoice, DeviceMemory, Error, KeyMask, Layout, Plan, Tensor,
-    TensorView, TensorViewMut, VarlenMeta, VarlenOptions, pack, pack_qkv, scatter_to_padded, varlen_attention,
+    AttentionMask, Config, CuSeqlens, DType, Device, DeviceChoice, DeviceMemory, DeviceVarlenMeta, Error, KeyMask,
+    Layout, MaskDType, Path, Plan, Tensor, TensorView, TensorViewMut, VarlenMeta, VarlenOptions, pack, pack_qkv,
+    scatter_to_padded, varlen_attention,
 };
 use varlen_fa_testkit::{OracleShape, random};
 
@@ -25,6 +26,8 @@ pub fn register(trials: &mut Trials) {
     trials.each_path("in_place/capture_and_replay", capture_and_replay);
     trials.each_path("in_place/capture_of_new_metadata", capture_of_new_metadata);
     trials.each_kernel("in_place/capture_of_dense_calls", capture_of_dense_calls);
+    trials.each_path("in_place/capture_of_metadata_on_the_device", capture_of_metadata_on_the_device);
+    trials.once("in_place/capture_of_the_first_launch", capture_of_the_first_launch);
     // What is unsafe during this kind of capture is refused to all threads.
     trials.alone("in_place/capture_in_the_global_mode", capture_in_the_global_mode);
     trials.once("in_place/what_a_capture_refuses", what_a_capture_refuses);
@@ -64,6 +67,19 @@ impl Application {
     pub fn new() -> Result<Self> {
         let _beside = beside_no_capture();
         let context = CudaContext::new(0).map_err(driver)?;
+        let stream = context.new_stream().map_err(driver)?;
+        Ok(Self { context, stream })
+    }
+
+    /// The same in a context that nobody used before.
+    pub fn in_a_new_context() -> Result<Self> {
+        let _beside = beside_no_capture();
+        result::init().map_err(driver)?;
+        let device = result::device::get(0).map_err(driver)?;
+        // SAFETY: the device comes from the driver; null asks for a plain context.
+        let context = unsafe { result::ctx::create_v4(ptr::null_mut(), 0, device) }.map_err(driver)?;
+        // SAFETY: just made, for this device; what is returned destroys it.
+        let context = unsafe { CudaContext::from_raw_context(0, device, context) }.map_err(driver)?;
         let stream = context.new_stream().map_err(driver)?;
         Ok(Self { context, stream })
     }
@@ -411,6 +427,56 @@ fn capture_of_new_metadata(variant: &Variant) -> Result<()> {
     check_replays(&application, &variant, &mut in_place, LOCAL, AttentionMask::Varlen(&meta))
 }
 
+/// A graph that builds the metadata too follows whatever its mask holds, with the bits of direct calls.
+fn capture_of_metadata_on_the_device(variant: &Variant) -> Result<()> {
+    let application = Application::new()?;
+    let variant = application.variant(variant)?;
+    let (call, _) = masked_call(&variant, 12)?;
+    let OracleShape { batch, seq_k: seq, .. } = call.shape;
+    let mut in_place = InPlace::new(&application, &variant.device, call, PLAIN)?;
+    // Any bits but zero keep a token; the mask starts at an odd element.
+    let mask = Raw::of(&application, &vec![0; batch * seq + 1])?;
+    let memory = mask.on(&variant.device, 2)?;
+    let view = memory.mask_view(MaskDType::U16, Layout::contiguous(&[batch, seq])?);
+    let mut meta = DeviceVarlenMeta::new(&variant.device, batch, seq)?;
+
+    let graph = application.capture(LOCAL, || {
+        ensure!(
+            matches!(DeviceVarlenMeta::new(&variant.device, batch, seq), Err(Error::StreamCaptured { .. })),
+            "metadata that must outlive the capture is allocated in it"
+        );
+        meta.rebuild(view)?;
+        in_place.launch(&variant, AttentionMask::DeviceVarlen(&meta)).map(drop)
+    })?;
+    for (seed, p) in [(201, 0.5), (202, 0.9), (203, 0.0), (204, 1.0)] {
+        let keep = random::bernoulli_mask(seed, batch * seq, p)?;
+        in_place.call.mask = Mask::Varlen(keep.clone());
+        in_place.rewrite(seed)?;
+        let tokens: Vec<u16> =
+            keep.iter().enumerate().map(|(at, &keep)| if keep { at as u16 | 1 } else { 0 }).collect();
+        mask.write(2, &tokens)?;
+        graph.launch().map_err(driver)?;
+        let replayed = in_place.read()?;
+        in_place.judge().with_context(|| format!("replay on a mask that keeps {p}"))?;
+        in_place.clear()?;
+        meta.rebuild(view)?;
+        in_place.launch(&variant, AttentionMask::DeviceVarlen(&meta))?;
+        ensure!(in_place.read()? == replayed, "replay on a mask that keeps {p}: other bits than a direct call");
+    }
+    Ok(())
+}
+
+/// Kernels that no launch has looked up before, nor used the metadata; the application itself does not wait for either.
+fn capture_of_the_first_launch(device: &Device) -> Result<()> {
+    let application = Application::in_a_new_context()?;
+    // A path without scratch memory: whether a graph may allocate in such a context is the driver's affair.
+    let variant = Variant { path: Some(Path::Dense), ..packed_variant(device)? };
+    let variant = application.variant(&variant)?;
+    let (call, meta) = masked_call(&variant, 11)?;
+    let mut in_place = InPlace::new(&application, &variant.device, call, PLAIN)?;
+    check_replays(&application, &variant, &mut in_place, LOCAL, AttentionMask::Varlen(&meta))
+}
+
 /// No mask, a key mask, and metadata of which nothing or everything is valid.
 fn capture_of_dense_calls(variant: &Variant) -> Result<()> {
     let application = Application::new()?;
@@ -446,7 +512,7 @@ fn capture_in_the_global_mode(device: &Device) -> Result<()> {
 
 fn packed_variant(device: &Device) -> Result<Variant> {
     let kernel = *device.capabilities().kernels.first().context("no kernel")?;
-    Ok(Variant { device: device.clone(), kernel, path: Some(varlen_fa::Path::Packed), dtype: DType::Bf16 })
+    Ok(Variant { device: device.clone(), kernel, path: Some(Path::Packed), dtype: DType::Bf16 })
 }
 
 /// Each thing that a graph cannot hold is an error of its own kind, and the capture is none the worse for it.
