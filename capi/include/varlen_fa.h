@@ -19,7 +19,7 @@
 //   Every function may be called from any thread at any time, also on the same handles. Calls on one device are ordered as they
 //   are made; calls that use device metadata wait for one that rebuilds it, and the other way round. A message of
 //   varlen_fa_last_error() belongs to the thread that got the error. What callers keep apart is their memory: while a call runs,
-//   nobody else writes to its inputs or uses its outputs. Work on VARLEN_FA_MEMORY_CUDA goes on after the call: order other uses
+//   nobody else writes to its inputs or uses its outputs, from their first element to the last and whatever lies between. Work on VARLEN_FA_MEMORY_CUDA goes on after the call: order other uses
 //   behind it with the device's stream, or call varlen_fa_device_synchronize.
 //
 // Pointers

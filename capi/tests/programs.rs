@@ -44,7 +44,8 @@ fn main() -> ExitCode {
     }
     trials.push(trial("environment/dense_is_forced".to_owned(), dense_is_forced));
     trials.push(trial("environment/bad_value".to_owned(), bad_value));
-    for device in ["cpu", "wgpu"] {
+    trials.push(trial("python/documentation".to_owned(), documented_python));
+    for device in ["cpu", "wgpu", "cuda"] {
         trials.push(trial(format!("python/{device}"), move |library| python(library, device)));
     }
     libtest_mimic::run(&arguments, trials).exit_code()
@@ -108,13 +109,33 @@ fn clean(program: &mut Command) {
 }
 
 fn python(library: &Library, device: &str) -> Result<Completion> {
-    if Command::new("python3").arg("--version").output().is_err() {
-        return Ok(Completion::ignored_with("there is no python3"));
-    }
-    let mut program = Command::new("python3");
-    clean(&mut program);
-    program.env("VARLEN_FA_LIBRARY", &library.shared_library).env("PYTHONDONTWRITEBYTECODE", "1");
+    let Some(mut program) = python_with(library) else { return Ok(Completion::ignored_with("there is no python3")) };
     judge(device, program.arg(package().join("tests/test_varlen_fa.py")).arg(device))
+}
+
+/// The program in docs/embedding-c.md.
+fn documented_python(library: &Library) -> Result<Completion> {
+    let text = std::fs::read_to_string(package().join("../docs/embedding-c.md"))?;
+    let program =
+        text.split("```python\n").nth(1).and_then(|rest| rest.split("```").next()).context("no Python there")?;
+    let path = library.shared_library.to_str().context("a folder whose name is no text")?;
+    ensure!(program.contains("target/release/libvarlen_fa.so"), "the program loads another library");
+    let program = program.replace("target/release/libvarlen_fa.so", path);
+    let Some(mut python) = python_with(library) else { return Ok(Completion::ignored_with("there is no python3")) };
+    python.env("PYTHONPATH", package().join("../benches/peers"));
+    let output = run(python.arg("-c").arg(program))?;
+    let printed = String::from_utf8_lossy(&output.stdout);
+    ensure!(printed.starts_with("fused by cpu-tiled: metadata was given and"), "got {printed}");
+    Ok(Completion::Completed)
+}
+
+/// Python, if there is one, told where the library is.
+fn python_with(library: &Library) -> Option<Command> {
+    Command::new("python3").arg("--version").output().ok()?;
+    let mut python = Command::new("python3");
+    clean(&mut python);
+    python.env("VARLEN_FA_LIBRARY", &library.shared_library).env("PYTHONDONTWRITEBYTECODE", "1");
+    Some(python)
 }
 
 /// Runs a program that uses a device.
