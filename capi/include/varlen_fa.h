@@ -129,6 +129,72 @@ typedef uint32_t varlen_fa_status;
 #endif // __STDC_VERSION__ >= 202311L
 #endif // __cplusplus
 
+// Where a device computes.
+enum varlen_fa_device_kind
+#if defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+  : uint32_t
+#endif // defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+ {
+  // What VARLEN_FA_DEVICE asks for, or the best one present: CUDA, then a hardware GPU through wgpu, then the CPU.
+  VARLEN_FA_DEVICE_KIND_AUTO = 0,
+  // The CPU.
+  VARLEN_FA_DEVICE_KIND_CPU = 1,
+  // Vulkan, Metal or DirectX 12 through wgpu; software adapters included.
+  VARLEN_FA_DEVICE_KIND_WGPU = 2,
+  // An NVIDIA GPU.
+  VARLEN_FA_DEVICE_KIND_CUDA = 3,
+};
+#ifndef __cplusplus
+#if __STDC_VERSION__ >= 202311L
+typedef enum varlen_fa_device_kind varlen_fa_device_kind;
+#else
+typedef uint32_t varlen_fa_device_kind;
+#endif // __STDC_VERSION__ >= 202311L
+#endif // __cplusplus
+
+// Element type of a mask: an integer of so many bytes. Any value but 0 keeps the token; bool and signed integers count alike.
+enum varlen_fa_mask_dtype
+#if defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+  : uint32_t
+#endif // defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+ {
+  // bool, uint8_t, int8_t.
+  VARLEN_FA_MASK_DTYPE_U8 = 1,
+  // uint16_t, int16_t.
+  VARLEN_FA_MASK_DTYPE_U16 = 2,
+  // uint32_t, int32_t.
+  VARLEN_FA_MASK_DTYPE_U32 = 4,
+  // uint64_t, int64_t.
+  VARLEN_FA_MASK_DTYPE_U64 = 8,
+};
+#ifndef __cplusplus
+#if __STDC_VERSION__ >= 202311L
+typedef enum varlen_fa_mask_dtype varlen_fa_mask_dtype;
+#else
+typedef uint32_t varlen_fa_mask_dtype;
+#endif // __STDC_VERSION__ >= 202311L
+#endif // __cplusplus
+
+// What an address is an address of.
+enum varlen_fa_memory
+#if defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+  : uint32_t
+#endif // defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+ {
+  // Host memory. The CPU device works on it in place. For other devices a call copies inputs to the device and outputs back,
+  // and returns when that is done.
+  VARLEN_FA_MEMORY_HOST = 0,
+  // Memory of the CUDA device that computes, used in place; the call returns before the work is done.
+  VARLEN_FA_MEMORY_CUDA = 1,
+};
+#ifndef __cplusplus
+#if __STDC_VERSION__ >= 202311L
+typedef enum varlen_fa_memory varlen_fa_memory;
+#else
+typedef uint32_t varlen_fa_memory;
+#endif // __STDC_VERSION__ >= 202311L
+#endif // __cplusplus
+
 // How a call is computed.
 enum varlen_fa_path
 #if defined(__cplusplus) || __STDC_VERSION__ >= 202311L
@@ -202,26 +268,6 @@ typedef uint32_t varlen_fa_dtype;
 #endif // __STDC_VERSION__ >= 202311L
 #endif // __cplusplus
 
-// What an address is an address of.
-enum varlen_fa_memory
-#if defined(__cplusplus) || __STDC_VERSION__ >= 202311L
-  : uint32_t
-#endif // defined(__cplusplus) || __STDC_VERSION__ >= 202311L
- {
-  // Host memory. The CPU device works on it in place. For other devices a call copies inputs to the device and outputs back,
-  // and returns when that is done.
-  VARLEN_FA_MEMORY_HOST = 0,
-  // Memory of the CUDA device that computes, used in place; the call returns before the work is done.
-  VARLEN_FA_MEMORY_CUDA = 1,
-};
-#ifndef __cplusplus
-#if __STDC_VERSION__ >= 202311L
-typedef enum varlen_fa_memory varlen_fa_memory;
-#else
-typedef uint32_t varlen_fa_memory;
-#endif // __STDC_VERSION__ >= 202311L
-#endif // __cplusplus
-
 // How an attention mask is given.
 enum varlen_fa_mask_kind
 #if defined(__cplusplus) || __STDC_VERSION__ >= 202311L
@@ -292,52 +338,6 @@ typedef uint32_t varlen_fa_reason;
 #endif // __STDC_VERSION__ >= 202311L
 #endif // __cplusplus
 
-// Where a device computes.
-enum varlen_fa_device_kind
-#if defined(__cplusplus) || __STDC_VERSION__ >= 202311L
-  : uint32_t
-#endif // defined(__cplusplus) || __STDC_VERSION__ >= 202311L
- {
-  // What VARLEN_FA_DEVICE asks for, or the best one present: CUDA, then a hardware GPU through wgpu, then the CPU.
-  VARLEN_FA_DEVICE_KIND_AUTO = 0,
-  // The CPU.
-  VARLEN_FA_DEVICE_KIND_CPU = 1,
-  // Vulkan, Metal or DirectX 12 through wgpu; software adapters included.
-  VARLEN_FA_DEVICE_KIND_WGPU = 2,
-  // An NVIDIA GPU.
-  VARLEN_FA_DEVICE_KIND_CUDA = 3,
-};
-#ifndef __cplusplus
-#if __STDC_VERSION__ >= 202311L
-typedef enum varlen_fa_device_kind varlen_fa_device_kind;
-#else
-typedef uint32_t varlen_fa_device_kind;
-#endif // __STDC_VERSION__ >= 202311L
-#endif // __cplusplus
-
-// Element type of a mask: an integer of so many bytes. Any value but 0 keeps the token; bool and signed integers count alike.
-enum varlen_fa_mask_dtype
-#if defined(__cplusplus) || __STDC_VERSION__ >= 202311L
-  : uint32_t
-#endif // defined(__cplusplus) || __STDC_VERSION__ >= 202311L
- {
-  // bool, uint8_t, int8_t.
-  VARLEN_FA_MASK_DTYPE_U8 = 1,
-  // uint16_t, int16_t.
-  VARLEN_FA_MASK_DTYPE_U16 = 2,
-  // uint32_t, int32_t.
-  VARLEN_FA_MASK_DTYPE_U32 = 4,
-  // uint64_t, int64_t.
-  VARLEN_FA_MASK_DTYPE_U64 = 8,
-};
-#ifndef __cplusplus
-#if __STDC_VERSION__ >= 202311L
-typedef enum varlen_fa_mask_dtype varlen_fa_mask_dtype;
-#else
-typedef uint32_t varlen_fa_mask_dtype;
-#endif // __STDC_VERSION__ >= 202311L
-#endif // __cplusplus
-
 // Cumulative sequence lengths of packed rows: sequence b is rows cu_seqlens[b] to cu_seqlens[b + 1].
 typedef struct varlen_fa_cu_seqlens varlen_fa_cu_seqlens;
 
@@ -353,6 +353,68 @@ typedef struct varlen_fa_key_mask varlen_fa_key_mask;
 // Where the valid tokens of a [B, S] batch lie. Made once per request and used by every layer and step: devices keep their copy
 // of it.
 typedef struct varlen_fa_meta varlen_fa_meta;
+
+// What a device is and can do.
+typedef struct varlen_fa_device_info {
+  // Where it computes; never AUTO.
+  varlen_fa_device_kind kind;
+  // 1 if the device is emulated on the CPU, or is the CPU.
+  uint32_t is_software;
+  // Bit `1 << dtype` for each element type that it computes with.
+  uint32_t dtypes;
+  // Bit `1 << kernel` for each kernel that runs on it and that this header names.
+  uint32_t kernels;
+  // Bytes of the largest tensor.
+  uint64_t max_buffer_bytes;
+  // Kind and hardware, for messages.
+  char name[192];
+  // The hardware, and its driver where there is one.
+  char adapter[192];
+  // 0.
+  uint64_t reserved[4];
+} varlen_fa_device_info;
+
+// A range of kept tokens of one batch row. It may be empty; ranges may touch or overlap.
+typedef struct varlen_fa_run {
+  // Batch row.
+  uint64_t row;
+  // First kept token.
+  uint64_t start;
+  // One past the last kept token.
+  uint64_t end;
+} varlen_fa_run;
+
+// Sizes of a batch's metadata.
+typedef struct varlen_fa_meta_info {
+  // Number of batch rows, B.
+  uint64_t batch;
+  // Tokens of each padded row, S.
+  uint64_t seq;
+  // Number of valid tokens, which is the number of packed rows.
+  uint64_t total_valid;
+  // Valid tokens of the longest row.
+  uint64_t max_seqlen;
+  // 0.
+  uint64_t reserved[4];
+} varlen_fa_meta_info;
+
+// A [B, S] mask in the caller's memory. Start from zeros, as with a tensor.
+typedef struct varlen_fa_mask_view {
+  // The first element. May be NULL if the mask has no elements.
+  const void *data;
+  // Bytes from `data` on that belong to the mask.
+  uint64_t bytes;
+  // Element type.
+  varlen_fa_mask_dtype dtype;
+  // What `data` is an address of.
+  varlen_fa_memory memory;
+  // B and S.
+  uint64_t shape[2];
+  // Distance between neighbours of each dimension, in elements, 0 or more.
+  int64_t strides[2];
+  // 0.
+  uint64_t reserved[2];
+} varlen_fa_mask_view;
 
 // Options of an attention call; all zeros, or no struct at all, is the default.
 typedef struct varlen_fa_attention_options {
@@ -434,89 +496,19 @@ typedef struct varlen_fa_plan {
   uint64_t reserved[2];
 } varlen_fa_plan;
 
-// What a device is and can do.
-typedef struct varlen_fa_device_info {
-  // Where it computes; never AUTO.
-  varlen_fa_device_kind kind;
-  // 1 if the device is emulated on the CPU, or is the CPU.
-  uint32_t is_software;
-  // Bit `1 << dtype` for each element type that it computes with.
-  uint32_t dtypes;
-  // Bit `1 << kernel` for each kernel that runs on it and that this header names.
-  uint32_t kernels;
-  // Bytes of the largest tensor.
-  uint64_t max_buffer_bytes;
-  // Kind and hardware, for messages.
-  char name[192];
-  // The hardware, and its driver where there is one.
-  char adapter[192];
-  // 0.
-  uint64_t reserved[4];
-} varlen_fa_device_info;
-
-// A [B, S] mask in the caller's memory. Start from zeros, as with a tensor.
-typedef struct varlen_fa_mask_view {
-  // The first element. May be NULL if the mask has no elements.
-  const void *data;
-  // Bytes from `data` on that belong to the mask.
-  uint64_t bytes;
-  // Element type.
-  varlen_fa_mask_dtype dtype;
-  // What `data` is an address of.
-  varlen_fa_memory memory;
-  // B and S.
-  uint64_t shape[2];
-  // Distance between neighbours of each dimension, in elements, 0 or more.
-  int64_t strides[2];
-  // 0.
-  uint64_t reserved[2];
-} varlen_fa_mask_view;
-
-// A range of kept tokens of one batch row. It may be empty; ranges may touch or overlap.
-typedef struct varlen_fa_run {
-  // Batch row.
-  uint64_t row;
-  // First kept token.
-  uint64_t start;
-  // One past the last kept token.
-  uint64_t end;
-} varlen_fa_run;
-
-// Sizes of a batch's metadata.
-typedef struct varlen_fa_meta_info {
-  // Number of batch rows, B.
-  uint64_t batch;
-  // Tokens of each padded row, S.
-  uint64_t seq;
-  // Number of valid tokens, which is the number of packed rows.
-  uint64_t total_valid;
-  // Valid tokens of the longest row.
-  uint64_t max_seqlen;
-  // 0.
-  uint64_t reserved[4];
-} varlen_fa_meta_info;
-
 #ifdef __cplusplus
 extern "C" {
 #endif // __cplusplus
 
-// Scaled dot-product attention over padded tensors, into the caller's memory.
-//
-// `device`: computes.
-// `options`: may be NULL.
-// `q`: [B, Sq, H, D], D a multiple of 8 from 8 to 256.
-// `k`, `v`: [B, Sk, Hkv, D]; Hkv divides H, and query head h reads key/value head h / (H / Hkv).
-// `mask`: may be NULL, which is no mask.
-// `out`: [B, Sq, H, D] of q's element type, in memory that no input shares. Every element is written, and nothing else.
-// `plan`: receives the path and kernel that were taken and why; may be NULL.
-varlen_fa_status varlen_fa_forward(const struct varlen_fa_device *device,
-                                   const struct varlen_fa_attention_options *options,
-                                   const struct varlen_fa_tensor *q,
-                                   const struct varlen_fa_tensor *k,
-                                   const struct varlen_fa_tensor *v,
-                                   const struct varlen_fa_attention_mask *mask,
-                                   const struct varlen_fa_tensor *out,
-                                   struct varlen_fa_plan *plan);
+// The library's version, as major * 1000000 + minor * 1000 + patch.
+uint32_t varlen_fa_version(void);
+
+// The library's version as text, e.g. "0.1.0"; valid for as long as the library is loaded.
+const char *varlen_fa_version_string(void);
+
+// The message of the last call of this thread that did not return VARLEN_FA_STATUS_OK; "" if there was none. It names the
+// argument, what was expected and what came. The text is valid until the thread's next call that fails, or its end.
+const char *varlen_fa_last_error(void);
 
 // Opens a device. VARLEN_FA=0 in the environment makes it compute everything densely, with the same results.
 //
@@ -548,29 +540,6 @@ varlen_fa_status varlen_fa_device_synchronize(const struct varlen_fa_device *dev
 
 // Closes a device; NULL is fine. Work that was launched goes on.
 varlen_fa_status varlen_fa_device_free(struct varlen_fa_device *device);
-
-// Room on the device for the metadata of [batch, seq] masks; until varlen_fa_device_meta_rebuild no token is valid. CUDA devices and
-// the CPU device have it.
-//
-// `meta`: receives the handle, to be given to varlen_fa_device_meta_free.
-varlen_fa_status varlen_fa_device_meta_create(const struct varlen_fa_device *device,
-                                              uint64_t batch,
-                                              uint64_t seq,
-                                              struct varlen_fa_device_meta **meta);
-
-// Builds the metadata anew from a mask. Nothing is downloaded and nobody waits, if the mask is in the device's memory; calls made
-// before still see the metadata as it was. In a captured CUDA graph, each run rebuilds it from what the mask holds then.
-//
-// `mask`: of the size that the metadata was made for. On the CPU device in host memory.
-varlen_fa_status varlen_fa_device_meta_rebuild(const struct varlen_fa_device_meta *meta,
-                                               const struct varlen_fa_mask_view *mask);
-
-// Ends metadata on a device; NULL is fine.
-varlen_fa_status varlen_fa_device_meta_free(struct varlen_fa_device_meta *meta);
-
-// The message of the last call of this thread that did not return VARLEN_FA_STATUS_OK; "" if there was none. It names the
-// argument, what was expected and what came. The text is valid until the thread's next call that fails, or its end.
-const char *varlen_fa_last_error(void);
 
 // A key mask from [batch, seq] integers in host memory, row-major; any value but 0 keeps the token.
 //
@@ -659,6 +628,43 @@ varlen_fa_status varlen_fa_cu_seqlens_from_meta(const struct varlen_fa_meta *met
 // Ends cumulative sequence lengths; NULL is fine.
 varlen_fa_status varlen_fa_cu_seqlens_free(struct varlen_fa_cu_seqlens *cu_seqlens);
 
+// Room on the device for the metadata of [batch, seq] masks; until varlen_fa_device_meta_rebuild no token is valid. CUDA devices and
+// the CPU device have it.
+//
+// `meta`: receives the handle, to be given to varlen_fa_device_meta_free.
+varlen_fa_status varlen_fa_device_meta_create(const struct varlen_fa_device *device,
+                                              uint64_t batch,
+                                              uint64_t seq,
+                                              struct varlen_fa_device_meta **meta);
+
+// Builds the metadata anew from a mask. Nothing is downloaded and nobody waits, if the mask is in the device's memory; calls made
+// before still see the metadata as it was. In a captured CUDA graph, each run rebuilds it from what the mask holds then.
+//
+// `mask`: of the size that the metadata was made for. On the CPU device in host memory.
+varlen_fa_status varlen_fa_device_meta_rebuild(const struct varlen_fa_device_meta *meta,
+                                               const struct varlen_fa_mask_view *mask);
+
+// Ends metadata on a device; NULL is fine.
+varlen_fa_status varlen_fa_device_meta_free(struct varlen_fa_device_meta *meta);
+
+// Scaled dot-product attention over padded tensors, into the caller's memory.
+//
+// `device`: computes.
+// `options`: may be NULL.
+// `q`: [B, Sq, H, D], D a multiple of 8 from 8 to 256.
+// `k`, `v`: [B, Sk, Hkv, D]; Hkv divides H, and query head h reads key/value head h / (H / Hkv).
+// `mask`: may be NULL, which is no mask.
+// `out`: [B, Sq, H, D] of q's element type, in memory that no input shares. Every element is written, and nothing else.
+// `plan`: receives the path and kernel that were taken and why; may be NULL.
+varlen_fa_status varlen_fa_forward(const struct varlen_fa_device *device,
+                                   const struct varlen_fa_attention_options *options,
+                                   const struct varlen_fa_tensor *q,
+                                   const struct varlen_fa_tensor *k,
+                                   const struct varlen_fa_tensor *v,
+                                   const struct varlen_fa_attention_mask *mask,
+                                   const struct varlen_fa_tensor *out,
+                                   struct varlen_fa_plan *plan);
+
 // Copies the valid rows of padded tensors to packed ones in one launch, bit for bit.
 //
 // `q`: [B, S, H, D]. `k`, `v`: [B, S, Hkv, D].
@@ -706,12 +712,6 @@ varlen_fa_status varlen_fa_scatter_to_padded(const struct varlen_fa_device *devi
                                              const struct varlen_fa_tensor *packed,
                                              const struct varlen_fa_meta *meta,
                                              const struct varlen_fa_tensor *padded);
-
-// The library's version, as major * 1000000 + minor * 1000 + patch.
-uint32_t varlen_fa_version(void);
-
-// The library's version as text, e.g. "0.1.0"; valid for as long as the library is loaded.
-const char *varlen_fa_version_string(void);
 
 #ifdef __cplusplus
 }  // extern "C"

@@ -6,15 +6,23 @@
 #![allow(non_camel_case_types, reason = "types have the names that they have in C")]
 #![allow(clippy::missing_safety_doc, reason = "the header says once, for all functions, what callers must keep")]
 
-mod arguments;
-mod attention;
-mod cuda;
-mod device;
-mod device_meta;
+// What is exported, in the order in which the header has it; each a paragraph, so that the formatter keeps the order.
+mod version;
+
 mod failure;
-mod handles;
+
+mod device;
+
 mod masks;
+
+mod device_meta;
+
+mod attention;
+
 mod primitives;
+
+mod arguments;
+mod cuda;
+mod handles;
 mod tensors;
 mod types;
-mod version;
