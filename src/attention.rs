@@ -168,7 +168,7 @@ impl MaskedAttention {
         };
         let (problem, plan) = self.prepare(&q, &k, &v, &mask, &future_out)?;
         let mut out = Tensor::uninit(&self.device, q.dtype(), q.shape())?;
-        self.launch(problem, plan, [q, k, v], &mask, out.view_mut())?;
+        self.launch(problem, plan, [q, k, v], &mask, out.view_mut(), |op| self.device.backend().execute(op))?;
         Ok(Attended { out, plan })
     }
 
@@ -187,11 +187,11 @@ impl MaskedAttention {
     ) -> Result<Plan> {
         let (q, k, v, out) = (q.into(), k.into(), v.into(), out.into());
         let (problem, plan) = self.prepare(&q, &k, &v, &mask, &out.info())?;
-        self.launch(problem, plan, [q, k, v], &mask, out)?;
+        self.launch(problem, plan, [q, k, v], &mask, out, |op| self.device.backend().execute(op))?;
         Ok(plan)
     }
 
-    fn prepare(
+    pub(crate) fn prepare(
         &self,
         q: &TensorView<'_>,
         k: &TensorView<'_>,
@@ -207,20 +207,22 @@ impl MaskedAttention {
         Ok((problem, plan))
     }
 
-    fn launch(
+    /// Hands the operation of a checked call to `execute`, unless there is nothing to write.
+    pub(crate) fn launch(
         &self,
         problem: AttentionProblem,
         plan: Plan,
         [q, k, v]: [TensorView<'_>; 3],
         mask: &AttentionMask<'_>,
         out: TensorViewMut<'_>,
+        execute: impl FnOnce(Op<'_>) -> Result<()>,
     ) -> Result<()> {
         let out = out.output();
         if out.layout.numel() == 0 {
             return Ok(());
         }
         if plan.path == Path::Zero {
-            return self.device.backend().execute(Op::Zero(out));
+            return execute(Op::Zero(out));
         }
         let rows = match (*mask, plan.path) {
             (AttentionMask::Varlen(meta), path) => varlen_rows(meta, meta, path),
@@ -237,16 +239,7 @@ impl MaskedAttention {
             }
         };
         let (q, k, v) = (q.input(), k.input(), v.input());
-        self.device.backend().execute(Op::Attention(Attention {
-            problem: &problem,
-            plan,
-            q,
-            k,
-            v,
-            out,
-            lse: None,
-            rows,
-        }))
+        execute(Op::Attention(Attention { problem: &problem, plan, q, k, v, out, lse: None, rows }))
     }
 }
 
@@ -292,7 +285,7 @@ pub fn pack_into<'a, 'o>(
     meta: &VarlenMeta,
     packed: impl Into<TensorViewMut<'o>>,
 ) -> Result<()> {
-    pack_all(device, [("padded", padded.into(), "packed", packed.into())], meta)
+    pack_all(device, [("padded", padded.into(), "packed", packed.into())], meta, |op| device.backend().execute(op))
 }
 
 /// Copies the valid rows of padded `q`, `k` and `v` to packed tensors in one launch, bit for bit: `[B, S, H, D]` to
@@ -336,7 +329,7 @@ pub fn pack_qkv_into<'a, 'o>(
         ("k", k.into(), "packed_k", packed_k.into()),
         ("v", v.into(), "packed_v", packed_v.into()),
     ];
-    pack_all(device, copies, meta)
+    pack_all(device, copies, meta, |op| device.backend().execute(op))
 }
 
 fn uninit_packed(
@@ -351,11 +344,12 @@ fn uninit_packed(
     Tensor::uninit(device, padded.dtype(), &[meta.total_valid(), heads, dim])
 }
 
-/// Padded tensors and where their valid rows go, with the names of both.
-fn pack_all<const N: usize>(
+/// Padded tensors and where their valid rows go, with the names of both; `execute` launches the copies or records them.
+pub(crate) fn pack_all<const N: usize>(
     device: &Device,
     copies: [(&'static str, TensorView<'_>, &'static str, TensorViewMut<'_>); N],
     meta: &VarlenMeta,
+    execute: impl FnOnce(Op<'_>) -> Result<()>,
 ) -> Result<()> {
     {
         let infos = copies.each_ref().map(|(padded_name, padded, packed_name, packed)| PackViews {
@@ -368,7 +362,7 @@ fn pack_all<const N: usize>(
         return Ok(());
     }
     let pairs = copies.into_iter().map(|(_, from, _, to)| (from.input(), to.output())).collect();
-    device.backend().execute(Op::Pack { pairs, meta })
+    execute(Op::Pack { pairs, meta })
 }
 
 /// Copies packed `[total_valid, H, D]` rows to a new padded `[B, S, H, D]` tensor, bit for bit, and writes +0.0 to the masked
@@ -398,13 +392,23 @@ pub fn scatter_to_padded_into<'a, 'o>(
     meta: &VarlenMeta,
     padded: impl Into<TensorViewMut<'o>>,
 ) -> Result<()> {
-    let (packed, padded) = (packed.into(), padded.into());
+    scatter(device, packed.into(), meta, padded.into(), |op| device.backend().execute(op))
+}
+
+/// The scatter, which `execute` launches or records.
+pub(crate) fn scatter(
+    device: &Device,
+    packed: TensorView<'_>,
+    meta: &VarlenMeta,
+    padded: TensorViewMut<'_>,
+    execute: impl FnOnce(Op<'_>) -> Result<()>,
+) -> Result<()> {
     check_scatter(device.info(), &packed.info(), &padded.info(), meta)?;
     let padded = padded.output();
     if padded.layout.numel() == 0 {
         return Ok(());
     }
-    device.backend().execute(Op::Scatter { packed: packed.input(), padded, meta })
+    execute(Op::Scatter { packed: packed.input(), padded, meta })
 }
 
 /// The result of [`varlen_attention`].

@@ -79,6 +79,26 @@ impl Device {
         Ok(Self { backend, config })
     }
 
+    /// The application's own wgpu device, with whatever features and limits it was created with: WebGPU's default limits do,
+    /// and no feature is needed. Everything runs on `queue`, which must be the device's. `config.device` is ignored.
+    ///
+    /// The wgpu device stays the application's. Its uncaptured-error handler and its device-lost callback are left as they are:
+    /// our own calls run inside error scopes, and their errors are returned. It is never destroyed here, and not waited for
+    /// but in this call and in those that say so. Waiting and launching run callbacks that the application has pending on the
+    /// device, as `Device::poll` and `Queue::submit` do.
+    ///
+    /// Make one `Device` of a wgpu device and clone it: memory of one is foreign to another.
+    ///
+    /// # Errors
+    /// [`Error::DeviceLimit`] that names a limit which the shaders do not fit, [`Error::QueueMismatch`],
+    /// [`Error::DeviceLost`], [`Error::OutOfMemory`].
+    #[cfg(feature = "wgpu")]
+    pub fn from_wgpu(device: &::wgpu::Device, queue: &::wgpu::Queue, config: Config) -> Result<Self> {
+        let backend = crate::wgpu_backend::WgpuDevice::foreign(device, queue, config.max_binding_bytes)?;
+        log::info!("computing on the application's {}", backend.name());
+        Ok(Self { backend: Arc::new(backend), config: config.with_device(DeviceChoice::Wgpu) })
+    }
+
     /// A device over a CUDA context and stream of the caller's, which stay the caller's. Launches, copies and allocations go to
     /// that stream and no other, in the order of the calls, so they need no events between them and the caller's own work there.
     ///
@@ -202,7 +222,13 @@ impl Device {
     #[cfg(feature = "wgpu")]
     #[must_use]
     pub fn wgpu(&self) -> Option<(&::wgpu::Device, &::wgpu::Queue)> {
-        self.backend.as_any().downcast_ref::<crate::wgpu_backend::WgpuDevice>().map(|device| device.handles())
+        self.wgpu_backend().ok().map(crate::wgpu_backend::WgpuDevice::handles)
+    }
+
+    #[cfg(feature = "wgpu")]
+    pub(crate) fn wgpu_backend(&self) -> Result<&crate::wgpu_backend::WgpuDevice> {
+        let got = || Error::DeviceKind { argument: "device", expected: "wgpu", got: self.name().to_owned() };
+        self.backend.as_any().downcast_ref().ok_or_else(got)
     }
 
     pub(crate) fn backend(&self) -> &dyn Backend {

@@ -221,6 +221,45 @@ pub enum Error {
         /// Device of the tensor.
         got: String,
     },
+    /// A device of one kind was expected, and one of another came.
+    #[error("`{argument}`: expected a {expected} device, got {got}")]
+    DeviceKind {
+        /// Name of the argument.
+        argument: &'static str,
+        /// Kind of device that fits: `wgpu`, `cuda` or `cpu`.
+        expected: &'static str,
+        /// Device that came.
+        got: String,
+    },
+    /// The application's device was created with a limit that the shaders do not fit.
+    #[error("`device`: its limit {limit_name} must be {expected}, got {got}")]
+    DeviceLimit {
+        /// The limit's name in `wgpu::Limits`.
+        limit_name: &'static str,
+        /// What would do.
+        expected: String,
+        /// The device's own.
+        got: u64,
+    },
+    /// A queue belongs to another device than the one it came with.
+    #[error("`queue`: expected the queue of `device`, got that of another device")]
+    QueueMismatch,
+    /// The application's buffer was created without a usage that is needed.
+    #[error("`{argument}`: the buffer must be created with usage {missing}")]
+    BufferUsage {
+        /// Name of the argument.
+        argument: &'static str,
+        /// Names of the missing flags of `wgpu::BufferUsages`.
+        missing: String,
+    },
+    /// The application's buffer is destroyed, mapped, empty or of another wgpu device.
+    #[error("`{argument}`: the buffer cannot be used: {why}")]
+    BufferUnusable {
+        /// Name of the argument.
+        argument: &'static str,
+        /// What is wrong with it.
+        why: String,
+    },
     /// A raw handle or address of the caller is not what it should be.
     #[error("`{argument}`: expected {expected}, got {got}")]
     Handle {

@@ -26,6 +26,8 @@ mod cuda;
 mod device;
 mod device_meta;
 mod dtype;
+#[cfg(feature = "wgpu")]
+mod encode;
 mod error;
 mod layout;
 mod mask;
@@ -46,10 +48,16 @@ pub use ::wgpu;
 #[cfg(doctest)]
 #[doc = include_str!("../README.md")]
 struct Readme;
+
 /// Compiles the program of the page on CUDA in place.
 #[cfg(all(doctest, feature = "cuda"))]
 #[doc = include_str!("../docs/embedding-cuda.md")]
 struct EmbeddingCuda;
+
+/// Compiles and runs the program of the page on wgpu in place.
+#[cfg(all(doctest, feature = "wgpu"))]
+#[doc = include_str!("../docs/EMBEDDING.md")]
+struct EmbeddingWgpu;
 
 pub use half::{bf16, f16};
 
@@ -62,6 +70,8 @@ pub use crate::config::{Config, DeviceChoice};
 pub use crate::device::{Device, DeviceReport};
 pub use crate::device_meta::{DeviceVarlenMeta, MaskView};
 pub use crate::dtype::{DType, Element};
+#[cfg(feature = "wgpu")]
+pub use crate::encode::{encode_pack, encode_scatter};
 pub use crate::error::{Error, Result};
 pub use crate::layout::Layout;
 pub use crate::mask::{KeyMask, MaskDType, MaskInteger, Run};
@@ -69,3 +79,5 @@ pub use crate::memory::DeviceMemory;
 pub use crate::meta::{CuSeqlens, VarlenMeta};
 pub use crate::plan::{Capabilities, Kernel, Path, Plan, Reason};
 pub use crate::tensor::{Tensor, TensorView, TensorViewMut};
+#[cfg(feature = "wgpu")]
+pub use crate::wgpu_backend::Recorder;

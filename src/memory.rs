@@ -28,6 +28,27 @@ impl DeviceMemory {
         Ok(Self::over(device, device.backend().alloc(bytes)?))
     }
 
+    /// The application's buffer, of the wgpu device that `device` computes on. Clones of one `wgpu::Buffer` are the same memory:
+    /// no call takes an output that lies in the same buffer as one of its inputs.
+    ///
+    /// The buffer needs usage `STORAGE`; `COPY_SRC` and `COPY_DST` only for [`read`](Self::read) and [`write`](Self::write). It
+    /// may be larger than one binding. Its bytes after the last multiple of 4 cannot be bound and do not count. Only what the
+    /// views that calls write to cover is ever written. Destroying or mapping the buffer makes later calls fail.
+    ///
+    /// Inputs may start at any multiple of their element type's size. Where a row does not start at a multiple of 16 bytes of
+    /// the buffer, an input is copied to scratch by a shader, and an output is refused.
+    ///
+    /// # Errors
+    /// [`Error::BufferUsage`](crate::Error::BufferUsage) that names the missing usage;
+    /// [`Error::BufferUnusable`](crate::Error::BufferUnusable) for a buffer that is destroyed, mapped, empty or of another wgpu
+    /// device (one of another `wgpu::Instance` cannot always be told from the device's own);
+    /// [`Error::DeviceKind`](crate::Error::DeviceKind) if `device` is not a wgpu device,
+    /// [`Error::DeviceLost`](crate::Error::DeviceLost).
+    #[cfg(feature = "wgpu")]
+    pub fn from_wgpu(device: &Device, buffer: ::wgpu::Buffer) -> Result<Self> {
+        Ok(Self::over(device, device.wgpu_backend()?.import(buffer)?))
+    }
+
     /// Memory of the caller's on a CUDA device: `bytes` bytes from a device address, which is any that belongs to the context's
     /// GPU, or managed or registered host memory that kernels see at this address. It is never freed here.
     ///
@@ -73,7 +94,9 @@ impl DeviceMemory {
     /// Copies host data to the start of the memory.
     ///
     /// # Errors
-    /// [`Error::BufferTooSmall`](crate::Error::BufferTooSmall) if it does not fit, [`Error::DeviceLost`](crate::Error::DeviceLost).
+    /// [`Error::BufferTooSmall`](crate::Error::BufferTooSmall) if it does not fit, [`Error::DeviceLost`](crate::Error::DeviceLost);
+    /// [`Error::BufferUsage`](crate::Error::BufferUsage) or [`Error::BufferUnusable`](crate::Error::BufferUnusable) if a buffer of
+    /// the application's does not allow it.
     pub fn write<T: Pod>(&mut self, data: &[T]) -> Result<()> {
         let bytes: &[u8] = bytemuck::cast_slice(data);
         self.expect_room(bytes.len())?;

@@ -54,6 +54,20 @@ fn messages_name_the_argument_what_was_expected_and_what_came() {
             ["VARLEN_FA", "0 or 1", "2"],
         ),
         (Error::DeviceMismatch { argument: "q", expected: owned("wgpu"), got: owned("cpu") }, ["`q`", "wgpu", "cpu"]),
+        (Error::DeviceKind { argument: "device", expected: "wgpu", got: owned("cpu") }, ["`device`", "wgpu", "cpu"]),
+        (
+            Error::DeviceLimit { limit_name: "max_bind_groups", expected: owned("at least 1"), got: 0 },
+            ["max_bind_groups", "at least 1", "0"],
+        ),
+        (Error::QueueMismatch, ["`queue`", "the queue of `device`", "another device"]),
+        (
+            Error::BufferUsage { argument: "buffer", missing: owned("STORAGE") },
+            ["`buffer`", "created with usage STORAGE", ""],
+        ),
+        (
+            Error::BufferUnusable { argument: "k", why: owned("it is mapped") },
+            ["`k`", "cannot be used", "it is mapped"],
+        ),
         (
             Error::Handle { argument: "stream", expected: owned("one stream"), got: owned("0x2") },
             ["`stream`", "one stream", "0x2"],

@@ -146,6 +146,7 @@ run_bench() {
     program "attention-cuda-$dtype" benches/attention --bench --device cuda --dtype "$dtype" --json "$OUT/attention-cuda-$dtype.jsonl"
   done
   program metadata benches/metadata --bench --json "$OUT/metadata.jsonl"
+  program in-place examples/cuda_in_place
   program example examples/masked_attention --device cuda --json "$OUT/masked_attention.jsonl"
   if has_vulkan; then
     program attention-wgpu benches/attention --bench --device wgpu --json "$OUT/attention-wgpu.jsonl"

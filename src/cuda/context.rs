@@ -110,6 +110,8 @@ impl Current {
 impl Context {
     /// Retains the primary context of the device with an index, and makes a stream and a pool in it. The driver has been started.
     pub fn open(index: i32, faults: Faults) -> Result<Self, DriverError> {
+        // Another thread may be capturing a stream.
+        let _relaxed = Relaxed::enter()?;
         let device = result::device::get(index)?;
         // SAFETY: `device` comes from the driver.
         let raw = unsafe { primary_ctx::retain(device) }?;
@@ -134,6 +136,7 @@ impl Context {
     /// Both are live, until the last copy of this and of everything made with it is dropped; the stream is one of the context's
     /// or its legacy default stream. The context is current.
     pub unsafe fn over(raw: CUcontext, stream: CUstream, index: i32, faults: Faults) -> Result<Self, DriverError> {
+        let _relaxed = Relaxed::enter()?;
         let pool = own_pool(result::device::get(index)?, index);
         Ok(Self { raw, stream, owner: Owner::Caller, pool, unfreed: Mutex::default(), faults })
     }

@@ -1,16 +1,13 @@
 //! Finding an adapter and opening a device on it.
 
-use wgpu::{Adapter, Backends, DeviceType, ExperimentalFeatures, Features, Limits};
+use wgpu::{Backends, DeviceType, ExperimentalFeatures, Features, Limits};
 
 use crate::error::{Error, Result};
 
 const CHOICE: &str = "wgpu";
 
-/// The best adapter, and a device with no optional feature but timestamps.
-pub(super) fn open(
-    include_software: bool,
-    max_binding_bytes: Option<u64>,
-) -> Result<(Adapter, wgpu::Device, wgpu::Queue)> {
+/// A device of the best adapter, with no optional feature but timestamps.
+pub(super) fn open(include_software: bool, max_binding_bytes: Option<u64>) -> Result<(wgpu::Device, wgpu::Queue)> {
     let mut descriptor = wgpu::InstanceDescriptor::new_without_display_handle();
     descriptor.backends = Backends::PRIMARY;
     let instance = wgpu::Instance::new(descriptor);
@@ -38,8 +35,7 @@ pub(super) fn open(
         memory_hints: wgpu::MemoryHints::Performance,
         trace: wgpu::Trace::Off,
     });
-    let (device, queue) = pollster::block_on(request).map_err(|error| unavailable(error.to_string()))?;
-    Ok((adapter, device, queue))
+    pollster::block_on(request).map_err(|error| unavailable(error.to_string()))
 }
 
 /// WebGPU's default limits, which every shader keeps to, but buffers as large as the adapter has them.

@@ -258,7 +258,7 @@ impl WgpuDevice {
         ])
     }
 
-    fn unused_read(&self) -> Window {
+    pub(super) fn unused_read(&self) -> Window {
         Window::whole(&self.unused[0])
     }
 }

@@ -50,11 +50,15 @@ impl RowShape {
 
 impl WgpuDevice {
     pub(super) fn input<'a>(&self, name: &'static str, input: &Input<'a>, rows: Rows<'a>) -> Result<Operand<'a>> {
-        Ok(Operand { name, buffer: self.source(input.memory)?, layout: input.layout, dtype: input.dtype, rows })
+        let buffer = self.source(input.memory)?;
+        buffer.expect_unmapped(name)?;
+        Ok(Operand { name, buffer, layout: input.layout, dtype: input.dtype, rows })
     }
 
     pub(super) fn output<'a>(&self, name: &'static str, output: &Output<'a>, rows: Rows<'a>) -> Result<Operand<'a>> {
-        Ok(Operand { name, buffer: self.sink(&output.memory)?, layout: output.layout, dtype: output.dtype, rows })
+        let buffer = self.sink(&output.memory)?;
+        buffer.expect_unmapped(name)?;
+        Ok(Operand { name, buffer, layout: output.layout, dtype: output.dtype, rows })
     }
 
     pub(super) fn record_pack(
@@ -157,13 +161,25 @@ impl WgpuDevice {
         Ok(())
     }
 
-    pub(super) fn record_zero(&self, out: &Output<'_>, launches: &mut Vec<Launch>) -> Result<()> {
-        let size = out.dtype.size() as u64;
+    /// Clears a whole tensor of any shape without a shader, if its buffer is its own up to the last word.
+    pub(super) fn clear_whole(&self, out: &Output<'_>) -> Result<bool> {
         let buffer = self.sink(&out.memory)?;
-        // A whole tensor of any shape: its buffer is its own up to the last word.
-        if out.layout.is_contiguous() && out.layout.offset() == 0 && out.layout.end() * size == buffer.size() {
-            return self.clear(&buffer.raw);
+        let bytes = out.layout.end() * out.dtype.size() as u64;
+        if buffer.is_foreign() || !out.layout.is_contiguous() || out.layout.offset() != 0 || bytes != buffer.size() {
+            return Ok(false);
         }
+        self.faults.check()?;
+        self.faults.capture("clearing a buffer", 0, || {
+            let mut encoder = self.device.create_command_encoder(&Default::default());
+            encoder.clear_buffer(&buffer.raw, 0, None);
+            self.queue.submit([encoder.finish()]);
+        })?;
+        self.faults.probe()?;
+        self.faults.check()?;
+        Ok(true)
+    }
+
+    pub(super) fn record_zero(&self, out: &Output<'_>, launches: &mut Vec<Launch>) -> Result<()> {
         if out.layout.rank() != 4 {
             return Err(Error::Rank { argument: "out", expected: "4: [B, S, H, D]", got: out.layout.rank() });
         }
@@ -182,13 +198,6 @@ impl WgpuDevice {
             });
         }
         Ok(())
-    }
-
-    fn clear(&self, buffer: &wgpu::Buffer) -> Result<()> {
-        let mut encoder = self.device.create_command_encoder(&Default::default());
-        encoder.clear_buffer(buffer, 0, None);
-        self.queue.submit([encoder.finish()]);
-        self.faults.check()
     }
 }
 

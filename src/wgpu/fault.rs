@@ -1,38 +1,53 @@
-//! What goes wrong outside of a call's own return value: uncaptured errors and the loss of the device. wgpu reports both by
-//! callback; they are kept here and come out of the next call.
+//! What goes wrong outside of a call's own return value: wgpu's errors and the loss of the device.
+//!
+//! Every wgpu call of this backend that can fail runs inside error scopes, which belong to the calling thread, so its error comes
+//! out of the very call that caused it and reaches no handler of the application. wgpu keeps one uncaptured-error handler and one
+//! device-lost callback a device, and setting them replaces what is there: both are set on devices that were opened here and left
+//! alone on the application's. There the loss is found by asking, with [`Faults::probe`].
+//!
+//! A submission also runs callbacks of the application that were waiting, on our thread and inside our scopes: an error that one of
+//! them raises comes out of our call.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use wgpu::PollType;
+use wgpu::{BufferUsages, PollType};
 
 use crate::error::{Error, Result};
 
 /// Collects the faults of one device.
 #[derive(Debug)]
 pub(super) struct Faults {
+    device: wgpu::Device,
     device_name: Arc<str>,
-    /// The first error since the last check.
+    /// The first error that no scope caught since the last check.
     first: Mutex<Option<Error>>,
     /// Why the device was lost; for good.
     lost: Mutex<Option<String>>,
 }
 
 impl Faults {
-    /// Listens to a device.
-    pub fn watch(device: &wgpu::Device, device_name: &Arc<str>) -> Arc<Self> {
+    /// Of a device whose handlers stay the application's.
+    pub fn of(device: &wgpu::Device, device_name: &Arc<str>) -> Arc<Self> {
         let (first, lost) = (Mutex::new(None), Mutex::new(None));
-        let faults = Arc::new(Self { device_name: Arc::clone(device_name), first, lost });
-        let listener = Arc::clone(&faults);
-        device.on_uncaptured_error(Arc::new(move |error: wgpu::Error| {
-            let error = listener.error_of(error, "a launch", 0);
-            listener.first.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
+        Arc::new(Self { device: device.clone(), device_name: Arc::clone(device_name), first, lost })
+    }
+
+    /// Sets the device's handlers: for devices that were opened here.
+    pub fn listen(self: &Arc<Self>) {
+        // The device keeps its handlers: a strong reference to what holds the device would keep both alive.
+        let listener = Arc::downgrade(self);
+        self.device.on_uncaptured_error(Arc::new(move |error: wgpu::Error| {
+            let Some(faults) = listener.upgrade() else { return };
+            let error = faults.error_of(error, "a launch", 0);
+            faults.first.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
         }));
-        let listener = Arc::clone(&faults);
-        device.set_device_lost_callback(move |reason, message| {
-            let why = format!("{reason:?}: {message}");
-            listener.lost.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(why);
+        let listener = Arc::downgrade(self);
+        self.device.set_device_lost_callback(move |reason, message| {
+            if let Some(faults) = listener.upgrade() {
+                faults.lose(format!("{reason:?}: {message}"));
+            }
         });
-        faults
     }
 
     /// The device's loss, or the first error since the last check.
@@ -51,17 +66,42 @@ impl Faults {
         }
     }
 
-    /// Runs `make` and gives its result unless wgpu reports an error meanwhile.
-    pub fn capture<T>(
-        &self,
-        device: &wgpu::Device,
-        operation: &'static str,
-        requested: u64,
-        make: impl FnOnce() -> T,
-    ) -> Result<T> {
+    fn lose(&self, why: String) {
+        self.lost.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(why);
+    }
+
+    /// Asks the device whether it is there. wgpu reports no error for what is asked of a lost device, but it cannot give out
+    /// mapped memory of one. Costs a small allocation.
+    pub fn probe(&self) -> Result<()> {
         self.check_lost()?;
+        let descriptor = wgpu::BufferDescriptor {
+            label: Some("probe"),
+            size: 16,
+            usage: BufferUsages::COPY_SRC,
+            mapped_at_creation: true,
+        };
+        let is_mapped = self.scoped("asking whether the device is there", 16, || {
+            self.device.create_buffer(&descriptor).get_mapped_range(..).is_ok()
+        })?;
+        if !is_mapped {
+            self.lose("it was destroyed, or its driver gave it up".to_owned());
+        }
+        self.check_lost()
+    }
+
+    /// Runs `make` and gives its result unless wgpu reports an error meanwhile.
+    pub fn capture<T>(&self, operation: &'static str, requested: u64, make: impl FnOnce() -> T) -> Result<T> {
+        self.check_lost()?;
+        self.scoped(operation, requested, make).map_err(|error| match self.probe() {
+            // A lost device fails in other words.
+            Err(lost @ Error::DeviceLost { .. }) => lost,
+            _ => error,
+        })
+    }
+
+    fn scoped<T>(&self, operation: &'static str, requested: u64, make: impl FnOnce() -> T) -> Result<T> {
         let scopes = [wgpu::ErrorFilter::Internal, wgpu::ErrorFilter::Validation, wgpu::ErrorFilter::OutOfMemory]
-            .map(|filter| device.push_error_scope(filter));
+            .map(|filter| self.device.push_error_scope(filter));
         let made = make();
         // Scopes close in reverse order.
         let mut error = None;
@@ -70,19 +110,27 @@ impl Faults {
         }
         match error {
             None => Ok(made),
-            Some(error) => {
-                // A lost device fails in other words; the callback that says so may only wait to be called.
-                let _ = device.poll(PollType::Poll);
-                self.check_lost()?;
-                Err(self.error_of(error, operation, requested))
+            Some(error) => Err(self.error_of(error, operation, requested)),
+        }
+    }
+
+    /// Waits for all work submitted so far, and runs the callbacks that wait for it.
+    pub fn wait(&self) -> Result<()> {
+        // wgpu panics where the driver reports the device lost while it is waited for.
+        let polled = catch_unwind(AssertUnwindSafe(|| self.device.poll(PollType::wait_indefinitely())));
+        match polled {
+            Ok(Ok(_)) => self.probe().and_then(|()| self.check()),
+            Ok(Err(error)) => Err(self.explain("waiting for the device", error.to_string())),
+            Err(_) => {
+                self.lose("waiting for it failed".to_owned());
+                self.check_lost()
             }
         }
     }
 
     /// What came of an operation whose failure says nothing itself.
-    pub fn explain(&self, device: &wgpu::Device, operation: &'static str, why: String) -> Error {
-        let _ = device.poll(PollType::Poll);
-        match self.check() {
+    pub fn explain(&self, operation: &'static str, why: String) -> Error {
+        match self.probe().and_then(|()| self.check()) {
             Err(error) => error,
             Ok(()) => Error::Backend { device: self.device_name.to_string(), operation, why },
         }

@@ -1,4 +1,4 @@
-//! Recording and submitting compute launches.
+//! Compute launches: submitted here, or recorded into a pass of the application's.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -12,13 +12,18 @@ use crate::error::Result;
 
 use super::buffer::Allocator;
 use super::fault::Faults;
+use super::recorder::{Dispatch, Recorder};
 use super::shader::Shader;
 use super::timer::Timer;
+use super::transfer;
 
 /// Uniform parameters lie this far apart: WebGPU's `min_uniform_buffer_offset_alignment`.
 const SLOT_BYTES: usize = 256;
-/// Launches of one submission.
-const SLOTS: usize = 256;
+const PARAMS_USAGE: BufferUsages = BufferUsages::UNIFORM.union(BufferUsages::COPY_DST);
+/// Launches that a buffer of parameters has room for at least.
+const MIN_SLOTS: usize = 16;
+/// Buffers of parameters kept for reuse: one for each thread that submits at the same time.
+const PARAMS_POOL_LEN: usize = 4;
 
 /// A part of a buffer.
 #[derive(Debug, Clone)]
@@ -26,13 +31,15 @@ pub(super) struct Window {
     pub buffer: wgpu::Buffer,
     /// A multiple of 256.
     pub offset: u64,
-    /// A multiple of 16, at least 16.
+    /// A multiple of 4.
     pub size: u64,
+    /// Name of the argument, if the buffer is the application's.
+    pub argument: Option<&'static str>,
 }
 
 impl Window {
     pub fn whole(buffer: &wgpu::Buffer) -> Self {
-        Self { buffer: buffer.clone(), offset: 0, size: buffer.size() }
+        Self { buffer: buffer.clone(), offset: 0, size: buffer.size(), argument: None }
     }
 }
 
@@ -53,68 +60,118 @@ struct Pipeline {
     layout: wgpu::BindGroupLayout,
 }
 
-/// Compiles shaders once and submits launches.
+/// A launch with all that it binds.
+#[derive(Debug)]
+struct Bound {
+    pipeline: Arc<Pipeline>,
+    bind_group: wgpu::BindGroup,
+    groups: [u32; 3],
+}
+
+fn dispatch(pass: &mut dyn Dispatch, launches: &[Bound]) {
+    for Bound { pipeline, bind_group, groups } in launches {
+        pass.dispatch(&pipeline.pipeline, bind_group, *groups);
+    }
+}
+
+/// Compiles shaders once; submits or records launches.
 #[derive(Debug)]
 pub(super) struct Launcher {
     device: wgpu::Device,
     queue: wgpu::Queue,
     faults: Arc<Faults>,
     pipelines: Mutex<HashMap<Shader, Arc<Pipeline>>>,
-    /// The lock is held from writing the parameters to submitting the launches that read them.
-    uniforms: Mutex<wgpu::Buffer>,
+    /// Buffers of parameters whose launches are submitted: a later write to one comes after them.
+    params_pool: Mutex<Vec<wgpu::Buffer>>,
 }
 
 impl Launcher {
-    pub fn new(
-        device: &wgpu::Device,
-        queue: &wgpu::Queue,
-        faults: &Arc<Faults>,
-        allocator: &Allocator,
-    ) -> Result<Self> {
-        let usage = BufferUsages::UNIFORM | BufferUsages::COPY_DST;
-        let uniforms = allocator.raw("params", (SLOT_BYTES * SLOTS) as u64, usage)?;
-        Ok(Self {
+    pub fn new(device: &wgpu::Device, queue: &wgpu::Queue, faults: &Arc<Faults>) -> Self {
+        Self {
             device: device.clone(),
             queue: queue.clone(),
             faults: Arc::clone(faults),
             pipelines: Mutex::default(),
-            uniforms: Mutex::new(uniforms),
+            params_pool: Mutex::default(),
+        }
+    }
+
+    /// Submits launches in order, as one command buffer; each sees what the ones before it wrote. No lock is held meanwhile:
+    /// a submission runs the application's callbacks.
+    pub fn submit(&self, launches: &[Launch], allocator: &Allocator, timer: &Timer) -> Result<()> {
+        self.faults.check()?;
+        if launches.is_empty() {
+            return Ok(());
+        }
+        let params = self.take_params(launches.len(), allocator)?;
+        let bound = self.bind(launches, &params, allocator)?;
+        let timestamps = timer.next_pass()?;
+        self.faults.capture("a launch", 0, || {
+            let mut encoder = self.device.create_command_encoder(&Default::default());
+            {
+                let timestamp_writes = timestamps.as_ref().map(|pass| pass.writes());
+                let descriptor = wgpu::ComputePassDescriptor { label: Some("varlen-fa"), timestamp_writes };
+                dispatch(&mut encoder.begin_compute_pass(&descriptor), &bound);
+            }
+            self.queue.submit([encoder.finish()]);
+        })?;
+        let mut pool = self.params_pool.lock().unwrap_or_else(PoisonError::into_inner);
+        if pool.len() < PARAMS_POOL_LEN {
+            pool.push(params);
+        }
+        drop(pool);
+        self.faults.check()
+    }
+
+    /// Records launches in order. Nothing is recorded on an error. When, in which order and whether the recording is submitted
+    /// is the application's affair: its parameters lie in a buffer of their own, written before the next submission of any kind.
+    pub fn record(&self, launches: &[Launch], allocator: &Allocator, recorder: Recorder<'_>) -> Result<()> {
+        self.faults.check()?;
+        if launches.is_empty() {
+            return Ok(());
+        }
+        let params = allocator.unproven("params", (launches.len() * SLOT_BYTES) as u64, PARAMS_USAGE)?;
+        let bound = self.bind(launches, &params, allocator)?;
+        self.faults.capture("recording", 0, || {
+            recorder.pass(|pass| dispatch(pass, &bound));
         })
     }
 
-    /// Submits launches in order; each sees what the ones before it wrote.
-    pub fn submit(&self, launches: &[Launch], timer: &Timer) -> Result<()> {
-        self.faults.check()?;
-        for part in launches.chunks(SLOTS) {
-            let pipelines = part.iter().map(|launch| self.pipeline(launch.shader)).collect::<Result<Vec<_>>>()?;
-            let uniforms = self.uniforms.lock().unwrap_or_else(PoisonError::into_inner);
-            let mut params = vec![0; part.len() * SLOT_BYTES];
-            for (slot, launch) in params.chunks_exact_mut(SLOT_BYTES).zip(part) {
-                slot[..launch.params.len()].copy_from_slice(&launch.params);
+    fn take_params(&self, launches: usize, allocator: &Allocator) -> Result<wgpu::Buffer> {
+        let bytes = |slots: usize| (slots * SLOT_BYTES) as u64;
+        {
+            let mut pool = self.params_pool.lock().unwrap_or_else(PoisonError::into_inner);
+            if let Some(index) = pool.iter().position(|buffer| buffer.size() >= bytes(launches)) {
+                return Ok(pool.swap_remove(index));
             }
-            self.queue.write_buffer(&uniforms, 0, &params);
-            let bind_groups: Vec<_> = part
-                .iter()
-                .zip(&pipelines)
-                .enumerate()
-                .map(|(slot, (launch, pipeline))| self.bind_group(launch, pipeline, &uniforms, slot))
-                .collect();
-            let mut encoder = self.device.create_command_encoder(&Default::default());
-            {
-                let timestamp_writes = timer.next_pass()?;
-                let timestamp_writes = timestamp_writes.as_ref().map(|pass| pass.writes());
-                let mut pass = encoder
-                    .begin_compute_pass(&wgpu::ComputePassDescriptor { label: Some("varlen-fa"), timestamp_writes });
-                for ((launch, pipeline), bind_group) in part.iter().zip(&pipelines).zip(&bind_groups) {
-                    pass.set_pipeline(&pipeline.pipeline);
-                    pass.set_bind_group(0, bind_group, &[]);
-                    let [x, y, z] = launch.groups;
-                    pass.dispatch_workgroups(x, y, z);
-                }
-            }
-            self.queue.submit([encoder.finish()]);
         }
-        self.faults.check()
+        allocator.unproven("params", bytes(launches.next_power_of_two().max(MIN_SLOTS)), PARAMS_USAGE)
+    }
+
+    /// Compiles what is not compiled yet, has the parameters written before the next submission, and makes the bind groups.
+    fn bind(&self, launches: &[Launch], params: &wgpu::Buffer, allocator: &Allocator) -> Result<Vec<Bound>> {
+        let pipelines = launches.iter().map(|launch| self.pipeline(launch.shader)).collect::<Result<Vec<_>>>()?;
+        let mut slots = vec![0; launches.len() * SLOT_BYTES];
+        for (slot, launch) in slots.chunks_exact_mut(SLOT_BYTES).zip(launches) {
+            slot[..launch.params.len()].copy_from_slice(&launch.params);
+        }
+        transfer::write(&self.queue, &self.faults, params, 0..slots.len() as u64, &slots)?;
+        let bound = self.faults.capture("binding buffers", 0, || {
+            let bind = |(slot, (launch, pipeline)): (usize, (&Launch, Arc<Pipeline>))| {
+                let bind_group = self.bind_group(launch, &pipeline, params, slot);
+                Bound { pipeline, bind_group, groups: launch.groups }
+            };
+            launches.iter().zip(pipelines).enumerate().map(bind).collect()
+        });
+        bound.map_err(|error| {
+            // Which buffer it is, if it is one of the application's.
+            let foreign = launches.iter().flat_map(|launch| &launch.windows);
+            let named = foreign.filter_map(|window| Some((window.argument?, &window.buffer)));
+            named
+                .filter_map(|(argument, buffer)| allocator.expect_bindable(argument, buffer).err())
+                .next()
+                .unwrap_or(error)
+        })
     }
 
     fn bind_group(
@@ -143,7 +200,7 @@ impl Launcher {
         if let Some(pipeline) = pipelines.get(&shader) {
             return Ok(Arc::clone(pipeline));
         }
-        let compiled = self.faults.capture(&self.device, "compiling a shader", 0, || Arc::new(self.compile(shader)))?;
+        let compiled = self.faults.capture("compiling a shader", 0, || Arc::new(self.compile(shader)))?;
         pipelines.insert(shader, Arc::clone(&compiled));
         Ok(compiled)
     }

@@ -5,19 +5,21 @@ mod attention;
 mod buffer;
 mod copy;
 mod fault;
+mod foreign;
 mod launch;
 mod metadata;
 mod params;
 mod placement;
+mod recorder;
 mod shader;
 mod timer;
 mod transfer;
 
 use std::any::Any;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Instant;
 
-use wgpu::{DeviceType, Features};
+use wgpu::{BufferUsages, DeviceType, Features};
 
 use crate::backend::{Backend, Op, Sink, Source, Storage, Timing, no_device_tables};
 use crate::cache::DeviceId;
@@ -28,8 +30,13 @@ use crate::plan::{Capabilities, Kernel};
 
 use buffer::{Allocator, WgpuBuffer};
 use fault::Faults;
-use launch::Launcher;
+use launch::{Launch, Launcher};
 use timer::Timer;
+
+pub use recorder::Recorder;
+
+/// Copies between host and device are of whole u32s.
+const COPY_STEP: usize = 4;
 
 /// A wgpu device with its queue and what was compiled and allocated on it.
 #[derive(Debug)]
@@ -43,8 +50,6 @@ pub(crate) struct WgpuDevice {
     allocator: Allocator,
     launcher: Launcher,
     timer: Timer,
-    /// Held from recording an operation to submitting all of it: scratch goes from one operation to the next in that order.
-    recording: Mutex<()>,
     /// Bound where a shader variant has a binding that it does not use, to read and to write.
     unused: [wgpu::Buffer; 2],
 }
@@ -52,9 +57,24 @@ pub(crate) struct WgpuDevice {
 impl WgpuDevice {
     /// Opens the best adapter; `max_binding_bytes` lowers its limit.
     pub(crate) fn open(include_software: bool, max_binding_bytes: Option<u64>) -> Result<Self> {
-        let (adapter, device, queue) = adapter::open(include_software, max_binding_bytes)?;
-        let info = adapter.get_info();
-        let limits = device.limits();
+        let (device, queue) = adapter::open(include_software, max_binding_bytes)?;
+        let opened = Self::over(device, queue, max_binding_bytes)?;
+        opened.faults.listen();
+        Ok(opened)
+    }
+
+    /// Computes on the application's device, whose handlers stay as they are.
+    pub(crate) fn foreign(device: &wgpu::Device, queue: &wgpu::Queue, max_binding_bytes: Option<u64>) -> Result<Self> {
+        foreign::expect_limits(&device.limits())?;
+        let device = Self::over(device.clone(), queue.clone(), max_binding_bytes)?;
+        foreign::expect_own_queue(&device.queue, &device.faults)?;
+        Ok(device)
+    }
+
+    fn over(device: wgpu::Device, queue: wgpu::Queue, max_binding_bytes: Option<u64>) -> Result<Self> {
+        let (info, limits) = (device.adapter_info(), device.limits());
+        // The shaders count 16-byte words in 32 bits, and Vulkan's bindings end below 2 GiB.
+        let largest = limits.max_storage_buffer_binding_size.min((1 << 31) - 256);
         let capabilities = Capabilities {
             backend: "wgpu",
             adapter: format!("{}, {:?}, {} {}", info.name, info.backend, info.driver, info.driver_info),
@@ -63,30 +83,17 @@ impl WgpuDevice {
             kernels: vec![Kernel::WgslPortable],
             has_fused: false,
             max_buffer_bytes: limits.max_buffer_size,
-            // The shaders count 16-byte words in 32 bits, and Vulkan's bindings end below 2 GiB.
-            max_binding_bytes: limits.max_storage_buffer_binding_size.min((1 << 31) - 256),
+            max_binding_bytes: max_binding_bytes.map_or(largest, |bytes| largest.min(bytes)),
             has_timestamps: device.features().contains(Features::TIMESTAMP_QUERY),
         };
         let id = DeviceId::unique();
         let name: Arc<str> = capabilities.to_string().into();
-        let faults = Faults::watch(&device, &name);
-        let allocator = Allocator::new(&device, &faults, id, &name);
-        let launcher = Launcher::new(&device, &queue, &faults, &allocator)?;
+        let faults = Faults::of(&device, &name);
+        let allocator = Allocator::new(&device, &faults, id, &name)?;
+        let launcher = Launcher::new(&device, &queue, &faults);
         let unused = [allocator.storage("unused", 0)?, allocator.storage("unused", 0)?];
         let timer = Timer::new(&name);
-        Ok(Self {
-            id,
-            name,
-            capabilities,
-            device,
-            queue,
-            faults,
-            allocator,
-            launcher,
-            timer,
-            recording: Mutex::new(()),
-            unused,
-        })
+        Ok(Self { id, name, capabilities, device, queue, faults, allocator, launcher, timer, unused })
     }
 
     pub(crate) fn handles(&self) -> (&wgpu::Device, &wgpu::Queue) {
@@ -98,6 +105,33 @@ impl WgpuDevice {
         let buffer = self.allocator.storage(label, bytes.len() as u64)?;
         transfer::upload(&self.queue, &self.faults, &buffer, bytes)?;
         Ok(buffer)
+    }
+
+    /// The application's buffer as memory of this device.
+    pub(crate) fn import(&self, buffer: wgpu::Buffer) -> Result<Storage> {
+        self.faults.check()?;
+        Ok(Storage::Device(Box::new(self.allocator.foreign(buffer)?)))
+    }
+
+    /// Records an operation for the application to submit.
+    pub(crate) fn encode(&self, op: Op<'_>, recorder: Recorder<'_>) -> Result<()> {
+        self.launcher.record(&self.launches(op)?, &self.allocator, recorder)
+    }
+
+    fn launches(&self, op: Op<'_>) -> Result<Vec<Launch>> {
+        let mut launches = Vec::new();
+        match op {
+            Op::Attention(attention) => self.record_attention(&attention, &mut launches)?,
+            Op::Pack { pairs, meta } => {
+                for (from, to) in &pairs {
+                    self.record_pack(from, to, meta, &mut launches)?;
+                }
+            }
+            Op::Scatter { packed, padded, meta } => self.record_scatter(&packed, &padded, meta, &mut launches)?,
+            Op::Zero(out) => self.record_zero(&out, &mut launches)?,
+            Op::Metadata { .. } => return Err(no_device_tables(self.name())),
+        }
+        Ok(launches)
     }
 
     fn source<'a>(&self, source: Source<'a>) -> Result<&'a WgpuBuffer> {
@@ -127,29 +161,37 @@ impl Backend for WgpuDevice {
     }
 
     fn upload(&self, to: Sink<'_>, bytes: &[u8]) -> Result<()> {
-        transfer::upload(&self.queue, &self.faults, &self.sink(&to)?.raw, bytes)
+        let buffer = self.sink(&to)?;
+        buffer.expect_usage("memory", BufferUsages::COPY_DST)?;
+        buffer.expect_unmapped("memory")?;
+        let whole = bytes.len() / COPY_STEP * COPY_STEP;
+        if whole == bytes.len() || !buffer.is_foreign() {
+            return transfer::upload(&self.queue, &self.faults, &buffer.raw, bytes);
+        }
+        // Copies are of whole u32s; what the last one holds beside our bytes is the application's.
+        buffer.expect_usage("memory", BufferUsages::COPY_SRC)?;
+        let mut padded = bytes.to_vec();
+        padded.resize(whole + COPY_STEP, 0);
+        let (handles, last) = (self.handles(), (&buffer.raw, whole as u64));
+        transfer::download(handles, &self.allocator, &self.faults, last, &mut padded[whole..])?;
+        padded[..bytes.len()].copy_from_slice(bytes);
+        transfer::upload(&self.queue, &self.faults, &buffer.raw, &padded)
     }
 
     fn download(&self, from: Source<'_>, into: &mut [u8]) -> Result<()> {
-        let buffer = &self.source(from)?.raw;
-        transfer::download((&self.device, &self.queue), &self.allocator, &self.faults, buffer, into)
+        let buffer = self.source(from)?;
+        buffer.expect_usage("memory", BufferUsages::COPY_SRC)?;
+        buffer.expect_unmapped("memory")?;
+        transfer::download(self.handles(), &self.allocator, &self.faults, (&buffer.raw, 0), into)
     }
 
     fn execute(&self, op: Op<'_>) -> Result<()> {
-        let _recording = self.recording.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut launches = Vec::new();
-        match op {
-            Op::Attention(attention) => self.record_attention(&attention, &mut launches)?,
-            Op::Pack { pairs, meta } => {
-                for (from, to) in &pairs {
-                    self.record_pack(from, to, meta, &mut launches)?;
-                }
-            }
-            Op::Scatter { packed, padded, meta } => self.record_scatter(&packed, &padded, meta, &mut launches)?,
-            Op::Zero(out) => self.record_zero(&out, &mut launches)?,
-            Op::Metadata { .. } => return Err(no_device_tables(self.name())),
+        if let Op::Zero(out) = &op
+            && self.clear_whole(out)?
+        {
+            return Ok(());
         }
-        self.launcher.submit(&launches, &self.timer)
+        self.launcher.submit(&self.launches(op)?, &self.allocator, &self.timer)
     }
 
     fn upload_meta(&self, meta: &VarlenMeta) -> Result<()> {
@@ -162,12 +204,12 @@ impl Backend for WgpuDevice {
     }
 
     fn synchronize(&self) -> Result<()> {
-        transfer::wait(&self.device, &self.faults)
+        self.faults.wait()
     }
 
     fn start_timer(&self) -> Result<Instant> {
         // On the host's clock, earlier work must not count.
-        transfer::wait(&self.device, &self.faults)?;
+        self.faults.wait()?;
         self.timer.start(&self.device, &self.faults)?;
         Ok(Instant::now())
     }

@@ -15,7 +15,7 @@ use super::params::CopyParams;
 use super::shader::Shader;
 
 /// Bindings start at multiples of this: WebGPU's `min_storage_buffer_offset_alignment`.
-const BINDING_ALIGNMENT: u64 = 256;
+pub(super) const BINDING_ALIGNMENT: u64 = 256;
 /// Shaders move words of this many bytes.
 pub(super) const WORD_BYTES: u64 = 16;
 /// Workgroups in one dimension of a dispatch.
@@ -99,17 +99,26 @@ impl<'a> Operand<'a> {
         let part = self.part(range)?;
         let bytes = self.window_bytes(&part);
         let offset = part.offset() - bytes.start / self.dtype.size() as u64;
-        let size = (bytes.end - bytes.start).min(self.buffer.raw.size() - bytes.start);
         // Fits: a binding is below 2 GiB.
-        Ok((Window { buffer: self.buffer.raw.clone(), offset: bytes.start, size }, offset as u32))
+        Ok((self.window(bytes), offset as u32))
     }
 
+    fn window(&self, bytes: Range<u64>) -> Window {
+        Window {
+            buffer: self.buffer.raw.clone(),
+            offset: bytes.start,
+            size: bytes.end.min(self.buffer.bindable()) - bytes.start,
+            argument: self.buffer.is_foreign().then_some(self.name),
+        }
+    }
+
+    /// The binding of a part that has elements, each row of which starts at a word.
     fn place_aligned(&self, part: &Layout) -> Placed {
         let bytes = self.window_bytes(part);
-        let offset = if part.numel() == 0 { 0 } else { self.bytes_of(part.offset()) - bytes.start };
+        let offset = self.bytes_of(part.offset()) - bytes.start;
         let [stride_b, stride_s, stride_h] = leading_strides(part).map(|stride| self.bytes_of(stride) / WORD_BYTES);
         Placed {
-            window: Window { buffer: self.buffer.raw.clone(), offset: bytes.start, size: bytes.end - bytes.start },
+            window: self.window(bytes),
             // All fit: a binding is below 2 GiB.
             offset: (offset / WORD_BYTES) as u32,
             stride_b: stride_b as u32,
@@ -147,7 +156,12 @@ impl WgpuDevice {
         scratch: &mut Vec<wgpu::Buffer>,
     ) -> Result<Placed> {
         let part = operand.part(range)?;
-        if operand.misaligned_by(WORD_BYTES).is_none() || part.numel() == 0 {
+        if part.numel() == 0 {
+            // Its buffer may hold less than one word.
+            let (window, offset) = (self.unused_read(), 0);
+            return Ok(Placed { window, offset, stride_b: 0, stride_s: 0, stride_h: 0 });
+        }
+        if operand.misaligned_by(WORD_BYTES).is_none() {
             return Ok(operand.place_aligned(&part));
         }
         let size = operand.dtype.size();

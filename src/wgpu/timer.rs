@@ -56,7 +56,7 @@ impl Timer {
             let descriptor =
                 wgpu::QuerySetDescriptor { label: Some("timer"), ty: QueryType::Timestamp, count: QUERIES };
             let make = || device.create_query_set(&descriptor);
-            State::Device { queries: faults.capture(device, "creating timestamp queries", 0, make)?, used: 0 }
+            State::Device { queries: faults.capture("creating timestamp queries", 0, make)?, used: 0 }
         } else {
             State::Host
         };
@@ -87,25 +87,27 @@ impl Timer {
         match state {
             State::Idle => Err(self.error("it was not started, or another thread stopped it".to_owned())),
             State::Host => {
-                transfer::wait(device, faults)?;
+                faults.wait()?;
                 Ok(Timing { duration: started.elapsed(), by_device: false })
             }
             State::Device { used: 0, .. } => {
-                transfer::wait(device, faults)?;
+                faults.wait()?;
                 Ok(Timing { duration: Duration::ZERO, by_device: true })
             }
             State::Device { queries, used } => {
                 let usage = BufferUsages::QUERY_RESOLVE | BufferUsages::COPY_SRC;
                 let resolved = allocator.raw("timestamps", u64::from(used) * 8, usage)?;
-                let mut encoder = device.create_command_encoder(&Default::default());
-                encoder.resolve_query_set(&queries, 0..used, &resolved, 0);
-                queue.submit([encoder.finish()]);
+                faults.capture("reading timestamps", 0, || {
+                    let mut encoder = device.create_command_encoder(&Default::default());
+                    encoder.resolve_query_set(&queries, 0..used, &resolved, 0);
+                    queue.submit([encoder.finish()]);
+                })?;
                 let mut ticks = vec![0_u64; used as usize];
                 transfer::download(
                     (device, queue),
                     allocator,
                     faults,
-                    &resolved,
+                    (&resolved, 0),
                     bytemuck::cast_slice_mut(&mut ticks),
                 )?;
                 let total: u64 = ticks.chunks_exact(2).map(|pass| pass[1].saturating_sub(pass[0])).sum();

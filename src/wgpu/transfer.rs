@@ -1,9 +1,11 @@
-//! Copies between host and device, and waiting for the device.
+//! Copies between host and device.
 
+use std::num::NonZeroU64;
+use std::ops::Range;
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::time::Duration;
 
-use wgpu::{BufferUsages, MapMode, PollType};
+use wgpu::{BufferUsages, MapMode};
 
 use crate::error::Result;
 
@@ -18,63 +20,74 @@ const COPY_ALIGNMENT: usize = 4;
 /// How long to wait for the callback of a mapping before asking the device again.
 const CALLBACK_PATIENCE: Duration = Duration::from_millis(10);
 
-/// Waits for all work submitted so far.
-pub(super) fn wait(device: &wgpu::Device, faults: &Faults) -> Result<()> {
-    match device.poll(PollType::wait_indefinitely()) {
-        Ok(_) => faults.check(),
-        Err(error) => Err(faults.explain(device, "waiting for the device", error.to_string())),
-    }
-}
-
 /// Copies bytes to the start of a buffer, which has room for them rounded up to whole u32s.
 pub(super) fn upload(queue: &wgpu::Queue, faults: &Faults, buffer: &wgpu::Buffer, bytes: &[u8]) -> Result<()> {
     faults.check()?;
     let mut offset = 0;
     for part in bytes.chunks(STAGING_BYTES) {
-        let whole = part.len() / COPY_ALIGNMENT * COPY_ALIGNMENT;
-        queue.write_buffer(buffer, offset, &part[..whole]);
-        if whole < part.len() {
-            let mut tail = [0; COPY_ALIGNMENT];
-            tail[..part.len() - whole].copy_from_slice(&part[whole..]);
-            queue.write_buffer(buffer, offset + whole as u64, &tail);
-        }
-        offset += part.len() as u64;
+        let size = part.len().next_multiple_of(COPY_ALIGNMENT) as u64;
+        write(queue, faults, buffer, offset..offset + size, part)?;
+        offset += size;
         // Lets the staging memory go before the next part takes its own.
         if bytes.len() > STAGING_BYTES {
-            queue.submit([]);
+            faults.capture("copying to the device", size, || queue.submit([]))?;
         }
     }
     faults.check()
 }
 
-/// Copies the start of a buffer to the host, after all work submitted so far.
+/// Has the next submission begin with a copy of `bytes`, and zeros up to the end of the range, which is of whole u32s.
+pub(super) fn write(
+    queue: &wgpu::Queue,
+    faults: &Faults,
+    buffer: &wgpu::Buffer,
+    range: Range<u64>,
+    bytes: &[u8],
+) -> Result<()> {
+    let Some(size) = NonZeroU64::new(range.end - range.start) else { return Ok(()) };
+    let written = faults.capture("copying to the device", size.get(), || {
+        queue.write_buffer_with(buffer, range.start, size).map(|mut view| {
+            view.slice(..bytes.len()).copy_from_slice(bytes);
+            view.slice(bytes.len()..).fill(0);
+        })
+    })?;
+    match written {
+        Some(()) => Ok(()),
+        None => Err(faults.explain("copying to the device", "it gave no memory to copy from".to_owned())),
+    }
+}
+
+/// Copies bytes of a buffer to the host, from a whole u32 on, after all work submitted so far.
 pub(super) fn download(
     (device, queue): (&wgpu::Device, &wgpu::Queue),
     allocator: &Allocator,
     faults: &Faults,
-    buffer: &wgpu::Buffer,
+    (buffer, start): (&wgpu::Buffer, u64),
     into: &mut [u8],
 ) -> Result<()> {
     faults.check()?;
     let staging_bytes = into.len().min(STAGING_BYTES).next_multiple_of(COPY_ALIGNMENT) as u64;
     if staging_bytes == 0 {
-        return wait(device, faults);
+        return faults.wait();
     }
     let staging = allocator.raw("staging", staging_bytes, BufferUsages::COPY_DST | BufferUsages::MAP_READ)?;
-    let mut offset = 0;
+    let mut offset = start;
     for part in into.chunks_mut(STAGING_BYTES) {
         let size = part.len().next_multiple_of(COPY_ALIGNMENT) as u64;
-        let mut encoder = device.create_command_encoder(&Default::default());
-        encoder.copy_buffer_to_buffer(buffer, offset, &staging, 0, size);
-        queue.submit([encoder.finish()]);
-        let (done, mapped) = mpsc::channel();
         let slice = staging.slice(..size);
-        slice.map_async(MapMode::Read, move |result| {
-            // The receiver is gone only if this function has returned an error already.
-            let _ = done.send(result);
-        });
+        let mapped = faults.capture("copying from the device", size, || {
+            let mut encoder = device.create_command_encoder(&Default::default());
+            encoder.copy_buffer_to_buffer(buffer, offset, &staging, 0, size);
+            queue.submit([encoder.finish()]);
+            let (done, mapped) = mpsc::channel();
+            slice.map_async(MapMode::Read, move |result| {
+                // The receiver is gone only if this function has returned an error already.
+                let _ = done.send(result);
+            });
+            mapped
+        })?;
         let result = loop {
-            wait(device, faults)?;
+            faults.wait()?;
             // Another thread that waits too may have taken the callback and be about to run it.
             match mapped.recv_timeout(CALLBACK_PATIENCE) {
                 Err(RecvTimeoutError::Timeout) => {}
@@ -83,12 +96,11 @@ pub(super) fn download(
             }
         };
         if let Err(why) = result {
-            return Err(faults.explain(device, "mapping a buffer", why));
+            return Err(faults.explain("mapping a buffer", why));
         }
         {
-            let view = slice
-                .get_mapped_range()
-                .map_err(|error| faults.explain(device, "mapping a buffer", error.to_string()))?;
+            let view =
+                slice.get_mapped_range().map_err(|error| faults.explain("mapping a buffer", error.to_string()))?;
             part.copy_from_slice(&view[..part.len()]);
         }
         staging.unmap();

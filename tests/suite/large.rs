@@ -5,7 +5,7 @@ use std::fs;
 use anyhow::{Context, Result, ensure};
 use libtest_mimic::Completion;
 use varlen_fa::{
-    AttentionMask, DType, Device, Error, KeyMask, Layout, MaskedAttention, Tensor, TensorView, TensorViewMut,
+    AttentionMask, DType, Device, Error, KeyMask, Layout, MaskedAttention, Path, Tensor, TensorView, TensorViewMut,
     VarlenMeta, f16, pack, scatter_to_padded,
 };
 use varlen_fa_testkit::{OracleShape, random};
@@ -128,7 +128,7 @@ fn strides_past_32_bits(device: &Device) -> Result<Completion> {
     let layout = Layout::strided(&[3, 40, 2, 64], &[far as u64, 128, 64, 1], 0)?;
     ensure!(layout.end() > 1 << 31);
 
-    for path in [varlen_fa::Path::Dense, varlen_fa::Path::Fused, varlen_fa::Path::Packed] {
+    for path in [Path::Dense, Path::Fused, Path::Packed] {
         // Integers, since zeroed pages of those are not touched until they are written.
         let memories: Vec<Vec<u16>> = call
             .values
@@ -212,18 +212,39 @@ fn many_batch_rows(device: &Device, batch: usize) -> Result<Completion> {
     let keep = mask(batch, SEQ, |row, token| !(row % 50..row % 50 + 30).contains(&token));
     let meta = VarlenMeta::from_key_mask(&KeyMask::from_bool(batch, SEQ, &keep)?)?;
 
-    let attended = match MaskedAttention::new(device).forward(&x, &x, &x, AttentionMask::Varlen(&meta)) {
-        Err(Error::OutOfMemory { why, .. }) => {
-            return Ok(Completion::ignored_with(format!("no memory for the output: {why}")));
+    let capabilities = device.capabilities();
+    let paths = [Path::Dense, Path::Fused, Path::Packed];
+    for path in paths.into_iter().filter(|&path| path != Path::Fused || capabilities.has_fused) {
+        for &kernel in &capabilities.kernels {
+            let layer = MaskedAttention::new(device).with_path(path).with_kernel(kernel);
+            let attended = match layer.forward(&x, &x, &x, AttentionMask::Varlen(&meta)) {
+                Err(Error::OutOfMemory { why, .. }) => {
+                    return Ok(Completion::ignored_with(format!("{path} by {kernel}: no memory for it: {why}")));
+                }
+                attended => attended?,
+            };
+            judge_batch_rows(&attended.out.to_vec::<f16>()?, &data, &keep)
+                .with_context(|| format!("{path} by {kernel}"))?;
         }
-        attended => attended?,
-    };
-    let out = attended.out.to_vec::<f16>()?;
-    for ((at, &keep), row) in keep.iter().enumerate().zip(out.chunks(ROW)) {
+    }
+
+    let packed = pack(device, &x, &meta)?;
+    let scattered = scatter_to_padded(device, &packed, &meta)?.to_vec::<f16>()?;
+    for ((at, &keep), (got, expected)) in keep.iter().enumerate().zip(scattered.chunks(ROW).zip(data.chunks(ROW))) {
+        let is_right = if keep { got == expected } else { got.iter().all(|value| value.to_bits() == 0) };
+        ensure!(is_right, "pack and scatter: row {}, token {}", at / SEQ, at % SEQ);
+    }
+    Ok(Completion::Completed)
+}
+
+/// Masked rows are zero and the others are not; some whole batch rows are held against the oracle.
+fn judge_batch_rows(out: &[f16], data: &[f16], keep: &[bool]) -> Result<()> {
+    let batch = keep.len() / SEQ;
+    for ((at, &keep), row) in keep.iter().enumerate().zip(out.chunks(HEADS * DIM)) {
         let is_zero = row.iter().all(|value| value.to_bits() == 0);
         ensure!(keep != is_zero, "row {}, token {}: kept is {keep}, zero is {is_zero}", at / SEQ, at % SEQ);
     }
-    // Whole batch rows against the oracle: the first and the last, and those around 2^30 bytes, 2^31 bytes and 2^32 bytes.
+    // The first and the last, and those around 2^30 bytes, 2^31 bytes and 2^32 bytes.
     for b in [0, 1, 1023, 1024, 2047, 2048, batch - 2, batch - 1].into_iter().filter(|&b| b < batch) {
         let values: Vec<f32> = data[b * BATCH_ROW..][..BATCH_ROW].iter().map(|value| value.to_f32()).collect();
         let mask = Mask::Varlen(keep[b * SEQ..][..SEQ].to_vec());
@@ -233,13 +254,5 @@ fn many_batch_rows(device: &Device, batch: usize) -> Result<Completion> {
         call.judge(&bits, &call.reference(500)?, Rules::standard(DType::F16))
             .with_context(|| format!("batch row {b}"))?;
     }
-    drop(out);
-
-    let packed = pack(device, &x, &meta)?;
-    let scattered = scatter_to_padded(device, &packed, &meta)?.to_vec::<f16>()?;
-    for ((at, &keep), (got, expected)) in keep.iter().enumerate().zip(scattered.chunks(ROW).zip(data.chunks(ROW))) {
-        let is_right = if keep { got == expected } else { got.iter().all(|value| value.to_bits() == 0) };
-        ensure!(is_right, "pack and scatter: row {}, token {}", at / SEQ, at % SEQ);
-    }
-    Ok(Completion::Completed)
+    Ok(())
 }

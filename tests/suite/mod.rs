@@ -33,6 +33,8 @@ mod repeats;
 mod shapes;
 mod tensors;
 pub mod trials;
+#[cfg(feature = "wgpu")]
+mod wgpu_in_place;
 
 use std::process::ExitCode;
 
@@ -65,6 +67,8 @@ pub fn run(choice: DeviceChoice, own: fn(&mut Trials)) -> ExitCode {
             refusals::register,
             large::register,
             bindings::register,
+            #[cfg(feature = "wgpu")]
+            wgpu_in_place::register,
             own,
         ] {
             register(&mut trials);

@@ -1,8 +1,8 @@
 //! Calls that are refused: the exact error, the argument's name in its message, and an output that nobody touched.
 //!
-//! `Error::Overlap` is not among them: an output that shares memory with an input cannot be written down in safe Rust. A
-//! `TensorViewMut` borrows its memory mutably, so no `TensorView` of the same memory lives beside it. Memory of the caller's can
-//! be had twice; its trials are in `foreign_cuda`.
+//! `Error::Overlap` is not among them: an output that shares memory with an input cannot be written down in safe Rust where the
+//! library owns the memory. A `TensorViewMut` borrows it mutably, so no `TensorView` of the same memory lives beside it. Memory
+//! of the application's can be had twice; its trials are in `wgpu_in_place` and `foreign_cuda`.
 
 use anyhow::{Context, Result, ensure};
 use varlen_fa::{

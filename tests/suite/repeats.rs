@@ -13,6 +13,7 @@ use super::trials::{Trials, Variant};
 pub fn register(trials: &mut Trials) {
     trials.each_path("repeats/same_bits_every_time", same_bits_every_time);
     trials.each_path("repeats/same_bits_for_many_tiles", same_bits_for_many_tiles);
+    trials.each_path("repeats/same_bits_with_metadata_uploaded_before", same_bits_with_metadata_uploaded_before);
     trials.each_path("repeats/same_bits_beside_other_threads", same_bits_beside_other_threads);
 }
 
@@ -81,6 +82,17 @@ fn same_bits_every_time(variant: &Variant) -> Result<()> {
 fn same_bits_for_many_tiles(variant: &Variant) -> Result<()> {
     let shape = OracleShape { batch: 2, seq_q: 700, seq_k: 700, heads: 2, kv_heads: 1, head_dim: 128 };
     check(variant, &Stage::new(variant, shape, 0.9)?, 3)
+}
+
+fn same_bits_with_metadata_uploaded_before(variant: &Variant) -> Result<()> {
+    let shape = OracleShape { batch: 2, seq_q: 70, seq_k: 70, heads: 2, kv_heads: 2, head_dim: 32 };
+    let at_first_use = Stage::new(variant, shape, 0.6)?.run(variant)?;
+    let stage = Stage::new(variant, shape, 0.6)?;
+    stage.meta.upload_to(&variant.device)?;
+    // Twice changes nothing.
+    stage.meta.upload_to(&variant.device)?;
+    ensure!(stage.run(variant)? == at_first_use, "metadata that was uploaded before gave other bits");
+    Ok(())
 }
 
 /// Threads that share one device, one layer and metadata whose copy on the device is not made yet.

@@ -1,0 +1,79 @@
+//! Calls that are recorded into the application's wgpu commands instead of being launched.
+
+use crate::attention::{AttentionMask, MaskedAttention, pack_all, scatter};
+use crate::device::Device;
+use crate::error::Result;
+use crate::meta::VarlenMeta;
+use crate::plan::Plan;
+use crate::tensor::{TensorView, TensorViewMut};
+use crate::wgpu_backend::Recorder;
+
+impl MaskedAttention {
+    /// Records attention into a command encoder or a compute pass of the application, without a submission and without a wait;
+    /// [`forward_into`](Self::forward_into) otherwise. The layer's device is a wgpu device, opened here or made by
+    /// [`Device::from_wgpu`]; encoder or pass are of the same `wgpu::Device`.
+    ///
+    /// The call runs when the application submits the commands, after what was recorded before it and before what is recorded
+    /// after it. Command buffers with calls may be submitted in any order, on any thread, or never: each call has parameters of
+    /// its own, and scratch that calls share is written by each before it reads it. Metadata that is used for the first time is
+    /// uploaded with the next submission of any kind. The commands keep all buffers alive, so tensors, metadata, layer and
+    /// device may be dropped before they are submitted. Tensors must not be overwritten on the way: `q`, `k`, `v` and `out` are
+    /// borrowed only while the call is recorded, and read and written when it runs.
+    ///
+    /// What is known is checked here, and nothing is recorded on an error. What wgpu checks later comes out where it checks: an
+    /// encoder of another device when it is finished; a buffer that is destroyed or mapped meanwhile, and a device that was
+    /// lost, when the commands are submitted. [`Device::time`] does not see the call.
+    ///
+    /// # Errors
+    /// As [`forward_into`](Self::forward_into); [`Error::DeviceKind`](crate::Error::DeviceKind) if the layer's device is not a
+    /// wgpu device.
+    pub fn encode_into<'r, 'a, 'o>(
+        &self,
+        recorder: impl Into<Recorder<'r>>,
+        q: impl Into<TensorView<'a>>,
+        k: impl Into<TensorView<'a>>,
+        v: impl Into<TensorView<'a>>,
+        mask: AttentionMask<'_>,
+        out: impl Into<TensorViewMut<'o>>,
+    ) -> Result<Plan> {
+        let (recorder, q, k, v, out) = (recorder.into(), q.into(), k.into(), v.into(), out.into());
+        let backend = self.device().wgpu_backend()?;
+        let (problem, plan) = self.prepare(&q, &k, &v, &mask, &out.info())?;
+        self.launch(problem, plan, [q, k, v], &mask, out, |op| backend.encode(op, recorder))?;
+        Ok(plan)
+    }
+}
+
+/// Records a copy of the valid rows of a padded `[B, S, H, D]` tensor to a packed `[total_valid, H, D]` one. See
+/// [`MaskedAttention::encode_into`] for when it runs, and [`pack`](crate::pack()) for what it does.
+///
+/// # Errors
+/// As [`pack`](crate::pack()); [`Error::DeviceKind`](crate::Error::DeviceKind) if `device` is not a wgpu device.
+pub fn encode_pack<'r, 'a, 'o>(
+    device: &Device,
+    recorder: impl Into<Recorder<'r>>,
+    padded: impl Into<TensorView<'a>>,
+    packed: impl Into<TensorViewMut<'o>>,
+    meta: &VarlenMeta,
+) -> Result<()> {
+    let (recorder, backend) = (recorder.into(), device.wgpu_backend()?);
+    let copy = ("padded", padded.into(), "packed", packed.into());
+    pack_all(device, [copy], meta, |op| backend.encode(op, recorder))
+}
+
+/// Records a copy of packed `[total_valid, H, D]` rows to the valid rows of a padded `[B, S, H, D]` tensor, and +0.0 to the
+/// masked ones. See [`MaskedAttention::encode_into`] for when it runs.
+///
+/// # Errors
+/// As [`scatter_to_padded`](crate::scatter_to_padded); [`Error::DeviceKind`](crate::Error::DeviceKind) if `device` is not a
+/// wgpu device.
+pub fn encode_scatter<'r, 'a, 'o>(
+    device: &Device,
+    recorder: impl Into<Recorder<'r>>,
+    packed: impl Into<TensorView<'a>>,
+    padded: impl Into<TensorViewMut<'o>>,
+    meta: &VarlenMeta,
+) -> Result<()> {
+    let (recorder, backend) = (recorder.into(), device.wgpu_backend()?);
+    scatter(device, packed.into(), meta, padded.into(), |op| backend.encode(op, recorder))
+}

@@ -1,0 +1,63 @@
+//! Where the application has a call recorded: its command encoder, or a compute pass of it.
+
+use std::fmt;
+
+/// The application's command encoder or open compute pass, to record a call into.
+///
+/// Made by `into()` from a `&mut wgpu::CommandEncoder`, in which the call becomes a compute pass of its own, or from a
+/// `&mut wgpu::ComputePass`, in which it becomes dispatches. A pass comes back with another pipeline and another bind group 0;
+/// its other bind groups stay set and do not matter to the call.
+pub struct Recorder<'a>(Target<'a>);
+
+enum Target<'a> {
+    Encoder(&'a mut wgpu::CommandEncoder),
+    Pass(&'a mut dyn Dispatch),
+}
+
+impl<'a> From<&'a mut wgpu::CommandEncoder> for Recorder<'a> {
+    fn from(encoder: &'a mut wgpu::CommandEncoder) -> Self {
+        Self(Target::Encoder(encoder))
+    }
+}
+
+impl<'a> From<&'a mut wgpu::ComputePass<'_>> for Recorder<'a> {
+    fn from(pass: &'a mut wgpu::ComputePass<'_>) -> Self {
+        Self(Target::Pass(pass))
+    }
+}
+
+impl fmt::Debug for Recorder<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self.0 {
+            Target::Encoder(_) => "Recorder(CommandEncoder)",
+            Target::Pass(_) => "Recorder(ComputePass)",
+        })
+    }
+}
+
+impl Recorder<'_> {
+    /// Runs `record` with the pass to record into.
+    pub(super) fn pass(self, record: impl FnOnce(&mut dyn Dispatch)) {
+        match self.0 {
+            Target::Pass(pass) => record(pass),
+            Target::Encoder(encoder) => {
+                let descriptor = wgpu::ComputePassDescriptor { label: Some("varlen-fa"), timestamp_writes: None };
+                record(&mut encoder.begin_compute_pass(&descriptor));
+            }
+        }
+    }
+}
+
+/// A compute pass of any lifetime.
+pub(super) trait Dispatch {
+    /// One launch.
+    fn dispatch(&mut self, pipeline: &wgpu::ComputePipeline, bind_group: &wgpu::BindGroup, groups: [u32; 3]);
+}
+
+impl Dispatch for wgpu::ComputePass<'_> {
+    fn dispatch(&mut self, pipeline: &wgpu::ComputePipeline, bind_group: &wgpu::BindGroup, [x, y, z]: [u32; 3]) {
+        self.set_pipeline(pipeline);
+        self.set_bind_group(0, bind_group, &[]);
+        self.dispatch_workgroups(x, y, z);
+    }
+}
