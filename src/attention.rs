@@ -9,7 +9,7 @@ use crate::layout::Layout;
 use crate::mask::KeyMask;
 use crate::meta::{CuSeqlens, VarlenMeta};
 use crate::plan::{Forced, Kernel, Path, Plan, plan_packed, plan_padded};
-use crate::problem::{AttentionProblem, AttentionViews, MaskInfo, ViewInfo, check_pack, check_scatter};
+use crate::problem::{AttentionProblem, AttentionViews, MaskInfo, PackViews, ViewInfo, check_pack, check_scatter};
 use crate::tensor::{Tensor, TensorView, TensorViewMut};
 
 /// Which queries attend to which keys of padded tensors.
@@ -270,8 +270,22 @@ fn device_rows<'a>(query: &'a DeviceVarlenMeta, key: &'a DeviceVarlenMeta, path:
 pub fn pack<'a>(device: &Device, padded: impl Into<TensorView<'a>>, meta: &VarlenMeta) -> Result<Tensor> {
     let padded = padded.into();
     let mut packed = uninit_packed(device, "padded", &padded, meta)?;
-    pack_into(device, [("padded", padded)], [packed.view_mut()], meta, |op| device.backend().execute(op))?;
+    pack_into(device, padded, meta, &mut packed)?;
     Ok(packed)
+}
+
+/// [`pack`] into memory of the caller: `packed` is a `[total_valid, H, D]` view that shares no memory with the input. Every
+/// element of the view is written, and nothing else.
+///
+/// # Errors
+/// As [`pack`]; [`Error::Overlap`] if `packed` shares memory with the input.
+pub fn pack_into<'a, 'o>(
+    device: &Device,
+    padded: impl Into<TensorView<'a>>,
+    meta: &VarlenMeta,
+    packed: impl Into<TensorViewMut<'o>>,
+) -> Result<()> {
+    pack_all(device, [("padded", padded.into(), "packed", packed.into())], meta, |op| device.backend().execute(op))
 }
 
 /// Copies the valid rows of padded `q`, `k` and `v` to packed tensors in one launch, bit for bit: `[B, S, H, D]` to
@@ -292,9 +306,30 @@ pub fn pack_qkv<'a>(
         uninit_packed(device, "k", &k, meta)?,
         uninit_packed(device, "v", &v, meta)?,
     ];
-    let into = packed.each_mut().map(Tensor::view_mut);
-    pack_into(device, [("q", q), ("k", k), ("v", v)], into, meta, |op| device.backend().execute(op))?;
+    pack_qkv_into(device, q, k, v, meta, packed.each_mut())?;
     Ok(packed)
+}
+
+/// [`pack_qkv`] into memory of the caller: views `[total_valid, H, D]` for `q` and `[total_valid, Hkv, D]` for `k` and `v`, which
+/// share no memory with one another or with the inputs. Every element of the views is written, and nothing else. Errors name
+/// them `packed_q`, `packed_k` and `packed_v`.
+///
+/// # Errors
+/// As [`pack_into`].
+pub fn pack_qkv_into<'a, 'o>(
+    device: &Device,
+    q: impl Into<TensorView<'a>>,
+    k: impl Into<TensorView<'a>>,
+    v: impl Into<TensorView<'a>>,
+    meta: &VarlenMeta,
+    [packed_q, packed_k, packed_v]: [impl Into<TensorViewMut<'o>>; 3],
+) -> Result<()> {
+    let copies = [
+        ("q", q.into(), "packed_q", packed_q.into()),
+        ("k", k.into(), "packed_k", packed_k.into()),
+        ("v", v.into(), "packed_v", packed_v.into()),
+    ];
+    pack_all(device, copies, meta, |op| device.backend().execute(op))
 }
 
 fn uninit_packed(
@@ -309,23 +344,24 @@ fn uninit_packed(
     Tensor::uninit(device, padded.dtype(), &[meta.total_valid(), heads, dim])
 }
 
-pub(crate) fn pack_into<const N: usize>(
+/// Padded tensors and where their valid rows go, with the names of both; `execute` launches the copies or records them.
+pub(crate) fn pack_all<const N: usize>(
     device: &Device,
-    padded: [(&'static str, TensorView<'_>); N],
-    packed: [TensorViewMut<'_>; N],
+    copies: [(&'static str, TensorView<'_>, &'static str, TensorViewMut<'_>); N],
     meta: &VarlenMeta,
     execute: impl FnOnce(Op<'_>) -> Result<()>,
 ) -> Result<()> {
     {
-        let inputs = padded.each_ref().map(|(name, view)| (*name, view.info()));
-        let outputs = packed.each_ref().map(TensorViewMut::info);
-        let pairs: Vec<_> = inputs.iter().zip(&outputs).map(|((name, i), o)| (*name, i, o)).collect();
-        check_pack(device.info(), &pairs, meta)?;
+        let infos = copies.each_ref().map(|(padded_name, padded, packed_name, packed)| PackViews {
+            padded: (*padded_name, padded.info()),
+            packed: (*packed_name, packed.info()),
+        });
+        check_pack(device.info(), &infos, meta)?;
     }
     if meta.is_empty() {
         return Ok(());
     }
-    let pairs = padded.into_iter().zip(packed).map(|((_, from), to)| (from.input(), to.output())).collect();
+    let pairs = copies.into_iter().map(|(_, from, _, to)| (from.input(), to.output())).collect();
     execute(Op::Pack { pairs, meta })
 }
 
@@ -341,11 +377,26 @@ pub fn scatter_to_padded<'a>(device: &Device, packed: impl Into<TensorView<'a>>,
         return Err(Error::Rank { argument: "packed", expected: "3: [total_valid, H, D]", got });
     };
     let mut padded = Tensor::uninit(device, packed.dtype(), &[meta.batch(), meta.seq(), heads, dim])?;
-    scatter_into(device, packed, meta, padded.view_mut(), |op| device.backend().execute(op))?;
+    scatter_to_padded_into(device, packed, meta, &mut padded)?;
     Ok(padded)
 }
 
-pub(crate) fn scatter_into(
+/// [`scatter_to_padded`] into memory of the caller: `padded` is a `[B, S, H, D]` view that shares no memory with the input. Every
+/// element of the view is written, and nothing else.
+///
+/// # Errors
+/// As [`pack_into`].
+pub fn scatter_to_padded_into<'a, 'o>(
+    device: &Device,
+    packed: impl Into<TensorView<'a>>,
+    meta: &VarlenMeta,
+    padded: impl Into<TensorViewMut<'o>>,
+) -> Result<()> {
+    scatter(device, packed.into(), meta, padded.into(), |op| device.backend().execute(op))
+}
+
+/// The scatter, which `execute` launches or records.
+pub(crate) fn scatter(
     device: &Device,
     packed: TensorView<'_>,
     meta: &VarlenMeta,
@@ -427,23 +478,42 @@ pub fn varlen_attention<'a>(
         true => Some(Tensor::uninit(device, DType::F32, &[num_heads, total_q])?),
         false => None,
     };
-    {
-        let (out, lse) = (out.view_mut(), lse.as_mut().map(Tensor::view_mut));
-        let (q_info, k_info, v_info, out_info) = (q.info(), k.info(), v.info(), out.info());
-        let views = AttentionViews { q: &q_info, k: &k_info, v: &v_info, out: &out_info };
-        let lse_info = lse.as_ref().map(TensorViewMut::info);
+    varlen_attention_into(device, [q, k, v], cu_seqlens_q, cu_seqlens_k, options, &mut out, lse.as_mut())?;
+    Ok(PackedAttended { out, lse })
+}
+
+/// [`varlen_attention`] into memory of the caller: `out` is a `[total_q, H, D]` view, `lse` an `[H, total_q]` f32 view or none;
+/// neither shares memory with the inputs or the other. Every element of the views is written, and nothing else. `lse` alone says
+/// whether there is one to write: [`VarlenOptions::return_lse`] does not count here.
+///
+/// # Errors
+/// As [`varlen_attention`]; [`Error::Overlap`] if an output shares memory with an input or the other output.
+pub fn varlen_attention_into<'a, 'o, 'l>(
+    device: &Device,
+    [q, k, v]: [impl Into<TensorView<'a>>; 3],
+    cu_seqlens_q: &CuSeqlens,
+    cu_seqlens_k: &CuSeqlens,
+    options: VarlenOptions,
+    out: impl Into<TensorViewMut<'o>>,
+    lse: Option<impl Into<TensorViewMut<'l>>>,
+) -> Result<Plan> {
+    let (q, k, v, out, lse) = (q.into(), k.into(), v.into(), out.into(), lse.map(Into::into));
+    let (problem, plan) = {
+        let (q, k, v, out) = (q.info(), k.info(), v.info(), out.info());
+        let lse = lse.as_ref().map(TensorViewMut::info);
+        let views = AttentionViews { q: &q, k: &k, v: &v, out: &out };
         let cu_seqlens = (cu_seqlens_q, cu_seqlens_k);
-        let problem =
-            AttentionProblem::packed(device.info(), &views, lse_info.as_ref(), cu_seqlens, options.softmax_scale)?;
+        let problem = AttentionProblem::packed(device.info(), &views, lse.as_ref(), cu_seqlens, options.softmax_scale)?;
         let plan = plan_packed(&problem, device.capabilities(), Forced { path: None, kernel: options.kernel })?;
         log::debug!("{} {:?}: {plan}", problem.dtype, problem.shape);
-        let (out, lse) = (out.output(), lse.map(TensorViewMut::output));
-        if out.layout.numel() > 0 {
-            let rows = Rows::Packed { query: cu_seqlens_q, key: cu_seqlens_k };
-            let (q, k, v) = (q.input(), k.input(), v.input());
-            let attention = Attention { problem: &problem, plan, q, k, v, out, lse, rows };
-            device.backend().execute(Op::Attention(attention))?;
-        }
+        (problem, plan)
+    };
+    let (out, lse) = (out.output(), lse.map(TensorViewMut::output));
+    if out.layout.numel() > 0 {
+        let rows = Rows::Packed { query: cu_seqlens_q, key: cu_seqlens_k };
+        let (q, k, v) = (q.input(), k.input(), v.input());
+        let attention = Attention { problem: &problem, plan, q, k, v, out, lse, rows };
+        device.backend().execute(Op::Attention(attention))?;
     }
-    Ok(PackedAttended { out, lse })
+    Ok(plan)
 }

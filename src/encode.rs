@@ -1,6 +1,6 @@
 //! Calls that are recorded into the application's wgpu commands instead of being launched.
 
-use crate::attention::{AttentionMask, MaskedAttention, pack_into, scatter_into};
+use crate::attention::{AttentionMask, MaskedAttention, pack_all, scatter};
 use crate::device::Device;
 use crate::error::Result;
 use crate::meta::VarlenMeta;
@@ -57,7 +57,8 @@ pub fn encode_pack<'r, 'a, 'o>(
     meta: &VarlenMeta,
 ) -> Result<()> {
     let (recorder, backend) = (recorder.into(), device.wgpu_backend()?);
-    pack_into(device, [("padded", padded.into())], [packed.into()], meta, |op| backend.encode(op, recorder))
+    let copy = ("padded", padded.into(), "packed", packed.into());
+    pack_all(device, [copy], meta, |op| backend.encode(op, recorder))
 }
 
 /// Records a copy of packed `[total_valid, H, D]` rows to the valid rows of a padded `[B, S, H, D]` tensor, and +0.0 to the
@@ -74,5 +75,5 @@ pub fn encode_scatter<'r, 'a, 'o>(
     meta: &VarlenMeta,
 ) -> Result<()> {
     let (recorder, backend) = (recorder.into(), device.wgpu_backend()?);
-    scatter_into(device, packed.into(), meta, padded.into(), |op| backend.encode(op, recorder))
+    scatter(device, packed.into(), meta, padded.into(), |op| backend.encode(op, recorder))
 }

@@ -62,8 +62,8 @@ struct EmbeddingWgpu;
 pub use half::{bf16, f16};
 
 pub use crate::attention::{
-    Attended, AttentionMask, MaskedAttention, PackedAttended, VarlenOptions, pack, pack_qkv, scatter_to_padded,
-    varlen_attention,
+    Attended, AttentionMask, MaskedAttention, PackedAttended, VarlenOptions, pack, pack_into, pack_qkv, pack_qkv_into,
+    scatter_to_padded, scatter_to_padded_into, varlen_attention, varlen_attention_into,
 };
 pub use crate::backend::Timing;
 pub use crate::config::{Config, DeviceChoice};

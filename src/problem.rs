@@ -179,6 +179,7 @@ impl AttentionProblem {
         let softmax_scale = check_attention(device, views, &shape, softmax_scale)?;
         if let Some(lse) = lse {
             expect_shape("lse", lse, &[num_heads, total_q])?;
+            expect_dtype("lse", lse, DType::F32)?;
             expect_output("lse", lse, device)?;
             for (other, view) in [("q", views.q), ("k", views.k), ("v", views.v), ("out", views.out)] {
                 expect_apart("lse", lse, other, view)?;
@@ -188,18 +189,25 @@ impl AttentionProblem {
     }
 }
 
-/// Checks a copy of the valid rows of padded `[B, S, H, D]` tensors to packed `[n, H, D]` ones. `pairs` are padded and packed.
-pub(crate) fn check_pack(
-    device: DeviceInfo<'_>,
-    pairs: &[(&'static str, &ViewInfo<'_>, &ViewInfo<'_>)],
-    meta: &VarlenMeta,
-) -> Result<()> {
-    for &(name, padded, packed) in pairs {
-        check_rows(device, name, (padded, packed), meta)?;
-        expect_input(name, padded, device)?;
-        expect_output("packed", packed, device)?;
-        for &(other, input, _) in pairs {
-            expect_apart("packed", packed, other, input)?;
+/// One tensor of a pack: its padded and its packed form, and what the caller knows them as.
+#[derive(Debug)]
+pub(crate) struct PackViews<'a> {
+    pub padded: (&'static str, ViewInfo<'a>),
+    pub packed: (&'static str, ViewInfo<'a>),
+}
+
+/// Checks copies of the valid rows of padded `[B, S, H, D]` tensors to packed `[n, H, D]` ones.
+pub(crate) fn check_pack(device: DeviceInfo<'_>, copies: &[PackViews<'_>], meta: &VarlenMeta) -> Result<()> {
+    for PackViews { padded, packed } in copies {
+        check_rows(device, (padded.0, &padded.1), (packed.0, &packed.1), meta)?;
+        expect_input(padded.0, &padded.1, device)?;
+        expect_output(packed.0, &packed.1, device)?;
+    }
+    for (at, PackViews { packed, .. }) in copies.iter().enumerate() {
+        let inputs = copies.iter().map(|copy| &copy.padded);
+        let later_outputs = copies[at + 1..].iter().map(|copy| &copy.packed);
+        for (other, view) in inputs.chain(later_outputs) {
+            expect_apart(packed.0, &packed.1, other, view)?;
         }
     }
     Ok(())
@@ -212,7 +220,7 @@ pub(crate) fn check_scatter(
     padded: &ViewInfo<'_>,
     meta: &VarlenMeta,
 ) -> Result<()> {
-    check_rows(device, "padded", (padded, packed), meta)?;
+    check_rows(device, ("padded", padded), ("packed", packed), meta)?;
     expect_input("packed", packed, device)?;
     expect_output("padded", padded, device)?;
     expect_apart("padded", padded, "packed", packed)
@@ -256,17 +264,17 @@ fn expect_device_meta(
 
 fn check_rows(
     device: DeviceInfo<'_>,
-    name: &'static str,
-    (padded, packed): (&ViewInfo<'_>, &ViewInfo<'_>),
+    (padded_name, padded): (&'static str, &ViewInfo<'_>),
+    (packed_name, packed): (&'static str, &ViewInfo<'_>),
     meta: &VarlenMeta,
 ) -> Result<()> {
-    let [batch, seq, num_heads, head_dim] = sizes(name, padded, "4: [B, S, H, D]")?;
+    let [batch, seq, num_heads, head_dim] = sizes(padded_name, padded, "4: [B, S, H, D]")?;
     expect_mask("meta", meta.key_mask(), batch, seq)?;
-    expect_shape("packed", packed, &[meta.total_valid(), num_heads, head_dim])?;
+    expect_shape(packed_name, packed, &[meta.total_valid(), num_heads, head_dim])?;
     expect_head_dim(head_dim)?;
-    expect_dtype("packed", packed, padded.dtype)?;
-    expect_supported(name, padded, device)?;
-    expect_count(name, padded.layout.shape())
+    expect_dtype(packed_name, packed, padded.dtype)?;
+    expect_supported(padded_name, padded, device)?;
+    expect_count(padded_name, padded.layout.shape())
 }
 
 /// The checks that padded and packed calls share; returns the scale to use.

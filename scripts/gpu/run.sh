@@ -4,7 +4,8 @@
 #   run.sh [--filter TEXT] [STEP...]
 #
 # Steps, all of them unless some are named:
-#   suite      every test program; a CUDA device must be there, and a Vulkan device if there is a Vulkan loader
+#   suite      every test program, and the C library's test in Python; a CUDA device must be there, and a Vulkan device if there
+#              is a Vulkan loader
 #   sanitizer  the CUDA suite under compute-sanitizer, memcheck and synccheck, where that is installed: a reduced set
 #   bench      the benches and the example, with their results as JSON lines
 #
@@ -114,6 +115,13 @@ run_suite() {
     fi
     program "$test" env "VARLEN_FA_TEST_REQUIRE=$required" "tests/$test" ${filter:+"$filter"}
   done
+  if [ -n "$filter" ]; then
+    row "skipped" 0 "suite/c-library" "its tests have no names that --filter knows"
+  elif ! command -v python3 >/dev/null; then
+    row "skipped" 0 "suite/c-library" "no python3"
+  else
+    program c-library env "VARLEN_FA_LIBRARY=$PWD/capi/libvarlen_fa.so" python3 capi/tests/test_varlen_fa.py cuda
+  fi
 }
 
 # Two random cases of each property, and neither large tensors nor repetitions.

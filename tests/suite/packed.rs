@@ -2,8 +2,8 @@
 
 use anyhow::{Context, Result, ensure};
 use varlen_fa::{
-    CuSeqlens, DType, Device, KeyMask, Tensor, VarlenMeta, VarlenOptions, pack, pack_qkv, scatter_to_padded,
-    varlen_attention,
+    CuSeqlens, DType, Device, KeyMask, Tensor, TensorViewMut, VarlenMeta, VarlenOptions, pack, pack_into, pack_qkv,
+    pack_qkv_into, scatter_to_padded, scatter_to_padded_into, varlen_attention, varlen_attention_into,
 };
 use varlen_fa_testkit::{
     CASES, PackedOutput, PackedProblem, Tolerance, attend_packed, check_close, check_relative, random,
@@ -23,6 +23,9 @@ pub fn register(trials: &mut Trials) {
     trials.each_dtype("pack/more_rows_than_workgroups", pack_and_scatter_many_rows);
     trials.each_dtype("scatter/bit_for_bit", scatter_bit_for_bit);
     trials.each_dtype("scatter/strided_input", scatter_strided_input);
+    trials.each_dtype("pack/into_views", pack_into_views);
+    trials.each_dtype("scatter/into_views", scatter_into_views);
+    trials.each_kernel("varlen_attention/into_views", varlen_attention_into_views);
     trials.each_kernel("varlen_attention/separate_lengths", separate_lengths);
     trials.each_kernel("varlen_attention/empty_sequences", empty_sequences);
     trials.each_kernel("varlen_attention/lengths_around_tiles", lengths_around_tiles);
@@ -202,6 +205,85 @@ fn scatter_strided_input(device: &Device, dtype: DType) -> Result<()> {
         .collect();
     let view = holder.view().permute(&[1, 0, 2])?;
     ensure!(download(&scatter_to_padded(device, view, &meta)?)? == spread(&rows, &keep, 2 * dim), "head after head");
+    Ok(())
+}
+
+/// Memory of sentinels, in which an output of rows `[rows, heads, dim]` lies with two rows before it, one after it, a head before
+/// and two heads after each row.
+struct Around {
+    memory: Tensor,
+    shape: [usize; 3],
+}
+
+impl Around {
+    fn new(device: &Device, dtype: DType, shape: [usize; 3]) -> Result<Self> {
+        let [rows, heads, dim] = shape;
+        let holder = [rows + 3, heads + 3, dim];
+        let memory = upload(device, dtype, &vec![sentinel(dtype); holder.iter().product()], &holder)?;
+        Ok(Self { memory, shape })
+    }
+
+    fn view(&mut self) -> Result<TensorViewMut<'_>> {
+        let [rows, heads, _] = self.shape;
+        Ok(self.memory.view_mut().slice(0, 2..2 + rows)?.slice(1, 1..1 + heads)?)
+    }
+
+    /// The output's bits; an error if what surrounds them was written.
+    fn read(&self) -> Result<Vec<u32>> {
+        let ([rows, heads, dim], dtype) = (self.shape, self.memory.dtype());
+        let mut bits = Vec::new();
+        for (place, row) in download(&self.memory)?.chunks(dim).enumerate() {
+            let (token, head) = (place / (heads + 3), place % (heads + 3));
+            if (2..2 + rows).contains(&token) && (1..1 + heads).contains(&head) {
+                bits.extend_from_slice(row);
+            } else {
+                ensure!(row.iter().all(|&bits| bits == sentinel(dtype)), "row {token}, head {head} was written");
+            }
+        }
+        Ok(bits)
+    }
+}
+
+fn pack_into_views(device: &Device, dtype: DType) -> Result<()> {
+    for keep in masks()? {
+        let meta = meta_of(3, 50, &keep)?;
+        let total = meta.total_valid();
+        let bits = [(4, 20), (2, 21), (2, 22)].map(|(heads, seed)| awkward_bits(dtype, seed, 150 * heads * 24));
+        let tensor = |at: usize, heads| upload(device, dtype, &bits[at], &[3, 50, heads, 24]);
+        let (q, k, v) = (tensor(0, 4)?, tensor(1, 2)?, tensor(2, 2)?);
+        let around = |heads| Around::new(device, dtype, [total, heads, 24]);
+        let (mut packed_q, mut packed_k, mut packed_v) = (around(4)?, around(2)?, around(2)?);
+        pack_qkv_into(device, &q, &k, &v, &meta, [packed_q.view()?, packed_k.view()?, packed_v.view()?])?;
+        for ((packed, bits), heads) in [packed_q, packed_k, packed_v].iter().zip(&bits).zip([4, 2, 2]) {
+            ensure!(packed.read()? == gather(bits, &keep, heads * 24), "pack_qkv_into, {heads} heads");
+        }
+        let mut packed = around(4)?;
+        pack_into(device, &q, &meta, packed.view()?)?;
+        ensure!(packed.read()? == gather(&bits[0], &keep, 4 * 24), "pack_into");
+    }
+    Ok(())
+}
+
+fn scatter_into_views(device: &Device, dtype: DType) -> Result<()> {
+    for keep in masks()? {
+        let meta = meta_of(3, 50, &keep)?;
+        let bits = awkward_bits(dtype, 23, meta.total_valid() * 2 * 40);
+        let packed = upload(device, dtype, &bits, &[meta.total_valid(), 2, 40])?;
+        // Into the middle 2 of 5 heads, heads outside tokens.
+        let mut memory = upload(device, dtype, &vec![sentinel(dtype); 3 * 5 * 50 * 40], &[3, 5, 50, 40])?;
+        let view = memory.view_mut().slice(1, 2..4)?.permute(&[0, 2, 1, 3])?;
+        scatter_to_padded_into(device, &packed, &meta, view)?;
+        let expected = spread(&bits, &keep, 2 * 40);
+        for (place, row) in download(&memory)?.chunks(40).enumerate() {
+            let (batch, head, token) = (place / 250, place / 50 % 5, place % 50);
+            if (2..4).contains(&head) {
+                let start = ((batch * 50 + token) * 2 + head - 2) * 40;
+                ensure!(*row == expected[start..start + 40], "batch row {batch}, head {head}, token {token}");
+            } else {
+                ensure!(row.iter().all(|&bits| bits == sentinel(dtype)), "head {head} was written");
+            }
+        }
+    }
     Ok(())
 }
 
@@ -399,6 +481,31 @@ fn same_bits_with_and_without_lse(variant: &Variant) -> Result<()> {
     let run = |options| varlen_attention(&variant.device, [&q, &k, &v], &cu_q, &cu_k, options);
     let (plain, with_lse) = (run(packed.options(variant))?, run(packed.options(variant).with_lse())?);
     ensure!(download(&plain.out)? == download(&with_lse.out)?, "asking for lse changed the output");
+    Ok(())
+}
+
+fn varlen_attention_into_views(variant: &Variant) -> Result<()> {
+    let (device, dtype) = (&variant.device, variant.dtype);
+    let packed = Packed::random(dtype, [4, 2, 64], &[50, 0, 70, 3], &[50, 4, 90, 0]);
+    let ([q, k, v], [cu_q, cu_k]) = (packed.tensors(device)?, packed.cu_seqlens()?);
+    let options = packed.options(variant).with_lse();
+    let owned = varlen_attention(device, [&q, &k, &v], &cu_q, &cu_k, options)?;
+    let mut out = Around::new(device, dtype, [123, 4, 64])?;
+    let mut lse = Around::new(device, DType::F32, [1, 4, 123])?;
+    let lse_view = lse.view()?;
+    let layout = lse_view.layout();
+    let layout = varlen_fa::Layout::strided(&layout.shape()[1..], &layout.strides()[1..], layout.offset())?;
+    let lse_view = lse_view.with_layout(layout);
+    let plan = varlen_attention_into(device, [&q, &k, &v], &cu_q, &cu_k, options, out.view()?, Some(lse_view))?;
+    ensure!(plan.kernel == variant.kernel && plan.reason == varlen_fa::Reason::AlreadyPacked, "got {plan}");
+    ensure!(out.read()? == download(&owned.out)?, "the output differs from the owned one");
+    let owned_lse = owned.lse.context("lse was asked for")?;
+    ensure!(lse.read()? == download(&owned_lse)?, "the lse differs from the owned one");
+    // Without a view there is no lse, whatever the options say.
+    let mut out = Around::new(device, dtype, [123, 4, 64])?;
+    let none = None::<TensorViewMut<'_>>;
+    varlen_attention_into(device, [&q, &k, &v], &cu_q, &cu_k, options, out.view()?, none)?;
+    ensure!(out.read()? == download(&owned.out)?, "the output differs without an lse");
     Ok(())
 }
 

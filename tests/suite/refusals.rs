@@ -7,7 +7,8 @@
 use anyhow::{Context, Result, ensure};
 use varlen_fa::{
     AttentionMask, CuSeqlens, DType, Device, Error, Kernel, KeyMask, Layout, MaskedAttention, Path, Tensor, TensorView,
-    TensorViewMut, VarlenMeta, VarlenOptions, pack, pack_qkv, scatter_to_padded, varlen_attention,
+    TensorViewMut, VarlenMeta, VarlenOptions, pack, pack_into, pack_qkv, pack_qkv_into, scatter_to_padded,
+    scatter_to_padded_into, varlen_attention, varlen_attention_into,
 };
 
 use super::memory::{download, narrow, sentinel, upload};
@@ -29,6 +30,7 @@ pub fn register(trials: &mut Trials) {
     trials.once("refusals/forced_paths_and_kernels", forced_paths_and_kernels);
     trials.once("refusals/pack_and_scatter", pack_and_scatter);
     trials.once("refusals/packed_rows", packed_rows);
+    trials.once("refusals/outputs_of_the_primitives", outputs_of_the_primitives);
     trials.once("refusals/another_device", another_device);
     trials.once("refusals/odd_places", odd_places);
 }
@@ -468,6 +470,50 @@ fn packed_rows(device: &Device) -> Result<()> {
     let options = VarlenOptions::default().with_softmax_scale(f32::INFINITY);
     let refused = varlen_attention(device, views, &cu_q, &cu_k, options);
     expect(refused, &Error::SoftmaxScale { got: f32::INFINITY })
+}
+
+/// Outputs that do not fit are refused by name, and keep their bits.
+fn outputs_of_the_primitives(device: &Device) -> Result<()> {
+    let stage = Stage::new(device)?;
+    let meta = VarlenMeta::from_key_mask(&KeyMask::from_lengths(6, &[3, 4])?)?;
+    let (q, packed) = (&stage.q, stage.ones(&[7, 4, 16])?);
+    let mut good = [stage.untouched(&[7, 4, 16])?, stage.untouched(&[7, 4, 16])?, stage.untouched(&[7, 4, 16])?];
+
+    let mut short = stage.untouched(&[6, 4, 16])?;
+    let shape = |argument| shape_error(argument, &[7, 4, 16], &[6, 4, 16]);
+    expect(pack_into(device, q, &meta, &mut short), &shape("packed"))?;
+    for (at, name) in ["packed_q", "packed_k", "packed_v"].into_iter().enumerate() {
+        let mut views = good.each_mut().map(Tensor::view_mut);
+        views[at] = short.view_mut();
+        expect(pack_qkv_into(device, q, q, q, &meta, views), &shape(name))?;
+    }
+    let mut flat = stage.untouched(&[7 * 4 * 16])?;
+    let over = Layout::strided(&[7, 4, 16], &[48, 16, 1], 0)?;
+    let expected = Error::SelfOverlap { argument: "packed", shape: vec![7, 4, 16], strides: vec![48, 16, 1] };
+    expect(pack_into(device, q, &meta, flat.view_mut().with_layout(over)), &expected)?;
+
+    let rank = Error::Rank { argument: "padded", expected: "4: [B, S, H, D]", got: 3 };
+    expect(scatter_to_padded_into(device, &packed, &meta, &mut good[0]), &rank)?;
+    let mut other = stage.untouched(&[2, 7, 4, 16])?;
+    let size = Error::MaskSize { argument: "meta", expected: [2, 7], got: [2, 6] };
+    expect(scatter_to_padded_into(device, &packed, &meta, &mut other), &size)?;
+
+    let (cu, options) = (meta.cu_seqlens(), VarlenOptions::default());
+    let views = [packed.view(), packed.view(), packed.view()];
+    let mut lse = untouched(device, DType::F32, &[7, 4])?;
+    let attend =
+        |out: &mut Tensor, lse: &mut Tensor| varlen_attention_into(device, views, cu, cu, options, out, Some(lse));
+    expect(attend(&mut short, &mut lse), &shape("out"))?;
+    expect(attend(&mut good[0], &mut lse), &shape_error("lse", &[4, 7], &[7, 4]))?;
+    let mut half = stage.untouched(&[4, 7])?;
+    let expected = Error::DTypeMismatch { argument: "lse", expected: DType::F32, got: DType::F16 };
+    expect(attend(&mut good[0], &mut half), &expected)?;
+
+    let [a, b, c] = &good;
+    for tensor in [&short, &flat, &other, &lse, &half, a, b, c] {
+        expect_untouched(tensor)?;
+    }
+    Ok(())
 }
 
 /// Tensors of the CPU device on another one, of a second device on the first, and the other way round.

@@ -17,6 +17,9 @@ const MAX_BYTES: u64 = 60_000_000;
 /// The programs, compressed: each one carries the library with all its kernels and shaders. run.sh unpacks it.
 const PROGRAMS: &str = "programs.tar.gz";
 
+/// The C library's place among the programs.
+const C_LIBRARY: &str = "capi/libvarlen_fa.so";
+
 /// Builds the programs and writes the bundle to `out`.
 pub fn build(workspace: &Workspace, out: Option<&Path>) -> Result<()> {
     let default = workspace.target.join("gpu-bundle");
@@ -46,6 +49,7 @@ pub fn build(workspace: &Workspace, out: Option<&Path>) -> Result<()> {
         run(Command::new("strip").arg("-o").arg(&to).arg(executable)).context("programs are stripped with binutils")?;
         rows.push(vec![name.clone(), fs::metadata(&to)?.len().to_string()]);
     }
+    rows.push(vec![C_LIBRARY.to_owned(), add_c_library(workspace, &staging)?.to_string()]);
     let archive = out.join(PROGRAMS);
     run(Command::new("tar").arg("-czf").arg(&archive).arg("-C").arg(&staging).arg("."))?;
     let script = out.join("run.sh");
@@ -61,6 +65,20 @@ pub fn build(workspace: &Workspace, out: Option<&Path>) -> Result<()> {
         out.display()
     );
     Ok(())
+}
+
+/// Puts the C library beside its Python test, in folders that lie to one another as they do here. Gives the library's size.
+fn add_c_library(workspace: &Workspace, staging: &Path) -> Result<u64> {
+    run(cargo().current_dir(&workspace.root).args(["build", "--release", "--package=varlen-fa-capi"]))?;
+    for file in ["capi/tests/test_varlen_fa.py", "benches/peers/varlen_fa.py"] {
+        let (from, to) = (workspace.root.join(file), staging.join(file));
+        let folder = to.parent().context("a file outside of any folder")?;
+        fs::create_dir_all(folder).with_context(|| format!("cannot create {}", folder.display()))?;
+        fs::copy(&from, &to).with_context(|| format!("cannot copy {} to {}", from.display(), to.display()))?;
+    }
+    let (from, to) = (workspace.target.join("release/libvarlen_fa.so"), staging.join(C_LIBRARY));
+    run(Command::new("strip").arg("-o").arg(&to).arg(&from)).context("the library is stripped with binutils")?;
+    Ok(fs::metadata(&to)?.len())
 }
 
 /// A line of `cargo build --message-format=json`.

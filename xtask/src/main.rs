@@ -2,6 +2,7 @@
 
 mod bundle;
 mod compiler;
+mod header;
 mod kernels;
 mod manifest;
 mod ptxas;
@@ -40,6 +41,12 @@ enum Chore {
         #[arg(long)]
         check: bool,
     },
+    /// Write capi/include/varlen_fa.h, the C header, from the sources of capi
+    Header {
+        /// Write nothing: fail if the committed header is not what the sources give
+        #[arg(long)]
+        check: bool,
+    },
     /// Put tests, benches and examples into one folder that runs on a machine with an NVIDIA GPU and no Rust
     ///
     /// Builds the programs in release mode with every feature, strips them and puts them beside scripts/gpu/run.sh. That machine needs
@@ -68,6 +75,8 @@ fn run(arguments: &Arguments) -> Result<()> {
     match &arguments.chore {
         Chore::Kernels { check: false } => kernels::build(&workspace),
         Chore::Kernels { check: true } => kernels::check(&workspace),
+        Chore::Header { check: false } => header::write(&workspace),
+        Chore::Header { check: true } => header::check(&workspace),
         Chore::GpuBundle { out } => bundle::build(&workspace, out.as_deref()),
     }
 }

@@ -1,0 +1,724 @@
+// varlen-fa: attention over padded batches that computes only what is valid.
+//
+// This file is made from the sources of capi/ by `cargo xtask header`: change those instead.
+// docs/embedding-c.md shows how to build, link and use the library; capi/examples/masked_attention.c is a complete program.
+//
+// Errors
+//   Functions that can fail return a varlen_fa_status: 0 is success. varlen_fa_last_error() then has a message that names the
+//   argument, what was expected and what came. After an error no output and no result has been written; only if the device itself
+//   failed (VARLEN_FA_STATUS_DEVICE_LOST, _BACKEND) in the middle of a call, device memory given as an output may hold anything.
+//   No error of a caller ends the process, and no panic crosses into C.
+//
+// Handles
+//   Pointers to devices, masks, metadata and cu_seqlens are handles, not addresses: they are looked up. One that was freed, is of
+//   another kind or was never given out is refused with VARLEN_FA_STATUS_BAD_HANDLE. Every handle is freed once, with the function of
+//   its kind; freeing one ends the name and not the object, which lives on where others need it: metadata outlives its mask, and
+//   a call that runs in another thread finishes.
+//
+// Threads
+//   Every function may be called from any thread at any time, also on the same handles. Calls on one device are ordered as they
+//   are made; calls that use device metadata wait for one that rebuilds it, and the other way round. A message of
+//   varlen_fa_last_error() belongs to the thread that got the error. What callers keep apart is their memory: while a call runs,
+//   nobody else writes to its inputs or uses its outputs, from their first element to the last and whatever lies between. Work on VARLEN_FA_MEMORY_CUDA goes on after the call: order other uses
+//   behind it with the device's stream, or call varlen_fa_device_synchronize.
+//
+// Pointers
+//   NULL where there must be something, addresses in the first page, and misaligned ones are refused. Other pointers must be to live
+//   memory of the size that their function names: that is the caller's word, as everywhere in C.
+//
+// Structs
+//   Start from zeros (`varlen_fa_tensor q = {0};`) and set what you need. Reserved space must be 0; later versions may use it, and
+//   0 will mean what this version does.
+
+
+#ifndef VARLEN_FA_H
+#define VARLEN_FA_H
+
+#include <stdint.h>
+
+// Version of this header. Compare with varlen_fa_version(): versions with the same major number and, while that is 0, the same
+// minor number work together.
+#define VARLEN_FA_VERSION_MAJOR 0
+
+// See VARLEN_FA_VERSION_MAJOR.
+#define VARLEN_FA_VERSION_MINOR 1
+
+// See VARLEN_FA_VERSION_MAJOR.
+#define VARLEN_FA_VERSION_PATCH 0
+
+// What a call returns: 0, or why it was refused or failed. varlen_fa_last_error() has the message.
+//
+// Up to 99 the arguments are at fault: nothing was launched and nothing was written. From 100 on the device is, from 200 on this
+// library.
+enum varlen_fa_status
+#if defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+  : uint32_t
+#endif // defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+ {
+  // Done.
+  VARLEN_FA_STATUS_OK = 0,
+  // A pointer that must not be NULL is NULL, or points into the first page.
+  VARLEN_FA_STATUS_NULL_POINTER = 1,
+  // Not a live handle of the kind that the argument wants: freed, of another kind, or never a handle. Also a CUDA context, stream
+  // or address that the driver does not know.
+  VARLEN_FA_STATUS_BAD_HANDLE = 2,
+  // A number that is not one of an enum's, a negative stride, a size that is no size, reserved space that is not 0.
+  VARLEN_FA_STATUS_BAD_VALUE = 3,
+  // A pointer, an offset or a stride that is not a multiple of what it must be.
+  VARLEN_FA_STATUS_MISALIGNED = 4,
+  // A tensor has the wrong number of dimensions.
+  VARLEN_FA_STATUS_RANK = 10,
+  // A tensor's shape does not fit the other arguments.
+  VARLEN_FA_STATUS_SHAPE = 11,
+  // A bias dimension is neither 1 nor the full size.
+  VARLEN_FA_STATUS_BROADCAST = 12,
+  // The number of query heads is not a multiple of the number of key/value heads.
+  VARLEN_FA_STATUS_HEADS_NOT_DIVISIBLE = 13,
+  // The head dimension is not a multiple of 8 from 8 to 256.
+  VARLEN_FA_STATUS_HEAD_DIM = 14,
+  // The device does not compute with this element type.
+  VARLEN_FA_STATUS_UNSUPPORTED_DTYPE = 15,
+  // Element types differ where they must agree.
+  VARLEN_FA_STATUS_DTYPE_MISMATCH = 16,
+  // The last dimension of a tensor is not contiguous.
+  VARLEN_FA_STATUS_INNER_STRIDE = 17,
+  // Shape and strides reach past the given bytes.
+  VARLEN_FA_STATUS_BUFFER_TOO_SMALL = 18,
+  // An output shares memory with an input or another output.
+  VARLEN_FA_STATUS_OVERLAP = 19,
+  // Strides put two elements of an output at one place.
+  VARLEN_FA_STATUS_SELF_OVERLAP = 20,
+  // An array has the wrong number of elements.
+  VARLEN_FA_STATUS_LENGTH = 21,
+  // A mask or metadata was built for another batch or sequence length.
+  VARLEN_FA_STATUS_MASK_SIZE = 22,
+  // A length or a run reaches outside its row.
+  VARLEN_FA_STATUS_MASK_ROW = 23,
+  // Cumulative sequence lengths do not start at 0, fall, or end elsewhere than the tensors do.
+  VARLEN_FA_STATUS_CU_SEQLENS = 24,
+  // The softmax scale is not a finite number.
+  VARLEN_FA_STATUS_SOFTMAX_SCALE = 25,
+  // A size does not fit the integers or the limits that hold it.
+  VARLEN_FA_STATUS_TOO_LARGE = 26,
+  // An environment variable has a value that is not understood.
+  VARLEN_FA_STATUS_ENVIRONMENT = 27,
+  // A tensor, memory or metadata belongs to another device.
+  VARLEN_FA_STATUS_DEVICE_MISMATCH = 28,
+  // The forced path or kernel does not exist on this device or for this call.
+  VARLEN_FA_STATUS_NOT_APPLICABLE = 29,
+  // An argument is wrong in a way that this header has no name for.
+  VARLEN_FA_STATUS_REFUSED = 99,
+  // The device that was asked for cannot be used here.
+  VARLEN_FA_STATUS_DEVICE_UNAVAILABLE = 100,
+  // Memory ran out.
+  VARLEN_FA_STATUS_OUT_OF_MEMORY = 101,
+  // The device is gone, and no later call on it succeeds.
+  VARLEN_FA_STATUS_DEVICE_LOST = 102,
+  // The device or its driver refused an operation.
+  VARLEN_FA_STATUS_BACKEND = 103,
+  // The device's stream is being captured into a CUDA graph, which cannot hold the operation; the capture goes on.
+  VARLEN_FA_STATUS_STREAM_CAPTURED = 104,
+  // This library failed; the message says where. Please report it.
+  VARLEN_FA_STATUS_PANIC = 200,
+};
+#ifndef __cplusplus
+#if __STDC_VERSION__ >= 202311L
+typedef enum varlen_fa_status varlen_fa_status;
+#else
+typedef uint32_t varlen_fa_status;
+#endif // __STDC_VERSION__ >= 202311L
+#endif // __cplusplus
+
+// Where a device computes.
+enum varlen_fa_device_kind
+#if defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+  : uint32_t
+#endif // defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+ {
+  // What VARLEN_FA_DEVICE asks for, or the best one present: CUDA, then a hardware GPU through wgpu, then the CPU.
+  VARLEN_FA_DEVICE_KIND_AUTO = 0,
+  // The CPU.
+  VARLEN_FA_DEVICE_KIND_CPU = 1,
+  // Vulkan, Metal or DirectX 12 through wgpu; software adapters included.
+  VARLEN_FA_DEVICE_KIND_WGPU = 2,
+  // An NVIDIA GPU.
+  VARLEN_FA_DEVICE_KIND_CUDA = 3,
+};
+#ifndef __cplusplus
+#if __STDC_VERSION__ >= 202311L
+typedef enum varlen_fa_device_kind varlen_fa_device_kind;
+#else
+typedef uint32_t varlen_fa_device_kind;
+#endif // __STDC_VERSION__ >= 202311L
+#endif // __cplusplus
+
+// Element type of a mask: an integer of so many bytes. Any value but 0 keeps the token; bool and signed integers count alike.
+enum varlen_fa_mask_dtype
+#if defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+  : uint32_t
+#endif // defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+ {
+  // bool, uint8_t, int8_t.
+  VARLEN_FA_MASK_DTYPE_U8 = 1,
+  // uint16_t, int16_t.
+  VARLEN_FA_MASK_DTYPE_U16 = 2,
+  // uint32_t, int32_t.
+  VARLEN_FA_MASK_DTYPE_U32 = 4,
+  // uint64_t, int64_t.
+  VARLEN_FA_MASK_DTYPE_U64 = 8,
+};
+#ifndef __cplusplus
+#if __STDC_VERSION__ >= 202311L
+typedef enum varlen_fa_mask_dtype varlen_fa_mask_dtype;
+#else
+typedef uint32_t varlen_fa_mask_dtype;
+#endif // __STDC_VERSION__ >= 202311L
+#endif // __cplusplus
+
+// What an address is an address of.
+enum varlen_fa_memory
+#if defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+  : uint32_t
+#endif // defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+ {
+  // Host memory. The CPU device works on it in place. For other devices a call copies inputs to the device and outputs back,
+  // and returns when that is done.
+  VARLEN_FA_MEMORY_HOST = 0,
+  // Memory of the CUDA device that computes, used in place; the call returns before the work is done.
+  VARLEN_FA_MEMORY_CUDA = 1,
+};
+#ifndef __cplusplus
+#if __STDC_VERSION__ >= 202311L
+typedef enum varlen_fa_memory varlen_fa_memory;
+#else
+typedef uint32_t varlen_fa_memory;
+#endif // __STDC_VERSION__ >= 202311L
+#endif // __cplusplus
+
+// How a call is computed.
+enum varlen_fa_path
+#if defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+  : uint32_t
+#endif // defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+ {
+  // In options: the library decides.
+  VARLEN_FA_PATH_AUTO = 0,
+  // Every query against every key, masked keys dropped from the softmax.
+  VARLEN_FA_PATH_DENSE = 1,
+  // One pass over the padded tensors in place that skips what is masked.
+  VARLEN_FA_PATH_FUSED = 2,
+  // Pack, varlen attention on the packed rows, scatter with zeros.
+  VARLEN_FA_PATH_PACKED = 3,
+  // Zeros only: no query or no key is valid.
+  VARLEN_FA_PATH_ZERO = 4,
+  // In plans: one that this header has no name for; the text names it.
+  VARLEN_FA_PATH_UNLISTED = 255,
+};
+#ifndef __cplusplus
+#if __STDC_VERSION__ >= 202311L
+typedef enum varlen_fa_path varlen_fa_path;
+#else
+typedef uint32_t varlen_fa_path;
+#endif // __STDC_VERSION__ >= 202311L
+#endif // __cplusplus
+
+// What computes a call.
+enum varlen_fa_kernel
+#if defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+  : uint32_t
+#endif // defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+ {
+  // In options: the device's preferred one.
+  VARLEN_FA_KERNEL_AUTO = 0,
+  // The CPU device's kernel.
+  VARLEN_FA_KERNEL_CPU_TILED = 1,
+  // The WGSL kernel that needs no optional feature.
+  VARLEN_FA_KERNEL_WGSL_PORTABLE = 2,
+  // The CUDA kernel of every chip from compute capability 8.0 on.
+  VARLEN_FA_KERNEL_CUDA_SM80 = 3,
+  // The CUDA kernel of compute capability 9.0.
+  VARLEN_FA_KERNEL_CUDA_SM90 = 4,
+  // In plans: one that this header has no name for; the text names it.
+  VARLEN_FA_KERNEL_UNLISTED = 255,
+};
+#ifndef __cplusplus
+#if __STDC_VERSION__ >= 202311L
+typedef enum varlen_fa_kernel varlen_fa_kernel;
+#else
+typedef uint32_t varlen_fa_kernel;
+#endif // __STDC_VERSION__ >= 202311L
+#endif // __cplusplus
+
+// Element type of a tensor. 0 is none of them, so that a forgotten field is noticed.
+enum varlen_fa_dtype
+#if defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+  : uint32_t
+#endif // defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+ {
+  // IEEE 754 binary32.
+  VARLEN_FA_DTYPE_F32 = 1,
+  // IEEE 754 binary16.
+  VARLEN_FA_DTYPE_F16 = 2,
+  // The upper 16 bits of a binary32.
+  VARLEN_FA_DTYPE_BF16 = 3,
+};
+#ifndef __cplusplus
+#if __STDC_VERSION__ >= 202311L
+typedef enum varlen_fa_dtype varlen_fa_dtype;
+#else
+typedef uint32_t varlen_fa_dtype;
+#endif // __STDC_VERSION__ >= 202311L
+#endif // __cplusplus
+
+// How an attention mask is given.
+enum varlen_fa_mask_kind
+#if defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+  : uint32_t
+#endif // defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+ {
+  // Every query attends to every key.
+  VARLEN_FA_MASK_KIND_NONE = 0,
+  // `key_mask`: every query attends to the kept keys of its batch row; rows of dropped queries are computed like any other.
+  VARLEN_FA_MASK_KIND_KEY = 1,
+  // `bias`: added to the scaled scores, broadcast over [B, H, Sq, Sk].
+  VARLEN_FA_MASK_KIND_BIAS = 2,
+  // `query_meta`: self-attention among the valid tokens; rows of the others are exactly zero.
+  VARLEN_FA_MASK_KIND_VARLEN = 3,
+  // `query_meta` and `key_meta`: valid queries attend to the valid keys of their batch row; other rows are exactly zero.
+  VARLEN_FA_MASK_KIND_VARLEN_CROSS = 4,
+  // `query_device_meta`: as VARLEN, with metadata that the device built.
+  VARLEN_FA_MASK_KIND_DEVICE_VARLEN = 5,
+  // `query_device_meta` and `key_device_meta`: as VARLEN_CROSS, with metadata that the device built.
+  VARLEN_FA_MASK_KIND_DEVICE_VARLEN_CROSS = 6,
+};
+#ifndef __cplusplus
+#if __STDC_VERSION__ >= 202311L
+typedef enum varlen_fa_mask_kind varlen_fa_mask_kind;
+#else
+typedef uint32_t varlen_fa_mask_kind;
+#endif // __STDC_VERSION__ >= 202311L
+#endif // __cplusplus
+
+// Why a path was taken.
+enum varlen_fa_reason
+#if defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+  : uint32_t
+#endif // defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+ {
+  // No mask was given.
+  VARLEN_FA_REASON_NO_MASK = 1,
+  // A key mask was given: dropped queries are computed like any other.
+  VARLEN_FA_REASON_KEY_MASK = 2,
+  // The key mask keeps every key, so it is not applied.
+  VARLEN_FA_REASON_KEY_MASK_KEEPS_ALL = 3,
+  // An additive bias was given.
+  VARLEN_FA_REASON_BIAS = 4,
+  // Metadata was given in which every token is valid.
+  VARLEN_FA_REASON_ALL_VALID = 5,
+  // Metadata was given with no valid query or no valid key.
+  VARLEN_FA_REASON_NOTHING_VALID = 6,
+  // Metadata was given, and the device reads padded tensors in place.
+  VARLEN_FA_REASON_IN_PLACE = 7,
+  // Metadata was given, and the device has no kernel that reads padded tensors in place.
+  VARLEN_FA_REASON_NO_FUSED_KERNEL = 8,
+  // VARLEN_FA=0.
+  VARLEN_FA_REASON_DENSE_FORCED = 9,
+  // The caller forced the path.
+  VARLEN_FA_REASON_PATH_FORCED = 10,
+  // The tensors were packed already.
+  VARLEN_FA_REASON_ALREADY_PACKED = 11,
+  // The device built the metadata, so the plan cannot know the mask.
+  VARLEN_FA_REASON_METADATA_ON_DEVICE = 12,
+  // Metadata was given with runs too short to be read in place.
+  VARLEN_FA_REASON_FRAGMENTED = 13,
+  // One that this header has no name for; the text says it.
+  VARLEN_FA_REASON_UNLISTED = 255,
+};
+#ifndef __cplusplus
+#if __STDC_VERSION__ >= 202311L
+typedef enum varlen_fa_reason varlen_fa_reason;
+#else
+typedef uint32_t varlen_fa_reason;
+#endif // __STDC_VERSION__ >= 202311L
+#endif // __cplusplus
+
+// Cumulative sequence lengths of packed rows: sequence b is rows cu_seqlens[b] to cu_seqlens[b + 1].
+typedef struct varlen_fa_cu_seqlens varlen_fa_cu_seqlens;
+
+// A device. Handles are numbers that look like pointers: they point to nothing.
+typedef struct varlen_fa_device varlen_fa_device;
+
+// What varlen_fa_meta is, built on the device from a mask that is there already, without waiting for the host.
+typedef struct varlen_fa_device_meta varlen_fa_device_meta;
+
+// Which tokens of a [B, S] batch are kept.
+typedef struct varlen_fa_key_mask varlen_fa_key_mask;
+
+// Where the valid tokens of a [B, S] batch lie. Made once per request and used by every layer and step: devices keep their copy
+// of it.
+typedef struct varlen_fa_meta varlen_fa_meta;
+
+// What a device is and can do.
+typedef struct varlen_fa_device_info {
+  // Where it computes; never AUTO.
+  varlen_fa_device_kind kind;
+  // 1 if the device is emulated on the CPU, or is the CPU.
+  uint32_t is_software;
+  // Bit `1 << dtype` for each element type that it computes with.
+  uint32_t dtypes;
+  // Bit `1 << kernel` for each kernel that runs on it and that this header names.
+  uint32_t kernels;
+  // Bytes of the largest tensor.
+  uint64_t max_buffer_bytes;
+  // Kind and hardware, for messages.
+  char name[192];
+  // The hardware, and its driver where there is one.
+  char adapter[192];
+  // 0.
+  uint64_t reserved[4];
+} varlen_fa_device_info;
+
+// A range of kept tokens of one batch row. It may be empty; ranges may touch or overlap.
+typedef struct varlen_fa_run {
+  // Batch row.
+  uint64_t row;
+  // First kept token.
+  uint64_t start;
+  // One past the last kept token.
+  uint64_t end;
+} varlen_fa_run;
+
+// Sizes of a batch's metadata.
+typedef struct varlen_fa_meta_info {
+  // Number of batch rows, B.
+  uint64_t batch;
+  // Tokens of each padded row, S.
+  uint64_t seq;
+  // Number of valid tokens, which is the number of packed rows.
+  uint64_t total_valid;
+  // Valid tokens of the longest row.
+  uint64_t max_seqlen;
+  // 0.
+  uint64_t reserved[4];
+} varlen_fa_meta_info;
+
+// A [B, S] mask in the caller's memory. Start from zeros, as with a tensor.
+typedef struct varlen_fa_mask_view {
+  // The first element. May be NULL if the mask has no elements.
+  const void *data;
+  // Bytes from `data` on that belong to the mask.
+  uint64_t bytes;
+  // Element type.
+  varlen_fa_mask_dtype dtype;
+  // What `data` is an address of.
+  varlen_fa_memory memory;
+  // B and S.
+  uint64_t shape[2];
+  // Distance between neighbours of each dimension, in elements, 0 or more.
+  int64_t strides[2];
+  // 0.
+  uint64_t reserved[2];
+} varlen_fa_mask_view;
+
+// Options of an attention call; all zeros, or no struct at all, is the default.
+typedef struct varlen_fa_attention_options {
+  // 1 if `softmax_scale` counts; 0 for 1/sqrt(D).
+  uint32_t has_softmax_scale;
+  // The factor on q*k before the softmax; any finite number.
+  float softmax_scale;
+  // The path to take; for tests and comparisons.
+  varlen_fa_path path;
+  // The kernel to run; for tests and comparisons.
+  varlen_fa_kernel kernel;
+  // 0.
+  uint64_t reserved[4];
+} varlen_fa_attention_options;
+
+// A tensor in the caller's memory.
+//
+// Element [b, s, h, d] of a [B, S, H, D] tensor lies b*strides[0] + s*strides[1] + h*strides[2] + d*strides[3] elements after
+// `data`. The last dimension is contiguous (stride 1), except of a bias; the others are free, so that slices of a fused
+// projection and permuted tensors need no copy.
+//
+// Start from zeros, as in `varlen_fa_tensor q = {0};`, so that reserved space is 0.
+typedef struct varlen_fa_tensor {
+  // The first element. May be NULL if the tensor has no elements.
+  void *data;
+  // Bytes from `data` on that belong to the tensor. Shape and strides that reach further are refused.
+  uint64_t bytes;
+  // Element type.
+  varlen_fa_dtype dtype;
+  // What `data` is an address of.
+  varlen_fa_memory memory;
+  // Number of dimensions, 1 to 4.
+  uint32_t rank;
+  // 0.
+  uint32_t reserved_word;
+  // Size of each dimension; entries from `rank` on do not count.
+  uint64_t shape[4];
+  // Distance between neighbours of each dimension, in elements, 0 or more; entries from `rank` on do not count.
+  int64_t strides[4];
+  // 0.
+  uint64_t reserved[2];
+} varlen_fa_tensor;
+
+// Which queries attend to which keys. All zeros, or no struct at all, is no mask. Pointers that `kind` does not name are NULL.
+typedef struct varlen_fa_attention_mask {
+  // Which of the fields below count.
+  varlen_fa_mask_kind kind;
+  // 0.
+  uint32_t reserved_word;
+  // [B, Sk], for KEY.
+  const struct varlen_fa_key_mask *key_mask;
+  // 1 to 4 dimensions that broadcast to [B, H, Sq, Sk], of the tensors' element type or f32, for BIAS.
+  const struct varlen_fa_tensor *bias;
+  // [B, S] for VARLEN, [B, Sq] for VARLEN_CROSS.
+  const struct varlen_fa_meta *query_meta;
+  // [B, Sk], for VARLEN_CROSS.
+  const struct varlen_fa_meta *key_meta;
+  // [B, S] for DEVICE_VARLEN, [B, Sq] for DEVICE_VARLEN_CROSS.
+  const struct varlen_fa_device_meta *query_device_meta;
+  // [B, Sk], for DEVICE_VARLEN_CROSS.
+  const struct varlen_fa_device_meta *key_device_meta;
+  // 0.
+  uint64_t reserved[4];
+} varlen_fa_attention_mask;
+
+// What was decided for a call.
+typedef struct varlen_fa_plan {
+  // How the call is computed.
+  varlen_fa_path path;
+  // What computes it; nothing runs on the ZERO path.
+  varlen_fa_kernel kernel;
+  // Why.
+  varlen_fa_reason reason;
+  // 0.
+  uint32_t reserved_word;
+  // The same in words, e.g. "fused by cpu-tiled: metadata was given and the device reads padded tensors in place".
+  char text[240];
+  // 0.
+  uint64_t reserved[2];
+} varlen_fa_plan;
+
+#ifdef __cplusplus
+extern "C" {
+#endif // __cplusplus
+
+// The library's version, as major * 1000000 + minor * 1000 + patch.
+uint32_t varlen_fa_version(void);
+
+// The library's version as text, e.g. "0.1.0"; valid for as long as the library is loaded.
+const char *varlen_fa_version_string(void);
+
+// The message of the last call of this thread that did not return VARLEN_FA_STATUS_OK; "" if there was none. It names the
+// argument, what was expected and what came. The text is valid until the thread's next call that fails, or its end.
+const char *varlen_fa_last_error(void);
+
+// Opens a device. VARLEN_FA=0 in the environment makes it compute everything densely, with the same results.
+//
+// `kind`: where to compute. AUTO takes what VARLEN_FA_DEVICE asks for (`cuda`, `cuda:N`, `wgpu` or `cpu`), or the best device
+// present.
+// `ordinal`: which CUDA device; 0 for other kinds.
+// `device`: receives the handle, to be given to varlen_fa_device_free.
+varlen_fa_status varlen_fa_device_open(varlen_fa_device_kind kind,
+                                       uint32_t ordinal,
+                                       struct varlen_fa_device **device);
+
+// A CUDA device over a context and a stream of the caller's. All work is launched on that stream, in order with the caller's own
+// work, and no call waits for it, unless tensors are in host memory. While the stream is being captured into a graph,
+// varlen_fa_forward over CUDA memory is captured. Neither context nor stream is destroyed here; both must outlive the device and
+// everything used with it.
+//
+// `context`: a CUcontext, live. NULL takes the stream's context, or with the default stream the one that is current in this thread.
+// `stream`: a CUstream or cudaStream_t of that context, live; NULL is the legacy default stream. CU_STREAM_PER_THREAD is refused.
+// `device`: receives the handle, to be given to varlen_fa_device_free.
+varlen_fa_status varlen_fa_device_open_cuda(void *context,
+                                            void *stream,
+                                            struct varlen_fa_device **device);
+
+// What a device is and can do.
+varlen_fa_status varlen_fa_device_describe(const struct varlen_fa_device *device, struct varlen_fa_device_info *info);
+
+// Waits for all work launched so far on the device, and returns what failed of it.
+varlen_fa_status varlen_fa_device_synchronize(const struct varlen_fa_device *device);
+
+// Closes a device; NULL is fine. Work that was launched goes on.
+varlen_fa_status varlen_fa_device_free(struct varlen_fa_device *device);
+
+// A key mask from [batch, seq] integers in host memory, row-major; any value but 0 keeps the token.
+//
+// `mask`: the integers, which are copied.
+// `dtype`: their size.
+// `key_mask`: receives the handle, to be given to varlen_fa_key_mask_free.
+varlen_fa_status varlen_fa_key_mask_from_integers(const void *mask,
+                                                  varlen_fa_mask_dtype dtype,
+                                                  uint64_t batch,
+                                                  uint64_t seq,
+                                                  struct varlen_fa_key_mask **key_mask);
+
+// A key mask that keeps the first lengths[b] tokens of each of the `batch` rows.
+//
+// `lengths`: `batch` numbers in host memory, each at most `seq`.
+// `key_mask`: receives the handle, to be given to varlen_fa_key_mask_free.
+varlen_fa_status varlen_fa_key_mask_from_lengths(const uint64_t *lengths,
+                                                 uint64_t batch,
+                                                 uint64_t seq,
+                                                 struct varlen_fa_key_mask **key_mask);
+
+// A key mask that keeps the given ranges, in any order.
+//
+// `runs`: `count` ranges in host memory; rows without one keep nothing.
+// `key_mask`: receives the handle, to be given to varlen_fa_key_mask_free.
+varlen_fa_status varlen_fa_key_mask_from_runs(const struct varlen_fa_run *runs,
+                                              uint64_t count,
+                                              uint64_t batch,
+                                              uint64_t seq,
+                                              struct varlen_fa_key_mask **key_mask);
+
+// Ends a key mask; NULL is fine. Metadata made from it lives on.
+varlen_fa_status varlen_fa_key_mask_free(struct varlen_fa_key_mask *key_mask);
+
+// The metadata of a key mask. To give it to attention is to agree that masked rows are dropped: their output is exactly zero.
+//
+// `meta`: receives the handle, to be given to varlen_fa_meta_free.
+varlen_fa_status varlen_fa_meta_create(const struct varlen_fa_key_mask *key_mask,
+                                       struct varlen_fa_meta **meta);
+
+// The sizes of a batch.
+varlen_fa_status varlen_fa_meta_describe(const struct varlen_fa_meta *meta, struct varlen_fa_meta_info *info);
+
+// Makes the device's copy of the metadata now rather than at its first use there. It is kept with the metadata either way. Call
+// it before the metadata is used in the capture of a CUDA graph.
+varlen_fa_status varlen_fa_meta_upload(const struct varlen_fa_meta *meta,
+                                       const struct varlen_fa_device *device);
+
+// Copies the flat positions b*S + s of the valid tokens, ascending.
+//
+// `indices`: host memory for `count` numbers.
+// `count`: total_valid.
+varlen_fa_status varlen_fa_meta_copy_indices(const struct varlen_fa_meta *meta, uint32_t *indices, uint64_t count);
+
+// Copies the packed row of each token, -1 where it is masked.
+//
+// `inv_indices`: host memory for `count` numbers.
+// `count`: B*S.
+varlen_fa_status varlen_fa_meta_copy_inv_indices(const struct varlen_fa_meta *meta,
+                                                 int32_t *inv_indices,
+                                                 uint64_t count);
+
+// Copies the cumulative sequence lengths of the packed rows.
+//
+// `values`: host memory for `count` numbers.
+// `count`: B + 1.
+varlen_fa_status varlen_fa_meta_copy_cu_seqlens(const struct varlen_fa_meta *meta, int32_t *values, uint64_t count);
+
+// Ends metadata; NULL is fine.
+varlen_fa_status varlen_fa_meta_free(struct varlen_fa_meta *meta);
+
+// Cumulative sequence lengths from `count` numbers in host memory, which start at 0 and never fall: one more than there are
+// sequences. They are copied.
+//
+// `cu_seqlens`: receives the handle, to be given to varlen_fa_cu_seqlens_free.
+varlen_fa_status varlen_fa_cu_seqlens_create(const int32_t *values,
+                                             uint64_t count,
+                                             struct varlen_fa_cu_seqlens **cu_seqlens);
+
+// The cumulative sequence lengths of the packed rows of metadata.
+//
+// `cu_seqlens`: receives the handle, to be given to varlen_fa_cu_seqlens_free.
+varlen_fa_status varlen_fa_cu_seqlens_from_meta(const struct varlen_fa_meta *meta,
+                                                struct varlen_fa_cu_seqlens **cu_seqlens);
+
+// Ends cumulative sequence lengths; NULL is fine.
+varlen_fa_status varlen_fa_cu_seqlens_free(struct varlen_fa_cu_seqlens *cu_seqlens);
+
+// Room on the device for the metadata of [batch, seq] masks; until varlen_fa_device_meta_rebuild no token is valid. CUDA devices and
+// the CPU device have it.
+//
+// `meta`: receives the handle, to be given to varlen_fa_device_meta_free.
+varlen_fa_status varlen_fa_device_meta_create(const struct varlen_fa_device *device,
+                                              uint64_t batch,
+                                              uint64_t seq,
+                                              struct varlen_fa_device_meta **meta);
+
+// Builds the metadata anew from a mask. Nothing is downloaded and nobody waits, if the mask is in the device's memory; calls made
+// before still see the metadata as it was. In a captured CUDA graph, each run rebuilds it from what the mask holds then.
+//
+// `mask`: of the size that the metadata was made for. On the CPU device in host memory.
+varlen_fa_status varlen_fa_device_meta_rebuild(const struct varlen_fa_device_meta *meta,
+                                               const struct varlen_fa_mask_view *mask);
+
+// Ends metadata on a device; NULL is fine.
+varlen_fa_status varlen_fa_device_meta_free(struct varlen_fa_device_meta *meta);
+
+// Scaled dot-product attention over padded tensors, into the caller's memory.
+//
+// `device`: computes.
+// `options`: may be NULL.
+// `q`: [B, Sq, H, D], D a multiple of 8 from 8 to 256.
+// `k`, `v`: [B, Sk, Hkv, D]; Hkv divides H, and query head h reads key/value head h / (H / Hkv).
+// `mask`: may be NULL, which is no mask.
+// `out`: [B, Sq, H, D] of q's element type, in memory that no input shares. Every element is written, and nothing else.
+// `plan`: receives the path and kernel that were taken and why; may be NULL.
+varlen_fa_status varlen_fa_forward(const struct varlen_fa_device *device,
+                                   const struct varlen_fa_attention_options *options,
+                                   const struct varlen_fa_tensor *q,
+                                   const struct varlen_fa_tensor *k,
+                                   const struct varlen_fa_tensor *v,
+                                   const struct varlen_fa_attention_mask *mask,
+                                   const struct varlen_fa_tensor *out,
+                                   struct varlen_fa_plan *plan);
+
+// Copies the valid rows of padded tensors to packed ones in one launch, bit for bit.
+//
+// `q`: [B, S, H, D]. `k`, `v`: [B, S, Hkv, D].
+// `meta`: of [B, S].
+// `packed_q`: [total_valid, H, D]. `packed_k`, `packed_v`: [total_valid, Hkv, D]. They share no memory with one another or with
+// an input.
+varlen_fa_status varlen_fa_pack_qkv(const struct varlen_fa_device *device,
+                                    const struct varlen_fa_tensor *q,
+                                    const struct varlen_fa_tensor *k,
+                                    const struct varlen_fa_tensor *v,
+                                    const struct varlen_fa_meta *meta,
+                                    const struct varlen_fa_tensor *packed_q,
+                                    const struct varlen_fa_tensor *packed_k,
+                                    const struct varlen_fa_tensor *packed_v);
+
+// Attention over packed rows: sequence b of the queries attends to sequence b of the keys. Either may be empty; a query without
+// keys gives zeros.
+//
+// `options`: may be NULL; the path cannot be forced.
+// `q`: [total_q, H, D]. `k`, `v`: [total_k, Hkv, D].
+// `cu_seqlens_q`, `cu_seqlens_k`: the sequences of both, as many of the one as of the other.
+// `out`: [total_q, H, D] of q's element type.
+// `lse`: [H, total_q] f32, receives the natural logarithm of the sum of exp(score) of each row, -inf for a row with no key; may
+// be NULL.
+// `plan`: receives the kernel that was taken; may be NULL.
+//
+// Outputs share no memory with one another or with an input.
+varlen_fa_status varlen_fa_varlen_attention(const struct varlen_fa_device *device,
+                                            const struct varlen_fa_attention_options *options,
+                                            const struct varlen_fa_tensor *q,
+                                            const struct varlen_fa_tensor *k,
+                                            const struct varlen_fa_tensor *v,
+                                            const struct varlen_fa_cu_seqlens *cu_seqlens_q,
+                                            const struct varlen_fa_cu_seqlens *cu_seqlens_k,
+                                            const struct varlen_fa_tensor *out,
+                                            const struct varlen_fa_tensor *lse,
+                                            struct varlen_fa_plan *plan);
+
+// Copies packed rows to the valid rows of a padded tensor, bit for bit, and writes +0.0 to the masked rows, in one launch.
+//
+// `packed`: [total_valid, H, D].
+// `meta`: of [B, S].
+// `padded`: [B, S, H, D], in memory that `packed` does not share. Every element is written, and nothing else.
+varlen_fa_status varlen_fa_scatter_to_padded(const struct varlen_fa_device *device,
+                                             const struct varlen_fa_tensor *packed,
+                                             const struct varlen_fa_meta *meta,
+                                             const struct varlen_fa_tensor *padded);
+
+#ifdef __cplusplus
+}  // extern "C"
+#endif  // __cplusplus
+
+#endif  /* VARLEN_FA_H */

@@ -1,0 +1,42 @@
+//! The caller's own CUDA context, stream and memory.
+
+use std::ffi::c_void;
+
+use varlen::{Device, DeviceMemory, Result};
+
+/// A device over a context and a stream of it.
+///
+/// # Safety
+/// Those of [`Device::from_cuda`].
+#[cfg(feature = "cuda")]
+pub(crate) unsafe fn device_over(context: *mut c_void, stream: *mut c_void) -> Result<Device> {
+    let config = varlen::Config::from_env()?;
+    // SAFETY: by this function's contract.
+    unsafe { Device::from_cuda(context, stream, config) }
+}
+
+/// Memory of a CUDA device, to be used in place.
+///
+/// # Safety
+/// Those of [`DeviceMemory::from_cuda`].
+#[cfg(feature = "cuda")]
+pub(crate) unsafe fn memory(device: &Device, address: u64, bytes: u64) -> Result<DeviceMemory> {
+    // SAFETY: by this function's contract.
+    unsafe { DeviceMemory::from_cuda(device, address, bytes) }
+}
+
+#[cfg(not(feature = "cuda"))]
+pub(crate) unsafe fn device_over(_context: *mut c_void, _stream: *mut c_void) -> Result<Device> {
+    Err(not_built())
+}
+
+#[cfg(not(feature = "cuda"))]
+pub(crate) unsafe fn memory(_device: &Device, _address: u64, _bytes: u64) -> Result<DeviceMemory> {
+    Err(not_built())
+}
+
+#[cfg(not(feature = "cuda"))]
+fn not_built() -> varlen::Error {
+    let why = "varlen-fa was built without its feature `cuda`".to_owned();
+    varlen::Error::DeviceUnavailable { device: "cuda".to_owned(), why }
+}

@@ -1,0 +1,165 @@
+//! Metadata that a device builds from a mask in its memory.
+
+use std::sync::{PoisonError, RwLock, RwLockReadGuard};
+
+use varlen::{Device, DeviceVarlenMeta, Error, Layout, MaskDType, MaskView};
+
+use crate::arguments::{FIRST_PAGE, Name, Place, choose, expect_zeros, read, size};
+use crate::device::kind_of;
+use crate::failure::{Failure, Result, border};
+use crate::handles;
+use crate::tensors::{cuda_memory, for_each_row, upload};
+use crate::types::{
+    varlen_fa_device, varlen_fa_device_kind, varlen_fa_device_meta, varlen_fa_mask_dtype, varlen_fa_mask_view,
+    varlen_fa_memory, varlen_fa_status,
+};
+
+/// Metadata that attention calls read and that rebuilding writes.
+#[derive(Debug)]
+pub(crate) struct DeviceMeta(RwLock<DeviceVarlenMeta>);
+
+impl DeviceMeta {
+    pub fn read(&self) -> RwLockReadGuard<'_, DeviceVarlenMeta> {
+        self.0.read().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Room on the device for the metadata of [batch, seq] masks; until varlen_fa_device_meta_rebuild no token is valid. CUDA devices and
+/// the CPU device have it.
+///
+/// `meta`: receives the handle, to be given to varlen_fa_device_meta_free.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn varlen_fa_device_meta_create(
+    device: *const varlen_fa_device,
+    batch: u64,
+    seq: u64,
+    meta: *mut *mut varlen_fa_device_meta,
+) -> varlen_fa_status {
+    border(|| {
+        // SAFETY: the caller keeps the header's rules for pointers.
+        let place = unsafe { Place::new(Name::of("meta"), meta) }?;
+        let device = handles::get(Name::of("device"), device)?;
+        let made = DeviceVarlenMeta::new(&device, size(Name::of("batch"), batch)?, size(Name::of("seq"), seq)?)?;
+        place.put(handles::issue(DeviceMeta(RwLock::new(made))));
+        Ok(())
+    })
+}
+
+/// Builds the metadata anew from a mask. Nothing is downloaded and nobody waits, if the mask is in the device's memory; calls made
+/// before still see the metadata as it was. In a captured CUDA graph, each run rebuilds it from what the mask holds then.
+///
+/// `mask`: of the size that the metadata was made for. On the CPU device in host memory.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn varlen_fa_device_meta_rebuild(
+    meta: *const varlen_fa_device_meta,
+    mask: *const varlen_fa_mask_view,
+) -> varlen_fa_status {
+    border(|| {
+        let meta = handles::get(Name::of("meta"), meta)?;
+        // SAFETY: the caller keeps the header's rules for pointers.
+        let mask = unsafe { read(Name::of("mask"), mask) }?;
+        let mut meta = meta.0.write().unwrap_or_else(PoisonError::into_inner);
+        let device = meta.device().clone();
+        let described = DescribedMask::check(&mask)?;
+        if described.memory == varlen_fa_memory::Cuda {
+            // SAFETY: by the header, memory of the device that lives until the work is done.
+            let memory = unsafe { described.cuda_memory(&device) }?;
+            return Ok(meta.rebuild(memory.mask_view(described.dtype, described.layout))?);
+        }
+        // SAFETY: by the header, host memory that nobody writes.
+        let keep = unsafe { described.gather() }?;
+        let shape = described.layout.shape();
+        if kind_of(&device) == varlen_fa_device_kind::Cpu {
+            return Ok(meta.rebuild(MaskView::from_host(&keep, shape[0], shape[1])?)?);
+        }
+        let memory = upload(&device, &keep)?;
+        Ok(meta.rebuild(memory.mask_view(MaskDType::U8, Layout::contiguous(shape)?))?)
+    })
+}
+
+/// Ends metadata on a device; NULL is fine.
+#[unsafe(no_mangle)]
+pub extern "C" fn varlen_fa_device_meta_free(meta: *mut varlen_fa_device_meta) -> varlen_fa_status {
+    border(|| handles::free(Name::of("meta"), meta))
+}
+
+/// A mask whose elements lie inside its memory.
+struct DescribedMask {
+    memory: varlen_fa_memory,
+    dtype: MaskDType,
+    layout: Layout,
+    data: *const u8,
+    /// Bytes from `data` to the end of the last element.
+    bytes: u64,
+}
+
+impl DescribedMask {
+    fn check(mask: &varlen_fa_mask_view) -> Result<Self> {
+        let name = Name::of("mask");
+        expect_zeros(name.field("reserved"), &mask.reserved)?;
+        let dtype = match choose(name.field("dtype"), mask.dtype)? {
+            varlen_fa_mask_dtype::U8 => MaskDType::U8,
+            varlen_fa_mask_dtype::U16 => MaskDType::U16,
+            varlen_fa_mask_dtype::U32 => MaskDType::U32,
+            varlen_fa_mask_dtype::U64 => MaskDType::U64,
+        };
+        let memory = choose(name.field("memory"), mask.memory)?;
+        let shape = [size(name.field("shape"), mask.shape[0])?, size(name.field("shape"), mask.shape[1])?];
+        let [Ok(row), Ok(token)] = mask.strides.map(u64::try_from) else {
+            let (name, got) = (name.field("strides"), format!("{:?}", mask.strides));
+            return Err(Failure::argument(varlen_fa_status::BadValue, name, "0 or more", got));
+        };
+        let layout = Layout::strided(&shape, &[row, token], 0).map_err(|_| {
+            let got = format!("shape {shape:?} with strides {:?}", mask.strides);
+            Failure::argument(varlen_fa_status::TooLarge, name, "a mask that fits the address space", got)
+        })?;
+        let (data, address) = (mask.data.cast::<u8>(), mask.data.addr());
+        let bytes = if layout.numel() == 0 { 0 } else { layout.end() * dtype.size() as u64 };
+        if bytes > 0 && address < FIRST_PAGE {
+            let (name, expected) = (name.field("data"), "the address of the first element");
+            return Err(Failure::argument(varlen_fa_status::NullPointer, name, expected, format!("{address:#x}")));
+        }
+        if bytes > 0 && !address.is_multiple_of(dtype.size()) {
+            let (name, expected) = (name.field("data"), format!("an address that is a multiple of {}", dtype.size()));
+            return Err(Failure::argument(varlen_fa_status::Misaligned, name, expected, format!("{address:#x}")));
+        }
+        if bytes > mask.bytes {
+            return Err(Error::BufferTooSmall { argument: "mask", expected: bytes, got: mask.bytes }.into());
+        }
+        if isize::try_from(bytes).is_err() || address.checked_add(bytes as usize).is_none() {
+            let got = format!("{bytes} bytes from {address:#x} on");
+            return Err(Failure::argument(varlen_fa_status::TooLarge, name, "memory inside the address space", got));
+        }
+        Ok(Self { memory, dtype, layout, data, bytes })
+    }
+
+    /// # Safety
+    /// The mask is in memory of the device, which lives until the work is done.
+    unsafe fn cuda_memory(&self, device: &Device) -> Result<varlen::DeviceMemory> {
+        // SAFETY: by this function's contract.
+        unsafe { cuda_memory(device, Name::of("mask"), self.data.addr(), self.bytes) }
+    }
+
+    /// One byte a token, row-major: 1 keeps it.
+    ///
+    /// # Safety
+    /// The mask is in host memory that nobody writes meanwhile.
+    unsafe fn gather(&self) -> Result<Vec<u8>> {
+        let (count, element) = (self.layout.numel(), self.dtype.size());
+        let mut keep = Vec::new();
+        if count == 0 {
+            return Ok(keep);
+        }
+        keep.try_reserve_exact(count).map_err(|error| Error::OutOfMemory {
+            device: "cpu".to_owned(),
+            requested: count as u64,
+            why: error.to_string(),
+        })?;
+        // SAFETY: checked: not null, inside the address space; by this function's contract memory that nobody writes.
+        let memory = unsafe { std::slice::from_raw_parts(self.data, self.bytes as usize) };
+        for_each_row(&self.layout, element, |strided, _| {
+            keep.extend(memory[strided].chunks(element).map(|token| u8::from(token.iter().any(|&byte| byte != 0))));
+        });
+        Ok(keep)
+    }
+}

@@ -1,0 +1,98 @@
+//! Handles: numbers that stand for live objects. They are looked up, never followed, so that a freed, mixed up or made-up handle is
+//! an error, and freeing one while another thread's call uses it is safe: the object lives until that call is over.
+
+use std::collections::BTreeMap;
+use std::ptr::without_provenance_mut;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, PoisonError, RwLock};
+
+use varlen::{Device, KeyMask, VarlenMeta};
+
+use crate::arguments::Name;
+use crate::device_meta::DeviceMeta;
+use crate::failure::{Failure, Result};
+use crate::masks::Sequences;
+use crate::types::{
+    varlen_fa_cu_seqlens, varlen_fa_device, varlen_fa_device_meta, varlen_fa_key_mask, varlen_fa_meta, varlen_fa_status,
+};
+
+/// The low bits of a handle say what kind it is; the rest counts up, so that no number comes twice.
+const KIND_BITS: u32 = 4;
+const KINDS: [&str; 6] = ["", "device", "key mask", "metadata", "cu_seqlens", "device metadata"];
+
+static NEXT: AtomicUsize = AtomicUsize::new(1);
+
+/// Live objects of one kind.
+#[derive(Debug)]
+pub(crate) struct Table<T>(RwLock<BTreeMap<usize, Arc<T>>>);
+
+impl<T> Table<T> {
+    const fn new() -> Self {
+        Self(RwLock::new(BTreeMap::new()))
+    }
+}
+
+/// A handle type of the header.
+pub(crate) trait Handle: Sized + 'static {
+    type Object: Send + Sync;
+    /// Place in [`KINDS`].
+    const KIND: usize;
+    fn table() -> &'static Table<Self::Object>;
+}
+
+macro_rules! handle {
+    ($handle:ty, $kind:literal, $object:ty) => {
+        impl Handle for $handle {
+            type Object = $object;
+            const KIND: usize = $kind;
+            fn table() -> &'static Table<$object> {
+                static TABLE: Table<$object> = Table::new();
+                &TABLE
+            }
+        }
+    };
+}
+handle!(varlen_fa_device, 1, Device);
+handle!(varlen_fa_key_mask, 2, KeyMask);
+handle!(varlen_fa_meta, 3, VarlenMeta);
+handle!(varlen_fa_cu_seqlens, 4, Sequences);
+handle!(varlen_fa_device_meta, 5, DeviceMeta);
+
+/// A new handle for an object.
+pub(crate) fn issue<H: Handle>(object: H::Object) -> *mut H {
+    let handle = NEXT.fetch_add(1, Ordering::Relaxed) << KIND_BITS | H::KIND;
+    // Tables change in one step, so one that a panic left behind is whole.
+    H::table().0.write().unwrap_or_else(PoisonError::into_inner).insert(handle, Arc::new(object));
+    without_provenance_mut(handle)
+}
+
+/// The object of a handle; it lives for as long as it is held.
+pub(crate) fn get<H: Handle>(name: Name, handle: *const H) -> Result<Arc<H::Object>> {
+    let table = H::table().0.read().unwrap_or_else(PoisonError::into_inner);
+    table.get(&handle.addr()).map(Arc::clone).ok_or_else(|| refuse::<H>(name, handle.addr()))
+}
+
+/// Ends a handle. NULL is none, and fine.
+pub(crate) fn free<H: Handle>(name: Name, handle: *mut H) -> Result<()> {
+    if handle.is_null() {
+        return Ok(());
+    }
+    let object = H::table().0.write().unwrap_or_else(PoisonError::into_inner).remove(&handle.addr());
+    // Dropped here, after the lock: that may wait for a device.
+    object.map(drop).ok_or_else(|| refuse::<H>(name, handle.addr()))
+}
+
+fn refuse<H: Handle>(name: Name, handle: usize) -> Failure {
+    let expected = format!("a {} handle", KINDS[H::KIND]);
+    if handle == 0 {
+        return Failure::argument(varlen_fa_status::NullPointer, name, expected, "NULL");
+    }
+    let (count, kind) = (handle >> KIND_BITS, handle & ((1 << KIND_BITS) - 1));
+    let was_issued = count != 0 && count < NEXT.load(Ordering::Relaxed) && (1..KINDS.len()).contains(&kind);
+    let got = match was_issued {
+        false => format!("{handle:#x}, which this library never gave out"),
+        true if kind == H::KIND => "one that was freed".to_owned(),
+        true => format!("a {} handle", KINDS[kind]),
+    };
+    Failure::argument(varlen_fa_status::BadHandle, name, expected, got)
+}

@@ -1,0 +1,314 @@
+//! Key masks, metadata and cumulative sequence lengths: built on the host, used on any device.
+
+use std::ffi::c_void;
+use std::mem::MaybeUninit;
+use std::ops::Range;
+use std::sync::Arc;
+
+use varlen::{CuSeqlens, KeyMask, MaskInteger, VarlenMeta};
+
+use crate::arguments::{Name, Place, choose, size, slice};
+use crate::failure::{Failure, Result, border};
+use crate::handles;
+use crate::types::{
+    varlen_fa_cu_seqlens, varlen_fa_device, varlen_fa_key_mask, varlen_fa_mask_dtype, varlen_fa_meta,
+    varlen_fa_meta_info, varlen_fa_run, varlen_fa_status,
+};
+
+/// Cumulative sequence lengths of the caller's own, or of metadata, which then lives on in them.
+#[derive(Debug)]
+pub(crate) enum Sequences {
+    Own(CuSeqlens),
+    OfMeta(Arc<VarlenMeta>),
+}
+
+impl Sequences {
+    pub fn cu_seqlens(&self) -> &CuSeqlens {
+        match self {
+            Self::Own(cu_seqlens) => cu_seqlens,
+            Self::OfMeta(meta) => meta.cu_seqlens(),
+        }
+    }
+}
+
+/// A key mask from [batch, seq] integers in host memory, row-major; any value but 0 keeps the token.
+///
+/// `mask`: the integers, which are copied.
+/// `dtype`: their size.
+/// `key_mask`: receives the handle, to be given to varlen_fa_key_mask_free.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn varlen_fa_key_mask_from_integers(
+    mask: *const c_void,
+    dtype: MaybeUninit<varlen_fa_mask_dtype>,
+    batch: u64,
+    seq: u64,
+    key_mask: *mut *mut varlen_fa_key_mask,
+) -> varlen_fa_status {
+    border(|| {
+        // SAFETY: the caller keeps the header's rules for pointers.
+        let place = unsafe { Place::new(Name::of("key_mask"), key_mask) }?;
+        let made = match choose(Name::of("dtype"), dtype)? {
+            // SAFETY: by the header, `batch * seq` integers of this size that nobody writes; as in the lines below.
+            varlen_fa_mask_dtype::U8 => unsafe { integers::<u8>(mask, batch, seq) },
+            // SAFETY: as above.
+            varlen_fa_mask_dtype::U16 => unsafe { integers::<u16>(mask, batch, seq) },
+            // SAFETY: as above.
+            varlen_fa_mask_dtype::U32 => unsafe { integers::<u32>(mask, batch, seq) },
+            // SAFETY: as above.
+            varlen_fa_mask_dtype::U64 => unsafe { integers::<u64>(mask, batch, seq) },
+        }?;
+        place.put(handles::issue(made));
+        Ok(())
+    })
+}
+
+/// # Safety
+/// As [`slice`], with `batch * seq` elements.
+unsafe fn integers<T: MaskInteger>(mask: *const c_void, batch: u64, seq: u64) -> Result<KeyMask> {
+    let count = batch.saturating_mul(seq);
+    // SAFETY: by this function's contract.
+    let values = unsafe { slice(Name::of("mask"), mask.cast::<T>(), count) }?;
+    Ok(KeyMask::from_integers(size(Name::of("batch"), batch)?, size(Name::of("seq"), seq)?, values)?)
+}
+
+/// A key mask that keeps the first lengths[b] tokens of each of the `batch` rows.
+///
+/// `lengths`: `batch` numbers in host memory, each at most `seq`.
+/// `key_mask`: receives the handle, to be given to varlen_fa_key_mask_free.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn varlen_fa_key_mask_from_lengths(
+    lengths: *const u64,
+    batch: u64,
+    seq: u64,
+    key_mask: *mut *mut varlen_fa_key_mask,
+) -> varlen_fa_status {
+    border(|| {
+        // SAFETY: the caller keeps the header's rules for pointers.
+        let place = unsafe { Place::new(Name::of("key_mask"), key_mask) }?;
+        // SAFETY: by the header, `batch` numbers that nobody writes.
+        let lengths = unsafe { slice(Name::of("lengths"), lengths, batch) }?;
+        let lengths = lengths.iter().map(|&length| size(Name::of("lengths"), length)).collect::<Result<Vec<_>>>()?;
+        let made = KeyMask::from_lengths(size(Name::of("seq"), seq)?, &lengths)?;
+        place.put(handles::issue(made));
+        Ok(())
+    })
+}
+
+/// A key mask that keeps the given ranges, in any order.
+///
+/// `runs`: `count` ranges in host memory; rows without one keep nothing.
+/// `key_mask`: receives the handle, to be given to varlen_fa_key_mask_free.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn varlen_fa_key_mask_from_runs(
+    runs: *const varlen_fa_run,
+    count: u64,
+    batch: u64,
+    seq: u64,
+    key_mask: *mut *mut varlen_fa_key_mask,
+) -> varlen_fa_status {
+    border(|| {
+        // SAFETY: the caller keeps the header's rules for pointers.
+        let place = unsafe { Place::new(Name::of("key_mask"), key_mask) }?;
+        // SAFETY: by the header, `count` ranges that nobody writes.
+        let runs = unsafe { slice(Name::of("runs"), runs, count) }?;
+        let (batch, seq) = (size(Name::of("batch"), batch)?, size(Name::of("seq"), seq)?);
+        // Checked before there is a list for each row.
+        if batch.saturating_mul(seq.max(1)) > i32::MAX as usize {
+            let expected = "at most 2147483647 tokens";
+            return Err(Failure::argument(
+                varlen_fa_status::TooLarge,
+                "batch",
+                expected,
+                format!("{batch} rows of {seq}"),
+            ));
+        }
+        let mut rows: Vec<Vec<Range<usize>>> = Vec::new();
+        rows.try_reserve_exact(batch).map_err(|error| varlen::Error::OutOfMemory {
+            device: "cpu".to_owned(),
+            requested: (batch * size_of::<Vec<Range<usize>>>()) as u64,
+            why: error.to_string(),
+        })?;
+        rows.resize(batch, Vec::new());
+        for run in runs {
+            let row = rows.get_mut(size(Name::of("runs"), run.row)?).ok_or_else(|| {
+                Failure::argument(varlen_fa_status::MaskRow, "runs", format!("rows below {batch}"), run.row)
+            })?;
+            row.push(size(Name::of("runs"), run.start)?..size(Name::of("runs"), run.end)?);
+        }
+        place.put(handles::issue(KeyMask::from_runs(seq, &rows)?));
+        Ok(())
+    })
+}
+
+/// Ends a key mask; NULL is fine. Metadata made from it lives on.
+#[unsafe(no_mangle)]
+pub extern "C" fn varlen_fa_key_mask_free(key_mask: *mut varlen_fa_key_mask) -> varlen_fa_status {
+    border(|| handles::free(Name::of("key_mask"), key_mask))
+}
+
+/// The metadata of a key mask. To give it to attention is to agree that masked rows are dropped: their output is exactly zero.
+///
+/// `meta`: receives the handle, to be given to varlen_fa_meta_free.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn varlen_fa_meta_create(
+    key_mask: *const varlen_fa_key_mask,
+    meta: *mut *mut varlen_fa_meta,
+) -> varlen_fa_status {
+    border(|| {
+        // SAFETY: the caller keeps the header's rules for pointers.
+        let place = unsafe { Place::new(Name::of("meta"), meta) }?;
+        let key_mask = handles::get(Name::of("key_mask"), key_mask)?;
+        place.put(handles::issue(VarlenMeta::from_key_mask(&key_mask)?));
+        Ok(())
+    })
+}
+
+/// The sizes of a batch.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn varlen_fa_meta_describe(
+    meta: *const varlen_fa_meta,
+    info: *mut varlen_fa_meta_info,
+) -> varlen_fa_status {
+    border(|| {
+        // SAFETY: the caller keeps the header's rules for pointers.
+        let place = unsafe { Place::new(Name::of("info"), info) }?;
+        let meta = handles::get(Name::of("meta"), meta)?;
+        place.put(varlen_fa_meta_info {
+            batch: meta.batch() as u64,
+            seq: meta.seq() as u64,
+            total_valid: meta.total_valid() as u64,
+            max_seqlen: meta.max_seqlen() as u64,
+            reserved: [0; 4],
+        });
+        Ok(())
+    })
+}
+
+/// Makes the device's copy of the metadata now rather than at its first use there. It is kept with the metadata either way. Call
+/// it before the metadata is used in the capture of a CUDA graph.
+#[unsafe(no_mangle)]
+pub extern "C" fn varlen_fa_meta_upload(
+    meta: *const varlen_fa_meta,
+    device: *const varlen_fa_device,
+) -> varlen_fa_status {
+    border(|| {
+        let meta = handles::get(Name::of("meta"), meta)?;
+        Ok(meta.upload_to(&*handles::get(Name::of("device"), device)?)?)
+    })
+}
+
+/// Copies the flat positions b*S + s of the valid tokens, ascending.
+///
+/// `indices`: host memory for `count` numbers.
+/// `count`: total_valid.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn varlen_fa_meta_copy_indices(
+    meta: *const varlen_fa_meta,
+    indices: *mut u32,
+    count: u64,
+) -> varlen_fa_status {
+    border(|| {
+        let meta = handles::get(Name::of("meta"), meta)?;
+        // SAFETY: by the header, memory for `count` numbers that nobody else uses.
+        unsafe { copy("indices", meta.indices(), indices, count) }
+    })
+}
+
+/// Copies the packed row of each token, -1 where it is masked.
+///
+/// `inv_indices`: host memory for `count` numbers.
+/// `count`: B*S.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn varlen_fa_meta_copy_inv_indices(
+    meta: *const varlen_fa_meta,
+    inv_indices: *mut i32,
+    count: u64,
+) -> varlen_fa_status {
+    border(|| {
+        let meta = handles::get(Name::of("meta"), meta)?;
+        // SAFETY: by the header, memory for `count` numbers that nobody else uses.
+        unsafe { copy("inv_indices", meta.inv_indices(), inv_indices, count) }
+    })
+}
+
+/// Copies the cumulative sequence lengths of the packed rows.
+///
+/// `values`: host memory for `count` numbers.
+/// `count`: B + 1.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn varlen_fa_meta_copy_cu_seqlens(
+    meta: *const varlen_fa_meta,
+    values: *mut i32,
+    count: u64,
+) -> varlen_fa_status {
+    border(|| {
+        let meta = handles::get(Name::of("meta"), meta)?;
+        // SAFETY: by the header, memory for `count` numbers that nobody else uses.
+        unsafe { copy("values", meta.cu_seqlens().as_slice(), values, count) }
+    })
+}
+
+/// # Safety
+/// `to` is null, misaligned or points to memory for `count` elements that nobody else uses.
+unsafe fn copy<T: Copy>(argument: &'static str, from: &[T], to: *mut T, count: u64) -> Result<()> {
+    if count != from.len() as u64 {
+        let expected = format!("memory for {} numbers", from.len());
+        return Err(Failure::argument(varlen_fa_status::Length, argument, expected, count));
+    }
+    if from.is_empty() {
+        return Ok(());
+    }
+    // SAFETY: by this function's contract, place for one element at least.
+    unsafe { Place::new(Name::of(argument), to) }?;
+    // SAFETY: neither null nor misaligned, and by this function's contract place for all `count`; `from` is memory of this library.
+    unsafe { to.copy_from_nonoverlapping(from.as_ptr(), from.len()) };
+    Ok(())
+}
+
+/// Ends metadata; NULL is fine.
+#[unsafe(no_mangle)]
+pub extern "C" fn varlen_fa_meta_free(meta: *mut varlen_fa_meta) -> varlen_fa_status {
+    border(|| handles::free(Name::of("meta"), meta))
+}
+
+/// Cumulative sequence lengths from `count` numbers in host memory, which start at 0 and never fall: one more than there are
+/// sequences. They are copied.
+///
+/// `cu_seqlens`: receives the handle, to be given to varlen_fa_cu_seqlens_free.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn varlen_fa_cu_seqlens_create(
+    values: *const i32,
+    count: u64,
+    cu_seqlens: *mut *mut varlen_fa_cu_seqlens,
+) -> varlen_fa_status {
+    border(|| {
+        // SAFETY: the caller keeps the header's rules for pointers.
+        let place = unsafe { Place::new(Name::of("cu_seqlens"), cu_seqlens) }?;
+        // SAFETY: by the header, `count` numbers that nobody writes.
+        let values = unsafe { slice(Name::of("values"), values, count) }?;
+        place.put(handles::issue(Sequences::Own(CuSeqlens::new(values)?)));
+        Ok(())
+    })
+}
+
+/// The cumulative sequence lengths of the packed rows of metadata.
+///
+/// `cu_seqlens`: receives the handle, to be given to varlen_fa_cu_seqlens_free.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn varlen_fa_cu_seqlens_from_meta(
+    meta: *const varlen_fa_meta,
+    cu_seqlens: *mut *mut varlen_fa_cu_seqlens,
+) -> varlen_fa_status {
+    border(|| {
+        // SAFETY: the caller keeps the header's rules for pointers.
+        let place = unsafe { Place::new(Name::of("cu_seqlens"), cu_seqlens) }?;
+        place.put(handles::issue(Sequences::OfMeta(handles::get(Name::of("meta"), meta)?)));
+        Ok(())
+    })
+}
+
+/// Ends cumulative sequence lengths; NULL is fine.
+#[unsafe(no_mangle)]
+pub extern "C" fn varlen_fa_cu_seqlens_free(cu_seqlens: *mut varlen_fa_cu_seqlens) -> varlen_fa_status {
+    border(|| handles::free(Name::of("cu_seqlens"), cu_seqlens))
+}

@@ -1,0 +1,403 @@
+//! Tensors of the caller: checked descriptors, and how a device gets at their memory. Host memory is used in place by the CPU device
+//! and copied to and from others; CUDA memory is used in place by its own device.
+
+use std::marker::PhantomData;
+
+use varlen::{DType, Device, DeviceMemory, Element, Error, Layout, TensorView, TensorViewMut, bf16, f16};
+
+use crate::arguments::{FIRST_PAGE, Name, choose, expect_zeros, read, read_optional, size};
+use crate::cuda;
+use crate::device::kind_of;
+use crate::failure::{Failure, Result};
+use crate::types::{varlen_fa_device_kind, varlen_fa_dtype, varlen_fa_memory, varlen_fa_status, varlen_fa_tensor};
+
+/// A descriptor that was checked: its elements lie inside its memory.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Described<'a> {
+    name: &'static str,
+    memory: varlen_fa_memory,
+    dtype: DType,
+    layout: Layout,
+    data: *mut u8,
+    /// Bytes from `data` to the end of the last element.
+    bytes: u64,
+    lifetime: PhantomData<&'a ()>,
+}
+
+impl<'a> Described<'a> {
+    /// # Safety
+    /// `tensor` is null, misaligned, or points to a descriptor of memory that lives during `'a`, which nobody writes or, if it is
+    /// an output's, nobody else uses meanwhile.
+    pub unsafe fn new(name: &'static str, tensor: *const varlen_fa_tensor) -> Result<Self> {
+        // SAFETY: by this function's contract.
+        let tensor = unsafe { read(Name::of(name), tensor) }?;
+        Self::check(name, &tensor)
+    }
+
+    /// # Safety
+    /// As [`Described::new`].
+    pub unsafe fn optional(name: &'static str, tensor: *const varlen_fa_tensor) -> Result<Option<Self>> {
+        // SAFETY: by this function's contract.
+        let tensor = unsafe { read_optional(Name::of(name), tensor) }?;
+        tensor.map(|tensor| Self::check(name, &tensor)).transpose()
+    }
+
+    fn check(argument: &'static str, tensor: &varlen_fa_tensor) -> Result<Self> {
+        let name = Name::of(argument);
+        expect_zeros(name.field("reserved_word"), &[u64::from(tensor.reserved_word)])?;
+        expect_zeros(name.field("reserved"), &tensor.reserved)?;
+        let dtype = match choose(name.field("dtype"), tensor.dtype)? {
+            varlen_fa_dtype::F32 => DType::F32,
+            varlen_fa_dtype::F16 => DType::F16,
+            varlen_fa_dtype::Bf16 => DType::Bf16,
+        };
+        let memory = choose(name.field("memory"), tensor.memory)?;
+        let rank = tensor.rank as usize;
+        if rank == 0 || rank > tensor.shape.len() {
+            return Err(Failure::argument(varlen_fa_status::Rank, name.field("rank"), "1 to 4", rank));
+        }
+        let (mut shape, mut strides) = ([0; 4], [0; 4]);
+        for dim in 0..rank {
+            shape[dim] = size(name.field("shape"), tensor.shape[dim])?;
+            strides[dim] = u64::try_from(tensor.strides[dim]).map_err(|_| {
+                let (expected, got) = ("0 or more", format!("{:?}", &tensor.strides[..rank]));
+                Failure::argument(varlen_fa_status::BadValue, name.field("strides"), expected, got)
+            })?;
+        }
+        let layout = Layout::strided(&shape[..rank], &strides[..rank], 0).map_err(|_| {
+            let got = format!("shape {:?} with strides {:?}", &shape[..rank], &strides[..rank]);
+            Failure::argument(varlen_fa_status::TooLarge, name, "a tensor that fits the address space", got)
+        })?;
+        let data = tensor.data.cast::<u8>();
+        let mut described = Self { name: argument, memory, dtype, layout, data, bytes: 0, lifetime: PhantomData };
+        if layout.numel() > 0 {
+            described.bytes = layout.end() * dtype.size() as u64;
+            described.check_memory(tensor.bytes)?;
+        }
+        Ok(described)
+    }
+
+    fn check_memory(&self, given: u64) -> Result<()> {
+        let (name, address) = (Name { argument: self.name, field: "data" }, self.data.addr());
+        if address < FIRST_PAGE {
+            let got = if address == 0 { "NULL".to_owned() } else { format!("{address:#x}") };
+            let expected = "the address of the first element";
+            return Err(Failure::argument(varlen_fa_status::NullPointer, name, expected, got));
+        }
+        if !address.is_multiple_of(self.dtype.size()) {
+            let expected = format!("an address that is a multiple of {}", self.dtype.size());
+            return Err(Failure::argument(varlen_fa_status::Misaligned, name, expected, format!("{address:#x}")));
+        }
+        if self.bytes > given {
+            return Err(Error::BufferTooSmall { argument: self.name, expected: self.bytes, got: given }.into());
+        }
+        if isize::try_from(self.bytes).is_err() || address.checked_add(self.bytes as usize).is_none() {
+            let got = format!("{} bytes from {address:#x} on", self.bytes);
+            return Err(Failure::argument(varlen_fa_status::TooLarge, name, "memory inside the address space", got));
+        }
+        Ok(())
+    }
+
+    /// The host memory up to the last element.
+    fn host_bytes(&self) -> &'a [u8] {
+        if self.bytes == 0 {
+            return &[];
+        }
+        // SAFETY: checked: not null, inside the address space; by the contract of `new` memory that nobody writes during 'a.
+        unsafe { std::slice::from_raw_parts(self.data, self.bytes as usize) }
+    }
+
+    fn is_in_host_memory(&self) -> bool {
+        self.memory == varlen_fa_memory::Host
+    }
+
+    fn expect_inner_stride(&self) -> Result<()> {
+        match (self.layout.shape().last(), self.layout.strides().last()) {
+            (Some(&size), Some(&got)) if size > 1 && got != 1 => {
+                Err(Error::InnerStride { argument: self.name, got }.into())
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Memory of a CUDA device, for the device that computes.
+    fn cuda_memory(&self, device: &Device) -> Result<DeviceMemory> {
+        // SAFETY: by the contract of `new`, memory of the device that lives until the work is done.
+        unsafe { cuda_memory(device, Name::of(self.name), self.data.addr(), self.bytes) }
+    }
+}
+
+/// Memory of a CUDA device, for the device that computes.
+///
+/// # Safety
+/// As [`cuda::memory`].
+pub(crate) unsafe fn cuda_memory(device: &Device, name: Name, address: usize, bytes: u64) -> Result<DeviceMemory> {
+    if kind_of(device) != varlen_fa_device_kind::Cuda {
+        let (argument, got) = (name.argument, "cuda".to_owned());
+        return Err(Error::DeviceMismatch { argument, expected: device.name().to_owned(), got }.into());
+    }
+    // SAFETY: by this function's contract.
+    let memory = unsafe { cuda::memory(device, address as u64, bytes) };
+    memory.map_err(|error| match error {
+        // The driver does not know the address; the caller knows it by this name.
+        Error::Handle { expected, got, .. } => {
+            Failure::argument(varlen_fa_status::BadHandle, name.field("data"), expected, got)
+        }
+        error => error.into(),
+    })
+}
+
+/// Outputs share no host memory with an input or one another. Tensors that interleave count as sharing. The library itself checks
+/// device memory; host memory must be known to be apart before there are Rust references to it.
+pub(crate) fn expect_apart(outputs: &[&Described<'_>], inputs: &[&Described<'_>]) -> Result<()> {
+    for (at, output) in outputs.iter().enumerate() {
+        for other in inputs.iter().chain(&outputs[at + 1..]) {
+            let (a, b) = (output.data.addr(), other.data.addr());
+            let (a_end, b_end) = (a + output.bytes as usize, b + other.bytes as usize);
+            let both_in_host_memory = output.is_in_host_memory() && other.is_in_host_memory();
+            if both_in_host_memory && output.bytes > 0 && other.bytes > 0 && a < b_end && b < a_end {
+                return Err(Error::Overlap { argument: output.name, other: other.name }.into());
+            }
+        }
+    }
+    Ok(())
+}
+
+/// An input where the device reads it.
+#[derive(Debug)]
+pub(crate) enum Input<'a> {
+    /// Host memory of the caller.
+    InPlace(Described<'a>),
+    /// The caller's device memory, or a copy.
+    Device { memory: DeviceMemory, dtype: DType, layout: Layout },
+}
+
+impl<'a> Input<'a> {
+    /// A tensor whose last dimension is contiguous.
+    pub fn new(device: &Device, described: &Described<'a>) -> Result<Self> {
+        described.expect_inner_stride()?;
+        Self::of_any_strides(device, described)
+    }
+
+    /// A tensor of any strides: a bias.
+    pub fn of_any_strides(device: &Device, described: &Described<'a>) -> Result<Self> {
+        let (dtype, layout) = (described.dtype, described.layout);
+        if !described.is_in_host_memory() {
+            return Ok(Self::Device { memory: described.cuda_memory(device)?, dtype, layout });
+        }
+        if kind_of(device) == varlen_fa_device_kind::Cpu {
+            return Ok(Self::InPlace(*described));
+        }
+        if layout.is_contiguous() {
+            let memory = upload(device, described.host_bytes())?;
+            return Ok(Self::Device { memory, dtype, layout: Layout::contiguous(layout.shape())? });
+        }
+        let (compact, layout) = compact(&layout)?;
+        let mut rows = bytes_of(compact.numel() * dtype.size())?;
+        let memory = described.host_bytes();
+        for_each_row(&compact, dtype.size(), |strided, dense| rows[dense].copy_from_slice(&memory[strided]));
+        Ok(Self::Device { memory: upload(device, &rows)?, dtype, layout })
+    }
+
+    pub fn view(&self) -> TensorView<'_> {
+        match self {
+            Self::InPlace(described) => match described.dtype {
+                DType::F16 => host_view::<f16>(described),
+                DType::Bf16 => host_view::<bf16>(described),
+                _ => host_view::<f32>(described),
+            },
+            Self::Device { memory, dtype, layout } => memory.view(*dtype, *layout),
+        }
+    }
+}
+
+/// An output where the device writes it.
+#[derive(Debug)]
+pub(crate) enum Output<'a> {
+    /// Host memory of the caller.
+    InPlace(Described<'a>),
+    /// Device memory of the caller.
+    Device { memory: DeviceMemory, dtype: DType, layout: Layout },
+    /// A row-major tensor on the device, to be copied to host memory of the caller.
+    Staged { memory: DeviceMemory, described: Described<'a> },
+}
+
+impl<'a> Output<'a> {
+    pub fn new(device: &Device, described: &Described<'a>) -> Result<Self> {
+        let (dtype, layout) = (described.dtype, described.layout);
+        if !described.is_in_host_memory() {
+            return Ok(Self::Device { memory: described.cuda_memory(device)?, dtype, layout });
+        }
+        if kind_of(device) == varlen_fa_device_kind::Cpu {
+            return Ok(Self::InPlace(*described));
+        }
+        // The device sees a row-major tensor, so these are checked here.
+        described.expect_inner_stride()?;
+        if layout.self_overlaps() {
+            let (shape, strides) = (layout.shape().to_vec(), layout.strides().to_vec());
+            return Err(Error::SelfOverlap { argument: described.name, shape, strides }.into());
+        }
+        let memory = DeviceMemory::alloc(device, layout.numel() as u64 * dtype.size() as u64)?;
+        Ok(Self::Staged { memory, described: *described })
+    }
+
+    pub fn view_mut(&mut self) -> Result<TensorViewMut<'_>> {
+        match self {
+            Self::InPlace(described) => Ok(match described.dtype {
+                DType::F16 => host_view_mut::<f16>(described),
+                DType::Bf16 => host_view_mut::<bf16>(described),
+                _ => host_view_mut::<f32>(described),
+            }),
+            Self::Device { memory, dtype, layout } => Ok(memory.view_mut(*dtype, *layout)),
+            Self::Staged { memory, described } => {
+                Ok(memory.view_mut(described.dtype, Layout::contiguous(described.layout.shape())?))
+            }
+        }
+    }
+
+    /// What the device wrote, if it has to be copied to the caller's memory; waits for the work.
+    pub fn fetch(&self) -> Result<Vec<u8>> {
+        let Self::Staged { memory, described } = self else { return Ok(Vec::new()) };
+        let mut rows = bytes_of(described.layout.numel() * described.dtype.size())?;
+        memory.read(&mut rows)?;
+        Ok(rows)
+    }
+
+    /// Copies what was fetched to the caller's memory: the elements, and nothing between them.
+    pub fn store(self, rows: &[u8]) {
+        let Self::Staged { described, .. } = self else { return };
+        if described.bytes == 0 {
+            return;
+        }
+        // SAFETY: checked: not null, inside the address space; by the contract of `new` memory that nobody else uses.
+        let memory = unsafe { std::slice::from_raw_parts_mut(described.data, described.bytes as usize) };
+        for_each_row(&described.layout, described.dtype.size(), |strided, dense| {
+            memory[strided].copy_from_slice(&rows[dense]);
+        });
+    }
+}
+
+/// Fetches every output before any is stored, so that a failure leaves all of the caller's memory as it was.
+pub(crate) fn finish<const N: usize>(outputs: [Output<'_>; N]) -> Result<()> {
+    let mut fetched = Vec::with_capacity(N);
+    for output in &outputs {
+        fetched.push(output.fetch()?);
+    }
+    for (output, rows) in outputs.into_iter().zip(fetched) {
+        output.store(&rows);
+    }
+    Ok(())
+}
+
+fn host_view<'a, T: Element>(described: &Described<'a>) -> TensorView<'a> {
+    if described.bytes == 0 {
+        return TensorView::from_host_strided::<T>(&[], described.layout);
+    }
+    let count = described.bytes as usize / size_of::<T>();
+    // SAFETY: checked: not null, aligned for the element type, inside the address space; by the contract of `new` memory that
+    // nobody writes during 'a, and apart from the call's outputs by `expect_apart`.
+    let data = unsafe { std::slice::from_raw_parts(described.data.cast_const().cast::<T>(), count) };
+    TensorView::from_host_strided(data, described.layout)
+}
+
+fn host_view_mut<'a, T: Element>(described: &mut Described<'a>) -> TensorViewMut<'a> {
+    if described.bytes == 0 {
+        return TensorViewMut::from_host_strided::<T>(&mut [], described.layout);
+    }
+    let count = described.bytes as usize / size_of::<T>();
+    // SAFETY: as in `host_view`, of memory that nobody else uses; apart from the call's other tensors by `expect_apart`.
+    let data = unsafe { std::slice::from_raw_parts_mut(described.data.cast::<T>(), count) };
+    TensorViewMut::from_host_strided(data, described.layout)
+}
+
+pub(crate) fn upload(device: &Device, bytes: &[u8]) -> Result<DeviceMemory> {
+    let mut memory = DeviceMemory::alloc(device, bytes.len() as u64)?;
+    memory.write(bytes)?;
+    Ok(memory)
+}
+
+fn bytes_of(count: usize) -> Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    bytes.try_reserve_exact(count).map_err(|error| Error::OutOfMemory {
+        device: "cpu".to_owned(),
+        requested: count as u64,
+        why: error.to_string(),
+    })?;
+    bytes.resize(count, 0);
+    Ok(bytes)
+}
+
+/// The layout without repetitions (dimensions of stride 0 have size 1), and where its elements, once they are row-major, stand for
+/// those of the whole layout.
+fn compact(layout: &Layout) -> Result<(Layout, Layout)> {
+    let mut shape = layout.shape().to_vec();
+    for (size, &stride) in shape.iter_mut().zip(layout.strides()) {
+        if stride == 0 {
+            *size = (*size).min(1);
+        }
+    }
+    let dense = Layout::contiguous(&shape)?;
+    let strides: Vec<u64> =
+        dense.strides().iter().zip(layout.strides()).map(|(&dense, &own)| if own == 0 { 0 } else { dense }).collect();
+    Ok((Layout::strided(&shape, layout.strides(), 0)?, Layout::strided(layout.shape(), &strides, 0)?))
+}
+
+/// Calls `copy` with the bytes of each contiguous piece, where the layout has them and where a row-major tensor does.
+pub(crate) fn for_each_row(
+    layout: &Layout,
+    element: usize,
+    mut copy: impl FnMut(std::ops::Range<usize>, std::ops::Range<usize>),
+) {
+    if layout.numel() == 0 {
+        return;
+    }
+    let (shape, strides) = (layout.shape(), layout.strides());
+    // The last dimension in one piece, if it is one.
+    let inner = shape.len() - 1;
+    let (leading, piece) = if strides[inner] == 1 { (inner, shape[inner]) } else { (shape.len(), 1) };
+    let bytes = piece * element;
+    let mut position = [0; 4];
+    for row in 0..shape[..leading].iter().product() {
+        let start: usize = position[..leading].iter().zip(strides).map(|(&at, &stride)| at * stride as usize).sum();
+        copy(start * element..start * element + bytes, row * bytes..(row + 1) * bytes);
+        for dim in (0..leading).rev() {
+            position[dim] += 1;
+            if position[dim] < shape[dim] {
+                break;
+            }
+            position[dim] = 0;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn gather(layout: &Layout, memory: &[u8]) -> Vec<u8> {
+        let mut rows = vec![0; layout.numel()];
+        for_each_row(layout, 1, |strided, dense| rows[dense].copy_from_slice(&memory[strided]));
+        rows
+    }
+
+    #[test]
+    fn rows_are_found_at_any_strides() {
+        let memory: Vec<u8> = (0..24).collect();
+        let turned = Layout::contiguous(&[2, 3, 4]).unwrap().permute(&[1, 0, 2]).unwrap();
+        let expected: Vec<u8> = (0..3).flat_map(|row| [row * 4, 12 + row * 4]).flat_map(|at| at..at + 4).collect();
+        assert_eq!(gather(&turned, &memory), expected);
+        let columns = Layout::strided(&[4, 3], &[1, 4], 0).unwrap();
+        assert_eq!(gather(&columns, &memory), [0, 4, 8, 1, 5, 9, 2, 6, 10, 3, 7, 11]);
+        assert_eq!(gather(&Layout::strided(&[3], &[0], 0).unwrap(), &memory), [0, 0, 0]);
+        assert!(gather(&Layout::contiguous(&[2, 0, 4]).unwrap(), &memory).is_empty());
+    }
+
+    #[test]
+    fn repetitions_are_stored_once() {
+        let memory: Vec<u8> = (0..24).collect();
+        let repeated = Layout::strided(&[2, 5, 3], &[8, 0, 2], 0).unwrap();
+        let (stored, seen) = compact(&repeated).unwrap();
+        assert_eq!((stored.shape(), stored.numel()), (&[2, 1, 3][..], 6));
+        assert_eq!(gather(&seen, &gather(&stored, &memory)), gather(&repeated, &memory));
+    }
+}

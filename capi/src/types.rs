@@ -1,0 +1,470 @@
+//! The types of the header. All of them are plain data with fixed values and room to grow.
+//!
+//! Fields and parameters that hold an enum of the caller's are `MaybeUninit<...>`: C may put any number there, which a Rust enum
+//! must not hold. The header shows them as the enum.
+
+use std::ffi::{c_char, c_void};
+use std::mem::MaybeUninit;
+
+/// What a call returns: 0, or why it was refused or failed. varlen_fa_last_error() has the message.
+///
+/// Up to 99 the arguments are at fault: nothing was launched and nothing was written. From 100 on the device is, from 200 on this
+/// library.
+#[repr(u32)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum varlen_fa_status {
+    /// Done.
+    Ok = 0,
+    /// A pointer that must not be NULL is NULL, or points into the first page.
+    NullPointer = 1,
+    /// Not a live handle of the kind that the argument wants: freed, of another kind, or never a handle. Also a CUDA context, stream
+    /// or address that the driver does not know.
+    BadHandle = 2,
+    /// A number that is not one of an enum's, a negative stride, a size that is no size, reserved space that is not 0.
+    BadValue = 3,
+    /// A pointer, an offset or a stride that is not a multiple of what it must be.
+    Misaligned = 4,
+    /// A tensor has the wrong number of dimensions.
+    Rank = 10,
+    /// A tensor's shape does not fit the other arguments.
+    Shape = 11,
+    /// A bias dimension is neither 1 nor the full size.
+    Broadcast = 12,
+    /// The number of query heads is not a multiple of the number of key/value heads.
+    HeadsNotDivisible = 13,
+    /// The head dimension is not a multiple of 8 from 8 to 256.
+    HeadDim = 14,
+    /// The device does not compute with this element type.
+    UnsupportedDtype = 15,
+    /// Element types differ where they must agree.
+    DtypeMismatch = 16,
+    /// The last dimension of a tensor is not contiguous.
+    InnerStride = 17,
+    /// Shape and strides reach past the given bytes.
+    BufferTooSmall = 18,
+    /// An output shares memory with an input or another output.
+    Overlap = 19,
+    /// Strides put two elements of an output at one place.
+    SelfOverlap = 20,
+    /// An array has the wrong number of elements.
+    Length = 21,
+    /// A mask or metadata was built for another batch or sequence length.
+    MaskSize = 22,
+    /// A length or a run reaches outside its row.
+    MaskRow = 23,
+    /// Cumulative sequence lengths do not start at 0, fall, or end elsewhere than the tensors do.
+    CuSeqlens = 24,
+    /// The softmax scale is not a finite number.
+    SoftmaxScale = 25,
+    /// A size does not fit the integers or the limits that hold it.
+    TooLarge = 26,
+    /// An environment variable has a value that is not understood.
+    Environment = 27,
+    /// A tensor, memory or metadata belongs to another device.
+    DeviceMismatch = 28,
+    /// The forced path or kernel does not exist on this device or for this call.
+    NotApplicable = 29,
+    /// An argument is wrong in a way that this header has no name for.
+    Refused = 99,
+    /// The device that was asked for cannot be used here.
+    DeviceUnavailable = 100,
+    /// Memory ran out.
+    OutOfMemory = 101,
+    /// The device is gone, and no later call on it succeeds.
+    DeviceLost = 102,
+    /// The device or its driver refused an operation.
+    Backend = 103,
+    /// The device's stream is being captured into a CUDA graph, which cannot hold the operation; the capture goes on.
+    StreamCaptured = 104,
+    /// This library failed; the message says where. Please report it.
+    Panic = 200,
+}
+
+/// Where a device computes.
+#[repr(u32)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum varlen_fa_device_kind {
+    /// What VARLEN_FA_DEVICE asks for, or the best one present: CUDA, then a hardware GPU through wgpu, then the CPU.
+    Auto = 0,
+    /// The CPU.
+    Cpu = 1,
+    /// Vulkan, Metal or DirectX 12 through wgpu; software adapters included.
+    Wgpu = 2,
+    /// An NVIDIA GPU.
+    Cuda = 3,
+}
+
+/// Element type of a tensor. 0 is none of them, so that a forgotten field is noticed.
+#[repr(u32)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum varlen_fa_dtype {
+    /// IEEE 754 binary32.
+    F32 = 1,
+    /// IEEE 754 binary16.
+    F16 = 2,
+    /// The upper 16 bits of a binary32.
+    Bf16 = 3,
+}
+
+/// Element type of a mask: an integer of so many bytes. Any value but 0 keeps the token; bool and signed integers count alike.
+#[repr(u32)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum varlen_fa_mask_dtype {
+    /// bool, uint8_t, int8_t.
+    U8 = 1,
+    /// uint16_t, int16_t.
+    U16 = 2,
+    /// uint32_t, int32_t.
+    U32 = 4,
+    /// uint64_t, int64_t.
+    U64 = 8,
+}
+
+/// What an address is an address of.
+#[repr(u32)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum varlen_fa_memory {
+    /// Host memory. The CPU device works on it in place. For other devices a call copies inputs to the device and outputs back,
+    /// and returns when that is done.
+    Host = 0,
+    /// Memory of the CUDA device that computes, used in place; the call returns before the work is done.
+    Cuda = 1,
+}
+
+/// How a call is computed.
+#[repr(u32)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum varlen_fa_path {
+    /// In options: the library decides.
+    Auto = 0,
+    /// Every query against every key, masked keys dropped from the softmax.
+    Dense = 1,
+    /// One pass over the padded tensors in place that skips what is masked.
+    Fused = 2,
+    /// Pack, varlen attention on the packed rows, scatter with zeros.
+    Packed = 3,
+    /// Zeros only: no query or no key is valid.
+    Zero = 4,
+    /// In plans: one that this header has no name for; the text names it.
+    Unlisted = 255,
+}
+
+/// What computes a call.
+#[repr(u32)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum varlen_fa_kernel {
+    /// In options: the device's preferred one.
+    Auto = 0,
+    /// The CPU device's kernel.
+    CpuTiled = 1,
+    /// The WGSL kernel that needs no optional feature.
+    WgslPortable = 2,
+    /// The CUDA kernel of every chip from compute capability 8.0 on.
+    CudaSm80 = 3,
+    /// The CUDA kernel of compute capability 9.0.
+    CudaSm90 = 4,
+    /// In plans: one that this header has no name for; the text names it.
+    Unlisted = 255,
+}
+
+/// Why a path was taken.
+#[repr(u32)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum varlen_fa_reason {
+    /// No mask was given.
+    NoMask = 1,
+    /// A key mask was given: dropped queries are computed like any other.
+    KeyMask = 2,
+    /// The key mask keeps every key, so it is not applied.
+    KeyMaskKeepsAll = 3,
+    /// An additive bias was given.
+    Bias = 4,
+    /// Metadata was given in which every token is valid.
+    AllValid = 5,
+    /// Metadata was given with no valid query or no valid key.
+    NothingValid = 6,
+    /// Metadata was given, and the device reads padded tensors in place.
+    InPlace = 7,
+    /// Metadata was given, and the device has no kernel that reads padded tensors in place.
+    NoFusedKernel = 8,
+    /// VARLEN_FA=0.
+    DenseForced = 9,
+    /// The caller forced the path.
+    PathForced = 10,
+    /// The tensors were packed already.
+    AlreadyPacked = 11,
+    /// The device built the metadata, so the plan cannot know the mask.
+    MetadataOnDevice = 12,
+    /// Metadata was given with runs too short to be read in place.
+    Fragmented = 13,
+    /// One that this header has no name for; the text says it.
+    Unlisted = 255,
+}
+
+/// How an attention mask is given.
+#[repr(u32)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum varlen_fa_mask_kind {
+    /// Every query attends to every key.
+    None = 0,
+    /// `key_mask`: every query attends to the kept keys of its batch row; rows of dropped queries are computed like any other.
+    Key = 1,
+    /// `bias`: added to the scaled scores, broadcast over [B, H, Sq, Sk].
+    Bias = 2,
+    /// `query_meta`: self-attention among the valid tokens; rows of the others are exactly zero.
+    Varlen = 3,
+    /// `query_meta` and `key_meta`: valid queries attend to the valid keys of their batch row; other rows are exactly zero.
+    VarlenCross = 4,
+    /// `query_device_meta`: as VARLEN, with metadata that the device built.
+    DeviceVarlen = 5,
+    /// `query_device_meta` and `key_device_meta`: as VARLEN_CROSS, with metadata that the device built.
+    DeviceVarlenCross = 6,
+}
+
+/// A device. Handles are numbers that look like pointers: they point to nothing.
+pub struct varlen_fa_device {
+    _private: (),
+}
+
+/// Which tokens of a [B, S] batch are kept.
+pub struct varlen_fa_key_mask {
+    _private: (),
+}
+
+/// Where the valid tokens of a [B, S] batch lie. Made once per request and used by every layer and step: devices keep their copy
+/// of it.
+pub struct varlen_fa_meta {
+    _private: (),
+}
+
+/// What varlen_fa_meta is, built on the device from a mask that is there already, without waiting for the host.
+pub struct varlen_fa_device_meta {
+    _private: (),
+}
+
+/// Cumulative sequence lengths of packed rows: sequence b is rows cu_seqlens[b] to cu_seqlens[b + 1].
+pub struct varlen_fa_cu_seqlens {
+    _private: (),
+}
+
+/// A tensor in the caller's memory.
+///
+/// Element [b, s, h, d] of a [B, S, H, D] tensor lies b*strides[0] + s*strides[1] + h*strides[2] + d*strides[3] elements after
+/// `data`. The last dimension is contiguous (stride 1), except of a bias; the others are free, so that slices of a fused
+/// projection and permuted tensors need no copy.
+///
+/// Start from zeros, as in `varlen_fa_tensor q = {0};`, so that reserved space is 0.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct varlen_fa_tensor {
+    /// The first element. May be NULL if the tensor has no elements.
+    pub data: *mut c_void,
+    /// Bytes from `data` on that belong to the tensor. Shape and strides that reach further are refused.
+    pub bytes: u64,
+    /// Element type.
+    pub dtype: MaybeUninit<varlen_fa_dtype>,
+    /// What `data` is an address of.
+    pub memory: MaybeUninit<varlen_fa_memory>,
+    /// Number of dimensions, 1 to 4.
+    pub rank: u32,
+    /// 0.
+    pub reserved_word: u32,
+    /// Size of each dimension; entries from `rank` on do not count.
+    pub shape: [u64; 4],
+    /// Distance between neighbours of each dimension, in elements, 0 or more; entries from `rank` on do not count.
+    pub strides: [i64; 4],
+    /// 0.
+    pub reserved: [u64; 2],
+}
+
+/// A [B, S] mask in the caller's memory. Start from zeros, as with a tensor.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct varlen_fa_mask_view {
+    /// The first element. May be NULL if the mask has no elements.
+    pub data: *const c_void,
+    /// Bytes from `data` on that belong to the mask.
+    pub bytes: u64,
+    /// Element type.
+    pub dtype: MaybeUninit<varlen_fa_mask_dtype>,
+    /// What `data` is an address of.
+    pub memory: MaybeUninit<varlen_fa_memory>,
+    /// B and S.
+    pub shape: [u64; 2],
+    /// Distance between neighbours of each dimension, in elements, 0 or more.
+    pub strides: [i64; 2],
+    /// 0.
+    pub reserved: [u64; 2],
+}
+
+/// A range of kept tokens of one batch row. It may be empty; ranges may touch or overlap.
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+pub struct varlen_fa_run {
+    /// Batch row.
+    pub row: u64,
+    /// First kept token.
+    pub start: u64,
+    /// One past the last kept token.
+    pub end: u64,
+}
+
+/// Which queries attend to which keys. All zeros, or no struct at all, is no mask. Pointers that `kind` does not name are NULL.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct varlen_fa_attention_mask {
+    /// Which of the fields below count.
+    pub kind: MaybeUninit<varlen_fa_mask_kind>,
+    /// 0.
+    pub reserved_word: u32,
+    /// [B, Sk], for KEY.
+    pub key_mask: *const varlen_fa_key_mask,
+    /// 1 to 4 dimensions that broadcast to [B, H, Sq, Sk], of the tensors' element type or f32, for BIAS.
+    pub bias: *const varlen_fa_tensor,
+    /// [B, S] for VARLEN, [B, Sq] for VARLEN_CROSS.
+    pub query_meta: *const varlen_fa_meta,
+    /// [B, Sk], for VARLEN_CROSS.
+    pub key_meta: *const varlen_fa_meta,
+    /// [B, S] for DEVICE_VARLEN, [B, Sq] for DEVICE_VARLEN_CROSS.
+    pub query_device_meta: *const varlen_fa_device_meta,
+    /// [B, Sk], for DEVICE_VARLEN_CROSS.
+    pub key_device_meta: *const varlen_fa_device_meta,
+    /// 0.
+    pub reserved: [u64; 4],
+}
+
+/// Options of an attention call; all zeros, or no struct at all, is the default.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct varlen_fa_attention_options {
+    /// 1 if `softmax_scale` counts; 0 for 1/sqrt(D).
+    pub has_softmax_scale: u32,
+    /// The factor on q*k before the softmax; any finite number.
+    pub softmax_scale: f32,
+    /// The path to take; for tests and comparisons.
+    pub path: MaybeUninit<varlen_fa_path>,
+    /// The kernel to run; for tests and comparisons.
+    pub kernel: MaybeUninit<varlen_fa_kernel>,
+    /// 0.
+    pub reserved: [u64; 4],
+}
+
+/// What was decided for a call.
+#[repr(C)]
+pub struct varlen_fa_plan {
+    /// How the call is computed.
+    pub path: varlen_fa_path,
+    /// What computes it; nothing runs on the ZERO path.
+    pub kernel: varlen_fa_kernel,
+    /// Why.
+    pub reason: varlen_fa_reason,
+    /// 0.
+    pub reserved_word: u32,
+    /// The same in words, e.g. "fused by cpu-tiled: metadata was given and the device reads padded tensors in place".
+    pub text: [c_char; 240],
+    /// 0.
+    pub reserved: [u64; 2],
+}
+
+/// What a device is and can do.
+#[repr(C)]
+pub struct varlen_fa_device_info {
+    /// Where it computes; never AUTO.
+    pub kind: varlen_fa_device_kind,
+    /// 1 if the device is emulated on the CPU, or is the CPU.
+    pub is_software: u32,
+    /// Bit `1 << dtype` for each element type that it computes with.
+    pub dtypes: u32,
+    /// Bit `1 << kernel` for each kernel that runs on it and that this header names.
+    pub kernels: u32,
+    /// Bytes of the largest tensor.
+    pub max_buffer_bytes: u64,
+    /// Kind and hardware, for messages.
+    pub name: [c_char; 192],
+    /// The hardware, and its driver where there is one.
+    pub adapter: [c_char; 192],
+    /// 0.
+    pub reserved: [u64; 4],
+}
+
+/// Sizes of a batch's metadata.
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+pub struct varlen_fa_meta_info {
+    /// Number of batch rows, B.
+    pub batch: u64,
+    /// Tokens of each padded row, S.
+    pub seq: u64,
+    /// Number of valid tokens, which is the number of packed rows.
+    pub total_valid: u64,
+    /// Valid tokens of the longest row.
+    pub max_seqlen: u64,
+    /// 0.
+    pub reserved: [u64; 4],
+}
+
+/// An enum that callers give, by number.
+///
+/// # Safety
+/// The type has `repr(u32)`.
+pub(crate) unsafe trait Choice: Copy + 'static {
+    /// Every value that a caller may give, with its name.
+    const CHOICES: &'static [(Self, &'static str)];
+}
+
+// SAFETY: `repr(u32)` stands at the type, as it does at the ones below.
+unsafe impl Choice for varlen_fa_device_kind {
+    const CHOICES: &'static [(Self, &'static str)] =
+        &[(Self::Auto, "auto"), (Self::Cpu, "cpu"), (Self::Wgpu, "wgpu"), (Self::Cuda, "cuda")];
+}
+
+// SAFETY: as above.
+unsafe impl Choice for varlen_fa_dtype {
+    const CHOICES: &'static [(Self, &'static str)] = &[(Self::F32, "f32"), (Self::F16, "f16"), (Self::Bf16, "bf16")];
+}
+
+// SAFETY: as above.
+unsafe impl Choice for varlen_fa_mask_dtype {
+    const CHOICES: &'static [(Self, &'static str)] =
+        &[(Self::U8, "8 bits"), (Self::U16, "16 bits"), (Self::U32, "32 bits"), (Self::U64, "64 bits")];
+}
+
+// SAFETY: as above.
+unsafe impl Choice for varlen_fa_memory {
+    const CHOICES: &'static [(Self, &'static str)] = &[(Self::Host, "host"), (Self::Cuda, "cuda")];
+}
+
+// SAFETY: as above.
+unsafe impl Choice for varlen_fa_path {
+    const CHOICES: &'static [(Self, &'static str)] = &[
+        (Self::Auto, "auto"),
+        (Self::Dense, "dense"),
+        (Self::Fused, "fused"),
+        (Self::Packed, "packed"),
+        (Self::Zero, "zero"),
+    ];
+}
+
+// SAFETY: as above.
+unsafe impl Choice for varlen_fa_kernel {
+    const CHOICES: &'static [(Self, &'static str)] = &[
+        (Self::Auto, "auto"),
+        (Self::CpuTiled, "cpu-tiled"),
+        (Self::WgslPortable, "wgsl-portable"),
+        (Self::CudaSm80, "sm80"),
+        (Self::CudaSm90, "sm90"),
+    ];
+}
+
+// SAFETY: as above.
+unsafe impl Choice for varlen_fa_mask_kind {
+    const CHOICES: &'static [(Self, &'static str)] = &[
+        (Self::None, "none"),
+        (Self::Key, "key"),
+        (Self::Bias, "bias"),
+        (Self::Varlen, "varlen"),
+        (Self::VarlenCross, "varlen-cross"),
+        (Self::DeviceVarlen, "device-varlen"),
+        (Self::DeviceVarlenCross, "device-varlen-cross"),
+    ];
+}

@@ -1,0 +1,168 @@
+//! Programs that use the C library as its users do: C against the shared and the static library, and Python through ctypes.
+//!
+//! The library is built first, by the cargo that runs this test. A program exits with 77 if its device is absent: an ignored trial
+//! with the reason, or a failure if `VARLEN_FA_TEST_REQUIRE` names the device.
+
+mod library;
+
+use std::env;
+use std::path::Path;
+use std::process::{Command, ExitCode};
+
+use anyhow::{Context, Result, ensure};
+use libtest_mimic::{Arguments, Completion, Failed, Trial};
+
+use self::library::{Library, expect_success, package, run};
+
+const NOT_AVAILABLE: i32 = 77;
+const REQUIRE: &str = "VARLEN_FA_TEST_REQUIRE";
+const WARNINGS: [&str; 5] = ["-Wall", "-Wextra", "-Werror", "-pedantic", "-Wshadow"];
+
+fn main() -> ExitCode {
+    let arguments = Arguments::from_args();
+    if cfg!(windows) {
+        let trial = Trial::ignorable_test("programs", || {
+            Ok(Completion::ignored_with("the compilers that these trials call are those of Unix systems"))
+        });
+        return libtest_mimic::run(&arguments, vec![trial]).exit_code();
+    }
+    let mut trials = Vec::new();
+    for (language, standard) in [("c", "c99"), ("c", "c11"), ("c", "c17"), ("c++", "c++11"), ("c++", "c++20")] {
+        trials.push(trial(format!("header/{standard}"), move |_| header(language, standard)));
+    }
+    for linkage in [Linkage::Shared, Linkage::Static] {
+        for device in ["cpu", "wgpu"] {
+            for program in ["examples/masked_attention.c", "tests/border.c"] {
+                let name = Path::new(program).file_stem().map(|stem| stem.to_string_lossy().into_owned());
+                let name = format!("{}/{linkage:?}/{device}", name.unwrap_or_default()).to_lowercase();
+                trials.push(trial(name, move |library| {
+                    let mut program = compile(library, program, linkage)?;
+                    judge(device, program.arg(device))
+                }));
+            }
+        }
+    }
+    trials.push(trial("environment/dense_is_forced".to_owned(), dense_is_forced));
+    trials.push(trial("environment/bad_value".to_owned(), bad_value));
+    trials.push(trial("python/documentation".to_owned(), documented_python));
+    for device in ["cpu", "wgpu", "cuda"] {
+        trials.push(trial(format!("python/{device}"), move |library| python(library, device)));
+    }
+    libtest_mimic::run(&arguments, trials).exit_code()
+}
+
+fn trial(name: String, test: impl FnOnce(&Library) -> Result<Completion> + Send + 'static) -> Trial {
+    Trial::ignorable_test(name, move || {
+        Library::built().and_then(|library| test(&library)).map_err(|error| Failed::from(format!("{error:#}")))
+    })
+}
+
+#[derive(Debug, Clone, Copy)]
+enum Linkage {
+    Shared,
+    Static,
+}
+
+fn header(language: &str, standard: &str) -> Result<Completion> {
+    let mut compiler = Command::new(if language == "c" { "cc" } else { "c++" });
+    compiler.args(["-x", language, "-fsyntax-only", &format!("-std={standard}")]).args(WARNINGS);
+    run(compiler.arg(package().join("include/varlen_fa.h")))?;
+    Ok(Completion::Completed)
+}
+
+/// The program, ready to be started.
+fn compile(library: &Library, source: &str, linkage: Linkage) -> Result<Command> {
+    let stem = Path::new(source).file_stem().context("a program without a name")?.to_string_lossy();
+    // In a folder of this test, and by a name that no other trial uses at once.
+    static NEXT: std::sync::atomic::AtomicUsize = std::sync::atomic::AtomicUsize::new(0);
+    let number = NEXT.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+    let program = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("{stem}-{number}"));
+    let mut compiler = Command::new("cc");
+    compiler.arg("-std=c11").arg("-O1").args(WARNINGS).arg("-I").arg(package().join("include"));
+    compiler.arg("-o").arg(&program).arg(package().join(source));
+    match linkage {
+        Linkage::Shared => {
+            let rpath = format!("-Wl,-rpath,{}", library.folder.display());
+            compiler.arg("-L").arg(&library.folder).args(["-lvarlen_fa", &rpath])
+        }
+        Linkage::Static => compiler.arg(&library.static_library),
+    };
+    // What `rustc --print native-static-libs` names, and the program's own.
+    compiler.args(["-lm", "-lpthread"]);
+    if cfg!(target_os = "linux") {
+        compiler.args(["-ldl", "-lrt", "-lgcc_s"]);
+    }
+    if cfg!(target_os = "macos") {
+        for framework in ["Foundation", "CoreGraphics", "QuartzCore", "Metal"] {
+            compiler.args(["-framework", framework]);
+        }
+    }
+    run(&mut compiler)?;
+    let mut program = Command::new(program);
+    clean(&mut program);
+    Ok(program)
+}
+
+/// Without the variables that the library reads.
+fn clean(program: &mut Command) {
+    program.env_remove("VARLEN_FA").env_remove("VARLEN_FA_DEVICE");
+}
+
+fn python(library: &Library, device: &str) -> Result<Completion> {
+    let Some(mut program) = python_with(library) else { return Ok(Completion::ignored_with("there is no python3")) };
+    judge(device, program.arg(package().join("tests/test_varlen_fa.py")).arg(device))
+}
+
+/// The program in docs/embedding-c.md.
+fn documented_python(library: &Library) -> Result<Completion> {
+    let text = std::fs::read_to_string(package().join("../docs/embedding-c.md"))?;
+    let program =
+        text.split("```python\n").nth(1).and_then(|rest| rest.split("```").next()).context("no Python there")?;
+    let path = library.shared_library.to_str().context("a folder whose name is no text")?;
+    ensure!(program.contains("target/release/libvarlen_fa.so"), "the program loads another library");
+    let program = program.replace("target/release/libvarlen_fa.so", path);
+    let Some(mut python) = python_with(library) else { return Ok(Completion::ignored_with("there is no python3")) };
+    python.env("PYTHONPATH", package().join("../benches/peers"));
+    let output = run(python.arg("-c").arg(program))?;
+    let printed = String::from_utf8_lossy(&output.stdout);
+    ensure!(printed.starts_with("fused by cpu-tiled: metadata was given and"), "got {printed}");
+    Ok(Completion::Completed)
+}
+
+/// Python, if there is one, told where the library is.
+fn python_with(library: &Library) -> Option<Command> {
+    Command::new("python3").arg("--version").output().ok()?;
+    let mut python = Command::new("python3");
+    clean(&mut python);
+    python.env("VARLEN_FA_LIBRARY", &library.shared_library).env("PYTHONDONTWRITEBYTECODE", "1");
+    Some(python)
+}
+
+/// Runs a program that uses a device.
+fn judge(device: &str, program: &mut Command) -> Result<Completion> {
+    let output = program.output().with_context(|| format!("cannot start {program:?}"))?;
+    if output.status.code() != Some(NOT_AVAILABLE) {
+        expect_success(program, &output)?;
+        return Ok(Completion::Completed);
+    }
+    let why = String::from_utf8_lossy(&output.stderr).trim().to_owned();
+    let required = env::var(REQUIRE).unwrap_or_default();
+    ensure!(!required.split(',').any(|name| name.trim() == device), "{REQUIRE} names {device}, but {why}");
+    Ok(Completion::ignored_with(why))
+}
+
+fn dense_is_forced(library: &Library) -> Result<Completion> {
+    let mut program = compile(library, "examples/masked_attention.c", Linkage::Shared)?;
+    let output = run(program.arg("cpu").env("VARLEN_FA", "0"))?;
+    let printed = String::from_utf8_lossy(&output.stdout);
+    ensure!(printed.contains("dense attention is forced (VARLEN_FA=0)"), "got {printed}");
+    Ok(Completion::Completed)
+}
+
+fn bad_value(library: &Library) -> Result<Completion> {
+    let mut program = compile(library, "examples/masked_attention.c", Linkage::Shared)?;
+    let output = program.arg("auto").env("VARLEN_FA_DEVICE", "tpu").output()?;
+    let said = String::from_utf8_lossy(&output.stderr);
+    ensure!(!output.status.success() && said.contains("VARLEN_FA_DEVICE") && said.contains("tpu"), "got {said}");
+    Ok(Completion::Completed)
+}

@@ -1,0 +1,430 @@
+"""The C library from Python, through benches/peers/varlen_fa.py: `python3 test_varlen_fa.py cpu`, `wgpu` or `cuda`. Only Python's own
+library is used. VARLEN_FA_LIBRARY names the shared library. Exits with 77 if the device is absent.
+
+On `cuda` every test of results runs twice: with tensors in host memory, and in place, in memory of the CUDA driver and on a stream
+of the test's own."""
+
+import array
+import ctypes
+import math
+import random
+import struct
+import sys
+import threading
+import unittest
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benches" / "peers"))
+import varlen_fa as vf  # noqa: E402
+
+NOT_AVAILABLE = 77
+BATCH, SEQ, HEADS, KV_HEADS, DIM = 2, 9, 4, 2, 16
+LENGTHS = [5, 9]
+TOTAL = sum(LENGTHS)
+
+TOLERANCES = {vf.F32: 1e-5, vf.F16: 2e-3}
+
+library = vf.Library()
+device_name = sys.argv.pop(1) if len(sys.argv) > 1 else "cpu"
+try:
+    device = library.open(device_name)
+except vf.Error as error:
+    if error.status != "DEVICE_UNAVAILABLE":
+        raise
+    print(error, file=sys.stderr)
+    sys.exit(NOT_AVAILABLE)
+DTYPES = [dtype for dtype in TOLERANCES if device.info().dtypes >> dtype & 1]
+# The most precise one.
+DTYPE = DTYPES[0]
+
+
+class Memory:
+    """Elements of a type in memory of Python's own, as f32 or, through `struct`, f16."""
+
+    kind = vf.HOST
+
+    def __init__(self, dtype, values):
+        self.dtype, self.count = dtype, len(values)
+        if dtype == vf.F32:
+            self.data = array.array("f", values)
+        else:
+            self.data = array.array("H", struct.unpack(f"{len(values)}H", struct.pack(f"{len(values)}e", *values)))
+        self.place()
+
+    def place(self):
+        """Sees to it that `address` is where the elements are."""
+
+    @property
+    def address(self):
+        return self.data.buffer_info()[0]
+
+    def values(self):
+        if self.dtype == vf.F32:
+            return list(self.data)
+        return list(struct.unpack(f"{self.count}e", self.data.tobytes()))
+
+    def tensor(self, shape, strides=None, offset=0):
+        element = vf.ELEMENT_BYTES[self.dtype]
+        address, size = self.address + offset * element, (self.count - offset) * element
+        return vf.tensor(address, shape, strides, self.dtype, self.kind, size)
+
+
+class Cuda:
+    """A context and a stream of the CUDA driver, and a device over them."""
+
+    def __init__(self):
+        self.driver = ctypes.CDLL("libcuda.so.1")
+        ordinal, self.context, self.stream = ctypes.c_int(), ctypes.c_void_p(), ctypes.c_void_p()
+        self("cuInit", ctypes.c_uint(0))
+        self("cuDeviceGet", ctypes.byref(ordinal), 0)
+        self("cuDevicePrimaryCtxRetain", ctypes.byref(self.context), ordinal)
+        self("cuCtxSetCurrent", self.context)
+        # A stream that waits for the default one, on which memory is filled and read.
+        self("cuStreamCreate", ctypes.byref(self.stream), ctypes.c_uint(0))
+        self.device = library.open_cuda(self.stream, self.context)
+
+    def __call__(self, function, *arguments):
+        code = getattr(self.driver, function)(*arguments)
+        if code != 0:
+            raise RuntimeError(f"{function} returned {code}")
+
+
+class CudaMemory(Memory):
+    """The same in memory of the CUDA driver."""
+
+    kind = vf.CUDA
+    cuda = None  # a Cuda, once there is a test that needs one
+
+    def place(self):
+        pointer, self.size = ctypes.c_uint64(), ctypes.c_size_t(max(len(self.data.tobytes()), 1))
+        self.cuda("cuMemAlloc_v2", ctypes.byref(pointer), self.size)
+        self.pointer = pointer.value
+        source = self.data.buffer_info()[0]
+        self.cuda("cuMemcpyHtoD_v2", pointer, ctypes.c_void_p(source), ctypes.c_size_t(len(self.data.tobytes())))
+
+    def __del__(self):
+        self.cuda.driver.cuMemFree_v2(ctypes.c_uint64(self.pointer))
+
+    @property
+    def address(self):
+        return self.pointer
+
+    def values(self):
+        self.cuda.device.synchronize()
+        into = ctypes.c_void_p(self.data.buffer_info()[0])
+        self.cuda("cuMemcpyDtoH_v2", into, ctypes.c_uint64(self.pointer), ctypes.c_size_t(len(self.data.tobytes())))
+        return super().values()
+
+
+def randoms(memory, dtype, count, seed):
+    generator = random.Random(seed)
+    return memory(dtype, [generator.uniform(-1, 1) for _ in range(count)])
+
+
+def attend(q, k, v, valid, scale):
+    """Rows of one head, slowly: q, k, v are lists of rows, `valid` the keys that count."""
+    out = []
+    for row in q:
+        scores = [scale * sum(a * b for a, b in zip(row, k[key])) for key in valid]
+        weights = [math.exp(score) for score in scores]
+        total = sum(weights)
+        out.append([sum(w * v[key][d] for w, key in zip(weights, valid)) / total for d in range(DIM)])
+    return out
+
+
+def rows(values, shape, strides, b, h):
+    return [
+        [values[b * strides[0] + s * strides[1] + h * strides[2] + d] for d in range(DIM)] for s in range(shape[1])
+    ]
+
+
+def nans(memory, dtype, count):
+    return memory(dtype, [math.nan] * count)
+
+
+def furthest(a, b):
+    """The largest difference; a NaN counts as one."""
+    return max((abs(x - y) if x - y == x - y else math.inf for x, y in zip(a, b)), default=0.0)
+
+
+class Stage:
+    """q, k and v as parts of one fused projection, and an output."""
+
+    FUSED = HEADS + 2 * KV_HEADS
+
+    def __init__(self, dtype=DTYPE, memory=Memory, on=device):
+        self.device = on
+        self.qkv = randoms(memory, dtype, BATCH * SEQ * self.FUSED * DIM, 0)
+        self.out_memory = nans(memory, dtype, BATCH * SEQ * HEADS * DIM)
+        self.strides = [SEQ * self.FUSED * DIM, self.FUSED * DIM, DIM, 1]
+        part = lambda first, heads: self.qkv.tensor([BATCH, SEQ, heads, DIM], self.strides, first * DIM)
+        self.q, self.k = part(0, HEADS), part(HEADS, KV_HEADS)
+        self.v = part(HEADS + KV_HEADS, KV_HEADS)
+        self.out = self.out_memory.tensor([BATCH, SEQ, HEADS, DIM])
+
+    def run(self, mask=None, **others):
+        self.device.forward(self.q, self.k, self.v, self.out, mask, **others)
+        return self.out_memory.values()
+
+    def expected(self, b, h, valid, scale=DIM**-0.5):
+        values, shape, kv = self.qkv.values(), [BATCH, SEQ], h // (HEADS // KV_HEADS)
+        of = lambda head: rows(values, shape, self.strides, b, head)
+        return attend(of(h), of(HEADS + kv), of(HEADS + KV_HEADS + kv), valid, scale)
+
+
+class Attention(unittest.TestCase):
+    """Results, with tensors in host memory."""
+
+    memory, device = Memory, device
+
+    def stage(self, dtype=DTYPE):
+        return Stage(dtype, self.memory, self.device)
+
+    def check(self, stage, got, tolerance):
+        for b, length in enumerate(LENGTHS):
+            for h in range(HEADS):
+                expected = stage.expected(b, h, range(length))
+                for s in range(SEQ):
+                    start = ((b * SEQ + s) * HEADS + h) * DIM
+                    row = got[start : start + DIM]
+                    if s >= length:
+                        self.assertEqual(row, [0.0] * DIM)
+                        self.assertTrue(all(math.copysign(1, value) > 0 for value in row))
+                    else:
+                        self.assertLess(furthest(row, expected[s]), tolerance)
+
+    def test_varlen_is_what_a_loop_gives(self):
+        meta = library.meta_from_lengths(LENGTHS, SEQ)
+        meta.upload(self.device)
+        for dtype in DTYPES:
+            stage, plan, tolerance = self.stage(dtype), vf.Plan(), TOLERANCES[dtype]
+            self.check(stage, stage.run(vf.varlen(meta), plan=plan), tolerance)
+            self.assertRegex(str(plan), "^(fused|packed) by ")
+            for path in ["dense", "packed"] + ["fused"] * (device_name == "cpu"):
+                plan = vf.Plan()
+                self.check(stage, stage.run(vf.varlen(meta), options=vf.options(path=path), plan=plan), tolerance)
+                self.assertEqual(plan.path, vf.PATHS[path])
+
+    def test_every_mask_type_says_the_same(self):
+        stage = self.stage()
+        expected = stage.run(vf.varlen(library.meta_from_lengths(LENGTHS, SEQ)))
+        keep = [int(s < length) for length in LENGTHS for s in range(SEQ)]
+        masks = [library.key_mask_from_runs([(1, 0, 9), (0, 0, 5)], BATCH, SEQ)]
+        for code, size in [("b", 1), ("h", 2), ("i", 4), ("q", 8)]:
+            flags = array.array(code, [-flag for flag in keep])
+            masks.append(library.key_mask_from_integers(flags.buffer_info()[0], size, BATCH, SEQ))
+        for mask in masks:
+            meta = library.meta(mask)
+            self.assertEqual(stage.run(vf.varlen(meta)), expected)
+            self.assertEqual(meta.cu_seqlens_values(), [0, 5, 14])
+            self.assertEqual(meta.indices(), [at for at, flag in enumerate(keep) if flag])
+            self.assertEqual(meta.inv_indices(), [sum(keep[:at]) if flag else -1 for at, flag in enumerate(keep)])
+
+    def test_key_mask_and_bias(self):
+        stage = self.stage()
+        by_mask = stage.run(vf.key(library.key_mask_from_lengths(LENGTHS, SEQ)))
+        expected = stage.expected(0, 1, range(LENGTHS[0]))
+        for s in range(SEQ):  # also of the queries that the mask drops
+            start = (s * HEADS + 1) * DIM
+            self.assertLess(furthest(by_mask[start : start + DIM], expected[s]), TOLERANCES[DTYPE])
+        flat = self.memory(vf.F32, [0.0 if s < length else -math.inf for length in LENGTHS for s in range(SEQ)])
+        for shape, strides in [([BATCH, 1, 1, SEQ], None), ([BATCH, HEADS, SEQ, SEQ], [SEQ, 0, 0, 1])]:
+            by_bias = stage.run(vf.bias(flat.tensor(shape, strides)))
+            self.assertLess(furthest(by_bias, by_mask), TOLERANCES[DTYPE])
+
+    def test_scale(self):
+        stage = self.stage()
+        got, expected = stage.run(options=vf.options(softmax_scale=0.7)), stage.expected(1, 3, range(SEQ), 0.7)
+        start = ((SEQ + 2) * HEADS + 3) * DIM
+        self.assertLess(furthest(got[start : start + DIM], expected[2]), TOLERANCES[DTYPE])
+
+    def test_strided_output_leaves_its_gaps(self):
+        stage = self.stage(vf.F16)
+        meta = library.meta_from_lengths(LENGTHS, SEQ)
+        expected = stage.run(vf.varlen(meta))
+        roomy = self.memory(vf.F16, [7.0] * (BATCH * HEADS * SEQ * (DIM + 8)))
+        strides = [HEADS * SEQ * (DIM + 8), DIM + 8, SEQ * (DIM + 8), 1]  # heads outside tokens
+        stage.out = roomy.tensor([BATCH, SEQ, HEADS, DIM], strides)
+        stage.run(vf.varlen(meta))
+        got = roomy.values()
+        for b in range(BATCH):
+            for s in range(SEQ):
+                for h in range(HEADS):
+                    start = b * strides[0] + s * strides[1] + h * strides[2]
+                    dense = ((b * SEQ + s) * HEADS + h) * DIM
+                    self.assertEqual(got[start : start + DIM], expected[dense : dense + DIM])
+                    self.assertEqual(got[start + DIM : start + DIM + 8], [7.0] * 8)
+
+    def test_primitives_are_the_packed_path(self):
+        for dtype in DTYPES:
+            stage, meta = self.stage(dtype), library.meta_from_lengths(LENGTHS, SEQ)
+            expected = stage.run(vf.varlen(meta), options=vf.options(path="packed"))
+            packed = [nans(self.memory, dtype, TOTAL * heads * DIM) for heads in [HEADS, KV_HEADS, KV_HEADS, HEADS]]
+            q, k, v, o = (m.tensor([TOTAL, m.count // TOTAL // DIM, DIM]) for m in packed)
+            lse = nans(self.memory, vf.F32, HEADS * TOTAL)
+            padded = nans(self.memory, dtype, BATCH * SEQ * HEADS * DIM)
+            cu_seqlens = library.cu_seqlens([0, 5, 14])
+            self.device.pack_qkv(stage.q, stage.k, stage.v, meta, q, k, v)
+            self.device.varlen_attention(q, k, v, cu_seqlens, meta.cu_seqlens(), o, lse=lse.tensor([HEADS, TOTAL]))
+            self.device.scatter_to_padded(o, meta, padded.tensor([BATCH, SEQ, HEADS, DIM]))
+            self.assertEqual(padded.values(), expected)
+            values, sums = (packed[0].values(), packed[1].values()), lse.values()
+            for h in range(HEADS):
+                row, kv = values[0][h * DIM :][:DIM], h // (HEADS // KV_HEADS)
+                keys = [values[1][(key * KV_HEADS + kv) * DIM :][:DIM] for key in range(5)]
+                total = sum(math.exp(sum(a * b for a, b in zip(row, key)) / 4) for key in keys)
+                self.assertLess(abs(sums[h * TOTAL] - math.log(total)), 1e-4)
+
+    def test_device_metadata(self):
+        if device_name == "wgpu":
+            with self.assertRaises(vf.Error) as caught:
+                self.device.device_meta(BATCH, SEQ)
+            self.assertEqual(caught.exception.status, "NOT_APPLICABLE")
+            return
+        stage = self.stage()
+        meta = self.device.device_meta(BATCH, SEQ)
+        self.assertEqual(set(stage.run(vf.varlen(meta))), {0.0})
+        # A [S, 2] array of 32-bit words, the batch rows its columns.
+        turned = self.memory(vf.F32, [float(s < LENGTHS[b]) for s in range(SEQ) for b in range(BATCH)])
+        meta.rebuild(vf.mask_view(turned.address, [BATCH, SEQ], [1, BATCH], 4, self.memory.kind))
+        self.check(stage, stage.run(vf.varlen(meta)), TOLERANCES[DTYPE])
+
+
+@unittest.skipIf(device_name != "cuda", "CUDA memory is that of the cuda device")
+class InPlace(Attention):
+    """The same results in CUDA memory, on a stream of the caller's; and what is refused there."""
+
+    memory = CudaMemory
+
+    @classmethod
+    def setUpClass(cls):
+        CudaMemory.cuda = Cuda()
+        cls.device = CudaMemory.cuda.device
+
+    def refused(self, status, words, call):
+        with self.assertRaises(vf.Error) as caught:
+            call()
+        self.assertEqual(caught.exception.status, status, str(caught.exception))
+        self.assertIn(words, str(caught.exception))
+
+    def test_refusals(self):
+        stage, host = self.stage(), Stage()
+        for name in ["q", "k", "v", "out"]:
+            good = getattr(stage, name)
+            bad = vf.Tensor.from_buffer_copy(good)
+            bad.data = host.out_memory.address  # host memory that the driver does not know
+            setattr(stage, name, bad)
+            self.refused("BAD_HANDLE", f"`{name}.data`", stage.run)
+            bad.data, bad.memory = None, vf.CUDA
+            self.refused("NULL_POINTER", f"`{name}.data`", stage.run)
+            setattr(stage, name, good)
+        stage.out.strides[0] = 1 << 40
+        stage.out.bytes = 1 << 60
+        self.refused("BAD_HANDLE", "`out.data`", stage.run)  # more than the allocation has, whatever the caller says
+        stage = self.stage()
+        stage.out = stage.qkv.tensor([BATCH, SEQ, HEADS, DIM], stage.strides)
+        self.refused("OVERLAP", "`out` overlaps `q`", stage.run)
+
+
+class Refusals(unittest.TestCase):
+    def refused(self, status, words, call):
+        with self.assertRaises(vf.Error) as caught:
+            call()
+        self.assertEqual(caught.exception.status, status, str(caught.exception))
+        self.assertIn(words, str(caught.exception))
+
+    def spoiled(self, status, words, **changes):
+        """The call with some descriptor changed is refused, and its output is as it was."""
+        stage = Stage()
+        for name, change in changes.items():
+            change(getattr(stage, name))
+        self.refused(status, words, stage.run)
+        self.assertTrue(all(math.isnan(value) for value in stage.out_memory.values()))
+
+    def test_tensors(self):
+        change = lambda **fields: lambda tensor: [setattr(tensor, *field) for field in fields.items()]
+
+        def stride(dim, value):
+            return lambda tensor: tensor.strides.__setitem__(dim, value)
+
+        self.spoiled("NULL_POINTER", "`q.data`", q=change(data=None))
+        self.spoiled("NULL_POINTER", "`k.data`", k=change(data=8))
+        self.spoiled("MISALIGNED", "`v.data`", v=lambda tensor: setattr(tensor, "data", tensor.data + 1))
+        self.spoiled("BUFFER_TOO_SMALL", "`out`", out=change(bytes=0))
+        self.spoiled("BUFFER_TOO_SMALL", "`q`", q=lambda tensor: setattr(tensor, "bytes", tensor.bytes // 2))
+        self.spoiled("BUFFER_TOO_SMALL", "`k`", k=stride(0, 1 << 30))
+        self.spoiled("BAD_VALUE", "`k.strides`", k=stride(1, -8))
+        self.spoiled("RANK", "`q.rank`", q=change(rank=9))
+        self.spoiled("BAD_VALUE", "`q.dtype`", q=change(dtype=0))
+        # Host memory is no memory of the driver's; other devices have nothing to do with it.
+        self.spoiled("BAD_HANDLE" if device_name == "cuda" else "DEVICE_MISMATCH", "`v", v=change(memory=vf.CUDA))
+        self.spoiled("SELF_OVERLAP", "`out`", out=stride(1, 0))
+        self.spoiled("INNER_STRIDE", "`q`", q=lambda tensor: tensor.strides.__setitem__(slice(2, 4), [0, 2]))
+
+    def test_overlap(self):
+        stage = Stage()
+        stage.out = stage.qkv.tensor([BATCH, SEQ, HEADS, DIM], stage.strides)
+        before = stage.qkv.values()
+        self.refused("OVERLAP", "`out` overlaps `q`", stage.run)
+        self.assertEqual(stage.qkv.values(), before)
+
+    def test_handles_after_free(self):
+        stage, meta = Stage(), library.meta_from_lengths(LENGTHS, SEQ)
+        mask = vf.varlen(meta)
+        stage.run(mask)
+        meta.free()
+        self.refused("BAD_HANDLE", "freed", lambda: stage.run(mask))
+        self.refused("BAD_HANDLE", "freed", meta.free)
+        self.refused("BAD_HANDLE", "freed", meta.info)
+        another = library.open("cpu")
+        another.free()
+        self.refused("BAD_HANDLE", "freed", another.info)
+        made_up = ctypes.c_void_p(0x7FFF00001230)
+        self.refused("BAD_HANDLE", "never gave out", lambda: library.call("meta_free", made_up))
+        self.refused("BAD_HANDLE", "got a device handle", lambda: library.call("meta_free", device.handle))
+
+    def test_devices(self):
+        self.refused("BAD_VALUE", "`kind`", lambda: library.open(17))
+        self.refused("DEVICE_UNAVAILABLE", "cuda:999", lambda: library.open("cuda", 999))
+
+
+class Structs(unittest.TestCase):
+    @unittest.skipIf(ctypes.sizeof(ctypes.c_void_p) != 8, "the numbers are those of 64-bit systems")
+    def test_sizes_are_those_of_the_header(self):
+        structs = [vf.Tensor, vf.MaskView, vf.AttentionMask, vf.Plan, vf.Options, vf.Run, vf.DeviceInfo, vf.MetaInfo]
+        self.assertEqual([ctypes.sizeof(struct) for struct in structs], [112, 72, 88, 272, 48, 24, 440, 64])
+
+
+class Threads(unittest.TestCase):
+    def test_calls_at_once_and_a_handle_freed_under_them(self):
+        meta = library.meta_from_lengths(LENGTHS, SEQ)
+        expected = Stage().run(vf.varlen(meta))
+        start, wrong = threading.Barrier(3), []
+
+        def work():
+            stage, kept = Stage(), vf.varlen(library.meta_from_lengths(LENGTHS, SEQ))
+            shared = vf.varlen(meta)
+            start.wait()
+            for _ in range(20):
+                if stage.run(kept) != expected:
+                    wrong.append("another result")
+                try:
+                    if stage.run(shared) != expected:
+                        wrong.append("another result with the shared handle")
+                except vf.Error as error:
+                    if error.status != "BAD_HANDLE" or "freed" not in str(error):
+                        wrong.append(str(error))
+
+        workers = [threading.Thread(target=work) for _ in range(2)]
+        for worker in workers:
+            worker.start()
+        start.wait()
+        meta.free()
+        for worker in workers:
+            worker.join()
+        self.assertEqual(wrong, [])
+
+
+if __name__ == "__main__":
+    print(f"varlen-fa {library.version} on {device.info().name.decode()}")
+    unittest.main()
