@@ -85,6 +85,7 @@ def run(workload, dtype, stream, calls, rounds):
     reference = Reference(workload, rows, *padded[0])
     graphs, results = {}, {}
     for name, (call, amount, unit, kind) in methods.items():
+        ours.poison()
         try:
             found = reference.check(call(0), kind) if kind != "copy" else ours.check_copy(name)
             graphs[name] = capture(stream, call, range(sets))
