@@ -36,6 +36,9 @@ pub(super) struct PackedRows {
     pub batch_order: Option<u64>,
     /// Sequences.
     pub batch: usize,
+    /// Rows of all sequences, or as many as there may be.
+    pub queries: usize,
+    pub keys: usize,
     /// Rows of the longest query sequence, as far as the host knows.
     pub max_queries: usize,
     /// Address of `[H, total_q]` f32, and elements from head to head.
@@ -91,6 +94,8 @@ impl CudaDevice {
                     cu_seqlens_k: Some(key_rows.address()),
                     batch_order: Some(key_rows.order()),
                     batch: query.batch(),
+                    queries: query.total(),
+                    keys: key.total(),
                     max_queries: query.max_seqlen(),
                     lse: None,
                 };
@@ -179,6 +184,8 @@ impl CudaDevice {
             cu_seqlens_k: keys.is_packed.then_some(key.cu_seqlens),
             batch_order: keys.is_packed.then_some(key.batch_order),
             batch,
+            queries: query.packed_rows,
+            keys: key.packed_rows,
             max_queries: query.max_seqlen,
             lse: None,
         };

@@ -42,9 +42,29 @@ const MAX_LISTS: usize = 16;
 #[derive(Debug, Default)]
 struct ListsCopies(Mutex<Vec<(ListsKey, Arc<ListsCopy>)>>);
 
-/// The metadata of a mask that was given without any, to make lists of.
+/// Metadata that stands for a dense call's masks: every query, and the kept keys or every key. Kept with one of the masks, by the
+/// lengths of both sides and whether the keys are masked.
+#[derive(Debug, Default)]
+struct DenseMetas(Mutex<Vec<(DenseKey, Arc<DenseMeta>)>>);
+
+type DenseKey = (usize, usize, bool);
+
 #[derive(Debug)]
-struct DenseMeta(VarlenMeta);
+struct DenseMeta {
+    query: VarlenMeta,
+    key: VarlenMeta,
+}
+
+/// How far the tensors of a launch reach, and its work.
+#[derive(Debug, Clone, Copy)]
+struct Extent {
+    batch: usize,
+    /// Tokens of a batch row.
+    queries: usize,
+    keys: usize,
+    /// Tiles and ranges of zeros, times heads: more than that many blocks would find nothing to do.
+    items: usize,
+}
 
 impl CudaDevice {
     /// Every query row; keys by the mask, and rows that `zero_rows` drops as zeros.
@@ -62,18 +82,20 @@ impl CudaDevice {
         let Some(mask) = key_mask.or(zero_rows) else {
             let params = AttentionParamsSm90 { form: Form::Dense as i32, groups: batch as i32, ..params };
             let tiles = seq_q.div_ceil(tile.rows() as usize) * batch;
-            return self.launch_attention_sm90(attention, tensors, params, tile, tiles * num_heads);
+            let extent = Extent { batch, queries: seq_q, keys: seq_k, items: tiles * num_heads };
+            return self.launch_attention_sm90(attention, tensors, params, tile, extent);
         };
-        let meta =
-            |mask: &KeyMask| mask.copies().get_or_make(self.id, || VarlenMeta::from_key_mask(mask).map(DenseMeta));
-        let every = |seq| VarlenMeta::from_key_mask(&KeyMask::all(batch, seq)?).map(DenseMeta);
-        // Kept with a mask that the caller keeps, so that the lists are made once.
-        let queries = mask.copies().get_or_make(self.id, || Ok(EveryQuery(every(seq_q)?)))?;
-        let keys = match key_mask {
-            Some(mask) => meta(mask)?,
-            None => mask.copies().get_or_make(self.id, || Ok(EveryKey(Arc::new(every(seq_k)?))))?.0.clone(),
-        };
-        self.attend_by_lists(attention, tensors, params, tile, (&queries.0.0, &keys.0), (key_mask, zero_rows))
+        let metas = mask.copies().get_or_make(self.id, || Ok(DenseMetas::default()))?;
+        let meta = metas.get_or_make((seq_q, seq_k, key_mask.is_some()), || {
+            let every = |seq| VarlenMeta::from_key_mask(&KeyMask::all(batch, seq)?);
+            Ok(DenseMeta {
+                query: every(seq_q)?,
+                key: key_mask.map_or_else(|| every(seq_k), VarlenMeta::from_key_mask)?,
+            })
+        })?;
+        // Keys past the end of a row are dropped by their bits, so that there are bits even where every key is kept.
+        let masks = (meta.key.key_mask(), zero_rows);
+        self.attend_by_lists(attention, tensors, params, tile, (&meta.query, &meta.key), masks)
     }
 
     /// Valid query rows and keys of padded tensors; other rows as zeros.
@@ -88,11 +110,11 @@ impl CudaDevice {
         let lengths = |row| (query.cu_seqlens().rows(row).len(), key.cu_seqlens().rows(row).len());
         let tile = self.tile(attention, (0..batch).map(lengths))?;
         let params = AttentionParamsSm90 { seq_q: seq_q as i32, seq_k: seq_k as i32, ..params(attention, tensors) };
-        let masks = (Some(key.key_mask()), Some(query.key_mask()));
+        let masks = (key.key_mask(), Some(query.key_mask()));
         self.attend_by_lists(attention, tensors, params, tile, (query, key), masks)
     }
 
-    /// `masks` are of keys and of query rows that are not written as zeros; none keeps all.
+    /// The masks are of keys, and of query rows that are not written as zeros; none keeps all.
     fn attend_by_lists(
         &self,
         attention: &Attention<'_>,
@@ -100,18 +122,18 @@ impl CudaDevice {
         params: AttentionParamsSm90,
         tile: TileSm90,
         (query, key): (&VarlenMeta, &VarlenMeta),
-        (key_mask, row_mask): (Option<&KeyMask>, Option<&KeyMask>),
+        (key_mask, row_mask): (&KeyMask, Option<&KeyMask>),
     ) -> Result<()> {
         let lists = self.lists(query, key, tile)?;
-        let bits = |mask: Option<&KeyMask>| mask.map(|mask| self.mask_bits(mask)).transpose();
-        let (key_bits, row_bits) = (bits(key_mask)?, bits(row_mask)?);
+        let key_bits = self.mask_bits(key_mask)?;
+        let row_bits = row_mask.map(|mask| self.mask_bits(mask)).transpose()?;
         let params = AttentionParamsSm90 {
             form: Form::Fused as i32,
             // Both fit: there are at most as many as tokens.
             groups: lists.batch_count as i32,
             zero_span_count: lists.zero_span_count as i32,
-            key_bits: key_bits.as_ref().map_or(0, |bits| bits.buffer.address()),
-            key_words: key_bits.as_ref().map_or(0, |bits| bits.row_words),
+            key_bits: key_bits.buffer.address(),
+            key_words: key_bits.row_words,
             row_bits: row_bits.as_ref().map_or(0, |bits| bits.buffer.address()),
             row_words: row_bits.as_ref().map_or(0, |bits| bits.row_words),
             batches: lists.batches.address(),
@@ -121,8 +143,10 @@ impl CudaDevice {
             zero_spans: lists.zero_spans.address(),
             ..params
         };
-        let items = (lists.query_tiles + lists.zero_span_count) * attention.problem.shape.num_heads;
-        self.launch_attention_sm90(attention, tensors, params, tile, items)
+        let AttentionShape { batch, seq_q, seq_k, num_heads, .. } = attention.problem.shape;
+        let items = (lists.query_tiles + lists.zero_span_count) * num_heads;
+        let extent = Extent { batch, queries: seq_q, keys: seq_k, items };
+        self.launch_attention_sm90(attention, tensors, params, tile, extent)
     }
 
     pub(super) fn attend_packed_sm90(
@@ -146,7 +170,9 @@ impl CudaDevice {
             ..params(attention, tensors)
         };
         let items = rows.max_queries.div_ceil(tile.rows() as usize) * rows.batch * attention.problem.shape.num_heads;
-        self.launch_attention_sm90(attention, tensors, params, tile, items)
+        // Packed tensors have no batch rows: all of their rows are tokens.
+        let extent = Extent { batch: 1, queries: rows.queries, keys: rows.keys, items };
+        self.launch_attention_sm90(attention, tensors, params, tile, extent)
     }
 
     /// The tile for sequences of so many queries and keys.
@@ -187,34 +213,31 @@ impl CudaDevice {
         Ok(copy)
     }
 
-    /// `items` are tiles and ranges of zeros, times heads: more than that many blocks would find nothing to do.
     fn launch_attention_sm90(
         &self,
         attention: &Attention<'_>,
         tensors: &Tensors,
         mut params: AttentionParamsSm90,
         tile: TileSm90,
-        items: usize,
+        Extent { batch, queries, keys, items }: Extent,
     ) -> Result<()> {
-        let AttentionShape { batch, seq_q, seq_k, num_heads, num_kv_heads, head_dim } = attention.problem.shape;
+        let AttentionShape { num_heads, num_kv_heads, head_dim, .. } = attention.problem.shape;
         if items == 0 {
             return Ok(());
         }
         let dtype = attention.problem.dtype;
-        // Packed tensors have no batch rows: all of their rows are tokens.
-        let batch = if params.form == Form::Packed as i32 { 1 } else { batch };
-        let queries = |placed| MappedTensor { placed, dtype, head_dim, tokens: seq_q, heads: num_heads, batch };
-        let keys = |placed| MappedTensor { placed, dtype, head_dim, tokens: seq_k, heads: num_kv_heads, batch };
+        let of_queries = |placed| MappedTensor { placed, dtype, head_dim, tokens: queries, heads: num_heads, batch };
+        let of_keys = |placed| MappedTensor { placed, dtype, head_dim, tokens: keys, heads: num_kv_heads, batch };
         let encode = |tensor: MappedTensor, rows: u32| {
             self.context.done(tensor.encode(tile.panel(), rows), "describing a tensor to the copy engine")
         };
         let group = GROUP_ROWS as u32;
-        params.q_map = encode(queries(tensors.q), group)?;
-        params.out_map = encode(queries(tensors.out), group)?;
-        params.k_map = encode(keys(tensors.k), tile.keys)?;
-        params.v_map = encode(keys(tensors.v), tile.keys)?;
-        params.k_group_map = encode(keys(tensors.k), group)?;
-        params.v_group_map = encode(keys(tensors.v), group)?;
+        params.q_map = encode(of_queries(tensors.q), group)?;
+        params.out_map = encode(of_queries(tensors.out), group)?;
+        params.k_map = encode(of_keys(tensors.k), tile.keys)?;
+        params.v_map = encode(of_keys(tensors.v), tile.keys)?;
+        params.k_group_map = encode(of_keys(tensors.k), group)?;
+        params.v_group_map = encode(of_keys(tensors.v), group)?;
         let function = self.function(Entry::AttentionSm90 { dtype, tile })?;
         // Blocks are as many as run at once, and take one item after the other. Fits: a chip has few multiprocessors.
         let blocks = items.min(self.multiprocessors) as u32;
@@ -225,13 +248,21 @@ impl CudaDevice {
     }
 }
 
-/// Metadata in which every query is valid, kept with a mask of the call.
-#[derive(Debug)]
-struct EveryQuery(DenseMeta);
-
-/// The same of keys.
-#[derive(Debug)]
-struct EveryKey(Arc<DenseMeta>);
+impl DenseMetas {
+    fn get_or_make(&self, wanted: DenseKey, make: impl FnOnce() -> Result<DenseMeta>) -> Result<Arc<DenseMeta>> {
+        // A panic while it is held leaves it as it was: metadata is only pushed whole.
+        let mut metas = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((_, found)) = metas.iter().find(|(key, _)| *key == wanted) {
+            return Ok(Arc::clone(found));
+        }
+        let made = Arc::new(make()?);
+        if metas.len() == MAX_LISTS {
+            metas.remove(0);
+        }
+        metas.push((wanted, Arc::clone(&made)));
+        Ok(made)
+    }
+}
 
 /// What every form has.
 fn params(attention: &Attention<'_>, tensors: &Tensors) -> AttentionParamsSm90 {

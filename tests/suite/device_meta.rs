@@ -17,29 +17,27 @@ pub fn register(trials: &mut Trials) {
         trials.once("device_meta/refused_by_name", refused_by_name);
         return;
     }
-    trials.each_path("device_meta/masks", |variant| unless_refused(variant, masks));
-    trials.each_path("device_meta/cross", |variant| unless_refused(variant, cross));
-    trials
-        .each_path("device_meta/rows_longer_than_a_chunk", |variant| unless_refused(variant, rows_longer_than_a_chunk));
-    trials.each_path("device_meta/more_rows_than_are_ordered", |variant| {
-        unless_refused(variant, more_rows_than_are_ordered)
-    });
-    trials.each_path("device_meta/rebuilt", |variant| unless_refused(variant, rebuilt));
+    trials.each_path_of_device_meta("device_meta/masks", masks);
+    trials.each_path_of_device_meta("device_meta/cross", cross);
+    trials.each_path_of_device_meta("device_meta/rows_longer_than_a_chunk", rows_longer_than_a_chunk);
+    trials.each_path_of_device_meta("device_meta/more_rows_than_are_ordered", more_rows_than_are_ordered);
+    trials.each_path_of_device_meta("device_meta/rebuilt", rebuilt);
     trials.once("device_meta/mask_types_and_strides", mask_types_and_strides);
+    trials.each_path("device_meta/paths_that_need_the_host", paths_that_need_the_host);
     trials.once("device_meta/refusals", refusals);
     trials.once("device_meta/nothing_valid_at_first", nothing_valid_at_first);
     trials.once("device_meta/plan", plan);
 }
 
-/// The sm90 kernel's dense form needs to know the mask on the host: forced to it, the call is refused, and nothing else is tested.
-fn unless_refused(variant: &Variant, run: fn(&Variant) -> Result<()>) -> Result<()> {
-    if (variant.kernel, variant.path) != (Kernel::CudaSm90, Some(Path::Dense)) {
-        return run(variant);
-    }
-    let error = masks(variant).err();
-    match error.as_ref().and_then(|error| error.downcast_ref()) {
-        Some(Error::NotApplicable { argument: "kernel", why, .. }) if why.contains("built on the host") => Ok(()),
-        _ => bail!("expected a refusal, got {error:?}"),
+fn paths_that_need_the_host(variant: &Variant) -> Result<()> {
+    let is_refused = match variant.path {
+        Some(Path::Dense | Path::Fused) => variant.kernel == Kernel::CudaSm90,
+        _ => false,
+    };
+    match masks(variant).as_ref().map_err(|error| error.downcast_ref()) {
+        Ok(()) if !is_refused => Ok(()),
+        Err(Some(Error::NotApplicable { why, .. })) if is_refused && why.contains("built on the host") => Ok(()),
+        outcome => bail!("refused: {is_refused} expected, got {outcome:?}"),
     }
 }
 

@@ -26,7 +26,7 @@ pub fn register(trials: &mut Trials) {
     trials.each_path("in_place/capture_and_replay", capture_and_replay);
     trials.each_path("in_place/capture_of_new_metadata", capture_of_new_metadata);
     trials.each_kernel("in_place/capture_of_dense_calls", capture_of_dense_calls);
-    trials.each_path("in_place/capture_of_metadata_on_the_device", capture_of_metadata_on_the_device);
+    trials.each_path_of_device_meta("in_place/capture_of_metadata_on_the_device", capture_of_metadata_on_the_device);
     trials.once("in_place/capture_of_the_first_launch", capture_of_the_first_launch);
     // What is unsafe during this kind of capture is refused to all threads.
     trials.alone("in_place/capture_in_the_global_mode", capture_in_the_global_mode);

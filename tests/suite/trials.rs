@@ -120,6 +120,24 @@ impl Trials {
         self.each_path_of(self.device.capabilities().dtypes, test, run);
     }
 
+    /// The same for paths that metadata built on the device can take.
+    pub fn each_path_of_device_meta<R: Outcome>(
+        &mut self,
+        test: &str,
+        run: impl Fn(&Variant) -> Result<R> + Copy + Send + 'static,
+    ) {
+        for kernel in self.device.capabilities().kernels.clone() {
+            // Others than packed need to know the mask on the host.
+            let only_packed = kernel == Kernel::CudaSm90;
+            for path in [Path::Dense, Path::Fused, Path::Packed] {
+                let is_taken = path == Path::Packed || !only_packed && (path == Path::Dense || kernel.has_fused());
+                if is_taken {
+                    self.variants(self.device.capabilities().dtypes, test, kernel, Some(path), run);
+                }
+            }
+        }
+    }
+
     /// The same for some element types.
     pub fn each_path_of<R: Outcome>(
         &mut self,
