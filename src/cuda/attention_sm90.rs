@@ -34,18 +34,54 @@ struct ListsCopy {
 /// What a copy of lists depends on beside the query's metadata: the key's, by its id, and the tile.
 type ListsKey = (u64, TileSm90);
 
-/// Copies that a query's metadata keeps at most. A request has one or two kinds of keys and one head dimension; only queries that
-/// outlive their keys many times over come to more.
-const MAX_LISTS: usize = 16;
+/// What a mask or metadata keeps of each kind at most, but for what a graph may use. A request has one or two kinds of keys and one
+/// head dimension; only queries that outlive their keys many times over come to more.
+const MAX_KEPT: usize = 16;
 
-/// The copies that a query's metadata keeps, the oldest first.
-#[derive(Debug, Default)]
-struct ListsCopies(Mutex<Vec<(ListsKey, Arc<ListsCopy>)>>);
+/// Few values by their keys, the oldest first; the oldest goes for a new one.
+#[derive(Debug)]
+struct Kept<Key, Value>(Mutex<Vec<KeptEntry<Key, Value>>>);
+
+#[derive(Debug)]
+struct KeptEntry<Key, Value> {
+    key: Key,
+    value: Arc<Value>,
+    /// A graph may hold its addresses, so it stays as long as what it is kept with.
+    is_captured: bool,
+}
+
+impl<Key, Value> Default for Kept<Key, Value> {
+    fn default() -> Self {
+        Self(Mutex::default())
+    }
+}
+
+impl<Key: PartialEq, Value> Kept<Key, Value> {
+    /// The value of a key, made by `make` if there is none yet.
+    fn get_or_make(&self, key: Key, is_captured: bool, make: impl FnOnce() -> Result<Value>) -> Result<Arc<Value>> {
+        // Held while the value is made, so that two threads never upload the same. A panic leaves the entries as they were: they
+        // are only ever pushed whole.
+        let mut entries = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(found) = entries.iter_mut().find(|entry| entry.key == key) {
+            found.is_captured |= is_captured;
+            return Ok(Arc::clone(&found.value));
+        }
+        let value = Arc::new(make()?);
+        if entries.len() >= MAX_KEPT
+            && let Some(oldest) = entries.iter().position(|entry| !entry.is_captured)
+        {
+            entries.remove(oldest);
+        }
+        entries.push(KeptEntry { key, value: Arc::clone(&value), is_captured });
+        Ok(value)
+    }
+}
+
+type ListsCopies = Kept<ListsKey, ListsCopy>;
 
 /// Metadata that stands for a dense call's masks: every query, and the kept keys or every key. Kept with one of the masks, by the
 /// lengths of both sides and whether the keys are masked.
-#[derive(Debug, Default)]
-struct DenseMetas(Mutex<Vec<(DenseKey, Arc<DenseMeta>)>>);
+type DenseMetas = Kept<DenseKey, DenseMeta>;
 
 type DenseKey = (usize, usize, bool);
 
@@ -86,7 +122,8 @@ impl CudaDevice {
             return self.launch_attention_sm90(attention, tensors, params, tile, extent);
         };
         let metas = mask.copies().get_or_make(self.id, || Ok(DenseMetas::default()))?;
-        let meta = metas.get_or_make((seq_q, seq_k, key_mask.is_some()), || {
+        let is_captured = self.context.is_captured()?;
+        let meta = metas.get_or_make((seq_q, seq_k, key_mask.is_some()), is_captured, || {
             let every = |seq| VarlenMeta::from_key_mask(&KeyMask::all(batch, seq)?);
             Ok(DenseMeta {
                 query: every(seq_q)?,
@@ -188,29 +225,19 @@ impl CudaDevice {
 
     fn lists(&self, query: &VarlenMeta, key: &VarlenMeta, tile: TileSm90) -> Result<Arc<ListsCopy>> {
         let copies = query.copies().get_or_make(self.id, || Ok(ListsCopies::default()))?;
-        let wanted = (key.id(), tile);
-        // Held while the lists are made, so that two threads never upload the same. A panic leaves it as it was: copies are
-        // only pushed whole.
-        let mut copies = copies.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some((_, found)) = copies.iter().find(|(key, _)| *key == wanted) {
-            return Ok(Arc::clone(found));
-        }
-        let lists = TileLists::new(query, key, tile.rows() as usize, tile.keys as usize);
-        let copy = Arc::new(ListsCopy {
-            batches: self.uploaded(bytemuck::cast_slice(&lists.batches))?,
-            query_groups: self.uploaded(bytemuck::cast_slice(&lists.query_groups))?,
-            key_tiles: self.uploaded(bytemuck::cast_slice(&lists.key_tiles))?,
-            key_groups: self.uploaded(bytemuck::cast_slice(&lists.key_groups))?,
-            zero_spans: self.uploaded(bytemuck::cast_slice(&lists.zero_spans))?,
-            batch_count: lists.batches.len(),
-            zero_span_count: lists.zero_spans.len(),
-            query_tiles: lists.query_tiles(),
-        });
-        if copies.len() == MAX_LISTS {
-            copies.remove(0);
-        }
-        copies.push((wanted, Arc::clone(&copy)));
-        Ok(copy)
+        copies.get_or_make((key.id(), tile), self.context.is_captured()?, || {
+            let lists = TileLists::new(query, key, tile.rows() as usize, tile.keys as usize);
+            Ok(ListsCopy {
+                batches: self.uploaded(bytemuck::cast_slice(&lists.batches))?,
+                query_groups: self.uploaded(bytemuck::cast_slice(&lists.query_groups))?,
+                key_tiles: self.uploaded(bytemuck::cast_slice(&lists.key_tiles))?,
+                key_groups: self.uploaded(bytemuck::cast_slice(&lists.key_groups))?,
+                zero_spans: self.uploaded(bytemuck::cast_slice(&lists.zero_spans))?,
+                batch_count: lists.batches.len(),
+                zero_span_count: lists.zero_spans.len(),
+                query_tiles: lists.query_tiles(),
+            })
+        })
     }
 
     fn launch_attention_sm90(
@@ -248,22 +275,6 @@ impl CudaDevice {
     }
 }
 
-impl DenseMetas {
-    fn get_or_make(&self, wanted: DenseKey, make: impl FnOnce() -> Result<DenseMeta>) -> Result<Arc<DenseMeta>> {
-        // A panic while it is held leaves it as it was: metadata is only pushed whole.
-        let mut metas = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some((_, found)) = metas.iter().find(|(key, _)| *key == wanted) {
-            return Ok(Arc::clone(found));
-        }
-        let made = Arc::new(make()?);
-        if metas.len() == MAX_LISTS {
-            metas.remove(0);
-        }
-        metas.push((wanted, Arc::clone(&made)));
-        Ok(made)
-    }
-}
-
 /// What every form has.
 fn params(attention: &Attention<'_>, tensors: &Tensors) -> AttentionParamsSm90 {
     let shape = attention.problem.shape;
@@ -276,5 +287,29 @@ fn params(attention: &Attention<'_>, tensors: &Tensors) -> AttentionParamsSm90 {
         head_dim: shape.head_dim as i32,
         score_scale: score_scale(attention.problem.softmax_scale),
         ..Default::default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_oldest_goes_unless_a_graph_may_use_it() -> Result<()> {
+        let kept = Kept::<usize, usize>::default();
+        for key in 0..MAX_KEPT {
+            // The first is captured later, the third as it is made.
+            assert_eq!(*kept.get_or_make(key, key == 2, || Ok(key))?, key);
+        }
+        kept.get_or_make(0, true, || Err(Error::HeadDim { got: 0 }))?;
+        for key in 100..100 + 2 * MAX_KEPT {
+            kept.get_or_make(key, false, || Ok(key))?;
+        }
+        for key in [0, 2] {
+            assert_eq!(*kept.get_or_make(key, false, || Ok(999))?, key);
+        }
+        assert_eq!(*kept.get_or_make(1, false, || Ok(999))?, 999);
+        assert_eq!(kept.0.lock().unwrap_or_else(PoisonError::into_inner).len(), MAX_KEPT);
+        Ok(())
     }
 }
