@@ -53,8 +53,8 @@ pub fn encode_pack<'r, 'a, 'o>(
     device: &Device,
     recorder: impl Into<Recorder<'r>>,
     padded: impl Into<TensorView<'a>>,
-    packed: impl Into<TensorViewMut<'o>>,
     meta: &VarlenMeta,
+    packed: impl Into<TensorViewMut<'o>>,
 ) -> Result<()> {
     let (recorder, backend) = (recorder.into(), device.wgpu_backend()?);
     let copy = ("padded", padded.into(), "packed", packed.into());
@@ -71,8 +71,8 @@ pub fn encode_scatter<'r, 'a, 'o>(
     device: &Device,
     recorder: impl Into<Recorder<'r>>,
     packed: impl Into<TensorView<'a>>,
-    padded: impl Into<TensorViewMut<'o>>,
     meta: &VarlenMeta,
+    padded: impl Into<TensorViewMut<'o>>,
 ) -> Result<()> {
     let (recorder, backend) = (recorder.into(), device.wgpu_backend()?);
     scatter(device, packed.into(), meta, padded.into(), |op| backend.encode(op, recorder))

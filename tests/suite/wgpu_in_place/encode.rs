@@ -262,9 +262,9 @@ fn pack_and_scatter(own: &Device) -> Result<()> {
     let padded_layout = at(&case.shapes[0], 0)?;
     let mut encoder = application.encoder();
     let from = padded.view(case.dtype, padded_layout);
-    encode_pack(&device, &mut encoder, from, packed.view_mut(case.dtype, packed_layout), &case.meta)?;
+    encode_pack(&device, &mut encoder, from, &case.meta, packed.view_mut(case.dtype, packed_layout))?;
     let from = packed.view(case.dtype, packed_layout);
-    encode_scatter(&device, &mut encoder, from, back.view_mut(case.dtype, padded_layout), &case.meta)?;
+    encode_scatter(&device, &mut encoder, from, &case.meta, back.view_mut(case.dtype, padded_layout))?;
     application.queue.submit([encoder.finish()]);
     ensure!(bits(&application.read(&packed_buffer)?, case.dtype) == expected[0], "packed rows");
     ensure!(bits(&application.read(&back_buffer)?, case.dtype) == expected[1], "padded rows");

@@ -216,11 +216,11 @@ fn overlaps(own: &Device) -> Result<()> {
     let mut encoder = application.encoder();
     let packed = second.view_mut(DType::F16, packed_layout);
     let expected = Error::Overlap { argument: "packed", other: "padded" };
-    expect("pack", encode_pack(&device, &mut encoder, padded, packed, &case.meta), &expected)?;
+    expect("pack", encode_pack(&device, &mut encoder, padded, &case.meta, packed), &expected)?;
     let padded = second.view_mut(DType::F16, at(&case.shapes[0], 0)?);
     let expected = Error::Overlap { argument: "padded", other: "packed" };
     let packed = first.view(DType::F16, packed_layout);
-    expect("scatter", encode_scatter(&device, &mut encoder, packed, padded, &case.meta), &expected)?;
+    expect("scatter", encode_scatter(&device, &mut encoder, packed, &case.meta, padded), &expected)?;
     application.queue.submit([encoder.finish()]);
     ensure!(application.read(&buffer)? == zeros, "a refused call wrote to its buffer");
     application.expect_quiet()
