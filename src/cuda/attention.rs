@@ -75,11 +75,16 @@ impl CudaDevice {
         let mut scratch = Vec::new();
         // The output first: one that is refused is refused before anything is launched.
         let out = self.output("out", &attention.out)?.place_output()?;
-        let q = self.place_input(&self.input("q", &attention.q)?, &mut scratch)?;
-        let k = self.place_input(&self.input("k", &attention.k)?, &mut scratch)?;
-        let v = self.place_input(&self.input("v", &attention.v)?, &mut scratch)?;
-        let tensors = Tensors { q, k, v, out };
         let is_sm90 = attention.plan.kernel == Kernel::CudaSm90;
+        let mut place = |name, input| {
+            let operand = self.input(name, input)?;
+            match is_sm90 {
+                true => self.place_input_for_maps(&operand, &mut scratch),
+                false => self.place_input(&operand, &mut scratch),
+            }
+        };
+        let (q, k, v) = (place("q", &attention.q)?, place("k", &attention.k)?, place("v", &attention.v)?);
+        let tensors = Tensors { q, k, v, out };
         match &attention.rows {
             Rows::Dense { key_mask, zero_rows, .. } if is_sm90 => {
                 self.attend_dense_sm90(attention, &tensors, *key_mask, *zero_rows)

@@ -124,9 +124,22 @@ impl CudaDevice {
 
     /// Where to read. A view whose rows do not start at words is first copied to scratch that lives until the launch.
     pub(super) fn place_input(&self, operand: &Operand<'_>, scratch: &mut Vec<CudaBuffer>) -> Result<Placed> {
-        if operand.misaligned_by().is_none() {
-            return Ok(operand.placed());
+        match operand.misaligned_by() {
+            None => Ok(operand.placed()),
+            Some(_) => self.place_copy(operand, scratch),
         }
+    }
+
+    /// The same for the copy engine, which is only told of steps that lead somewhere: a view with a stride of 0 is copied too.
+    pub(super) fn place_input_for_maps(&self, operand: &Operand<'_>, scratch: &mut Vec<CudaBuffer>) -> Result<Placed> {
+        let mut dims = operand.layout.shape().iter().zip(operand.layout.strides());
+        match dims.any(|(&size, &stride)| size > 1 && stride == 0) {
+            false => self.place_input(operand, scratch),
+            true => self.place_copy(operand, scratch),
+        }
+    }
+
+    fn place_copy(&self, operand: &Operand<'_>, scratch: &mut Vec<CudaBuffer>) -> Result<Placed> {
         let (layout, element_bytes) = (&operand.layout, operand.dtype.size() as u64);
         let copy = self.scratch(operand.bytes(layout.numel() as u64))?;
         for rectangle in StridedCopy::new(layout, element_bytes).rectangles(operand.address(), copy.address()) {

@@ -2,11 +2,11 @@
 
 use anyhow::{Context, Result, ensure};
 use libtest_mimic::Completion;
-use varlen_fa::{DType, Device, Error, KeyMask, Layout, VarlenMeta, pack, scatter_to_padded};
+use varlen_fa::{AttentionMask, DType, Device, Error, KeyMask, Layout, VarlenMeta, pack, scatter_to_padded};
 use varlen_fa_testkit::{Case, OracleShape, random};
 
 use super::call::{Call, Inputs, Mask};
-use super::memory::{download, upload};
+use super::memory::{download, narrow, precision, upload};
 use super::placement::Placement;
 use super::trials::{Trials, Variant};
 
@@ -20,6 +20,7 @@ pub fn register(trials: &mut Trials) {
     trials.each_path("layouts/inputs_at_odd_places", inputs_at_odd_places);
     trials.each_path("layouts/output_at_odd_places", output_at_odd_places);
     trials.each_dtype("layouts/pack_and_scatter_at_odd_places", pack_and_scatter_at_odd_places);
+    trials.each_path("layouts/inputs_that_repeat", inputs_that_repeat);
     trials.each_path("layouts/sizes_of_one", sizes_of_one);
     trials.each_kernel("layouts/dense_calls", dense_calls);
 }
@@ -116,6 +117,38 @@ const ODD: [Placement; 3] = [
     Placement { order: [0, 2, 1, 3], margin: [(0, 1), (0, 0), (1, 1), (3, 0)] },
     Placement { order: [1, 0, 2, 3], margin: [(1, 0), (0, 0), (0, 1), (2, 5)] },
 ];
+
+/// Strides of 0: queries that all batch rows share, keys that all heads share, values that both do, against tensors that hold the
+/// same rows as often as they are read.
+fn inputs_that_repeat(variant: &Variant) -> Result<()> {
+    const SHAPE: [usize; 4] = [3, 45, 4, 40];
+    let device = &variant.device;
+    let meta = VarlenMeta::from_key_mask(&KeyMask::from_bool(3, 45, &random::bernoulli_mask(12, 135, 0.7)?)?)?;
+    let (mut repeating, mut whole) = (vec![], vec![]);
+    for (stream, strides, count) in
+        [(0, [0, 160, 40, 1], 45 * 160), (1, [45 * 40, 40, 0, 1], 3 * 45 * 40), (2, [0, 40, 0, 1], 45 * 40)]
+    {
+        let values = random::normal_rounded(12, stream, count, precision(variant.dtype));
+        let bits: Vec<u32> = values.iter().map(|&value| narrow(value, variant.dtype)).collect();
+        let layout = Layout::strided(&SHAPE, &strides, 0)?;
+        repeating.push((upload(device, variant.dtype, &bits, &[count])?, layout));
+        let place = |at: usize| {
+            let index = [at / (45 * 160), at / 160 % 45, at / 40 % 4, at % 40];
+            index.iter().zip(strides).map(|(&index, stride)| index * stride as usize).sum::<usize>()
+        };
+        let all: Vec<u32> = (0..SHAPE.iter().product()).map(|at| bits[place(at)]).collect();
+        whole.push(upload(device, variant.dtype, &all, &SHAPE)?);
+    }
+    let view = |input: usize| repeating[input].0.view().with_layout(repeating[input].1);
+    let mask = AttentionMask::Varlen(&meta);
+    let got = download(&variant.layer().forward(view(0), view(1), view(2), mask)?.out)?;
+    let expected = download(&variant.layer().forward(&whole[0], &whole[1], &whole[2], mask)?.out)?;
+    ensure!(
+        expected.iter().any(|&bits| bits != 0) && got == expected,
+        "repeated rows gave other bits than rows of their own"
+    );
+    Ok(())
+}
 
 /// A device may refuse such views, by name; then the trial says so.
 fn unless_misaligned(result: Result<()>, argument: &str) -> Result<Completion> {
