@@ -48,9 +48,9 @@ constexpr int TILE_GROUPS = TILE_M / GROUP_ROWS;
 // Query tiles and key tiles that may be described ahead.
 constexpr int ROWS_SLOTS = 2;
 constexpr int KEYS_SLOTS = 4;
-// All registers of a multiprocessor: 2 · 192 + 80 + 48 a thread of four warpgroups.
-constexpr int SOFTMAX_REGISTERS = 192;
-constexpr int CORRECTION_REGISTERS = 80;
+// All registers of a multiprocessor: 2 · 184 + 96 + 48 a thread of four warpgroups.
+constexpr int SOFTMAX_REGISTERS = 184;
+constexpr int CORRECTION_REGISTERS = 96;
 constexpr int OTHER_REGISTERS = 48;
 static_assert((2 * SOFTMAX_REGISTERS + CORRECTION_REGISTERS + OTHER_REGISTERS) * WARPGROUP <= 65536);
 

@@ -51,7 +51,7 @@ __device__ inline EmulatedMultiprocessor& emulated() {
 }
 
 // "tcgen05.alloc". All columns, or the lowest: where they start is up to the hardware.
-__device__ inline void tensor_alloc(uint32_t shared, int columns) {
+__device__ __noinline__ void tensor_alloc(uint32_t shared, int columns) {
     EmulatedMultiprocessor& chip = emulated();
     const bool is_valid = columns >= 32 && columns <= TENSOR_COLUMNS && (columns & (columns - 1)) == 0;
     if (!is_valid) __trap();
@@ -66,7 +66,7 @@ __device__ inline void tensor_alloc(uint32_t shared, int columns) {
 }
 
 // "tcgen05.dealloc". What is read after it is NaN.
-__device__ inline void tensor_free(uint32_t tensor, int columns) {
+__device__ __noinline__ void tensor_free(uint32_t tensor, int columns) {
     EmulatedMultiprocessor& chip = emulated();
     for (int cell = threadIdx.x % 32; cell < TENSOR_LANES * columns; cell += 32) chip.cells[cell / columns][(tensor & 0xffff) + cell % columns] = POISON;
     __syncwarp();
@@ -177,7 +177,7 @@ __device__ inline void compute(EmulatedMultiprocessor& chip, const QueuedProduct
     __syncwarp();
 }
 
-__device__ inline void queue_product(const QueuedProduct& product) {
+__device__ __noinline__ void queue_product(const QueuedProduct& product) {
     EmulatedMultiprocessor& chip = emulated();
     if (threadIdx.x % 32 == 0) {
         if (chip.queued == MAX_QUEUED) __trap();
@@ -197,7 +197,7 @@ __device__ inline void multiply(uint32_t d, uint32_t a, uint64_t b, uint32_t pro
 }
 
 // "tcgen05.commit".
-__device__ inline void commit_products(uint32_t barrier) {
+__device__ __noinline__ void commit_products(uint32_t barrier) {
     EmulatedMultiprocessor& chip = emulated();
     jitter();
     __syncwarp();
@@ -253,7 +253,7 @@ __device__ inline void tensor_store(uint32_t tensor, const uint32_t (&v)[N]) {
 }
 
 // "tcgen05.wait::st".
-__device__ inline void tensor_wait_store() {
+__device__ __noinline__ void tensor_wait_store() {
     EmulatedMultiprocessor& chip = emulated();
     const int thread = threadIdx.x;
     jitter();
