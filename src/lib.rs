@@ -59,6 +59,18 @@ struct EmbeddingCuda;
 #[doc = include_str!("../docs/EMBEDDING.md")]
 struct EmbeddingWgpu;
 
+/// For this repository's tests: the sm100 kernel without a Blackwell GPU.
+#[cfg(feature = "emulated-sm100")]
+pub mod emulation {
+    /// Keeps the sm100 kernel in its emulated form, a fatbin of `cargo xtask kernels --emulated`. CUDA devices of compute capability 9.0 that
+    /// are opened from now on have [`Kernel::CudaSm100`](crate::Kernel::CudaSm100), and prefer it: do so before any is opened. False
+    /// if there is one already.
+    #[must_use]
+    pub fn set_sm100(fatbin: &[u8]) -> bool {
+        crate::cuda::set_emulated_sm100(fatbin)
+    }
+}
+
 pub use half::{bf16, f16};
 
 pub use crate::attention::{

@@ -6,7 +6,7 @@ use crate::config::Config;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::meta::{GROUP_ROWS, VarlenMeta};
-use crate::problem::{AttentionProblem, MaskInfo};
+use crate::problem::{AttentionProblem, MAX_HEAD_DIM, MaskInfo};
 
 /// How a call is computed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -53,6 +53,8 @@ pub enum Kernel {
     CudaSm80,
     /// The CUDA kernel of compute capability 9.0 (Hopper): `wgmma` and TMA.
     CudaSm90,
+    /// The CUDA kernel of compute capability 10.0 and 10.3 (Blackwell): `tcgen05` and TMA.
+    CudaSm100,
 }
 
 impl Kernel {
@@ -64,26 +66,42 @@ impl Kernel {
             Self::WgslPortable => "wgsl-portable",
             Self::CudaSm80 => "sm80",
             Self::CudaSm90 => "sm90",
+            Self::CudaSm100 => "sm100",
         }
     }
 
     /// Whether it reads padded tensors in place, past what is masked.
     #[must_use]
     pub const fn has_fused(self) -> bool {
-        matches!(self, Self::CpuTiled | Self::CudaSm90)
+        matches!(self, Self::CpuTiled | Self::CudaSm90 | Self::CudaSm100)
     }
 
     /// Whether it adds a bias to the scores.
     #[must_use]
     pub const fn has_bias(self) -> bool {
-        !matches!(self, Self::CudaSm90)
+        !self.works_by_lists()
+    }
+
+    /// The largest head dimension that it computes with.
+    #[must_use]
+    pub const fn max_head_dim(self) -> usize {
+        match self {
+            Self::CudaSm100 => 128,
+            _ => MAX_HEAD_DIM,
+        }
+    }
+
+    /// Whether it takes padded tensors by lists of tiles, made of metadata on the host.
+    pub(crate) const fn works_by_lists(self) -> bool {
+        matches!(self, Self::CudaSm90 | Self::CudaSm100)
     }
 
     /// Why it cannot compute a call, if it cannot.
-    fn refuses(self, mask: Option<&MaskInfo<'_>>, is_dense: bool) -> Option<&'static str> {
+    fn refuses(self, head_dim: usize, mask: Option<&MaskInfo<'_>>, is_dense: bool) -> Option<&'static str> {
         match (self, mask) {
+            (kernel, _) if head_dim > kernel.max_head_dim() => Some("its tiles are not as wide as the head dimension"),
             (kernel, Some(MaskInfo::Bias(_))) if !kernel.has_bias() => Some("it adds no bias"),
-            (Self::CudaSm90, Some(MaskInfo::DeviceVarlen { .. })) if is_dense => {
+            (kernel, Some(MaskInfo::DeviceVarlen { .. })) if kernel.works_by_lists() && is_dense => {
                 Some("its dense form needs metadata that was built on the host")
             }
             _ => None,
@@ -93,12 +111,12 @@ impl Kernel {
     /// Whether it is the one to take where it can compute a call.
     fn suits(self, head_dim: usize) -> bool {
         // It computes with at least 64 columns.
-        self != Self::CudaSm90 || head_dim > SM90_LEAST_HEAD_DIM
+        !self.works_by_lists() || head_dim > LISTS_LEAST_HEAD_DIM
     }
 }
 
-/// Up to this head dimension the sm80 kernel, which has a form of 32 columns, has less to do than the sm90 kernel.
-const SM90_LEAST_HEAD_DIM: usize = 32;
+/// Up to this head dimension the sm80 kernel, which has a form of 32 columns, has less to do than the newer ones.
+const LISTS_LEAST_HEAD_DIM: usize = 32;
 
 impl fmt::Display for Kernel {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -256,7 +274,7 @@ const OPERATIONS_PER_BYTE: f64 = 160.0;
 /// It takes groups of rows, so a short run costs as much as a group. The packed path computes valid rows alone, but reads and
 /// writes q, k, v and the output once more. The CPU's kernel gathers single rows.
 fn is_fragmented(kernel: Kernel, problem: &AttentionProblem, query: &VarlenMeta, key: &VarlenMeta) -> bool {
-    if kernel != Kernel::CudaSm90 {
+    if !kernel.works_by_lists() {
         return false;
     }
     let shape = problem.shape;
@@ -286,15 +304,16 @@ fn pick_kernel(
     is_dense: bool,
 ) -> Result<Kernel> {
     if let Some(kernel) = forced.kernel {
-        let why = match kernel.refuses(mask, is_dense) {
+        let why = match kernel.refuses(problem.shape.head_dim, mask, is_dense) {
             _ if !capabilities.kernels.contains(&kernel) => format!("{capabilities} does not run it"),
             Some(why) => why.to_owned(),
             None => return Ok(kernel),
         };
         return Err(not_applicable("kernel", kernel.name(), why));
     }
-    let able = || capabilities.kernels.iter().copied().filter(|kernel| kernel.refuses(mask, is_dense).is_none());
-    let suited = able().find(|kernel| kernel.suits(problem.shape.head_dim));
+    let head_dim = problem.shape.head_dim;
+    let able = || capabilities.kernels.iter().copied().filter(|kernel| kernel.refuses(head_dim, mask, is_dense).is_none());
+    let suited = able().find(|kernel| kernel.suits(head_dim));
     suited
         .or_else(|| able().next())
         .ok_or_else(|| not_applicable("kernel", "any", format!("{capabilities} has no kernel for this call")))

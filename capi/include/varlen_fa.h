@@ -238,6 +238,8 @@ enum varlen_fa_kernel
   VARLEN_FA_KERNEL_CUDA_SM80 = 3,
   // The CUDA kernel of compute capability 9.0.
   VARLEN_FA_KERNEL_CUDA_SM90 = 4,
+  // The CUDA kernel of compute capability 10.0 and 10.3.
+  VARLEN_FA_KERNEL_CUDA_SM100 = 5,
   // In plans: one that this header has no name for; the text names it.
   VARLEN_FA_KERNEL_UNLISTED = 255,
 };

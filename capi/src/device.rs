@@ -136,6 +136,7 @@ pub(crate) fn kernel_of(kernel: Kernel) -> varlen_fa_kernel {
         Kernel::WgslPortable => varlen_fa_kernel::WgslPortable,
         Kernel::CudaSm80 => varlen_fa_kernel::CudaSm80,
         Kernel::CudaSm90 => varlen_fa_kernel::CudaSm90,
+        Kernel::CudaSm100 => varlen_fa_kernel::CudaSm100,
         _ => varlen_fa_kernel::Unlisted,
     }
 }
@@ -148,6 +149,7 @@ pub(crate) fn forced_kernel(kernel: varlen_fa_kernel) -> Result<Option<Kernel>> 
         varlen_fa_kernel::WgslPortable => Ok(Some(Kernel::WgslPortable)),
         varlen_fa_kernel::CudaSm80 => Ok(Some(Kernel::CudaSm80)),
         varlen_fa_kernel::CudaSm90 => Ok(Some(Kernel::CudaSm90)),
+        varlen_fa_kernel::CudaSm100 => Ok(Some(Kernel::CudaSm100)),
         varlen_fa_kernel::Unlisted => {
             Err(Failure::argument(varlen_fa_status::BadValue, "options.kernel", "a kernel", "UNLISTED"))
         }

@@ -20,7 +20,7 @@ use super::caller::{self, CallerHandles};
 use super::context::Context;
 use super::fault::{self, Faults};
 use super::memory::CudaBuffer;
-use super::module::{Entry, Function, KERNELS_CUDA, Modules};
+use super::module::{Entry, Function, KERNELS_CUDA, ListImages, Modules};
 use super::probe::{self, CudaDeviceInfo};
 use super::timer::Timers;
 
@@ -93,7 +93,7 @@ impl CudaDevice {
     ) -> Result<Self, String> {
         let modules = {
             let _current = context.enter().map_err(|error| error.to_string())?;
-            Modules::of(&context, has_sm90(info)).map_err(|error| format!("{info}: {}", why_not_loaded(error)))?
+            Modules::of(&context, ListImages::of(info.compute_capability)).map_err(|error| format!("{info}: {}", why_not_loaded(error)))?
         };
         Ok(Self {
             id: DeviceId::unique(),
@@ -163,17 +163,12 @@ fn capabilities_of(info: &CudaDeviceInfo) -> Capabilities {
         adapter: format!("{}, sm_{major}{minor}, driver CUDA {driver}", info.name),
         is_software: false,
         dtypes: &[DType::F16, DType::Bf16],
-        kernels: if has_sm90(info) { vec![Kernel::CudaSm90, Kernel::CudaSm80] } else { vec![Kernel::CudaSm80] },
+        kernels: ListImages::of(info.compute_capability).kernels().chain([Kernel::CudaSm80]).collect(),
         max_buffer_bytes: info.memory_bytes,
         // Kernels count bytes in 64 bits.
         max_binding_bytes: info.memory_bytes,
         has_timestamps: true,
     }
-}
-
-/// Whether the chip runs code for 9.0a, which no other does.
-fn has_sm90(info: &CudaDeviceInfo) -> bool {
-    info.compute_capability == (9, 0)
 }
 
 fn older_driver(version: i32) -> String {

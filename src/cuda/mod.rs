@@ -79,6 +79,12 @@ pub(crate) unsafe fn over(context: *mut c_void, stream: *mut c_void) -> Result<(
     Ok((Arc::new(device), ordinal))
 }
 
+/// Keeps the sm100 kernel in its emulated form for devices that are opened from now on; false if there is one already.
+#[cfg(feature = "emulated-sm100")]
+pub(crate) fn set_emulated_sm100(fatbin: &[u8]) -> bool {
+    module::set_emulated_sm100(fatbin)
+}
+
 /// The caller's memory as a CUDA device's.
 ///
 /// # Errors

@@ -31,7 +31,7 @@ pub fn register(trials: &mut Trials) {
 
 fn paths_that_need_the_host(variant: &Variant) -> Result<()> {
     let is_refused = match variant.path {
-        Some(Path::Dense | Path::Fused) => variant.kernel == Kernel::CudaSm90,
+        Some(Path::Dense | Path::Fused) => matches!(variant.kernel, Kernel::CudaSm90 | Kernel::CudaSm100),
         _ => false,
     };
     match masks(variant).as_ref().map_err(|error| error.downcast_ref()) {

@@ -23,6 +23,19 @@ pub struct Variant {
 }
 
 impl Variant {
+    /// The layer with everything forced. A kernel whose tiles are not as wide as the head dimension is not: then the plan must pick
+    /// another one.
+    pub fn layer_of(&self, head_dim: usize) -> MaskedAttention {
+        if head_dim <= self.kernel.max_head_dim() {
+            return self.layer();
+        }
+        let layer = MaskedAttention::new(&self.device);
+        match self.path {
+            Some(path) => layer.with_path(path),
+            None => layer,
+        }
+    }
+
     /// The layer with everything forced.
     pub fn layer(&self) -> MaskedAttention {
         let layer = MaskedAttention::new(&self.device).with_kernel(self.kernel);
@@ -128,7 +141,7 @@ impl Trials {
     ) {
         for kernel in self.device.capabilities().kernels.clone() {
             // Others than packed need to know the mask on the host.
-            let only_packed = kernel == Kernel::CudaSm90;
+            let only_packed = matches!(kernel, Kernel::CudaSm90 | Kernel::CudaSm100);
             for path in [Path::Dense, Path::Fused, Path::Packed] {
                 let is_taken = path == Path::Packed || !only_packed && (path == Path::Dense || kernel.has_fused());
                 if is_taken {

@@ -88,6 +88,10 @@ struct DecodedOperand {
         start = static_cast<uint32_t>(descriptor & 0x3fff) << 4;
         leading_bytes = static_cast<uint32_t>(descriptor >> 16 & 0x3fff) << 4;
         stride_bytes = static_cast<uint32_t>(descriptor >> 32 & 0x3fff) << 4;
+#ifdef VARLEN_FA_EMULATE_WRONG
+        // For tests of what notices a wrong kernel.
+        stride_bytes += 16;
+#endif
         const uint32_t layout = descriptor >> 61;
         swizzle = layout == 2 ? 128 : layout == 4 ? 64 : 0;
         const uint32_t constant = descriptor >> 46 & 7;
