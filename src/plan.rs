@@ -312,7 +312,8 @@ fn pick_kernel(
         return Err(not_applicable("kernel", kernel.name(), why));
     }
     let head_dim = problem.shape.head_dim;
-    let able = || capabilities.kernels.iter().copied().filter(|kernel| kernel.refuses(head_dim, mask, is_dense).is_none());
+    let able =
+        || capabilities.kernels.iter().copied().filter(|kernel| kernel.refuses(head_dim, mask, is_dense).is_none());
     let suited = able().find(|kernel| kernel.suits(head_dim));
     suited
         .or_else(|| able().next())

@@ -93,7 +93,8 @@ impl CudaDevice {
     ) -> Result<Self, String> {
         let modules = {
             let _current = context.enter().map_err(|error| error.to_string())?;
-            Modules::of(&context, ListImages::of(info.compute_capability)).map_err(|error| format!("{info}: {}", why_not_loaded(error)))?
+            Modules::of(&context, ListImages::of(info.compute_capability))
+                .map_err(|error| format!("{info}: {}", why_not_loaded(error)))?
         };
         Ok(Self {
             id: DeviceId::unique(),

@@ -102,19 +102,28 @@ pub fn build_emulated(workspace: &Workspace) -> Result<()> {
     let (folder, out) = (workspace.root.join("kernels"), workspace.target.join("kernels"));
     fs::create_dir_all(&out).with_context(|| format!("cannot create {}", out.display()))?;
     let target = targets("_sm90").flags;
-    let common = ["-O3", "-std=c++17", "--compress-mode=size", "-Werror", "all-warnings", "-DVARLEN_FA_EMULATE_TCGEN05"];
+    let common =
+        ["-O3", "-std=c++17", "--compress-mode=size", "-Werror", "all-warnings", "-DVARLEN_FA_EMULATE_TCGEN05"];
     // A barrier that never opens gives wrong results instead of a hanging device.
     let limit = "-DVARLEN_FA_SPIN_LIMIT=20000000";
     for (form, defines) in EMULATED_FORMS {
         let fatbin = out.join(fatbin_name(&format!("{EMULATED}_{form}")));
         let mut nvcc = compiler.command();
-        nvcc.current_dir(&folder).arg("-fatbin").args(common).arg(limit).args(defines).args(target).arg("-o").arg(&fatbin);
+        nvcc.current_dir(&folder)
+            .arg("-fatbin")
+            .args(common)
+            .arg(limit)
+            .args(defines)
+            .args(target)
+            .arg("-o")
+            .arg(&fatbin);
         capture(nvcc.arg(format!("{EMULATED}.cu"))).with_context(|| format!("cannot compile the {form} form"))?;
         println!("wrote {}", fatbin.display());
     }
     let program = out.join("tcgen05_emulated");
     let mut nvcc = compiler.command();
-    nvcc.current_dir(&folder).args(common).args(target).arg("-o").arg(&program).arg("tests/tcgen05_emulated.cu");
+    nvcc.current_dir(&folder).args(common).args(target).arg("-L").arg(compiler.libraries()?);
+    nvcc.arg("-o").arg(&program).arg("tests/tcgen05_emulated.cu");
     capture(&mut nvcc).context("cannot compile the tests of the emulation")?;
     println!("wrote {}", program.display());
     Ok(())
@@ -177,7 +186,11 @@ impl Kernels {
         let compiled = in_parallel(&names, threads, |name| self.compile_one(&compiler, &out, name, threads))?;
 
         let of_source = |name: &&str| format!("{name}.cu: {}", targets(name).flags.join(" "));
-        let flags: Vec<String> = FLAGS.map(str::to_owned).into_iter().chain(names.iter().filter(|name| !UNPROVEN.contains(name)).map(of_source)).collect();
+        let flags: Vec<String> = FLAGS
+            .map(str::to_owned)
+            .into_iter()
+            .chain(names.iter().filter(|name| !UNPROVEN.contains(name)).map(of_source))
+            .collect();
         let mut manifest = Manifest::new(&compiler.version, PACKAGES, &flags, &self.headers);
         let mut fatbins = BTreeMap::new();
         let mut usages = vec![];
