@@ -176,7 +176,7 @@ impl Call {
     pub fn run_as(&self, variant: &Variant, mask: AttentionMask<'_>) -> Result<(Plan, Vec<u32>)> {
         let device = &variant.device;
         let shapes = tensor_shapes(self.shape);
-        let mut layer = variant.layer_of(self.shape.head_dim);
+        let mut layer = variant.layer();
         if let Some(scale) = self.scale {
             layer = layer.with_softmax_scale(scale);
         }

@@ -315,10 +315,7 @@ impl Packed {
     }
 
     fn options(&self, variant: &Variant) -> VarlenOptions {
-        let options = VarlenOptions::default();
-        // As of Variant::layer_of.
-        let options =
-            if self.dim <= variant.kernel.max_head_dim() { options.with_kernel(variant.kernel) } else { options };
+        let options = VarlenOptions::default().with_kernel(variant.kernel);
         self.scale.map_or(options, |scale| options.with_softmax_scale(scale))
     }
 

@@ -23,19 +23,6 @@ pub struct Variant {
 }
 
 impl Variant {
-    /// The layer with everything forced. A kernel whose tiles are not as wide as the head dimension is not: then the plan must pick
-    /// another one.
-    pub fn layer_of(&self, head_dim: usize) -> MaskedAttention {
-        if head_dim <= self.kernel.max_head_dim() {
-            return self.layer();
-        }
-        let layer = MaskedAttention::new(&self.device);
-        match self.path {
-            Some(path) => layer.with_path(path),
-            None => layer,
-        }
-    }
-
     /// The layer with everything forced.
     pub fn layer(&self) -> MaskedAttention {
         let layer = MaskedAttention::new(&self.device).with_kernel(self.kernel);
