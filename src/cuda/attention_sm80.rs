@@ -73,7 +73,7 @@ impl CudaDevice {
         &self,
         attention: &Attention<'_>,
         tensors: &Tensors,
-        rows: &PackedRows,
+        rows: &PackedRows<'_>,
     ) -> Result<()> {
         let (lse, lse_head_stride) = rows.lse.unwrap_or_default();
         let params = AttentionParams {
