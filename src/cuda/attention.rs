@@ -116,11 +116,14 @@ impl CudaDevice {
                 }
                 self.attend_packed(attention, &tensors, &rows)
             }
-            Rows::Varlen { query, key } if attention.plan.path == Path::Fused => {
+            Rows::Varlen { query, key } if attention.plan.path == Path::Fused && is_sm90 => {
                 self.attend_fused_sm90(attention, &tensors, query, key)
             }
             Rows::Varlen { query, key } => {
                 let tables = [self.host_tables(query)?, self.host_tables(key)?];
+                if attention.plan.path == Path::Fused {
+                    return self.attend_fused_sm80(attention, &tensors, &tables);
+                }
                 let lengths = Some([query.cu_seqlens(), key.cu_seqlens()]);
                 self.attend_varlen(attention, tensors, tables, lengths, std::ptr::eq(*query, *key))
             }
@@ -129,6 +132,9 @@ impl CudaDevice {
             }
             Rows::DeviceVarlen { query, key } => {
                 let tables = [self.device_tables(query)?, self.device_tables(key)?];
+                if attention.plan.path == Path::Fused {
+                    return self.attend_fused_sm80(attention, &tensors, &tables);
+                }
                 let is_self_attention = tables[0].cu_seqlens == tables[1].cu_seqlens;
                 self.attend_varlen(attention, tensors, tables, None, is_self_attention)
             }
