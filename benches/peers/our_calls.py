@@ -18,8 +18,13 @@ class OurCalls:
 
     # Calls that do the whole job; the others are measured against the best of them.
     layer_names = {
-        "ours", "ours, packed path", "ours, sm80", "ours, sm80 packed", "ours, metadata on device", "ours, sm80 metadata on device"
-    }  # fmt: skip
+        "ours",
+        "ours, packed path",
+        "ours, sm80",
+        "ours, sm80 packed",
+        "ours, metadata on device",
+        "ours, sm80 metadata on device",
+    }
 
     def __init__(self, path, stream):
         self.library = varlen_fa.Library(None if path is None else str(path))
