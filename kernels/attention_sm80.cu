@@ -10,8 +10,16 @@
 //
 // Keys and values of the next step are on their way to shared memory while this one is computed; one barrier a step.
 //
-// One kernel serves padded tensors (grid z = batch row) and packed ones (z = sequence, cu_seqlens set). MASKED adds the key mask,
-// the bias and the rows to be written as zeros; the plain kernel masks nothing but the tail of the last key tile.
+// One kernel in three forms, of which each masks the tail of the last key tile:
+//   PLAIN    padded tensors (grid z = batch row) or packed ones (z = sequence, cu_seqlens set)
+//   MASKED   padded tensors with a key mask, a bias and rows to be written as zeros
+//   FUSED    the valid rows of padded tensors in place. A copy to shared memory takes a row from anywhere, so tiles are made of the
+//            rows that `indices` lists, and what is masked costs nothing, however short the runs are:
+//
+//              indices         [ 0 1 5 6 7 9 ... ]        a tile's part of it is in shared memory a step before its rows are asked for
+//                                │ │ └─────┐
+//              padded rows     [ █ █ · · · █ █ █ · █ ]    an output row goes back to where its query came from; a block also writes
+//                                                         zeros to those of its TILE_M padded rows that are masked
 #include "include/mask.cuh"
 #include "include/params.cuh"
 #include "include/ptx/cp_async.cuh"
@@ -81,8 +89,29 @@ __device__ inline void accumulate(float (&acc)[M_TILES][O_TILES][4], const float
     }
 }
 
-template <typename T, int D, int TILE_M, int TILE_N, int WARPS, bool MASKED>
-__device__ inline void attention(const AttentionParams& params) {
+// Writes zeros to those of the padded output's rows from `first_query` on, as many as a query tile has, that are masked.
+template <typename T, int TILE_M, int THREADS>
+__device__ inline void zero_masked_rows(const AttentionParams& params, const RowLists& lists, const BlockRows& rows) {
+    if (lists.inv_indices == nullptr) return;
+    const int lane = threadIdx.x % 32;
+    const int32_t* inv_indices = lists.inv_indices + static_cast<int64_t>(rows.batch) * params.seq_q;
+    T* out = static_cast<T*>(params.out) + rows.start(params.out_strides, 0, rows.head) + lane * 8;
+    for (int warp_row = threadIdx.x / 32 * 32; warp_row < TILE_M; warp_row += THREADS) {
+        const int first_row = rows.first_query + warp_row;
+        uint32_t masked = __ballot_sync(0xffffffff, first_row + lane < params.seq_q && inv_indices[first_row + lane] < 0);
+        for (; masked != 0; masked &= masked - 1) {
+            T* row = out + (first_row + __ffs(masked) - 1) * params.out_strides.token;
+            if (lane < params.head_dim / 8) *reinterpret_cast<uint4*>(row) = make_uint4(0, 0, 0, 0);
+        }
+    }
+}
+
+enum class Form { PLAIN, MASKED, FUSED };
+
+template <typename T, int D, int TILE_M, int TILE_N, int WARPS, Form FORM>
+__device__ inline void attention(const AttentionParams& params, const RowLists& lists) {
+    constexpr bool MASKED = FORM == Form::MASKED;
+    constexpr bool FUSED = FORM == Form::FUSED;
     constexpr int THREADS = WARPS * 32;
     constexpr int M_TILES = TILE_M / WARPS / 16;
     constexpr int N_TILES = TILE_N / 8;
@@ -93,16 +122,43 @@ __device__ inline void attention(const AttentionParams& params) {
     const uint32_t q_shared = ptx::shared_address(shared);
     const uint32_t kv_shared = q_shared + TileQ::BYTES;
 
-    const BlockRows rows(params, TILE_M);
+    const BlockRows rows(params, TILE_M, lists.first_batch);
     const int tile_rows = min(TILE_M, rows.queries - rows.first_query);
+
+    // The fused form's lists, past the tiles: the query tile's, and those of two key tiles.
+    const uint32_t* query_list = reinterpret_cast<const uint32_t*>(shared + TileQ::BYTES + 4 * TileKV::BYTES);
+    const uint32_t* key_lists = query_list + TILE_M;
+    // Starts to copy the list of a key tile; what is past the last key repeats it.
+    const auto load_key_list = [&](int tile) {
+        static_assert(TILE_N <= THREADS);
+        if (threadIdx.x < TILE_N) {
+            const int key = min(tile * TILE_N + static_cast<int>(threadIdx.x), rows.keys - 1);
+            ptx::cp_async_4(ptx::shared_address(key_lists + tile % 2 * TILE_N + threadIdx.x), lists.indices_k + (rows.k_base + key));
+        }
+    };
+    if constexpr (FUSED) {
+        if (tile_rows > 0) {
+            for (int row = threadIdx.x; row < TILE_M; row += THREADS) {
+                const int query = min(rows.first_query + row, rows.queries - 1);
+                ptx::cp_async_4(ptx::shared_address(query_list + row), lists.indices_q + rows.q_base + query);
+            }
+            if (rows.keys > 0) load_key_list((rows.keys - 1) / TILE_N);
+            ptx::cp_async_commit();
+        }
+        zero_masked_rows<T, TILE_M, THREADS>(params, lists, rows);
+    }
     if (tile_rows <= 0) return;
     const int head_chunks = params.head_dim / 8;
     const int warp_row = threadIdx.x / 32 * (M_TILES * 16);
     const int lane = threadIdx.x % 32;
 
-    const T* q = static_cast<const T*>(params.q) + rows.start(params.q_strides, rows.q_base + rows.first_query, rows.head);
-    const T* k = static_cast<const T*>(params.k) + rows.start(params.k_strides, rows.k_base, rows.kv_head);
-    const T* v = static_cast<const T*>(params.v) + rows.start(params.v_strides, rows.k_base, rows.kv_head);
+    // Where a tensor's rows are counted from.
+    const auto start = [&](const Strides& strides, int seq, int first_row, int head) {
+        return FUSED ? rows.listed_start(strides, seq, head) : rows.start(strides, first_row, head);
+    };
+    const T* q = static_cast<const T*>(params.q) + start(params.q_strides, params.seq_q, rows.q_base + rows.first_query, rows.head);
+    const T* k = static_cast<const T*>(params.k) + start(params.k_strides, params.seq_k, rows.k_base, rows.kv_head);
+    const T* v = static_cast<const T*>(params.v) + start(params.v_strides, params.seq_k, rows.k_base, rows.kv_head);
 
     // Starts to copy the keys and values of a tile to one of the two stages.
     const auto load = [&](int tile) {
@@ -115,6 +171,22 @@ __device__ inline void attention(const AttentionParams& params) {
                 return true;
             }
         };
+        if constexpr (FUSED) {
+            const typename TileKV::template Listed<THREADS> listed(key_lists + tile % 2 * TILE_N);
+            const auto gather = [&](uint32_t to, const T* from, const Strides& strides) {
+                if (first_key + TILE_N <= rows.keys && params.head_dim == D) {
+                    TileKV::template gather<true>(to, from, strides.token, listed, TILE_N, D / 8);
+                } else {
+                    TileKV::template gather<false>(to, from, strides.token, listed, rows.keys - first_key, head_chunks);
+                }
+            };
+            gather(stage, k, params.k_strides);
+            gather(stage + TileKV::BYTES, v, params.v_strides);
+            // Its place is that of the list before this one, which every warp has read: a barrier lies between.
+            if (tile > 0) load_key_list(tile - 1);
+            ptx::cp_async_commit();
+            return;
+        }
         const auto copy = [&](uint32_t to, const T* from, const Strides& strides) {
             const T* first = from + first_key * strides.token;
             if (!MASKED && first_key + TILE_N <= rows.keys && params.head_dim == D) {
@@ -134,8 +206,18 @@ __device__ inline void attention(const AttentionParams& params) {
     const float scale = MASKED ? 1.0f : fabsf(params.score_scale);
 
     const int tiles = (rows.keys + TILE_N - 1) / TILE_N;
+    if constexpr (FUSED) {
+        // The lists have arrived.
+        ptx::cp_async_wait<0>();
+        __syncthreads();
+    }
     if (tiles > 0) {
-        TileQ::template load<THREADS>(q_shared, q, params.q_strides.token, tile_rows, head_chunks, [](int) { return true; });
+        if constexpr (FUSED) {
+            const typename TileQ::template Listed<THREADS> listed(query_list);
+            TileQ::template gather<false>(q_shared, q, params.q_strides.token, listed, tile_rows, head_chunks);
+        } else {
+            TileQ::template load<THREADS>(q_shared, q, params.q_strides.token, tile_rows, head_chunks, [](int) { return true; });
+        }
         load(tiles - 1);
     }
     for (int tile = tiles - 1; tile >= 0; --tile) {
@@ -176,7 +258,7 @@ __device__ inline void attention(const AttentionParams& params) {
     softmax.finish();
 
     // Through shared memory, each warp in its own rows of the query tile, to 16-byte stores.
-    T* out = static_cast<T*>(params.out) + rows.start(params.out_strides, rows.q_base + rows.first_query, rows.head);
+    T* out = static_cast<T*>(params.out) + start(params.out_strides, params.seq_q, rows.q_base + rows.first_query, rows.head);
     if (tiles > 0) __syncthreads();
 #pragma unroll
     for (int m = 0; m < M_TILES; ++m) {
@@ -197,7 +279,7 @@ __device__ inline void attention(const AttentionParams& params) {
                 const float high = zero ? 0.0f : acc[m][o][2 * half + 1] * inverse;
                 *reinterpret_cast<uint32_t*>(shared + TileQ::offset(row, o) + lane % 4 * 4) = ptx::pack_pair<T>(low, high);
             }
-            if (params.lse != nullptr && lane % 4 == 0 && row < tile_rows) {
+            if (!FUSED && params.lse != nullptr && lane % 4 == 0 && row < tile_rows) {
                 const float lse = sum == 0.0f ? -INFINITY : (softmax.finite_max(m, half) * scale + log2f(sum)) * LN_2;
                 params.lse[rows.head * params.lse_head_stride + rows.q_base + rows.first_query + row] = lse;
             }
@@ -210,25 +292,33 @@ __device__ inline void attention(const AttentionParams& params) {
         const int row = warp_row + index / O_TILES;
         const int chunk = index % O_TILES;
         if (row < tile_rows && chunk < head_chunks) {
-            *reinterpret_cast<uint4*>(out + row * params.out_strides.token + chunk * 8) =
+            const int64_t out_row = FUSED ? static_cast<int64_t>(query_list[row]) : row;
+            *reinterpret_cast<uint4*>(out + out_row * params.out_strides.token + chunk * 8) =
                 *reinterpret_cast<const uint4*>(shared + TileQ::offset(row, chunk));
         }
     }
 }
 
 // Blocks that a multiprocessor holds at once: at 64 columns a third hides more than the registers it takes are worth.
-constexpr int blocks(int d, int warps, bool masked) { return d == 64 && !masked ? 3 : 8 / warps; }
+constexpr int blocks(int d, int warps, Form form) { return d == 64 && form != Form::MASKED ? 3 : 8 / warps; }
 
-#define VARLEN_FA_ENTRY(NAME, T, D, M, N, WARPS, MASKED)                                     \
-    extern "C" __global__ void __launch_bounds__(WARPS * 32, blocks(D, WARPS, MASKED))         \
+#define VARLEN_FA_ENTRY(NAME, T, D, M, N, WARPS, FORM)                                       \
+    extern "C" __global__ void __launch_bounds__(WARPS * 32, blocks(D, WARPS, FORM))           \
         NAME(const __grid_constant__ AttentionParams params) {                               \
-        attention<T, D, M, N, WARPS, MASKED>(params);                                        \
+        attention<T, D, M, N, WARPS, FORM>(params, RowLists{});                              \
     }
-#define VARLEN_FA_ENTRIES(D, M, N, N_MASKED, WARPS)                                             \
-    VARLEN_FA_ENTRY(attention_sm80_f16_d##D, __half, D, M, N, WARPS, false)                     \
-    VARLEN_FA_ENTRY(attention_sm80_bf16_d##D, __nv_bfloat16, D, M, N, WARPS, false)             \
-    VARLEN_FA_ENTRY(attention_sm80_f16_d##D##_masked, __half, D, M, N_MASKED, WARPS, true)      \
-    VARLEN_FA_ENTRY(attention_sm80_bf16_d##D##_masked, __nv_bfloat16, D, M, N_MASKED, WARPS, true)
+#define VARLEN_FA_FUSED_ENTRY(NAME, T, D, M, N, WARPS)                                          \
+    extern "C" __global__ void __launch_bounds__(WARPS * 32, blocks(D, WARPS, Form::FUSED))       \
+        NAME(const __grid_constant__ FusedAttentionParams params) {                             \
+        attention<T, D, M, N, WARPS, Form::FUSED>(params.attention, params.lists);              \
+    }
+#define VARLEN_FA_ENTRIES(D, M, N, N_MASKED, WARPS)                                                     \
+    VARLEN_FA_ENTRY(attention_sm80_f16_d##D, __half, D, M, N, WARPS, Form::PLAIN)                       \
+    VARLEN_FA_ENTRY(attention_sm80_bf16_d##D, __nv_bfloat16, D, M, N, WARPS, Form::PLAIN)               \
+    VARLEN_FA_ENTRY(attention_sm80_f16_d##D##_masked, __half, D, M, N_MASKED, WARPS, Form::MASKED)      \
+    VARLEN_FA_ENTRY(attention_sm80_bf16_d##D##_masked, __nv_bfloat16, D, M, N_MASKED, WARPS, Form::MASKED) \
+    VARLEN_FA_FUSED_ENTRY(attention_sm80_f16_d##D##_fused, __half, D, M, N, WARPS)                      \
+    VARLEN_FA_FUSED_ENTRY(attention_sm80_bf16_d##D##_fused, __nv_bfloat16, D, M, N, WARPS)
 VARLEN_FA_SM80_TILES(VARLEN_FA_ENTRIES)
 
 }  // namespace sm80

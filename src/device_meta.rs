@@ -65,8 +65,9 @@ impl DeviceMemory {
 /// Nothing is downloaded and nobody waits: launches that use it are sized for `B·S` valid tokens, and kernels read the true
 /// number where the device has it. So [`rebuild`](Self::rebuild) and the calls that use the metadata may be captured in a CUDA graph, whose
 /// replays then follow whatever the mask holds. The price is a plan that cannot know the mask: the shortcuts for batches that
-/// are all valid or all masked are not taken, and scratch is as large as the padded tensors. Where the host has the mask,
-/// [`VarlenMeta`] is the better choice.
+/// are all valid or all masked are not taken, and a kernel whose work in place needs the host's lists
+/// ([`Kernel::CudaSm90`](crate::Kernel::CudaSm90)) packs, through scratch as large as the padded tensors. Where the host has the
+/// mask, [`VarlenMeta`] is the better choice.
 ///
 /// On the CPU device the mask is in host memory, and the one builder of [`VarlenMeta`] is used. Devices of wgpu have no such builder
 /// yet.

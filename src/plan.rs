@@ -73,7 +73,13 @@ impl Kernel {
     /// Whether it reads padded tensors in place, past what is masked.
     #[must_use]
     pub const fn has_fused(self) -> bool {
-        matches!(self, Self::CpuTiled | Self::CudaSm90 | Self::CudaSm100)
+        matches!(self, Self::CpuTiled | Self::CudaSm80 | Self::CudaSm90 | Self::CudaSm100)
+    }
+
+    /// Whether its fused form works by lists of single rows, which a device can build too; the tiles of the others are the host's
+    /// work.
+    const fn fuses_by_rows(self) -> bool {
+        matches!(self, Self::CpuTiled | Self::CudaSm80)
     }
 
     /// Whether it adds a bias to the scores.
@@ -249,6 +255,7 @@ pub(crate) fn plan_padded(
         MaskInfo::Varlen { .. } | MaskInfo::DeviceVarlen { .. } if config.force_dense => {
             (Path::Dense, Reason::DenseForced)
         }
+        MaskInfo::DeviceVarlen { .. } if kernel.fuses_by_rows() => (Path::Fused, Reason::InPlace),
         MaskInfo::DeviceVarlen { .. } => (Path::Packed, Reason::MetadataOnDevice),
         MaskInfo::Varlen { query, key } if query.is_all_valid() && key.is_all_valid() => {
             (Path::Dense, Reason::AllValid)
@@ -272,9 +279,9 @@ const OPERATIONS_PER_BYTE: f64 = 160.0;
 /// Whether the rows that the sm90 kernel would compute in place without need cost more than moving the valid ones together.
 ///
 /// It takes groups of rows, so a short run costs as much as a group. The packed path computes valid rows alone, but reads and
-/// writes q, k, v and the output once more. The CPU's kernel gathers single rows.
+/// writes q, k, v and the output once more. Kernels that gather single rows compute valid rows alone in place too.
 fn is_fragmented(kernel: Kernel, problem: &AttentionProblem, query: &VarlenMeta, key: &VarlenMeta) -> bool {
-    if !kernel.works_by_lists() {
+    if kernel.fuses_by_rows() {
         return false;
     }
     let shape = problem.shape;
@@ -327,8 +334,10 @@ fn check_forced_path(path: Path, mask: &MaskInfo<'_>, kernel: Kernel) -> Result<
         Path::Dense => return Ok(Reason::PathForced),
         Path::Zero => "it follows from the metadata alone".to_owned(),
         Path::Fused | Path::Packed if !is_varlen => "it needs AttentionMask::Varlen".to_owned(),
-        Path::Fused if is_on_device => "it needs metadata that was built on the host".to_owned(),
         Path::Fused if !kernel.has_fused() => format!("kernel {kernel} does not read padded tensors in place"),
+        Path::Fused if is_on_device && !kernel.fuses_by_rows() => {
+            format!("kernel {kernel} works in place by metadata that was built on the host")
+        }
         Path::Fused | Path::Packed => return Ok(Reason::PathForced),
     };
     Err(not_applicable("path", path.name(), why))
@@ -341,5 +350,81 @@ fn not_applicable(argument: &'static str, got: &str, why: String) -> Error {
 impl fmt::Display for Capabilities {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{} ({})", self.backend, self.adapter)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cache::DeviceId;
+    use crate::mask::KeyMask;
+    use crate::problem::{AttentionShape, DeviceMetaInfo};
+
+    const BATCH: usize = 2;
+    const SEQ: usize = 4096;
+
+    /// A CUDA device with these kernels.
+    fn device(kernels: &[Kernel]) -> Capabilities {
+        Capabilities {
+            backend: "cuda",
+            adapter: "none".to_owned(),
+            is_software: false,
+            dtypes: &[DType::F16, DType::Bf16],
+            kernels: kernels.to_vec(),
+            max_buffer_bytes: u64::MAX,
+            max_binding_bytes: u64::MAX,
+            has_timestamps: true,
+        }
+    }
+
+    fn plan(kernels: &[Kernel], mask: &MaskInfo<'_>, forced: Forced) -> Result<Plan> {
+        let shape =
+            AttentionShape { batch: BATCH, seq_q: SEQ, seq_k: SEQ, num_heads: 24, num_kv_heads: 24, head_dim: 128 };
+        let problem = AttentionProblem { shape, dtype: DType::Bf16, softmax_scale: 1.0, bias: None };
+        let config = Config::default();
+        plan_padded(&problem, mask, &device(kernels), &config, forced)
+    }
+
+    /// Each of the two halves of a row: valid everywhere, or at every other token.
+    fn meta(is_fragmented: bool) -> Result<VarlenMeta> {
+        let keep: Vec<bool> =
+            (0..BATCH * SEQ).map(|at| at % SEQ >= SEQ / 4 && !(is_fragmented && at.is_multiple_of(2))).collect();
+        VarlenMeta::from_key_mask(&KeyMask::from_bool(BATCH, SEQ, &keep)?)
+    }
+
+    #[test]
+    fn a_kernel_that_gathers_rows_works_in_place_whatever_the_runs_are() -> Result<()> {
+        for (is_fragmented, hopper) in
+            [(false, (Path::Fused, Reason::InPlace)), (true, (Path::Packed, Reason::Fragmented))]
+        {
+            let meta = meta(is_fragmented)?;
+            let mask = MaskInfo::Varlen { query: &meta, key: &meta };
+            let outcome =
+                |kernels: &[Kernel]| plan(kernels, &mask, Forced::default()).map(|plan| (plan.path, plan.reason));
+            assert_eq!(outcome(&[Kernel::CudaSm80])?, (Path::Fused, Reason::InPlace));
+            for by_lists in [Kernel::CudaSm90, Kernel::CudaSm100] {
+                assert_eq!(outcome(&[by_lists, Kernel::CudaSm80])?, hopper);
+            }
+            assert_eq!(outcome(&[Kernel::WgslPortable])?, (Path::Packed, Reason::NoFusedKernel));
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn metadata_of_the_device_is_used_in_place_where_rows_are_gathered() -> Result<()> {
+        let meta = DeviceMetaInfo { device: DeviceId::unique(), device_name: "cuda", size: [BATCH, SEQ] };
+        let mask = MaskInfo::DeviceVarlen { query: meta, key: meta };
+        let both = [Kernel::CudaSm90, Kernel::CudaSm80];
+        let outcome = |kernels: &[Kernel], forced| plan(kernels, &mask, forced).map(|plan| (plan.path, plan.reason));
+        assert_eq!(outcome(&both[1..], Forced::default())?, (Path::Fused, Reason::InPlace));
+        assert_eq!(outcome(&both, Forced::default())?, (Path::Packed, Reason::MetadataOnDevice));
+        let fused = |kernel| Forced { path: Some(Path::Fused), kernel: Some(kernel) };
+        assert_eq!(outcome(&both, fused(Kernel::CudaSm80))?, (Path::Fused, Reason::PathForced));
+        let refused = outcome(&both, fused(Kernel::CudaSm90)).err();
+        assert!(
+            matches!(&refused, Some(Error::NotApplicable { argument: "path", why, .. }) if why.contains("on the host")),
+            "{refused:?}"
+        );
+        Ok(())
     }
 }

@@ -9,14 +9,22 @@ DTYPES = {torch.float16: varlen_fa.F16, torch.bfloat16: varlen_fa.BF16}
 
 def view(tensor):
     """A PyTorch tensor's memory, shape and strides."""
-    return varlen_fa.tensor(tensor.data_ptr(), tensor.shape, tensor.stride(), DTYPES[tensor.dtype], varlen_fa.CUDA)
+    memory = varlen_fa.CUDA if tensor.is_cuda else varlen_fa.HOST
+    return varlen_fa.tensor(tensor.data_ptr(), tensor.shape, tensor.stride(), DTYPES[tensor.dtype], memory)
 
 
 class OurCalls:
     """The library, with a device over the stream that everything runs on."""
 
     # Calls that do the whole job; the others are measured against the best of them.
-    layer_names = {"ours", "ours, packed path", "ours, sm80", "ours, metadata on device"}
+    layer_names = {
+        "ours",
+        "ours, packed path",
+        "ours, sm80",
+        "ours, sm80 packed",
+        "ours, metadata on device",
+        "ours, sm80 metadata on device",
+    }
 
     def __init__(self, path, stream):
         self.library = varlen_fa.Library(None if path is None else str(path))
@@ -54,8 +62,10 @@ class WorkloadCalls:
         if plan.path != varlen_fa.PATHS["packed"]:
             self.padded["ours, packed path"] = self.layer(mask, varlen_fa.options(path="packed"))
         if plan.kernel != varlen_fa.KERNELS["sm80"]:
-            self.padded["ours, sm80"] = self.layer(mask, varlen_fa.options(path="packed", kernel="sm80"))
-        self.padded["ours, metadata on device"] = self.rebuilt
+            self.padded["ours, sm80"] = self.layer(mask, varlen_fa.options(kernel="sm80"))
+            self.padded["ours, sm80 metadata on device"] = self.rebuilt(varlen_fa.options(kernel="sm80"))
+            self.padded["ours, sm80 packed"] = self.layer(mask, varlen_fa.options(path="packed", kernel="sm80"))
+        self.padded["ours, metadata on device"] = self.rebuilt()
         self.packed = {"ours: varlen_attention": self.varlen()}
         if plan.kernel != varlen_fa.KERNELS["sm80"]:
             self.packed["ours: varlen_attention, sm80"] = self.varlen(varlen_fa.options(kernel="sm80"))
@@ -72,12 +82,16 @@ class WorkloadCalls:
 
         return call
 
-    def rebuilt(self, at):
+    def rebuilt(self, options=None):
         """Metadata from the mask on the device, and the layer."""
         mask = self.device_mask
-        self.device_meta.rebuild(varlen_fa.mask_view(mask.data_ptr(), mask.shape, mask.stride(), 1, varlen_fa.CUDA))
-        self.device.forward(*self.views[at], self.out_views[at], varlen_fa.varlen(self.device_meta))
-        return self.outs[at]
+
+        def call(at):
+            self.device_meta.rebuild(varlen_fa.mask_view(mask.data_ptr(), mask.shape, mask.stride(), 1, varlen_fa.CUDA))
+            self.device.forward(*self.views[at], self.out_views[at], varlen_fa.varlen(self.device_meta), options=options)
+            return self.outs[at]
+
+        return call
 
     def varlen(self, options=None):
         def call(at):

@@ -51,6 +51,26 @@ static_assert(offsetof(AttentionParams, bias_strides) == 184);
 static_assert(offsetof(AttentionParams, seq_q) == 224);
 static_assert(sizeof(AttentionParams) == 256);
 
+// Which rows of padded tensors the fused form takes: the tables that pack and scatter go by. `cu_seqlens` of the call are set.
+struct RowLists {
+    // Flat positions of the valid tokens of each side.
+    const uint32_t* indices_q;
+    const uint32_t* indices_k;
+    // [B·Sq], negative where a query is masked; null where none is.
+    const int32_t* inv_indices;
+    // The batch row of the grid's first.
+    int32_t first_batch;
+    int32_t unused;
+};
+static_assert(sizeof(RowLists) == 32);
+
+struct FusedAttentionParams {
+    AttentionParams attention;
+    RowLists lists;
+};
+static_assert(offsetof(FusedAttentionParams, lists) == 256);
+static_assert(sizeof(FusedAttentionParams) == 288);
+
 // Rows move as 16-byte words: H heads of `head_words` words each. All strides count words.
 struct RowTensor {
     const void* padded;

@@ -16,9 +16,9 @@ struct BlockRows {
 
     BlockRows() = default;
 
-    // Grid: x query tiles, y query heads, z batch rows.
-    __device__ BlockRows(const AttentionParams& params, int tile_rows) {
-        batch = params.batch_order == nullptr ? blockIdx.z : params.batch_order[blockIdx.z];
+    // Grid: x query tiles, y query heads, z batch rows from `first_batch` on.
+    __device__ BlockRows(const AttentionParams& params, int tile_rows, int first_batch = 0) {
+        batch = params.batch_order == nullptr ? first_batch + blockIdx.z : params.batch_order[blockIdx.z];
         head = blockIdx.y;
         kv_head = head / params.group_size;
         first_query = blockIdx.x * tile_rows;
@@ -39,6 +39,12 @@ struct BlockRows {
     // The element offset of a row of this block's batch row, or of a packed row, at a head.
     __device__ int64_t start(const Strides& strides, int row, int at_head) const {
         return batch * strides.batch + row * strides.token + at_head * strides.head;
+    }
+
+    // The same for rows of this block's batch row that are given by flat positions, batch · seq + token: a row lies that many token
+    // strides from here.
+    __device__ int64_t listed_start(const Strides& strides, int seq, int at_head) const {
+        return batch * (strides.batch - seq * strides.token) + at_head * strides.head;
     }
 };
 

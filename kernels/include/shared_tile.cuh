@@ -89,4 +89,44 @@ struct SharedTile {
             from += PASS_ROWS * row_stride;
         }
     }
+
+    // The rows that this thread copies of a tile whose rows lie anywhere: numbers of ROWS rows, in shared memory.
+    template <int THREADS>
+    struct Listed {
+        static constexpr int PASS_ROWS = THREADS / PANEL_CHUNKS;
+        static constexpr int PASSES = ROWS / PASS_ROWS;
+        uint32_t rows[PASSES];
+
+        __device__ explicit Listed(const uint32_t* list) {
+#pragma unroll
+            for (int pass = 0; pass < PASSES; ++pass) rows[pass] = list[pass * PASS_ROWS + threadIdx.x / PANEL_CHUNKS];
+        }
+    };
+
+    // `load` for listed rows, all of which exist, or `load_whole` where WHOLE.
+    template <bool WHOLE, int THREADS, typename T>
+    __device__ static void gather(uint32_t shared, const T* global, int64_t row_stride, const Listed<THREADS>& listed, int valid_rows,
+                                  int valid_chunks) {
+        constexpr int PASS_ROWS = Listed<THREADS>::PASS_ROWS;
+        static_assert(ROWS % PASS_ROWS == 0 && PASS_ROWS % 8 == 0);
+        const int first_row = threadIdx.x / PANEL_CHUNKS;
+        const int column = threadIdx.x % PANEL_CHUNKS;
+        const uint32_t to = shared + offset(first_row, column);
+#pragma unroll
+        for (int pass = 0; pass < Listed<THREADS>::PASSES; ++pass) {
+            const T* from = global + listed.rows[pass] * row_stride + column * 8;
+            const bool valid_row = pass * PASS_ROWS + first_row < valid_rows;
+#pragma unroll
+            for (int panel = 0; panel < D / PANEL; ++panel) {
+                const uint32_t chunk = to + (panel * ROWS + pass * PASS_ROWS) * (PANEL * 2);
+                if constexpr (WHOLE) {
+                    ptx::cp_async_16(chunk, from + panel * PANEL);
+                } else {
+                    const bool valid = valid_row && panel * PANEL_CHUNKS + column < valid_chunks;
+                    // The address of a copy that reads nothing must be valid all the same: the row's first chunk is there.
+                    ptx::cp_async_16(chunk, valid ? from + panel * PANEL : from - column * 8, valid);
+                }
+            }
+        }
+    }
 };

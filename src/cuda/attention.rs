@@ -5,6 +5,7 @@ use std::f32::consts::LOG2_E;
 use crate::backend::{Attention, Rows};
 use crate::dtype::DType;
 use crate::error::Result;
+use crate::meta::CuSeqlens;
 use crate::plan::{Kernel, Path};
 use crate::problem::AttentionShape;
 
@@ -29,7 +30,7 @@ pub(super) struct Tensors {
 
 /// Where packed rows lie. A side without `cu_seqlens` is padded, with a batch row for each sequence.
 #[derive(Debug, Clone, Copy, Default)]
-pub(super) struct PackedRows {
+pub(super) struct PackedRows<'a> {
     pub cu_seqlens_q: Option<u64>,
     pub cu_seqlens_k: Option<u64>,
     /// Address of the sequences' order, the longest first.
@@ -41,6 +42,8 @@ pub(super) struct PackedRows {
     pub keys: usize,
     /// Rows of the longest query sequence, as far as the host knows.
     pub max_queries: usize,
+    /// How long the sequences are, queries and keys, where the host knows.
+    pub lengths: Option<[&'a CuSeqlens; 2]>,
     /// Address of `[H, total_q]` f32, and elements from head to head.
     pub lse: Option<(u64, i64)>,
 }
@@ -102,6 +105,7 @@ impl CudaDevice {
                     queries: query.total(),
                     keys: key.total(),
                     max_queries: query.max_seqlen(),
+                    lengths: Some([query, key]),
                     lse: None,
                 };
                 if let Some(lse) = &attention.lse {
@@ -112,25 +116,32 @@ impl CudaDevice {
                 }
                 self.attend_packed(attention, &tensors, &rows)
             }
-            Rows::Varlen { query, key } if attention.plan.path == Path::Fused => {
+            Rows::Varlen { query, key } if attention.plan.path == Path::Fused && by_lists => {
                 self.attend_fused_by_lists(attention, &tensors, query, key)
             }
             Rows::Varlen { query, key } => {
                 let tables = [self.host_tables(query)?, self.host_tables(key)?];
-                self.attend_varlen(attention, tensors, tables, std::ptr::eq(*query, *key))
+                if attention.plan.path == Path::Fused {
+                    return self.attend_fused_sm80(attention, &tensors, &tables);
+                }
+                let lengths = Some([query.cu_seqlens(), key.cu_seqlens()]);
+                self.attend_varlen(attention, tensors, tables, lengths, std::ptr::eq(*query, *key))
             }
             Rows::DeviceVarlen { query, key } if attention.plan.path == Path::Dense => {
                 self.attend_dense_with_tables_sm80(attention, &tensors, query, key)
             }
             Rows::DeviceVarlen { query, key } => {
                 let tables = [self.device_tables(query)?, self.device_tables(key)?];
+                if attention.plan.path == Path::Fused {
+                    return self.attend_fused_sm80(attention, &tensors, &tables);
+                }
                 let is_self_attention = tables[0].cu_seqlens == tables[1].cu_seqlens;
-                self.attend_varlen(attention, tensors, tables, is_self_attention)
+                self.attend_varlen(attention, tensors, tables, None, is_self_attention)
             }
         }
     }
 
-    fn attend_packed(&self, attention: &Attention<'_>, tensors: &Tensors, rows: &PackedRows) -> Result<()> {
+    fn attend_packed(&self, attention: &Attention<'_>, tensors: &Tensors, rows: &PackedRows<'_>) -> Result<()> {
         match attention.plan.kernel {
             kernel if kernel.works_by_lists() => self.attend_packed_by_lists(attention, tensors, rows),
             _ => self.attend_packed_sm80(attention, tensors, rows),
@@ -143,6 +154,7 @@ impl CudaDevice {
         attention: &Attention<'_>,
         mut tensors: Tensors,
         [query, key]: [Tables; 2],
+        lengths: Option<[&CuSeqlens; 2]>,
         is_self_attention: bool,
     ) -> Result<()> {
         let AttentionShape { batch, num_heads, num_kv_heads, head_dim, .. } = attention.problem.shape;
@@ -192,6 +204,7 @@ impl CudaDevice {
             queries: query.packed_rows,
             keys: key.packed_rows,
             max_queries: query.max_seqlen,
+            lengths,
             lse: None,
         };
         self.attend_packed(attention, &tensors, &rows)?;

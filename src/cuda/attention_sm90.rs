@@ -192,10 +192,14 @@ impl CudaDevice {
         &self,
         attention: &Attention<'_>,
         tensors: &Tensors,
-        rows: &PackedRows,
+        rows: &PackedRows<'_>,
     ) -> Result<()> {
-        // As if every sequence were the longest: how long the others are may be known to the device alone.
-        let tile = self.tile(attention, iter::repeat_n((rows.max_queries, rows.max_queries), rows.batch))?;
+        // Where the device alone knows how long the sequences are, as if every one were the longest.
+        let lengths = |row| {
+            let longest = (rows.max_queries, rows.max_queries);
+            rows.lengths.map_or(longest, |[queries, keys]| (queries.rows(row).len(), keys.rows(row).len()))
+        };
+        let tile = self.tile(attention, (0..rows.batch).map(lengths))?;
         let (lse, lse_head_stride) = rows.lse.unwrap_or_default();
         let params = AttentionParamsSm90 {
             form: Form::Packed as i32,

@@ -18,7 +18,7 @@ use crate::plan::Kernel;
 
 use super::capture::Relaxed;
 use super::context::Context;
-use super::tiles::{ListTile, Tile};
+use super::tiles::{FormSm80, ListTile, Tile};
 
 /// The CUDA version whose compiler made the kernels, as the driver counts: 1000 · major + 10 · minor. Older drivers do not load
 /// them.
@@ -87,6 +87,7 @@ pub(super) fn set_emulated_sm100(fatbin: &[u8]) -> bool {
         block.0[..bytes.len()].copy_from_slice(bytes);
     }
     let bytes = std::ptr::slice_from_raw_parts(blocks.as_ptr().cast::<u8>(), words * 16);
+    #[expect(clippy::cast_ptr_alignment, reason = "the blocks are aligned like what they become")]
     // SAFETY: the blocks are 16 bytes each without padding, initialised and never freed; `Aligned<[u8]>` is laid out like its slice,
     // with the alignment that blocks have.
     let image = unsafe { &*(bytes as *const Aligned<[u8]>) };
@@ -101,11 +102,10 @@ pub(super) enum Entry {
     MetadataCount,
     MetadataScan,
     MetadataIndex,
-    /// `masked` adds the key mask, the bias and the rows to be written as zeros.
     Attention {
         dtype: DType,
         tile: Tile,
-        masked: bool,
+        form: FormSm80,
     },
     /// sm90 and sm100.
     AttentionByLists {
@@ -200,8 +200,8 @@ impl Modules {
             Entry::MetadataCount => (self.metadata, "metadata_count".to_owned(), 0),
             Entry::MetadataScan => (self.metadata, "metadata_scan".to_owned(), 0),
             Entry::MetadataIndex => (self.metadata, "metadata_index".to_owned(), 0),
-            Entry::Attention { dtype, tile, masked } => {
-                (self.attention, attention_name(dtype, tile, masked), tile.shared_bytes(masked))
+            Entry::Attention { dtype, tile, form } => {
+                (self.attention, attention_name(dtype, tile, form), tile.shared_bytes(form))
             }
             Entry::AttentionByLists { dtype, tile } => {
                 let module = match tile {
@@ -226,8 +226,8 @@ impl Modules {
     }
 }
 
-fn attention_name(dtype: DType, tile: Tile, masked: bool) -> String {
-    format!("attention_sm80_{dtype}_d{}{}", tile.width, if masked { "_masked" } else { "" })
+fn attention_name(dtype: DType, tile: Tile, form: FormSm80) -> String {
+    format!("attention_sm80_{dtype}_d{}{}", tile.width, form.suffix())
 }
 
 #[cfg(test)]
@@ -267,11 +267,15 @@ mod tests {
         for name in ["attention_sm90_f16_d##D", "attention_sm90_bf16_d##D"] {
             assert!(contains(sm90, name), "{name}");
         }
-        for name in ["attention_sm80_f16_d##D", "attention_sm80_bf16_d##D", "_masked"] {
-            assert!(contains(attention, name), "{name}");
+        for form in [FormSm80::Plain, FormSm80::Masked, FormSm80::Fused] {
+            for dtype in [DType::F16, DType::Bf16] {
+                let suffix = form.suffix();
+                let name = format!("attention_sm80_{dtype}_d##D{}{suffix},", if suffix.is_empty() { "" } else { "##" });
+                assert!(contains(attention, &name), "{name}");
+            }
         }
-        let tile = Tile::of(72);
-        let name = tile.map(|tile| attention_name(DType::Bf16, tile, true));
-        assert_eq!(name.as_deref(), Some("attention_sm80_bf16_d96_masked"));
+        let name = |form| Tile::of(72).map(|tile| attention_name(DType::Bf16, tile, form));
+        assert_eq!(name(FormSm80::Masked).as_deref(), Some("attention_sm80_bf16_d96_masked"));
+        assert_eq!(name(FormSm80::Fused).as_deref(), Some("attention_sm80_bf16_d96_fused"));
     }
 }

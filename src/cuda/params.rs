@@ -49,6 +49,27 @@ pub(super) struct AttentionParams {
     pub bias_is_f32: i32,
 }
 
+/// Which rows the fused form of `attention_sm80` takes.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default, Pod, Zeroable)]
+pub(super) struct RowLists {
+    pub indices_q: u64,
+    pub indices_k: u64,
+    /// Null where no query is masked.
+    pub inv_indices: u64,
+    /// The batch row of the grid's first.
+    pub first_batch: i32,
+    pub unused: i32,
+}
+
+/// Parameters of the fused form of `attention_sm80`.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default, Pod, Zeroable)]
+pub(super) struct FusedAttentionParams {
+    pub attention: AttentionParams,
+    pub lists: RowLists,
+}
+
 /// A tensor to pack or scatter. Strides are in words of 16 bytes.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, Default, Pod, Zeroable)]
@@ -117,6 +138,9 @@ const _: () = {
     assert!(offset_of!(AttentionParams, bias_strides) == 184);
     assert!(offset_of!(AttentionParams, seq_q) == 224);
     assert!(size_of::<AttentionParams>() == 256);
+    assert!(size_of::<RowLists>() == 32);
+    assert!(offset_of!(FusedAttentionParams, lists) == 256);
+    assert!(size_of::<FusedAttentionParams>() == 288);
     assert!(size_of::<RowTensor>() == 64);
     assert!(offset_of!(PackParams, indices) == 192);
     assert!(size_of::<PackParams>() == 216);
@@ -164,6 +188,9 @@ mod tests {
             format!("offsetof(AttentionParams, bias_strides) == {}", offset_of!(AttentionParams, bias_strides)),
             format!("offsetof(AttentionParams, seq_q) == {}", offset_of!(AttentionParams, seq_q)),
             format!("sizeof(AttentionParams) == {}", size_of::<AttentionParams>()),
+            format!("sizeof(RowLists) == {}", size_of::<RowLists>()),
+            format!("offsetof(FusedAttentionParams, lists) == {}", offset_of!(FusedAttentionParams, lists)),
+            format!("sizeof(FusedAttentionParams) == {}", size_of::<FusedAttentionParams>()),
             format!("sizeof(RowTensor) == {}", size_of::<RowTensor>()),
             format!("offsetof(PackParams, indices) == {}", offset_of!(PackParams, indices)),
             format!("sizeof(PackParams) == {}", size_of::<PackParams>()),

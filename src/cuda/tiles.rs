@@ -31,8 +31,33 @@ const TILES: [Tile; COUNT] = {
 const STAGES: u32 = 2;
 const STAGE_TENSORS: u32 = 2;
 const ELEMENT_BYTES: u32 = 2;
+/// Lists of rows that the fused form keeps beside the tiles: the query tile's, and those of two key tiles.
+const KEY_LISTS: u32 = 2;
+const LIST_ENTRY_BYTES: u32 = 4;
 /// Shared memory of a block that every chip from SM80 on has.
-const MAX_SHARED_BYTES: u32 = 96 << 10;
+const MAX_SHARED_BYTES: u32 = 99 << 10;
+
+/// The forms of the sm80 kernel.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) enum FormSm80 {
+    /// Padded or packed rows, all of them.
+    Plain,
+    /// Adds the key mask, the bias and the rows to be written as zeros.
+    Masked,
+    /// The valid rows of padded tensors in place.
+    Fused,
+}
+
+impl FormSm80 {
+    /// The end of the kernel's name.
+    pub const fn suffix(self) -> &'static str {
+        match self {
+            Self::Plain => "",
+            Self::Masked => "_masked",
+            Self::Fused => "_fused",
+        }
+    }
+}
 
 impl Tile {
     /// The smallest tile that holds a head dimension.
@@ -40,10 +65,14 @@ impl Tile {
         TILES.into_iter().find(|tile| tile.width as usize >= head_dim)
     }
 
-    /// Dynamic shared memory: the query tile and the stages of key and value tiles.
-    pub const fn shared_bytes(self, masked: bool) -> u32 {
-        let keys = if masked { self.keys_masked } else { self.keys };
-        (self.rows + STAGES * STAGE_TENSORS * keys) * self.width * ELEMENT_BYTES
+    /// Dynamic shared memory: the query tile and the stages of key and value tiles, and the fused form's lists.
+    pub const fn shared_bytes(self, form: FormSm80) -> u32 {
+        let (keys, lists) = match form {
+            FormSm80::Plain => (self.keys, 0),
+            FormSm80::Masked => (self.keys_masked, 0),
+            FormSm80::Fused => (self.keys, self.rows + KEY_LISTS * self.keys),
+        };
+        (self.rows + STAGES * STAGE_TENSORS * keys) * self.width * ELEMENT_BYTES + lists * LIST_ENTRY_BYTES
     }
 
     /// Threads of a block.
@@ -57,7 +86,10 @@ const _: () = {
     let mut i = 0;
     while i < COUNT {
         let tile = TILES[i];
-        assert!(tile.shared_bytes(false) <= MAX_SHARED_BYTES && tile.shared_bytes(true) <= MAX_SHARED_BYTES);
+        assert!(tile.shared_bytes(FormSm80::Masked) <= MAX_SHARED_BYTES);
+        assert!(tile.shared_bytes(FormSm80::Fused) <= MAX_SHARED_BYTES);
+        // A thread copies one entry of a key tile's list.
+        assert!(tile.keys <= tile.threads());
         assert!(tile.rows.is_multiple_of(tile.warps * 16));
         assert!(i == 0 || TILES[i - 1].width < tile.width);
         i += 1;
@@ -367,7 +399,9 @@ mod tests {
     fn shared_memory_is_the_kernels_sum() {
         let tile = Tile { width: 128, rows: 128, keys: 64, keys_masked: 32, warps: 4 };
         let tile_bytes = |rows: u32| rows * 128 * 2;
-        assert_eq!(tile.shared_bytes(false), tile_bytes(128) + 2 * (tile_bytes(64) + tile_bytes(64)));
-        assert_eq!(tile.shared_bytes(true), tile_bytes(128) + 2 * (tile_bytes(32) + tile_bytes(32)));
+        let plain = tile_bytes(128) + 2 * (tile_bytes(64) + tile_bytes(64));
+        assert_eq!(tile.shared_bytes(FormSm80::Plain), plain);
+        assert_eq!(tile.shared_bytes(FormSm80::Fused), plain + 4 * (128 + 64 + 64));
+        assert_eq!(tile.shared_bytes(FormSm80::Masked), tile_bytes(128) + 2 * (tile_bytes(32) + tile_bytes(32)));
     }
 }

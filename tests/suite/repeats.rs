@@ -3,7 +3,7 @@
 use std::thread;
 
 use anyhow::{Result, anyhow, ensure};
-use varlen_fa::{AttentionMask, KeyMask, Tensor, VarlenMeta};
+use varlen_fa::{AttentionMask, DType, Device, Kernel, KeyMask, Path, Tensor, VarlenMeta};
 use varlen_fa_testkit::{OracleShape, random};
 
 use super::call::{Call, Mask, tensor_shapes};
@@ -15,6 +15,9 @@ pub fn register(trials: &mut Trials) {
     trials.each_path("repeats/same_bits_for_many_tiles", same_bits_for_many_tiles);
     trials.each_path("repeats/same_bits_with_metadata_uploaded_before", same_bits_with_metadata_uploaded_before);
     trials.each_path("repeats/same_bits_beside_other_threads", same_bits_beside_other_threads);
+    if trials.device().capabilities().kernels.contains(&Kernel::CudaSm80) {
+        trials.each_dtype("repeats/same_bits_in_place_and_packed", same_bits_in_place_and_packed);
+    }
 }
 
 /// A call's tensors, its metadata, and the bits of one run.
@@ -92,6 +95,18 @@ fn same_bits_with_metadata_uploaded_before(variant: &Variant) -> Result<()> {
     // Twice changes nothing.
     stage.meta.upload_to(&variant.device)?;
     ensure!(stage.run(variant)? == at_first_use, "metadata that was uploaded before gave other bits");
+    Ok(())
+}
+
+/// The sm80 kernel meets the same rows in the same order on both paths.
+fn same_bits_in_place_and_packed(device: &Device, dtype: DType) -> Result<()> {
+    for (head_dim, p) in [(32, 0.5), (64, 0.7), (72, 0.9), (128, 0.3), (160, 0.6), (256, 0.8)] {
+        let shape = OracleShape { batch: 3, seq_q: 400, seq_k: 400, heads: 4, kv_heads: 2, head_dim };
+        let on = |path| Variant { device: device.clone(), kernel: Kernel::CudaSm80, path: Some(path), dtype };
+        let stage = Stage::new(&on(Path::Packed), shape, p)?;
+        let packed = stage.run_into(&on(Path::Packed))?;
+        ensure!(stage.run_into(&on(Path::Fused))? == packed, "head dimension {head_dim}: the paths gave other bits");
+    }
     Ok(())
 }
 
