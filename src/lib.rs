@@ -29,12 +29,14 @@ mod dtype;
 #[cfg(feature = "wgpu")]
 mod encode;
 mod error;
+mod kernel;
 mod layout;
 mod mask;
 mod memory;
 mod meta;
 mod plan;
 mod problem;
+mod self_check;
 mod tensor;
 // Not `mod wgpu`: that name belongs to the crate, which is re-exported under it.
 #[cfg(feature = "wgpu")]
@@ -85,11 +87,12 @@ pub use crate::dtype::{DType, Element};
 #[cfg(feature = "wgpu")]
 pub use crate::encode::{encode_pack, encode_scatter};
 pub use crate::error::{Error, Result};
+pub use crate::kernel::Kernel;
 pub use crate::layout::Layout;
 pub use crate::mask::{KeyMask, MaskDType, MaskInteger, Run};
 pub use crate::memory::DeviceMemory;
 pub use crate::meta::{CuSeqlens, VarlenMeta};
-pub use crate::plan::{Capabilities, Kernel, Path, Plan, Reason};
+pub use crate::plan::{Capabilities, Path, Plan, Reason};
 pub use crate::tensor::{Tensor, TensorView, TensorViewMut};
 #[cfg(feature = "wgpu")]
 pub use crate::wgpu_backend::Recorder;

@@ -5,6 +5,7 @@ use std::fmt;
 use crate::config::Config;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
+use crate::kernel::Kernel;
 use crate::meta::{GROUP_ROWS, VarlenMeta};
 use crate::problem::{AttentionProblem, MAX_HEAD_DIM, MaskInfo};
 
@@ -41,35 +42,8 @@ impl fmt::Display for Path {
     }
 }
 
-/// An implementation of attention.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-#[non_exhaustive]
-pub enum Kernel {
-    /// The CPU device's tiled kernel: SIMD products and softmax, dispatched at run time.
-    CpuTiled,
-    /// The WGSL kernel that needs no optional feature.
-    WgslPortable,
-    /// The CUDA kernel of every chip from compute capability 8.0 on: `mma.sync` and `cp.async`.
-    CudaSm80,
-    /// The CUDA kernel of compute capability 9.0 (Hopper): `wgmma` and TMA.
-    CudaSm90,
-    /// The CUDA kernel of compute capability 10.0 and 10.3 (Blackwell): `tcgen05` and TMA.
-    CudaSm100,
-}
-
+/// What kernels can do.
 impl Kernel {
-    /// The kernel's name, e.g. `wgsl-portable`.
-    #[must_use]
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::CpuTiled => "cpu-tiled",
-            Self::WgslPortable => "wgsl-portable",
-            Self::CudaSm80 => "sm80",
-            Self::CudaSm90 => "sm90",
-            Self::CudaSm100 => "sm100",
-        }
-    }
-
     /// Whether it reads padded tensors in place, past what is masked.
     #[must_use]
     pub const fn has_fused(self) -> bool {
@@ -123,12 +97,6 @@ impl Kernel {
 
 /// Up to this head dimension the sm80 kernel, which has a form of 32 columns, has less to do than the newer ones.
 const LISTS_LEAST_HEAD_DIM: usize = 32;
-
-impl fmt::Display for Kernel {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.name())
-    }
-}
 
 /// Why a path was taken. [`Display`](fmt::Display) says it in words.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]

@@ -13,7 +13,8 @@ use crate::types::{
     varlen_fa_device, varlen_fa_device_info, varlen_fa_device_kind, varlen_fa_dtype, varlen_fa_kernel, varlen_fa_status,
 };
 
-/// Opens a device. VARLEN_FA=0 in the environment makes it compute everything densely, with the same results.
+/// Opens a device. VARLEN_FA=0 in the environment makes it compute everything densely, with the same results; VARLEN_FA_KERNEL (e.g.
+/// `sm80`) makes it use that kernel alone, and is refused with NOT_APPLICABLE where the device does not have it.
 ///
 /// `kind`: where to compute. AUTO takes what VARLEN_FA_DEVICE asks for (`cuda`, `cuda:N`, `wgpu` or `cpu`), or the best device
 /// present.

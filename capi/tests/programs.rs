@@ -105,7 +105,7 @@ fn compile(library: &Library, source: &str, linkage: Linkage) -> Result<Command>
 
 /// Without the variables that the library reads.
 fn clean(program: &mut Command) {
-    program.env_remove("VARLEN_FA").env_remove("VARLEN_FA_DEVICE");
+    program.env_remove("VARLEN_FA").env_remove("VARLEN_FA_DEVICE").env_remove("VARLEN_FA_KERNEL");
 }
 
 fn python(library: &Library, device: &str) -> Result<Completion> {

@@ -5,8 +5,9 @@ use std::f32::consts::LOG2_E;
 use crate::backend::{Attention, Rows};
 use crate::dtype::DType;
 use crate::error::Result;
+use crate::kernel::Kernel;
 use crate::meta::CuSeqlens;
-use crate::plan::{Kernel, Path};
+use crate::plan::Path;
 use crate::problem::AttentionShape;
 
 use super::copy::RowShape;

@@ -6,9 +6,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::backend::Attention;
 use crate::error::{Error, Result};
+use crate::kernel::Kernel;
 use crate::mask::KeyMask;
 use crate::meta::{GROUP_ROWS, VarlenMeta};
-use crate::plan::Kernel;
 use crate::problem::AttentionShape;
 
 use super::attention::{PackedRows, Tensors, score_scale};

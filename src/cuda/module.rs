@@ -14,7 +14,7 @@ use cudarc::driver::sys::{CUfunction, CUfunction_attribute, CUmodule, CUresult};
 
 use crate::dtype::DType;
 use crate::error::Result;
-use crate::plan::Kernel;
+use crate::kernel::Kernel;
 
 use super::capture::Relaxed;
 use super::context::Context;
@@ -174,8 +174,13 @@ impl Modules {
             unsafe { module::load_data(image.0.as_ptr().cast::<c_void>()) }
         };
         let (attention, metadata, pack) = (load(ATTENTION_SM80)?, load(METADATA)?, load(PACK)?);
-        let attention_sm90 = images.sm90.map(load).transpose()?;
-        let attention_sm100 = images.sm100.map(load).transpose()?;
+        // Without them there are the others: calls fail, so that they are not trusted.
+        let load_extra = |image: Option<&Aligned<[u8]>>, kernel: Kernel| {
+            let loaded = image.map(load).transpose();
+            loaded.inspect_err(|error| log::debug!("kernel {kernel} is not loaded: {error}")).ok().flatten()
+        };
+        let attention_sm90 = load_extra(images.sm90, Kernel::CudaSm90);
+        let attention_sm100 = load_extra(images.sm100, Kernel::CudaSm100);
         Ok(Self { attention, attention_sm90, attention_sm100, metadata, pack, functions: Mutex::default() })
     }
 

@@ -253,7 +253,7 @@ const _: () = {
         assert!(i == 0 || TILES_SM100[i - 1].width < tile.width);
         i += 1;
     }
-    assert!(TILES_SM100[COUNT_SM100 - 1].width as usize == crate::plan::Kernel::CudaSm100.max_head_dim());
+    assert!(TILES_SM100[COUNT_SM100 - 1].width as usize == crate::kernel::Kernel::CudaSm100.max_head_dim());
 };
 
 /// The tile of a kernel that works by lists.
@@ -393,6 +393,37 @@ mod tests {
         };
         assert_eq!(name(4096).as_deref(), Some("d128_w3"));
         assert_eq!(name(1024).as_deref(), Some("d128_w2"));
+    }
+
+    #[test]
+    fn every_head_dim_that_sm100_has_is_in_the_narrowest_tile() {
+        for (head_dim, width) in [(8, 64), (64, 64), (72, 96), (96, 96), (104, 128), (128, 128)] {
+            assert_eq!(TileSm100::of(head_dim).map(|tile| tile.width), Some(width), "{head_dim}");
+        }
+        assert_eq!(TileSm100::of(136), None);
+    }
+
+    /// As attention_sm100.cu lays it out.
+    #[test]
+    fn a_block_of_sm100_has_two_query_tiles_an_output_tile_and_its_stages() {
+        for (head_dim, stages, panel) in [(64, 4, 64), (96, 3, 32), (128, 2, 64)] {
+            let tile = TileSm100::of(head_dim).map(ListTile::Sm100);
+            let found = tile.map(|tile| (tile.rows(), tile.keys(), tile.threads(), tile.panel(), tile.shared_bytes()));
+            let tile_bytes = 128 * head_dim as u32 * 2;
+            assert_eq!(found, Some((256, 128, 512, panel, (3 + 2 * stages) * tile_bytes + 3072)), "{head_dim}");
+            assert_eq!(tile.map(ListTile::names), Some(("sm100", format!("d{head_dim}"))));
+        }
+    }
+
+    #[test]
+    fn lists_of_sm90_are_those_of_its_own_shapes() {
+        let work = WorkSm90 { lengths: [(4133, 4133)].into_iter(), heads: 24, multiprocessors: 132 };
+        let tile = TileSm90::of(128, &work);
+        let by_lists = tile.map(ListTile::Sm90);
+        assert_eq!(by_lists.map(ListTile::rows), tile.map(TileSm90::rows));
+        assert_eq!(by_lists.map(ListTile::threads), tile.map(TileSm90::threads));
+        assert_eq!(by_lists.map(ListTile::shared_bytes), tile.map(TileSm90::shared_bytes));
+        assert_eq!(by_lists.map(ListTile::names), tile.map(|tile| ("sm90", tile.name())));
     }
 
     #[test]
