@@ -538,7 +538,7 @@ struct Softmaxer {
             const int tiles = rows.tiles;
             RowSoftmax softmax;
             if (tile < tiles) {
-                attend(softmax, key_tiles, rows.groups[tile * TILE_GROUPS + row / GROUP_ROWS].kept);
+                attend(softmax, key_tiles, rows);
             } else {
                 // A tile without rows keeps pace with the other.
                 for (int i = 0; i < key_tiles && tiles > 0; ++i, ++count) {
@@ -551,7 +551,7 @@ struct Softmaxer {
         }
     }
 
-    __device__ void attend(RowSoftmax& softmax, int key_tiles, uint32_t kept) {
+    __device__ void attend(RowSoftmax& softmax, int key_tiles, const volatile TileRows& rows) {
         float* const factors = reinterpret_cast<float*>(block.shared + S::FACTORS) + tile * TILE_M;
         float* const inverses = reinterpret_cast<float*>(block.shared + S::INVERSES) + tile * TILE_M;
         for (int i = 0; i < key_tiles; ++i, ++count, ++steps) {
@@ -582,6 +582,8 @@ struct Softmaxer {
             ptx::tensor_fence_before();
             block.arrive(S::PROBS + 8 * tile);
         }
+        // Read this late, since registers are short before.
+        const uint32_t kept = rows.groups[tile * TILE_GROUPS + row / GROUP_ROWS].kept;
         const bool zero = softmax.sum == 0.0f || (kept >> (row % GROUP_ROWS) & 1) == 0;
         block.wait_free(S::FREE_SUMS + 8 * tile, uses);
         inverses[row] = zero ? 0.0f : 1.0f / softmax.sum;

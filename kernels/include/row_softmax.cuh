@@ -82,7 +82,8 @@ struct RowSoftmax {
     // Scores become probabilities exp2(score · scale - subtrahend), two of type T a word.
     template <typename T>
     __device__ void exponentiate(uint32_t (&probs)[16], const uint32_t (&scores)[32], float scale) {
-        float2 sums[2] = {};
+        // Two chains, for the latency of an addition.
+        float2 sums[2] = {{sum, 0.0f}, {0.0f, 0.0f}};
 #pragma unroll
         for (int pair = 0; pair < 16; ++pair) {
             float2 x = {__uint_as_float(scores[2 * pair]), __uint_as_float(scores[2 * pair + 1])};
@@ -93,6 +94,6 @@ struct RowSoftmax {
             probs[pair] = ptx::pack_pair<T>(y.x, y.y);
         }
         sums[0] = ptx::add_pair(sums[0], sums[1]);
-        sum += sums[0].x + sums[0].y;
+        sum = sums[0].x + sums[0].y;
     }
 };
