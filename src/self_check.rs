@@ -201,8 +201,9 @@ impl<'a> Bench<'a> {
                 continue;
             }
             let (got, expected) = (widen(got), widen(expected));
-            // False for NaN.
-            if !((got - expected).abs() <= spacing * (0.5 + 2.0 * expected.abs())) {
+            let is_close = (got - expected).abs() <= spacing * (0.5 + 2.0 * expected.abs());
+            // Nor is NaN.
+            if !is_close {
                 return Err(format!("gives {got} at element {at}, expected {expected}"));
             }
         }
