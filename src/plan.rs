@@ -183,7 +183,8 @@ pub struct Capabilities {
     pub is_software: bool,
     /// Element types that it computes with.
     pub dtypes: &'static [DType],
-    /// Kernels that run on it, the preferred one first.
+    /// Kernels that run on it, the preferred one first; or the only one that [`Config::kernel`] allows. Of a GPU's, those that gave
+    /// on it what its oldest one gives.
     pub kernels: Vec<Kernel>,
     /// Bytes of the largest tensor.
     pub max_buffer_bytes: u64,
