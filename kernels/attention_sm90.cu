@@ -2,8 +2,9 @@
 // warpgroup and two or three consumer warpgroups, 64 query rows each, as in FlashAttention-3 (Shah et al., 2024).
 //
 //                   work list                             shared memory
-//   producer  warp 0 ────────▶ copy engine ──▶  Q │ K K │ V V │ O    two stages of K and V; full and empty barriers for each
-//             warp 1 zeroes dropped rows of V ─────────────┘
+//   producer  warp 0 ────────▶ copy engine ──▶  Q Q │ K K │ V V    two stages of K and V; full and empty barriers for each.
+//             warp 1 zeroes dropped rows of V ────────────────┘    The output of a query tile takes its place; where there is
+//                                                                  room for two, the next one is loaded early
 //             warps 2, 3 write the rows without a query tile as zeros
 //
 //   consumers, in order (three)                        consumers, overlapped (two, taking turns)
@@ -60,7 +61,7 @@ struct TileKeys {
     uint32_t kept[6];
 };
 
-template <typename T_, int D_, int WARPGROUPS_, int TILE_N_, bool OUT_IN_Q_, bool OVERLAPS_>
+template <typename T_, int D_, int WARPGROUPS_, int TILE_N_, int QUERY_TILES_, bool OVERLAPS_>
 struct Shape {
     using T = T_;
     static constexpr int D = D_;
@@ -69,7 +70,7 @@ struct Shape {
     static constexpr int TILE_N = TILE_N_;
     static constexpr int THREADS = (WARPGROUPS + 1) * WARPGROUP;
     static constexpr int CONSUMER_WARPS = WARPGROUPS * 4;
-    static constexpr bool OUT_IN_Q = OUT_IN_Q_;
+    static constexpr int QUERY_TILES = QUERY_TILES_;
     static constexpr bool OVERLAPS = OVERLAPS_;
     static constexpr int PRODUCER_REGISTERS = WARPGROUPS == 2 ? 40 : 32;
     static constexpr int CONSUMER_REGISTERS = WARPGROUPS == 2 ? 232 : 160;
@@ -80,15 +81,14 @@ struct Shape {
     static constexpr int PANELS = D / PANEL;
     static constexpr int ROW_BYTES = PANEL * 2;
     static constexpr int Q = 0;
-    static constexpr int K = Q + TileQ::BYTES;
+    static constexpr int K = Q + QUERY_TILES * TileQ::BYTES;
     static constexpr int V = K + STAGES * TileKV::BYTES;
-    static constexpr int OUT = OUT_IN_Q ? Q : V + STAGES * TileKV::BYTES;
-    static constexpr int ROWS_INFO = V + STAGES * TileKV::BYTES + (OUT_IN_Q ? 0 : TileQ::BYTES);
+    static constexpr int ROWS_INFO = V + STAGES * TileKV::BYTES;
     static constexpr int KEYS_INFO = ROWS_INFO + 2 * sizeof(TileRows);
     static constexpr int BARRIERS = KEYS_INFO + STAGES * sizeof(TileKeys);
     static constexpr int FULL_Q = BARRIERS;
-    static constexpr int EMPTY_Q = FULL_Q + 8 * WARPGROUPS;
-    static constexpr int FULL_K = EMPTY_Q + 8 * WARPGROUPS;
+    static constexpr int EMPTY_Q = FULL_Q + 8 * QUERY_TILES * WARPGROUPS;
+    static constexpr int FULL_K = EMPTY_Q + 8 * QUERY_TILES * WARPGROUPS;
     static constexpr int EMPTY_K = FULL_K + 8 * STAGES;
     static constexpr int FULL_V = EMPTY_K + 8 * STAGES;
     static constexpr int EMPTY_V = FULL_V + 8 * STAGES;
@@ -98,6 +98,13 @@ struct Shape {
     // What the host asks for: the tiles and 1 KiB.
     static_assert(BYTES <= ROWS_INFO + 1024 && ROWS_INFO + 1024 <= 227 * 1024);
     static_assert(TILE_N % 16 == 0 && TILE_N <= 192 && TILE_M <= 192);
+
+    // Where the query tile of a work lies, and what belongs to it for each warpgroup.
+    __device__ static int query_tile(int works) { return Q + works % QUERY_TILES * TileQ::BYTES; }
+    __device__ static int full_q(int works, int warpgroup) { return FULL_Q + 8 * (works % QUERY_TILES * WARPGROUPS + warpgroup); }
+    __device__ static int empty_q(int works, int warpgroup) { return EMPTY_Q + 8 * (works % QUERY_TILES * WARPGROUPS + warpgroup); }
+    // Of the phase in which that work's queries are there; those before have been given back at the end of the other one.
+    __device__ static uint32_t parity_q(int works) { return works / QUERY_TILES % 2; }
 };
 
 // The position of a tile in the ring of stages.
@@ -154,18 +161,21 @@ struct Producer {
                 ++turn.count;
             }
         }
-        for (int warpgroup = 0; warpgroup < S::WARPGROUPS; ++warpgroup) {
-            ptx::mbarrier_wait(base + S::EMPTY_Q + 8 * warpgroup, (works + 1) % 2);
-            if (lane == 0) {
-                rows_info(works).key_tiles = -1;
-                ptx::mbarrier_arrive(base + S::FULL_Q + 8 * warpgroup);
-            }
+        for (int warpgroup = 0; warpgroup < S::WARPGROUPS; ++warpgroup) wait_for_room(works, warpgroup);
+        if (lane == 0) {
+            rows_info(works).key_tiles = -1;
+            for (int warpgroup = 0; warpgroup < S::WARPGROUPS; ++warpgroup) ptx::mbarrier_arrive(base + S::full_q(works, warpgroup));
         }
     }
 
 private:
     // Two, since one warpgroup may be at the next query tile already.
     __device__ TileRows& rows_info(int works) const { return reinterpret_cast<TileRows*>(shared + S::ROWS_INFO)[works % 2]; }
+
+    // Until a warpgroup has given back the queries whose place the work's take.
+    __device__ void wait_for_room(int works, int warpgroup) const {
+        ptx::mbarrier_wait(base + S::empty_q(works, warpgroup), S::parity_q(works) ^ 1);
+    }
 
     // Where the work's keys are, and this lane's 16 query rows.
     __device__ TileRows::Group find(const Work& work) {
@@ -191,7 +201,7 @@ private:
                 first_row += params.cu_seqlens_q[work.group];
                 queries = params.cu_seqlens_q[work.group + 1];
                 first_key = params.cu_seqlens_k[work.group];
-                keys = params.cu_seqlens_k[work.group + 1] - first_key;
+                keys = max(params.cu_seqlens_k[work.group + 1] - first_key, 0);
                 batch = 0;
             }
             key_tiles = (keys + S::TILE_N - 1) / S::TILE_N;
@@ -199,12 +209,16 @@ private:
         return {first_row, min(max(queries - first_row, 0), GROUP_ROWS), kept};
     }
 
-    // Describes the query tile, and loads each warpgroup's rows as soon as it has finished with those before.
+    // Describes the query tile, and loads each warpgroup's rows. With two places all warpgroups have long left the one before the
+    // last; with one, each one's rows are loaded as soon as it has finished with those before.
     __device__ void load_queries(const Work& work, int works, const TileRows::Group& group) const {
+        if (S::QUERY_TILES == 2) {
+            for (int warpgroup = 0; warpgroup < S::WARPGROUPS; ++warpgroup) wait_for_room(works, warpgroup);
+        }
 #pragma unroll 1
         for (int warpgroup = 0; warpgroup < S::WARPGROUPS; ++warpgroup) {
-            const uint32_t full = base + S::FULL_Q + 8 * warpgroup;
-            ptx::mbarrier_wait(base + S::EMPTY_Q + 8 * warpgroup, (works + 1) % 2);
+            const uint32_t full = base + S::full_q(works, warpgroup);
+            if (S::QUERY_TILES == 1) wait_for_room(works, warpgroup);
             if (warpgroup == 0) {
                 TileRows& rows = rows_info(works);
                 if (lane < S::TILE_M / GROUP_ROWS) rows.groups[lane] = group;
@@ -218,7 +232,9 @@ private:
             }
             if (lane == 0) ptx::mbarrier_arrive_expect(full, S::TileQ::BYTES / S::WARPGROUPS);
             __syncwarp();
-            if (lane / 4 == warpgroup) load_group<S::TILE_M>(params.q_map, base + S::Q, full, ptx::policy_evict_first(), group.first_row, work.head);
+            if (lane / 4 == warpgroup) {
+                load_group<S::TILE_M>(params.q_map, base + S::query_tile(works), full, ptx::policy_evict_first(), group.first_row, work.head);
+            }
         }
     }
 
@@ -300,14 +316,14 @@ __device__ inline void mend_values(unsigned char* shared, uint32_t base) {
     // One bit a stage.
     uint32_t raw_parities = 0;
     for (int works = 0;; ++works) {
-        ptx::mbarrier_wait(base + S::FULL_Q, works % 2);
-        const int key_tiles = reinterpret_cast<const volatile TileRows*>(shared + S::ROWS_INFO)[works % 2].key_tiles;
+        ptx::mbarrier_wait(base + S::full_q(works, 0), S::parity_q(works));
+        const int key_tiles = reinterpret_cast<const TileRows*>(shared + S::ROWS_INFO)[works % 2].key_tiles;
         __syncwarp();
         if (key_tiles < 0) return;
-        if (lane == 0) ptx::mbarrier_arrive(base + S::EMPTY_Q);
+        if (lane == 0) ptx::mbarrier_arrive(base + S::empty_q(works, 0));
         for (int i = 0; i < key_tiles; ++i, ++turn.count) {
             ptx::mbarrier_wait(base + S::FULL_K + 8 * turn.stage(), turn.parity());
-            const auto& info = reinterpret_cast<const volatile TileKeys*>(shared + S::KEYS_INFO)[turn.stage()];
+            const auto& info = reinterpret_cast<const TileKeys*>(shared + S::KEYS_INFO)[turn.stage()];
             const bool is_mended = info.mended;
             uint32_t kept = lane < (S::TILE_N + 31) / 32 && is_mended ? info.kept[lane] : 0;
             __syncwarp();
@@ -354,6 +370,25 @@ __device__ inline void write_zeros(const AttentionParamsSm90& params, int thread
     }
 }
 
+// The same for the padded output of packed rows: the rows that no packed one goes to, a warp's at a time.
+template <typename T>
+__device__ inline void write_masked_zeros(const AttentionParamsSm90& params, int warp, int warps) {
+    const int lane = threadIdx.x % 32;
+    const int chunks = params.head_dim / 8;
+    const int step = gridDim.x * warps * 32;
+    for (int first = (blockIdx.x * warps + warp) * 32; first < params.padded_rows; first += step) {
+        const bool is_masked = first + lane < params.padded_rows && params.inv_indices[first + lane] < 0;
+        for (uint32_t left = __ballot_sync(0xffffffff, is_masked); left != 0; left &= left - 1) {
+            const int flat = first + __ffs(left) - 1;
+            T* const out = static_cast<T*>(params.out) + static_cast<int64_t>(flat / params.seq_q) * params.out_strides.batch +
+                           static_cast<int64_t>(flat % params.seq_q) * params.out_strides.token;
+            for (int index = lane; index < params.heads * chunks; index += 32) {
+                *reinterpret_cast<uint4*>(out + index / chunks * params.out_strides.head + index % chunks * 8) = uint4{0, 0, 0, 0};
+            }
+        }
+    }
+}
+
 template <typename S>
 struct Consumer {
     using T = typename S::T;
@@ -366,11 +401,14 @@ struct Consumer {
     uint32_t base;
     int warpgroup;
 
+    __device__ Consumer(const AttentionParamsSm90& params, unsigned char* shared, uint32_t base, int warpgroup)
+        : params(params), shared(shared), base(base), warpgroup(warpgroup) {}
+
     using Matrix = ptx::SharedMatrix<ROW_BYTES>;
 
-    __device__ Matrix queries() const { return Matrix(base + S::Q + warpgroup * 64 * ROW_BYTES, 16); }
-    __device__ Matrix keys(int stage) const { return Matrix(base + S::K + stage * S::TileKV::BYTES, 16); }
-    __device__ Matrix values(int stage) const { return Matrix(base + S::V + stage * S::TileKV::BYTES, N * ROW_BYTES); }
+    __device__ Matrix queries(int works) const { return {base + S::query_tile(works) + warpgroup * 64 * ROW_BYTES, 16}; }
+    __device__ Matrix keys(int stage) const { return {base + S::K + stage * S::TileKV::BYTES, 16}; }
+    __device__ Matrix values(int stage) const { return {base + S::V + stage * S::TileKV::BYTES, N * ROW_BYTES}; }
 
     // What this warp has to know of its 16 rows to write them.
     struct WarpRows {
@@ -381,8 +419,8 @@ struct Consumer {
         uint32_t kept;
         bool clips;
 
-        __device__ void read(const volatile TileRows& tile) {
-            const volatile auto& group = tile.groups[threadIdx.x / 32 - 4];
+        __device__ void read(const TileRows& tile) {
+            const auto& group = tile.groups[threadIdx.x / 32 - 4];
             batch = tile.batch;
             head = tile.head;
             first_row = group.first_row;
@@ -431,8 +469,8 @@ struct Consumer {
         }
     }
 
-    __device__ const volatile TileKeys& keys_info(int stage) const {
-        return reinterpret_cast<const volatile TileKeys*>(shared + S::KEYS_INFO)[stage];
+    __device__ const TileKeys& keys_info(int stage) const {
+        return reinterpret_cast<const TileKeys*>(shared + S::KEYS_INFO)[stage];
     }
 
     __device__ void mask(float (&scores)[N / 8][4], int stage) const {
@@ -473,30 +511,56 @@ struct Consumer {
         }
     }
 
-    __device__ void run() const {
-        Turn turn;
+    __device__ void run() {
         if (warpgroup + 1 == S::WARPGROUPS) give_turn();
-        for (int works = 0;; ++works) {
-            ptx::mbarrier_wait(base + S::FULL_Q + 8 * warpgroup, works % 2);
-            const auto& rows = reinterpret_cast<const volatile TileRows*>(shared + S::ROWS_INFO)[works % 2];
-            const int key_tiles = rows.key_tiles;
-            if (key_tiles < 0) break;
-            // The tile's groups are filled from the first on.
-            if (rows.groups[warpgroup * 4].rows == 0) {
-                give_back_queries();
-                pass(key_tiles, turn);
+        while (open()) {
+            if (key_tiles == 0 || !has_rows) {
+                pass();
+            } else if constexpr (S::OVERLAPS) {
+                attend_overlapped();
             } else {
-                attend(rows, key_tiles, turn);
+                attend_in_order();
             }
+            turn.count += key_tiles;
+            ++works;
         }
         if (warpgroup == 0) wait_turn();
         ptx::tma_store_wait_read();
     }
 
-    __device__ void give_back_queries() const { arrive(S::EMPTY_Q + 8 * warpgroup); }
+private:
+    __device__ const TileRows& rows_info(int works) const {
+        return reinterpret_cast<const TileRows*>(shared + S::ROWS_INFO)[works % 2];
+    }
 
-    // A warpgroup without rows keeps pace with the others.
-    __device__ void pass(int key_tiles, Turn& turn) const {
+    // Waits for the query tile of `works`. False if there is none.
+    __device__ bool open() {
+        ptx::mbarrier_wait(base + S::full_q(works, warpgroup), S::parity_q(works));
+        const auto& rows = rows_info(works);
+        key_tiles = __reduce_max_sync(0xffffffff, rows.key_tiles);
+        // The tile's groups are filled from the first on.
+        has_rows = __reduce_max_sync(0xffffffff, rows.groups[warpgroup * 4].rows) > 0;
+        return key_tiles >= 0;
+    }
+
+    // The output of the query tile before lies in that one's place, which is given back when it has left.
+    __device__ void give_back_stored() {
+        if (!is_stored) return;
+        if (threadIdx.x % 32 == 0) ptx::tma_store_wait_read();
+        arrive(S::empty_q(works - 1, warpgroup));
+        is_stored = false;
+    }
+
+    // A query tile without keys is zeros. A warpgroup without rows keeps pace with the others.
+    __device__ void pass() {
+        give_back_stored();
+        if (has_rows) {
+            float acc[D / 8][4] = {};
+            write_output(acc, WarpgroupSoftmax(0.0f));
+        } else {
+            arrive(S::empty_q(works, warpgroup));
+        }
+        Turn turn = this->turn;
         for (int i = 0; i < key_tiles; ++i, ++turn.count) {
             ptx::mbarrier_wait(base + S::FULL_K + 8 * turn.stage(), turn.parity());
             if (i > 0) {
@@ -509,72 +573,63 @@ struct Consumer {
         }
     }
 
-    __device__ void attend(const volatile TileRows& rows, int key_tiles, Turn& turn) const {
-        const float scale = fabsf(params.score_scale);
-        WarpgroupSoftmax softmax;
-        WarpRows mine;
-        float acc[D / 8][4] = {};
-        if (key_tiles == 0) {
-            leave_queries(rows, mine);
-        } else if constexpr (S::OVERLAPS) {
-            attend_overlapped(rows, mine, key_tiles, turn, softmax, acc, scale);
-        } else {
-            attend_in_order(rows, mine, key_tiles, turn, softmax, acc, scale);
-        }
-        softmax.finish();
-        write_output(mine, acc, softmax, scale);
-    }
-
     // Scores, softmax and product one after the other: what the other warpgroups do in the meantime fills the gaps.
-    __device__ void attend_in_order(const volatile TileRows& rows, WarpRows& mine, int key_tiles, Turn& turn, WarpgroupSoftmax& softmax,
-                                    float (&acc)[D / 8][4], float scale) const {
-        const Matrix q = queries();
+    __device__ void attend_in_order() {
+        WarpgroupSoftmax softmax(fabsf(params.score_scale));
+        float acc[D / 8][4] = {};
+        const Matrix q = queries(works);
+        Turn turn = this->turn;
+        float scores[N / 8][4];
+        uint32_t probs[N / 16][4];
         for (int i = 0; i < key_tiles; ++i, ++turn.count) {
-            float scores[N / 8][4];
-            uint32_t probs[N / 16][4];
+            const int stage = turn.stage();
+            const Matrix k = keys(stage);
+            const Matrix v = values(stage);
             const bool masked = wait_keys(turn);
-            issue_scores(scores, q, keys(turn.stage()));
+            issue_scores(scores, q, k);
+            if (i == 0) give_back_stored();
             ptx::wgmma_wait<0>();
             ptx::pin_registers(scores);
-            if (i + 1 == key_tiles) leave_queries(rows, mine);
-            if (masked) mask(scores, turn.stage());
-            arrive(S::EMPTY_K + 8 * turn.stage());
-            softmax.raise_max(scores, scale);
-            softmax.exponentiate(scores, scale);
+            if (masked) mask(scores, stage);
+            arrive(S::EMPTY_K + 8 * stage);
+            softmax.raise_max(scores);
+            softmax.exponentiate(scores);
             rescale(acc, softmax.factor);
             pack(probs, scores);
-            ptx::mbarrier_wait(base + S::FULL_V + 8 * turn.stage(), turn.parity());
-            issue_output(acc, probs, values(turn.stage()));
+            ptx::mbarrier_wait(base + S::FULL_V + 8 * stage, turn.parity());
+            issue_output(acc, probs, v);
             ptx::wgmma_wait<0>();
             ptx::pin_registers(acc);
             ptx::pin_registers(probs);
-            arrive(S::EMPTY_V + 8 * turn.stage());
+            arrive(S::EMPTY_V + 8 * stage);
         }
+        write_output(acc, softmax);
     }
 
     // The scores of a tile are issued before the product of the tile before, and its maximum is found under that product.
-    __device__ void attend_overlapped(const volatile TileRows& rows, WarpRows& mine, int key_tiles, Turn& turn, WarpgroupSoftmax& softmax,
-                                      float (&acc)[D / 8][4], float scale) const {
-        const Matrix q = queries();
+    __device__ void attend_overlapped() {
+        WarpgroupSoftmax softmax(fabsf(params.score_scale));
+        float acc[D / 8][4] = {};
         float scores[N / 8][4];
         uint32_t probs[N / 16][4];
+        const Matrix q = queries(works);
+        Turn turn = this->turn;
         bool masked = wait_keys(turn);
         issue_scores(scores, q, keys(turn.stage()));
+        give_back_stored();
         ptx::wgmma_wait<0>();
         ptx::pin_registers(scores);
         if (masked) mask(scores, turn.stage());
         arrive(S::EMPTY_K + 8 * turn.stage());
-        softmax.raise_max(scores, scale);
-        softmax.exponentiate(scores, scale);
+        softmax.raise_max(scores);
+        softmax.exponentiate(scores);
         pack(probs, scores);
         if (key_tiles > 1) masked = wait_keys({turn.count + 1});
         for (int i = 1; i < key_tiles; ++i) {
             const Turn next = {turn.count + 1};
+            const Matrix k = keys(next.stage());
+            const Matrix v = values(turn.stage());
             ptx::mbarrier_wait(base + S::FULL_V + 8 * turn.stage(), turn.parity());
-            Matrix k = keys(next.stage());
-            Matrix v = values(turn.stage());
-            ptx::pin_register(k.lower);
-            ptx::pin_register(v.lower);
             wait_turn();
             issue_scores(scores, q, k);
             issue_output(acc, probs, v);
@@ -583,7 +638,7 @@ struct Consumer {
             ptx::pin_registers(scores);
             if (masked) mask(scores, next.stage());
             arrive(S::EMPTY_K + 8 * next.stage());
-            softmax.raise_max(scores, scale);
+            softmax.raise_max(scores);
             if (i + 1 < key_tiles) masked = wait_keys({turn.count + 2});
             // Exponentials could be computed before this wait. But a warp has issued its products only when the tensor cores are
             // nearly done with them, so little is won; after it, rescaling and packing fill the pauses of the special-function unit.
@@ -591,92 +646,122 @@ struct Consumer {
             ptx::pin_registers(acc);
             ptx::pin_registers(probs);
             arrive(S::EMPTY_V + 8 * turn.stage());
-            softmax.exponentiate(scores, scale);
+            softmax.exponentiate(scores);
             rescale(acc, softmax.factor);
             pack(probs, scores);
             turn = next;
         }
-        leave_queries(rows, mine);
+        const Matrix v = values(turn.stage());
         ptx::mbarrier_wait(base + S::FULL_V + 8 * turn.stage(), turn.parity());
-        issue_output(acc, probs, values(turn.stage()));
+        issue_output(acc, probs, v);
         ptx::wgmma_wait<0>();
         ptx::pin_registers(acc);
         arrive(S::EMPTY_V + 8 * turn.stage());
-        ++turn.count;
+        write_output(acc, softmax);
     }
 
     // Whether the scores of the tile have to be masked.
     __device__ bool wait_keys(Turn turn) const {
         ptx::mbarrier_wait(base + S::FULL_K + 8 * turn.stage(), turn.parity());
-        return keys_info(turn.stage()).masked;
+        return __reduce_max_sync(0xffffffff, keys_info(turn.stage()).masked);
     }
 
-    // After the last scores: what the producer says of the rows may be gone once the query tile is given back.
-    __device__ void leave_queries(const volatile TileRows& rows, WarpRows& mine) const {
-        mine.read(rows);
-        if (!S::OUT_IN_Q) give_back_queries();
-    }
-
-    // Through shared memory to the copy engine; or to 16-byte stores, where it would write rows of the next sequence.
-    __device__ void write_output(const WarpRows& mine, const float (&acc)[D / 8][4], const WarpgroupSoftmax& softmax, float scale) const {
+    // Through the query tile's place in shared memory to the copy engine; or to 16-byte stores, where it would write rows of the next
+    // sequence, or where the rows go to places of their own.
+    __device__ void write_output(const float (&acc)[D / 8][4], WarpgroupSoftmax softmax) {
         const int lane = threadIdx.x % 32;
         const int warp = threadIdx.x / 32 - 4;
-        if constexpr (S::OUT_IN_Q) {
-            // Every warp is done with the query rows.
-            ptx::barrier_sync(1 + S::WARPGROUPS + warpgroup, WARPGROUP);
-        } else {
-            // This warp's last output has left.
-            if (lane == 0) ptx::tma_store_wait_read();
-            __syncwarp();
-        }
+        const int tile_start = S::query_tile(works);
+        WarpRows mine;
+        mine.read(rows_info(works));
+        softmax.finish();
+        // Every warp is done with the query rows.
+        ptx::barrier_sync(1 + S::WARPGROUPS + warpgroup, WARPGROUP);
+        bool zero[2];
+        float inverse[2];
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const int row = half * 8 + lane / 4;
             const float sum = softmax.row_sum[half];
-            const bool zero = sum == 0.0f || (mine.kept >> row & 1) == 0;
-            const float inverse = zero ? 0.0f : 1.0f / sum;
-#pragma unroll
-            for (int tile = 0; tile < D / 8; ++tile) {
-                // Selected, not multiplied: a dropped row may hold NaN.
-                const float low = zero ? 0.0f : acc[tile][2 * half] * inverse;
-                const float high = zero ? 0.0f : acc[tile][2 * half + 1] * inverse;
-                *reinterpret_cast<uint32_t*>(shared + S::OUT + S::TileQ::offset(warp * GROUP_ROWS + row, tile) + lane % 4 * 4) =
-                    ptx::pack_pair<T>(low, high);
-            }
+            zero[half] = sum == 0.0f || (mine.kept >> row & 1) == 0;
+            inverse[half] = zero[half] ? 0.0f : __fdividef(1.0f, sum);
             if (params.lse != nullptr && lane % 4 == 0 && row < mine.rows) {
-                const float lse = zero ? -INFINITY : (softmax.finite_max(half) * scale + log2f(sum)) * LN_2;
+                const float lse = zero[half] ? -INFINITY : (softmax.row_max[half] * softmax.scale + log2f(sum)) * LN_2;
                 params.lse[mine.head * params.lse_head_stride + static_cast<int64_t>(mine.batch) * params.seq_q + mine.first_row + row] = lse;
             }
         }
-        if (mine.clips || mine.rows == GROUP_ROWS) {
+        // Four matrices of 8 rows x 8 columns at a time: upper and lower rows of two chunks.
+        const int row = warp * GROUP_ROWS + lane % 16;
+#pragma unroll
+        for (int tile = 0; tile < D / 8; tile += 2) {
+            uint32_t words[4];
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const int half = i % 2;
+                const float(&pair)[4] = acc[tile + i / 2];
+                // Selected, not multiplied: a dropped row may hold NaN.
+                const float low = zero[half] ? 0.0f : pair[2 * half] * inverse[half];
+                const float high = zero[half] ? 0.0f : pair[2 * half + 1] * inverse[half];
+                words[i] = ptx::pack_pair<T>(low, high);
+            }
+            ptx::stmatrix_x4(base + tile_start + S::TileQ::offset(row, tile + lane / 16), words);
+        }
+        if (params.out_rows == nullptr && (mine.clips || mine.rows == GROUP_ROWS)) {
             ptx::fence_async_proxy();
             __syncwarp();
             if (lane == 0) {
 #pragma unroll
                 for (int panel = 0; panel < S::PANELS; ++panel) {
-                    const uint32_t from = base + S::OUT + (panel * S::TILE_M + warp * GROUP_ROWS) * ROW_BYTES;
+                    const uint32_t from = base + tile_start + (panel * S::TILE_M + warp * GROUP_ROWS) * ROW_BYTES;
                     ptx::tma_store(&params.out_map, from, panel * S::PANEL, mine.first_row, mine.head, mine.batch);
                 }
                 ptx::tma_store_commit();
             }
         } else {
             __syncwarp();
-            T* const out = static_cast<T*>(params.out) + mine.first_row * params.out_strides.token + mine.head * params.out_strides.head;
-            for (int index = lane; index < mine.rows * (D / 8); index += 32) {
-                const int row = index / (D / 8);
-                const int chunk = index % (D / 8);
-                if (chunk * 8 < params.head_dim) {
-                    *reinterpret_cast<uint4*>(out + row * params.out_strides.token + chunk * 8) =
-                        *reinterpret_cast<const uint4*>(shared + S::OUT + S::TileQ::offset(warp * GROUP_ROWS + row, chunk));
-                }
-            }
-            if constexpr (S::OUT_IN_Q) ptx::fence_async_proxy();
+            store_rows(mine, shared + tile_start, warp * GROUP_ROWS);
+            ptx::fence_async_proxy();
         }
-        if constexpr (S::OUT_IN_Q) {
-            if (lane == 0) ptx::tma_store_wait_read();
-            give_back_queries();
+        is_stored = true;
+        if constexpr (S::QUERY_TILES == 1) {
+            ++works;
+            give_back_stored();
+            --works;
         }
     }
+
+    // Rows of packed tensors one by one, to where they lie or, with a list, to their places in the padded output.
+    __device__ void store_rows(const WarpRows& mine, const unsigned char* tile, int first) const {
+        constexpr int CHUNKS = D / 8;
+        const int lane = threadIdx.x % 32;
+        const Strides& strides = params.out_strides;
+        // This lane's row, of 16.
+        const int own = min(lane % GROUP_ROWS, max(mine.rows - 1, 0));
+        int64_t row_start = static_cast<int64_t>(mine.first_row + own) * strides.token;
+        if (params.out_rows != nullptr && mine.rows > 0) {
+            const uint32_t flat = params.out_rows[mine.first_row + own];
+            row_start = static_cast<int64_t>(flat / params.seq_q) * strides.batch + static_cast<int64_t>(flat % params.seq_q) * strides.token;
+        }
+        T* const out = static_cast<T*>(params.out) + mine.head * strides.head;
+        const int chunks = mine.rows * CHUNKS;
+        for (int before = 0; before < chunks; before += 32) {
+            const int row = min((before + lane) / CHUNKS, GROUP_ROWS - 1);
+            const int chunk = (before + lane) % CHUNKS;
+            const int64_t start = __shfl_sync(0xffffffff, row_start, row);
+            if (before + lane < chunks && chunk * 8 < params.head_dim) {
+                *reinterpret_cast<uint4*>(out + start + chunk * 8) =
+                    *reinterpret_cast<const uint4*>(tile + S::TileQ::offset(first + row, chunk));
+            }
+        }
+    }
+
+    // Of the first key tile of the query tile in hand.
+    Turn turn;
+    // Query tiles before this one, and what is known of the latest one that was opened.
+    int works = 0;
+    int key_tiles = 0;
+    bool has_rows = false;
+    bool is_stored = false;
 };
 
 template <typename S>
@@ -690,8 +775,10 @@ __device__ inline void attention(const AttentionParamsSm90& params) {
         if (base % 1024 != 0) __trap();
         const int helpers = params.form == FORM_DENSE ? 0 : 1;
         for (int warpgroup = 0; warpgroup < S::WARPGROUPS; ++warpgroup) {
-            ptx::mbarrier_init(base + S::FULL_Q + 8 * warpgroup, 1);
-            ptx::mbarrier_init(base + S::EMPTY_Q + 8 * warpgroup, warpgroup == 0 ? 4 + helpers : 4);
+            for (int works = 0; works < S::QUERY_TILES; ++works) {
+                ptx::mbarrier_init(base + S::full_q(works, warpgroup), 1);
+                ptx::mbarrier_init(base + S::empty_q(works, warpgroup), warpgroup == 0 ? 4 + helpers : 4);
+            }
         }
         for (int stage = 0; stage < STAGES; ++stage) {
             ptx::mbarrier_init(base + S::FULL_K + 8 * stage, 1);
@@ -711,10 +798,11 @@ __device__ inline void attention(const AttentionParamsSm90& params) {
             mend_values<S>(shared, base);
         } else if (warp >= 2) {
             write_zeros<typename S::T>(params, threadIdx.x - 64, 64);
+            if (params.inv_indices != nullptr) write_masked_zeros<typename S::T>(params, warp - 2, 2);
         }
     } else {
         ptx::take_registers<S::CONSUMER_REGISTERS>();
-        Consumer<S>{params, shared, base, warp / 4 - 1}.run();
+        Consumer<S>(params, shared, base, warp / 4 - 1).run();
     }
 }
 

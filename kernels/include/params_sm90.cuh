@@ -98,10 +98,16 @@ struct AttentionParamsSm90 {
     int32_t zero_span_count;
     // softmax_scale · log2(e), not zero
     float score_scale;
-    int32_t unused;
+    // B · Sq of the padded output of packed rows.
+    int32_t padded_rows;
+    // If packed, where the rows go in a padded output: [total_q] flat positions, batch · seq_q + token; null for a packed output.
+    const uint32_t* out_rows;
+    // [padded_rows], negative where that output is to be zero; null for nowhere.
+    const int32_t* inv_indices;
 };
 static_assert(sizeof(ptx::TensorMap) == 128 && alignof(ptx::TensorMap) == 64);
 static_assert(offsetof(AttentionParamsSm90, out) == 768);
 static_assert(offsetof(AttentionParamsSm90, out_strides) == 864);
 static_assert(offsetof(AttentionParamsSm90, form) == 896);
+static_assert(offsetof(AttentionParamsSm90, out_rows) == 944);
 static_assert(sizeof(AttentionParamsSm90) == 960);

@@ -47,6 +47,8 @@ pub(super) struct PackedRows<'a> {
     pub lengths: Option<[&'a CuSeqlens; 2]>,
     /// Address of `[H, total_q]` f32, and elements from head to head.
     pub lse: Option<(u64, i64)>,
+    /// The queries' tables where the output is padded: rows go to their places in it, and the others become zeros.
+    pub scatters: Option<Tables>,
 }
 
 /// One side of a call with metadata, queries or keys.
@@ -108,6 +110,7 @@ impl CudaDevice {
                     max_queries: query.max_seqlen(),
                     lengths: Some([query, key]),
                     lse: None,
+                    scatters: None,
                 };
                 if let Some(lse) = &attention.lse {
                     let lse = self.output("lse", lse)?;
@@ -149,7 +152,7 @@ impl CudaDevice {
         }
     }
 
-    /// Pack, attention on the packed rows, scatter, through scratch.
+    /// Pack, attention on the packed rows, scatter, through scratch. The sm90 kernel scatters its output itself.
     fn attend_varlen(
         &self,
         attention: &Attention<'_>,
@@ -162,6 +165,7 @@ impl CudaDevice {
         let dtype = attention.problem.dtype;
         // The sm80 kernel takes a side on which every token is valid as it is.
         let takes_padded = attention.plan.kernel == Kernel::CudaSm80;
+        let scatters = attention.plan.kernel == Kernel::CudaSm90;
         let side = |tables: Tables, heads| Side {
             tables,
             row: RowShape::new(heads, head_dim, dtype.size()),
@@ -171,7 +175,8 @@ impl CudaDevice {
         };
         let (queries, keys) = (side(query, num_heads), side(key, num_kv_heads));
         // Lives until the last launch; the work that is launched by then keeps its memory.
-        let scratch: CudaBuffer = self.scratch(2 * queries.packed_bytes() + 2 * keys.packed_bytes())?;
+        let query_tensors = if scatters { 1 } else { 2 };
+        let scratch: CudaBuffer = self.scratch(query_tensors * queries.packed_bytes() + 2 * keys.packed_bytes())?;
         let mut free = scratch.address();
         let padded_out = tensors.out;
 
@@ -181,7 +186,9 @@ impl CudaDevice {
             let packed = queries.take(&mut free);
             q_rows = Some(queries.row.tensor(&tensors.q, &packed));
             tensors.q = packed;
-            tensors.out = queries.take(&mut free);
+            if !scatters {
+                tensors.out = queries.take(&mut free);
+            }
         }
         if keys.is_packed {
             let (packed_k, packed_v) = (keys.take(&mut free), keys.take(&mut free));
@@ -207,9 +214,10 @@ impl CudaDevice {
             max_queries: query.max_seqlen,
             lengths,
             lse: None,
+            scatters: scatters.then_some(query),
         };
         self.attend_packed(attention, &tensors, &rows)?;
-        if queries.is_packed {
+        if queries.is_packed && !scatters {
             self.launch_scatter(queries.row, &tensors.out, &padded_out, &query)?;
         }
         Ok(())

@@ -104,6 +104,9 @@ struct Extent {
     items: usize,
 }
 
+/// Rows of a padded output whose zeros are enough work for a block.
+const ZEROED_ROWS: usize = 256;
+
 impl CudaDevice {
     /// Every query row; keys by the mask, and rows that `zero_rows` drops as zeros.
     pub(super) fn attend_dense_by_lists(
@@ -213,6 +216,22 @@ impl CudaDevice {
             ..params(attention, tensors)
         };
         let items = rows.max_queries.div_ceil(tile.rows() as usize) * rows.batch * attention.problem.shape.num_heads;
+        let (params, items) = match rows.scatters {
+            None => (params, items),
+            Some(query) => {
+                let padded_rows = query.batch * query.seq;
+                let scattered = AttentionParamsSm90 {
+                    // Both fit: KeyMask bounds batch · seq by i32::MAX.
+                    seq_q: query.seq as i32,
+                    padded_rows: padded_rows as i32,
+                    out_rows: query.indices,
+                    inv_indices: if query.is_all_valid { 0 } else { query.inv_indices },
+                    ..params
+                };
+                // Blocks for the zeros too.
+                (scattered, items.max(padded_rows.div_ceil(ZEROED_ROWS)))
+            }
+        };
         // Packed tensors have no batch rows: all of their rows are tokens.
         let extent = Extent { batch: 1, queries: rows.queries, keys: rows.keys, items };
         self.launch_by_lists(attention, tensors, params, tile, extent)
@@ -269,7 +288,8 @@ impl CudaDevice {
         };
         let group = GROUP_ROWS as u32;
         params.q_map = encode(of_queries(tensors.q), group)?;
-        params.out_map = encode(of_queries(tensors.out), group)?;
+        // Not used where rows go to places of their own.
+        params.out_map = if params.out_rows == 0 { encode(of_queries(tensors.out), group)? } else { params.q_map };
         params.k_map = encode(of_keys(tensors.k), tile.keys())?;
         params.v_map = encode(of_keys(tensors.v), tile.keys())?;
         params.k_group_map = encode(of_keys(tensors.k), group)?;

@@ -475,7 +475,11 @@ impl Drop for Context {
             }
         };
         if let Some(pool) = self.pool {
-            // SAFETY: the pool is this context's own. The driver keeps its memory until the frees before this have run.
+            // What is free already, so that it is there for others at once: the driver keeps a pool's memory until all frees of it
+            // have run.
+            // SAFETY: the pool is this context's own.
+            report("free memory", unsafe { mem_pool::trim_to(pool, 0) });
+            // SAFETY: as above.
             report("a memory pool", unsafe { mem_pool::destroy(pool) });
         }
         if self.owner != Owner::Caller {

@@ -58,8 +58,9 @@ pub(super) struct AttentionParamsSm90 {
     pub zero_span_count: i32,
     /// `softmax_scale` · log2(e), not 0.
     pub score_scale: f32,
-    pub unused: i32,
-    pub padding: [u64; 2],
+    pub padded_rows: i32,
+    pub out_rows: u64,
+    pub inv_indices: u64,
 }
 
 const _: () = {
@@ -67,6 +68,7 @@ const _: () = {
     assert!(offset_of!(AttentionParamsSm90, out) == 768);
     assert!(offset_of!(AttentionParamsSm90, out_strides) == 864);
     assert!(offset_of!(AttentionParamsSm90, form) == 896);
+    assert!(offset_of!(AttentionParamsSm90, out_rows) == 944);
     assert!(size_of::<AttentionParamsSm90>() == 960);
 };
 
@@ -81,6 +83,7 @@ mod tests {
             format!("offsetof(AttentionParamsSm90, out) == {}", offset_of!(AttentionParamsSm90, out)),
             format!("offsetof(AttentionParamsSm90, out_strides) == {}", offset_of!(AttentionParamsSm90, out_strides)),
             format!("offsetof(AttentionParamsSm90, form) == {}", offset_of!(AttentionParamsSm90, form)),
+            format!("offsetof(AttentionParamsSm90, out_rows) == {}", offset_of!(AttentionParamsSm90, out_rows)),
             format!("sizeof(AttentionParamsSm90) == {}", size_of::<AttentionParamsSm90>()),
             format!("FORM_DENSE = {}", Form::Dense as i32),
             format!("FORM_PACKED = {}", Form::Packed as i32),

@@ -106,8 +106,8 @@ pub(super) struct TileSm90 {
     warpgroups: u32,
     /// Keys of a step.
     pub keys: u32,
-    /// Whether the output tile takes the query tile's place.
-    shares_query_tile: bool,
+    /// Query tiles that there is room for; outputs take their places.
+    query_tiles: u32,
 }
 
 /// What one call has to do, as far as the choice between shapes depends on it.
@@ -124,11 +124,11 @@ const COUNT_SM90: usize = count(HEADER_SM90);
 /// The table, the smallest width first.
 const TILES_SM90: [TileSm90; COUNT_SM90] = {
     let entries: [[u32; 5]; COUNT_SM90] = parse(HEADER_SM90);
-    let mut tiles = [TileSm90 { width: 0, warpgroups: 0, keys: 0, shares_query_tile: false }; COUNT_SM90];
+    let mut tiles = [TileSm90 { width: 0, warpgroups: 0, keys: 0, query_tiles: 0 }; COUNT_SM90];
     let mut i = 0;
     while i < COUNT_SM90 {
-        let [width, warpgroups, keys, shares_query_tile, _overlapped] = entries[i];
-        tiles[i] = TileSm90 { width, warpgroups, keys, shares_query_tile: shares_query_tile == 1 };
+        let [width, warpgroups, keys, query_tiles, _overlapped] = entries[i];
+        tiles[i] = TileSm90 { width, warpgroups, keys, query_tiles };
         i += 1;
     }
     tiles
@@ -180,10 +180,9 @@ impl TileSm90 {
         (self.warpgroups + 1) * WARPGROUP_THREADS
     }
 
-    /// Dynamic shared memory: the query and output tiles and the stages of key and value tiles.
+    /// Dynamic shared memory: the query tiles and the stages of key and value tiles.
     pub const fn shared_bytes(self) -> u32 {
-        let row_tiles = if self.shares_query_tile { 1 } else { 2 };
-        let rows = row_tiles * self.rows() + STAGES * STAGE_TENSORS * self.keys;
+        let rows = self.query_tiles * self.rows() + STAGES * STAGE_TENSORS * self.keys;
         rows * self.width * ELEMENT_BYTES + SHARED_BYTES_BESIDE_TILES
     }
 }

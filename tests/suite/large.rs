@@ -4,9 +4,11 @@ use std::fs;
 
 use anyhow::{Context, Result, ensure};
 use libtest_mimic::Completion;
+use rayon::iter::{IndexedParallelIterator, ParallelIterator};
+use rayon::slice::ParallelSlice;
 use varlen_fa::{
-    AttentionMask, DType, Device, Error, KeyMask, Layout, MaskedAttention, Path, Tensor, TensorView, TensorViewMut,
-    VarlenMeta, f16, pack, scatter_to_padded,
+    AttentionMask, DType, Device, DeviceMemory, Error, KeyMask, Layout, MaskedAttention, Path, Tensor, TensorView,
+    TensorViewMut, VarlenMeta, f16, pack, scatter_to_padded_into,
 };
 use varlen_fa_testkit::{OracleShape, random};
 
@@ -212,37 +214,56 @@ fn many_batch_rows(device: &Device, batch: usize) -> Result<Completion> {
     let keep = mask(batch, SEQ, |row, token| !(row % 50..row % 50 + 30).contains(&token));
     let meta = VarlenMeta::from_key_mask(&KeyMask::from_bool(batch, SEQ, &keep)?)?;
 
+    // One output, on the device and here: the pages of a new one would take longer than all the rest.
+    let layout = Layout::contiguous(&[batch, SEQ, HEADS, DIM])?;
+    let mut host = vec![f16::ZERO; batch * BATCH_ROW];
+    let mut memory = match DeviceMemory::alloc(device, 2 * host.len() as u64) {
+        Err(Error::OutOfMemory { why, .. }) => {
+            return Ok(Completion::ignored_with(format!("no memory for the output: {why}")));
+        }
+        memory => memory?,
+    };
     let capabilities = device.capabilities();
     for path in [Path::Dense, Path::Fused, Path::Packed] {
         for &kernel in capabilities.kernels.iter().filter(|kernel| path != Path::Fused || kernel.has_fused()) {
             let layer = MaskedAttention::new(device).with_path(path).with_kernel(kernel);
-            let attended = match layer.forward(&x, &x, &x, AttentionMask::Varlen(&meta)) {
+            let out = memory.view_mut(DType::F16, layout);
+            match layer.forward_into(&x, &x, &x, AttentionMask::Varlen(&meta), out) {
                 Err(Error::OutOfMemory { why, .. }) => {
                     return Ok(Completion::ignored_with(format!("{path} by {kernel}: no memory for it: {why}")));
                 }
                 attended => attended?,
             };
-            judge_batch_rows(&attended.out.to_vec::<f16>()?, &data, &keep)
-                .with_context(|| format!("{path} by {kernel}"))?;
+            memory.read(&mut host)?;
+            judge_batch_rows(&host, &data, &keep).with_context(|| format!("{path} by {kernel}"))?;
         }
     }
 
     let packed = pack(device, &x, &meta)?;
-    let scattered = scatter_to_padded(device, &packed, &meta)?.to_vec::<f16>()?;
-    for ((at, &keep), (got, expected)) in keep.iter().enumerate().zip(scattered.chunks(ROW).zip(data.chunks(ROW))) {
-        let is_right = if keep { got == expected } else { got.iter().all(|value| value.to_bits() == 0) };
-        ensure!(is_right, "pack and scatter: row {}, token {}", at / SEQ, at % SEQ);
-    }
+    scatter_to_padded_into(device, &packed, &meta, memory.view_mut(DType::F16, layout))?;
+    memory.read(&mut host)?;
+    let wrong = first_wrong_row(&host, &keep, |at, keep, got| {
+        if keep { got == &data[at * ROW..][..ROW] } else { got.iter().all(|value| value.to_bits() == 0) }
+    });
+    ensure!(wrong.is_none(), "pack and scatter: row and token {wrong:?}");
     Ok(Completion::Completed)
+}
+
+/// The batch row and token of the first row of `out` that is not right, by all the machine's threads.
+fn first_wrong_row(
+    out: &[f16],
+    keep: &[bool],
+    is_right: impl Fn(usize, bool, &[f16]) -> bool + Sync,
+) -> Option<(usize, usize)> {
+    let rows = out.par_chunks(HEADS * DIM).zip(keep).enumerate();
+    rows.position_first(|(at, (row, &keep))| !is_right(at, keep, row)).map(|at| (at / SEQ, at % SEQ))
 }
 
 /// Masked rows are zero and the others are not; some whole batch rows are held against the oracle.
 fn judge_batch_rows(out: &[f16], data: &[f16], keep: &[bool]) -> Result<()> {
     let batch = keep.len() / SEQ;
-    for ((at, &keep), row) in keep.iter().enumerate().zip(out.chunks(HEADS * DIM)) {
-        let is_zero = row.iter().all(|value| value.to_bits() == 0);
-        ensure!(keep != is_zero, "row {}, token {}: kept is {keep}, zero is {is_zero}", at / SEQ, at % SEQ);
-    }
+    let wrong = first_wrong_row(out, keep, |_, keep, row| keep != row.iter().all(|value| value.to_bits() == 0));
+    ensure!(wrong.is_none(), "row and token {wrong:?}: zero though it is kept, or the other way round");
     // The first and the last, and those around 2^30 bytes, 2^31 bytes and 2^32 bytes.
     for b in [0, 1, 1023, 1024, 2047, 2048, batch - 2, batch - 1].into_iter().filter(|&b| b < batch) {
         let values: Vec<f32> = data[b * BATCH_ROW..][..BATCH_ROW].iter().map(|value| value.to_f32()).collect();
