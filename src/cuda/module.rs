@@ -31,9 +31,7 @@ pub(super) struct Aligned<Bytes: ?Sized>(Bytes);
 
 static ATTENTION_SM80: &Aligned<[u8]> = &Aligned(*include_bytes!("../../kernels/prebuilt/attention_sm80.fatbin"));
 static ATTENTION_SM90: &Aligned<[u8]> = &Aligned(*include_bytes!("../../kernels/prebuilt/attention_sm90.fatbin"));
-/// Not part of the library before its emulated form has passed the whole suite; then `Some(&Aligned(*include_bytes!(..)))` here, and in xtask
-/// `attention_sm100` leaves `UNPROVEN`.
-static ATTENTION_SM100: Option<&Aligned<[u8]>> = None;
+static ATTENTION_SM100: &Aligned<[u8]> = &Aligned(*include_bytes!("../../kernels/prebuilt/attention_sm100.fatbin"));
 static METADATA: &Aligned<[u8]> = &Aligned(*include_bytes!("../../kernels/prebuilt/metadata.fatbin"));
 static PACK: &Aligned<[u8]> = &Aligned(*include_bytes!("../../kernels/prebuilt/pack.fatbin"));
 
@@ -50,7 +48,7 @@ impl ListImages {
         let (sm90, sm100) = match compute_capability {
             (9, 0) => (Some(ATTENTION_SM90), emulated_sm100()),
             // Code for the family of 10.0, of which 10.3 is.
-            (10, 0 | 3) => (None, ATTENTION_SM100),
+            (10, 0 | 3) => (None, Some(ATTENTION_SM100)),
             _ => (None, None),
         };
         Self { sm90, sm100 }
@@ -245,7 +243,7 @@ mod tests {
 
     #[test]
     fn images_are_fatbins_at_aligned_addresses() {
-        for image in [ATTENTION_SM80, ATTENTION_SM90, METADATA, PACK] {
+        for image in [ATTENTION_SM80, ATTENTION_SM90, ATTENTION_SM100, METADATA, PACK] {
             assert_eq!(image.0[..4], 0xba55_ed50_u32.to_le_bytes());
             assert!((image.0.as_ptr() as usize).is_multiple_of(16));
         }
@@ -271,6 +269,10 @@ mod tests {
         let sm90 = include_bytes!("../../kernels/attention_sm90.cu");
         for name in ["attention_sm90_f16_d##D", "attention_sm90_bf16_d##D"] {
             assert!(contains(sm90, name), "{name}");
+        }
+        let sm100 = include_bytes!("../../kernels/attention_sm100.cu");
+        for name in ["attention_sm100_f16_d##D", "attention_sm100_bf16_d##D"] {
+            assert!(contains(sm100, name), "{name}");
         }
         for form in [FormSm80::Plain, FormSm80::Masked, FormSm80::Fused] {
             for dtype in [DType::F16, DType::Bf16] {

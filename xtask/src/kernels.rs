@@ -59,9 +59,6 @@ fn targets(source: &str) -> Targets {
 const FLAGS: [&str; 8] =
     ["-fatbin", "-O3", "-std=c++17", "--compress-mode=size", "-Werror", "all-warnings", "-Xptxas", "-v"];
 
-/// Kernels that are compiled with all others and checked for spills, but are not part of the library yet.
-const UNPROVEN: [&str; 1] = ["attention_sm100"];
-
 /// The sm100 kernel over an emulation of what compute capability 9.0 lacks; with waits between its warps in the second form, and wrong
 /// on purpose in the third.
 const EMULATED: &str = "attention_sm100";
@@ -186,28 +183,20 @@ impl Kernels {
         let compiled = in_parallel(&names, threads, |name| self.compile_one(&compiler, &out, name, threads))?;
 
         let of_source = |name: &&str| format!("{name}.cu: {}", targets(name).flags.join(" "));
-        let flags: Vec<String> = FLAGS
-            .map(str::to_owned)
-            .into_iter()
-            .chain(names.iter().filter(|name| !UNPROVEN.contains(name)).map(of_source))
-            .collect();
+        let flags: Vec<String> = FLAGS.map(str::to_owned).into_iter().chain(names.iter().map(of_source)).collect();
         let mut manifest = Manifest::new(&compiler.version, PACKAGES, &flags, &self.headers);
         let mut fatbins = BTreeMap::new();
         let mut usages = vec![];
         let mut rows = vec![["source", "seconds", "kernels", "fatbin bytes"].map(str::to_owned).to_vec()];
         for ((name, source), one) in self.sources.iter().zip(compiled) {
-            if !UNPROVEN.contains(&name.as_str()) {
-                manifest.add(name, source, &one.fatbin);
-            }
+            manifest.add(name, source, &one.fatbin);
             rows.push(vec![
                 format!("{name}.cu"),
                 format!("{:.1}", one.time.as_secs_f64()),
                 (one.usages.len() / targets(name).archs.len()).to_string(),
                 one.fatbin.len().to_string(),
             ]);
-            if !UNPROVEN.contains(&name.as_str()) {
-                fatbins.insert(name.clone(), one.fatbin);
-            }
+            fatbins.insert(name.clone(), one.fatbin);
             usages.extend(one.usages);
         }
         println!("{}", compiler.version);
