@@ -5,10 +5,11 @@ use crate::device::Device;
 use crate::device_meta::DeviceVarlenMeta;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
+use crate::kernel::Kernel;
 use crate::layout::Layout;
 use crate::mask::KeyMask;
 use crate::meta::{CuSeqlens, VarlenMeta};
-use crate::plan::{Forced, Kernel, Path, Plan, plan_packed, plan_padded};
+use crate::plan::{Forced, Path, Plan, plan_packed, plan_padded};
 use crate::problem::{AttentionProblem, AttentionViews, MaskInfo, PackViews, ViewInfo, check_pack, check_scatter};
 use crate::tensor::{Tensor, TensorView, TensorViewMut};
 

@@ -5,6 +5,7 @@ use std::fmt;
 use std::str::FromStr;
 
 use crate::error::{Error, Result};
+use crate::kernel::Kernel;
 
 /// Which device to compute on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
@@ -22,6 +23,7 @@ pub enum DeviceChoice {
 }
 
 const DEVICE_NAMES: &str = "cuda, cuda:N, wgpu or cpu";
+const KERNEL_NAMES: &str = "cpu-tiled, wgsl-portable, sm80, sm90 or sm100";
 
 impl FromStr for DeviceChoice {
     type Err = Error;
@@ -61,6 +63,9 @@ pub struct Config {
     pub device: DeviceChoice,
     /// Compute every call densely, with the same contract (`VARLEN_FA=0`).
     pub force_dense: bool,
+    /// The only kernel to use (`VARLEN_FA_KERNEL`): others are neither used nor compared with it when the device is opened. Calls that it
+    /// cannot compute are errors. [`DeviceChoice::Auto`] takes the best device that has it.
+    pub kernel: Option<Kernel>,
     /// Upper bound of one storage binding on wgpu devices, in bytes; the adapter's own where there is none. 128 MiB is what a
     /// browser grants. Work on larger tensors is split by batch row.
     pub max_binding_bytes: Option<u64>,
@@ -71,20 +76,23 @@ impl Config {
     pub const VARLEN_VARIABLE: &'static str = "VARLEN_FA";
     /// `VARLEN_FA_DEVICE`: `cuda`, `cuda:N`, `wgpu` or `cpu`; unset picks the best device.
     pub const DEVICE_VARIABLE: &'static str = "VARLEN_FA_DEVICE";
+    /// `VARLEN_FA_KERNEL`: the name of the only [`Kernel`] to use, e.g. `sm80`; unset lets each call take the best one.
+    pub const KERNEL_VARIABLE: &'static str = "VARLEN_FA_KERNEL";
 
-    /// Reads `VARLEN_FA` and `VARLEN_FA_DEVICE`.
+    /// Reads `VARLEN_FA`, `VARLEN_FA_DEVICE` and `VARLEN_FA_KERNEL`.
     ///
     /// # Errors
     /// [`Error::Environment`] for a value that is not understood.
     pub fn from_env() -> Result<Self> {
-        Self::from_values(std::env::var_os(Self::VARLEN_VARIABLE), std::env::var_os(Self::DEVICE_VARIABLE))
+        let read = std::env::var_os::<&str>;
+        Self::from_values(read(Self::VARLEN_VARIABLE), read(Self::DEVICE_VARIABLE), read(Self::KERNEL_VARIABLE))
     }
 
-    /// The same, from given values of the two variables (`None` = unset).
+    /// The same, from given values of the three variables (`None` = unset).
     ///
     /// # Errors
     /// [`Error::Environment`] for a value that is not understood.
-    pub fn from_values(varlen: Option<OsString>, device: Option<OsString>) -> Result<Self> {
+    pub fn from_values(varlen: Option<OsString>, device: Option<OsString>, kernel: Option<OsString>) -> Result<Self> {
         let force_dense = match varlen.as_deref().map(|value| (value, value.to_str())) {
             None | Some((_, Some("1"))) => false,
             Some((_, Some("0"))) => true,
@@ -104,7 +112,16 @@ impl Config {
                 got.parse().map_err(|_| Error::Environment { variable, expected: DEVICE_NAMES, got })?
             }
         };
-        Ok(Self { device, force_dense, max_binding_bytes: None })
+        let kernel = match kernel {
+            None => None,
+            Some(value) => {
+                let got = value.to_string_lossy().into_owned();
+                let variable = Self::KERNEL_VARIABLE;
+                let known = Kernel::from_name(&got);
+                Some(known.ok_or(Error::Environment { variable, expected: KERNEL_NAMES, got })?)
+            }
+        };
+        Ok(Self { device, force_dense, kernel, max_binding_bytes: None })
     }
 
     /// The same settings with another device.
@@ -117,6 +134,12 @@ impl Config {
     #[must_use]
     pub fn with_force_dense(self, force_dense: bool) -> Self {
         Self { force_dense, ..self }
+    }
+
+    /// The same settings with one kernel alone, or with all of the device's.
+    #[must_use]
+    pub fn with_kernel(self, kernel: Option<Kernel>) -> Self {
+        Self { kernel, ..self }
     }
 
     /// The same settings with another [`max_binding_bytes`](Self::max_binding_bytes).

@@ -46,12 +46,12 @@ impl Device {
     ///
     /// # Errors
     /// [`Error::Environment`] for values that are not understood, [`Error::DeviceUnavailable`] if a device that was asked for
-    /// by name cannot be used.
+    /// by name cannot be used, [`Error::NotApplicable`] if it has not the kernel that was asked for (`VARLEN_FA_KERNEL`).
     pub fn from_env() -> Result<Self> {
         Self::with_config(Config::from_env()?)
     }
 
-    /// The given device; `VARLEN_FA` still applies, `VARLEN_FA_DEVICE` does not.
+    /// The given device; `VARLEN_FA` and `VARLEN_FA_KERNEL` still apply, `VARLEN_FA_DEVICE` does not.
     ///
     /// # Errors
     /// As [`from_env`](Self::from_env).
@@ -61,8 +61,12 @@ impl Device {
 
     /// A device with given settings; the environment is not read.
     ///
+    /// When a GPU is opened for the first time in a process, its newer kernels are compared with its oldest one, which takes some
+    /// milliseconds. One that fails is not used, as a warning in the log says: see [`Capabilities::kernels`].
+    ///
     /// # Errors
-    /// [`Error::DeviceUnavailable`] if a device that was asked for by name cannot be used.
+    /// [`Error::DeviceUnavailable`] if a device that was asked for by name cannot be used, [`Error::NotApplicable`] if it has not the
+    /// kernel that was asked for.
     pub fn with_config(config: Config) -> Result<Self> {
         let backend = match config.device {
             DeviceChoice::Auto => {
@@ -71,7 +75,10 @@ impl Device {
                         .inspect_err(|error| log::info!("{choice} is not selected: {error}"))
                         .ok()
                 });
-                backend.unwrap_or_else(CpuDevice::shared)
+                match backend {
+                    Some(backend) => backend,
+                    None => open(DeviceChoice::Cpu, Adapters::All, config)?,
+                }
             }
             choice => open(choice, Adapters::All, config)?,
         };
@@ -90,11 +97,12 @@ impl Device {
     /// Make one `Device` of a wgpu device and clone it: memory of one is foreign to another.
     ///
     /// # Errors
-    /// [`Error::DeviceLimit`] that names a limit which the shaders do not fit, [`Error::QueueMismatch`],
+    /// [`Error::DeviceLimit`] that names a limit which the shaders do not fit, [`Error::QueueMismatch`], [`Error::NotApplicable`],
     /// [`Error::DeviceLost`], [`Error::OutOfMemory`].
     #[cfg(feature = "wgpu")]
     pub fn from_wgpu(device: &::wgpu::Device, queue: &::wgpu::Queue, config: Config) -> Result<Self> {
         let backend = crate::wgpu_backend::WgpuDevice::foreign(device, queue, config.max_binding_bytes)?;
+        expect_kernel(&backend, config)?;
         log::info!("computing on the application's {}", backend.name());
         Ok(Self { backend: Arc::new(backend), config: config.with_device(DeviceChoice::Wgpu) })
     }
@@ -109,7 +117,8 @@ impl Device {
     ///   thread. It is made current during each call, and then again whichever was.
     /// - `stream`: a `CUstream` of that context. Null is the legacy default stream. `CU_STREAM_PER_THREAD` is refused: calls
     ///   from different threads would have no order.
-    /// - `config`: as everywhere, but for its `device`, which becomes that of the context.
+    /// - `config`: as everywhere, but for its `device`, which becomes that of the context. Where kernels are compared, as when
+    ///   [any device](Self::with_config) is opened, that is on a stream of the library's own.
     ///
     /// Kernels are loaded once a context, however many devices are made over it. Each device takes its own memory alone, and
     /// that of another stream is refused: nothing would order the work of the two. The caller who orders it with events can lay
@@ -163,7 +172,7 @@ impl Device {
     #[cfg(feature = "cuda")]
     pub unsafe fn from_cuda(context: *mut c_void, stream: *mut c_void, config: Config) -> Result<Self> {
         // SAFETY: by the caller's promise.
-        let (backend, ordinal) = unsafe { crate::cuda::over(context, stream) }?;
+        let (backend, ordinal) = unsafe { crate::cuda::over(context, stream, config.kernel) }?;
         log::info!("computing on {}", backend.name());
         Ok(Self { backend, config: config.with_device(DeviceChoice::Cuda(ordinal)) })
     }
@@ -259,19 +268,32 @@ pub(crate) enum Adapters {
 
 #[cfg_attr(not(feature = "wgpu"), expect(unused_variables, reason = "only wgpu has software adapters"))]
 fn open(choice: DeviceChoice, adapters: Adapters, config: Config) -> Result<Arc<dyn Backend>> {
-    match choice {
-        DeviceChoice::Auto | DeviceChoice::Cpu => Ok(CpuDevice::shared()),
+    let backend = match choice {
+        DeviceChoice::Auto | DeviceChoice::Cpu => CpuDevice::shared(),
         #[cfg(feature = "wgpu")]
         DeviceChoice::Wgpu => {
             let software = adapters == Adapters::All;
-            Ok(Arc::new(crate::wgpu_backend::WgpuDevice::open(software, config.max_binding_bytes)?))
+            Arc::new(crate::wgpu_backend::WgpuDevice::open(software, config.max_binding_bytes)?)
         }
         #[cfg(not(feature = "wgpu"))]
-        DeviceChoice::Wgpu => Err(not_built(choice, "wgpu")),
+        DeviceChoice::Wgpu => return Err(not_built(choice, "wgpu")),
         #[cfg(feature = "cuda")]
-        DeviceChoice::Cuda(ordinal) => crate::cuda::open(ordinal),
+        DeviceChoice::Cuda(ordinal) => crate::cuda::open(ordinal, config.kernel)?,
         #[cfg(not(feature = "cuda"))]
-        DeviceChoice::Cuda(_) => Err(not_built(choice, "cuda")),
+        DeviceChoice::Cuda(_) => return Err(not_built(choice, "cuda")),
+    };
+    expect_kernel(&*backend, config)?;
+    Ok(backend)
+}
+
+/// The kernel that the settings ask for is the device's.
+fn expect_kernel(backend: &dyn Backend, config: Config) -> Result<()> {
+    match config.kernel {
+        Some(kernel) if !backend.capabilities().kernels.contains(&kernel) => {
+            let why = format!("{} does not run it", backend.capabilities());
+            Err(Error::NotApplicable { argument: "kernel", got: kernel.name().to_owned(), why })
+        }
+        _ => Ok(()),
     }
 }
 

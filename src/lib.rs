@@ -29,12 +29,16 @@ mod dtype;
 #[cfg(feature = "wgpu")]
 mod encode;
 mod error;
+mod kernel;
 mod layout;
 mod mask;
 mod memory;
 mod meta;
 mod plan;
 mod problem;
+// CUDA devices alone have more than one kernel; its tests need none.
+#[cfg(any(feature = "cuda", test))]
+mod self_check;
 mod tensor;
 // Not `mod wgpu`: that name belongs to the crate, which is re-exported under it.
 #[cfg(feature = "wgpu")]
@@ -59,6 +63,18 @@ struct EmbeddingCuda;
 #[doc = include_str!("../docs/EMBEDDING.md")]
 struct EmbeddingWgpu;
 
+/// For this repository's tests: the sm100 kernel without a Blackwell GPU.
+#[cfg(feature = "emulated-sm100")]
+pub mod emulation {
+    /// Keeps the sm100 kernel in its emulated form, a fatbin of `cargo xtask kernels --emulated`. CUDA devices of compute capability 9.0 that
+    /// are opened from now on have [`Kernel::CudaSm100`](crate::Kernel::CudaSm100), and prefer it: do so before any is opened. False
+    /// if there is one already.
+    #[must_use]
+    pub fn set_sm100(fatbin: &[u8]) -> bool {
+        crate::cuda::set_emulated_sm100(fatbin)
+    }
+}
+
 pub use half::{bf16, f16};
 
 pub use crate::attention::{
@@ -73,11 +89,12 @@ pub use crate::dtype::{DType, Element};
 #[cfg(feature = "wgpu")]
 pub use crate::encode::{encode_pack, encode_scatter};
 pub use crate::error::{Error, Result};
+pub use crate::kernel::Kernel;
 pub use crate::layout::Layout;
 pub use crate::mask::{KeyMask, MaskDType, MaskInteger, Run};
 pub use crate::memory::DeviceMemory;
 pub use crate::meta::{CuSeqlens, VarlenMeta};
-pub use crate::plan::{Capabilities, Kernel, Path, Plan, Reason};
+pub use crate::plan::{Capabilities, Path, Plan, Reason};
 pub use crate::tensor::{Tensor, TensorView, TensorViewMut};
 #[cfg(feature = "wgpu")]
 pub use crate::wgpu_backend::Recorder;

@@ -5,8 +5,9 @@ use std::fmt;
 use crate::config::Config;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
+use crate::kernel::Kernel;
 use crate::meta::{GROUP_ROWS, VarlenMeta};
-use crate::problem::{AttentionProblem, MaskInfo};
+use crate::problem::{AttentionProblem, MAX_HEAD_DIM, MaskInfo};
 
 /// How a call is computed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -41,39 +42,15 @@ impl fmt::Display for Path {
     }
 }
 
-/// An implementation of attention.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-#[non_exhaustive]
-pub enum Kernel {
-    /// The CPU device's tiled kernel: SIMD products and softmax, dispatched at run time.
-    CpuTiled,
-    /// The WGSL kernel that needs no optional feature.
-    WgslPortable,
-    /// The CUDA kernel of every chip from compute capability 8.0 on: `mma.sync` and `cp.async`.
-    CudaSm80,
-    /// The CUDA kernel of compute capability 9.0 (Hopper): `wgmma` and TMA.
-    CudaSm90,
-}
-
+/// What kernels can do.
 impl Kernel {
-    /// The kernel's name, e.g. `wgsl-portable`.
-    #[must_use]
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::CpuTiled => "cpu-tiled",
-            Self::WgslPortable => "wgsl-portable",
-            Self::CudaSm80 => "sm80",
-            Self::CudaSm90 => "sm90",
-        }
-    }
-
     /// Whether it reads padded tensors in place, past what is masked.
     #[must_use]
     pub const fn has_fused(self) -> bool {
-        matches!(self, Self::CpuTiled | Self::CudaSm80 | Self::CudaSm90)
+        matches!(self, Self::CpuTiled | Self::CudaSm80 | Self::CudaSm90 | Self::CudaSm100)
     }
 
-    /// Whether its fused form works by lists of single rows, which a device can build too; the sm90 kernel's tiles are the host's
+    /// Whether its fused form works by lists of single rows, which a device can build too; the tiles of the others are the host's
     /// work.
     const fn fuses_by_rows(self) -> bool {
         matches!(self, Self::CpuTiled | Self::CudaSm80)
@@ -82,14 +59,29 @@ impl Kernel {
     /// Whether it adds a bias to the scores.
     #[must_use]
     pub const fn has_bias(self) -> bool {
-        !matches!(self, Self::CudaSm90)
+        !self.works_by_lists()
+    }
+
+    /// The largest head dimension that it computes with.
+    #[must_use]
+    pub const fn max_head_dim(self) -> usize {
+        match self {
+            Self::CudaSm100 => 128,
+            _ => MAX_HEAD_DIM,
+        }
+    }
+
+    /// Whether it takes padded tensors by lists of tiles, made of metadata on the host.
+    pub(crate) const fn works_by_lists(self) -> bool {
+        matches!(self, Self::CudaSm90 | Self::CudaSm100)
     }
 
     /// Why it cannot compute a call, if it cannot.
-    fn refuses(self, mask: Option<&MaskInfo<'_>>, is_dense: bool) -> Option<&'static str> {
+    fn refuses(self, head_dim: usize, mask: Option<&MaskInfo<'_>>, is_dense: bool) -> Option<&'static str> {
         match (self, mask) {
+            (kernel, _) if head_dim > kernel.max_head_dim() => Some("its tiles are not as wide as the head dimension"),
             (kernel, Some(MaskInfo::Bias(_))) if !kernel.has_bias() => Some("it adds no bias"),
-            (Self::CudaSm90, Some(MaskInfo::DeviceVarlen { .. })) if is_dense => {
+            (kernel, Some(MaskInfo::DeviceVarlen { .. })) if kernel.works_by_lists() && is_dense => {
                 Some("its dense form needs metadata that was built on the host")
             }
             _ => None,
@@ -99,18 +91,12 @@ impl Kernel {
     /// Whether it is the one to take where it can compute a call.
     fn suits(self, head_dim: usize) -> bool {
         // It computes with at least 64 columns.
-        self != Self::CudaSm90 || head_dim > SM90_LEAST_HEAD_DIM
+        !self.works_by_lists() || head_dim > LISTS_LEAST_HEAD_DIM
     }
 }
 
-/// Up to this head dimension the sm80 kernel, which has a form of 32 columns, has less to do than the sm90 kernel.
-const SM90_LEAST_HEAD_DIM: usize = 32;
-
-impl fmt::Display for Kernel {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.name())
-    }
-}
+/// Up to this head dimension the sm80 kernel, which has a form of 32 columns, has less to do than the newer ones.
+const LISTS_LEAST_HEAD_DIM: usize = 32;
 
 /// Why a path was taken. [`Display`](fmt::Display) says it in words.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -197,7 +183,8 @@ pub struct Capabilities {
     pub is_software: bool,
     /// Element types that it computes with.
     pub dtypes: &'static [DType],
-    /// Kernels that run on it, the preferred one first.
+    /// Kernels that run on it, the preferred one first; or the only one that [`Config::kernel`] allows. Of a GPU's, those that gave
+    /// on it what its oldest one gives.
     pub kernels: Vec<Kernel>,
     /// Bytes of the largest tensor.
     pub max_buffer_bytes: u64,
@@ -293,15 +280,17 @@ fn pick_kernel(
     is_dense: bool,
 ) -> Result<Kernel> {
     if let Some(kernel) = forced.kernel {
-        let why = match kernel.refuses(mask, is_dense) {
+        let why = match kernel.refuses(problem.shape.head_dim, mask, is_dense) {
             _ if !capabilities.kernels.contains(&kernel) => format!("{capabilities} does not run it"),
             Some(why) => why.to_owned(),
             None => return Ok(kernel),
         };
         return Err(not_applicable("kernel", kernel.name(), why));
     }
-    let able = || capabilities.kernels.iter().copied().filter(|kernel| kernel.refuses(mask, is_dense).is_none());
-    let suited = able().find(|kernel| kernel.suits(problem.shape.head_dim));
+    let head_dim = problem.shape.head_dim;
+    let able =
+        || capabilities.kernels.iter().copied().filter(|kernel| kernel.refuses(head_dim, mask, is_dense).is_none());
+    let suited = able().find(|kernel| kernel.suits(head_dim));
     suited
         .or_else(|| able().next())
         .ok_or_else(|| not_applicable("kernel", "any", format!("{capabilities} has no kernel for this call")))
@@ -382,7 +371,9 @@ mod tests {
             let outcome =
                 |kernels: &[Kernel]| plan(kernels, &mask, Forced::default()).map(|plan| (plan.path, plan.reason));
             assert_eq!(outcome(&[Kernel::CudaSm80])?, (Path::Fused, Reason::InPlace));
-            assert_eq!(outcome(&[Kernel::CudaSm90, Kernel::CudaSm80])?, hopper);
+            for by_lists in [Kernel::CudaSm90, Kernel::CudaSm100] {
+                assert_eq!(outcome(&[by_lists, Kernel::CudaSm80])?, hopper);
+            }
             assert_eq!(outcome(&[Kernel::WgslPortable])?, (Path::Packed, Reason::NoFusedKernel));
         }
         Ok(())

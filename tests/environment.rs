@@ -1,4 +1,4 @@
-//! `VARLEN_FA` and `VARLEN_FA_DEVICE`: every value as an argument, and the real variables in a process of their own.
+//! `VARLEN_FA`, `VARLEN_FA_DEVICE` and `VARLEN_FA_KERNEL`: every value as an argument, and the real variables in a process of their own.
 
 use std::env;
 use std::ffi::{OsStr, OsString};
@@ -6,7 +6,9 @@ use std::process::{Command, ExitCode};
 
 use anyhow::{Context, Result, ensure};
 use libtest_mimic::{Arguments, Failed, Trial};
-use varlen_fa::{AttentionMask, Config, Device, DeviceChoice, Error, KeyMask, MaskedAttention, Tensor, VarlenMeta};
+use varlen_fa::{
+    AttentionMask, Config, Device, DeviceChoice, Error, Kernel, KeyMask, MaskedAttention, Tensor, VarlenMeta,
+};
 
 /// Set in the processes that this test starts; they report what they see and end.
 const CHILD: &str = "VARLEN_FA_TEST_CHILD";
@@ -22,12 +24,14 @@ fn main() -> ExitCode {
     let trials = vec![
         trial("values/varlen_fa", values_of_varlen_fa),
         trial("values/varlen_fa_device", values_of_varlen_fa_device),
+        trial("values/varlen_fa_kernel", values_of_varlen_fa_kernel),
         trial("values/that_are_no_text", values_that_are_no_text),
         trial("values/device_choices_read_back", device_choices_read_back),
         trial("settings/are_set_one_by_one", settings_are_set_one_by_one),
         trial("process/nothing_set", process_with_nothing_set),
         trial("process/varlen_fa", process_with_varlen_fa),
         trial("process/varlen_fa_device", process_with_varlen_fa_device),
+        trial("process/varlen_fa_kernel", process_with_varlen_fa_kernel),
         trial("process/bad_values", process_with_bad_values),
         trial("process/absent_device", process_with_absent_device),
         trial("process/new_ignores_varlen_fa_device", process_new_ignores_varlen_fa_device),
@@ -36,7 +40,11 @@ fn main() -> ExitCode {
 }
 
 fn read(varlen: Option<&str>, device: Option<&str>) -> varlen_fa::Result<Config> {
-    Config::from_values(varlen.map(OsString::from), device.map(OsString::from))
+    Config::from_values(varlen.map(OsString::from), device.map(OsString::from), None)
+}
+
+fn read_kernel(kernel: &str) -> varlen_fa::Result<Config> {
+    Config::from_values(None, None, Some(kernel.into()))
 }
 
 fn bad_varlen(got: &str) -> Error {
@@ -45,6 +53,11 @@ fn bad_varlen(got: &str) -> Error {
 
 fn bad_device(got: &str) -> Error {
     Error::Environment { variable: "VARLEN_FA_DEVICE", expected: "cuda, cuda:N, wgpu or cpu", got: got.to_owned() }
+}
+
+fn bad_kernel(got: &str) -> Error {
+    let expected = "cpu-tiled, wgsl-portable, sm80, sm90 or sm100";
+    Error::Environment { variable: "VARLEN_FA_KERNEL", expected, got: got.to_owned() }
 }
 
 fn expect(result: varlen_fa::Result<Config>, expected: Error) -> Result<()> {
@@ -109,21 +122,36 @@ fn values_of_varlen_fa_device() -> Result<()> {
     Ok(())
 }
 
+fn values_of_varlen_fa_kernel() -> Result<()> {
+    ensure!(Config::default().kernel.is_none() && read(None, None)?.kernel.is_none());
+    for kernel in [Kernel::CpuTiled, Kernel::WgslPortable, Kernel::CudaSm80, Kernel::CudaSm90, Kernel::CudaSm100] {
+        let expected = Config::default().with_kernel(Some(kernel));
+        ensure!(read_kernel(kernel.name())? == expected && expected.kernel == Some(kernel), "{kernel}");
+        ensure!(expected.with_kernel(None) == Config::default(), "{kernel}");
+    }
+    for got in ["", " ", "SM80", "sm_80", "sm80 ", " sm80", "sm8", "80", "cpu", "auto", "sm80,sm90", "sm120"] {
+        expect(read_kernel(got), bad_kernel(got))?;
+    }
+    Ok(())
+}
+
 /// Values that are not Unicode are values that are not understood.
 #[cfg(unix)]
 fn values_that_are_no_text() -> Result<()> {
     use std::os::unix::ffi::OsStringExt;
     let broken = || Some(OsString::from_vec(b"c\xffu".to_vec()));
-    expect(Config::from_values(broken(), None), bad_varlen("c\u{fffd}u"))?;
-    expect(Config::from_values(None, broken()), bad_device("c\u{fffd}u"))
+    expect(Config::from_values(broken(), None, None), bad_varlen("c\u{fffd}u"))?;
+    expect(Config::from_values(None, broken(), None), bad_device("c\u{fffd}u"))?;
+    expect(Config::from_values(None, None, broken()), bad_kernel("c\u{fffd}u"))
 }
 
 #[cfg(not(unix))]
 fn values_that_are_no_text() -> Result<()> {
     use std::os::windows::ffi::OsStringExt;
     let broken = || Some(OsString::from_wide(&[0xd800]));
-    expect(Config::from_values(broken(), None), bad_varlen("\u{fffd}"))?;
-    expect(Config::from_values(None, broken()), bad_device("\u{fffd}"))
+    expect(Config::from_values(broken(), None, None), bad_varlen("\u{fffd}"))?;
+    expect(Config::from_values(None, broken(), None), bad_device("\u{fffd}"))?;
+    expect(Config::from_values(None, None, broken()), bad_kernel("\u{fffd}"))
 }
 
 fn device_choices_read_back() -> Result<()> {
@@ -162,11 +190,18 @@ fn plan(device: &Device) -> varlen_fa::Result<String> {
     Ok(format!("{} since {}", plan.path, plan.reason))
 }
 
-/// Starts this program anew with the two variables set or unset.
+/// Starts this program anew with the first two variables set or unset.
 fn process(varlen: Option<&str>, device: Option<&str>) -> Result<(String, String)> {
+    process_with([varlen, device, None])
+}
+
+/// The same with all three.
+fn process_with([varlen, device, kernel]: [Option<&str>; 3]) -> Result<(String, String)> {
     let mut command = Command::new(env::current_exe()?);
     command.env(CHILD, "1");
-    for (variable, value) in [(Config::VARLEN_VARIABLE, varlen), (Config::DEVICE_VARIABLE, device)] {
+    for (variable, value) in
+        [(Config::VARLEN_VARIABLE, varlen), (Config::DEVICE_VARIABLE, device), (Config::KERNEL_VARIABLE, kernel)]
+    {
         match value {
             Some(value) => command.env(variable, OsStr::new(value)),
             None => command.env_remove(variable),
@@ -223,7 +258,32 @@ fn process_with_varlen_fa_device() -> Result<()> {
     Ok(())
 }
 
+fn process_with_varlen_fa_kernel() -> Result<()> {
+    // The CPU's kernel picks the CPU, whatever else there is; nothing else of the CPU has another's.
+    let (from_env, new) = process_with([None, None, Some("cpu-tiled")])?;
+    ensure!(from_env == new && new.starts_with("cpu force_dense=false "), "got {from_env} and {new}");
+    let (_, new) = process_with([None, None, Some("sm80")])?;
+    ensure!(new.starts_with("NotApplicable { argument: \"kernel\", got: \"sm80\", why: \"cpu ("), "got {new}");
+    // Every device with each of its kernels, alone.
+    for report in Device::list() {
+        let Ok(capabilities) = report.status else { continue };
+        for kernel in capabilities.kernels {
+            let config = Config::default().with_device(report.choice).with_kernel(Some(kernel));
+            let device = Device::with_config(config)?;
+            ensure!(device.capabilities().kernels == [kernel], "{}: {:?}", report.choice, device.capabilities());
+            let choice = report.choice.to_string();
+            let (from_env, _) = process_with([None, Some(&choice), Some(kernel.name())])?;
+            let start = format!("{} force_dense=false ", capabilities.backend);
+            ensure!(from_env.starts_with(&start), "{choice} with {kernel}: got {from_env}");
+        }
+    }
+    Ok(())
+}
+
 fn process_with_bad_values() -> Result<()> {
+    let (from_env, new) = process_with([None, None, Some("fastest")])?;
+    let expected = format!("{:?}", bad_kernel("fastest"));
+    ensure!(from_env == expected && new == expected, "got {from_env} and {new}");
     let (from_env, new) = process(Some("yes"), None)?;
     let expected = format!("{:?}", bad_varlen("yes"));
     ensure!(from_env == expected && new == expected, "got {from_env} and {new}");

@@ -238,6 +238,8 @@ enum varlen_fa_kernel
   VARLEN_FA_KERNEL_CUDA_SM80 = 3,
   // The CUDA kernel of compute capability 9.0.
   VARLEN_FA_KERNEL_CUDA_SM90 = 4,
+  // The CUDA kernel of compute capability 10.0 and 10.3.
+  VARLEN_FA_KERNEL_CUDA_SM100 = 5,
   // In plans: one that this header has no name for; the text names it.
   VARLEN_FA_KERNEL_UNLISTED = 255,
 };
@@ -514,7 +516,8 @@ const char *varlen_fa_version_string(void);
 // argument, what was expected and what came. The text is valid until the thread's next call that fails, or its end.
 const char *varlen_fa_last_error(void);
 
-// Opens a device. VARLEN_FA=0 in the environment makes it compute everything densely, with the same results.
+// Opens a device. VARLEN_FA=0 in the environment makes it compute everything densely, with the same results; VARLEN_FA_KERNEL (e.g.
+// `sm80`) makes it use that kernel alone, and is refused with NOT_APPLICABLE where the device does not have it.
 //
 // `kind`: where to compute. AUTO takes what VARLEN_FA_DEVICE asks for (`cuda`, `cuda:N`, `wgpu` or `cpu`), or the best device
 // present.

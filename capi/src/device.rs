@@ -13,7 +13,8 @@ use crate::types::{
     varlen_fa_device, varlen_fa_device_info, varlen_fa_device_kind, varlen_fa_dtype, varlen_fa_kernel, varlen_fa_status,
 };
 
-/// Opens a device. VARLEN_FA=0 in the environment makes it compute everything densely, with the same results.
+/// Opens a device. VARLEN_FA=0 in the environment makes it compute everything densely, with the same results; VARLEN_FA_KERNEL (e.g.
+/// `sm80`) makes it use that kernel alone, and is refused with NOT_APPLICABLE where the device does not have it.
 ///
 /// `kind`: where to compute. AUTO takes what VARLEN_FA_DEVICE asks for (`cuda`, `cuda:N`, `wgpu` or `cpu`), or the best device
 /// present.
@@ -136,6 +137,7 @@ pub(crate) fn kernel_of(kernel: Kernel) -> varlen_fa_kernel {
         Kernel::WgslPortable => varlen_fa_kernel::WgslPortable,
         Kernel::CudaSm80 => varlen_fa_kernel::CudaSm80,
         Kernel::CudaSm90 => varlen_fa_kernel::CudaSm90,
+        Kernel::CudaSm100 => varlen_fa_kernel::CudaSm100,
         _ => varlen_fa_kernel::Unlisted,
     }
 }
@@ -148,6 +150,7 @@ pub(crate) fn forced_kernel(kernel: varlen_fa_kernel) -> Result<Option<Kernel>> 
         varlen_fa_kernel::WgslPortable => Ok(Some(Kernel::WgslPortable)),
         varlen_fa_kernel::CudaSm80 => Ok(Some(Kernel::CudaSm80)),
         varlen_fa_kernel::CudaSm90 => Ok(Some(Kernel::CudaSm90)),
+        varlen_fa_kernel::CudaSm100 => Ok(Some(Kernel::CudaSm100)),
         varlen_fa_kernel::Unlisted => {
             Err(Failure::argument(varlen_fa_status::BadValue, "options.kernel", "a kernel", "UNLISTED"))
         }

@@ -163,6 +163,8 @@ pub enum varlen_fa_kernel {
     CudaSm80 = 3,
     /// The CUDA kernel of compute capability 9.0.
     CudaSm90 = 4,
+    /// The CUDA kernel of compute capability 10.0 and 10.3.
+    CudaSm100 = 5,
     /// In plans: one that this header has no name for; the text names it.
     Unlisted = 255,
 }
@@ -453,6 +455,7 @@ unsafe impl Choice for varlen_fa_kernel {
         (Self::WgslPortable, "wgsl-portable"),
         (Self::CudaSm80, "sm80"),
         (Self::CudaSm90, "sm90"),
+        (Self::CudaSm100, "sm100"),
     ];
 }
 

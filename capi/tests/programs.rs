@@ -105,7 +105,7 @@ fn compile(library: &Library, source: &str, linkage: Linkage) -> Result<Command>
 
 /// Without the variables that the library reads.
 fn clean(program: &mut Command) {
-    program.env_remove("VARLEN_FA").env_remove("VARLEN_FA_DEVICE");
+    program.env_remove("VARLEN_FA").env_remove("VARLEN_FA_DEVICE").env_remove("VARLEN_FA_KERNEL");
 }
 
 fn python(library: &Library, device: &str) -> Result<Completion> {
@@ -161,8 +161,12 @@ fn dense_is_forced(library: &Library) -> Result<Completion> {
 
 fn bad_value(library: &Library) -> Result<Completion> {
     let mut program = compile(library, "examples/masked_attention.c", Linkage::Shared)?;
-    let output = program.arg("auto").env("VARLEN_FA_DEVICE", "tpu").output()?;
-    let said = String::from_utf8_lossy(&output.stderr);
-    ensure!(!output.status.success() && said.contains("VARLEN_FA_DEVICE") && said.contains("tpu"), "got {said}");
+    program.arg("auto");
+    for (variable, value) in [("VARLEN_FA_DEVICE", "tpu"), ("VARLEN_FA_KERNEL", "fastest")] {
+        clean(&mut program);
+        let output = program.env(variable, value).output()?;
+        let said = String::from_utf8_lossy(&output.stderr);
+        ensure!(!output.status.success() && said.contains(variable) && said.contains(value), "got {said}");
+    }
     Ok(Completion::Completed)
 }

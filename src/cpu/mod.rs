@@ -17,8 +17,9 @@ use crate::backend::{Backend, MetadataPlace, Op, Sink, Source, Storage, Timing, 
 use crate::cache::DeviceId;
 use crate::dtype::DType;
 use crate::error::Result;
+use crate::kernel::Kernel;
 use crate::meta::VarlenMeta;
-use crate::plan::{Capabilities, Kernel};
+use crate::plan::Capabilities;
 
 const NAME: &str = "cpu";
 

@@ -5,8 +5,9 @@ use std::f32::consts::LOG2_E;
 use crate::backend::{Attention, Rows};
 use crate::dtype::DType;
 use crate::error::Result;
+use crate::kernel::Kernel;
 use crate::meta::CuSeqlens;
-use crate::plan::{Kernel, Path};
+use crate::plan::Path;
 use crate::problem::AttentionShape;
 
 use super::copy::RowShape;
@@ -80,10 +81,10 @@ impl CudaDevice {
         let mut scratch = Vec::new();
         // The output first: one that is refused is refused before anything is launched.
         let out = self.output("out", &attention.out)?.place_output()?;
-        let is_sm90 = attention.plan.kernel == Kernel::CudaSm90;
+        let by_lists = attention.plan.kernel.works_by_lists();
         let mut place = |name, input| {
             let operand = self.input(name, input)?;
-            match is_sm90 {
+            match by_lists {
                 true => self.place_input_for_maps(&operand, &mut scratch),
                 false => self.place_input(&operand, &mut scratch),
             }
@@ -91,8 +92,8 @@ impl CudaDevice {
         let (q, k, v) = (place("q", &attention.q)?, place("k", &attention.k)?, place("v", &attention.v)?);
         let tensors = Tensors { q, k, v, out };
         match &attention.rows {
-            Rows::Dense { key_mask, zero_rows, .. } if is_sm90 => {
-                self.attend_dense_sm90(attention, &tensors, *key_mask, *zero_rows)
+            Rows::Dense { key_mask, zero_rows, .. } if by_lists => {
+                self.attend_dense_by_lists(attention, &tensors, *key_mask, *zero_rows)
             }
             Rows::Dense { key_mask, zero_rows, bias } => {
                 self.attend_dense_sm80(attention, &tensors, *key_mask, *zero_rows, bias.as_ref())
@@ -119,8 +120,8 @@ impl CudaDevice {
                 }
                 self.attend_packed(attention, &tensors, &rows)
             }
-            Rows::Varlen { query, key } if attention.plan.path == Path::Fused && is_sm90 => {
-                self.attend_fused_sm90(attention, &tensors, query, key)
+            Rows::Varlen { query, key } if attention.plan.path == Path::Fused && by_lists => {
+                self.attend_fused_by_lists(attention, &tensors, query, key)
             }
             Rows::Varlen { query, key } => {
                 let tables = [self.host_tables(query)?, self.host_tables(key)?];
@@ -146,7 +147,7 @@ impl CudaDevice {
 
     fn attend_packed(&self, attention: &Attention<'_>, tensors: &Tensors, rows: &PackedRows<'_>) -> Result<()> {
         match attention.plan.kernel {
-            Kernel::CudaSm90 => self.attend_packed_sm90(attention, tensors, rows),
+            kernel if kernel.works_by_lists() => self.attend_packed_by_lists(attention, tensors, rows),
             _ => self.attend_packed_sm80(attention, tensors, rows),
         }
     }

@@ -1,10 +1,12 @@
-//! Launches of `attention_sm90`: dense, on packed rows, and on padded tensors in place by lists of tiles.
+//! Launches of `attention_sm90` and `attention_sm100`, which take the same parameters: dense, on packed rows, and on padded tensors in
+//! place by lists of tiles.
 
 use std::iter;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::backend::Attention;
 use crate::error::{Error, Result};
+use crate::kernel::Kernel;
 use crate::mask::KeyMask;
 use crate::meta::{GROUP_ROWS, VarlenMeta};
 use crate::problem::AttentionShape;
@@ -16,7 +18,7 @@ use super::module::Entry;
 use super::params_sm90::{AttentionParamsSm90, Form};
 use super::tensor_map::MappedTensor;
 use super::tile_lists::TileLists;
-use super::tiles::{TileSm90, WorkSm90};
+use super::tiles::{ListTile, TileSm90, TileSm100, WorkSm90};
 
 /// Lists on the device.
 #[derive(Debug)]
@@ -32,7 +34,7 @@ struct ListsCopy {
 }
 
 /// What a copy of lists depends on beside the query's metadata: the key's, by its id, and the tile.
-type ListsKey = (u64, TileSm90);
+type ListsKey = (u64, ListTile);
 
 /// What a mask or metadata keeps of each kind at most, but for what a graph may use. A request has one or two kinds of keys and one
 /// head dimension; only queries that outlive their keys many times over come to more.
@@ -107,7 +109,7 @@ const ZEROED_ROWS: usize = 256;
 
 impl CudaDevice {
     /// Every query row; keys by the mask, and rows that `zero_rows` drops as zeros.
-    pub(super) fn attend_dense_sm90(
+    pub(super) fn attend_dense_by_lists(
         &self,
         attention: &Attention<'_>,
         tensors: &Tensors,
@@ -122,7 +124,7 @@ impl CudaDevice {
             let params = AttentionParamsSm90 { form: Form::Dense as i32, groups: batch as i32, ..params };
             let tiles = seq_q.div_ceil(tile.rows() as usize) * batch;
             let extent = Extent { batch, queries: seq_q, keys: seq_k, items: tiles * num_heads };
-            return self.launch_attention_sm90(attention, tensors, params, tile, extent);
+            return self.launch_by_lists(attention, tensors, params, tile, extent);
         };
         let metas = mask.copies().get_or_make(self.id, || Ok(DenseMetas::default()))?;
         let is_captured = self.context.is_captured()?;
@@ -139,7 +141,7 @@ impl CudaDevice {
     }
 
     /// Valid query rows and keys of padded tensors; other rows as zeros.
-    pub(super) fn attend_fused_sm90(
+    pub(super) fn attend_fused_by_lists(
         &self,
         attention: &Attention<'_>,
         tensors: &Tensors,
@@ -160,7 +162,7 @@ impl CudaDevice {
         attention: &Attention<'_>,
         tensors: &Tensors,
         params: AttentionParamsSm90,
-        tile: TileSm90,
+        tile: ListTile,
         (query, key): (&VarlenMeta, &VarlenMeta),
         (key_mask, row_mask): (&KeyMask, Option<&KeyMask>),
     ) -> Result<()> {
@@ -186,10 +188,10 @@ impl CudaDevice {
         let AttentionShape { batch, seq_q, seq_k, num_heads, .. } = attention.problem.shape;
         let items = (lists.query_tiles + lists.zero_span_count) * num_heads;
         let extent = Extent { batch, queries: seq_q, keys: seq_k, items };
-        self.launch_attention_sm90(attention, tensors, params, tile, extent)
+        self.launch_by_lists(attention, tensors, params, tile, extent)
     }
 
-    pub(super) fn attend_packed_sm90(
+    pub(super) fn attend_packed_by_lists(
         &self,
         attention: &Attention<'_>,
         tensors: &Tensors,
@@ -232,7 +234,7 @@ impl CudaDevice {
         };
         // Packed tensors have no batch rows: all of their rows are tokens.
         let extent = Extent { batch: 1, queries: rows.queries, keys: rows.keys, items };
-        self.launch_attention_sm90(attention, tensors, params, tile, extent)
+        self.launch_by_lists(attention, tensors, params, tile, extent)
     }
 
     /// The tile for sequences of so many queries and keys.
@@ -240,16 +242,19 @@ impl CudaDevice {
         &self,
         attention: &Attention<'_>,
         lengths: impl Iterator<Item = (usize, usize)> + Clone,
-    ) -> Result<TileSm90> {
+    ) -> Result<ListTile> {
         let AttentionShape { num_heads, head_dim, .. } = attention.problem.shape;
+        if attention.plan.kernel == Kernel::CudaSm100 {
+            return TileSm100::of(head_dim).map(ListTile::Sm100).ok_or(Error::HeadDim { got: head_dim });
+        }
         let work = WorkSm90 { lengths, heads: num_heads, multiprocessors: self.multiprocessors };
-        TileSm90::of(head_dim, &work).ok_or(Error::HeadDim { got: head_dim })
+        TileSm90::of(head_dim, &work).map(ListTile::Sm90).ok_or(Error::HeadDim { got: head_dim })
     }
 
-    fn lists(&self, query: &VarlenMeta, key: &VarlenMeta, tile: TileSm90) -> Result<Arc<ListsCopy>> {
+    fn lists(&self, query: &VarlenMeta, key: &VarlenMeta, tile: ListTile) -> Result<Arc<ListsCopy>> {
         let copies = query.copies().get_or_make(self.id, || Ok(ListsCopies::default()))?;
         copies.get_or_make((key.id(), tile), self.context.is_captured()?, || {
-            let lists = TileLists::new(query, key, tile.rows() as usize, tile.keys as usize);
+            let lists = TileLists::new(query, key, tile.rows() as usize, tile.keys() as usize);
             Ok(ListsCopy {
                 batches: self.uploaded(bytemuck::cast_slice(&lists.batches))?,
                 query_groups: self.uploaded(bytemuck::cast_slice(&lists.query_groups))?,
@@ -263,12 +268,12 @@ impl CudaDevice {
         })
     }
 
-    fn launch_attention_sm90(
+    fn launch_by_lists(
         &self,
         attention: &Attention<'_>,
         tensors: &Tensors,
         mut params: AttentionParamsSm90,
-        tile: TileSm90,
+        tile: ListTile,
         Extent { batch, queries, keys, items }: Extent,
     ) -> Result<()> {
         let AttentionShape { num_heads, num_kv_heads, head_dim, .. } = attention.problem.shape;
@@ -285,11 +290,11 @@ impl CudaDevice {
         params.q_map = encode(of_queries(tensors.q), group)?;
         // Not used where rows go to places of their own.
         params.out_map = if params.out_rows == 0 { encode(of_queries(tensors.out), group)? } else { params.q_map };
-        params.k_map = encode(of_keys(tensors.k), tile.keys)?;
-        params.v_map = encode(of_keys(tensors.v), tile.keys)?;
+        params.k_map = encode(of_keys(tensors.k), tile.keys())?;
+        params.v_map = encode(of_keys(tensors.v), tile.keys())?;
         params.k_group_map = encode(of_keys(tensors.k), group)?;
         params.v_group_map = encode(of_keys(tensors.v), group)?;
-        let function = self.function(Entry::AttentionSm90 { dtype, tile })?;
+        let function = self.function(Entry::AttentionByLists { dtype, tile })?;
         // Blocks are as many as run at once, and take one item after the other. Fits: a chip has few multiprocessors.
         let blocks = items.min(self.multiprocessors) as u32;
         // SAFETY: the tensors have the problem's shape and lie inside their buffers, those of packed rows as `cu_seqlens` says

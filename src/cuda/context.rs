@@ -45,6 +45,8 @@ enum Owner {
     Library(sys::CUdevice),
     /// Both the caller's, who keeps them until this is dropped.
     Caller,
+    /// A stream that nobody else has, in a context that another [`Context`] keeps.
+    Stream,
 }
 
 /// Memory from [`Context::alloc`].
@@ -141,6 +143,22 @@ impl Context {
         Ok(Self { raw, stream, owner: Owner::Caller, pool, unfreed: Mutex::default(), faults })
     }
 
+    /// The same context with a stream and a pool of its own; to be dropped before this. The context is current.
+    pub fn with_own_stream(&self, index: i32) -> Result<Self, DriverError> {
+        let _relaxed = Relaxed::enter()?;
+        let stream = stream::create(stream::StreamKind::NonBlocking)?;
+        let pool = result::device::get(index).map(|device| own_pool(device, index));
+        let pool = pool.inspect_err(|_| {
+            // SAFETY: made above, and nothing else has it.
+            let destroyed = unsafe { stream::destroy(stream) };
+            if let Err(error) = destroyed {
+                log::debug!("a stream is not destroyed: {error}");
+            }
+        })?;
+        let faults = Faults::new(self.faults.device_name());
+        Ok(Self { raw: self.raw, stream, owner: Owner::Stream, pool, unfreed: Mutex::default(), faults })
+    }
+
     /// Makes the context current; every other method wants that.
     pub fn enter(&self) -> Result<Current> {
         self.faults.check()?;
@@ -174,7 +192,7 @@ impl Context {
     fn capture_status(&self) -> Result<bool, DriverError> {
         match self.owner {
             // Nobody else has the stream.
-            Owner::Library(_) => Ok(false),
+            Owner::Library(_) | Owner::Stream => Ok(false),
             // SAFETY: the stream is live.
             Owner::Caller => unsafe { is_captured(self.stream) },
         }
@@ -464,9 +482,11 @@ impl Drop for Context {
             // SAFETY: as above.
             report("a memory pool", unsafe { mem_pool::destroy(pool) });
         }
-        if let Owner::Library(device) = self.owner {
+        if self.owner != Owner::Caller {
             // SAFETY: the stream is this context's own; the driver lets it finish its work.
             report("a stream", unsafe { stream::destroy(self.stream) });
+        }
+        if let Owner::Library(device) = self.owner {
             // SAFETY: retained in `open`, once.
             report("a context", unsafe { primary_ctx::release(device) });
         }

@@ -13,14 +13,15 @@ use crate::cache::DeviceId;
 use crate::config::DeviceChoice;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
+use crate::kernel::Kernel;
 use crate::meta::VarlenMeta;
-use crate::plan::{Capabilities, Kernel};
+use crate::plan::Capabilities;
 
 use super::caller::{self, CallerHandles};
 use super::context::Context;
 use super::fault::{self, Faults};
 use super::memory::CudaBuffer;
-use super::module::{Entry, Function, KERNELS_CUDA, Modules};
+use super::module::{Entry, Function, KERNELS_CUDA, ListImages, Modules};
 use super::probe::{self, CudaDeviceInfo};
 use super::timer::Timers;
 
@@ -29,7 +30,7 @@ use super::timer::Timers;
 pub(super) struct CudaDevice {
     pub(super) id: DeviceId,
     name: Arc<str>,
-    capabilities: Capabilities,
+    pub(super) capabilities: Capabilities,
     pub(super) context: Arc<Context>,
     pub(super) multiprocessors: usize,
     modules: Arc<Modules>,
@@ -37,8 +38,8 @@ pub(super) struct CudaDevice {
 }
 
 impl CudaDevice {
-    /// Opens the device with an ordinal.
-    pub fn open(ordinal: usize) -> Result<Self> {
+    /// Opens the device with an ordinal, for one kernel alone or for all that can be trusted.
+    pub fn open(ordinal: usize, kernel: Option<Kernel>) -> Result<Self> {
         let unavailable =
             |why: String| Error::DeviceUnavailable { device: DeviceChoice::Cuda(ordinal).to_string(), why };
         let info = CudaDeviceInfo::probe(ordinal).map_err(unavailable)?;
@@ -48,17 +49,19 @@ impl CudaDevice {
         let capabilities = capabilities_of(&info);
         let name: Arc<str> = capabilities.to_string().into();
         // Fits: the driver counts devices in an i32, and has this one.
-        let context = Context::open(ordinal as i32, Faults::new(&name)).map_err(|error| {
+        let index = ordinal as i32;
+        let context = Context::open(index, Faults::new(&name)).map_err(|error| {
             unavailable(format!("{info}: making a CUDA context failed: {}", fault::describe(error)))
         })?;
-        Self::in_context(context, name, capabilities, &info).map_err(unavailable)
+        let device = Self::in_context(context, name, capabilities, &info).map_err(unavailable)?;
+        device.with_trusted_kernels(index, kernel)
     }
 
     /// A device over the caller's context and stream, and its ordinal.
     ///
     /// # Safety
     /// As of [`CallerHandles::check`]; both live until the last copy of the device and of everything made with it is dropped.
-    pub unsafe fn over(context: *mut c_void, stream: *mut c_void) -> Result<(Self, usize)> {
+    pub unsafe fn over(context: *mut c_void, stream: *mut c_void, kernel: Option<Kernel>) -> Result<(Self, usize)> {
         let unavailable =
             |why: String| Error::DeviceUnavailable { device: "cuda (the caller's context)".to_owned(), why };
         CallerHandles::check_values(context, stream)?;
@@ -81,7 +84,7 @@ impl CudaDevice {
         // Never negative: the driver counts devices from 0.
         let ordinal = handles.index.unsigned_abs() as usize;
         let device = Self::in_context(context, name, capabilities, &info).map_err(unavailable)?;
-        Ok((device, ordinal))
+        Ok((device.with_trusted_kernels(handles.index, kernel)?, ordinal))
     }
 
     /// The device with its kernels; otherwise, why they cannot be had.
@@ -93,7 +96,8 @@ impl CudaDevice {
     ) -> Result<Self, String> {
         let modules = {
             let _current = context.enter().map_err(|error| error.to_string())?;
-            Modules::of(&context, has_sm90(info)).map_err(|error| format!("{info}: {}", why_not_loaded(error)))?
+            Modules::of(&context, ListImages::of(info.compute_capability))
+                .map_err(|error| format!("{info}: {}", why_not_loaded(error)))?
         };
         Ok(Self {
             id: DeviceId::unique(),
@@ -103,6 +107,21 @@ impl CudaDevice {
             // Never negative: the driver counts them.
             multiprocessors: info.multiprocessors.unsigned_abs().max(1) as usize,
             modules,
+            timers: Timers::default(),
+        })
+    }
+
+    /// Another device over the same context and kernels, on a stream of its own; to be dropped first.
+    pub(super) fn on_own_stream(&self, index: i32) -> Result<Self> {
+        let _current = self.context.enter()?;
+        let context = self.context.done(self.context.with_own_stream(index), "making a stream")?;
+        Ok(Self {
+            id: DeviceId::unique(),
+            name: Arc::clone(&self.name),
+            capabilities: self.capabilities.clone(),
+            context: Arc::new(context),
+            multiprocessors: self.multiprocessors,
+            modules: Arc::clone(&self.modules),
             timers: Timers::default(),
         })
     }
@@ -163,17 +182,12 @@ fn capabilities_of(info: &CudaDeviceInfo) -> Capabilities {
         adapter: format!("{}, sm_{major}{minor}, driver CUDA {driver}", info.name),
         is_software: false,
         dtypes: &[DType::F16, DType::Bf16],
-        kernels: if has_sm90(info) { vec![Kernel::CudaSm90, Kernel::CudaSm80] } else { vec![Kernel::CudaSm80] },
+        kernels: ListImages::of(info.compute_capability).kernels().chain([Kernel::CudaSm80]).collect(),
         max_buffer_bytes: info.memory_bytes,
         // Kernels count bytes in 64 bits.
         max_binding_bytes: info.memory_bytes,
         has_timestamps: true,
     }
-}
-
-/// Whether the chip runs code for 9.0a, which no other does.
-fn has_sm90(info: &CudaDeviceInfo) -> bool {
-    info.compute_capability == (9, 0)
 }
 
 fn older_driver(version: i32) -> String {
@@ -277,7 +291,7 @@ mod tests {
 
     #[test]
     fn a_device_that_is_not_there_is_unavailable_with_the_reason() {
-        let error = CudaDevice::open(usize::MAX).err();
+        let error = CudaDevice::open(usize::MAX, None).err();
         assert!(matches!(error, Some(Error::DeviceUnavailable { why, .. }) if why.contains("NVIDIA driver")));
     }
 
@@ -287,7 +301,7 @@ mod tests {
             [(0, 2, "stream"), (0x10, 0, "context"), (0x7f00_1003_usize, 0_usize, "context"), (0, 8, "stream")]
         {
             // SAFETY: no driver is asked about handles that are refused by their values.
-            let refused = unsafe { CudaDevice::over(context as *mut c_void, stream as *mut c_void) }.err();
+            let refused = unsafe { CudaDevice::over(context as *mut c_void, stream as *mut c_void, None) }.err();
             assert!(
                 matches!(&refused, Some(Error::Handle { argument, .. }) if *argument == expected),
                 "{context:#x}, {stream:#x}: {refused:?}"

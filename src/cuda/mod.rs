@@ -15,6 +15,7 @@
 //! | `placement` | where tensors lie, and copies of those that lie at odd places |
 //! | `metadata` | device copies of masks and metadata |
 //! | `attention`, `attention_sm80`, `attention_sm90`, `copy` | launches |
+//! | `trust` | which of a GPU's kernels its own self-check lets be used |
 //! | `timer` | GPU time by events |
 
 mod attention;
@@ -37,32 +38,35 @@ mod tensor_map;
 mod tile_lists;
 mod tiles;
 mod timer;
+mod trust;
 
-use std::collections::BTreeMap;
 use std::ffi::c_void;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::backend::{Backend, Storage, foreign_memory};
 use crate::error::Result;
+use crate::kernel::Kernel;
 
 use device::CudaDevice;
 
 /// The CUDA device with an ordinal. There is one for each ordinal in a process, shared by all who open it: they use the same
-/// context anyway, and so take one another's tensors.
+/// context anyway, and so take one another's tensors. With one kernel alone it is another device.
 ///
 /// # Errors
 /// [`DeviceUnavailable`](crate::Error::DeviceUnavailable) with the reason: no driver, too old a driver, no such device, too old a device, or no memory for a
 /// context. [`DeviceLost`](crate::Error::DeviceLost) if its context was lost earlier in this process.
-pub(crate) fn open(ordinal: usize) -> Result<Arc<dyn Backend>> {
-    static OPENED: Mutex<BTreeMap<usize, Arc<CudaDevice>>> = Mutex::new(BTreeMap::new());
-    // A panic while it is held leaves the map as it was: devices are only inserted whole.
+pub(crate) fn open(ordinal: usize, kernel: Option<Kernel>) -> Result<Arc<dyn Backend>> {
+    type Opened = Vec<((usize, Option<Kernel>), Arc<CudaDevice>)>;
+    static OPENED: Mutex<Opened> = Mutex::new(Vec::new());
+    // A panic while it is held leaves the list as it was: devices are only added whole.
     let mut opened = OPENED.lock().unwrap_or_else(PoisonError::into_inner);
-    if let Some(device) = opened.get(&ordinal) {
+    let asked = (ordinal, kernel);
+    if let Some((_, device)) = opened.iter().find(|(key, _)| *key == asked) {
         device.check()?;
         return Ok(Arc::clone(device) as Arc<dyn Backend>);
     }
-    let device = Arc::new(CudaDevice::open(ordinal)?);
-    opened.insert(ordinal, Arc::clone(&device));
+    let device = Arc::new(CudaDevice::open(ordinal, kernel)?);
+    opened.push((asked, Arc::clone(&device)));
     Ok(device)
 }
 
@@ -73,10 +77,20 @@ pub(crate) fn open(ordinal: usize) -> Result<Arc<dyn Backend>> {
 ///
 /// # Safety
 /// As of [`Device::from_cuda`](crate::Device::from_cuda).
-pub(crate) unsafe fn over(context: *mut c_void, stream: *mut c_void) -> Result<(Arc<dyn Backend>, usize)> {
+pub(crate) unsafe fn over(
+    context: *mut c_void,
+    stream: *mut c_void,
+    kernel: Option<Kernel>,
+) -> Result<(Arc<dyn Backend>, usize)> {
     // SAFETY: by the caller's promise.
-    let (device, ordinal) = unsafe { CudaDevice::over(context, stream) }?;
+    let (device, ordinal) = unsafe { CudaDevice::over(context, stream, kernel) }?;
     Ok((Arc::new(device), ordinal))
+}
+
+/// Keeps the sm100 kernel in its emulated form for devices that are opened from now on; false if there is one already.
+#[cfg(feature = "emulated-sm100")]
+pub(crate) fn set_emulated_sm100(fatbin: &[u8]) -> bool {
+    module::set_emulated_sm100(fatbin)
 }
 
 /// The caller's memory as a CUDA device's.

@@ -4,6 +4,8 @@
 use std::collections::{BTreeMap, HashMap};
 use std::ffi::{CString, c_void};
 use std::fmt;
+#[cfg(feature = "emulated-sm100")]
+use std::sync::OnceLock;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use cudarc::driver::DriverError;
@@ -12,23 +14,83 @@ use cudarc::driver::sys::{CUfunction, CUfunction_attribute, CUmodule, CUresult};
 
 use crate::dtype::DType;
 use crate::error::Result;
+use crate::kernel::Kernel;
 
 use super::capture::Relaxed;
 use super::context::Context;
-use super::tiles::{FormSm80, Tile, TileSm90};
+use super::tiles::{FormSm80, ListTile, Tile};
 
 /// The CUDA version whose compiler made the kernels, as the driver counts: 1000 · major + 10 · minor. Older drivers do not load
 /// them.
 pub(super) const KERNELS_CUDA: i32 = 13_000;
 
 /// Bytes at a multiple of 16, as the driver reads the headers of a fatbin in place.
+#[cfg_attr(feature = "emulated-sm100", derive(Clone))]
 #[repr(C, align(16))]
-struct Aligned<Bytes: ?Sized>(Bytes);
+pub(super) struct Aligned<Bytes: ?Sized>(Bytes);
 
 static ATTENTION_SM80: &Aligned<[u8]> = &Aligned(*include_bytes!("../../kernels/prebuilt/attention_sm80.fatbin"));
 static ATTENTION_SM90: &Aligned<[u8]> = &Aligned(*include_bytes!("../../kernels/prebuilt/attention_sm90.fatbin"));
+static ATTENTION_SM100: &Aligned<[u8]> = &Aligned(*include_bytes!("../../kernels/prebuilt/attention_sm100.fatbin"));
 static METADATA: &Aligned<[u8]> = &Aligned(*include_bytes!("../../kernels/prebuilt/metadata.fatbin"));
 static PACK: &Aligned<[u8]> = &Aligned(*include_bytes!("../../kernels/prebuilt/pack.fatbin"));
+
+/// The kernels of single architectures that a chip runs.
+#[derive(Clone, Copy)]
+pub(super) struct ListImages {
+    sm90: Option<&'static Aligned<[u8]>>,
+    sm100: Option<&'static Aligned<[u8]>>,
+}
+
+impl ListImages {
+    /// For a compute capability.
+    pub fn of(compute_capability: (i32, i32)) -> Self {
+        let (sm90, sm100) = match compute_capability {
+            (9, 0) => (Some(ATTENTION_SM90), emulated_sm100()),
+            // Code for the family of 10.0, of which 10.3 is.
+            (10, 0 | 3) => (None, Some(ATTENTION_SM100)),
+            _ => (None, None),
+        };
+        Self { sm90, sm100 }
+    }
+
+    /// The kernels, the preferred one first.
+    pub fn kernels(self) -> impl Iterator<Item = Kernel> {
+        let sm100 = self.sm100.map(|_| Kernel::CudaSm100);
+        sm100.into_iter().chain(self.sm90.map(|_| Kernel::CudaSm90))
+    }
+}
+
+/// The sm100 kernel in its emulated form, which compute capability 9.0 runs.
+#[cfg(feature = "emulated-sm100")]
+fn emulated_sm100() -> Option<&'static Aligned<[u8]>> {
+    EMULATED_SM100.get().copied()
+}
+
+#[cfg(not(feature = "emulated-sm100"))]
+fn emulated_sm100() -> Option<&'static Aligned<[u8]>> {
+    None
+}
+
+#[cfg(feature = "emulated-sm100")]
+static EMULATED_SM100: OnceLock<&'static Aligned<[u8]>> = OnceLock::new();
+
+/// Keeps a fatbin for devices that are opened from now on; false if there is one already.
+#[cfg(feature = "emulated-sm100")]
+pub(super) fn set_emulated_sm100(fatbin: &[u8]) -> bool {
+    // At a multiple of 16 bytes, and there as long as the process.
+    let words = fatbin.len().div_ceil(16).max(1);
+    let blocks: &'static mut [Aligned<[u8; 16]>] = Box::leak(vec![Aligned([0; 16]); words].into_boxed_slice());
+    for (block, bytes) in blocks.iter_mut().zip(fatbin.chunks(16)) {
+        block.0[..bytes.len()].copy_from_slice(bytes);
+    }
+    let bytes = std::ptr::slice_from_raw_parts(blocks.as_ptr().cast::<u8>(), words * 16);
+    #[expect(clippy::cast_ptr_alignment, reason = "the blocks are aligned like what they become")]
+    // SAFETY: the blocks are 16 bytes each without padding, initialised and never freed; `Aligned<[u8]>` is laid out like its slice,
+    // with the alignment that blocks have.
+    let image = unsafe { &*(bytes as *const Aligned<[u8]>) };
+    EMULATED_SM100.set(image).is_ok()
+}
 
 /// A kernel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -38,8 +100,16 @@ pub(super) enum Entry {
     MetadataCount,
     MetadataScan,
     MetadataIndex,
-    Attention { dtype: DType, tile: Tile, form: FormSm80 },
-    AttentionSm90 { dtype: DType, tile: TileSm90 },
+    Attention {
+        dtype: DType,
+        tile: Tile,
+        form: FormSm80,
+    },
+    /// sm90 and sm100.
+    AttentionByLists {
+        dtype: DType,
+        tile: ListTile,
+    },
 }
 
 /// A kernel that is ready to be launched.
@@ -53,8 +123,9 @@ pub(super) struct Function {
 /// The modules of one context.
 pub(super) struct Modules {
     attention: CUmodule,
-    /// Only on compute capability 9.0.
+    /// Only where they run.
     attention_sm90: Option<CUmodule>,
+    attention_sm100: Option<CUmodule>,
     metadata: CUmodule,
     pack: CUmodule,
     functions: Mutex<HashMap<Entry, Function>>,
@@ -77,7 +148,7 @@ impl Modules {
     /// The kernels in a context, which is current; they are loaded if they are not there yet.
     ///
     /// They stay until the context is destroyed, and graphs that were captured may go on to run them when the device is dropped.
-    pub fn of(context: &Context, has_sm90: bool) -> Result<Arc<Self>, DriverError> {
+    pub fn of(context: &Context, images: ListImages) -> Result<Arc<Self>, DriverError> {
         // By the number of the context, which a later context at the same address does not have. What is kept of a context that
         // is destroyed is a few handles that nobody finds again; it does not keep the context.
         static LOADED: Mutex<BTreeMap<u64, Arc<Modules>>> = Mutex::new(BTreeMap::new());
@@ -87,22 +158,28 @@ impl Modules {
         if let Some(modules) = loaded.get(&number) {
             return Ok(Arc::clone(modules));
         }
-        let modules = Arc::new(Self::load(has_sm90)?);
+        let modules = Arc::new(Self::load(images)?);
         loaded.insert(number, Arc::clone(&modules));
         Ok(modules)
     }
 
     /// Loads the kernels into the current context.
-    fn load(has_sm90: bool) -> Result<Self, DriverError> {
+    fn load(images: ListImages) -> Result<Self, DriverError> {
         // Another thread may be capturing a stream.
         let _relaxed = Relaxed::enter()?;
-        let load = |image: &'static Aligned<[u8]>| {
+        let load = |image: &Aligned<[u8]>| {
             // SAFETY: the image is a whole, aligned fatbin, whose header says how long it is.
             unsafe { module::load_data(image.0.as_ptr().cast::<c_void>()) }
         };
         let (attention, metadata, pack) = (load(ATTENTION_SM80)?, load(METADATA)?, load(PACK)?);
-        let attention_sm90 = has_sm90.then(|| load(ATTENTION_SM90)).transpose()?;
-        Ok(Self { attention, attention_sm90, metadata, pack, functions: Mutex::default() })
+        // Without them there are the others: calls fail, so that they are not trusted.
+        let load_extra = |image: Option<&Aligned<[u8]>>, kernel: Kernel| {
+            let loaded = image.map(load).transpose();
+            loaded.inspect_err(|error| log::debug!("kernel {kernel} is not loaded: {error}")).ok().flatten()
+        };
+        let attention_sm90 = load_extra(images.sm90, Kernel::CudaSm90);
+        let attention_sm100 = load_extra(images.sm100, Kernel::CudaSm100);
+        Ok(Self { attention, attention_sm90, attention_sm100, metadata, pack, functions: Mutex::default() })
     }
 
     /// A kernel; the context that the modules were loaded into is current.
@@ -129,10 +206,15 @@ impl Modules {
             Entry::Attention { dtype, tile, form } => {
                 (self.attention, attention_name(dtype, tile, form), tile.shared_bytes(form))
             }
-            Entry::AttentionSm90 { dtype, tile } => {
+            Entry::AttentionByLists { dtype, tile } => {
+                let module = match tile {
+                    ListTile::Sm90(_) => self.attention_sm90,
+                    ListTile::Sm100(_) => self.attention_sm100,
+                };
                 // Planned only where it runs.
-                let module = self.attention_sm90.ok_or(DriverError(CUresult::CUDA_ERROR_NOT_FOUND))?;
-                (module, format!("attention_sm90_{dtype}_{}", tile.name()), tile.shared_bytes())
+                let module = module.ok_or(DriverError(CUresult::CUDA_ERROR_NOT_FOUND))?;
+                let (kernel, shape) = tile.names();
+                (module, format!("attention_{kernel}_{dtype}_{shape}"), tile.shared_bytes())
             }
         };
         // No name holds a zero byte; one that did would not be found.
@@ -161,7 +243,7 @@ mod tests {
 
     #[test]
     fn images_are_fatbins_at_aligned_addresses() {
-        for image in [ATTENTION_SM80, ATTENTION_SM90, METADATA, PACK] {
+        for image in [ATTENTION_SM80, ATTENTION_SM90, ATTENTION_SM100, METADATA, PACK] {
             assert_eq!(image.0[..4], 0xba55_ed50_u32.to_le_bytes());
             assert!((image.0.as_ptr() as usize).is_multiple_of(16));
         }
@@ -187,6 +269,10 @@ mod tests {
         let sm90 = include_bytes!("../../kernels/attention_sm90.cu");
         for name in ["attention_sm90_f16_d##D", "attention_sm90_bf16_d##D"] {
             assert!(contains(sm90, name), "{name}");
+        }
+        let sm100 = include_bytes!("../../kernels/attention_sm100.cu");
+        for name in ["attention_sm100_f16_d##D", "attention_sm100_bf16_d##D"] {
+            assert!(contains(sm100, name), "{name}");
         }
         for form in [FormSm80::Plain, FormSm80::Masked, FormSm80::Fused] {
             for dtype in [DType::F16, DType::Bf16] {

@@ -180,11 +180,6 @@ impl TileSm90 {
         (self.warpgroups + 1) * WARPGROUP_THREADS
     }
 
-    /// Columns of a panel, as tiles lie in shared memory.
-    pub const fn panel(self) -> u32 {
-        if self.width.is_multiple_of(64) { 64 } else { 32 }
-    }
-
     /// Dynamic shared memory: the query tiles and the stages of key and value tiles.
     pub const fn shared_bytes(self) -> u32 {
         let rows = self.query_tiles * self.rows() + STAGES * STAGE_TENSORS * self.keys;
@@ -203,6 +198,120 @@ const _: () = {
     }
     assert!(TILES_SM90[COUNT_SM90 - 1].width as usize == crate::problem::MAX_HEAD_DIM);
 };
+
+/// Sizes of the sm100 kernel for one compiled head dimension.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) struct TileSm100 {
+    /// Head dimension that the kernel is compiled for; smaller ones run in it too.
+    pub width: u32,
+    /// Stages of keys, and of values.
+    stages: u32,
+}
+
+const HEADER_SM100: &[u8] = include_bytes!("../../kernels/include/tile_shape_sm100.cuh");
+const COUNT_SM100: usize = count(HEADER_SM100);
+/// The table, the smallest width first.
+const TILES_SM100: [TileSm100; COUNT_SM100] = {
+    let entries: [[u32; 2]; COUNT_SM100] = parse(HEADER_SM100);
+    let mut tiles = [TileSm100 { width: 0, stages: 0 }; COUNT_SM100];
+    let mut i = 0;
+    while i < COUNT_SM100 {
+        let [width, stages] = entries[i];
+        tiles[i] = TileSm100 { width, stages };
+        i += 1;
+    }
+    tiles
+};
+
+/// Rows of a query tile, of which a block has two, and keys of a step.
+const TILE_ROWS_SM100: u32 = 128;
+const QUERY_TILES_SM100: u32 = 2;
+const THREADS_SM100: u32 = 512;
+/// Shared memory for barriers, factors and what warps tell one another.
+const SHARED_BYTES_BESIDE_TILES_SM100: u32 = 3072;
+
+impl TileSm100 {
+    /// The smallest tile that holds a head dimension.
+    pub fn of(head_dim: usize) -> Option<Self> {
+        TILES_SM100.into_iter().find(|tile| tile.width as usize >= head_dim)
+    }
+
+    /// Dynamic shared memory: the query tiles, the stages of key and value tiles and the output tile.
+    pub const fn shared_bytes(self) -> u32 {
+        let tiles = QUERY_TILES_SM100 + STAGE_TENSORS * self.stages + 1;
+        tiles * TILE_ROWS_SM100 * self.width * ELEMENT_BYTES + SHARED_BYTES_BESIDE_TILES_SM100
+    }
+}
+
+const _: () = {
+    let mut i = 0;
+    while i < COUNT_SM100 {
+        let tile = TILES_SM100[i];
+        // As much as on compute capability 9.0; and more than half of it, so that a multiprocessor runs one block.
+        assert!(tile.shared_bytes() <= MAX_SHARED_BYTES_SM90 && tile.shared_bytes() > MAX_SHARED_BYTES_SM90 / 2);
+        assert!(i == 0 || TILES_SM100[i - 1].width < tile.width);
+        i += 1;
+    }
+    assert!(TILES_SM100[COUNT_SM100 - 1].width as usize == crate::kernel::Kernel::CudaSm100.max_head_dim());
+};
+
+/// The tile of a kernel that works by lists.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) enum ListTile {
+    Sm90(TileSm90),
+    Sm100(TileSm100),
+}
+
+impl ListTile {
+    /// Query rows of a block.
+    pub const fn rows(self) -> u32 {
+        match self {
+            Self::Sm90(tile) => tile.rows(),
+            Self::Sm100(_) => QUERY_TILES_SM100 * TILE_ROWS_SM100,
+        }
+    }
+
+    /// Keys of a step.
+    pub const fn keys(self) -> u32 {
+        match self {
+            Self::Sm90(tile) => tile.keys,
+            Self::Sm100(_) => TILE_ROWS_SM100,
+        }
+    }
+
+    /// Threads of a block.
+    pub const fn threads(self) -> u32 {
+        match self {
+            Self::Sm90(tile) => tile.threads(),
+            Self::Sm100(_) => THREADS_SM100,
+        }
+    }
+
+    /// Columns of a panel, as tiles lie in shared memory.
+    pub const fn panel(self) -> u32 {
+        let width = match self {
+            Self::Sm90(tile) => tile.width,
+            Self::Sm100(tile) => tile.width,
+        };
+        if width.is_multiple_of(64) { 64 } else { 32 }
+    }
+
+    /// Dynamic shared memory of a block.
+    pub const fn shared_bytes(self) -> u32 {
+        match self {
+            Self::Sm90(tile) => tile.shared_bytes(),
+            Self::Sm100(tile) => tile.shared_bytes(),
+        }
+    }
+
+    /// The kernel's name, but for the element type.
+    pub fn names(self) -> (&'static str, String) {
+        match self {
+            Self::Sm90(tile) => ("sm90", tile.name()),
+            Self::Sm100(tile) => ("sm100", format!("d{}", tile.width)),
+        }
+    }
+}
 
 /// Where the next entry's numbers start: an entry is `X(` and a digit.
 const fn next_entry(text: &[u8], mut at: usize) -> Option<usize> {
@@ -283,6 +392,37 @@ mod tests {
         };
         assert_eq!(name(4096).as_deref(), Some("d128_w3"));
         assert_eq!(name(1024).as_deref(), Some("d128_w2"));
+    }
+
+    #[test]
+    fn every_head_dim_that_sm100_has_is_in_the_narrowest_tile() {
+        for (head_dim, width) in [(8, 64), (64, 64), (72, 96), (96, 96), (104, 128), (128, 128)] {
+            assert_eq!(TileSm100::of(head_dim).map(|tile| tile.width), Some(width), "{head_dim}");
+        }
+        assert_eq!(TileSm100::of(136), None);
+    }
+
+    /// As attention_sm100.cu lays it out.
+    #[test]
+    fn a_block_of_sm100_has_two_query_tiles_an_output_tile_and_its_stages() {
+        for (head_dim, stages, panel) in [(64, 4, 64), (96, 3, 32), (128, 2, 64)] {
+            let tile = TileSm100::of(head_dim).map(ListTile::Sm100);
+            let found = tile.map(|tile| (tile.rows(), tile.keys(), tile.threads(), tile.panel(), tile.shared_bytes()));
+            let tile_bytes = 128 * head_dim as u32 * 2;
+            assert_eq!(found, Some((256, 128, 512, panel, (3 + 2 * stages) * tile_bytes + 3072)), "{head_dim}");
+            assert_eq!(tile.map(ListTile::names), Some(("sm100", format!("d{head_dim}"))));
+        }
+    }
+
+    #[test]
+    fn lists_of_sm90_are_those_of_its_own_shapes() {
+        let work = WorkSm90 { lengths: [(4133, 4133)].into_iter(), heads: 24, multiprocessors: 132 };
+        let tile = TileSm90::of(128, &work);
+        let by_lists = tile.map(ListTile::Sm90);
+        assert_eq!(by_lists.map(ListTile::rows), tile.map(TileSm90::rows));
+        assert_eq!(by_lists.map(ListTile::threads), tile.map(TileSm90::threads));
+        assert_eq!(by_lists.map(ListTile::shared_bytes), tile.map(TileSm90::shared_bytes));
+        assert_eq!(by_lists.map(ListTile::names), tile.map(|tile| ("sm90", tile.name())));
     }
 
     #[test]

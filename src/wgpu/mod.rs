@@ -25,8 +25,9 @@ use crate::backend::{Backend, Op, Sink, Source, Storage, Timing, no_device_table
 use crate::cache::DeviceId;
 use crate::dtype::DType;
 use crate::error::Result;
+use crate::kernel::Kernel;
 use crate::meta::VarlenMeta;
-use crate::plan::{Capabilities, Kernel};
+use crate::plan::Capabilities;
 
 use buffer::{Allocator, WgpuBuffer};
 use fault::Faults;

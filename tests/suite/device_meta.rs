@@ -31,7 +31,7 @@ pub fn register(trials: &mut Trials) {
 
 fn paths_that_need_the_host(variant: &Variant) -> Result<()> {
     let is_refused = match variant.path {
-        Some(Path::Dense | Path::Fused) => variant.kernel == Kernel::CudaSm90,
+        Some(Path::Dense | Path::Fused) => matches!(variant.kernel, Kernel::CudaSm90 | Kernel::CudaSm100),
         _ => false,
     };
     match masks(variant).as_ref().map_err(|error| error.downcast_ref()) {
@@ -203,7 +203,7 @@ fn plan(device: &Device) -> Result<Completion> {
     let (plan, _) = call.run_as(&variant, AttentionMask::DeviceVarlen(&meta))?;
     let expected = match kernel {
         // Its lists of tiles are the host's work.
-        Kernel::CudaSm90 => (Path::Packed, Reason::MetadataOnDevice),
+        Kernel::CudaSm90 | Kernel::CudaSm100 => (Path::Packed, Reason::MetadataOnDevice),
         _ => (Path::Fused, Reason::InPlace),
     };
     ensure!((plan.path, plan.reason) == expected, "{plan}");

@@ -4,7 +4,7 @@ use std::fs;
 
 use anyhow::{Context, Result, ensure};
 use libtest_mimic::Completion;
-use rayon::iter::{IndexedParallelIterator, ParallelIterator};
+use rayon::iter::IndexedParallelIterator;
 use rayon::slice::ParallelSlice;
 use varlen_fa::{
     AttentionMask, DType, Device, DeviceMemory, Error, KeyMask, Layout, MaskedAttention, Path, Tensor, TensorView,

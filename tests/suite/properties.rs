@@ -103,6 +103,7 @@ struct Random {
 impl Random {
     fn check(&self, variant: &Variant) -> Result<()> {
         let mut shape = self.shape;
+        shape.head_dim = shape.head_dim.min(variant.kernel.max_head_dim());
         if matches!(self.kind, Kind::Varlen) || self.is_fused_qkv {
             shape.seq_k = shape.seq_q;
         }

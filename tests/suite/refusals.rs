@@ -382,8 +382,9 @@ fn forced_paths_and_kernels(device: &Device) -> Result<()> {
     if !device.capabilities().kernels[0].has_fused() {
         is_refused(Path::Fused, varlen)?;
     }
-    for kernel in [Kernel::CpuTiled, Kernel::WgslPortable, Kernel::CudaSm80, Kernel::CudaSm90] {
+    for kernel in [Kernel::CpuTiled, Kernel::WgslPortable, Kernel::CudaSm80, Kernel::CudaSm90, Kernel::CudaSm100] {
         if device.capabilities().kernels.contains(&kernel) {
+            too_wide_for(kernel, &stage)?;
             continue;
         }
         let call = stage.call();
@@ -397,6 +398,24 @@ fn forced_paths_and_kernels(device: &Device) -> Result<()> {
         let options = VarlenOptions::default().with_kernel(kernel);
         expect(varlen_attention(device, [&q, &q, &q], &cu, &cu, options), &error)?;
     }
+    Ok(())
+}
+
+/// The first head dimension that a kernel of the device does not have, if there is one: forced, it is refused; otherwise another
+/// kernel takes the call.
+fn too_wide_for(kernel: Kernel, stage: &Stage) -> Result<()> {
+    let head_dim = kernel.max_head_dim() + 8;
+    if head_dim > 256 {
+        return Ok(());
+    }
+    let x = stage.ones(&[2, 6, 4, head_dim])?;
+    let layer = MaskedAttention::new(&stage.device);
+    let error = layer.clone().with_kernel(kernel).forward(&x, &x, &x, AttentionMask::None).err();
+    let error = error.with_context(|| format!("{kernel} ran at head_dim {head_dim}"))?;
+    let is_refusal = matches!(&error, Error::NotApplicable { argument: "kernel", got, .. } if got == kernel.name());
+    ensure!(is_refusal, "got {error:?}");
+    let plan = layer.forward(&x, &x, &x, AttentionMask::None)?.plan;
+    ensure!(plan.kernel != kernel, "got {plan}");
     Ok(())
 }
 

@@ -36,7 +36,7 @@ fn register_head_dims(trials: &mut Trials) {
 }
 
 fn head_dims(variant: &Variant, step: usize) -> Result<()> {
-    for head_dim in (8..=256).rev().step_by(step) {
+    for head_dim in (8..=variant.kernel.max_head_dim()).rev().step_by(step) {
         let shape = OracleShape { batch: 2, seq_q: 35, seq_k: 35, heads: 2, kv_heads: 1, head_dim };
         let keep = random::bernoulli_mask(head_dim as u64, 70, 0.7)?;
         let call = Call::random(shape, Mask::Varlen(keep), variant.dtype, 1);

@@ -128,7 +128,7 @@ impl Trials {
     ) {
         for kernel in self.device.capabilities().kernels.clone() {
             // Others than packed need to know the mask on the host.
-            let only_packed = kernel == Kernel::CudaSm90;
+            let only_packed = matches!(kernel, Kernel::CudaSm90 | Kernel::CudaSm100);
             for path in [Path::Dense, Path::Fused, Path::Packed] {
                 let is_taken = path == Path::Packed || !only_packed && (path == Path::Dense || kernel.has_fused());
                 if is_taken {

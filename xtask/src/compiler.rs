@@ -55,6 +55,12 @@ impl Compiler {
         Ok(Self { nvcc, version: version.to_owned() })
     }
 
+    /// Where programs find the CUDA runtime, which is not where the compiler looks by itself.
+    pub fn libraries(&self) -> Result<PathBuf> {
+        let home = self.nvcc.parent().and_then(Path::parent).context("the compiler is in no folder")?;
+        Ok(home.join("lib"))
+    }
+
     /// A run of the compiler.
     pub fn command(&self) -> Command {
         let mut command = Command::new(&self.nvcc);

@@ -31,6 +31,10 @@ struct Targets {
 
 /// Sources named after an architecture use what it alone has.
 fn targets(source: &str) -> Targets {
+    if source.ends_with("_sm100") {
+        // The family of 10.0, of which 10.3 is.
+        return Targets { archs: &["sm_100f"], flags: &["-gencode", "arch=compute_100f,code=sm_100f"] };
+    }
     if source.ends_with("_sm90") {
         return Targets { archs: &["sm_90a"], flags: &["-gencode", "arch=compute_90a,code=sm_90a"] };
     }
@@ -55,6 +59,15 @@ fn targets(source: &str) -> Targets {
 const FLAGS: [&str; 8] =
     ["-fatbin", "-O3", "-std=c++17", "--compress-mode=size", "-Werror", "all-warnings", "-Xptxas", "-v"];
 
+/// The sm100 kernel over an emulation of what compute capability 9.0 lacks; with waits between its warps in the second form, and wrong
+/// on purpose in the third.
+const EMULATED: &str = "attention_sm100";
+const EMULATED_FORMS: [(&str, &[&str]); 3] = [
+    ("emulated", &[]),
+    ("emulated_jitter", &["-DVARLEN_FA_JITTER=1"]),
+    ("emulated_wrong", &["-DVARLEN_FA_EMULATE_WRONG"]),
+];
+
 const MANIFEST: &str = "manifest.json";
 
 /// Compiles everything and writes `kernels/prebuilt`.
@@ -78,6 +91,39 @@ pub fn build(workspace: &Workspace) -> Result<()> {
     built.manifest.write(&folder.join(MANIFEST))?;
     println!("wrote {}", folder.display());
     built.check_defects()
+}
+
+/// Compiles the emulated forms of the sm100 kernel, and the program that tests the emulation itself, into `target/kernels`.
+pub fn build_emulated(workspace: &Workspace) -> Result<()> {
+    let compiler = Compiler::install(workspace)?;
+    let (folder, out) = (workspace.root.join("kernels"), workspace.target.join("kernels"));
+    fs::create_dir_all(&out).with_context(|| format!("cannot create {}", out.display()))?;
+    let target = targets("_sm90").flags;
+    let common =
+        ["-O3", "-std=c++17", "--compress-mode=size", "-Werror", "all-warnings", "-DVARLEN_FA_EMULATE_TCGEN05"];
+    // A barrier that never opens gives wrong results instead of a hanging device.
+    let limit = "-DVARLEN_FA_SPIN_LIMIT=20000000";
+    for (form, defines) in EMULATED_FORMS {
+        let fatbin = out.join(fatbin_name(&format!("{EMULATED}_{form}")));
+        let mut nvcc = compiler.command();
+        nvcc.current_dir(&folder)
+            .arg("-fatbin")
+            .args(common)
+            .arg(limit)
+            .args(defines)
+            .args(target)
+            .arg("-o")
+            .arg(&fatbin);
+        capture(nvcc.arg(format!("{EMULATED}.cu"))).with_context(|| format!("cannot compile the {form} form"))?;
+        println!("wrote {}", fatbin.display());
+    }
+    let program = out.join("tcgen05_emulated");
+    let mut nvcc = compiler.command();
+    nvcc.current_dir(&folder).args(common).args(target).arg("-L").arg(compiler.libraries()?);
+    nvcc.arg("-o").arg(&program).arg("tests/tcgen05_emulated.cu");
+    capture(&mut nvcc).context("cannot compile the tests of the emulation")?;
+    println!("wrote {}", program.display());
+    Ok(())
 }
 
 /// Compiles everything and compares it with `kernels/prebuilt`.
@@ -323,7 +369,7 @@ mod tests {
 
     #[test]
     fn every_architecture_is_asked_for() {
-        for source in ["pack", "attention_sm80", "attention_sm90"] {
+        for source in ["pack", "attention_sm80", "attention_sm90", "attention_sm100"] {
             let Targets { archs, flags } = targets(source);
             for arch in archs {
                 assert!(flags.iter().any(|flag| flag.ends_with(&format!("code={arch}"))), "{source}: {arch}");

@@ -40,6 +40,10 @@ enum Chore {
         /// Write nothing: rebuild under target/ and compare with kernels/prebuilt byte for byte
         #[arg(long)]
         check: bool,
+        /// Compile instead, into target/kernels, the sm100 kernel as compute capability 9.0 runs it for the tests, its tensor memory
+        /// and its products emulated
+        #[arg(long, conflicts_with = "check")]
+        emulated: bool,
     },
     /// Write capi/include/varlen_fa.h, the C header, from the sources of capi
     Header {
@@ -73,8 +77,9 @@ fn main() -> ExitCode {
 fn run(arguments: &Arguments) -> Result<()> {
     let workspace = Workspace::find()?;
     match &arguments.chore {
-        Chore::Kernels { check: false } => kernels::build(&workspace),
-        Chore::Kernels { check: true } => kernels::check(&workspace),
+        Chore::Kernels { emulated: true, .. } => kernels::build_emulated(&workspace),
+        Chore::Kernels { check: false, .. } => kernels::build(&workspace),
+        Chore::Kernels { check: true, .. } => kernels::check(&workspace),
         Chore::Header { check: false } => header::write(&workspace),
         Chore::Header { check: true } => header::check(&workspace),
         Chore::GpuBundle { out } => bundle::build(&workspace, out.as_deref()),

@@ -2,6 +2,8 @@
 #pragma once
 #include <cstdint>
 
+#include "jitter.cuh"
+
 namespace ptx {
 
 __device__ inline void mbarrier_init(uint32_t barrier, int arrivals) {
@@ -34,6 +36,7 @@ __device__ inline bool mbarrier_try_wait(uint32_t barrier, uint32_t parity) {
 
 // Waits for the end of the phase of this parity. A fresh barrier is in phase 0, and counts as past a phase of parity 1.
 __device__ inline void mbarrier_wait(uint32_t barrier, uint32_t parity) {
+    jitter();
 #ifdef VARLEN_FA_SPIN_LIMIT
     // For tests: a lost arrival gives wrong results instead of hanging the device. (A trap would keep wgmma from overlapping.)
     for (int spins = 0; !mbarrier_try_wait(barrier, parity) && spins < VARLEN_FA_SPIN_LIMIT; ++spins) {

@@ -4,15 +4,20 @@
 
 namespace ptx {
 
-// A warpgroup gives back registers, or takes some of those given back.
+// A warpgroup gives back registers, or takes some of those given back. Not where functions are emulated, which need more than their
+// instructions.
 template <int REGISTERS>
 __device__ inline void release_registers() {
+#ifndef VARLEN_FA_EMULATE_TCGEN05
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(REGISTERS));
+#endif
 }
 
 template <int REGISTERS>
 __device__ inline void take_registers() {
+#ifndef VARLEN_FA_EMULATE_TCGEN05
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
+#endif
 }
 
 // Named barriers: `threads` of those that arrive and those that wait open it.
