@@ -155,7 +155,7 @@ impl TileSm90 {
     /// An estimate that tells the shapes of one head dimension apart: waves of tiles, each a step a key tile and what starts and
     /// ends it. Fitted to measurements at head dimension 128 on an H200.
     fn cycles<Lengths: Iterator<Item = (usize, usize)> + Clone>(self, work: &WorkSm90<Lengths>) -> usize {
-        let (a_step, ends) = if self.warpgroups == 2 { (3150, 7000) } else { (3600, 10_000) };
+        let (a_step, ends) = if self.warpgroups == 2 { (3120, 7000) } else { (3600, 10_000) };
         let (mut items, mut cycles) = (0, 0);
         for (queries, keys) in work.lengths.clone() {
             let tiles = queries.div_ceil(self.rows() as usize) * work.heads;
