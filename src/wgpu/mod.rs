@@ -2,10 +2,16 @@
 
 mod adapter;
 mod attention;
+#[cfg(not(target_arch = "wasm32"))]
+mod blocking;
+#[cfg(target_arch = "wasm32")]
+mod browser;
 mod buffer;
 mod copy;
 mod fault;
 mod foreign;
+#[cfg(target_arch = "wasm32")]
+mod later;
 mod launch;
 mod metadata;
 mod params;
@@ -17,11 +23,12 @@ mod transfer;
 
 use std::any::Any;
 use std::sync::Arc;
-use std::time::Instant;
 
 use wgpu::{BufferUsages, DeviceType, Features};
 
-use crate::backend::{Backend, Op, Sink, Source, Storage, Timing, no_device_tables};
+#[cfg(target_arch = "wasm32")]
+use crate::backend::Later;
+use crate::backend::{Backend, Instant, Op, Sink, Source, Storage, Timing, no_device_tables};
 use crate::cache::DeviceId;
 use crate::dtype::DType;
 use crate::error::Result;
@@ -56,8 +63,8 @@ pub(crate) struct WgpuDevice {
 
 impl WgpuDevice {
     /// Opens the best adapter; `max_binding_bytes` lowers its limit.
-    pub(crate) fn open(include_software: bool, max_binding_bytes: Option<u64>) -> Result<Self> {
-        let (device, queue) = adapter::open(include_software, max_binding_bytes)?;
+    pub(crate) async fn open_async(include_software: bool, max_binding_bytes: Option<u64>) -> Result<Self> {
+        let (device, queue) = adapter::open(include_software, max_binding_bytes).await?;
         let opened = Self::over(device, queue, max_binding_bytes)?;
         opened.faults.listen();
         Ok(opened)
@@ -67,7 +74,7 @@ impl WgpuDevice {
     pub(crate) fn foreign(device: &wgpu::Device, queue: &wgpu::Queue, max_binding_bytes: Option<u64>) -> Result<Self> {
         foreign::expect_limits(&device.limits())?;
         let device = Self::over(device.clone(), queue.clone(), max_binding_bytes)?;
-        foreign::expect_own_queue(&device.queue, &device.faults)?;
+        device.expect_own_queue()?;
         Ok(device)
     }
 
@@ -77,7 +84,7 @@ impl WgpuDevice {
         let largest = limits.max_storage_buffer_binding_size.min((1 << 31) - 256);
         let capabilities = Capabilities {
             backend: "wgpu",
-            adapter: format!("{}, {:?}, {} {}", info.name, info.backend, info.driver, info.driver_info),
+            adapter: adapter::name(&info),
             is_software: info.device_type == DeviceType::Cpu,
             dtypes: &[DType::F32, DType::F16, DType::Bf16],
             kernels: vec![Kernel::WgslPortable],
@@ -140,6 +147,14 @@ impl WgpuDevice {
     fn sink<'a>(&self, sink: &Sink<'a>) -> Result<&'a WgpuBuffer> {
         sink.owned_by(self)
     }
+
+    /// The buffer of a source that the host may copy from.
+    fn readable<'a>(&self, source: Source<'a>) -> Result<&'a wgpu::Buffer> {
+        let buffer = self.source(source)?;
+        buffer.expect_usage("memory", BufferUsages::COPY_SRC)?;
+        buffer.expect_unmapped("memory")?;
+        Ok(&buffer.raw)
+    }
 }
 
 impl Backend for WgpuDevice {
@@ -171,17 +186,13 @@ impl Backend for WgpuDevice {
         buffer.expect_usage("memory", BufferUsages::COPY_SRC)?;
         let mut padded = bytes.to_vec();
         padded.resize(whole + COPY_STEP, 0);
-        let (handles, last) = (self.handles(), (&buffer.raw, whole as u64));
-        transfer::download(handles, &self.allocator, &self.faults, last, &mut padded[whole..])?;
+        self.read((&buffer.raw, whole as u64), &mut padded[whole..])?;
         padded[..bytes.len()].copy_from_slice(bytes);
         transfer::upload(&self.queue, &self.faults, &buffer.raw, &padded)
     }
 
     fn download(&self, from: Source<'_>, into: &mut [u8]) -> Result<()> {
-        let buffer = self.source(from)?;
-        buffer.expect_usage("memory", BufferUsages::COPY_SRC)?;
-        buffer.expect_unmapped("memory")?;
-        transfer::download(self.handles(), &self.allocator, &self.faults, (&buffer.raw, 0), into)
+        self.read((self.readable(from)?, 0), into)
     }
 
     fn execute(&self, op: Op<'_>) -> Result<()> {
@@ -203,18 +214,42 @@ impl Backend for WgpuDevice {
     }
 
     fn synchronize(&self) -> Result<()> {
-        self.faults.wait()
+        self.wait()
     }
 
     fn start_timer(&self) -> Result<Instant> {
         // On the host's clock, earlier work must not count.
-        self.faults.wait()?;
+        self.wait()?;
         self.timer.start(&self.device, &self.faults)?;
         Ok(Instant::now())
     }
 
     fn stop_timer(&self, started: Instant) -> Result<Timing> {
-        self.timer.stop(started, (&self.device, &self.queue), &self.allocator, &self.faults)
+        self.timing(started)
+    }
+
+    #[cfg(target_arch = "wasm32")]
+    fn download_async<'a>(&'a self, from: Source<'a>, into: &'a mut [u8]) -> Later<'a, ()> {
+        Box::pin(async move { self.read_async((self.readable(from)?, 0), into).await })
+    }
+
+    #[cfg(target_arch = "wasm32")]
+    fn synchronize_async(&self) -> Later<'_, ()> {
+        Box::pin(self.wait_async())
+    }
+
+    #[cfg(target_arch = "wasm32")]
+    fn start_timer_async(&self) -> Later<'_, Instant> {
+        Box::pin(async move {
+            self.wait_async().await?;
+            self.timer.start(&self.device, &self.faults)?;
+            Ok(Instant::now())
+        })
+    }
+
+    #[cfg(target_arch = "wasm32")]
+    fn stop_timer_async(&self, started: Instant) -> Later<'_, Timing> {
+        Box::pin(self.timing_async(started))
     }
 
     fn as_any(&self) -> &dyn Any {
