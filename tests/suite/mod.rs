@@ -6,6 +6,7 @@
 //! | variable | meaning |
 //! |---|---|
 //! | `VARLEN_FA_TEST_REQUIRE` | `cpu,wgpu,cuda` or some of them: devices whose absence is a failure |
+//! | `VARLEN_FA_TEST_LIMITS` | `webgpu`: wgpu devices have WebGPU's default limits and no optional feature |
 //! | `VARLEN_FA_TEST_CASES` | number of cases of each property test (64, or 16 on an emulated GPU) |
 //! | `VARLEN_FA_TEST_SEED` | seed of the property tests (0) |
 //!
@@ -20,6 +21,7 @@ mod dense;
 mod device_meta;
 mod large;
 mod layouts;
+mod limits;
 mod masks;
 pub mod memory;
 mod numerics;
