@@ -70,7 +70,7 @@ impl Kernel {
     /// Whether it reads padded tensors in place, past what is masked.
     #[must_use]
     pub const fn has_fused(self) -> bool {
-        matches!(self, Self::CpuTiled | Self::CudaSm90)
+        matches!(self, Self::CpuTiled | Self::WgslPortable | Self::CudaSm90)
     }
 
     /// Whether it adds a bias to the scores.
@@ -254,7 +254,8 @@ const OPERATIONS_PER_BYTE: f64 = 160.0;
 /// Whether the rows that the sm90 kernel would compute in place without need cost more than moving the valid ones together.
 ///
 /// It takes groups of rows, so a short run costs as much as a group. The packed path computes valid rows alone, but reads and
-/// writes q, k, v and the output once more. The CPU's kernel gathers single rows.
+/// writes q, k, v and the output once more. The CPU's and the WGSL kernels take single rows, so they compute in place just what
+/// they would compute packed, and packing never pays.
 fn is_fragmented(kernel: Kernel, problem: &AttentionProblem, query: &VarlenMeta, key: &VarlenMeta) -> bool {
     if kernel != Kernel::CudaSm90 {
         return false;
