@@ -58,7 +58,7 @@ fn stage_keys(tile: Tile, first_key: u32, chunk: u32, invocation: u32) {
         if word < words_in(chunk) {
             var value = vec4<u32>(0u);
             if key_is_kept(tile, first_key + key) {
-                value = k[tile.k + (first_key + key) * params.k_stride_s + chunk * CHUNK_WORDS + word];
+                value = k[tile.k + key_row(tile, first_key + key) * params.k_stride_s + chunk * CHUNK_WORDS + word];
             }
             stage_word(key, word, value);
         }
@@ -72,7 +72,7 @@ fn stage_values(tile: Tile, first_key: u32, chunk: u32, invocation: u32) {
         if word < words_in(chunk) {
             var value = vec4<u32>(0u);
             if key_is_kept(tile, first_key + key) {
-                value = v[tile.v + (first_key + key) * params.v_stride_s + chunk * CHUNK_WORDS + word];
+                value = v[tile.v + key_row(tile, first_key + key) * params.v_stride_s + chunk * CHUNK_WORDS + word];
             }
             stage_word(key, word, value);
         }
@@ -99,7 +99,7 @@ fn attention(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_
     var acc: array<array<array<vec4<f32>, 2>, CHUNKS>, ROWS>;
     for (var m = 0u; m < ROWS; m++) {
         // Rows past the tile's end repeat its last one and are not written.
-        q_row[m] = tile.q + min(row_group + m * GROUPS, tile.rows - 1u) * params.q_stride_s;
+        q_row[m] = tile.q + query_row(tile, min(row_group + m * GROUPS, tile.rows - 1u)) * params.q_stride_s;
         row_max[m] = LOWEST;
         row_sum[m] = 0.0;
         for (var chunk = 0u; chunk < CHUNKS; chunk++) {
@@ -215,11 +215,12 @@ fn attention(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_
             }
             // Selected, not multiplied: a dropped row may hold NaN.
             let is_zero = sum == 0.0 || !row_is_kept(tile, row);
+            let out_row = tile.out + query_row(tile, row) * params.out_stride_s;
             for (var chunk = 0u; chunk < CHUNKS; chunk++) {
                 let low = select(acc[m][chunk][0] / sum, vec4<f32>(0.0), is_zero);
                 let high = select(acc[m][chunk][1] / sum, vec4<f32>(0.0), is_zero);
                 let column = chunk * CHUNK + lane * 2u;
-                let position = tile.out + row * params.out_stride_s + column / VECS_PER_WORD;
+                let position = out_row + column / VECS_PER_WORD;
                 if column < COLUMNS {
                     out[position] = narrow(low, high);
                     if VECS_PER_WORD == 1u {

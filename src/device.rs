@@ -119,7 +119,7 @@ impl Device {
     /// [`Error::DeviceLost`], [`Error::OutOfMemory`].
     #[cfg(feature = "wgpu")]
     pub fn from_wgpu(device: &::wgpu::Device, queue: &::wgpu::Queue, config: Config) -> Result<Self> {
-        let backend = crate::wgpu_backend::WgpuDevice::foreign(device, queue, config.max_binding_bytes)?;
+        let backend = crate::wgpu_backend::WgpuDevice::foreign(device, queue, config)?;
         log::info!("computing on the application's {}", backend.name());
         Ok(Self { backend: Arc::new(backend), config: config.with_device(DeviceChoice::Wgpu) })
     }
@@ -313,7 +313,7 @@ fn open(choice: DeviceChoice, adapters: Adapters, config: Config) -> Result<Arc<
         #[cfg(feature = "wgpu")]
         DeviceChoice::Wgpu => {
             let software = adapters == Adapters::All;
-            Ok(Arc::new(crate::wgpu_backend::WgpuDevice::open(software, config.max_binding_bytes)?))
+            Ok(Arc::new(crate::wgpu_backend::WgpuDevice::open(software, config)?))
         }
         #[cfg(not(feature = "wgpu"))]
         DeviceChoice::Wgpu => Err(not_built(choice, "wgpu")),
@@ -329,7 +329,7 @@ async fn open_async(choice: DeviceChoice, adapters: Adapters, config: Config) ->
     #[cfg(all(feature = "wgpu", target_arch = "wasm32"))]
     if choice == DeviceChoice::Wgpu {
         let software = adapters == Adapters::All;
-        return Ok(Arc::new(crate::wgpu_backend::WgpuDevice::open_async(software, config.max_binding_bytes).await?));
+        return Ok(Arc::new(crate::wgpu_backend::WgpuDevice::open_async(software, config).await?));
     }
     open(choice, adapters, config)
 }

@@ -70,13 +70,13 @@ impl Kernel {
     /// Whether it reads padded tensors in place, past what is masked.
     #[must_use]
     pub const fn has_fused(self) -> bool {
-        matches!(self, Self::CpuTiled | Self::CudaSm80 | Self::CudaSm90)
+        matches!(self, Self::CpuTiled | Self::WgslPortable | Self::CudaSm80 | Self::CudaSm90)
     }
 
     /// Whether its fused form works by lists of single rows, which a device can build too; the sm90 kernel's tiles are the host's
     /// work.
     const fn fuses_by_rows(self) -> bool {
-        matches!(self, Self::CpuTiled | Self::CudaSm80)
+        matches!(self, Self::CpuTiled | Self::WgslPortable | Self::CudaSm80)
     }
 
     /// Whether it adds a bias to the scores.
@@ -261,7 +261,8 @@ const OPERATIONS_PER_BYTE: f64 = 160.0;
 /// Whether the rows that the sm90 kernel would compute in place without need cost more than moving the valid ones together.
 ///
 /// It takes groups of rows, so a short run costs as much as a group. The packed path computes valid rows alone, but reads and
-/// writes q, k, v and the output once more. Kernels that gather single rows compute valid rows alone in place too.
+/// writes q, k, v and the output once more. Kernels that take single rows compute in place just what they would compute packed,
+/// and packing never pays.
 fn is_fragmented(kernel: Kernel, problem: &AttentionProblem, query: &VarlenMeta, key: &VarlenMeta) -> bool {
     if kernel.fuses_by_rows() {
         return false;
@@ -381,9 +382,10 @@ mod tests {
             let mask = MaskInfo::Varlen { query: &meta, key: &meta };
             let outcome =
                 |kernels: &[Kernel]| plan(kernels, &mask, Forced::default()).map(|plan| (plan.path, plan.reason));
-            assert_eq!(outcome(&[Kernel::CudaSm80])?, (Path::Fused, Reason::InPlace));
+            for kernel in [Kernel::CpuTiled, Kernel::WgslPortable, Kernel::CudaSm80] {
+                assert_eq!(outcome(&[kernel])?, (Path::Fused, Reason::InPlace));
+            }
             assert_eq!(outcome(&[Kernel::CudaSm90, Kernel::CudaSm80])?, hopper);
-            assert_eq!(outcome(&[Kernel::WgslPortable])?, (Path::Packed, Reason::NoFusedKernel));
         }
         Ok(())
     }

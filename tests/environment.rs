@@ -141,6 +141,8 @@ fn settings_are_set_one_by_one() -> Result<()> {
     ensure!(device.config() == config, "got {:?}", device.config());
     ensure!(!config.with_force_dense(false).force_dense);
     ensure!(config.max_binding_bytes.is_none() && config.with_max_binding_bytes(7).max_binding_bytes == Some(7));
+    let limited = config.with_max_dispatch_operations(8);
+    ensure!(config.max_dispatch_operations.is_none() && limited.max_dispatch_operations == Some(8));
     Ok(())
 }
 

@@ -4,7 +4,8 @@
 //   batch y  [ . . . . . . . . ]        [ k k k k k k ]   all Sk keys; `key_bits` says which are kept
 //                 └ tile x ┘
 
-fn locate(group: vec3<u32>) -> Tile {
+fn locate(workgroup: vec3<u32>) -> Tile {
+    let group = in_grid(workgroup);
     let first = group.x * TILE_ROWS;
     var tile: Tile;
     tile.exists = true;
@@ -19,6 +20,14 @@ fn locate(group: vec3<u32>) -> Tile {
     tile.v = params.v_offset + group.y * params.v_stride_b + kv_head * params.v_stride_h;
     tile.out = params.out_offset + group.y * params.out_stride_b + first * params.out_stride_s + group.z * params.out_stride_h;
     return tile;
+}
+
+fn query_row(tile: Tile, row: u32) -> u32 {
+    return row;
+}
+
+fn key_row(tile: Tile, key: u32) -> u32 {
+    return key;
 }
 
 fn key_is_kept(tile: Tile, key: u32) -> bool {

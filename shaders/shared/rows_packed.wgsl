@@ -4,7 +4,8 @@
 //   q, out   [ s0 s0 s0 s0 s0 | s1 s1 | s2 s2 s2 s2 s2 s2 s2 ]
 //              └ tile ┘ └ tile ┘└ t ┘   └ tile ┘ └ tile ┘
 
-fn locate(group: vec3<u32>) -> Tile {
+fn locate(workgroup: vec3<u32>) -> Tile {
+    let group = in_grid(workgroup);
     let at = params.first_tile + group.x + group.y * params.grid_width;
     var tile: Tile;
     tile.exists = at < params.end_tile;
@@ -22,6 +23,14 @@ fn locate(group: vec3<u32>) -> Tile {
     tile.v = params.v_offset + key * params.v_stride_s + kv_head * params.v_stride_h;
     tile.out = params.out_offset + row * params.out_stride_s + group.z * params.out_stride_h;
     return tile;
+}
+
+fn query_row(tile: Tile, row: u32) -> u32 {
+    return row;
+}
+
+fn key_row(tile: Tile, key: u32) -> u32 {
+    return key;
 }
 
 fn key_is_kept(tile: Tile, key: u32) -> bool {

@@ -1,14 +1,15 @@
 //! What waits for the device: everywhere but in a browser, where `browser.rs` stands in its place.
 
 use crate::backend::{Instant, Timing};
+use crate::config::Config;
 use crate::error::Result;
 
 use super::{WgpuDevice, foreign, transfer};
 
 impl WgpuDevice {
-    /// Opens the best adapter; `max_binding_bytes` lowers its limit.
-    pub(crate) fn open(include_software: bool, max_binding_bytes: Option<u64>) -> Result<Self> {
-        pollster::block_on(Self::open_async(include_software, max_binding_bytes))
+    /// Opens the best adapter; the settings lower its limits.
+    pub(crate) fn open(include_software: bool, config: Config) -> Result<Self> {
+        pollster::block_on(Self::open_async(include_software, config))
     }
 
     /// That the queue is the device's.

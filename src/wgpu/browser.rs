@@ -2,12 +2,13 @@
 //! that give the thread back.
 
 use crate::backend::{Instant, Timing};
+use crate::config::Config;
 use crate::error::{Error, Result};
 
 use super::{WgpuDevice, transfer};
 
 impl WgpuDevice {
-    pub(crate) fn open(_include_software: bool, _max_binding_bytes: Option<u64>) -> Result<Self> {
+    pub(crate) fn open(_include_software: bool, _config: Config) -> Result<Self> {
         let (operation, instead) = ("opening a GPU", "Device::with_config_async");
         Err(Error::WouldBlock { device: "wgpu".to_owned(), operation, instead })
     }

@@ -13,7 +13,9 @@ mod foreign;
 #[cfg(target_arch = "wasm32")]
 mod later;
 mod launch;
+mod launches;
 mod metadata;
+mod pace;
 mod params;
 mod placement;
 mod recorder;
@@ -30,6 +32,7 @@ use wgpu::{BufferUsages, DeviceType, Features};
 use crate::backend::Later;
 use crate::backend::{Backend, Instant, Op, Sink, Source, Storage, Timing, no_device_tables};
 use crate::cache::DeviceId;
+use crate::config::Config;
 use crate::dtype::DType;
 use crate::error::Result;
 use crate::meta::VarlenMeta;
@@ -37,7 +40,9 @@ use crate::plan::{Capabilities, Kernel};
 
 use buffer::{Allocator, WgpuBuffer};
 use fault::Faults;
-use launch::{Launch, Launcher};
+use launch::Launcher;
+use launches::Launches;
+use pace::Pace;
 use timer::Timer;
 
 pub use recorder::Recorder;
@@ -56,29 +61,30 @@ pub(crate) struct WgpuDevice {
     faults: Arc<Faults>,
     allocator: Allocator,
     launcher: Launcher,
+    pace: Arc<Pace>,
     timer: Timer,
     /// Bound where a shader variant has a binding that it does not use, to read and to write.
     unused: [wgpu::Buffer; 2],
 }
 
 impl WgpuDevice {
-    /// Opens the best adapter; `max_binding_bytes` lowers its limit.
-    pub(crate) async fn open_async(include_software: bool, max_binding_bytes: Option<u64>) -> Result<Self> {
-        let (device, queue) = adapter::open(include_software, max_binding_bytes).await?;
-        let opened = Self::over(device, queue, max_binding_bytes)?;
+    /// Opens the best adapter; the settings lower its limits.
+    pub(crate) async fn open_async(include_software: bool, config: Config) -> Result<Self> {
+        let (device, queue) = adapter::open(include_software, config.max_binding_bytes).await?;
+        let opened = Self::over(device, queue, config)?;
         opened.faults.listen();
         Ok(opened)
     }
 
     /// Computes on the application's device, whose handlers stay as they are.
-    pub(crate) fn foreign(device: &wgpu::Device, queue: &wgpu::Queue, max_binding_bytes: Option<u64>) -> Result<Self> {
+    pub(crate) fn foreign(device: &wgpu::Device, queue: &wgpu::Queue, config: Config) -> Result<Self> {
         foreign::expect_limits(&device.limits())?;
-        let device = Self::over(device.clone(), queue.clone(), max_binding_bytes)?;
+        let device = Self::over(device.clone(), queue.clone(), config)?;
         device.expect_own_queue()?;
         Ok(device)
     }
 
-    fn over(device: wgpu::Device, queue: wgpu::Queue, max_binding_bytes: Option<u64>) -> Result<Self> {
+    fn over(device: wgpu::Device, queue: wgpu::Queue, config: Config) -> Result<Self> {
         let (info, limits) = (device.adapter_info(), device.limits());
         // The shaders count 16-byte words in 32 bits, and Vulkan's bindings end below 2 GiB.
         let largest = limits.max_storage_buffer_binding_size.min((1 << 31) - 256);
@@ -89,7 +95,7 @@ impl WgpuDevice {
             dtypes: &[DType::F32, DType::F16, DType::Bf16],
             kernels: vec![Kernel::WgslPortable],
             max_buffer_bytes: limits.max_buffer_size,
-            max_binding_bytes: max_binding_bytes.map_or(largest, |bytes| largest.min(bytes)),
+            max_binding_bytes: config.max_binding_bytes.map_or(largest, |bytes| largest.min(bytes)),
             has_timestamps: device.features().contains(Features::TIMESTAMP_QUERY),
         };
         let id = DeviceId::unique();
@@ -98,8 +104,9 @@ impl WgpuDevice {
         let allocator = Allocator::new(&device, &faults, id, &name)?;
         let launcher = Launcher::new(&device, &queue, &faults);
         let unused = [allocator.storage("unused", 0)?, allocator.storage("unused", 0)?];
+        let pace = Arc::new(Pace::new(config.max_dispatch_operations, info.device_type));
         let timer = Timer::new(&name);
-        Ok(Self { id, name, capabilities, device, queue, faults, allocator, launcher, timer, unused })
+        Ok(Self { id, name, capabilities, device, queue, faults, allocator, launcher, pace, timer, unused })
     }
 
     pub(crate) fn handles(&self) -> (&wgpu::Device, &wgpu::Queue) {
@@ -121,11 +128,11 @@ impl WgpuDevice {
 
     /// Records an operation for the application to submit.
     pub(crate) fn encode(&self, op: Op<'_>, recorder: Recorder<'_>) -> Result<()> {
-        self.launcher.record(&self.launches(op)?, &self.allocator, recorder)
+        self.launcher.record(self.launches(op)?.as_slice(), &self.allocator, recorder)
     }
 
-    fn launches(&self, op: Op<'_>) -> Result<Vec<Launch>> {
-        let mut launches = Vec::new();
+    fn launches(&self, op: Op<'_>) -> Result<Launches<'_>> {
+        let mut launches = Launches::new(&self.allocator);
         match op {
             Op::Attention(attention) => self.record_attention(&attention, &mut launches)?,
             Op::Pack { pairs, meta } => {
@@ -201,7 +208,7 @@ impl Backend for WgpuDevice {
         {
             return Ok(());
         }
-        self.launcher.submit(&self.launches(op)?, &self.allocator, &self.timer)
+        self.launcher.submit(&self.launches(op)?, &self.allocator, &self.timer, &self.pace)
     }
 
     fn upload_meta(&self, meta: &VarlenMeta) -> Result<()> {
@@ -209,6 +216,8 @@ impl Backend for WgpuDevice {
         self.inv_indices(meta)?;
         self.cu_seqlens(meta.cu_seqlens())?;
         self.tiles(meta.cu_seqlens())?;
+        self.token_lists(meta)?;
+        self.fused_tiles(meta)?;
         // What dense paths use instead.
         self.mask_bits(meta.key_mask()).map(drop)
     }

@@ -42,6 +42,15 @@ const ATTENTION_PACKED: &[Binding] = &[
     reads("tiles", WORD),
     reads("cu_seqlens_k", "u32"),
 ];
+const ATTENTION_FUSED: &[Binding] = &[
+    reads("q", WORD),
+    reads("k", WORD),
+    reads("v", WORD),
+    writes("out", WORD),
+    reads("tiles", WORD),
+    reads("query_tokens", "u32"),
+    reads("key_tokens", "u32"),
+];
 const PACK_ROWS: &[Binding] = &[reads("src", WORD), writes("dst", WORD), reads("indices", "u32")];
 const SCATTER_ROWS: &[Binding] = &[reads("src", WORD), writes("dst", WORD), reads("inv_indices", "i32")];
 const ZERO_ROWS: &[Binding] = &[writes("dst", WORD)];
@@ -52,6 +61,7 @@ const ALIGN_ROWS: &[Binding] = &[reads("src", "u32"), writes("dst", "u32")];
 pub(super) enum Shader {
     AttentionDense { dtype: DType, head_dim: usize, key_mask: bool, zero_rows: bool, bias: Option<DType> },
     AttentionPacked { dtype: DType, head_dim: usize, lse: bool },
+    AttentionFused { dtype: DType, head_dim: usize },
     PackRows,
     ScatterRows,
     ZeroRows,
@@ -62,7 +72,7 @@ impl Shader {
     /// Name of the entry point, and of the file that holds it.
     pub fn entry_point(self) -> &'static str {
         match self {
-            Self::AttentionDense { .. } | Self::AttentionPacked { .. } => "attention",
+            Self::AttentionDense { .. } | Self::AttentionPacked { .. } | Self::AttentionFused { .. } => "attention",
             Self::PackRows => "pack_rows",
             Self::ScatterRows => "scatter_rows",
             Self::ZeroRows => "zero_rows",
@@ -74,6 +84,7 @@ impl Shader {
         match self {
             Self::AttentionDense { .. } => ATTENTION_DENSE,
             Self::AttentionPacked { .. } => ATTENTION_PACKED,
+            Self::AttentionFused { .. } => ATTENTION_FUSED,
             Self::PackRows => PACK_ROWS,
             Self::ScatterRows => SCATTER_ROWS,
             Self::ZeroRows => ZERO_ROWS,
@@ -84,7 +95,9 @@ impl Shader {
     /// The whole WGSL text: parameters, bindings and constants, then the snippets in order.
     pub fn source(self) -> String {
         let mut source = String::from(match self {
-            Self::AttentionDense { .. } | Self::AttentionPacked { .. } => AttentionParams::WGSL,
+            Self::AttentionDense { .. } | Self::AttentionPacked { .. } | Self::AttentionFused { .. } => {
+                AttentionParams::WGSL
+            }
             _ => CopyParams::WGSL,
         });
         source.push_str("@group(0) @binding(0) var<uniform> params: Params;\n");
@@ -115,6 +128,7 @@ impl Shader {
             Self::AttentionPacked { head_dim, lse, .. } => {
                 vec![("HEAD_DIM", format!("{head_dim}u")), ("WRITE_LSE", lse.to_string())]
             }
+            Self::AttentionFused { head_dim, .. } => vec![("HEAD_DIM", format!("{head_dim}u"))],
             _ => Vec::new(),
         }
     }
@@ -138,6 +152,9 @@ impl Shader {
             }
             Self::AttentionPacked { dtype, .. } => {
                 vec![element(dtype), tile, include_str!("../../shaders/shared/rows_packed.wgsl"), attention]
+            }
+            Self::AttentionFused { dtype, .. } => {
+                vec![element(dtype), tile, include_str!("../../shaders/shared/rows_fused.wgsl"), attention]
             }
             Self::PackRows => vec![include_str!("../../shaders/pack_rows.wgsl")],
             Self::ScatterRows => vec![include_str!("../../shaders/scatter_rows.wgsl")],
@@ -177,6 +194,7 @@ mod tests {
                 for lse in [false, true] {
                     shaders.push(Shader::AttentionPacked { dtype, head_dim, lse });
                 }
+                shaders.push(Shader::AttentionFused { dtype, head_dim });
                 for (key_mask, zero_rows) in [(false, false), (true, false), (false, true), (true, true)] {
                     shaders.push(Shader::AttentionDense { dtype, head_dim, key_mask, zero_rows, bias: None });
                 }

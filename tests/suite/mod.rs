@@ -19,9 +19,13 @@ mod cases;
 pub mod check;
 mod dense;
 mod device_meta;
+#[cfg(feature = "wgpu")]
+mod dispatches;
 mod large;
 mod layouts;
 mod limits;
+#[cfg(feature = "wgpu")]
+mod long_work;
 mod masks;
 pub mod memory;
 mod numerics;
@@ -69,6 +73,8 @@ pub fn run(choice: DeviceChoice, own: fn(&mut Trials)) -> ExitCode {
             refusals::register,
             large::register,
             bindings::register,
+            #[cfg(feature = "wgpu")]
+            long_work::register,
             #[cfg(feature = "wgpu")]
             wgpu_in_place::register,
             own,

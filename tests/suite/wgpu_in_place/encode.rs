@@ -32,10 +32,13 @@ fn encoded_calls_give_the_same_bits(own: &Device, dtype: DType) -> Result<()> {
     let nothing = VarlenMeta::from_key_mask(&KeyMask::from_lengths(70, &[0, 0])?)?;
     let calls = [
         (AttentionMask::Key(&case.mask), Path::Dense, case.expected(own, AttentionMask::Key(&case.mask))?),
+        (AttentionMask::Varlen(&case.meta), Path::Fused, case.expected(own, AttentionMask::Varlen(&case.meta))?),
         (AttentionMask::Varlen(&case.meta), Path::Packed, case.expected(own, AttentionMask::Varlen(&case.meta))?),
         (AttentionMask::Varlen(&nothing), Path::Zero, vec![0; case.out_len()]),
     ];
     for (mask, path, expected) in calls {
+        // The others are what is chosen.
+        let layer = if path == Path::Packed { layer.clone().with_path(path) } else { layer.clone() };
         for (gap, out_offset) in [(0, 0), (1, 16)] {
             for into_pass in [false, true] {
                 let place = format!("{path}, offsets {gap} and {out_offset}, into a pass: {into_pass}");
@@ -168,7 +171,9 @@ fn between_the_applications_passes(own: &Device) -> Result<()> {
 fn submitted_in_any_order_or_never(own: &Device) -> Result<()> {
     let application = Application::new(own)?;
     let device = application.attach()?;
-    let layer = |device, index: usize| MaskedAttention::new(device).with_softmax_scale(0.1 * (index + 1) as f32);
+    let layer = |device, index: usize| {
+        MaskedAttention::new(device).with_path(Path::Packed).with_softmax_scale(0.1 * (index + 1) as f32)
+    };
     let cases = (0..4).map(|seed| Case::new(DType::F16, 20 + seed)).collect::<Result<Vec<_>>>()?;
     let mut stages = Vec::new();
     for (index, case) in cases.iter().enumerate() {
