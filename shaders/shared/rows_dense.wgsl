@@ -32,6 +32,23 @@ fn key_is_kept(tile: Tile, key: u32) -> bool {
     return true;
 }
 
+// Row of the tensor, from the tile's first key, that holds a key.
+fn key_row(tile: Tile, key: u32) -> u32 {
+    return key;
+}
+
+// Which of 32 keys are kept, the first in the lowest bit. `first_key` is a multiple of 32.
+fn kept_keys(tile: Tile, first_key: u32) -> u32 {
+    if first_key >= tile.keys {
+        return 0u;
+    }
+    var kept = 0xffffffffu >> (32u - min(tile.keys - first_key, 32u));
+    if KEY_MASK {
+        kept &= key_bits[(params.batch_base + tile.batch) * params.key_words + (first_key >> 5u)];
+    }
+    return kept;
+}
+
 fn row_is_kept(tile: Tile, row: u32) -> bool {
     if ZERO_ROWS {
         let at = tile.first_row + row;

@@ -7,14 +7,14 @@ use crate::backend::{Attention, Rows as AttentionRows, no_device_tables};
 use crate::error::{Error, Result};
 use crate::mask::KeyMask;
 use crate::meta::{CuSeqlens, VarlenMeta};
+use crate::plan::Kernel;
 
 use super::WgpuDevice;
 use super::copy::{RowShape, packed_rows};
 use super::launch::{Launch, Window};
-use super::metadata::TILE_ROWS;
 use super::params::AttentionParams;
 use super::placement::{MAX_GROUPS, Operand, Placed, Rows};
-use super::shader::Shader;
+use super::shader::{Algorithm, Shader};
 
 /// Placed tensors of one launch.
 struct Tensors {
@@ -64,15 +64,18 @@ impl WgpuDevice {
         let bias = bias.as_ref().map(|bias| self.input("bias", bias, Rows::Padded)).transpose()?;
         let mut bound = vec![q, k, v, out];
         bound.extend(bias);
-        let tiles = shape.seq_q.div_ceil(TILE_ROWS);
+        let algorithm = self.algorithm(attention);
+        let tile_rows = algorithm.tile_rows();
+        let tiles = shape.seq_q.div_ceil(tile_rows);
         if tiles > MAX_GROUPS {
             let (limit_name, limit) =
-                ("query rows in max_compute_workgroups_per_dimension", (MAX_GROUPS * TILE_ROWS) as u64);
+                ("query rows in max_compute_workgroups_per_dimension", (MAX_GROUPS * tile_rows) as u64);
             return Err(Error::TooLarge { argument: "q", limit_name, limit, got: shape.seq_q as u64 });
         }
         let bits = |mask: Option<&KeyMask>| mask.map(|mask| self.mask_bits(mask)).transpose();
         let (key_bits, row_bits) = (bits(key_mask)?, bits(zero_rows)?);
         let shader = Shader::AttentionDense {
+            algorithm,
             dtype: attention.problem.dtype,
             head_dim: shape.head_dim,
             key_mask: key_mask.is_some(),
@@ -202,7 +205,8 @@ impl WgpuDevice {
         launches: &mut Vec<Launch>,
     ) -> Result<()> {
         let shape = attention.problem.shape;
-        let tiles = self.tiles(sequences.query)?;
+        let algorithm = self.algorithm(attention);
+        let tiles = self.tiles(sequences.query, algorithm.tile_rows())?;
         let of_range = tiles.of(&sequences.range);
         if of_range.is_empty() {
             return Ok(());
@@ -233,7 +237,7 @@ impl WgpuDevice {
         let (dtype, head_dim) = (attention.problem.dtype, shape.head_dim);
         let Tensors { q, k, v, out } = tensors;
         launches.push(Launch {
-            shader: Shader::AttentionPacked { dtype, head_dim, lse: attention.lse.is_some() },
+            shader: Shader::AttentionPacked { algorithm, dtype, head_dim, lse: attention.lse.is_some() },
             params: bytemuck::bytes_of(&params).to_vec(),
             windows: vec![
                 q.window,
@@ -256,6 +260,15 @@ impl WgpuDevice {
             self.input("v", &attention.v, kv_rows)?,
             self.output("out", &attention.out, q_rows)?,
         ])
+    }
+
+    fn algorithm(&self, attention: &Attention<'_>) -> Algorithm {
+        let head_dim = attention.problem.shape.head_dim;
+        match (attention.plan.kernel, &self.coop) {
+            (Kernel::WgslCoop, Some(coop)) => Algorithm::Coop(coop.tile(head_dim)),
+            // The output of one invocation has to stay in its registers.
+            _ => Algorithm::Portable { rows: if head_dim <= 128 { 8 } else { 4 } },
+        }
     }
 
     pub(super) fn unused_read(&self) -> Window {

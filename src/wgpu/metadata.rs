@@ -9,9 +9,6 @@ use crate::meta::{CuSeqlens, VarlenMeta};
 
 use super::WgpuDevice;
 
-/// Query rows of one tile; `TILE_ROWS` of the shaders.
-pub(super) const TILE_ROWS: usize = 64;
-
 /// Bits of a [`KeyMask`], `[B, row_words]`.
 #[derive(Debug)]
 pub(super) struct MaskBits {
@@ -32,12 +29,16 @@ pub(super) struct InvIndices(pub wgpu::Buffer);
 pub(super) struct CuSeqlensCopy(pub wgpu::Buffer);
 
 /// Query tiles of packed sequences: `[first row, rows, sequence, 0]` each, in the order of the rows.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(super) struct Tiles {
     pub buffer: wgpu::Buffer,
     /// Tiles of sequence `b` are `first[b]..first[b + 1]`.
-    first: Vec<u32>,
+    first: Arc<[u32]>,
 }
+
+/// Tiles of at most `ROWS` rows, as a type of their own: the cache keeps one value of each type.
+#[derive(Debug)]
+struct TilesOf<const ROWS: usize>(Tiles);
 
 impl Tiles {
     /// Tiles of a range of sequences.
@@ -73,19 +74,32 @@ impl WgpuDevice {
         })
     }
 
-    pub(super) fn tiles(&self, cu_seqlens: &CuSeqlens) -> Result<Arc<Tiles>> {
-        cu_seqlens.copies().get_or_make(self.id, || {
+    /// Tiles of `rows` rows; a power of two from 16 to 256.
+    pub(super) fn tiles(&self, cu_seqlens: &CuSeqlens, rows: usize) -> Result<Tiles> {
+        match rows {
+            16 => self.tiles_of::<16>(cu_seqlens),
+            32 => self.tiles_of::<32>(cu_seqlens),
+            64 => self.tiles_of::<64>(cu_seqlens),
+            128 => self.tiles_of::<128>(cu_seqlens),
+            _ => self.tiles_of::<256>(cu_seqlens),
+        }
+    }
+
+    fn tiles_of<const ROWS: usize>(&self, cu_seqlens: &CuSeqlens) -> Result<Tiles> {
+        let kept = cu_seqlens.copies().get_or_make(self.id, || {
             let mut tiles = Vec::new();
             let mut first = vec![0];
             for sequence in 0..cu_seqlens.batch() {
                 let rows = cu_seqlens.rows(sequence);
-                tiles.extend(rows.clone().step_by(TILE_ROWS).map(|row| {
+                tiles.extend(rows.clone().step_by(ROWS).map(|row| {
                     // Rows and sequences fit an i32: CuSeqlens.
-                    [row as u32, TILE_ROWS.min(rows.end - row) as u32, sequence as u32, 0]
+                    [row as u32, ROWS.min(rows.end - row) as u32, sequence as u32, 0]
                 }));
                 first.push(tiles.len() as u32);
             }
-            Ok(Tiles { buffer: self.uploaded("tiles", bytemuck::cast_slice(&tiles))?, first })
-        })
+            let buffer = self.uploaded("tiles", bytemuck::cast_slice(&tiles))?;
+            Ok(TilesOf::<ROWS>(Tiles { buffer, first: first.into() }))
+        })?;
+        Ok(kept.0.clone())
     }
 }

@@ -3,6 +3,7 @@
 mod adapter;
 mod attention;
 mod buffer;
+mod coop;
 mod copy;
 mod fault;
 mod foreign;
@@ -29,8 +30,10 @@ use crate::meta::VarlenMeta;
 use crate::plan::{Capabilities, Kernel};
 
 use buffer::{Allocator, WgpuBuffer};
+use coop::Coop;
 use fault::Faults;
 use launch::{Launch, Launcher};
+use shader::Algorithm;
 use timer::Timer;
 
 pub use recorder::Recorder;
@@ -50,6 +53,8 @@ pub(crate) struct WgpuDevice {
     allocator: Allocator,
     launcher: Launcher,
     timer: Timer,
+    /// What it has of cooperative matrices, if the kernel on them can run.
+    coop: Option<Coop>,
     /// Bound where a shader variant has a binding that it does not use, to read and to write.
     unused: [wgpu::Buffer; 2],
 }
@@ -57,21 +62,46 @@ pub(crate) struct WgpuDevice {
 impl WgpuDevice {
     /// Opens the best adapter; `max_binding_bytes` lowers its limit.
     pub(crate) fn open(include_software: bool, max_binding_bytes: Option<u64>) -> Result<Self> {
-        let (device, queue) = adapter::open(include_software, max_binding_bytes)?;
-        let opened = Self::over(device, queue, max_binding_bytes)?;
+        let (device, queue, coop) = adapter::open(include_software, max_binding_bytes)?;
+        let mut opened = Self::over(device, queue, coop, max_binding_bytes)?;
         opened.faults.listen();
+        opened.offer_coop();
         Ok(opened)
     }
 
     /// Computes on the application's device, whose handlers stay as they are.
     pub(crate) fn foreign(device: &wgpu::Device, queue: &wgpu::Queue, max_binding_bytes: Option<u64>) -> Result<Self> {
         foreign::expect_limits(&device.limits())?;
-        let device = Self::over(device.clone(), queue.clone(), max_binding_bytes)?;
+        let coop = Coop::of_device(device);
+        let mut device = Self::over(device.clone(), queue.clone(), coop, max_binding_bytes)?;
         foreign::expect_own_queue(&device.queue, &device.faults)?;
+        device.offer_coop();
         Ok(device)
     }
 
-    fn over(device: wgpu::Device, queue: wgpu::Queue, max_binding_bytes: Option<u64>) -> Result<Self> {
+    /// Offers the kernel on cooperative matrices, before all others, if it passes its check: they are experimental in wgpu, and
+    /// drivers are known that compute them wrong.
+    fn offer_coop(&mut self) {
+        if self.coop.is_none() {
+            return;
+        }
+        let refused = match coop::differs(self) {
+            Ok(None) => {
+                self.capabilities.kernels.insert(0, Kernel::WgslCoop);
+                return;
+            }
+            Ok(Some(apart)) => format!("its results are {apart} off"),
+            Err(error) => error.to_string(),
+        };
+        log::warn!("{}: kernel {} is not used: {refused}", self.name, Kernel::WgslCoop);
+    }
+
+    fn over(
+        device: wgpu::Device,
+        queue: wgpu::Queue,
+        coop: Option<Coop>,
+        max_binding_bytes: Option<u64>,
+    ) -> Result<Self> {
         let (info, limits) = (device.adapter_info(), device.limits());
         // The shaders count 16-byte words in 32 bits, and Vulkan's bindings end below 2 GiB.
         let largest = limits.max_storage_buffer_binding_size.min((1 << 31) - 256);
@@ -92,7 +122,7 @@ impl WgpuDevice {
         let launcher = Launcher::new(&device, &queue, &faults);
         let unused = [allocator.storage("unused", 0)?, allocator.storage("unused", 0)?];
         let timer = Timer::new(&name);
-        Ok(Self { id, name, capabilities, device, queue, faults, allocator, launcher, timer, unused })
+        Ok(Self { id, name, capabilities, device, queue, faults, allocator, launcher, timer, coop, unused })
     }
 
     pub(crate) fn handles(&self) -> (&wgpu::Device, &wgpu::Queue) {
@@ -197,7 +227,8 @@ impl Backend for WgpuDevice {
         self.indices(meta)?;
         self.inv_indices(meta)?;
         self.cu_seqlens(meta.cu_seqlens())?;
-        self.tiles(meta.cu_seqlens())?;
+        let algorithm = Algorithm::Portable { rows: 8 };
+        self.tiles(meta.cu_seqlens(), algorithm.tile_rows())?;
         // What dense paths use instead.
         self.mask_bits(meta.key_mask()).map(drop)
     }
