@@ -75,6 +75,9 @@ fn kept_in(tile: Tile, first_key: u32) -> array<u32, KEPT_WORDS> {
     return kept;
 }
 
+// naga demands that control flow around matrices is uniform, and takes whatever went through a variable for non-uniform. Here it
+// depends on constants, parameters, the workgroup's tile, and on what all read of workgroup memory after a barrier.
+@diagnostic(off, derivative_uniformity)
 @compute @workgroup_size(INVOCATIONS)
 fn attention(
     @builtin(workgroup_id) group: vec3<u32>,
