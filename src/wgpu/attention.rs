@@ -266,8 +266,7 @@ impl WgpuDevice {
         let head_dim = attention.problem.shape.head_dim;
         match (attention.plan.kernel, &self.coop) {
             (Kernel::WgslCoop, Some(coop)) => Algorithm::Coop(coop.tile(head_dim)),
-            // The output of one invocation has to stay in its registers.
-            _ => Algorithm::Portable { rows: if head_dim <= 128 { 8 } else { 4 } },
+            _ => Algorithm::portable(head_dim),
         }
     }
 

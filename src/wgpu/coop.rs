@@ -35,10 +35,11 @@ impl Coop {
     /// What an adapter has, if the kernel runs on it: square matrices of f16 with f32 accumulators, and subgroups that are all of
     /// one size, since the kernel counts on which rows a subgroup owns.
     pub fn of(adapter: &Adapter) -> Option<Self> {
-        if !adapter.features().contains(FEATURES) {
+        let (info, limits) = (adapter.get_info(), adapter.limits());
+        // Metal's loads take pointers to elements, and the shader's point to vectors of four, which tells of their alignment.
+        if info.backend != wgpu::Backend::Vulkan || !adapter.features().contains(FEATURES) {
             return None;
         }
-        let (info, limits) = (adapter.get_info(), adapter.limits());
         let properties = adapter.cooperative_matrix_properties();
         let is_usable = |size: u32| {
             let wanted = (size, size, size, CooperativeScalarType::F16, CooperativeScalarType::F32);
@@ -71,9 +72,8 @@ impl Coop {
 
     /// The tile for a head dimension: the first of the list that fits. The last one always does.
     pub fn tile(self, head_dim: usize) -> CoopTile {
-        let tile = |subgroups, blocks, keys| {
-            CoopTile { shape: self.shape, subgroup_size: self.subgroup_size, subgroups, blocks, keys }
-        };
+        let Self { shape, subgroup_size, .. } = self;
+        let tile = |subgroups, blocks, keys| CoopTile { shape, subgroup_size, subgroups, blocks, keys };
         let fits = |tile: &CoopTile| {
             tile.workgroup_bytes(head_dim) <= self.workgroup_bytes
                 && tile.subgroups * tile.subgroup_size <= self.invocations

@@ -215,8 +215,9 @@ impl Launcher {
         // own. Tensor positions are sums of index · stride with every index below its dimension, and `problem` checked that such
         // sums stay inside each view; `Window`s cover the views' batch rows from the offset that the parameters count from. Index
         // lists come from `VarlenMeta` and `CuSeqlens`, whose constructors keep them inside the tensors, and `problem` compared
-        // their sizes with the tensors'. Positions in private and workgroup arrays are bounded by constants. Every loop counts
-        // up to a bound that does not change in it.
+        // their sizes with the tensors'. Positions in private and workgroup arrays are bounded by constants, and so are the
+        // matrices that are loaded from workgroup arrays and stored to them, with their strides. Every loop counts up to a bound
+        // that does not change in it.
         let module = unsafe { self.device.create_shader_module_trusted(descriptor, checks) };
         let entry = |index: usize, ty| wgpu::BindGroupLayoutEntry {
             binding: index as u32,

@@ -1,4 +1,5 @@
-//! The WGSL device: compute shaders on Vulkan, Metal, DirectX 12 and WebGPU adapters, with no optional feature.
+//! The WGSL device: compute shaders on Vulkan, Metal, DirectX 12 and WebGPU adapters. It needs no optional feature; where an adapter
+//! has cooperative matrices, attention runs on them.
 
 mod adapter;
 mod attention;
@@ -28,6 +29,7 @@ use crate::dtype::DType;
 use crate::error::Result;
 use crate::meta::VarlenMeta;
 use crate::plan::{Capabilities, Kernel};
+use crate::problem::{HEAD_DIM_STEP, MAX_HEAD_DIM};
 
 use buffer::{Allocator, WgpuBuffer};
 use coop::Coop;
@@ -227,8 +229,13 @@ impl Backend for WgpuDevice {
         self.indices(meta)?;
         self.inv_indices(meta)?;
         self.cu_seqlens(meta.cu_seqlens())?;
-        let algorithm = Algorithm::Portable { rows: 8 };
-        self.tiles(meta.cu_seqlens(), algorithm.tile_rows())?;
+        // Every tile size that a call may want; each is made once.
+        for head_dim in (HEAD_DIM_STEP..=MAX_HEAD_DIM).step_by(HEAD_DIM_STEP) {
+            let coop = self.coop.map(|coop| Algorithm::Coop(coop.tile(head_dim)));
+            for algorithm in coop.into_iter().chain([Algorithm::portable(head_dim)]) {
+                self.tiles(meta.cu_seqlens(), algorithm.tile_rows())?;
+            }
+        }
         // What dense paths use instead.
         self.mask_bits(meta.key_mask()).map(drop)
     }

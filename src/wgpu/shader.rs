@@ -90,6 +90,11 @@ pub(super) enum Algorithm {
 }
 
 impl Algorithm {
+    /// The portable kernel for a head dimension: the output of an invocation has to stay in its registers.
+    pub fn portable(head_dim: usize) -> Self {
+        Self::Portable { rows: if head_dim <= 128 { 8 } else { 4 } }
+    }
+
     /// Query rows of a workgroup.
     pub fn tile_rows(self) -> usize {
         match self {
@@ -119,7 +124,9 @@ pub(super) enum Shader {
     PackRows,
     ScatterRows,
     ZeroRows,
-    AlignRows { element_bytes: usize },
+    AlignRows {
+        element_bytes: usize,
+    },
 }
 
 impl Shader {
@@ -255,10 +262,8 @@ fn attention(algorithm: Algorithm, dtype: DType, rows: &[&'static str]) -> Vec<&
     ];
     snippets.extend(rows);
     match algorithm {
-        Algorithm::Portable { .. } => snippets.extend([
-            include_str!("../../shaders/shared/word_u32.wgsl"),
-            include_str!("../../shaders/attention.wgsl"),
-        ]),
+        Algorithm::Portable { .. } => snippets
+            .extend([include_str!("../../shaders/shared/word_u32.wgsl"), include_str!("../../shaders/attention.wgsl")]),
         Algorithm::Coop(tile) => snippets.extend([
             if tile.shape == 8 {
                 include_str!("../../shaders/shared/coop_8.wgsl")
@@ -350,7 +355,6 @@ mod tests {
         (module, info)
     }
 
-    /// MSL has cooperative matrices too, of 8 x 8; naga's HLSL writer has none.
     #[test]
     fn every_cooperative_variant_translates_to_spirv() {
         for shader in coop_variants() {
@@ -358,7 +362,8 @@ mod tests {
             let spirv = spv::write_vec(&module, &info, &spv::Options::default(), None);
             assert!(spirv.as_ref().is_ok_and(|words| words.len() > 100), "{shader:?}: SPIR-V: {spirv:?}");
         }
-        println!("HLSL of cooperative variants: skipped, naga's writer has no cooperative matrices");
+        println!("cooperative variants in HLSL: skipped, naga's writer has no cooperative matrices");
+        println!("cooperative variants in MSL: skipped, its loads take pointers to elements, not to vectors of them");
     }
 
     #[test]
@@ -383,23 +388,39 @@ mod tests {
         }
     }
 
+    fn workgroup_bytes(module: &naga::Module) -> u32 {
+        let mut layouter = naga::proc::Layouter::default();
+        layouter.update(module.to_ctx()).unwrap_or_else(|error| panic!("{error}"));
+        let variables = module.global_variables.iter().map(|(_, variable)| variable);
+        let shared = variables.filter(|variable| variable.space == naga::AddressSpace::WorkGroup);
+        shared.map(|variable| layouter[variable.ty].size).sum()
+    }
+
     #[test]
     fn every_variant_stays_inside_the_default_limits() {
         let limits = wgpu::Limits::default();
         for shader in every_variant() {
             let (module, _) = parse(shader);
-            let mut layouter = naga::proc::Layouter::default();
-            layouter.update(module.to_ctx()).unwrap_or_else(|error| panic!("{shader:?}: {error}"));
-            let shared: u32 = module
-                .global_variables
-                .iter()
-                .filter(|(_, variable)| variable.space == naga::AddressSpace::WorkGroup)
-                .map(|(_, variable)| layouter[variable.ty].size)
-                .sum();
+            let shared = workgroup_bytes(&module);
             assert!(shared <= limits.max_compute_workgroup_storage_size, "{shader:?}: {shared} bytes");
             let [x, y, z] = module.entry_points[0].workgroup_size;
             assert!(x * y * z <= limits.max_compute_invocations_per_workgroup, "{shader:?}");
             assert!(shader.bindings().len() as u32 <= limits.max_storage_buffers_per_shader_stage, "{shader:?}");
+            assert_eq!(module.entry_points[0].name, shader.entry_point());
+        }
+    }
+
+    #[test]
+    fn a_cooperative_tile_knows_its_workgroup_memory() {
+        for shader in coop_variants() {
+            let (module, _) = parse(shader);
+            let Some(Algorithm::Coop(tile)) = shader.algorithm() else { panic!("{shader:?}") };
+            let (Shader::AttentionDense { head_dim, .. } | Shader::AttentionPacked { head_dim, .. }) = shader else {
+                panic!("{shader:?}")
+            };
+            assert_eq!(workgroup_bytes(&module), tile.workgroup_bytes(head_dim), "{shader:?}");
+            let [x, ..] = module.entry_points[0].workgroup_size;
+            assert_eq!(x, tile.subgroups * tile.subgroup_size, "{shader:?}");
             assert_eq!(module.entry_points[0].name, shader.entry_point());
         }
     }
