@@ -49,6 +49,8 @@ pub enum Kernel {
     CpuTiled,
     /// The WGSL kernel that needs no optional feature.
     WgslPortable,
+    /// The WGSL kernel on cooperative matrices (tensor cores): f16 operands, f32 accumulators.
+    WgslCoop,
     /// The CUDA kernel of every chip from compute capability 8.0 on: `mma.sync` and `cp.async`.
     CudaSm80,
     /// The CUDA kernel of compute capability 9.0 (Hopper): `wgmma` and TMA.
@@ -62,6 +64,7 @@ impl Kernel {
         match self {
             Self::CpuTiled => "cpu-tiled",
             Self::WgslPortable => "wgsl-portable",
+            Self::WgslCoop => "wgsl-coop",
             Self::CudaSm80 => "sm80",
             Self::CudaSm90 => "sm90",
         }
@@ -70,13 +73,13 @@ impl Kernel {
     /// Whether it reads padded tensors in place, past what is masked.
     #[must_use]
     pub const fn has_fused(self) -> bool {
-        matches!(self, Self::CpuTiled | Self::WgslPortable | Self::CudaSm80 | Self::CudaSm90)
+        matches!(self, Self::CpuTiled | Self::WgslPortable | Self::WgslCoop | Self::CudaSm80 | Self::CudaSm90)
     }
 
     /// Whether its fused form works by lists of single rows, which a device can build too; the sm90 kernel's tiles are the host's
     /// work.
     const fn fuses_by_rows(self) -> bool {
-        matches!(self, Self::CpuTiled | Self::WgslPortable | Self::CudaSm80)
+        matches!(self, Self::CpuTiled | Self::WgslPortable | Self::WgslCoop | Self::CudaSm80)
     }
 
     /// Whether it adds a bias to the scores.
@@ -85,9 +88,16 @@ impl Kernel {
         !matches!(self, Self::CudaSm90)
     }
 
+    /// Whether it computes with tensors of this type, if its device does.
+    #[must_use]
+    pub const fn has_dtype(self, dtype: DType) -> bool {
+        !matches!((self, dtype), (Self::WgslCoop, DType::F32))
+    }
+
     /// Why it cannot compute a call, if it cannot.
-    fn refuses(self, mask: Option<&MaskInfo<'_>>, is_dense: bool) -> Option<&'static str> {
+    fn refuses(self, dtype: DType, mask: Option<&MaskInfo<'_>>, is_dense: bool) -> Option<&'static str> {
         match (self, mask) {
+            (kernel, _) if !kernel.has_dtype(dtype) => Some("it computes with f16 and bf16 alone"),
             (kernel, Some(MaskInfo::Bias(_))) if !kernel.has_bias() => Some("it adds no bias"),
             (Self::CudaSm90, Some(MaskInfo::DeviceVarlen { .. })) if is_dense => {
                 Some("its dense form needs metadata that was built on the host")
@@ -294,14 +304,15 @@ fn pick_kernel(
     is_dense: bool,
 ) -> Result<Kernel> {
     if let Some(kernel) = forced.kernel {
-        let why = match kernel.refuses(mask, is_dense) {
+        let why = match kernel.refuses(problem.dtype, mask, is_dense) {
             _ if !capabilities.kernels.contains(&kernel) => format!("{capabilities} does not run it"),
             Some(why) => why.to_owned(),
             None => return Ok(kernel),
         };
         return Err(not_applicable("kernel", kernel.name(), why));
     }
-    let able = || capabilities.kernels.iter().copied().filter(|kernel| kernel.refuses(mask, is_dense).is_none());
+    let is_able = |kernel: &Kernel| kernel.refuses(problem.dtype, mask, is_dense).is_none();
+    let able = || capabilities.kernels.iter().copied().filter(is_able);
     let suited = able().find(|kernel| kernel.suits(problem.shape.head_dim));
     suited
         .or_else(|| able().next())
@@ -382,7 +393,7 @@ mod tests {
             let mask = MaskInfo::Varlen { query: &meta, key: &meta };
             let outcome =
                 |kernels: &[Kernel]| plan(kernels, &mask, Forced::default()).map(|plan| (plan.path, plan.reason));
-            for kernel in [Kernel::CpuTiled, Kernel::WgslPortable, Kernel::CudaSm80] {
+            for kernel in [Kernel::CpuTiled, Kernel::WgslPortable, Kernel::WgslCoop, Kernel::CudaSm80] {
                 assert_eq!(outcome(&[kernel])?, (Path::Fused, Reason::InPlace));
             }
             assert_eq!(outcome(&[Kernel::CudaSm90, Kernel::CudaSm80])?, hopper);

@@ -44,12 +44,17 @@ fn key_row(tile: Tile, key: u32) -> u32 {
     return key_tokens[key_list(tile) + 1u + key];
 }
 
-fn key_is_kept(tile: Tile, key: u32) -> bool {
-    return key < tile.keys;
+// Which of 32 keys are kept, the first in the lowest bit. `first_key` is a multiple of 32.
+fn kept_keys(tile: Tile, first_key: u32) -> u32 {
+    if first_key >= tile.keys {
+        return 0u;
+    }
+    return 0xffffffffu >> (32u - min(tile.keys - first_key, 32u));
 }
 
+// Dropped queries lie in tiles without keys.
 fn row_is_kept(tile: Tile, row: u32) -> bool {
-    return true;
+    return tile.keys > 0u;
 }
 
 fn biased(tile: Tile, row: u32, key: u32, score: f32) -> Biased {

@@ -4,13 +4,15 @@ use wgpu::{Backends, DeviceType, ExperimentalFeatures, Features, Limits};
 
 use crate::error::{Error, Result};
 
+use super::coop::{self, Coop};
+
 const CHOICE: &str = "wgpu";
 
-/// A device of the best adapter, with no optional feature but timestamps.
+/// A device of the best adapter, with no optional feature but timestamps and what cooperative matrices need, where it has them.
 pub(super) async fn open(
     include_software: bool,
     max_binding_bytes: Option<u64>,
-) -> Result<(wgpu::Device, wgpu::Queue)> {
+) -> Result<(wgpu::Device, wgpu::Queue, Option<Coop>)> {
     let mut descriptor = wgpu::InstanceDescriptor::new_without_display_handle();
     descriptor.backends = Backends::PRIMARY;
     let instance = wgpu::Instance::new(descriptor);
@@ -32,15 +34,22 @@ pub(super) async fn open(
     let Some(adapter) = adapters.into_iter().next() else {
         return Err(unavailable("only software adapters, which are slower than the CPU device".to_owned()));
     };
+    let coop = Coop::of(&adapter);
+    let optional = if coop.is_some() { Features::TIMESTAMP_QUERY | coop::FEATURES } else { Features::TIMESTAMP_QUERY };
+    let mut required_limits = limits(&adapter.limits(), max_binding_bytes);
+    if coop.is_some() {
+        required_limits.max_compute_workgroup_storage_size = adapter.limits().max_compute_workgroup_storage_size;
+    }
     let request = adapter.request_device(&wgpu::DeviceDescriptor {
         label: Some("varlen-fa"),
-        required_features: adapter.features() & Features::TIMESTAMP_QUERY,
-        required_limits: limits(&adapter.limits(), max_binding_bytes),
-        experimental_features: ExperimentalFeatures::disabled(),
+        required_features: adapter.features() & optional,
+        required_limits,
+        experimental_features: if coop.is_some() { coop::experimental() } else { ExperimentalFeatures::disabled() },
         memory_hints: wgpu::MemoryHints::Performance,
         trace: wgpu::Trace::Off,
     });
-    request.await.map_err(|error| unavailable(error.to_string()))
+    let (device, queue) = request.await.map_err(|error| unavailable(error.to_string()))?;
+    Ok((device, queue, coop))
 }
 
 #[cfg(not(target_arch = "wasm32"))]

@@ -7,16 +7,15 @@ use crate::backend::{Attention, Rows as AttentionRows, no_device_tables};
 use crate::error::{Error, Result};
 use crate::mask::KeyMask;
 use crate::meta::{CuSeqlens, VarlenMeta};
-use crate::plan::Path;
+use crate::plan::{Kernel, Path};
 
 use super::WgpuDevice;
 use super::copy::{RowShape, packed_rows};
 use super::launch::Window;
 use super::launches::{AttentionLaunch, Launches, Work};
-use super::metadata::TILE_ROWS;
 use super::params::AttentionParams;
 use super::placement::{BINDING_ALIGNMENT, MAX_GROUPS, Operand, Placed, Rows, WORD_BYTES};
-use super::shader::Shader;
+use super::shader::{Algorithm, Shader};
 
 /// Placed tensors of one launch.
 struct Tensors {
@@ -43,7 +42,8 @@ impl WgpuDevice {
             let (limit_name, limit) = ("heads in max_compute_workgroups_per_dimension", MAX_GROUPS as u64);
             return Err(Error::TooLarge { argument: "q", limit_name, limit, got: heads as u64 });
         }
-        let (shader, work) = (attention_shader(attention), Work::of(attention));
+        let algorithm = self.algorithm(attention);
+        let (shader, work) = (attention_shader(attention, algorithm), Work::of(attention, algorithm));
         launches.announce(shader, work, self.pace.limit(shader));
         match &attention.rows {
             AttentionRows::Dense { key_mask, zero_rows, .. } => {
@@ -71,10 +71,12 @@ impl WgpuDevice {
         let bias = bias.as_ref().map(|bias| self.input("bias", bias, Rows::Padded)).transpose()?;
         let mut bound = vec![q, k, v, out];
         bound.extend(bias);
-        let tiles = shape.seq_q.div_ceil(TILE_ROWS);
+        let algorithm = self.algorithm(attention);
+        let tile_rows = algorithm.tile_rows();
+        let tiles = shape.seq_q.div_ceil(tile_rows);
         if tiles > MAX_GROUPS {
             let (limit_name, limit) =
-                ("query rows in max_compute_workgroups_per_dimension", (MAX_GROUPS * TILE_ROWS) as u64);
+                ("query rows in max_compute_workgroups_per_dimension", (MAX_GROUPS * tile_rows) as u64);
             return Err(Error::TooLarge { argument: "q", limit_name, limit, got: shape.seq_q as u64 });
         }
         let bits = |mask: Option<&KeyMask>| mask.map(|mask| self.mask_bits(mask)).transpose();
@@ -109,11 +111,11 @@ impl WgpuDevice {
             let Tensors { q, k, v, out } = tensors;
             let masks = [mask_window(&key_bits), mask_window(&row_bits), bias_window];
             launches.push_attention(AttentionLaunch {
-                shader: attention_shader(attention),
+                shader: attention_shader(attention, algorithm),
                 params,
                 windows: [q.window, k.window, v.window, out.window].into_iter().chain(masks).collect(),
                 groups: [tiles as u32, range.len() as u32, shape.num_heads as u32],
-                group_operations: group_operations(shape.seq_k, shape.head_dim),
+                group_operations: group_operations(algorithm, shape.seq_k, shape.head_dim),
             });
             launches.give_back(scratch);
         }
@@ -155,7 +157,8 @@ impl WgpuDevice {
         let shape = attention.problem.shape;
         let [q, k, v, out] = self.operands(attention, Rows::Padded, Rows::Padded)?;
         let (query_tokens, key_tokens) = (self.token_lists(query)?, self.token_lists(key)?);
-        let tiles = self.fused_tiles(query)?;
+        let algorithm = self.algorithm(attention);
+        let tiles = self.fused_tiles(query, algorithm.tile_rows())?;
         let list_bytes = |range: &Range<usize>| {
             let lists = [query_tokens.bytes(range), key_tokens.bytes(range), tiles.bytes(range)];
             lists.into_iter().map(|bytes| bytes.end - bytes.start + BINDING_ALIGNMENT).max().unwrap_or(0)
@@ -188,11 +191,11 @@ impl WgpuDevice {
             let Tensors { q, k, v, out } = tensors;
             let lists = [tiles_window, query_window, key_window];
             launches.push_attention(AttentionLaunch {
-                shader: attention_shader(attention),
+                shader: attention_shader(attention, algorithm),
                 params,
                 windows: [q.window, k.window, v.window, out.window].into_iter().chain(lists).collect(),
                 groups: [grid_width as u32, of_range.len().div_ceil(grid_width) as u32, shape.num_heads as u32],
-                group_operations: group_operations(longest(key.cu_seqlens(), &range), shape.head_dim),
+                group_operations: group_operations(algorithm, longest(key.cu_seqlens(), &range), shape.head_dim),
             });
             launches.give_back(scratch);
         }
@@ -251,7 +254,8 @@ impl WgpuDevice {
         launches: &mut Launches<'_>,
     ) -> Result<()> {
         let shape = attention.problem.shape;
-        let tiles = self.tiles(sequences.query)?;
+        let algorithm = self.algorithm(attention);
+        let tiles = self.tiles(sequences.query, algorithm.tile_rows())?;
         let of_range = tiles.of(&sequences.range);
         if of_range.is_empty() {
             return Ok(());
@@ -281,7 +285,7 @@ impl WgpuDevice {
         }
         let Tensors { q, k, v, out } = tensors;
         launches.push_attention(AttentionLaunch {
-            shader: attention_shader(attention),
+            shader: attention_shader(attention, algorithm),
             params,
             windows: vec![
                 q.window,
@@ -293,7 +297,7 @@ impl WgpuDevice {
                 Window::whole(&self.cu_seqlens(sequences.key)?.0),
             ],
             groups: [grid_width as u32, of_range.len().div_ceil(grid_width) as u32, shape.num_heads as u32],
-            group_operations: group_operations(longest(sequences.key, &sequences.range), shape.head_dim),
+            group_operations: group_operations(algorithm, longest(sequences.key, &sequences.range), shape.head_dim),
         });
         Ok(())
     }
@@ -307,16 +311,25 @@ impl WgpuDevice {
         ])
     }
 
+    fn algorithm(&self, attention: &Attention<'_>) -> Algorithm {
+        let head_dim = attention.problem.shape.head_dim;
+        match (attention.plan.kernel, &self.coop) {
+            (Kernel::WgslCoop, Some(coop)) => Algorithm::Coop(coop.tile(head_dim)),
+            _ => Algorithm::portable(head_dim),
+        }
+    }
+
     pub(super) fn unused_read(&self) -> Window {
         Window::whole(&self.unused[0])
     }
 }
 
 /// The variant that computes a call.
-fn attention_shader(attention: &Attention<'_>) -> Shader {
+fn attention_shader(attention: &Attention<'_>, algorithm: Algorithm) -> Shader {
     let (dtype, head_dim) = (attention.problem.dtype, attention.problem.shape.head_dim);
     match &attention.rows {
         AttentionRows::Dense { key_mask, bias, zero_rows } => Shader::AttentionDense {
+            algorithm,
             dtype,
             head_dim,
             key_mask: key_mask.is_some(),
@@ -324,9 +337,9 @@ fn attention_shader(attention: &Attention<'_>) -> Shader {
             bias: bias.as_ref().map(|bias| bias.dtype),
         },
         AttentionRows::Varlen { .. } if attention.plan.path == Path::Fused => {
-            Shader::AttentionFused { dtype, head_dim }
+            Shader::AttentionFused { algorithm, dtype, head_dim }
         }
-        _ => Shader::AttentionPacked { dtype, head_dim, lse: attention.lse.is_some() },
+        _ => Shader::AttentionPacked { algorithm, dtype, head_dim, lse: attention.lse.is_some() },
     }
 }
 
@@ -336,8 +349,8 @@ fn row_operations(keys: usize, head_dim: usize) -> u64 {
 }
 
 /// The most that one workgroup has.
-fn group_operations(keys: usize, head_dim: usize) -> u64 {
-    row_operations(keys, head_dim).saturating_mul(TILE_ROWS as u64)
+fn group_operations(algorithm: Algorithm, keys: usize, head_dim: usize) -> u64 {
+    row_operations(keys, head_dim).saturating_mul(algorithm.tile_rows() as u64)
 }
 
 /// Rows of the longest sequence of a range.
@@ -347,14 +360,14 @@ fn longest(cu_seqlens: &CuSeqlens, range: &Range<usize>) -> usize {
 
 impl Work {
     /// The work of a call, were it one launch.
-    fn of(attention: &Attention<'_>) -> Self {
-        let shape = attention.problem.shape;
+    fn of(attention: &Attention<'_>, algorithm: Algorithm) -> Self {
+        let (shape, tile_rows) = (attention.problem.shape, algorithm.tile_rows());
         let of_sequence = |queries: usize, keys: usize| {
             let row = row_operations(keys, shape.head_dim).saturating_mul(shape.num_heads as u64);
-            let tiles = queries.div_ceil(TILE_ROWS) as u64;
+            let tiles = queries.div_ceil(tile_rows) as u64;
             Self {
                 operations: row.saturating_mul(queries as u64),
-                in_whole_tiles: row.saturating_mul(tiles).saturating_mul(TILE_ROWS as u64),
+                in_whole_tiles: row.saturating_mul(tiles).saturating_mul(tile_rows as u64),
             }
         };
         let of_sequences = |query: &CuSeqlens, key: &CuSeqlens| {

@@ -249,8 +249,9 @@ impl Launcher {
         // sums stay inside each view; `Window`s cover the views' batch rows from the offset that the parameters count from. Index
         // lists come from `VarlenMeta` and `CuSeqlens`, whose constructors keep them inside the tensors, and `problem` compared
         // their sizes with the tensors'; a token list names each of the S tokens of its batch row once, and kernels ask it only
-        // for rows and keys that their tile has. Positions in private and workgroup arrays are bounded by constants. Every loop
-        // counts up to a bound that does not change in it.
+        // for rows and keys that their tile has. Positions in private and workgroup arrays are bounded by constants, and so are
+        // the matrices that are loaded from workgroup arrays and stored to them, with their strides. Every loop counts up to a
+        // bound that does not change in it.
         let module = unsafe { self.device.create_shader_module_trusted(descriptor, checks) };
         let entry = |index: usize, ty| wgpu::BindGroupLayoutEntry {
             binding: index as u32,

@@ -1,4 +1,5 @@
-//! The WGSL device: compute shaders on Vulkan, Metal, DirectX 12 and WebGPU adapters, with no optional feature.
+//! The WGSL device: compute shaders on Vulkan, Metal, DirectX 12 and WebGPU adapters. It needs no optional feature; where an adapter
+//! has cooperative matrices, attention runs on them.
 
 mod adapter;
 mod attention;
@@ -7,6 +8,7 @@ mod blocking;
 #[cfg(target_arch = "wasm32")]
 mod browser;
 mod buffer;
+mod coop;
 mod copy;
 mod fault;
 mod foreign;
@@ -37,12 +39,15 @@ use crate::dtype::DType;
 use crate::error::Result;
 use crate::meta::VarlenMeta;
 use crate::plan::{Capabilities, Kernel};
+use crate::problem::{HEAD_DIM_STEP, MAX_HEAD_DIM};
 
 use buffer::{Allocator, WgpuBuffer};
+use coop::Coop;
 use fault::Faults;
 use launch::Launcher;
 use launches::Launches;
 use pace::Pace;
+use shader::Algorithm;
 use timer::Timer;
 
 pub use recorder::Recorder;
@@ -63,6 +68,8 @@ pub(crate) struct WgpuDevice {
     launcher: Launcher,
     pace: Arc<Pace>,
     timer: Timer,
+    /// What it has of cooperative matrices, if the kernel on them can run.
+    coop: Option<Coop>,
     /// Bound where a shader variant has a binding that it does not use, to read and to write.
     unused: [wgpu::Buffer; 2],
 }
@@ -70,21 +77,41 @@ pub(crate) struct WgpuDevice {
 impl WgpuDevice {
     /// Opens the best adapter; the settings lower its limits.
     pub(crate) async fn open_async(include_software: bool, config: Config) -> Result<Self> {
-        let (device, queue) = adapter::open(include_software, config.max_binding_bytes).await?;
-        let opened = Self::over(device, queue, config)?;
+        let (device, queue, coop) = adapter::open(include_software, config.max_binding_bytes).await?;
+        let mut opened = Self::over(device, queue, coop, config)?;
         opened.faults.listen();
+        opened.offer_coop();
         Ok(opened)
     }
 
     /// Computes on the application's device, whose handlers stay as they are.
     pub(crate) fn foreign(device: &wgpu::Device, queue: &wgpu::Queue, config: Config) -> Result<Self> {
         foreign::expect_limits(&device.limits())?;
-        let device = Self::over(device.clone(), queue.clone(), config)?;
+        let coop = Coop::of_device(device);
+        let mut device = Self::over(device.clone(), queue.clone(), coop, config)?;
         device.expect_own_queue()?;
+        device.offer_coop();
         Ok(device)
     }
 
-    fn over(device: wgpu::Device, queue: wgpu::Queue, config: Config) -> Result<Self> {
+    /// Offers the kernel on cooperative matrices, before all others, if it passes its check: they are experimental in wgpu, and
+    /// drivers are known that compute them wrong.
+    fn offer_coop(&mut self) {
+        if self.coop.is_none() {
+            return;
+        }
+        let refused = match coop::differs(self) {
+            Ok(None) => {
+                self.capabilities.kernels.insert(0, Kernel::WgslCoop);
+                return;
+            }
+            Ok(Some(apart)) => format!("its results are {apart} off"),
+            Err(error) => error.to_string(),
+        };
+        log::warn!("{}: kernel {} is not used: {refused}", self.name, Kernel::WgslCoop);
+    }
+
+    fn over(device: wgpu::Device, queue: wgpu::Queue, coop: Option<Coop>, config: Config) -> Result<Self> {
         let (info, limits) = (device.adapter_info(), device.limits());
         // The shaders count 16-byte words in 32 bits, and Vulkan's bindings end below 2 GiB.
         let largest = limits.max_storage_buffer_binding_size.min((1 << 31) - 256);
@@ -106,7 +133,7 @@ impl WgpuDevice {
         let unused = [allocator.storage("unused", 0)?, allocator.storage("unused", 0)?];
         let pace = Arc::new(Pace::new(config.max_dispatch_operations, info.device_type));
         let timer = Timer::new(&name);
-        Ok(Self { id, name, capabilities, device, queue, faults, allocator, launcher, pace, timer, unused })
+        Ok(Self { id, name, capabilities, device, queue, faults, allocator, launcher, pace, timer, coop, unused })
     }
 
     pub(crate) fn handles(&self) -> (&wgpu::Device, &wgpu::Queue) {
@@ -215,9 +242,15 @@ impl Backend for WgpuDevice {
         self.indices(meta)?;
         self.inv_indices(meta)?;
         self.cu_seqlens(meta.cu_seqlens())?;
-        self.tiles(meta.cu_seqlens())?;
         self.token_lists(meta)?;
-        self.fused_tiles(meta)?;
+        // Every tile size that a call may want; each is made once.
+        for head_dim in (HEAD_DIM_STEP..=MAX_HEAD_DIM).step_by(HEAD_DIM_STEP) {
+            let coop = self.coop.map(|coop| Algorithm::Coop(coop.tile(head_dim)));
+            for algorithm in coop.into_iter().chain([Algorithm::portable(head_dim)]) {
+                self.tiles(meta.cu_seqlens(), algorithm.tile_rows())?;
+                self.fused_tiles(meta, algorithm.tile_rows())?;
+            }
+        }
         // What dense paths use instead.
         self.mask_bits(meta.key_mask()).map(drop)
     }

@@ -70,9 +70,11 @@ impl Pace {
 mod tests {
     use super::*;
     use crate::dtype::DType;
+    use crate::wgpu_backend::shader::Algorithm;
 
-    const SHADER: Shader = Shader::AttentionFused { dtype: DType::F16, head_dim: 64 };
-    const OTHER: Shader = Shader::AttentionFused { dtype: DType::F32, head_dim: 64 };
+    const ALGORITHM: Algorithm = Algorithm::Portable { rows: 8 };
+    const SHADER: Shader = Shader::AttentionFused { algorithm: ALGORITHM, dtype: DType::F16, head_dim: 64 };
+    const OTHER: Shader = Shader::AttentionFused { algorithm: ALGORITHM, dtype: DType::F32, head_dim: 64 };
 
     #[test]
     fn the_limit_grows_with_what_was_seen_and_never_falls() {
