@@ -3,7 +3,14 @@
 use std::any::Any;
 use std::fmt::{self, Debug};
 use std::ops::Range;
-use std::time::{Duration, Instant};
+use std::pin::Pin;
+use std::time::Duration;
+
+// The standard library's clock panics in a browser.
+#[cfg(not(target_arch = "wasm32"))]
+pub(crate) use std::time::Instant;
+#[cfg(target_arch = "wasm32")]
+pub(crate) use web_time::Instant;
 
 use crate::cache::DeviceId;
 use crate::dtype::DType;
@@ -13,6 +20,9 @@ use crate::mask::KeyMask;
 use crate::meta::{CuSeqlens, VarlenMeta};
 use crate::plan::{Capabilities, Plan};
 use crate::problem::AttentionProblem;
+
+/// A result that a browser gives later, and any other place at once.
+pub(crate) type Later<'a, T> = Pin<Box<dyn Future<Output = Result<T>> + Send + 'a>>;
 
 /// Memory of a device other than the host.
 pub(crate) trait DeviceBuffer: Any + Debug + Send + Sync {
@@ -159,14 +169,20 @@ pub(crate) enum Rows<'a> {
     /// whether to work in place or to pack.
     Varlen { query: &'a VarlenMeta, key: &'a VarlenMeta },
     /// The same with metadata in tables of the device, which only a device that builds them has.
-    #[cfg_attr(not(feature = "cuda"), allow(dead_code, reason = "only the CUDA device builds metadata"))]
+    #[cfg_attr(
+        any(not(feature = "cuda"), target_arch = "wasm32"),
+        allow(dead_code, reason = "only the CUDA device builds metadata")
+    )]
     DeviceVarlen { query: DeviceTables<'a>, key: DeviceTables<'a> },
     /// Packed rows.
     Packed { query: &'a CuSeqlens, key: &'a CuSeqlens },
 }
 
 /// Metadata in the memory of the device that built it.
-#[cfg_attr(not(feature = "cuda"), allow(dead_code, reason = "only the CUDA device builds metadata"))]
+#[cfg_attr(
+    any(not(feature = "cuda"), target_arch = "wasm32"),
+    allow(dead_code, reason = "only the CUDA device builds metadata")
+)]
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct DeviceTables<'a> {
     pub memory: Source<'a>,
@@ -175,7 +191,10 @@ pub(crate) struct DeviceTables<'a> {
 }
 
 /// A `[B, S]` mask to read.
-#[cfg_attr(not(feature = "cuda"), allow(dead_code, reason = "only the CUDA device builds metadata"))]
+#[cfg_attr(
+    any(not(feature = "cuda"), target_arch = "wasm32"),
+    allow(dead_code, reason = "only the CUDA device builds metadata")
+)]
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct MaskInput<'a> {
     pub memory: Source<'a>,
@@ -184,7 +203,10 @@ pub(crate) struct MaskInput<'a> {
 }
 
 /// Where a device keeps metadata of masks that it has already.
-#[cfg_attr(not(feature = "cuda"), allow(dead_code, reason = "only the CUDA device builds metadata"))]
+#[cfg_attr(
+    any(not(feature = "cuda"), target_arch = "wasm32"),
+    allow(dead_code, reason = "only the CUDA device builds metadata")
+)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum MetadataPlace {
     /// In host memory, where its tensors are too.
@@ -228,7 +250,10 @@ pub(crate) enum Op<'a> {
     /// Writes zeros to every element of the view, and to nothing else.
     Zero(Output<'a>),
     /// Builds the metadata of a mask in tables of [`Backend::alloc_metadata`].
-    #[cfg_attr(not(feature = "cuda"), allow(dead_code, reason = "only the CUDA device builds metadata"))]
+    #[cfg_attr(
+        any(not(feature = "cuda"), target_arch = "wasm32"),
+        allow(dead_code, reason = "only the CUDA device builds metadata")
+    )]
     Metadata {
         mask: MaskInput<'a>,
         tables: DeviceTables<'a>,
@@ -264,6 +289,22 @@ pub(crate) trait Backend: Debug + Send + Sync {
     fn start_timer(&self) -> Result<Instant>;
     /// Waits for all work and gives the time since [`Backend::start_timer`] gave `started`.
     fn stop_timer(&self, started: Instant) -> Result<Timing>;
+    /// [`download`](Self::download) in a form that may give up the thread instead of waiting. Only a browser's device has one.
+    fn download_async<'a>(&'a self, from: Source<'a>, into: &'a mut [u8]) -> Later<'a, ()> {
+        Box::pin(async move { self.download(from, into) })
+    }
+    /// The same of [`synchronize`](Self::synchronize).
+    fn synchronize_async(&self) -> Later<'_, ()> {
+        Box::pin(async move { self.synchronize() })
+    }
+    /// The same of [`start_timer`](Self::start_timer).
+    fn start_timer_async(&self) -> Later<'_, Instant> {
+        Box::pin(async move { self.start_timer() })
+    }
+    /// The same of [`stop_timer`](Self::stop_timer).
+    fn stop_timer_async(&self, started: Instant) -> Later<'_, Timing> {
+        Box::pin(async move { self.stop_timer(started) })
+    }
     /// For accessors of one backend's own handles.
     fn as_any(&self) -> &dyn Any;
 }

@@ -23,7 +23,7 @@ pub enum DeviceChoice {
 }
 
 const DEVICE_NAMES: &str = "cuda, cuda:N, wgpu or cpu";
-const KERNEL_NAMES: &str = "cpu-tiled, wgsl-portable, sm80, sm90 or sm100";
+const KERNEL_NAMES: &str = "cpu-tiled, wgsl-portable, wgsl-coop, sm80, sm90 or sm100";
 
 impl FromStr for DeviceChoice {
     type Err = Error;
@@ -69,6 +69,11 @@ pub struct Config {
     /// Upper bound of one storage binding on wgpu devices, in bytes; the adapter's own where there is none. 128 MiB is what a
     /// browser grants. Work on larger tensors is split by batch row.
     pub max_binding_bytes: Option<u64>,
+    /// Upper bound of the floating-point operations (4 for each query, key, head and dimension) of one dispatch and one
+    /// submission on wgpu devices. Attention of more is split, with the same result. Where there is none, it is what the slowest
+    /// adapters of the kind (discrete, integrated, in software) do in half a second, and more on those that were seen to be
+    /// faster: systems reset a GPU that is busy for longer than about 2 seconds.
+    pub max_dispatch_operations: Option<u64>,
 }
 
 impl Config {
@@ -121,7 +126,7 @@ impl Config {
                 Some(known.ok_or(Error::Environment { variable, expected: KERNEL_NAMES, got })?)
             }
         };
-        Ok(Self { device, force_dense, kernel, max_binding_bytes: None })
+        Ok(Self { device, force_dense, kernel, ..Self::default() })
     }
 
     /// The same settings with another device.
@@ -146,5 +151,11 @@ impl Config {
     #[must_use]
     pub fn with_max_binding_bytes(self, bytes: u64) -> Self {
         Self { max_binding_bytes: Some(bytes), ..self }
+    }
+
+    /// The same settings with another [`max_dispatch_operations`](Self::max_dispatch_operations).
+    #[must_use]
+    pub fn with_max_dispatch_operations(self, operations: u64) -> Self {
+        Self { max_dispatch_operations: Some(operations), ..self }
     }
 }

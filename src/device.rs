@@ -1,6 +1,6 @@
 //! Devices: which one to compute on, and the only place that knows the backends by name.
 
-#[cfg(feature = "cuda")]
+#[cfg(all(feature = "cuda", not(target_arch = "wasm32")))]
 use std::ffi::c_void;
 use std::fmt;
 use std::sync::Arc;
@@ -70,7 +70,7 @@ impl Device {
     pub fn with_config(config: Config) -> Result<Self> {
         let backend = match config.device {
             DeviceChoice::Auto => {
-                let backend = [DeviceChoice::Cuda(0), DeviceChoice::Wgpu].into_iter().find_map(|choice| {
+                let backend = BY_PREFERENCE.into_iter().find_map(|choice| {
                     open(choice, Adapters::HardwareOnly, config)
                         .inspect_err(|error| log::info!("{choice} is not selected: {error}"))
                         .ok()
@@ -81,6 +81,31 @@ impl Device {
                 }
             }
             choice => open(choice, Adapters::All, config)?,
+        };
+        log::info!("computing on {}", backend.name());
+        Ok(Self { backend, config })
+    }
+
+    /// [`with_config`](Self::with_config) for code that also runs in a browser, where a GPU can only be opened without waiting:
+    /// there the other constructors refuse [`DeviceChoice::Wgpu`] with [`Error::WouldBlock`] and take the CPU by themselves.
+    /// Elsewhere it waits as they do.
+    ///
+    /// # Errors
+    /// As [`with_config`](Self::with_config).
+    pub async fn with_config_async(config: Config) -> Result<Self> {
+        let backend = match config.device {
+            DeviceChoice::Auto => {
+                let mut backend = None;
+                for choice in BY_PREFERENCE {
+                    let opened = open_async(choice, Adapters::HardwareOnly, config).await;
+                    backend = opened.inspect_err(|error| log::info!("{choice} is not selected: {error}")).ok();
+                    if backend.is_some() {
+                        break;
+                    }
+                }
+                backend.unwrap_or_else(CpuDevice::shared)
+            }
+            choice => open_async(choice, Adapters::All, config).await?,
         };
         log::info!("computing on {}", backend.name());
         Ok(Self { backend, config })
@@ -101,7 +126,7 @@ impl Device {
     /// [`Error::DeviceLost`], [`Error::OutOfMemory`].
     #[cfg(feature = "wgpu")]
     pub fn from_wgpu(device: &::wgpu::Device, queue: &::wgpu::Queue, config: Config) -> Result<Self> {
-        let backend = crate::wgpu_backend::WgpuDevice::foreign(device, queue, config.max_binding_bytes)?;
+        let backend = crate::wgpu_backend::WgpuDevice::foreign(device, queue, config)?;
         expect_kernel(&backend, config)?;
         log::info!("computing on the application's {}", backend.name());
         Ok(Self { backend: Arc::new(backend), config: config.with_device(DeviceChoice::Wgpu) })
@@ -169,7 +194,7 @@ impl Device {
     ///     MaskedAttention::new(&device).forward_into(part(0)?, part(1)?, part(2)?, AttentionMask::Varlen(meta), out)
     /// }
     /// ```
-    #[cfg(feature = "cuda")]
+    #[cfg(all(feature = "cuda", not(target_arch = "wasm32")))]
     pub unsafe fn from_cuda(context: *mut c_void, stream: *mut c_void, config: Config) -> Result<Self> {
         // SAFETY: by the caller's promise.
         let (backend, ordinal) = unsafe { crate::cuda::over(context, stream, config.kernel) }?;
@@ -210,20 +235,41 @@ impl Device {
     /// Waits for all work launched so far.
     ///
     /// # Errors
-    /// [`Error::DeviceLost`], or whatever failed since the last call.
+    /// [`Error::DeviceLost`], or whatever failed since the last call; [`Error::WouldBlock`] on a wgpu device in a browser.
     pub fn synchronize(&self) -> Result<()> {
         self.backend.synchronize()
+    }
+
+    /// [`synchronize`](Self::synchronize) for code that also runs in a browser: there it gives the thread back until the work is
+    /// done, elsewhere it waits. In a browser what fails in a launch comes out of a later call, at the latest of this one.
+    ///
+    /// # Errors
+    /// As [`synchronize`](Self::synchronize).
+    pub async fn synchronize_async(&self) -> Result<()> {
+        self.backend.synchronize_async().await
     }
 
     /// Runs `work` and gives the time its launches took: on the device if it has timestamp queries, on the host's clock
     /// otherwise. Waits for the work. On wgpu devices one timing at a time: what other threads launch meanwhile counts too.
     ///
     /// # Errors
-    /// Those of `work`, and [`Error::Backend`] if the device cannot be timed.
+    /// Those of `work`, and [`Error::Backend`] if the device cannot be timed; [`Error::WouldBlock`] on a wgpu device in a browser.
     pub fn time<R>(&self, work: impl FnOnce() -> Result<R>) -> Result<(R, Timing)> {
         let started = self.backend.start_timer()?;
         let result = work();
         let timing = self.backend.stop_timer(started)?;
+        Ok((result?, timing))
+    }
+
+    /// [`time`](Self::time) for code that also runs in a browser: there it gives the thread back until the work is done,
+    /// elsewhere it waits. What the page launches on the device meanwhile counts too.
+    ///
+    /// # Errors
+    /// As [`time`](Self::time).
+    pub async fn time_async<R>(&self, work: impl FnOnce() -> Result<R>) -> Result<(R, Timing)> {
+        let started = self.backend.start_timer_async().await?;
+        let result = work();
+        let timing = self.backend.stop_timer_async(started).await?;
         Ok((result?, timing))
     }
 
@@ -259,6 +305,9 @@ impl VarlenMeta {
     }
 }
 
+/// What [`DeviceChoice::Auto`] tries before the CPU.
+const BY_PREFERENCE: [DeviceChoice; 2] = [DeviceChoice::Cuda(0), DeviceChoice::Wgpu];
+
 /// Which wgpu adapters may be taken.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Adapters {
@@ -273,13 +322,13 @@ fn open(choice: DeviceChoice, adapters: Adapters, config: Config) -> Result<Arc<
         #[cfg(feature = "wgpu")]
         DeviceChoice::Wgpu => {
             let software = adapters == Adapters::All;
-            Arc::new(crate::wgpu_backend::WgpuDevice::open(software, config.max_binding_bytes)?)
+            Arc::new(crate::wgpu_backend::WgpuDevice::open(software, config)?)
         }
         #[cfg(not(feature = "wgpu"))]
         DeviceChoice::Wgpu => return Err(not_built(choice, "wgpu")),
-        #[cfg(feature = "cuda")]
+        #[cfg(all(feature = "cuda", not(target_arch = "wasm32")))]
         DeviceChoice::Cuda(ordinal) => crate::cuda::open(ordinal, config.kernel)?,
-        #[cfg(not(feature = "cuda"))]
+        #[cfg(any(not(feature = "cuda"), target_arch = "wasm32"))]
         DeviceChoice::Cuda(_) => return Err(not_built(choice, "cuda")),
     };
     expect_kernel(&*backend, config)?;
@@ -297,7 +346,17 @@ fn expect_kernel(backend: &dyn Backend, config: Config) -> Result<()> {
     }
 }
 
-#[cfg(not(all(feature = "wgpu", feature = "cuda")))]
+/// The same, where opening is only possible without waiting.
+async fn open_async(choice: DeviceChoice, adapters: Adapters, config: Config) -> Result<Arc<dyn Backend>> {
+    #[cfg(all(feature = "wgpu", target_arch = "wasm32"))]
+    if choice == DeviceChoice::Wgpu {
+        let software = adapters == Adapters::All;
+        return Ok(Arc::new(crate::wgpu_backend::WgpuDevice::open_async(software, config).await?));
+    }
+    open(choice, adapters, config)
+}
+
+#[cfg(not(all(feature = "wgpu", feature = "cuda", not(target_arch = "wasm32"))))]
 fn not_built(choice: DeviceChoice, feature: &str) -> Error {
     Error::DeviceUnavailable {
         device: choice.to_string(),

@@ -318,6 +318,16 @@ pub enum Error {
         /// What the device said.
         why: String,
     },
+    /// The call would wait for the device, and the thread of a browser's page may not.
+    #[error("device {device}: {operation} would block the thread, which is not possible in a browser; use {instead}")]
+    WouldBlock {
+        /// Device that was asked.
+        device: String,
+        /// What was asked for.
+        operation: &'static str,
+        /// What to use there.
+        instead: &'static str,
+    },
     /// The device or its driver refused an operation.
     #[error("device {device}: {operation} failed: {why}")]
     Backend {

@@ -10,6 +10,8 @@ pub enum Kernel {
     CpuTiled,
     /// The WGSL kernel that needs no optional feature.
     WgslPortable,
+    /// The WGSL kernel on cooperative matrices (tensor cores): f16 operands, f32 accumulators.
+    WgslCoop,
     /// The CUDA kernel of every chip from compute capability 8.0 on: `mma.sync` and `cp.async`.
     CudaSm80,
     /// The CUDA kernel of compute capability 9.0 (Hopper): `wgmma` and TMA.
@@ -19,7 +21,8 @@ pub enum Kernel {
 }
 
 impl Kernel {
-    const ALL: [Self; 5] = [Self::CpuTiled, Self::WgslPortable, Self::CudaSm80, Self::CudaSm90, Self::CudaSm100];
+    const ALL: [Self; 6] =
+        [Self::CpuTiled, Self::WgslPortable, Self::WgslCoop, Self::CudaSm80, Self::CudaSm90, Self::CudaSm100];
 
     /// The kernel's name, e.g. `wgsl-portable`.
     #[must_use]
@@ -27,6 +30,7 @@ impl Kernel {
         match self {
             Self::CpuTiled => "cpu-tiled",
             Self::WgslPortable => "wgsl-portable",
+            Self::WgslCoop => "wgsl-coop",
             Self::CudaSm80 => "sm80",
             Self::CudaSm90 => "sm90",
             Self::CudaSm100 => "sm100",

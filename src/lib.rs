@@ -8,20 +8,22 @@
 //! is built.
 //!
 //! # Features
-//! - `wgpu` (default): Vulkan, Metal, DirectX 12 and WebGPU devices through WGSL compute shaders.
-//! - `cuda` (default): NVIDIA devices. The driver is loaded at run time; no toolkit is needed to build or to run.
+//! - `wgpu` (default): Vulkan, Metal, DirectX 12 and WebGPU devices through WGSL compute shaders. In a browser calls that wait have
+//!   other forms: see `docs/WEB.md`.
+//! - `cuda` (default): NVIDIA devices. The driver is loaded at run time; no toolkit is needed to build or to run. Without effect on
+//!   wasm32.
 //!
 //! The CPU device is always there.
 
 // The seam and the copies of metadata on devices have no other users where no GPU backend is built.
-#![cfg_attr(not(any(feature = "wgpu", feature = "cuda")), allow(dead_code))]
+#![cfg_attr(not(any(feature = "wgpu", all(feature = "cuda", not(target_arch = "wasm32")))), allow(dead_code))]
 
 mod attention;
 mod backend;
 mod cache;
 mod config;
 mod cpu;
-#[cfg(feature = "cuda")]
+#[cfg(all(feature = "cuda", not(target_arch = "wasm32")))]
 mod cuda;
 mod device;
 mod device_meta;

@@ -65,7 +65,7 @@ impl DeviceMemory {
     /// The memory stays allocated until this is dropped and the work launched by then is done; a graph that the work was captured
     /// into uses it each time it runs. Work outside the device's stream that writes it, or reads what is written here, is ordered
     /// with that stream by the caller.
-    #[cfg(feature = "cuda")]
+    #[cfg(all(feature = "cuda", not(target_arch = "wasm32")))]
     pub unsafe fn from_cuda(device: &Device, address: u64, bytes: u64) -> Result<Self> {
         // SAFETY: by the caller's promise.
         let storage = unsafe { crate::cuda::memory_over(device.backend(), address, bytes) }?;
@@ -96,7 +96,8 @@ impl DeviceMemory {
     /// # Errors
     /// [`Error::BufferTooSmall`](crate::Error::BufferTooSmall) if it does not fit, [`Error::DeviceLost`](crate::Error::DeviceLost);
     /// [`Error::BufferUsage`](crate::Error::BufferUsage) or [`Error::BufferUnusable`](crate::Error::BufferUnusable) if a buffer of
-    /// the application's does not allow it.
+    /// the application's does not allow it;
+    /// [`Error::WouldBlock`](crate::Error::WouldBlock) in a browser, if the data ends inside a u32 of a buffer of the application's.
     pub fn write<T: Pod>(&mut self, data: &[T]) -> Result<()> {
         let bytes: &[u8] = bytemuck::cast_slice(data);
         self.expect_room(bytes.len())?;
@@ -112,6 +113,17 @@ impl DeviceMemory {
         let bytes: &mut [u8] = bytemuck::cast_slice_mut(into);
         self.expect_room(bytes.len())?;
         self.device.backend().download(self.source(), bytes)
+    }
+
+    /// [`read`](Self::read) for code that also runs in a browser: there it gives the thread back until the copy is done,
+    /// elsewhere it waits.
+    ///
+    /// # Errors
+    /// As [`read`](Self::read).
+    pub async fn read_async<T: Pod>(&self, into: &mut [T]) -> Result<()> {
+        let bytes: &mut [u8] = bytemuck::cast_slice_mut(into);
+        self.expect_room(bytes.len())?;
+        self.device.backend().download_async(self.source(), bytes).await
     }
 
     /// Part of the memory as a tensor to read. The layout counts elements from the start of the memory.

@@ -47,13 +47,16 @@ impl Kernel {
     /// Whether it reads padded tensors in place, past what is masked.
     #[must_use]
     pub const fn has_fused(self) -> bool {
-        matches!(self, Self::CpuTiled | Self::CudaSm80 | Self::CudaSm90 | Self::CudaSm100)
+        match self {
+            Self::CpuTiled | Self::WgslPortable | Self::WgslCoop => true,
+            Self::CudaSm80 | Self::CudaSm90 | Self::CudaSm100 => true,
+        }
     }
 
     /// Whether its fused form works by lists of single rows, which a device can build too; the tiles of the others are the host's
     /// work.
     const fn fuses_by_rows(self) -> bool {
-        matches!(self, Self::CpuTiled | Self::CudaSm80)
+        matches!(self, Self::CpuTiled | Self::WgslPortable | Self::WgslCoop | Self::CudaSm80)
     }
 
     /// Whether it adds a bias to the scores.
@@ -76,9 +79,22 @@ impl Kernel {
         matches!(self, Self::CudaSm90 | Self::CudaSm100)
     }
 
+    /// Whether it computes with tensors of this type, if its device does.
+    #[must_use]
+    pub const fn has_dtype(self, dtype: DType) -> bool {
+        !matches!((self, dtype), (Self::WgslCoop, DType::F32))
+    }
+
     /// Why it cannot compute a call, if it cannot.
-    fn refuses(self, head_dim: usize, mask: Option<&MaskInfo<'_>>, is_dense: bool) -> Option<&'static str> {
+    fn refuses(
+        self,
+        dtype: DType,
+        head_dim: usize,
+        mask: Option<&MaskInfo<'_>>,
+        is_dense: bool,
+    ) -> Option<&'static str> {
         match (self, mask) {
+            (kernel, _) if !kernel.has_dtype(dtype) => Some("it computes with f16 and bf16 alone"),
             (kernel, _) if head_dim > kernel.max_head_dim() => Some("its tiles are not as wide as the head dimension"),
             (kernel, Some(MaskInfo::Bias(_))) if !kernel.has_bias() => Some("it adds no bias"),
             (kernel, Some(MaskInfo::DeviceVarlen { .. })) if kernel.works_by_lists() && is_dense => {
@@ -248,7 +264,8 @@ const OPERATIONS_PER_BYTE: f64 = 160.0;
 /// Whether the rows that the sm90 kernel would compute in place without need cost more than moving the valid ones together.
 ///
 /// It takes groups of rows, so a short run costs as much as a group. The packed path computes valid rows alone, but reads and
-/// writes q, k, v and the output once more. Kernels that gather single rows compute valid rows alone in place too.
+/// writes q, k, v and the output once more. Kernels that take single rows compute in place just what they would compute packed,
+/// and packing never pays.
 fn is_fragmented(kernel: Kernel, problem: &AttentionProblem, query: &VarlenMeta, key: &VarlenMeta) -> bool {
     if kernel.fuses_by_rows() {
         return false;
@@ -280,7 +297,7 @@ fn pick_kernel(
     is_dense: bool,
 ) -> Result<Kernel> {
     if let Some(kernel) = forced.kernel {
-        let why = match kernel.refuses(problem.shape.head_dim, mask, is_dense) {
+        let why = match kernel.refuses(problem.dtype, problem.shape.head_dim, mask, is_dense) {
             _ if !capabilities.kernels.contains(&kernel) => format!("{capabilities} does not run it"),
             Some(why) => why.to_owned(),
             None => return Ok(kernel),
@@ -288,8 +305,8 @@ fn pick_kernel(
         return Err(not_applicable("kernel", kernel.name(), why));
     }
     let head_dim = problem.shape.head_dim;
-    let able =
-        || capabilities.kernels.iter().copied().filter(|kernel| kernel.refuses(head_dim, mask, is_dense).is_none());
+    let is_able = |kernel: &Kernel| kernel.refuses(problem.dtype, head_dim, mask, is_dense).is_none();
+    let able = || capabilities.kernels.iter().copied().filter(is_able);
     let suited = able().find(|kernel| kernel.suits(head_dim));
     suited
         .or_else(|| able().next())
@@ -370,11 +387,12 @@ mod tests {
             let mask = MaskInfo::Varlen { query: &meta, key: &meta };
             let outcome =
                 |kernels: &[Kernel]| plan(kernels, &mask, Forced::default()).map(|plan| (plan.path, plan.reason));
-            assert_eq!(outcome(&[Kernel::CudaSm80])?, (Path::Fused, Reason::InPlace));
+            for kernel in [Kernel::CpuTiled, Kernel::WgslPortable, Kernel::WgslCoop, Kernel::CudaSm80] {
+                assert_eq!(outcome(&[kernel])?, (Path::Fused, Reason::InPlace));
+            }
             for by_lists in [Kernel::CudaSm90, Kernel::CudaSm100] {
                 assert_eq!(outcome(&[by_lists, Kernel::CudaSm80])?, hopper);
             }
-            assert_eq!(outcome(&[Kernel::WgslPortable])?, (Path::Packed, Reason::NoFusedKernel));
         }
         Ok(())
     }

@@ -87,8 +87,26 @@ impl Tensor {
     ///
     /// # Errors
     /// [`Error::DTypeMismatch`] if `T` is not the tensor's element type, [`Error::OutOfMemory`], [`Error::DeviceLost`], or whatever
-    /// failed since the last call.
+    /// failed since the last call; [`Error::WouldBlock`] on a wgpu device in a browser.
     pub fn to_vec<T: Element>(&self) -> Result<Vec<T>> {
+        let mut data = self.host_room()?;
+        self.device.backend().download(self.view().memory, bytemuck::cast_slice_mut(&mut data))?;
+        Ok(data)
+    }
+
+    /// [`to_vec`](Self::to_vec) for code that also runs in a browser: there it gives the thread back until the copy is done,
+    /// elsewhere it waits.
+    ///
+    /// # Errors
+    /// As [`to_vec`](Self::to_vec).
+    pub async fn to_vec_async<T: Element>(&self) -> Result<Vec<T>> {
+        let mut data = self.host_room()?;
+        self.device.backend().download_async(self.view().memory, bytemuck::cast_slice_mut(&mut data)).await?;
+        Ok(data)
+    }
+
+    /// Zeros on the host, one for each element.
+    fn host_room<T: Element>(&self) -> Result<Vec<T>> {
         if T::DTYPE != self.dtype {
             return Err(Error::DTypeMismatch { argument: "T", expected: self.dtype, got: T::DTYPE });
         }
@@ -100,7 +118,6 @@ impl Tensor {
             why: error.to_string(),
         })?;
         data.resize(count, T::zeroed());
-        self.device.backend().download(self.view().memory, bytemuck::cast_slice_mut(&mut data))?;
         Ok(data)
     }
 

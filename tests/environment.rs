@@ -56,7 +56,7 @@ fn bad_device(got: &str) -> Error {
 }
 
 fn bad_kernel(got: &str) -> Error {
-    let expected = "cpu-tiled, wgsl-portable, sm80, sm90 or sm100";
+    let expected = "cpu-tiled, wgsl-portable, wgsl-coop, sm80, sm90 or sm100";
     Error::Environment { variable: "VARLEN_FA_KERNEL", expected, got: got.to_owned() }
 }
 
@@ -169,6 +169,8 @@ fn settings_are_set_one_by_one() -> Result<()> {
     ensure!(device.config() == config, "got {:?}", device.config());
     ensure!(!config.with_force_dense(false).force_dense);
     ensure!(config.max_binding_bytes.is_none() && config.with_max_binding_bytes(7).max_binding_bytes == Some(7));
+    let limited = config.with_max_dispatch_operations(8);
+    ensure!(config.max_dispatch_operations.is_none() && limited.max_dispatch_operations == Some(8));
     Ok(())
 }
 

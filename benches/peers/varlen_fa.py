@@ -43,7 +43,7 @@ HOST, CUDA = 0, 1
 DEVICE_KINDS = {"auto": 0, "cpu": 1, "wgpu": 2, "cuda": 3}
 # varlen_fa_path and varlen_fa_kernel, by the names that plans print.
 PATHS = {"auto": 0, "dense": 1, "fused": 2, "packed": 3, "zero": 4}
-KERNELS = {"auto": 0, "cpu-tiled": 1, "wgsl-portable": 2, "sm80": 3, "sm90": 4}
+KERNELS = {"auto": 0, "cpu-tiled": 1, "wgsl-portable": 2, "sm80": 3, "sm90": 4, "wgsl-coop": 6}
 # varlen_fa_mask_kind.
 NONE, KEY, BIAS, VARLEN, VARLEN_CROSS, DEVICE_VARLEN, DEVICE_VARLEN_CROSS = range(7)
 

@@ -234,6 +234,8 @@ enum varlen_fa_kernel
   VARLEN_FA_KERNEL_CPU_TILED = 1,
   // The WGSL kernel that needs no optional feature.
   VARLEN_FA_KERNEL_WGSL_PORTABLE = 2,
+  // The WGSL kernel on cooperative matrices (tensor cores).
+  VARLEN_FA_KERNEL_WGSL_COOP = 6,
   // The CUDA kernel of every chip from compute capability 8.0 on.
   VARLEN_FA_KERNEL_CUDA_SM80 = 3,
   // The CUDA kernel of compute capability 9.0.

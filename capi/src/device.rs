@@ -135,6 +135,7 @@ pub(crate) fn kernel_of(kernel: Kernel) -> varlen_fa_kernel {
     match kernel {
         Kernel::CpuTiled => varlen_fa_kernel::CpuTiled,
         Kernel::WgslPortable => varlen_fa_kernel::WgslPortable,
+        Kernel::WgslCoop => varlen_fa_kernel::WgslCoop,
         Kernel::CudaSm80 => varlen_fa_kernel::CudaSm80,
         Kernel::CudaSm90 => varlen_fa_kernel::CudaSm90,
         Kernel::CudaSm100 => varlen_fa_kernel::CudaSm100,
@@ -148,6 +149,7 @@ pub(crate) fn forced_kernel(kernel: varlen_fa_kernel) -> Result<Option<Kernel>> 
         varlen_fa_kernel::Auto => Ok(None),
         varlen_fa_kernel::CpuTiled => Ok(Some(Kernel::CpuTiled)),
         varlen_fa_kernel::WgslPortable => Ok(Some(Kernel::WgslPortable)),
+        varlen_fa_kernel::WgslCoop => Ok(Some(Kernel::WgslCoop)),
         varlen_fa_kernel::CudaSm80 => Ok(Some(Kernel::CudaSm80)),
         varlen_fa_kernel::CudaSm90 => Ok(Some(Kernel::CudaSm90)),
         varlen_fa_kernel::CudaSm100 => Ok(Some(Kernel::CudaSm100)),

@@ -159,6 +159,8 @@ pub enum varlen_fa_kernel {
     CpuTiled = 1,
     /// The WGSL kernel that needs no optional feature.
     WgslPortable = 2,
+    /// The WGSL kernel on cooperative matrices (tensor cores).
+    WgslCoop = 6,
     /// The CUDA kernel of every chip from compute capability 8.0 on.
     CudaSm80 = 3,
     /// The CUDA kernel of compute capability 9.0.
@@ -453,6 +455,7 @@ unsafe impl Choice for varlen_fa_kernel {
         (Self::Auto, "auto"),
         (Self::CpuTiled, "cpu-tiled"),
         (Self::WgslPortable, "wgsl-portable"),
+        (Self::WgslCoop, "wgsl-coop"),
         (Self::CudaSm80, "sm80"),
         (Self::CudaSm90, "sm90"),
         (Self::CudaSm100, "sm100"),

@@ -4,7 +4,8 @@
 //   batch y  [ . . . . . . . . ]        [ k k k k k k ]   all Sk keys; `key_bits` says which are kept
 //                 └ tile x ┘
 
-fn locate(group: vec3<u32>) -> Tile {
+fn locate(workgroup: vec3<u32>) -> Tile {
+    let group = in_grid(workgroup);
     let first = group.x * TILE_ROWS;
     var tile: Tile;
     tile.exists = true;
@@ -21,15 +22,24 @@ fn locate(group: vec3<u32>) -> Tile {
     return tile;
 }
 
-fn key_is_kept(tile: Tile, key: u32) -> bool {
-    if key >= tile.keys {
-        return false;
+fn query_row(tile: Tile, row: u32) -> u32 {
+    return row;
+}
+
+fn key_row(tile: Tile, key: u32) -> u32 {
+    return key;
+}
+
+// Which of 32 keys are kept, the first in the lowest bit. `first_key` is a multiple of 32.
+fn kept_keys(tile: Tile, first_key: u32) -> u32 {
+    if first_key >= tile.keys {
+        return 0u;
     }
+    var kept = 0xffffffffu >> (32u - min(tile.keys - first_key, 32u));
     if KEY_MASK {
-        let word = key_bits[(params.batch_base + tile.batch) * params.key_words + (key >> 5u)];
-        return ((word >> (key & 31u)) & 1u) == 1u;
+        kept &= key_bits[(params.batch_base + tile.batch) * params.key_words + (first_key >> 5u)];
     }
-    return true;
+    return kept;
 }
 
 fn row_is_kept(tile: Tile, row: u32) -> bool {

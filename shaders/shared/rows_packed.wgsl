@@ -4,7 +4,8 @@
 //   q, out   [ s0 s0 s0 s0 s0 | s1 s1 | s2 s2 s2 s2 s2 s2 s2 ]
 //              └ tile ┘ └ tile ┘└ t ┘   └ tile ┘ └ tile ┘
 
-fn locate(group: vec3<u32>) -> Tile {
+fn locate(workgroup: vec3<u32>) -> Tile {
+    let group = in_grid(workgroup);
     let at = params.first_tile + group.x + group.y * params.grid_width;
     var tile: Tile;
     tile.exists = at < params.end_tile;
@@ -24,8 +25,20 @@ fn locate(group: vec3<u32>) -> Tile {
     return tile;
 }
 
-fn key_is_kept(tile: Tile, key: u32) -> bool {
-    return key < tile.keys;
+fn query_row(tile: Tile, row: u32) -> u32 {
+    return row;
+}
+
+fn key_row(tile: Tile, key: u32) -> u32 {
+    return key;
+}
+
+// Which of 32 keys are kept, the first in the lowest bit. `first_key` is a multiple of 32.
+fn kept_keys(tile: Tile, first_key: u32) -> u32 {
+    if first_key >= tile.keys {
+        return 0u;
+    }
+    return 0xffffffffu >> (32u - min(tile.keys - first_key, 32u));
 }
 
 fn row_is_kept(tile: Tile, row: u32) -> bool {

@@ -11,9 +11,8 @@ mod tokens;
 
 use std::any::Any;
 use std::sync::{Arc, LazyLock};
-use std::time::Instant;
 
-use crate::backend::{Backend, MetadataPlace, Op, Sink, Source, Storage, Timing, no_device_tables};
+use crate::backend::{Backend, Instant, MetadataPlace, Op, Sink, Source, Storage, Timing, no_device_tables};
 use crate::cache::DeviceId;
 use crate::dtype::DType;
 use crate::error::Result;

@@ -4,16 +4,23 @@ use wgpu::{Backends, DeviceType, ExperimentalFeatures, Features, Limits};
 
 use crate::error::{Error, Result};
 
+use super::coop::{self, Coop};
+
 const CHOICE: &str = "wgpu";
 
-/// A device of the best adapter, with no optional feature but timestamps.
-pub(super) fn open(include_software: bool, max_binding_bytes: Option<u64>) -> Result<(wgpu::Device, wgpu::Queue)> {
+/// A device of the best adapter, with no optional feature but timestamps and what cooperative matrices need, where it has them.
+pub(super) async fn open(
+    include_software: bool,
+    max_binding_bytes: Option<u64>,
+) -> Result<(wgpu::Device, wgpu::Queue, Option<Coop>)> {
     let mut descriptor = wgpu::InstanceDescriptor::new_without_display_handle();
     descriptor.backends = Backends::PRIMARY;
     let instance = wgpu::Instance::new(descriptor);
-    let mut adapters = pollster::block_on(instance.enumerate_adapters(Backends::PRIMARY));
+    let mut adapters = adapters(&instance).await;
     if adapters.is_empty() {
-        let hint = if cfg!(target_os = "linux") {
+        let hint = if cfg!(target_arch = "wasm32") {
+            "the browser offers no WebGPU adapter"
+        } else if cfg!(target_os = "linux") {
             "no Vulkan adapter; on Linux this needs the Vulkan loader (libvulkan.so.1) and a driver's ICD file"
         } else {
             "no Metal, DirectX 12 or Vulkan adapter"
@@ -27,15 +34,35 @@ pub(super) fn open(include_software: bool, max_binding_bytes: Option<u64>) -> Re
     let Some(adapter) = adapters.into_iter().next() else {
         return Err(unavailable("only software adapters, which are slower than the CPU device".to_owned()));
     };
+    let coop = Coop::of(&adapter);
+    let optional = if coop.is_some() { Features::TIMESTAMP_QUERY | coop::FEATURES } else { Features::TIMESTAMP_QUERY };
+    let mut required_limits = limits(&adapter.limits(), max_binding_bytes);
+    if coop.is_some() {
+        required_limits.max_compute_workgroup_storage_size = adapter.limits().max_compute_workgroup_storage_size;
+    }
     let request = adapter.request_device(&wgpu::DeviceDescriptor {
         label: Some("varlen-fa"),
-        required_features: adapter.features() & Features::TIMESTAMP_QUERY,
-        required_limits: limits(&adapter.limits(), max_binding_bytes),
-        experimental_features: ExperimentalFeatures::disabled(),
+        required_features: adapter.features() & optional,
+        required_limits,
+        experimental_features: if coop.is_some() { coop::experimental() } else { ExperimentalFeatures::disabled() },
         memory_hints: wgpu::MemoryHints::Performance,
         trace: wgpu::Trace::Off,
     });
-    pollster::block_on(request).map_err(|error| unavailable(error.to_string()))
+    let (device, queue) = request.await.map_err(|error| unavailable(error.to_string()))?;
+    Ok((device, queue, coop))
+}
+
+#[cfg(not(target_arch = "wasm32"))]
+async fn adapters(instance: &wgpu::Instance) -> Vec<wgpu::Adapter> {
+    instance.enumerate_adapters(Backends::PRIMARY).await
+}
+
+/// A browser lists no adapters; it picks one.
+#[cfg(target_arch = "wasm32")]
+async fn adapters(instance: &wgpu::Instance) -> Vec<wgpu::Adapter> {
+    let power_preference = wgpu::PowerPreference::HighPerformance;
+    let options = wgpu::RequestAdapterOptions { power_preference, ..Default::default() };
+    instance.request_adapter(&options).await.into_iter().collect()
 }
 
 /// WebGPU's default limits, which every shader keeps to, but buffers as large as the adapter has them.
@@ -46,6 +73,14 @@ fn limits(adapter: &Limits, max_binding_bytes: Option<u64>) -> Limits {
         max_buffer_size: adapter.max_buffer_size,
         ..Limits::default()
     }
+}
+
+/// Name, API and driver, as far as they are told: browsers keep most of it to themselves.
+pub(super) fn name(info: &wgpu::AdapterInfo) -> String {
+    let name = if info.name.is_empty() { "unnamed adapter" } else { &info.name };
+    let driver = format!("{} {}", info.driver, info.driver_info);
+    let api = format!("{:?}", info.backend);
+    [name, &api, driver.trim()].into_iter().filter(|part| !part.is_empty()).collect::<Vec<_>>().join(", ")
 }
 
 fn rank(device_type: DeviceType) -> u8 {

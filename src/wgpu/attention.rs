@@ -1,20 +1,22 @@
-//! Launches of the attention shader: dense, on packed rows, and the packed path of padded tensors.
+//! Launches of the attention shader: dense, in place by lists, on packed rows, and the packed path of padded tensors.
 
 use std::f32::consts::LOG2_E;
 use std::ops::Range;
 
 use crate::backend::{Attention, Rows as AttentionRows, no_device_tables};
 use crate::error::{Error, Result};
+use crate::kernel::Kernel;
 use crate::mask::KeyMask;
 use crate::meta::{CuSeqlens, VarlenMeta};
+use crate::plan::Path;
 
 use super::WgpuDevice;
 use super::copy::{RowShape, packed_rows};
-use super::launch::{Launch, Window};
-use super::metadata::TILE_ROWS;
+use super::launch::Window;
+use super::launches::{AttentionLaunch, Launches, Work};
 use super::params::AttentionParams;
-use super::placement::{MAX_GROUPS, Operand, Placed, Rows};
-use super::shader::Shader;
+use super::placement::{BINDING_ALIGNMENT, MAX_GROUPS, Operand, Placed, Rows, WORD_BYTES};
+use super::shader::{Algorithm, Shader};
 
 /// Placed tensors of one launch.
 struct Tensors {
@@ -35,17 +37,23 @@ struct Sequences<'a> {
 }
 
 impl WgpuDevice {
-    pub(super) fn record_attention(&self, attention: &Attention<'_>, launches: &mut Vec<Launch>) -> Result<()> {
+    pub(super) fn record_attention(&self, attention: &Attention<'_>, launches: &mut Launches<'_>) -> Result<()> {
         let heads = attention.problem.shape.num_heads;
         if heads > MAX_GROUPS {
             let (limit_name, limit) = ("heads in max_compute_workgroups_per_dimension", MAX_GROUPS as u64);
             return Err(Error::TooLarge { argument: "q", limit_name, limit, got: heads as u64 });
         }
+        let algorithm = self.algorithm(attention);
+        let (shader, work) = (attention_shader(attention, algorithm), Work::of(attention, algorithm));
+        launches.announce(shader, work, self.pace.limit(shader));
         match &attention.rows {
             AttentionRows::Dense { key_mask, zero_rows, .. } => {
                 self.record_dense(attention, *key_mask, *zero_rows, launches)
             }
             AttentionRows::Packed { query, key } => self.record_packed(attention, query, key, launches),
+            AttentionRows::Varlen { query, key } if attention.plan.path == Path::Fused => {
+                self.record_fused(attention, query, key, launches)
+            }
             AttentionRows::Varlen { query, key } => self.record_varlen(attention, query, key, launches),
             AttentionRows::DeviceVarlen { .. } => Err(no_device_tables(&self.name)),
         }
@@ -56,7 +64,7 @@ impl WgpuDevice {
         attention: &Attention<'_>,
         key_mask: Option<&KeyMask>,
         zero_rows: Option<&KeyMask>,
-        launches: &mut Vec<Launch>,
+        launches: &mut Launches<'_>,
     ) -> Result<()> {
         let shape = attention.problem.shape;
         let [q, k, v, out] = self.operands(attention, Rows::Padded, Rows::Padded)?;
@@ -64,21 +72,16 @@ impl WgpuDevice {
         let bias = bias.as_ref().map(|bias| self.input("bias", bias, Rows::Padded)).transpose()?;
         let mut bound = vec![q, k, v, out];
         bound.extend(bias);
-        let tiles = shape.seq_q.div_ceil(TILE_ROWS);
+        let algorithm = self.algorithm(attention);
+        let tile_rows = algorithm.tile_rows();
+        let tiles = shape.seq_q.div_ceil(tile_rows);
         if tiles > MAX_GROUPS {
             let (limit_name, limit) =
-                ("query rows in max_compute_workgroups_per_dimension", (MAX_GROUPS * TILE_ROWS) as u64);
+                ("query rows in max_compute_workgroups_per_dimension", (MAX_GROUPS * tile_rows) as u64);
             return Err(Error::TooLarge { argument: "q", limit_name, limit, got: shape.seq_q as u64 });
         }
         let bits = |mask: Option<&KeyMask>| mask.map(|mask| self.mask_bits(mask)).transpose();
         let (key_bits, row_bits) = (bits(key_mask)?, bits(zero_rows)?);
-        let shader = Shader::AttentionDense {
-            dtype: attention.problem.dtype,
-            head_dim: shape.head_dim,
-            key_mask: key_mask.is_some(),
-            zero_rows: zero_rows.is_some(),
-            bias: bias.map(|bias| bias.dtype),
-        };
         for range in self.split_batch(shape.batch, &bound, |_| 0)? {
             let mut scratch = Vec::new();
             let tensors = Tensors {
@@ -107,21 +110,15 @@ impl WgpuDevice {
                 bits.as_ref().map_or_else(|| self.unused_read(), |bits| Window::whole(&bits.buffer))
             };
             let Tensors { q, k, v, out } = tensors;
-            launches.push(Launch {
-                shader,
-                params: bytemuck::bytes_of(&params).to_vec(),
-                windows: vec![
-                    q.window,
-                    k.window,
-                    v.window,
-                    out.window,
-                    mask_window(&key_bits),
-                    mask_window(&row_bits),
-                    bias_window,
-                ],
+            let masks = [mask_window(&key_bits), mask_window(&row_bits), bias_window];
+            launches.push_attention(AttentionLaunch {
+                shader: attention_shader(attention, algorithm),
+                params,
+                windows: [q.window, k.window, v.window, out.window].into_iter().chain(masks).collect(),
                 groups: [tiles as u32, range.len() as u32, shape.num_heads as u32],
+                group_operations: group_operations(algorithm, shape.seq_k, shape.head_dim),
             });
-            self.allocator.give_back(scratch);
+            launches.give_back(scratch);
         }
         Ok(())
     }
@@ -131,7 +128,7 @@ impl WgpuDevice {
         attention: &Attention<'_>,
         query: &CuSeqlens,
         key: &CuSeqlens,
-        launches: &mut Vec<Launch>,
+        launches: &mut Launches<'_>,
     ) -> Result<()> {
         let [q, k, v, out] = self.operands(attention, Rows::Packed(query), Rows::Packed(key))?;
         for range in self.split_batch(query.batch(), &[q, k, v, out], |_| 0)? {
@@ -145,7 +142,63 @@ impl WgpuDevice {
             let (q_row_base, k_row_base) = (query.rows(range.start).start, key.rows(range.start).start);
             let sequences = Sequences { query, key, range, q_row_base, k_row_base };
             self.push_packed(attention, tensors, &sequences, launches)?;
-            self.allocator.give_back(scratch);
+            launches.give_back(scratch);
+        }
+        Ok(())
+    }
+
+    /// One launch on the padded tensors in place, or one for each range of batch rows that fits the bindings.
+    fn record_fused(
+        &self,
+        attention: &Attention<'_>,
+        query: &VarlenMeta,
+        key: &VarlenMeta,
+        launches: &mut Launches<'_>,
+    ) -> Result<()> {
+        let shape = attention.problem.shape;
+        let [q, k, v, out] = self.operands(attention, Rows::Padded, Rows::Padded)?;
+        let (query_tokens, key_tokens) = (self.token_lists(query)?, self.token_lists(key)?);
+        let algorithm = self.algorithm(attention);
+        let tiles = self.fused_tiles(query, algorithm.tile_rows())?;
+        let list_bytes = |range: &Range<usize>| {
+            let lists = [query_tokens.bytes(range), key_tokens.bytes(range), tiles.bytes(range)];
+            lists.into_iter().map(|bytes| bytes.end - bytes.start + BINDING_ALIGNMENT).max().unwrap_or(0)
+        };
+        for range in self.split_batch(shape.batch, &[q, k, v, out], list_bytes)? {
+            let of_range = tiles.of(&range);
+            if of_range.is_empty() {
+                continue;
+            }
+            let mut scratch = Vec::new();
+            let tensors = Tensors {
+                q: self.place_input(&q, &range, launches, &mut scratch)?,
+                k: self.place_input(&k, &range, launches, &mut scratch)?,
+                v: self.place_input(&v, &range, launches, &mut scratch)?,
+                out: out.place_output(&range)?,
+            };
+            let (tiles_window, tiles_skipped) = Window::part(&tiles.buffer, tiles.bytes(&range));
+            let (query_window, query_skipped) = Window::part(&query_tokens.buffer, query_tokens.bytes(&range));
+            let (key_window, key_skipped) = Window::part(&key_tokens.buffer, key_tokens.bytes(&range));
+            let (first_tile, grid_width) = (tiles_skipped / WORD_BYTES as u32, of_range.len().min(MAX_GROUPS));
+            let params = AttentionParams {
+                batch_base: range.start as u32,
+                first_tile,
+                end_tile: first_tile + of_range.len() as u32,
+                grid_width: grid_width as u32,
+                query_tokens_offset: query_skipped / 4,
+                key_tokens_offset: key_skipped / 4,
+                ..attention_params(attention, &tensors)
+            };
+            let Tensors { q, k, v, out } = tensors;
+            let lists = [tiles_window, query_window, key_window];
+            launches.push_attention(AttentionLaunch {
+                shader: attention_shader(attention, algorithm),
+                params,
+                windows: [q.window, k.window, v.window, out.window].into_iter().chain(lists).collect(),
+                groups: [grid_width as u32, of_range.len().div_ceil(grid_width) as u32, shape.num_heads as u32],
+                group_operations: group_operations(algorithm, longest(key.cu_seqlens(), &range), shape.head_dim),
+            });
+            launches.give_back(scratch);
         }
         Ok(())
     }
@@ -156,7 +209,7 @@ impl WgpuDevice {
         attention: &Attention<'_>,
         query: &VarlenMeta,
         key: &VarlenMeta,
-        launches: &mut Vec<Launch>,
+        launches: &mut Launches<'_>,
     ) -> Result<()> {
         let (shape, size) = (attention.problem.shape, attention.problem.dtype.size());
         let [q, k, v, out] = self.operands(attention, Rows::Padded, Rows::Padded)?;
@@ -170,14 +223,14 @@ impl WgpuDevice {
             let mut pack = |operand: &Operand<'_>, row: RowShape, meta: &VarlenMeta| -> Result<Placed> {
                 let src = self.place_input(operand, &range, launches, &mut scratch)?;
                 let bytes = packed_rows(meta, &range).len() as u64 * row.bytes();
-                let buffer = self.allocator.take_scratch(bytes)?;
+                let buffer = launches.take_scratch(bytes)?;
                 let dst = row.packed_in(&buffer);
                 scratch.push(buffer);
                 self.push_pack(&src, &dst, row, meta, &range, launches)?;
                 Ok(dst)
             };
             let (q, k, v) = (pack(&q, q_row, query)?, pack(&k, kv_row, key)?, pack(&v, kv_row, key)?);
-            let buffer = self.allocator.take_scratch(q_bytes(&range))?;
+            let buffer = launches.take_scratch(q_bytes(&range))?;
             let packed_out = q_row.packed_in(&buffer);
             scratch.push(buffer);
             let sequences = Sequences {
@@ -189,7 +242,7 @@ impl WgpuDevice {
             };
             self.push_packed(attention, Tensors { q, k, v, out: packed_out.clone() }, &sequences, launches)?;
             self.push_scatter(&packed_out, &out.place_output(&range)?, q_row, query, &range, launches)?;
-            self.allocator.give_back(scratch);
+            launches.give_back(scratch);
         }
         Ok(())
     }
@@ -199,10 +252,11 @@ impl WgpuDevice {
         attention: &Attention<'_>,
         tensors: Tensors,
         sequences: &Sequences<'_>,
-        launches: &mut Vec<Launch>,
+        launches: &mut Launches<'_>,
     ) -> Result<()> {
         let shape = attention.problem.shape;
-        let tiles = self.tiles(sequences.query)?;
+        let algorithm = self.algorithm(attention);
+        let tiles = self.tiles(sequences.query, algorithm.tile_rows())?;
         let of_range = tiles.of(&sequences.range);
         if of_range.is_empty() {
             return Ok(());
@@ -230,11 +284,10 @@ impl WgpuDevice {
             (params.lse_stride_h, params.lse_stride_s) =
                 (operand.layout.strides()[0] as u32, operand.layout.strides()[1] as u32);
         }
-        let (dtype, head_dim) = (attention.problem.dtype, shape.head_dim);
         let Tensors { q, k, v, out } = tensors;
-        launches.push(Launch {
-            shader: Shader::AttentionPacked { dtype, head_dim, lse: attention.lse.is_some() },
-            params: bytemuck::bytes_of(&params).to_vec(),
+        launches.push_attention(AttentionLaunch {
+            shader: attention_shader(attention, algorithm),
+            params,
             windows: vec![
                 q.window,
                 k.window,
@@ -245,6 +298,7 @@ impl WgpuDevice {
                 Window::whole(&self.cu_seqlens(sequences.key)?.0),
             ],
             groups: [grid_width as u32, of_range.len().div_ceil(grid_width) as u32, shape.num_heads as u32],
+            group_operations: group_operations(algorithm, longest(sequences.key, &sequences.range), shape.head_dim),
         });
         Ok(())
     }
@@ -258,8 +312,76 @@ impl WgpuDevice {
         ])
     }
 
+    fn algorithm(&self, attention: &Attention<'_>) -> Algorithm {
+        let head_dim = attention.problem.shape.head_dim;
+        match (attention.plan.kernel, &self.coop) {
+            (Kernel::WgslCoop, Some(coop)) => Algorithm::Coop(coop.tile(head_dim)),
+            _ => Algorithm::portable(head_dim),
+        }
+    }
+
     pub(super) fn unused_read(&self) -> Window {
         Window::whole(&self.unused[0])
+    }
+}
+
+/// The variant that computes a call.
+fn attention_shader(attention: &Attention<'_>, algorithm: Algorithm) -> Shader {
+    let (dtype, head_dim) = (attention.problem.dtype, attention.problem.shape.head_dim);
+    match &attention.rows {
+        AttentionRows::Dense { key_mask, bias, zero_rows } => Shader::AttentionDense {
+            algorithm,
+            dtype,
+            head_dim,
+            key_mask: key_mask.is_some(),
+            zero_rows: zero_rows.is_some(),
+            bias: bias.as_ref().map(|bias| bias.dtype),
+        },
+        AttentionRows::Varlen { .. } if attention.plan.path == Path::Fused => {
+            Shader::AttentionFused { algorithm, dtype, head_dim }
+        }
+        _ => Shader::AttentionPacked { algorithm, dtype, head_dim, lse: attention.lse.is_some() },
+    }
+}
+
+/// Floating-point operations of a query with so many keys, in one head.
+fn row_operations(keys: usize, head_dim: usize) -> u64 {
+    (4 * keys as u64).saturating_mul(head_dim as u64)
+}
+
+/// The most that one workgroup has.
+fn group_operations(algorithm: Algorithm, keys: usize, head_dim: usize) -> u64 {
+    row_operations(keys, head_dim).saturating_mul(algorithm.tile_rows() as u64)
+}
+
+/// Rows of the longest sequence of a range.
+fn longest(cu_seqlens: &CuSeqlens, range: &Range<usize>) -> usize {
+    range.clone().map(|sequence| cu_seqlens.rows(sequence).len()).max().unwrap_or(0)
+}
+
+impl Work {
+    /// The work of a call, were it one launch.
+    fn of(attention: &Attention<'_>, algorithm: Algorithm) -> Self {
+        let (shape, tile_rows) = (attention.problem.shape, algorithm.tile_rows());
+        let of_sequence = |queries: usize, keys: usize| {
+            let row = row_operations(keys, shape.head_dim).saturating_mul(shape.num_heads as u64);
+            let tiles = queries.div_ceil(tile_rows) as u64;
+            Self {
+                operations: row.saturating_mul(queries as u64),
+                in_whole_tiles: row.saturating_mul(tiles).saturating_mul(tile_rows as u64),
+            }
+        };
+        let of_sequences = |query: &CuSeqlens, key: &CuSeqlens| {
+            (0..query.batch())
+                .map(|b| of_sequence(query.rows(b).len(), key.rows(b).len()))
+                .fold(Self::default(), Self::and)
+        };
+        match &attention.rows {
+            AttentionRows::Dense { .. } => of_sequence(shape.seq_q, shape.seq_k).times(shape.batch as u64),
+            AttentionRows::Varlen { query, key } => of_sequences(query.cu_seqlens(), key.cu_seqlens()),
+            AttentionRows::Packed { query, key } => of_sequences(query, key),
+            AttentionRows::DeviceVarlen { .. } => Self::default(),
+        }
     }
 }
 

@@ -8,6 +8,7 @@ use crate::meta::VarlenMeta;
 
 use super::WgpuDevice;
 use super::launch::{Launch, Window};
+use super::launches::Launches;
 use super::params::CopyParams;
 use super::placement::{MAX_GROUPS, Operand, Placed, Rows, WORD_BYTES};
 use super::shader::Shader;
@@ -66,7 +67,7 @@ impl WgpuDevice {
         from: &Input<'_>,
         to: &Output<'_>,
         meta: &VarlenMeta,
-        launches: &mut Vec<Launch>,
+        launches: &mut Launches<'_>,
     ) -> Result<()> {
         let from = self.input("padded", from, Rows::Padded)?;
         let to = self.output("packed", to, Rows::Packed(meta.cu_seqlens()))?;
@@ -76,7 +77,7 @@ impl WgpuDevice {
             let src = self.place_input(&from, &range, launches, &mut scratch)?;
             let dst = to.place_output(&range)?;
             self.push_pack(&src, &dst, row, meta, &range, launches)?;
-            self.allocator.give_back(scratch);
+            launches.give_back(scratch);
         }
         Ok(())
     }
@@ -89,7 +90,7 @@ impl WgpuDevice {
         row: RowShape,
         meta: &VarlenMeta,
         range: &Range<usize>,
-        launches: &mut Vec<Launch>,
+        launches: &mut Launches<'_>,
     ) -> Result<()> {
         let packed = packed_rows(meta, range);
         if packed.is_empty() {
@@ -108,6 +109,7 @@ impl WgpuDevice {
             params: bytemuck::bytes_of(&params).to_vec(),
             windows: vec![src.window.clone(), dst.window.clone(), Window::whole(indices)],
             groups: groups_for(packed.len() * row.heads * row.head_words),
+            operations: 0,
         });
         Ok(())
     }
@@ -117,7 +119,7 @@ impl WgpuDevice {
         packed: &Input<'_>,
         padded: &Output<'_>,
         meta: &VarlenMeta,
-        launches: &mut Vec<Launch>,
+        launches: &mut Launches<'_>,
     ) -> Result<()> {
         let from = self.input("packed", packed, Rows::Packed(meta.cu_seqlens()))?;
         let to = self.output("padded", padded, Rows::Padded)?;
@@ -127,7 +129,7 @@ impl WgpuDevice {
             let src = self.place_input(&from, &range, launches, &mut scratch)?;
             let dst = to.place_output(&range)?;
             self.push_scatter(&src, &dst, row, meta, &range, launches)?;
-            self.allocator.give_back(scratch);
+            launches.give_back(scratch);
         }
         Ok(())
     }
@@ -140,7 +142,7 @@ impl WgpuDevice {
         row: RowShape,
         meta: &VarlenMeta,
         range: &Range<usize>,
-        launches: &mut Vec<Launch>,
+        launches: &mut Launches<'_>,
     ) -> Result<()> {
         let inv_indices = &self.inv_indices(meta)?.0;
         let rows = range.len() * meta.seq();
@@ -157,6 +159,7 @@ impl WgpuDevice {
             params: bytemuck::bytes_of(&params).to_vec(),
             windows: vec![src.window.clone(), dst.window.clone(), Window::whole(inv_indices)],
             groups: groups_for(rows * row.heads * row.head_words),
+            operations: 0,
         });
         Ok(())
     }
@@ -179,7 +182,7 @@ impl WgpuDevice {
         Ok(true)
     }
 
-    pub(super) fn record_zero(&self, out: &Output<'_>, launches: &mut Vec<Launch>) -> Result<()> {
+    pub(super) fn record_zero(&self, out: &Output<'_>, launches: &mut Launches<'_>) -> Result<()> {
         if out.layout.rank() != 4 {
             return Err(Error::Rank { argument: "out", expected: "4: [B, S, H, D]", got: out.layout.rank() });
         }
@@ -195,6 +198,7 @@ impl WgpuDevice {
                 params: bytemuck::bytes_of(&params).to_vec(),
                 windows: vec![dst.window],
                 groups: groups_for(rows * row.heads * row.head_words),
+                operations: 0,
             });
         }
         Ok(())

@@ -5,15 +5,24 @@
 //! device-lost callback a device, and setting them replaces what is there: both are set on devices that were opened here and left
 //! alone on the application's. There the loss is found by asking, with [`Faults::probe`].
 //!
+//! A browser tells what a scope caught only after the thread went back to it. There errors come out of a later call of this backend,
+//! at the latest of the next one that is awaited; and a loss reaches any number of callbacks, so ours is set on the application's
+//! devices too, and nothing needs to be asked.
+//!
 //! A submission also runs callbacks of the application that were waiting, on our thread and inside our scopes: an error that one of
 //! them raises comes out of our call.
 
+#[cfg(not(target_arch = "wasm32"))]
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex, PoisonError};
 
+#[cfg(not(target_arch = "wasm32"))]
 use wgpu::{BufferUsages, PollType};
 
 use crate::error::{Error, Result};
+
+#[cfg(target_arch = "wasm32")]
+use super::later::{Caught, ClosedScopes, signal};
 
 /// Collects the faults of one device.
 #[derive(Debug)]
@@ -24,13 +33,24 @@ pub(super) struct Faults {
     first: Mutex<Option<Error>>,
     /// Why the device was lost; for good.
     lost: Mutex<Option<String>>,
+    #[cfg(target_arch = "wasm32")]
+    closed: ClosedScopes,
 }
 
 impl Faults {
     /// Of a device whose handlers stay the application's.
     pub fn of(device: &wgpu::Device, device_name: &Arc<str>) -> Arc<Self> {
-        let (first, lost) = (Mutex::new(None), Mutex::new(None));
-        Arc::new(Self { device: device.clone(), device_name: Arc::clone(device_name), first, lost })
+        let faults = Arc::new(Self {
+            device: device.clone(),
+            device_name: Arc::clone(device_name),
+            first: Mutex::new(None),
+            lost: Mutex::new(None),
+            #[cfg(target_arch = "wasm32")]
+            closed: ClosedScopes::default(),
+        });
+        #[cfg(target_arch = "wasm32")]
+        faults.listen_to_loss();
+        faults
     }
 
     /// Sets the device's handlers: for devices that were opened here.
@@ -40,8 +60,13 @@ impl Faults {
         self.device.on_uncaptured_error(Arc::new(move |error: wgpu::Error| {
             let Some(faults) = listener.upgrade() else { return };
             let error = faults.error_of(error, "a launch", 0);
-            faults.first.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
+            faults.report(error);
         }));
+        #[cfg(not(target_arch = "wasm32"))]
+        self.listen_to_loss();
+    }
+
+    fn listen_to_loss(self: &Arc<Self>) {
         let listener = Arc::downgrade(self);
         self.device.set_device_lost_callback(move |reason, message| {
             if let Some(faults) = listener.upgrade() {
@@ -53,6 +78,10 @@ impl Faults {
     /// The device's loss, or the first error since the last check.
     pub fn check(&self) -> Result<()> {
         self.check_lost()?;
+        #[cfg(target_arch = "wasm32")]
+        if let Some(caught) = self.closed.first_caught() {
+            self.report_caught(caught);
+        }
         match self.first.lock().unwrap_or_else(PoisonError::into_inner).take() {
             Some(error) => Err(error),
             None => Ok(()),
@@ -66,12 +95,17 @@ impl Faults {
         }
     }
 
+    fn report(&self, error: Error) {
+        self.first.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
+    }
+
     fn lose(&self, why: String) {
         self.lost.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(why);
     }
 
     /// Asks the device whether it is there. wgpu reports no error for what is asked of a lost device, but it cannot give out
     /// mapped memory of one. Costs a small allocation.
+    #[cfg(not(target_arch = "wasm32"))]
     pub fn probe(&self) -> Result<()> {
         self.check_lost()?;
         let descriptor = wgpu::BufferDescriptor {
@@ -89,6 +123,12 @@ impl Faults {
         self.check_lost()
     }
 
+    /// A browser tells of the loss by itself.
+    #[cfg(target_arch = "wasm32")]
+    pub fn probe(&self) -> Result<()> {
+        self.check_lost()
+    }
+
     /// Runs `make` and gives its result unless wgpu reports an error meanwhile.
     pub fn capture<T>(&self, operation: &'static str, requested: u64, make: impl FnOnce() -> T) -> Result<T> {
         self.check_lost()?;
@@ -103,18 +143,58 @@ impl Faults {
         let scopes = [wgpu::ErrorFilter::Internal, wgpu::ErrorFilter::Validation, wgpu::ErrorFilter::OutOfMemory]
             .map(|filter| self.device.push_error_scope(filter));
         let made = make();
-        // Scopes close in reverse order.
+        self.close(scopes, operation, requested)?;
+        Ok(made)
+    }
+
+    /// Closes the scopes, in reverse order, and gives the error that one of them caught.
+    #[cfg(not(target_arch = "wasm32"))]
+    fn close(&self, scopes: [wgpu::ErrorScopeGuard; 3], operation: &'static str, requested: u64) -> Result<()> {
         let mut error = None;
         for scope in scopes.into_iter().rev() {
             error = pollster::block_on(scope.pop()).or(error);
         }
         match error {
-            None => Ok(made),
+            None => Ok(()),
             Some(error) => Err(self.error_of(error, operation, requested)),
         }
     }
 
+    /// Closes the scopes, in reverse order. What they caught comes out of a later check.
+    #[cfg(target_arch = "wasm32")]
+    fn close(&self, scopes: [wgpu::ErrorScopeGuard; 3], operation: &'static str, requested: u64) -> Result<()> {
+        for scope in scopes.into_iter().rev() {
+            self.closed.close(scope, operation, requested);
+        }
+        Ok(())
+    }
+
+    #[cfg(target_arch = "wasm32")]
+    fn report_caught(&self, Caught { error, operation, requested }: Caught) {
+        self.report(self.error_of(error, operation, requested));
+    }
+
+    /// Waits for all work submitted so far, and for what error scopes caught.
+    #[cfg(target_arch = "wasm32")]
+    pub async fn wait_async(&self, queue: &wgpu::Queue) -> Result<()> {
+        self.check_lost()?;
+        let (done, is_done) = signal();
+        queue.on_submitted_work_done(move || done(()));
+        is_done.await;
+        self.settle().await
+    }
+
+    /// Waits for what error scopes caught, and gives the first error since the last check.
+    #[cfg(target_arch = "wasm32")]
+    pub async fn settle(&self) -> Result<()> {
+        if let Some(caught) = self.closed.settle().await {
+            self.report_caught(caught);
+        }
+        self.check()
+    }
+
     /// Waits for all work submitted so far, and runs the callbacks that wait for it.
+    #[cfg(not(target_arch = "wasm32"))]
     pub fn wait(&self) -> Result<()> {
         // wgpu panics where the driver reports the device lost while it is waited for.
         let polled = catch_unwind(AssertUnwindSafe(|| self.device.poll(PollType::wait_indefinitely())));

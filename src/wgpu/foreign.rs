@@ -1,10 +1,13 @@
 //! The application's device and queue: whether they can be computed on.
 
+#[cfg(not(target_arch = "wasm32"))]
 use std::sync::mpsc;
+#[cfg(not(target_arch = "wasm32"))]
 use std::time::Duration;
 
 use crate::error::{Error, Result};
 
+#[cfg(not(target_arch = "wasm32"))]
 use super::fault::Faults;
 use super::placement::{BINDING_ALIGNMENT, MAX_GROUPS};
 
@@ -50,9 +53,11 @@ pub(super) fn expect_limits(limits: &wgpu::Limits) -> Result<()> {
 }
 
 /// How long to wait for the callback when another thread may have taken it and be about to run it.
+#[cfg(not(target_arch = "wasm32"))]
 const CALLBACK_PATIENCE: Duration = Duration::from_millis(50);
 
 /// That the queue is the device's. What is asked of another device's queue would fail where no error scope reaches.
+#[cfg(not(target_arch = "wasm32"))]
 pub(super) fn expect_own_queue(queue: &wgpu::Queue, faults: &Faults) -> Result<()> {
     let (done, is_done) = mpsc::channel();
     queue.on_submitted_work_done(move || {

@@ -1,6 +1,7 @@
 //! Compute launches: submitted here, or recorded into a pass of the application's.
 
 use std::collections::HashMap;
+use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use wgpu::{
@@ -8,10 +9,14 @@ use wgpu::{
     ShaderSource, ShaderStages,
 };
 
+use crate::backend::Instant;
 use crate::error::Result;
 
 use super::buffer::Allocator;
 use super::fault::Faults;
+use super::launches::Launches;
+use super::pace::Pace;
+use super::placement::BINDING_ALIGNMENT;
 use super::recorder::{Dispatch, Recorder};
 use super::shader::Shader;
 use super::timer::Timer;
@@ -41,6 +46,13 @@ impl Window {
     pub fn whole(buffer: &wgpu::Buffer) -> Self {
         Self { buffer: buffer.clone(), offset: 0, size: buffer.size(), argument: None }
     }
+
+    /// A part of a list of this crate's, with the bytes that the binding begins before it.
+    pub fn part(buffer: &wgpu::Buffer, bytes: Range<u64>) -> (Self, u32) {
+        let offset = bytes.start / BINDING_ALIGNMENT * BINDING_ALIGNMENT;
+        let window = Self { buffer: buffer.clone(), offset, size: bytes.end - offset, argument: None };
+        (window, (bytes.start - offset) as u32)
+    }
 }
 
 /// One dispatch.
@@ -52,6 +64,8 @@ pub(super) struct Launch {
     /// In the order of the shader's bindings.
     pub windows: Vec<Window>,
     pub groups: [u32; 3],
+    /// Floating-point operations, at most; 0 for what moves rows.
+    pub operations: u64,
 }
 
 #[derive(Debug)]
@@ -96,31 +110,49 @@ impl Launcher {
         }
     }
 
-    /// Submits launches in order, as one command buffer; each sees what the ones before it wrote. No lock is held meanwhile:
-    /// a submission runs the application's callbacks.
-    pub fn submit(&self, launches: &[Launch], allocator: &Allocator, timer: &Timer) -> Result<()> {
+    /// Submits launches in order, as one command buffer, or several if they are long; each sees what the ones before it wrote.
+    /// No lock is held meanwhile: a submission runs the application's callbacks.
+    pub fn submit(
+        &self,
+        launches: &Launches<'_>,
+        allocator: &Allocator,
+        timer: &Timer,
+        pace: &Arc<Pace>,
+    ) -> Result<()> {
         self.faults.check()?;
-        if launches.is_empty() {
+        let submissions = launches.submissions();
+        if submissions.is_empty() {
             return Ok(());
         }
-        let params = self.take_params(launches.len(), allocator)?;
-        let bound = self.bind(launches, &params, allocator)?;
-        let timestamps = timer.next_pass()?;
+        let list = launches.as_slice();
+        let params = self.take_params(list.len(), allocator)?;
+        let bound = self.bind(list, &params, allocator)?;
+        log::debug!("submitting {} dispatches in {} command buffers", list.len(), submissions.len());
+        let passes =
+            submissions.into_iter().map(|range| Ok((range, timer.next_pass()?))).collect::<Result<Vec<_>>>()?;
+        let started = Instant::now();
         self.faults.capture("a launch", 0, || {
-            let mut encoder = self.device.create_command_encoder(&Default::default());
-            {
-                let timestamp_writes = timestamps.as_ref().map(|pass| pass.writes());
-                let descriptor = wgpu::ComputePassDescriptor { label: Some("varlen-fa"), timestamp_writes };
-                dispatch(&mut encoder.begin_compute_pass(&descriptor), &bound);
+            for (range, timestamps) in passes {
+                let mut encoder = self.device.create_command_encoder(&Default::default());
+                {
+                    let timestamp_writes = timestamps.as_ref().map(|pass| pass.writes());
+                    let descriptor = wgpu::ComputePassDescriptor { label: Some("varlen-fa"), timestamp_writes };
+                    dispatch(&mut encoder.begin_compute_pass(&descriptor), &bound[range]);
+                }
+                self.queue.submit([encoder.finish()]);
             }
-            self.queue.submit([encoder.finish()]);
         })?;
         let mut pool = self.params_pool.lock().unwrap_or_else(PoisonError::into_inner);
         if pool.len() < PARAMS_POOL_LEN {
             pool.push(params);
         }
         drop(pool);
-        self.faults.check()
+        self.faults.check()?;
+        let telling = launches.main().filter(|&(shader, operations)| pace.is_telling(shader, operations));
+        let Some((shader, operations)) = telling else { return Ok(()) };
+        let pace = Arc::clone(pace);
+        let done = move || pace.learn(shader, operations, started.elapsed());
+        self.faults.capture("a launch", 0, || self.queue.on_submitted_work_done(done))
     }
 
     /// Records launches in order. Nothing is recorded on an error. When, in which order and whether the recording is submitted
@@ -130,6 +162,7 @@ impl Launcher {
         if launches.is_empty() {
             return Ok(());
         }
+        log::debug!("recording {} dispatches", launches.len());
         let params = allocator.unproven("params", (launches.len() * SLOT_BYTES) as u64, PARAMS_USAGE)?;
         let bound = self.bind(launches, &params, allocator)?;
         self.faults.capture("recording", 0, || {
@@ -215,8 +248,10 @@ impl Launcher {
         // own. Tensor positions are sums of index · stride with every index below its dimension, and `problem` checked that such
         // sums stay inside each view; `Window`s cover the views' batch rows from the offset that the parameters count from. Index
         // lists come from `VarlenMeta` and `CuSeqlens`, whose constructors keep them inside the tensors, and `problem` compared
-        // their sizes with the tensors'. Positions in private and workgroup arrays are bounded by constants. Every loop counts
-        // up to a bound that does not change in it.
+        // their sizes with the tensors'; a token list names each of the S tokens of its batch row once, and kernels ask it only
+        // for rows and keys that their tile has. Positions in private and workgroup arrays are bounded by constants, and so are
+        // the matrices that are loaded from workgroup arrays and stored to them, with their strides. Every loop counts up to a
+        // bound that does not change in it.
         let module = unsafe { self.device.create_shader_module_trusted(descriptor, checks) };
         let entry = |index: usize, ty| wgpu::BindGroupLayoutEntry {
             binding: index as u32,

@@ -1,13 +1,23 @@
-//! The WGSL device: compute shaders on Vulkan, Metal, DirectX 12 and WebGPU adapters, with no optional feature.
+//! The WGSL device: compute shaders on Vulkan, Metal, DirectX 12 and WebGPU adapters. It needs no optional feature; where an adapter
+//! has cooperative matrices, attention runs on them.
 
 mod adapter;
 mod attention;
+#[cfg(not(target_arch = "wasm32"))]
+mod blocking;
+#[cfg(target_arch = "wasm32")]
+mod browser;
 mod buffer;
+mod coop;
 mod copy;
 mod fault;
 mod foreign;
+#[cfg(target_arch = "wasm32")]
+mod later;
 mod launch;
+mod launches;
 mod metadata;
+mod pace;
 mod params;
 mod placement;
 mod recorder;
@@ -17,21 +27,28 @@ mod transfer;
 
 use std::any::Any;
 use std::sync::Arc;
-use std::time::Instant;
 
 use wgpu::{BufferUsages, DeviceType, Features};
 
-use crate::backend::{Backend, Op, Sink, Source, Storage, Timing, no_device_tables};
+#[cfg(target_arch = "wasm32")]
+use crate::backend::Later;
+use crate::backend::{Backend, Instant, Op, Sink, Source, Storage, Timing, no_device_tables};
 use crate::cache::DeviceId;
+use crate::config::Config;
 use crate::dtype::DType;
 use crate::error::Result;
 use crate::kernel::Kernel;
 use crate::meta::VarlenMeta;
 use crate::plan::Capabilities;
+use crate::problem::{HEAD_DIM_STEP, MAX_HEAD_DIM};
 
 use buffer::{Allocator, WgpuBuffer};
+use coop::Coop;
 use fault::Faults;
-use launch::{Launch, Launcher};
+use launch::Launcher;
+use launches::Launches;
+use pace::Pace;
+use shader::Algorithm;
 use timer::Timer;
 
 pub use recorder::Recorder;
@@ -50,40 +67,63 @@ pub(crate) struct WgpuDevice {
     faults: Arc<Faults>,
     allocator: Allocator,
     launcher: Launcher,
+    pace: Arc<Pace>,
     timer: Timer,
+    /// What it has of cooperative matrices, if the kernel on them can run.
+    coop: Option<Coop>,
     /// Bound where a shader variant has a binding that it does not use, to read and to write.
     unused: [wgpu::Buffer; 2],
 }
 
 impl WgpuDevice {
-    /// Opens the best adapter; `max_binding_bytes` lowers its limit.
-    pub(crate) fn open(include_software: bool, max_binding_bytes: Option<u64>) -> Result<Self> {
-        let (device, queue) = adapter::open(include_software, max_binding_bytes)?;
-        let opened = Self::over(device, queue, max_binding_bytes)?;
+    /// Opens the best adapter; the settings lower its limits.
+    pub(crate) async fn open_async(include_software: bool, config: Config) -> Result<Self> {
+        let (device, queue, coop) = adapter::open(include_software, config.max_binding_bytes).await?;
+        let mut opened = Self::over(device, queue, coop, config)?;
         opened.faults.listen();
+        opened.offer_coop();
         Ok(opened)
     }
 
     /// Computes on the application's device, whose handlers stay as they are.
-    pub(crate) fn foreign(device: &wgpu::Device, queue: &wgpu::Queue, max_binding_bytes: Option<u64>) -> Result<Self> {
+    pub(crate) fn foreign(device: &wgpu::Device, queue: &wgpu::Queue, config: Config) -> Result<Self> {
         foreign::expect_limits(&device.limits())?;
-        let device = Self::over(device.clone(), queue.clone(), max_binding_bytes)?;
-        foreign::expect_own_queue(&device.queue, &device.faults)?;
+        let coop = Coop::of_device(device);
+        let mut device = Self::over(device.clone(), queue.clone(), coop, config)?;
+        device.expect_own_queue()?;
+        device.offer_coop();
         Ok(device)
     }
 
-    fn over(device: wgpu::Device, queue: wgpu::Queue, max_binding_bytes: Option<u64>) -> Result<Self> {
+    /// Offers the kernel on cooperative matrices, before all others, if it passes its check: they are experimental in wgpu, and
+    /// drivers are known that compute them wrong.
+    fn offer_coop(&mut self) {
+        if self.coop.is_none() {
+            return;
+        }
+        let refused = match coop::differs(self) {
+            Ok(None) => {
+                self.capabilities.kernels.insert(0, Kernel::WgslCoop);
+                return;
+            }
+            Ok(Some(apart)) => format!("its results are {apart} off"),
+            Err(error) => error.to_string(),
+        };
+        log::warn!("{}: kernel {} is not used: {refused}", self.name, Kernel::WgslCoop);
+    }
+
+    fn over(device: wgpu::Device, queue: wgpu::Queue, coop: Option<Coop>, config: Config) -> Result<Self> {
         let (info, limits) = (device.adapter_info(), device.limits());
         // The shaders count 16-byte words in 32 bits, and Vulkan's bindings end below 2 GiB.
         let largest = limits.max_storage_buffer_binding_size.min((1 << 31) - 256);
         let capabilities = Capabilities {
             backend: "wgpu",
-            adapter: format!("{}, {:?}, {} {}", info.name, info.backend, info.driver, info.driver_info),
+            adapter: adapter::name(&info),
             is_software: info.device_type == DeviceType::Cpu,
             dtypes: &[DType::F32, DType::F16, DType::Bf16],
             kernels: vec![Kernel::WgslPortable],
             max_buffer_bytes: limits.max_buffer_size,
-            max_binding_bytes: max_binding_bytes.map_or(largest, |bytes| largest.min(bytes)),
+            max_binding_bytes: config.max_binding_bytes.map_or(largest, |bytes| largest.min(bytes)),
             has_timestamps: device.features().contains(Features::TIMESTAMP_QUERY),
         };
         let id = DeviceId::unique();
@@ -92,8 +132,9 @@ impl WgpuDevice {
         let allocator = Allocator::new(&device, &faults, id, &name)?;
         let launcher = Launcher::new(&device, &queue, &faults);
         let unused = [allocator.storage("unused", 0)?, allocator.storage("unused", 0)?];
+        let pace = Arc::new(Pace::new(config.max_dispatch_operations, info.device_type));
         let timer = Timer::new(&name);
-        Ok(Self { id, name, capabilities, device, queue, faults, allocator, launcher, timer, unused })
+        Ok(Self { id, name, capabilities, device, queue, faults, allocator, launcher, pace, timer, coop, unused })
     }
 
     pub(crate) fn handles(&self) -> (&wgpu::Device, &wgpu::Queue) {
@@ -115,11 +156,11 @@ impl WgpuDevice {
 
     /// Records an operation for the application to submit.
     pub(crate) fn encode(&self, op: Op<'_>, recorder: Recorder<'_>) -> Result<()> {
-        self.launcher.record(&self.launches(op)?, &self.allocator, recorder)
+        self.launcher.record(self.launches(op)?.as_slice(), &self.allocator, recorder)
     }
 
-    fn launches(&self, op: Op<'_>) -> Result<Vec<Launch>> {
-        let mut launches = Vec::new();
+    fn launches(&self, op: Op<'_>) -> Result<Launches<'_>> {
+        let mut launches = Launches::new(&self.allocator);
         match op {
             Op::Attention(attention) => self.record_attention(&attention, &mut launches)?,
             Op::Pack { pairs, meta } => {
@@ -140,6 +181,14 @@ impl WgpuDevice {
 
     fn sink<'a>(&self, sink: &Sink<'a>) -> Result<&'a WgpuBuffer> {
         sink.owned_by(self)
+    }
+
+    /// The buffer of a source that the host may copy from.
+    fn readable<'a>(&self, source: Source<'a>) -> Result<&'a wgpu::Buffer> {
+        let buffer = self.source(source)?;
+        buffer.expect_usage("memory", BufferUsages::COPY_SRC)?;
+        buffer.expect_unmapped("memory")?;
+        Ok(&buffer.raw)
     }
 }
 
@@ -172,17 +221,13 @@ impl Backend for WgpuDevice {
         buffer.expect_usage("memory", BufferUsages::COPY_SRC)?;
         let mut padded = bytes.to_vec();
         padded.resize(whole + COPY_STEP, 0);
-        let (handles, last) = (self.handles(), (&buffer.raw, whole as u64));
-        transfer::download(handles, &self.allocator, &self.faults, last, &mut padded[whole..])?;
+        self.read((&buffer.raw, whole as u64), &mut padded[whole..])?;
         padded[..bytes.len()].copy_from_slice(bytes);
         transfer::upload(&self.queue, &self.faults, &buffer.raw, &padded)
     }
 
     fn download(&self, from: Source<'_>, into: &mut [u8]) -> Result<()> {
-        let buffer = self.source(from)?;
-        buffer.expect_usage("memory", BufferUsages::COPY_SRC)?;
-        buffer.expect_unmapped("memory")?;
-        transfer::download(self.handles(), &self.allocator, &self.faults, (&buffer.raw, 0), into)
+        self.read((self.readable(from)?, 0), into)
     }
 
     fn execute(&self, op: Op<'_>) -> Result<()> {
@@ -191,31 +236,63 @@ impl Backend for WgpuDevice {
         {
             return Ok(());
         }
-        self.launcher.submit(&self.launches(op)?, &self.allocator, &self.timer)
+        self.launcher.submit(&self.launches(op)?, &self.allocator, &self.timer, &self.pace)
     }
 
     fn upload_meta(&self, meta: &VarlenMeta) -> Result<()> {
         self.indices(meta)?;
         self.inv_indices(meta)?;
         self.cu_seqlens(meta.cu_seqlens())?;
-        self.tiles(meta.cu_seqlens())?;
+        self.token_lists(meta)?;
+        // Every tile size that a call may want; each is made once.
+        for head_dim in (HEAD_DIM_STEP..=MAX_HEAD_DIM).step_by(HEAD_DIM_STEP) {
+            let coop = self.coop.map(|coop| Algorithm::Coop(coop.tile(head_dim)));
+            for algorithm in coop.into_iter().chain([Algorithm::portable(head_dim)]) {
+                self.tiles(meta.cu_seqlens(), algorithm.tile_rows())?;
+                self.fused_tiles(meta, algorithm.tile_rows())?;
+            }
+        }
         // What dense paths use instead.
         self.mask_bits(meta.key_mask()).map(drop)
     }
 
     fn synchronize(&self) -> Result<()> {
-        self.faults.wait()
+        self.wait()
     }
 
     fn start_timer(&self) -> Result<Instant> {
         // On the host's clock, earlier work must not count.
-        self.faults.wait()?;
+        self.wait()?;
         self.timer.start(&self.device, &self.faults)?;
         Ok(Instant::now())
     }
 
     fn stop_timer(&self, started: Instant) -> Result<Timing> {
-        self.timer.stop(started, (&self.device, &self.queue), &self.allocator, &self.faults)
+        self.timing(started)
+    }
+
+    #[cfg(target_arch = "wasm32")]
+    fn download_async<'a>(&'a self, from: Source<'a>, into: &'a mut [u8]) -> Later<'a, ()> {
+        Box::pin(async move { self.read_async((self.readable(from)?, 0), into).await })
+    }
+
+    #[cfg(target_arch = "wasm32")]
+    fn synchronize_async(&self) -> Later<'_, ()> {
+        Box::pin(self.wait_async())
+    }
+
+    #[cfg(target_arch = "wasm32")]
+    fn start_timer_async(&self) -> Later<'_, Instant> {
+        Box::pin(async move {
+            self.wait_async().await?;
+            self.timer.start(&self.device, &self.faults)?;
+            Ok(Instant::now())
+        })
+    }
+
+    #[cfg(target_arch = "wasm32")]
+    fn stop_timer_async(&self, started: Instant) -> Later<'_, Timing> {
+        Box::pin(self.timing_async(started))
     }
 
     fn as_any(&self) -> &dyn Any {

@@ -42,6 +42,10 @@ params! {
         first_tile: u32, end_tile: u32, grid_width: u32,
         /// First packed rows of the bindings of q and of k and v.
         q_row_base: u32, k_row_base: u32,
+        /// u32s before the token lists of the first batch row of the launch.
+        query_tokens_offset: u32, key_tokens_offset: u32,
+        /// Where the dispatch begins in the grid.
+        first_group_x: u32, first_group_y: u32, first_group_z: u32,
     }
 }
 

@@ -11,6 +11,7 @@ use super::WgpuDevice;
 use super::buffer::WgpuBuffer;
 use super::copy::groups_for;
 use super::launch::{Launch, Window};
+use super::launches::Launches;
 use super::params::CopyParams;
 use super::shader::Shader;
 
@@ -152,7 +153,7 @@ impl WgpuDevice {
         &self,
         operand: &Operand<'_>,
         range: &Range<usize>,
-        launches: &mut Vec<Launch>,
+        launches: &mut Launches<'_>,
         scratch: &mut Vec<wgpu::Buffer>,
     ) -> Result<Placed> {
         let part = operand.part(range)?;
@@ -170,7 +171,7 @@ impl WgpuDevice {
             4 => (part.shape()[0], part.shape()[1]),
             _ => (1, part.shape()[0]),
         };
-        let copy = self.allocator.take_scratch(operand.bytes_of(part.numel() as u64))?;
+        let copy = launches.take_scratch(operand.bytes_of(part.numel() as u64))?;
         let (window, src_offset) = operand.place_elements(range)?;
         // All fit: a binding is below 2 GiB.
         let [src_stride_b, src_stride_s, src_stride_h] = leading_strides(&part).map(|stride| stride as u32);
@@ -191,6 +192,7 @@ impl WgpuDevice {
             params: bytemuck::bytes_of(&params).to_vec(),
             windows: vec![window, Window::whole(&copy)],
             groups: groups_for(batch * seq * heads * head_u32s),
+            operations: 0,
         });
         let row_words = (heads * head_dim * size) as u32 / WORD_BYTES as u32;
         let placed = Placed {
@@ -204,12 +206,12 @@ impl WgpuDevice {
         Ok(placed)
     }
 
-    /// Splits batch rows into ranges for which every operand, and scratch of `scratch_bytes(range)`, fits one binding.
+    /// Splits batch rows into ranges for which every operand, and scratch or lists of `other_bytes(range)`, fit one binding each.
     pub(super) fn split_batch(
         &self,
         batch: usize,
         operands: &[Operand<'_>],
-        scratch_bytes: impl Fn(&Range<usize>) -> u64,
+        other_bytes: impl Fn(&Range<usize>) -> u64,
     ) -> Result<Vec<Range<usize>>> {
         let limit = self.capabilities.max_binding_bytes;
         let excess = |range: &Range<usize>| -> Result<Option<(&'static str, u64)>> {
@@ -219,8 +221,8 @@ impl WgpuDevice {
                     return Ok(Some((operand.name, bytes)));
                 }
             }
-            let bytes = scratch_bytes(range);
-            Ok((bytes > limit).then_some(("packed rows", bytes)))
+            let bytes = other_bytes(range);
+            Ok((bytes > limit).then_some(("packed rows or token lists", bytes)))
         };
         let mut ranges = Vec::new();
         let mut start = 0;

@@ -23,46 +23,131 @@ const fn writes(name: &'static str, element: &'static str) -> Binding {
 }
 
 const WORD: &str = "vec4<u32>";
+/// A word of an attention input: what it is made of is the variant's.
+const INPUT_WORD: &str = "Word";
 
 const ATTENTION_DENSE: &[Binding] = &[
-    reads("q", WORD),
-    reads("k", WORD),
-    reads("v", WORD),
+    reads("q", INPUT_WORD),
+    reads("k", INPUT_WORD),
+    reads("v", INPUT_WORD),
     writes("out", WORD),
     reads("key_bits", "u32"),
     reads("row_bits", "u32"),
     reads("bias", "u32"),
 ];
 const ATTENTION_PACKED: &[Binding] = &[
-    reads("q", WORD),
-    reads("k", WORD),
-    reads("v", WORD),
+    reads("q", INPUT_WORD),
+    reads("k", INPUT_WORD),
+    reads("v", INPUT_WORD),
     writes("out", WORD),
     writes("lse", "u32"),
     reads("tiles", WORD),
     reads("cu_seqlens_k", "u32"),
+];
+const ATTENTION_FUSED: &[Binding] = &[
+    reads("q", INPUT_WORD),
+    reads("k", INPUT_WORD),
+    reads("v", INPUT_WORD),
+    writes("out", WORD),
+    reads("tiles", WORD),
+    reads("query_tokens", "u32"),
+    reads("key_tokens", "u32"),
 ];
 const PACK_ROWS: &[Binding] = &[reads("src", WORD), writes("dst", WORD), reads("indices", "u32")];
 const SCATTER_ROWS: &[Binding] = &[reads("src", WORD), writes("dst", WORD), reads("inv_indices", "i32")];
 const ZERO_ROWS: &[Binding] = &[writes("dst", WORD)];
 const ALIGN_ROWS: &[Binding] = &[reads("src", "u32"), writes("dst", "u32")];
 
+/// The cooperative-matrix kernel's shape and tile.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) struct CoopTile {
+    /// Rows and columns of a matrix: 8 or 16.
+    pub shape: u32,
+    /// Invocations of a subgroup; every subgroup has as many.
+    pub subgroup_size: u32,
+    /// Subgroups of a workgroup.
+    pub subgroups: u32,
+    /// Matrices of query rows that a subgroup owns.
+    pub blocks: u32,
+    /// Keys of a step.
+    pub keys: u32,
+}
+
+impl CoopTile {
+    /// Query rows of a workgroup.
+    pub fn rows(self) -> usize {
+        (self.subgroups * self.blocks * self.shape) as usize
+    }
+
+    /// Bytes of workgroup memory; what `attention_coop.wgsl` declares.
+    pub fn workgroup_bytes(self, head_dim: usize) -> u32 {
+        let dim = (head_dim as u32).next_multiple_of(self.shape);
+        let lanes = self.subgroup_size / self.shape;
+        let staged = 2 * self.keys * (dim / 4 + 2) * 8;
+        let (probs, scores) = ((self.keys / 4 + 2) * 8, (self.keys / 4 + lanes) * 16);
+        staged + self.rows() as u32 * (probs + scores) + self.subgroups * 4 + 12
+    }
+}
+
+/// How attention is computed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) enum Algorithm {
+    /// `attention.wgsl`; an invocation owns so many rows.
+    Portable { rows: u32 },
+    /// `attention_coop.wgsl`.
+    Coop(CoopTile),
+}
+
+impl Algorithm {
+    /// The portable kernel for a head dimension: the output of an invocation has to stay in its registers.
+    pub fn portable(head_dim: usize) -> Self {
+        Self::Portable { rows: if head_dim <= 128 { 8 } else { 4 } }
+    }
+
+    /// Query rows of a workgroup.
+    pub fn tile_rows(self) -> usize {
+        match self {
+            Self::Portable { .. } => 64,
+            Self::Coop(tile) => tile.rows(),
+        }
+    }
+}
+
 /// One compute pipeline.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) enum Shader {
-    AttentionDense { dtype: DType, head_dim: usize, key_mask: bool, zero_rows: bool, bias: Option<DType> },
-    AttentionPacked { dtype: DType, head_dim: usize, lse: bool },
+    AttentionDense {
+        algorithm: Algorithm,
+        dtype: DType,
+        head_dim: usize,
+        key_mask: bool,
+        zero_rows: bool,
+        bias: Option<DType>,
+    },
+    AttentionPacked {
+        algorithm: Algorithm,
+        dtype: DType,
+        head_dim: usize,
+        lse: bool,
+    },
+    AttentionFused {
+        algorithm: Algorithm,
+        dtype: DType,
+        head_dim: usize,
+    },
     PackRows,
     ScatterRows,
     ZeroRows,
-    AlignRows { element_bytes: usize },
+    AlignRows {
+        element_bytes: usize,
+    },
 }
 
 impl Shader {
     /// Name of the entry point, and of the file that holds it.
     pub fn entry_point(self) -> &'static str {
         match self {
-            Self::AttentionDense { .. } | Self::AttentionPacked { .. } => "attention",
+            Self::AttentionDense { .. } | Self::AttentionPacked { .. } | Self::AttentionFused { .. } => "attention",
             Self::PackRows => "pack_rows",
             Self::ScatterRows => "scatter_rows",
             Self::ZeroRows => "zero_rows",
@@ -74,6 +159,7 @@ impl Shader {
         match self {
             Self::AttentionDense { .. } => ATTENTION_DENSE,
             Self::AttentionPacked { .. } => ATTENTION_PACKED,
+            Self::AttentionFused { .. } => ATTENTION_FUSED,
             Self::PackRows => PACK_ROWS,
             Self::ScatterRows => SCATTER_ROWS,
             Self::ZeroRows => ZERO_ROWS,
@@ -83,8 +169,14 @@ impl Shader {
 
     /// The whole WGSL text: parameters, bindings and constants, then the snippets in order.
     pub fn source(self) -> String {
-        let mut source = String::from(match self {
-            Self::AttentionDense { .. } | Self::AttentionPacked { .. } => AttentionParams::WGSL,
+        let mut source = String::new();
+        if let Some(Algorithm::Coop(_)) = self.algorithm() {
+            source.push_str("enable f16;\nenable wgpu_cooperative_matrix;\n");
+        }
+        source.push_str(match self {
+            Self::AttentionDense { .. } | Self::AttentionPacked { .. } | Self::AttentionFused { .. } => {
+                AttentionParams::WGSL
+            }
             _ => CopyParams::WGSL,
         });
         source.push_str("@group(0) @binding(0) var<uniform> params: Params;\n");
@@ -103,9 +195,19 @@ impl Shader {
         source
     }
 
+    /// How attention is computed, if this computes it.
+    fn algorithm(self) -> Option<Algorithm> {
+        match self {
+            Self::AttentionDense { algorithm, .. }
+            | Self::AttentionPacked { algorithm, .. }
+            | Self::AttentionFused { algorithm, .. } => Some(algorithm),
+            _ => None,
+        }
+    }
+
     /// Constants rather than overrides: they size private arrays, and branches on them must vanish before translation.
     fn constants(self) -> Vec<(&'static str, String)> {
-        match self {
+        let mut constants = match self {
             Self::AttentionDense { head_dim, key_mask, zero_rows, bias, .. } => vec![
                 ("HEAD_DIM", format!("{head_dim}u")),
                 ("KEY_MASK", key_mask.to_string()),
@@ -113,31 +215,47 @@ impl Shader {
                 ("BIAS", bias.is_some().to_string()),
             ],
             Self::AttentionPacked { head_dim, lse, .. } => {
-                vec![("HEAD_DIM", format!("{head_dim}u")), ("WRITE_LSE", lse.to_string())]
+                vec![("HEAD_DIM", format!("{head_dim}u")), ("WRITE_LSE", lse.to_string()), ("BIAS", false.to_string())]
+            }
+            Self::AttentionFused { head_dim, .. } => {
+                vec![("HEAD_DIM", format!("{head_dim}u")), ("BIAS", false.to_string())]
             }
             _ => Vec::new(),
+        };
+        match self.algorithm() {
+            None => (),
+            Some(Algorithm::Portable { rows }) => {
+                constants.extend([("ROWS", format!("{rows}u")), ("TILE_ROWS", "64u".to_owned())]);
+                constants.push(("TILE_KEYS", "32u".to_owned()));
+            }
+            Some(Algorithm::Coop(tile)) => {
+                constants.extend([
+                    ("SUBGROUP_SIZE", format!("{}u", tile.subgroup_size)),
+                    ("SUBGROUPS", format!("{}u", tile.subgroups)),
+                    ("BLOCKS", format!("{}u", tile.blocks)),
+                    ("TILE_ROWS", format!("{}u", tile.rows())),
+                    ("TILE_KEYS", format!("{}u", tile.keys)),
+                ]);
+            }
         }
+        constants
     }
 
     fn snippets(self) -> Vec<&'static str> {
-        let element = |dtype| match dtype {
-            DType::F32 => include_str!("../../shaders/shared/element_f32.wgsl"),
-            DType::F16 => include_str!("../../shaders/shared/element_f16.wgsl"),
-            DType::Bf16 => include_str!("../../shaders/shared/element_bf16.wgsl"),
-        };
-        let tile = include_str!("../../shaders/shared/tile.wgsl");
-        let attention = include_str!("../../shaders/attention.wgsl");
         match self {
-            Self::AttentionDense { dtype, bias, .. } => {
+            Self::AttentionDense { algorithm, dtype, bias, .. } => {
                 let bias = match bias.unwrap_or(DType::F32) {
                     DType::F32 => include_str!("../../shaders/shared/bias_f32.wgsl"),
                     DType::F16 => include_str!("../../shaders/shared/bias_f16.wgsl"),
                     DType::Bf16 => include_str!("../../shaders/shared/bias_bf16.wgsl"),
                 };
-                vec![element(dtype), tile, bias, include_str!("../../shaders/shared/rows_dense.wgsl"), attention]
+                attention(algorithm, dtype, &[bias, include_str!("../../shaders/shared/rows_dense.wgsl")])
             }
-            Self::AttentionPacked { dtype, .. } => {
-                vec![element(dtype), tile, include_str!("../../shaders/shared/rows_packed.wgsl"), attention]
+            Self::AttentionPacked { algorithm, dtype, .. } => {
+                attention(algorithm, dtype, &[include_str!("../../shaders/shared/rows_packed.wgsl")])
+            }
+            Self::AttentionFused { algorithm, dtype, .. } => {
+                attention(algorithm, dtype, &[include_str!("../../shaders/shared/rows_fused.wgsl")])
             }
             Self::PackRows => vec![include_str!("../../shaders/pack_rows.wgsl")],
             Self::ScatterRows => vec![include_str!("../../shaders/scatter_rows.wgsl")],
@@ -154,6 +272,37 @@ impl Shader {
     }
 }
 
+/// Snippets of an attention kernel; `rows` say where tiles lie and what is masked.
+fn attention(algorithm: Algorithm, dtype: DType, rows: &[&'static str]) -> Vec<&'static str> {
+    let mut snippets = vec![
+        match dtype {
+            DType::F32 => include_str!("../../shaders/shared/element_f32.wgsl"),
+            DType::F16 => include_str!("../../shaders/shared/element_f16.wgsl"),
+            DType::Bf16 => include_str!("../../shaders/shared/element_bf16.wgsl"),
+        },
+        include_str!("../../shaders/shared/tile.wgsl"),
+    ];
+    snippets.extend(rows);
+    match algorithm {
+        Algorithm::Portable { .. } => snippets
+            .extend([include_str!("../../shaders/shared/word_u32.wgsl"), include_str!("../../shaders/attention.wgsl")]),
+        Algorithm::Coop(tile) => snippets.extend([
+            if tile.shape == 8 {
+                include_str!("../../shaders/shared/coop_8.wgsl")
+            } else {
+                include_str!("../../shaders/shared/coop_16.wgsl")
+            },
+            if dtype == DType::F16 {
+                include_str!("../../shaders/shared/half_f16.wgsl")
+            } else {
+                include_str!("../../shaders/shared/half_bf16.wgsl")
+            },
+            include_str!("../../shaders/attention_coop.wgsl"),
+        ]),
+    }
+    snippets
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -164,6 +313,12 @@ mod tests {
     /// The least and the greatest, powers of two, and those whose last chunk of 64 is not full.
     const HEAD_DIMS: [usize; 10] = [8, 16, 32, 64, 72, 96, 128, 136, 192, 256];
 
+    const COOP_TILES: [CoopTile; 3] = [
+        CoopTile { shape: 16, subgroup_size: 32, subgroups: 4, blocks: 1, keys: 32 },
+        CoopTile { shape: 16, subgroup_size: 32, subgroups: 2, blocks: 2, keys: 64 },
+        CoopTile { shape: 8, subgroup_size: 8, subgroups: 4, blocks: 2, keys: 16 },
+    ];
+
     fn every_variant() -> Vec<Shader> {
         let mut shaders = vec![
             Shader::PackRows,
@@ -172,18 +327,33 @@ mod tests {
             Shader::AlignRows { element_bytes: 2 },
             Shader::AlignRows { element_bytes: 4 },
         ];
-        for dtype in DTYPES {
-            for head_dim in HEAD_DIMS {
-                for lse in [false, true] {
-                    shaders.push(Shader::AttentionPacked { dtype, head_dim, lse });
-                }
-                for (key_mask, zero_rows) in [(false, false), (true, false), (false, true), (true, true)] {
-                    shaders.push(Shader::AttentionDense { dtype, head_dim, key_mask, zero_rows, bias: None });
-                }
-                for bias in [DType::F32, dtype] {
-                    let (key_mask, zero_rows, bias) = (false, false, Some(bias));
-                    shaders.push(Shader::AttentionDense { dtype, head_dim, key_mask, zero_rows, bias });
-                }
+        for algorithm in [Algorithm::Portable { rows: 4 }, Algorithm::Portable { rows: 8 }] {
+            for dtype in DTYPES {
+                shaders.extend(attention_variants(algorithm, dtype));
+            }
+        }
+        shaders
+    }
+
+    fn coop_variants() -> Vec<Shader> {
+        let dtypes = [DType::F16, DType::Bf16];
+        let tiles = COOP_TILES.map(Algorithm::Coop);
+        tiles.iter().flat_map(|tile| dtypes.map(|dtype| attention_variants(*tile, dtype))).flatten().collect()
+    }
+
+    fn attention_variants(algorithm: Algorithm, dtype: DType) -> Vec<Shader> {
+        let mut shaders = Vec::new();
+        for head_dim in HEAD_DIMS {
+            for lse in [false, true] {
+                shaders.push(Shader::AttentionPacked { algorithm, dtype, head_dim, lse });
+            }
+            shaders.push(Shader::AttentionFused { algorithm, dtype, head_dim });
+            for (key_mask, zero_rows) in [(false, false), (true, false), (false, true), (true, true)] {
+                shaders.push(Shader::AttentionDense { algorithm, dtype, head_dim, key_mask, zero_rows, bias: None });
+            }
+            for bias in [DType::F32, dtype] {
+                let (key_mask, zero_rows, bias) = (false, false, Some(bias));
+                shaders.push(Shader::AttentionDense { algorithm, dtype, head_dim, key_mask, zero_rows, bias });
             }
         }
         shaders
@@ -192,13 +362,31 @@ mod tests {
     fn parse(shader: Shader) -> (naga::Module, ModuleInfo) {
         let source = shader.source();
         // `SHADER_FLOAT16_IN_FLOAT32` is WGSL's own `unpack2x16float`; nothing optional is allowed.
-        let capabilities = Capabilities::SHADER_FLOAT16_IN_FLOAT32;
-        let module = naga::front::wgsl::parse_str(&source)
+        let mut capabilities = Capabilities::SHADER_FLOAT16_IN_FLOAT32;
+        if let Some(Algorithm::Coop(_)) = shader.algorithm() {
+            capabilities |= Capabilities::COOPERATIVE_MATRIX | Capabilities::SHADER_FLOAT16 | Capabilities::SUBGROUP;
+        }
+        let options = naga::front::wgsl::Options { parse_doc_comments: false, capabilities };
+        let module = naga::front::wgsl::Frontend::new_with_options(options)
+            .parse(&source)
             .unwrap_or_else(|error| panic!("{shader:?}: {}", error.emit_to_string(&source)));
         let info = Validator::new(ValidationFlags::all(), capabilities)
+            .subgroup_stages(naga::valid::ShaderStages::COMPUTE)
+            .subgroup_operations(naga::valid::SubgroupOperationSet::all())
             .validate(&module)
             .unwrap_or_else(|error| panic!("{shader:?}: {}", error.emit_to_string(&source)));
         (module, info)
+    }
+
+    #[test]
+    fn every_cooperative_variant_translates_to_spirv() {
+        for shader in coop_variants() {
+            let (module, info) = parse(shader);
+            let spirv = spv::write_vec(&module, &info, &spv::Options::default(), None);
+            assert!(spirv.as_ref().is_ok_and(|words| words.len() > 100), "{shader:?}: SPIR-V: {spirv:?}");
+        }
+        println!("cooperative variants in HLSL: skipped, naga's writer has no cooperative matrices");
+        println!("cooperative variants in MSL: skipped, its loads take pointers to elements, not to vectors of them");
     }
 
     #[test]
@@ -223,23 +411,42 @@ mod tests {
         }
     }
 
+    fn workgroup_bytes(module: &naga::Module) -> u32 {
+        let mut layouter = naga::proc::Layouter::default();
+        layouter.update(module.to_ctx()).unwrap_or_else(|error| panic!("{error}"));
+        let variables = module.global_variables.iter().map(|(_, variable)| variable);
+        let shared = variables.filter(|variable| variable.space == naga::AddressSpace::WorkGroup);
+        shared.map(|variable| layouter[variable.ty].size).sum()
+    }
+
     #[test]
     fn every_variant_stays_inside_the_default_limits() {
         let limits = wgpu::Limits::default();
         for shader in every_variant() {
             let (module, _) = parse(shader);
-            let mut layouter = naga::proc::Layouter::default();
-            layouter.update(module.to_ctx()).unwrap_or_else(|error| panic!("{shader:?}: {error}"));
-            let shared: u32 = module
-                .global_variables
-                .iter()
-                .filter(|(_, variable)| variable.space == naga::AddressSpace::WorkGroup)
-                .map(|(_, variable)| layouter[variable.ty].size)
-                .sum();
+            let shared = workgroup_bytes(&module);
             assert!(shared <= limits.max_compute_workgroup_storage_size, "{shader:?}: {shared} bytes");
             let [x, y, z] = module.entry_points[0].workgroup_size;
             assert!(x * y * z <= limits.max_compute_invocations_per_workgroup, "{shader:?}");
             assert!(shader.bindings().len() as u32 <= limits.max_storage_buffers_per_shader_stage, "{shader:?}");
+            assert_eq!(module.entry_points[0].name, shader.entry_point());
+        }
+    }
+
+    #[test]
+    fn a_cooperative_tile_knows_its_workgroup_memory() {
+        for shader in coop_variants() {
+            let (module, _) = parse(shader);
+            let Some(Algorithm::Coop(tile)) = shader.algorithm() else { panic!("{shader:?}") };
+            let (Shader::AttentionDense { head_dim, .. }
+            | Shader::AttentionPacked { head_dim, .. }
+            | Shader::AttentionFused { head_dim, .. }) = shader
+            else {
+                panic!("{shader:?}")
+            };
+            assert_eq!(workgroup_bytes(&module), tile.workgroup_bytes(head_dim), "{shader:?}");
+            let [x, ..] = module.entry_points[0].workgroup_size;
+            assert_eq!(x, tile.subgroups * tile.subgroup_size, "{shader:?}");
             assert_eq!(module.entry_points[0].name, shader.entry_point());
         }
     }

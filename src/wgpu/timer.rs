@@ -1,11 +1,11 @@
 //! GPU time of compute passes, by timestamp queries where the device has them.
 
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use wgpu::{BufferUsages, Features, QuerySet, QueryType};
 
-use crate::backend::Timing;
+use crate::backend::{Instant, Timing};
 use crate::error::{Error, Result};
 
 use super::buffer::Allocator;
@@ -76,24 +76,55 @@ impl Timer {
     }
 
     /// Waits for the device and gives the sum of the passes' times, or the host's time since `start`.
+    #[cfg(not(target_arch = "wasm32"))]
     pub fn stop(
         &self,
         started: Instant,
-        (device, queue): (&wgpu::Device, &wgpu::Queue),
+        handles: (&wgpu::Device, &wgpu::Queue),
         allocator: &Allocator,
         faults: &Faults,
     ) -> Result<Timing> {
+        let measured = self.measured(handles, allocator, faults)?;
+        if let Measured::Passes { resolved, mut ticks } = measured {
+            let bytes = bytemuck::cast_slice_mut(&mut ticks);
+            transfer::download(handles, allocator, faults, (&resolved, 0), bytes)?;
+            return Ok(sum_of_passes(&ticks, handles.1));
+        }
+        faults.wait()?;
+        Ok(measured.without_passes(started))
+    }
+
+    /// The same in a browser.
+    #[cfg(target_arch = "wasm32")]
+    pub async fn stop_async(
+        &self,
+        started: Instant,
+        handles: (&wgpu::Device, &wgpu::Queue),
+        allocator: &Allocator,
+        faults: &Faults,
+    ) -> Result<Timing> {
+        let measured = self.measured(handles, allocator, faults)?;
+        if let Measured::Passes { resolved, mut ticks } = measured {
+            let bytes = bytemuck::cast_slice_mut(&mut ticks);
+            transfer::download_async(handles, allocator, faults, (&resolved, 0), bytes).await?;
+            return Ok(sum_of_passes(&ticks, handles.1));
+        }
+        faults.wait_async(handles.1).await?;
+        Ok(measured.without_passes(started))
+    }
+
+    /// Ends the timing and has the queries written to a buffer.
+    fn measured(
+        &self,
+        (device, queue): (&wgpu::Device, &wgpu::Queue),
+        allocator: &Allocator,
+        faults: &Faults,
+    ) -> Result<Measured> {
         let state = std::mem::replace(&mut *self.lock(), State::Idle);
         match state {
             State::Idle => Err(self.error("it was not started, or another thread stopped it".to_owned())),
-            State::Host => {
-                faults.wait()?;
-                Ok(Timing { duration: started.elapsed(), by_device: false })
-            }
-            State::Device { used: 0, .. } => {
-                faults.wait()?;
-                Ok(Timing { duration: Duration::ZERO, by_device: true })
-            }
+            State::Host => Ok(Measured::Host),
+            State::Device { used: 0, .. } => Ok(Measured::NoPass),
             State::Device { queries, used } => {
                 let usage = BufferUsages::QUERY_RESOLVE | BufferUsages::COPY_SRC;
                 let resolved = allocator.raw("timestamps", u64::from(used) * 8, usage)?;
@@ -102,17 +133,7 @@ impl Timer {
                     encoder.resolve_query_set(&queries, 0..used, &resolved, 0);
                     queue.submit([encoder.finish()]);
                 })?;
-                let mut ticks = vec![0_u64; used as usize];
-                transfer::download(
-                    (device, queue),
-                    allocator,
-                    faults,
-                    (&resolved, 0),
-                    bytemuck::cast_slice_mut(&mut ticks),
-                )?;
-                let total: u64 = ticks.chunks_exact(2).map(|pass| pass[1].saturating_sub(pass[0])).sum();
-                let nanoseconds = total as f64 * f64::from(queue.get_timestamp_period());
-                Ok(Timing { duration: Duration::from_nanos(nanoseconds as u64), by_device: true })
+                Ok(Measured::Passes { resolved, ticks: vec![0; used as usize] })
             }
         }
     }
@@ -124,4 +145,29 @@ impl Timer {
     fn error(&self, why: String) -> Error {
         Error::Backend { device: self.device_name.to_string(), operation: "timing", why }
     }
+}
+
+/// What a timing came to.
+enum Measured {
+    /// No queries: the host's clock counts.
+    Host,
+    /// Nothing was launched.
+    NoPass,
+    /// Buffer of the queries' values, and room for them.
+    Passes { resolved: wgpu::Buffer, ticks: Vec<u64> },
+}
+
+impl Measured {
+    fn without_passes(&self, started: Instant) -> Timing {
+        match self {
+            Self::Host => Timing { duration: started.elapsed(), by_device: false },
+            _ => Timing { duration: Duration::ZERO, by_device: true },
+        }
+    }
+}
+
+fn sum_of_passes(ticks: &[u64], queue: &wgpu::Queue) -> Timing {
+    let total: u64 = ticks.chunks_exact(2).map(|pass| pass[1].saturating_sub(pass[0])).sum();
+    let nanoseconds = total as f64 * f64::from(queue.get_timestamp_period());
+    Timing { duration: Duration::from_nanos(nanoseconds as u64), by_device: true }
 }

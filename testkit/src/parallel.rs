@@ -11,6 +11,10 @@ pub(crate) fn fill_rows<T: Send>(out: &mut [T], row_len: usize, compute: impl Fn
         return;
     }
     let threads = thread::available_parallelism().map_or(1, |count| count.get());
+    if threads == 1 {
+        // In a browser there is no other to start.
+        return out.chunks_mut(row_len).enumerate().for_each(|(row, values)| compute(row, values));
+    }
     let rows = Mutex::new(out.chunks_mut(row_len).enumerate());
     thread::scope(|scope| {
         for _ in 0..threads {

@@ -9,6 +9,7 @@ use varlen_fa_testkit::OracleShape;
 
 use super::call::{Call, Inputs, Mask};
 use super::check::Rules;
+use super::limits;
 use super::masks::mask;
 use super::memory::{download, narrow, upload};
 use super::placement::Placement;
@@ -33,7 +34,7 @@ pub fn register(trials: &mut Trials) {
 /// A device of the same adapter with small bindings.
 fn small(device: &Device) -> Result<Device> {
     let config = Config::default().with_device(DeviceChoice::Wgpu).with_max_binding_bytes(BINDING);
-    let small = Device::with_config(config)?;
+    let small = limits::open(config)?;
     let got = small.capabilities().max_binding_bytes;
     ensure!(got == BINDING, "asked for bindings of {BINDING} bytes, got {got}");
     ensure!(small.capabilities().adapter == device.capabilities().adapter, "got {}", small.name());

@@ -1,11 +1,12 @@
 //! Dense calls: key masks with SDPA's semantics, and metadata under forced dense attention (`VARLEN_FA=0`).
 
 use anyhow::{Context, Result, ensure};
-use varlen_fa::{AttentionMask, Config, Device, DeviceChoice, KeyMask, MaskedAttention, Path, Reason, VarlenMeta};
+use varlen_fa::{AttentionMask, Config, DeviceChoice, KeyMask, MaskedAttention, Path, Reason, VarlenMeta};
 use varlen_fa_testkit::{OracleShape, random};
 
 use super::call::{Call, Mask};
 use super::check::Rules;
+use super::limits;
 use super::masks::mask;
 use super::trials::{Trials, Variant};
 
@@ -72,7 +73,7 @@ fn keeps_all(variant: &Variant) -> Result<()> {
 /// What `VARLEN_FA=0` sets: dense attention whose masked rows are zero all the same.
 fn forced_dense_keeps_the_contract(variant: &Variant) -> Result<()> {
     let choice: DeviceChoice = variant.device.capabilities().backend.parse()?;
-    let device = Device::with_config(Config::default().with_device(choice).with_force_dense(true))?;
+    let device = limits::open(Config::default().with_device(choice).with_force_dense(true))?;
     ensure!(device.config().force_dense, "the device forgot its setting");
     let variant = Variant { device, ..variant.clone() };
 

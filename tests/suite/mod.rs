@@ -6,6 +6,7 @@
 //! | variable | meaning |
 //! |---|---|
 //! | `VARLEN_FA_TEST_REQUIRE` | `cpu,wgpu,cuda` or some of them: devices whose absence is a failure |
+//! | `VARLEN_FA_TEST_LIMITS` | `webgpu`: wgpu devices have WebGPU's default limits and no optional feature |
 //! | `VARLEN_FA_TEST_CASES` | number of cases of each property test (64, or 16 on an emulated GPU) |
 //! | `VARLEN_FA_TEST_SEED` | seed of the property tests (0) |
 //!
@@ -18,8 +19,13 @@ mod cases;
 pub mod check;
 mod dense;
 mod device_meta;
+#[cfg(feature = "wgpu")]
+mod dispatches;
 mod large;
 mod layouts;
+mod limits;
+#[cfg(feature = "wgpu")]
+mod long_work;
 mod masks;
 pub mod memory;
 mod numerics;
@@ -67,6 +73,8 @@ pub fn run(choice: DeviceChoice, own: fn(&mut Trials)) -> ExitCode {
             refusals::register,
             large::register,
             bindings::register,
+            #[cfg(feature = "wgpu")]
+            long_work::register,
             #[cfg(feature = "wgpu")]
             wgpu_in_place::register,
             own,

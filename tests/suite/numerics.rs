@@ -14,6 +14,9 @@ pub fn register(trials: &mut Trials) {
     trials.each_path("numerics/largest_values", largest_values);
     trials.each_path("numerics/smallest_values", smallest_values);
     trials.each_path("numerics/equal_scores", equal_scores);
+    trials.each_path("numerics/growing_scores", growing_scores);
+    trials.each_path("numerics/outlying_values", outlying_values);
+    trials.each_path("numerics/outlying_keys", outlying_keys);
     let halves = [DType::F16, DType::Bf16];
     trials.each_path_of(&halves, "numerics/outputs_are_rounded_to_nearest", outputs_are_rounded_to_nearest);
 }
@@ -98,6 +101,55 @@ fn smallest_values(variant: &Variant) -> Result<()> {
 fn equal_scores(variant: &Variant) -> Result<()> {
     let mut call = Call::random(SHAPE, holes(), variant.dtype, 5);
     call.values[1].fill(1.5);
+    call.check(variant)
+}
+
+/// Every few keys outweigh all before them, for some queries: what was summed up so far has to be scaled down again and again, by
+/// factors that differ from row to row. For the other queries the keys only lose weight.
+fn growing_scores(variant: &Variant) -> Result<()> {
+    let mut call = Call::random(SHAPE, holes(), variant.dtype, 6);
+    let row = 2 * 64;
+    for (at, value) in call.values[1].iter_mut().enumerate() {
+        // The first column of both heads grows by 1 with every fourth key; the others are small.
+        let key = at / row % 150;
+        *value = if at % 64 == 0 { (key / 4) as f32 } else { (*value * 4.0).round() / 64.0 };
+    }
+    for (at, value) in call.values[0].iter_mut().enumerate() {
+        let query = at / row % 150;
+        *value = if at % 64 == 0 { [8.0, 2.0, -4.0][query % 3] } else { (*value * 4.0).round() / 16.0 };
+    }
+    call.scale = Some(1.0);
+    // Scores reach 300, where an f32 is off by 2^-16.
+    call.check_by(variant, Rules::fixed_only(variant.dtype, 1e-3))
+}
+
+/// A large number, and one that the element type holds beside it.
+fn outlier(dtype: DType) -> f32 {
+    if dtype == DType::F16 { 2f32.powi(12) } else { 2f32.powi(60) }
+}
+
+/// A few values are far larger than all others, beyond what 16 bits with a short exponent hold.
+fn outlying_values(variant: &Variant) -> Result<()> {
+    let mut call = Call::random(SHAPE, holes(), variant.dtype, 7);
+    let outlier = outlier(variant.dtype);
+    for value in call.values[2].iter_mut().skip(3).step_by(611) {
+        *value = value.signum() * outlier;
+    }
+    // Weights rounded to 16 bits are off by 2^-11 of their size.
+    call.check_by(variant, Rules::fixed_only(variant.dtype, f64::from(outlier) * 2f64.powi(-11)))
+}
+
+/// A few keys and queries are far larger than all others, and scores are moderate.
+fn outlying_keys(variant: &Variant) -> Result<()> {
+    let mut call = Call::random(SHAPE, holes(), variant.dtype, 8);
+    let (outlier, row) = (outlier(variant.dtype), 2 * 64);
+    for (at, value) in call.values[1].iter_mut().enumerate() {
+        if at / row % 5 == 0 {
+            *value *= outlier;
+        }
+    }
+    // Keys of ordinary size then have scores of almost nothing, and the others those of standard normal inputs.
+    call.scale = Some(0.125 / outlier);
     call.check(variant)
 }
 

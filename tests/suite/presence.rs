@@ -6,6 +6,8 @@ use anyhow::{Result, bail};
 use libtest_mimic::{Completion, Failed, Trial};
 use varlen_fa::{Config, DType, Device, DeviceChoice};
 
+use super::limits;
+
 /// Names that `VARLEN_FA_TEST_REQUIRE` may list.
 const DEVICES: [&str; 3] = ["cpu", "wgpu", "cuda"];
 const REQUIRE: &str = "VARLEN_FA_TEST_REQUIRE";
@@ -15,7 +17,7 @@ const REQUIRE: &str = "VARLEN_FA_TEST_REQUIRE";
 pub fn open(choice: DeviceChoice) -> (Vec<Trial>, Option<Device>) {
     let name = name(choice);
     let required = required(env::var(REQUIRE).ok().as_deref());
-    let opened = Device::with_config(Config::default().with_device(choice));
+    let opened = limits::open(Config::default().with_device(choice));
     let mut trials = Vec::new();
     let is_required = match required {
         Ok(names) => names.contains(&name),
@@ -24,9 +26,13 @@ pub fn open(choice: DeviceChoice) -> (Vec<Trial>, Option<Device>) {
             false
         }
     };
-    let status = opened.clone().map_err(|error| error.to_string());
+    if let Ok(device) = &opened {
+        eprintln!("the suite runs on {}", device.name());
+    }
+    let status = opened.as_ref().cloned().map_err(|error| format!("{error:#}"));
+    let least = limits::are_least();
     trials.push(Trial::ignorable_test(format!("{name}/present"), move || match status {
-        Ok(device) => match check_capabilities(&device, name) {
+        Ok(device) => match least.and_then(|_| check_capabilities(&device, name)) {
             Ok(()) => Ok(Completion::Completed),
             Err(error) => Err(Failed::from(format!("{error:#}"))),
         },

@@ -382,7 +382,14 @@ fn forced_paths_and_kernels(device: &Device) -> Result<()> {
     if !device.capabilities().kernels[0].has_fused() {
         is_refused(Path::Fused, varlen)?;
     }
-    for kernel in [Kernel::CpuTiled, Kernel::WgslPortable, Kernel::CudaSm80, Kernel::CudaSm90, Kernel::CudaSm100] {
+    for kernel in [
+        Kernel::CpuTiled,
+        Kernel::WgslPortable,
+        Kernel::WgslCoop,
+        Kernel::CudaSm80,
+        Kernel::CudaSm90,
+        Kernel::CudaSm100,
+    ] {
         if device.capabilities().kernels.contains(&kernel) {
             too_wide_for(kernel, &stage)?;
             continue;

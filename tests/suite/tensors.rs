@@ -3,7 +3,7 @@
 use std::thread;
 
 use anyhow::{Context, Result, anyhow, ensure};
-use varlen_fa::{DType, Device, Error, Tensor, TensorView, TensorViewMut, bf16, f16};
+use varlen_fa::{DType, Device, DeviceMemory, Error, Tensor, TensorView, TensorViewMut, bf16, f16};
 
 use super::memory::{download, poison, upload};
 use super::trials::Trials;
@@ -16,6 +16,31 @@ pub fn register(trials: &mut Trials) {
     trials.once("tensors/refusals", refusals);
     trials.once("tensors/views_know_their_layout", views_know_their_layout);
     trials.once("tensors/time_gives_the_works_result", time_gives_the_works_result);
+    trials.once("tensors/async_forms_do_the_same", async_forms_do_the_same);
+}
+
+/// The forms for browsers, which wait here like the others.
+fn async_forms_do_the_same(device: &Device) -> Result<()> {
+    let opened = pollster::block_on(Device::with_config_async(device.config()))?;
+    ensure!(opened.capabilities().backend == device.capabilities().backend, "opened {}", opened.name());
+
+    let values: Vec<f16> = (0..999).map(f16::from_bits).collect();
+    let mut tensor = Tensor::zeros(device, DType::F16, &[999])?;
+    let (written, timing) = pollster::block_on(device.time_async(|| tensor.write(&values).map(|()| 7)))?;
+    ensure!(written == 7, "time_async gave {written}, {timing:?}");
+    pollster::block_on(device.synchronize_async())?;
+    ensure!(pollster::block_on(tensor.to_vec_async::<f16>())? == values);
+    let error = pollster::block_on(tensor.to_vec_async::<bf16>()).err().context("read as bf16")?;
+    ensure!(matches!(error, Error::DTypeMismatch { .. }), "got {error:?}");
+
+    let mut memory = DeviceMemory::alloc(device, 1998)?;
+    memory.write(&values)?;
+    let mut read = vec![f16::ONE; 999];
+    pollster::block_on(memory.read_async(&mut read))?;
+    ensure!(read == values);
+    let error = pollster::block_on(memory.read_async(&mut [0_u8; 2001])).err().context("read past the end")?;
+    ensure!(matches!(error, Error::BufferTooSmall { .. }), "got {error:?}");
+    Ok(())
 }
 
 /// Every 16-bit pattern, or as many of f32.

@@ -162,7 +162,7 @@ impl Trials {
         run: impl Fn(&Variant) -> Result<R> + Copy + Send + 'static,
     ) {
         let parts: Vec<_> = [Some(kernel.name()), path.map(Path::name)].into_iter().flatten().collect();
-        for &dtype in dtypes {
+        for &dtype in dtypes.iter().filter(|&&dtype| kernel.has_dtype(dtype)) {
             let variant = Variant { device: self.device.clone(), kernel, path, dtype };
             self.push(&parts, test, Some(dtype), move || run(&variant));
         }

@@ -7,6 +7,8 @@ mod kernels;
 mod manifest;
 mod ptxas;
 mod table;
+#[cfg(feature = "web")]
+mod web;
 mod workspace;
 
 use std::path::PathBuf;
@@ -62,6 +64,17 @@ enum Chore {
         #[arg(long, value_name = "DIR")]
         out: Option<PathBuf>,
     },
+    /// Build the page of examples/web: `cargo xtask-web`
+    ///
+    /// Compiles the package to wasm, writes its JavaScript half, and puts both beside the page in one folder, which any web server can
+    /// serve. If Rust has no standard library for wasm32-unknown-unknown (`rustup target add wasm32-unknown-unknown` adds
+    /// it), its sources are taken from rustup's component rust-src, or fetched from Debian, and compiled too.
+    #[cfg(feature = "web")]
+    Web {
+        /// Folder to write, created if need be [default: web/page in the target folder]
+        #[arg(long, value_name = "DIR")]
+        out: Option<PathBuf>,
+    },
 }
 
 fn main() -> ExitCode {
@@ -83,5 +96,7 @@ fn run(arguments: &Arguments) -> Result<()> {
         Chore::Header { check: false } => header::write(&workspace),
         Chore::Header { check: true } => header::check(&workspace),
         Chore::GpuBundle { out } => bundle::build(&workspace, out.as_deref()),
+        #[cfg(feature = "web")]
+        Chore::Web { out } => web::build(&workspace, out.as_deref()),
     }
 }

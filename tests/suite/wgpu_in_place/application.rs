@@ -6,8 +6,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use anyhow::{Context, Result, anyhow, ensure};
 use varlen_fa::wgpu::{self, BufferUsages};
 use varlen_fa::{
-    AttentionMask, Config, DType, Device, DeviceMemory, KeyMask, Layout, MaskedAttention, TensorView, TensorViewMut,
-    VarlenMeta,
+    AttentionMask, Config, DType, Device, DeviceMemory, Kernel, KeyMask, Layout, MaskedAttention, TensorView,
+    TensorViewMut, VarlenMeta,
 };
 use varlen_fa_testkit::{OracleShape, random};
 
@@ -123,7 +123,14 @@ fn open(
     required_features: wgpu::Features,
     required_limits: wgpu::Limits,
 ) -> Result<(wgpu::Device, wgpu::Queue)> {
-    let descriptor = wgpu::DeviceDescriptor { required_features, required_limits, ..Default::default() };
+    let experimental_features = if required_features.contains(wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX) {
+        // SAFETY: the features have known bugs; the library uses this one after a check of its results.
+        unsafe { wgpu::ExperimentalFeatures::enabled() }
+    } else {
+        wgpu::ExperimentalFeatures::disabled()
+    };
+    let descriptor =
+        wgpu::DeviceDescriptor { required_features, required_limits, experimental_features, ..Default::default() };
     Ok(pollster::block_on(adapter.request_device(&descriptor))?)
 }
 
@@ -181,7 +188,7 @@ impl Case {
 
     /// The output that a device of the library's own gives.
     pub fn expected(&self, device: &Device, mask: AttentionMask<'_>) -> Result<Vec<u32>> {
-        self.expected_by(&MaskedAttention::new(device), mask)
+        self.expected_by(&portable(device), mask)
     }
 
     /// The same of a layer with settings.
@@ -200,6 +207,11 @@ impl Case {
     pub fn out_len(&self) -> usize {
         self.inputs[0].len()
     }
+}
+
+/// The layer by the kernel that an application's device without any feature has, whatever the library's own device prefers.
+pub fn portable(device: &Device) -> MaskedAttention {
+    MaskedAttention::new(device).with_kernel(Kernel::WgslPortable)
 }
 
 /// A row-major layout at an offset in elements.

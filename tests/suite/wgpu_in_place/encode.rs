@@ -9,7 +9,7 @@ use varlen_fa::{
 
 use super::super::memory::{download, narrow, sentinel, upload};
 use super::super::trials::Trials;
-use super::application::{Application, Case, InPlace, READABLE, at, bits, bytes};
+use super::application::{Application, Case, InPlace, READABLE, at, bits, bytes, portable};
 
 pub fn register(trials: &mut Trials) {
     trials.each_dtype("wgpu_in_place/encoded_calls_give_the_same_bits", encoded_calls_give_the_same_bits);
@@ -32,10 +32,13 @@ fn encoded_calls_give_the_same_bits(own: &Device, dtype: DType) -> Result<()> {
     let nothing = VarlenMeta::from_key_mask(&KeyMask::from_lengths(70, &[0, 0])?)?;
     let calls = [
         (AttentionMask::Key(&case.mask), Path::Dense, case.expected(own, AttentionMask::Key(&case.mask))?),
+        (AttentionMask::Varlen(&case.meta), Path::Fused, case.expected(own, AttentionMask::Varlen(&case.meta))?),
         (AttentionMask::Varlen(&case.meta), Path::Packed, case.expected(own, AttentionMask::Varlen(&case.meta))?),
         (AttentionMask::Varlen(&nothing), Path::Zero, vec![0; case.out_len()]),
     ];
     for (mask, path, expected) in calls {
+        // The others are what is chosen.
+        let layer = if path == Path::Packed { layer.clone().with_path(path) } else { layer.clone() };
         for (gap, out_offset) in [(0, 0), (1, 16)] {
             for into_pass in [false, true] {
                 let place = format!("{path}, offsets {gap} and {out_offset}, into a pass: {into_pass}");
@@ -168,7 +171,8 @@ fn between_the_applications_passes(own: &Device) -> Result<()> {
 fn submitted_in_any_order_or_never(own: &Device) -> Result<()> {
     let application = Application::new(own)?;
     let device = application.attach()?;
-    let layer = |device, index: usize| MaskedAttention::new(device).with_softmax_scale(0.1 * (index + 1) as f32);
+    let layer =
+        |device, index: usize| portable(device).with_path(Path::Packed).with_softmax_scale(0.1 * (index + 1) as f32);
     let cases = (0..4).map(|seed| Case::new(DType::F16, 20 + seed)).collect::<Result<Vec<_>>>()?;
     let mut stages = Vec::new();
     for (index, case) in cases.iter().enumerate() {
@@ -230,7 +234,7 @@ fn many_ranges_in_one_call(own: &Device) -> Result<()> {
     let meta = VarlenMeta::from_key_mask(&KeyMask::from_bool(90, 9, &keep)?)?;
     let values: Vec<u32> = (0..90 * 9 * 16).map(|at| narrow((at % 101) as f32 * 0.03 - 1.5, DType::F16)).collect();
     let x = upload(own, DType::F16, &values, &shape)?;
-    let expected = download(&MaskedAttention::new(own).forward(&x, &x, &x, AttentionMask::Varlen(&meta))?.out)?;
+    let expected = download(&portable(own).forward(&x, &x, &x, AttentionMask::Varlen(&meta))?.out)?;
 
     let x = upload(&device, DType::F16, &values, &shape)?;
     let layer = MaskedAttention::new(&device);

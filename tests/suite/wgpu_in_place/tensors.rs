@@ -3,9 +3,10 @@
 use std::thread;
 
 use anyhow::{Context, Result, anyhow, ensure};
+use libtest_mimic::Completion;
 use varlen_fa::wgpu::{self, BufferUsages};
 use varlen_fa::{
-    AttentionMask, Config, DType, Device, DeviceMemory, KeyMask, MaskedAttention, Path, Reason, VarlenMeta, f16,
+    AttentionMask, Config, DType, Device, DeviceMemory, Kernel, KeyMask, MaskedAttention, Path, Reason, VarlenMeta, f16,
 };
 
 use super::super::memory::{narrow, upload};
@@ -20,6 +21,41 @@ pub fn register(trials: &mut Trials) {
     trials.once("wgpu_in_place/reads_and_writes", reads_and_writes);
     trials.once("wgpu_in_place/handlers_stay_the_applications", handlers_stay_the_applications);
     trials.once("wgpu_in_place/time", time);
+    trials.once("wgpu_in_place/cooperative_matrices", cooperative_matrices);
+}
+
+/// A device with the features and the memory for it runs the kernel on cooperative matrices, and gives the bits of our own.
+fn cooperative_matrices(own: &Device) -> Result<Completion> {
+    if !own.capabilities().kernels.contains(&Kernel::WgslCoop) {
+        return Ok(Completion::ignored_with(format!("{} has no kernel {}", own.name(), Kernel::WgslCoop)));
+    }
+    let (ours, _) = own.wgpu().context("no handles")?;
+    let features =
+        wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX | wgpu::Features::SHADER_F16 | wgpu::Features::SUBGROUP;
+    let max_compute_workgroup_storage_size = ours.limits().max_compute_workgroup_storage_size;
+    let limits = wgpu::Limits { max_compute_workgroup_storage_size, ..Default::default() };
+    // With less workgroup memory it is not offered.
+    for (limits, is_offered) in [(limits, true), (wgpu::Limits::default(), false)] {
+        let application = Application::with(own, features, limits)?;
+        let device = application.attach()?;
+        let kernels = &device.capabilities().kernels;
+        ensure!(
+            kernels.contains(&Kernel::WgslCoop) == is_offered,
+            "expected it offered: {is_offered}, got {kernels:?}"
+        );
+        if is_offered {
+            let case = Case::new(DType::F16, 9)?;
+            let mask = AttentionMask::Varlen(&case.meta);
+            let layer = |device| MaskedAttention::new(device).with_kernel(Kernel::WgslCoop);
+            let expected = case.expected_by(&layer(own), mask)?;
+            let mut tensors = InPlace::new(&application, &device, &case, 0, 0)?;
+            let ([q, k, v], out) = tensors.call();
+            layer(&device).forward_into(q, k, v, mask, out)?;
+            ensure!(tensors.output(&application)? == expected, "other bits");
+        }
+        application.expect_quiet()?;
+    }
+    Ok(Completion::Completed)
 }
 
 /// Masks of every kind, at offsets that are aligned for bindings, for words, and for neither.

@@ -1,0 +1,81 @@
+#!/usr/bin/env bash
+# Runs the wgpu suite on adapters that differ in what they offer. All are software, so any Linux machine with Debian's apt will do.
+#
+#   portability.sh [--full] [lavapipe] [webgpu-limits] [swiftshader] [lavapipe-coop]        all of them by default
+#
+#   adapter         what it is                                                   subgroup  invocations  cooperative matrix
+#   lavapipe        the distribution's Mesa                                      8         1024         no
+#   webgpu-limits   the same, opened with WebGPU's default limits, no feature    -         256          no
+#   swiftshader     from the package chromium                                    4         256          no
+#   lavapipe-coop   Mesa of trixie-backports, unpacked under target/vulkan       8         1024         8x8
+#
+# Hardware is a matter of the machine: `cargo xtask gpu-bundle` makes a folder whose run.sh runs the same suite on the Vulkan adapter
+# of an NVIDIA GPU (subgroup 32, cooperative matrix 16x16). `run.sh suite` does so; with VARLEN_FA_TEST_LIMITS=webgpu before it, at
+# WebGPU's default limits.
+#
+# These adapters compute on the CPU, and some trials are large. Without --full each runs what depends on the adapter: every mask,
+# layout, bias, binding and small named case in every element type, but not the trials whose names hold one of the words in
+# REAL_SIZES, REPEATED and SETTLED_BY_LAVAPIPE below. What an adapter skips by itself is printed by the suite, each with its reason.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+
+# Sizes of real models, and grids past 65,535 workgroups.
+REAL_SIZES=(prod_c2 c8_prod all_valid_b4 workgroups many_sequences more_than_2_31_elements)
+# The same many times over, with random masks, every head dimension or on many threads.
+REPEATED=(properties/ same_bits every_head_dim every_fourth_head_dim calls_from_many_threads many_ranges)
+# Refusals on the host, which no adapter changes.
+SETTLED_BY_LAVAPIPE=(wgpu_in_place/refusals)
+
+full=
+adapters=()
+for argument in "$@"; do
+  case $argument in
+    --full) full=1 ;;
+    lavapipe | webgpu-limits | swiftshader | lavapipe-coop) adapters+=("$argument") ;;
+    *) echo "error: expected --full, lavapipe, webgpu-limits, swiftshader or lavapipe-coop, got $argument" >&2; exit 2 ;;
+  esac
+done
+[ ${#adapters[@]} -gt 0 ] || adapters=(lavapipe webgpu-limits swiftshader lavapipe-coop)
+
+skips=()
+if [ -z "$full" ]; then
+  for word in "${REAL_SIZES[@]}" "${REPEATED[@]}" "${SETTLED_BY_LAVAPIPE[@]}"; do skips+=(--skip "$word"); done
+  echo "not run, without --full: trials with ${skips[*]//--skip/}"
+fi
+
+suite=$(cargo test --release --workspace --test wgpu --no-run --message-format json |
+  python3 -c 'import json, sys
+for line in sys.stdin:
+    message = json.loads(line)
+    if message.get("executable") and message["target"]["name"] == "wgpu": print(message["executable"])')
+
+# Installs packages of the distribution that are missing.
+need() {
+  dpkg -s "$@" >/dev/null 2>&1 && return
+  apt-get update -qq
+  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$@" >/dev/null
+}
+
+lavapipe_icd() { echo /usr/share/vulkan/icd.d/lvp_icd*.json; }
+swiftshader_icd=/usr/lib/chromium/vk_swiftshader_icd.json
+
+export VARLEN_FA_TEST_REQUIRE=wgpu
+for adapter in "${adapters[@]}"; do
+  printf '\n--- %s (%ss)\n' "$adapter" "$SECONDS"
+  run=()
+  case $adapter in
+    lavapipe)
+      need libvulkan1 mesa-vulkan-drivers
+      run=(env VK_DRIVER_FILES="$(lavapipe_icd)" VK_ICD_FILENAMES="$(lavapipe_icd)") ;;
+    webgpu-limits)
+      need libvulkan1 mesa-vulkan-drivers
+      run=(env VK_DRIVER_FILES="$(lavapipe_icd)" VK_ICD_FILENAMES="$(lavapipe_icd)" VARLEN_FA_TEST_LIMITS=webgpu) ;;
+    swiftshader)
+      need libvulkan1 chromium
+      run=(env VK_DRIVER_FILES="$swiftshader_icd" VK_ICD_FILENAMES="$swiftshader_icd") ;;
+    lavapipe-coop)
+      scripts/vulkan/fetch_lavapipe.sh target/vulkan/lavapipe
+      run=(target/vulkan/lavapipe/run) ;;
+  esac
+  "${run[@]}" "$suite" "${skips[@]}"
+done

@@ -1,0 +1,238 @@
+//! The launches that an operation becomes, and the parts that long ones are split into.
+
+use std::ops::Range;
+
+use crate::error::Result;
+
+use super::buffer::Allocator;
+use super::launch::{Launch, Window};
+use super::params::AttentionParams;
+use super::shader::Shader;
+
+/// The launches of one operation in order, with the scratch that is free for those to come.
+#[derive(Debug)]
+pub(super) struct Launches<'a> {
+    allocator: &'a Allocator,
+    list: Vec<Launch>,
+    /// What the operation mostly runs, and how many floating-point operations that has; only in attention.
+    main: Option<(Shader, u64)>,
+    /// Only in a long operation.
+    long: Option<Long>,
+}
+
+/// What a long operation has of its own.
+#[derive(Debug)]
+struct Long {
+    /// Floating-point operations of one submission.
+    limit: u64,
+    /// Work of other operations may come between its submissions, so it shares no scratch with them.
+    scratch: Vec<wgpu::Buffer>,
+}
+
+/// Floating-point operations of attention.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Work {
+    pub operations: u64,
+    /// The same with the rows by which last tiles are not full.
+    pub in_whole_tiles: u64,
+}
+
+impl Work {
+    pub fn and(self, other: Self) -> Self {
+        Self {
+            operations: self.operations.saturating_add(other.operations),
+            in_whole_tiles: self.in_whole_tiles.saturating_add(other.in_whole_tiles),
+        }
+    }
+
+    pub fn times(self, times: u64) -> Self {
+        Self {
+            operations: self.operations.saturating_mul(times),
+            in_whole_tiles: self.in_whole_tiles.saturating_mul(times),
+        }
+    }
+}
+
+/// Attention over a whole grid.
+#[derive(Debug)]
+pub(super) struct AttentionLaunch {
+    pub shader: Shader,
+    pub params: AttentionParams,
+    pub windows: Vec<Window>,
+    pub groups: [u32; 3],
+    /// The most that one workgroup has.
+    pub group_operations: u64,
+}
+
+impl<'a> Launches<'a> {
+    pub fn new(allocator: &'a Allocator) -> Self {
+        Self { allocator, list: Vec::new(), main: None, long: None }
+    }
+
+    /// Says what work is to come, before any launch or scratch: if it is more than `limit`, attention is split into dispatches
+    /// of so many floating-point operations, or of one workgroup.
+    pub fn announce(&mut self, shader: Shader, work: Work, limit: u64) {
+        self.main = Some((shader, work.operations));
+        self.long = (work.in_whole_tiles > limit).then_some(Long { limit, scratch: Vec::new() });
+    }
+
+    pub fn push(&mut self, launch: Launch) {
+        self.list.push(launch);
+    }
+
+    pub fn push_attention(&mut self, launch: AttentionLaunch) {
+        let AttentionLaunch { shader, params, windows, groups, group_operations } = launch;
+        let most = self.long.as_ref().map_or(u64::MAX, |long| long.limit / group_operations.max(1));
+        for Part { first, groups } in parts(groups, most) {
+            let [first_group_x, first_group_y, first_group_z] = first;
+            let params = AttentionParams { first_group_x, first_group_y, first_group_z, ..params };
+            self.list.push(Launch {
+                shader,
+                params: bytemuck::bytes_of(&params).to_vec(),
+                windows: windows.clone(),
+                groups,
+                operations: count(groups).saturating_mul(group_operations),
+            });
+        }
+    }
+
+    /// Scratch of at least `size` bytes; see [`Allocator::take_scratch`].
+    pub fn take_scratch(&mut self, size: u64) -> Result<wgpu::Buffer> {
+        match &mut self.long {
+            None => self.allocator.take_scratch(size),
+            Some(long) => match long.scratch.iter().position(|buffer| buffer.size() >= size) {
+                Some(index) => Ok(long.scratch.swap_remove(index)),
+                None => self.allocator.storage("scratch", size),
+            },
+        }
+    }
+
+    /// For the launches of this operation that come next, and for other operations unless this is a long one.
+    pub fn give_back(&mut self, scratch: impl IntoIterator<Item = wgpu::Buffer>) {
+        match &mut self.long {
+            None => self.allocator.give_back(scratch),
+            Some(long) => long.scratch.extend(scratch),
+        }
+    }
+
+    pub fn as_slice(&self) -> &[Launch] {
+        &self.list
+    }
+
+    /// The launches of each submission: all of them in one, unless the operation is long.
+    pub fn submissions(&self) -> Vec<Range<usize>> {
+        let limit = self.long.as_ref().map_or(u64::MAX, |long| long.limit);
+        submissions(self.list.iter().map(|launch| launch.operations), limit)
+    }
+
+    /// What the operation mostly runs, and how many floating-point operations that has; only in attention.
+    pub fn main(&self) -> Option<(Shader, u64)> {
+        self.main
+    }
+}
+
+/// A box of a grid.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Part {
+    first: [u32; 3],
+    groups: [u32; 3],
+}
+
+fn count(groups: [u32; 3]) -> u64 {
+    groups.iter().map(|&groups| u64::from(groups)).product()
+}
+
+/// Boxes that cover a grid, each of at most `most` workgroups or of one: planes as long as one fits, then rows, then parts of a row.
+fn parts(grid: [u32; 3], most: u64) -> Vec<Part> {
+    let mut parts = vec![Part { first: [0; 3], groups: grid }];
+    for dim in [2, 1, 0] {
+        parts = parts.into_iter().flat_map(|part| part.along(dim, most)).collect();
+    }
+    parts
+}
+
+impl Part {
+    /// Cut across one dimension, into pieces of about the same size, if it is too large.
+    fn along(self, dim: usize, most: u64) -> Vec<Self> {
+        let len = self.groups[dim];
+        if count(self.groups) <= most || len <= 1 {
+            return vec![self];
+        }
+        let slice = count(self.groups) / u64::from(len);
+        // Fits: at most `len`.
+        let step = (most / slice).clamp(1, u64::from(len)) as u32;
+        let step = len.div_ceil(len.div_ceil(step));
+        (0..len)
+            .step_by(step as usize)
+            .map(|start| {
+                let mut piece = self;
+                piece.first[dim] += start;
+                piece.groups[dim] = step.min(len - start);
+                piece
+            })
+            .collect()
+    }
+}
+
+/// Ranges of launches of at most `limit` operations together, or of one.
+fn submissions(operations: impl Iterator<Item = u64>, limit: u64) -> Vec<Range<usize>> {
+    let mut ranges: Vec<Range<usize>> = Vec::new();
+    let mut sum = 0_u64;
+    for (index, operations) in operations.enumerate() {
+        sum = sum.saturating_add(operations);
+        match ranges.last_mut() {
+            Some(range) if sum <= limit => range.end = index + 1,
+            _ => {
+                ranges.push(index..index + 1);
+                sum = operations;
+            }
+        }
+    }
+    ranges
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parts_cover_a_grid_once_and_keep_the_limit() {
+        for grid in [[7, 3, 5], [1, 1, 1], [130, 1, 24], [65_535, 2, 3], [5, 0, 2], [0, 0, 0]] {
+            for most in [0, 1, 2, 6, 7, 8, 20, 21, 22, 104, 105, 70_000, u64::MAX] {
+                let parts = parts(grid, most);
+                let mut seen = std::collections::HashSet::new();
+                for Part { first, groups } in &parts {
+                    assert!(count(*groups) <= most.max(1) || count(grid) == 0, "{grid:?}, {most}: {groups:?}");
+                    if count(grid) < 1000 {
+                        for x in first[0]..first[0] + groups[0] {
+                            for y in first[1]..first[1] + groups[1] {
+                                for z in first[2]..first[2] + groups[2] {
+                                    assert!(seen.insert([x, y, z]), "{grid:?}, {most}: {x}, {y}, {z} twice");
+                                }
+                            }
+                        }
+                    }
+                }
+                let sum: u64 = parts.iter().map(|part| count(part.groups)).sum();
+                assert_eq!(sum, count(grid), "{grid:?}, {most}");
+                assert!(parts.iter().all(|part| (0..3).all(|dim| part.first[dim] + part.groups[dim] <= grid[dim])));
+                assert!(count(grid) > most || parts.len() == 1, "{grid:?}, {most}: split without need");
+            }
+        }
+    }
+
+    #[test]
+    fn pieces_of_a_dimension_are_even() {
+        let heads: Vec<u32> = parts([10, 1, 9], 80).iter().map(|part| part.groups[2]).collect();
+        assert_eq!(heads, [5, 4]);
+    }
+
+    #[test]
+    fn submissions_keep_the_limit_and_the_order() {
+        let of = |operations: &[u64], limit| submissions(operations.iter().copied(), limit);
+        assert_eq!(of(&[], 5), []);
+        assert_eq!(of(&[0, 0, 3, 2, 0, 4, 9, 1], 5), [0..5, 5..6, 6..7, 7..8]);
+        let all = 0..8;
+        assert_eq!(of(&[0, 0, 3, 2, 0, 4, 9, 1], u64::MAX), [all]);
+    }
+}
