@@ -81,7 +81,7 @@ impl WgpuDevice {
         let (device, queue, coop) = adapter::open(include_software, config.max_binding_bytes).await?;
         let mut opened = Self::over(device, queue, coop, config)?;
         opened.faults.listen();
-        opened.offer_coop();
+        opened.offer_coop(config.kernel);
         Ok(opened)
     }
 
@@ -91,14 +91,18 @@ impl WgpuDevice {
         let coop = Coop::of_device(device);
         let mut device = Self::over(device.clone(), queue.clone(), coop, config)?;
         device.expect_own_queue()?;
-        device.offer_coop();
+        device.offer_coop(config.kernel);
         Ok(device)
     }
 
     /// Offers the kernel on cooperative matrices, before all others, if it passes its check: they are experimental in wgpu, and
-    /// drivers are known that compute them wrong.
-    fn offer_coop(&mut self) {
-        if self.coop.is_none() {
+    /// drivers are known that compute them wrong. A kernel that the settings ask for is left alone, unchecked.
+    fn offer_coop(&mut self, only: Option<Kernel>) {
+        if self.coop.is_none() || only == Some(Kernel::WgslPortable) {
+            return;
+        }
+        if only == Some(Kernel::WgslCoop) {
+            self.capabilities.kernels = vec![Kernel::WgslCoop];
             return;
         }
         let refused = match coop::differs(self) {
