@@ -1,37 +1,39 @@
 // Attention of one tile of query rows against all its keys, with the online softmax of FlashAttention-2 (Dao, 2023).
-// Needs no optional feature: at most 128 invocations, 16 KiB of workgroup memory.
+// Needs no optional feature: 128 invocations, 16 KiB of workgroup memory.
 //
-// The 64 x 32 scores of a step are split over GROUPS row groups x 8 lanes; an invocation owns rows g, g + GROUPS, ... and
+// The 64 x 32 scores of a step are split over 16 row groups x 8 lanes; an invocation owns rows g, g+16, g+32, g+48 and
 //
-//      keys 4·lane .. 4·lane+3 of the scores        and words lane, lane + 8 of each 16 words of the output
+//      keys 4·lane .. 4·lane+3 of the scores        and columns 2·lane, 2·lane+1 (vec4s) of each 64-wide chunk of the output
 //
 //          32 keys                                          D
 //        ┌─────────┐                              ┌─────────┬────────┐
 //   64   │  S, P   │   P goes through `probs`     │ chunk 0 │ chunk 1│  O stays in registers
-//   rows │ 4 keys, │ ───────────────────────────▶ │ ROWS x 2 words   │
-//        │ ROWS    │                              │ per chunk        │
+//   rows │ 4x4 per │ ───────────────────────────▶ │ 4 rows x 2 vec4s │
+//        │ invoc.  │                              │ per chunk        │
 //        └─────────┘                              └─────────┴────────┘
 //
-// K and V pass through `stage` 16 words of a row at a time, as they are: reading workgroup memory is what this kernel waits
-// for, and 16-bit elements are half as much to read. Both shared arrays are swizzled so that the lanes of a row group, and the
-// row groups of a subgroup, read distinct banks.
+// K and V pass through `stage` 64 dimensions at a time, widened to f32 once for all rows. Both shared arrays are swizzled so
+// that the lanes of a row group, and the row groups of a subgroup, read distinct banks.
 
 const LANES: u32 = 8u;
-const GROUPS: u32 = TILE_ROWS / ROWS;
-const INVOCATIONS: u32 = GROUPS * LANES;
-// Words of a chunk, and of a row; words of a chunk that a lane owns.
-const CHUNK_WORDS: u32 = 16u;
-const ROW_WORDS: u32 = HEAD_DIM / 4u / VECS_PER_WORD;
-const CHUNKS: u32 = (ROW_WORDS + CHUNK_WORDS - 1u) / CHUNK_WORDS;
-const LANE_WORDS: u32 = (min(CHUNK_WORDS, ROW_WORDS) + LANES - 1u) / LANES;
+const GROUPS: u32 = 16u;
+const ROWS: u32 = 4u;
+const INVOCATIONS: u32 = 128u;
+// vec4 columns of a chunk, and of a row.
+const CHUNK: u32 = 16u;
+const COLUMNS: u32 = HEAD_DIM / 4u;
+const CHUNKS: u32 = (COLUMNS + CHUNK - 1u) / CHUNK;
+const CHUNK_WORDS: u32 = CHUNK / VECS_PER_WORD;
+const ROW_WORDS: u32 = COLUMNS / VECS_PER_WORD;
 // Below any score: masked scores take it, and it never reaches the exponential.
 const LOWEST: f32 = -3.4028234e38;
 
-var<workgroup> stage: array<vec4<u32>, 512>;
+var<workgroup> stage: array<vec4<f32>, 512>;
 var<workgroup> probs: array<vec4<f32>, 512>;
 
-fn stage_at(key: u32, word: u32) -> u32 {
-    return key * CHUNK_WORDS + (word ^ ((key >> 2u) & 7u));
+fn stage_at(key: u32, column: u32) -> u32 {
+    let paired = (column >> 1u) | ((column & 1u) << 3u);
+    return key * CHUNK + (paired ^ ((key >> 2u) & 7u));
 }
 
 fn probs_at(row: u32, quad: u32) -> u32 {
@@ -43,30 +45,36 @@ fn words_in(chunk: u32) -> u32 {
 }
 
 // Dropped keys are staged as zeros: what their rows hold must not matter, and 0 · NaN is NaN.
-fn stage_keys(tile: Tile, first_key: u32, kept: u32, chunk: u32, invocation: u32) {
+fn stage_word(key: u32, word: u32, value: vec4<u32>) {
+    for (var part = 0u; part < VECS_PER_WORD; part++) {
+        stage[stage_at(key, word * VECS_PER_WORD + part)] = widen(value, part);
+    }
+}
+
+fn stage_keys(tile: Tile, first_key: u32, chunk: u32, invocation: u32) {
     for (var i = invocation; i < TILE_KEYS * CHUNK_WORDS; i += INVOCATIONS) {
         let key = i / CHUNK_WORDS;
         let word = i % CHUNK_WORDS;
         if word < words_in(chunk) {
             var value = vec4<u32>(0u);
-            if ((kept >> key) & 1u) == 1u {
+            if key_is_kept(tile, first_key + key) {
                 value = k[tile.k + key_row(tile, first_key + key) * params.k_stride_s + chunk * CHUNK_WORDS + word];
             }
-            stage[stage_at(key, word)] = value;
+            stage_word(key, word, value);
         }
     }
 }
 
-fn stage_values(tile: Tile, first_key: u32, kept: u32, chunk: u32, invocation: u32) {
+fn stage_values(tile: Tile, first_key: u32, chunk: u32, invocation: u32) {
     for (var i = invocation; i < TILE_KEYS * CHUNK_WORDS; i += INVOCATIONS) {
         let key = i / CHUNK_WORDS;
         let word = i % CHUNK_WORDS;
         if word < words_in(chunk) {
             var value = vec4<u32>(0u);
-            if ((kept >> key) & 1u) == 1u {
+            if key_is_kept(tile, first_key + key) {
                 value = v[tile.v + key_row(tile, first_key + key) * params.v_stride_s + chunk * CHUNK_WORDS + word];
             }
-            stage[stage_at(key, word)] = value;
+            stage_word(key, word, value);
         }
     }
 }
@@ -75,7 +83,7 @@ fn dot_onto(sum: f32, a: vec4<f32>, b: vec4<f32>) -> f32 {
     return sum + a.x * b.x + a.y * b.y + a.z * b.z + a.w * b.w;
 }
 
-@compute @workgroup_size(INVOCATIONS)
+@compute @workgroup_size(128)
 fn attention(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) invocation: u32) {
     let tile = locate(group);
     if !tile.exists {
@@ -88,23 +96,19 @@ fn attention(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_
     var row_max: array<f32, ROWS>;
     // Sums over this lane's keys only; the lanes are added up once, at the end.
     var row_sum: array<f32, ROWS>;
-    var acc: array<array<array<array<vec4<f32>, VECS_PER_WORD>, LANE_WORDS>, CHUNKS>, ROWS>;
+    var acc: array<array<array<vec4<f32>, 2>, CHUNKS>, ROWS>;
     for (var m = 0u; m < ROWS; m++) {
         // Rows past the tile's end repeat its last one and are not written.
         q_row[m] = tile.q + query_row(tile, min(row_group + m * GROUPS, tile.rows - 1u)) * params.q_stride_s;
         row_max[m] = LOWEST;
         row_sum[m] = 0.0;
         for (var chunk = 0u; chunk < CHUNKS; chunk++) {
-            for (var i = 0u; i < LANE_WORDS; i++) {
-                for (var part = 0u; part < VECS_PER_WORD; part++) {
-                    acc[m][chunk][i][part] = vec4<f32>(0.0);
-                }
-            }
+            acc[m][chunk][0] = vec4<f32>(0.0);
+            acc[m][chunk][1] = vec4<f32>(0.0);
         }
     }
 
     for (var first_key = 0u; first_key < tile.keys; first_key += TILE_KEYS) {
-        let kept_word = kept_keys(tile, first_key);
         // S = Q·Kᵀ
         var scores: array<vec4<f32>, ROWS>;
         for (var m = 0u; m < ROWS; m++) {
@@ -112,23 +116,20 @@ fn attention(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_
         }
         for (var chunk = 0u; chunk < CHUNKS; chunk++) {
             workgroupBarrier();
-            stage_keys(tile, first_key, kept_word, chunk, invocation);
+            stage_keys(tile, first_key, chunk, invocation);
             workgroupBarrier();
             let words = words_in(chunk);
             for (var word = 0u; word < words; word++) {
-                var k_word: array<vec4<u32>, 4>;
-                for (var n = 0u; n < 4u; n++) {
-                    k_word[n] = stage[stage_at(lane * 4u + n, word)];
-                }
                 var q_word: array<vec4<u32>, ROWS>;
                 for (var m = 0u; m < ROWS; m++) {
                     q_word[m] = q[q_row[m] + chunk * CHUNK_WORDS + word];
                 }
                 for (var part = 0u; part < VECS_PER_WORD; part++) {
-                    let k0 = widen(k_word[0], part);
-                    let k1 = widen(k_word[1], part);
-                    let k2 = widen(k_word[2], part);
-                    let k3 = widen(k_word[3], part);
+                    let column = word * VECS_PER_WORD + part;
+                    let k0 = stage[stage_at(lane * 4u, column)];
+                    let k1 = stage[stage_at(lane * 4u + 1u, column)];
+                    let k2 = stage[stage_at(lane * 4u + 2u, column)];
+                    let k3 = stage[stage_at(lane * 4u + 3u, column)];
                     for (var m = 0u; m < ROWS; m++) {
                         let q_vec = widen(q_word[m], part);
                         scores[m].x = dot_onto(scores[m].x, q_vec, k0);
@@ -148,11 +149,11 @@ fn attention(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_
             for (var n = 0u; n < 4u; n++) {
                 let key = first_key + lane * 4u + n;
                 let score = biased(tile, row, key, scores[m][n] * params.score_scale);
-                kept[m][n] = score.kept && ((kept_word >> (lane * 4u + n)) & 1u) == 1u;
+                kept[m][n] = score.kept && key_is_kept(tile, key);
                 scores[m][n] = select(LOWEST, score.score, kept[m][n]);
             }
             let pairs = max(scores[m].xy, scores[m].zw);
-            stage[probs_at(row, lane)].x = bitcast<u32>(max(pairs.x, pairs.y));
+            stage[probs_at(row, lane)] = vec4<f32>(max(pairs.x, pairs.y));
         }
         workgroupBarrier();
 
@@ -161,7 +162,7 @@ fn attention(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_
             let row = row_group + m * GROUPS;
             var new_max = row_max[m];
             for (var other = 0u; other < LANES; other++) {
-                new_max = max(new_max, bitcast<f32>(stage[probs_at(row, other)].x));
+                new_max = max(new_max, stage[probs_at(row, other)].x);
             }
             let rescale = exp2(row_max[m] - new_max);
             row_max[m] = new_max;
@@ -169,38 +170,29 @@ fn attention(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_
             probs[probs_at(row, lane)] = p;
             row_sum[m] = row_sum[m] * rescale + p.x + p.y + p.z + p.w;
             for (var chunk = 0u; chunk < CHUNKS; chunk++) {
-                for (var i = 0u; i < LANE_WORDS; i++) {
-                    for (var part = 0u; part < VECS_PER_WORD; part++) {
-                        acc[m][chunk][i][part] *= rescale;
-                    }
-                }
+                acc[m][chunk][0] *= rescale;
+                acc[m][chunk][1] *= rescale;
             }
         }
 
         // O += P·V
         for (var chunk = 0u; chunk < CHUNKS; chunk++) {
             workgroupBarrier();
-            stage_values(tile, first_key, kept_word, chunk, invocation);
+            stage_values(tile, first_key, chunk, invocation);
             workgroupBarrier();
             for (var quad = 0u; quad < LANES; quad++) {
                 var p: array<vec4<f32>, ROWS>;
                 for (var m = 0u; m < ROWS; m++) {
                     p[m] = probs[probs_at(row_group + m * GROUPS, quad)];
                 }
-                for (var i = 0u; i < LANE_WORDS; i++) {
-                    var v_word: array<vec4<u32>, 4>;
-                    for (var n = 0u; n < 4u; n++) {
-                        v_word[n] = stage[stage_at(quad * 4u + n, lane + i * LANES)];
-                    }
-                    for (var part = 0u; part < VECS_PER_WORD; part++) {
-                        let v0 = widen(v_word[0], part);
-                        let v1 = widen(v_word[1], part);
-                        let v2 = widen(v_word[2], part);
-                        let v3 = widen(v_word[3], part);
-                        for (var m = 0u; m < ROWS; m++) {
-                            acc[m][chunk][i][part] =
-                                acc[m][chunk][i][part] + p[m].x * v0 + p[m].y * v1 + p[m].z * v2 + p[m].w * v3;
-                        }
+                for (var i = 0u; i < 2u; i++) {
+                    let column = lane * 2u + i;
+                    let v0 = stage[stage_at(quad * 4u, column)];
+                    let v1 = stage[stage_at(quad * 4u + 1u, column)];
+                    let v2 = stage[stage_at(quad * 4u + 2u, column)];
+                    let v3 = stage[stage_at(quad * 4u + 3u, column)];
+                    for (var m = 0u; m < ROWS; m++) {
+                        acc[m][chunk][i] = acc[m][chunk][i] + p[m].x * v0 + p[m].y * v1 + p[m].z * v2 + p[m].w * v3;
                     }
                 }
             }
@@ -211,7 +203,7 @@ fn attention(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_
     workgroupBarrier();
     for (var m = 0u; m < ROWS; m++) {
         let row = row_group + m * GROUPS;
-        probs[probs_at(row, lane)].x = row_sum[m];
+        stage[probs_at(row, lane)] = vec4<f32>(row_sum[m]);
     }
     workgroupBarrier();
     for (var m = 0u; m < ROWS; m++) {
@@ -219,18 +211,20 @@ fn attention(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_
         if row < tile.rows {
             var sum = 0.0;
             for (var other = 0u; other < LANES; other++) {
-                sum += probs[probs_at(row, other)].x;
+                sum += stage[probs_at(row, other)].x;
             }
             // Selected, not multiplied: a dropped row may hold NaN.
             let is_zero = sum == 0.0 || !row_is_kept(tile, row);
             let out_row = tile.out + query_row(tile, row) * params.out_stride_s;
             for (var chunk = 0u; chunk < CHUNKS; chunk++) {
-                for (var i = 0u; i < LANE_WORDS; i++) {
-                    let word = chunk * CHUNK_WORDS + lane + i * LANES;
-                    if word < ROW_WORDS {
-                        let low = select(acc[m][chunk][i][0] / sum, vec4<f32>(0.0), is_zero);
-                        let high = select(acc[m][chunk][i][VECS_PER_WORD - 1u] / sum, vec4<f32>(0.0), is_zero);
-                        out[out_row + word] = narrow(low, high);
+                let low = select(acc[m][chunk][0] / sum, vec4<f32>(0.0), is_zero);
+                let high = select(acc[m][chunk][1] / sum, vec4<f32>(0.0), is_zero);
+                let column = chunk * CHUNK + lane * 2u;
+                let position = out_row + column / VECS_PER_WORD;
+                if column < COLUMNS {
+                    out[position] = narrow(low, high);
+                    if VECS_PER_WORD == 1u {
+                        out[position + 1u] = narrow(high, high);
                     }
                 }
             }

@@ -5,13 +5,16 @@
 //
 //      k, v ──▶ staged (f16)  ──▶ S = Q·Kᵀ ──▶ scores (f32) ──▶ softmax, a row to LANES lanes ──▶ probs (f16) ──▶ O += P·V
 //
-// A step has two barriers. Between them lie the products of two steps, P·V of the last and Q·Kᵀ of this; after them softmax,
-// and staging of this step's values and the next one's keys:
+// `scores` and `probs` are a subgroup's own, but the barriers around them are the workgroup's: naga's `subgroupBarrier` orders
+// no workgroup memory. The next step's keys and values are fetched into registers meanwhile:
 //
-//      | P·V(n-1), Q·Kᵀ(n) | stage V(n), K(n+1); softmax(n) | P·V(n), Q·Kᵀ(n+1) | ...
+//      | fetch K, V(n+1); S; softmax; O | stage K, V(n+1) | fetch K, V(n+2); S; ...
 //
 // Weights are relative to a base of each row that follows its maximum only when that has grown by more than 2^8 (the rule of
 // FlashAttention-4): only then O goes through workgroup memory to be scaled.
+//
+// Tensors are read as u32s, 16 bytes at a time, with no branch around a load, so that the loads of a step need not wait for each
+// other.
 
 const LANES: u32 = SUBGROUP_SIZE / SHAPE;
 const INVOCATIONS: u32 = SUBGROUPS * SUBGROUP_SIZE;
@@ -24,8 +27,9 @@ const SLICES: u32 = (DIM_FRAGMENTS + KEY_FRAGMENTS - 1u) / KEY_FRAGMENTS;
 const HEAD_WORDS: u32 = HEAD_DIM / 8u;
 const DIM_WORDS: u32 = DIM / 8u;
 const KEY_WORDS: u32 = TILE_KEYS / 8u;
-const FETCHES: u32 = (TILE_KEYS * DIM_WORDS + INVOCATIONS - 1u) / INVOCATIONS;
-// Quads (vec4s) of a fragment's row, and of the scores that one lane has of a row.
+const STAGED_WORDS: u32 = TILE_KEYS * DIM_WORDS;
+const FETCHES: u32 = (STAGED_WORDS + INVOCATIONS - 1u) / INVOCATIONS;
+// Quads (four elements) of a fragment's row, and of the scores that one lane has of a row.
 const FRAGMENT: u32 = SHAPE / 4u;
 const QUADS: u32 = TILE_KEYS / 4u / LANES;
 // Rows lie so far apart, in quads, that the rows of a matrix, and the lanes that read them, fall on different banks.
@@ -33,19 +37,22 @@ const STAGED_STRIDE: u32 = DIM / 4u + 2u;
 const PROBS_STRIDE: u32 = TILE_KEYS / 4u + 2u;
 const SCORES_STRIDE: u32 = TILE_KEYS / 4u + LANES;
 const VALUES: u32 = TILE_KEYS * STAGED_STRIDE;
-const KEPT_WORDS: u32 = (TILE_KEYS + 31u) / 32u;
-// Below any score: masked scores take it.
-const LOWEST: f32 = -1.7014118e38;
+// Bits of `kept` when all keys are.
+const ALL_LOW: u32 = 0xffffffffu >> (32u - min(TILE_KEYS, 32u));
+const ALL_HIGH: u32 = select(0u, 0xffffffffu, TILE_KEYS > 32u);
+// Below any score: masked scores take it. The lowest biases come close to it.
+const LOWEST: f32 = -3.4028234e38;
 // A row's largest weight is 2^7 when its base is set and never above 2^15, so that weights down to 2^-31 of the largest count.
 const BASE_BELOW: f32 = 7.0;
 const MOST: f32 = 15.0;
 
 // Keys, then values.
 var<workgroup> staged: array<vec4<f16>, 2u * VALUES>;
-var<workgroup> probs: array<vec4<f16>, TILE_ROWS * PROBS_STRIDE>;
-var<workgroup> scores: array<vec4<f32>, TILE_ROWS * SCORES_STRIDE>;
+// One matrix of rows to a subgroup.
+var<workgroup> probs: array<vec4<f16>, SUBGROUPS * SHAPE * PROBS_STRIDE>;
+var<workgroup> scores: array<vec4<f32>, SUBGROUPS * SHAPE * SCORES_STRIDE>;
 // Whether a subgroup has rows whose output must be scaled before the next product.
-var<workgroup> grew: array<u32, SUBGROUPS>;
+var<workgroup> growing: array<u32, SUBGROUPS>;
 // The bits of the largest magnitudes of q, k and v.
 var<workgroup> largest: array<atomic<u32>, 3>;
 
@@ -66,13 +73,55 @@ fn inverse(factor: f32) -> f32 {
     return bitcast<f32>(0x7f000000u - bitcast<u32>(factor));
 }
 
-// Which keys of a step are kept.
-fn kept_in(tile: Tile, first_key: u32) -> array<u32, KEPT_WORDS> {
-    var kept: array<u32, KEPT_WORDS>;
-    for (var word = 0u; word < KEPT_WORDS; word++) {
-        kept[word] = kept_keys(tile, (first_key & ~31u) + word * 32u) >> (first_key & 31u);
+// Which keys of a step are kept: 64 at most.
+fn kept_in(tile: Tile, first_key: u32) -> vec2<u32> {
+    var kept = vec2<u32>(kept_keys(tile, first_key & ~31u) >> (first_key & 31u), 0u);
+    if TILE_KEYS > 32u {
+        kept.y = kept_keys(tile, first_key + 32u);
     }
-    return kept;
+    return kept & vec2<u32>(ALL_LOW, ALL_HIGH);
+}
+
+fn is_kept(kept: vec2<u32>, key: u32) -> bool {
+    let bits = select(kept.x, kept.y, TILE_KEYS > 32u && key >= 32u);
+    return ((bits >> (key & 31u)) & 1u) == 1u;
+}
+
+// The first step from `first_key` on that has a kept key, or the tile's end.
+fn next_step(tile: Tile, first_key: u32) -> u32 {
+    var at = first_key;
+    while at < tile.keys && all(kept_in(tile, at) == vec2<u32>(0u)) {
+        at += TILE_KEYS;
+    }
+    return at;
+}
+
+// Word i of a step's keys or values. Dropped keys are zeros: what their rows hold must not matter, and 0 · NaN is NaN. Some row of
+// the tile is read all the same, so that the load waits for no branch.
+fn fetch_k(tile: Tile, first_key: u32, kept: vec2<u32>, i: u32) -> vec4<u32> {
+    let key = i / DIM_WORDS;
+    let word = i % DIM_WORDS;
+    let row = key_row(tile, min(first_key + key, tile.keys - 1u));
+    let value = k[tile.k + row * params.k_stride_s + min(word, HEAD_WORDS - 1u)];
+    return select(vec4<u32>(0u), value, is_kept(kept, key) && word < HEAD_WORDS);
+}
+
+fn fetch_v(tile: Tile, first_key: u32, kept: vec2<u32>, i: u32) -> vec4<u32> {
+    let key = i / DIM_WORDS;
+    let word = i % DIM_WORDS;
+    let row = key_row(tile, min(first_key + key, tile.keys - 1u));
+    let value = v[tile.v + row * params.v_stride_s + min(word, HEAD_WORDS - 1u)];
+    return select(vec4<u32>(0u), value, is_kept(kept, key) && word < HEAD_WORDS);
+}
+
+fn stage(i: u32, key_word: vec4<u32>, value_word: vec4<u32>, factors: Factors) {
+    if STAGED_WORDS % INVOCATIONS == 0u || i < STAGED_WORDS {
+        let at = i / DIM_WORDS * STAGED_STRIDE + i % DIM_WORDS * 2u;
+        staged[at] = halves(key_word, 0u, factors.k);
+        staged[at + 1u] = halves(key_word, 1u, factors.k);
+        staged[VALUES + at] = halves(value_word, 0u, factors.v);
+        staged[VALUES + at + 1u] = halves(value_word, 1u, factors.v);
+    }
 }
 
 // naga demands that control flow around matrices is uniform, and takes whatever went through a variable for non-uniform. Here it
@@ -92,7 +141,11 @@ fn attention(
     let first_row = subgroup * BLOCKS * SHAPE;
     let lane_row = lane / LANES;
     let lane_in_row = lane % LANES;
-    let steps = (tile.keys + TILE_KEYS - 1u) / TILE_KEYS;
+    // This subgroup's part of `probs` and `scores`, and this lane's row in it.
+    let own_probs = subgroup * SHAPE * PROBS_STRIDE;
+    let own_scores = subgroup * SHAPE * SCORES_STRIDE;
+    let probs_row = own_probs + lane_row * PROBS_STRIDE;
+    let scores_row = own_scores + lane_row * SCORES_STRIDE;
 
     var factors = Factors(1.0, 1.0, 1.0);
     if HAS_RANGE {
@@ -100,6 +153,7 @@ fn attention(
         if invocation < 3u {
             atomicStore(&largest[invocation], 0u);
         }
+        workgroupBarrier();
     }
     // A second attempt only where a value left the range of the first.
     for (var attempt = 0u; attempt < ATTEMPTS; attempt++) {
@@ -113,26 +167,26 @@ fn attention(
 
         // Queries pass through `probs`, as many columns at a time as there are keys in a step.
         var queries: array<array<MatrixA, DIM_FRAGMENTS>, BLOCKS>;
-        for (var slice = 0u; slice < SLICES; slice++) { // unroll
-            workgroupBarrier();
-            for (var i = invocation; i < TILE_ROWS * KEY_WORDS; i += INVOCATIONS) {
-                let row = i / KEY_WORDS;
-                let word = i % KEY_WORDS;
-                var value = zero_word();
-                // Rows that are not written are zeros: what they hold must not count in the range.
-                if slice * KEY_WORDS + word < HEAD_WORDS && row < tile.rows && row_is_kept(tile, row) {
-                    value = q[tile.q + query_row(tile, row) * params.q_stride_s + slice * KEY_WORDS + word];
+        for (var b = 0u; b < BLOCKS; b++) { // unroll
+            let row = first_row + b * SHAPE + lane_row;
+            // Rows that are not written are zeros: what they hold must not count in the range.
+            let is_read = row < tile.rows && row_is_kept(tile, row);
+            for (var slice = 0u; slice < SLICES; slice++) { // unroll
+                workgroupBarrier();
+                for (var word = lane_in_row; word < KEY_WORDS; word += LANES) {
+                    var value = vec4<u32>(0u);
+                    if slice * KEY_WORDS + word < HEAD_WORDS && is_read {
+                        value = q[tile.q + query_row(tile, row) * params.q_stride_s + slice * KEY_WORDS + word];
+                    }
+                    seen.x = max(seen.x, largest_of(value));
+                    probs[probs_row + word * 2u] = halves(value, 0u, factors.q);
+                    probs[probs_row + word * 2u + 1u] = halves(value, 1u, factors.q);
                 }
-                seen.x = max(seen.x, largest_of(value));
-                probs[row * PROBS_STRIDE + word * 2u] = halves(value, 0u, factors.q);
-                probs[row * PROBS_STRIDE + word * 2u + 1u] = halves(value, 1u, factors.q);
-            }
-            workgroupBarrier();
-            for (var n = 0u; n < KEY_FRAGMENTS; n++) { // unroll
-                if slice * KEY_FRAGMENTS + n < DIM_FRAGMENTS {
-                    for (var b = 0u; b < BLOCKS; b++) { // unroll
-                        let at = (first_row + b * SHAPE) * PROBS_STRIDE + n * FRAGMENT;
-                        queries[b][slice * KEY_FRAGMENTS + n] = coopLoadT<MatrixA>(&probs[at], PROBS_STRIDE);
+                workgroupBarrier();
+                for (var n = 0u; n < KEY_FRAGMENTS; n++) { // unroll
+                    if slice * KEY_FRAGMENTS + n < DIM_FRAGMENTS {
+                        queries[b][slice * KEY_FRAGMENTS + n] =
+                            coopLoadT<MatrixA>(&probs[own_probs + n * FRAGMENT], PROBS_STRIDE);
                     }
                 }
             }
@@ -140,197 +194,157 @@ fn attention(
 
         let score_scale = inverse(factors.q) * inverse(factors.k) * params.score_scale;
         var base: array<f32, BLOCKS>;
-        var scale: array<f32, BLOCKS>;
         // Sums over this lane's keys only.
         var row_sum: array<f32, BLOCKS>;
         for (var b = 0u; b < BLOCKS; b++) { // unroll
             base[b] = LOWEST;
-            scale[b] = 1.0;
             row_sum[b] = 0.0;
         }
 
-        var kept = kept_in(tile, 0u);
-        for (var i = invocation; i < TILE_KEYS * DIM_WORDS; i += INVOCATIONS) {
-            let key = i / DIM_WORDS;
-            let word = i % DIM_WORDS;
-            var value = zero_word();
-            if (HEAD_DIM == DIM || word < HEAD_WORDS) && ((kept[key / 32u] >> (key % 32u)) & 1u) == 1u {
-                value = k[tile.k + key_row(tile, key) * params.k_stride_s + word];
+        var first_key = next_step(tile, 0u);
+        var kept = kept_in(tile, first_key);
+        var fetched_k: array<vec4<u32>, FETCHES>;
+        var fetched_v: array<vec4<u32>, FETCHES>;
+        if first_key < tile.keys {
+            for (var f = 0u; f < FETCHES; f++) { // unroll
+                fetched_k[f] = fetch_k(tile, first_key, kept, invocation + f * INVOCATIONS);
+                fetched_v[f] = fetch_v(tile, first_key, kept, invocation + f * INVOCATIONS);
             }
-            seen.y = max(seen.y, largest_of(value));
-            staged[key * STAGED_STRIDE + word * 2u] = halves(value, 0u, factors.k);
-            staged[key * STAGED_STRIDE + word * 2u + 1u] = halves(value, 1u, factors.k);
         }
-
-        for (var step = 0u; step <= steps; step++) {
+        while first_key < tile.keys {
+            // All have read what was staged before.
             workgroupBarrier();
-            if step > 0u {
-                var must_scale = 0u;
-                for (var other = 0u; other < SUBGROUPS; other++) {
-                    must_scale |= grew[other];
-                }
-                if must_scale != 0u {
-                    for (var slice = 0u; slice < SLICES; slice++) { // unroll
-                        for (var n = 0u; n < KEY_FRAGMENTS; n++) { // unroll
-                            if slice * KEY_FRAGMENTS + n < DIM_FRAGMENTS {
-                                for (var b = 0u; b < BLOCKS; b++) { // unroll
-                                    let at = (first_row + b * SHAPE) * SCORES_STRIDE + n * FRAGMENT;
-                                    coopStoreT(output[b][slice * KEY_FRAGMENTS + n], &scores[at], SCORES_STRIDE);
-                                }
-                            }
-                        }
-                        workgroupBarrier();
-                        for (var b = 0u; b < BLOCKS; b++) { // unroll
-                            for (var i = 0u; i < QUADS; i++) {
-                                let row = first_row + b * SHAPE + lane_row;
-                                scores[row * SCORES_STRIDE + i * LANES + lane_in_row] *= scale[b];
-                            }
-                        }
-                        workgroupBarrier();
-                        for (var n = 0u; n < KEY_FRAGMENTS; n++) { // unroll
-                            if slice * KEY_FRAGMENTS + n < DIM_FRAGMENTS {
-                                for (var b = 0u; b < BLOCKS; b++) { // unroll
-                                    let at = (first_row + b * SHAPE) * SCORES_STRIDE + n * FRAGMENT;
-                                    output[b][slice * KEY_FRAGMENTS + n] =
-                                        coopLoadT<MatrixC>(&scores[at], SCORES_STRIDE);
-                                }
-                            }
-                        }
-                        workgroupBarrier();
-                    }
-                }
-                // O += P·V
-                for (var n = 0u; n < KEY_FRAGMENTS; n++) { // unroll
-                    var weights: array<MatrixA, BLOCKS>;
-                    for (var b = 0u; b < BLOCKS; b++) { // unroll
-                        let at = (first_row + b * SHAPE) * PROBS_STRIDE + n * FRAGMENT;
-                        weights[b] = coopLoadT<MatrixA>(&probs[at], PROBS_STRIDE);
-                    }
-                    for (var c = 0u; c < DIM_FRAGMENTS; c++) { // unroll
-                        let at = VALUES + n * SHAPE * STAGED_STRIDE + c * FRAGMENT;
-                        let values = coopLoadT<MatrixB>(&staged[at], STAGED_STRIDE);
-                        for (var b = 0u; b < BLOCKS; b++) { // unroll
-                            output[b][c] = coopMultiplyAdd(weights[b], values, output[b][c]);
-                        }
-                    }
-                }
-            }
-            if step < steps {
-                // S = Q·Kᵀ
-                for (var n = 0u; n < KEY_FRAGMENTS; n++) { // unroll
-                    var sums: array<MatrixC, BLOCKS>;
-                    for (var b = 0u; b < BLOCKS; b++) { // unroll
-                        sums[b] = MatrixC();
-                    }
-                    for (var c = 0u; c < DIM_FRAGMENTS; c++) { // unroll
-                        let at = n * SHAPE * STAGED_STRIDE + c * FRAGMENT;
-                        let keys = coopLoad<MatrixB>(&staged[at], STAGED_STRIDE);
-                        for (var b = 0u; b < BLOCKS; b++) { // unroll
-                            sums[b] = coopMultiplyAdd(queries[b][c], keys, sums[b]);
-                        }
-                    }
-                    for (var b = 0u; b < BLOCKS; b++) { // unroll
-                        let at = (first_row + b * SHAPE) * SCORES_STRIDE + n * FRAGMENT;
-                        coopStoreT(sums[b], &scores[at], SCORES_STRIDE);
-                    }
-                }
+            for (var f = 0u; f < FETCHES; f++) { // unroll
+                stage(invocation + f * INVOCATIONS, fetched_k[f], fetched_v[f], factors);
+                seen = max(seen, vec3<f32>(0.0, largest_of(fetched_k[f]), largest_of(fetched_v[f])));
             }
             workgroupBarrier();
-            if step < steps {
-                let first_key = step * TILE_KEYS;
-                let next_key = first_key + TILE_KEYS;
-                let kept_next = kept_in(tile, next_key);
-                var fetched_k: array<Word, FETCHES>;
-                var fetched_v: array<Word, FETCHES>;
-                for (var f = 0u; f < FETCHES; f++) { // unroll
-                    let i = invocation + f * INVOCATIONS;
-                    let key = i / DIM_WORDS;
-                    let word = i % DIM_WORDS;
-                    fetched_v[f] = zero_word();
-                    fetched_k[f] = zero_word();
-                    if (HEAD_DIM == DIM || word < HEAD_WORDS)
-                        && (TILE_KEYS * DIM_WORDS % INVOCATIONS == 0u || key < TILE_KEYS) {
-                        // Dropped keys are staged as zeros: what their rows hold must not matter, and 0 · NaN is NaN.
-                        if ((kept[key / 32u] >> (key % 32u)) & 1u) == 1u {
-                            fetched_v[f] = v[tile.v + key_row(tile, first_key + key) * params.v_stride_s + word];
-                        }
-                        if ((kept_next[key / 32u] >> (key % 32u)) & 1u) == 1u {
-                            fetched_k[f] = k[tile.k + key_row(tile, next_key + key) * params.k_stride_s + word];
-                        }
-                    }
-                }
+            let next_key = next_step(tile, first_key + TILE_KEYS);
+            let kept_next = kept_in(tile, next_key);
+            for (var f = 0u; f < FETCHES; f++) { // unroll
+                fetched_k[f] = fetch_k(tile, next_key, kept_next, invocation + f * INVOCATIONS);
+                fetched_v[f] = fetch_v(tile, next_key, kept_next, invocation + f * INVOCATIONS);
+            }
 
-                // Softmax.
-                var all_kept = true;
-                for (var word = 0u; word < KEPT_WORDS; word++) {
-                    all_kept = all_kept && kept[word] == 0xffffffffu;
-                }
-                var rows_grew = false;
+            // S = Q·Kᵀ
+            var sums: array<array<MatrixC, KEY_FRAGMENTS>, BLOCKS>;
+            for (var n = 0u; n < KEY_FRAGMENTS; n++) { // unroll
                 for (var b = 0u; b < BLOCKS; b++) { // unroll
-                    let row = first_row + b * SHAPE + lane_row;
-                    var row_scores: array<vec4<f32>, QUADS>;
-                    var row_max = LOWEST;
+                    sums[b][n] = MatrixC();
+                }
+                for (var c = 0u; c < DIM_FRAGMENTS; c++) { // unroll
+                    let at = n * SHAPE * STAGED_STRIDE + c * FRAGMENT;
+                    let keys = coopLoad<MatrixB>(&staged[at], STAGED_STRIDE);
+                    for (var b = 0u; b < BLOCKS; b++) { // unroll
+                        sums[b][n] = coopMultiplyAdd(queries[b][c], keys, sums[b][n]);
+                    }
+                }
+            }
+
+            // Softmax.
+            var weights: array<array<MatrixA, KEY_FRAGMENTS>, BLOCKS>;
+            for (var b = 0u; b < BLOCKS; b++) { // unroll
+                for (var n = 0u; n < KEY_FRAGMENTS; n++) { // unroll
+                    coopStoreT(sums[b][n], &scores[own_scores + n * FRAGMENT], SCORES_STRIDE);
+                }
+                workgroupBarrier();
+                let row = first_row + b * SHAPE + lane_row;
+                var row_scores: array<vec4<f32>, QUADS>;
+                var row_max = LOWEST;
+                for (var i = 0u; i < QUADS; i++) { // unroll
+                    let quad = i * LANES + lane_in_row;
+                    row_scores[i] = scores[scores_row + quad] * score_scale;
+                    if BIAS {
+                        for (var n = 0u; n < 4u; n++) {
+                            let score = biased(tile, row, first_key + quad * 4u + n, row_scores[i][n]);
+                            row_scores[i][n] = select(LOWEST, score.score, score.kept);
+                        }
+                    }
+                }
+                if kept.x != ALL_LOW || kept.y != ALL_HIGH {
                     for (var i = 0u; i < QUADS; i++) { // unroll
                         let quad = i * LANES + lane_in_row;
-                        row_scores[i] = scores[row * SCORES_STRIDE + quad] * score_scale;
-                        if BIAS {
-                            for (var n = 0u; n < 4u; n++) {
-                                let score = biased(tile, row, first_key + quad * 4u + n, row_scores[i][n]);
-                                row_scores[i][n] = select(LOWEST, score.score, score.kept);
+                        let word = select(kept.x, kept.y, TILE_KEYS > 32u && quad >= 8u);
+                        let bits = vec4<u32>(word >> (quad % 8u * 4u)) & vec4<u32>(1u, 2u, 4u, 8u);
+                        row_scores[i] = select(vec4<f32>(LOWEST), row_scores[i], bits != vec4<u32>(0u));
+                    }
+                }
+                for (var i = 0u; i < QUADS; i++) { // unroll
+                    let pairs = max(row_scores[i].xy, row_scores[i].zw);
+                    row_max = max(row_max, max(pairs.x, pairs.y));
+                }
+                for (var distance = 1u; distance < LANES; distance *= 2u) {
+                    row_max = max(row_max, subgroupShuffleXor(row_max, distance));
+                }
+                var scale = 1.0;
+                var grew = false;
+                if row_max > base[b] + MOST {
+                    let raised = row_max - BASE_BELOW;
+                    // Bounded: the difference of the lowest base and a high one has no f32.
+                    scale = exp2(max(base[b] - raised, -1000.0));
+                    row_sum[b] *= scale;
+                    grew = base[b] > LOWEST;
+                    base[b] = raised;
+                }
+                // A row without keys has no base: its weights are 0.
+                let minus = select(base[b], 0.0, base[b] == LOWEST);
+                for (var i = 0u; i < QUADS; i++) { // unroll
+                    let quad = i * LANES + lane_in_row;
+                    let p = exp2(row_scores[i] - minus);
+                    row_sum[b] += p.x + p.y + p.z + p.w;
+                    probs[probs_row + quad] = vec4<f16>(p);
+                }
+                let subgroup_grew = subgroupAny(grew);
+                if lane == 0u {
+                    growing[subgroup] = select(0u, 1u, subgroup_grew);
+                }
+                workgroupBarrier();
+                var must_scale = false;
+                for (var other = 0u; other < SUBGROUPS; other++) {
+                    must_scale = must_scale || growing[other] != 0u;
+                }
+                if must_scale {
+                    for (var slice = 0u; slice < SLICES; slice++) { // unroll
+                        workgroupBarrier();
+                        for (var n = 0u; n < KEY_FRAGMENTS; n++) { // unroll
+                            if slice * KEY_FRAGMENTS + n < DIM_FRAGMENTS {
+                                coopStoreT(
+                                    output[b][slice * KEY_FRAGMENTS + n],
+                                    &scores[own_scores + n * FRAGMENT],
+                                    SCORES_STRIDE,
+                                );
+                            }
+                        }
+                        workgroupBarrier();
+                        for (var i = 0u; i < QUADS; i++) {
+                            scores[scores_row + i * LANES + lane_in_row] *= scale;
+                        }
+                        workgroupBarrier();
+                        for (var n = 0u; n < KEY_FRAGMENTS; n++) { // unroll
+                            if slice * KEY_FRAGMENTS + n < DIM_FRAGMENTS {
+                                output[b][slice * KEY_FRAGMENTS + n] =
+                                    coopLoadT<MatrixC>(&scores[own_scores + n * FRAGMENT], SCORES_STRIDE);
                             }
                         }
                     }
-                    if !all_kept {
-                        for (var i = 0u; i < QUADS; i++) { // unroll
-                            let quad = i * LANES + lane_in_row;
-                            let bits = vec4<u32>(kept[quad / 8u] >> (quad % 8u * 4u)) & vec4<u32>(1u, 2u, 4u, 8u);
-                            row_scores[i] = select(vec4<f32>(LOWEST), row_scores[i], bits != vec4<u32>(0u));
-                        }
-                    }
-                    for (var i = 0u; i < QUADS; i++) { // unroll
-                        let pairs = max(row_scores[i].xy, row_scores[i].zw);
-                        row_max = max(row_max, max(pairs.x, pairs.y));
-                    }
-                    for (var distance = 1u; distance < LANES; distance *= 2u) {
-                        row_max = max(row_max, subgroupShuffleXor(row_max, distance));
-                    }
-                    scale[b] = 1.0;
-                    if row_max > base[b] + MOST {
-                        let raised = row_max - BASE_BELOW;
-                        scale[b] = exp2(base[b] - raised);
-                        row_sum[b] *= scale[b];
-                        rows_grew = rows_grew || base[b] > LOWEST;
-                        base[b] = raised;
-                    }
-                    // A row without keys has no base: its weights are 0.
-                    let minus = select(base[b], 0.0, base[b] == LOWEST);
-                    for (var i = 0u; i < QUADS; i++) { // unroll
-                        let quad = i * LANES + lane_in_row;
-                        let p = exp2(row_scores[i] - minus);
-                        row_sum[b] += p.x + p.y + p.z + p.w;
-                        probs[row * PROBS_STRIDE + quad] = vec4<f16>(p);
-                    }
                 }
-                let subgroup_grew = subgroupAny(rows_grew);
-                if lane == 0u {
-                    grew[subgroup] = select(0u, 1u, subgroup_grew);
+                for (var n = 0u; n < KEY_FRAGMENTS; n++) { // unroll
+                    weights[b][n] = coopLoadT<MatrixA>(&probs[own_probs + n * FRAGMENT], PROBS_STRIDE);
                 }
-
-                for (var f = 0u; f < FETCHES; f++) { // unroll
-                    let i = invocation + f * INVOCATIONS;
-                    let key = i / DIM_WORDS;
-                    let word = i % DIM_WORDS;
-                    if TILE_KEYS * DIM_WORDS % INVOCATIONS == 0u || key < TILE_KEYS {
-                        let at = key * STAGED_STRIDE + word * 2u;
-                        staged[VALUES + at] = halves(fetched_v[f], 0u, factors.v);
-                        staged[VALUES + at + 1u] = halves(fetched_v[f], 1u, factors.v);
-                        staged[at] = halves(fetched_k[f], 0u, factors.k);
-                        staged[at + 1u] = halves(fetched_k[f], 1u, factors.k);
-                    }
-                    seen = max(seen, vec3<f32>(0.0, largest_of(fetched_k[f]), largest_of(fetched_v[f])));
-                }
-                kept = kept_next;
             }
+
+            // O += P·V
+            for (var n = 0u; n < KEY_FRAGMENTS; n++) { // unroll
+                for (var c = 0u; c < DIM_FRAGMENTS; c++) { // unroll
+                    let at = VALUES + n * SHAPE * STAGED_STRIDE + c * FRAGMENT;
+                    let values = coopLoadT<MatrixB>(&staged[at], STAGED_STRIDE);
+                    for (var b = 0u; b < BLOCKS; b++) { // unroll
+                        output[b][c] = coopMultiplyAdd(weights[b][n], values, output[b][c]);
+                    }
+                }
+            }
+            first_key = next_key;
+            kept = kept_next;
         }
 
         if HAS_RANGE && attempt == 0u {
@@ -358,36 +372,34 @@ fn attention(
                 row_sum[b] += subgroupShuffleXor(row_sum[b], distance);
             }
         }
-        for (var slice = 0u; slice < SLICES; slice++) { // unroll
-            workgroupBarrier();
-            for (var n = 0u; n < KEY_FRAGMENTS; n++) { // unroll
-                if slice * KEY_FRAGMENTS + n < DIM_FRAGMENTS {
-                    for (var b = 0u; b < BLOCKS; b++) { // unroll
-                        let at = (first_row + b * SHAPE) * SCORES_STRIDE + n * FRAGMENT;
-                        coopStoreT(output[b][slice * KEY_FRAGMENTS + n], &scores[at], SCORES_STRIDE);
+        for (var b = 0u; b < BLOCKS; b++) { // unroll
+            let row = first_row + b * SHAPE + lane_row;
+            // Selected, not multiplied: a dropped row may hold NaN.
+            let is_zero = row_sum[b] == 0.0 || !row_is_kept(tile, row);
+            for (var slice = 0u; slice < SLICES; slice++) { // unroll
+                workgroupBarrier();
+                for (var n = 0u; n < KEY_FRAGMENTS; n++) { // unroll
+                    if slice * KEY_FRAGMENTS + n < DIM_FRAGMENTS {
+                        coopStoreT(
+                            output[b][slice * KEY_FRAGMENTS + n],
+                            &scores[own_scores + n * FRAGMENT],
+                            SCORES_STRIDE,
+                        );
+                    }
+                }
+                workgroupBarrier();
+                for (var word = lane_in_row; word < KEY_WORDS; word += LANES) {
+                    if row < tile.rows && slice * KEY_WORDS + word < HEAD_WORDS {
+                        let at = scores_row + word * 2u;
+                        let factor = inverse(factors.v);
+                        let low = select(scores[at] / row_sum[b] * factor, vec4<f32>(0.0), is_zero);
+                        let high = select(scores[at + 1u] / row_sum[b] * factor, vec4<f32>(0.0), is_zero);
+                        out[tile.out + query_row(tile, row) * params.out_stride_s + slice * KEY_WORDS + word] = narrow(low, high);
                     }
                 }
             }
-            workgroupBarrier();
-            for (var b = 0u; b < BLOCKS; b++) { // unroll
-                let row = first_row + b * SHAPE + lane_row;
-                if row < tile.rows {
-                    // Selected, not multiplied: a dropped row may hold NaN.
-                    let is_zero = row_sum[b] == 0.0 || !row_is_kept(tile, row);
-                    let out_row = tile.out + query_row(tile, row) * params.out_stride_s;
-                    for (var word = lane_in_row; word < KEY_WORDS; word += LANES) {
-                        if slice * KEY_WORDS + word < HEAD_WORDS {
-                            let at = row * SCORES_STRIDE + word * 2u;
-                            let factor = inverse(factors.v);
-                            let low = select(scores[at] / row_sum[b] * factor, vec4<f32>(0.0), is_zero);
-                            let high = select(scores[at + 1u] / row_sum[b] * factor, vec4<f32>(0.0), is_zero);
-                            out[out_row + slice * KEY_WORDS + word] = narrow(low, high);
-                        }
-                    }
-                    if slice == 0u && lane_in_row == 0u {
-                        write_lse(tile, row, base[b], row_sum[b]);
-                    }
-                }
+            if row < tile.rows && lane_in_row == 0u {
+                write_lse(tile, row, base[b], row_sum[b]);
             }
         }
         break;

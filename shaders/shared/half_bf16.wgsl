@@ -5,17 +5,11 @@
 const HAS_RANGE: bool = true;
 const ATTEMPTS: u32 = 2u;
 
-alias Word = vec4<u32>;
-
-fn zero_word() -> Word {
-    return vec4<u32>(0u);
-}
-
-fn halves(word: Word, part: u32, factor: f32) -> vec4<f16> {
+fn halves(word: vec4<u32>, part: u32, factor: f32) -> vec4<f16> {
     return vec4<f16>(widen(word, part) * factor);
 }
 
-fn largest_of(word: Word) -> f32 {
+fn largest_of(word: vec4<u32>) -> f32 {
     let both = max(abs(widen(word, 0u)), abs(widen(word, 1u)));
     let pair = max(both.xy, both.zw);
     let largest = max(pair.x, pair.y);

@@ -316,7 +316,7 @@ impl WgpuDevice {
         let head_dim = attention.problem.shape.head_dim;
         match (attention.plan.kernel, &self.coop) {
             (Kernel::WgslCoop, Some(coop)) => Algorithm::Coop(coop.tile(head_dim)),
-            _ => Algorithm::portable(head_dim),
+            _ => Algorithm::Portable,
         }
     }
 

@@ -88,9 +88,16 @@ impl Coop {
             tile.workgroup_bytes(head_dim) <= self.workgroup_bytes
                 && tile.subgroups * tile.subgroup_size <= self.invocations
         };
-        let tiles = [tile(4, 1, 32), tile(2, 1, 32), tile(2, 1, 16)];
+        // Devices with matrices of 8 are processors, which take seconds to compile large tiles.
+        let (subgroups, blocks, keys) = if shape == 8 { (4, 1, 32) } else { preferred_tile(head_dim) };
+        let tiles = [tile(subgroups, blocks, keys), tile(4, 1, 32), tile(8, 1, 16), tile(2, 1, 16)];
         tiles.into_iter().find(fits).unwrap_or(tile(1, 1, 16))
     }
+}
+
+/// Subgroups, blocks and keys: the fastest of those tried on an H100 (docs/PERFORMANCE.md).
+const fn preferred_tile(head_dim: usize) -> (u32, u32, u32) {
+    if head_dim <= 64 { (4, 2, 64) } else { (8, 1, 32) }
 }
 
 /// That an adapter's experimental features may be asked for.
@@ -105,14 +112,17 @@ pub(super) fn experimental() -> ExperimentalFeatures {
 /// How far the kernels' outputs may be apart: they are means of values in -1..1, rounded to f16, of weights rounded to f16.
 const MOST_APART: f32 = 4e-3;
 
+/// Of the call that is checked. Small, since drivers take long to compile large ones; one that fills no matrix of 16.
+const HEAD_DIM: usize = 24;
+
 /// Computes one small call by this kernel and by the portable one. Gives the largest difference if it is too large.
 pub(super) fn differs(device: &WgpuDevice) -> Result<Option<f32>> {
     // Rows and keys that fill no tile, two heads to a key/value head, a dropped key in each word of the mask.
-    let shape = AttentionShape { batch: 1, seq_q: 75, seq_k: 139, num_heads: 2, num_kv_heads: 1, head_dim: 72 };
+    let shape = AttentionShape { batch: 1, seq_q: 75, seq_k: 139, num_heads: 2, num_kv_heads: 1, head_dim: HEAD_DIM };
     let keep: Vec<bool> = (0..shape.seq_k).map(|key| key % 23 != 7).collect();
     let mask = KeyMask::from_bool(1, shape.seq_k, &keep)?;
     let tensor = |seq: usize, heads: usize, value: &dyn Fn(usize) -> f32| -> Result<_> {
-        let (len, layout) = (seq * heads * 72, Layout::contiguous(&[1, seq, heads, 72])?);
+        let (len, layout) = (seq * heads * HEAD_DIM, Layout::contiguous(&[1, seq, heads, HEAD_DIM])?);
         let values: Vec<f16> = (0..len).map(|at| f16::from_f32(value(at))).collect();
         let mut memory = device.alloc(size_of_val(&values[..]) as u64)?;
         device.upload(memory.sink(), bytemuck::cast_slice(&values))?;
@@ -122,7 +132,7 @@ pub(super) fn differs(device: &WgpuDevice) -> Result<Option<f32>> {
     let noise = |at: usize| ((at as u32).wrapping_mul(2_654_435_761) >> 8) as f32 / 8_388_608.0 - 1.0;
     // Later keys are larger, so that maxima grow past the threshold at which outputs are scaled.
     let q = tensor(shape.seq_q, 2, &|at| 2.0 * noise(at))?;
-    let k = tensor(shape.seq_k, 1, &|at| noise(at + 77) * (1.0 + (at / 72) as f32 / 16.0))?;
+    let k = tensor(shape.seq_k, 1, &|at| noise(at + 77) * (1.0 + (at / HEAD_DIM) as f32 / 16.0))?;
     let v = tensor(shape.seq_k, 1, &|at| noise(at + 991))?;
     let mut outputs = Vec::new();
     for kernel in [Kernel::WgslPortable, Kernel::WgslCoop] {

@@ -251,7 +251,7 @@ impl Backend for WgpuDevice {
         // Every tile size that a call may want; each is made once.
         for head_dim in (HEAD_DIM_STEP..=MAX_HEAD_DIM).step_by(HEAD_DIM_STEP) {
             let coop = self.coop.map(|coop| Algorithm::Coop(coop.tile(head_dim)));
-            for algorithm in coop.into_iter().chain([Algorithm::portable(head_dim)]) {
+            for algorithm in coop.into_iter().chain([Algorithm::Portable]) {
                 self.tiles(meta.cu_seqlens(), algorithm.tile_rows())?;
                 self.fused_tiles(meta, algorithm.tile_rows())?;
             }

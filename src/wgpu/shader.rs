@@ -23,22 +23,20 @@ const fn writes(name: &'static str, element: &'static str) -> Binding {
 }
 
 const WORD: &str = "vec4<u32>";
-/// A word of an attention input: what it is made of is the variant's.
-const INPUT_WORD: &str = "Word";
 
 const ATTENTION_DENSE: &[Binding] = &[
-    reads("q", INPUT_WORD),
-    reads("k", INPUT_WORD),
-    reads("v", INPUT_WORD),
+    reads("q", WORD),
+    reads("k", WORD),
+    reads("v", WORD),
     writes("out", WORD),
     reads("key_bits", "u32"),
     reads("row_bits", "u32"),
     reads("bias", "u32"),
 ];
 const ATTENTION_PACKED: &[Binding] = &[
-    reads("q", INPUT_WORD),
-    reads("k", INPUT_WORD),
-    reads("v", INPUT_WORD),
+    reads("q", WORD),
+    reads("k", WORD),
+    reads("v", WORD),
     writes("out", WORD),
     writes("lse", "u32"),
     reads("tiles", WORD),
@@ -83,31 +81,26 @@ impl CoopTile {
     pub fn workgroup_bytes(self, head_dim: usize) -> u32 {
         let dim = (head_dim as u32).next_multiple_of(self.shape);
         let lanes = self.subgroup_size / self.shape;
-        let staged = 2 * self.keys * (dim / 4 + 2) * 8;
+        let staged = 2 * self.keys * (dim / 8 + 1) * 16;
         let (probs, scores) = ((self.keys / 4 + 2) * 8, (self.keys / 4 + lanes) * 16);
-        staged + self.rows() as u32 * (probs + scores) + self.subgroups * 4 + 12
+        staged + self.subgroups * self.shape * (probs + scores) + self.subgroups * 4 + 12
     }
 }
 
 /// How attention is computed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) enum Algorithm {
-    /// `attention.wgsl`; an invocation owns so many rows.
-    Portable { rows: u32 },
+    /// `attention.wgsl`.
+    Portable,
     /// `attention_coop.wgsl`.
     Coop(CoopTile),
 }
 
 impl Algorithm {
-    /// The portable kernel for a head dimension: the output of an invocation has to stay in its registers.
-    pub fn portable(head_dim: usize) -> Self {
-        Self::Portable { rows: if head_dim <= 128 { 8 } else { 4 } }
-    }
-
     /// Query rows of a workgroup.
     pub fn tile_rows(self) -> usize {
         match self {
-            Self::Portable { .. } => 64,
+            Self::Portable => 64,
             Self::Coop(tile) => tile.rows(),
         }
     }
@@ -192,7 +185,28 @@ impl Shader {
             source.push('\n');
             source.push_str(snippet);
         }
-        source
+        match self.algorithm() {
+            // Devices with matrices of 8 are processors, which take seconds to compile loops written out.
+            Some(Algorithm::Coop(tile)) if tile.shape > 8 => unrolled(&source, &self.unrolled_loops(tile)),
+            _ => source,
+        }
+    }
+
+    /// Bounds of the loops that are written out, by their constants' names in `attention_coop.wgsl`.
+    fn unrolled_loops(self, tile: CoopTile) -> [(&'static str, u32); 6] {
+        let (Self::AttentionDense { head_dim, .. } | Self::AttentionPacked { head_dim, .. }) = self else {
+            return [("", 0); 6];
+        };
+        let dim = (head_dim as u32).next_multiple_of(tile.shape);
+        let (dim_fragments, key_fragments) = (dim / tile.shape, tile.keys / tile.shape);
+        [
+            ("BLOCKS", tile.blocks),
+            ("DIM_FRAGMENTS", dim_fragments),
+            ("KEY_FRAGMENTS", key_fragments),
+            ("SLICES", dim_fragments.div_ceil(key_fragments)),
+            ("QUADS", tile.keys / 4 / (tile.subgroup_size / tile.shape)),
+            ("FETCHES", (tile.keys * dim / 8).div_ceil(tile.subgroups * tile.subgroup_size)),
+        ]
     }
 
     /// How attention is computed, if this computes it.
@@ -224,9 +238,8 @@ impl Shader {
         };
         match self.algorithm() {
             None => (),
-            Some(Algorithm::Portable { rows }) => {
-                constants.extend([("ROWS", format!("{rows}u")), ("TILE_ROWS", "64u".to_owned())]);
-                constants.push(("TILE_KEYS", "32u".to_owned()));
+            Some(Algorithm::Portable) => {
+                constants.extend([("TILE_ROWS", "64u".to_owned()), ("TILE_KEYS", "32u".to_owned())]);
             }
             Some(Algorithm::Coop(tile)) => {
                 constants.extend([
@@ -284,8 +297,7 @@ fn attention(algorithm: Algorithm, dtype: DType, rows: &[&'static str]) -> Vec<&
     ];
     snippets.extend(rows);
     match algorithm {
-        Algorithm::Portable { .. } => snippets
-            .extend([include_str!("../../shaders/shared/word_u32.wgsl"), include_str!("../../shaders/attention.wgsl")]),
+        Algorithm::Portable => snippets.push(include_str!("../../shaders/attention.wgsl")),
         Algorithm::Coop(tile) => snippets.extend([
             if tile.shape == 8 {
                 include_str!("../../shaders/shared/coop_8.wgsl")
@@ -303,6 +315,42 @@ fn attention(algorithm: Algorithm, dtype: DType, rows: &[&'static str]) -> Vec<&
     snippets
 }
 
+/// The source with every loop marked `// unroll` written out. Drivers keep an array in registers only where every index is a
+/// constant, and not all of them unroll loops around matrices. A marked loop counts from 0 to one of the bounds, and ends at the
+/// first `}` of its own indentation.
+fn unrolled(source: &str, bounds: &[(&str, u32)]) -> String {
+    fn write_out(lines: &[&str], bounds: &[(&str, u32)], out: &mut String) {
+        let mut rest = lines;
+        while let Some((line, after)) = rest.split_first() {
+            rest = after;
+            let indent = &line[..line.len() - line.trim_start().len()];
+            let is_end = |other: &&str| other.strip_prefix(indent) == Some("}");
+            let header = line.trim_start().strip_prefix("for (var ").filter(|_| line.ends_with("// unroll"));
+            let marked = header.and_then(|header| {
+                let (name, bound) = (header.split(' ').next()?, header.split("< ").nth(1)?.split(';').next()?);
+                let count = bounds.iter().find(|(other, _)| *other == bound)?.1;
+                Some((name, count, after.iter().position(is_end)?))
+            });
+            let Some((name, count, end)) = marked else {
+                out.push_str(line);
+                out.push('\n');
+                continue;
+            };
+            for value in 0..count {
+                // Writing to a String does not fail.
+                let _ = writeln!(out, "{indent}{{\n{indent}let {name} = {value}u;");
+                write_out(&after[..end], bounds, out);
+                let _ = writeln!(out, "{indent}}}");
+            }
+            rest = &after[end + 1..];
+        }
+    }
+    let lines: Vec<&str> = source.lines().collect();
+    let mut out = String::new();
+    write_out(&lines, bounds, &mut out);
+    out
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -314,10 +362,27 @@ mod tests {
     const HEAD_DIMS: [usize; 10] = [8, 16, 32, 64, 72, 96, 128, 136, 192, 256];
 
     const COOP_TILES: [CoopTile; 3] = [
-        CoopTile { shape: 16, subgroup_size: 32, subgroups: 4, blocks: 1, keys: 32 },
+        CoopTile { shape: 16, subgroup_size: 32, subgroups: 8, blocks: 1, keys: 32 },
         CoopTile { shape: 16, subgroup_size: 32, subgroups: 2, blocks: 2, keys: 64 },
         CoopTile { shape: 8, subgroup_size: 8, subgroups: 4, blocks: 2, keys: 16 },
     ];
+
+    #[test]
+    fn marked_loops_are_written_out() {
+        let source = "for (var b = 0u; b < N; b++) { // unroll\n    for (var i = 0u; i < N; i++) { // unroll\n        f(b, i);\n    }\n}\n";
+        let lines: Vec<String> = unrolled(source, &[("N", 2)]).lines().map(|line| line.trim().to_owned()).collect();
+        let inner = |i: u32| ["{".to_owned(), format!("let i = {i}u;"), "f(b, i);".to_owned(), "}".to_owned()];
+        let outer = |b: u32| {
+            let head = ["{".to_owned(), format!("let b = {b}u;")];
+            head.into_iter().chain(inner(0)).chain(inner(1)).chain(["}".to_owned()]).collect::<Vec<_>>()
+        };
+        assert_eq!(lines, [outer(0), outer(1)].concat());
+        let marked: Vec<_> =
+            coop_variants().into_iter().filter(|shader| shader.source().contains("// unroll")).collect();
+        let are_of_8 =
+            marked.iter().all(|shader| matches!(shader.algorithm(), Some(Algorithm::Coop(t)) if t.shape == 8));
+        assert!(are_of_8, "{marked:?}");
+    }
 
     fn every_variant() -> Vec<Shader> {
         let mut shaders = vec![
@@ -327,10 +392,8 @@ mod tests {
             Shader::AlignRows { element_bytes: 2 },
             Shader::AlignRows { element_bytes: 4 },
         ];
-        for algorithm in [Algorithm::Portable { rows: 4 }, Algorithm::Portable { rows: 8 }] {
-            for dtype in DTYPES {
-                shaders.extend(attention_variants(algorithm, dtype));
-            }
+        for dtype in DTYPES {
+            shaders.extend(attention_variants(Algorithm::Portable, dtype));
         }
         shaders
     }

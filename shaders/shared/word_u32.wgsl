@@ -1,3 +1,0 @@
-// q, k and v are read in words of 16 bytes.
-
-alias Word = vec4<u32>;
