@@ -34,8 +34,8 @@ const PROBS_STRIDE: u32 = TILE_KEYS / 4u + 2u;
 const SCORES_STRIDE: u32 = TILE_KEYS / 4u + LANES;
 const VALUES: u32 = TILE_KEYS * STAGED_STRIDE;
 const KEPT_WORDS: u32 = (TILE_KEYS + 31u) / 32u;
-// Below any score: masked scores take it.
-const LOWEST: f32 = -1.7014118e38;
+// Below any score: masked scores take it. The lowest biases come close to it.
+const LOWEST: f32 = -3.4028234e38;
 // A row's largest weight is 2^7 when its base is set and never above 2^15, so that weights down to 2^-31 of the largest count.
 const BASE_BELOW: f32 = 7.0;
 const MOST: f32 = 15.0;
@@ -297,7 +297,8 @@ fn attention(
                     scale[b] = 1.0;
                     if row_max > base[b] + MOST {
                         let raised = row_max - BASE_BELOW;
-                        scale[b] = exp2(base[b] - raised);
+                        // Bounded: the difference of the lowest base and a high one has no f32.
+                        scale[b] = exp2(max(base[b] - raised, -1000.0));
                         row_sum[b] *= scale[b];
                         rows_grew = rows_grew || base[b] > LOWEST;
                         base[b] = raised;
