@@ -21,6 +21,7 @@ mod dense;
 mod device_meta;
 #[cfg(feature = "wgpu")]
 mod dispatches;
+mod head_dims;
 mod large;
 mod layouts;
 mod limits;

@@ -10,12 +10,14 @@ use varlen_fa_testkit::{OracleShape, random};
 
 use super::call::{Call, Inputs, Mask};
 use super::check::Rules;
+use super::head_dims::{explain, few};
 use super::placement::Placement;
 use super::trials::{Trials, Variant};
 
 pub fn register(trials: &mut Trials) {
-    trials.each_path("properties/metadata", |variant| explore(variant, with_metadata()));
-    trials.each_kernel("properties/dense", |variant| explore(variant, without_metadata()));
+    explain(trials.device(), "properties");
+    trials.each_path("properties/metadata", |variant| explore(variant, with_metadata(head_dim(variant))));
+    trials.each_kernel("properties/dense", |variant| explore(variant, without_metadata(head_dim(variant))));
 }
 
 fn variable(name: &str, default: u64) -> Result<u64> {
@@ -129,16 +131,16 @@ impl Random {
     }
 }
 
-fn with_metadata() -> impl Strategy<Value = Random> {
-    random_call(prop_oneof![Just(Kind::Varlen), Just(Kind::Cross)])
+fn with_metadata(head_dim: BoxedStrategy<usize>) -> impl Strategy<Value = Random> {
+    random_call(head_dim, prop_oneof![Just(Kind::Varlen), Just(Kind::Cross)])
 }
 
-fn without_metadata() -> impl Strategy<Value = Random> {
-    random_call(prop_oneof![Just(Kind::Plain), Just(Kind::Key)])
+fn without_metadata(head_dim: BoxedStrategy<usize>) -> impl Strategy<Value = Random> {
+    random_call(head_dim, prop_oneof![Just(Kind::Plain), Just(Kind::Key)])
 }
 
-fn random_call(kind: impl Strategy<Value = Kind>) -> impl Strategy<Value = Random> {
-    let sizes = (0_usize..=3, 0_usize..=70, 0_usize..=70, 1_usize..=3, 1_usize..=3, head_dim());
+fn random_call(head_dim: BoxedStrategy<usize>, kind: impl Strategy<Value = Kind>) -> impl Strategy<Value = Random> {
+    let sizes = (0_usize..=3, 0_usize..=70, 0_usize..=70, 1_usize..=3, 1_usize..=3, head_dim);
     let shape = sizes.prop_map(|(batch, seq_q, seq_k, kv_heads, group, head_dim)| OracleShape {
         batch,
         seq_q,
@@ -164,8 +166,11 @@ fn random_call(kind: impl Strategy<Value = Kind>) -> impl Strategy<Value = Rando
 }
 
 /// Mostly small: the sizes between tiles matter more than the large ones.
-fn head_dim() -> impl Strategy<Value = usize> {
-    prop_oneof![3 => 1_usize..=10, 1 => 11_usize..=32].prop_map(|eighths| 8 * eighths)
+fn head_dim(variant: &Variant) -> BoxedStrategy<usize> {
+    match few(&variant.device, variant.kernel) {
+        Some(few) => prop::sample::select(few).boxed(),
+        None => prop_oneof![3 => 1_usize..=10, 1 => 11_usize..=32].prop_map(|eighths| 8 * eighths).boxed(),
+    }
 }
 
 fn tokens() -> impl Strategy<Value = Tokens> {

@@ -5,6 +5,7 @@ use varlen_fa::{AttentionMask, DType, KeyMask, MaskedAttention, Path, Tensor, Va
 use varlen_fa_testkit::{OracleShape, random};
 
 use super::call::{Call, Mask};
+use super::head_dims::{explain, few};
 use super::masks::mask;
 use super::memory::upload;
 use super::trials::{Trials, Variant};
@@ -30,13 +31,18 @@ fn register_head_dims(trials: &mut Trials) {
         return;
     }
     eprintln!("shapes/every_head_dim: every fourth in bf16, since {capabilities} is emulated");
+    explain(trials.device(), "shapes/every_head_dim");
     let (bf16, others): (Vec<_>, Vec<_>) = capabilities.dtypes.iter().partition(|&&dtype| dtype == DType::Bf16);
     trials.each_path_of(&others, "shapes/every_head_dim", |variant| head_dims(variant, 8));
     trials.each_path_of(&bf16, "shapes/every_fourth_head_dim", |variant| head_dims(variant, 32));
 }
 
 fn head_dims(variant: &Variant, step: usize) -> Result<()> {
-    for head_dim in (8..=variant.kernel.max_head_dim()).rev().step_by(step) {
+    let dims: Vec<usize> = match few(&variant.device, variant.kernel) {
+        Some(few) => few.to_vec(),
+        None => (8..=variant.kernel.max_head_dim()).rev().step_by(step).collect(),
+    };
+    for head_dim in dims {
         let shape = OracleShape { batch: 2, seq_q: 35, seq_k: 35, heads: 2, kv_heads: 1, head_dim };
         let keep = random::bernoulli_mask(head_dim as u64, 70, 0.7)?;
         let call = Call::random(shape, Mask::Varlen(keep), variant.dtype, 1);
