@@ -72,7 +72,7 @@ mod tests {
     use crate::dtype::DType;
     use crate::wgpu_backend::shader::Algorithm;
 
-    const ALGORITHM: Algorithm = Algorithm::Portable { rows: 8 };
+    const ALGORITHM: Algorithm = Algorithm::Portable;
     const SHADER: Shader = Shader::AttentionFused { algorithm: ALGORITHM, dtype: DType::F16, head_dim: 64 };
     const OTHER: Shader = Shader::AttentionFused { algorithm: ALGORITHM, dtype: DType::F32, head_dim: 64 };
 

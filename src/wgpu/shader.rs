@@ -43,9 +43,9 @@ const ATTENTION_PACKED: &[Binding] = &[
     reads("cu_seqlens_k", "u32"),
 ];
 const ATTENTION_FUSED: &[Binding] = &[
-    reads("q", INPUT_WORD),
-    reads("k", INPUT_WORD),
-    reads("v", INPUT_WORD),
+    reads("q", WORD),
+    reads("k", WORD),
+    reads("v", WORD),
     writes("out", WORD),
     reads("tiles", WORD),
     reads("query_tokens", "u32"),
@@ -194,7 +194,10 @@ impl Shader {
 
     /// Bounds of the loops that are written out, by their constants' names in `attention_coop.wgsl`.
     fn unrolled_loops(self, tile: CoopTile) -> [(&'static str, u32); 6] {
-        let (Self::AttentionDense { head_dim, .. } | Self::AttentionPacked { head_dim, .. }) = self else {
+        let (Self::AttentionDense { head_dim, .. }
+        | Self::AttentionPacked { head_dim, .. }
+        | Self::AttentionFused { head_dim, .. }) = self
+        else {
             return [("", 0); 6];
         };
         let dim = (head_dim as u32).next_multiple_of(tile.shape);
