@@ -62,7 +62,7 @@ swiftshader_icd=/usr/lib/chromium/vk_swiftshader_icd.json
 export VARLEN_FA_TEST_REQUIRE=wgpu
 for adapter in "${adapters[@]}"; do
   printf '\n--- %s (%ss)\n' "$adapter" "$SECONDS"
-  run=()
+  run=() only=()
   case $adapter in
     lavapipe)
       need libvulkan1 mesa-vulkan-drivers
@@ -75,7 +75,12 @@ for adapter in "${adapters[@]}"; do
       run=(env VK_DRIVER_FILES="$swiftshader_icd" VK_ICD_FILENAMES="$swiftshader_icd") ;;
     lavapipe-coop)
       scripts/vulkan/fetch_lavapipe.sh target/vulkan/lavapipe
-      run=(target/vulkan/lavapipe/run) ;;
+      run=(target/vulkan/lavapipe/run)
+      # It compiles a kernel on matrices in seconds to a minute; other kernels are the same on the other adapters.
+      if [ -z "$full" ]; then
+        only=(wgsl-coop/fused/)
+        echo "not run, without --full: kernels other than wgsl-coop, and paths other than fused"
+      fi ;;
   esac
-  "${run[@]}" "$suite" "${skips[@]}"
+  "${run[@]}" "$suite" "${only[@]}" "${skips[@]}"
 done
