@@ -20,6 +20,7 @@
 // a consumer has to know of a query tile (`TileRows`) and of a key tile (`TileKeys`) in shared memory, along with the data. Scores
 // are masked in tiles that need it, and nowhere else. Rows of V that are not kept hold anything, NaN included, and P·V multiplies
 // them by zero: where the copy engine does not leave zeros itself, warp 1 of the producer does, before consumers see the tile.
+#include "include/listed_rows.cuh"
 #include "include/params_sm90.cuh"
 #include "include/ptx/mbarrier.cuh"
 #include "include/ptx/tma.cuh"
@@ -114,15 +115,6 @@ struct Turn {
     __device__ uint32_t parity() const { return count / STAGES % 2; }
 };
 
-// Bits of 16 positions from `first` on; none past the end.
-__device__ inline uint32_t bits_of_group(const uint32_t* bits, int words, int64_t row, int first) {
-    if (bits == nullptr) return 0xffff;
-    const int word = first / 32;
-    const uint32_t low = word < words ? bits[row * words + word] : 0;
-    const uint32_t high = word + 1 < words ? bits[row * words + word + 1] : 0;
-    return __funnelshift_r(low, high, first % 32) & 0xffff;
-}
-
 template <typename S>
 struct Producer {
     const AttentionParamsSm90& params;
@@ -194,7 +186,7 @@ private:
             const int tile = tiles.first_query_tile + work.tile;
             if (lane < S::TILE_M / GROUP_ROWS) {
                 first_row = params.query_groups[tile * (S::TILE_M / GROUP_ROWS) + lane];
-                kept = bits_of_group(params.row_bits, params.row_words, batch, first_row);
+                kept = group_bits(params.row_bits, params.row_words, batch, first_row);
             }
         } else {
             if (params.form == FORM_PACKED) {
@@ -287,7 +279,7 @@ private:
             kept = 0;
             if (lane < S::TILE_N / GROUP_ROWS) {
                 const int first = params.key_groups[~tile * (S::TILE_N / GROUP_ROWS) + lane];
-                kept = bits_of_group(params.key_bits, params.key_words, batch, first);
+                kept = group_bits(params.key_bits, params.key_words, batch, first);
             }
             const uint32_t even = __shfl_sync(0xffffffff, kept, 2 * lane % 32);
             const uint32_t odd = __shfl_sync(0xffffffff, kept, (2 * lane + 1) % 32);
@@ -351,26 +343,7 @@ __device__ inline void mend_values(unsigned char* shared, uint32_t base) {
     }
 }
 
-// The warps that write the rows without a query tile as zeros, with nothing else to do.
-template <typename T>
-__device__ inline void write_zeros(const AttentionParamsSm90& params, int thread, int threads) {
-    const int chunks = params.head_dim / 8;
-    for (int item = blockIdx.x; item < params.zero_span_count * params.heads; item += gridDim.x) {
-        const ZeroSpan span = params.zero_spans[item / params.heads];
-        const int head = item % params.heads;
-        T* const out = static_cast<T*>(params.out) + span.batch * params.out_strides.batch + span.first_query * params.out_strides.token +
-                       head * params.out_strides.head;
-        for (int index = thread; index < span.rows * chunks; index += threads) {
-            *reinterpret_cast<uint4*>(out + index / chunks * params.out_strides.token + index % chunks * 8) = uint4{0, 0, 0, 0};
-        }
-        if (params.lse != nullptr) {
-            float* const lse = params.lse + head * params.lse_head_stride + static_cast<int64_t>(span.batch) * params.seq_q + span.first_query;
-            for (int row = thread; row < span.rows; row += threads) lse[row] = -INFINITY;
-        }
-    }
-}
-
-// The same for the padded output of packed rows: the rows that no packed one goes to, a warp's at a time.
+// `write_zero_spans` for the padded output of packed rows: the rows that no packed one goes to, a warp's at a time.
 template <typename T>
 __device__ inline void write_masked_zeros(const AttentionParamsSm90& params, int warp, int warps) {
     const int lane = threadIdx.x % 32;
@@ -797,7 +770,7 @@ __device__ inline void attention(const AttentionParamsSm90& params) {
         } else if (warp == 1 && params.form != FORM_DENSE) {
             mend_values<S>(shared, base);
         } else if (warp >= 2) {
-            write_zeros<typename S::T>(params, threadIdx.x - 64, 64);
+            write_zero_spans<typename S::T>(params, threadIdx.x - 64, 64);
             if (params.inv_indices != nullptr) write_masked_zeros<typename S::T>(params, warp - 2, 2);
         }
     } else {
