@@ -84,12 +84,7 @@ impl WgpuDevice {
         let (key_bits, row_bits) = (bits(key_mask)?, bits(zero_rows)?);
         for range in self.split_batch(shape.batch, &bound, |_| 0)? {
             let mut scratch = Vec::new();
-            let tensors = Tensors {
-                q: self.place_input(&q, &range, launches, &mut scratch)?,
-                k: self.place_input(&k, &range, launches, &mut scratch)?,
-                v: self.place_input(&v, &range, launches, &mut scratch)?,
-                out: out.place_output(&range)?,
-            };
+            let tensors = self.place([&q, &k, &v, &out], &range, launches, &mut scratch)?;
             let mut params = AttentionParams {
                 batch_base: range.start as u32,
                 key_words: key_bits.as_ref().map_or(0, |bits| bits.row_words),
@@ -133,12 +128,7 @@ impl WgpuDevice {
         let [q, k, v, out] = self.operands(attention, Rows::Packed(query), Rows::Packed(key))?;
         for range in self.split_batch(query.batch(), &[q, k, v, out], |_| 0)? {
             let mut scratch = Vec::new();
-            let tensors = Tensors {
-                q: self.place_input(&q, &range, launches, &mut scratch)?,
-                k: self.place_input(&k, &range, launches, &mut scratch)?,
-                v: self.place_input(&v, &range, launches, &mut scratch)?,
-                out: out.place_output(&range)?,
-            };
+            let tensors = self.place([&q, &k, &v, &out], &range, launches, &mut scratch)?;
             let (q_row_base, k_row_base) = (query.rows(range.start).start, key.rows(range.start).start);
             let sequences = Sequences { query, key, range, q_row_base, k_row_base };
             self.push_packed(attention, tensors, &sequences, launches)?;
@@ -170,12 +160,7 @@ impl WgpuDevice {
                 continue;
             }
             let mut scratch = Vec::new();
-            let tensors = Tensors {
-                q: self.place_input(&q, &range, launches, &mut scratch)?,
-                k: self.place_input(&k, &range, launches, &mut scratch)?,
-                v: self.place_input(&v, &range, launches, &mut scratch)?,
-                out: out.place_output(&range)?,
-            };
+            let tensors = self.place([&q, &k, &v, &out], &range, launches, &mut scratch)?;
             let (tiles_window, tiles_skipped) = Window::part(&tiles.buffer, tiles.bytes(&range));
             let (query_window, query_skipped) = Window::part(&query_tokens.buffer, query_tokens.bytes(&range));
             let (key_window, key_skipped) = Window::part(&key_tokens.buffer, key_tokens.bytes(&range));
@@ -301,6 +286,22 @@ impl WgpuDevice {
             group_operations: group_operations(algorithm, longest(sequences.key, &sequences.range), shape.head_dim),
         });
         Ok(())
+    }
+
+    /// The tensors of a launch on a range of batch rows; inputs that are copied first lie in `scratch`.
+    fn place(
+        &self,
+        [q, k, v, out]: [&Operand<'_>; 4],
+        range: &Range<usize>,
+        launches: &mut Launches<'_>,
+        scratch: &mut Vec<wgpu::Buffer>,
+    ) -> Result<Tensors> {
+        Ok(Tensors {
+            q: self.place_input(q, range, launches, scratch)?,
+            k: self.place_input(k, range, launches, scratch)?,
+            v: self.place_input(v, range, launches, scratch)?,
+            out: out.place_output(range)?,
+        })
     }
 
     fn operands<'a>(&self, attention: &Attention<'a>, q_rows: Rows<'a>, kv_rows: Rows<'a>) -> Result<[Operand<'a>; 4]> {
