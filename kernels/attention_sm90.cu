@@ -7,14 +7,16 @@
 //                                                                  room for two, the next one is loaded early
 //             warps 2, 3 write the rows without a query tile as zeros
 //
-//   consumers, in order (three)                        consumers, overlapped (two, taking turns)
-//     0  S=Q·Kᵀ  softmax  O+=P·V  S=Q·Kᵀ               0  S₁ O+=P₀·V₀ softmax₁         S₂ O+=P₁·V₁ softmax₂
-//     1          S=Q·Kᵀ  softmax  O+=P·V               1              S₁ O+=P₀·V₀ softmax₁         S₂ O+=P₁·V₁
-//     2                  S=Q·Kᵀ  softmax
+//   consumers, taking turns, S the scores of the next key tile, O the product of this one
+//     0   S₁ O₀  softmax₁  S₂ O₁  softmax₂  S₃ O₂ ...
+//     1          S₁ O₀  softmax₁  S₂ O₁  softmax₂ ...
 //
-// The tensor cores have to be fed while a softmax runs, which takes longer than a product of one warpgroup. Three warpgroups in order
-// do it by their number, where registers allow three. Two issue the scores of the next tile together with the product of this one,
-// and the one's softmax runs under both products of the other. What was measured about this is in docs/PERFORMANCE.md.
+// The tensor cores have to be fed while a softmax runs, which takes about as long as two products. A consumer issues the scores of the
+// next tile together with the product of this one, and another's softmax runs under both. The loop has no branch but its barriers, and
+// what the consumers count by is uniform to the compiler, so that descriptors stay in uniform registers: masked tiles come first and
+// have a loop of their own, and scores beyond the range of the fast softmax are found out at the end, when the block starts again with
+// the exact one. Query tiles of a last wave that would leave multiprocessors idle are shared out by keys. What was measured about all
+// of this is in docs/PERFORMANCE.md.
 //
 // One kernel serves padded tensors, packed ones and padded ones under a mask, in place. Only the producer knows which: it passes on what
 // a consumer has to know of a query tile (`TileRows`) and of a key tile (`TileKeys`) in shared memory, along with the data. Scores
@@ -37,14 +39,22 @@ constexpr float LN_2 = 0.6931471805599453f;
 constexpr int WARPGROUP = 128;
 constexpr int STAGES = 2;
 
+// Named barriers. Those of a warpgroup are as many as there are warpgroups at most.
+constexpr int BARRIER_TURN = 1;
+constexpr int BARRIER_WARPGROUP = 4;
+constexpr int BARRIER_END = 7;
+
 // What consumers know of a query tile.
 struct TileRows {
-    // Negative where nothing is left to do.
+    // Negative where nothing is left to do. The first are masked; one at least, if there is one.
     int32_t key_tiles;
+    int32_t masked_tiles;
     int32_t batch;
     int32_t head;
     // Padded tensors: rows past the end are clipped by the copy engine.
     int32_t clips;
+    // Of the parts of query tiles, all in a row, the one that this is; negative for a query tile with all its keys.
+    int32_t part;
     // Of each 16 rows, one warp's: the first, how many are the tile's, and which of them are kept.
     struct Group {
         int32_t first_row;
@@ -55,14 +65,13 @@ struct TileRows {
 
 // What consumers know of a key tile.
 struct TileKeys {
-    // Whether the scores need any change: for keys that are not kept, or for a negative scale.
-    uint32_t masked;
     // Rows of V that are not kept have to be zeroed.
     uint32_t mended;
+    // For the masked tiles.
     uint32_t kept[6];
 };
 
-template <typename T_, int D_, int WARPGROUPS_, int TILE_N_, int QUERY_TILES_, bool OVERLAPS_>
+template <typename T_, int D_, int WARPGROUPS_, int TILE_N_, int QUERY_TILES_>
 struct Shape {
     using T = T_;
     static constexpr int D = D_;
@@ -72,7 +81,8 @@ struct Shape {
     static constexpr int THREADS = (WARPGROUPS + 1) * WARPGROUP;
     static constexpr int CONSUMER_WARPS = WARPGROUPS * 4;
     static constexpr int QUERY_TILES = QUERY_TILES_;
-    static constexpr bool OVERLAPS = OVERLAPS_;
+    // For the product, before exponentials are computed; they would run beside it, but registers are too few.
+    static constexpr bool WAITS_EARLY = D == 256;
     static constexpr int PRODUCER_REGISTERS = WARPGROUPS == 2 ? 40 : 32;
     static constexpr int CONSUMER_REGISTERS = WARPGROUPS == 2 ? 232 : 160;
 
@@ -95,7 +105,10 @@ struct Shape {
     static constexpr int EMPTY_V = FULL_V + 8 * STAGES;
     // Copied but not yet zeroed where it has to be.
     static constexpr int RAW_V = EMPTY_V + 8 * STAGES;
-    static constexpr int BYTES = RAW_V + 8 * STAGES;
+    // Whether the block has to start again, and for each warpgroup, how many parts of its query tile were done before.
+    static constexpr int LEFT_RANGE = RAW_V + 8 * STAGES;
+    static constexpr int PARTS_DONE = LEFT_RANGE + 4;
+    static constexpr int BYTES = PARTS_DONE + 4 * WARPGROUPS;
     // What the host asks for: the tiles and 1 KiB.
     static_assert(BYTES <= ROWS_INFO + 1024 && ROWS_INFO + 1024 <= 227 * 1024);
     static_assert(TILE_N % 16 == 0 && TILE_N <= 192 && TILE_M <= 192);
@@ -115,6 +128,14 @@ struct Turn {
     __device__ uint32_t parity() const { return count / STAGES % 2; }
 };
 
+// Called at the end of all query tiles by the consumers and by the producer's warps that follow them: whether scores left the range of
+// `WarpgroupSoftmax`, so that every tile is computed again.
+template <typename S>
+__device__ inline bool starts_again(const AttentionParamsSm90& params, unsigned char* shared) {
+    ptx::barrier_sync(BARRIER_END, S::WARPGROUPS * WARPGROUP + (params.form == FORM_DENSE ? 32 : 64));
+    return ptx::uniform(*reinterpret_cast<volatile uint32_t*>(shared + S::LEFT_RANGE)) != 0;
+}
+
 template <typename S>
 struct Producer {
     const AttentionParamsSm90& params;
@@ -128,35 +149,44 @@ struct Producer {
     int keys;
     int key_tiles;
     const int32_t* tile_list;
+    // The work's key tiles.
+    int first_tile;
+    int end_tile;
+    // Those before this one need their scores changed: for keys that are not kept, or for a negative scale.
+    int masked_end;
 
     __device__ Producer(const AttentionParamsSm90& params, unsigned char* shared, uint32_t base)
         : params(params), shared(shared), base(base), lane(threadIdx.x % 32) {}
 
     __device__ void run() {
-        Schedule<S::TILE_M> schedule(params);
         Turn turn;
-        Work work;
         int works = 0;
-        for (; schedule.next(work); ++works) {
-            TileRows::Group group = find(work);
-            int tile = key_tiles > 0 ? tile_at(0) : 0;
-            if (key_tiles > 0) load_keys(0, tile, turn);
-            load_queries(work, works, group);
-            for (int i = 0; i < key_tiles; ++i) {
-                int next = 0;
-                if (i + 1 < key_tiles) {
-                    next = tile_at(i + 1);
-                    load_keys(i + 1, next, {turn.count + 1});
+        for (bool is_exact = false;; is_exact = true) {
+            Schedule<S::TILE_M> schedule(params);
+            Work work;
+            for (; schedule.next(work) && !(is_exact && work.part >= 0); ++works) {
+                const TileRows::Group group = find(work);
+                int tile = first_tile < end_tile ? tile_at(first_tile) : 0;
+                if (first_tile < end_tile) load_keys(first_tile, tile, turn);
+                load_queries(work, works, group);
+                for (int i = first_tile; i < end_tile; ++i) {
+                    int next = 0;
+                    if (i + 1 < end_tile) {
+                        next = tile_at(i + 1);
+                        load_keys(i + 1, next, {turn.count + 1});
+                    }
+                    load_values(i, tile, turn);
+                    tile = next;
+                    ++turn.count;
                 }
-                load_values(i, tile, turn);
-                tile = next;
-                ++turn.count;
             }
-        }
-        for (int warpgroup = 0; warpgroup < S::WARPGROUPS; ++warpgroup) wait_for_room(works, warpgroup);
-        if (lane == 0) {
-            rows_info(works).key_tiles = -1;
-            for (int warpgroup = 0; warpgroup < S::WARPGROUPS; ++warpgroup) ptx::mbarrier_arrive(base + S::full_q(works, warpgroup));
+            for (int warpgroup = 0; warpgroup < S::WARPGROUPS; ++warpgroup) wait_for_room(works, warpgroup);
+            if (lane == 0) {
+                rows_info(works).key_tiles = -1;
+                for (int warpgroup = 0; warpgroup < S::WARPGROUPS; ++warpgroup) ptx::mbarrier_arrive(base + S::full_q(works, warpgroup));
+            }
+            ++works;
+            if (is_exact || !starts_again<S>(params, shared)) return;
         }
     }
 
@@ -182,6 +212,7 @@ private:
             const BatchTiles tiles = params.batches[work.group];
             batch = tiles.batch;
             key_tiles = tiles.key_tiles;
+            masked_end = tiles.masked_key_tiles;
             tile_list = params.key_tiles + tiles.first_key_tile;
             const int tile = tiles.first_query_tile + work.tile;
             if (lane < S::TILE_M / GROUP_ROWS) {
@@ -197,6 +228,15 @@ private:
                 batch = 0;
             }
             key_tiles = (keys + S::TILE_N - 1) / S::TILE_N;
+            masked_end = keys % S::TILE_N == 0 ? 0 : 1;
+        }
+        if (params.score_scale < 0.0f) masked_end = key_tiles;
+        first_tile = 0;
+        end_tile = key_tiles;
+        if (work.part >= 0) {
+            const int part = work.part % params.parts;
+            first_tile = key_tiles * part / params.parts;
+            end_tile = key_tiles * (part + 1) / params.parts;
         }
         return {first_row, min(max(queries - first_row, 0), GROUP_ROWS), kept};
     }
@@ -215,7 +255,9 @@ private:
                 TileRows& rows = rows_info(works);
                 if (lane < S::TILE_M / GROUP_ROWS) rows.groups[lane] = group;
                 if (lane == 0) {
-                    rows.key_tiles = key_tiles;
+                    rows.key_tiles = end_tile - first_tile;
+                    rows.masked_tiles = min(max(masked_end - first_tile, 1), end_tile - first_tile);
+                    rows.part = work.part;
                     rows.batch = batch;
                     rows.head = work.head;
                     rows.clips = params.form != FORM_PACKED;
@@ -231,7 +273,10 @@ private:
     }
 
     // A key tile's first key in the tensor, or, negative, ~ its number among the masked ones of the lists.
-    __device__ int tile_at(int i) const { return params.form == FORM_FUSED ? tile_list[i] : first_key + i * S::TILE_N; }
+    // Without lists the last tile comes first, since it may be masked.
+    __device__ int tile_at(int i) const {
+        return params.form == FORM_FUSED ? tile_list[i] : first_key + (key_tiles - 1 - i) * S::TILE_N;
+    }
 
     template <int ROWS>
     __device__ void load_group(const ptx::TensorMap& map, uint32_t to, uint32_t barrier, uint64_t policy, int row, int head) const {
@@ -252,20 +297,16 @@ private:
         }
     }
 
-    __device__ bool is_masked(int i, int tile) const { return params.form == FORM_FUSED ? tile < 0 : (i + 1) * S::TILE_N > keys; }
-
-    __device__ bool is_mended(int i, int tile) const { return params.form != FORM_DENSE && is_masked(i, tile); }
+    __device__ bool is_mended(int i, int tile) const {
+        return params.form == FORM_FUSED ? tile < 0 : params.form == FORM_PACKED && i == 0 && keys % S::TILE_N != 0;
+    }
 
     __device__ void load_keys(int i, int tile, Turn turn) const {
         const uint32_t full = base + S::FULL_K + 8 * turn.stage();
         ptx::mbarrier_wait(base + S::EMPTY_K + 8 * turn.stage(), turn.parity() ^ 1);
         auto& info = reinterpret_cast<TileKeys*>(shared + S::KEYS_INFO)[turn.stage()];
-        const bool is_changed = is_masked(i, tile) || params.score_scale < 0.0f;
-        if (is_changed) describe(i, tile, info);
-        if (lane == 0) {
-            info.masked = is_changed;
-            info.mended = is_mended(i, tile);
-        }
+        if (i < masked_end || i == first_tile) describe(tile, info);
+        if (lane == 0) info.mended = is_mended(i, tile);
         __syncwarp();
         if (lane == 0) ptx::mbarrier_arrive_expect(full, S::TileKV::BYTES);
         __syncwarp();
@@ -273,7 +314,7 @@ private:
     }
 
     // Which keys of a masked tile are kept.
-    __device__ void describe(int i, int tile, TileKeys& info) const {
+    __device__ void describe(int tile, TileKeys& info) const {
         uint32_t kept = 0xffffffff;
         if (params.form == FORM_FUSED && tile < 0) {
             kept = 0;
@@ -285,7 +326,7 @@ private:
             const uint32_t odd = __shfl_sync(0xffffffff, kept, (2 * lane + 1) % 32);
             kept = even | odd << 16;
         } else if (params.form != FORM_FUSED) {
-            const int left = keys - i * S::TILE_N - lane * 32;
+            const int left = keys - (tile - first_key) - lane * 32;
             kept = left >= 32 ? 0xffffffff : left <= 0 ? 0 : (1u << left) - 1;
         }
         if (lane < (S::TILE_N + 31) / 32) info.kept[lane] = kept;
@@ -302,17 +343,21 @@ private:
 
 // The warp that zeroes rows of V which are not kept: it follows the consumers' barriers, and opens theirs for such a tile.
 template <typename S>
-__device__ inline void mend_values(unsigned char* shared, uint32_t base) {
+__device__ inline void mend_values(const AttentionParamsSm90& params, unsigned char* shared, uint32_t base) {
     const int lane = threadIdx.x % 32;
     Turn turn;
     // One bit a stage.
     uint32_t raw_parities = 0;
+    bool is_exact = false;
     for (int works = 0;; ++works) {
         ptx::mbarrier_wait(base + S::full_q(works, 0), S::parity_q(works));
         const int key_tiles = reinterpret_cast<const TileRows*>(shared + S::ROWS_INFO)[works % 2].key_tiles;
         __syncwarp();
-        if (key_tiles < 0) return;
         if (lane == 0) ptx::mbarrier_arrive(base + S::empty_q(works, 0));
+        if (key_tiles < 0) {
+            if (is_exact || !starts_again<S>(params, shared)) return;
+            is_exact = true;
+        }
         for (int i = 0; i < key_tiles; ++i, ++turn.count) {
             ptx::mbarrier_wait(base + S::FULL_K + 8 * turn.stage(), turn.parity());
             const auto& info = reinterpret_cast<const TileKeys*>(shared + S::KEYS_INFO)[turn.stage()];
@@ -382,6 +427,25 @@ struct Consumer {
     __device__ Matrix queries(int works) const { return {base + S::query_tile(works) + warpgroup * 64 * ROW_BYTES, 16}; }
     __device__ Matrix keys(int stage) const { return {base + S::K + stage * S::TileKV::BYTES, 16}; }
     __device__ Matrix values(int stage) const { return {base + S::V + stage * S::TileKV::BYTES, N * ROW_BYTES}; }
+
+    // What a softmax leaves of this lane's two rows: zeros for a query tile without keys.
+    struct RowSums {
+        float sum[2] = {0.0f, 0.0f};
+        float log2_sum[2];
+        bool left_range[2] = {false, false};
+        // Over all keys: not a part of a query tile whose other parts are not done.
+        bool is_whole = true;
+
+        template <typename Softmax>
+        __device__ void take(const Softmax& softmax) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                sum[half] = softmax.row_sum[half];
+                log2_sum[half] = softmax.log2_sum(half);
+                left_range[half] = softmax.left_range(half);
+            }
+        }
+    };
 
     // What this warp has to know of its 16 rows to write them.
     struct WarpRows {
@@ -475,30 +539,43 @@ struct Consumer {
 
     // Consumers issue their products in turn.
     __device__ void wait_turn() const {
-        if constexpr (S::OVERLAPS) ptx::barrier_sync(1 + warpgroup, 2 * WARPGROUP);
+        ptx::barrier_sync(BARRIER_TURN + warpgroup, 2 * WARPGROUP);
     }
     __device__ void give_turn() const {
-        if constexpr (S::OVERLAPS) {
-            const int next = warpgroup + 1 == S::WARPGROUPS ? 0 : warpgroup + 1;
-            ptx::barrier_arrive(1 + next, 2 * WARPGROUP);
-        }
+        const int next = warpgroup + 1 == S::WARPGROUPS ? 0 : warpgroup + 1;
+        ptx::barrier_arrive(BARRIER_TURN + next, 2 * WARPGROUP);
     }
 
     __device__ void run() {
-        if (warpgroup + 1 == S::WARPGROUPS) give_turn();
-        while (open()) {
-            if (key_tiles == 0 || !has_rows) {
-                pass();
-            } else if constexpr (S::OVERLAPS) {
-                attend_overlapped();
-            } else {
-                attend_in_order();
+        for (bool is_exact = false;; is_exact = true) {
+            if (warpgroup + 1 == S::WARPGROUPS) give_turn();
+            for (; open(); ++works) {
+                float acc[D / 8][4] = {};
+                RowSums sums;
+                const bool is_part = part() >= 0;
+                if (!has_rows || (key_tiles == 0 && !is_part)) {
+                    pass(is_exact || is_part);
+                    sums.is_whole = has_rows;
+                } else if (is_exact || is_part) {
+                    attend_exactly(acc, sums);
+                } else {
+                    attend(acc, sums);
+                }
+                turn.count += key_tiles;
+                if (sums.is_whole) {
+                    write_output(acc, sums);
+                } else {
+                    arrive(S::empty_q(works, warpgroup));
+                }
             }
-            turn.count += key_tiles;
+            give_back_stored();
+            arrive(S::empty_q(works, warpgroup));
             ++works;
+            if (warpgroup == 0) wait_turn();
+            // Before they are written again, or the block ends.
+            ptx::tma_store_wait();
+            if (is_exact || !starts_again<S>(params, shared)) return;
         }
-        if (warpgroup == 0) wait_turn();
-        ptx::tma_store_wait_read();
     }
 
 private:
@@ -506,13 +583,19 @@ private:
         return reinterpret_cast<const TileRows*>(shared + S::ROWS_INFO)[works % 2];
     }
 
+    // As in TileRows: read where it is needed, since registers are few.
+    __device__ int part() const { return ptx::uniform(rows_info(works).part); }
+
     // Waits for the query tile of `works`. False if there is none.
     __device__ bool open() {
         ptx::mbarrier_wait(base + S::full_q(works, warpgroup), S::parity_q(works));
+        works = ptx::uniform(works);
+        turn.count = ptx::uniform(turn.count);
         const auto& rows = rows_info(works);
-        key_tiles = __reduce_max_sync(0xffffffff, rows.key_tiles);
+        key_tiles = ptx::uniform(rows.key_tiles);
+        masked_tiles = ptx::uniform(rows.masked_tiles);
         // The tile's groups are filled from the first on.
-        has_rows = __reduce_max_sync(0xffffffff, rows.groups[warpgroup * 4].rows) > 0;
+        has_rows = ptx::uniform(rows.groups[warpgroup * 4].rows) > 0;
         return key_tiles >= 0;
     }
 
@@ -524,19 +607,13 @@ private:
         is_stored = false;
     }
 
-    // A query tile without keys is zeros. A warpgroup without rows keeps pace with the others.
-    __device__ void pass() {
+    // Keeps pace with the other warpgroups where there is nothing to compute.
+    __device__ void pass(bool is_in_order) {
         give_back_stored();
-        if (has_rows) {
-            float acc[D / 8][4] = {};
-            write_output(acc, WarpgroupSoftmax(0.0f));
-        } else {
-            arrive(S::empty_q(works, warpgroup));
-        }
         Turn turn = this->turn;
         for (int i = 0; i < key_tiles; ++i, ++turn.count) {
             ptx::mbarrier_wait(base + S::FULL_K + 8 * turn.stage(), turn.parity());
-            if (i > 0) {
+            if (i > 0 && !is_in_order) {
                 wait_turn();
                 give_turn();
             }
@@ -546,120 +623,179 @@ private:
         }
     }
 
-    // Scores, softmax and product one after the other: what the other warpgroups do in the meantime fills the gaps.
-    __device__ void attend_in_order() {
+    // The scores of a tile are issued before the product of the tile before.
+    __device__ void attend(float (&acc)[D / 8][4], RowSums& sums) {
         WarpgroupSoftmax softmax(fabsf(params.score_scale));
-        float acc[D / 8][4] = {};
         const Matrix q = queries(works);
         Turn turn = this->turn;
-        float scores[N / 8][4];
+        const uint32_t last_masked = turn.count + masked_tiles - 1;
+        const uint32_t last = turn.count + key_tiles - 1;
         uint32_t probs[N / 16][4];
-        for (int i = 0; i < key_tiles; ++i, ++turn.count) {
-            const int stage = turn.stage();
-            const Matrix k = keys(stage);
-            const Matrix v = values(stage);
-            const bool masked = wait_keys(turn);
-            issue_scores(scores, q, k);
-            if (i == 0) give_back_stored();
-            ptx::wgmma_wait<0>();
-            ptx::pin_registers(scores);
-            if (masked) mask(scores, stage);
-            arrive(S::EMPTY_K + 8 * stage);
-            softmax.raise_max(scores);
-            softmax.exponentiate(scores);
-            rescale(acc, softmax.factor);
-            pack(probs, scores);
-            ptx::mbarrier_wait(base + S::FULL_V + 8 * stage, turn.parity());
-            issue_output(acc, probs, v);
-            ptx::wgmma_wait<0>();
-            ptx::pin_registers(acc);
-            ptx::pin_registers(probs);
-            arrive(S::EMPTY_V + 8 * stage);
-        }
-        write_output(acc, softmax);
-    }
-
-    // The scores of a tile are issued before the product of the tile before, and its maximum is found under that product.
-    __device__ void attend_overlapped() {
-        WarpgroupSoftmax softmax(fabsf(params.score_scale));
-        float acc[D / 8][4] = {};
         float scores[N / 8][4];
-        uint32_t probs[N / 16][4];
-        const Matrix q = queries(works);
-        Turn turn = this->turn;
-        bool masked = wait_keys(turn);
+        ptx::mbarrier_wait(base + S::FULL_K + 8 * turn.stage(), turn.parity());
         issue_scores(scores, q, keys(turn.stage()));
         give_back_stored();
         ptx::wgmma_wait<0>();
         ptx::pin_registers(scores);
-        if (masked) mask(scores, turn.stage());
+        mask(scores, turn.stage());
         arrive(S::EMPTY_K + 8 * turn.stage());
         softmax.raise_max(scores);
         softmax.exponentiate(scores);
         pack(probs, scores);
-        if (key_tiles > 1) masked = wait_keys({turn.count + 1});
-        for (int i = 1; i < key_tiles; ++i) {
-            const Turn next = {turn.count + 1};
-            const Matrix k = keys(next.stage());
-            const Matrix v = values(turn.stage());
-            ptx::mbarrier_wait(base + S::FULL_V + 8 * turn.stage(), turn.parity());
-            wait_turn();
-            issue_scores(scores, q, k);
-            issue_output(acc, probs, v);
-            give_turn();
-            ptx::wgmma_wait<1>();
-            ptx::pin_registers(scores);
-            if (masked) mask(scores, next.stage());
-            arrive(S::EMPTY_K + 8 * next.stage());
-            softmax.raise_max(scores);
-            if (i + 1 < key_tiles) masked = wait_keys({turn.count + 2});
-            // Exponentials could be computed before this wait. But a warp has issued its products only when the tensor cores are
-            // nearly done with them, so little is won; after it, rescaling and packing fill the pauses of the special-function unit.
-            ptx::wgmma_wait<0>();
-            ptx::pin_registers(acc);
-            ptx::pin_registers(probs);
-            arrive(S::EMPTY_V + 8 * turn.stage());
-            softmax.exponentiate(scores);
-            rescale(acc, softmax.factor);
-            pack(probs, scores);
-            turn = next;
-        }
+        for (; turn.count != last_masked; ++turn.count) step<true>(acc, probs, softmax, q, turn);
+        for (; turn.count != last; ++turn.count) step<false>(acc, probs, softmax, q, turn);
         const Matrix v = values(turn.stage());
         ptx::mbarrier_wait(base + S::FULL_V + 8 * turn.stage(), turn.parity());
         issue_output(acc, probs, v);
         ptx::wgmma_wait<0>();
         ptx::pin_registers(acc);
         arrive(S::EMPTY_V + 8 * turn.stage());
-        write_output(acc, softmax);
+        softmax.finish();
+        sums.take(softmax);
     }
 
-    // Whether the scores of the tile have to be masked.
-    __device__ bool wait_keys(Turn turn) const {
-        ptx::mbarrier_wait(base + S::FULL_K + 8 * turn.stage(), turn.parity());
-        return __reduce_max_sync(0xffffffff, keys_info(turn.stage()).masked);
+    // The product of a turn's tile, and the probabilities of the next.
+    template <bool IS_MASKED>
+    __device__ void step(float (&acc)[D / 8][4], uint32_t (&probs)[N / 16][4], WarpgroupSoftmax& softmax, Matrix q, Turn turn) {
+        const Turn next = {turn.count + 1};
+        const Matrix k = keys(next.stage());
+        const Matrix v = values(turn.stage());
+        float scores[N / 8][4];
+        ptx::mbarrier_wait(base + S::FULL_K + 8 * next.stage(), next.parity());
+        wait_turn();
+        issue_scores(scores, q, k);
+        // Under the scores' product.
+        ptx::mbarrier_wait(base + S::FULL_V + 8 * turn.stage(), turn.parity());
+        issue_output(acc, probs, v);
+        give_turn();
+        ptx::wgmma_wait<1>();
+        ptx::pin_registers(scores);
+        if constexpr (IS_MASKED) mask(scores, next.stage());
+        arrive(S::EMPTY_K + 8 * next.stage());
+        softmax.raise_max(scores);
+        if constexpr (!S::WAITS_EARLY) softmax.exponentiate(scores);
+        ptx::wgmma_wait<0>();
+        ptx::pin_registers(acc);
+        ptx::pin_registers(probs);
+        arrive(S::EMPTY_V + 8 * turn.stage());
+        if constexpr (S::WAITS_EARLY) softmax.exponentiate(scores);
+        rescale(acc, softmax.factor);
+        pack(probs, scores);
+    }
+
+    // Scores, softmax and product one after the other, with the exact softmax.
+    __device__ void attend_exactly(float (&acc)[D / 8][4], RowSums& sums) {
+        ExactSoftmax softmax(fabsf(params.score_scale));
+        const Matrix q = queries(works);
+        Turn turn = this->turn;
+        const uint32_t masked_end = turn.count + masked_tiles;
+        const uint32_t end = turn.count + key_tiles;
+        give_back_stored();
+        for (; turn.count != masked_end; ++turn.count) step_exactly<true>(acc, softmax, q, turn);
+        for (; turn.count != end; ++turn.count) step_exactly<false>(acc, softmax, q, turn);
+        softmax.finish();
+        if (part() >= 0) sums.is_whole = merge_parts(acc, softmax);
+        sums.take(softmax);
+    }
+
+    template <bool IS_MASKED>
+    __device__ void step_exactly(float (&acc)[D / 8][4], ExactSoftmax& softmax, Matrix q, Turn turn) {
+        const int stage = turn.stage();
+        const Matrix k = keys(stage);
+        const Matrix v = values(stage);
+        float scores[N / 8][4];
+        uint32_t probs[N / 16][4];
+        ptx::mbarrier_wait(base + S::FULL_K + 8 * stage, turn.parity());
+        issue_scores(scores, q, k);
+        ptx::wgmma_wait<0>();
+        ptx::pin_registers(scores);
+        if constexpr (IS_MASKED) mask(scores, stage);
+        arrive(S::EMPTY_K + 8 * stage);
+        softmax.raise_max(scores);
+        softmax.exponentiate(scores);
+        rescale(acc, softmax.factor);
+        pack(probs, scores);
+        ptx::mbarrier_wait(base + S::FULL_V + 8 * stage, turn.parity());
+        issue_output(acc, probs, v);
+        ptx::wgmma_wait<0>();
+        ptx::pin_registers(acc);
+        ptx::pin_registers(probs);
+        arrive(S::EMPTY_V + 8 * stage);
+    }
+
+    // This warpgroup's share of a part goes to global memory. The last one of a query tile adds all of them up; the others return false.
+    // Always in the same order, so that sums are the same whichever is last.
+    __device__ bool merge_parts(float (&acc)[D / 8][4], ExactSoftmax& softmax) const {
+        constexpr int CHUNKS = D / 8 + 1;
+        const int thread = threadIdx.x % WARPGROUP;
+        const int part = this->part();
+        const int query_tile = part / params.parts;
+        const auto chunks_of = [&](int part) {
+            return params.part_chunks + (static_cast<int64_t>(part) * S::WARPGROUPS + warpgroup) * CHUNKS * WARPGROUP + thread;
+        };
+        float4* const mine = chunks_of(part);
+        __stcg(mine, float4{softmax.row_max[0], softmax.row_max[1], softmax.row_sum[0], softmax.row_sum[1]});
+#pragma unroll
+        for (int tile = 0; tile < D / 8; ++tile) {
+            __stcg(mine + (tile + 1) * WARPGROUP, float4{acc[tile][0], acc[tile][1], acc[tile][2], acc[tile][3]});
+        }
+        __threadfence();
+        ptx::barrier_sync(BARRIER_WARPGROUP + warpgroup, WARPGROUP);
+        auto* const done = reinterpret_cast<volatile uint32_t*>(shared + S::PARTS_DONE) + warpgroup;
+        if (thread == 0) *done = atomicAdd(params.parts_done + query_tile * S::WARPGROUPS + warpgroup, 1u);
+        ptx::barrier_sync(BARRIER_WARPGROUP + warpgroup, WARPGROUP);
+        if (*done + 1 != params.parts) return false;
+        __threadfence();
+        const int first = query_tile * params.parts;
+        for (int other = first; other < first + params.parts; ++other) {
+            const float4 ends = __ldcg(chunks_of(other));
+            softmax.row_max[0] = fmaxf(softmax.row_max[0], ends.x);
+            softmax.row_max[1] = fmaxf(softmax.row_max[1], ends.y);
+        }
+        softmax.row_sum[0] = softmax.row_sum[1] = 0.0f;
+#pragma unroll
+        for (int tile = 0; tile < D / 8; ++tile) acc[tile][0] = acc[tile][1] = acc[tile][2] = acc[tile][3] = 0.0f;
+#pragma unroll 1
+        for (int other = first; other < first + params.parts; ++other) {
+            const float4* const theirs = chunks_of(other);
+            const float4 ends = __ldcg(theirs);
+            const float weights[2] = {softmax.weight(ends.x, softmax.row_max[0]), softmax.weight(ends.y, softmax.row_max[1])};
+            softmax.row_sum[0] += ends.z * weights[0];
+            softmax.row_sum[1] += ends.w * weights[1];
+#pragma unroll
+            for (int tile = 0; tile < D / 8; ++tile) {
+                const float4 sums = __ldcg(theirs + (tile + 1) * WARPGROUP);
+                acc[tile][0] += sums.x * weights[0];
+                acc[tile][1] += sums.y * weights[0];
+                acc[tile][2] += sums.z * weights[1];
+                acc[tile][3] += sums.w * weights[1];
+            }
+        }
+        return true;
     }
 
     // Through the query tile's place in shared memory to the copy engine; or to 16-byte stores, where it would write rows of the next
     // sequence, or where the rows go to places of their own.
-    __device__ void write_output(const float (&acc)[D / 8][4], WarpgroupSoftmax softmax) {
+    __device__ void write_output(const float (&acc)[D / 8][4], const RowSums& sums) {
         const int lane = threadIdx.x % 32;
         const int warp = threadIdx.x / 32 - 4;
         const int tile_start = S::query_tile(works);
         WarpRows mine;
         mine.read(rows_info(works));
-        softmax.finish();
         // Every warp is done with the query rows.
-        ptx::barrier_sync(1 + S::WARPGROUPS + warpgroup, WARPGROUP);
+        ptx::barrier_sync(BARRIER_WARPGROUP + warpgroup, WARPGROUP);
         bool zero[2];
         float inverse[2];
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const int row = half * 8 + lane / 4;
-            const float sum = softmax.row_sum[half];
-            zero[half] = sum == 0.0f || (mine.kept >> row & 1) == 0;
+            const float sum = sums.sum[half];
+            const bool is_kept = mine.kept >> row & 1;
+            if (sums.left_range[half] && is_kept && row < mine.rows) *reinterpret_cast<volatile uint32_t*>(shared + S::LEFT_RANGE) = 1;
+            zero[half] = sum == 0.0f || !is_kept;
             inverse[half] = zero[half] ? 0.0f : __fdividef(1.0f, sum);
             if (params.lse != nullptr && lane % 4 == 0 && row < mine.rows) {
-                const float lse = zero[half] ? -INFINITY : (softmax.row_max[half] * softmax.scale + log2f(sum)) * LN_2;
+                const float lse = zero[half] ? -INFINITY : sums.log2_sum[half] * LN_2;
                 params.lse[mine.head * params.lse_head_stride + static_cast<int64_t>(mine.batch) * params.seq_q + mine.first_row + row] = lse;
             }
         }
@@ -733,6 +869,7 @@ private:
     // Query tiles before this one, and what is known of the latest one that was opened.
     int works = 0;
     int key_tiles = 0;
+    int masked_tiles = 0;
     bool has_rows = false;
     bool is_stored = false;
 };
@@ -740,9 +877,8 @@ private:
 template <typename S>
 __device__ inline void attention(const AttentionParamsSm90& params) {
     extern __shared__ __align__(1024) unsigned char shared[];
-    const uint32_t base = ptx::shared_address(shared);
-    // The same for all lanes, and known to be so.
-    const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32, 0);
+    const uint32_t base = ptx::uniform(ptx::shared_address(shared));
+    const int warp = ptx::uniform(threadIdx.x / 32);
     if (threadIdx.x == 0) {
         // The swizzle of the tensor cores and the copy engine follows the address.
         if (base % 1024 != 0) __trap();
@@ -761,6 +897,7 @@ __device__ inline void attention(const AttentionParamsSm90& params) {
             ptx::mbarrier_init(base + S::RAW_V + 8 * stage, 1);
         }
         ptx::mbarrier_init_fence();
+        *reinterpret_cast<uint32_t*>(shared + S::LEFT_RANGE) = 0;
     }
     __syncthreads();
     if (warp < 4) {
@@ -768,7 +905,7 @@ __device__ inline void attention(const AttentionParamsSm90& params) {
         if (warp == 0) {
             Producer<S>(params, shared, base).run();
         } else if (warp == 1 && params.form != FORM_DENSE) {
-            mend_values<S>(shared, base);
+            mend_values<S>(params, shared, base);
         } else if (warp >= 2) {
             write_zero_spans<typename S::T>(params, threadIdx.x - 64, 64);
             if (params.inv_indices != nullptr) write_masked_zeros<typename S::T>(params, warp - 2, 2);

@@ -16,7 +16,7 @@
 // Key side, `key_tiles` and `key_groups`. From the left, at the first kept key p that nothing covers yet: if the N keys from p on are
 // all kept, they are a full tile, whose entry in `key_tiles` is p; otherwise p starts a group. Each N / 16 groups of a batch row are a
 // masked tile: its entry is ~r, where r counts the masked tiles of the whole request, and `key_groups` holds its starts from
-// r · N / 16 on, the last one's filled up with starts of seq_k, which load zeros. Masked tiles may stand anywhere among the full ones.
+// r · N / 16 on, the last one's filled up with starts of seq_k, which load zeros. A batch row's masked tiles come first.
 //
 // Dense and packed calls need no lists.
 #pragma once
@@ -36,7 +36,7 @@ struct BatchTiles {
     int32_t first_query_tile;
     int32_t key_tiles;
     int32_t first_key_tile;
-    int32_t unused;
+    int32_t masked_key_tiles;
 };
 static_assert(sizeof(BatchTiles) == 24);
 
@@ -104,10 +104,19 @@ struct AttentionParamsSm90 {
     const uint32_t* out_rows;
     // [padded_rows], negative where that output is to be zero; null for nowhere.
     const int32_t* inv_indices;
+    // Query tiles whose keys are shared out among blocks, from the item `split_from` on (schedule_sm90.cuh), each in `parts` parts. What
+    // becomes of a part, as its threads hold it: [parts of all, warpgroups, D / 8 + 1, 128]. How many parts of a query tile are done,
+    // zeros before the launch: [query tiles, warpgroups].
+    float4* part_chunks;
+    uint32_t* parts_done;
+    int32_t split_from;
+    int32_t parts;
+    int32_t unused[10];
 };
 static_assert(sizeof(ptx::TensorMap) == 128 && alignof(ptx::TensorMap) == 64);
 static_assert(offsetof(AttentionParamsSm90, out) == 768);
 static_assert(offsetof(AttentionParamsSm90, out_strides) == 864);
 static_assert(offsetof(AttentionParamsSm90, form) == 896);
 static_assert(offsetof(AttentionParamsSm90, out_rows) == 944);
-static_assert(sizeof(AttentionParamsSm90) == 960);
+static_assert(offsetof(AttentionParamsSm90, split_from) == 976);
+static_assert(sizeof(AttentionParamsSm90) == 1024);

@@ -3,7 +3,8 @@
 //   items    batch row 0 (the longest)                           batch row 1 ...
 //            head 0: tile 0, 1, 2, ... | head 1: tile 0, ...     head 0: ...
 //
-// Block b takes items b, b + blocks, ... Blocks that run side by side thus share keys and values in L2.
+// Block b takes items b, b + blocks, ... Blocks that run side by side thus share keys and values in L2. Where the last items would leave
+// blocks without work, those from `split_from` on stand as several each, the parts of their keys.
 #pragma once
 #include "params_sm90.cuh"
 
@@ -13,6 +14,8 @@ struct Work {
     int head;
     // The query tile in the group.
     int tile;
+    // Of all parts in a row, or negative for an item that is not split.
+    int part;
 };
 
 // Called by all lanes of one warp together, each lane holding one of 32 groups.
@@ -23,18 +26,20 @@ public:
 
     // False when nothing is left.
     __device__ bool next(Work& work) {
+        const int part = item - params.split_from;
+        const int whole = part < 0 ? item : params.split_from + part / params.parts;
         while (true) {
             if (first_group >= params.groups) return false;
             const int items_of_all = __shfl_sync(0xffffffff, items_through, 31);
-            if (item < first_item + items_of_all) break;
+            if (whole < first_item + items_of_all) break;
             first_item += items_of_all;
             first_group += 32;
             load();
         }
-        const int at_lane = __popc(__ballot_sync(0xffffffff, item - first_item >= items_through));
+        const int at_lane = __popc(__ballot_sync(0xffffffff, whole - first_item >= items_through));
         const int tiles = __shfl_sync(0xffffffff, lane_tiles, at_lane);
-        const int at = item - first_item - (__shfl_sync(0xffffffff, items_through, at_lane) - tiles * params.heads);
-        work = {__shfl_sync(0xffffffff, lane_group, at_lane), at / tiles, at % tiles};
+        const int at = whole - first_item - (__shfl_sync(0xffffffff, items_through, at_lane) - tiles * params.heads);
+        work = {__shfl_sync(0xffffffff, lane_group, at_lane), at / tiles, at % tiles, part < 0 ? -1 : part};
         item += gridDim.x;
         return true;
     }

@@ -1,7 +1,6 @@
 //! Launches of `attention_sm90` and `attention_sm100`, which take the same parameters: dense, on packed rows, and on padded tensors in
 //! place by lists of tiles.
 
-use std::iter;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::backend::Attention;
@@ -18,7 +17,7 @@ use super::module::Entry;
 use super::params_sm90::{AttentionParamsSm90, Form};
 use super::tensor_map::MappedTensor;
 use super::tile_lists::TileLists;
-use super::tiles::{ListTile, TileSm90, TileSm100, WorkSm90};
+use super::tiles::{ListTile, Split, TileSm90, TileSm100};
 
 /// Lists on the device.
 #[derive(Debug)]
@@ -31,6 +30,8 @@ struct ListsCopy {
     batch_count: usize,
     zero_span_count: usize,
     query_tiles: usize,
+    /// Of the batch row with the fewest.
+    fewest_key_tiles: usize,
 }
 
 /// What a copy of lists depends on beside the query's metadata: the key's, by its id, and the tile.
@@ -100,8 +101,12 @@ struct Extent {
     /// Tokens of a batch row.
     queries: usize,
     keys: usize,
-    /// Tiles and ranges of zeros, times heads: more than that many blocks would find nothing to do.
+    /// Query tiles, times heads, or as many as there may be.
     items: usize,
+    /// Key tiles of the item with the fewest; 0 if the host does not know, or does not know how many items there are.
+    fewest_key_tiles: usize,
+    /// Rows of zeros that are work for so many blocks.
+    zero_items: usize,
 }
 
 /// Rows of a padded output whose zeros are enough work for a block.
@@ -117,13 +122,15 @@ impl CudaDevice {
         zero_rows: Option<&KeyMask>,
     ) -> Result<()> {
         let AttentionShape { batch, seq_q, seq_k, num_heads, .. } = attention.problem.shape;
-        let tile = self.tile(attention, iter::repeat_n((seq_q, seq_k), batch))?;
+        let tile = Self::tile(attention)?;
         // Both fit: checked by problem.
         let params = AttentionParamsSm90 { seq_q: seq_q as i32, seq_k: seq_k as i32, ..params(attention, tensors) };
         let Some(mask) = key_mask.or(zero_rows) else {
             let params = AttentionParamsSm90 { form: Form::Dense as i32, groups: batch as i32, ..params };
             let tiles = seq_q.div_ceil(tile.rows() as usize) * batch;
-            let extent = Extent { batch, queries: seq_q, keys: seq_k, items: tiles * num_heads };
+            let fewest_key_tiles = seq_k.div_ceil(tile.keys() as usize);
+            let items = tiles * num_heads;
+            let extent = Extent { batch, queries: seq_q, keys: seq_k, items, fewest_key_tiles, zero_items: 0 };
             return self.launch_by_lists(attention, tensors, params, tile, extent);
         };
         let metas = mask.copies().get_or_make(self.id, || Ok(DenseMetas::default()))?;
@@ -148,9 +155,8 @@ impl CudaDevice {
         query: &VarlenMeta,
         key: &VarlenMeta,
     ) -> Result<()> {
-        let AttentionShape { batch, seq_q, seq_k, .. } = attention.problem.shape;
-        let lengths = |row| (query.cu_seqlens().rows(row).len(), key.cu_seqlens().rows(row).len());
-        let tile = self.tile(attention, (0..batch).map(lengths))?;
+        let AttentionShape { seq_q, seq_k, .. } = attention.problem.shape;
+        let tile = Self::tile(attention)?;
         let params = AttentionParamsSm90 { seq_q: seq_q as i32, seq_k: seq_k as i32, ..params(attention, tensors) };
         let masks = (key.key_mask(), Some(query.key_mask()));
         self.attend_by_lists(attention, tensors, params, tile, (query, key), masks)
@@ -186,8 +192,14 @@ impl CudaDevice {
             ..params
         };
         let AttentionShape { batch, seq_q, seq_k, num_heads, .. } = attention.problem.shape;
-        let items = (lists.query_tiles + lists.zero_span_count) * num_heads;
-        let extent = Extent { batch, queries: seq_q, keys: seq_k, items };
+        let extent = Extent {
+            batch,
+            queries: seq_q,
+            keys: seq_k,
+            items: lists.query_tiles * num_heads,
+            fewest_key_tiles: lists.fewest_key_tiles,
+            zero_items: lists.zero_span_count * num_heads,
+        };
         self.launch_by_lists(attention, tensors, params, tile, extent)
     }
 
@@ -197,12 +209,7 @@ impl CudaDevice {
         tensors: &Tensors,
         rows: &PackedRows<'_>,
     ) -> Result<()> {
-        // Where the device alone knows how long the sequences are, as if every one were the longest.
-        let lengths = |row| {
-            let longest = (rows.max_queries, rows.max_queries);
-            rows.lengths.map_or(longest, |[queries, keys]| (queries.rows(row).len(), keys.rows(row).len()))
-        };
-        let tile = self.tile(attention, (0..rows.batch).map(lengths))?;
+        let tile = Self::tile(attention)?;
         let (lse, lse_head_stride) = rows.lse.unwrap_or_default();
         let params = AttentionParamsSm90 {
             form: Form::Packed as i32,
@@ -215,9 +222,16 @@ impl CudaDevice {
             lse_head_stride,
             ..params(attention, tensors)
         };
-        let items = rows.max_queries.div_ceil(tile.rows() as usize) * rows.batch * attention.problem.shape.num_heads;
-        let (params, items) = match rows.scatters {
-            None => (params, items),
+        let tiles_of = |queries: usize| queries.div_ceil(tile.rows() as usize);
+        let (tiles, fewest_keys) = match rows.lengths {
+            None => (tiles_of(rows.max_queries) * rows.batch, 0),
+            Some([queries, keys]) => (0..rows.batch).fold((0, usize::MAX), |(tiles, fewest), row| {
+                let (queries, keys) = (queries.rows(row).len(), keys.rows(row).len());
+                (tiles + tiles_of(queries), if queries == 0 { fewest } else { fewest.min(keys) })
+            }),
+        };
+        let (params, zero_items) = match rows.scatters {
+            None => (params, 0),
             Some(query) => {
                 let padded_rows = query.batch * query.seq;
                 let scattered = AttentionParamsSm90 {
@@ -228,27 +242,28 @@ impl CudaDevice {
                     inv_indices: if query.is_all_valid { 0 } else { query.inv_indices },
                     ..params
                 };
-                // Blocks for the zeros too.
-                (scattered, items.max(padded_rows.div_ceil(ZEROED_ROWS)))
+                (scattered, padded_rows.div_ceil(ZEROED_ROWS))
             }
         };
         // Packed tensors have no batch rows: all of their rows are tokens.
-        let extent = Extent { batch: 1, queries: rows.queries, keys: rows.keys, items };
+        let extent = Extent {
+            batch: 1,
+            queries: rows.queries,
+            keys: rows.keys,
+            items: tiles * attention.problem.shape.num_heads,
+            fewest_key_tiles: fewest_keys.div_ceil(tile.keys() as usize),
+            zero_items,
+        };
         self.launch_by_lists(attention, tensors, params, tile, extent)
     }
 
-    /// The tile for sequences of so many queries and keys.
-    fn tile(
-        &self,
-        attention: &Attention<'_>,
-        lengths: impl Iterator<Item = (usize, usize)> + Clone,
-    ) -> Result<ListTile> {
-        let AttentionShape { num_heads, head_dim, .. } = attention.problem.shape;
-        if attention.plan.kernel == Kernel::CudaSm100 {
-            return TileSm100::of(head_dim).map(ListTile::Sm100).ok_or(Error::HeadDim { got: head_dim });
-        }
-        let work = WorkSm90 { lengths, heads: num_heads, multiprocessors: self.multiprocessors };
-        TileSm90::of(head_dim, &work).map(ListTile::Sm90).ok_or(Error::HeadDim { got: head_dim })
+    fn tile(attention: &Attention<'_>) -> Result<ListTile> {
+        let head_dim = attention.problem.shape.head_dim;
+        let tile = match attention.plan.kernel {
+            Kernel::CudaSm100 => TileSm100::of(head_dim).map(ListTile::Sm100),
+            _ => TileSm90::of(head_dim).map(ListTile::Sm90),
+        };
+        tile.ok_or(Error::HeadDim { got: head_dim })
     }
 
     fn lists(&self, query: &VarlenMeta, key: &VarlenMeta, tile: ListTile) -> Result<Arc<ListsCopy>> {
@@ -264,6 +279,8 @@ impl CudaDevice {
                 batch_count: lists.batches.len(),
                 zero_span_count: lists.zero_spans.len(),
                 query_tiles: lists.query_tiles(),
+                // The last of the batch rows in the order of work.
+                fewest_key_tiles: lists.batches.last().map_or(0, |batch| batch.key_tiles as usize),
             })
         })
     }
@@ -274,10 +291,10 @@ impl CudaDevice {
         tensors: &Tensors,
         mut params: AttentionParamsSm90,
         tile: ListTile,
-        Extent { batch, queries, keys, items }: Extent,
+        Extent { batch, queries, keys, items, fewest_key_tiles, zero_items }: Extent,
     ) -> Result<()> {
         let AttentionShape { num_heads, num_kv_heads, head_dim, .. } = attention.problem.shape;
-        if items == 0 {
+        if items + zero_items == 0 {
             return Ok(());
         }
         let dtype = attention.problem.dtype;
@@ -295,12 +312,37 @@ impl CudaDevice {
         params.k_group_map = encode(of_keys(tensors.k), group)?;
         params.v_group_map = encode(of_keys(tensors.v), group)?;
         let function = self.function(Entry::AttentionByLists { dtype, tile })?;
+        let split = match tile {
+            ListTile::Sm90(_) => TileSm90::split(items, fewest_key_tiles, self.multiprocessors),
+            ListTile::Sm100(_) => Split::none(items),
+        };
+        // Lives until the launch, which keeps its memory.
+        let scratch = match tile {
+            ListTile::Sm90(tile) if split.parts > 1 => Some(self.parts_scratch(&split, tile, &mut params)?),
+            _ => None,
+        };
+        // Both fit: items are counted in an i32 by the kernel.
+        (params.split_from, params.parts) = (split.from as i32, split.parts as i32);
         // Blocks are as many as run at once, and take one item after the other. Fits: a chip has few multiprocessors.
-        let blocks = items.min(self.multiprocessors) as u32;
+        let blocks = split.work_items().max(zero_items).min(self.multiprocessors) as u32;
         // SAFETY: the tensors have the problem's shape and lie inside their buffers, those of packed rows as `cu_seqlens` says
         // (checked by problem; scratch is made so), and their rows start at words (placement). Lists, masks and `cu_seqlens` have
         // the problem's batch rows and sequence lengths. The output shares no memory with them (checked by problem).
-        unsafe { self.context.launch(function, [blocks, 1, 1], tile.threads(), &params) }
+        unsafe { self.context.launch(function, [blocks, 1, 1], tile.threads(), &params) }?;
+        drop(scratch);
+        Ok(())
+    }
+
+    /// Memory for the parts of query tiles and zeroed counts of those that are done, which the parameters then name.
+    fn parts_scratch(&self, split: &Split, tile: TileSm90, params: &mut AttentionParamsSm90) -> Result<CudaBuffer> {
+        let bytes = split.part_items() as u64 * tile.part_bytes();
+        let count_bytes = (split.items - split.from) as u64 * tile.part_count_bytes();
+        let scratch = self.scratch(bytes + count_bytes)?;
+        params.part_chunks = scratch.address();
+        params.parts_done = scratch.address() + bytes;
+        // SAFETY: the end of the buffer that was just made.
+        unsafe { self.context.fill(params.parts_done, 0, count_bytes) }?;
+        Ok(scratch)
     }
 }
 

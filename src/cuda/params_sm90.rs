@@ -61,6 +61,11 @@ pub(super) struct AttentionParamsSm90 {
     pub padded_rows: i32,
     pub out_rows: u64,
     pub inv_indices: u64,
+    pub part_chunks: u64,
+    pub parts_done: u64,
+    pub split_from: i32,
+    pub parts: i32,
+    pub unused: [i32; 10],
 }
 
 const _: () = {
@@ -69,7 +74,8 @@ const _: () = {
     assert!(offset_of!(AttentionParamsSm90, out_strides) == 864);
     assert!(offset_of!(AttentionParamsSm90, form) == 896);
     assert!(offset_of!(AttentionParamsSm90, out_rows) == 944);
-    assert!(size_of::<AttentionParamsSm90>() == 960);
+    assert!(offset_of!(AttentionParamsSm90, split_from) == 976);
+    assert!(size_of::<AttentionParamsSm90>() == 1024);
 };
 
 #[cfg(test)]
@@ -84,6 +90,7 @@ mod tests {
             format!("offsetof(AttentionParamsSm90, out_strides) == {}", offset_of!(AttentionParamsSm90, out_strides)),
             format!("offsetof(AttentionParamsSm90, form) == {}", offset_of!(AttentionParamsSm90, form)),
             format!("offsetof(AttentionParamsSm90, out_rows) == {}", offset_of!(AttentionParamsSm90, out_rows)),
+            format!("offsetof(AttentionParamsSm90, split_from) == {}", offset_of!(AttentionParamsSm90, split_from)),
             format!("sizeof(AttentionParamsSm90) == {}", size_of::<AttentionParamsSm90>()),
             format!("FORM_DENSE = {}", Form::Dense as i32),
             format!("FORM_PACKED = {}", Form::Packed as i32),

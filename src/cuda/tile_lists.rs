@@ -18,7 +18,7 @@ pub(super) struct BatchTiles {
     pub first_query_tile: i32,
     pub key_tiles: i32,
     pub first_key_tile: i32,
-    pub unused: i32,
+    pub masked_key_tiles: i32,
 }
 
 /// Query rows that no group covers.
@@ -56,14 +56,14 @@ impl TileLists {
             if query_tiles == 0 {
                 continue;
             }
-            lists.cover_keys(key.runs(row), key.seq(), tile_keys);
+            let masked_key_tiles = lists.cover_keys(key.runs(row), key.seq(), tile_keys);
             lists.batches.push(BatchTiles {
                 batch: row as i32,
                 query_tiles: query_tiles as i32,
                 first_query_tile: first_query_tile as i32,
                 key_tiles: (lists.key_tiles.len() - first_key_tile) as i32,
                 first_key_tile: first_key_tile as i32,
-                unused: 0,
+                masked_key_tiles: masked_key_tiles as i32,
             });
         }
         // By the time that a tile takes: a row that starts late must not be a long one.
@@ -106,8 +106,9 @@ impl TileLists {
         }
     }
 
-    fn cover_keys(&mut self, runs: &[Run], seq: usize, tile: usize) {
-        let (before, mut covered) = (self.key_groups.len(), 0);
+    /// Gives the number of masked tiles, which come first.
+    fn cover_keys(&mut self, runs: &[Run], seq: usize, tile: usize) -> usize {
+        let (before, first_tile, mut covered) = (self.key_groups.len(), self.key_tiles.len(), 0);
         for run in runs {
             let mut start = covered.max(run.start as usize);
             while start < run.end() {
@@ -124,7 +125,9 @@ impl TileLists {
         fill_up(&mut self.key_groups, before, tile, seq);
         let tile_groups = tile / GROUP_ROWS;
         let masked = before / tile_groups..self.key_groups.len() / tile_groups;
-        self.key_tiles.extend(masked.map(|tile| !(tile as i32)));
+        let masked_tiles = masked.len();
+        self.key_tiles.splice(first_tile..first_tile, masked.map(|tile| !(tile as i32)));
+        masked_tiles
     }
 }
 

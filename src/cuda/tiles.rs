@@ -110,24 +110,51 @@ pub(super) struct TileSm90 {
     query_tiles: u32,
 }
 
-/// What one call has to do, as far as the choice between shapes depends on it.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct WorkSm90<Lengths> {
-    /// Queries and keys of each sequence.
-    pub lengths: Lengths,
-    pub heads: usize,
-    pub multiprocessors: usize,
+/// Query tiles, the last of which are split: blocks share their keys.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Split {
+    /// The first that is split.
+    pub from: usize,
+    /// Parts of each of those.
+    pub parts: usize,
+    /// Query tiles in all.
+    pub items: usize,
 }
+
+impl Split {
+    pub const fn none(items: usize) -> Self {
+        // As the kernel counts items.
+        Self { from: i32::MAX as usize, parts: 1, items }
+    }
+
+    /// Parts of all split query tiles.
+    pub const fn part_items(&self) -> usize {
+        self.items.saturating_sub(self.from) * self.parts
+    }
+
+    /// What blocks find to do.
+    pub const fn work_items(&self) -> usize {
+        let whole = if self.items < self.from { self.items } else { self.from };
+        whole + self.part_items()
+    }
+}
+
+/// More would mostly add up one another's sums.
+const MAX_PARTS: usize = 8;
+/// Key tiles that are worth a part.
+const STEPS_OF_A_PART: usize = 2;
+/// Cycles that zeroing the counts of parts takes beside the kernel.
+const LAUNCH_CYCLES: usize = 3500;
 
 const HEADER_SM90: &[u8] = include_bytes!("../../kernels/include/tile_shape_sm90.cuh");
 const COUNT_SM90: usize = count(HEADER_SM90);
 /// The table, the smallest width first.
 const TILES_SM90: [TileSm90; COUNT_SM90] = {
-    let entries: [[u32; 5]; COUNT_SM90] = parse(HEADER_SM90);
+    let entries: [[u32; 4]; COUNT_SM90] = parse(HEADER_SM90);
     let mut tiles = [TileSm90 { width: 0, warpgroups: 0, keys: 0, query_tiles: 0 }; COUNT_SM90];
     let mut i = 0;
     while i < COUNT_SM90 {
-        let [width, warpgroups, keys, query_tiles, _overlapped] = entries[i];
+        let [width, warpgroups, keys, query_tiles] = entries[i];
         tiles[i] = TileSm90 { width, warpgroups, keys, query_tiles };
         i += 1;
     }
@@ -143,26 +170,53 @@ const SHARED_BYTES_BESIDE_TILES: u32 = 1024;
 const MAX_SHARED_BYTES_SM90: u32 = 227 << 10;
 
 impl TileSm90 {
-    /// Of the narrowest tiles that hold a head dimension, the one that takes the least time.
-    pub fn of<Lengths: Iterator<Item = (usize, usize)> + Clone>(
-        head_dim: usize,
-        work: &WorkSm90<Lengths>,
-    ) -> Option<Self> {
-        let width = TILES_SM90.into_iter().find(|tile| tile.width as usize >= head_dim)?.width;
-        TILES_SM90.into_iter().filter(|tile| tile.width == width).min_by_key(|tile| tile.cycles(work))
+    /// The smallest tile that holds a head dimension.
+    pub fn of(head_dim: usize) -> Option<Self> {
+        TILES_SM90.into_iter().find(|tile| tile.width as usize >= head_dim)
     }
 
-    /// An estimate that tells the shapes of one head dimension apart: waves of tiles, each a step a key tile and what starts and
-    /// ends it. Fitted to measurements at head dimension 128 on an H200.
-    fn cycles<Lengths: Iterator<Item = (usize, usize)> + Clone>(self, work: &WorkSm90<Lengths>) -> usize {
-        let (a_step, ends) = if self.warpgroups == 2 { (3120, 7000) } else { (3600, 10_000) };
-        let (mut items, mut cycles) = (0, 0);
-        for (queries, keys) in work.lengths.clone() {
-            let tiles = queries.div_ceil(self.rows() as usize) * work.heads;
-            items += tiles;
-            cycles += tiles * (keys.div_ceil(self.keys as usize) * a_step + ends);
+    /// An estimate of what an item takes, fitted to measurements at head dimension 128 on an H100: a step a key tile, and what starts and
+    /// ends it.
+    const fn item_cycles(steps: usize) -> usize {
+        steps * 3300 + 7000
+    }
+
+    /// Parts of the query tiles of the last wave, and the cycles it takes with them. It has no more tiles than there are
+    /// multiprocessors, each with so many key tiles.
+    fn last_wave(tiles: usize, steps: usize, multiprocessors: usize) -> (usize, usize) {
+        if tiles == 0 {
+            return (1, 0);
         }
-        items.div_ceil(work.multiprocessors) * cycles.checked_div(items).unwrap_or(0)
+        let split = |parts: usize| {
+            let rounds = (tiles * parts).div_ceil(multiprocessors);
+            // Parts are computed by the exact softmax, in order; each is written, and all of a query tile are read by one block.
+            let a_part = Self::item_cycles(steps.div_ceil(parts)) * 9 / 8 + 5000;
+            (parts, LAUNCH_CYCLES + rounds * a_part + parts * 2500)
+        };
+        let most = (steps / STEPS_OF_A_PART).clamp(1, MAX_PARTS);
+        let whole = (1, Self::item_cycles(steps));
+        (2..=most).map(split).chain([whole]).min_by_key(|&(_, cycles)| cycles).unwrap_or(whole)
+    }
+
+    /// How the query tiles of a launch are shared out. `fewest_steps` is the number of key tiles of the item with the fewest, 0 to
+    /// split none.
+    pub fn split(items: usize, fewest_steps: usize, multiprocessors: usize) -> Split {
+        let tail = items % multiprocessors;
+        match Self::last_wave(tail, fewest_steps, multiprocessors) {
+            (1, _) => Split::none(items),
+            (parts, _) => Split { from: items - tail, parts, items },
+        }
+    }
+
+    /// What a part of a query tile leaves for the others: f32 sums of the output, and a maximum and a sum for each of two rows in each
+    /// of a lane's four columns.
+    pub const fn part_bytes(self) -> u64 {
+        (self.warpgroups * WARPGROUP_THREADS) as u64 * (self.width as u64 / 8 + 1) * 16
+    }
+
+    /// Counts of the parts of a query tile, one a warpgroup.
+    pub const fn part_count_bytes(self) -> u64 {
+        self.warpgroups as u64 * 4
     }
 
     /// The end of the kernel's name.
@@ -193,7 +247,7 @@ const _: () = {
         let tile = TILES_SM90[i];
         assert!(tile.shared_bytes() <= MAX_SHARED_BYTES_SM90);
         assert!(tile.keys.is_multiple_of(crate::meta::GROUP_ROWS as u32));
-        assert!(i == 0 || TILES_SM90[i - 1].width <= tile.width);
+        assert!(i == 0 || TILES_SM90[i - 1].width < tile.width);
         i += 1;
     }
     assert!(TILES_SM90[COUNT_SM90 - 1].width as usize == crate::problem::MAX_HEAD_DIM);
@@ -376,22 +430,9 @@ mod tests {
         assert_eq!(Tile::of(64).map(|tile| tile.width), Some(64));
         assert_eq!(Tile::of(72).map(|tile| tile.width), Some(96));
         assert_eq!(Tile::of(264), None);
-        let work = WorkSm90 { lengths: [(4133, 4133)].into_iter(), heads: 24, multiprocessors: 132 };
-        assert_eq!(TileSm90::of(8, &work).map(|tile| tile.width), Some(64));
-        assert_eq!(TileSm90::of(72, &work).map(|tile| tile.width), Some(96));
-        assert_eq!(TileSm90::of(264, &work), None);
-    }
-
-    /// The two shapes of 128, as measured: long sequences, and a few waves of short ones.
-    #[test]
-    fn a_last_wave_that_is_half_empty_decides() {
-        let name = |image: usize| {
-            let lengths = [12, 37, 80, 211, 256, 5, 150, 64].map(|text| (text + image, text + image));
-            let work = WorkSm90 { lengths: lengths.into_iter(), heads: 24, multiprocessors: 132 };
-            TileSm90::of(128, &work).map(TileSm90::name)
-        };
-        assert_eq!(name(4096).as_deref(), Some("d128_w3"));
-        assert_eq!(name(1024).as_deref(), Some("d128_w2"));
+        assert_eq!(TileSm90::of(8).map(|tile| tile.width), Some(64));
+        assert_eq!(TileSm90::of(72).map(|tile| tile.width), Some(96));
+        assert_eq!(TileSm90::of(264), None);
     }
 
     #[test]
@@ -416,8 +457,7 @@ mod tests {
 
     #[test]
     fn lists_of_sm90_are_those_of_its_own_shapes() {
-        let work = WorkSm90 { lengths: [(4133, 4133)].into_iter(), heads: 24, multiprocessors: 132 };
-        let tile = TileSm90::of(128, &work);
+        let tile = TileSm90::of(128);
         let by_lists = tile.map(ListTile::Sm90);
         assert_eq!(by_lists.map(ListTile::rows), tile.map(TileSm90::rows));
         assert_eq!(by_lists.map(ListTile::threads), tile.map(TileSm90::threads));

@@ -25,6 +25,7 @@ mod head_dims;
 mod large;
 mod layouts;
 mod limits;
+mod long_keys;
 #[cfg(feature = "wgpu")]
 mod long_work;
 mod masks;
@@ -64,6 +65,7 @@ pub fn run(choice: DeviceChoice, own: fn(&mut Trials)) -> ExitCode {
             device_meta::register,
             shapes::register,
             layouts::register,
+            long_keys::register,
             numerics::register,
             bias::register,
             dense::register,

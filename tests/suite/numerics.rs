@@ -12,6 +12,7 @@ pub fn register(trials: &mut Trials) {
     trials.each_path("numerics/softmax_scales", softmax_scales);
     trials.each_path("numerics/large_scores", large_scores);
     trials.each_path("numerics/largest_values", largest_values);
+    trials.each_path("numerics/scores_far_apart", scores_far_apart);
     trials.each_path("numerics/smallest_values", smallest_values);
     trials.each_path("numerics/equal_scores", equal_scores);
     trials.each_path("numerics/growing_scores", growing_scores);
@@ -74,6 +75,35 @@ fn largest_values(variant: &Variant) -> Result<()> {
         call.check_by(variant, Rules::fixed_only(variant.dtype, atol)).with_context(|| format!("{scale:?}"))?;
     }
     Ok(())
+}
+
+/// Scores of 2^31 and -2^31 beside ordinary ones, in stretches of keys: what one stretch of keys leaves may be far out of what the next
+/// one's is counted in. The second batch row has no keys but those of the first stretch.
+fn scores_far_apart(variant: &Variant) -> Result<()> {
+    let shape = OracleShape { batch: 2, seq_q: 150, seq_k: 400, heads: 2, kv_heads: 2, head_dim: 64 };
+    let query = (0..2 * 150).map(|at| at % 7 != 3).collect();
+    let key = (0..2 * 400).map(|at| at % 5 != 2 && (at < 400 || at % 400 < 64)).collect();
+    let mut call = Call::random(shape, Mask::Cross { query, key }, variant.dtype, 9);
+    let row = 2 * 64;
+    let largest = 57344.0;
+    for (at, value) in call.values[1].iter_mut().enumerate() {
+        let key = at / row % 400;
+        if at % 64 == 0 {
+            *value = if key / 64 % 2 == 0 { -largest } else { 0.0 };
+        }
+    }
+    for (at, value) in call.values[0].iter_mut().enumerate() {
+        let factor = [largest, -largest, 0.0][at / row % 150 % 3];
+        // A score of 2^31 leaves no bits for anything beside it.
+        *value = if at % 64 == 0 {
+            factor
+        } else if factor == 0.0 {
+            *value
+        } else {
+            0.0
+        };
+    }
+    call.check_by(variant, Rules::fixed_only(variant.dtype, 1e-3))
 }
 
 /// Tiny q and k, whose scores are all but equal, and values at the bottom of the normal range.

@@ -29,6 +29,7 @@ pub fn register(trials: &mut Trials) {
     trials.each_kernel("varlen_attention/separate_lengths", separate_lengths);
     trials.each_kernel("varlen_attention/empty_sequences", empty_sequences);
     trials.each_kernel("varlen_attention/lengths_around_tiles", lengths_around_tiles);
+    trials.each_kernel("varlen_attention/few_queries_and_many_keys", few_queries_and_many_keys);
     trials.each_kernel("varlen_attention/many_sequences", many_sequences);
     trials.each_kernel("varlen_attention/softmax_scales", softmax_scales);
     trials.each_kernel("varlen_attention/strided_views", strided_views);
@@ -431,6 +432,14 @@ fn lengths_around_tiles(variant: &Variant) -> Result<()> {
     let backwards: Vec<usize> = LENGTHS.into_iter().rev().collect();
     for (queries, keys) in [(&LENGTHS[..], &LENGTHS[..]), (&LENGTHS, &backwards)] {
         Packed::random(variant.dtype, [2, 2, 48], queries, keys).check(variant)?;
+    }
+    Ok(())
+}
+
+/// A device may share the keys of a query out.
+fn few_queries_and_many_keys(variant: &Variant) -> Result<()> {
+    for sizes in [[4, 2, 64], [2, 2, 128]] {
+        Packed::random(variant.dtype, sizes, &[100, 3], &[1500, 1700]).check(variant)?;
     }
     Ok(())
 }

@@ -1,4 +1,5 @@
-// Registers and barriers of warpgroups: four warps each (PTX ISA, "setmaxnreg" and "bar").
+// Registers and barriers of warpgroups: four warps each (PTX ISA, "setmaxnreg" and "bar"); and what is the same for all lanes of a warp
+// ("redux").
 #pragma once
 #include <cstdint>
 
@@ -18,6 +19,14 @@ __device__ inline void take_registers() {
 #ifndef VARLEN_FA_EMULATE_TCGEN05
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
 #endif
+}
+
+// What all lanes hold, as a value that the compiler knows to be the same for all of them. It keeps what is computed from such values
+// alone in uniform registers, which wgmma takes its descriptors from, as long as every loop around it ends for all lanes at once: one
+// that waits for a barrier whose address it does not know to be uniform may not.
+template <typename T>
+__device__ inline T uniform(T value) {
+    return __reduce_max_sync(0xffffffff, value);
 }
 
 // Named barriers: `threads` of those that arrive and those that wait open it.
