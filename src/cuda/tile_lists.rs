@@ -202,6 +202,10 @@ mod tests {
                 }
             }
             for row in &lists.batches {
+                let first = row.first_key_tile as usize;
+                let entries = &lists.key_tiles[first..first + row.key_tiles as usize];
+                let (masked, full) = entries.split_at(row.masked_key_tiles as usize);
+                assert!(masked.iter().all(|&entry| entry < 0) && full.iter().all(|&entry| entry >= 0));
                 let batch = row.batch as usize;
                 for (at, (times, is_full)) in keys(&lists, row, seq, tile).into_iter().enumerate() {
                     assert!(times <= 1 && (times == 1 || !mask.keeps(batch, at)), "row {batch}, key {at}");

@@ -436,6 +436,22 @@ mod tests {
     }
 
     #[test]
+    fn a_last_wave_that_leaves_multiprocessors_idle_is_split() {
+        let split = |items, fewest_steps| TileSm90::split(items, fewest_steps, 132);
+        // Twelve query tiles after nine waves.
+        let Split { from, parts, items } = split(1200, 20);
+        assert_eq!((from, items), (1188, 1200));
+        assert!((2..=MAX_PARTS).contains(&parts) && 12 * parts <= 132, "{parts} parts");
+        let few = split(3, 100);
+        assert_eq!((few.from, few.parts, few.part_items(), few.work_items()), (0, MAX_PARTS, 24, 24));
+        // Whole waves; nearly whole ones; too few keys; keys that the host does not know; nothing.
+        for (items, steps) in [(792, 26), (131, 100), (12, 3), (12, 0), (0, 0)] {
+            assert_eq!(split(items, steps), Split::none(items), "{items} items of {steps} key tiles");
+            assert_eq!((split(items, steps).part_items(), split(items, steps).work_items()), (0, items));
+        }
+    }
+
+    #[test]
     fn every_head_dim_that_sm100_has_is_in_the_narrowest_tile() {
         for (head_dim, width) in [(8, 64), (64, 64), (72, 96), (96, 96), (104, 128), (128, 128)] {
             assert_eq!(TileSm100::of(head_dim).map(|tile| tile.width), Some(width), "{head_dim}");
