@@ -12,10 +12,10 @@ use crate::table;
 /// that is a defect.
 const HOT_SPILL_BYTES: u32 = 48;
 
-/// The same for kernels whose three computing warpgroups leave 160 registers to a thread: measured faster all the same than two
-/// warpgroups that spill nothing, at the head dimensions that have them.
-const THREE_WARPGROUPS: &str = "_w3";
-const THREE_WARPGROUPS_SPILL_BYTES: u32 = 152;
+/// The same for kernels that hold more than their hot loop: the sm90 kernel's exact softmax and sums of parts are in it too, and what a
+/// query tile needs at its end is put aside while its loop runs. The loop itself has no spills (docs/PERFORMANCE.md).
+const WITH_RARE_PATHS: &str = "attention_sm90_";
+const WITH_RARE_PATHS_SPILL_BYTES: u32 = 176;
 
 /// Ends the names of kernels off the hot path, which may spill.
 const MASKED: &str = "_masked";
@@ -35,8 +35,8 @@ pub struct Usage {
 impl Usage {
     /// The kernel is on the hot path and spills more than it may.
     pub fn is_defect(&self) -> bool {
-        let three = self.kernel.ends_with(THREE_WARPGROUPS);
-        let allowed = if three { THREE_WARPGROUPS_SPILL_BYTES } else { HOT_SPILL_BYTES };
+        let has_rare_paths = self.kernel.starts_with(WITH_RARE_PATHS);
+        let allowed = if has_rare_paths { WITH_RARE_PATHS_SPILL_BYTES } else { HOT_SPILL_BYTES };
         !self.kernel.ends_with(MASKED) && self.spill_store_bytes.max(self.spill_load_bytes) > allowed
     }
 

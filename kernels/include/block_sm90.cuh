@@ -1,0 +1,110 @@
+// A block of the sm90 kernel: its warps, its shared memory, and what its producer tells its consumers.
+#pragma once
+#include "params_sm90.cuh"
+#include "ptx/warpgroup.cuh"
+#include "shared_tile.cuh"
+#include "tile_shape_sm90.cuh"
+
+namespace sm90 {
+
+constexpr int WARPGROUP = 128;
+constexpr int STAGES = 2;
+
+// Named barriers. Those of a warpgroup are as many as there are warpgroups at most.
+constexpr int BARRIER_TURN = 1;
+constexpr int BARRIER_WARPGROUP = 4;
+constexpr int BARRIER_END = 7;
+
+// What consumers know of a query tile.
+struct TileRows {
+    // Negative where nothing is left to do. The first are masked; one at least, if there is one.
+    int32_t key_tiles;
+    int32_t masked_tiles;
+    int32_t batch;
+    int32_t head;
+    // Padded tensors: rows past the end are clipped by the copy engine.
+    int32_t clips;
+    // Of the parts of query tiles, all in a row, the one that this is; negative for a query tile with all its keys.
+    int32_t part;
+    // Of each 16 rows, one warp's: the first, how many are the tile's, and which of them are kept.
+    struct Group {
+        int32_t first_row;
+        int32_t rows;
+        uint32_t kept;
+    } groups[12];
+};
+
+// What consumers know of a key tile.
+struct TileKeys {
+    // Rows of V that are not kept have to be zeroed.
+    uint32_t mended;
+    // For the masked tiles.
+    uint32_t kept[6];
+};
+
+template <typename T_, int D_, int WARPGROUPS_, int TILE_N_, int QUERY_TILES_>
+struct Shape {
+    using T = T_;
+    static constexpr int D = D_;
+    static constexpr int WARPGROUPS = WARPGROUPS_;
+    static constexpr int TILE_M = WARPGROUPS * 64;
+    static constexpr int TILE_N = TILE_N_;
+    static constexpr int THREADS = (WARPGROUPS + 1) * WARPGROUP;
+    static constexpr int CONSUMER_WARPS = WARPGROUPS * 4;
+    static constexpr int QUERY_TILES = QUERY_TILES_;
+    // For the product, before exponentials are computed; they would run beside it, but registers are too few.
+    static constexpr bool WAITS_EARLY = D == 256;
+    static constexpr int PRODUCER_REGISTERS = WARPGROUPS == 2 ? 40 : 32;
+    static constexpr int CONSUMER_REGISTERS = WARPGROUPS == 2 ? 232 : 160;
+
+    using TileQ = SharedTile<TILE_M, D>;
+    using TileKV = SharedTile<TILE_N, D>;
+    static constexpr int PANEL = TileQ::PANEL;
+    static constexpr int PANELS = D / PANEL;
+    static constexpr int ROW_BYTES = PANEL * 2;
+    static constexpr int Q = 0;
+    static constexpr int K = Q + QUERY_TILES * TileQ::BYTES;
+    static constexpr int V = K + STAGES * TileKV::BYTES;
+    static constexpr int ROWS_INFO = V + STAGES * TileKV::BYTES;
+    static constexpr int KEYS_INFO = ROWS_INFO + 2 * sizeof(TileRows);
+    static constexpr int BARRIERS = KEYS_INFO + STAGES * sizeof(TileKeys);
+    static constexpr int FULL_Q = BARRIERS;
+    static constexpr int EMPTY_Q = FULL_Q + 8 * QUERY_TILES * WARPGROUPS;
+    static constexpr int FULL_K = EMPTY_Q + 8 * QUERY_TILES * WARPGROUPS;
+    static constexpr int EMPTY_K = FULL_K + 8 * STAGES;
+    static constexpr int FULL_V = EMPTY_K + 8 * STAGES;
+    static constexpr int EMPTY_V = FULL_V + 8 * STAGES;
+    // Copied but not yet zeroed where it has to be.
+    static constexpr int RAW_V = EMPTY_V + 8 * STAGES;
+    // Whether the block has to start again, and for each warpgroup, how many parts of its query tile were done before.
+    static constexpr int LEFT_RANGE = RAW_V + 8 * STAGES;
+    static constexpr int PARTS_DONE = LEFT_RANGE + 4;
+    static constexpr int BYTES = PARTS_DONE + 4 * WARPGROUPS;
+    // What the host asks for: the tiles and 1 KiB.
+    static_assert(BYTES <= ROWS_INFO + 1024 && ROWS_INFO + 1024 <= 227 * 1024);
+    static_assert(TILE_N % 16 == 0 && TILE_N <= 192 && TILE_M <= 192);
+
+    // Where the query tile of a work lies, and what belongs to it for each warpgroup.
+    __device__ static int query_tile(int works) { return Q + works % QUERY_TILES * TileQ::BYTES; }
+    __device__ static int full_q(int works, int warpgroup) { return FULL_Q + 8 * (works % QUERY_TILES * WARPGROUPS + warpgroup); }
+    __device__ static int empty_q(int works, int warpgroup) { return EMPTY_Q + 8 * (works % QUERY_TILES * WARPGROUPS + warpgroup); }
+    // Of the phase in which that work's queries are there; those before have been given back at the end of the other one.
+    __device__ static uint32_t parity_q(int works) { return works / QUERY_TILES % 2; }
+};
+
+// The position of a tile in the ring of stages.
+struct Turn {
+    uint32_t count = 0;
+    __device__ int stage() const { return count % STAGES; }
+    __device__ uint32_t parity() const { return count / STAGES % 2; }
+};
+
+// Called at the end of all query tiles by the consumers and by the producer's warps that follow them: whether scores left the range of
+// `WarpgroupSoftmax`, so that every tile is computed again.
+template <typename S>
+__device__ inline bool starts_again(const AttentionParamsSm90& params, unsigned char* shared) {
+    ptx::barrier_sync(BARRIER_END, S::WARPGROUPS * WARPGROUP + (params.form == FORM_DENSE ? 32 : 64));
+    return ptx::uniform(*reinterpret_cast<volatile uint32_t*>(shared + S::LEFT_RANGE)) != 0;
+}
+
+}  // namespace sm90
