@@ -37,9 +37,6 @@ const STAGED_STRIDE: u32 = DIM / 4u + 2u;
 const PROBS_STRIDE: u32 = TILE_KEYS / 4u + 2u;
 const SCORES_STRIDE: u32 = TILE_KEYS / 4u + LANES;
 const VALUES: u32 = TILE_KEYS * STAGED_STRIDE;
-// Bits of `kept` when all keys are.
-const ALL_LOW: u32 = 0xffffffffu >> (32u - min(TILE_KEYS, 32u));
-const ALL_HIGH: u32 = select(0u, 0xffffffffu, TILE_KEYS > 32u);
 // Below any score: masked scores take it. The lowest biases come close to it.
 const LOWEST: f32 = -3.4028234e38;
 // A row's largest weight is 2^7 when its base is set and never above 2^15, so that weights down to 2^-31 of the largest count.
@@ -71,29 +68,6 @@ fn factor_for(magnitude: u32) -> f32 {
 // 1 over a power of two.
 fn inverse(factor: f32) -> f32 {
     return bitcast<f32>(0x7f000000u - bitcast<u32>(factor));
-}
-
-// Which keys of a step are kept: 64 at most.
-fn kept_in(tile: Tile, first_key: u32) -> vec2<u32> {
-    var kept = vec2<u32>(kept_keys(tile, first_key & ~31u) >> (first_key & 31u), 0u);
-    if TILE_KEYS > 32u {
-        kept.y = kept_keys(tile, first_key + 32u);
-    }
-    return kept & vec2<u32>(ALL_LOW, ALL_HIGH);
-}
-
-fn is_kept(kept: vec2<u32>, key: u32) -> bool {
-    let bits = select(kept.x, kept.y, TILE_KEYS > 32u && key >= 32u);
-    return ((bits >> (key & 31u)) & 1u) == 1u;
-}
-
-// The first step from `first_key` on that has a kept key, or the tile's end.
-fn next_step(tile: Tile, first_key: u32) -> u32 {
-    var at = first_key;
-    while at < tile.keys && all(kept_in(tile, at) == vec2<u32>(0u)) {
-        at += TILE_KEYS;
-    }
-    return at;
 }
 
 // Word i of a step's keys or values. Dropped keys are zeros: what their rows hold must not matter, and 0 · NaN is NaN. Some row of

@@ -30,17 +30,6 @@ fn key_row(tile: Tile, key: u32) -> u32 {
     return key;
 }
 
-fn key_is_kept(tile: Tile, key: u32) -> bool {
-    if key >= tile.keys {
-        return false;
-    }
-    if KEY_MASK {
-        let word = key_bits[(params.batch_base + tile.batch) * params.key_words + (key >> 5u)];
-        return ((word >> (key & 31u)) & 1u) == 1u;
-    }
-    return true;
-}
-
 // Which of 32 keys are kept, the first in the lowest bit. `first_key` is a multiple of 32.
 fn kept_keys(tile: Tile, first_key: u32) -> u32 {
     if first_key >= tile.keys {

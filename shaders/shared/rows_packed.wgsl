@@ -33,10 +33,6 @@ fn key_row(tile: Tile, key: u32) -> u32 {
     return key;
 }
 
-fn key_is_kept(tile: Tile, key: u32) -> bool {
-    return key < tile.keys;
-}
-
 // Which of 32 keys are kept, the first in the lowest bit. `first_key` is a multiple of 32.
 fn kept_keys(tile: Tile, first_key: u32) -> u32 {
     if first_key >= tile.keys {

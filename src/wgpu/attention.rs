@@ -73,7 +73,7 @@ impl WgpuDevice {
         let mut bound = vec![q, k, v, out];
         bound.extend(bias);
         let algorithm = self.algorithm(attention);
-        let tile_rows = algorithm.tile_rows();
+        let tile_rows = algorithm.tile_rows(shape.head_dim);
         let tiles = shape.seq_q.div_ceil(tile_rows);
         if tiles > MAX_GROUPS {
             let (limit_name, limit) =
@@ -149,7 +149,7 @@ impl WgpuDevice {
         let [q, k, v, out] = self.operands(attention, Rows::Padded, Rows::Padded)?;
         let (query_tokens, key_tokens) = (self.token_lists(query)?, self.token_lists(key)?);
         let algorithm = self.algorithm(attention);
-        let tiles = self.fused_tiles(query, algorithm.tile_rows())?;
+        let tiles = self.fused_tiles(query, algorithm.tile_rows(shape.head_dim))?;
         let list_bytes = |range: &Range<usize>| {
             let lists = [query_tokens.bytes(range), key_tokens.bytes(range), tiles.bytes(range)];
             lists.into_iter().map(|bytes| bytes.end - bytes.start + BINDING_ALIGNMENT).max().unwrap_or(0)
@@ -241,7 +241,7 @@ impl WgpuDevice {
     ) -> Result<()> {
         let shape = attention.problem.shape;
         let algorithm = self.algorithm(attention);
-        let tiles = self.tiles(sequences.query, algorithm.tile_rows())?;
+        let tiles = self.tiles(sequences.query, algorithm.tile_rows(shape.head_dim))?;
         let of_range = tiles.of(&sequences.range);
         if of_range.is_empty() {
             return Ok(());
@@ -352,7 +352,7 @@ fn row_operations(keys: usize, head_dim: usize) -> u64 {
 
 /// The most that one workgroup has.
 fn group_operations(algorithm: Algorithm, keys: usize, head_dim: usize) -> u64 {
-    row_operations(keys, head_dim).saturating_mul(algorithm.tile_rows() as u64)
+    row_operations(keys, head_dim).saturating_mul(algorithm.tile_rows(head_dim) as u64)
 }
 
 /// Rows of the longest sequence of a range.
@@ -363,7 +363,8 @@ fn longest(cu_seqlens: &CuSeqlens, range: &Range<usize>) -> usize {
 impl Work {
     /// The work of a call, were it one launch.
     fn of(attention: &Attention<'_>, algorithm: Algorithm) -> Self {
-        let (shape, tile_rows) = (attention.problem.shape, algorithm.tile_rows());
+        let shape = attention.problem.shape;
+        let tile_rows = algorithm.tile_rows(shape.head_dim);
         let of_sequence = |queries: usize, keys: usize| {
             let row = row_operations(keys, shape.head_dim).saturating_mul(shape.num_heads as u64);
             let tiles = queries.div_ceil(tile_rows) as u64;

@@ -252,8 +252,8 @@ impl Backend for WgpuDevice {
         for head_dim in (HEAD_DIM_STEP..=MAX_HEAD_DIM).step_by(HEAD_DIM_STEP) {
             let coop = self.coop.map(|coop| Algorithm::Coop(coop.tile(head_dim)));
             for algorithm in coop.into_iter().chain([Algorithm::Portable]) {
-                self.tiles(meta.cu_seqlens(), algorithm.tile_rows())?;
-                self.fused_tiles(meta, algorithm.tile_rows())?;
+                self.tiles(meta.cu_seqlens(), algorithm.tile_rows(head_dim))?;
+                self.fused_tiles(meta, algorithm.tile_rows(head_dim))?;
             }
         }
         // What dense paths use instead.

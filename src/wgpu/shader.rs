@@ -98,11 +98,68 @@ pub(super) enum Algorithm {
 
 impl Algorithm {
     /// Query rows of a workgroup.
-    pub fn tile_rows(self) -> usize {
+    pub fn tile_rows(self, head_dim: usize) -> usize {
         match self {
-            Self::Portable => 64,
+            Self::Portable => PortableTile::of(head_dim).tile_rows() as usize,
             Self::Coop(tile) => tile.rows(),
         }
+    }
+}
+
+/// How the portable kernel splits a tile over its invocations: 8 row groups of 16 lanes.
+#[derive(Debug, Clone, Copy)]
+struct PortableTile {
+    /// Rows of an invocation.
+    rows: u32,
+    /// Its vectors of four columns in a block of the output's columns.
+    vecs: u32,
+    /// Blocks of columns.
+    blocks: u32,
+    /// Whether chunks are fetched into registers a step ahead.
+    fetches_ahead: bool,
+}
+
+impl PortableTile {
+    /// Keys of a step.
+    const KEYS: u32 = 64;
+
+    /// Scores and output of an invocation take 48 to 96 registers. Whether words are fetched ahead is what was faster
+    /// (docs/PERFORMANCE.md).
+    const fn of(head_dim: usize) -> Self {
+        let vecs = if head_dim <= 64 { 1 } else { 2 };
+        Self {
+            rows: if head_dim <= 128 { 8 } else { 4 },
+            vecs,
+            blocks: (head_dim as u32).div_ceil(64 * vecs),
+            fetches_ahead: head_dim > 64,
+        }
+    }
+
+    const fn tile_rows(self) -> u32 {
+        8 * self.rows
+    }
+
+    /// Bounds of the loops that are written out, by their names in `attention.wgsl`.
+    fn unrolled_loops(self, dtype: DType, head_dim: usize) -> Vec<(&'static str, u32)> {
+        let vecs_per_word = 4 / dtype.size() as u32;
+        // Rows whose part of a chunk all 128 invocations fetch at once: 8 vectors of each.
+        let fetched_rows = 16 * vecs_per_word;
+        let mut loops = vec![
+            ("ROWS", self.rows),
+            ("ROW_QUADS", self.rows / 4),
+            ("QUAD", 4),
+            ("VECS", self.vecs),
+            ("BLOCKS", self.blocks),
+            ("VECS_PER_WORD", vecs_per_word),
+            ("Q_FETCHES", self.tile_rows() / fetched_rows),
+            ("K_FETCHES", Self::KEYS / fetched_rows),
+            ("V_FETCHES", 4 / vecs_per_word),
+        ];
+        // All chunks have all their columns.
+        if head_dim > 64 && head_dim.is_multiple_of(32) {
+            loops.push(("columns", 8));
+        }
+        loops
     }
 }
 
@@ -186,9 +243,21 @@ impl Shader {
             source.push_str(snippet);
         }
         match self.algorithm() {
+            Some(Algorithm::Portable) => unrolled(&source, &self.portable_loops()),
             // Devices with matrices of 8 are processors, which take seconds to compile loops written out.
             Some(Algorithm::Coop(tile)) if tile.shape > 8 => unrolled(&source, &self.unrolled_loops(tile)),
             _ => source,
+        }
+    }
+
+    fn portable_loops(self) -> Vec<(&'static str, u32)> {
+        match self {
+            Self::AttentionDense { dtype, head_dim, .. }
+            | Self::AttentionPacked { dtype, head_dim, .. }
+            | Self::AttentionFused { dtype, head_dim, .. } => {
+                PortableTile::of(head_dim).unrolled_loops(dtype, head_dim)
+            }
+            _ => Vec::new(),
         }
     }
 
@@ -222,6 +291,16 @@ impl Shader {
         }
     }
 
+    /// The head dimension of attention, 0 for what moves rows.
+    fn head_dim(self) -> usize {
+        match self {
+            Self::AttentionDense { head_dim, .. }
+            | Self::AttentionPacked { head_dim, .. }
+            | Self::AttentionFused { head_dim, .. } => head_dim,
+            _ => 0,
+        }
+    }
+
     /// Constants rather than overrides: they size private arrays, and branches on them must vanish before translation.
     fn constants(self) -> Vec<(&'static str, String)> {
         let mut constants = match self {
@@ -242,7 +321,14 @@ impl Shader {
         match self.algorithm() {
             None => (),
             Some(Algorithm::Portable) => {
-                constants.extend([("TILE_ROWS", "64u".to_owned()), ("TILE_KEYS", "32u".to_owned())]);
+                let tile = PortableTile::of(self.head_dim());
+                constants.extend([
+                    ("ROWS", format!("{}u", tile.rows)),
+                    ("VECS", format!("{}u", tile.vecs)),
+                    ("AHEAD", tile.fetches_ahead.to_string()),
+                    ("TILE_ROWS", format!("{}u", tile.tile_rows())),
+                    ("TILE_KEYS", format!("{}u", PortableTile::KEYS)),
+                ]);
             }
             Some(Algorithm::Coop(tile)) => {
                 constants.extend([
@@ -299,6 +385,7 @@ fn attention(algorithm: Algorithm, dtype: DType, rows: &[&'static str]) -> Vec<&
         include_str!("../../shaders/shared/tile.wgsl"),
     ];
     snippets.extend(rows);
+    snippets.push(include_str!("../../shaders/shared/kept.wgsl"));
     match algorithm {
         Algorithm::Portable => snippets.push(include_str!("../../shaders/attention.wgsl")),
         Algorithm::Coop(tile) => snippets.extend([
@@ -385,6 +472,12 @@ mod tests {
         let are_of_8 =
             marked.iter().all(|shader| matches!(shader.algorithm(), Some(Algorithm::Coop(t)) if t.shape == 8));
         assert!(are_of_8, "{marked:?}");
+        // Of the portable kernel's, that over the columns of a chunk alone stays a loop, where the last chunk is not full.
+        for shader in every_variant() {
+            let source = shader.source();
+            let mut left = source.lines().filter(|line| line.ends_with("// unroll"));
+            assert!(left.all(|line| line.contains("column < columns")), "{shader:?}");
+        }
     }
 
     fn every_variant() -> Vec<Shader> {

@@ -1,11 +1,11 @@
 //! Workloads that have a name.
 
-/// Names and the SPECs they stand for: five that were measured against other libraries on one H200, and two of a
-/// size for a CPU.
+/// Names and the SPECs they stand for: five that were measured against other libraries on one H200, a
+/// long sequence of one batch row, and two of a size for a CPU.
 ///
 /// The `prefix` lengths are those of the measured runs: PyTorch's `randint(256, 1793, (16,))` and `randint(16, 513, (64,))`
 /// on its CPU generator with seed 0. Their means are 0.499 and 0.477 of the sequence.
-pub const NAMED: [(&str, &str); 7] = [
+pub const NAMED: [(&str, &str); 8] = [
     ("joint-1024-b1", "joint:text=512:image=4096:valid=37:heads=24:dim=128"),
     ("joint-1024-b8", "joint:text=256:image=4096:valid=12,37,80,211,256,5,150,64:heads=24:dim=128"),
     ("joint-512-b8", "joint:text=256:image=1024:valid=12,37,80,211,256,5,150,64:heads=24:dim=128"),
@@ -19,6 +19,7 @@ pub const NAMED: [(&str, &str); 7] = [
          195,347,97,440,206,124,199,111,353,114,48,168,474,188,327,158,101,125,321,16,380,399,302,335,294,104,104,343,\
          36,55,173,49,502,175,122,412,249,102,411,74,162,354:heads=12:dim=64",
     ),
+    ("square-16384", "prefix:len=16384:valid=16320:heads=24:dim=128"),
     ("joint-small", "joint:text=64:image=256:valid=20,48,5,64:heads=8:dim=64"),
     ("prefix-half", "prefix:len=512:valid=96,192,320,416:heads=8:dim=64"),
 ];
@@ -37,6 +38,7 @@ mod tests {
             ("joint-512-b8", 8, 1280, 24, 128, 0.88),
             ("prefix-2048-b16", 16, 2048, 24, 128, 0.50),
             ("prefix-512-b64", 64, 512, 12, 64, 0.48),
+            ("square-16384", 1, 16384, 24, 128, 1.00),
             ("joint-small", 4, 320, 8, 64, 0.91),
             ("prefix-half", 4, 512, 8, 64, 0.50),
         ] {
