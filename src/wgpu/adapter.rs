@@ -5,10 +5,12 @@ use wgpu::{Backends, DeviceType, ExperimentalFeatures, Features, Limits};
 use crate::error::{Error, Result};
 
 use super::coop::{self, Coop};
+use super::launch::IMMEDIATE_BYTES;
 
 const CHOICE: &str = "wgpu";
 
-/// A device of the best adapter, with no optional feature but timestamps and what cooperative matrices need, where it has them.
+/// A device of the best adapter, with no optional feature but timestamps, immediates and what cooperative matrices need, where it has
+/// them.
 pub(super) async fn open(
     include_software: bool,
     max_binding_bytes: Option<u64>,
@@ -35,8 +37,12 @@ pub(super) async fn open(
         return Err(unavailable("only software adapters, which are slower than the CPU device".to_owned()));
     };
     let coop = Coop::of(&adapter);
-    let optional = if coop.is_some() { Features::TIMESTAMP_QUERY | coop::FEATURES } else { Features::TIMESTAMP_QUERY };
+    let mut optional = Features::TIMESTAMP_QUERY | Features::IMMEDIATES;
+    optional.set(coop::FEATURES, coop.is_some());
     let mut required_limits = limits(&adapter.limits(), max_binding_bytes);
+    if adapter.features().contains(Features::IMMEDIATES) {
+        required_limits.max_immediate_size = adapter.limits().max_immediate_size.min(IMMEDIATE_BYTES);
+    }
     if coop.is_some() {
         required_limits.max_compute_workgroup_storage_size = adapter.limits().max_compute_workgroup_storage_size;
     }

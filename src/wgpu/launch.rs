@@ -16,14 +16,17 @@ use super::buffer::Allocator;
 use super::fault::Faults;
 use super::launches::Launches;
 use super::pace::Pace;
+use super::params::AttentionParams;
 use super::placement::BINDING_ALIGNMENT;
 use super::recorder::{Dispatch, Recorder};
-use super::shader::Shader;
+use super::shader::{ParamsIn, Shader};
 use super::timer::Timer;
 use super::transfer;
 
 /// Uniform parameters lie this far apart: WebGPU's `min_uniform_buffer_offset_alignment`.
 const SLOT_BYTES: usize = 256;
+/// Immediates that every parameter struct fits into; some devices have fewer, which those of copies fit into.
+pub(super) const IMMEDIATE_BYTES: u32 = size_of::<AttentionParams>() as u32;
 const PARAMS_USAGE: BufferUsages = BufferUsages::UNIFORM.union(BufferUsages::COPY_DST);
 /// Launches that a buffer of parameters has room for at least.
 const MIN_SLOTS: usize = 16;
@@ -79,12 +82,14 @@ struct Pipeline {
 struct Bound {
     pipeline: Arc<Pipeline>,
     bind_group: wgpu::BindGroup,
+    /// None if they are in a buffer.
+    immediates: Option<Vec<u8>>,
     groups: [u32; 3],
 }
 
 fn dispatch(pass: &mut dyn Dispatch, launches: &[Bound]) {
-    for Bound { pipeline, bind_group, groups } in launches {
-        pass.dispatch(&pipeline.pipeline, bind_group, *groups);
+    for Bound { pipeline, bind_group, immediates, groups } in launches {
+        pass.dispatch(&pipeline.pipeline, bind_group, immediates.as_deref(), *groups);
     }
 }
 
@@ -94,6 +99,8 @@ pub(super) struct Launcher {
     device: wgpu::Device,
     queue: wgpu::Queue,
     faults: Arc<Faults>,
+    /// Immediates that a shader may have: 0 without the feature.
+    max_immediate_bytes: u32,
     pipelines: Mutex<HashMap<Shader, Arc<Pipeline>>>,
     /// Buffers of parameters whose launches are submitted: a later write to one comes after them.
     params_pool: Mutex<Vec<wgpu::Buffer>>,
@@ -101,10 +108,12 @@ pub(super) struct Launcher {
 
 impl Launcher {
     pub fn new(device: &wgpu::Device, queue: &wgpu::Queue, faults: &Arc<Faults>) -> Self {
+        let has_immediates = device.features().contains(wgpu::Features::IMMEDIATES);
         Self {
             device: device.clone(),
             queue: queue.clone(),
             faults: Arc::clone(faults),
+            max_immediate_bytes: if has_immediates { device.limits().max_immediate_size } else { 0 },
             pipelines: Mutex::default(),
             params_pool: Mutex::default(),
         }
@@ -125,8 +134,8 @@ impl Launcher {
             return Ok(());
         }
         let list = launches.as_slice();
-        let params = self.take_params(list.len(), allocator)?;
-        let bound = self.bind(list, &params, allocator)?;
+        let params = self.has_uniforms(list).then(|| self.take_params(list.len(), allocator)).transpose()?;
+        let bound = self.bind(list, params.as_ref(), allocator)?;
         log::debug!("submitting {} dispatches in {} command buffers", list.len(), submissions.len());
         let passes =
             submissions.into_iter().map(|range| Ok((range, timer.next_pass()?))).collect::<Result<Vec<_>>>()?;
@@ -142,11 +151,12 @@ impl Launcher {
                 self.queue.submit([encoder.finish()]);
             }
         })?;
-        let mut pool = self.params_pool.lock().unwrap_or_else(PoisonError::into_inner);
-        if pool.len() < PARAMS_POOL_LEN {
-            pool.push(params);
+        if let Some(params) = params {
+            let mut pool = self.params_pool.lock().unwrap_or_else(PoisonError::into_inner);
+            if pool.len() < PARAMS_POOL_LEN {
+                pool.push(params);
+            }
         }
-        drop(pool);
         self.faults.check()?;
         let telling = launches.main().filter(|&(shader, operations)| pace.is_telling(shader, operations));
         let Some((shader, operations)) = telling else { return Ok(()) };
@@ -156,18 +166,29 @@ impl Launcher {
     }
 
     /// Records launches in order. Nothing is recorded on an error. When, in which order and whether the recording is submitted
-    /// is the application's affair: its parameters lie in a buffer of their own, written before the next submission of any kind.
+    /// is the application's affair: its parameters lie in the recording, or in a buffer of their own that is written before the next
+    /// submission of any kind.
     pub fn record(&self, launches: &[Launch], allocator: &Allocator, recorder: Recorder<'_>) -> Result<()> {
         self.faults.check()?;
         if launches.is_empty() {
             return Ok(());
         }
         log::debug!("recording {} dispatches", launches.len());
-        let params = allocator.unproven("params", (launches.len() * SLOT_BYTES) as u64, PARAMS_USAGE)?;
-        let bound = self.bind(launches, &params, allocator)?;
+        let bytes = (launches.len() * SLOT_BYTES) as u64;
+        let buffer = || allocator.unproven("params", bytes, PARAMS_USAGE);
+        let params = self.has_uniforms(launches).then(buffer).transpose()?;
+        let bound = self.bind(launches, params.as_ref(), allocator)?;
         self.faults.capture("recording", 0, || {
             recorder.pass(|pass| dispatch(pass, &bound));
         })
+    }
+
+    fn params_in(&self, shader: Shader) -> ParamsIn {
+        if shader.params_bytes() <= self.max_immediate_bytes { ParamsIn::Immediates } else { ParamsIn::Uniform }
+    }
+
+    fn has_uniforms(&self, launches: &[Launch]) -> bool {
+        launches.iter().any(|launch| self.params_in(launch.shader) == ParamsIn::Uniform)
     }
 
     fn take_params(&self, launches: usize, allocator: &Allocator) -> Result<wgpu::Buffer> {
@@ -181,18 +202,23 @@ impl Launcher {
         allocator.unproven("params", bytes(launches.next_power_of_two().max(MIN_SLOTS)), PARAMS_USAGE)
     }
 
-    /// Compiles what is not compiled yet, has the parameters written before the next submission, and makes the bind groups.
-    fn bind(&self, launches: &[Launch], params: &wgpu::Buffer, allocator: &Allocator) -> Result<Vec<Bound>> {
+    /// Compiles what is not compiled yet, has the parameters written before the next submission if there is a buffer for them,
+    /// and makes the bind groups.
+    fn bind(&self, launches: &[Launch], params: Option<&wgpu::Buffer>, allocator: &Allocator) -> Result<Vec<Bound>> {
         let pipelines = launches.iter().map(|launch| self.pipeline(launch.shader)).collect::<Result<Vec<_>>>()?;
-        let mut slots = vec![0; launches.len() * SLOT_BYTES];
-        for (slot, launch) in slots.chunks_exact_mut(SLOT_BYTES).zip(launches) {
-            slot[..launch.params.len()].copy_from_slice(&launch.params);
+        if let Some(params) = params {
+            let mut slots = vec![0; launches.len() * SLOT_BYTES];
+            for (slot, launch) in slots.chunks_exact_mut(SLOT_BYTES).zip(launches) {
+                slot[..launch.params.len()].copy_from_slice(&launch.params);
+            }
+            transfer::write(&self.queue, &self.faults, params, 0..slots.len() as u64, &slots)?;
         }
-        transfer::write(&self.queue, &self.faults, params, 0..slots.len() as u64, &slots)?;
         let bound = self.faults.capture("binding buffers", 0, || {
             let bind = |(slot, (launch, pipeline)): (usize, (&Launch, Arc<Pipeline>))| {
-                let bind_group = self.bind_group(launch, &pipeline, params, slot);
-                Bound { pipeline, bind_group, groups: launch.groups }
+                let is_uniform = self.params_in(launch.shader) == ParamsIn::Uniform;
+                let bind_group = self.bind_group(launch, &pipeline, params.filter(|_| is_uniform), slot);
+                let immediates = (!is_uniform).then(|| launch.params.clone());
+                Bound { pipeline, bind_group, immediates, groups: launch.groups }
             };
             launches.iter().zip(pipelines).enumerate().map(bind).collect()
         });
@@ -211,18 +237,18 @@ impl Launcher {
         &self,
         launch: &Launch,
         pipeline: &Pipeline,
-        uniforms: &wgpu::Buffer,
+        params: Option<&wgpu::Buffer>,
         slot: usize,
     ) -> wgpu::BindGroup {
         let binding = |buffer, offset, size| {
             BindingResource::Buffer(BufferBinding { buffer, offset, size: std::num::NonZeroU64::new(size) })
         };
-        let params = binding(uniforms, (slot * SLOT_BYTES) as u64, SLOT_BYTES as u64);
+        let params = params.map(|buffer| (0, binding(buffer, (slot * SLOT_BYTES) as u64, SLOT_BYTES as u64)));
         let storage = launch.windows.iter().map(|window| binding(&window.buffer, window.offset, window.size));
-        let entries: Vec<_> = std::iter::once(params)
-            .chain(storage)
-            .enumerate()
-            .map(|(index, resource)| BindGroupEntry { binding: index as u32, resource })
+        let entries: Vec<_> = params
+            .into_iter()
+            .chain((1..).zip(storage))
+            .map(|(binding, resource)| BindGroupEntry { binding, resource })
             .collect();
         let layout = &pipeline.layout;
         self.device.create_bind_group(&wgpu::BindGroupDescriptor { label: None, layout, entries: &entries })
@@ -239,9 +265,11 @@ impl Launcher {
     }
 
     fn compile(&self, shader: Shader) -> Pipeline {
-        let name = shader.entry_point();
-        let descriptor =
-            wgpu::ShaderModuleDescriptor { label: Some(name), source: ShaderSource::Wgsl(shader.source().into()) };
+        let (name, params_in) = (shader.entry_point(), self.params_in(shader));
+        let descriptor = wgpu::ShaderModuleDescriptor {
+            label: Some(name),
+            source: ShaderSource::Wgsl(shader.source(params_in).into()),
+        };
         // Bounds checks and loop counters cost these kernels several times their run time: they keep loops from unrolling.
         let checks = ShaderRuntimeChecks { bounds_checks: false, force_loop_bounding: false, ..Default::default() };
         // SAFETY: without these checks a shader must stay inside its bindings and end its loops. The shaders are this crate's
@@ -253,25 +281,25 @@ impl Launcher {
         // the matrices that are loaded from workgroup arrays and stored to them, with their strides. Every loop counts up to a
         // bound that does not change in it.
         let module = unsafe { self.device.create_shader_module_trusted(descriptor, checks) };
-        let entry = |index: usize, ty| wgpu::BindGroupLayoutEntry {
-            binding: index as u32,
+        let entry = |(binding, ty)| wgpu::BindGroupLayoutEntry {
+            binding,
             visibility: ShaderStages::COMPUTE,
             ty: BindingType::Buffer { ty, has_dynamic_offset: false, min_binding_size: None },
             count: None,
         };
         let storage = shader.bindings().iter().map(|binding| BufferBindingType::Storage { read_only: !binding.writes });
-        let entries: Vec<_> = std::iter::once(BufferBindingType::Uniform)
-            .chain(storage)
-            .enumerate()
-            .map(|(index, ty)| entry(index, ty))
-            .collect();
+        let params = (params_in == ParamsIn::Uniform).then_some((0, BufferBindingType::Uniform));
+        let entries: Vec<_> = params.into_iter().chain((1..).zip(storage)).map(entry).collect();
         let layout = self
             .device
             .create_bind_group_layout(&wgpu::BindGroupLayoutDescriptor { label: Some(name), entries: &entries });
         let pipeline_layout = self.device.create_pipeline_layout(&wgpu::PipelineLayoutDescriptor {
             label: Some(name),
             bind_group_layouts: &[Some(&layout)],
-            immediate_size: 0,
+            immediate_size: match params_in {
+                ParamsIn::Uniform => 0,
+                ParamsIn::Immediates => shader.params_bytes(),
+            },
         });
         let pipeline = self.device.create_compute_pipeline(&wgpu::ComputePipelineDescriptor {
             label: Some(name),

@@ -5,8 +5,8 @@ use std::fmt;
 /// The application's command encoder or open compute pass, to record a call into.
 ///
 /// Made by `into()` from a `&mut wgpu::CommandEncoder`, in which the call becomes a compute pass of its own, or from a
-/// `&mut wgpu::ComputePass`, in which it becomes dispatches. A pass comes back with another pipeline and another bind group 0;
-/// its other bind groups stay set and do not matter to the call.
+/// `&mut wgpu::ComputePass`, in which it becomes dispatches. A pass comes back with another pipeline, another bind group 0 and, on a device
+/// with immediates, other immediates; its other bind groups stay set and do not matter to the call.
 pub struct Recorder<'a>(Target<'a>);
 
 enum Target<'a> {
@@ -51,12 +51,27 @@ impl Recorder<'_> {
 /// A compute pass of any lifetime.
 pub(super) trait Dispatch {
     /// One launch.
-    fn dispatch(&mut self, pipeline: &wgpu::ComputePipeline, bind_group: &wgpu::BindGroup, groups: [u32; 3]);
+    fn dispatch(
+        &mut self,
+        pipeline: &wgpu::ComputePipeline,
+        bind_group: &wgpu::BindGroup,
+        immediates: Option<&[u8]>,
+        groups: [u32; 3],
+    );
 }
 
 impl Dispatch for wgpu::ComputePass<'_> {
-    fn dispatch(&mut self, pipeline: &wgpu::ComputePipeline, bind_group: &wgpu::BindGroup, [x, y, z]: [u32; 3]) {
+    fn dispatch(
+        &mut self,
+        pipeline: &wgpu::ComputePipeline,
+        bind_group: &wgpu::BindGroup,
+        immediates: Option<&[u8]>,
+        [x, y, z]: [u32; 3],
+    ) {
         self.set_pipeline(pipeline);
+        if let Some(immediates) = immediates {
+            self.set_immediates(0, immediates);
+        }
         self.set_bind_group(0, bind_group, &[]);
         self.dispatch_workgroups(x, y, z);
     }

@@ -163,6 +163,24 @@ impl PortableTile {
     }
 }
 
+/// How a shader gets its parameters.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum ParamsIn {
+    /// A part of a buffer, at binding 0.
+    Uniform,
+    /// The command buffer, where the device has the feature: nothing is written to a buffer before a launch.
+    Immediates,
+}
+
+impl ParamsIn {
+    const fn declaration(self) -> &'static str {
+        match self {
+            Self::Uniform => "@group(0) @binding(0) var<uniform> params: Params;\n",
+            Self::Immediates => "var<immediate> params: Params;\n",
+        }
+    }
+}
+
 /// One compute pipeline.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) enum Shader {
@@ -205,6 +223,17 @@ impl Shader {
         }
     }
 
+    /// Size of the parameters.
+    pub const fn params_bytes(self) -> u32 {
+        let bytes = match self {
+            Self::AttentionDense { .. } | Self::AttentionPacked { .. } | Self::AttentionFused { .. } => {
+                size_of::<AttentionParams>()
+            }
+            Self::PackRows | Self::ScatterRows | Self::ZeroRows | Self::AlignRows { .. } => size_of::<CopyParams>(),
+        };
+        bytes as u32
+    }
+
     pub fn bindings(self) -> &'static [Binding] {
         match self {
             Self::AttentionDense { .. } => ATTENTION_DENSE,
@@ -218,7 +247,7 @@ impl Shader {
     }
 
     /// The whole WGSL text: parameters, bindings and constants, then the snippets in order.
-    pub fn source(self) -> String {
+    pub fn source(self, params: ParamsIn) -> String {
         let mut source = String::new();
         if let Some(Algorithm::Coop(_)) = self.algorithm() {
             source.push_str("enable f16;\nenable wgpu_cooperative_matrix;\n");
@@ -229,7 +258,7 @@ impl Shader {
             }
             _ => CopyParams::WGSL,
         });
-        source.push_str("@group(0) @binding(0) var<uniform> params: Params;\n");
+        source.push_str(params.declaration());
         for (index, Binding { name, element, writes }) in self.bindings().iter().enumerate() {
             let (slot, access) = (index + 1, if *writes { "read_write" } else { "read" });
             // Writing to a String does not fail.
@@ -467,14 +496,16 @@ mod tests {
             head.into_iter().chain(inner(0)).chain(inner(1)).chain(["}".to_owned()]).collect::<Vec<_>>()
         };
         assert_eq!(lines, [outer(0), outer(1)].concat());
-        let marked: Vec<_> =
-            coop_variants().into_iter().filter(|shader| shader.source().contains("// unroll")).collect();
+        let marked: Vec<_> = coop_variants()
+            .into_iter()
+            .filter(|shader| shader.source(ParamsIn::Uniform).contains("// unroll"))
+            .collect();
         let are_of_8 =
             marked.iter().all(|shader| matches!(shader.algorithm(), Some(Algorithm::Coop(t)) if t.shape == 8));
         assert!(are_of_8, "{marked:?}");
         // Of the portable kernel's, that over the columns of a chunk alone stays a loop, where the last chunk is not full.
         for shader in every_variant() {
-            let source = shader.source();
+            let source = shader.source(ParamsIn::Uniform);
             let mut left = source.lines().filter(|line| line.ends_with("// unroll"));
             assert!(left.all(|line| line.contains("column < columns")), "{shader:?}");
         }
@@ -519,9 +550,14 @@ mod tests {
     }
 
     fn parse(shader: Shader) -> (naga::Module, ModuleInfo) {
-        let source = shader.source();
+        parse_with(shader, ParamsIn::Uniform)
+    }
+
+    fn parse_with(shader: Shader, params: ParamsIn) -> (naga::Module, ModuleInfo) {
+        let source = shader.source(params);
         // `SHADER_FLOAT16_IN_FLOAT32` is WGSL's own `unpack2x16float`; nothing optional is allowed.
         let mut capabilities = Capabilities::SHADER_FLOAT16_IN_FLOAT32;
+        capabilities.set(Capabilities::IMMEDIATES, params == ParamsIn::Immediates);
         if let Some(Algorithm::Coop(_)) = shader.algorithm() {
             capabilities |= Capabilities::COOPERATIVE_MATRIX | Capabilities::SHADER_FLOAT16 | Capabilities::SUBGROUP;
         }
@@ -537,12 +573,16 @@ mod tests {
         (module, info)
     }
 
+    fn with_params(shaders: Vec<Shader>) -> impl Iterator<Item = (Shader, ParamsIn)> {
+        shaders.into_iter().flat_map(|shader| [(shader, ParamsIn::Uniform), (shader, ParamsIn::Immediates)])
+    }
+
     #[test]
     fn every_cooperative_variant_translates_to_spirv() {
-        for shader in coop_variants() {
-            let (module, info) = parse(shader);
+        for (shader, params) in with_params(coop_variants()) {
+            let (module, info) = parse_with(shader, params);
             let spirv = spv::write_vec(&module, &info, &spv::Options::default(), None);
-            assert!(spirv.as_ref().is_ok_and(|words| words.len() > 100), "{shader:?}: SPIR-V: {spirv:?}");
+            assert!(spirv.as_ref().is_ok_and(|words| words.len() > 100), "{shader:?}, {params:?}: SPIR-V: {spirv:?}");
         }
         println!("cooperative variants in HLSL: skipped, naga's writer has no cooperative matrices");
         println!("cooperative variants in MSL: skipped, its loads take pointers to elements, not to vectors of them");
@@ -550,23 +590,29 @@ mod tests {
 
     #[test]
     fn every_variant_translates_to_spirv_msl_and_hlsl() {
-        for shader in every_variant() {
-            let (module, info) = parse(shader);
+        for (shader, params) in with_params(every_variant()) {
+            let (module, info) = parse_with(shader, params);
             let spirv = spv::write_vec(&module, &info, &spv::Options::default(), None);
-            assert!(spirv.is_ok_and(|words| words.len() > 100), "{shader:?}: SPIR-V");
+            assert!(spirv.is_ok_and(|words| words.len() > 100), "{shader:?}, {params:?}: SPIR-V");
             let msl = msl::write_string(
                 &module,
                 &info,
                 &msl::Options { fake_missing_bindings: true, ..Default::default() },
                 &msl::PipelineOptions::default(),
             );
-            assert!(msl.is_ok_and(|(text, _)| text.contains("kernel void")), "{shader:?}: MSL");
+            assert!(msl.is_ok_and(|(text, _)| text.contains("kernel void")), "{shader:?}, {params:?}: MSL");
             let mut text = String::new();
-            let (options, pipeline) =
-                (hlsl::Options { fake_missing_bindings: true, ..Default::default() }, Default::default());
+            let (options, pipeline) = (
+                hlsl::Options {
+                    fake_missing_bindings: true,
+                    immediates_target: Some(hlsl::BindTarget::default()),
+                    ..Default::default()
+                },
+                Default::default(),
+            );
             let hlsl = hlsl::Writer::new(&mut text, &options, &pipeline).write(&module, &info, None);
-            assert!(hlsl.is_ok(), "{shader:?}: HLSL: {hlsl:?}");
-            assert!(text.contains("numthreads"), "{shader:?}: HLSL has no entry point");
+            assert!(hlsl.is_ok(), "{shader:?}, {params:?}: HLSL: {hlsl:?}");
+            assert!(text.contains("numthreads"), "{shader:?}, {params:?}: HLSL has no entry point");
         }
     }
 
@@ -612,7 +658,7 @@ mod tests {
 
     #[test]
     fn a_broken_shader_does_not_pass() {
-        let source = Shader::PackRows.source().replace("indices[", "missing[");
+        let source = Shader::PackRows.source(ParamsIn::Uniform).replace("indices[", "missing[");
         assert!(naga::front::wgsl::parse_str(&source).is_err());
     }
 }
