@@ -312,15 +312,22 @@ impl CudaDevice {
         params.k_group_map = encode(of_keys(tensors.k), group)?;
         params.v_group_map = encode(of_keys(tensors.v), group)?;
         let function = self.function(Entry::AttentionByLists { dtype, tile })?;
-        let split = match tile {
+        let mut split = match tile {
             ListTile::Sm90(_) => TileSm90::split(items, fewest_key_tiles, self.multiprocessors),
             ListTile::Sm100(_) => Split::none(items),
         };
         // Lives until the launch, which keeps its memory.
-        let scratch = match tile {
-            ListTile::Sm90(tile) if split.parts > 1 => Some(self.parts_scratch(&split, tile, &mut params)?),
-            _ => None,
-        };
+        let mut scratch = None;
+        if let ListTile::Sm90(tile) = tile
+            && split.parts > 1
+        {
+            match self.parts_scratch(&split, tile, &mut params) {
+                Ok(made) => scratch = Some(made),
+                // It takes longer, but no memory.
+                Err(Error::OutOfMemory { .. }) => split = Split::none(items),
+                Err(error) => return Err(error),
+            }
+        }
         // Both fit: items are counted in an i32 by the kernel.
         (params.split_from, params.parts) = (split.from as i32, split.parts as i32);
         // Blocks are as many as run at once, and take one item after the other. Fits: a chip has few multiprocessors.
