@@ -181,30 +181,23 @@ impl TileSm90 {
         steps * 3300 + 7000
     }
 
-    /// Parts of the query tiles of the last wave, and the cycles it takes with them. It has no more tiles than there are
-    /// multiprocessors, each with so many key tiles.
-    fn last_wave(tiles: usize, steps: usize, multiprocessors: usize) -> (usize, usize) {
-        if tiles == 0 {
-            return (1, 0);
-        }
-        let split = |parts: usize| {
-            let rounds = (tiles * parts).div_ceil(multiprocessors);
-            // Parts are computed by the exact softmax, in order; each is written, and all of a query tile are read by one block.
-            let a_part = Self::item_cycles(steps.div_ceil(parts)) * 9 / 8 + 5000;
-            (parts, LAUNCH_CYCLES + rounds * a_part + parts * 2500)
-        };
-        let most = (steps / STEPS_OF_A_PART).clamp(1, MAX_PARTS);
-        let whole = (1, Self::item_cycles(steps));
-        (2..=most).map(split).chain([whole]).min_by_key(|&(_, cycles)| cycles).unwrap_or(whole)
-    }
-
-    /// How the query tiles of a launch are shared out. `fewest_steps` is the number of key tiles of the item with the fewest, 0 to
-    /// split none.
+    /// How the query tiles of a launch are shared out: those of a last wave in as many parts as take the least time. `fewest_steps` is the
+    /// number of key tiles of the item with the fewest, 0 to split none.
     pub fn split(items: usize, fewest_steps: usize, multiprocessors: usize) -> Split {
         let tail = items % multiprocessors;
-        match Self::last_wave(tail, fewest_steps, multiprocessors) {
-            (1, _) => Split::none(items),
-            (parts, _) => Split { from: items - tail, parts, items },
+        let cycles = |parts: usize| {
+            if parts == 1 {
+                return Self::item_cycles(fewest_steps);
+            }
+            let rounds = (tail * parts).div_ceil(multiprocessors);
+            // Parts are computed by the exact softmax, in order; each is written, and all of a query tile are read by one block.
+            let a_part = Self::item_cycles(fewest_steps.div_ceil(parts)) * 9 / 8 + 5000;
+            LAUNCH_CYCLES + rounds * a_part + parts * 2500
+        };
+        let most = if tail == 0 { 1 } else { (fewest_steps / STEPS_OF_A_PART).clamp(1, MAX_PARTS) };
+        match (1..=most).min_by_key(|&parts| cycles(parts)) {
+            None | Some(1) => Split::none(items),
+            Some(parts) => Split { from: items - tail, parts, items },
         }
     }
 

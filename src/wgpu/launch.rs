@@ -79,17 +79,17 @@ struct Pipeline {
 
 /// A launch with all that it binds.
 #[derive(Debug)]
-struct Bound {
+struct Bound<'a> {
     pipeline: Arc<Pipeline>,
     bind_group: wgpu::BindGroup,
     /// None if they are in a buffer.
-    immediates: Option<Vec<u8>>,
+    immediates: Option<&'a [u8]>,
     groups: [u32; 3],
 }
 
-fn dispatch(pass: &mut dyn Dispatch, launches: &[Bound]) {
+fn dispatch(pass: &mut dyn Dispatch, launches: &[Bound<'_>]) {
     for Bound { pipeline, bind_group, immediates, groups } in launches {
-        pass.dispatch(&pipeline.pipeline, bind_group, immediates.as_deref(), *groups);
+        pass.dispatch(&pipeline.pipeline, bind_group, *immediates, *groups);
     }
 }
 
@@ -204,7 +204,12 @@ impl Launcher {
 
     /// Compiles what is not compiled yet, has the parameters written before the next submission if there is a buffer for them,
     /// and makes the bind groups.
-    fn bind(&self, launches: &[Launch], params: Option<&wgpu::Buffer>, allocator: &Allocator) -> Result<Vec<Bound>> {
+    fn bind<'a>(
+        &self,
+        launches: &'a [Launch],
+        params: Option<&wgpu::Buffer>,
+        allocator: &Allocator,
+    ) -> Result<Vec<Bound<'a>>> {
         let pipelines = launches.iter().map(|launch| self.pipeline(launch.shader)).collect::<Result<Vec<_>>>()?;
         if let Some(params) = params {
             let mut slots = vec![0; launches.len() * SLOT_BYTES];
@@ -214,10 +219,10 @@ impl Launcher {
             transfer::write(&self.queue, &self.faults, params, 0..slots.len() as u64, &slots)?;
         }
         let bound = self.faults.capture("binding buffers", 0, || {
-            let bind = |(slot, (launch, pipeline)): (usize, (&Launch, Arc<Pipeline>))| {
+            let bind = |(slot, (launch, pipeline)): (usize, (&'a Launch, Arc<Pipeline>))| {
                 let is_uniform = self.params_in(launch.shader) == ParamsIn::Uniform;
                 let bind_group = self.bind_group(launch, &pipeline, params.filter(|_| is_uniform), slot);
-                let immediates = (!is_uniform).then(|| launch.params.clone());
+                let immediates = (!is_uniform).then_some(launch.params.as_slice());
                 Bound { pipeline, bind_group, immediates, groups: launch.groups }
             };
             launches.iter().zip(pipelines).enumerate().map(bind).collect()
