@@ -203,7 +203,10 @@ struct Consumer {
             if (warpgroup == 0) wait_turn();
             // Before they are written again, or the block ends.
             ptx::tma_store_wait();
-            if (is_exact || !starts_again<S>(params, shared)) return;
+            if (is_exact) return;
+            ptx::barrier_arrive(BARRIER_END_COPIES, S::CONSUMERS + 32);
+            if (params.form != FORM_DENSE) ptx::barrier_arrive(BARRIER_END_MENDING, S::CONSUMERS + 32);
+            if (!starts_again<S>(shared, BARRIER_END, S::CONSUMERS)) return;
         }
     }
 
@@ -257,7 +260,7 @@ private:
         WarpgroupSoftmax softmax(fabsf(params.score_scale));
         const Matrix q = queries(works);
         Turn turn = this->turn;
-        const uint32_t last_masked = turn.count + masked_tiles - 1;
+        const uint32_t last_masked = turn.count + max(masked_tiles, 1) - 1;
         const uint32_t last = turn.count + key_tiles - 1;
         uint32_t probs[N / 16][4];
         float scores[N / 8][4];
@@ -266,7 +269,7 @@ private:
         give_back_stored();
         ptx::wgmma_wait<0>();
         ptx::pin_registers(scores);
-        mask(scores, turn.stage());
+        if (masked_tiles > 0) mask(scores, turn.stage());
         arrive(S::EMPTY_K + 8 * turn.stage());
         softmax.raise_max(scores);
         softmax.exponentiate(scores);
@@ -534,7 +537,7 @@ __device__ inline void attention(const AttentionParamsSm90& params) {
         if (warp == 0) {
             Producer<S>(params, shared, base).run();
         } else if (warp == 1 && params.form != FORM_DENSE) {
-            mend_values<S>(params, shared, base);
+            mend_values<S>(shared, base);
         } else if (warp >= 2) {
             write_zero_spans<typename S::T>(params, threadIdx.x - 64, 64);
             if (params.inv_indices != nullptr) write_masked_zeros<typename S::T>(params, warp - 2, 2);

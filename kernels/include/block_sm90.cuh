@@ -13,11 +13,14 @@ constexpr int STAGES = 2;
 // Named barriers. Those of a warpgroup are as many as there are warpgroups at most.
 constexpr int BARRIER_TURN = 1;
 constexpr int BARRIER_WARPGROUP = 4;
+// The end, for consumers, and for each of the producer's warps that follow them.
 constexpr int BARRIER_END = 7;
+constexpr int BARRIER_END_COPIES = 8;
+constexpr int BARRIER_END_MENDING = 9;
 
 // What consumers know of a query tile.
 struct TileRows {
-    // Negative where nothing is left to do. The first are masked; one at least, if there is one.
+    // Negative where nothing is left to do. The first are masked.
     int32_t key_tiles;
     int32_t masked_tiles;
     int32_t batch;
@@ -51,6 +54,7 @@ struct Shape {
     static constexpr int TILE_N = TILE_N_;
     static constexpr int THREADS = (WARPGROUPS + 1) * WARPGROUP;
     static constexpr int CONSUMER_WARPS = WARPGROUPS * 4;
+    static constexpr int CONSUMERS = WARPGROUPS * WARPGROUP;
     static constexpr int QUERY_TILES = QUERY_TILES_;
     // For the product, before exponentials are computed; they would run beside it, but registers are too few.
     static constexpr bool WAITS_EARLY = D == 256;
@@ -99,11 +103,11 @@ struct Turn {
     __device__ uint32_t parity() const { return count / STAGES % 2; }
 };
 
-// Called at the end of all query tiles by the consumers and by the producer's warps that follow them: whether scores left the range of
-// `WarpgroupSoftmax`, so that every tile is computed again.
+// At the end of all query tiles, past a barrier that every consumer has arrived at: whether scores left the range of
+// `WarpgroupSoftmax`, so that every tile is computed again. Of `threads` those that are not consumers are one warp.
 template <typename S>
-__device__ inline bool starts_again(const AttentionParamsSm90& params, unsigned char* shared) {
-    ptx::barrier_sync(BARRIER_END, S::WARPGROUPS * WARPGROUP + (params.form == FORM_DENSE ? 32 : 64));
+__device__ inline bool starts_again(unsigned char* shared, int barrier, int threads) {
+    ptx::barrier_sync(barrier, threads);
     return ptx::uniform(*reinterpret_cast<volatile uint32_t*>(shared + S::LEFT_RANGE)) != 0;
 }
 

@@ -59,7 +59,7 @@ struct Producer {
                 for (int warpgroup = 0; warpgroup < S::WARPGROUPS; ++warpgroup) ptx::mbarrier_arrive(base + S::full_q(works, warpgroup));
             }
             ++works;
-            if (is_exact || !starts_again<S>(params, shared)) return;
+            if (is_exact || !starts_again<S>(shared, BARRIER_END_COPIES, S::CONSUMERS + 32)) return;
         }
     }
 
@@ -129,7 +129,7 @@ private:
                 if (lane < S::TILE_M / GROUP_ROWS) rows.groups[lane] = group;
                 if (lane == 0) {
                     rows.key_tiles = end_tile - first_tile;
-                    rows.masked_tiles = min(max(masked_end - first_tile, 1), end_tile - first_tile);
+                    rows.masked_tiles = min(max(masked_end - first_tile, 0), end_tile - first_tile);
                     rows.part = work.part;
                     rows.batch = batch;
                     rows.head = work.head;
@@ -178,7 +178,7 @@ private:
         const uint32_t full = base + S::FULL_K + 8 * turn.stage();
         ptx::mbarrier_wait(base + S::EMPTY_K + 8 * turn.stage(), turn.parity() ^ 1);
         auto& info = reinterpret_cast<TileKeys*>(shared + S::KEYS_INFO)[turn.stage()];
-        if (i < masked_end || i == first_tile) describe(tile, info);
+        if (i < masked_end) describe(tile, info);
         if (lane == 0) info.mended = is_mended(i, tile);
         __syncwarp();
         if (lane == 0) ptx::mbarrier_arrive_expect(full, S::TileKV::BYTES);
@@ -216,7 +216,7 @@ private:
 
 // The warp that zeroes rows of V which are not kept: it follows the consumers' barriers, and opens theirs for such a tile.
 template <typename S>
-__device__ inline void mend_values(const AttentionParamsSm90& params, unsigned char* shared, uint32_t base) {
+__device__ inline void mend_values(unsigned char* shared, uint32_t base) {
     const int lane = threadIdx.x % 32;
     Turn turn;
     // One bit a stage.
@@ -228,7 +228,7 @@ __device__ inline void mend_values(const AttentionParamsSm90& params, unsigned c
         __syncwarp();
         if (lane == 0) ptx::mbarrier_arrive(base + S::empty_q(works, 0));
         if (key_tiles < 0) {
-            if (is_exact || !starts_again<S>(params, shared)) return;
+            if (is_exact || !starts_again<S>(shared, BARRIER_END_MENDING, S::CONSUMERS + 32)) return;
             is_exact = true;
         }
         for (int i = 0; i < key_tiles; ++i, ++turn.count) {
