@@ -105,8 +105,10 @@ impl WgpuDevice {
             self.capabilities.kernels = vec![Kernel::WgslCoop];
             return;
         }
+        let started = Instant::now();
         let refused = match coop::differs(self) {
             Ok(None) => {
+                log::debug!("{}: kernel {} passed its check, {:?}", self.name, Kernel::WgslCoop, started.elapsed());
                 self.capabilities.kernels.insert(0, Kernel::WgslCoop);
                 return;
             }
