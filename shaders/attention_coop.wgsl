@@ -6,9 +6,14 @@
 //      k, v ──▶ staged (f16)  ──▶ S = Q·Kᵀ ──▶ scores (f32) ──▶ softmax, a row to LANES lanes ──▶ probs (f16) ──▶ O += P·V
 //
 // `scores` and `probs` are a subgroup's own, but the barriers around them are the workgroup's: naga's `subgroupBarrier` orders
-// no workgroup memory. The next step's keys and values are fetched into registers meanwhile:
+// no workgroup memory. So that there are two to a step, and products run beside exponentials, scores are computed a step ahead:
 //
-//      | fetch K, V(n+1); S; softmax; O | stage K, V(n+1) | fetch K, V(n+2); S; ...
+//      phase   reads                        writes
+//        1     K(n+1), scores of n          V(n), probs of n
+//        2     V(n), probs of n             K(n+2), scores of n+1
+//
+// What a phase stages it fetches at its own beginning: a fetch before a barrier does not come early, since drivers move loads of
+// what nobody writes down to their use.
 //
 // Weights are relative to a base of each row that follows its maximum only when that has grown by more than 2^8 (the rule of
 // FlashAttention-4): only then O goes through workgroup memory to be scaled.
@@ -36,6 +41,8 @@ const QUADS: u32 = TILE_KEYS / 4u / LANES;
 const STAGED_STRIDE: u32 = DIM / 4u + 2u;
 const PROBS_STRIDE: u32 = TILE_KEYS / 4u + 2u;
 const SCORES_STRIDE: u32 = TILE_KEYS / 4u + LANES;
+const BLOCK_PROBS: u32 = SHAPE * PROBS_STRIDE;
+const BLOCK_SCORES: u32 = SHAPE * SCORES_STRIDE;
 const VALUES: u32 = TILE_KEYS * STAGED_STRIDE;
 // Below any score: masked scores take it. The lowest biases come close to it.
 const LOWEST: f32 = -3.4028234e38;
@@ -45,9 +52,8 @@ const MOST: f32 = 15.0;
 
 // Keys, then values.
 var<workgroup> staged: array<vec4<f16>, 2u * VALUES>;
-// One matrix of rows to a subgroup.
-var<workgroup> probs: array<vec4<f16>, SUBGROUPS * SHAPE * PROBS_STRIDE>;
-var<workgroup> scores: array<vec4<f32>, SUBGROUPS * SHAPE * SCORES_STRIDE>;
+var<workgroup> probs: array<vec4<f16>, TILE_ROWS * PROBS_STRIDE>;
+var<workgroup> scores: array<vec4<f32>, TILE_ROWS * SCORES_STRIDE>;
 // Whether a subgroup has rows whose output must be scaled before the next product.
 var<workgroup> growing: array<u32, SUBGROUPS>;
 // The bits of the largest magnitudes of q, k and v.
@@ -70,31 +76,75 @@ fn inverse(factor: f32) -> f32 {
     return bitcast<f32>(0x7f000000u - bitcast<u32>(factor));
 }
 
-// Word i of a step's keys or values. Dropped keys are zeros: what their rows hold must not matter, and 0 · NaN is NaN. Some row of
-// the tile is read all the same, so that the load waits for no branch.
-fn fetch_k(tile: Tile, first_key: u32, kept: vec2<u32>, i: u32) -> vec4<u32> {
-    let key = i / DIM_WORDS;
-    let word = i % DIM_WORDS;
-    let row = key_row(tile, min(first_key + key, tile.keys - 1u));
-    let value = k[tile.k + row * params.k_stride_s + min(word, HEAD_WORDS - 1u)];
-    return select(vec4<u32>(0u), value, is_kept(kept, key) && word < HEAD_WORDS);
+// One step's keys.
+struct Step {
+    // Past the tile's last key if there is no such step.
+    first_key: u32,
+    kept: vec2<u32>,
+    // The rows that this invocation fetches.
+    rows: array<u32, FETCHES>,
 }
 
-fn fetch_v(tile: Tile, first_key: u32, kept: vec2<u32>, i: u32) -> vec4<u32> {
-    let key = i / DIM_WORDS;
-    let word = i % DIM_WORDS;
-    let row = key_row(tile, min(first_key + key, tile.keys - 1u));
-    let value = v[tile.v + row * params.v_stride_s + min(word, HEAD_WORDS - 1u)];
-    return select(vec4<u32>(0u), value, is_kept(kept, key) && word < HEAD_WORDS);
+// The first step from `first_key` on, of a tile that has a key. Some row of the tile is named for all keys, also those that it does not have, so that a
+// load waits for no branch.
+fn step_from(tile: Tile, first_key: u32, invocation: u32) -> Step {
+    var step: Step;
+    step.first_key = next_step(tile, first_key);
+    step.kept = kept_in(tile, step.first_key);
+    for (var f = 0u; f < FETCHES; f++) { // unroll
+        let key = (invocation + f * INVOCATIONS) / DIM_WORDS;
+        step.rows[f] = key_row(tile, min(step.first_key + key, tile.keys - 1u));
+    }
+    return step;
 }
 
-fn stage(i: u32, key_word: vec4<u32>, value_word: vec4<u32>, factors: Factors) {
+// Word i of a step, as read. Dropped keys are zeros: what their rows hold must not matter, and 0 · NaN is NaN.
+fn kept_word(step: Step, i: u32, word: vec4<u32>) -> vec4<u32> {
+    return select(vec4<u32>(0u), word, is_kept(step.kept, i / DIM_WORDS) && i % DIM_WORDS < HEAD_WORDS);
+}
+
+fn fetch_k(tile: Tile, step: Step, row: u32, i: u32) -> vec4<u32> {
+    return kept_word(step, i, k[tile.k + row * params.k_stride_s + min(i % DIM_WORDS, HEAD_WORDS - 1u)]);
+}
+
+fn fetch_v(tile: Tile, step: Step, row: u32, i: u32) -> vec4<u32> {
+    return kept_word(step, i, v[tile.v + row * params.v_stride_s + min(i % DIM_WORDS, HEAD_WORDS - 1u)]);
+}
+
+fn stage(first: u32, i: u32, word: vec4<u32>, factor: f32) {
     if STAGED_WORDS % INVOCATIONS == 0u || i < STAGED_WORDS {
-        let at = i / DIM_WORDS * STAGED_STRIDE + i % DIM_WORDS * 2u;
-        staged[at] = halves(key_word, 0u, factors.k);
-        staged[at + 1u] = halves(key_word, 1u, factors.k);
-        staged[VALUES + at] = halves(value_word, 0u, factors.v);
-        staged[VALUES + at + 1u] = halves(value_word, 1u, factors.v);
+        let at = first + i / DIM_WORDS * STAGED_STRIDE + i % DIM_WORDS * 2u;
+        staged[at] = halves(word, 0u, factor);
+        staged[at + 1u] = halves(word, 1u, factor);
+    }
+}
+
+alias Queries = array<array<MatrixA, DIM_FRAGMENTS>, BLOCKS>;
+alias Sums = array<array<MatrixC, KEY_FRAGMENTS>, BLOCKS>;
+
+// S = Q·Kᵀ with the staged keys.
+fn multiply_keys(queries: ptr<function, Queries>, sums: ptr<function, Sums>) {
+    for (var n = 0u; n < KEY_FRAGMENTS; n++) { // unroll
+        for (var b = 0u; b < BLOCKS; b++) { // unroll
+            (*sums)[b][n] = MatrixC();
+        }
+    }
+    for (var c = 0u; c < DIM_FRAGMENTS; c++) { // unroll
+        for (var n = 0u; n < KEY_FRAGMENTS; n++) { // unroll
+            let keys = coopLoad<MatrixB>(&staged[n * SHAPE * STAGED_STRIDE + c * FRAGMENT], STAGED_STRIDE);
+            for (var b = 0u; b < BLOCKS; b++) { // unroll
+                (*sums)[b][n] = coopMultiplyAdd((*queries)[b][c], keys, (*sums)[b][n]);
+            }
+        }
+    }
+}
+
+// Stores scores of the subgroup whose rows begin at `own_scores`.
+fn store_scores(sums: ptr<function, Sums>, own_scores: u32) {
+    for (var b = 0u; b < BLOCKS; b++) { // unroll
+        for (var n = 0u; n < KEY_FRAGMENTS; n++) { // unroll
+            coopStoreT((*sums)[b][n], &scores[own_scores + b * BLOCK_SCORES + n * FRAGMENT], SCORES_STRIDE);
+        }
     }
 }
 
@@ -116,8 +166,8 @@ fn attention(
     let lane_row = lane / LANES;
     let lane_in_row = lane % LANES;
     // This subgroup's part of `probs` and `scores`, and this lane's row in it.
-    let own_probs = subgroup * SHAPE * PROBS_STRIDE;
-    let own_scores = subgroup * SHAPE * SCORES_STRIDE;
+    let own_probs = subgroup * BLOCKS * BLOCK_PROBS;
+    let own_scores = subgroup * BLOCKS * BLOCK_SCORES;
     let probs_row = own_probs + lane_row * PROBS_STRIDE;
     let scores_row = own_scores + lane_row * SCORES_STRIDE;
 
@@ -140,7 +190,7 @@ fn attention(
         }
 
         // Queries pass through `probs`, as many columns at a time as there are keys in a step.
-        var queries: array<array<MatrixA, DIM_FRAGMENTS>, BLOCKS>;
+        var queries: Queries;
         for (var b = 0u; b < BLOCKS; b++) { // unroll
             let row = first_row + b * SHAPE + lane_row;
             // Rows that are not written are zeros: what they hold must not count in the range.
@@ -175,109 +225,107 @@ fn attention(
             row_sum[b] = 0.0;
         }
 
-        var first_key = next_step(tile, 0u);
-        var kept = kept_in(tile, first_key);
-        var fetched_k: array<vec4<u32>, FETCHES>;
-        var fetched_v: array<vec4<u32>, FETCHES>;
-        if first_key < tile.keys {
+        var sums: Sums;
+        var step: Step;
+        var next: Step;
+        if tile.keys > 0u {
+            step = step_from(tile, 0u, invocation);
+        }
+        if step.first_key < tile.keys {
+            next = step_from(tile, step.first_key + TILE_KEYS, invocation);
             for (var f = 0u; f < FETCHES; f++) { // unroll
-                fetched_k[f] = fetch_k(tile, first_key, kept, invocation + f * INVOCATIONS);
-                fetched_v[f] = fetch_v(tile, first_key, kept, invocation + f * INVOCATIONS);
+                let word = fetch_k(tile, step, step.rows[f], invocation + f * INVOCATIONS);
+                seen.y = max(seen.y, largest_of(word));
+                stage(0u, invocation + f * INVOCATIONS, word, factors.k);
+            }
+            workgroupBarrier();
+            multiply_keys(&queries, &sums);
+            workgroupBarrier();
+            store_scores(&sums, own_scores);
+            for (var f = 0u; f < FETCHES; f++) { // unroll
+                let word = fetch_k(tile, next, next.rows[f], invocation + f * INVOCATIONS);
+                seen.y = max(seen.y, largest_of(word));
+                stage(0u, invocation + f * INVOCATIONS, word, factors.k);
             }
         }
-        while first_key < tile.keys {
-            // All have read what was staged before.
+        while step.first_key < tile.keys {
             workgroupBarrier();
-            for (var f = 0u; f < FETCHES; f++) { // unroll
-                stage(invocation + f * INVOCATIONS, fetched_k[f], fetched_v[f], factors);
-                seen = max(seen, vec3<f32>(0.0, largest_of(fetched_k[f]), largest_of(fetched_v[f])));
-            }
-            workgroupBarrier();
-            let next_key = next_step(tile, first_key + TILE_KEYS);
-            let kept_next = kept_in(tile, next_key);
-            for (var f = 0u; f < FETCHES; f++) { // unroll
-                fetched_k[f] = fetch_k(tile, next_key, kept_next, invocation + f * INVOCATIONS);
-                fetched_v[f] = fetch_v(tile, next_key, kept_next, invocation + f * INVOCATIONS);
-            }
-
-            // S = Q·Kᵀ
-            var sums: array<array<MatrixC, KEY_FRAGMENTS>, BLOCKS>;
-            for (var n = 0u; n < KEY_FRAGMENTS; n++) { // unroll
-                for (var b = 0u; b < BLOCKS; b++) { // unroll
-                    sums[b][n] = MatrixC();
-                }
-                for (var c = 0u; c < DIM_FRAGMENTS; c++) { // unroll
-                    let at = n * SHAPE * STAGED_STRIDE + c * FRAGMENT;
-                    let keys = coopLoad<MatrixB>(&staged[at], STAGED_STRIDE);
-                    for (var b = 0u; b < BLOCKS; b++) { // unroll
-                        sums[b][n] = coopMultiplyAdd(queries[b][c], keys, sums[b][n]);
-                    }
-                }
-            }
-
-            // Softmax.
-            var weights: array<array<MatrixA, KEY_FRAGMENTS>, BLOCKS>;
+            let after = step_from(tile, next.first_key + TILE_KEYS, invocation);
+            var row_scores: array<array<vec4<f32>, QUADS>, BLOCKS>;
             for (var b = 0u; b < BLOCKS; b++) { // unroll
-                for (var n = 0u; n < KEY_FRAGMENTS; n++) { // unroll
-                    coopStoreT(sums[b][n], &scores[own_scores + n * FRAGMENT], SCORES_STRIDE);
-                }
-                workgroupBarrier();
-                let row = first_row + b * SHAPE + lane_row;
-                var row_scores: array<vec4<f32>, QUADS>;
-                var row_max = LOWEST;
                 for (var i = 0u; i < QUADS; i++) { // unroll
                     let quad = i * LANES + lane_in_row;
-                    row_scores[i] = scores[scores_row + quad] * score_scale;
+                    row_scores[b][i] = scores[scores_row + b * BLOCK_SCORES + quad] * score_scale;
                     if BIAS {
+                        let row = first_row + b * SHAPE + lane_row;
                         for (var n = 0u; n < 4u; n++) {
-                            let score = biased(tile, row, first_key + quad * 4u + n, row_scores[i][n]);
-                            row_scores[i][n] = select(LOWEST, score.score, score.kept);
+                            let score = biased(tile, row, step.first_key + quad * 4u + n, row_scores[b][i][n]);
+                            row_scores[b][i][n] = select(LOWEST, score.score, score.kept);
                         }
                     }
                 }
-                if kept.x != ALL_LOW || kept.y != ALL_HIGH {
-                    for (var i = 0u; i < QUADS; i++) { // unroll
-                        let quad = i * LANES + lane_in_row;
-                        let word = select(kept.x, kept.y, TILE_KEYS > 32u && quad >= 8u);
-                        let bits = vec4<u32>(word >> (quad % 8u * 4u)) & vec4<u32>(1u, 2u, 4u, 8u);
-                        row_scores[i] = select(vec4<f32>(LOWEST), row_scores[i], bits != vec4<u32>(0u));
+            }
+            if step.kept.x != ALL_LOW || step.kept.y != ALL_HIGH {
+                for (var i = 0u; i < QUADS; i++) { // unroll
+                    let quad = i * LANES + lane_in_row;
+                    let word = select(step.kept.x, step.kept.y, TILE_KEYS > 32u && quad >= 8u);
+                    let bits = vec4<u32>(word >> (quad % 8u * 4u)) & vec4<u32>(1u, 2u, 4u, 8u);
+                    for (var b = 0u; b < BLOCKS; b++) { // unroll
+                        row_scores[b][i] = select(vec4<f32>(LOWEST), row_scores[b][i], bits != vec4<u32>(0u));
                     }
                 }
+            }
+
+            var fetched: array<vec4<u32>, FETCHES>;
+            for (var f = 0u; f < FETCHES; f++) { // unroll
+                fetched[f] = fetch_v(tile, step, step.rows[f], invocation + f * INVOCATIONS);
+            }
+            multiply_keys(&queries, &sums);
+            // Softmax.
+            var scale: array<f32, BLOCKS>;
+            var grew = false;
+            for (var b = 0u; b < BLOCKS; b++) { // unroll
+                var row_max = LOWEST;
                 for (var i = 0u; i < QUADS; i++) { // unroll
-                    let pairs = max(row_scores[i].xy, row_scores[i].zw);
+                    let pairs = max(row_scores[b][i].xy, row_scores[b][i].zw);
                     row_max = max(row_max, max(pairs.x, pairs.y));
                 }
                 for (var distance = 1u; distance < LANES; distance *= 2u) {
                     row_max = max(row_max, subgroupShuffleXor(row_max, distance));
                 }
-                var scale = 1.0;
-                var grew = false;
+                scale[b] = 1.0;
                 if row_max > base[b] + MOST {
                     let raised = row_max - BASE_BELOW;
                     // Bounded: the difference of the lowest base and a high one has no f32.
-                    scale = exp2(max(base[b] - raised, -1000.0));
-                    row_sum[b] *= scale;
-                    grew = base[b] > LOWEST;
+                    scale[b] = exp2(max(base[b] - raised, -1000.0));
+                    row_sum[b] *= scale[b];
+                    grew = grew || base[b] > LOWEST;
                     base[b] = raised;
                 }
                 // A row without keys has no base: its weights are 0.
                 let minus = select(base[b], 0.0, base[b] == LOWEST);
                 for (var i = 0u; i < QUADS; i++) { // unroll
-                    let quad = i * LANES + lane_in_row;
-                    let p = exp2(row_scores[i] - minus);
+                    let p = exp2(row_scores[b][i] - minus);
                     row_sum[b] += p.x + p.y + p.z + p.w;
-                    probs[probs_row + quad] = vec4<f16>(p);
+                    probs[probs_row + b * BLOCK_PROBS + i * LANES + lane_in_row] = vec4<f16>(p);
                 }
-                let subgroup_grew = subgroupAny(grew);
-                if lane == 0u {
-                    growing[subgroup] = select(0u, 1u, subgroup_grew);
-                }
-                workgroupBarrier();
-                var must_scale = false;
-                for (var other = 0u; other < SUBGROUPS; other++) {
-                    must_scale = must_scale || growing[other] != 0u;
-                }
-                if must_scale {
+            }
+            let subgroup_grew = subgroupAny(grew);
+            if lane == 0u {
+                growing[subgroup] = select(0u, 1u, subgroup_grew);
+            }
+            for (var f = 0u; f < FETCHES; f++) { // unroll
+                seen.z = max(seen.z, largest_of(fetched[f]));
+                stage(VALUES, invocation + f * INVOCATIONS, fetched[f], factors.v);
+            }
+
+            workgroupBarrier();
+            var must_scale = 0u;
+            for (var other = 0u; other < SUBGROUPS; other++) { // unroll
+                must_scale |= growing[other];
+            }
+            if must_scale != 0u {
+                for (var b = 0u; b < BLOCKS; b++) { // unroll
                     for (var slice = 0u; slice < SLICES; slice++) { // unroll
                         workgroupBarrier();
                         for (var n = 0u; n < KEY_FRAGMENTS; n++) { // unroll
@@ -291,7 +339,7 @@ fn attention(
                         }
                         workgroupBarrier();
                         for (var i = 0u; i < QUADS; i++) {
-                            scores[scores_row + i * LANES + lane_in_row] *= scale;
+                            scores[scores_row + i * LANES + lane_in_row] *= scale[b];
                         }
                         workgroupBarrier();
                         for (var n = 0u; n < KEY_FRAGMENTS; n++) { // unroll
@@ -302,23 +350,32 @@ fn attention(
                         }
                     }
                 }
-                for (var n = 0u; n < KEY_FRAGMENTS; n++) { // unroll
-                    weights[b][n] = coopLoadT<MatrixA>(&probs[own_probs + n * FRAGMENT], PROBS_STRIDE);
-                }
+                workgroupBarrier();
             }
-
+            for (var f = 0u; f < FETCHES; f++) { // unroll
+                fetched[f] = fetch_k(tile, after, after.rows[f], invocation + f * INVOCATIONS);
+            }
             // O += P·V
             for (var n = 0u; n < KEY_FRAGMENTS; n++) { // unroll
+                var weights: array<MatrixA, BLOCKS>;
+                for (var b = 0u; b < BLOCKS; b++) { // unroll
+                    weights[b] = coopLoadT<MatrixA>(&probs[own_probs + b * BLOCK_PROBS + n * FRAGMENT], PROBS_STRIDE);
+                }
                 for (var c = 0u; c < DIM_FRAGMENTS; c++) { // unroll
                     let at = VALUES + n * SHAPE * STAGED_STRIDE + c * FRAGMENT;
                     let values = coopLoadT<MatrixB>(&staged[at], STAGED_STRIDE);
                     for (var b = 0u; b < BLOCKS; b++) { // unroll
-                        output[b][c] = coopMultiplyAdd(weights[b][n], values, output[b][c]);
+                        output[b][c] = coopMultiplyAdd(weights[b], values, output[b][c]);
                     }
                 }
             }
-            first_key = next_key;
-            kept = kept_next;
+            store_scores(&sums, own_scores);
+            for (var f = 0u; f < FETCHES; f++) { // unroll
+                seen.y = max(seen.y, largest_of(fetched[f]));
+                stage(0u, invocation + f * INVOCATIONS, fetched[f], factors.k);
+            }
+            step = next;
+            next = after;
         }
 
         if HAS_RANGE && attempt == 0u {

@@ -83,7 +83,7 @@ impl CoopTile {
         let lanes = self.subgroup_size / self.shape;
         let staged = 2 * self.keys * (dim / 8 + 1) * 16;
         let (probs, scores) = ((self.keys / 4 + 2) * 8, (self.keys / 4 + lanes) * 16);
-        staged + self.subgroups * self.shape * (probs + scores) + self.subgroups * 4 + 12
+        staged + self.rows() as u32 * (probs + scores) + self.subgroups * 4 + 12
     }
 }
 
@@ -291,16 +291,17 @@ impl Shader {
     }
 
     /// Bounds of the loops that are written out, by their constants' names in `attention_coop.wgsl`.
-    fn unrolled_loops(self, tile: CoopTile) -> [(&'static str, u32); 6] {
+    fn unrolled_loops(self, tile: CoopTile) -> [(&'static str, u32); 7] {
         let (Self::AttentionDense { head_dim, .. }
         | Self::AttentionPacked { head_dim, .. }
         | Self::AttentionFused { head_dim, .. }) = self
         else {
-            return [("", 0); 6];
+            return [("", 0); 7];
         };
         let dim = (head_dim as u32).next_multiple_of(tile.shape);
         let (dim_fragments, key_fragments) = (dim / tile.shape, tile.keys / tile.shape);
         [
+            ("SUBGROUPS", tile.subgroups),
             ("BLOCKS", tile.blocks),
             ("DIM_FRAGMENTS", dim_fragments),
             ("KEY_FRAGMENTS", key_fragments),
