@@ -1,6 +1,6 @@
 // Attention of one tile of query rows against all its keys on cooperative matrices: f16 operands, f32 accumulators.
 //
-// A subgroup owns BLOCKS · SHAPE rows. Its queries and its output stay in matrices all along; scores and weights pass through
+// A subgroup owns SHAPE rows. Its queries and its output stay in matrices all along; scores and weights pass through
 // workgroup memory, since an element of a matrix cannot be read:
 //
 //      k, v ──▶ staged (f16)  ──▶ S = Q·Kᵀ ──▶ scores (f32) ──▶ softmax, a row to LANES lanes ──▶ probs (f16) ──▶ O += P·V
@@ -18,8 +18,7 @@
 // Weights are relative to a base of each row that follows its maximum only when that has grown by more than 2^8 (the rule of
 // FlashAttention-4): only then O goes through workgroup memory to be scaled.
 //
-// Tensors are read as u32s, 16 bytes at a time, with no branch around a load, so that the loads of a step need not wait for each
-// other.
+// Tensors are read as u32s, 16 bytes at a time, with no branch around a load, so that loads need not wait for each other.
 
 const LANES: u32 = SUBGROUP_SIZE / SHAPE;
 const INVOCATIONS: u32 = SUBGROUPS * SUBGROUP_SIZE;
@@ -37,12 +36,12 @@ const FETCHES: u32 = (STAGED_WORDS + INVOCATIONS - 1u) / INVOCATIONS;
 // Quads (four elements) of a fragment's row, and of the scores that one lane has of a row.
 const FRAGMENT: u32 = SHAPE / 4u;
 const QUADS: u32 = TILE_KEYS / 4u / LANES;
+// Words that one lane moves of a row of queries or of output, a slice of as many columns as a step has keys.
+const LANE_WORDS: u32 = (KEY_WORDS + LANES - 1u) / LANES;
 // Rows lie so far apart, in quads, that the rows of a matrix, and the lanes that read them, fall on different banks.
 const STAGED_STRIDE: u32 = DIM / 4u + 2u;
 const PROBS_STRIDE: u32 = TILE_KEYS / 4u + 2u;
 const SCORES_STRIDE: u32 = TILE_KEYS / 4u + LANES;
-const BLOCK_PROBS: u32 = SHAPE * PROBS_STRIDE;
-const BLOCK_SCORES: u32 = SHAPE * SCORES_STRIDE;
 const VALUES: u32 = TILE_KEYS * STAGED_STRIDE;
 // Below any score: masked scores take it. The lowest biases come close to it.
 const LOWEST: f32 = -3.4028234e38;
@@ -54,8 +53,8 @@ const MOST: f32 = 15.0;
 var<workgroup> staged: array<vec4<f16>, 2u * VALUES>;
 var<workgroup> probs: array<vec4<f16>, TILE_ROWS * PROBS_STRIDE>;
 var<workgroup> scores: array<vec4<f32>, TILE_ROWS * SCORES_STRIDE>;
-// Whether a subgroup has rows whose output must be scaled before the next product.
-var<workgroup> growing: array<u32, SUBGROUPS>;
+// 1 if some row's output must be scaled before the next product.
+var<workgroup> growing: atomic<u32>;
 // The bits of the largest magnitudes of q, k and v.
 var<workgroup> largest: array<atomic<u32>, 3>;
 
@@ -85,7 +84,7 @@ struct Step {
     rows: array<u32, FETCHES>,
 }
 
-// The first step from `first_key` on, of a tile that has a key. Some row of the tile is named for all keys, also those that it does not have, so that a
+// The first step from `first_key` on. Some row of the tile is named for all keys, also those that it does not have, so that a
 // load waits for no branch.
 fn step_from(tile: Tile, first_key: u32, invocation: u32) -> Step {
     var step: Step;
@@ -98,53 +97,90 @@ fn step_from(tile: Tile, first_key: u32, invocation: u32) -> Step {
     return step;
 }
 
-// Word i of a step, as read. Dropped keys are zeros: what their rows hold must not matter, and 0 · NaN is NaN.
-fn kept_word(step: Step, i: u32, word: vec4<u32>) -> vec4<u32> {
-    return select(vec4<u32>(0u), word, is_kept(step.kept, i / DIM_WORDS) && i % DIM_WORDS < HEAD_WORDS);
-}
+// What an invocation fetches of a step's keys or values: words invocation, invocation + INVOCATIONS ...
+alias Words = array<vec4<u32>, FETCHES>;
 
-fn fetch_k(tile: Tile, step: Step, row: u32, i: u32) -> vec4<u32> {
-    return kept_word(step, i, k[tile.k + row * params.k_stride_s + min(i % DIM_WORDS, HEAD_WORDS - 1u)]);
-}
-
-fn fetch_v(tile: Tile, step: Step, row: u32, i: u32) -> vec4<u32> {
-    return kept_word(step, i, v[tile.v + row * params.v_stride_s + min(i % DIM_WORDS, HEAD_WORDS - 1u)]);
-}
-
-fn stage(first: u32, i: u32, word: vec4<u32>, factor: f32) {
-    if STAGED_WORDS % INVOCATIONS == 0u || i < STAGED_WORDS {
-        let at = first + i / DIM_WORDS * STAGED_STRIDE + i % DIM_WORDS * 2u;
-        staged[at] = halves(word, 0u, factor);
-        staged[at + 1u] = halves(word, 1u, factor);
+// Dropped keys are not zeros, since their scores are masked, but where they would count in the range.
+fn fetch_keys(tile: Tile, step: Step, invocation: u32) -> Words {
+    var words: Words;
+    for (var f = 0u; f < FETCHES; f++) { // unroll
+        let i = invocation + f * INVOCATIONS;
+        let word = k[tile.k + step.rows[f] * params.k_stride_s + min(i % DIM_WORDS, HEAD_WORDS - 1u)];
+        let is_zero = i % DIM_WORDS >= HEAD_WORDS || (HAS_RANGE && !is_kept(step.kept, i / DIM_WORDS));
+        words[f] = select(word, vec4<u32>(0u), is_zero);
     }
+    return words;
 }
 
-alias Queries = array<array<MatrixA, DIM_FRAGMENTS>, BLOCKS>;
-alias Sums = array<array<MatrixC, KEY_FRAGMENTS>, BLOCKS>;
+// Dropped keys are zeros: what their rows hold must not matter, and 0 · NaN is NaN.
+fn fetch_values(tile: Tile, step: Step, invocation: u32) -> Words {
+    var words: Words;
+    for (var f = 0u; f < FETCHES; f++) { // unroll
+        let i = invocation + f * INVOCATIONS;
+        let word = v[tile.v + step.rows[f] * params.v_stride_s + min(i % DIM_WORDS, HEAD_WORDS - 1u)];
+        words[f] = select(word, vec4<u32>(0u), i % DIM_WORDS >= HEAD_WORDS || !is_kept(step.kept, i / DIM_WORDS));
+    }
+    return words;
+}
+
+// Stages words from `first` on, and gives their largest magnitude.
+fn stage(words: Words, first: u32, invocation: u32, factor: f32) -> f32 {
+    var largest = 0.0;
+    for (var f = 0u; f < FETCHES; f++) { // unroll
+        let i = invocation + f * INVOCATIONS;
+        if STAGED_WORDS % INVOCATIONS == 0u || i < STAGED_WORDS {
+            let at = first + i / DIM_WORDS * STAGED_STRIDE + i % DIM_WORDS * 2u;
+            staged[at] = halves(words[f], 0u, factor);
+            staged[at + 1u] = halves(words[f], 1u, factor);
+        }
+        largest = max(largest, largest_of(words[f]));
+    }
+    return largest;
+}
+
+alias Queries = array<MatrixA, DIM_FRAGMENTS>;
+alias Sums = array<MatrixC, KEY_FRAGMENTS>;
+alias Output = array<MatrixC, DIM_FRAGMENTS>;
 
 // S = Q·Kᵀ with the staged keys.
 fn multiply_keys(queries: ptr<function, Queries>, sums: ptr<function, Sums>) {
     for (var n = 0u; n < KEY_FRAGMENTS; n++) { // unroll
-        for (var b = 0u; b < BLOCKS; b++) { // unroll
-            (*sums)[b][n] = MatrixC();
-        }
+        (*sums)[n] = MatrixC();
     }
     for (var c = 0u; c < DIM_FRAGMENTS; c++) { // unroll
         for (var n = 0u; n < KEY_FRAGMENTS; n++) { // unroll
             let keys = coopLoad<MatrixB>(&staged[n * SHAPE * STAGED_STRIDE + c * FRAGMENT], STAGED_STRIDE);
-            for (var b = 0u; b < BLOCKS; b++) { // unroll
-                (*sums)[b][n] = coopMultiplyAdd((*queries)[b][c], keys, (*sums)[b][n]);
-            }
+            (*sums)[n] = coopMultiplyAdd((*queries)[c], keys, (*sums)[n]);
         }
     }
 }
 
 // Stores scores of the subgroup whose rows begin at `own_scores`.
 fn store_scores(sums: ptr<function, Sums>, own_scores: u32) {
-    for (var b = 0u; b < BLOCKS; b++) { // unroll
-        for (var n = 0u; n < KEY_FRAGMENTS; n++) { // unroll
-            coopStoreT((*sums)[b][n], &scores[own_scores + b * BLOCK_SCORES + n * FRAGMENT], SCORES_STRIDE);
+    for (var n = 0u; n < KEY_FRAGMENTS; n++) { // unroll
+        coopStoreT((*sums)[n], &scores[own_scores + n * FRAGMENT], SCORES_STRIDE);
+    }
+}
+
+// O += P·V with the staged values and the weights of the subgroup whose rows begin at `own_probs`.
+fn multiply_values(output: ptr<function, Output>, own_probs: u32) {
+    for (var n = 0u; n < KEY_FRAGMENTS; n++) { // unroll
+        let weights = coopLoadT<MatrixA>(&probs[own_probs + n * FRAGMENT], PROBS_STRIDE);
+        for (var c = 0u; c < DIM_FRAGMENTS; c++) { // unroll
+            let at = VALUES + n * SHAPE * STAGED_STRIDE + c * FRAGMENT;
+            let values = coopLoadT<MatrixB>(&staged[at], STAGED_STRIDE);
+            (*output)[c] = coopMultiplyAdd(weights, values, (*output)[c]);
         }
+    }
+}
+
+// A tile without keys.
+fn write_zeros(tile: Tile, invocation: u32) {
+    for (var i = invocation; i < tile.rows * HEAD_WORDS; i += INVOCATIONS) {
+        out[tile.out + query_row(tile, i / HEAD_WORDS) * params.out_stride_s + i % HEAD_WORDS] = vec4<u32>(0u);
+    }
+    for (var row = invocation; row < tile.rows; row += INVOCATIONS) {
+        write_lse(tile, row, LOWEST, 0.0);
     }
 }
 
@@ -162,12 +198,16 @@ fn attention(
     if !tile.exists {
         return;
     }
-    let first_row = subgroup * BLOCKS * SHAPE;
+    if tile.keys == 0u {
+        write_zeros(tile, invocation);
+        return;
+    }
     let lane_row = lane / LANES;
     let lane_in_row = lane % LANES;
+    let row = subgroup * SHAPE + lane_row;
     // This subgroup's part of `probs` and `scores`, and this lane's row in it.
-    let own_probs = subgroup * BLOCKS * BLOCK_PROBS;
-    let own_scores = subgroup * BLOCKS * BLOCK_SCORES;
+    let own_probs = subgroup * SHAPE * PROBS_STRIDE;
+    let own_scores = subgroup * SHAPE * SCORES_STRIDE;
     let probs_row = own_probs + lane_row * PROBS_STRIDE;
     let scores_row = own_scores + lane_row * SCORES_STRIDE;
 
@@ -182,200 +222,169 @@ fn attention(
     // A second attempt only where a value left the range of the first.
     for (var attempt = 0u; attempt < ATTEMPTS; attempt++) {
         var seen = vec3<f32>(0.0);
-        var output: array<array<MatrixC, DIM_FRAGMENTS>, BLOCKS>;
-        for (var b = 0u; b < BLOCKS; b++) { // unroll
-            for (var c = 0u; c < DIM_FRAGMENTS; c++) { // unroll
-                output[b][c] = MatrixC();
-            }
+        var output: Output;
+        for (var c = 0u; c < DIM_FRAGMENTS; c++) { // unroll
+            output[c] = MatrixC();
         }
 
         // Queries pass through `probs`, as many columns at a time as there are keys in a step.
         var queries: Queries;
-        for (var b = 0u; b < BLOCKS; b++) { // unroll
-            let row = first_row + b * SHAPE + lane_row;
-            // Rows that are not written are zeros: what they hold must not count in the range.
-            let is_read = row < tile.rows && row_is_kept(tile, row);
-            for (var slice = 0u; slice < SLICES; slice++) { // unroll
-                workgroupBarrier();
-                for (var word = lane_in_row; word < KEY_WORDS; word += LANES) {
-                    var value = vec4<u32>(0u);
-                    if slice * KEY_WORDS + word < HEAD_WORDS && is_read {
-                        value = q[tile.q + query_row(tile, row) * params.q_stride_s + slice * KEY_WORDS + word];
-                    }
+        // Rows that are not written are zeros: what they hold must not count in the range.
+        let is_read = row < tile.rows && row_is_kept(tile, row);
+        let own_query = tile.q + query_row(tile, min(row, tile.rows - 1u)) * params.q_stride_s;
+        var words: array<vec4<u32>, SLICES * LANE_WORDS>;
+        for (var slice = 0u; slice < SLICES; slice++) { // unroll
+            for (var w = 0u; w < LANE_WORDS; w++) { // unroll
+                let word = slice * KEY_WORDS + w * LANES + lane_in_row;
+                let value = q[own_query + min(word, HEAD_WORDS - 1u)];
+                words[slice * LANE_WORDS + w] = select(vec4<u32>(0u), value, is_read && word < HEAD_WORDS);
+            }
+        }
+        for (var slice = 0u; slice < SLICES; slice++) { // unroll
+            workgroupBarrier();
+            for (var w = 0u; w < LANE_WORDS; w++) { // unroll
+                let word = w * LANES + lane_in_row;
+                if KEY_WORDS % LANES == 0u || word < KEY_WORDS {
+                    let value = words[slice * LANE_WORDS + w];
                     seen.x = max(seen.x, largest_of(value));
                     probs[probs_row + word * 2u] = halves(value, 0u, factors.q);
                     probs[probs_row + word * 2u + 1u] = halves(value, 1u, factors.q);
                 }
-                workgroupBarrier();
-                for (var n = 0u; n < KEY_FRAGMENTS; n++) { // unroll
-                    if slice * KEY_FRAGMENTS + n < DIM_FRAGMENTS {
-                        queries[b][slice * KEY_FRAGMENTS + n] =
-                            coopLoadT<MatrixA>(&probs[own_probs + n * FRAGMENT], PROBS_STRIDE);
-                    }
+            }
+            workgroupBarrier();
+            for (var n = 0u; n < KEY_FRAGMENTS; n++) { // unroll
+                if slice * KEY_FRAGMENTS + n < DIM_FRAGMENTS {
+                    queries[slice * KEY_FRAGMENTS + n] =
+                        coopLoadT<MatrixA>(&probs[own_probs + n * FRAGMENT], PROBS_STRIDE);
                 }
             }
         }
 
         let score_scale = inverse(factors.q) * inverse(factors.k) * params.score_scale;
-        var base: array<f32, BLOCKS>;
-        // Sums over this lane's keys only.
-        var row_sum: array<f32, BLOCKS>;
-        for (var b = 0u; b < BLOCKS; b++) { // unroll
-            base[b] = LOWEST;
-            row_sum[b] = 0.0;
+        var base = LOWEST;
+        // The sum over this lane's keys only.
+        var row_sum = 0.0;
+        if invocation == 0u {
+            atomicStore(&growing, 0u);
         }
 
         var sums: Sums;
-        var step: Step;
+        var step = step_from(tile, 0u, invocation);
         var next: Step;
-        if tile.keys > 0u {
-            step = step_from(tile, 0u, invocation);
-        }
         if step.first_key < tile.keys {
             next = step_from(tile, step.first_key + TILE_KEYS, invocation);
-            for (var f = 0u; f < FETCHES; f++) { // unroll
-                let word = fetch_k(tile, step, step.rows[f], invocation + f * INVOCATIONS);
-                seen.y = max(seen.y, largest_of(word));
-                stage(0u, invocation + f * INVOCATIONS, word, factors.k);
-            }
+            seen.y = max(seen.y, stage(fetch_keys(tile, step, invocation), 0u, invocation, factors.k));
             workgroupBarrier();
             multiply_keys(&queries, &sums);
             workgroupBarrier();
             store_scores(&sums, own_scores);
-            for (var f = 0u; f < FETCHES; f++) { // unroll
-                let word = fetch_k(tile, next, next.rows[f], invocation + f * INVOCATIONS);
-                seen.y = max(seen.y, largest_of(word));
-                stage(0u, invocation + f * INVOCATIONS, word, factors.k);
-            }
+            seen.y = max(seen.y, stage(fetch_keys(tile, next, invocation), 0u, invocation, factors.k));
         }
+        // Steps that scale O are left to the outer loop: in a branch of the inner one they would cost every step copies of O.
         while step.first_key < tile.keys {
-            workgroupBarrier();
-            let after = step_from(tile, next.first_key + TILE_KEYS, invocation);
-            var row_scores: array<array<vec4<f32>, QUADS>, BLOCKS>;
-            for (var b = 0u; b < BLOCKS; b++) { // unroll
+            var after: Step;
+            var scale = 1.0;
+            var must_scale = 0u;
+            while step.first_key < tile.keys {
+                workgroupBarrier();
+                after = step_from(tile, next.first_key + TILE_KEYS, invocation);
+                var row_scores: array<vec4<f32>, QUADS>;
                 for (var i = 0u; i < QUADS; i++) { // unroll
                     let quad = i * LANES + lane_in_row;
-                    row_scores[b][i] = scores[scores_row + b * BLOCK_SCORES + quad] * score_scale;
+                    row_scores[i] = scores[scores_row + quad] * score_scale;
                     if BIAS {
-                        let row = first_row + b * SHAPE + lane_row;
                         for (var n = 0u; n < 4u; n++) {
-                            let score = biased(tile, row, step.first_key + quad * 4u + n, row_scores[b][i][n]);
-                            row_scores[b][i][n] = select(LOWEST, score.score, score.kept);
+                            let score = biased(tile, row, step.first_key + quad * 4u + n, row_scores[i][n]);
+                            row_scores[i][n] = select(LOWEST, score.score, score.kept);
                         }
                     }
                 }
-            }
-            if step.kept.x != ALL_LOW || step.kept.y != ALL_HIGH {
+                // Not only where a key is dropped: a branch here would keep products from running beside what follows.
                 for (var i = 0u; i < QUADS; i++) { // unroll
                     let quad = i * LANES + lane_in_row;
                     let word = select(step.kept.x, step.kept.y, TILE_KEYS > 32u && quad >= 8u);
                     let bits = vec4<u32>(word >> (quad % 8u * 4u)) & vec4<u32>(1u, 2u, 4u, 8u);
-                    for (var b = 0u; b < BLOCKS; b++) { // unroll
-                        row_scores[b][i] = select(vec4<f32>(LOWEST), row_scores[b][i], bits != vec4<u32>(0u));
-                    }
+                    row_scores[i] = select(vec4<f32>(LOWEST), row_scores[i], bits != vec4<u32>(0u));
                 }
-            }
 
-            var fetched: array<vec4<u32>, FETCHES>;
-            for (var f = 0u; f < FETCHES; f++) { // unroll
-                fetched[f] = fetch_v(tile, step, step.rows[f], invocation + f * INVOCATIONS);
-            }
-            multiply_keys(&queries, &sums);
-            // Softmax.
-            var scale: array<f32, BLOCKS>;
-            var grew = false;
-            for (var b = 0u; b < BLOCKS; b++) { // unroll
+                let values = fetch_values(tile, step, invocation);
+                multiply_keys(&queries, &sums);
+                // Softmax.
                 var row_max = LOWEST;
                 for (var i = 0u; i < QUADS; i++) { // unroll
-                    let pairs = max(row_scores[b][i].xy, row_scores[b][i].zw);
+                    let pairs = max(row_scores[i].xy, row_scores[i].zw);
                     row_max = max(row_max, max(pairs.x, pairs.y));
                 }
                 for (var distance = 1u; distance < LANES; distance *= 2u) {
                     row_max = max(row_max, subgroupShuffleXor(row_max, distance));
                 }
-                scale[b] = 1.0;
-                if row_max > base[b] + MOST {
+                scale = 1.0;
+                var grew = false;
+                if row_max > base + MOST {
                     let raised = row_max - BASE_BELOW;
                     // Bounded: the difference of the lowest base and a high one has no f32.
-                    scale[b] = exp2(max(base[b] - raised, -1000.0));
-                    row_sum[b] *= scale[b];
-                    grew = grew || base[b] > LOWEST;
-                    base[b] = raised;
+                    scale = exp2(max(base - raised, -1000.0));
+                    row_sum *= scale;
+                    grew = base > LOWEST;
+                    base = raised;
                 }
                 // A row without keys has no base: its weights are 0.
-                let minus = select(base[b], 0.0, base[b] == LOWEST);
+                let minus = select(base, 0.0, base == LOWEST);
                 for (var i = 0u; i < QUADS; i++) { // unroll
-                    let p = exp2(row_scores[b][i] - minus);
-                    row_sum[b] += p.x + p.y + p.z + p.w;
-                    probs[probs_row + b * BLOCK_PROBS + i * LANES + lane_in_row] = vec4<f16>(p);
+                    let p = exp2(row_scores[i] - minus);
+                    row_sum += p.x + p.y + p.z + p.w;
+                    probs[probs_row + i * LANES + lane_in_row] = vec4<f16>(p);
                 }
-            }
-            let subgroup_grew = subgroupAny(grew);
-            if lane == 0u {
-                growing[subgroup] = select(0u, 1u, subgroup_grew);
-            }
-            for (var f = 0u; f < FETCHES; f++) { // unroll
-                seen.z = max(seen.z, largest_of(fetched[f]));
-                stage(VALUES, invocation + f * INVOCATIONS, fetched[f], factors.v);
-            }
+                if subgroupAny(grew) {
+                    atomicStore(&growing, 1u);
+                }
+                seen.z = max(seen.z, stage(values, VALUES, invocation, factors.v));
 
-            workgroupBarrier();
-            var must_scale = 0u;
-            for (var other = 0u; other < SUBGROUPS; other++) { // unroll
-                must_scale |= growing[other];
+                workgroupBarrier();
+                must_scale = atomicLoad(&growing);
+                if must_scale != 0u {
+                    break;
+                }
+                let keys = fetch_keys(tile, after, invocation);
+                multiply_values(&output, own_probs);
+                store_scores(&sums, own_scores);
+                seen.y = max(seen.y, stage(keys, 0u, invocation, factors.k));
+                step = next;
+                next = after;
             }
             if must_scale != 0u {
-                for (var b = 0u; b < BLOCKS; b++) { // unroll
-                    for (var slice = 0u; slice < SLICES; slice++) { // unroll
-                        workgroupBarrier();
-                        for (var n = 0u; n < KEY_FRAGMENTS; n++) { // unroll
-                            if slice * KEY_FRAGMENTS + n < DIM_FRAGMENTS {
-                                coopStoreT(
-                                    output[b][slice * KEY_FRAGMENTS + n],
-                                    &scores[own_scores + n * FRAGMENT],
-                                    SCORES_STRIDE,
-                                );
-                            }
+                for (var slice = 0u; slice < SLICES; slice++) { // unroll
+                    workgroupBarrier();
+                    for (var n = 0u; n < KEY_FRAGMENTS; n++) { // unroll
+                        if slice * KEY_FRAGMENTS + n < DIM_FRAGMENTS {
+                            coopStoreT(
+                                output[slice * KEY_FRAGMENTS + n],
+                                &scores[own_scores + n * FRAGMENT],
+                                SCORES_STRIDE,
+                            );
                         }
-                        workgroupBarrier();
-                        for (var i = 0u; i < QUADS; i++) {
-                            scores[scores_row + i * LANES + lane_in_row] *= scale[b];
-                        }
-                        workgroupBarrier();
-                        for (var n = 0u; n < KEY_FRAGMENTS; n++) { // unroll
-                            if slice * KEY_FRAGMENTS + n < DIM_FRAGMENTS {
-                                output[b][slice * KEY_FRAGMENTS + n] =
-                                    coopLoadT<MatrixC>(&scores[own_scores + n * FRAGMENT], SCORES_STRIDE);
-                            }
+                    }
+                    workgroupBarrier();
+                    for (var i = 0u; i < QUADS; i++) {
+                        scores[scores_row + i * LANES + lane_in_row] *= scale;
+                    }
+                    workgroupBarrier();
+                    for (var n = 0u; n < KEY_FRAGMENTS; n++) { // unroll
+                        if slice * KEY_FRAGMENTS + n < DIM_FRAGMENTS {
+                            output[slice * KEY_FRAGMENTS + n] =
+                                coopLoadT<MatrixC>(&scores[own_scores + n * FRAGMENT], SCORES_STRIDE);
                         }
                     }
                 }
+                atomicStore(&growing, 0u);
                 workgroupBarrier();
+                let keys = fetch_keys(tile, after, invocation);
+                multiply_values(&output, own_probs);
+                store_scores(&sums, own_scores);
+                seen.y = max(seen.y, stage(keys, 0u, invocation, factors.k));
+                step = next;
+                next = after;
             }
-            for (var f = 0u; f < FETCHES; f++) { // unroll
-                fetched[f] = fetch_k(tile, after, after.rows[f], invocation + f * INVOCATIONS);
-            }
-            // O += P·V
-            for (var n = 0u; n < KEY_FRAGMENTS; n++) { // unroll
-                var weights: array<MatrixA, BLOCKS>;
-                for (var b = 0u; b < BLOCKS; b++) { // unroll
-                    weights[b] = coopLoadT<MatrixA>(&probs[own_probs + b * BLOCK_PROBS + n * FRAGMENT], PROBS_STRIDE);
-                }
-                for (var c = 0u; c < DIM_FRAGMENTS; c++) { // unroll
-                    let at = VALUES + n * SHAPE * STAGED_STRIDE + c * FRAGMENT;
-                    let values = coopLoadT<MatrixB>(&staged[at], STAGED_STRIDE);
-                    for (var b = 0u; b < BLOCKS; b++) { // unroll
-                        output[b][c] = coopMultiplyAdd(weights[b], values, output[b][c]);
-                    }
-                }
-            }
-            store_scores(&sums, own_scores);
-            for (var f = 0u; f < FETCHES; f++) { // unroll
-                seen.y = max(seen.y, largest_of(fetched[f]));
-                stage(0u, invocation + f * INVOCATIONS, fetched[f], factors.k);
-            }
-            step = next;
-            next = after;
         }
 
         if HAS_RANGE && attempt == 0u {
@@ -397,41 +406,39 @@ fn attention(
             }
         }
 
-        // Divide by the sum of the lanes' sums and write.
-        for (var b = 0u; b < BLOCKS; b++) { // unroll
-            for (var distance = 1u; distance < LANES; distance *= 2u) {
-                row_sum[b] += subgroupShuffleXor(row_sum[b], distance);
+        // Divide by the sum of the lanes' sums, and write.
+        for (var distance = 1u; distance < LANES; distance *= 2u) {
+            row_sum += subgroupShuffleXor(row_sum, distance);
+        }
+        // Selected, not multiplied: a dropped row may hold NaN.
+        let is_zero = row_sum == 0.0 || !row_is_kept(tile, row);
+        let inverse_sum = 1.0 / row_sum;
+        let inverse_factor = inverse(factors.v);
+        let own_out = tile.out + query_row(tile, min(row, tile.rows - 1u)) * params.out_stride_s;
+        for (var slice = 0u; slice < SLICES; slice++) { // unroll
+            workgroupBarrier();
+            for (var n = 0u; n < KEY_FRAGMENTS; n++) { // unroll
+                if slice * KEY_FRAGMENTS + n < DIM_FRAGMENTS {
+                    coopStoreT(
+                        output[slice * KEY_FRAGMENTS + n],
+                        &scores[own_scores + n * FRAGMENT],
+                        SCORES_STRIDE,
+                    );
+                }
+            }
+            workgroupBarrier();
+            for (var w = 0u; w < LANE_WORDS; w++) { // unroll
+                let word = w * LANES + lane_in_row;
+                if row < tile.rows && word < KEY_WORDS && slice * KEY_WORDS + word < HEAD_WORDS {
+                    let at = scores_row + word * 2u;
+                    let low = select(scores[at] * inverse_sum * inverse_factor, vec4<f32>(0.0), is_zero);
+                    let high = select(scores[at + 1u] * inverse_sum * inverse_factor, vec4<f32>(0.0), is_zero);
+                    out[own_out + slice * KEY_WORDS + word] = rounded(low, high);
+                }
             }
         }
-        for (var b = 0u; b < BLOCKS; b++) { // unroll
-            let row = first_row + b * SHAPE + lane_row;
-            // Selected, not multiplied: a dropped row may hold NaN.
-            let is_zero = row_sum[b] == 0.0 || !row_is_kept(tile, row);
-            for (var slice = 0u; slice < SLICES; slice++) { // unroll
-                workgroupBarrier();
-                for (var n = 0u; n < KEY_FRAGMENTS; n++) { // unroll
-                    if slice * KEY_FRAGMENTS + n < DIM_FRAGMENTS {
-                        coopStoreT(
-                            output[b][slice * KEY_FRAGMENTS + n],
-                            &scores[own_scores + n * FRAGMENT],
-                            SCORES_STRIDE,
-                        );
-                    }
-                }
-                workgroupBarrier();
-                for (var word = lane_in_row; word < KEY_WORDS; word += LANES) {
-                    if row < tile.rows && slice * KEY_WORDS + word < HEAD_WORDS {
-                        let at = scores_row + word * 2u;
-                        let factor = inverse(factors.v);
-                        let low = select(scores[at] / row_sum[b] * factor, vec4<f32>(0.0), is_zero);
-                        let high = select(scores[at + 1u] / row_sum[b] * factor, vec4<f32>(0.0), is_zero);
-                        out[tile.out + query_row(tile, row) * params.out_stride_s + slice * KEY_WORDS + word] = narrow(low, high);
-                    }
-                }
-            }
-            if row < tile.rows && lane_in_row == 0u {
-                write_lse(tile, row, base[b], row_sum[b]);
-            }
+        if row < tile.rows && lane_in_row == 0u {
+            write_lse(tile, row, base, row_sum);
         }
         break;
     }
