@@ -90,8 +90,8 @@ impl Coop {
         };
         // Devices with matrices of 8 are processors, which take seconds to compile large tiles.
         let subgroups = if shape == 8 { 4 } else { 8 };
-        // The first was the fastest on an H100 of those tried (docs/PERFORMANCE.md).
-        let tiles = [tile(subgroups, 32), tile(4, 32), tile(8, 16), tile(2, 16)];
+        // In the order of their speed on an H100 (docs/PERFORMANCE.md).
+        let tiles = [tile(subgroups, 32), tile(8, 16), tile(4, 32), tile(2, 16)];
         tiles.into_iter().find(fits).unwrap_or(tile(1, 16))
     }
 }
