@@ -1,20 +1,24 @@
 // Attention of one tile of query rows against all its keys on cooperative matrices: f16 operands, f32 accumulators.
 //
-// A subgroup owns BLOCKS · SHAPE rows. Its queries and its output stay in matrices all along; scores and weights pass through
+// A subgroup owns SHAPE rows. Its queries and its output stay in matrices all along; scores and weights pass through
 // workgroup memory, since an element of a matrix cannot be read:
 //
 //      k, v ──▶ staged (f16)  ──▶ S = Q·Kᵀ ──▶ scores (f32) ──▶ softmax, a row to LANES lanes ──▶ probs (f16) ──▶ O += P·V
 //
 // `scores` and `probs` are a subgroup's own, but the barriers around them are the workgroup's: naga's `subgroupBarrier` orders
-// no workgroup memory. The next step's keys and values are fetched into registers meanwhile:
+// no workgroup memory. So that there are two to a step, and products run beside exponentials, scores are computed a step ahead:
 //
-//      | fetch K, V(n+1); S; softmax; O | stage K, V(n+1) | fetch K, V(n+2); S; ...
+//      phase   reads                        writes
+//        1     K(n+1), scores of n          V(n), probs of n
+//        2     V(n), probs of n             K(n+2), scores of n+1
+//
+// What a phase stages it fetches at its own beginning: a fetch before a barrier does not come early, since drivers move loads of
+// what nobody writes down to their use.
 //
 // Weights are relative to a base of each row that follows its maximum only when that has grown by more than 2^8 (the rule of
 // FlashAttention-4): only then O goes through workgroup memory to be scaled.
 //
-// Tensors are read as u32s, 16 bytes at a time, with no branch around a load, so that the loads of a step need not wait for each
-// other.
+// Tensors are read as u32s, 16 bytes at a time, with no branch around a load, so that loads need not wait for each other.
 
 const LANES: u32 = SUBGROUP_SIZE / SHAPE;
 const INVOCATIONS: u32 = SUBGROUPS * SUBGROUP_SIZE;
@@ -32,6 +36,8 @@ const FETCHES: u32 = (STAGED_WORDS + INVOCATIONS - 1u) / INVOCATIONS;
 // Quads (four elements) of a fragment's row, and of the scores that one lane has of a row.
 const FRAGMENT: u32 = SHAPE / 4u;
 const QUADS: u32 = TILE_KEYS / 4u / LANES;
+// Words that one lane moves of a row of queries or of output, a slice of as many columns as a step has keys.
+const LANE_WORDS: u32 = (KEY_WORDS + LANES - 1u) / LANES;
 // Rows lie so far apart, in quads, that the rows of a matrix, and the lanes that read them, fall on different banks.
 const STAGED_STRIDE: u32 = DIM / 4u + 2u;
 const PROBS_STRIDE: u32 = TILE_KEYS / 4u + 2u;
@@ -45,11 +51,10 @@ const MOST: f32 = 15.0;
 
 // Keys, then values.
 var<workgroup> staged: array<vec4<f16>, 2u * VALUES>;
-// One matrix of rows to a subgroup.
-var<workgroup> probs: array<vec4<f16>, SUBGROUPS * SHAPE * PROBS_STRIDE>;
-var<workgroup> scores: array<vec4<f32>, SUBGROUPS * SHAPE * SCORES_STRIDE>;
-// Whether a subgroup has rows whose output must be scaled before the next product.
-var<workgroup> growing: array<u32, SUBGROUPS>;
+var<workgroup> probs: array<vec4<f16>, TILE_ROWS * PROBS_STRIDE>;
+var<workgroup> scores: array<vec4<f32>, TILE_ROWS * SCORES_STRIDE>;
+// 1 if some row's output must be scaled before the next product.
+var<workgroup> growing: atomic<u32>;
 // The bits of the largest magnitudes of q, k and v.
 var<workgroup> largest: array<atomic<u32>, 3>;
 
@@ -70,31 +75,112 @@ fn inverse(factor: f32) -> f32 {
     return bitcast<f32>(0x7f000000u - bitcast<u32>(factor));
 }
 
-// Word i of a step's keys or values. Dropped keys are zeros: what their rows hold must not matter, and 0 · NaN is NaN. Some row of
-// the tile is read all the same, so that the load waits for no branch.
-fn fetch_k(tile: Tile, first_key: u32, kept: vec2<u32>, i: u32) -> vec4<u32> {
-    let key = i / DIM_WORDS;
-    let word = i % DIM_WORDS;
-    let row = key_row(tile, min(first_key + key, tile.keys - 1u));
-    let value = k[tile.k + row * params.k_stride_s + min(word, HEAD_WORDS - 1u)];
-    return select(vec4<u32>(0u), value, is_kept(kept, key) && word < HEAD_WORDS);
+// One step's keys.
+struct Step {
+    // Past the tile's last key if there is no such step.
+    first_key: u32,
+    kept: vec2<u32>,
+    // The rows that this invocation fetches.
+    rows: array<u32, FETCHES>,
 }
 
-fn fetch_v(tile: Tile, first_key: u32, kept: vec2<u32>, i: u32) -> vec4<u32> {
-    let key = i / DIM_WORDS;
-    let word = i % DIM_WORDS;
-    let row = key_row(tile, min(first_key + key, tile.keys - 1u));
-    let value = v[tile.v + row * params.v_stride_s + min(word, HEAD_WORDS - 1u)];
-    return select(vec4<u32>(0u), value, is_kept(kept, key) && word < HEAD_WORDS);
+// The first step from `first_key` on. Some row of the tile is named for all keys, also those that it does not have, so that a
+// load waits for no branch.
+fn step_from(tile: Tile, first_key: u32, invocation: u32) -> Step {
+    var step: Step;
+    step.first_key = next_step(tile, first_key);
+    step.kept = kept_in(tile, step.first_key);
+    for (var f = 0u; f < FETCHES; f++) { // unroll
+        let key = (invocation + f * INVOCATIONS) / DIM_WORDS;
+        step.rows[f] = key_row(tile, min(step.first_key + key, tile.keys - 1u));
+    }
+    return step;
 }
 
-fn stage(i: u32, key_word: vec4<u32>, value_word: vec4<u32>, factors: Factors) {
-    if STAGED_WORDS % INVOCATIONS == 0u || i < STAGED_WORDS {
-        let at = i / DIM_WORDS * STAGED_STRIDE + i % DIM_WORDS * 2u;
-        staged[at] = halves(key_word, 0u, factors.k);
-        staged[at + 1u] = halves(key_word, 1u, factors.k);
-        staged[VALUES + at] = halves(value_word, 0u, factors.v);
-        staged[VALUES + at + 1u] = halves(value_word, 1u, factors.v);
+// What an invocation fetches of a step's keys or values: words invocation, invocation + INVOCATIONS ...
+alias Words = array<vec4<u32>, FETCHES>;
+
+// Dropped keys are not zeros, since their scores are masked, but where they would count in the range.
+fn fetch_keys(tile: Tile, step: Step, invocation: u32) -> Words {
+    var words: Words;
+    for (var f = 0u; f < FETCHES; f++) { // unroll
+        let i = invocation + f * INVOCATIONS;
+        let word = k[tile.k + step.rows[f] * params.k_stride_s + min(i % DIM_WORDS, HEAD_WORDS - 1u)];
+        let is_zero = i % DIM_WORDS >= HEAD_WORDS || (HAS_RANGE && !is_kept(step.kept, i / DIM_WORDS));
+        words[f] = select(word, vec4<u32>(0u), is_zero);
+    }
+    return words;
+}
+
+// Dropped keys are zeros: what their rows hold must not matter, and 0 · NaN is NaN.
+fn fetch_values(tile: Tile, step: Step, invocation: u32) -> Words {
+    var words: Words;
+    for (var f = 0u; f < FETCHES; f++) { // unroll
+        let i = invocation + f * INVOCATIONS;
+        let word = v[tile.v + step.rows[f] * params.v_stride_s + min(i % DIM_WORDS, HEAD_WORDS - 1u)];
+        words[f] = select(word, vec4<u32>(0u), i % DIM_WORDS >= HEAD_WORDS || !is_kept(step.kept, i / DIM_WORDS));
+    }
+    return words;
+}
+
+// Stages words from `first` on, and gives their largest magnitude.
+fn stage(words: Words, first: u32, invocation: u32, factor: f32) -> f32 {
+    var largest = 0.0;
+    for (var f = 0u; f < FETCHES; f++) { // unroll
+        let i = invocation + f * INVOCATIONS;
+        if STAGED_WORDS % INVOCATIONS == 0u || i < STAGED_WORDS {
+            let at = first + i / DIM_WORDS * STAGED_STRIDE + i % DIM_WORDS * 2u;
+            staged[at] = halves(words[f], 0u, factor);
+            staged[at + 1u] = halves(words[f], 1u, factor);
+        }
+        largest = max(largest, largest_of(words[f]));
+    }
+    return largest;
+}
+
+alias Queries = array<MatrixA, DIM_FRAGMENTS>;
+alias Sums = array<MatrixC, KEY_FRAGMENTS>;
+alias Output = array<MatrixC, DIM_FRAGMENTS>;
+
+// S = Q·Kᵀ with the staged keys.
+fn multiply_keys(queries: ptr<function, Queries>, sums: ptr<function, Sums>) {
+    for (var n = 0u; n < KEY_FRAGMENTS; n++) { // unroll
+        (*sums)[n] = MatrixC();
+    }
+    for (var c = 0u; c < DIM_FRAGMENTS; c++) { // unroll
+        for (var n = 0u; n < KEY_FRAGMENTS; n++) { // unroll
+            let keys = coopLoad<MatrixB>(&staged[n * SHAPE * STAGED_STRIDE + c * FRAGMENT], STAGED_STRIDE);
+            (*sums)[n] = coopMultiplyAdd((*queries)[c], keys, (*sums)[n]);
+        }
+    }
+}
+
+// Stores scores of the subgroup whose rows begin at `own_scores`.
+fn store_scores(sums: ptr<function, Sums>, own_scores: u32) {
+    for (var n = 0u; n < KEY_FRAGMENTS; n++) { // unroll
+        coopStoreT((*sums)[n], &scores[own_scores + n * FRAGMENT], SCORES_STRIDE);
+    }
+}
+
+// O += P·V with the staged values and the weights of the subgroup whose rows begin at `own_probs`.
+fn multiply_values(output: ptr<function, Output>, own_probs: u32) {
+    for (var n = 0u; n < KEY_FRAGMENTS; n++) { // unroll
+        let weights = coopLoadT<MatrixA>(&probs[own_probs + n * FRAGMENT], PROBS_STRIDE);
+        for (var c = 0u; c < DIM_FRAGMENTS; c++) { // unroll
+            let at = VALUES + n * SHAPE * STAGED_STRIDE + c * FRAGMENT;
+            let values = coopLoadT<MatrixB>(&staged[at], STAGED_STRIDE);
+            (*output)[c] = coopMultiplyAdd(weights, values, (*output)[c]);
+        }
+    }
+}
+
+// A tile without keys.
+fn write_zeros(tile: Tile, invocation: u32) {
+    for (var i = invocation; i < tile.rows * HEAD_WORDS; i += INVOCATIONS) {
+        out[tile.out + query_row(tile, i / HEAD_WORDS) * params.out_stride_s + i % HEAD_WORDS] = vec4<u32>(0u);
+    }
+    for (var row = invocation; row < tile.rows; row += INVOCATIONS) {
+        write_lse(tile, row, LOWEST, 0.0);
     }
 }
 
@@ -112,9 +198,13 @@ fn attention(
     if !tile.exists {
         return;
     }
-    let first_row = subgroup * BLOCKS * SHAPE;
+    if tile.keys == 0u {
+        write_zeros(tile, invocation);
+        return;
+    }
     let lane_row = lane / LANES;
     let lane_in_row = lane % LANES;
+    let row = subgroup * SHAPE + lane_row;
     // This subgroup's part of `probs` and `scores`, and this lane's row in it.
     let own_probs = subgroup * SHAPE * PROBS_STRIDE;
     let own_scores = subgroup * SHAPE * SCORES_STRIDE;
@@ -132,117 +222,95 @@ fn attention(
     // A second attempt only where a value left the range of the first.
     for (var attempt = 0u; attempt < ATTEMPTS; attempt++) {
         var seen = vec3<f32>(0.0);
-        var output: array<array<MatrixC, DIM_FRAGMENTS>, BLOCKS>;
-        for (var b = 0u; b < BLOCKS; b++) { // unroll
-            for (var c = 0u; c < DIM_FRAGMENTS; c++) { // unroll
-                output[b][c] = MatrixC();
-            }
+        var output: Output;
+        for (var c = 0u; c < DIM_FRAGMENTS; c++) { // unroll
+            output[c] = MatrixC();
         }
 
         // Queries pass through `probs`, as many columns at a time as there are keys in a step.
-        var queries: array<array<MatrixA, DIM_FRAGMENTS>, BLOCKS>;
-        for (var b = 0u; b < BLOCKS; b++) { // unroll
-            let row = first_row + b * SHAPE + lane_row;
-            // Rows that are not written are zeros: what they hold must not count in the range.
-            let is_read = row < tile.rows && row_is_kept(tile, row);
-            for (var slice = 0u; slice < SLICES; slice++) { // unroll
-                workgroupBarrier();
-                for (var word = lane_in_row; word < KEY_WORDS; word += LANES) {
-                    var value = vec4<u32>(0u);
-                    if slice * KEY_WORDS + word < HEAD_WORDS && is_read {
-                        value = q[tile.q + query_row(tile, row) * params.q_stride_s + slice * KEY_WORDS + word];
-                    }
+        var queries: Queries;
+        // Rows that are not written are zeros: what they hold must not count in the range.
+        let is_read = row < tile.rows && row_is_kept(tile, row);
+        let own_query = tile.q + query_row(tile, min(row, tile.rows - 1u)) * params.q_stride_s;
+        var words: array<vec4<u32>, SLICES * LANE_WORDS>;
+        for (var slice = 0u; slice < SLICES; slice++) { // unroll
+            for (var w = 0u; w < LANE_WORDS; w++) { // unroll
+                let word = slice * KEY_WORDS + w * LANES + lane_in_row;
+                let value = q[own_query + min(word, HEAD_WORDS - 1u)];
+                words[slice * LANE_WORDS + w] = select(vec4<u32>(0u), value, is_read && word < HEAD_WORDS);
+            }
+        }
+        for (var slice = 0u; slice < SLICES; slice++) { // unroll
+            workgroupBarrier();
+            for (var w = 0u; w < LANE_WORDS; w++) { // unroll
+                let word = w * LANES + lane_in_row;
+                if KEY_WORDS % LANES == 0u || word < KEY_WORDS {
+                    let value = words[slice * LANE_WORDS + w];
                     seen.x = max(seen.x, largest_of(value));
                     probs[probs_row + word * 2u] = halves(value, 0u, factors.q);
                     probs[probs_row + word * 2u + 1u] = halves(value, 1u, factors.q);
                 }
-                workgroupBarrier();
-                for (var n = 0u; n < KEY_FRAGMENTS; n++) { // unroll
-                    if slice * KEY_FRAGMENTS + n < DIM_FRAGMENTS {
-                        queries[b][slice * KEY_FRAGMENTS + n] =
-                            coopLoadT<MatrixA>(&probs[own_probs + n * FRAGMENT], PROBS_STRIDE);
-                    }
+            }
+            workgroupBarrier();
+            for (var n = 0u; n < KEY_FRAGMENTS; n++) { // unroll
+                if slice * KEY_FRAGMENTS + n < DIM_FRAGMENTS {
+                    queries[slice * KEY_FRAGMENTS + n] =
+                        coopLoadT<MatrixA>(&probs[own_probs + n * FRAGMENT], PROBS_STRIDE);
                 }
             }
         }
 
         let score_scale = inverse(factors.q) * inverse(factors.k) * params.score_scale;
-        var base: array<f32, BLOCKS>;
-        // Sums over this lane's keys only.
-        var row_sum: array<f32, BLOCKS>;
-        for (var b = 0u; b < BLOCKS; b++) { // unroll
-            base[b] = LOWEST;
-            row_sum[b] = 0.0;
+        var base = LOWEST;
+        // The sum over this lane's keys only.
+        var row_sum = 0.0;
+        if invocation == 0u {
+            atomicStore(&growing, 0u);
         }
 
-        var first_key = next_step(tile, 0u);
-        var kept = kept_in(tile, first_key);
-        var fetched_k: array<vec4<u32>, FETCHES>;
-        var fetched_v: array<vec4<u32>, FETCHES>;
-        if first_key < tile.keys {
-            for (var f = 0u; f < FETCHES; f++) { // unroll
-                fetched_k[f] = fetch_k(tile, first_key, kept, invocation + f * INVOCATIONS);
-                fetched_v[f] = fetch_v(tile, first_key, kept, invocation + f * INVOCATIONS);
-            }
+        var sums: Sums;
+        var step = step_from(tile, 0u, invocation);
+        var next: Step;
+        if step.first_key < tile.keys {
+            next = step_from(tile, step.first_key + TILE_KEYS, invocation);
+            seen.y = max(seen.y, stage(fetch_keys(tile, step, invocation), 0u, invocation, factors.k));
+            workgroupBarrier();
+            multiply_keys(&queries, &sums);
+            workgroupBarrier();
+            store_scores(&sums, own_scores);
+            seen.y = max(seen.y, stage(fetch_keys(tile, next, invocation), 0u, invocation, factors.k));
         }
-        while first_key < tile.keys {
-            // All have read what was staged before.
-            workgroupBarrier();
-            for (var f = 0u; f < FETCHES; f++) { // unroll
-                stage(invocation + f * INVOCATIONS, fetched_k[f], fetched_v[f], factors);
-                seen = max(seen, vec3<f32>(0.0, largest_of(fetched_k[f]), largest_of(fetched_v[f])));
-            }
-            workgroupBarrier();
-            let next_key = next_step(tile, first_key + TILE_KEYS);
-            let kept_next = kept_in(tile, next_key);
-            for (var f = 0u; f < FETCHES; f++) { // unroll
-                fetched_k[f] = fetch_k(tile, next_key, kept_next, invocation + f * INVOCATIONS);
-                fetched_v[f] = fetch_v(tile, next_key, kept_next, invocation + f * INVOCATIONS);
-            }
-
-            // S = Q·Kᵀ
-            var sums: array<array<MatrixC, KEY_FRAGMENTS>, BLOCKS>;
-            for (var n = 0u; n < KEY_FRAGMENTS; n++) { // unroll
-                for (var b = 0u; b < BLOCKS; b++) { // unroll
-                    sums[b][n] = MatrixC();
-                }
-                for (var c = 0u; c < DIM_FRAGMENTS; c++) { // unroll
-                    let at = n * SHAPE * STAGED_STRIDE + c * FRAGMENT;
-                    let keys = coopLoad<MatrixB>(&staged[at], STAGED_STRIDE);
-                    for (var b = 0u; b < BLOCKS; b++) { // unroll
-                        sums[b][n] = coopMultiplyAdd(queries[b][c], keys, sums[b][n]);
-                    }
-                }
-            }
-
-            // Softmax.
-            var weights: array<array<MatrixA, KEY_FRAGMENTS>, BLOCKS>;
-            for (var b = 0u; b < BLOCKS; b++) { // unroll
-                for (var n = 0u; n < KEY_FRAGMENTS; n++) { // unroll
-                    coopStoreT(sums[b][n], &scores[own_scores + n * FRAGMENT], SCORES_STRIDE);
-                }
+        // Steps that scale O are left to the outer loop: in a branch of the inner one they would cost every step copies of O.
+        while step.first_key < tile.keys {
+            var after: Step;
+            var scale = 1.0;
+            var must_scale = 0u;
+            while step.first_key < tile.keys {
                 workgroupBarrier();
-                let row = first_row + b * SHAPE + lane_row;
+                after = step_from(tile, next.first_key + TILE_KEYS, invocation);
                 var row_scores: array<vec4<f32>, QUADS>;
-                var row_max = LOWEST;
                 for (var i = 0u; i < QUADS; i++) { // unroll
                     let quad = i * LANES + lane_in_row;
                     row_scores[i] = scores[scores_row + quad] * score_scale;
                     if BIAS {
                         for (var n = 0u; n < 4u; n++) {
-                            let score = biased(tile, row, first_key + quad * 4u + n, row_scores[i][n]);
+                            let score = biased(tile, row, step.first_key + quad * 4u + n, row_scores[i][n]);
                             row_scores[i][n] = select(LOWEST, score.score, score.kept);
                         }
                     }
                 }
-                if kept.x != ALL_LOW || kept.y != ALL_HIGH {
-                    for (var i = 0u; i < QUADS; i++) { // unroll
-                        let quad = i * LANES + lane_in_row;
-                        let word = select(kept.x, kept.y, TILE_KEYS > 32u && quad >= 8u);
-                        let bits = vec4<u32>(word >> (quad % 8u * 4u)) & vec4<u32>(1u, 2u, 4u, 8u);
-                        row_scores[i] = select(vec4<f32>(LOWEST), row_scores[i], bits != vec4<u32>(0u));
-                    }
+                // Not only where a key is dropped: a branch here would keep products from running beside what follows.
+                for (var i = 0u; i < QUADS; i++) { // unroll
+                    let quad = i * LANES + lane_in_row;
+                    let word = select(step.kept.x, step.kept.y, TILE_KEYS > 32u && quad >= 8u);
+                    let bits = vec4<u32>(word >> (quad % 8u * 4u)) & vec4<u32>(1u, 2u, 4u, 8u);
+                    row_scores[i] = select(vec4<f32>(LOWEST), row_scores[i], bits != vec4<u32>(0u));
                 }
+
+                let values = fetch_values(tile, step, invocation);
+                multiply_keys(&queries, &sums);
+                // Softmax.
+                var row_max = LOWEST;
                 for (var i = 0u; i < QUADS; i++) { // unroll
                     let pairs = max(row_scores[i].xy, row_scores[i].zw);
                     row_max = max(row_max, max(pairs.x, pairs.y));
@@ -250,75 +318,73 @@ fn attention(
                 for (var distance = 1u; distance < LANES; distance *= 2u) {
                     row_max = max(row_max, subgroupShuffleXor(row_max, distance));
                 }
-                var scale = 1.0;
+                scale = 1.0;
                 var grew = false;
-                if row_max > base[b] + MOST {
+                if row_max > base + MOST {
                     let raised = row_max - BASE_BELOW;
                     // Bounded: the difference of the lowest base and a high one has no f32.
-                    scale = exp2(max(base[b] - raised, -1000.0));
-                    row_sum[b] *= scale;
-                    grew = base[b] > LOWEST;
-                    base[b] = raised;
+                    scale = exp2(max(base - raised, -1000.0));
+                    row_sum *= scale;
+                    grew = base > LOWEST;
+                    base = raised;
                 }
                 // A row without keys has no base: its weights are 0.
-                let minus = select(base[b], 0.0, base[b] == LOWEST);
+                let minus = select(base, 0.0, base == LOWEST);
                 for (var i = 0u; i < QUADS; i++) { // unroll
-                    let quad = i * LANES + lane_in_row;
                     let p = exp2(row_scores[i] - minus);
-                    row_sum[b] += p.x + p.y + p.z + p.w;
-                    probs[probs_row + quad] = vec4<f16>(p);
+                    row_sum += p.x + p.y + p.z + p.w;
+                    probs[probs_row + i * LANES + lane_in_row] = vec4<f16>(p);
                 }
-                let subgroup_grew = subgroupAny(grew);
-                if lane == 0u {
-                    growing[subgroup] = select(0u, 1u, subgroup_grew);
+                if subgroupAny(grew) {
+                    atomicStore(&growing, 1u);
                 }
-                workgroupBarrier();
-                var must_scale = false;
-                for (var other = 0u; other < SUBGROUPS; other++) {
-                    must_scale = must_scale || growing[other] != 0u;
-                }
-                if must_scale {
-                    for (var slice = 0u; slice < SLICES; slice++) { // unroll
-                        workgroupBarrier();
-                        for (var n = 0u; n < KEY_FRAGMENTS; n++) { // unroll
-                            if slice * KEY_FRAGMENTS + n < DIM_FRAGMENTS {
-                                coopStoreT(
-                                    output[b][slice * KEY_FRAGMENTS + n],
-                                    &scores[own_scores + n * FRAGMENT],
-                                    SCORES_STRIDE,
-                                );
-                            }
-                        }
-                        workgroupBarrier();
-                        for (var i = 0u; i < QUADS; i++) {
-                            scores[scores_row + i * LANES + lane_in_row] *= scale;
-                        }
-                        workgroupBarrier();
-                        for (var n = 0u; n < KEY_FRAGMENTS; n++) { // unroll
-                            if slice * KEY_FRAGMENTS + n < DIM_FRAGMENTS {
-                                output[b][slice * KEY_FRAGMENTS + n] =
-                                    coopLoadT<MatrixC>(&scores[own_scores + n * FRAGMENT], SCORES_STRIDE);
-                            }
-                        }
-                    }
-                }
-                for (var n = 0u; n < KEY_FRAGMENTS; n++) { // unroll
-                    weights[b][n] = coopLoadT<MatrixA>(&probs[own_probs + n * FRAGMENT], PROBS_STRIDE);
-                }
-            }
+                seen.z = max(seen.z, stage(values, VALUES, invocation, factors.v));
 
-            // O += P·V
-            for (var n = 0u; n < KEY_FRAGMENTS; n++) { // unroll
-                for (var c = 0u; c < DIM_FRAGMENTS; c++) { // unroll
-                    let at = VALUES + n * SHAPE * STAGED_STRIDE + c * FRAGMENT;
-                    let values = coopLoadT<MatrixB>(&staged[at], STAGED_STRIDE);
-                    for (var b = 0u; b < BLOCKS; b++) { // unroll
-                        output[b][c] = coopMultiplyAdd(weights[b][n], values, output[b][c]);
+                workgroupBarrier();
+                must_scale = atomicLoad(&growing);
+                if must_scale != 0u {
+                    break;
+                }
+                let keys = fetch_keys(tile, after, invocation);
+                multiply_values(&output, own_probs);
+                store_scores(&sums, own_scores);
+                seen.y = max(seen.y, stage(keys, 0u, invocation, factors.k));
+                step = next;
+                next = after;
+            }
+            if must_scale != 0u {
+                for (var slice = 0u; slice < SLICES; slice++) { // unroll
+                    workgroupBarrier();
+                    for (var n = 0u; n < KEY_FRAGMENTS; n++) { // unroll
+                        if slice * KEY_FRAGMENTS + n < DIM_FRAGMENTS {
+                            coopStoreT(
+                                output[slice * KEY_FRAGMENTS + n],
+                                &scores[own_scores + n * FRAGMENT],
+                                SCORES_STRIDE,
+                            );
+                        }
+                    }
+                    workgroupBarrier();
+                    for (var i = 0u; i < QUADS; i++) {
+                        scores[scores_row + i * LANES + lane_in_row] *= scale;
+                    }
+                    workgroupBarrier();
+                    for (var n = 0u; n < KEY_FRAGMENTS; n++) { // unroll
+                        if slice * KEY_FRAGMENTS + n < DIM_FRAGMENTS {
+                            output[slice * KEY_FRAGMENTS + n] =
+                                coopLoadT<MatrixC>(&scores[own_scores + n * FRAGMENT], SCORES_STRIDE);
+                        }
                     }
                 }
+                atomicStore(&growing, 0u);
+                workgroupBarrier();
+                let keys = fetch_keys(tile, after, invocation);
+                multiply_values(&output, own_probs);
+                store_scores(&sums, own_scores);
+                seen.y = max(seen.y, stage(keys, 0u, invocation, factors.k));
+                step = next;
+                next = after;
             }
-            first_key = next_key;
-            kept = kept_next;
         }
 
         if HAS_RANGE && attempt == 0u {
@@ -340,41 +406,39 @@ fn attention(
             }
         }
 
-        // Divide by the sum of the lanes' sums and write.
-        for (var b = 0u; b < BLOCKS; b++) { // unroll
-            for (var distance = 1u; distance < LANES; distance *= 2u) {
-                row_sum[b] += subgroupShuffleXor(row_sum[b], distance);
+        // Divide by the sum of the lanes' sums, and write.
+        for (var distance = 1u; distance < LANES; distance *= 2u) {
+            row_sum += subgroupShuffleXor(row_sum, distance);
+        }
+        // Selected, not multiplied: a dropped row may hold NaN.
+        let is_zero = row_sum == 0.0 || !row_is_kept(tile, row);
+        let inverse_sum = 1.0 / row_sum;
+        let inverse_factor = inverse(factors.v);
+        let own_out = tile.out + query_row(tile, min(row, tile.rows - 1u)) * params.out_stride_s;
+        for (var slice = 0u; slice < SLICES; slice++) { // unroll
+            workgroupBarrier();
+            for (var n = 0u; n < KEY_FRAGMENTS; n++) { // unroll
+                if slice * KEY_FRAGMENTS + n < DIM_FRAGMENTS {
+                    coopStoreT(
+                        output[slice * KEY_FRAGMENTS + n],
+                        &scores[own_scores + n * FRAGMENT],
+                        SCORES_STRIDE,
+                    );
+                }
+            }
+            workgroupBarrier();
+            for (var w = 0u; w < LANE_WORDS; w++) { // unroll
+                let word = w * LANES + lane_in_row;
+                if row < tile.rows && word < KEY_WORDS && slice * KEY_WORDS + word < HEAD_WORDS {
+                    let at = scores_row + word * 2u;
+                    let low = select(scores[at] * inverse_sum * inverse_factor, vec4<f32>(0.0), is_zero);
+                    let high = select(scores[at + 1u] * inverse_sum * inverse_factor, vec4<f32>(0.0), is_zero);
+                    out[own_out + slice * KEY_WORDS + word] = rounded(low, high);
+                }
             }
         }
-        for (var b = 0u; b < BLOCKS; b++) { // unroll
-            let row = first_row + b * SHAPE + lane_row;
-            // Selected, not multiplied: a dropped row may hold NaN.
-            let is_zero = row_sum[b] == 0.0 || !row_is_kept(tile, row);
-            for (var slice = 0u; slice < SLICES; slice++) { // unroll
-                workgroupBarrier();
-                for (var n = 0u; n < KEY_FRAGMENTS; n++) { // unroll
-                    if slice * KEY_FRAGMENTS + n < DIM_FRAGMENTS {
-                        coopStoreT(
-                            output[b][slice * KEY_FRAGMENTS + n],
-                            &scores[own_scores + n * FRAGMENT],
-                            SCORES_STRIDE,
-                        );
-                    }
-                }
-                workgroupBarrier();
-                for (var word = lane_in_row; word < KEY_WORDS; word += LANES) {
-                    if row < tile.rows && slice * KEY_WORDS + word < HEAD_WORDS {
-                        let at = scores_row + word * 2u;
-                        let factor = inverse(factors.v);
-                        let low = select(scores[at] / row_sum[b] * factor, vec4<f32>(0.0), is_zero);
-                        let high = select(scores[at + 1u] / row_sum[b] * factor, vec4<f32>(0.0), is_zero);
-                        out[tile.out + query_row(tile, row) * params.out_stride_s + slice * KEY_WORDS + word] = narrow(low, high);
-                    }
-                }
-            }
-            if row < tile.rows && lane_in_row == 0u {
-                write_lse(tile, row, base[b], row_sum[b]);
-            }
+        if row < tile.rows && lane_in_row == 0u {
+            write_lse(tile, row, base, row_sum);
         }
         break;
     }

@@ -280,6 +280,22 @@ impl Device {
         self.wgpu_backend().ok().map(crate::wgpu_backend::WgpuDevice::handles)
     }
 
+    /// Compiles shaders with this cache of the wgpu device from now on, so that the next start of the application need not: keep
+    /// what `cache.get_data()` gives at the end and create the cache from it. Each shader is compiled once a device in any
+    /// case, and the drivers of most GPUs have caches of their own; it is those of phones that gain.
+    ///
+    /// Caches need `wgpu::Features::PIPELINE_CACHE`, which devices that this crate opens have wherever the adapter does. Creating
+    /// one is unsafe in wgpu, since drivers trust its data. What was compiled before stays: the two small shaders with which
+    /// [`wgsl-coop`](crate::Kernel::WgslCoop) is checked when a device is made.
+    ///
+    /// # Errors
+    /// [`Error::DeviceKind`] if this is not a wgpu device, [`Error::Backend`] for a cache of another one (one of another
+    /// `wgpu::Instance` cannot always be told from the device's own), [`Error::DeviceLost`].
+    #[cfg(feature = "wgpu")]
+    pub fn set_pipeline_cache(&self, cache: &::wgpu::PipelineCache) -> Result<()> {
+        self.wgpu_backend()?.set_pipeline_cache(cache)
+    }
+
     #[cfg(feature = "wgpu")]
     pub(crate) fn wgpu_backend(&self) -> Result<&crate::wgpu_backend::WgpuDevice> {
         let got = || Error::DeviceKind { argument: "device", expected: "wgpu", got: self.name().to_owned() };

@@ -16,3 +16,8 @@ fn largest_of(word: vec4<u32>) -> f32 {
     // An infinity stays one whatever it is multiplied by.
     return select(0.0, largest, largest <= 3.3895314e38);
 }
+
+// A word of output.
+fn rounded(low: vec4<f32>, high: vec4<f32>) -> vec4<u32> {
+    return narrow(low, high);
+}

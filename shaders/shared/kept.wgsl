@@ -20,7 +20,8 @@ fn is_kept(kept: vec2<u32>, key: u32) -> bool {
 // The first step from `first_key` on that has a kept key, or the tile's end.
 fn next_step(tile: Tile, first_key: u32) -> u32 {
     var at = first_key;
-    while at < tile.keys && all(kept_in(tile, at) == vec2<u32>(0u)) {
+    // Elsewhere every step has.
+    while HAS_HOLES && at < tile.keys && all(kept_in(tile, at) == vec2<u32>(0u)) {
         at += TILE_KEYS;
     }
     return at;

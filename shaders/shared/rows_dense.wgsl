@@ -4,6 +4,9 @@
 //   batch y  [ . . . . . . . . ]        [ k k k k k k ]   all Sk keys; `key_bits` says which are kept
 //                 └ tile x ┘
 
+// Whether a key between others may be dropped.
+const HAS_HOLES: bool = KEY_MASK;
+
 fn locate(workgroup: vec3<u32>) -> Tile {
     let group = in_grid(workgroup);
     let first = group.x * TILE_ROWS;

@@ -11,6 +11,9 @@
 //   queries  [ 0 3 4 7 9 12 13 | 1 2 5 6 8 10 11 ]
 //              └ tile ┘ └ tile ┘└  dropped tile  ┘
 
+// Whether a key between others may be dropped.
+const HAS_HOLES: bool = false;
+
 fn locate(workgroup: vec3<u32>) -> Tile {
     let group = in_grid(workgroup);
     let at = params.first_tile + group.x + group.y * params.grid_width;

@@ -4,6 +4,9 @@
 //   q, out   [ s0 s0 s0 s0 s0 | s1 s1 | s2 s2 s2 s2 s2 s2 s2 ]
 //              └ tile ┘ └ tile ┘└ t ┘   └ tile ┘ └ tile ┘
 
+// Whether a key between others may be dropped.
+const HAS_HOLES: bool = false;
+
 fn locate(workgroup: vec3<u32>) -> Tile {
     let group = in_grid(workgroup);
     let at = params.first_tile + group.x + group.y * params.grid_width;

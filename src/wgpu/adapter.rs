@@ -9,8 +9,8 @@ use super::launch::IMMEDIATE_BYTES;
 
 const CHOICE: &str = "wgpu";
 
-/// A device of the best adapter, with no optional feature but timestamps, immediates and what cooperative matrices need, where it has
-/// them.
+/// A device of the best adapter, with no optional feature but timestamps, immediates, pipeline caches and what cooperative matrices
+/// need, where it has them.
 pub(super) async fn open(
     include_software: bool,
     max_binding_bytes: Option<u64>,
@@ -37,7 +37,7 @@ pub(super) async fn open(
         return Err(unavailable("only software adapters, which are slower than the CPU device".to_owned()));
     };
     let coop = Coop::of(&adapter);
-    let mut optional = Features::TIMESTAMP_QUERY | Features::IMMEDIATES;
+    let mut optional = Features::TIMESTAMP_QUERY | Features::IMMEDIATES | Features::PIPELINE_CACHE;
     optional.set(coop::FEATURES, coop.is_some());
     let mut required_limits = limits(&adapter.limits(), max_binding_bytes);
     if adapter.features().contains(Features::IMMEDIATES) {

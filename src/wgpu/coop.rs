@@ -83,21 +83,17 @@ impl Coop {
     /// The tile for a head dimension: the first of the list that fits. The last one always does.
     pub fn tile(self, head_dim: usize) -> CoopTile {
         let Self { shape, subgroup_size, .. } = self;
-        let tile = |subgroups, blocks, keys| CoopTile { shape, subgroup_size, subgroups, blocks, keys };
+        let tile = |subgroups, keys| CoopTile { shape, subgroup_size, subgroups, keys };
         let fits = |tile: &CoopTile| {
             tile.workgroup_bytes(head_dim) <= self.workgroup_bytes
                 && tile.subgroups * tile.subgroup_size <= self.invocations
         };
         // Devices with matrices of 8 are processors, which take seconds to compile large tiles.
-        let (subgroups, blocks, keys) = if shape == 8 { (4, 1, 32) } else { preferred_tile(head_dim) };
-        let tiles = [tile(subgroups, blocks, keys), tile(4, 1, 32), tile(8, 1, 16), tile(2, 1, 16)];
-        tiles.into_iter().find(fits).unwrap_or(tile(1, 1, 16))
+        let subgroups = if shape == 8 { 4 } else { 8 };
+        // In the order of their speed on an H100 (docs/PERFORMANCE.md).
+        let tiles = [tile(subgroups, 32), tile(8, 16), tile(4, 32), tile(2, 16)];
+        tiles.into_iter().find(fits).unwrap_or(tile(1, 16))
     }
-}
-
-/// Subgroups, blocks and keys: the fastest of those tried on an H100 (docs/PERFORMANCE.md).
-const fn preferred_tile(head_dim: usize) -> (u32, u32, u32) {
-    if head_dim <= 64 { (4, 2, 64) } else { (8, 1, 32) }
 }
 
 /// That an adapter's experimental features may be asked for.

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::ops::Range;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use wgpu::{
@@ -102,6 +103,8 @@ pub(super) struct Launcher {
     /// Immediates that a shader may have: 0 without the feature.
     max_immediate_bytes: u32,
     pipelines: Mutex<HashMap<Shader, Arc<Pipeline>>>,
+    /// The application's.
+    pipeline_cache: Mutex<Option<wgpu::PipelineCache>>,
     /// Buffers of parameters whose launches are submitted: a later write to one comes after them.
     params_pool: Mutex<Vec<wgpu::Buffer>>,
 }
@@ -115,6 +118,7 @@ impl Launcher {
             faults: Arc::clone(faults),
             max_immediate_bytes: if has_immediates { device.limits().max_immediate_size } else { 0 },
             pipelines: Mutex::default(),
+            pipeline_cache: Mutex::default(),
             params_pool: Mutex::default(),
         }
     }
@@ -264,12 +268,27 @@ impl Launcher {
         if let Some(pipeline) = pipelines.get(&shader) {
             return Ok(Arc::clone(pipeline));
         }
-        let compiled = self.faults.capture("compiling a shader", 0, || Arc::new(self.compile(shader)))?;
+        let cache = self.pipeline_cache.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let compiled =
+            self.faults.capture("compiling a shader", 0, || Arc::new(self.compile(shader, cache.as_ref())))?;
         pipelines.insert(shader, Arc::clone(&compiled));
         Ok(compiled)
     }
 
-    fn compile(&self, shader: Shader) -> Pipeline {
+    /// Compiles with the application's cache from now on. A small shader shows whether it is one of this device.
+    pub fn set_pipeline_cache(&self, cache: &wgpu::PipelineCache) -> Result<()> {
+        let (shader, operation) = (Shader::ZeroRows, "compiling a shader with a pipeline cache");
+        // wgpu panics where the cache is of another instance, which has handles of its own.
+        let compile = || catch_unwind(AssertUnwindSafe(|| self.compile(shader, Some(cache))));
+        let Ok(compiled) = self.faults.capture(operation, 0, compile)? else {
+            return Err(self.faults.explain(operation, "the cache is not one of this wgpu instance".to_owned()));
+        };
+        self.pipelines.lock().unwrap_or_else(PoisonError::into_inner).insert(shader, Arc::new(compiled));
+        *self.pipeline_cache.lock().unwrap_or_else(PoisonError::into_inner) = Some(cache.clone());
+        Ok(())
+    }
+
+    fn compile(&self, shader: Shader, cache: Option<&wgpu::PipelineCache>) -> Pipeline {
         let (name, params_in) = (shader.entry_point(), self.params_in(shader));
         let descriptor = wgpu::ShaderModuleDescriptor {
             label: Some(name),
@@ -284,7 +303,7 @@ impl Launcher {
         // their sizes with the tensors'; a token list names each of the S tokens of its batch row once, and kernels ask it only
         // for rows and keys that their tile has. Positions in private and workgroup arrays are bounded by constants, and so are
         // the matrices that are loaded from workgroup arrays and stored to them, with their strides. Every loop counts up to a
-        // bound that does not change in it.
+        // bound that does not change in it; that over steps of keys goes on by a step at least with each turn.
         let module = unsafe { self.device.create_shader_module_trusted(descriptor, checks) };
         let entry = |(binding, ty)| wgpu::BindGroupLayoutEntry {
             binding,
@@ -316,7 +335,7 @@ impl Launcher {
                 zero_initialize_workgroup_memory: false,
                 ..Default::default()
             },
-            cache: None,
+            cache,
         });
         Pipeline { pipeline, layout }
     }

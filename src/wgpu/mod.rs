@@ -147,6 +147,11 @@ impl WgpuDevice {
         (&self.device, &self.queue)
     }
 
+    /// Compiles with the application's cache from now on.
+    pub(crate) fn set_pipeline_cache(&self, cache: &wgpu::PipelineCache) -> Result<()> {
+        self.launcher.set_pipeline_cache(cache)
+    }
+
     /// A new buffer that holds the bytes.
     fn uploaded(&self, label: &'static str, bytes: &[u8]) -> Result<wgpu::Buffer> {
         let buffer = self.allocator.storage(label, bytes.len() as u64)?;

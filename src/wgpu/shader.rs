@@ -65,8 +65,6 @@ pub(super) struct CoopTile {
     pub subgroup_size: u32,
     /// Subgroups of a workgroup.
     pub subgroups: u32,
-    /// Matrices of query rows that a subgroup owns.
-    pub blocks: u32,
     /// Keys of a step.
     pub keys: u32,
 }
@@ -74,7 +72,7 @@ pub(super) struct CoopTile {
 impl CoopTile {
     /// Query rows of a workgroup.
     pub fn rows(self) -> usize {
-        (self.subgroups * self.blocks * self.shape) as usize
+        (self.subgroups * self.shape) as usize
     }
 
     /// Bytes of workgroup memory; what `attention_coop.wgsl` declares.
@@ -83,7 +81,7 @@ impl CoopTile {
         let lanes = self.subgroup_size / self.shape;
         let staged = 2 * self.keys * (dim / 8 + 1) * 16;
         let (probs, scores) = ((self.keys / 4 + 2) * 8, (self.keys / 4 + lanes) * 16);
-        staged + self.subgroups * self.shape * (probs + scores) + self.subgroups * 4 + 12
+        staged + self.rows() as u32 * (probs + scores) + 16
     }
 }
 
@@ -301,10 +299,10 @@ impl Shader {
         let dim = (head_dim as u32).next_multiple_of(tile.shape);
         let (dim_fragments, key_fragments) = (dim / tile.shape, tile.keys / tile.shape);
         [
-            ("BLOCKS", tile.blocks),
             ("DIM_FRAGMENTS", dim_fragments),
             ("KEY_FRAGMENTS", key_fragments),
             ("SLICES", dim_fragments.div_ceil(key_fragments)),
+            ("LANE_WORDS", (tile.keys / 8).div_ceil(tile.subgroup_size / tile.shape)),
             ("QUADS", tile.keys / 4 / (tile.subgroup_size / tile.shape)),
             ("FETCHES", (tile.keys * dim / 8).div_ceil(tile.subgroups * tile.subgroup_size)),
         ]
@@ -363,7 +361,6 @@ impl Shader {
                 constants.extend([
                     ("SUBGROUP_SIZE", format!("{}u", tile.subgroup_size)),
                     ("SUBGROUPS", format!("{}u", tile.subgroups)),
-                    ("BLOCKS", format!("{}u", tile.blocks)),
                     ("TILE_ROWS", format!("{}u", tile.rows())),
                     ("TILE_KEYS", format!("{}u", tile.keys)),
                 ]);
@@ -481,9 +478,9 @@ mod tests {
     const HEAD_DIMS: [usize; 10] = [8, 16, 32, 64, 72, 96, 128, 136, 192, 256];
 
     const COOP_TILES: [CoopTile; 3] = [
-        CoopTile { shape: 16, subgroup_size: 32, subgroups: 8, blocks: 1, keys: 32 },
-        CoopTile { shape: 16, subgroup_size: 32, subgroups: 2, blocks: 2, keys: 64 },
-        CoopTile { shape: 8, subgroup_size: 8, subgroups: 4, blocks: 2, keys: 16 },
+        CoopTile { shape: 16, subgroup_size: 32, subgroups: 8, keys: 32 },
+        CoopTile { shape: 16, subgroup_size: 32, subgroups: 2, keys: 64 },
+        CoopTile { shape: 8, subgroup_size: 8, subgroups: 4, keys: 16 },
     ];
 
     #[test]

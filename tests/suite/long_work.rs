@@ -79,7 +79,7 @@ fn padded_calls_are_split(variant: &Variant) -> Result<()> {
             ensure!(dispatches > unsplit.dispatches, "limit {limit}: {dispatches} dispatches");
             ensure!(command_buffers > Some(1), "limit {limit}: {command_buffers:?} command buffers");
             // How many rows a tile on cooperative matrices has depends on the adapter.
-            let tile_rows: &[usize] = if variant.kernel == Kernel::WgslPortable { &[64] } else { &[16, 32, 64] };
+            let tile_rows: &[usize] = if variant.kernel == Kernel::WgslPortable { &[64] } else { &[16, 32, 64, 128] };
             let all: Vec<_> = tile_rows.iter().map(|&rows| workgroups(rows, variant.path, &keep())).collect();
             let is_each = all.iter().any(|all| dispatches == others + all);
             ensure!(limit > 1 || is_each, "{dispatches} dispatches, {others} others, {all:?} workgroups");

@@ -48,7 +48,11 @@ impl Application {
 
     /// Another device of the same adapter and `wgpu::Instance`.
     pub fn sibling(&self) -> Result<(wgpu::Device, wgpu::Queue)> {
-        open(&self.adapter, wgpu::Features::empty(), wgpu::Limits::default())
+        self.sibling_with(wgpu::Features::empty())
+    }
+
+    pub fn sibling_with(&self, features: wgpu::Features) -> Result<(wgpu::Device, wgpu::Queue)> {
+        open(&self.adapter, features, wgpu::Limits::default())
     }
 
     /// Whether the adapter has a feature.

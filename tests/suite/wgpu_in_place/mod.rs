@@ -2,6 +2,7 @@
 
 mod application;
 mod encode;
+mod pipeline_cache;
 mod refusals;
 mod tensors;
 
@@ -12,6 +13,7 @@ pub fn register(trials: &mut Trials) {
     if trials.device().wgpu().is_some() {
         tensors::register(trials);
         encode::register(trials);
+        pipeline_cache::register(trials);
         refusals::register(trials);
     }
 }
