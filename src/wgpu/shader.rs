@@ -81,7 +81,7 @@ impl CoopTile {
         let lanes = self.subgroup_size / self.shape;
         let staged = 2 * self.keys * (dim / 8 + 1) * 16;
         let (probs, scores) = ((self.keys / 4 + 2) * 8, (self.keys / 4 + lanes) * 16);
-        staged + self.rows() as u32 * (probs + scores) + 16
+        staged + self.rows() as u32 * (probs + scores) + 20
     }
 }
 
