@@ -56,7 +56,7 @@ var<workgroup> scores: array<vec4<f32>, TILE_ROWS * SCORES_STRIDE>;
 // 1 if some row's output must be scaled before the next product.
 var<workgroup> growing: atomic<u32>;
 // Written by chance, never read; see `pin`.
-var<workgroup> pinned: u32;
+var<workgroup> pinned: atomic<u32>;
 // The bits of the largest magnitudes of q, k and v.
 var<workgroup> largest: array<atomic<u32>, 3>;
 
@@ -190,7 +190,7 @@ fn pin(keys: Words, values: Words) {
         sum ^= keys[f].x ^ values[f].x;
     }
     if sum == 0x9e3779b9u {
-        pinned = sum;
+        atomicStore(&pinned, sum);
     }
 }
 
