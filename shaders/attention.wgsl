@@ -18,7 +18,7 @@
 //      | S += Q·Kᵀ: 32 dimensions of all rows and keys, CHUNKS times | softmax | O += P·V: VALUE_KEYS keys, VALUE_CHUNKS times |
 //
 // The shared arrays are laid out so that the row groups and the lanes of a subgroup read distinct banks. Loops marked `// unroll`
-// are written out by src/wgpu/shader.rs: arrays stay in registers only where every index is a constant.
+// are written out by src/backends/wgpu/shader.rs: arrays stay in registers only where every index is a constant.
 
 const GROUPS: u32 = 8u;
 const LANES: u32 = 16u;

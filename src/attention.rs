@@ -1,16 +1,18 @@
 //! The layer, [`MaskedAttention`], and the primitives it is made of.
 
-use crate::backend::{Attention, Op, Rows, foreign_memory};
+use crate::call::op::{Attention, Op, Rows, foreign_memory};
+use crate::call::plan::{Forced, Path, Plan, plan_packed, plan_padded};
+use crate::call::problem::{
+    AttentionProblem, AttentionViews, MaskInfo, PackViews, ViewInfo, check_pack, check_scatter,
+};
 use crate::device::Device;
-use crate::device_meta::DeviceVarlenMeta;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::kernel::Kernel;
 use crate::layout::Layout;
-use crate::mask::KeyMask;
-use crate::meta::{CuSeqlens, VarlenMeta};
-use crate::plan::{Forced, Path, Plan, plan_packed, plan_padded};
-use crate::problem::{AttentionProblem, AttentionViews, MaskInfo, PackViews, ViewInfo, check_pack, check_scatter};
+use crate::mask::key_mask::KeyMask;
+use crate::mask::meta::{CuSeqlens, VarlenMeta};
+use crate::tensor::device_meta::DeviceVarlenMeta;
 use crate::tensor::{Tensor, TensorView, TensorViewMut};
 
 /// Which queries attend to which keys of padded tensors.

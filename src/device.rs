@@ -5,13 +5,13 @@ use std::ffi::c_void;
 use std::fmt;
 use std::sync::Arc;
 
-use crate::backend::{Backend, Timing};
+use crate::backends::cpu::CpuDevice;
+use crate::call::op::{Backend, Timing};
+use crate::call::plan::Capabilities;
+use crate::call::problem::DeviceInfo;
 use crate::config::{Config, DeviceChoice};
-use crate::cpu::CpuDevice;
 use crate::error::{Error, Result};
-use crate::meta::VarlenMeta;
-use crate::plan::Capabilities;
-use crate::problem::DeviceInfo;
+use crate::mask::meta::VarlenMeta;
 
 /// A device to compute on, with its settings. Cheap to clone: clones share the device.
 #[derive(Debug, Clone)]
@@ -126,7 +126,7 @@ impl Device {
     /// [`Error::DeviceLost`], [`Error::OutOfMemory`].
     #[cfg(feature = "wgpu")]
     pub fn from_wgpu(device: &::wgpu::Device, queue: &::wgpu::Queue, config: Config) -> Result<Self> {
-        let backend = crate::wgpu_backend::WgpuDevice::foreign(device, queue, config)?;
+        let backend = crate::backends::wgpu::WgpuDevice::foreign(device, queue, config)?;
         expect_kernel(&backend, config)?;
         log::info!("computing on the application's {}", backend.name());
         Ok(Self { backend: Arc::new(backend), config: config.with_device(DeviceChoice::Wgpu) })
@@ -197,7 +197,7 @@ impl Device {
     #[cfg(all(feature = "cuda", not(target_arch = "wasm32")))]
     pub unsafe fn from_cuda(context: *mut c_void, stream: *mut c_void, config: Config) -> Result<Self> {
         // SAFETY: by the caller's promise.
-        let (backend, ordinal) = unsafe { crate::cuda::over(context, stream, config.kernel) }?;
+        let (backend, ordinal) = unsafe { crate::backends::cuda::over(context, stream, config.kernel) }?;
         log::info!("computing on {}", backend.name());
         Ok(Self { backend, config: config.with_device(DeviceChoice::Cuda(ordinal)) })
     }
@@ -277,7 +277,7 @@ impl Device {
     #[cfg(feature = "wgpu")]
     #[must_use]
     pub fn wgpu(&self) -> Option<(&::wgpu::Device, &::wgpu::Queue)> {
-        self.wgpu_backend().ok().map(crate::wgpu_backend::WgpuDevice::handles)
+        self.wgpu_backend().ok().map(crate::backends::wgpu::WgpuDevice::handles)
     }
 
     /// Compiles shaders with this cache of the wgpu device from now on, so that the next start of the application need not: keep
@@ -297,7 +297,7 @@ impl Device {
     }
 
     #[cfg(feature = "wgpu")]
-    pub(crate) fn wgpu_backend(&self) -> Result<&crate::wgpu_backend::WgpuDevice> {
+    pub(crate) fn wgpu_backend(&self) -> Result<&crate::backends::wgpu::WgpuDevice> {
         let got = || Error::DeviceKind { argument: "device", expected: "wgpu", got: self.name().to_owned() };
         self.backend.as_any().downcast_ref().ok_or_else(got)
     }
@@ -338,12 +338,12 @@ fn open(choice: DeviceChoice, adapters: Adapters, config: Config) -> Result<Arc<
         #[cfg(feature = "wgpu")]
         DeviceChoice::Wgpu => {
             let software = adapters == Adapters::All;
-            Arc::new(crate::wgpu_backend::WgpuDevice::open(software, config)?)
+            Arc::new(crate::backends::wgpu::WgpuDevice::open(software, config)?)
         }
         #[cfg(not(feature = "wgpu"))]
         DeviceChoice::Wgpu => return Err(not_built(choice, "wgpu")),
         #[cfg(all(feature = "cuda", not(target_arch = "wasm32")))]
-        DeviceChoice::Cuda(ordinal) => crate::cuda::open(ordinal, config.kernel)?,
+        DeviceChoice::Cuda(ordinal) => crate::backends::cuda::open(ordinal, config.kernel)?,
         #[cfg(any(not(feature = "cuda"), target_arch = "wasm32"))]
         DeviceChoice::Cuda(_) => return Err(not_built(choice, "cuda")),
     };
@@ -367,7 +367,7 @@ async fn open_async(choice: DeviceChoice, adapters: Adapters, config: Config) ->
     #[cfg(all(feature = "wgpu", target_arch = "wasm32"))]
     if choice == DeviceChoice::Wgpu {
         let software = adapters == Adapters::All;
-        return Ok(Arc::new(crate::wgpu_backend::WgpuDevice::open_async(software, config).await?));
+        return Ok(Arc::new(crate::backends::wgpu::WgpuDevice::open_async(software, config).await?));
     }
     open(choice, adapters, config)
 }

@@ -1,12 +1,12 @@
 //! Calls that are recorded into the application's wgpu commands instead of being launched.
 
 use crate::attention::{AttentionMask, MaskedAttention, pack_all, scatter};
+use crate::backends::wgpu::Recorder;
+use crate::call::plan::Plan;
 use crate::device::Device;
 use crate::error::Result;
-use crate::meta::VarlenMeta;
-use crate::plan::Plan;
+use crate::mask::meta::VarlenMeta;
 use crate::tensor::{TensorView, TensorViewMut};
-use crate::wgpu_backend::Recorder;
 
 impl MaskedAttention {
     /// Records attention into a command encoder or a compute pass of the application, without a submission and without a wait;

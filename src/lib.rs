@@ -19,14 +19,11 @@
 #![cfg_attr(not(any(feature = "wgpu", all(feature = "cuda", not(target_arch = "wasm32")))), allow(dead_code))]
 
 mod attention;
-mod backend;
+mod backends;
 mod cache;
+mod call;
 mod config;
-mod cpu;
-#[cfg(all(feature = "cuda", not(target_arch = "wasm32")))]
-mod cuda;
 mod device;
-mod device_meta;
 mod dtype;
 #[cfg(feature = "wgpu")]
 mod encode;
@@ -34,18 +31,7 @@ mod error;
 mod kernel;
 mod layout;
 mod mask;
-mod memory;
-mod meta;
-mod plan;
-mod problem;
-// CUDA devices alone have more than one kernel; its tests need none.
-#[cfg(any(feature = "cuda", test))]
-mod self_check;
 mod tensor;
-// Not `mod wgpu`: that name belongs to the crate, which is re-exported under it.
-#[cfg(feature = "wgpu")]
-#[path = "wgpu/mod.rs"]
-mod wgpu_backend;
 
 /// The wgpu that [`Device::wgpu`] speaks of; its major version is part of this crate's API.
 #[cfg(feature = "wgpu")]
@@ -73,7 +59,7 @@ pub mod emulation {
     /// if there is one already.
     #[must_use]
     pub fn set_sm100(fatbin: &[u8]) -> bool {
-        crate::cuda::set_emulated_sm100(fatbin)
+        crate::backends::cuda::set_emulated_sm100(fatbin)
     }
 }
 
@@ -83,20 +69,20 @@ pub use crate::attention::{
     Attended, AttentionMask, MaskedAttention, PackedAttended, VarlenOptions, pack, pack_into, pack_qkv, pack_qkv_into,
     scatter_to_padded, scatter_to_padded_into, varlen_attention, varlen_attention_into,
 };
-pub use crate::backend::Timing;
+#[cfg(feature = "wgpu")]
+pub use crate::backends::wgpu::Recorder;
+pub use crate::call::op::Timing;
+pub use crate::call::plan::{Capabilities, Path, Plan, Reason};
 pub use crate::config::{Config, DeviceChoice};
 pub use crate::device::{Device, DeviceReport};
-pub use crate::device_meta::{DeviceVarlenMeta, MaskView};
 pub use crate::dtype::{DType, Element};
 #[cfg(feature = "wgpu")]
 pub use crate::encode::{encode_pack, encode_scatter};
 pub use crate::error::{Error, Result};
 pub use crate::kernel::Kernel;
 pub use crate::layout::Layout;
-pub use crate::mask::{KeyMask, MaskDType, MaskInteger, Run};
-pub use crate::memory::DeviceMemory;
-pub use crate::meta::{CuSeqlens, VarlenMeta};
-pub use crate::plan::{Capabilities, Path, Plan, Reason};
+pub use crate::mask::key_mask::{KeyMask, MaskDType, MaskInteger, Run};
+pub use crate::mask::meta::{CuSeqlens, VarlenMeta};
+pub use crate::tensor::device_meta::{DeviceVarlenMeta, MaskView};
+pub use crate::tensor::memory::DeviceMemory;
 pub use crate::tensor::{Tensor, TensorView, TensorViewMut};
-#[cfg(feature = "wgpu")]
-pub use crate::wgpu_backend::Recorder;

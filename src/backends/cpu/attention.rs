@@ -1,0 +1,266 @@
+//! Attention by FlashAttention-2's loop (Dao 2023, arXiv:2307.08691): tiles of queries, each of which walks the tiles of its keys
+//! once and keeps a running softmax, so that scores never leave the cache.
+//!
+//! ```text
+//!                             keys of the batch row that count, KEY_TILE at a time
+//!                           +-------------+-------------+----
+//!                           | K, V as f32 |             |            gathered once for all strips
+//!                           +------+------+-------------+----
+//!   query tile:  +-------+  |      v      |             |
+//!   queries of   | strip |  | S = K·Q     |             |
+//!   one kv head, +-------+  | P = exp(S-m)|     ->      |  ->  ...   O / l, to the rows of the output
+//!   tokens times | strip |  | O += V·P    |             |
+//!   group heads  +-------+  +-------------+-------------+----
+//!
+//!   a strip: up to 3 SIMD vectors of queries, one query in a lane (strip.rs)
+//! ```
+//!
+//! A query tile is a task. What is computed for a query depends on that query and its keys alone, so results are the same bit for
+//! bit whichever thread computes it, in whichever tile.
+
+use std::cmp::Reverse;
+
+use half::{bf16, f16};
+use pulp::Arch;
+use rayon::prelude::*;
+
+use super::copy::{self, PackedScratch};
+use super::host::{self, HostInput, HostOutput};
+use super::rows::RowElement;
+use super::tiles::{KEY_TILE, Tiles};
+use super::tokens::Sequences;
+use crate::call::op::{Attention, Input, Output, Rows, no_device_tables};
+use crate::call::plan::Path;
+use crate::call::problem::{AttentionProblem, AttentionShape};
+use crate::dtype::DType;
+use crate::error::Result;
+use crate::layout::Layout;
+use crate::mask::key_mask::KeyMask;
+use crate::mask::meta::VarlenMeta;
+
+/// Queries of a task, at most. The more, the less often K and V are gathered; the second where the first makes too few tasks.
+const QUERY_TILES: [usize; 2] = [432, 144];
+/// Tasks that keep most machines busy. Not the machine's number of threads, so that one call is always the same tasks.
+const ENOUGH_TASKS: usize = 32;
+/// Query tiles are multiples of this, which is whole strips for every length of vector.
+const QUERY_STEP: usize = 48;
+/// Pairs of query and key, times the head dimension, under which waking other threads takes longer than the work.
+const SERIAL_WORK: usize = 1 << 20;
+/// Tokens that a task of zero-filling takes, at least.
+const ZERO_TOKENS: usize = 64;
+
+pub(super) fn attend(attention: Attention<'_>) -> Result<()> {
+    match attention.rows {
+        Rows::Varlen { query, key } if attention.plan.path == Path::Packed => attend_packed(attention, query, key),
+        _ => match attention.problem.dtype {
+            DType::F32 => Call::<f32>::new(attention)?.run(),
+            DType::F16 => Call::<f16>::new(attention)?.run(),
+            DType::Bf16 => Call::<bf16>::new(attention)?.run(),
+        },
+    }
+}
+
+/// Pack, attention over the packed rows, scatter. The path in place gathers rows just as well, so this one is only taken when a
+/// caller forces it.
+fn attend_packed(attention: Attention<'_>, query: &VarlenMeta, key: &VarlenMeta) -> Result<()> {
+    let Attention { problem, plan, q, k, v, out, .. } = attention;
+    let q = PackedScratch::pack(q, query)?;
+    let k = PackedScratch::pack(k, key)?;
+    let v = PackedScratch::pack(v, key)?;
+    let mut packed_out = PackedScratch::like(&q)?;
+    let rows = Rows::Packed { query: query.cu_seqlens(), key: key.cu_seqlens() };
+    let (q, k, v) = (q.input(), k.input(), v.input());
+    attend(Attention { problem, plan, q, k, v, out: packed_out.output(), lse: None, rows })?;
+    copy::scatter(packed_out.input(), out, query)
+}
+
+/// A call whose tensors are all `[B, S, H, D]`; packed ones have a batch dimension of stride 0.
+pub(super) struct Call<'a, T> {
+    problem: &'a AttentionProblem,
+    pub arch: Arch,
+    pub q: HostInput<'a, T>,
+    pub k: HostInput<'a, T>,
+    pub v: HostInput<'a, T>,
+    pub out: HostOutput<'a, T>,
+    pub lse: Option<HostOutput<'a, f32>>,
+    pub bias: Option<Bias<'a, T>>,
+    pub queries: Sequences<'a>,
+    pub keys: Sequences<'a>,
+    /// Drops keys from the softmax, of those that `keys` lists.
+    pub key_mask: Option<&'a KeyMask>,
+    /// Queries that it does not keep get rows of zeros, computed or not.
+    pub query_mask: Option<&'a KeyMask>,
+    pub scale: Scale,
+}
+
+/// What is added to the scaled scores, `[B, H, Sq, Sk]`.
+pub(super) enum Bias<'a, T> {
+    Same(HostInput<'a, T>),
+    F32(HostInput<'a, f32>),
+}
+
+/// The softmax scale as two factors.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Scale {
+    /// Its sign, or 0: multiplied into the queries, which is exact.
+    pub queries: f32,
+    /// Its magnitude, never 0: the softmax wants a positive factor, for which the largest score stays the largest.
+    pub scores: f32,
+}
+
+impl Scale {
+    fn new(softmax_scale: f32) -> Self {
+        if softmax_scale == 0.0 {
+            return Self { queries: 0.0, scores: 1.0 };
+        }
+        Self { queries: softmax_scale.signum(), scores: softmax_scale.abs() }
+    }
+}
+
+/// A query tile: queries `first..first + count` of one batch row and key/value head. They are numbered token by token, the query
+/// heads of the group side by side.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Task {
+    pub batch: usize,
+    pub kv_head: usize,
+    pub first: usize,
+    pub count: usize,
+    /// Pairs of query and key.
+    pairs: usize,
+}
+
+impl<'a, T: RowElement> Call<'a, T> {
+    fn new(attention: Attention<'a>) -> Result<Self> {
+        let Attention { problem, q, k, v, out, lse, rows, .. } = attention;
+        let AttentionShape { seq_q, seq_k, .. } = problem.shape;
+        let (queries, keys, key_mask, query_mask, bias) = match rows {
+            Rows::Dense { key_mask, bias, zero_rows } => {
+                (Sequences::Whole(seq_q), Sequences::Whole(seq_k), key_mask, zero_rows, bias)
+            }
+            Rows::Varlen { query, key } => {
+                (Sequences::Valid(query), Sequences::Valid(key), None, Some(query.key_mask()), None)
+            }
+            Rows::Packed { query, key } => (Sequences::Packed(query), Sequences::Packed(key), None, None, None),
+            Rows::DeviceVarlen { .. } => return Err(no_device_tables(super::NAME)),
+        };
+        let bias = match bias {
+            None => None,
+            Some(bias) if bias.dtype == T::DTYPE => Some(Bias::Same(HostInput::new(bias)?)),
+            Some(bias) => Some(Bias::F32(HostInput::new(bias)?)),
+        };
+        let padded = |input: Input<'a>| HostInput::new(Input { layout: with_batch(input.layout)?, ..input });
+        Ok(Self {
+            problem,
+            arch: Arch::new(),
+            q: padded(q)?,
+            k: padded(k)?,
+            v: padded(v)?,
+            out: HostOutput::new(Output { layout: with_batch(out.layout)?, ..out })?,
+            lse: lse.map(HostOutput::new).transpose()?,
+            bias,
+            queries,
+            keys,
+            key_mask,
+            query_mask,
+            scale: Scale::new(problem.softmax_scale),
+        })
+    }
+
+    pub fn shape(&self) -> &AttentionShape {
+        &self.problem.shape
+    }
+
+    fn run(&self) -> Result<()> {
+        let tasks = self.tasks()?;
+        let work = |task: &Task| task.pairs.saturating_mul(self.shape().head_dim);
+        let is_serial = tasks.iter().map(work).fold(0, usize::saturating_add) < SERIAL_WORK;
+        self.zero_masked_rows(is_serial);
+        let tiles = || {
+            let queries = tasks.iter().map(|task| task.count).max().unwrap_or(0);
+            let keys = (0..self.shape().batch).map(|b| self.keys.of(b).len()).max().unwrap_or(0);
+            Tiles::new(self, queries, keys.min(KEY_TILE))
+        };
+        if is_serial {
+            let mut tiles = tiles()?;
+            tasks.iter().for_each(|task| self.attend_tile(task, &mut tiles));
+            return Ok(());
+        }
+        // A bridge hands out one task after another, in order; a slice would be split in halves, the long tasks to one thread.
+        tasks.iter().par_bridge().try_for_each_init(tiles, |tiles, task| match tiles {
+            Ok(tiles) => {
+                self.attend_tile(task, tiles);
+                Ok(())
+            }
+            Err(error) => Err(error.clone()),
+        })
+    }
+
+    /// All query tiles, those with the most pairs of query and key first.
+    fn tasks(&self) -> Result<Vec<Task>> {
+        let AttentionShape { batch, num_kv_heads, .. } = *self.shape();
+        let queries = |b| self.queries.of(b).len() * self.shape().group_size();
+        let count = |tile| (0..batch).map(|b| queries(b).div_ceil(tile)).sum::<usize>() * num_kv_heads;
+        let [large, small] = QUERY_TILES;
+        let most = if count(large) >= ENOUGH_TASKS { large } else { small };
+        let mut tasks = host::reserve(count(most))?;
+        for batch in (0..batch).filter(|&b| queries(b) > 0) {
+            let (queries, keys) = (queries(batch), self.keys.of(batch).len());
+            // As many tiles as tiles of the largest size would be, but of about the same size.
+            let tile = queries.div_ceil(queries.div_ceil(most)).next_multiple_of(QUERY_STEP);
+            for kv_head in 0..num_kv_heads {
+                tasks.extend((0..queries).step_by(tile).map(|first| {
+                    let count = tile.min(queries - first);
+                    Task { batch, kv_head, first, count, pairs: count * keys }
+                }));
+            }
+        }
+        // Tasks that share keys stay together.
+        tasks.sort_unstable_by_key(|task| (Reverse(task.pairs), task.batch, task.kv_head, task.first));
+        Ok(tasks)
+    }
+
+    fn zero_masked_rows(&self, is_serial: bool) {
+        let Some(kept) = self.query_mask.filter(|mask| !mask.is_all_kept()) else { return };
+        let AttentionShape { num_heads, head_dim, .. } = *self.shape();
+        let (batch, seq) = (kept.batch(), kept.seq());
+        let zero_token = |flat: usize| {
+            let (b, token) = (flat / seq, flat % seq);
+            if kept.keeps(b, token) {
+                return;
+            }
+            for h in 0..num_heads {
+                // SAFETY: each row is visited once, rows of the output do not overlap (checked by problem), and no task has
+                // been started.
+                let row = unsafe { self.out.row(&[b, token, h], head_dim) };
+                row.fill(T::zeroed());
+            }
+        };
+        if is_serial {
+            (0..batch * seq).for_each(zero_token);
+        } else {
+            (0..batch * seq).into_par_iter().with_min_len(ZERO_TOKENS).for_each(zero_token);
+        }
+    }
+
+    fn attend_tile(&self, task: &Task, tiles: &mut Tiles) {
+        let keys = self.keys.of(task.batch).len();
+        let strips = tiles.start(self, task);
+        for first in (0..keys).step_by(KEY_TILE) {
+            let tile = first..keys.min(first + KEY_TILE);
+            tiles.gather_keys(self, task, tile.clone());
+            tiles.gather_bias(self, task, strips, tile.clone());
+            tiles.step(self, strips, tile.len());
+        }
+        tiles.finish(self, task, strips);
+    }
+}
+
+/// A layout of rank 3, packed rows, as one of rank 4 whose batch index does not matter.
+fn with_batch(layout: Layout) -> Result<Layout> {
+    match (layout.shape(), layout.strides()) {
+        (&[total, heads, dim], &[row, head, inner]) => {
+            Layout::strided(&[1, total, heads, dim], &[0, row, head, inner], layout.offset())
+        }
+        _ => Ok(layout),
+    }
+}

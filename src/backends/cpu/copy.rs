@@ -1,0 +1,125 @@
+//! Pack, scatter and zero fill: copies of whole rows, bit for bit, by element size.
+
+use bytemuck::Pod;
+use rayon::prelude::*;
+
+use super::host::{self, HostInput, HostOutput};
+use crate::call::op::{Input, Output, Sink, Source};
+use crate::dtype::DType;
+use crate::error::{Error, Result};
+use crate::layout::{Layout, MAX_RANK};
+use crate::mask::meta::VarlenMeta;
+
+/// Rows that one task copies: enough to outweigh the cost of a task.
+const ROWS_PER_TASK: usize = 64;
+
+/// Padded `[B, S, H, D]` to packed `[total_valid, H, D]`.
+pub(super) fn pack(from: Input<'_>, to: Output<'_>, meta: &VarlenMeta) -> Result<()> {
+    match from.dtype {
+        DType::F32 => pack_elements::<u32>(from, to, meta),
+        DType::F16 | DType::Bf16 => pack_elements::<u16>(from, to, meta),
+    }
+}
+
+/// Packed `[total_valid, H, D]` to padded `[B, S, H, D]`, zeros elsewhere.
+pub(super) fn scatter(from: Input<'_>, to: Output<'_>, meta: &VarlenMeta) -> Result<()> {
+    match from.dtype {
+        DType::F32 => scatter_elements::<u32>(from, to, meta),
+        DType::F16 | DType::Bf16 => scatter_elements::<u16>(from, to, meta),
+    }
+}
+
+/// A packed `[total_valid, H, D]` tensor in memory of its own.
+pub(super) struct PackedScratch {
+    words: Vec<u64>,
+    layout: Layout,
+    dtype: DType,
+}
+
+impl PackedScratch {
+    /// The valid rows of a padded tensor.
+    pub fn pack(padded: Input<'_>, meta: &VarlenMeta) -> Result<Self> {
+        let &[_, _, heads, dim] = padded.layout.shape() else {
+            let got = padded.layout.rank();
+            return Err(Error::Rank { argument: "padded", expected: "4: [B, S, H, D]", got });
+        };
+        let mut packed = Self::zeros(Layout::contiguous(&[meta.total_valid(), heads, dim])?, padded.dtype)?;
+        pack(padded, packed.output(), meta)?;
+        Ok(packed)
+    }
+
+    /// A tensor of the same size and type.
+    pub fn like(other: &Self) -> Result<Self> {
+        Self::zeros(other.layout, other.dtype)
+    }
+
+    fn zeros(layout: Layout, dtype: DType) -> Result<Self> {
+        let words = host::alloc_words(layout.numel() as u64 * dtype.size() as u64)?;
+        Ok(Self { words, layout, dtype })
+    }
+
+    pub fn input(&self) -> Input<'_> {
+        Input { memory: Source::Host(bytemuck::cast_slice(&self.words)), layout: self.layout, dtype: self.dtype }
+    }
+
+    pub fn output(&mut self) -> Output<'_> {
+        Output { memory: Sink::Host(bytemuck::cast_slice_mut(&mut self.words)), layout: self.layout, dtype: self.dtype }
+    }
+}
+
+/// Zeros in every element of a view of any rank.
+pub(super) fn zero(to: Output<'_>) -> Result<()> {
+    match to.dtype {
+        DType::F32 => zero_elements::<u32>(to),
+        DType::F16 | DType::Bf16 => zero_elements::<u16>(to),
+    }
+}
+
+fn pack_elements<T: Pod + Send + Sync>(from: Input<'_>, to: Output<'_>, meta: &VarlenMeta) -> Result<()> {
+    let (from, to) = (HostInput::<T>::new(from)?, HostOutput::<T>::new(to)?);
+    let &[_, seq, heads, dim] = from.layout.shape() else { return Ok(()) };
+    meta.indices().par_iter().with_min_len(ROWS_PER_TASK).enumerate().for_each(|(packed, &flat)| {
+        let (b, s) = (flat as usize / seq, flat as usize % seq);
+        for h in 0..heads {
+            // SAFETY: each packed row is visited once, and rows of the output do not overlap (checked by problem).
+            let row = unsafe { to.row(&[packed, h], dim) };
+            row.copy_from_slice(from.row(&[b, s, h], dim));
+        }
+    });
+    Ok(())
+}
+
+fn scatter_elements<T: Pod + Send + Sync>(from: Input<'_>, to: Output<'_>, meta: &VarlenMeta) -> Result<()> {
+    let (from, to) = (HostInput::<T>::new(from)?, HostOutput::<T>::new(to)?);
+    let &[_, seq, heads, dim] = to.layout.shape() else { return Ok(()) };
+    meta.inv_indices().par_iter().with_min_len(ROWS_PER_TASK).enumerate().for_each(|(flat, &packed)| {
+        for h in 0..heads {
+            // SAFETY: each padded row is visited once, and rows of the output do not overlap (checked by problem).
+            let row = unsafe { to.row(&[flat / seq, flat % seq, h], dim) };
+            match usize::try_from(packed) {
+                Ok(packed) => row.copy_from_slice(from.row(&[packed, h], dim)),
+                Err(_) => row.fill(T::zeroed()),
+            }
+        }
+    });
+    Ok(())
+}
+
+fn zero_elements<T: Pod + Send + Sync>(to: Output<'_>) -> Result<()> {
+    let to = HostOutput::<T>::new(to)?;
+    // Row by row, so that what lies between the rows of a strided view keeps its contents.
+    let Some((&len, leading)) = to.layout.shape().split_last() else { return Ok(()) };
+    let rows: usize = leading.iter().product();
+    (0..rows).into_par_iter().with_min_len(ROWS_PER_TASK).for_each(|row| {
+        let mut position = [0; MAX_RANK];
+        let mut rest = row;
+        for (index, &size) in position[..leading.len()].iter_mut().zip(leading).rev() {
+            *index = rest % size;
+            rest /= size;
+        }
+        // SAFETY: each row is visited once, and rows of the output do not overlap (checked by problem).
+        let row = unsafe { to.row(&position[..leading.len()], len) };
+        row.fill(T::zeroed());
+    });
+    Ok(())
+}

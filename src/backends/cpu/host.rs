@@ -1,0 +1,148 @@
+//! Host memory: allocation, and typed rows of the views that an operation was given.
+
+use std::marker::PhantomData;
+
+use bytemuck::Pod;
+
+use crate::call::op::{Input, Output, Sink, Source, foreign_memory};
+use crate::error::{Error, Result};
+use crate::layout::Layout;
+
+/// Zeroed words for `bytes` bytes.
+pub(super) fn alloc_words(bytes: u64) -> Result<Vec<u64>> {
+    let count = bytes.div_ceil(8) as usize;
+    let mut words = reserve(count)?;
+    words.resize(count, 0);
+    Ok(words)
+}
+
+/// An empty vector with room for `count` elements; an error instead of an abort where memory runs out.
+pub(super) fn reserve<T>(count: usize) -> Result<Vec<T>> {
+    let mut values = Vec::new();
+    values.try_reserve_exact(count).map_err(|error| Error::OutOfMemory {
+        device: super::NAME.to_owned(),
+        requested: count.saturating_mul(size_of::<T>()) as u64,
+        why: error.to_string(),
+    })?;
+    Ok(values)
+}
+
+pub(super) fn source_bytes(source: Source<'_>) -> Result<&[u8]> {
+    match source {
+        Source::Host(bytes) => Ok(bytes),
+        Source::Device(buffer) => Err(foreign_memory(super::NAME, buffer.device_name())),
+    }
+}
+
+pub(super) fn sink_bytes(sink: Sink<'_>) -> Result<&mut [u8]> {
+    match sink {
+        Sink::Host(bytes) => Ok(bytes),
+        Sink::Device(buffer) => Err(foreign_memory(super::NAME, buffer.device_name())),
+    }
+}
+
+/// A view of host memory to read, of 2 to 4 dimensions of which the last is contiguous.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct HostInput<'a, T> {
+    data: &'a [T],
+    pub layout: Layout,
+}
+
+impl<'a, T: Pod> HostInput<'a, T> {
+    pub fn new(input: Input<'a>) -> Result<Self> {
+        let bytes = source_bytes(input.memory)?;
+        let data = whole_elements(bytes.len(), size_of::<T>());
+        let data = bytemuck::try_cast_slice(&bytes[..data]).map_err(|_| misaligned::<T>(bytes.as_ptr() as usize))?;
+        Ok(Self { data, layout: input.layout })
+    }
+
+    /// `len` elements from the given position of the leading dimensions on.
+    #[inline]
+    pub fn row(&self, position: &[usize], len: usize) -> &'a [T] {
+        &self.data[offset_of(&self.layout, position)..][..len]
+    }
+
+    /// The rows of one batch row and head, of a view of rank 4.
+    #[inline(always)]
+    pub fn head(&self, batch: usize, head: usize) -> HeadRows<'a, T> {
+        let stride = self.layout.strides().get(1).map_or(0, |&stride| stride as usize);
+        HeadRows { data: self.data, first: offset_of(&self.layout, &[batch, 0, head]), stride }
+    }
+
+    /// The element at a position of all dimensions.
+    #[inline]
+    pub fn at(&self, position: &[usize]) -> T {
+        self.data[offset_of(&self.layout, position)]
+    }
+}
+
+/// The rows of one batch row and head.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct HeadRows<'a, T> {
+    data: &'a [T],
+    first: usize,
+    stride: usize,
+}
+
+impl<'a, T> HeadRows<'a, T> {
+    #[inline(always)]
+    pub fn row(&self, token: usize, len: usize) -> &'a [T] {
+        &self.data[self.first + token * self.stride..][..len]
+    }
+}
+
+/// A view of host memory that several threads write, each to rows of its own; the last dimension is contiguous.
+#[derive(Debug)]
+pub(super) struct HostOutput<'a, T> {
+    data: *mut T,
+    len: usize,
+    pub layout: Layout,
+    memory: PhantomData<&'a mut [T]>,
+}
+
+// SAFETY: the struct stands for a `&mut [T]` whose parts are handed out by `row`, whose callers keep threads apart; `T` is plain
+// data (`Pod`) that may be written from any thread.
+unsafe impl<T: Pod + Send> Sync for HostOutput<'_, T> {}
+// SAFETY: as above.
+unsafe impl<T: Pod + Send> Send for HostOutput<'_, T> {}
+
+impl<'a, T: Pod> HostOutput<'a, T> {
+    pub fn new(output: Output<'a>) -> Result<Self> {
+        let bytes = sink_bytes(output.memory)?;
+        let address = bytes.as_ptr() as usize;
+        let len = whole_elements(bytes.len(), size_of::<T>());
+        let data: &mut [T] = bytemuck::try_cast_slice_mut(&mut bytes[..len]).map_err(|_| misaligned::<T>(address))?;
+        Ok(Self { data: data.as_mut_ptr(), len: data.len(), layout: output.layout, memory: PhantomData })
+    }
+
+    /// `len` elements from the given position of the leading dimensions on.
+    ///
+    /// # Safety
+    /// Until the row is let go, no other call asks for elements of it.
+    #[inline]
+    #[expect(clippy::mut_from_ref, reason = "rows are handed out one at a time each; see the safety section")]
+    pub unsafe fn row(&self, position: &[usize], len: usize) -> &mut [T] {
+        let start = offset_of(&self.layout, position);
+        assert!(start <= self.len && len <= self.len - start, "rows lie inside the memory: checked by problem");
+        // SAFETY: start..start + len lies inside the allocation of `len` elements by the line above.
+        let first = unsafe { self.data.add(start) };
+        // SAFETY: in bounds as above, borrowed mutably for 'a by `new`, and no other call asks for these elements.
+        unsafe { std::slice::from_raw_parts_mut(first, len) }
+    }
+}
+
+/// Position in elements of a row; every layout's end fits a `usize`.
+#[inline]
+fn offset_of(layout: &Layout, position: &[usize]) -> usize {
+    let steps = position.iter().zip(layout.strides()).map(|(&index, &stride)| index as u64 * stride);
+    (layout.offset() + steps.sum::<u64>()) as usize
+}
+
+/// The part of `bytes` that holds whole elements.
+fn whole_elements(bytes: usize, size: usize) -> usize {
+    bytes / size * size
+}
+
+fn misaligned<T>(address: usize) -> Error {
+    Error::Misaligned { argument: "memory", expected: align_of::<T>() as u64, got: address as u64 }
+}

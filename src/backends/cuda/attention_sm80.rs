@@ -1,0 +1,179 @@
+//! Launches of `attention_sm80`.
+
+use bytemuck::Pod;
+
+use crate::call::op::{Attention, DeviceTables, Input};
+use crate::call::problem::AttentionShape;
+use crate::dtype::DType;
+use crate::error::{Error, Result};
+use crate::mask::key_mask::KeyMask;
+
+use super::attention::{PackedRows, Tensors, score_scale};
+use super::device::CudaDevice;
+use super::metadata::Tables;
+use super::module::Entry;
+use super::params::{AttentionParams, FusedAttentionParams, RowLists};
+use super::tiles::{FormSm80, Tile};
+
+/// Blocks in the second and third dimension of a grid.
+const MAX_GRID: usize = 65_535;
+
+/// The extent of a launch.
+struct Extent {
+    batch: usize,
+    /// Rows of the longest query sequence, or of every padded one.
+    max_queries: usize,
+}
+
+impl CudaDevice {
+    pub(super) fn attend_dense_sm80(
+        &self,
+        attention: &Attention<'_>,
+        tensors: &Tensors,
+        key_mask: Option<&KeyMask>,
+        zero_rows: Option<&KeyMask>,
+        bias: Option<&Input<'_>>,
+    ) -> Result<()> {
+        let shape = attention.problem.shape;
+        let mut params = params(attention, tensors);
+        let bits = |mask: Option<&KeyMask>| mask.map(|mask| self.mask_bits(mask)).transpose();
+        let (key_bits, row_bits) = (bits(key_mask)?, bits(zero_rows)?);
+        if let Some(bits) = &key_bits {
+            (params.key_bits, params.key_words) = (bits.buffer.address(), bits.row_words);
+        }
+        if let Some(bits) = &row_bits {
+            (params.row_bits, params.row_words) = (bits.buffer.address(), bits.row_words);
+        }
+        if let Some(bias) = bias {
+            let bias = self.input("bias", bias)?;
+            params.bias = bias.address();
+            params.bias_is_f32 = i32::from(bias.dtype == DType::F32);
+            // Every stride fits: layouts end below an eighth of the range.
+            params.bias_strides.iter_mut().zip(bias.layout.strides()).for_each(|(slot, &stride)| *slot = stride as i64);
+        }
+        let is_masked = params.key_bits != 0 || params.row_bits != 0 || params.bias != 0;
+        let form = if is_masked { FormSm80::Masked } else { FormSm80::Plain };
+        let extent = Extent { batch: shape.batch, max_queries: shape.seq_q };
+        self.launch_attention_sm80(attention, form, &extent, |first| params.after_batch_rows(first))
+    }
+
+    /// Dense attention under the masks of tables that the device built.
+    pub(super) fn attend_dense_with_tables_sm80(
+        &self,
+        attention: &Attention<'_>,
+        tensors: &Tensors,
+        query: &DeviceTables<'_>,
+        key: &DeviceTables<'_>,
+    ) -> Result<()> {
+        let mut params = params(attention, tensors);
+        (params.row_bits, params.row_words) = self.device_bits(query)?;
+        (params.key_bits, params.key_words) = self.device_bits(key)?;
+        let extent = Extent { batch: query.batch, max_queries: query.seq };
+        self.launch_attention_sm80(attention, FormSm80::Masked, &extent, |first| params.after_batch_rows(first))
+    }
+
+    /// Valid query rows and keys of padded tensors; other rows as zeros. The tables may be the host's or the device's.
+    pub(super) fn attend_fused_sm80(
+        &self,
+        attention: &Attention<'_>,
+        tensors: &Tensors,
+        [query, key]: &[Tables; 2],
+    ) -> Result<()> {
+        let params = AttentionParams {
+            cu_seqlens_q: query.cu_seqlens,
+            cu_seqlens_k: key.cu_seqlens,
+            batch_order: order_in_one_launch(key.batch_order, key.batch),
+            ..params(attention, tensors)
+        };
+        let lists = RowLists {
+            indices_q: query.indices,
+            indices_k: key.indices,
+            inv_indices: if query.is_all_valid { 0 } else { query.inv_indices },
+            ..Default::default()
+        };
+        // Blocks for every padded row, masked ones included: those are theirs to zero.
+        let extent = Extent { batch: query.batch, max_queries: query.seq };
+        self.launch_attention_sm80(attention, FormSm80::Fused, &extent, |first| {
+            // Lists hold positions in the whole batch, so tensors stay where they are. Fits: batch · seq does.
+            FusedAttentionParams { attention: params, lists: RowLists { first_batch: first as i32, ..lists } }
+        })
+    }
+
+    pub(super) fn attend_packed_sm80(
+        &self,
+        attention: &Attention<'_>,
+        tensors: &Tensors,
+        rows: &PackedRows<'_>,
+    ) -> Result<()> {
+        let (lse, lse_head_stride) = rows.lse.unwrap_or_default();
+        let params = AttentionParams {
+            cu_seqlens_q: rows.cu_seqlens_q.unwrap_or_default(),
+            cu_seqlens_k: rows.cu_seqlens_k.unwrap_or_default(),
+            batch_order: order_in_one_launch(rows.batch_order.unwrap_or_default(), rows.batch),
+            lse,
+            lse_head_stride,
+            ..params(attention, tensors)
+        };
+        let extent = Extent { batch: rows.batch, max_queries: rows.max_queries };
+        self.launch_attention_sm80(attention, FormSm80::Plain, &extent, |first| params.after_batch_rows(first))
+    }
+
+    /// `params` are those of the call from a batch row on.
+    fn launch_attention_sm80<Params: Pod>(
+        &self,
+        attention: &Attention<'_>,
+        form: FormSm80,
+        extent: &Extent,
+        params: impl Fn(usize) -> Params,
+    ) -> Result<()> {
+        let AttentionShape { num_heads, head_dim, .. } = attention.problem.shape;
+        let &Extent { batch, max_queries } = extent;
+        if num_heads > MAX_GRID {
+            let (limit_name, limit) = ("heads in a CUDA grid's second dimension", MAX_GRID as u64);
+            return Err(Error::TooLarge { argument: "q", limit_name, limit, got: num_heads as u64 });
+        }
+        let Some(tile) = Tile::of(head_dim) else { return Err(Error::HeadDim { got: head_dim }) };
+        if max_queries == 0 || num_heads == 0 {
+            return Ok(());
+        }
+        let function = self.function(Entry::Attention { dtype: attention.problem.dtype, tile, form })?;
+        // Both fit: a sequence has at most i32::MAX rows, and the number of heads was checked.
+        let (tiles, heads) = (max_queries.div_ceil(tile.rows as usize) as u32, num_heads as u32);
+        for first in (0..batch).step_by(MAX_GRID) {
+            let grid = [tiles, heads, (batch - first).min(MAX_GRID) as u32];
+            // SAFETY: the tensors have the problem's shape and lie inside their buffers, those of packed rows as `cu_seqlens`
+            // says (checked by problem; scratch is made so), and their rows start at words (placement). Masks, `cu_seqlens` and
+            // the bias have the problem's batch rows, and the lists of the fused form its positions. The output shares no memory
+            // with them (checked by problem).
+            unsafe { self.context.launch(function, grid, tile.threads(), &params(first)) }?;
+        }
+        Ok(())
+    }
+}
+
+/// An order of the sequences is of the whole batch: null where one launch does not hold it.
+fn order_in_one_launch(batch_order: u64, batch: usize) -> u64 {
+    if batch > MAX_GRID { 0 } else { batch_order }
+}
+
+/// Parameters of a dense call without a mask.
+fn params(attention: &Attention<'_>, Tensors { q, k, v, out }: &Tensors) -> AttentionParams {
+    let shape = attention.problem.shape;
+    AttentionParams {
+        q: q.address,
+        k: k.address,
+        v: v.address,
+        out: out.address,
+        q_strides: q.strides,
+        k_strides: k.strides,
+        v_strides: v.strides,
+        out_strides: out.strides,
+        // All fit: checked by problem.
+        seq_q: shape.seq_q as i32,
+        seq_k: shape.seq_k as i32,
+        group_size: shape.group_size() as i32,
+        head_dim: shape.head_dim as i32,
+        score_scale: score_scale(attention.problem.softmax_scale),
+        ..Default::default()
+    }
+}

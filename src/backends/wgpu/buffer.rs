@@ -1,0 +1,235 @@
+//! Buffers: tensors' own, the application's, and scratch that is reused from call to call.
+
+use std::any::Any;
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::num::NonZeroU64;
+use std::ops::Range;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use wgpu::BufferUsages;
+
+use crate::cache::DeviceId;
+use crate::call::op::DeviceBuffer;
+use crate::error::{Error, Result};
+
+use super::fault::Faults;
+
+/// Tensors are bound as 16-byte words, and an empty one must still be bindable.
+const WORD_BYTES: u64 = 16;
+/// Scratch buffers kept for reuse; more than one packed call needs.
+const POOL_LEN: usize = 12;
+
+/// Storage bindings are whole u32s.
+const BINDING_SIZE_STEP: u64 = 4;
+
+/// A tensor's memory.
+#[derive(Debug)]
+pub(super) struct WgpuBuffer {
+    pub raw: wgpu::Buffer,
+    size: u64,
+    /// Bytes that may be bound: all of the buffer, as far as its last whole u32.
+    bindable: u64,
+    /// Whether the buffer is the application's, so that nothing outside of the views is ours.
+    is_foreign: bool,
+    device: DeviceId,
+    device_name: Arc<str>,
+    space: u64,
+}
+
+impl WgpuBuffer {
+    pub fn bindable(&self) -> u64 {
+        self.bindable
+    }
+
+    pub fn is_foreign(&self) -> bool {
+        self.is_foreign
+    }
+
+    /// That the buffer was created with a usage; ours have all that they need.
+    pub fn expect_usage(&self, argument: &'static str, usage: BufferUsages) -> Result<()> {
+        expect_usage(argument, &self.raw, usage)
+    }
+
+    /// That the host has not mapped the buffer: what uses it would be refused when it is submitted. Asked of the
+    /// application's buffers alone.
+    pub fn expect_unmapped(&self, argument: &'static str) -> Result<()> {
+        let is_mapped = self.is_foreign && self.raw.slice(..self.bindable).get_mapped_range().is_ok();
+        if is_mapped { Err(unusable(argument, "it is mapped".to_owned())) } else { Ok(()) }
+    }
+}
+
+pub(super) fn unusable(argument: &'static str, why: String) -> Error {
+    Error::BufferUnusable { argument, why }
+}
+
+fn expect_usage(argument: &'static str, buffer: &wgpu::Buffer, usage: BufferUsages) -> Result<()> {
+    match usage.difference(buffer.usage()) {
+        missing if missing.is_empty() => Ok(()),
+        missing => {
+            let missing = missing.iter_names().map(|(name, _)| name).collect::<Vec<_>>().join(", ");
+            Err(Error::BufferUsage { argument, missing })
+        }
+    }
+}
+
+/// The address space of a buffer: clones of one have the same. A hash, so that two buffers may share one once in 2⁶³ pairs;
+/// then a call that could run is refused, and none runs that may not.
+fn space_of(buffer: &wgpu::Buffer) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    buffer.hash(&mut hasher);
+    // Never the host's, which is 0.
+    hasher.finish() | 1
+}
+
+impl DeviceBuffer for WgpuBuffer {
+    fn device(&self) -> DeviceId {
+        self.device
+    }
+
+    fn device_name(&self) -> &str {
+        &self.device_name
+    }
+
+    fn size(&self) -> u64 {
+        self.size
+    }
+
+    fn space(&self) -> u64 {
+        self.space
+    }
+
+    /// A launch cannot both read and write one buffer.
+    fn touched(&self, _bytes: Range<u64>) -> Range<u64> {
+        0..self.size
+    }
+
+    fn as_any(&self) -> &dyn Any {
+        self
+    }
+}
+
+/// Makes buffers of one device.
+#[derive(Debug)]
+pub(super) struct Allocator {
+    device: wgpu::Device,
+    faults: Arc<Faults>,
+    id: DeviceId,
+    device_name: Arc<str>,
+    max_buffer_bytes: u64,
+    pool: Mutex<Vec<wgpu::Buffer>>,
+    /// One storage buffer, to try whether a buffer can be bound.
+    probe_layout: wgpu::BindGroupLayout,
+}
+
+impl Allocator {
+    pub fn new(device: &wgpu::Device, faults: &Arc<Faults>, id: DeviceId, device_name: &Arc<str>) -> Result<Self> {
+        let ty = wgpu::BindingType::Buffer {
+            ty: wgpu::BufferBindingType::Storage { read_only: true },
+            has_dynamic_offset: false,
+            min_binding_size: None,
+        };
+        let entries =
+            [wgpu::BindGroupLayoutEntry { binding: 0, visibility: wgpu::ShaderStages::COMPUTE, ty, count: None }];
+        let descriptor = wgpu::BindGroupLayoutDescriptor { label: Some("probe"), entries: &entries };
+        let probe_layout =
+            faults.capture("creating a bind group layout", 0, || device.create_bind_group_layout(&descriptor))?;
+        Ok(Self {
+            device: device.clone(),
+            faults: Arc::clone(faults),
+            id,
+            device_name: Arc::clone(device_name),
+            max_buffer_bytes: device.limits().max_buffer_size,
+            pool: Mutex::default(),
+            probe_layout,
+        })
+    }
+
+    /// Memory for a tensor.
+    pub fn tensor(&self, size: u64) -> Result<WgpuBuffer> {
+        let raw = self.storage("tensor", size)?;
+        let bindable = raw.size();
+        Ok(self.buffer(raw, size, bindable, false))
+    }
+
+    /// The application's buffer.
+    pub fn foreign(&self, raw: wgpu::Buffer) -> Result<WgpuBuffer> {
+        expect_usage("buffer", &raw, BufferUsages::STORAGE)?;
+        let size = raw.size() / BINDING_SIZE_STEP * BINDING_SIZE_STEP;
+        if size == 0 {
+            let why = format!("it has {} bytes, and {BINDING_SIZE_STEP} are the least that can be bound", raw.size());
+            return Err(unusable("buffer", why));
+        }
+        let buffer = self.buffer(raw, size, size, true);
+        buffer.expect_unmapped("buffer")?;
+        self.expect_bindable("buffer", &buffer.raw)?;
+        Ok(buffer)
+    }
+
+    fn buffer(&self, raw: wgpu::Buffer, size: u64, bindable: u64, is_foreign: bool) -> WgpuBuffer {
+        let space = space_of(&raw);
+        let (device, device_name) = (self.id, Arc::clone(&self.device_name));
+        WgpuBuffer { raw, size, bindable, is_foreign, device, device_name, space }
+    }
+
+    /// That the device lets a buffer be bound: it is the device's own and has not been destroyed.
+    pub fn expect_bindable(&self, argument: &'static str, buffer: &wgpu::Buffer) -> Result<()> {
+        let binding = wgpu::BufferBinding { buffer, offset: 0, size: NonZeroU64::new(BINDING_SIZE_STEP) };
+        let entries = [wgpu::BindGroupEntry { binding: 0, resource: wgpu::BindingResource::Buffer(binding) }];
+        let (label, layout) = (Some("probe"), &self.probe_layout);
+        let descriptor = wgpu::BindGroupDescriptor { label, layout, entries: &entries };
+        // wgpu panics on some buffers of another `wgpu::Instance`.
+        let bind = || catch_unwind(AssertUnwindSafe(|| drop(self.device.create_bind_group(&descriptor))));
+        match self.faults.capture("binding a buffer", 0, bind) {
+            Ok(Ok(())) => self.faults.probe(),
+            Ok(Err(_)) => Err(unusable(argument, "it belongs to another wgpu instance".to_owned())),
+            Err(Error::Backend { why, .. }) => Err(unusable(argument, why)),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// A storage buffer that can be copied from and to.
+    pub fn storage(&self, label: &'static str, size: u64) -> Result<wgpu::Buffer> {
+        let usage = BufferUsages::STORAGE | BufferUsages::COPY_SRC | BufferUsages::COPY_DST;
+        self.raw(label, size.next_multiple_of(WORD_BYTES).max(WORD_BYTES), usage)
+    }
+
+    pub fn raw(&self, label: &'static str, size: u64, usage: BufferUsages) -> Result<wgpu::Buffer> {
+        let buffer = self.unproven(label, size, usage)?;
+        self.faults.probe()?;
+        Ok(buffer)
+    }
+
+    /// The same without asking whether the device is there; for buffers that are written at once, which tells.
+    pub fn unproven(&self, label: &'static str, size: u64, usage: BufferUsages) -> Result<wgpu::Buffer> {
+        if size > self.max_buffer_bytes {
+            let (limit_name, limit) = ("max_buffer_size (bytes)", self.max_buffer_bytes);
+            return Err(Error::TooLarge { argument: label, limit_name, limit, got: size });
+        }
+        let descriptor = wgpu::BufferDescriptor { label: Some(label), size, usage, mapped_at_creation: false };
+        self.faults.capture("creating a buffer", size, || self.device.create_buffer(&descriptor))
+    }
+
+    /// Scratch of at least `size` bytes, with whatever an earlier call left in it. Give it back as soon as the launches that
+    /// use it are recorded: those recorded later in the same operation run after them, and the launches of other operations
+    /// never run between those of one, whatever the order of submission, since an operation lies in one command buffer.
+    /// Every operation writes what it reads of its scratch.
+    pub fn take_scratch(&self, size: u64) -> Result<wgpu::Buffer> {
+        let fits = |buffer: &wgpu::Buffer| buffer.size() >= size && buffer.size() / 2 <= size.max(WORD_BYTES);
+        {
+            let mut pool = self.pool.lock().unwrap_or_else(PoisonError::into_inner);
+            let found = (0..pool.len()).filter(|&i| fits(&pool[i])).min_by_key(|&i| pool[i].size());
+            if let Some(index) = found {
+                return Ok(pool.remove(index));
+            }
+        }
+        self.storage("scratch", size)
+    }
+
+    pub fn give_back(&self, scratch: impl IntoIterator<Item = wgpu::Buffer>) {
+        let mut pool = self.pool.lock().unwrap_or_else(PoisonError::into_inner);
+        pool.extend(scratch);
+        let excess = pool.len().saturating_sub(POOL_LEN);
+        pool.drain(..excess);
+    }
+}

@@ -1,0 +1,214 @@
+//! Device copies of masks and metadata, uploaded once and kept with them.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use crate::cache::{DeviceCopies, DeviceId};
+use crate::error::Result;
+use crate::mask::key_mask::KeyMask;
+use crate::mask::meta::{CuSeqlens, VarlenMeta};
+
+use super::WgpuDevice;
+use super::placement::WORD_BYTES;
+
+/// Bits of a [`KeyMask`], `[B, row_words]`.
+#[derive(Debug)]
+pub(super) struct MaskBits {
+    pub buffer: wgpu::Buffer,
+    pub row_words: u32,
+}
+
+/// `VarlenMeta::indices`.
+#[derive(Debug)]
+pub(super) struct Indices(pub wgpu::Buffer);
+
+/// `VarlenMeta::inv_indices`.
+#[derive(Debug)]
+pub(super) struct InvIndices(pub wgpu::Buffer);
+
+/// `CuSeqlens::as_slice`.
+#[derive(Debug)]
+pub(super) struct CuSeqlensCopy(pub wgpu::Buffer);
+
+/// Query tiles, in the order of the sequences or batch rows. Of packed rows, kept with their `CuSeqlens`:
+/// `[first row, rows, sequence, 0]` each. Of padded rows, kept with their `VarlenMeta`: `[first, rows, batch row, is dropped]`, where
+/// `first` counts in the batch row's [`TokenLists`].
+#[derive(Debug, Clone)]
+pub(super) struct Tiles {
+    pub buffer: wgpu::Buffer,
+    /// Tiles of sequence `b` are `first[b]..first[b + 1]`.
+    first: Arc<[u32]>,
+}
+
+/// Tiles of at most `ROWS` rows, as a type of their own: the cache keeps one value of each type.
+#[derive(Debug)]
+struct TilesOf<const ROWS: usize>(Tiles);
+
+/// For each row of a mask, after the number of its kept tokens: those tokens, then the dropped ones, ascending. `[B, 1 + S]`.
+#[derive(Debug)]
+pub(super) struct TokenLists {
+    pub buffer: wgpu::Buffer,
+    row_bytes: u64,
+}
+
+impl TokenLists {
+    /// Where the lists of a range of batch rows lie.
+    pub fn bytes(&self, rows: &Range<usize>) -> Range<u64> {
+        rows.start as u64 * self.row_bytes..rows.end as u64 * self.row_bytes
+    }
+}
+
+impl Tiles {
+    /// Where the tiles of a range of sequences lie.
+    pub fn bytes(&self, sequences: &Range<usize>) -> Range<u64> {
+        let Range { start, end } = self.of(sequences);
+        u64::from(start) * WORD_BYTES..u64::from(end) * WORD_BYTES
+    }
+
+    /// Tiles of a range of sequences.
+    pub fn of(&self, sequences: &Range<usize>) -> Range<u32> {
+        self.first[sequences.start]..self.first[sequences.end]
+    }
+}
+
+impl WgpuDevice {
+    pub(super) fn mask_bits(&self, mask: &KeyMask) -> Result<Arc<MaskBits>> {
+        mask.copies().get_or_make(self.id, || {
+            let halves = |word: &u64| [*word as u32, (*word >> 32) as u32];
+            let words: Vec<u32> = mask.words().iter().flat_map(halves).collect();
+            let row_words = 2 * mask.words_per_row() as u32;
+            Ok(MaskBits { buffer: self.uploaded("mask", bytemuck::cast_slice(&words))?, row_words })
+        })
+    }
+
+    pub(super) fn indices(&self, meta: &VarlenMeta) -> Result<Arc<Indices>> {
+        meta.copies()
+            .get_or_make(self.id, || self.uploaded("indices", bytemuck::cast_slice(meta.indices())).map(Indices))
+    }
+
+    pub(super) fn inv_indices(&self, meta: &VarlenMeta) -> Result<Arc<InvIndices>> {
+        meta.copies().get_or_make(self.id, || {
+            self.uploaded("inv_indices", bytemuck::cast_slice(meta.inv_indices())).map(InvIndices)
+        })
+    }
+
+    pub(super) fn cu_seqlens(&self, cu_seqlens: &CuSeqlens) -> Result<Arc<CuSeqlensCopy>> {
+        cu_seqlens.copies().get_or_make(self.id, || {
+            self.uploaded("cu_seqlens", bytemuck::cast_slice(cu_seqlens.as_slice())).map(CuSeqlensCopy)
+        })
+    }
+
+    pub(super) fn token_lists(&self, meta: &VarlenMeta) -> Result<Arc<TokenLists>> {
+        meta.copies().get_or_make(self.id, || {
+            let buffer = self.uploaded("token_lists", bytemuck::cast_slice(&token_lists(meta)))?;
+            Ok(TokenLists { buffer, row_bytes: 4 * (1 + meta.seq() as u64) })
+        })
+    }
+
+    /// Tiles of packed rows, of `tile_rows` rows each: a power of two from 16 to 256.
+    pub(super) fn tiles(&self, cu_seqlens: &CuSeqlens, tile_rows: usize) -> Result<Tiles> {
+        self.kept_tiles(cu_seqlens.copies(), tile_rows, || packed_tiles(cu_seqlens, tile_rows))
+    }
+
+    /// Tiles of padded rows, of `tile_rows` rows each: a power of two from 16 to 256.
+    pub(super) fn fused_tiles(&self, query: &VarlenMeta, tile_rows: usize) -> Result<Tiles> {
+        self.kept_tiles(query.copies(), tile_rows, || fused_tiles(query, tile_rows))
+    }
+
+    fn kept_tiles(
+        &self,
+        copies: &DeviceCopies,
+        tile_rows: usize,
+        make: impl FnOnce() -> (Vec<[u32; 4]>, Vec<u32>),
+    ) -> Result<Tiles> {
+        let upload = || {
+            let (tiles, first) = make();
+            Ok(Tiles { buffer: self.uploaded("tiles", bytemuck::cast_slice(&tiles))?, first: first.into() })
+        };
+        fn of_rows<const ROWS: usize>(
+            copies: &DeviceCopies,
+            id: DeviceId,
+            upload: impl FnOnce() -> Result<Tiles>,
+        ) -> Result<Tiles> {
+            Ok(copies.get_or_make(id, || upload().map(TilesOf::<ROWS>))?.0.clone())
+        }
+        match tile_rows {
+            16 => of_rows::<16>(copies, self.id, upload),
+            32 => of_rows::<32>(copies, self.id, upload),
+            64 => of_rows::<64>(copies, self.id, upload),
+            128 => of_rows::<128>(copies, self.id, upload),
+            _ => of_rows::<256>(copies, self.id, upload),
+        }
+    }
+}
+
+// All numbers below fit a u32: KeyMask bounds batch · seq by i32::MAX, CuSeqlens rows and sequences.
+
+fn token_lists(meta: &VarlenMeta) -> Vec<u32> {
+    let mut lists = Vec::with_capacity(meta.batch() * (1 + meta.seq()));
+    for row in 0..meta.batch() {
+        lists.push(meta.cu_seqlens().rows(row).len() as u32);
+        let runs = meta.runs(row);
+        runs.iter().for_each(|run| lists.extend(run.start..run.end() as u32));
+        let mut covered = 0;
+        for run in runs {
+            lists.extend(covered..run.start);
+            covered = run.end() as u32;
+        }
+        lists.extend(covered..meta.seq() as u32);
+    }
+    lists
+}
+
+/// The tiles, and the first of each sequence.
+fn packed_tiles(cu_seqlens: &CuSeqlens, tile_rows: usize) -> (Vec<[u32; 4]>, Vec<u32>) {
+    let (mut tiles, mut first) = (Vec::new(), vec![0]);
+    for sequence in 0..cu_seqlens.batch() {
+        let rows = cu_seqlens.rows(sequence);
+        let tile = |row: usize| [row as u32, tile_rows.min(rows.end - row) as u32, sequence as u32, 0];
+        tiles.extend(rows.clone().step_by(tile_rows).map(tile));
+        first.push(tiles.len() as u32);
+    }
+    (tiles, first)
+}
+
+/// The tiles, and the first of each batch row.
+fn fused_tiles(query: &VarlenMeta, tile_rows: usize) -> (Vec<[u32; 4]>, Vec<u32>) {
+    let (mut tiles, mut first) = (Vec::new(), vec![0]);
+    for row in 0..query.batch() {
+        let kept = query.cu_seqlens().rows(row).len();
+        for (queries, is_dropped) in [(0..kept, 0), (kept..query.seq(), 1)] {
+            let tile = |start: usize| [start as u32, tile_rows.min(queries.end - start) as u32, row as u32, is_dropped];
+            tiles.extend(queries.clone().step_by(tile_rows).map(tile));
+        }
+        first.push(tiles.len() as u32);
+    }
+    (tiles, first)
+}
+
+#[cfg(test)]
+#[expect(clippy::single_range_in_vec_init, reason = "a row may have one run")]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lists_hold_every_token_once_the_kept_ones_first() -> Result<()> {
+        let mask = KeyMask::from_runs(6, &[vec![0..1, 3..5], vec![], vec![0..6]])?;
+        let lists = token_lists(&VarlenMeta::from_key_mask(&mask)?);
+        assert_eq!(lists, [[3, 0, 3, 4, 1, 2, 5], [0, 0, 1, 2, 3, 4, 5], [6, 0, 1, 2, 3, 4, 5]].concat());
+        Ok(())
+    }
+
+    #[test]
+    fn tiles_hold_every_query_once() -> Result<()> {
+        let (seq, full) = (150, 64);
+        let mask = KeyMask::from_runs(seq, &[vec![3..70, 80..149], vec![], vec![0..150]])?;
+        let (tiles, first) = fused_tiles(&VarlenMeta::from_key_mask(&mask)?, 64);
+        let kept = [[0, full, 0, 0], [64, full, 0, 0], [128, 8, 0, 0]];
+        let dropped = [[136, 14, 0, 1], [0, full, 1, 1], [64, full, 1, 1], [128, 22, 1, 1]];
+        let last = [[0, full, 2, 0], [64, full, 2, 0], [128, 22, 2, 0]];
+        assert_eq!(tiles, [&kept[..], &dropped, &last].concat());
+        assert_eq!(first, [0, 4, 7, 10]);
+        Ok(())
+    }
+}

@@ -1,0 +1,320 @@
+//! The seam between the library and its devices: what a backend is given, and what it must do.
+
+use std::any::Any;
+use std::fmt::{self, Debug};
+use std::ops::Range;
+use std::pin::Pin;
+use std::time::Duration;
+
+// The standard library's clock panics in a browser.
+#[cfg(not(target_arch = "wasm32"))]
+pub(crate) use std::time::Instant;
+#[cfg(target_arch = "wasm32")]
+pub(crate) use web_time::Instant;
+
+use crate::cache::DeviceId;
+use crate::call::plan::{Capabilities, Plan};
+use crate::call::problem::AttentionProblem;
+use crate::dtype::DType;
+use crate::error::{Error, Result};
+use crate::layout::Layout;
+use crate::mask::key_mask::KeyMask;
+use crate::mask::meta::{CuSeqlens, VarlenMeta};
+
+/// A result that a browser gives later, and any other place at once.
+pub(crate) type Later<'a, T> = Pin<Box<dyn Future<Output = Result<T>> + Send + 'a>>;
+
+/// Memory of a device other than the host.
+pub(crate) trait DeviceBuffer: Any + Debug + Send + Sync {
+    /// Device that owns the memory.
+    fn device(&self) -> DeviceId;
+    /// The device's name, for messages.
+    fn device_name(&self) -> &str;
+    /// Size in bytes.
+    fn size(&self) -> u64;
+    /// The address space that [`touched`](Self::touched) counts in; never 0, which is the host's.
+    fn space(&self) -> u64;
+    /// What a launch that uses these bytes of the buffer keeps from others, in the address space.
+    fn touched(&self, bytes: Range<u64>) -> Range<u64>;
+    /// For the owning backend to find its own type.
+    fn as_any(&self) -> &dyn Any;
+}
+
+/// Memory that a tensor owns.
+pub(crate) enum Storage {
+    /// Host memory, in words that are aligned for every element type.
+    Host(Vec<u64>),
+    Device(Box<dyn DeviceBuffer>),
+}
+
+/// Memory to read.
+#[derive(Clone, Copy)]
+pub(crate) enum Source<'a> {
+    Host(&'a [u8]),
+    Device(&'a dyn DeviceBuffer),
+}
+
+/// Memory to write. Device memory is written by the device, so a shared reference is enough; that no input shares it is
+/// checked in `problem`.
+pub(crate) enum Sink<'a> {
+    Host(&'a mut [u8]),
+    Device(&'a dyn DeviceBuffer),
+}
+
+impl Storage {
+    /// The memory, to read.
+    pub(crate) fn source(&self) -> Source<'_> {
+        match self {
+            Self::Host(words) => Source::Host(bytemuck::cast_slice(words)),
+            Self::Device(buffer) => Source::Device(&**buffer),
+        }
+    }
+
+    /// The memory, to write.
+    pub(crate) fn sink(&mut self) -> Sink<'_> {
+        match self {
+            Self::Host(words) => Sink::Host(bytemuck::cast_slice_mut(words)),
+            Self::Device(buffer) => Sink::Device(&**buffer),
+        }
+    }
+}
+
+impl<'a> Source<'a> {
+    /// The buffer as the type of the device that owns it.
+    pub(crate) fn owned_by<B: DeviceBuffer>(self, device: &dyn Backend) -> Result<&'a B> {
+        match self {
+            Self::Device(buffer) => owned_by(buffer, device),
+            Self::Host(_) => Err(foreign_memory(device.name(), "cpu")),
+        }
+    }
+}
+
+impl<'a> Sink<'a> {
+    /// The buffer as the type of the device that owns it.
+    pub(crate) fn owned_by<B: DeviceBuffer>(&self, device: &dyn Backend) -> Result<&'a B> {
+        match self {
+            Self::Device(buffer) => owned_by(*buffer, device),
+            Self::Host(_) => Err(foreign_memory(device.name(), "cpu")),
+        }
+    }
+}
+
+fn owned_by<'a, B: DeviceBuffer>(buffer: &'a dyn DeviceBuffer, device: &dyn Backend) -> Result<&'a B> {
+    let own = buffer.as_any().downcast_ref().filter(|_| buffer.device() == device.id());
+    own.ok_or_else(|| foreign_memory(device.name(), buffer.device_name()))
+}
+
+/// Tables of a device, where a device was given them that builds none.
+pub(crate) fn no_device_tables(device: &str) -> Error {
+    let why = "it does not build metadata itself; build VarlenMeta on the host".to_owned();
+    Error::NotApplicable { argument: "device", got: device.to_owned(), why }
+}
+
+/// Memory of another device, where memory of this one was expected.
+pub(crate) fn foreign_memory(expected: &str, got: &str) -> Error {
+    Error::DeviceMismatch { argument: "memory", expected: expected.to_owned(), got: got.to_owned() }
+}
+
+// Debug says where memory is, not what it holds: that may be gigabytes.
+
+impl Debug for Storage {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Host(words) => write!(f, "host memory, {} bytes", size_of_val(&words[..])),
+            Self::Device(buffer) => buffer.fmt(f),
+        }
+    }
+}
+
+impl Debug for Source<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Host(bytes) => write!(f, "host memory, {} bytes", bytes.len()),
+            Self::Device(buffer) => buffer.fmt(f),
+        }
+    }
+}
+
+impl Debug for Sink<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Host(bytes) => write!(f, "host memory, {} bytes", bytes.len()),
+            Self::Device(buffer) => buffer.fmt(f),
+        }
+    }
+}
+
+/// A tensor to read.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Input<'a> {
+    pub memory: Source<'a>,
+    pub layout: Layout,
+    pub dtype: DType,
+}
+
+/// A tensor to write.
+#[derive(Debug)]
+pub(crate) struct Output<'a> {
+    pub memory: Sink<'a>,
+    pub layout: Layout,
+    pub dtype: DType,
+}
+
+/// Which queries meet which keys, and where they lie.
+#[derive(Debug)]
+pub(crate) enum Rows<'a> {
+    /// Padded tensors, every query row computed. Rows that `zero_rows` does not keep are written as zeros instead.
+    Dense { key_mask: Option<&'a KeyMask>, bias: Option<Input<'a>>, zero_rows: Option<&'a KeyMask> },
+    /// Padded tensors of which only the valid tokens count; rows of masked queries are written as zeros. `plan.path` says
+    /// whether to work in place or to pack.
+    Varlen { query: &'a VarlenMeta, key: &'a VarlenMeta },
+    /// The same with metadata in tables of the device, which only a device that builds them has.
+    #[cfg_attr(
+        any(not(feature = "cuda"), target_arch = "wasm32"),
+        allow(dead_code, reason = "only the CUDA device builds metadata")
+    )]
+    DeviceVarlen { query: DeviceTables<'a>, key: DeviceTables<'a> },
+    /// Packed rows.
+    Packed { query: &'a CuSeqlens, key: &'a CuSeqlens },
+}
+
+/// Metadata in the memory of the device that built it.
+#[cfg_attr(
+    any(not(feature = "cuda"), target_arch = "wasm32"),
+    allow(dead_code, reason = "only the CUDA device builds metadata")
+)]
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct DeviceTables<'a> {
+    pub memory: Source<'a>,
+    pub batch: usize,
+    pub seq: usize,
+}
+
+/// A `[B, S]` mask to read.
+#[cfg_attr(
+    any(not(feature = "cuda"), target_arch = "wasm32"),
+    allow(dead_code, reason = "only the CUDA device builds metadata")
+)]
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct MaskInput<'a> {
+    pub memory: Source<'a>,
+    pub layout: Layout,
+    pub element_bytes: usize,
+}
+
+/// Where a device keeps metadata of masks that it has already.
+#[cfg_attr(
+    any(not(feature = "cuda"), target_arch = "wasm32"),
+    allow(dead_code, reason = "only the CUDA device builds metadata")
+)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum MetadataPlace {
+    /// In host memory, where its tensors are too.
+    Host,
+    /// In tables that it builds itself.
+    Device,
+    /// It does not build metadata.
+    Nowhere,
+}
+
+/// One attention call: `out = softmax(q·kᵀ·scale + bias) · v`, head by head.
+#[derive(Debug)]
+pub(crate) struct Attention<'a> {
+    pub problem: &'a AttentionProblem,
+    pub plan: Plan,
+    pub q: Input<'a>,
+    pub k: Input<'a>,
+    pub v: Input<'a>,
+    pub out: Output<'a>,
+    /// `[H, total_q]` f32, natural logarithm; only with [`Rows::Packed`].
+    pub lse: Option<Output<'a>>,
+    pub rows: Rows<'a>,
+}
+
+/// Work for a device. Every operand has passed the checks of `problem`.
+#[derive(Debug)]
+#[expect(clippy::large_enum_variant, reason = "made once a call and passed on by value, never stored")]
+pub(crate) enum Op<'a> {
+    Attention(Attention<'a>),
+    /// Copies the valid rows of each padded input to its packed output.
+    Pack {
+        pairs: Vec<(Input<'a>, Output<'a>)>,
+        meta: &'a VarlenMeta,
+    },
+    /// Copies packed rows to the valid rows of the padded output and writes zeros to the others.
+    Scatter {
+        packed: Input<'a>,
+        padded: Output<'a>,
+        meta: &'a VarlenMeta,
+    },
+    /// Writes zeros to every element of the view, and to nothing else.
+    Zero(Output<'a>),
+    /// Builds the metadata of a mask in tables of [`Backend::alloc_metadata`].
+    #[cfg_attr(
+        any(not(feature = "cuda"), target_arch = "wasm32"),
+        allow(dead_code, reason = "only the CUDA device builds metadata")
+    )]
+    Metadata {
+        mask: MaskInput<'a>,
+        tables: DeviceTables<'a>,
+    },
+}
+
+/// A device. Launches do not wait: results are there for later calls on the same device and for [`Backend::download`].
+pub(crate) trait Backend: Debug + Send + Sync {
+    fn id(&self) -> DeviceId;
+    /// The device's name, for messages: its kind and its adapter.
+    fn name(&self) -> &str;
+    fn capabilities(&self) -> &Capabilities;
+    /// New memory with contents that are not specified.
+    fn alloc(&self, bytes: u64) -> Result<Storage>;
+    /// Where metadata of masks on the device is kept.
+    fn metadata_place(&self) -> MetadataPlace {
+        MetadataPlace::Nowhere
+    }
+    /// Tables of a `[batch, seq]` mask, without any valid token; only where [`MetadataPlace::Device`] is.
+    fn alloc_metadata(&self, _batch: usize, _seq: usize) -> Result<Storage> {
+        Err(no_device_tables(self.name()))
+    }
+    /// Copies host bytes to the start of the memory.
+    fn upload(&self, to: Sink<'_>, bytes: &[u8]) -> Result<()>;
+    /// Copies the first `into.len()` bytes to the host, after all work launched so far.
+    fn download(&self, from: Source<'_>, into: &mut [u8]) -> Result<()>;
+    fn execute(&self, op: Op<'_>) -> Result<()>;
+    /// Waits for all work launched so far.
+    fn synchronize(&self) -> Result<()>;
+    /// Makes the copies of the metadata that calls use, so that none of them has to.
+    fn upload_meta(&self, meta: &VarlenMeta) -> Result<()>;
+    /// Starts to add up the time that launches take on the device; gives the host's time.
+    fn start_timer(&self) -> Result<Instant>;
+    /// Waits for all work and gives the time since [`Backend::start_timer`] gave `started`.
+    fn stop_timer(&self, started: Instant) -> Result<Timing>;
+    /// [`download`](Self::download) in a form that may give up the thread instead of waiting. Only a browser's device has one.
+    fn download_async<'a>(&'a self, from: Source<'a>, into: &'a mut [u8]) -> Later<'a, ()> {
+        Box::pin(async move { self.download(from, into) })
+    }
+    /// The same of [`synchronize`](Self::synchronize).
+    fn synchronize_async(&self) -> Later<'_, ()> {
+        Box::pin(async move { self.synchronize() })
+    }
+    /// The same of [`start_timer`](Self::start_timer).
+    fn start_timer_async(&self) -> Later<'_, Instant> {
+        Box::pin(async move { self.start_timer() })
+    }
+    /// The same of [`stop_timer`](Self::stop_timer).
+    fn stop_timer_async(&self, started: Instant) -> Later<'_, Timing> {
+        Box::pin(async move { self.stop_timer(started) })
+    }
+    /// For accessors of one backend's own handles.
+    fn as_any(&self) -> &dyn Any;
+}
+
+/// How long work took.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Timing {
+    /// Time taken.
+    pub duration: Duration,
+    /// Whether the device measured it (timestamp queries around its own work); the host's clock otherwise.
+    pub by_device: bool,
+}

@@ -1,0 +1,417 @@
+//! Which path and kernel a call takes, and why. Pure: it looks at the checked call, the device's capabilities and the settings.
+
+use std::fmt;
+
+use crate::call::problem::{AttentionProblem, MAX_HEAD_DIM, MaskInfo};
+use crate::config::Config;
+use crate::dtype::DType;
+use crate::error::{Error, Result};
+use crate::kernel::Kernel;
+use crate::mask::meta::{GROUP_ROWS, VarlenMeta};
+
+/// How a call is computed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Path {
+    /// Every query against every key of the padded tensors, masked keys dropped from the softmax.
+    Dense,
+    /// One pass over the padded tensors in place that skips what is masked and writes the padded, zero-filled output.
+    Fused,
+    /// Pack, varlen attention on the packed rows, scatter with zeros.
+    Packed,
+    /// Zeros only: no query or no key is valid.
+    Zero,
+}
+
+impl Path {
+    /// The path's name: `dense`, `fused`, `packed` or `zero`.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Dense => "dense",
+            Self::Fused => "fused",
+            Self::Packed => "packed",
+            Self::Zero => "zero",
+        }
+    }
+}
+
+impl fmt::Display for Path {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// What kernels can do.
+impl Kernel {
+    /// Whether it reads padded tensors in place, past what is masked.
+    #[must_use]
+    pub const fn has_fused(self) -> bool {
+        match self {
+            Self::CpuTiled | Self::WgslPortable | Self::WgslCoop => true,
+            Self::CudaSm80 | Self::CudaSm90 | Self::CudaSm100 => true,
+        }
+    }
+
+    /// Whether its fused form works by lists of single rows, which a device can build too; the tiles of the others are the host's
+    /// work.
+    const fn fuses_by_rows(self) -> bool {
+        matches!(self, Self::CpuTiled | Self::WgslPortable | Self::WgslCoop | Self::CudaSm80)
+    }
+
+    /// Whether it adds a bias to the scores.
+    #[must_use]
+    pub const fn has_bias(self) -> bool {
+        !self.works_by_lists()
+    }
+
+    /// The largest head dimension that it computes with.
+    #[must_use]
+    pub const fn max_head_dim(self) -> usize {
+        match self {
+            Self::CudaSm100 => 128,
+            _ => MAX_HEAD_DIM,
+        }
+    }
+
+    /// Whether it takes padded tensors by lists of tiles, made of metadata on the host.
+    pub(crate) const fn works_by_lists(self) -> bool {
+        matches!(self, Self::CudaSm90 | Self::CudaSm100)
+    }
+
+    /// Whether it computes with tensors of this type, if its device does.
+    #[must_use]
+    pub const fn has_dtype(self, dtype: DType) -> bool {
+        !matches!((self, dtype), (Self::WgslCoop, DType::F32))
+    }
+
+    /// Why it cannot compute a call, if it cannot.
+    fn refuses(
+        self,
+        dtype: DType,
+        head_dim: usize,
+        mask: Option<&MaskInfo<'_>>,
+        is_dense: bool,
+    ) -> Option<&'static str> {
+        match (self, mask) {
+            (kernel, _) if !kernel.has_dtype(dtype) => Some("it computes with f16 and bf16 alone"),
+            (kernel, _) if head_dim > kernel.max_head_dim() => Some("its tiles are not as wide as the head dimension"),
+            (kernel, Some(MaskInfo::Bias(_))) if !kernel.has_bias() => Some("it adds no bias"),
+            (kernel, Some(MaskInfo::DeviceVarlen { .. })) if kernel.works_by_lists() && is_dense => {
+                Some("its dense form needs metadata that was built on the host")
+            }
+            _ => None,
+        }
+    }
+
+    /// Whether it is the one to take where it can compute a call.
+    fn suits(self, head_dim: usize) -> bool {
+        // It computes with at least 64 columns.
+        !self.works_by_lists() || head_dim > LISTS_LEAST_HEAD_DIM
+    }
+}
+
+/// Up to this head dimension the sm80 kernel, which has a form of 32 columns, has less to do than the newer ones.
+const LISTS_LEAST_HEAD_DIM: usize = 32;
+
+/// Why a path was taken. [`Display`](fmt::Display) says it in words.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Reason {
+    /// No mask was given.
+    NoMask,
+    /// A key mask was given: dropped queries are computed like any other.
+    KeyMask,
+    /// A key mask was given that keeps every key, so it is not applied.
+    KeyMaskKeepsAll,
+    /// An additive bias was given.
+    Bias,
+    /// Metadata was given in which every token is valid.
+    AllValid,
+    /// Metadata was given with no valid query or no valid key.
+    NothingValid,
+    /// Metadata was given, and the device reads padded tensors in place.
+    InPlace,
+    /// Metadata was given, and reading the padded tensors in place would take longer than packing: the runs are too short for it.
+    Fragmented,
+    /// Metadata was given, and the device has no kernel that reads padded tensors in place.
+    NoFusedKernel,
+    /// Metadata was given that is in the device's memory, so the plan cannot know the mask.
+    MetadataOnDevice,
+    /// `VARLEN_FA=0`, or [`Config::force_dense`].
+    DenseForced,
+    /// The caller forced the path.
+    PathForced,
+    /// The tensors were packed already.
+    AlreadyPacked,
+}
+
+impl fmt::Display for Reason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::NoMask => "no mask was given",
+            Self::KeyMask => "a key mask without metadata computes every query row",
+            Self::KeyMaskKeepsAll => "the key mask keeps every key",
+            Self::Bias => "an additive bias was given",
+            Self::AllValid => "every token is valid, so there is nothing to skip",
+            Self::NothingValid => "no query or no key is valid, so the output is zeros",
+            Self::InPlace => "metadata was given and the device reads padded tensors in place",
+            Self::Fragmented => "metadata was given with runs too short to be read in place",
+            Self::NoFusedKernel => "metadata was given and the device has no kernel that reads padded tensors in place",
+            Self::MetadataOnDevice => "the metadata was built on the device, where the plan cannot see it",
+            Self::DenseForced => "dense attention is forced (VARLEN_FA=0)",
+            Self::PathForced => "the caller forced this path",
+            Self::AlreadyPacked => "the rows are packed already",
+        })
+    }
+}
+
+/// What was decided for a call.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Plan {
+    /// How the call is computed.
+    pub path: Path,
+    /// What computes it. No kernel runs on [`Path::Zero`].
+    pub kernel: Kernel,
+    /// Why.
+    pub reason: Reason,
+}
+
+impl fmt::Display for Plan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.path {
+            Path::Zero => write!(f, "{}: {}", self.path, self.reason),
+            path => write!(f, "{path} by {}: {}", self.kernel, self.reason),
+        }
+    }
+}
+
+/// What a device can do.
+#[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
+pub struct Capabilities {
+    /// `cpu`, `wgpu` or `cuda`.
+    pub backend: &'static str,
+    /// The hardware's name, and its driver's where there is one.
+    pub adapter: String,
+    /// Whether the device is emulated on the CPU.
+    pub is_software: bool,
+    /// Element types that it computes with.
+    pub dtypes: &'static [DType],
+    /// Kernels that run on it, the preferred one first; or the only one that [`Config::kernel`] allows. Of a GPU's, those that gave
+    /// on it what its oldest one gives.
+    pub kernels: Vec<Kernel>,
+    /// Bytes of the largest tensor.
+    pub max_buffer_bytes: u64,
+    /// Bytes that one kernel launch can reach of one tensor; work on larger tensors is split by batch row.
+    pub max_binding_bytes: u64,
+    /// Whether GPU time is measured by timestamp queries.
+    pub has_timestamps: bool,
+}
+
+/// What a caller forces, for tests and comparisons.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(crate) struct Forced {
+    pub path: Option<Path>,
+    pub kernel: Option<Kernel>,
+}
+
+/// Plans a call on padded tensors.
+pub(crate) fn plan_padded(
+    problem: &AttentionProblem,
+    mask: &MaskInfo<'_>,
+    capabilities: &Capabilities,
+    config: &Config,
+    forced: Forced,
+) -> Result<Plan> {
+    let is_dense = match forced.path {
+        Some(path) => path == Path::Dense,
+        None => config.force_dense,
+    };
+    let kernel = pick_kernel(capabilities, forced, problem, Some(mask), is_dense)?;
+    let chosen = match mask {
+        _ if problem.shape.seq_k == 0 => (Path::Zero, Reason::NothingValid),
+        MaskInfo::None => (Path::Dense, Reason::NoMask),
+        MaskInfo::Key(mask) if mask.is_all_kept() => (Path::Dense, Reason::KeyMaskKeepsAll),
+        MaskInfo::Key(_) => (Path::Dense, Reason::KeyMask),
+        MaskInfo::Bias(_) => (Path::Dense, Reason::Bias),
+        MaskInfo::Varlen { query, key } if query.is_empty() || key.is_empty() => (Path::Zero, Reason::NothingValid),
+        MaskInfo::Varlen { .. } | MaskInfo::DeviceVarlen { .. } if config.force_dense => {
+            (Path::Dense, Reason::DenseForced)
+        }
+        MaskInfo::DeviceVarlen { .. } if kernel.fuses_by_rows() => (Path::Fused, Reason::InPlace),
+        MaskInfo::DeviceVarlen { .. } => (Path::Packed, Reason::MetadataOnDevice),
+        MaskInfo::Varlen { query, key } if query.is_all_valid() && key.is_all_valid() => {
+            (Path::Dense, Reason::AllValid)
+        }
+        MaskInfo::Varlen { .. } if !kernel.has_fused() => (Path::Packed, Reason::NoFusedKernel),
+        MaskInfo::Varlen { query, key } if is_fragmented(kernel, problem, query, key) => {
+            (Path::Packed, Reason::Fragmented)
+        }
+        MaskInfo::Varlen { .. } => (Path::Fused, Reason::InPlace),
+    };
+    let (path, reason) = match forced.path {
+        None => chosen,
+        Some(path) => (path, check_forced_path(path, mask, kernel)?),
+    };
+    Ok(Plan { path, kernel, reason })
+}
+
+/// Operations that the sm90 kernel does in the time in which pack and scatter move a byte, about: 600 TFLOP/s over 3.8 TB/s.
+const OPERATIONS_PER_BYTE: f64 = 160.0;
+
+/// Whether the rows that the sm90 kernel would compute in place without need cost more than moving the valid ones together.
+///
+/// It takes groups of rows, so a short run costs as much as a group. The packed path computes valid rows alone, but reads and
+/// writes q, k, v and the output once more. Kernels that take single rows compute in place just what they would compute packed,
+/// and packing never pays.
+fn is_fragmented(kernel: Kernel, problem: &AttentionProblem, query: &VarlenMeta, key: &VarlenMeta) -> bool {
+    if kernel.fuses_by_rows() {
+        return false;
+    }
+    let shape = problem.shape;
+    let covered = |meta: &VarlenMeta| (meta.group_count() * GROUP_ROWS) as f64 / meta.total_valid() as f64;
+    let (queries, keys) = (query.cu_seqlens(), key.cu_seqlens());
+    let pairs: f64 = (0..query.batch()).map(|b| queries.rows(b).len() as f64 * keys.rows(b).len() as f64).sum();
+    let (heads, kv_heads, head_dim) = (shape.num_heads as f64, shape.num_kv_heads as f64, shape.head_dim as f64);
+    let needless = 4.0 * pairs * heads * head_dim * (covered(query) * covered(key) - 1.0);
+    let row_bytes = head_dim * problem.dtype.size() as f64;
+    let padded_rows = (query.batch() * query.seq()) as f64;
+    let query_rows = query.total_valid() as f64 * 3.0 + padded_rows;
+    let moved = row_bytes * (heads * query_rows + kv_heads * key.total_valid() as f64 * 4.0);
+    needless > OPERATIONS_PER_BYTE * moved
+}
+
+/// Plans a call on packed rows.
+pub(crate) fn plan_packed(problem: &AttentionProblem, capabilities: &Capabilities, forced: Forced) -> Result<Plan> {
+    let kernel = pick_kernel(capabilities, forced, problem, None, false)?;
+    Ok(Plan { path: Path::Packed, kernel, reason: Reason::AlreadyPacked })
+}
+
+fn pick_kernel(
+    capabilities: &Capabilities,
+    forced: Forced,
+    problem: &AttentionProblem,
+    mask: Option<&MaskInfo<'_>>,
+    is_dense: bool,
+) -> Result<Kernel> {
+    if let Some(kernel) = forced.kernel {
+        let why = match kernel.refuses(problem.dtype, problem.shape.head_dim, mask, is_dense) {
+            _ if !capabilities.kernels.contains(&kernel) => format!("{capabilities} does not run it"),
+            Some(why) => why.to_owned(),
+            None => return Ok(kernel),
+        };
+        return Err(not_applicable("kernel", kernel.name(), why));
+    }
+    let head_dim = problem.shape.head_dim;
+    let is_able = |kernel: &Kernel| kernel.refuses(problem.dtype, head_dim, mask, is_dense).is_none();
+    let able = || capabilities.kernels.iter().copied().filter(is_able);
+    let suited = able().find(|kernel| kernel.suits(head_dim));
+    suited
+        .or_else(|| able().next())
+        .ok_or_else(|| not_applicable("kernel", "any", format!("{capabilities} has no kernel for this call")))
+}
+
+fn check_forced_path(path: Path, mask: &MaskInfo<'_>, kernel: Kernel) -> Result<Reason> {
+    let is_varlen = matches!(mask, MaskInfo::Varlen { .. } | MaskInfo::DeviceVarlen { .. });
+    let is_on_device = matches!(mask, MaskInfo::DeviceVarlen { .. });
+    let why = match path {
+        Path::Dense => return Ok(Reason::PathForced),
+        Path::Zero => "it follows from the metadata alone".to_owned(),
+        Path::Fused | Path::Packed if !is_varlen => "it needs AttentionMask::Varlen".to_owned(),
+        Path::Fused if !kernel.has_fused() => format!("kernel {kernel} does not read padded tensors in place"),
+        Path::Fused if is_on_device && !kernel.fuses_by_rows() => {
+            format!("kernel {kernel} works in place by metadata that was built on the host")
+        }
+        Path::Fused | Path::Packed => return Ok(Reason::PathForced),
+    };
+    Err(not_applicable("path", path.name(), why))
+}
+
+fn not_applicable(argument: &'static str, got: &str, why: String) -> Error {
+    Error::NotApplicable { argument, got: got.to_owned(), why }
+}
+
+impl fmt::Display for Capabilities {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} ({})", self.backend, self.adapter)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cache::DeviceId;
+    use crate::call::problem::{AttentionShape, DeviceMetaInfo};
+    use crate::mask::key_mask::KeyMask;
+
+    const BATCH: usize = 2;
+    const SEQ: usize = 4096;
+
+    /// A CUDA device with these kernels.
+    fn device(kernels: &[Kernel]) -> Capabilities {
+        Capabilities {
+            backend: "cuda",
+            adapter: "none".to_owned(),
+            is_software: false,
+            dtypes: &[DType::F16, DType::Bf16],
+            kernels: kernels.to_vec(),
+            max_buffer_bytes: u64::MAX,
+            max_binding_bytes: u64::MAX,
+            has_timestamps: true,
+        }
+    }
+
+    fn plan(kernels: &[Kernel], mask: &MaskInfo<'_>, forced: Forced) -> Result<Plan> {
+        let shape =
+            AttentionShape { batch: BATCH, seq_q: SEQ, seq_k: SEQ, num_heads: 24, num_kv_heads: 24, head_dim: 128 };
+        let problem = AttentionProblem { shape, dtype: DType::Bf16, softmax_scale: 1.0, bias: None };
+        let config = Config::default();
+        plan_padded(&problem, mask, &device(kernels), &config, forced)
+    }
+
+    /// Each of the two halves of a row: valid everywhere, or at every other token.
+    fn meta(is_fragmented: bool) -> Result<VarlenMeta> {
+        let keep: Vec<bool> =
+            (0..BATCH * SEQ).map(|at| at % SEQ >= SEQ / 4 && !(is_fragmented && at.is_multiple_of(2))).collect();
+        VarlenMeta::from_key_mask(&KeyMask::from_bool(BATCH, SEQ, &keep)?)
+    }
+
+    #[test]
+    fn a_kernel_that_gathers_rows_works_in_place_whatever_the_runs_are() -> Result<()> {
+        for (is_fragmented, hopper) in
+            [(false, (Path::Fused, Reason::InPlace)), (true, (Path::Packed, Reason::Fragmented))]
+        {
+            let meta = meta(is_fragmented)?;
+            let mask = MaskInfo::Varlen { query: &meta, key: &meta };
+            let outcome =
+                |kernels: &[Kernel]| plan(kernels, &mask, Forced::default()).map(|plan| (plan.path, plan.reason));
+            for kernel in [Kernel::CpuTiled, Kernel::WgslPortable, Kernel::WgslCoop, Kernel::CudaSm80] {
+                assert_eq!(outcome(&[kernel])?, (Path::Fused, Reason::InPlace));
+            }
+            for by_lists in [Kernel::CudaSm90, Kernel::CudaSm100] {
+                assert_eq!(outcome(&[by_lists, Kernel::CudaSm80])?, hopper);
+            }
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn metadata_of_the_device_is_used_in_place_where_rows_are_gathered() -> Result<()> {
+        let meta = DeviceMetaInfo { device: DeviceId::unique(), device_name: "cuda", size: [BATCH, SEQ] };
+        let mask = MaskInfo::DeviceVarlen { query: meta, key: meta };
+        let both = [Kernel::CudaSm90, Kernel::CudaSm80];
+        let outcome = |kernels: &[Kernel], forced| plan(kernels, &mask, forced).map(|plan| (plan.path, plan.reason));
+        assert_eq!(outcome(&both[1..], Forced::default())?, (Path::Fused, Reason::InPlace));
+        assert_eq!(outcome(&both, Forced::default())?, (Path::Packed, Reason::MetadataOnDevice));
+        let fused = |kernel| Forced { path: Some(Path::Fused), kernel: Some(kernel) };
+        assert_eq!(outcome(&both, fused(Kernel::CudaSm80))?, (Path::Fused, Reason::PathForced));
+        let refused = outcome(&both, fused(Kernel::CudaSm90)).err();
+        assert!(
+            matches!(&refused, Some(Error::NotApplicable { argument: "path", why, .. }) if why.contains("on the host")),
+            "{refused:?}"
+        );
+        Ok(())
+    }
+}

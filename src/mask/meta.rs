@@ -1,0 +1,358 @@
+//! The one metadata builder: where the valid tokens of a padded batch lie, for every device.
+//!
+//! The layout of the metadata is that of sglang PR #26318 (`build_varlen_mask_meta`), with the runs of valid tokens added.
+
+use std::ops::Range;
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use crate::cache::DeviceCopies;
+use crate::error::{Error, Result};
+use crate::mask::key_mask::{KeyMask, Run};
+
+/// Rows of a group: what kernels that work in place take at least of a run.
+pub(crate) const GROUP_ROWS: usize = 16;
+
+/// Cumulative sequence lengths of packed rows: sequence `b` is rows `cu_seqlens[b]..cu_seqlens[b + 1]`.
+#[derive(Debug, Clone)]
+pub struct CuSeqlens {
+    values: Vec<i32>,
+    max_seqlen: usize,
+    copies: DeviceCopies,
+}
+
+impl CuSeqlens {
+    /// From `B + 1` values that start at 0 and never fall.
+    ///
+    /// # Errors
+    /// [`Error::CuSeqlens`] if they do not.
+    pub fn new(values: &[i32]) -> Result<Self> {
+        if values.first() != Some(&0) {
+            return Err(Error::CuSeqlens {
+                argument: "cu_seqlens",
+                expected: "a first value of 0".to_owned(),
+                got: values.first().map_or_else(|| "no values".to_owned(), i32::to_string),
+            });
+        }
+        let mut max_seqlen = 0;
+        for (row, pair) in values.windows(2).enumerate() {
+            if pair[1] < pair[0] {
+                return Err(Error::CuSeqlens {
+                    argument: "cu_seqlens",
+                    expected: "values that never fall".to_owned(),
+                    got: format!("{} after {} at position {}", pair[1], pair[0], row + 1),
+                });
+            }
+            // Neither is negative here: the first value is 0 and none has fallen.
+            max_seqlen = max_seqlen.max((pair[1] - pair[0]) as usize);
+        }
+        Ok(Self { values: values.to_vec(), max_seqlen, copies: DeviceCopies::default() })
+    }
+
+    /// From the length of each sequence.
+    ///
+    /// # Errors
+    /// [`Error::TooLarge`] if the sum does not fit an `i32`.
+    pub fn from_lengths(lengths: &[usize]) -> Result<Self> {
+        let mut values = Vec::with_capacity(lengths.len() + 1);
+        let mut total = 0_usize;
+        values.push(0);
+        for &length in lengths {
+            total = total.saturating_add(length);
+            values.push(i32::try_from(total).map_err(|_| Error::TooLarge {
+                argument: "lengths",
+                limit_name: "an i32 of the sum",
+                limit: i32::MAX as u64,
+                got: total as u64,
+            })?);
+        }
+        let max_seqlen = lengths.iter().copied().max().unwrap_or(0);
+        Ok(Self { values, max_seqlen, copies: DeviceCopies::default() })
+    }
+
+    /// The `B + 1` values.
+    #[must_use]
+    pub fn as_slice(&self) -> &[i32] {
+        &self.values
+    }
+
+    /// Number of sequences.
+    #[must_use]
+    pub fn batch(&self) -> usize {
+        self.values.len() - 1
+    }
+
+    /// Number of packed rows.
+    #[must_use]
+    pub fn total(&self) -> usize {
+        self.values.last().map_or(0, |&total| total as usize)
+    }
+
+    /// Rows of sequence `b`.
+    ///
+    /// The caller keeps `b` below [`batch`](Self::batch).
+    pub(crate) fn rows(&self, b: usize) -> Range<usize> {
+        self.values[b] as usize..self.values[b + 1] as usize
+    }
+
+    /// Length of the longest sequence.
+    #[must_use]
+    pub fn max_seqlen(&self) -> usize {
+        self.max_seqlen
+    }
+
+    pub(crate) fn copies(&self) -> &DeviceCopies {
+        &self.copies
+    }
+}
+
+/// Where the valid tokens of a `[B, S]` batch lie. Built once per request, on the host, in O(B·S); devices keep their copy of
+/// it, so every layer and step of the request reuses one upload.
+///
+/// Giving it to a layer is the agreement that masked rows are dropped: their output is exactly zero.
+///
+/// ```
+/// use varlen_fa::{KeyMask, VarlenMeta};
+///
+/// //                                      row 0: 1 0 1      row 1: 0 0 1
+/// let mask = KeyMask::from_integers(2, 3, &[1_u8, 0, 1, 0, 0, 1])?;
+/// let meta = VarlenMeta::from_key_mask(&mask)?;
+/// assert_eq!(meta.indices(), [0, 2, 5]);
+/// assert_eq!(meta.cu_seqlens().as_slice(), [0, 2, 3]);
+/// assert_eq!(meta.inv_indices(), [0, -1, 1, -1, -1, 2]);
+/// assert_eq!(meta.max_seqlen(), 2);
+/// # Ok::<(), varlen_fa::Error>(())
+/// ```
+#[derive(Debug, Clone)]
+pub struct VarlenMeta {
+    mask: KeyMask,
+    // The tables of one entry a token are made at their first use: in-place paths need only the runs, and faulting in fresh
+    // pages for the tables costs many times the rest.
+    indices: OnceLock<Vec<u32>>,
+    inv_indices: OnceLock<Vec<i32>>,
+    group_count: OnceLock<usize>,
+    /// The same for clones, which hold the same.
+    id: u64,
+    cu_seqlens: CuSeqlens,
+    runs: Vec<Run>,
+    /// Runs of row `b` are `runs[row_runs[b]..row_runs[b + 1]]`.
+    row_runs: Vec<u32>,
+    copies: DeviceCopies,
+}
+
+impl VarlenMeta {
+    /// Builds the metadata of a mask.
+    ///
+    /// # Errors
+    /// None today: a [`KeyMask`] is already small enough for every index. The `Result` leaves room for limits to come.
+    pub fn from_key_mask(mask: &KeyMask) -> Result<Self> {
+        static NEXT_ID: AtomicU64 = AtomicU64::new(0);
+        let batch = mask.batch();
+        let mut cu_seqlens = Vec::with_capacity(batch + 1);
+        let mut row_runs = Vec::with_capacity(batch + 1);
+        let mut runs = Vec::with_capacity(mask.run_count());
+        let (mut total, mut max_seqlen) = (0_usize, 0);
+        cu_seqlens.push(0);
+        row_runs.push(0);
+        for row in 0..batch {
+            let first = runs.len();
+            runs.extend(mask.runs(row));
+            let length = runs[first..].iter().map(|run: &Run| run.len as usize).sum();
+            total += length;
+            max_seqlen = max_seqlen.max(length);
+            // Both casts fit: KeyMask bounds batch · seq by i32::MAX.
+            cu_seqlens.push(total as i32);
+            row_runs.push(runs.len() as u32);
+        }
+        Ok(Self {
+            mask: mask.clone(),
+            indices: OnceLock::new(),
+            inv_indices: OnceLock::new(),
+            group_count: OnceLock::new(),
+            id: NEXT_ID.fetch_add(1, Ordering::Relaxed),
+            cu_seqlens: CuSeqlens { values: cu_seqlens, max_seqlen, copies: DeviceCopies::default() },
+            runs,
+            row_runs,
+            copies: DeviceCopies::default(),
+        })
+    }
+
+    /// Every run as positions in the flat batch, ascending.
+    fn flat_runs(&self) -> impl Iterator<Item = Range<usize>> + '_ {
+        (0..self.batch()).flat_map(|row| {
+            let start = row * self.seq();
+            self.runs(row).iter().map(move |run| start + run.start as usize..start + run.end())
+        })
+    }
+
+    /// Number of batch rows, B.
+    #[must_use]
+    pub fn batch(&self) -> usize {
+        self.mask.batch()
+    }
+
+    /// Tokens of each padded row, S.
+    #[must_use]
+    pub fn seq(&self) -> usize {
+        self.mask.seq()
+    }
+
+    /// `[total_valid]`: flat positions `b·S + s` of the valid tokens, ascending.
+    #[must_use]
+    pub fn indices(&self) -> &[u32] {
+        self.indices.get_or_init(|| {
+            let mut indices = Vec::with_capacity(self.total_valid());
+            // Every cast fits: KeyMask bounds batch · seq by i32::MAX.
+            self.flat_runs().for_each(|run| indices.extend(run.start as u32..run.end as u32));
+            indices
+        })
+    }
+
+    /// `[B·S]`: the packed row of each token, −1 where it is masked.
+    #[must_use]
+    pub fn inv_indices(&self) -> &[i32] {
+        self.inv_indices.get_or_init(|| {
+            let mut inv_indices = vec![-1; self.batch() * self.seq()];
+            let mut packed = 0;
+            for run in self.flat_runs() {
+                for index in &mut inv_indices[run] {
+                    *index = packed;
+                    packed += 1;
+                }
+            }
+            inv_indices
+        })
+    }
+
+    /// `[B + 1]`: packed rows of batch row `b` are `cu_seqlens[b]..cu_seqlens[b + 1]`.
+    #[must_use]
+    pub fn cu_seqlens(&self) -> &CuSeqlens {
+        &self.cu_seqlens
+    }
+
+    /// Valid tokens of the longest row.
+    #[must_use]
+    pub fn max_seqlen(&self) -> usize {
+        self.cu_seqlens.max_seqlen()
+    }
+
+    /// Number of valid tokens, which is the number of packed rows.
+    #[must_use]
+    pub fn total_valid(&self) -> usize {
+        self.cu_seqlens.total()
+    }
+
+    /// The runs of valid tokens of batch row `row`, ascending; none if there is no such row.
+    #[must_use]
+    pub fn runs(&self, row: usize) -> &[Run] {
+        if row >= self.batch() {
+            return &[];
+        }
+        &self.runs[self.row_runs[row] as usize..self.row_runs[row + 1] as usize]
+    }
+
+    /// Whether every token is valid; attention then runs dense, with no pack and no scatter.
+    #[must_use]
+    pub fn is_all_valid(&self) -> bool {
+        self.total_valid() == self.batch() * self.seq()
+    }
+
+    /// Whether no token is valid; attention then only writes zeros.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.total_valid() == 0
+    }
+
+    /// Groups of [`GROUP_ROWS`] tokens that it takes to cover the valid ones, from the left of each row.
+    pub(crate) fn group_count(&self) -> usize {
+        *self.group_count.get_or_init(|| {
+            let mut count = 0;
+            for row in 0..self.batch() {
+                let mut covered = 0;
+                for run in self.runs(row) {
+                    let start = covered.max(run.start as usize);
+                    let groups = run.end().saturating_sub(start).div_ceil(GROUP_ROWS);
+                    if groups > 0 {
+                        covered = start + groups * GROUP_ROWS;
+                    }
+                    count += groups;
+                }
+            }
+            count
+        })
+    }
+
+    /// Tells metadata of different masks apart.
+    #[cfg_attr(
+        any(not(feature = "cuda"), target_arch = "wasm32"),
+        allow(dead_code, reason = "only the CUDA device keeps what depends on two of them")
+    )]
+    pub(crate) fn id(&self) -> u64 {
+        self.id
+    }
+
+    /// The mask that the metadata was built from.
+    #[must_use]
+    pub fn key_mask(&self) -> &KeyMask {
+        &self.mask
+    }
+
+    pub(crate) fn copies(&self) -> &DeviceCopies {
+        &self.copies
+    }
+}
+
+#[cfg(test)]
+#[expect(clippy::single_range_in_vec_init, reason = "a row may have one run")]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn holes_and_empty_rows() -> Result<()> {
+        let mask = KeyMask::from_runs(6, &[vec![1..2, 4..6], vec![], vec![0..6]])?;
+        let meta = VarlenMeta::from_key_mask(&mask)?;
+        assert_eq!(meta.indices(), [1, 4, 5, 12, 13, 14, 15, 16, 17]);
+        assert_eq!(meta.cu_seqlens().as_slice(), [0, 3, 3, 9]);
+        assert_eq!(meta.inv_indices(), [-1, 0, -1, -1, 1, 2, -1, -1, -1, -1, -1, -1, 3, 4, 5, 6, 7, 8]);
+        assert_eq!((meta.max_seqlen(), meta.total_valid()), (6, 9));
+        assert_eq!(meta.runs(0), [Run { start: 1, len: 1 }, Run { start: 4, len: 2 }]);
+        assert!(meta.runs(1).is_empty() && meta.runs(9).is_empty());
+        assert!(!meta.is_all_valid() && !meta.is_empty());
+        Ok(())
+    }
+
+    #[test]
+    fn groups_cover_from_the_left() -> Result<()> {
+        let count = |runs: &[Range<usize>]| -> Result<usize> {
+            Ok(VarlenMeta::from_key_mask(&KeyMask::from_runs(100, &[runs])?)?.group_count())
+        };
+        assert_eq!(count(&[])?, 0);
+        assert_eq!(count(&[0..100])?, 7);
+        // The second run lies in the first's group, the third only begins there.
+        assert_eq!(count(&[3..5, 8..10, 18..35])?, 2);
+        assert_eq!(count(&[3..5, 8..10, 18..36])?, 3);
+        Ok(())
+    }
+
+    #[test]
+    fn all_valid_and_empty_are_told_apart() -> Result<()> {
+        assert!(VarlenMeta::from_key_mask(&KeyMask::all(2, 65)?)?.is_all_valid());
+        let empty = VarlenMeta::from_key_mask(&KeyMask::from_lengths(65, &[0, 0])?)?;
+        assert!(empty.is_empty() && !empty.is_all_valid());
+        assert_eq!(empty.cu_seqlens().as_slice(), [0, 0, 0]);
+        Ok(())
+    }
+
+    #[test]
+    fn cu_seqlens_are_checked() -> Result<()> {
+        assert!(matches!(CuSeqlens::new(&[]), Err(Error::CuSeqlens { .. })));
+        assert!(matches!(CuSeqlens::new(&[1, 2]), Err(Error::CuSeqlens { .. })));
+        assert!(matches!(CuSeqlens::new(&[0, 3, 2]), Err(Error::CuSeqlens { .. })));
+        assert!(matches!(CuSeqlens::new(&[0, i32::MAX, i32::MIN]), Err(Error::CuSeqlens { .. })));
+        let cu_seqlens = CuSeqlens::new(&[0, 3, 3, 10])?;
+        assert_eq!((cu_seqlens.batch(), cu_seqlens.total(), cu_seqlens.max_seqlen()), (3, 10, 7));
+        assert_eq!(CuSeqlens::from_lengths(&[3, 0, 7])?.as_slice(), [0, 3, 3, 10]);
+        assert!(matches!(CuSeqlens::from_lengths(&[usize::MAX, 1]), Err(Error::TooLarge { .. })));
+        Ok(())
+    }
+}

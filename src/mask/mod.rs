@@ -1,0 +1,4 @@
+//! Which tokens are valid, on the host: one bit a token, and the metadata made of it.
+
+pub(crate) mod key_mask;
+pub(crate) mod meta;
