@@ -6,7 +6,6 @@ use std::sync::{Arc, Mutex, PoisonError};
 use crate::call::op::Attention;
 use crate::call::problem::AttentionShape;
 use crate::error::{Error, Result};
-use crate::kernel::Kernel;
 use crate::mask::key_mask::KeyMask;
 use crate::mask::meta::{GROUP_ROWS, VarlenMeta};
 
@@ -15,9 +14,10 @@ use super::device::CudaDevice;
 use super::memory::CudaBuffer;
 use super::module::Entry;
 use super::params_sm90::{AttentionParamsSm90, Form};
+use super::split::Split;
 use super::tensor_map::MappedTensor;
 use super::tile_lists::TileLists;
-use super::tiles::{ListTile, Split, TileSm90, TileSm100};
+use super::tiles::ListTile;
 
 /// Lists on the device.
 #[derive(Debug)]
@@ -127,8 +127,8 @@ impl CudaDevice {
         let params = AttentionParamsSm90 { seq_q: seq_q as i32, seq_k: seq_k as i32, ..params(attention, tensors) };
         let Some(mask) = key_mask.or(zero_rows) else {
             let params = AttentionParamsSm90 { form: Form::Dense as i32, groups: batch as i32, ..params };
-            let tiles = seq_q.div_ceil(tile.rows() as usize) * batch;
-            let fewest_key_tiles = seq_k.div_ceil(tile.keys() as usize);
+            let tiles = seq_q.div_ceil(tile.rows as usize) * batch;
+            let fewest_key_tiles = seq_k.div_ceil(tile.keys as usize);
             let items = tiles * num_heads;
             let extent = Extent { batch, queries: seq_q, keys: seq_k, items, fewest_key_tiles, zero_items: 0 };
             return self.launch_by_lists(attention, tensors, params, tile, extent);
@@ -222,7 +222,7 @@ impl CudaDevice {
             lse_head_stride,
             ..params(attention, tensors)
         };
-        let tiles_of = |queries: usize| queries.div_ceil(tile.rows() as usize);
+        let tiles_of = |queries: usize| queries.div_ceil(tile.rows as usize);
         let (tiles, fewest_keys) = match rows.lengths {
             None => (tiles_of(rows.max_queries) * rows.batch, 0),
             Some([queries, keys]) => (0..rows.batch).fold((0, usize::MAX), |(tiles, fewest), row| {
@@ -251,7 +251,7 @@ impl CudaDevice {
             queries: rows.queries,
             keys: rows.keys,
             items: tiles * attention.problem.shape.num_heads,
-            fewest_key_tiles: fewest_keys.div_ceil(tile.keys() as usize),
+            fewest_key_tiles: fewest_keys.div_ceil(tile.keys as usize),
             zero_items,
         };
         self.launch_by_lists(attention, tensors, params, tile, extent)
@@ -259,17 +259,13 @@ impl CudaDevice {
 
     fn tile(attention: &Attention<'_>) -> Result<ListTile> {
         let head_dim = attention.problem.shape.head_dim;
-        let tile = match attention.plan.kernel {
-            Kernel::CudaSm100 => TileSm100::of(head_dim).map(ListTile::Sm100),
-            _ => TileSm90::of(head_dim).map(ListTile::Sm90),
-        };
-        tile.ok_or(Error::HeadDim { got: head_dim })
+        ListTile::of(attention.plan.kernel, head_dim).ok_or(Error::HeadDim { got: head_dim })
     }
 
     fn lists(&self, query: &VarlenMeta, key: &VarlenMeta, tile: ListTile) -> Result<Arc<ListsCopy>> {
         let copies = query.copies().get_or_make(self.id, || Ok(ListsCopies::default()))?;
         copies.get_or_make((key.id(), tile), self.context.is_captured()?, || {
-            let lists = TileLists::new(query, key, tile.rows() as usize, tile.keys() as usize);
+            let lists = TileLists::new(query, key, tile.rows as usize, tile.keys as usize);
             Ok(ListsCopy {
                 batches: self.uploaded(bytemuck::cast_slice(&lists.batches))?,
                 query_groups: self.uploaded(bytemuck::cast_slice(&lists.query_groups))?,
@@ -307,20 +303,15 @@ impl CudaDevice {
         params.q_map = encode(of_queries(tensors.q), group)?;
         // Not used where rows go to places of their own.
         params.out_map = if params.out_rows == 0 { encode(of_queries(tensors.out), group)? } else { params.q_map };
-        params.k_map = encode(of_keys(tensors.k), tile.keys())?;
-        params.v_map = encode(of_keys(tensors.v), tile.keys())?;
+        params.k_map = encode(of_keys(tensors.k), tile.keys)?;
+        params.v_map = encode(of_keys(tensors.v), tile.keys)?;
         params.k_group_map = encode(of_keys(tensors.k), group)?;
         params.v_group_map = encode(of_keys(tensors.v), group)?;
         let function = self.function(Entry::AttentionByLists { dtype, tile })?;
-        let mut split = match tile {
-            ListTile::Sm90(_) => TileSm90::split(items, fewest_key_tiles, self.multiprocessors),
-            ListTile::Sm100(_) => Split::none(items),
-        };
+        let mut split = Split::of(tile, items, fewest_key_tiles, self.multiprocessors);
         // Lives until the launch, which keeps its memory.
         let mut scratch = None;
-        if let ListTile::Sm90(tile) = tile
-            && split.parts > 1
-        {
+        if split.parts > 1 {
             match self.parts_scratch(&split, tile, &mut params) {
                 Ok(made) => scratch = Some(made),
                 // It takes longer, but no memory.
@@ -335,15 +326,15 @@ impl CudaDevice {
         // SAFETY: the tensors have the problem's shape and lie inside their buffers, those of packed rows as `cu_seqlens` says
         // (checked by problem; scratch is made so), and their rows start at words (placement). Lists, masks and `cu_seqlens` have
         // the problem's batch rows and sequence lengths. The output shares no memory with them (checked by problem).
-        unsafe { self.context.launch(function, [blocks, 1, 1], tile.threads(), &params) }?;
+        unsafe { self.context.launch(function, [blocks, 1, 1], tile.threads, &params) }?;
         drop(scratch);
         Ok(())
     }
 
     /// Memory for the parts of query tiles and zeroed counts of those that are done, which the parameters then name.
-    fn parts_scratch(&self, split: &Split, tile: TileSm90, params: &mut AttentionParamsSm90) -> Result<CudaBuffer> {
+    fn parts_scratch(&self, split: &Split, tile: ListTile, params: &mut AttentionParamsSm90) -> Result<CudaBuffer> {
         let bytes = split.part_items() as u64 * tile.part_bytes();
-        let count_bytes = (split.items - split.from) as u64 * tile.part_count_bytes();
+        let count_bytes = split.split_items() as u64 * tile.part_count_bytes();
         let scratch = self.scratch(bytes + count_bytes)?;
         params.part_chunks = scratch.address();
         params.parts_done = scratch.address() + bytes;

@@ -8,13 +8,11 @@ use crate::mask::meta::VarlenMeta;
 use super::device::CudaDevice;
 use super::metadata::Tables;
 use super::module::Entry;
-use super::params::{MAX_PACK_TENSORS, PackParams, RowTensor, ScatterParams};
+use super::params::{MAX_PACK_TENSORS, PackParams, ROW_COPY_THREADS, RowTensor, ScatterParams};
 use super::placement::{Operand, Placed};
 
-/// Threads of a block of `pack_rows` and `scatter_rows`; `THREADS` of pack.cu.
-const THREADS: u32 = 256;
 /// Each warp takes rows of its own.
-const BLOCK_ROWS: usize = THREADS as usize / 32;
+const BLOCK_ROWS: usize = ROW_COPY_THREADS as usize / 32;
 /// Blocks in a grid's first dimension; kernels stride over what is left.
 const MAX_BLOCKS: usize = i32::MAX as usize;
 
@@ -66,7 +64,7 @@ impl CudaDevice {
         let [blocks, ..] = row_grid(tables.packed_rows);
         // SAFETY: padded and packed tensors have the metadata's rows (checked by problem; scratch is made so), and their rows
         // start at words (placement); the metadata is this device's copy, whose indices are below batch · seq.
-        unsafe { self.context.launch(function, [blocks, tensors.len() as u32, 1], THREADS, &params) }
+        unsafe { self.context.launch(function, [blocks, tensors.len() as u32, 1], ROW_COPY_THREADS, &params) }
     }
 
     pub(super) fn scatter(&self, packed: &Input<'_>, padded: &Output<'_>, meta: &VarlenMeta) -> Result<()> {
@@ -97,7 +95,7 @@ impl CudaDevice {
         };
         let function = self.function(Entry::Scatter)?;
         // SAFETY: as in `launch_pack`; the metadata's packed rows are below the number that `packed` has.
-        unsafe { self.context.launch(function, row_grid(rows), THREADS, &params) }
+        unsafe { self.context.launch(function, row_grid(rows), ROW_COPY_THREADS, &params) }
     }
 
     /// Zeros in every element of a view: of any shape and place if it is contiguous, of `[B, S, H, D]` otherwise.
@@ -134,7 +132,7 @@ impl CudaDevice {
             };
             // SAFETY: the view lies inside its buffer (checked by problem), its rows start at words (placement), and without
             // `inv_indices` nothing is read.
-            unsafe { self.context.launch(function, row_grid(batch * seq), THREADS, &params) }?;
+            unsafe { self.context.launch(function, row_grid(batch * seq), ROW_COPY_THREADS, &params) }?;
         }
         Ok(())
     }

@@ -14,14 +14,14 @@ use crate::call::plan::Capabilities;
 use crate::config::DeviceChoice;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::kernel::Kernel;
+use crate::kernel::{BackendKind, Kernel};
 use crate::mask::meta::VarlenMeta;
 
 use super::caller::{self, CallerHandles};
 use super::context::Context;
 use super::fault::{self, Faults};
 use super::memory::CudaBuffer;
-use super::module::{Entry, Function, KERNELS_CUDA, ListImages, Modules};
+use super::module::{AttentionImages, Entry, Function, KERNELS_CUDA, Modules};
 use super::probe::{self, CudaDeviceInfo};
 use super::timer::Timers;
 
@@ -96,7 +96,7 @@ impl CudaDevice {
     ) -> Result<Self, String> {
         let modules = {
             let _current = context.enter().map_err(|error| error.to_string())?;
-            Modules::of(&context, ListImages::of(info.compute_capability))
+            Modules::of(&context, &AttentionImages::of(info.compute_capability))
                 .map_err(|error| format!("{info}: {}", why_not_loaded(error)))?
         };
         Ok(Self {
@@ -178,11 +178,11 @@ fn capabilities_of(info: &CudaDeviceInfo) -> Capabilities {
     let (major, minor) = info.compute_capability;
     let driver = probe::version(info.driver_version);
     Capabilities {
-        backend: "cuda",
+        backend: BackendKind::Cuda,
         adapter: format!("{}, sm_{major}{minor}, driver CUDA {driver}", info.name),
         is_software: false,
         dtypes: &[DType::F16, DType::Bf16],
-        kernels: ListImages::of(info.compute_capability).kernels().chain([Kernel::CudaSm80]).collect(),
+        kernels: AttentionImages::of(info.compute_capability).kernels().collect(),
         max_buffer_bytes: info.memory_bytes,
         // Kernels count bytes in 64 bits.
         max_binding_bytes: info.memory_bytes,

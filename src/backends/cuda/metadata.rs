@@ -11,11 +11,8 @@ use crate::mask::meta::{CuSeqlens, VarlenMeta};
 use super::device::CudaDevice;
 use super::memory::CudaBuffer;
 use super::module::Entry;
-use super::params::{METADATA_CHUNK, MetadataParams};
+use super::params::{METADATA_CHUNK, METADATA_SCAN_THREADS, METADATA_THREADS, MetadataParams};
 
-/// Threads of a block of the metadata kernels; `THREADS` and `SCAN_THREADS` of metadata.cu.
-const THREADS: u32 = 256;
-const SCAN_THREADS: u32 = 1024;
 /// Tables of one buffer start at multiples of this, as buffers do.
 const TABLE_ALIGNMENT: u64 = 256;
 
@@ -158,9 +155,9 @@ impl CudaDevice {
         };
         let chunks = (batch * places.chunks) as u32;
         for (entry, blocks, threads) in [
-            (Entry::MetadataCount, chunks, THREADS),
-            (Entry::MetadataScan, 1, SCAN_THREADS),
-            (Entry::MetadataIndex, chunks, THREADS),
+            (Entry::MetadataCount, chunks, METADATA_THREADS),
+            (Entry::MetadataScan, 1, METADATA_SCAN_THREADS),
+            (Entry::MetadataIndex, chunks, METADATA_THREADS),
         ] {
             let function = self.function(entry)?;
             // SAFETY: the mask lies inside its memory (checked by problem) at a multiple of its elements, and the tables were

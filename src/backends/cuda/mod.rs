@@ -30,10 +30,12 @@ mod fault;
 mod memory;
 mod metadata;
 mod module;
+#[cfg_attr(not(test), allow(dead_code, reason = "`cargo xtask kernels` uses the half that makes text"))]
 mod params;
 mod params_sm90;
 mod placement;
 mod probe;
+mod split;
 mod tensor_map;
 mod tile_lists;
 mod tiles;

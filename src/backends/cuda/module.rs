@@ -1,5 +1,5 @@
-//! The compiled kernels. They are loaded once a context, however many devices there are over it; a function is looked up at its
-//! first launch.
+//! The compiled kernels. They are loaded once for each context, however many devices there are over it; a function is looked up at
+//! its first launch.
 
 use std::collections::{BTreeMap, HashMap};
 use std::ffi::{CString, c_void};
@@ -24,56 +24,67 @@ use super::tiles::{FormSm80, ListTile, Tile};
 /// them.
 pub(super) const KERNELS_CUDA: i32 = 13_000;
 
-/// Bytes at a multiple of 16, as the driver reads the headers of a fatbin in place.
+/// Bytes at a multiple of 16, as the driver reads the headers of a fatbin where they lie.
 #[cfg_attr(feature = "emulated-sm100", derive(Clone))]
 #[repr(C, align(16))]
-pub(super) struct Aligned<Bytes: ?Sized>(Bytes);
+struct Aligned<Bytes: ?Sized>(Bytes);
 
-static ATTENTION_SM80: &Aligned<[u8]> = &Aligned(*include_bytes!("../../../kernels/prebuilt/attention_sm80.fatbin"));
-static ATTENTION_SM90: &Aligned<[u8]> = &Aligned(*include_bytes!("../../../kernels/prebuilt/attention_sm90.fatbin"));
-static ATTENTION_SM100: &Aligned<[u8]> = &Aligned(*include_bytes!("../../../kernels/prebuilt/attention_sm100.fatbin"));
-static METADATA: &Aligned<[u8]> = &Aligned(*include_bytes!("../../../kernels/prebuilt/metadata.fatbin"));
-static PACK: &Aligned<[u8]> = &Aligned(*include_bytes!("../../../kernels/prebuilt/pack.fatbin"));
+type Image = &'static Aligned<[u8]>;
 
-/// The kernels of single architectures that a chip runs.
-#[derive(Clone, Copy)]
-pub(super) struct ListImages {
-    sm90: Option<&'static Aligned<[u8]>>,
-    sm100: Option<&'static Aligned<[u8]>>,
+static ATTENTION_SM80: Image = &Aligned(*include_bytes!("../../../kernels/prebuilt/attention_sm80.fatbin"));
+static ATTENTION_SM90: Image = &Aligned(*include_bytes!("../../../kernels/prebuilt/attention_sm90.fatbin"));
+static ATTENTION_SM100: Image = &Aligned(*include_bytes!("../../../kernels/prebuilt/attention_sm100.fatbin"));
+static METADATA: Image = &Aligned(*include_bytes!("../../../kernels/prebuilt/metadata.fatbin"));
+static PACK: Image = &Aligned(*include_bytes!("../../../kernels/prebuilt/pack.fatbin"));
+
+/// Where an attention kernel's code is, and what runs it.
+struct AttentionImage {
+    kernel: Kernel,
+    image: Image,
+    /// Compute capabilities; `None` for every one that the library supports.
+    capabilities: Option<&'static [(i32, i32)]>,
 }
 
-impl ListImages {
+/// A row for each attention kernel, the preferred ones first.
+static ATTENTION: [AttentionImage; 3] = [
+    // Code for the family of 10.0, of which 10.3 is.
+    AttentionImage { kernel: Kernel::CudaSm100, image: ATTENTION_SM100, capabilities: Some(&[(10, 0), (10, 3)]) },
+    AttentionImage { kernel: Kernel::CudaSm90, image: ATTENTION_SM90, capabilities: Some(&[(9, 0)]) },
+    AttentionImage { kernel: Kernel::CudaSm80, image: ATTENTION_SM80, capabilities: None },
+];
+
+/// The attention kernels that a chip runs, the preferred ones first.
+#[derive(Clone)]
+pub(super) struct AttentionImages(Vec<(Kernel, Image)>);
+
+impl AttentionImages {
     /// For a compute capability.
     pub fn of(compute_capability: (i32, i32)) -> Self {
-        let (sm90, sm100) = match compute_capability {
-            (9, 0) => (Some(ATTENTION_SM90), emulated_sm100()),
-            // Code for the family of 10.0, of which 10.3 is.
-            (10, 0 | 3) => (None, Some(ATTENTION_SM100)),
-            _ => (None, None),
-        };
-        Self { sm90, sm100 }
+        let runs = |row: &&AttentionImage| row.capabilities.is_none_or(|all| all.contains(&compute_capability));
+        let emulated = (compute_capability == (9, 0)).then(emulated_sm100).flatten();
+        let emulated = emulated.map(|image| (Kernel::CudaSm100, image));
+        Self(emulated.into_iter().chain(ATTENTION.iter().filter(runs).map(|row| (row.kernel, row.image))).collect())
     }
 
-    /// The kernels, the preferred one first.
-    pub fn kernels(self) -> impl Iterator<Item = Kernel> {
-        let sm100 = self.sm100.map(|_| Kernel::CudaSm100);
-        sm100.into_iter().chain(self.sm90.map(|_| Kernel::CudaSm90))
+    /// The kernels.
+    pub fn kernels(&self) -> impl Iterator<Item = Kernel> {
+        self.0.iter().map(|&(kernel, _)| kernel)
     }
 }
 
 /// The sm100 kernel in its emulated form, which compute capability 9.0 runs.
 #[cfg(feature = "emulated-sm100")]
-fn emulated_sm100() -> Option<&'static Aligned<[u8]>> {
+fn emulated_sm100() -> Option<Image> {
     EMULATED_SM100.get().copied()
 }
 
 #[cfg(not(feature = "emulated-sm100"))]
-fn emulated_sm100() -> Option<&'static Aligned<[u8]>> {
+fn emulated_sm100() -> Option<Image> {
     None
 }
 
 #[cfg(feature = "emulated-sm100")]
-static EMULATED_SM100: OnceLock<&'static Aligned<[u8]>> = OnceLock::new();
+static EMULATED_SM100: OnceLock<Image> = OnceLock::new();
 
 /// Keeps a fatbin for devices that are opened from now on; false if there is one already.
 #[cfg(feature = "emulated-sm100")]
@@ -92,7 +103,7 @@ pub(super) fn set_emulated_sm100(fatbin: &[u8]) -> bool {
     EMULATED_SM100.set(image).is_ok()
 }
 
-/// A kernel.
+/// A kernel function.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) enum Entry {
     Pack,
@@ -100,19 +111,62 @@ pub(super) enum Entry {
     MetadataCount,
     MetadataScan,
     MetadataIndex,
+    /// Of the sm80 kernel.
     Attention {
         dtype: DType,
         tile: Tile,
         form: FormSm80,
     },
-    /// sm90 and sm100.
+    /// Of a kernel with tile lists.
     AttentionByLists {
         dtype: DType,
         tile: ListTile,
     },
 }
 
-/// A kernel that is ready to be launched.
+/// The module that a function is in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Home {
+    Pack,
+    Metadata,
+    Attention(Kernel),
+}
+
+impl Entry {
+    fn home(self) -> Home {
+        match self {
+            Self::Pack | Self::Scatter => Home::Pack,
+            Self::MetadataCount | Self::MetadataScan | Self::MetadataIndex => Home::Metadata,
+            Self::Attention { .. } => Home::Attention(Kernel::CudaSm80),
+            Self::AttentionByLists { tile, .. } => Home::Attention(tile.kernel),
+        }
+    }
+
+    fn name(self) -> String {
+        match self {
+            Self::Pack => "pack_rows".to_owned(),
+            Self::Scatter => "scatter_rows".to_owned(),
+            Self::MetadataCount => "metadata_count".to_owned(),
+            Self::MetadataScan => "metadata_scan".to_owned(),
+            Self::MetadataIndex => "metadata_index".to_owned(),
+            Self::Attention { dtype, tile, form } => {
+                format!("attention_{}_{dtype}_{}", Kernel::CudaSm80, tile.name(form))
+            }
+            Self::AttentionByLists { dtype, tile } => format!("attention_{}_{dtype}_{}", tile.kernel, tile.name()),
+        }
+    }
+
+    /// Dynamic shared memory.
+    fn shared_bytes(self) -> u32 {
+        match self {
+            Self::Attention { tile, form, .. } => tile.shared_bytes(form),
+            Self::AttentionByLists { tile, .. } => tile.shared_bytes,
+            _ => 0,
+        }
+    }
+}
+
+/// A function that is ready to be launched.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Function {
     pub raw: CUfunction,
@@ -122,10 +176,8 @@ pub(super) struct Function {
 
 /// The modules of one context.
 pub(super) struct Modules {
-    attention: CUmodule,
-    /// Only where they run.
-    attention_sm90: Option<CUmodule>,
-    attention_sm100: Option<CUmodule>,
+    /// Those that run there.
+    attention: Vec<(Kernel, CUmodule)>,
     metadata: CUmodule,
     pack: CUmodule,
     functions: Mutex<HashMap<Entry, Function>>,
@@ -148,7 +200,7 @@ impl Modules {
     /// The kernels in a context, which is current; they are loaded if they are not there yet.
     ///
     /// They stay until the context is destroyed, and graphs that were captured may go on to run them when the device is dropped.
-    pub fn of(context: &Context, images: ListImages) -> Result<Arc<Self>, DriverError> {
+    pub fn of(context: &Context, images: &AttentionImages) -> Result<Arc<Self>, DriverError> {
         // By the number of the context, which a later context at the same address does not have. What is kept of a context that
         // is destroyed is a few handles that nobody finds again; it does not keep the context.
         static LOADED: Mutex<BTreeMap<u64, Arc<Modules>>> = Mutex::new(BTreeMap::new());
@@ -164,25 +216,28 @@ impl Modules {
     }
 
     /// Loads the kernels into the current context.
-    fn load(images: ListImages) -> Result<Self, DriverError> {
+    fn load(images: &AttentionImages) -> Result<Self, DriverError> {
         // Another thread may be capturing a stream.
         let _relaxed = Relaxed::enter()?;
-        let load = |image: &Aligned<[u8]>| {
+        let load = |image: Image| {
             // SAFETY: the image is a whole, aligned fatbin, whose header says how long it is.
             unsafe { module::load_data(image.0.as_ptr().cast::<c_void>()) }
         };
-        let (attention, metadata, pack) = (load(ATTENTION_SM80)?, load(METADATA)?, load(PACK)?);
-        // Without them there are the others: calls fail, so that they are not trusted.
-        let load_extra = |image: Option<&Aligned<[u8]>>, kernel: Kernel| {
-            let loaded = image.map(load).transpose();
-            loaded.inspect_err(|error| log::debug!("kernel {kernel} is not loaded: {error}")).ok().flatten()
-        };
-        let attention_sm90 = load_extra(images.sm90, Kernel::CudaSm90);
-        let attention_sm100 = load_extra(images.sm100, Kernel::CudaSm100);
-        Ok(Self { attention, attention_sm90, attention_sm100, metadata, pack, functions: Mutex::default() })
+        let (metadata, pack) = (load(METADATA)?, load(PACK)?);
+        let mut attention = vec![];
+        for &(kernel, image) in &images.0 {
+            match load(image) {
+                Ok(module) => attention.push((kernel, module)),
+                // Every call falls back to it.
+                Err(error) if kernel == Kernel::CudaSm80 => return Err(error),
+                // Without the kernel there are the others: its self-check fails, and so it is not trusted.
+                Err(error) => log::debug!("kernel {kernel} is not loaded: {error}"),
+            }
+        }
+        Ok(Self { attention, metadata, pack, functions: Mutex::default() })
     }
 
-    /// A kernel; the context that the modules were loaded into is current.
+    /// A function; the context that the modules were loaded into is current.
     pub fn function(&self, context: &Context, entry: Entry) -> Result<Function> {
         // A panic while it is held leaves the map as it was: functions are only inserted whole.
         let mut functions = self.functions.lock().unwrap_or_else(PoisonError::into_inner);
@@ -197,26 +252,16 @@ impl Modules {
     fn look_up(&self, entry: Entry) -> Result<Function, DriverError> {
         // The driver may load the kernel only now, and the stream may be captured.
         let _relaxed = Relaxed::enter()?;
-        let (module, name, shared_bytes) = match entry {
-            Entry::Pack => (self.pack, "pack_rows".to_owned(), 0),
-            Entry::Scatter => (self.pack, "scatter_rows".to_owned(), 0),
-            Entry::MetadataCount => (self.metadata, "metadata_count".to_owned(), 0),
-            Entry::MetadataScan => (self.metadata, "metadata_scan".to_owned(), 0),
-            Entry::MetadataIndex => (self.metadata, "metadata_index".to_owned(), 0),
-            Entry::Attention { dtype, tile, form } => {
-                (self.attention, attention_name(dtype, tile, form), tile.shared_bytes(form))
-            }
-            Entry::AttentionByLists { dtype, tile } => {
-                let module = match tile {
-                    ListTile::Sm90(_) => self.attention_sm90,
-                    ListTile::Sm100(_) => self.attention_sm100,
-                };
-                // Planned only where it runs.
-                let module = module.ok_or(DriverError(CUresult::CUDA_ERROR_NOT_FOUND))?;
-                let (kernel, shape) = tile.names();
-                (module, format!("attention_{kernel}_{dtype}_{shape}"), tile.shared_bytes())
+        let (name, shared_bytes) = (entry.name(), entry.shared_bytes());
+        let module = match entry.home() {
+            Home::Pack => Some(self.pack),
+            Home::Metadata => Some(self.metadata),
+            // Planned only where it is loaded.
+            Home::Attention(kernel) => {
+                self.attention.iter().find_map(|&(loaded, module)| (loaded == kernel).then_some(module))
             }
         };
+        let module = module.ok_or(DriverError(CUresult::CUDA_ERROR_NOT_FOUND))?;
         // No name holds a zero byte; one that did would not be found.
         let name = CString::new(name).unwrap_or_default();
         // SAFETY: the module is loaded as long as its context is there.
@@ -229,16 +274,26 @@ impl Modules {
     }
 }
 
-fn attention_name(dtype: DType, tile: Tile, form: FormSm80) -> String {
-    format!("attention_sm80_{dtype}_d{}{}", tile.width, form.suffix())
-}
-
 #[cfg(test)]
 mod tests {
+    use std::collections::{BTreeMap, BTreeSet};
+
     use super::*;
 
-    fn contains(image: &[u8], name: &str) -> bool {
-        image.windows(name.len()).any(|window| window == name.as_bytes())
+    /// kernels/prebuilt/manifest.json, as far as it matters here.
+    #[derive(serde::Deserialize)]
+    struct Manifest {
+        compiler: String,
+        fatbins: BTreeMap<String, Fatbin>,
+    }
+
+    #[derive(serde::Deserialize)]
+    struct Fatbin {
+        kernels: BTreeSet<String>,
+    }
+
+    fn manifest() -> Manifest {
+        serde_json::from_str(include_str!("../../../kernels/prebuilt/manifest.json")).unwrap()
     }
 
     #[test]
@@ -251,38 +306,54 @@ mod tests {
 
     #[test]
     fn the_images_are_of_the_compiler_that_the_driver_is_checked_for() {
-        let manifest = include_str!("../../../kernels/prebuilt/manifest.json");
-        let release = format!("release {}", super::super::probe::version(KERNELS_CUDA));
-        assert!(manifest.contains(&release), "the manifest does not say {release}");
+        let compiler = manifest().compiler;
+        let release = format!("release {},", super::super::probe::version(KERNELS_CUDA));
+        assert!(compiler.contains(&release), "{compiler} is not {release}");
     }
 
     #[test]
-    fn the_kernels_are_declared_under_the_names_that_are_looked_up() {
-        let pack = include_bytes!("../../../kernels/pack.cu");
-        assert!(contains(pack, "pack_rows(const __grid_constant__ PackParams"));
-        assert!(contains(pack, "scatter_rows(const __grid_constant__ ScatterParams"));
-        let metadata = include_bytes!("../../../kernels/metadata.cu");
-        for name in ["metadata_count", "metadata_scan", "metadata_index"] {
-            assert!(contains(metadata, &format!("{name}(const __grid_constant__ MetadataParams")), "{name}");
+    fn chips_prefer_the_kernel_that_is_made_for_them() {
+        let kernels = |capability| AttentionImages::of(capability).kernels().collect::<Vec<_>>();
+        for capability in [(8, 0), (8, 9), (12, 0), (13, 0)] {
+            assert_eq!(kernels(capability), [Kernel::CudaSm80], "{capability:?}");
         }
-        let attention = include_bytes!("../../../kernels/attention_sm80.cu");
-        let sm90 = include_bytes!("../../../kernels/attention_sm90.cu");
-        for name in ["attention_sm90_f16_d##D", "attention_sm90_bf16_d##D"] {
-            assert!(contains(sm90, name), "{name}");
+        assert_eq!(kernels((9, 0)), [Kernel::CudaSm90, Kernel::CudaSm80]);
+        for capability in [(10, 0), (10, 3)] {
+            assert_eq!(kernels(capability), [Kernel::CudaSm100, Kernel::CudaSm80], "{capability:?}");
         }
-        let sm100 = include_bytes!("../../../kernels/attention_sm100.cu");
-        for name in ["attention_sm100_f16_d##D", "attention_sm100_bf16_d##D"] {
-            assert!(contains(sm100, name), "{name}");
+    }
+
+    /// Every function that can be asked for.
+    fn entries() -> impl Iterator<Item = Entry> {
+        let attention = [DType::F16, DType::Bf16].into_iter().flat_map(|dtype| {
+            (8..=256).step_by(8).flat_map(move |head_dim| {
+                let forms = [FormSm80::Plain, FormSm80::Masked, FormSm80::Fused];
+                let rows = forms
+                    .into_iter()
+                    .filter_map(move |form| Tile::of(head_dim).map(|tile| Entry::Attention { dtype, tile, form }));
+                let lists = ATTENTION.iter().filter_map(move |row| {
+                    ListTile::of(row.kernel, head_dim).map(|tile| Entry::AttentionByLists { dtype, tile })
+                });
+                rows.chain(lists)
+            })
+        });
+        let others = [Entry::Pack, Entry::Scatter, Entry::MetadataCount, Entry::MetadataScan, Entry::MetadataIndex];
+        others.into_iter().chain(attention)
+    }
+
+    #[test]
+    fn the_fatbins_hold_the_functions_that_are_looked_up_and_no_others() {
+        let mut looked_up = BTreeMap::<String, BTreeSet<String>>::new();
+        for entry in entries() {
+            let fatbin = match entry.home() {
+                Home::Pack => "pack".to_owned(),
+                Home::Metadata => "metadata".to_owned(),
+                Home::Attention(kernel) => format!("attention_{kernel}"),
+            };
+            looked_up.entry(fatbin).or_default().insert(entry.name());
         }
-        for form in [FormSm80::Plain, FormSm80::Masked, FormSm80::Fused] {
-            for dtype in [DType::F16, DType::Bf16] {
-                let suffix = form.suffix();
-                let name = format!("attention_sm80_{dtype}_d##D{}{suffix},", if suffix.is_empty() { "" } else { "##" });
-                assert!(contains(attention, &name), "{name}");
-            }
-        }
-        let name = |form| Tile::of(72).map(|tile| attention_name(DType::Bf16, tile, form));
-        assert_eq!(name(FormSm80::Masked).as_deref(), Some("attention_sm80_bf16_d96_masked"));
-        assert_eq!(name(FormSm80::Fused).as_deref(), Some("attention_sm80_bf16_d96_fused"));
+        let compiled: BTreeMap<_, _> =
+            manifest().fatbins.into_iter().map(|(name, fatbin)| (name, fatbin.kernels)).collect();
+        assert_eq!(looked_up, compiled);
     }
 }

@@ -10,11 +10,9 @@ use cudarc::driver::sys::{
 
 use crate::dtype::DType;
 
-use super::params_sm90::TensorMap;
+use super::params::{ELEMENT_BYTES, TensorMap};
 use super::placement::Placed;
 
-/// Bytes of an element: f16 or bf16.
-const ELEMENT_BYTES: u64 = 2;
 /// A stride that is never taken: any that the driver accepts.
 const UNUSED_STRIDE: u64 = 16;
 
@@ -40,7 +38,7 @@ impl MappedTensor {
         let stride = |size: u64, stride: i64| match size {
             1 => UNUSED_STRIDE,
             // Never negative: layouts count strides without a sign.
-            _ => stride.unsigned_abs() * ELEMENT_BYTES,
+            _ => stride.unsigned_abs() * u64::from(ELEMENT_BYTES),
         };
         let strides =
             [stride(sizes[1], strides.token), stride(sizes[2], strides.head), stride(sizes[3], strides.batch)];
@@ -49,7 +47,7 @@ impl MappedTensor {
             DType::Bf16 => CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
             _ => CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
         };
-        let swizzle = match u64::from(panel) * ELEMENT_BYTES {
+        let swizzle = match panel * ELEMENT_BYTES {
             128 => CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B,
             _ => CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_64B,
         };

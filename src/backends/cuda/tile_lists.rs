@@ -1,40 +1,16 @@
 //! The lists by which `attention_sm90` works on padded tensors in place: which rows make its tiles, and which it only writes as
-//! zeros. `kernels/include/params_sm90.cuh` says what each list means; here they are made from the runs of the metadata.
-
-use bytemuck::{Pod, Zeroable};
+//! zeros. `kernels/attention/tile_lists.cuh` says what each list means; here they are made from the runs of the metadata.
 
 use crate::mask::key_mask::Run;
 use crate::mask::meta::{GROUP_ROWS, VarlenMeta};
 
+use super::params::{BatchTiles, ZeroSpan};
+
 /// Rows of a range of zeros, at most.
 const ZERO_ROWS: usize = 64;
 
-/// A batch row with valid queries.
-#[repr(C)]
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Pod, Zeroable)]
-pub(super) struct BatchTiles {
-    pub batch: i32,
-    pub query_tiles: i32,
-    pub first_query_tile: i32,
-    pub key_tiles: i32,
-    pub first_key_tile: i32,
-    pub masked_key_tiles: i32,
-}
-
-/// Query rows that no group covers.
-#[repr(C)]
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Pod, Zeroable)]
-pub(super) struct ZeroSpan {
-    pub batch: i32,
-    pub first_query: i32,
-    pub rows: i32,
-    pub unused: i32,
-}
-
-const _: () = assert!(size_of::<BatchTiles>() == 24 && size_of::<ZeroSpan>() == 16);
-
 /// The lists of one call. All numbers fit an `i32`: `KeyMask` bounds batch · seq by `i32::MAX`.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, PartialEq, Default)]
 pub(super) struct TileLists {
     /// The most work first.
     pub batches: Vec<BatchTiles>,

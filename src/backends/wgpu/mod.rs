@@ -35,11 +35,11 @@ use crate::cache::DeviceId;
 use crate::call::op::Later;
 use crate::call::op::{Backend, Instant, Op, Sink, Source, Storage, Timing, no_device_tables};
 use crate::call::plan::Capabilities;
-use crate::call::problem::{HEAD_DIM_STEP, MAX_HEAD_DIM};
+use crate::call::problem::HEAD_DIM_STEP;
 use crate::config::Config;
 use crate::dtype::DType;
 use crate::error::Result;
-use crate::kernel::Kernel;
+use crate::kernel::{BackendKind, Kernel, MAX_HEAD_DIM};
 use crate::mask::meta::VarlenMeta;
 
 use buffer::{Allocator, WgpuBuffer};
@@ -123,7 +123,7 @@ impl WgpuDevice {
         // The shaders count 16-byte words in 32 bits, and Vulkan's bindings end below 2 GiB.
         let largest = limits.max_storage_buffer_binding_size.min((1 << 31) - 256);
         let capabilities = Capabilities {
-            backend: "wgpu",
+            backend: BackendKind::Wgpu,
             adapter: adapter::name(&info),
             is_software: info.device_type == DeviceType::Cpu,
             dtypes: &[DType::F32, DType::F16, DType::Bf16],

@@ -1,6 +1,6 @@
 // Which rows a thread block works on: batch row (or packed sequence), head and query tile, and where its tensors start.
 #pragma once
-#include "params.cuh"
+#include "../../common/params.cuh"
 
 struct BlockRows {
     // Query rows of the tile, from `first_query` on among the sequence's `queries`.

@@ -1,17 +1,17 @@
 // The producer warpgroup of the sm90 kernel. Warp 0 finds out what the next tiles are and has them copied; warp 1 zeroes rows of V that
 // are not kept; warps 2 and 3 write the rows without a query tile as zeros.
 #pragma once
-#include "block_sm90.cuh"
-#include "listed_rows.cuh"
-#include "ptx/mbarrier.cuh"
-#include "ptx/tma.cuh"
-#include "schedule_sm90.cuh"
+#include "../../ptx/mbarrier.cuh"
+#include "../../ptx/tma.cuh"
+#include "../schedule.cuh"
+#include "../tile_lists.cuh"
+#include "block.cuh"
 
 namespace sm90 {
 
 template <typename S>
 struct Producer {
-    const AttentionParamsSm90& params;
+    const TileListParams& params;
     unsigned char* shared;
     uint32_t base;
     int lane;
@@ -28,52 +28,52 @@ struct Producer {
     // Those before this one need their scores changed: for keys that are not kept, or for a negative scale.
     int masked_end;
 
-    __device__ Producer(const AttentionParamsSm90& params, unsigned char* shared, uint32_t base)
+    __device__ Producer(const TileListParams& params, unsigned char* shared, uint32_t base)
         : params(params), shared(shared), base(base), lane(threadIdx.x % 32) {}
 
     __device__ void run() {
-        Turn turn;
-        int works = 0;
+        KeysState state;
+        int work_index = 0;
         for (bool is_exact = false;; is_exact = true) {
             Schedule<S::TILE_M> schedule(params);
             Work work;
-            for (; schedule.next(work) && !(is_exact && work.part >= 0); ++works) {
-                const TileRows::Group group = find(work);
+            for (; schedule.next(work) && !(is_exact && work.part >= 0); ++work_index) {
+                const RowGroup group = find(work);
                 int tile = first_tile < end_tile ? tile_at(first_tile) : 0;
-                if (first_tile < end_tile) load_keys(first_tile, tile, turn);
-                load_queries(work, works, group);
+                if (first_tile < end_tile) load_keys(first_tile, tile, state);
+                load_queries(work, work_index, group);
                 for (int i = first_tile; i < end_tile; ++i) {
                     int next = 0;
                     if (i + 1 < end_tile) {
                         next = tile_at(i + 1);
-                        load_keys(i + 1, next, {turn.count + 1});
+                        load_keys(i + 1, next, {state.count + 1});
                     }
-                    load_values(i, tile, turn);
+                    load_values(i, tile, state);
                     tile = next;
-                    ++turn.count;
+                    ++state.count;
                 }
             }
-            for (int warpgroup = 0; warpgroup < S::WARPGROUPS; ++warpgroup) wait_for_room(works, warpgroup);
+            for (int warpgroup = 0; warpgroup < S::WARPGROUPS; ++warpgroup) wait_for_room(work_index, warpgroup);
             if (lane == 0) {
-                rows_info(works).key_tiles = -1;
-                for (int warpgroup = 0; warpgroup < S::WARPGROUPS; ++warpgroup) ptx::mbarrier_arrive(base + S::full_q(works, warpgroup));
+                rows_info(work_index).key_tiles = -1;
+                for (int warpgroup = 0; warpgroup < S::WARPGROUPS; ++warpgroup) ptx::mbarrier_arrive(base + S::full_q(work_index, warpgroup));
             }
-            ++works;
-            if (is_exact || !starts_again<S>(shared, BARRIER_END_COPIES, S::CONSUMERS + 32)) return;
+            ++work_index;
+            if (is_exact || !must_recompute<S>(shared, BARRIER_END_COPIES, S::CONSUMERS + 32)) return;
         }
     }
 
 private:
     // Two, since one warpgroup may be at the next query tile already.
-    __device__ TileRows& rows_info(int works) const { return reinterpret_cast<TileRows*>(shared + S::ROWS_INFO)[works % 2]; }
+    __device__ TileRows& rows_info(int work_index) const { return reinterpret_cast<TileRows*>(shared + S::ROWS_INFO)[work_index % 2]; }
 
     // Until a warpgroup has given back the queries whose place the work's take.
-    __device__ void wait_for_room(int works, int warpgroup) const {
-        ptx::mbarrier_wait(base + S::empty_q(works, warpgroup), S::parity_q(works) ^ 1);
+    __device__ void wait_for_room(int work_index, int warpgroup) const {
+        ptx::mbarrier_wait(base + S::empty_q(work_index, warpgroup), S::parity_q(work_index) ^ 1);
     }
 
     // Where the work's keys are, and this lane's 16 query rows.
-    __device__ TileRows::Group find(const Work& work) {
+    __device__ RowGroup find(const Work& work) {
         batch = work.group;
         first_key = 0;
         keys = params.seq_k;
@@ -116,16 +116,16 @@ private:
 
     // Describes the query tile, and loads each warpgroup's rows. With two places all warpgroups have long left the one before the
     // last; with one, each one's rows are loaded as soon as it has finished with those before.
-    __device__ void load_queries(const Work& work, int works, const TileRows::Group& group) const {
+    __device__ void load_queries(const Work& work, int work_index, const RowGroup& group) const {
         if (S::QUERY_TILES == 2) {
-            for (int warpgroup = 0; warpgroup < S::WARPGROUPS; ++warpgroup) wait_for_room(works, warpgroup);
+            for (int warpgroup = 0; warpgroup < S::WARPGROUPS; ++warpgroup) wait_for_room(work_index, warpgroup);
         }
 #pragma unroll 1
         for (int warpgroup = 0; warpgroup < S::WARPGROUPS; ++warpgroup) {
-            const uint32_t full = base + S::full_q(works, warpgroup);
-            if (S::QUERY_TILES == 1) wait_for_room(works, warpgroup);
+            const uint32_t full = base + S::full_q(work_index, warpgroup);
+            if (S::QUERY_TILES == 1) wait_for_room(work_index, warpgroup);
             if (warpgroup == 0) {
-                TileRows& rows = rows_info(works);
+                TileRows& rows = rows_info(work_index);
                 if (lane < S::TILE_M / GROUP_ROWS) rows.groups[lane] = group;
                 if (lane == 0) {
                     rows.key_tiles = end_tile - first_tile;
@@ -140,7 +140,7 @@ private:
             if (lane == 0) ptx::mbarrier_arrive_expect(full, S::TileQ::BYTES / S::WARPGROUPS);
             __syncwarp();
             if (lane / 4 == warpgroup) {
-                load_group<S::TILE_M>(params.q_map, base + S::query_tile(works), full, ptx::policy_evict_first(), group.first_row, work.head);
+                load_group<S::TILE_M>(params.q_map, base + S::query_tile(work_index), full, ptx::policy_evict_first(), group.first_row, work.head);
             }
         }
     }
@@ -170,20 +170,20 @@ private:
         }
     }
 
-    __device__ bool is_mended(int i, int tile) const {
+    __device__ bool has_masked_values(int i, int tile) const {
         return params.form == FORM_FUSED ? tile < 0 : params.form == FORM_PACKED && i == 0 && keys % S::TILE_N != 0;
     }
 
-    __device__ void load_keys(int i, int tile, Turn turn) const {
-        const uint32_t full = base + S::FULL_K + 8 * turn.stage();
-        ptx::mbarrier_wait(base + S::EMPTY_K + 8 * turn.stage(), turn.parity() ^ 1);
-        auto& info = reinterpret_cast<TileKeys*>(shared + S::KEYS_INFO)[turn.stage()];
+    __device__ void load_keys(int i, int tile, KeysState state) const {
+        const uint32_t full = base + S::FULL_K + 8 * state.stage();
+        ptx::mbarrier_wait(base + S::EMPTY_K + 8 * state.stage(), state.parity() ^ 1);
+        auto& info = reinterpret_cast<TileKeys*>(shared + S::KEYS_INFO)[state.stage()];
         if (i < masked_end) describe(tile, info);
-        if (lane == 0) info.mended = is_mended(i, tile);
+        if (lane == 0) info.has_masked_values = has_masked_values(i, tile);
         __syncwarp();
         if (lane == 0) ptx::mbarrier_arrive_expect(full, S::TileKV::BYTES);
         __syncwarp();
-        load_tile(params.k_map, params.k_group_map, base + S::K + turn.stage() * S::TileKV::BYTES, full, tile);
+        load_tile(params.k_map, params.k_group_map, base + S::K + state.stage() * S::TileKV::BYTES, full, tile);
     }
 
     // Which keys of a masked tile are kept.
@@ -205,43 +205,43 @@ private:
         if (lane < (S::TILE_N + 31) / 32) info.kept[lane] = kept;
     }
 
-    __device__ void load_values(int i, int tile, Turn turn) const {
-        const uint32_t full = base + (is_mended(i, tile) ? S::RAW_V : S::FULL_V) + 8 * turn.stage();
-        ptx::mbarrier_wait(base + S::EMPTY_V + 8 * turn.stage(), turn.parity() ^ 1);
+    __device__ void load_values(int i, int tile, KeysState state) const {
+        const uint32_t full = base + (has_masked_values(i, tile) ? S::RAW_V : S::FULL_V) + 8 * state.stage();
+        ptx::mbarrier_wait(base + S::EMPTY_V + 8 * state.stage(), state.parity() ^ 1);
         if (lane == 0) ptx::mbarrier_arrive_expect(full, S::TileKV::BYTES);
         __syncwarp();
-        load_tile(params.v_map, params.v_group_map, base + S::V + turn.stage() * S::TileKV::BYTES, full, tile);
+        load_tile(params.v_map, params.v_group_map, base + S::V + state.stage() * S::TileKV::BYTES, full, tile);
     }
 };
 
 // The warp that zeroes rows of V which are not kept: it follows the consumers' barriers, and opens theirs for such a tile.
 template <typename S>
-__device__ inline void mend_values(unsigned char* shared, uint32_t base) {
+__device__ inline void zero_masked_values(unsigned char* shared, uint32_t base) {
     const int lane = threadIdx.x % 32;
-    Turn turn;
+    KeysState state;
     // One bit a stage.
     uint32_t raw_parities = 0;
     bool is_exact = false;
-    for (int works = 0;; ++works) {
-        ptx::mbarrier_wait(base + S::full_q(works, 0), S::parity_q(works));
-        const int key_tiles = reinterpret_cast<const TileRows*>(shared + S::ROWS_INFO)[works % 2].key_tiles;
+    for (int work_index = 0;; ++work_index) {
+        ptx::mbarrier_wait(base + S::full_q(work_index, 0), S::parity_q(work_index));
+        const int key_tiles = reinterpret_cast<const TileRows*>(shared + S::ROWS_INFO)[work_index % 2].key_tiles;
         __syncwarp();
-        if (lane == 0) ptx::mbarrier_arrive(base + S::empty_q(works, 0));
+        if (lane == 0) ptx::mbarrier_arrive(base + S::empty_q(work_index, 0));
         if (key_tiles < 0) {
-            if (is_exact || !starts_again<S>(shared, BARRIER_END_MENDING, S::CONSUMERS + 32)) return;
+            if (is_exact || !must_recompute<S>(shared, BARRIER_END_ZEROING, S::CONSUMERS + 32)) return;
             is_exact = true;
         }
-        for (int i = 0; i < key_tiles; ++i, ++turn.count) {
-            ptx::mbarrier_wait(base + S::FULL_K + 8 * turn.stage(), turn.parity());
-            const auto& info = reinterpret_cast<const TileKeys*>(shared + S::KEYS_INFO)[turn.stage()];
-            const bool is_mended = info.mended;
-            uint32_t kept = lane < (S::TILE_N + 31) / 32 && is_mended ? info.kept[lane] : 0;
+        for (int i = 0; i < key_tiles; ++i, ++state.count) {
+            ptx::mbarrier_wait(base + S::FULL_K + 8 * state.stage(), state.parity());
+            const auto& info = reinterpret_cast<const TileKeys*>(shared + S::KEYS_INFO)[state.stage()];
+            const bool has_masked_values = info.has_masked_values;
+            uint32_t kept = lane < (S::TILE_N + 31) / 32 && has_masked_values ? info.kept[lane] : 0;
             __syncwarp();
-            if (lane == 0) ptx::mbarrier_arrive(base + S::EMPTY_K + 8 * turn.stage());
-            if (!is_mended) continue;
-            ptx::mbarrier_wait(base + S::RAW_V + 8 * turn.stage(), raw_parities >> turn.stage() & 1);
-            raw_parities ^= 1u << turn.stage();
-            unsigned char* const tile = shared + S::V + turn.stage() * S::TileKV::BYTES;
+            if (lane == 0) ptx::mbarrier_arrive(base + S::EMPTY_K + 8 * state.stage());
+            if (!has_masked_values) continue;
+            ptx::mbarrier_wait(base + S::RAW_V + 8 * state.stage(), raw_parities >> state.stage() & 1);
+            raw_parities ^= 1u << state.stage();
+            unsigned char* const tile = shared + S::V + state.stage() * S::TileKV::BYTES;
             // A panel's row is as many chunks of 16 bytes; the warp zeroes them for several rows at a time.
             constexpr int CHUNKS = S::ROW_BYTES / 16;
             for (int first = 0; first < S::TILE_N; first += 32 / CHUNKS) {
@@ -256,14 +256,14 @@ __device__ inline void mend_values(unsigned char* shared, uint32_t base) {
             }
             ptx::fence_async_proxy();
             __syncwarp();
-            if (lane == 0) ptx::mbarrier_arrive(base + S::FULL_V + 8 * turn.stage());
+            if (lane == 0) ptx::mbarrier_arrive(base + S::FULL_V + 8 * state.stage());
         }
     }
 }
 
 // `write_zero_spans` for the padded output of packed rows: the rows that no packed one goes to, a warp's at a time.
 template <typename T>
-__device__ inline void write_masked_zeros(const AttentionParamsSm90& params, int warp, int warps) {
+__device__ inline void write_masked_zeros(const TileListParams& params, int warp, int warps) {
     const int lane = threadIdx.x % 32;
     const int chunks = params.head_dim / 8;
     const int step = gridDim.x * warps * 32;

@@ -31,8 +31,6 @@ __device__ inline void pin_registers(float (&values)[TILES][4]) {
     }
 }
 
-__device__ inline void pin_register(uint32_t& value) { asm volatile("" : "+r"(value)::"memory"); }
-
 template <int STEPS>
 __device__ inline void pin_registers(uint32_t (&values)[STEPS][4]) {
 #pragma unroll

@@ -8,7 +8,7 @@
 #pragma once
 #include <cstdint>
 
-#include "ptx/cp_async.cuh"
+#include "../ptx/cp_async.cuh"
 
 template <int ROWS_, int D_>
 struct SharedTile {

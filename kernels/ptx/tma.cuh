@@ -10,10 +10,6 @@ struct alignas(64) TensorMap {
     uint64_t opaque[16];
 };
 
-__device__ inline void prefetch_tensor_map(const TensorMap* map) {
-    asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
-}
-
 // L2 policies: data that will be read again by other blocks, and data that will not.
 __device__ inline uint64_t policy_evict_last() {
     uint64_t policy;

@@ -6,7 +6,7 @@
 // Block b takes items b, b + blocks, ... Blocks that run side by side thus share keys and values in L2. Where the last items would leave
 // blocks without work, those from `split_from` on stand as several each, the parts of their keys.
 #pragma once
-#include "params_sm90.cuh"
+#include "../common/params.cuh"
 
 struct Work {
     // The entry of `batches`, sequence or batch row that the tile belongs to.
@@ -22,7 +22,7 @@ struct Work {
 template <int TILE_M>
 class Schedule {
 public:
-    __device__ Schedule(const AttentionParamsSm90& params) : params(params), item(blockIdx.x), first_group(0), first_item(0) { load(); }
+    __device__ Schedule(const TileListParams& params) : params(params), item(blockIdx.x), first_group(0), first_item(0) { load(); }
 
     // False when nothing is left.
     __device__ bool next(Work& work) {
@@ -68,7 +68,7 @@ private:
         }
     }
 
-    const AttentionParamsSm90& params;
+    const TileListParams& params;
     int item;
     int first_group;
     int first_item;

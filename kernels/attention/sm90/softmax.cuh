@@ -6,7 +6,7 @@
 // times the scale, stays within ±RANGE. `ExactSoftmax` subtracts first, which is right for all scores; what left the range is computed
 // again by it.
 #pragma once
-#include "ptx/mma.cuh"
+#include "../../ptx/mma.cuh"
 
 // Of the lane's scores in one half and those of the lanes that share its row.
 template <int TILES>
@@ -78,7 +78,7 @@ struct WarpgroupSoftmax {
     __device__ void finish() { add_over_lanes(row_sum); }
 
     // After `finish`: whether this half's row may be wrong.
-    __device__ bool left_range(int half) const { return top[half] > RANGE || row_sum[half] == 0.0f; }
+    __device__ bool out_of_range(int half) const { return top[half] > RANGE || row_sum[half] == 0.0f; }
 
     // Log2 of the sum of exponentials.
     __device__ float log2_sum(int half) const { return top[half] + log2f(row_sum[half]); }
@@ -130,7 +130,7 @@ struct ExactSoftmax {
     // What sums over a maximum of `before` weigh among those over `largest`.
     __device__ float weight(float before, float largest) const { return ptx::exp2_approx((before - finite(largest)) * scale); }
 
-    __device__ static bool left_range(int) { return false; }
+    __device__ static bool out_of_range(int) { return false; }
 
     __device__ float log2_sum(int half) const { return row_max[half] * scale + log2f(row_sum[half]); }
 

@@ -5,12 +5,12 @@
 //   metadata_scan    counts ─▶ packed row of each chunk's first token,   one block
 //                    cu_seqlens, batch_order
 //   metadata_index   bits ─▶ indices, inv_indices                        a block a chunk of a row
-#include "include/params.cuh"
+#include "../common/params.cuh"
 
 namespace metadata {
 
-constexpr int THREADS = 256;
-constexpr int SCAN_THREADS = 1024;
+constexpr int THREADS = METADATA_THREADS;
+constexpr int SCAN_THREADS = METADATA_SCAN_THREADS;
 constexpr int WARP = 32;
 constexpr uint32_t ALL_LANES = 0xffffffff;
 // Batch rows whose order a block finds in a few microseconds; more of them keep the order they have.

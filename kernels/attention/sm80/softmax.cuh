@@ -3,13 +3,11 @@
 // A warp holds M_TILES x N_TILES fragments of 16 x 8 scores. In each, a lane holds two neighbouring scores of row lane / 4 and
 // two of row lane / 4 + 8; the four lanes of a quad share their rows.
 #pragma once
-#include "ptx/mma.cuh"
+#include "../../common/math.cuh"
+#include "../../ptx/mma.cuh"
 
 template <int M_TILES>
 struct OnlineSoftmax {
-    // Products of maximum and scale past this are rounded by more than an exponent may be off, 2^-8.
-    static constexpr float COARSE = 65536.0f;
-
     // In the scores' own units; sums are over this lane's keys until `finish`.
     float row_max[M_TILES][2];
     float row_sum[M_TILES][2];

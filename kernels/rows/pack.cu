@@ -5,11 +5,11 @@
 //   inv_indices  [ 0 -1 1 | -1 -1 2 ]  padded row r = packed row inv_indices[r], or zeros where that is negative
 //
 // A warp takes one row of one tensor, with several loads under way before the first store.
-#include "include/params.cuh"
+#include "../common/params.cuh"
 
 namespace pack {
 
-constexpr int THREADS = 256;
+constexpr int THREADS = ROW_COPY_THREADS;
 constexpr int WARP = 32;
 // Words that a lane has under way.
 constexpr int UNROLL = 4;

@@ -1,14 +1,14 @@
 // A block of the sm90 kernel: its warps, its shared memory, and what its producer tells its consumers.
 #pragma once
-#include "params_sm90.cuh"
-#include "ptx/warpgroup.cuh"
-#include "shared_tile.cuh"
-#include "tile_shape_sm90.cuh"
+#include "../../common/params.cuh"
+#include "../../common/shared_tile.cuh"
+#include "../../ptx/warpgroup.cuh"
+#include "../tile_lists.cuh"
+#include "tiles.h"
 
 namespace sm90 {
 
-constexpr int WARPGROUP = 128;
-constexpr int STAGES = 2;
+constexpr int WARPGROUP = WARPGROUP_THREADS;
 
 // Named barriers. Those of a warpgroup are as many as there are warpgroups at most.
 constexpr int BARRIER_TURN = 1;
@@ -16,7 +16,7 @@ constexpr int BARRIER_WARPGROUP = 4;
 // The end, for consumers, and for each of the producer's warps that follow them.
 constexpr int BARRIER_END = 7;
 constexpr int BARRIER_END_COPIES = 8;
-constexpr int BARRIER_END_MENDING = 9;
+constexpr int BARRIER_END_ZEROING = 9;
 
 // What consumers know of a query tile.
 struct TileRows {
@@ -29,18 +29,14 @@ struct TileRows {
     int32_t clips;
     // Of the parts of query tiles, all in a row, the one that this is; negative for a query tile with all its keys.
     int32_t part;
-    // Of each 16 rows, one warp's: the first, how many are the tile's, and which of them are kept.
-    struct Group {
-        int32_t first_row;
-        int32_t rows;
-        uint32_t kept;
-    } groups[12];
+    // One for each warp.
+    RowGroup groups[12];
 };
 
 // What consumers know of a key tile.
 struct TileKeys {
     // Rows of V that are not kept have to be zeroed.
-    uint32_t mended;
+    uint32_t has_masked_values;
     // For the masked tiles.
     uint32_t kept[6];
 };
@@ -50,7 +46,7 @@ struct Shape {
     using T = T_;
     static constexpr int D = D_;
     static constexpr int WARPGROUPS = WARPGROUPS_;
-    static constexpr int TILE_M = WARPGROUPS * 64;
+    static constexpr int TILE_M = WARPGROUPS * SM90_WARPGROUP_ROWS;
     static constexpr int TILE_N = TILE_N_;
     static constexpr int THREADS = (WARPGROUPS + 1) * WARPGROUP;
     static constexpr int CONSUMER_WARPS = WARPGROUPS * 4;
@@ -81,34 +77,29 @@ struct Shape {
     // Copied but not yet zeroed where it has to be.
     static constexpr int RAW_V = EMPTY_V + 8 * STAGES;
     // Whether the block has to start again, and for each warpgroup, how many parts of its query tile were done before.
-    static constexpr int LEFT_RANGE = RAW_V + 8 * STAGES;
-    static constexpr int PARTS_DONE = LEFT_RANGE + 4;
+    static constexpr int OUT_OF_RANGE = RAW_V + 8 * STAGES;
+    static constexpr int PARTS_DONE = OUT_OF_RANGE + 4;
     static constexpr int BYTES = PARTS_DONE + 4 * WARPGROUPS;
-    // What the host asks for: the tiles and 1 KiB.
-    static_assert(BYTES <= ROWS_INFO + 1024 && ROWS_INFO + 1024 <= 227 * 1024);
+    // The host asks for the tiles and the extra bytes.
+    static_assert(BYTES <= ROWS_INFO + SM90_EXTRA_SHARED_BYTES && ROWS_INFO + SM90_EXTRA_SHARED_BYTES <= SM90_MAX_SHARED_BYTES);
     static_assert(TILE_N % 16 == 0 && TILE_N <= 192 && TILE_M <= 192);
 
     // Where the query tile of a work lies, and what belongs to it for each warpgroup.
-    __device__ static int query_tile(int works) { return Q + works % QUERY_TILES * TileQ::BYTES; }
-    __device__ static int full_q(int works, int warpgroup) { return FULL_Q + 8 * (works % QUERY_TILES * WARPGROUPS + warpgroup); }
-    __device__ static int empty_q(int works, int warpgroup) { return EMPTY_Q + 8 * (works % QUERY_TILES * WARPGROUPS + warpgroup); }
+    __device__ static int query_tile(int work_index) { return Q + work_index % QUERY_TILES * TileQ::BYTES; }
+    __device__ static int full_q(int work_index, int warpgroup) { return FULL_Q + 8 * (work_index % QUERY_TILES * WARPGROUPS + warpgroup); }
+    __device__ static int empty_q(int work_index, int warpgroup) { return EMPTY_Q + 8 * (work_index % QUERY_TILES * WARPGROUPS + warpgroup); }
     // Of the phase in which that work's queries are there; those before have been given back at the end of the other one.
-    __device__ static uint32_t parity_q(int works) { return works / QUERY_TILES % 2; }
+    __device__ static uint32_t parity_q(int work_index) { return work_index / QUERY_TILES % 2; }
 };
 
-// The position of a tile in the ring of stages.
-struct Turn {
-    uint32_t count = 0;
-    __device__ int stage() const { return count % STAGES; }
-    __device__ uint32_t parity() const { return count / STAGES % 2; }
-};
+using KeysState = PipelineState<STAGES>;
 
 // At the end of all query tiles, past a barrier that every consumer has arrived at: whether scores left the range of
 // `WarpgroupSoftmax`, so that every tile is computed again. Of `threads` those that are not consumers are one warp.
 template <typename S>
-__device__ inline bool starts_again(unsigned char* shared, int barrier, int threads) {
+__device__ inline bool must_recompute(unsigned char* shared, int barrier, int threads) {
     ptx::barrier_sync(barrier, threads);
-    return ptx::uniform(*reinterpret_cast<volatile uint32_t*>(shared + S::LEFT_RANGE)) != 0;
+    return ptx::uniform(*reinterpret_cast<volatile uint32_t*>(shared + S::OUT_OF_RANGE)) != 0;
 }
 
 }  // namespace sm90

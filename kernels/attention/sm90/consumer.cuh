@@ -1,40 +1,14 @@
-// Attention forward for SM90 (Hopper): wgmma, the copy engine (TMA), warp specialisation. Persistent blocks of one producer
-// warpgroup and two or three consumer warpgroups, 64 query rows each, as in FlashAttention-3 (Shah et al., 2024).
-//
-//                   work list                             shared memory
-//   producer  warp 0 ────────▶ copy engine ──▶  Q Q │ K K │ V V    two stages of K and V; full and empty barriers for each.
-//             warp 1 zeroes dropped rows of V ────────────────┘    The output of a query tile takes its place; where there is
-//                                                                  room for two, the next one is loaded early
-//             warps 2, 3 write the rows without a query tile as zeros
-//
-//   consumers, taking turns, S the scores of the next key tile, O the product of this one
-//     0   S₁ O₀  softmax₁  S₂ O₁  softmax₂  S₃ O₂ ...
-//     1          S₁ O₀  softmax₁  S₂ O₁  softmax₂ ...
-//
-// The tensor cores have to be fed while a softmax runs, which takes about as long as two products. A consumer issues the scores of the
-// next tile together with the product of this one, and another's softmax runs under both. The loop has no branch but its barriers, and
-// what the consumers count by is uniform to the compiler, so that descriptors stay in uniform registers: masked tiles come first and
-// have a loop of their own, and scores beyond the range of the fast softmax are found out at the end, when the block starts again with
-// the exact one. Query tiles of a last wave that would leave multiprocessors idle are shared out by keys. What was measured about all
-// of this is in docs/PERFORMANCE.md.
-//
-// One kernel serves padded tensors, packed ones and padded ones under a mask, in place. Only the producer knows which: it passes on what
-// a consumer has to know of a query tile (`TileRows`) and of a key tile (`TileKeys`) in shared memory, along with the data. Scores
-// are masked in tiles that need it, and nowhere else. Rows of V that are not kept hold anything, NaN included, and P·V multiplies
-// them by zero: where the copy engine does not leave zeros itself, warp 1 of the producer does, before consumers see the tile.
-#include "include/block_sm90.cuh"
-#include "include/listed_rows.cuh"
-#include "include/params_sm90.cuh"
-#include "include/producer_sm90.cuh"
-#include "include/ptx/mbarrier.cuh"
-#include "include/ptx/tma.cuh"
-#include "include/ptx/warpgroup.cuh"
-#include "include/ptx/wgmma.cuh"
-#include "include/warpgroup_softmax.cuh"
+// A consumer warpgroup of the sm90 kernel: 64 query rows against the keys and values that the producer has copied.
+#pragma once
+#include "../../common/math.cuh"
+#include "../../ptx/mbarrier.cuh"
+#include "../../ptx/tma.cuh"
+#include "../../ptx/warpgroup.cuh"
+#include "../../ptx/wgmma.cuh"
+#include "block.cuh"
+#include "softmax.cuh"
 
 namespace sm90 {
-
-constexpr float LN_2 = 0.6931471805599453f;
 
 template <typename S>
 struct Consumer {
@@ -43,17 +17,17 @@ struct Consumer {
     static constexpr int D = S::D;
     static constexpr int ROW_BYTES = S::ROW_BYTES;
 
-    const AttentionParamsSm90& params;
+    const TileListParams& params;
     unsigned char* shared;
     uint32_t base;
     int warpgroup;
 
-    __device__ Consumer(const AttentionParamsSm90& params, unsigned char* shared, uint32_t base, int warpgroup)
+    __device__ Consumer(const TileListParams& params, unsigned char* shared, uint32_t base, int warpgroup)
         : params(params), shared(shared), base(base), warpgroup(warpgroup) {}
 
     using Matrix = ptx::SharedMatrix<ROW_BYTES>;
 
-    __device__ Matrix queries(int works) const { return {base + S::query_tile(works) + warpgroup * 64 * ROW_BYTES, 16}; }
+    __device__ Matrix queries(int work_index) const { return {base + S::query_tile(work_index) + warpgroup * 64 * ROW_BYTES, 16}; }
     __device__ Matrix keys(int stage) const { return {base + S::K + stage * S::TileKV::BYTES, 16}; }
     __device__ Matrix values(int stage) const { return {base + S::V + stage * S::TileKV::BYTES, N * ROW_BYTES}; }
 
@@ -61,7 +35,7 @@ struct Consumer {
     struct RowSums {
         float sum[2] = {0.0f, 0.0f};
         float log2_sum[2];
-        bool left_range[2] = {false, false};
+        bool out_of_range[2] = {false, false};
         // Over all keys: not a part of a query tile whose other parts are not done.
         bool is_whole = true;
 
@@ -71,7 +45,7 @@ struct Consumer {
             for (int half = 0; half < 2; ++half) {
                 sum[half] = softmax.row_sum[half];
                 log2_sum[half] = softmax.log2_sum(half);
-                left_range[half] = softmax.left_range(half);
+                out_of_range[half] = softmax.out_of_range(half);
             }
         }
     };
@@ -166,7 +140,7 @@ struct Consumer {
         if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(base + barrier);
     }
 
-    // Consumers issue their products in turn.
+    // Consumers issue their products in state.
     __device__ void wait_turn() const {
         ptx::barrier_sync(BARRIER_TURN + warpgroup, 2 * WARPGROUP);
     }
@@ -178,7 +152,7 @@ struct Consumer {
     __device__ void run() {
         for (bool is_exact = false;; is_exact = true) {
             if (warpgroup + 1 == S::WARPGROUPS) give_turn();
-            for (; open(); ++works) {
+            for (; open(); ++work_index) {
                 float acc[D / 8][4] = {};
                 RowSums sums;
                 const bool is_part = part() >= 0;
@@ -190,40 +164,40 @@ struct Consumer {
                 } else {
                     attend(acc, sums);
                 }
-                turn.count += key_tiles;
+                state.count += key_tiles;
                 if (sums.is_whole) {
                     write_output(acc, sums);
                 } else {
-                    arrive(S::empty_q(works, warpgroup));
+                    arrive(S::empty_q(work_index, warpgroup));
                 }
             }
             give_back_stored();
-            arrive(S::empty_q(works, warpgroup));
-            ++works;
+            arrive(S::empty_q(work_index, warpgroup));
+            ++work_index;
             if (warpgroup == 0) wait_turn();
             // Before they are written again, or the block ends.
             ptx::tma_store_wait();
             if (is_exact) return;
             ptx::barrier_arrive(BARRIER_END_COPIES, S::CONSUMERS + 32);
-            if (params.form != FORM_DENSE) ptx::barrier_arrive(BARRIER_END_MENDING, S::CONSUMERS + 32);
-            if (!starts_again<S>(shared, BARRIER_END, S::CONSUMERS)) return;
+            if (params.form != FORM_DENSE) ptx::barrier_arrive(BARRIER_END_ZEROING, S::CONSUMERS + 32);
+            if (!must_recompute<S>(shared, BARRIER_END, S::CONSUMERS)) return;
         }
     }
 
 private:
-    __device__ const TileRows& rows_info(int works) const {
-        return reinterpret_cast<const TileRows*>(shared + S::ROWS_INFO)[works % 2];
+    __device__ const TileRows& rows_info(int work_index) const {
+        return reinterpret_cast<const TileRows*>(shared + S::ROWS_INFO)[work_index % 2];
     }
 
     // As in TileRows: read where it is needed, since registers are few.
-    __device__ int part() const { return ptx::uniform(rows_info(works).part); }
+    __device__ int part() const { return ptx::uniform(rows_info(work_index).part); }
 
-    // Waits for the query tile of `works`. False if there is none.
+    // Waits for the query tile of `work_index`. False if there is none.
     __device__ bool open() {
-        ptx::mbarrier_wait(base + S::full_q(works, warpgroup), S::parity_q(works));
-        works = ptx::uniform(works);
-        turn.count = ptx::uniform(turn.count);
-        const auto& rows = rows_info(works);
+        ptx::mbarrier_wait(base + S::full_q(work_index, warpgroup), S::parity_q(work_index));
+        work_index = ptx::uniform(work_index);
+        state.count = ptx::uniform(state.count);
+        const auto& rows = rows_info(work_index);
         key_tiles = ptx::uniform(rows.key_tiles);
         masked_tiles = ptx::uniform(rows.masked_tiles);
         // The tile's groups are filled from the first on.
@@ -235,69 +209,69 @@ private:
     __device__ void give_back_stored() {
         if (!is_stored) return;
         if (threadIdx.x % 32 == 0) ptx::tma_store_wait_read();
-        arrive(S::empty_q(works - 1, warpgroup));
+        arrive(S::empty_q(work_index - 1, warpgroup));
         is_stored = false;
     }
 
     // Keeps pace with the other warpgroups where there is nothing to compute.
     __device__ void pass(bool is_in_order) {
         give_back_stored();
-        Turn turn = this->turn;
-        for (int i = 0; i < key_tiles; ++i, ++turn.count) {
-            ptx::mbarrier_wait(base + S::FULL_K + 8 * turn.stage(), turn.parity());
+        KeysState state = this->state;
+        for (int i = 0; i < key_tiles; ++i, ++state.count) {
+            ptx::mbarrier_wait(base + S::FULL_K + 8 * state.stage(), state.parity());
             if (i > 0 && !is_in_order) {
                 wait_turn();
                 give_turn();
             }
-            arrive(S::EMPTY_K + 8 * turn.stage());
-            ptx::mbarrier_wait(base + S::FULL_V + 8 * turn.stage(), turn.parity());
-            arrive(S::EMPTY_V + 8 * turn.stage());
+            arrive(S::EMPTY_K + 8 * state.stage());
+            ptx::mbarrier_wait(base + S::FULL_V + 8 * state.stage(), state.parity());
+            arrive(S::EMPTY_V + 8 * state.stage());
         }
     }
 
     // The scores of a tile are issued before the product of the tile before.
     __device__ void attend(float (&acc)[D / 8][4], RowSums& sums) {
         WarpgroupSoftmax softmax(fabsf(params.score_scale));
-        const Matrix q = queries(works);
-        Turn turn = this->turn;
-        const uint32_t last_masked = turn.count + max(masked_tiles, 1) - 1;
-        const uint32_t last = turn.count + key_tiles - 1;
+        const Matrix q = queries(work_index);
+        KeysState state = this->state;
+        const uint32_t last_masked = state.count + max(masked_tiles, 1) - 1;
+        const uint32_t last = state.count + key_tiles - 1;
         uint32_t probs[N / 16][4];
         float scores[N / 8][4];
-        ptx::mbarrier_wait(base + S::FULL_K + 8 * turn.stage(), turn.parity());
-        issue_scores(scores, q, keys(turn.stage()));
+        ptx::mbarrier_wait(base + S::FULL_K + 8 * state.stage(), state.parity());
+        issue_scores(scores, q, keys(state.stage()));
         give_back_stored();
         ptx::wgmma_wait<0>();
         ptx::pin_registers(scores);
-        if (masked_tiles > 0) mask(scores, turn.stage());
-        arrive(S::EMPTY_K + 8 * turn.stage());
+        if (masked_tiles > 0) mask(scores, state.stage());
+        arrive(S::EMPTY_K + 8 * state.stage());
         softmax.raise_max(scores);
         softmax.exponentiate(scores);
         pack(probs, scores);
-        for (; turn.count != last_masked; ++turn.count) step<true>(acc, probs, softmax, q, turn);
-        for (; turn.count != last; ++turn.count) step<false>(acc, probs, softmax, q, turn);
-        const Matrix v = values(turn.stage());
-        ptx::mbarrier_wait(base + S::FULL_V + 8 * turn.stage(), turn.parity());
+        for (; state.count != last_masked; ++state.count) step<true>(acc, probs, softmax, q, state);
+        for (; state.count != last; ++state.count) step<false>(acc, probs, softmax, q, state);
+        const Matrix v = values(state.stage());
+        ptx::mbarrier_wait(base + S::FULL_V + 8 * state.stage(), state.parity());
         issue_output(acc, probs, v);
         ptx::wgmma_wait<0>();
         ptx::pin_registers(acc);
-        arrive(S::EMPTY_V + 8 * turn.stage());
+        arrive(S::EMPTY_V + 8 * state.stage());
         softmax.finish();
         sums.take(softmax);
     }
 
     // The product of a turn's tile, and the probabilities of the next.
     template <bool IS_MASKED>
-    __device__ void step(float (&acc)[D / 8][4], uint32_t (&probs)[N / 16][4], WarpgroupSoftmax& softmax, Matrix q, Turn turn) {
-        const Turn next = {turn.count + 1};
+    __device__ void step(float (&acc)[D / 8][4], uint32_t (&probs)[N / 16][4], WarpgroupSoftmax& softmax, Matrix q, KeysState state) {
+        const KeysState next = {state.count + 1};
         const Matrix k = keys(next.stage());
-        const Matrix v = values(turn.stage());
+        const Matrix v = values(state.stage());
         float scores[N / 8][4];
         ptx::mbarrier_wait(base + S::FULL_K + 8 * next.stage(), next.parity());
         wait_turn();
         issue_scores(scores, q, k);
         // Under the scores' product.
-        ptx::mbarrier_wait(base + S::FULL_V + 8 * turn.stage(), turn.parity());
+        ptx::mbarrier_wait(base + S::FULL_V + 8 * state.stage(), state.parity());
         issue_output(acc, probs, v);
         give_turn();
         ptx::wgmma_wait<1>();
@@ -309,7 +283,7 @@ private:
         ptx::wgmma_wait<0>();
         ptx::pin_registers(acc);
         ptx::pin_registers(probs);
-        arrive(S::EMPTY_V + 8 * turn.stage());
+        arrive(S::EMPTY_V + 8 * state.stage());
         if constexpr (S::WAITS_EARLY) softmax.exponentiate(scores);
         rescale(acc, softmax.factor);
         pack(probs, scores);
@@ -318,26 +292,26 @@ private:
     // Scores, softmax and product one after the other, with the exact softmax.
     __device__ void attend_exactly(float (&acc)[D / 8][4], RowSums& sums) {
         ExactSoftmax softmax(fabsf(params.score_scale));
-        const Matrix q = queries(works);
-        Turn turn = this->turn;
-        const uint32_t masked_end = turn.count + masked_tiles;
-        const uint32_t end = turn.count + key_tiles;
+        const Matrix q = queries(work_index);
+        KeysState state = this->state;
+        const uint32_t masked_end = state.count + masked_tiles;
+        const uint32_t end = state.count + key_tiles;
         give_back_stored();
-        for (; turn.count != masked_end; ++turn.count) step_exactly<true>(acc, softmax, q, turn);
-        for (; turn.count != end; ++turn.count) step_exactly<false>(acc, softmax, q, turn);
+        for (; state.count != masked_end; ++state.count) step_exactly<true>(acc, softmax, q, state);
+        for (; state.count != end; ++state.count) step_exactly<false>(acc, softmax, q, state);
         softmax.finish();
         if (part() >= 0) sums.is_whole = merge_parts(acc, softmax);
         sums.take(softmax);
     }
 
     template <bool IS_MASKED>
-    __device__ void step_exactly(float (&acc)[D / 8][4], ExactSoftmax& softmax, Matrix q, Turn turn) {
-        const int stage = turn.stage();
+    __device__ void step_exactly(float (&acc)[D / 8][4], ExactSoftmax& softmax, Matrix q, KeysState state) {
+        const int stage = state.stage();
         const Matrix k = keys(stage);
         const Matrix v = values(stage);
         float scores[N / 8][4];
         uint32_t probs[N / 16][4];
-        ptx::mbarrier_wait(base + S::FULL_K + 8 * stage, turn.parity());
+        ptx::mbarrier_wait(base + S::FULL_K + 8 * stage, state.parity());
         issue_scores(scores, q, k);
         ptx::wgmma_wait<0>();
         ptx::pin_registers(scores);
@@ -347,7 +321,7 @@ private:
         softmax.exponentiate(scores);
         rescale(acc, softmax.factor);
         pack(probs, scores);
-        ptx::mbarrier_wait(base + S::FULL_V + 8 * stage, turn.parity());
+        ptx::mbarrier_wait(base + S::FULL_V + 8 * stage, state.parity());
         issue_output(acc, probs, v);
         ptx::wgmma_wait<0>();
         ptx::pin_registers(acc);
@@ -411,9 +385,9 @@ private:
     __device__ void write_output(const float (&acc)[D / 8][4], const RowSums& sums) {
         const int lane = threadIdx.x % 32;
         const int warp = threadIdx.x / 32 - 4;
-        const int tile_start = S::query_tile(works);
+        const int tile_start = S::query_tile(work_index);
         WarpRows mine;
-        mine.read(rows_info(works));
+        mine.read(rows_info(work_index));
         // Every warp is done with the query rows.
         ptx::barrier_sync(BARRIER_WARPGROUP + warpgroup, WARPGROUP);
         bool zero[2];
@@ -423,7 +397,7 @@ private:
             const int row = half * 8 + lane / 4;
             const float sum = sums.sum[half];
             const bool is_kept = mine.kept >> row & 1;
-            if (sums.left_range[half] && is_kept && row < mine.rows) *reinterpret_cast<volatile uint32_t*>(shared + S::LEFT_RANGE) = 1;
+            if (sums.out_of_range[half] && is_kept && row < mine.rows) *reinterpret_cast<volatile uint32_t*>(shared + S::OUT_OF_RANGE) = 1;
             zero[half] = sum == 0.0f || !is_kept;
             inverse[half] = zero[half] ? 0.0f : __fdividef(1.0f, sum);
             if (params.lse != nullptr && lane % 4 == 0 && row < mine.rows) {
@@ -465,9 +439,9 @@ private:
         }
         is_stored = true;
         if constexpr (S::QUERY_TILES == 1) {
-            ++works;
+            ++work_index;
             give_back_stored();
-            --works;
+            --work_index;
         }
     }
 
@@ -497,65 +471,13 @@ private:
     }
 
     // Of the first key tile of the query tile in hand.
-    Turn turn;
+    KeysState state;
     // Query tiles before this one, and what is known of the latest one that was opened.
-    int works = 0;
+    int work_index = 0;
     int key_tiles = 0;
     int masked_tiles = 0;
     bool has_rows = false;
     bool is_stored = false;
 };
-
-template <typename S>
-__device__ inline void attention(const AttentionParamsSm90& params) {
-    extern __shared__ __align__(1024) unsigned char shared[];
-    const uint32_t base = ptx::uniform(ptx::shared_address(shared));
-    const int warp = ptx::uniform(threadIdx.x / 32);
-    if (threadIdx.x == 0) {
-        // The swizzle of the tensor cores and the copy engine follows the address.
-        if (base % 1024 != 0) __trap();
-        const int helpers = params.form == FORM_DENSE ? 0 : 1;
-        for (int warpgroup = 0; warpgroup < S::WARPGROUPS; ++warpgroup) {
-            for (int works = 0; works < S::QUERY_TILES; ++works) {
-                ptx::mbarrier_init(base + S::full_q(works, warpgroup), 1);
-                ptx::mbarrier_init(base + S::empty_q(works, warpgroup), warpgroup == 0 ? 4 + helpers : 4);
-            }
-        }
-        for (int stage = 0; stage < STAGES; ++stage) {
-            ptx::mbarrier_init(base + S::FULL_K + 8 * stage, 1);
-            ptx::mbarrier_init(base + S::EMPTY_K + 8 * stage, S::CONSUMER_WARPS + helpers);
-            ptx::mbarrier_init(base + S::FULL_V + 8 * stage, 1);
-            ptx::mbarrier_init(base + S::EMPTY_V + 8 * stage, S::CONSUMER_WARPS);
-            ptx::mbarrier_init(base + S::RAW_V + 8 * stage, 1);
-        }
-        ptx::mbarrier_init_fence();
-        *reinterpret_cast<uint32_t*>(shared + S::LEFT_RANGE) = 0;
-    }
-    __syncthreads();
-    if (warp < 4) {
-        ptx::release_registers<S::PRODUCER_REGISTERS>();
-        if (warp == 0) {
-            Producer<S>(params, shared, base).run();
-        } else if (warp == 1 && params.form != FORM_DENSE) {
-            mend_values<S>(shared, base);
-        } else if (warp >= 2) {
-            write_zero_spans<typename S::T>(params, threadIdx.x - 64, 64);
-            if (params.inv_indices != nullptr) write_masked_zeros<typename S::T>(params, warp - 2, 2);
-        }
-    } else {
-        ptx::take_registers<S::CONSUMER_REGISTERS>();
-        Consumer<S>(params, shared, base, warp / 4 - 1).run();
-    }
-}
-
-// attention_sm90_{f16, bf16}_d{head_dim}_w{warpgroups}
-#define VARLEN_FA_ENTRY(NAME, THREADS, ...)                                                                              \
-    extern "C" __global__ void __launch_bounds__(THREADS, 1) NAME(const __grid_constant__ AttentionParamsSm90 params) { \
-        attention<Shape<__VA_ARGS__>>(params);                                                                           \
-    }
-#define VARLEN_FA_ENTRIES(D, WARPGROUPS, ...)                                                                                        \
-    VARLEN_FA_ENTRY(attention_sm90_f16_d##D##_w##WARPGROUPS, (WARPGROUPS + 1) * 128, __half, D, WARPGROUPS, __VA_ARGS__)             \
-    VARLEN_FA_ENTRY(attention_sm90_bf16_d##D##_w##WARPGROUPS, (WARPGROUPS + 1) * 128, __nv_bfloat16, D, WARPGROUPS, __VA_ARGS__)
-VARLEN_FA_SM90_TILES(VARLEN_FA_ENTRIES)
 
 }  // namespace sm90

@@ -20,19 +20,17 @@
 //                                │ │ └─────┐
 //              padded rows     [ █ █ · · · █ █ █ · █ ]    an output row goes back to where its query came from; a block also writes
 //                                                         zeros to those of its TILE_M padded rows that are masked
-#include "include/mask.cuh"
-#include "include/params.cuh"
-#include "include/ptx/cp_async.cuh"
-#include "include/ptx/mma.cuh"
-#include "include/seqlen.cuh"
-#include "include/shared_tile.cuh"
-#include "include/softmax.cuh"
-#include "include/tile_shape.cuh"
+#include "../../common/math.cuh"
+#include "../../common/params.cuh"
+#include "../../common/shared_tile.cuh"
+#include "../../ptx/cp_async.cuh"
+#include "../../ptx/mma.cuh"
+#include "mask.cuh"
+#include "seqlen.cuh"
+#include "softmax.cuh"
+#include "tiles.h"
 
 namespace sm80 {
-
-constexpr float LOG2_E = 1.4426950408889634f;
-constexpr float LN_2 = 0.6931471805599453f;
 
 // a·bᵀ of a warp: rows of `a` against rows of `b`, both D wide in shared memory.
 template <typename T, int M_TILES, int N_TILES, typename TileA, typename TileB>
@@ -237,9 +235,8 @@ __device__ inline void attention(const AttentionParams& params, const RowLists& 
                 if (params.bias != nullptr) {
                     const int64_t position = rows.batch * params.bias_strides[0] + rows.head * params.bias_strides[1] +
                                              query * params.bias_strides[2] + at * params.bias_strides[3];
-                    // The smallest floats stand for -inf in many programs; times log2(e) they would become it.
                     const float bias = bias_at<T>(params, position);
-                    score += bias == -INFINITY ? bias : fmaxf(bias, -2.3e38f) * LOG2_E;
+                    score += bias == -INFINITY ? bias : fmaxf(bias, LOWEST_BIAS) * LOG2_E;
                 }
                 const bool kept = params.key_bits == nullptr || bit_at(params.key_bits, params.key_words, rows.batch, at);
                 if (!kept || first_key + key >= rows.keys) score = -INFINITY;
