@@ -16,7 +16,7 @@ use super::launch::Window;
 use super::launches::{AttentionLaunch, Launches, Work};
 use super::params::AttentionParams;
 use super::placement::{BINDING_ALIGNMENT, MAX_GROUPS, Operand, Placed, Rows, WORD_BYTES};
-use super::shader::{Algorithm, Shader};
+use super::shader::{Algorithm, AttentionRows as ShaderRows, AttentionShader, Shader};
 
 /// Placed tensors of one launch.
 struct Tensors {
@@ -329,20 +329,16 @@ impl WgpuDevice {
 /// The variant that computes a call.
 fn attention_shader(attention: &Attention<'_>, algorithm: Algorithm) -> Shader {
     let (dtype, head_dim) = (attention.problem.dtype, attention.problem.shape.head_dim);
-    match &attention.rows {
-        AttentionRows::Dense { key_mask, bias, zero_rows } => Shader::AttentionDense {
-            algorithm,
-            dtype,
-            head_dim,
+    let rows = match &attention.rows {
+        AttentionRows::Dense { key_mask, bias, zero_rows } => ShaderRows::Dense {
             key_mask: key_mask.is_some(),
             zero_rows: zero_rows.is_some(),
             bias: bias.as_ref().map(|bias| bias.dtype),
         },
-        AttentionRows::Varlen { .. } if attention.plan.path == Path::Fused => {
-            Shader::AttentionFused { algorithm, dtype, head_dim }
-        }
-        _ => Shader::AttentionPacked { algorithm, dtype, head_dim, lse: attention.lse.is_some() },
-    }
+        AttentionRows::Varlen { .. } if attention.plan.path == Path::Fused => ShaderRows::Fused,
+        _ => ShaderRows::Packed { lse: attention.lse.is_some() },
+    };
+    Shader::Attention(AttentionShader { algorithm, dtype, head_dim, rows })
 }
 
 /// Floating-point operations of a query with so many keys, in one head.

@@ -20,7 +20,7 @@ use super::pace::Pace;
 use super::params::AttentionParams;
 use super::placement::BINDING_ALIGNMENT;
 use super::recorder::{Dispatch, Recorder};
-use super::shader::{ParamsIn, Shader};
+use super::shader::{ParamsIn, Shader, source};
 use super::timer::Timer;
 use super::transfer;
 
@@ -292,7 +292,7 @@ impl Launcher {
         let (name, params_in) = (shader.entry_point(), self.params_in(shader));
         let descriptor = wgpu::ShaderModuleDescriptor {
             label: Some(name),
-            source: ShaderSource::Wgsl(shader.source(params_in).into()),
+            source: ShaderSource::Wgsl(source(shader, params_in).into()),
         };
         // Bounds checks and loop counters cost these kernels several times their run time: they keep loops from unrolling.
         let checks = ShaderRuntimeChecks { bounds_checks: false, force_loop_bounding: false, ..Default::default() };
