@@ -17,6 +17,9 @@ const fn writes(name: &'static str, element: &'static str) -> Binding {
     Binding { name, element, writes: true }
 }
 
+/// No shader has more storage buffers.
+pub const MAX_STORAGE_BUFFERS: u32 = 7;
+
 /// 16 bytes, which one load moves.
 const WORD: &str = "vec4<u32>";
 

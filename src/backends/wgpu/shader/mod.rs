@@ -8,6 +8,7 @@ mod tiles;
 mod unroll;
 mod variant;
 
+pub(super) use bindings::MAX_STORAGE_BUFFERS;
 pub(super) use source::{ParamsIn, source};
 pub(super) use tiles::{Algorithm, CoopTile};
-pub(super) use variant::{AttentionRows, AttentionShader, Shader};
+pub(super) use variant::{AttentionRows, AttentionShader, INVOCATIONS, Shader};
