@@ -65,7 +65,7 @@ fn main() -> Result<()> {
     let mut attend = || {
         let part = |i: usize| qkv_memory.view(DType::Bf16, fused).slice(2, i * HEADS..(i + 1) * HEADS);
         let into = out_memory.view_mut(DType::Bf16, padded);
-        attention.forward_into(part(0)?, part(1)?, part(2)?, AttentionMask::Varlen(&meta), into)
+        attention.forward_into(part(0)?, part(1)?, part(2)?, AttentionMask::varlen(&meta), into)
     };
     println!("varlen     {}", attend()?);
     let direct = stream.clone_dtoh(&out).map_err(driver)?;

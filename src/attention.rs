@@ -1,9 +1,11 @@
 //! The layer, [`MaskedAttention`], and the primitives it is made of.
 
-use crate::call::op::{Attention, Op, Rows, foreign_memory};
+use std::sync::Arc;
+
+use crate::call::op::{Attention, DeviceTables, Op, Rows};
 use crate::call::plan::{Forced, Path, Plan, plan_packed, plan_padded};
 use crate::call::problem::{
-    AttentionProblem, AttentionViews, MaskInfo, PackViews, ViewInfo, check_pack, check_scatter,
+    AttentionProblem, AttentionViews, DeviceMetaInfo, MaskInfo, PackViews, ViewInfo, check_pack, check_scatter,
 };
 use crate::device::Device;
 use crate::dtype::DType;
@@ -27,45 +29,138 @@ pub enum AttentionMask<'a> {
     /// A floating-point tensor that is added to the scaled scores, broadcast over `[B, H, Sq, Sk]`; of the tensors' element
     /// type or f32. A row whose every entry is −∞ gives zeros.
     Bias(TensorView<'a>),
-    /// Self-attention among the valid tokens; the rows of the others are exactly zero in the output.
-    Varlen(&'a VarlenMeta),
-    /// Cross-attention of the valid queries to the valid keys of their batch row; other rows are exactly zero in the output.
-    VarlenCross {
+    /// The valid queries attend to the valid keys of their batch row; the rows of other queries are exactly zero in the output.
+    /// [`varlen`](Self::varlen) is self-attention, [`varlen_cross`](Self::varlen_cross) cross-attention.
+    Varlen {
         /// Which queries are valid, `[B, Sq]`.
-        query: &'a VarlenMeta,
+        query: Metadata<'a>,
         /// Which keys are valid, `[B, Sk]`.
-        key: &'a VarlenMeta,
-    },
-    /// [`Varlen`](Self::Varlen) with metadata that the device built.
-    DeviceVarlen(&'a DeviceVarlenMeta),
-    /// [`VarlenCross`](Self::VarlenCross) with metadata that the device built.
-    DeviceVarlenCross {
-        /// Which queries are valid, `[B, Sq]`.
-        query: &'a DeviceVarlenMeta,
-        /// Which keys are valid, `[B, Sk]`.
-        key: &'a DeviceVarlenMeta,
+        key: Metadata<'a>,
     },
 }
 
-impl AttentionMask<'_> {
-    fn info(&self) -> MaskInfo<'_> {
+/// Metadata of one side of an attention call.
+#[derive(Debug, Clone, Copy)]
+#[non_exhaustive]
+pub enum Metadata<'a> {
+    /// Built on the host.
+    Host(&'a VarlenMeta),
+    /// Built by the device, of a mask in its memory.
+    Device(&'a DeviceVarlenMeta),
+}
+
+impl<'a> From<&'a VarlenMeta> for Metadata<'a> {
+    fn from(meta: &'a VarlenMeta) -> Self {
+        Self::Host(meta)
+    }
+}
+
+impl<'a> From<&'a DeviceVarlenMeta> for Metadata<'a> {
+    fn from(meta: &'a DeviceVarlenMeta) -> Self {
+        Self::Device(meta)
+    }
+}
+
+/// Metadata is often shared among the layers and threads of a request.
+impl<'a> From<&'a Arc<VarlenMeta>> for Metadata<'a> {
+    fn from(meta: &'a Arc<VarlenMeta>) -> Self {
+        Self::Host(meta)
+    }
+}
+
+impl<'a> AttentionMask<'a> {
+    /// Self-attention among the valid tokens of `[B, S]`; the rows of the others are exactly zero in the output.
+    pub fn varlen(meta: impl Into<Metadata<'a>>) -> Self {
+        let meta = meta.into();
+        Self::Varlen { query: meta, key: meta }
+    }
+
+    /// Cross-attention of the valid queries, `[B, Sq]`, to the valid keys of their batch row, `[B, Sk]`; other rows are exactly
+    /// zero in the output. Both are built on the host, or both on the device.
+    pub fn varlen_cross(query: impl Into<Metadata<'a>>, key: impl Into<Metadata<'a>>) -> Self {
+        Self::Varlen { query: query.into(), key: key.into() }
+    }
+
+    /// The mask as checks, plan and launch take it.
+    fn resolve(self) -> Result<ResolvedMask<'a>> {
+        let (query, key) = match self {
+            Self::None => return Ok(ResolvedMask::None),
+            Self::Key(mask) => return Ok(ResolvedMask::Key(mask)),
+            Self::Bias(bias) => return Ok(ResolvedMask::Bias(bias)),
+            Self::Varlen { query, key } => (query, key),
+        };
+        if let (Some(query), Some(key)) = (query.on_host(), key.on_host()) {
+            return Ok(ResolvedMask::Varlen { query, key });
+        }
+        if let (Some(query), Some(key)) = (query.on_device(), key.on_device()) {
+            return Ok(ResolvedMask::DeviceVarlen { query, key });
+        }
+        Err(Error::NotApplicable {
+            argument: "mask",
+            got: "metadata of the host for one side and of the device for the other".to_owned(),
+            why: "both sides must be built on the host, or both on the device".to_owned(),
+        })
+    }
+}
+
+impl<'a> Metadata<'a> {
+    /// The metadata in host memory, where a device whose memory is the host's keeps it too.
+    fn on_host(self) -> Option<&'a VarlenMeta> {
         match self {
-            Self::None => MaskInfo::None,
-            Self::Key(mask) => MaskInfo::Key(mask),
-            Self::Bias(bias) => MaskInfo::Bias(bias.info()),
-            Self::Varlen(meta) => MaskInfo::Varlen { query: meta, key: meta },
-            Self::VarlenCross { query, key } => MaskInfo::Varlen { query, key },
-            Self::DeviceVarlen(meta) => device_meta_info(meta, meta),
-            Self::DeviceVarlenCross { query, key } => device_meta_info(query, key),
+            Self::Host(meta) => Some(meta),
+            Self::Device(meta) => meta.on_host(),
+        }
+    }
+
+    fn on_device(self) -> Option<DeviceSide<'a>> {
+        match self {
+            Self::Host(_) => None,
+            Self::Device(meta) => Some(DeviceSide { info: meta.info(), tables: meta.on_device()? }),
         }
     }
 }
 
-/// Metadata in host memory is what [`AttentionMask::Varlen`] has.
-fn device_meta_info<'a>(query: &'a DeviceVarlenMeta, key: &'a DeviceVarlenMeta) -> MaskInfo<'a> {
-    match (query.on_host(), key.on_host()) {
-        (Some(query), Some(key)) => MaskInfo::Varlen { query, key },
-        _ => MaskInfo::DeviceVarlen { query: query.info(), key: key.info() },
+/// One side's metadata in tables of a device.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct DeviceSide<'a> {
+    info: DeviceMetaInfo<'a>,
+    tables: DeviceTables<'a>,
+}
+
+/// An [`AttentionMask`] whose metadata was looked up.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum ResolvedMask<'a> {
+    None,
+    Key(&'a KeyMask),
+    Bias(TensorView<'a>),
+    Varlen { query: &'a VarlenMeta, key: &'a VarlenMeta },
+    DeviceVarlen { query: DeviceSide<'a>, key: DeviceSide<'a> },
+}
+
+impl<'a> ResolvedMask<'a> {
+    /// What checks and plan need.
+    fn info(&self) -> MaskInfo<'_> {
+        match *self {
+            Self::None => MaskInfo::None,
+            Self::Key(mask) => MaskInfo::Key(mask),
+            Self::Bias(ref bias) => MaskInfo::Bias(bias.info()),
+            Self::Varlen { query, key } => MaskInfo::Varlen { query, key },
+            Self::DeviceVarlen { query, key } => MaskInfo::DeviceVarlen { query: query.info, key: key.info },
+        }
+    }
+
+    /// The rows of a launch on this path. On the dense path masks do the work of metadata, and masks that keep all are left out.
+    fn rows(self, problem: &AttentionProblem, path: Path) -> Rows<'a> {
+        let (key_mask, zero_rows, bias) = match self {
+            Self::Varlen { query, key } if path != Path::Dense => return Rows::Varlen { query, key },
+            Self::DeviceVarlen { query, key } => return Rows::DeviceVarlen { query: query.tables, key: key.tables },
+            Self::None => (None, None, None),
+            Self::Key(mask) => (Some(mask), None, None),
+            Self::Bias(bias) => (None, None, problem.bias.map(|layout| bias.with_layout(layout).input())),
+            Self::Varlen { query, key } => (Some(key.key_mask()), Some(query.key_mask()), None),
+        };
+        let unless_full = |mask: &&KeyMask| !mask.is_all_kept();
+        Rows::Dense { key_mask: key_mask.filter(unless_full), bias, zero_rows: zero_rows.filter(unless_full) }
     }
 }
 
@@ -96,7 +191,7 @@ pub struct Attended {
 /// let meta = VarlenMeta::from_key_mask(&KeyMask::from_lengths(seq, &[5, 2])?)?;
 ///
 /// // In every layer and step.
-/// let attended = MaskedAttention::new(&device).forward(&x, &x, &x, AttentionMask::Varlen(&meta))?;
+/// let attended = MaskedAttention::new(&device).forward(&x, &x, &x, AttentionMask::varlen(&meta))?;
 /// println!("{}", attended.plan);
 /// let out = attended.out.to_vec::<f32>()?;
 /// assert!((out[0] - 0.5).abs() < 1e-6);
@@ -169,9 +264,9 @@ impl MaskedAttention {
             space: u64::MAX,
             touched: 0..0,
         };
-        let (problem, plan) = self.prepare(&q, &k, &v, &mask, &future_out)?;
+        let (problem, plan, mask) = self.prepare(&q, &k, &v, mask, &future_out)?;
         let mut out = Tensor::uninit(&self.device, q.dtype(), q.shape())?;
-        self.launch(problem, plan, [q, k, v], &mask, out.view_mut(), |op| self.device.backend().execute(op))?;
+        self.launch(problem, plan, [q, k, v], mask, out.view_mut(), |op| self.device.backend().execute(op))?;
         Ok(Attended { out, plan })
     }
 
@@ -189,25 +284,27 @@ impl MaskedAttention {
         out: impl Into<TensorViewMut<'o>>,
     ) -> Result<Plan> {
         let (q, k, v, out) = (q.into(), k.into(), v.into(), out.into());
-        let (problem, plan) = self.prepare(&q, &k, &v, &mask, &out.info())?;
-        self.launch(problem, plan, [q, k, v], &mask, out, |op| self.device.backend().execute(op))?;
+        let (problem, plan, mask) = self.prepare(&q, &k, &v, mask, &out.info())?;
+        self.launch(problem, plan, [q, k, v], mask, out, |op| self.device.backend().execute(op))?;
         Ok(plan)
     }
 
-    pub(crate) fn prepare(
+    /// Checks and plans a call. The mask is resolved once, for both and for the launch.
+    pub(crate) fn prepare<'m>(
         &self,
         q: &TensorView<'_>,
         k: &TensorView<'_>,
         v: &TensorView<'_>,
-        mask: &AttentionMask<'_>,
+        mask: AttentionMask<'m>,
         out: &ViewInfo<'_>,
-    ) -> Result<(AttentionProblem, Plan)> {
-        let (q, k, v, mask) = (q.info(), k.info(), v.info(), mask.info());
+    ) -> Result<(AttentionProblem, Plan, ResolvedMask<'m>)> {
+        let resolved = mask.resolve()?;
+        let (q, k, v, mask) = (q.info(), k.info(), v.info(), resolved.info());
         let views = AttentionViews { q: &q, k: &k, v: &v, out };
         let problem = AttentionProblem::padded(self.device.info(), &views, &mask, self.softmax_scale)?;
         let plan = plan_padded(&problem, &mask, self.device.capabilities(), &self.device.config(), self.forced)?;
         log::debug!("{} {:?}: {plan}", problem.dtype, problem.shape);
-        Ok((problem, plan))
+        Ok((problem, plan, resolved))
     }
 
     /// Hands the operation of a checked call to `execute`, unless there is nothing to write.
@@ -216,7 +313,7 @@ impl MaskedAttention {
         problem: AttentionProblem,
         plan: Plan,
         [q, k, v]: [TensorView<'_>; 3],
-        mask: &AttentionMask<'_>,
+        mask: ResolvedMask<'_>,
         out: TensorViewMut<'_>,
         execute: impl FnOnce(Op<'_>) -> Result<()>,
     ) -> Result<()> {
@@ -227,42 +324,9 @@ impl MaskedAttention {
         if plan.path == Path::Zero {
             return execute(Op::Zero(out));
         }
-        let rows = match (*mask, plan.path) {
-            (AttentionMask::Varlen(meta), path) => varlen_rows(meta, meta, path),
-            (AttentionMask::VarlenCross { query, key }, path) => varlen_rows(query, key, path),
-            (AttentionMask::DeviceVarlen(meta), path) => device_rows(meta, meta, path)?,
-            (AttentionMask::DeviceVarlenCross { query, key }, path) => device_rows(query, key, path)?,
-            (AttentionMask::None, _) => Rows::Dense { key_mask: None, bias: None, zero_rows: None },
-            (AttentionMask::Key(mask), _) => {
-                Rows::Dense { key_mask: Some(mask).filter(|mask| !mask.is_all_kept()), bias: None, zero_rows: None }
-            }
-            (AttentionMask::Bias(bias), _) => {
-                let bias = problem.bias.map(|layout| bias.with_layout(layout).input());
-                Rows::Dense { key_mask: None, bias, zero_rows: None }
-            }
-        };
+        let rows = mask.rows(&problem, plan.path);
         let (q, k, v) = (q.input(), k.input(), v.input());
         execute(Op::Attention(Attention { problem: &problem, plan, q, k, v, out, lse: None, rows }))
-    }
-}
-
-/// The rows of a call with metadata; on the dense path its masks do the work of the metadata.
-fn varlen_rows<'a>(query: &'a VarlenMeta, key: &'a VarlenMeta, path: Path) -> Rows<'a> {
-    if path != Path::Dense {
-        return Rows::Varlen { query, key };
-    }
-    let unless_full = |meta: &'a VarlenMeta| (!meta.is_all_valid()).then(|| meta.key_mask());
-    Rows::Dense { key_mask: unless_full(key), bias: None, zero_rows: unless_full(query) }
-}
-
-fn device_rows<'a>(query: &'a DeviceVarlenMeta, key: &'a DeviceVarlenMeta, path: Path) -> Result<Rows<'a>> {
-    if let (Some(query), Some(key)) = (query.on_host(), key.on_host()) {
-        return Ok(varlen_rows(query, key, path));
-    }
-    match (query.on_device(), key.on_device()) {
-        (Some(query), Some(key)) => Ok(Rows::DeviceVarlen { query, key }),
-        // One of each, so of two devices: problem refuses that.
-        _ => Err(foreign_memory(query.device().name(), key.device().name())),
     }
 }
 

@@ -191,7 +191,7 @@ impl Device {
     ///     let fused = qkv.view(DType::Bf16, Layout::contiguous(&[batch, seq, 3 * heads, dim])?);
     ///     let part = |i: usize| fused.slice(2, i * heads..(i + 1) * heads);
     ///     let out = out.view_mut(DType::Bf16, Layout::contiguous(&[batch, seq, heads, dim])?);
-    ///     MaskedAttention::new(&device).forward_into(part(0)?, part(1)?, part(2)?, AttentionMask::Varlen(meta), out)
+    ///     MaskedAttention::new(&device).forward_into(part(0)?, part(1)?, part(2)?, AttentionMask::varlen(meta), out)
     /// }
     /// ```
     #[cfg(all(feature = "cuda", not(target_arch = "wasm32")))]

@@ -38,8 +38,8 @@ impl MaskedAttention {
     ) -> Result<Plan> {
         let (recorder, q, k, v, out) = (recorder.into(), q.into(), k.into(), v.into(), out.into());
         let backend = self.device().wgpu_backend()?;
-        let (problem, plan) = self.prepare(&q, &k, &v, &mask, &out.info())?;
-        self.launch(problem, plan, [q, k, v], &mask, out, |op| backend.encode(op, recorder))?;
+        let (problem, plan, mask) = self.prepare(&q, &k, &v, mask, &out.info())?;
+        self.launch(problem, plan, [q, k, v], mask, out, |op| backend.encode(op, recorder))?;
         Ok(plan)
     }
 }

@@ -43,7 +43,7 @@ fn in_place(device: &Device) -> Result<()> {
     let mut out = vec![f32::NAN; x.len()];
     let view = TensorView::from_host(&x, &SHAPE)?;
     let into = TensorViewMut::from_host(&mut out, &SHAPE)?;
-    MaskedAttention::new(device).forward_into(view, view, view, AttentionMask::Varlen(&meta), into)?;
+    MaskedAttention::new(device).forward_into(view, view, view, AttentionMask::varlen(&meta), into)?;
     ensure!(out == expected(), "got {out:?}");
     Ok(())
 }
@@ -56,7 +56,7 @@ fn halves_of_one_buffer(device: &Device) -> Result<()> {
     let (x, out) = memory.split_at_mut(2 * 3 * 2 * 8);
     let view = TensorView::from_host(x, &SHAPE)?;
     let into = TensorViewMut::from_host(out, &SHAPE)?;
-    MaskedAttention::new(device).forward_into(view, view, view, AttentionMask::Varlen(&meta), into)?;
+    MaskedAttention::new(device).forward_into(view, view, view, AttentionMask::varlen(&meta), into)?;
     ensure!(out == expected(), "got {out:?}");
     Ok(())
 }
@@ -80,7 +80,7 @@ fn lengths_are_checked(device: &Device) -> Result<()> {
 fn is_one_device(device: &Device) -> Result<()> {
     let other = Device::with_config(device.config().with_device(DeviceChoice::Cpu).with_force_dense(true))?;
     let x = varlen_fa::Tensor::from_slice(&other, &rows(), &SHAPE)?;
-    let attended = MaskedAttention::new(device).forward(&x, &x, &x, AttentionMask::Varlen(&meta()?))?;
+    let attended = MaskedAttention::new(device).forward(&x, &x, &x, AttentionMask::varlen(&meta()?))?;
     ensure!(attended.out.to_vec::<f32>()? == expected());
     Ok(())
 }

@@ -49,7 +49,7 @@ mod own {
         let meta = VarlenMeta::from_key_mask(&KeyMask::from_lengths(6, &[3, 4])?)?;
         let packed = pack(&device, &x, &meta)?;
         let layer = MaskedAttention::new(&device);
-        layer.forward_into(&x, &x, &x, AttentionMask::Varlen(&meta), &mut out)?;
+        layer.forward_into(&x, &x, &x, AttentionMask::varlen(&meta), &mut out)?;
         device.synchronize()?;
 
         device.wgpu().context("no handles")?.0.destroy();
@@ -64,19 +64,19 @@ mod own {
             ("Tensor::to_vec", x.to_vec::<f16>().map(drop)),
             ("Tensor::write", out.write(&ones)),
             ("forward", layer.forward(&x, &x, &x, AttentionMask::None).map(drop)),
-            ("forward, metadata in use", layer.forward(&x, &x, &x, AttentionMask::Varlen(&meta)).map(drop)),
+            ("forward, metadata in use", layer.forward(&x, &x, &x, AttentionMask::varlen(&meta)).map(drop)),
             ("forward_into", layer.forward_into(&x, &x, &x, AttentionMask::None, &mut out).map(drop)),
             (
                 "forward_into, metadata in use",
-                layer.forward_into(&x, &x, &x, AttentionMask::Varlen(&meta), &mut out).map(drop),
+                layer.forward_into(&x, &x, &x, AttentionMask::varlen(&meta), &mut out).map(drop),
             ),
             (
                 "forward_into, new metadata",
-                layer.forward_into(&x, &x, &x, AttentionMask::Varlen(&fresh), &mut out).map(drop),
+                layer.forward_into(&x, &x, &x, AttentionMask::varlen(&fresh), &mut out).map(drop),
             ),
             (
                 "forward_into, zeros alone",
-                layer.forward_into(&x, &x, &x, AttentionMask::Varlen(&nothing), &mut out).map(drop),
+                layer.forward_into(&x, &x, &x, AttentionMask::varlen(&nothing), &mut out).map(drop),
             ),
             ("pack", pack(&device, &x, &meta).map(drop)),
             ("pack_qkv", pack_qkv(&device, &x, &x, &x, &meta).map(drop)),

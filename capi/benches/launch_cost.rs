@@ -137,8 +137,8 @@ fn main() -> Result<()> {
             microseconds(&stream, || direct(&stream))?,
             microseconds(&stream, || rust(&dense_sm80, AttentionMask::None))?,
             microseconds(&stream, || rust(&layer, AttentionMask::None))?,
-            microseconds(&stream, || rust(&layer, AttentionMask::Varlen(&meta)))?,
-            microseconds(&stream, || rust(&packed_sm80, AttentionMask::Varlen(&meta)))?,
+            microseconds(&stream, || rust(&layer, AttentionMask::varlen(&meta)))?,
+            microseconds(&stream, || rust(&packed_sm80, AttentionMask::varlen(&meta)))?,
             microseconds(&stream, through_c)?,
         ];
         rows.iter_mut().zip(times).for_each(|((_, row), time)| row.push(time));
@@ -147,7 +147,7 @@ fn main() -> Result<()> {
         from_memory.view(DType::F16, layout),
         from_memory.view(DType::F16, layout),
         from_memory.view(DType::F16, layout),
-        AttentionMask::Varlen(&meta),
+        AttentionMask::varlen(&meta),
         to_memory.view_mut(DType::F16, layout),
     )?;
     let got = stream.clone_dtoh(&output).map_err(driver)?;

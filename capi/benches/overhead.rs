@@ -79,7 +79,7 @@ fn main() -> Result<()> {
     let layer = MaskedAttention::new(&device);
     let mut through_rust = || -> Result<()> {
         let x = TensorView::from_host(&x, &SHAPE)?;
-        layer.forward_into(x, x, x, AttentionMask::Varlen(&meta), TensorViewMut::from_host(&mut out_rust, &SHAPE)?)?;
+        layer.forward_into(x, x, x, AttentionMask::varlen(&meta), TensorViewMut::from_host(&mut out_rust, &SHAPE)?)?;
         Ok(())
     };
 

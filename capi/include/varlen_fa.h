@@ -321,10 +321,8 @@ enum varlen_fa_reason
   VARLEN_FA_REASON_ALL_VALID = 5,
   // Metadata was given with no valid query or no valid key.
   VARLEN_FA_REASON_NOTHING_VALID = 6,
-  // Metadata was given, and the device reads padded tensors in place.
-  VARLEN_FA_REASON_IN_PLACE = 7,
-  // Metadata was given, and the device has no kernel that reads padded tensors in place.
-  VARLEN_FA_REASON_NO_FUSED_KERNEL = 8,
+  // Metadata was given, and the kernel reads the padded tensors directly.
+  VARLEN_FA_REASON_FUSED = 7,
   // VARLEN_FA=0.
   VARLEN_FA_REASON_DENSE_FORCED = 9,
   // The caller forced the path.

@@ -71,17 +71,17 @@ pub unsafe extern "C" fn varlen_fa_forward(
             }
             (varlen_fa_mask_kind::Varlen, Some(mask)) => {
                 query_meta = handles::get(Name::of("mask.query_meta"), mask.query_meta)?;
-                AttentionMask::Varlen(&query_meta)
+                AttentionMask::varlen(&query_meta)
             }
             (varlen_fa_mask_kind::VarlenCross, Some(mask)) => {
                 query_meta = handles::get(Name::of("mask.query_meta"), mask.query_meta)?;
                 key_meta = handles::get(Name::of("mask.key_meta"), mask.key_meta)?;
-                AttentionMask::VarlenCross { query: &query_meta, key: &key_meta }
+                AttentionMask::varlen_cross(&query_meta, &key_meta)
             }
             (varlen_fa_mask_kind::DeviceVarlen, Some(mask)) => {
                 query_device_meta = handles::get(Name::of("mask.query_device_meta"), mask.query_device_meta)?;
                 query_lock = query_device_meta.read();
-                AttentionMask::DeviceVarlen(&query_lock)
+                AttentionMask::varlen(&*query_lock)
             }
             (varlen_fa_mask_kind::DeviceVarlenCross, Some(mask)) => {
                 query_device_meta = handles::get(Name::of("mask.query_device_meta"), mask.query_device_meta)?;
@@ -96,7 +96,7 @@ pub unsafe extern "C" fn varlen_fa_forward(
                         &key_lock
                     }
                 };
-                AttentionMask::DeviceVarlenCross { query: &query_lock, key }
+                AttentionMask::varlen_cross(&*query_lock, &**key)
             }
         };
         let mut layer = MaskedAttention::new(&device);
@@ -200,8 +200,7 @@ pub(crate) fn plan_of(plan: &Plan) -> varlen_fa_plan {
             Reason::Bias => varlen_fa_reason::Bias,
             Reason::AllValid => varlen_fa_reason::AllValid,
             Reason::NothingValid => varlen_fa_reason::NothingValid,
-            Reason::InPlace => varlen_fa_reason::InPlace,
-            Reason::NoFusedKernel => varlen_fa_reason::NoFusedKernel,
+            Reason::Fused => varlen_fa_reason::Fused,
             Reason::DenseForced => varlen_fa_reason::DenseForced,
             Reason::PathForced => varlen_fa_reason::PathForced,
             Reason::AlreadyPacked => varlen_fa_reason::AlreadyPacked,

@@ -3,7 +3,7 @@
 use std::ffi::c_void;
 use std::mem::MaybeUninit;
 
-use varlen::{DType, Device, DeviceChoice, Kernel};
+use varlen::{BackendKind, DType, Device, DeviceChoice, Kernel};
 
 use crate::arguments::{Name, Place, choose, text};
 use crate::cuda;
@@ -114,8 +114,8 @@ pub extern "C" fn varlen_fa_device_free(device: *mut varlen_fa_device) -> varlen
 /// Where a device computes.
 pub(crate) fn kind_of(device: &Device) -> varlen_fa_device_kind {
     match device.capabilities().backend {
-        "cuda" => varlen_fa_device_kind::Cuda,
-        "wgpu" => varlen_fa_device_kind::Wgpu,
+        BackendKind::Cuda => varlen_fa_device_kind::Cuda,
+        BackendKind::Wgpu => varlen_fa_device_kind::Wgpu,
         _ => varlen_fa_device_kind::Cpu,
     }
 }

@@ -187,10 +187,9 @@ pub enum varlen_fa_reason {
     AllValid = 5,
     /// Metadata was given with no valid query or no valid key.
     NothingValid = 6,
-    /// Metadata was given, and the device reads padded tensors in place.
-    InPlace = 7,
-    /// Metadata was given, and the device has no kernel that reads padded tensors in place.
-    NoFusedKernel = 8,
+    /// Metadata was given, and the kernel reads the padded tensors directly.
+    Fused = 7,
+    // 8 was a reason that no plan gives any more; it is not given again.
     /// VARLEN_FA=0.
     DenseForced = 9,
     /// The caller forced the path.

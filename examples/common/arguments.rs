@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use anyhow::Result;
 use clap::{Args, ValueEnum};
-use varlen_fa::{Capabilities, Device, DeviceChoice};
+use varlen_fa::{BackendKind, Capabilities, Device, DeviceChoice};
 use varlen_fa_testkit::workload::NAMED;
 use varlen_fa_testkit::{OracleShape, Precision, Workload};
 
@@ -74,7 +74,7 @@ impl ElementType {
     }
 
     fn default_on(capabilities: &Capabilities) -> Self {
-        if capabilities.backend == "cpu" { Self::F32 } else { Self::F16 }
+        if capabilities.backend == BackendKind::Cpu { Self::F32 } else { Self::F16 }
     }
 }
 

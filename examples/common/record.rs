@@ -42,7 +42,7 @@ impl Record {
         let capabilities = device.capabilities();
         Self {
             workload: problem.workload.name.clone(),
-            device: capabilities.backend,
+            device: capabilities.backend.name(),
             adapter: capabilities.adapter.clone(),
             path: plan.path.name(),
             reason: plan.reason.to_string(),

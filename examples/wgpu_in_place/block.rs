@@ -97,7 +97,7 @@ impl Block {
         let qkv = self.qkv.view(DType::F32, Layout::contiguous(&self.sizes.fused_shape())?);
         let [q, k, v] = [0, 1, 2].map(|part| qkv.slice(2, part * heads..(part + 1) * heads));
         let out = self.attended.view_mut(DType::F32, Layout::contiguous(&self.sizes.shape())?);
-        let plan = self.attention.encode_into(&mut encoder, q?, k?, v?, AttentionMask::Varlen(meta), out)?;
+        let plan = self.attention.encode_into(&mut encoder, q?, k?, v?, AttentionMask::varlen(meta), out)?;
         let attention_recorded = start.elapsed();
 
         self.residual.record(&mut encoder);

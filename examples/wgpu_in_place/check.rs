@@ -29,7 +29,7 @@ pub fn on_cpu(sizes: Sizes, hidden: &[f32], weight: &[f32], meta: &VarlenMeta, s
         let fused = TensorView::from_host_strided(&qkv, Layout::contiguous(&sizes.fused_shape())?);
         let [q, k, v] = [0, 1, 2].map(|part| fused.slice(2, part * heads..(part + 1) * heads));
         let out = TensorViewMut::from_host(&mut attended, &sizes.shape())?;
-        attention.forward_into(q?, k?, v?, AttentionMask::Varlen(meta), out)?;
+        attention.forward_into(q?, k?, v?, AttentionMask::varlen(meta), out)?;
         hidden.iter_mut().zip(&attended).for_each(|(hidden, attended)| *hidden += attended);
     }
     Ok(hidden)

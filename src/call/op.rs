@@ -169,20 +169,12 @@ pub(crate) enum Rows<'a> {
     /// whether to work in place or to pack.
     Varlen { query: &'a VarlenMeta, key: &'a VarlenMeta },
     /// The same with metadata in tables of the device, which only a device that builds them has.
-    #[cfg_attr(
-        any(not(feature = "cuda"), target_arch = "wasm32"),
-        allow(dead_code, reason = "only the CUDA device builds metadata")
-    )]
     DeviceVarlen { query: DeviceTables<'a>, key: DeviceTables<'a> },
     /// Packed rows.
     Packed { query: &'a CuSeqlens, key: &'a CuSeqlens },
 }
 
 /// Metadata in the memory of the device that built it.
-#[cfg_attr(
-    any(not(feature = "cuda"), target_arch = "wasm32"),
-    allow(dead_code, reason = "only the CUDA device builds metadata")
-)]
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct DeviceTables<'a> {
     pub memory: Source<'a>,
@@ -191,10 +183,6 @@ pub(crate) struct DeviceTables<'a> {
 }
 
 /// A `[B, S]` mask to read.
-#[cfg_attr(
-    any(not(feature = "cuda"), target_arch = "wasm32"),
-    allow(dead_code, reason = "only the CUDA device builds metadata")
-)]
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct MaskInput<'a> {
     pub memory: Source<'a>,
@@ -203,10 +191,6 @@ pub(crate) struct MaskInput<'a> {
 }
 
 /// Where a device keeps metadata of masks that it has already.
-#[cfg_attr(
-    any(not(feature = "cuda"), target_arch = "wasm32"),
-    allow(dead_code, reason = "only the CUDA device builds metadata")
-)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum MetadataPlace {
     /// In host memory, where its tensors are too.
@@ -250,10 +234,6 @@ pub(crate) enum Op<'a> {
     /// Writes zeros to every element of the view, and to nothing else.
     Zero(Output<'a>),
     /// Builds the metadata of a mask in tables of [`Backend::alloc_metadata`].
-    #[cfg_attr(
-        any(not(feature = "cuda"), target_arch = "wasm32"),
-        allow(dead_code, reason = "only the CUDA device builds metadata")
-    )]
     Metadata {
         mask: MaskInput<'a>,
         tables: DeviceTables<'a>,

@@ -366,7 +366,7 @@ fn memory_at_odd_places(variant: &Variant) -> Result<()> {
     ] {
         let (call, meta) = masked_call(&variant, seed)?;
         let mut in_place = InPlace::new(&application, &variant.device, call, places)?;
-        in_place.launch(&variant, AttentionMask::Varlen(&meta))?;
+        in_place.launch(&variant, AttentionMask::varlen(&meta))?;
         in_place.judge().with_context(|| format!("{places:?}"))?;
     }
     Ok(())
@@ -413,7 +413,7 @@ fn capture_and_replay(variant: &Variant) -> Result<()> {
     places[0] = (Placement::CONTIGUOUS, 1);
     for places in [PLAIN, places] {
         let mut in_place = InPlace::new(&application, &variant.device, call.clone(), places)?;
-        check_replays(&application, &variant, &mut in_place, LOCAL, AttentionMask::Varlen(&meta))?;
+        check_replays(&application, &variant, &mut in_place, LOCAL, AttentionMask::varlen(&meta))?;
     }
     Ok(())
 }
@@ -424,7 +424,7 @@ fn capture_of_new_metadata(variant: &Variant) -> Result<()> {
     let variant = application.variant(variant)?;
     let (call, meta) = masked_call(&variant, 5)?;
     let mut in_place = InPlace::new(&application, &variant.device, call, PLAIN)?;
-    check_replays(&application, &variant, &mut in_place, LOCAL, AttentionMask::Varlen(&meta))
+    check_replays(&application, &variant, &mut in_place, LOCAL, AttentionMask::varlen(&meta))
 }
 
 /// A graph that builds the metadata too follows whatever its mask holds, with the bits of direct calls.
@@ -446,7 +446,7 @@ fn capture_of_metadata_on_the_device(variant: &Variant) -> Result<()> {
             "metadata that must outlive the capture is allocated in it"
         );
         meta.rebuild(view)?;
-        in_place.launch(&variant, AttentionMask::DeviceVarlen(&meta)).map(drop)
+        in_place.launch(&variant, AttentionMask::varlen(&meta)).map(drop)
     })?;
     for (seed, p) in [(201, 0.5), (202, 0.9), (203, 0.0), (204, 1.0)] {
         let keep = random::bernoulli_mask(seed, batch * seq, p)?;
@@ -460,7 +460,7 @@ fn capture_of_metadata_on_the_device(variant: &Variant) -> Result<()> {
         in_place.judge().with_context(|| format!("replay on a mask that keeps {p}"))?;
         in_place.clear()?;
         meta.rebuild(view)?;
-        in_place.launch(&variant, AttentionMask::DeviceVarlen(&meta))?;
+        in_place.launch(&variant, AttentionMask::varlen(&meta))?;
         ensure!(in_place.read()? == replayed, "replay on a mask that keeps {p}: other bits than a direct call");
     }
     Ok(())
@@ -474,7 +474,7 @@ fn capture_of_the_first_launch(device: &Device) -> Result<()> {
     let variant = application.variant(&variant)?;
     let (call, meta) = masked_call(&variant, 11)?;
     let mut in_place = InPlace::new(&application, &variant.device, call, PLAIN)?;
-    check_replays(&application, &variant, &mut in_place, LOCAL, AttentionMask::Varlen(&meta))
+    check_replays(&application, &variant, &mut in_place, LOCAL, AttentionMask::varlen(&meta))
 }
 
 /// No mask, a key mask, and metadata of which nothing or everything is valid.
@@ -490,8 +490,8 @@ fn capture_of_dense_calls(variant: &Variant) -> Result<()> {
     for (mask, given) in [
         (Mask::None, AttentionMask::None),
         (Mask::Key(keep.clone()), AttentionMask::Key(&key_mask)),
-        (Mask::Varlen(vec![false; keep.len()]), AttentionMask::Varlen(&nothing)),
-        (Mask::Varlen(vec![true; keep.len()]), AttentionMask::Varlen(&everything)),
+        (Mask::Varlen(vec![false; keep.len()]), AttentionMask::varlen(&nothing)),
+        (Mask::Varlen(vec![true; keep.len()]), AttentionMask::varlen(&everything)),
     ] {
         let call = Call::random(call.shape, mask, call.dtype, 6);
         let mut in_place = InPlace::new(&application, &variant.device, call, PLAIN)?;
@@ -507,7 +507,7 @@ fn capture_in_the_global_mode(device: &Device) -> Result<()> {
     let (call, meta) = masked_call(&variant, 7)?;
     let mut in_place = InPlace::new(&application, &variant.device, call, PLAIN)?;
     let mode = CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_GLOBAL;
-    check_replays(&application, &variant, &mut in_place, mode, AttentionMask::Varlen(&meta))
+    check_replays(&application, &variant, &mut in_place, mode, AttentionMask::varlen(&meta))
 }
 
 fn packed_variant(device: &Device) -> Result<Variant> {
@@ -543,7 +543,7 @@ fn what_a_capture_refuses(device: &Device) -> Result<()> {
             ("DeviceMemory::alloc", DeviceMemory::alloc(device, 64).map(drop)),
             ("DeviceMemory::write", memory.write(&[1_u8; 64])),
             ("DeviceMemory::read", memory.read(&mut [0_u8; 64])),
-            ("forward", layer.forward(&x, &x, &x, AttentionMask::Varlen(&short)).map(drop)),
+            ("forward", layer.forward(&x, &x, &x, AttentionMask::varlen(&short)).map(drop)),
             ("pack", pack(device, &x, &short).map(drop)),
             ("pack_qkv", pack_qkv(device, &x, &x, &x, &short).map(drop)),
             ("scatter_to_padded", scatter_to_padded(device, &packed, &short).map(drop)),
@@ -559,13 +559,13 @@ fn what_a_capture_refuses(device: &Device) -> Result<()> {
         }
         // Its memory is not the graph's, and waits for the end of the capture.
         drop(dropped_inside);
-        in_place.launch(&variant, AttentionMask::Varlen(&meta)).map(drop)
+        in_place.launch(&variant, AttentionMask::varlen(&meta)).map(drop)
     })?;
     graph.launch().map_err(driver)?;
     in_place.judge().context("the capture that refused")?;
     // And afterwards everything works again.
     ensure!(x.to_vec::<varlen_fa::bf16>()? == [varlen_fa::bf16::ZERO; 2 * 6 * 4 * 16]);
-    layer.forward(&x, &x, &x, AttentionMask::Varlen(&short))?;
+    layer.forward(&x, &x, &x, AttentionMask::varlen(&short))?;
     device.synchronize()?;
     Ok(())
 }
@@ -586,7 +586,7 @@ fn the_default_stream(device: &Device) -> Result<()> {
         let variant = Variant { device: device_over, ..packed_variant(device)? };
         let (call, meta) = masked_call(&variant, 9)?;
         let mut in_place = InPlace::new(&application, &variant.device, call, PLAIN)?;
-        in_place.launch(&variant, AttentionMask::Varlen(&meta))?;
+        in_place.launch(&variant, AttentionMask::varlen(&meta))?;
         in_place.judge()?;
     }
     // A null context beside a stream that has one.
@@ -624,10 +624,10 @@ fn devices_over_one_context(device: &Device) -> Result<()> {
     // What two streams do to the same memory is in order if the application waits in between.
     let (call, meta) = masked_call(&variant, 10)?;
     let mut in_place = InPlace::new(&application, &variant.device, call.clone(), PLAIN)?;
-    in_place.launch(&variant, AttentionMask::Varlen(&meta))?;
+    in_place.launch(&variant, AttentionMask::varlen(&meta))?;
     let first = in_place.read()?;
     let mut again = InPlace::new(&other, &beside.device, call, PLAIN)?;
-    again.launch(&beside, AttentionMask::Varlen(&meta))?;
+    again.launch(&beside, AttentionMask::varlen(&meta))?;
     ensure!(again.read()? == first, "another stream gave other bits");
     again.judge()
 }
@@ -661,7 +661,7 @@ fn contexts_that_come_and_go(device: &Device) -> Result<()> {
         let ones = Tensor::from_slice(device, &[varlen_fa::f16::ONE; 2 * 6 * 4 * 16], &[2, 6, 4, 16])?;
         let meta = VarlenMeta::from_key_mask(&KeyMask::from_lengths(6, &[3, 4])?)?;
         let layer = varlen_fa::MaskedAttention::new(device);
-        Ok(layer.forward(&ones, &ones, &ones, AttentionMask::Varlen(&meta))?.out.to_vec()?)
+        Ok(layer.forward(&ones, &ones, &ones, AttentionMask::varlen(&meta))?.out.to_vec()?)
     };
     let expected = call(device)?;
     for _ in 0..3 {

@@ -72,7 +72,7 @@ fn check_capabilities(device: &Device, name: &str) -> Result<()> {
     if capabilities.kernels.is_empty() {
         bail!("{capabilities} has no kernel");
     }
-    if capabilities.backend != name {
+    if capabilities.backend.name() != name {
         bail!("asked for {name}, got {capabilities}");
     }
     if !device.name().contains(name) {

@@ -7,7 +7,6 @@ use crate::call::plan::Path;
 use crate::call::problem::AttentionShape;
 use crate::dtype::DType;
 use crate::error::Result;
-use crate::kernel::Kernel;
 use crate::mask::meta::CuSeqlens;
 
 use super::copy::RowShape;
@@ -81,7 +80,7 @@ impl CudaDevice {
         let mut scratch = Vec::new();
         // The output first: one that is refused is refused before anything is launched.
         let out = self.output("out", &attention.out)?.place_output()?;
-        let by_lists = attention.plan.kernel.works_by_lists();
+        let by_lists = attention.plan.kernel.works_by_tile_lists();
         let mut place = |name, input| {
             let operand = self.input(name, input)?;
             match by_lists {
@@ -147,7 +146,7 @@ impl CudaDevice {
 
     fn attend_packed(&self, attention: &Attention<'_>, tensors: &Tensors, rows: &PackedRows<'_>) -> Result<()> {
         match attention.plan.kernel {
-            kernel if kernel.works_by_lists() => self.attend_packed_by_lists(attention, tensors, rows),
+            kernel if kernel.works_by_tile_lists() => self.attend_packed_by_lists(attention, tensors, rows),
             _ => self.attend_packed_sm80(attention, tensors, rows),
         }
     }
@@ -163,9 +162,9 @@ impl CudaDevice {
     ) -> Result<()> {
         let AttentionShape { batch, num_heads, num_kv_heads, head_dim, .. } = attention.problem.shape;
         let dtype = attention.problem.dtype;
-        // The sm80 kernel takes a side on which every token is valid as it is.
-        let takes_padded = attention.plan.kernel == Kernel::CudaSm80;
-        let scatters = attention.plan.kernel == Kernel::CudaSm90;
+        let traits = attention.plan.kernel.traits();
+        let takes_padded = traits.mixes_padded_and_packed;
+        let scatters = traits.scatters;
         let side = |tables: Tables, heads| Side {
             tables,
             row: RowShape::new(heads, head_dim, dtype.size()),

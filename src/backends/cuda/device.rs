@@ -14,7 +14,7 @@ use crate::call::plan::Capabilities;
 use crate::config::DeviceChoice;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::kernel::Kernel;
+use crate::kernel::{BackendKind, Kernel};
 use crate::mask::meta::VarlenMeta;
 
 use super::caller::{self, CallerHandles};
@@ -178,7 +178,7 @@ fn capabilities_of(info: &CudaDeviceInfo) -> Capabilities {
     let (major, minor) = info.compute_capability;
     let driver = probe::version(info.driver_version);
     Capabilities {
-        backend: "cuda",
+        backend: BackendKind::Cuda,
         adapter: format!("{}, sm_{major}{minor}, driver CUDA {driver}", info.name),
         is_software: false,
         dtypes: &[DType::F16, DType::Bf16],

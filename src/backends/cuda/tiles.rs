@@ -94,7 +94,7 @@ const _: () = {
         assert!(i == 0 || TILES[i - 1].width < tile.width);
         i += 1;
     }
-    assert!(TILES[COUNT - 1].width as usize == crate::call::problem::MAX_HEAD_DIM);
+    assert!(TILES[COUNT - 1].width as usize == crate::kernel::MAX_HEAD_DIM);
 };
 
 /// Sizes of the sm90 kernel for one compiled head dimension.
@@ -243,7 +243,7 @@ const _: () = {
         assert!(i == 0 || TILES_SM90[i - 1].width < tile.width);
         i += 1;
     }
-    assert!(TILES_SM90[COUNT_SM90 - 1].width as usize == crate::call::problem::MAX_HEAD_DIM);
+    assert!(TILES_SM90[COUNT_SM90 - 1].width as usize == crate::kernel::MAX_HEAD_DIM);
 };
 
 /// Sizes of the sm100 kernel for one compiled head dimension.

@@ -8,12 +8,11 @@ use wgpu::{BufferUsages, DeviceType, Features};
 use crate::cache::DeviceId;
 use crate::call::op::{Attention, Backend, Instant, Later, Op, Sink, Source, Storage, Timing, no_device_tables};
 use crate::call::plan::Capabilities;
-use crate::call::problem::{HEAD_DIM_STEP, MAX_HEAD_DIM};
+use crate::call::problem::HEAD_DIM_STEP;
 use crate::call::self_check::{self, Cases, Subject};
 use crate::config::Config;
-use crate::dtype::DType;
 use crate::error::Result;
-use crate::kernel::Kernel;
+use crate::kernel::{BackendKind, Kernel, MAX_HEAD_DIM};
 use crate::mask::meta::VarlenMeta;
 
 use super::buffer::WgpuBuffer;
@@ -74,10 +73,10 @@ impl WgpuDevice {
         // The shaders count 16-byte words in 32 bits, and Vulkan's bindings end below 2 GiB.
         let largest = limits.max_storage_buffer_binding_size.min((1 << 31) - 256);
         let capabilities = Capabilities {
-            backend: "wgpu",
+            backend: BackendKind::Wgpu,
             adapter: adapter::name(&info),
             is_software: info.device_type == DeviceType::Cpu,
-            dtypes: &[DType::F32, DType::F16, DType::Bf16],
+            dtypes: Kernel::WgslPortable.dtypes(),
             kernels: vec![Kernel::WgslPortable],
             max_buffer_bytes: limits.max_buffer_size,
             max_binding_bytes: config.max_binding_bytes.map_or(largest, |bytes| largest.min(bytes)),

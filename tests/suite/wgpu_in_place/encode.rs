@@ -32,9 +32,9 @@ fn encoded_calls_give_the_same_bits(own: &Device, dtype: DType) -> Result<()> {
     let nothing = VarlenMeta::from_key_mask(&KeyMask::from_lengths(70, &[0, 0])?)?;
     let calls = [
         (AttentionMask::Key(&case.mask), Path::Dense, case.expected(own, AttentionMask::Key(&case.mask))?),
-        (AttentionMask::Varlen(&case.meta), Path::Fused, case.expected(own, AttentionMask::Varlen(&case.meta))?),
-        (AttentionMask::Varlen(&case.meta), Path::Packed, case.expected(own, AttentionMask::Varlen(&case.meta))?),
-        (AttentionMask::Varlen(&nothing), Path::Zero, vec![0; case.out_len()]),
+        (AttentionMask::varlen(&case.meta), Path::Fused, case.expected(own, AttentionMask::varlen(&case.meta))?),
+        (AttentionMask::varlen(&case.meta), Path::Packed, case.expected(own, AttentionMask::varlen(&case.meta))?),
+        (AttentionMask::varlen(&nothing), Path::Zero, vec![0; case.out_len()]),
     ];
     for (mask, path, expected) in calls {
         // The others are what is chosen.
@@ -122,7 +122,7 @@ fn between_the_applications_passes(own: &Device) -> Result<()> {
     let application = Application::new(own)?;
     let device = application.attach()?;
     let case = Case::new(DType::F32, 1)?;
-    let expected = case.expected(own, AttentionMask::Varlen(&case.meta))?;
+    let expected = case.expected(own, AttentionMask::varlen(&case.meta))?;
     let buffer = |bits: &[u32]| application.buffer(READABLE, &bytes(bits, DType::F32));
     // Halving is exact.
     let half = |&bits: &u32| (f32::from_bits(bits) * 0.5).to_bits();
@@ -152,7 +152,7 @@ fn between_the_applications_passes(own: &Device) -> Result<()> {
         pass.set_bind_group(1, &writes_k, &[]);
         let out = out_memory.view_mut(DType::F32, at(&case.out_shape(), 0)?);
         let layer = MaskedAttention::new(&device);
-        layer.encode_into(&mut pass, view(0)?, view(1)?, view(2)?, AttentionMask::Varlen(&case.meta), out)?;
+        layer.encode_into(&mut pass, view(0)?, view(1)?, view(2)?, AttentionMask::varlen(&case.meta), out)?;
         negate.dispatch(&application, &mut pass, &out_buffer, &negated);
     }
     application.queue.submit([encoder.finish()]);
@@ -176,19 +176,19 @@ fn submitted_in_any_order_or_never(own: &Device) -> Result<()> {
     let cases = (0..4).map(|seed| Case::new(DType::F16, 20 + seed)).collect::<Result<Vec<_>>>()?;
     let mut stages = Vec::new();
     for (index, case) in cases.iter().enumerate() {
-        let expected = case.expected_by(&layer(own, index), AttentionMask::Varlen(&case.meta))?;
+        let expected = case.expected_by(&layer(own, index), AttentionMask::varlen(&case.meta))?;
         stages.push((case, InPlace::new(&application, &device, case, 1, 0)?, expected));
     }
     let mut recorded = Vec::new();
     for (index, (case, tensors, _)) in stages[..3].iter_mut().enumerate() {
         let mut encoder = application.encoder();
         let ([q, k, v], out) = tensors.call();
-        layer(&device, index).encode_into(&mut encoder, q, k, v, AttentionMask::Varlen(&case.meta), out)?;
+        layer(&device, index).encode_into(&mut encoder, q, k, v, AttentionMask::varlen(&case.meta), out)?;
         recorded.push(encoder.finish());
     }
     let (case, tensors, _) = &mut stages[3];
     let ([q, k, v], out) = tensors.call();
-    layer(&device, 3).forward_into(q, k, v, AttentionMask::Varlen(&case.meta), out)?;
+    layer(&device, 3).forward_into(q, k, v, AttentionMask::varlen(&case.meta), out)?;
     // The third, then the first; the second never.
     for index in [2, 0] {
         application.queue.submit([recorded.remove(index)]);
@@ -207,14 +207,14 @@ fn submitted_in_any_order_or_never(own: &Device) -> Result<()> {
 fn submitted_after_everything_was_dropped(own: &Device) -> Result<()> {
     let application = Application::new(own)?;
     let case = Case::new(DType::F16, 30)?;
-    let expected = case.expected(own, AttentionMask::Varlen(&case.meta))?;
+    let expected = case.expected(own, AttentionMask::varlen(&case.meta))?;
     let (commands, out) = {
         let device = application.attach()?;
         let mut tensors = InPlace::new(&application, &device, &case, 1, 0)?;
         let meta = case.meta.clone();
         let mut encoder = application.encoder();
         let ([q, k, v], out) = tensors.call();
-        MaskedAttention::new(&device).encode_into(&mut encoder, q, k, v, AttentionMask::Varlen(&meta), out)?;
+        MaskedAttention::new(&device).encode_into(&mut encoder, q, k, v, AttentionMask::varlen(&meta), out)?;
         (encoder.finish(), tensors.out_buffer.clone())
     };
     application.queue.submit([commands]);
@@ -234,14 +234,14 @@ fn many_ranges_in_one_call(own: &Device) -> Result<()> {
     let meta = VarlenMeta::from_key_mask(&KeyMask::from_bool(90, 9, &keep)?)?;
     let values: Vec<u32> = (0..90 * 9 * 16).map(|at| narrow((at % 101) as f32 * 0.03 - 1.5, DType::F16)).collect();
     let x = upload(own, DType::F16, &values, &shape)?;
-    let expected = download(&portable(own).forward(&x, &x, &x, AttentionMask::Varlen(&meta))?.out)?;
+    let expected = download(&portable(own).forward(&x, &x, &x, AttentionMask::varlen(&meta))?.out)?;
 
     let x = upload(&device, DType::F16, &values, &shape)?;
     let layer = MaskedAttention::new(&device);
-    ensure!(download(&layer.forward(&x, &x, &x, AttentionMask::Varlen(&meta))?.out)? == expected, "forward");
+    ensure!(download(&layer.forward(&x, &x, &x, AttentionMask::varlen(&meta))?.out)? == expected, "forward");
     let mut out = upload(&device, DType::F16, &vec![sentinel(DType::F16); values.len()], &shape)?;
     let mut encoder = application.encoder();
-    layer.encode_into(&mut encoder, &x, &x, &x, AttentionMask::Varlen(&meta), &mut out)?;
+    layer.encode_into(&mut encoder, &x, &x, &x, AttentionMask::varlen(&meta), &mut out)?;
     application.queue.submit([encoder.finish()]);
     ensure!(download(&out)? == expected, "encode_into");
     application.expect_quiet()
@@ -282,11 +282,11 @@ fn nothing_runs_before_the_submission(own: &Device) -> Result<()> {
     let mut tensors = InPlace::new(&application, &device, &case, 0, 0)?;
     let mut encoder = application.encoder();
     let ([q, k, v], out) = tensors.call();
-    MaskedAttention::new(&device).encode_into(&mut encoder, q, k, v, AttentionMask::Varlen(&case.meta), out)?;
+    MaskedAttention::new(&device).encode_into(&mut encoder, q, k, v, AttentionMask::varlen(&case.meta), out)?;
     device.synchronize()?;
     tensors.expect_untouched(&application)?;
     application.queue.submit([encoder.finish()]);
-    ensure!(tensors.output(&application)? == case.expected(own, AttentionMask::Varlen(&case.meta))?);
+    ensure!(tensors.output(&application)? == case.expected(own, AttentionMask::varlen(&case.meta))?);
     Ok(())
 }
 
@@ -299,7 +299,7 @@ fn an_encoder_of_another_device(own: &Device) -> Result<()> {
     let (other, _queue) = application.sibling()?;
     let mut encoder = other.create_command_encoder(&Default::default());
     let ([q, k, v], out) = tensors.call();
-    MaskedAttention::new(&device).encode_into(&mut encoder, q, k, v, AttentionMask::Varlen(&case.meta), out)?;
+    MaskedAttention::new(&device).encode_into(&mut encoder, q, k, v, AttentionMask::varlen(&case.meta), out)?;
     let scope = other.push_error_scope(wgpu::ErrorFilter::Validation);
     drop(encoder.finish());
     ensure!(pollster::block_on(scope.pop()).is_some(), "an encoder of another device could be finished");
@@ -317,7 +317,7 @@ fn an_encoder_with_an_open_pass(own: &Device) -> Result<()> {
     let pass = encoder.begin_compute_pass(&Default::default()).forget_lifetime();
     let ([q, k, v], out) = tensors.call();
     let layer = MaskedAttention::new(&device);
-    let refused = layer.encode_into(&mut encoder, q, k, v, AttentionMask::Varlen(&case.meta), out);
+    let refused = layer.encode_into(&mut encoder, q, k, v, AttentionMask::varlen(&case.meta), out);
     ensure!(matches!(&refused, Err(Error::Backend { operation: "recording", .. })), "got {refused:?}");
     drop(pass);
     application.expect_quiet()?;

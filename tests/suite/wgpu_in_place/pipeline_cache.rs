@@ -30,7 +30,7 @@ fn pipeline_cache(own: &Device) -> Result<Completion> {
     }
 
     let case = Case::new(DType::F32, 5)?;
-    let mask = AttentionMask::Varlen(&case.meta);
+    let mask = AttentionMask::varlen(&case.meta);
     let expected = case.expected_by(&MaskedAttention::new(own), mask)?;
     let mut data: Option<Vec<u8>> = None;
     for _ in 0..2 {

@@ -64,7 +64,7 @@ fn missing_usages(own: &Device) -> Result<()> {
     for meta in [&case.meta, &nothing] {
         let [q, k, v] = tensors.views();
         let out = out.view_mut(DType::F16, at(&case.out_shape(), 0)?);
-        MaskedAttention::new(&device).forward_into(q, k, v, AttentionMask::Varlen(meta), out)?;
+        MaskedAttention::new(&device).forward_into(q, k, v, AttentionMask::varlen(meta), out)?;
     }
     device.synchronize()?;
     application.expect_quiet()
@@ -102,7 +102,7 @@ fn buffers_destroyed_later(own: &Device) -> Result<()> {
     let device = application.attach()?;
     let layer = MaskedAttention::new(&device);
     let case = Case::new(DType::F16, 1)?;
-    for mask in [AttentionMask::Key(&case.mask), AttentionMask::Varlen(&case.meta)] {
+    for mask in [AttentionMask::Key(&case.mask), AttentionMask::varlen(&case.meta)] {
         let mut tensors = InPlace::new(&application, &device, &case, 0, 0)?;
         let k = application.buffer(BufferUsages::STORAGE, &bytes(&case.inputs[1], DType::F16))?;
         let k_memory = DeviceMemory::from_wgpu(&device, k.clone())?;
@@ -138,7 +138,7 @@ fn buffers_mapped_later(own: &Device) -> Result<Completion> {
     let layer = MaskedAttention::new(&device);
     let case = Case::new(DType::F16, 1)?;
     let mut tensors = InPlace::new(&application, &device, &case, 0, 0)?;
-    let mask = AttentionMask::Varlen(&case.meta);
+    let mask = AttentionMask::varlen(&case.meta);
     let usage = READABLE | BufferUsages::COPY_DST | BufferUsages::MAP_READ;
     let v_buffer = application.buffer(usage, &bytes(&case.inputs[2], DType::F16))?;
     let mut v_memory = DeviceMemory::from_wgpu(&device, v_buffer.clone())?;
@@ -179,7 +179,7 @@ fn overlaps(own: &Device) -> Result<()> {
     let layer = MaskedAttention::new(&device);
     let case = Case::new(DType::F16, 1)?;
     let tensors = InPlace::new(&application, &device, &case, 0, 0)?;
-    let mask = AttentionMask::Varlen(&case.meta);
+    let mask = AttentionMask::varlen(&case.meta);
     let len = case.out_len();
     for (index, other) in ["q", "k", "v"].into_iter().enumerate() {
         // The input at the start, room for the output far behind it.
@@ -232,7 +232,7 @@ fn sizes_and_places(own: &Device) -> Result<()> {
     let layer = MaskedAttention::new(&device);
     let case = Case::new(DType::F16, 1)?;
     let mut tensors = InPlace::new(&application, &device, &case, 0, 0)?;
-    let mask = AttentionMask::Varlen(&case.meta);
+    let mask = AttentionMask::varlen(&case.meta);
     // An output that does not start at a word, or whose rows do not.
     let size = tensors.out.size();
     let [b, s, h, d] = case.out_shape();
@@ -362,7 +362,7 @@ fn a_device_lost_under_us(own: &Device) -> Result<()> {
     let device = application.attach()?;
     let layer = MaskedAttention::new(&device);
     let case = Case::new(DType::F16, 1)?;
-    let mask = AttentionMask::Varlen(&case.meta);
+    let mask = AttentionMask::varlen(&case.meta);
     let mut tensors = InPlace::new(&application, &device, &case, 1, 0)?;
     let padded = Tensor::zeros(&device, DType::F16, &case.shapes[0])?;
     let packed = pack(&device, &padded, &case.meta)?;

@@ -6,7 +6,8 @@ use anyhow::{Context, Result, anyhow, ensure};
 use libtest_mimic::Completion;
 use varlen_fa::wgpu::{self, BufferUsages};
 use varlen_fa::{
-    AttentionMask, Config, DType, Device, DeviceMemory, Kernel, KeyMask, MaskedAttention, Path, Reason, VarlenMeta, f16,
+    AttentionMask, BackendKind, Config, DType, Device, DeviceMemory, Kernel, KeyMask, MaskedAttention, Path, Reason,
+    VarlenMeta, f16,
 };
 
 use super::super::memory::{narrow, upload};
@@ -45,7 +46,7 @@ fn cooperative_matrices(own: &Device) -> Result<Completion> {
         );
         if is_offered {
             let case = Case::new(DType::F16, 9)?;
-            let mask = AttentionMask::Varlen(&case.meta);
+            let mask = AttentionMask::varlen(&case.meta);
             let layer = |device| MaskedAttention::new(device).with_kernel(Kernel::WgslCoop);
             let expected = case.expected_by(&layer(own), mask)?;
             let mut tensors = InPlace::new(&application, &device, &case, 0, 0)?;
@@ -62,7 +63,7 @@ fn cooperative_matrices(own: &Device) -> Result<Completion> {
 fn same_bits_as_own_tensors(own: &Device, dtype: DType) -> Result<()> {
     let application = Application::new(own)?;
     let device = application.attach()?;
-    ensure!(device.capabilities().backend == "wgpu" && !device.capabilities().has_timestamps);
+    ensure!(device.capabilities().backend == BackendKind::Wgpu && !device.capabilities().has_timestamps);
     let case = Case::new(dtype, 1)?;
     let bias_shape = [2, 1, 70, 70];
     let bias: Vec<u32> = (0..2 * 70 * 70).map(|at| narrow((at % 13) as f32 * 0.25 - 1.0, dtype)).collect();
@@ -79,7 +80,7 @@ fn same_bits_as_own_tensors(own: &Device, dtype: DType) -> Result<()> {
     let clean = Case { inputs: case.inputs.clone().map(|bits| finite(bits, dtype)), ..Case::new(dtype, 1)? };
     let calls = [
         ("key", &case, AttentionMask::Key(&case.mask), AttentionMask::Key(&case.mask)),
-        ("varlen", &case, AttentionMask::Varlen(&case.meta), AttentionMask::Varlen(&case.meta)),
+        ("varlen", &case, AttentionMask::varlen(&case.meta), AttentionMask::varlen(&case.meta)),
         ("none", &clean, AttentionMask::None, AttentionMask::None),
         ("bias", &clean, AttentionMask::Bias(bias_view), AttentionMask::Bias(own_bias.view())),
     ];
@@ -110,20 +111,20 @@ fn finite(mut all: Vec<u32>, dtype: DType) -> Vec<u32> {
 fn buffers_larger_than_a_binding(own: &Device) -> Result<()> {
     let application = Application::new(own)?;
     let case = Case::new(DType::F16, 2)?;
-    let expected = case.expected(own, AttentionMask::Varlen(&case.meta))?;
+    let expected = case.expected(own, AttentionMask::varlen(&case.meta))?;
     let row = (70 * 4 * 32 * 2_u64).next_multiple_of(256) + 256;
     let device = application.attach_with(Config::default().with_max_binding_bytes(row))?;
     ensure!(device.capabilities().max_binding_bytes == row);
     let mut tensors = InPlace::new(&application, &device, &case, 4096, 8)?;
     ensure!(tensors.inputs.size() > 2 * row && tensors.out.size() > row, "everything fits one binding");
     let ([q, k, v], out) = tensors.call();
-    MaskedAttention::new(&device).forward_into(q, k, v, AttentionMask::Varlen(&case.meta), out)?;
+    MaskedAttention::new(&device).forward_into(q, k, v, AttentionMask::varlen(&case.meta), out)?;
     ensure!(tensors.output(&application)? == expected, "other bits");
 
     let device = application.attach_with(Config::default().with_max_binding_bytes(row / 2))?;
     let mut tensors = InPlace::new(&application, &device, &case, 0, 0)?;
     let ([q, k, v], out) = tensors.call();
-    let refused = MaskedAttention::new(&device).forward_into(q, k, v, AttentionMask::Varlen(&case.meta), out);
+    let refused = MaskedAttention::new(&device).forward_into(q, k, v, AttentionMask::varlen(&case.meta), out);
     ensure!(matches!(refused, Err(varlen_fa::Error::TooLarge { argument: "q", .. })), "got {refused:?}");
     tensors.expect_untouched(&application)?;
     application.expect_quiet()
@@ -137,7 +138,7 @@ fn settings_apply(own: &Device) -> Result<()> {
     let case = Case::new(DType::F32, 3)?;
     let tensors = InPlace::new(&application, &device, &case, 0, 0)?;
     let [q, k, v] = tensors.views();
-    let attended = MaskedAttention::new(&device).forward(q, k, v, AttentionMask::Varlen(&case.meta))?;
+    let attended = MaskedAttention::new(&device).forward(q, k, v, AttentionMask::varlen(&case.meta))?;
     ensure!((attended.plan.path, attended.plan.reason) == (Path::Dense, Reason::DenseForced), "{}", attended.plan);
     Ok(())
 }
@@ -148,7 +149,7 @@ fn calls_from_many_threads(own: &Device) -> Result<()> {
     let device = application.attach()?;
     let cases = (0..4).map(|seed| Case::new(DType::F16, 10 + seed)).collect::<Result<Vec<_>>>()?;
     let expected: Vec<_> =
-        cases.iter().map(|case| case.expected(own, AttentionMask::Varlen(&case.meta))).collect::<Result<_>>()?;
+        cases.iter().map(|case| case.expected(own, AttentionMask::varlen(&case.meta))).collect::<Result<_>>()?;
     let layer = MaskedAttention::new(&device);
     let start = std::sync::Barrier::new(cases.len());
     let run = |index: usize| -> Result<()> {
@@ -157,7 +158,7 @@ fn calls_from_many_threads(own: &Device) -> Result<()> {
         start.wait();
         for round in 0..6 {
             let ([q, k, v], out) = tensors.call();
-            let mask = AttentionMask::Varlen(&case.meta);
+            let mask = AttentionMask::varlen(&case.meta);
             if (index + round).is_multiple_of(2) {
                 layer.forward_into(q, k, v, mask, out)?;
             } else {
@@ -214,7 +215,7 @@ fn handlers_stay_the_applications(own: &Device) -> Result<()> {
     ensure!(application.raised().len() == 1, "the application's own error went elsewhere: {:?}", application.raised());
     // Nor did the library take it for one of its own.
     let [q, k, v] = tensors.views();
-    MaskedAttention::new(&device).forward(q, k, v, AttentionMask::Varlen(&case.meta))?;
+    MaskedAttention::new(&device).forward(q, k, v, AttentionMask::varlen(&case.meta))?;
     device.synchronize()?;
 
     ensure!(application.losses() == 0);
@@ -232,7 +233,7 @@ fn time(own: &Device) -> Result<()> {
         let device = application.attach()?;
         let x = varlen_fa::Tensor::from_slice(&device, &[f16::ONE; 2 * 70 * 64], &[2, 70, 2, 32])?;
         let layer = MaskedAttention::new(&device);
-        let (_, timing) = device.time(|| layer.forward(&x, &x, &x, AttentionMask::Varlen(&meta)))?;
+        let (_, timing) = device.time(|| layer.forward(&x, &x, &x, AttentionMask::varlen(&meta)))?;
         ensure!(timing.by_device == features.contains(wgpu::Features::TIMESTAMP_QUERY), "{timing:?}");
         ensure!(!timing.duration.is_zero(), "{timing:?}");
         application.expect_quiet()?;
