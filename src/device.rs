@@ -126,7 +126,7 @@ impl Device {
     /// [`Error::DeviceLost`], [`Error::OutOfMemory`].
     #[cfg(feature = "wgpu")]
     pub fn from_wgpu(device: &::wgpu::Device, queue: &::wgpu::Queue, config: Config) -> Result<Self> {
-        let backend = crate::backends::wgpu::WgpuDevice::foreign(device, queue, config)?;
+        let backend = crate::backends::wgpu::WgpuDevice::external(device, queue, config)?;
         expect_kernel(&backend, config)?;
         log::info!("computing on the application's {}", backend.name());
         Ok(Self { backend: Arc::new(backend), config: config.with_device(DeviceChoice::Wgpu) })

@@ -166,11 +166,11 @@ impl CudaDevice {
     }
 
     pub(super) fn source<'a>(&self, source: Source<'a>) -> Result<&'a CudaBuffer> {
-        source.owned_by(self)
+        source.owned_by(self.id, &self.name)
     }
 
     pub(super) fn sink<'a>(&self, sink: &Sink<'a>) -> Result<&'a CudaBuffer> {
-        sink.owned_by(self)
+        sink.owned_by(self.id, &self.name)
     }
 }
 

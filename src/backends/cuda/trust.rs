@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 
-use crate::call::self_check;
+use crate::call::self_check::{self, Cases, Subject};
 use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::kernel::Kernel;
@@ -74,7 +74,8 @@ impl CudaDevice {
         };
         // Another stream of the caller's may be captured, in this thread or another.
         let _relaxed = device.context.done(Relaxed::enter(), "leaving captures alone")?;
-        let outcome = self_check::compare(&device, kernel, REFERENCE);
+        let (tested, reference) = (Subject::new(&device, kernel), Subject::new(&device, REFERENCE));
+        let outcome = self_check::compare(tested, reference, &Cases::COMPLETE);
         device.check().map_err(|lost| Error::DeviceUnavailable {
             device: self.capabilities.to_string(),
             why: format!(

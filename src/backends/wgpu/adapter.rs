@@ -5,7 +5,7 @@ use wgpu::{Backends, DeviceType, ExperimentalFeatures, Features, Limits};
 use crate::error::{Error, Result};
 
 use super::coop::{self, Coop};
-use super::launch::IMMEDIATE_BYTES;
+use super::launcher::IMMEDIATE_BYTES;
 
 const CHOICE: &str = "wgpu";
 

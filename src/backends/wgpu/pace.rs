@@ -69,12 +69,9 @@ impl Pace {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::backends::wgpu::shader::Algorithm;
-    use crate::dtype::DType;
 
-    const ALGORITHM: Algorithm = Algorithm::Portable;
-    const SHADER: Shader = Shader::AttentionFused { algorithm: ALGORITHM, dtype: DType::F16, head_dim: 64 };
-    const OTHER: Shader = Shader::AttentionFused { algorithm: ALGORITHM, dtype: DType::F32, head_dim: 64 };
+    const SHADER: Shader = Shader::PackRows;
+    const OTHER: Shader = Shader::ScatterRows;
 
     #[test]
     fn the_limit_grows_with_what_was_seen_and_never_falls() {

@@ -43,8 +43,6 @@ const STAGED_STRIDE: u32 = DIM / 4u + 2u;
 const PROBS_STRIDE: u32 = TILE_KEYS / 4u + 2u;
 const SCORES_STRIDE: u32 = TILE_KEYS / 4u + LANES;
 const VALUES: u32 = TILE_KEYS * STAGED_STRIDE;
-// Below any score: masked scores take it. The lowest biases come close to it.
-const LOWEST: f32 = -3.4028234e38;
 // A row's largest weight is 2^7 when its base is set and never above 2^15, so that weights down to 2^-31 of the largest count.
 const BASE_BELOW: f32 = 7.0;
 const MOST: f32 = 15.0;
@@ -94,7 +92,7 @@ fn step_from(tile: Tile, first_key: u32, invocation: u32) -> Step {
     step.kept = kept_in(tile, step.first_key);
     for (var f = 0u; f < FETCHES; f++) { // unroll
         let key = (invocation + f * INVOCATIONS) / DIM_WORDS;
-        step.rows[f] = key_row(tile, min(step.first_key + key, tile.keys - 1u));
+        step.rows[f] = key_row(tile, min(step.first_key + key, tile.keys.end - 1u));
     }
     return step;
 }
@@ -218,7 +216,7 @@ fn attention(
     if !tile.exists {
         return;
     }
-    if tile.keys == 0u {
+    if tile.keys.end == tile.keys.first {
         write_zeros(tile, invocation);
         return;
     }
@@ -289,9 +287,9 @@ fn attention(
         }
 
         var sums: Sums;
-        var step = step_from(tile, 0u, invocation);
+        var step = step_from(tile, tile.keys.first, invocation);
         var next: Step;
-        if step.first_key < tile.keys {
+        if step.first_key < tile.keys.end {
             next = step_from(tile, step.first_key + TILE_KEYS, invocation);
             seen.y = max(seen.y, stage(fetch_keys(tile, step, invocation), 0u, invocation, factors.k));
             workgroupBarrier();
@@ -308,13 +306,13 @@ fn attention(
             weights[n] = MatrixA();
         }
         // Steps that scale O are left to the outer loop: in a branch of the inner one they would cost every step copies of O.
-        while step.first_key < tile.keys {
+        while step.first_key < tile.keys.end {
             var after: Step;
             var keys: Words;
             var values: Words;
             var scale = 1.0;
             var must_scale = 0u;
-            while step.first_key < tile.keys {
+            while step.first_key < tile.keys.end {
                 workgroupBarrier();
                 after = step_from(tile, next.first_key + TILE_KEYS, invocation);
                 var row_scores: array<vec4<f32>, QUADS>;

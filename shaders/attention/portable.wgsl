@@ -51,8 +51,6 @@ const V_FETCHES: u32 = VALUE_KEYS / VALUE_ROWS;
 // Quads of keys whose weights are shared at a time, and the chunks of values that they meet.
 const QUADS: u32 = min(SHARED / TILE_ROWS, LANES);
 const CHUNKS_OF_QUADS: u32 = QUADS * QUAD / VALUE_KEYS;
-// Below any score: masked scores take it, and it never reaches the exponential.
-const LOWEST: f32 = -3.4028234e38;
 
 const SHARED: u32 = 512u;
 // A chunk of queries; maxima and sums of rows; weights.
@@ -78,14 +76,14 @@ fn staged_key(n: u32) -> u32 {
 fn locate_keys(tile: Tile, first_key: u32, invocation: u32, at: ptr<function, Fetched>) {
     for (var j = 0u; j < K_FETCHES; j++) { // unroll
         let key = first_key + staged_key(invocation / CHUNK_WORDS + j * FETCHED_ROWS);
-        (*at).k_at[j] = tile.k + key_row(tile, min(key, tile.keys - 1u)) * params.k_stride_s;
+        (*at).k_at[j] = tile.k + key_row(tile, min(key, tile.keys.end - 1u)) * params.k_stride_s;
     }
 }
 
 fn locate_values(tile: Tile, first_key: u32, invocation: u32, at: ptr<function, Fetched>) {
     for (var j = 0u; j < V_FETCHES; j++) { // unroll
         let key = first_key + invocation / VALUE_WORDS + j * VALUE_ROWS;
-        (*at).v_at[j] = tile.v + key_row(tile, min(key, tile.keys - 1u)) * params.v_stride_s
+        (*at).v_at[j] = tile.v + key_row(tile, min(key, tile.keys.end - 1u)) * params.v_stride_s
             + min(invocation % VALUE_WORDS, ROW_WORDS - 1u);
     }
 }
@@ -179,14 +177,14 @@ fn attention(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_
         fetched.q_at[j] = tile.q + query_row(tile, row) * params.q_stride_s;
     }
 
-    var first_key = next_step(tile, 0u);
-    if first_key < tile.keys {
+    var first_key = next_step(tile, tile.keys.first);
+    if first_key < tile.keys.end {
         locate_keys(tile, first_key, invocation, &fetched);
         if AHEAD {
             fetch_chunk(0u, invocation, &fetched);
         }
     }
-    while first_key < tile.keys {
+    while first_key < tile.keys.end {
         let kept = kept_in(tile, first_key);
         locate_values(tile, first_key, invocation, &fetched);
 
@@ -279,7 +277,7 @@ fn attention(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_
 
         // O += P·V
         let next_key = next_step(tile, first_key + TILE_KEYS);
-        if next_key < tile.keys {
+        if next_key < tile.keys.end {
             locate_keys(tile, next_key, invocation, &fetched);
         }
         for (var chunk = 0u; chunk < VALUE_CHUNKS; chunk++) {
@@ -298,7 +296,7 @@ fn attention(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_
             if AHEAD && chunk + 1u < VALUE_CHUNKS {
                 fetch_values(&fetched);
                 locate_values(tile, first_key + (chunk + 2u) * VALUE_KEYS, invocation, &fetched);
-            } else if AHEAD && next_key < tile.keys {
+            } else if AHEAD && next_key < tile.keys.end {
                 fetch_chunk(0u, invocation, &fetched);
             }
             for (var quad = 0u; quad < VALUE_QUADS; quad++) {

@@ -1,14 +1,12 @@
-// Tensors of f16, kept as u32 pairs so that no optional feature is needed. A word is the 16 bytes that one load moves: two
-// vec4s of elements.
-
-const VECS_PER_WORD: u32 = 2u;
+// Tensors of f16.
 
 fn widen(word: vec4<u32>, part: u32) -> vec4<f32> {
     let pair = select(word.xy, word.zw, part == 1u);
     return vec4<f32>(unpack2x16float(pair.x), unpack2x16float(pair.y));
 }
 
-// To nearest, ties to even; past the largest f16 to infinity; NaN stays NaN. `pack2x16float` leaves both open.
+// Rounds to nearest, ties to even. Beyond the largest f16 is infinity; NaN stays NaN. Of
+// `pack2x16float` WGSL specifies none of this.
 fn narrow_one(value: f32) -> u32 {
     let bits = bitcast<u32>(value);
     let sign = (bits >> 16u) & 0x8000u;
@@ -26,12 +24,4 @@ fn narrow_one(value: f32) -> u32 {
     let finite = select(normal, select(subnormal, 0u, magnitude < 0x33000000u), magnitude < 0x38800000u);
     let bounded = select(finite, 0x7c00u, magnitude >= 0x477ff000u);
     return sign | select(bounded, 0x7e00u, magnitude > 0x7f800000u);
-}
-
-fn narrow_pair(pair: vec2<f32>) -> u32 {
-    return narrow_one(pair.x) | (narrow_one(pair.y) << 16u);
-}
-
-fn narrow(low: vec4<f32>, high: vec4<f32>) -> vec4<u32> {
-    return vec4<u32>(narrow_pair(low.xy), narrow_pair(low.zw), narrow_pair(high.xy), narrow_pair(high.zw));
 }

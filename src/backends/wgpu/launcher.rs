@@ -1,7 +1,6 @@
-//! Compute launches: submitted here, or recorded into a pass of the application's.
+//! Compiles shaders, and submits launches or records them for the application.
 
 use std::collections::HashMap;
-use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -13,64 +12,26 @@ use wgpu::{
 use crate::call::op::Instant;
 use crate::error::Result;
 
-use super::buffer::Allocator;
-use super::fault::Faults;
+use super::context::Context;
+use super::dispatch::{BINDING_ALIGNMENT, Launch};
 use super::launches::Launches;
 use super::pace::Pace;
 use super::params::AttentionParams;
-use super::placement::BINDING_ALIGNMENT;
 use super::recorder::{Dispatch, Recorder};
-use super::shader::{ParamsIn, Shader};
+use super::shader::{ParamsIn, Shader, source};
 use super::timer::Timer;
 use super::transfer;
 
-/// Uniform parameters lie this far apart: WebGPU's `min_uniform_buffer_offset_alignment`.
-const SLOT_BYTES: usize = 256;
-/// Immediates that every parameter struct fits into; some devices have fewer, which those of copies fit into.
+/// Uniform parameters lie this far apart, since each is a binding.
+const SLOT_BYTES: usize = BINDING_ALIGNMENT as usize;
+/// Bytes of immediates that every parameter struct fits into. Some devices have fewer; the parameters
+/// of copies may fit there too.
 pub(super) const IMMEDIATE_BYTES: u32 = size_of::<AttentionParams>() as u32;
 const PARAMS_USAGE: BufferUsages = BufferUsages::UNIFORM.union(BufferUsages::COPY_DST);
-/// Launches that a buffer of parameters has room for at least.
+/// A buffer of parameters has room for at least this many launches.
 const MIN_SLOTS: usize = 16;
-/// Buffers of parameters kept for reuse: one for each thread that submits at the same time.
+/// Buffers of parameters kept for reuse, one for each thread that submits at the same time.
 const PARAMS_POOL_LEN: usize = 4;
-
-/// A part of a buffer.
-#[derive(Debug, Clone)]
-pub(super) struct Window {
-    pub buffer: wgpu::Buffer,
-    /// A multiple of 256.
-    pub offset: u64,
-    /// A multiple of 4.
-    pub size: u64,
-    /// Name of the argument, if the buffer is the application's.
-    pub argument: Option<&'static str>,
-}
-
-impl Window {
-    pub fn whole(buffer: &wgpu::Buffer) -> Self {
-        Self { buffer: buffer.clone(), offset: 0, size: buffer.size(), argument: None }
-    }
-
-    /// A part of a list of this crate's, with the bytes that the binding begins before it.
-    pub fn part(buffer: &wgpu::Buffer, bytes: Range<u64>) -> (Self, u32) {
-        let offset = bytes.start / BINDING_ALIGNMENT * BINDING_ALIGNMENT;
-        let window = Self { buffer: buffer.clone(), offset, size: bytes.end - offset, argument: None };
-        (window, (bytes.start - offset) as u32)
-    }
-}
-
-/// One dispatch.
-#[derive(Debug)]
-pub(super) struct Launch {
-    pub shader: Shader,
-    /// The shader's parameter struct; at most 256 bytes.
-    pub params: Vec<u8>,
-    /// In the order of the shader's bindings.
-    pub windows: Vec<Window>,
-    pub groups: [u32; 3],
-    /// Floating-point operations, at most; 0 for what moves rows.
-    pub operations: u64,
-}
 
 #[derive(Debug)]
 struct Pipeline {
@@ -78,12 +39,12 @@ struct Pipeline {
     layout: wgpu::BindGroupLayout,
 }
 
-/// A launch with all that it binds.
+/// A launch and its bind group.
 #[derive(Debug)]
 struct Bound<'a> {
     pipeline: Arc<Pipeline>,
     bind_group: wgpu::BindGroup,
-    /// None if they are in a buffer.
+    /// None if the parameters are in a buffer.
     immediates: Option<&'a [u8]>,
     groups: [u32; 3],
 }
@@ -94,28 +55,22 @@ fn dispatch(pass: &mut dyn Dispatch, launches: &[Bound<'_>]) {
     }
 }
 
-/// Compiles shaders once; submits or records launches.
+/// Compiles each shader once; submits or records launches.
 #[derive(Debug)]
 pub(super) struct Launcher {
-    device: wgpu::Device,
-    queue: wgpu::Queue,
-    faults: Arc<Faults>,
     /// Immediates that a shader may have: 0 without the feature.
     max_immediate_bytes: u32,
     pipelines: Mutex<HashMap<Shader, Arc<Pipeline>>>,
-    /// The application's.
+    /// An external cache.
     pipeline_cache: Mutex<Option<wgpu::PipelineCache>>,
     /// Buffers of parameters whose launches are submitted: a later write to one comes after them.
     params_pool: Mutex<Vec<wgpu::Buffer>>,
 }
 
 impl Launcher {
-    pub fn new(device: &wgpu::Device, queue: &wgpu::Queue, faults: &Arc<Faults>) -> Self {
+    pub fn new(device: &wgpu::Device) -> Self {
         let has_immediates = device.features().contains(wgpu::Features::IMMEDIATES);
         Self {
-            device: device.clone(),
-            queue: queue.clone(),
-            faults: Arc::clone(faults),
             max_immediate_bytes: if has_immediates { device.limits().max_immediate_size } else { 0 },
             pipelines: Mutex::default(),
             pipeline_cache: Mutex::default(),
@@ -123,36 +78,31 @@ impl Launcher {
         }
     }
 
-    /// Submits launches in order, as one command buffer, or several if they are long; each sees what the ones before it wrote.
-    /// No lock is held meanwhile: a submission runs the application's callbacks.
-    pub fn submit(
-        &self,
-        launches: &Launches<'_>,
-        allocator: &Allocator,
-        timer: &Timer,
-        pace: &Arc<Pace>,
-    ) -> Result<()> {
-        self.faults.check()?;
+    /// Submits launches in order, as one command buffer, or several if they are long. Each launch sees
+    /// what earlier ones wrote. No lock is held meanwhile: a submission runs the application's
+    /// callbacks.
+    pub fn submit(&self, context: &Context, launches: &Launches<'_>, timer: &Timer, pace: &Arc<Pace>) -> Result<()> {
+        context.faults.check()?;
         let submissions = launches.submissions();
         if submissions.is_empty() {
             return Ok(());
         }
         let list = launches.as_slice();
-        let params = self.has_uniforms(list).then(|| self.take_params(list.len(), allocator)).transpose()?;
-        let bound = self.bind(list, params.as_ref(), allocator)?;
+        let params = self.has_uniforms(list).then(|| self.take_params(context, list.len())).transpose()?;
+        let bound = self.bind(context, list, params.as_ref())?;
         log::debug!("submitting {} dispatches in {} command buffers", list.len(), submissions.len());
         let passes =
             submissions.into_iter().map(|range| Ok((range, timer.next_pass()?))).collect::<Result<Vec<_>>>()?;
         let started = Instant::now();
-        self.faults.capture("a launch", 0, || {
+        context.faults.capture("a launch", 0, || {
             for (range, timestamps) in passes {
-                let mut encoder = self.device.create_command_encoder(&Default::default());
+                let mut encoder = context.device.create_command_encoder(&Default::default());
                 {
                     let timestamp_writes = timestamps.as_ref().map(|pass| pass.writes());
                     let descriptor = wgpu::ComputePassDescriptor { label: Some("varlen-fa"), timestamp_writes };
                     dispatch(&mut encoder.begin_compute_pass(&descriptor), &bound[range]);
                 }
-                self.queue.submit([encoder.finish()]);
+                context.queue.submit([encoder.finish()]);
             }
         })?;
         if let Some(params) = params {
@@ -161,28 +111,28 @@ impl Launcher {
                 pool.push(params);
             }
         }
-        self.faults.check()?;
+        context.faults.check()?;
         let telling = launches.main().filter(|&(shader, operations)| pace.is_telling(shader, operations));
         let Some((shader, operations)) = telling else { return Ok(()) };
         let pace = Arc::clone(pace);
         let done = move || pace.learn(shader, operations, started.elapsed());
-        self.faults.capture("a launch", 0, || self.queue.on_submitted_work_done(done))
+        context.faults.capture("a launch", 0, || context.queue.on_submitted_work_done(done))
     }
 
-    /// Records launches in order. Nothing is recorded on an error. When, in which order and whether the recording is submitted
-    /// is the application's affair: its parameters lie in the recording, or in a buffer of their own that is written before the next
-    /// submission of any kind.
-    pub fn record(&self, launches: &[Launch], allocator: &Allocator, recorder: Recorder<'_>) -> Result<()> {
-        self.faults.check()?;
+    /// Records launches in order. Nothing is recorded on an error. The application decides whether,
+    /// when and in which order the recording is submitted: the parameters lie in the recording, or in
+    /// a buffer of its own that is written before the next submission of any kind.
+    pub fn record(&self, context: &Context, launches: &[Launch], recorder: Recorder<'_>) -> Result<()> {
+        context.faults.check()?;
         if launches.is_empty() {
             return Ok(());
         }
         log::debug!("recording {} dispatches", launches.len());
         let bytes = (launches.len() * SLOT_BYTES) as u64;
-        let buffer = || allocator.unproven("params", bytes, PARAMS_USAGE);
+        let buffer = || context.allocator.unproven("params", bytes, PARAMS_USAGE);
         let params = self.has_uniforms(launches).then(buffer).transpose()?;
-        let bound = self.bind(launches, params.as_ref(), allocator)?;
-        self.faults.capture("recording", 0, || {
+        let bound = self.bind(context, launches, params.as_ref())?;
+        context.faults.capture("recording", 0, || {
             recorder.pass(|pass| dispatch(pass, &bound));
         })
     }
@@ -195,7 +145,7 @@ impl Launcher {
         launches.iter().any(|launch| self.params_in(launch.shader) == ParamsIn::Uniform)
     }
 
-    fn take_params(&self, launches: usize, allocator: &Allocator) -> Result<wgpu::Buffer> {
+    fn take_params(&self, context: &Context, launches: usize) -> Result<wgpu::Buffer> {
         let bytes = |slots: usize| (slots * SLOT_BYTES) as u64;
         {
             let mut pool = self.params_pool.lock().unwrap_or_else(PoisonError::into_inner);
@@ -203,96 +153,78 @@ impl Launcher {
                 return Ok(pool.swap_remove(index));
             }
         }
-        allocator.unproven("params", bytes(launches.next_power_of_two().max(MIN_SLOTS)), PARAMS_USAGE)
+        context.allocator.unproven("params", bytes(launches.next_power_of_two().max(MIN_SLOTS)), PARAMS_USAGE)
     }
 
-    /// Compiles what is not compiled yet, has the parameters written before the next submission if there is a buffer for them,
-    /// and makes the bind groups.
+    /// Compiles what is not compiled yet, has the parameters written before the next submission if
+    /// there is a buffer for them, and makes the bind groups.
     fn bind<'a>(
         &self,
+        context: &Context,
         launches: &'a [Launch],
         params: Option<&wgpu::Buffer>,
-        allocator: &Allocator,
     ) -> Result<Vec<Bound<'a>>> {
-        let pipelines = launches.iter().map(|launch| self.pipeline(launch.shader)).collect::<Result<Vec<_>>>()?;
+        let pipelines =
+            launches.iter().map(|launch| self.pipeline(context, launch.shader)).collect::<Result<Vec<_>>>()?;
         if let Some(params) = params {
             let mut slots = vec![0; launches.len() * SLOT_BYTES];
             for (slot, launch) in slots.chunks_exact_mut(SLOT_BYTES).zip(launches) {
                 slot[..launch.params.len()].copy_from_slice(&launch.params);
             }
-            transfer::write(&self.queue, &self.faults, params, 0..slots.len() as u64, &slots)?;
+            transfer::write(context, params, 0..slots.len() as u64, &slots)?;
         }
-        let bound = self.faults.capture("binding buffers", 0, || {
+        let bound = context.faults.capture("binding buffers", 0, || {
             let bind = |(slot, (launch, pipeline)): (usize, (&'a Launch, Arc<Pipeline>))| {
                 let is_uniform = self.params_in(launch.shader) == ParamsIn::Uniform;
-                let bind_group = self.bind_group(launch, &pipeline, params.filter(|_| is_uniform), slot);
+                let bind_group = bind_group(context, launch, &pipeline, params.filter(|_| is_uniform), slot);
                 let immediates = (!is_uniform).then_some(launch.params.as_slice());
                 Bound { pipeline, bind_group, immediates, groups: launch.groups }
             };
             launches.iter().zip(pipelines).enumerate().map(bind).collect()
         });
         bound.map_err(|error| {
-            // Which buffer it is, if it is one of the application's.
-            let foreign = launches.iter().flat_map(|launch| &launch.windows);
-            let named = foreign.filter_map(|window| Some((window.argument?, &window.buffer)));
-            named
-                .filter_map(|(argument, buffer)| allocator.expect_bindable(argument, buffer).err())
+            // Name the buffer, if it is an external one.
+            let windows = launches.iter().flat_map(|launch| &launch.windows);
+            let external = windows.filter_map(|window| Some((window.argument?, &window.buffer)));
+            external
+                .filter_map(|(argument, buffer)| context.allocator.expect_bindable(argument, buffer).err())
                 .next()
                 .unwrap_or(error)
         })
     }
 
-    fn bind_group(
-        &self,
-        launch: &Launch,
-        pipeline: &Pipeline,
-        params: Option<&wgpu::Buffer>,
-        slot: usize,
-    ) -> wgpu::BindGroup {
-        let binding = |buffer, offset, size| {
-            BindingResource::Buffer(BufferBinding { buffer, offset, size: std::num::NonZeroU64::new(size) })
-        };
-        let params = params.map(|buffer| (0, binding(buffer, (slot * SLOT_BYTES) as u64, SLOT_BYTES as u64)));
-        let storage = launch.windows.iter().map(|window| binding(&window.buffer, window.offset, window.size));
-        let entries: Vec<_> = params
-            .into_iter()
-            .chain((1..).zip(storage))
-            .map(|(binding, resource)| BindGroupEntry { binding, resource })
-            .collect();
-        let layout = &pipeline.layout;
-        self.device.create_bind_group(&wgpu::BindGroupDescriptor { label: None, layout, entries: &entries })
-    }
-
-    fn pipeline(&self, shader: Shader) -> Result<Arc<Pipeline>> {
+    fn pipeline(&self, context: &Context, shader: Shader) -> Result<Arc<Pipeline>> {
         let mut pipelines = self.pipelines.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(pipeline) = pipelines.get(&shader) {
             return Ok(Arc::clone(pipeline));
         }
         let cache = self.pipeline_cache.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        let compiled =
-            self.faults.capture("compiling a shader", 0, || Arc::new(self.compile(shader, cache.as_ref())))?;
+        let compiled = context
+            .faults
+            .capture("compiling a shader", 0, || Arc::new(self.compile(context, shader, cache.as_ref())))?;
         pipelines.insert(shader, Arc::clone(&compiled));
         Ok(compiled)
     }
 
-    /// Compiles with the application's cache from now on. A small shader shows whether it is one of this device.
-    pub fn set_pipeline_cache(&self, cache: &wgpu::PipelineCache) -> Result<()> {
+    /// Compiles with an external cache from now on. A small shader shows whether it is one of this
+    /// device.
+    pub fn set_pipeline_cache(&self, context: &Context, cache: &wgpu::PipelineCache) -> Result<()> {
         let (shader, operation) = (Shader::ZeroRows, "compiling a shader with a pipeline cache");
-        // wgpu panics where the cache is of another instance, which has handles of its own.
-        let compile = || catch_unwind(AssertUnwindSafe(|| self.compile(shader, Some(cache))));
-        let Ok(compiled) = self.faults.capture(operation, 0, compile)? else {
-            return Err(self.faults.explain(operation, "the cache is not one of this wgpu instance".to_owned()));
+        // wgpu panics where the cache belongs to another instance.
+        let compile = || catch_unwind(AssertUnwindSafe(|| self.compile(context, shader, Some(cache))));
+        let Ok(compiled) = context.faults.capture(operation, 0, compile)? else {
+            return Err(context.faults.explain(operation, "the cache belongs to another wgpu instance".to_owned()));
         };
         self.pipelines.lock().unwrap_or_else(PoisonError::into_inner).insert(shader, Arc::new(compiled));
         *self.pipeline_cache.lock().unwrap_or_else(PoisonError::into_inner) = Some(cache.clone());
         Ok(())
     }
 
-    fn compile(&self, shader: Shader, cache: Option<&wgpu::PipelineCache>) -> Pipeline {
+    fn compile(&self, context: &Context, shader: Shader, cache: Option<&wgpu::PipelineCache>) -> Pipeline {
         let (name, params_in) = (shader.entry_point(), self.params_in(shader));
         let descriptor = wgpu::ShaderModuleDescriptor {
             label: Some(name),
-            source: ShaderSource::Wgsl(shader.source(params_in).into()),
+            source: ShaderSource::Wgsl(source(shader, params_in).into()),
         };
         // Bounds checks and loop counters cost these kernels several times their run time: they keep loops from unrolling.
         let checks = ShaderRuntimeChecks { bounds_checks: false, force_loop_bounding: false, ..Default::default() };
@@ -304,20 +236,9 @@ impl Launcher {
         // for rows and keys that their tile has. Positions in private and workgroup arrays are bounded by constants, and so are
         // the matrices that are loaded from workgroup arrays and stored to them, with their strides. Every loop counts up to a
         // bound that does not change in it; that over steps of keys goes on by a step at least with each turn.
-        let module = unsafe { self.device.create_shader_module_trusted(descriptor, checks) };
-        let entry = |(binding, ty)| wgpu::BindGroupLayoutEntry {
-            binding,
-            visibility: ShaderStages::COMPUTE,
-            ty: BindingType::Buffer { ty, has_dynamic_offset: false, min_binding_size: None },
-            count: None,
-        };
-        let storage = shader.bindings().iter().map(|binding| BufferBindingType::Storage { read_only: !binding.writes });
-        let params = (params_in == ParamsIn::Uniform).then_some((0, BufferBindingType::Uniform));
-        let entries: Vec<_> = params.into_iter().chain((1..).zip(storage)).map(entry).collect();
-        let layout = self
-            .device
-            .create_bind_group_layout(&wgpu::BindGroupLayoutDescriptor { label: Some(name), entries: &entries });
-        let pipeline_layout = self.device.create_pipeline_layout(&wgpu::PipelineLayoutDescriptor {
+        let module = unsafe { context.device.create_shader_module_trusted(descriptor, checks) };
+        let layout = bind_group_layout(context, shader, params_in);
+        let pipeline_layout = context.device.create_pipeline_layout(&wgpu::PipelineLayoutDescriptor {
             label: Some(name),
             bind_group_layouts: &[Some(&layout)],
             immediate_size: match params_in {
@@ -325,7 +246,7 @@ impl Launcher {
                 ParamsIn::Immediates => shader.params_bytes(),
             },
         });
-        let pipeline = self.device.create_compute_pipeline(&wgpu::ComputePipelineDescriptor {
+        let pipeline = context.device.create_compute_pipeline(&wgpu::ComputePipelineDescriptor {
             label: Some(name),
             layout: Some(&pipeline_layout),
             module: &module,
@@ -339,4 +260,41 @@ impl Launcher {
         });
         Pipeline { pipeline, layout }
     }
+}
+
+/// Parameters at binding 0 if they are in a buffer, then the shader's storage buffers.
+fn bind_group_layout(context: &Context, shader: Shader, params_in: ParamsIn) -> wgpu::BindGroupLayout {
+    let entry = |(binding, ty)| wgpu::BindGroupLayoutEntry {
+        binding,
+        visibility: ShaderStages::COMPUTE,
+        ty: BindingType::Buffer { ty, has_dynamic_offset: false, min_binding_size: None },
+        count: None,
+    };
+    let storage = shader.bindings().iter().map(|binding| BufferBindingType::Storage { read_only: !binding.writes });
+    let params = (params_in == ParamsIn::Uniform).then_some((0, BufferBindingType::Uniform));
+    let entries: Vec<_> = params.into_iter().chain((1..).zip(storage)).map(entry).collect();
+    let label = Some(shader.entry_point());
+    context.device.create_bind_group_layout(&wgpu::BindGroupLayoutDescriptor { label, entries: &entries })
+}
+
+/// Binds what a launch binds; its parameters lie in `slot`, if they are in a buffer.
+fn bind_group(
+    context: &Context,
+    launch: &Launch,
+    pipeline: &Pipeline,
+    params: Option<&wgpu::Buffer>,
+    slot: usize,
+) -> wgpu::BindGroup {
+    let binding = |buffer, offset, size| {
+        BindingResource::Buffer(BufferBinding { buffer, offset, size: std::num::NonZeroU64::new(size) })
+    };
+    let params = params.map(|buffer| (0, binding(buffer, (slot * SLOT_BYTES) as u64, SLOT_BYTES as u64)));
+    let storage = launch.windows.iter().map(|window| binding(&window.buffer, window.offset, window.size));
+    let entries: Vec<_> = params
+        .into_iter()
+        .chain((1..).zip(storage))
+        .map(|(binding, resource)| BindGroupEntry { binding, resource })
+        .collect();
+    let layout = &pipeline.layout;
+    context.device.create_bind_group(&wgpu::BindGroupDescriptor { label: None, layout, entries: &entries })
 }

@@ -1,4 +1,4 @@
-//! The application's device and queue: whether they can be computed on.
+//! External devices and queues: whether they can be computed on.
 
 #[cfg(not(target_arch = "wasm32"))]
 use std::sync::mpsc;
@@ -8,26 +8,35 @@ use std::time::Duration;
 use crate::error::{Error, Result};
 
 #[cfg(not(target_arch = "wasm32"))]
-use super::fault::Faults;
-use super::placement::{BINDING_ALIGNMENT, MAX_GROUPS};
+use super::context::Context;
+use super::dispatch::{BINDING_ALIGNMENT, MAX_GROUPS};
+use super::shader::{INVOCATIONS, MAX_STORAGE_BUFFERS};
+#[cfg(not(target_arch = "wasm32"))]
+use super::wait;
 
-/// What the shaders need of a device's limits: name, value, least or greatest that will do. All are WebGPU's defaults.
+/// What the shaders need of a device's limits: name, value, least or greatest that will do. All are
+/// WebGPU's defaults.
 fn needs(limits: &wgpu::Limits) -> [(&'static str, u64, Need); 10] {
     use Need::{AtLeast, AtMost};
-    let alignment = AtMost(BINDING_ALIGNMENT);
+    let (invocations, alignment) = (AtLeast(INVOCATIONS as u64), AtMost(BINDING_ALIGNMENT));
+    let storage_buffers = u64::from(MAX_STORAGE_BUFFERS);
     [
-        ("max_compute_invocations_per_workgroup", limits.max_compute_invocations_per_workgroup.into(), AtLeast(256)),
-        ("max_compute_workgroup_size_x", limits.max_compute_workgroup_size_x.into(), AtLeast(256)),
+        ("max_compute_invocations_per_workgroup", limits.max_compute_invocations_per_workgroup.into(), invocations),
+        ("max_compute_workgroup_size_x", limits.max_compute_workgroup_size_x.into(), invocations),
         (
             "max_compute_workgroups_per_dimension",
             limits.max_compute_workgroups_per_dimension.into(),
             AtLeast(MAX_GROUPS as u64),
         ),
         ("max_compute_workgroup_storage_size", limits.max_compute_workgroup_storage_size.into(), AtLeast(16 << 10)),
-        ("max_storage_buffers_per_shader_stage", limits.max_storage_buffers_per_shader_stage.into(), AtLeast(7)),
-        ("max_bindings_per_bind_group", limits.max_bindings_per_bind_group.into(), AtLeast(8)),
+        (
+            "max_storage_buffers_per_shader_stage",
+            limits.max_storage_buffers_per_shader_stage.into(),
+            AtLeast(storage_buffers),
+        ),
+        ("max_bindings_per_bind_group", limits.max_bindings_per_bind_group.into(), AtLeast(1 + storage_buffers)),
         ("max_bind_groups", limits.max_bind_groups.into(), AtLeast(1)),
-        ("max_uniform_buffer_binding_size", limits.max_uniform_buffer_binding_size, AtLeast(256)),
+        ("max_uniform_buffer_binding_size", limits.max_uniform_buffer_binding_size, AtLeast(BINDING_ALIGNMENT)),
         ("min_uniform_buffer_offset_alignment", limits.min_uniform_buffer_offset_alignment.into(), alignment),
         ("min_storage_buffer_offset_alignment", limits.min_storage_buffer_offset_alignment.into(), alignment),
     ]
@@ -39,7 +48,7 @@ enum Need {
     AtMost(u64),
 }
 
-/// That the limits which the device was created with are enough for every shader.
+/// Checks that the limits which the device was created with are enough for every shader.
 pub(super) fn expect_limits(limits: &wgpu::Limits) -> Result<()> {
     for (limit_name, got, need) in needs(limits) {
         let expected = match need {
@@ -56,16 +65,17 @@ pub(super) fn expect_limits(limits: &wgpu::Limits) -> Result<()> {
 #[cfg(not(target_arch = "wasm32"))]
 const CALLBACK_PATIENCE: Duration = Duration::from_millis(50);
 
-/// That the queue is the device's. What is asked of another device's queue would fail where no error scope reaches.
+/// Checks that the queue is the device's. Work submitted to another device's queue would fail where no
+/// error scope reaches.
 #[cfg(not(target_arch = "wasm32"))]
-pub(super) fn expect_own_queue(queue: &wgpu::Queue, faults: &Faults) -> Result<()> {
+pub(super) fn expect_own_queue(context: &Context) -> Result<()> {
     let (done, is_done) = mpsc::channel();
-    queue.on_submitted_work_done(move || {
+    context.queue.on_submitted_work_done(move || {
         // The receiver is gone only if this function has returned already.
         let _ = done.send(());
     });
-    // Waiting for a device runs the callbacks of its own queue alone.
-    faults.wait()?;
+    // Waiting for a device runs only the callbacks of its own queue.
+    wait::now(&context.name, wait::WAITING, wait::for_work(context))?;
     is_done.recv_timeout(CALLBACK_PATIENCE).map_err(|_| Error::QueueMismatch)
 }
 

@@ -12,17 +12,18 @@
 //! A submission also runs callbacks of the application that were waiting, on our thread and inside our scopes: an error that one of
 //! them raises comes out of our call.
 
-#[cfg(not(target_arch = "wasm32"))]
-use std::panic::{AssertUnwindSafe, catch_unwind};
+#[cfg(target_arch = "wasm32")]
+mod closed_scopes;
+
 use std::sync::{Arc, Mutex, PoisonError};
 
 #[cfg(not(target_arch = "wasm32"))]
-use wgpu::{BufferUsages, PollType};
+use wgpu::BufferUsages;
 
 use crate::error::{Error, Result};
 
 #[cfg(target_arch = "wasm32")]
-use super::later::{Caught, ClosedScopes, signal};
+use closed_scopes::{Caught, ClosedScopes};
 
 /// Collects the faults of one device.
 #[derive(Debug)]
@@ -88,7 +89,7 @@ impl Faults {
         }
     }
 
-    fn check_lost(&self) -> Result<()> {
+    pub fn check_lost(&self) -> Result<()> {
         match &*self.lost.lock().unwrap_or_else(PoisonError::into_inner) {
             Some(why) => Err(Error::DeviceLost { device: self.device_name.to_string(), why: why.clone() }),
             None => Ok(()),
@@ -99,7 +100,7 @@ impl Faults {
         self.first.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
     }
 
-    fn lose(&self, why: String) {
+    pub fn lose(&self, why: String) {
         self.lost.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(why);
     }
 
@@ -174,16 +175,6 @@ impl Faults {
         self.report(self.error_of(error, operation, requested));
     }
 
-    /// Waits for all work submitted so far, and for what error scopes caught.
-    #[cfg(target_arch = "wasm32")]
-    pub async fn wait_async(&self, queue: &wgpu::Queue) -> Result<()> {
-        self.check_lost()?;
-        let (done, is_done) = signal();
-        queue.on_submitted_work_done(move || done(()));
-        is_done.await;
-        self.settle().await
-    }
-
     /// Waits for what error scopes caught, and gives the first error since the last check.
     #[cfg(target_arch = "wasm32")]
     pub async fn settle(&self) -> Result<()> {
@@ -191,21 +182,6 @@ impl Faults {
             self.report_caught(caught);
         }
         self.check()
-    }
-
-    /// Waits for all work submitted so far, and runs the callbacks that wait for it.
-    #[cfg(not(target_arch = "wasm32"))]
-    pub fn wait(&self) -> Result<()> {
-        // wgpu panics where the driver reports the device lost while it is waited for.
-        let polled = catch_unwind(AssertUnwindSafe(|| self.device.poll(PollType::wait_indefinitely())));
-        match polled {
-            Ok(Ok(_)) => self.probe().and_then(|()| self.check()),
-            Ok(Err(error)) => Err(self.explain("waiting for the device", error.to_string())),
-            Err(_) => {
-                self.lose("waiting for it failed".to_owned());
-                self.check_lost()
-            }
-        }
     }
 
     /// What came of an operation whose failure says nothing itself.
