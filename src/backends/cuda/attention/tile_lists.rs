@@ -1,17 +1,17 @@
-//! The lists by which `attention_sm90` works on padded tensors in place: which rows make its tiles, and which it only writes as
-//! zeros. `kernels/attention/tile_lists.cuh` says what each list means; here they are made from the runs of the metadata.
+//! The lists by which the sm90 and the sm100 kernel read padded tensors: which rows make their tiles, and
+//! which rows they only write as zeros. `kernels/attention/tile_lists.cuh` says what each list means;
+//! here they are made from the runs of the metadata.
 
+use crate::backends::cuda::kernels::params::{BatchTiles, ZeroSpan};
 use crate::mask::key_mask::Run;
 use crate::mask::meta::{GROUP_ROWS, VarlenMeta};
 
-use super::params::{BatchTiles, ZeroSpan};
-
-/// Rows of a range of zeros, at most.
+/// Most rows of a range of zeros.
 const ZERO_ROWS: usize = 64;
 
 /// The lists of one call. All numbers fit an `i32`: `KeyMask` bounds batch · seq by `i32::MAX`.
 #[derive(Debug, Clone, PartialEq, Default)]
-pub(super) struct TileLists {
+pub struct TileLists {
     /// The most work first.
     pub batches: Vec<BatchTiles>,
     pub query_groups: Vec<i32>,
@@ -21,7 +21,7 @@ pub(super) struct TileLists {
 }
 
 impl TileLists {
-    /// For tiles of so many query rows and keys, both multiples of [`GROUP_ROWS`].
+    /// For tiles of these numbers of query rows and keys, both multiples of [`GROUP_ROWS`].
     pub fn new(query: &VarlenMeta, key: &VarlenMeta, tile_queries: usize, tile_keys: usize) -> Self {
         let mut lists = Self::default();
         // All numbers below fit: KeyMask bounds batch · seq by i32::MAX.
@@ -42,7 +42,7 @@ impl TileLists {
                 masked_key_tiles: masked_key_tiles as i32,
             });
         }
-        // By the time that a tile takes: a row that starts late must not be a long one.
+        // The longest work first: a row that starts late must not be a long one.
         lists.batches.sort_by_key(|batch| std::cmp::Reverse((batch.key_tiles, batch.query_tiles)));
         lists
     }
@@ -58,7 +58,7 @@ impl TileLists {
         self.batches.iter().map(|batch| batch.query_tiles as usize).sum()
     }
 
-    /// Gives the number of tiles.
+    /// Adds the query tiles and the zeros of a batch row; returns the number of tiles.
     fn cover_queries(&mut self, row: usize, runs: &[Run], seq: usize, tile: usize) -> usize {
         let (before, mut covered) = (self.query_groups.len(), 0);
         for run in runs {
@@ -82,7 +82,7 @@ impl TileLists {
         }
     }
 
-    /// Gives the number of masked tiles, which come first.
+    /// Adds the key tiles of a batch row; returns the number of masked ones, which come first.
     fn cover_keys(&mut self, runs: &[Run], seq: usize, tile: usize) -> usize {
         let (before, first_tile, mut covered) = (self.key_groups.len(), self.key_tiles.len(), 0);
         for run in runs {
@@ -107,7 +107,7 @@ impl TileLists {
     }
 }
 
-/// Whole tiles of groups: those that are missing start at the end of the row, where there is nothing.
+/// Fills up the last tile with groups that start at the end of the row, past its last token.
 fn fill_up(groups: &mut Vec<i32>, before: usize, tile: usize, seq: usize) {
     let whole = before + (groups.len() - before).next_multiple_of(tile / GROUP_ROWS);
     groups.resize(whole, seq as i32);

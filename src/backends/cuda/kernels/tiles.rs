@@ -16,7 +16,7 @@ const STAGE_TENSORS: u32 = 2;
 
 /// Sizes of the sm80 kernel for one compiled head dimension.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub(super) struct Tile {
+pub struct Tile {
     /// Head dimension that the kernel is compiled for; smaller ones run in it too.
     pub width: u32,
     /// Query rows of a thread block.
@@ -28,7 +28,7 @@ pub(super) struct Tile {
 
 /// The forms of the sm80 kernel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub(super) enum FormSm80 {
+pub enum FormSm80 {
     /// Padded or packed rows, all of them.
     Plain,
     /// Adds the key mask, the bias and the rows to be written as zeros.
@@ -103,7 +103,7 @@ const _: () = {
 
 /// Sizes of a kernel with tile lists for one compiled head dimension.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub(super) struct ListTile {
+pub struct ListTile {
     /// Whose sizes they are.
     pub kernel: Kernel,
     /// Head dimension that the kernel is compiled for; smaller ones run in it too.
@@ -116,7 +116,7 @@ pub(super) struct ListTile {
     pub threads: u32,
     /// Dynamic shared memory of a block.
     pub shared_bytes: u32,
-    /// Warpgroups that share a query tile's rows, if several blocks can share its keys ([`Split`](super::split::Split)).
+    /// Warpgroups that share a query tile's rows, if several blocks can share its keys.
     pub splitting_warpgroups: Option<u32>,
 }
 
@@ -210,9 +210,9 @@ const _: () = {
     }
 };
 
-const SM80_TILES: &[u8] = include_bytes!("../../../kernels/attention/sm80/tiles.h");
-const SM90_TILES: &[u8] = include_bytes!("../../../kernels/attention/sm90/tiles.h");
-const SM100_TILES: &[u8] = include_bytes!("../../../kernels/attention/sm100/tiles.h");
+const SM80_TILES: &[u8] = include_bytes!("../../../../kernels/attention/sm80/tiles.h");
+const SM90_TILES: &[u8] = include_bytes!("../../../../kernels/attention/sm90/tiles.h");
+const SM100_TILES: &[u8] = include_bytes!("../../../../kernels/attention/sm100/tiles.h");
 
 /// The first entry of a table, by rising widths, that is as wide as a head dimension.
 fn narrowest<const FIELDS: usize>(table: &[[u32; FIELDS]], head_dim: usize) -> Option<[u32; FIELDS]> {

@@ -1,4 +1,4 @@
-//! GPU time by events on the stream. Timings of several threads may overlap: each has events of its own.
+//! GPU time by events on the stream. Timings of several threads may overlap: each has its own events.
 
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -12,7 +12,7 @@ use crate::error::{Error, Result};
 
 use super::context::Context;
 
-/// An event of a context that outlives it.
+/// An event. Its context outlives it.
 #[derive(Debug)]
 struct Event(CUevent);
 
@@ -20,7 +20,7 @@ struct Event(CUevent);
 unsafe impl Send for Event {}
 
 impl Event {
-    /// An event behind all work launched so far; the context is current.
+    /// An event after all work launched so far; the context is current.
     fn record(context: &Context) -> Result<Self, DriverError> {
         let event = Self(event::create(CUevent_flags::CU_EVENT_DEFAULT)?);
         // SAFETY: the event was just made, in the stream's context.
@@ -48,22 +48,22 @@ impl Drop for Event {
 
 /// The timings under way.
 #[derive(Debug, Default)]
-pub(super) struct Timers {
-    /// Two that started at the same instant may be taken for one another, which changes nothing.
+pub struct Timers {
+    /// Two that started at the same instant may be mistaken for each other, which changes nothing.
     running: Mutex<Vec<(Instant, Event)>>,
 }
 
 impl Timers {
-    /// Starts a timing, and gives what tells it apart.
+    /// Starts a timing, and returns the instant that identifies it.
     pub fn start(&self, context: &Context) -> Result<Instant> {
         context.expect_no_capture("timing")?;
-        let event = context.done(Event::record(context), "timing")?;
+        let event = context.check(Event::record(context), "timing")?;
         let started = Instant::now();
         self.lock().push((started, event));
         Ok(started)
     }
 
-    /// Waits for all work and gives the time between the stream's arrival at the start and here.
+    /// Waits for all work and returns the time between the stream's arrival at the start and here.
     pub fn stop(&self, context: &Context, started: Instant) -> Result<Timing> {
         let begin = {
             let mut running = self.lock();
@@ -76,7 +76,7 @@ impl Timers {
         };
         context.expect_no_capture("timing")?;
         let measured = Event::record(context).and_then(|end| begin.milliseconds_until(&end));
-        let seconds = f64::from(context.done(measured, "timing")?) / 1e3;
+        let seconds = f64::from(context.check(measured, "timing")?) / 1e3;
         let duration = Duration::try_from_secs_f64(seconds).unwrap_or_default();
         Ok(Timing { duration, by_device: true })
     }

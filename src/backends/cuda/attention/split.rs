@@ -1,10 +1,10 @@
 //! How query tiles are shared out among blocks when the last of them would leave multiprocessors idle.
 
-use super::tiles::ListTile;
+use crate::backends::cuda::kernels::tiles::ListTile;
 
 /// Query tiles of a launch, the last of which may be split: several blocks share the keys of each.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Split {
+pub struct Split {
     /// The first that is split.
     pub from: usize,
     /// Parts of each of those.

@@ -1,5 +1,5 @@
-//! What the CUDA driver says of a device, without creating a context. cudarc panics where there is no driver library, so that
-//! is looked for first.
+//! What the CUDA driver says of a device, without creating a context. cudarc panics where there is no
+//! driver library, so that is looked for first.
 
 use std::fmt;
 
@@ -11,7 +11,7 @@ const OLDEST: (i32, i32) = (8, 0);
 
 /// A CUDA device as its driver describes it.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct CudaDeviceInfo {
+pub struct CudaDeviceInfo {
     pub name: String,
     /// Major and minor.
     pub compute_capability: (i32, i32),
@@ -36,7 +36,7 @@ impl CudaDeviceInfo {
         Self::of(index)
     }
 
-    /// The same of the device with an index, which there is; the driver has been started.
+    /// [`probe`](Self::probe) for the index of a device that exists; the driver has been started.
     pub fn of(index: i32) -> Result<Self, String> {
         let info = Self::describe(index).map_err(|error| format!("asking the driver failed: {error}"))?;
         if info.compute_capability < OLDEST {
@@ -71,8 +71,9 @@ impl CudaDeviceInfo {
 ///
 /// # Errors
 /// Why there is none, in words.
-pub(super) fn start_driver() -> Result<(), String> {
-    // SAFETY: loads the driver library, whose initialisers are the vendor's own and safe to run; nothing else is called.
+pub fn start_driver() -> Result<(), String> {
+    // SAFETY: loads the driver library, whose initialisers are the vendor's own and safe to run; nothing
+    // else is called.
     if !unsafe { sys::is_culib_present() } {
         return Err("the NVIDIA driver library (libcuda.so.1 or nvcuda.dll) is not installed".to_owned());
     }
@@ -80,7 +81,7 @@ pub(super) fn start_driver() -> Result<(), String> {
 }
 
 /// Newest CUDA version that the driver knows: 1000 · major + 10 · minor. The driver has been started.
-pub(super) fn driver_version() -> Result<i32, result::DriverError> {
+pub fn driver_version() -> Result<i32, result::DriverError> {
     let mut version = 0;
     // SAFETY: the pointer is to a live integer.
     unsafe { sys::cuDriverGetVersion(&mut version) }.result()?;
@@ -88,7 +89,7 @@ pub(super) fn driver_version() -> Result<i32, result::DriverError> {
 }
 
 /// A CUDA version that the driver gives as 1000 · major + 10 · minor.
-pub(super) fn version(number: i32) -> String {
+pub fn version(number: i32) -> String {
     format!("{}.{}", number / 1000, number % 1000 / 10)
 }
 

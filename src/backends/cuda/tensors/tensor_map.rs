@@ -1,4 +1,5 @@
-//! Tensor maps: what the copy engine of compute capability 9.0 is told of a tensor (`cuTensorMapEncodeTiled`).
+//! Tensor maps: tensors as the copy engine (TMA, from compute capability 9.0 on) is told of them
+//! (`cuTensorMapEncodeTiled`).
 
 use std::ffi::c_void;
 
@@ -8,17 +9,17 @@ use cudarc::driver::sys::{
     CUtensorMapSwizzle,
 };
 
+use crate::backends::cuda::kernels::params::{ELEMENT_BYTES, TensorMap};
 use crate::dtype::DType;
 
-use super::params::{ELEMENT_BYTES, TensorMap};
 use super::placement::Placed;
 
-/// A stride that is never taken: any that the driver accepts.
+/// The stride of a dimension of size 1: any that the driver accepts.
 const UNUSED_STRIDE: u64 = 16;
 
-/// A tensor as its map has it: head dimension, tokens, heads, batch rows.
+/// A tensor as its map describes it: head dimension, tokens, heads, batch rows.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct MappedTensor {
+pub struct MappedTensor {
     pub placed: Placed,
     pub dtype: DType,
     pub head_dim: usize,
@@ -29,11 +30,11 @@ pub(super) struct MappedTensor {
 }
 
 impl MappedTensor {
-    /// The map of boxes of `rows` tokens of one head, `panel` columns wide and swizzled over their width. What lies outside the
-    /// tensor is read as zeros and not written.
+    /// The map of boxes of `rows` tokens of one head, `panel` columns wide and swizzled over their
+    /// width. Elements outside the tensor are read as zeros and not written.
     pub fn encode(&self, panel: u32, rows: u32) -> Result<TensorMap, DriverError> {
         let strides = self.placed.strides;
-        // An extent of 0 is none; nothing is read then.
+        // The driver refuses an extent of 0. Nothing is read then.
         let sizes = [self.head_dim, self.tokens, self.heads, self.batch].map(|size| size.max(1) as u64);
         let stride = |size: u64, stride: i64| match size {
             1 => UNUSED_STRIDE,
@@ -53,7 +54,8 @@ impl MappedTensor {
         };
         let mut map = CUtensorMap { opaque: [0; 16] };
         // SAFETY: the map is the driver's own type; the arrays have an entry for each of the four
-        // dimensions (the strides one less) and live through the call, which reads no memory at the tensor's address.
+        // dimensions (the strides one less) and live through the call, which reads no memory at the
+        // tensor's address.
         unsafe {
             sys::cuTensorMapEncodeTiled(
                 &mut map,

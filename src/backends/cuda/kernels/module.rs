@@ -10,19 +10,21 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use cudarc::driver::DriverError;
 use cudarc::driver::result::{function, module};
-use cudarc::driver::sys::{CUfunction, CUfunction_attribute, CUmodule, CUresult};
+use cudarc::driver::sys::{CUfunction_attribute, CUmodule, CUresult};
 
 use crate::dtype::DType;
 use crate::error::Result;
 use crate::kernel::Kernel;
 
-use super::capture::Relaxed;
-use super::context::Context;
+use crate::backends::cuda::driver::capture::RelaxedCapture;
+use crate::backends::cuda::driver::context::Context;
+use crate::backends::cuda::driver::launch::Function;
+
 use super::tiles::{FormSm80, ListTile, Tile};
 
 /// The CUDA version whose compiler made the kernels, as the driver counts: 1000 · major + 10 · minor. Older drivers do not load
 /// them.
-pub(super) const KERNELS_CUDA: i32 = 13_000;
+pub const KERNELS_CUDA: i32 = 13_000;
 
 /// Bytes at a multiple of 16, as the driver reads the headers of a fatbin where they lie.
 #[cfg_attr(feature = "emulated-sm100", derive(Clone))]
@@ -31,11 +33,11 @@ struct Aligned<Bytes: ?Sized>(Bytes);
 
 type Image = &'static Aligned<[u8]>;
 
-static ATTENTION_SM80: Image = &Aligned(*include_bytes!("../../../kernels/prebuilt/attention_sm80.fatbin"));
-static ATTENTION_SM90: Image = &Aligned(*include_bytes!("../../../kernels/prebuilt/attention_sm90.fatbin"));
-static ATTENTION_SM100: Image = &Aligned(*include_bytes!("../../../kernels/prebuilt/attention_sm100.fatbin"));
-static METADATA: Image = &Aligned(*include_bytes!("../../../kernels/prebuilt/metadata.fatbin"));
-static PACK: Image = &Aligned(*include_bytes!("../../../kernels/prebuilt/pack.fatbin"));
+static ATTENTION_SM80: Image = &Aligned(*include_bytes!("../../../../kernels/prebuilt/attention_sm80.fatbin"));
+static ATTENTION_SM90: Image = &Aligned(*include_bytes!("../../../../kernels/prebuilt/attention_sm90.fatbin"));
+static ATTENTION_SM100: Image = &Aligned(*include_bytes!("../../../../kernels/prebuilt/attention_sm100.fatbin"));
+static METADATA: Image = &Aligned(*include_bytes!("../../../../kernels/prebuilt/metadata.fatbin"));
+static PACK: Image = &Aligned(*include_bytes!("../../../../kernels/prebuilt/pack.fatbin"));
 
 /// Where an attention kernel's code is, and what runs it.
 struct AttentionImage {
@@ -55,7 +57,7 @@ static ATTENTION: [AttentionImage; 3] = [
 
 /// The attention kernels that a chip runs, the preferred ones first.
 #[derive(Clone)]
-pub(super) struct AttentionImages(Vec<(Kernel, Image)>);
+pub struct AttentionImages(Vec<(Kernel, Image)>);
 
 impl AttentionImages {
     /// For a compute capability.
@@ -88,7 +90,7 @@ static EMULATED_SM100: OnceLock<Image> = OnceLock::new();
 
 /// Keeps a fatbin for devices that are opened from now on; false if there is one already.
 #[cfg(feature = "emulated-sm100")]
-pub(super) fn set_emulated_sm100(fatbin: &[u8]) -> bool {
+pub fn set_emulated_sm100(fatbin: &[u8]) -> bool {
     // At a multiple of 16 bytes, and there as long as the process.
     let words = fatbin.len().div_ceil(16).max(1);
     let blocks: &'static mut [Aligned<[u8; 16]>] = Box::leak(vec![Aligned([0; 16]); words].into_boxed_slice());
@@ -105,7 +107,7 @@ pub(super) fn set_emulated_sm100(fatbin: &[u8]) -> bool {
 
 /// A kernel function.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub(super) enum Entry {
+pub enum Entry {
     Pack,
     Scatter,
     MetadataCount,
@@ -166,16 +168,8 @@ impl Entry {
     }
 }
 
-/// A function that is ready to be launched.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Function {
-    pub raw: CUfunction,
-    /// Its dynamic shared memory.
-    pub shared_bytes: u32,
-}
-
 /// The modules of one context.
-pub(super) struct Modules {
+pub struct Modules {
     /// Those that run there.
     attention: Vec<(Kernel, CUmodule)>,
     metadata: CUmodule,
@@ -218,7 +212,7 @@ impl Modules {
     /// Loads the kernels into the current context.
     fn load(images: &AttentionImages) -> Result<Self, DriverError> {
         // Another thread may be capturing a stream.
-        let _relaxed = Relaxed::enter()?;
+        let _relaxed = RelaxedCapture::enter()?;
         let load = |image: Image| {
             // SAFETY: the image is a whole, aligned fatbin, whose header says how long it is.
             unsafe { module::load_data(image.0.as_ptr().cast::<c_void>()) }
@@ -244,14 +238,14 @@ impl Modules {
         if let Some(&found) = functions.get(&entry) {
             return Ok(found);
         }
-        let found = context.done(self.look_up(entry), "looking up a kernel")?;
+        let found = context.check(self.look_up(entry), "looking up a kernel")?;
         functions.insert(entry, found);
         Ok(found)
     }
 
     fn look_up(&self, entry: Entry) -> Result<Function, DriverError> {
         // The driver may load the kernel only now, and the stream may be captured.
-        let _relaxed = Relaxed::enter()?;
+        let _relaxed = RelaxedCapture::enter()?;
         let (name, shared_bytes) = (entry.name(), entry.shared_bytes());
         let module = match entry.home() {
             Home::Pack => Some(self.pack),
@@ -293,7 +287,7 @@ mod tests {
     }
 
     fn manifest() -> Manifest {
-        serde_json::from_str(include_str!("../../../kernels/prebuilt/manifest.json")).unwrap()
+        serde_json::from_str(include_str!("../../../../kernels/prebuilt/manifest.json")).unwrap()
     }
 
     #[test]
@@ -307,7 +301,7 @@ mod tests {
     #[test]
     fn the_images_are_of_the_compiler_that_the_driver_is_checked_for() {
         let compiler = manifest().compiler;
-        let release = format!("release {},", super::super::probe::version(KERNELS_CUDA));
+        let release = format!("release {},", crate::backends::cuda::driver::probe::version(KERNELS_CUDA));
         assert!(compiler.contains(&release), "{compiler} is not {release}");
     }
 

@@ -1,5 +1,6 @@
-//! What the caller brings: a context, a stream, memory. All of it comes as bare numbers, so whatever the driver can tell of them is
-//! asked; the rest is the caller's promise.
+//! Checks of external handles: a context, a stream and memory that belong to the application. They
+//! come as bare numbers. Whatever the driver can tell about them is asked; the rest is the contract of
+//! the unsafe functions.
 
 use std::ffi::c_void;
 use std::ptr;
@@ -10,31 +11,32 @@ use cudarc::driver::sys::{self, CUcontext, CUmemorytype, CUpointer_attribute, CU
 
 use crate::error::{Error, Result};
 
-use super::context::{Context, Current, is_captured};
+use super::capture::is_captured;
+use super::context::{Context, Current};
 use super::fault::describe;
 
-/// `CU_STREAM_LEGACY`: the legacy default stream by another name than null.
+/// `CU_STREAM_LEGACY`: the legacy default stream, which null names too.
 const LEGACY_STREAM: usize = 1;
 /// `CU_STREAM_PER_THREAD`: another stream in each thread that names it.
 const PER_THREAD_STREAM: usize = 2;
-/// Nothing is mapped below, on any system.
+/// No system maps memory below this address.
 const LOWEST_ADDRESS: usize = 4096;
 
 fn bad_handle(argument: &'static str, expected: &str, got: String) -> Error {
     Error::Handle { argument, expected: expected.to_owned(), got }
 }
 
-/// A context and a stream that fit each other. The context is current while this is there.
+/// An external context and a stream of it. The context is current while this exists.
 #[derive(Debug)]
-pub(super) struct CallerHandles {
+pub struct ExternalHandles {
     pub context: CUcontext,
     pub stream: CUstream,
-    /// Of the context's device.
+    /// The index of the context's device.
     pub index: i32,
     _current: Current,
 }
 
-impl CallerHandles {
+impl ExternalHandles {
     /// Refuses values that no handle has, before anything is called.
     pub fn check_values(context: *mut c_void, stream: *mut c_void) -> Result<()> {
         if stream as usize == PER_THREAD_STREAM {
@@ -52,68 +54,88 @@ impl CallerHandles {
         Ok(())
     }
 
-    /// Finds the context, if none is given, and asks the driver whether both are what they should be. The driver has been
-    /// started and is not older than the kernels.
+    /// Finds the context, if none is given, and asks the driver whether both handles are live and
+    /// belong together. The driver has been started and is not older than the kernels.
     ///
     /// # Safety
-    /// The context is null or a live one, and the stream is null, `CU_STREAM_LEGACY` or a live one: the driver need not notice
-    /// other pointers before it follows them.
+    /// The context is null or live, and the stream is null, `CU_STREAM_LEGACY` or live: the driver
+    /// may follow other pointers before it notices what they are.
     pub unsafe fn check(context: *mut c_void, stream: *mut c_void) -> Result<Self> {
-        let (stream, has_context) = (stream.cast::<sys::CUstream_st>(), stream as usize > LEGACY_STREAM);
-        let refused = |argument, expected: &str, error| Err(bad_handle(argument, expected, describe(error)));
-        let context = if !context.is_null() {
-            context.cast::<sys::CUctx_st>()
-        } else if has_context {
-            // SAFETY: by the caller's promise.
-            match unsafe { context_of(stream) } {
-                Ok(context) => context,
-                Err(error) => return refused("stream", "a live CUDA stream", error),
-            }
-        } else {
-            match ctx::get_current() {
-                Ok(Some(context)) => context,
-                Ok(None) => {
-                    let got = "null, and no context is current in this thread".to_owned();
-                    return Err(bad_handle("context", "a CUDA context, or a current one", got));
-                }
-                Err(error) => return refused("context", "a CUDA context, or a current one", error),
-            }
-        };
-        let mut version = 0;
-        // SAFETY: by the caller's promise; the pointer is to a live integer.
-        if let Err(error) = unsafe { sys::cuCtxGetApiVersion(context, &mut version) }.result() {
-            return refused("context", "a live CUDA context", error);
-        }
-        // SAFETY: by the caller's promise, and the driver knows it.
-        let found = unsafe { Current::enter(context) }.and_then(|current| Ok((current, current_device()?)));
-        let (current, index) = match found {
-            Ok(found) => found,
-            Err(error) => return refused("context", "a live CUDA context", error),
-        };
-        // SAFETY: by the caller's promise; of the default stream, the context is current.
-        match unsafe { is_captured(stream) } {
-            Ok(false) => {}
-            Ok(true) => {
-                let device = format!("cuda:{index}");
-                return Err(Error::StreamCaptured { device, operation: "making a device" });
-            }
-            Err(error) => return refused("stream", "a live CUDA stream that is not waiting for a capture", error),
-        }
-        // SAFETY: by the caller's promise; of the default stream, the context is current.
-        match unsafe { context_of(stream) } {
-            // SAFETY: both are live.
-            Ok(other) if other == context || unsafe { have_the_same_number(other, context) } => {}
-            Ok(other) => {
-                let (expected, got) = (format!("a stream of context {context:?}"), format!("one of context {other:?}"));
-                return Err(bad_handle("stream", &expected, got));
-            }
-            Err(error) => return refused("stream", "a live CUDA stream", error),
-        }
+        let stream = stream.cast::<sys::CUstream_st>();
+        // SAFETY: by the caller's promise.
+        let context = unsafe { given_or_implied(context.cast(), stream) }?;
+        // SAFETY: by the caller's promise, or from the driver.
+        let (current, index) = unsafe { enter(context) }?;
+        // SAFETY: by the caller's promise; for the default stream, the context is current.
+        unsafe { expect_uncaptured(stream, index) }?;
+        // SAFETY: as above, and the driver knows the context.
+        unsafe { expect_stream_of(context, stream) }?;
         Ok(Self { context, stream, index, _current: current })
     }
 }
 
-/// The context of a stream; of the default stream, the current one.
+/// The error that a driver call gave for a handle.
+fn refused(argument: &'static str, expected: &str, error: DriverError) -> Error {
+    bad_handle(argument, expected, describe(error))
+}
+
+/// The context that was given; else that of the stream; else the current one.
+///
+/// # Safety
+/// The context is null or live, and the stream is null, `CU_STREAM_LEGACY` or live.
+unsafe fn given_or_implied(context: CUcontext, stream: CUstream) -> Result<CUcontext> {
+    if !context.is_null() {
+        return Ok(context);
+    }
+    if stream as usize > LEGACY_STREAM {
+        // SAFETY: by the caller's promise.
+        return unsafe { context_of(stream) }.map_err(|error| refused("stream", "a live CUDA stream", error));
+    }
+    let expected = "a CUDA context, or a current one";
+    let current = ctx::get_current().map_err(|error| refused("context", expected, error))?;
+    let none = || bad_handle("context", expected, "null, and no context is current in this thread".to_owned());
+    current.ok_or_else(none)
+}
+
+/// Makes a context current; returns that and the index of its device.
+///
+/// # Safety
+/// The context is live.
+unsafe fn enter(context: CUcontext) -> Result<(Current, i32)> {
+    let dead = |error| refused("context", "a live CUDA context", error);
+    let mut version = 0;
+    // SAFETY: by the caller's promise; the pointer is to a live integer.
+    unsafe { sys::cuCtxGetApiVersion(context, &mut version) }.result().map_err(dead)?;
+    // SAFETY: by the caller's promise, and the driver knows it.
+    let current = unsafe { Current::enter(context) }.map_err(dead)?;
+    Ok((current, current_device().map_err(dead)?))
+}
+
+/// # Safety
+/// The stream is live, or the legacy default stream of the current context.
+unsafe fn expect_uncaptured(stream: CUstream, index: i32) -> Result<()> {
+    // SAFETY: by the caller's promise.
+    match unsafe { is_captured(stream) } {
+        Ok(false) => Ok(()),
+        Ok(true) => Err(Error::StreamCaptured { device: format!("cuda:{index}"), operation: "making a device" }),
+        Err(error) => Err(refused("stream", "a live CUDA stream that is not waiting for a capture", error)),
+    }
+}
+
+/// # Safety
+/// The context is live. The stream is live, or the legacy default stream of the current context.
+unsafe fn expect_stream_of(context: CUcontext, stream: CUstream) -> Result<()> {
+    // SAFETY: by the caller's promise.
+    let other = unsafe { context_of(stream) }.map_err(|error| refused("stream", "a live CUDA stream", error))?;
+    // SAFETY: both are live.
+    if other == context || unsafe { have_the_same_number(other, context) } {
+        return Ok(());
+    }
+    let (expected, got) = (format!("a stream of context {context:?}"), format!("one of context {other:?}"));
+    Err(bad_handle("stream", &expected, got))
+}
+
+/// The context of a stream; for the default stream, the current one.
 ///
 /// # Safety
 /// The stream is live, or the legacy default stream.
@@ -124,7 +146,7 @@ unsafe fn context_of(stream: CUstream) -> Result<CUcontext, DriverError> {
     Ok(context)
 }
 
-/// Whether two handles are of one context.
+/// Whether two handles name the same context.
 ///
 /// # Safety
 /// Both are live contexts.
@@ -150,17 +172,17 @@ fn current_device() -> Result<i32, DriverError> {
     Err(DriverError(sys::CUresult::CUDA_ERROR_INVALID_DEVICE))
 }
 
-/// What the driver knows of an address.
+/// What the driver knows about an address.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 struct AddressInfo {
-    /// A `CUmemorytype`; 0 for memory that the driver does not know.
+    /// A `CUmemorytype`; 0 for memory that is unknown to the driver.
     memory_type: u32,
     is_managed: u32,
     /// The device that it was allocated on.
     ordinal: i32,
-    /// The address for kernels, of host memory.
+    /// For host memory: the address at which kernels find it.
     device_address: u64,
-    /// The allocation, or what was reserved for it; size 0 if the driver does not say.
+    /// The allocation, or the range that was reserved for it; size 0 if the driver does not say.
     start: u64,
     size: u64,
 }
@@ -181,7 +203,7 @@ impl AddressInfo {
             ],
         )?;
         let (mut start, mut size) = (0_u64, 0_u64);
-        // Asked apart: where the driver does not say, that is no reason to refuse the memory.
+        // Asked separately: a driver that does not say is no reason to refuse the memory.
         let range = attributes(
             address,
             [
@@ -195,7 +217,7 @@ impl AddressInfo {
         Ok(info)
     }
 
-    /// Why work on the device with an ordinal cannot use the memory at this address; none if it can.
+    /// Why work on the device with an ordinal cannot use the memory at this address, if it cannot.
     fn unusable(&self, address: u64, ordinal: i32) -> Option<String> {
         let memory_type = |known: CUmemorytype| self.memory_type == known as u32;
         if self.memory_type == 0 {
@@ -220,24 +242,24 @@ impl AddressInfo {
     }
 }
 
-/// Asks for several attributes of an address, each into an integer of its size. An address that is not the driver's leaves
-/// defaults.
+/// Asks for several attributes of an address, each into an integer of its size. For an address that is
+/// unknown to the driver the integers get defaults.
 fn attributes<const N: usize>(address: u64, asked: [(CUpointer_attribute, *mut c_void); N]) -> Result<(), DriverError> {
     let (mut names, mut places) = (asked.map(|(name, _)| name), asked.map(|(_, place)| place));
-    // SAFETY: as many pointers as attributes, to live integers at least as large as the attributes; any address may be asked
-    // about. N is 2 or 4.
+    // SAFETY: as many pointers as attributes, to live integers at least as large as the attributes; any
+    // address is allowed. N is 2 or 4.
     unsafe { sys::cuPointerGetAttributes(N as u32, names.as_mut_ptr(), places.as_mut_ptr(), address) }.result()
 }
 
 /// Refuses memory that work in the context cannot use, as far as the driver can tell. The context is current.
-pub(super) fn check_memory(context: &Context, address: u64, bytes: u64) -> Result<()> {
+pub fn check_memory(context: &Context, address: u64, bytes: u64) -> Result<()> {
     let Some(last) = check_range(address, bytes)? else { return Ok(()) };
     let asked = current_device().and_then(|ordinal| Ok((ordinal, AddressInfo::ask(address)?, AddressInfo::ask(last)?)));
-    let (ordinal, first, last) = context.done(asked, "asking about the caller's memory")?;
+    let (ordinal, first, last) = context.check(asked, "asking about external memory")?;
     check_address(ordinal, address, bytes, [first, last])
 }
 
-/// The last address of the memory; none if it has no bytes.
+/// The last address of the memory; `None` if it has no bytes.
 fn check_range(address: u64, bytes: u64) -> Result<Option<u64>> {
     let Some(after_first) = bytes.checked_sub(1) else { return Ok(None) };
     if address == 0 {

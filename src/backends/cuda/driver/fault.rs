@@ -1,5 +1,5 @@
-//! Driver errors as [`Error`]s. Some mean that the context is lost: then all of its memory is gone and no later call succeeds,
-//! so the first such error is kept and comes out of every call from then on.
+//! Driver errors as [`Error`]s. Some mean that the context is lost: then all of its memory is gone and
+//! no later call succeeds. The first such error is kept, and every later call returns it.
 
 use std::sync::{Arc, OnceLock};
 
@@ -10,7 +10,7 @@ use crate::error::{Error, Result};
 
 /// Collects the faults of one context.
 #[derive(Debug)]
-pub(super) struct Faults {
+pub struct Faults {
     device_name: Arc<str>,
     /// What lost the context.
     lost: OnceLock<String>,
@@ -33,7 +33,7 @@ impl Faults {
         }
     }
 
-    /// What a driver error means for the call; `requested` is the bytes that were asked for, if any.
+    /// Converts a driver error; `requested` is the number of bytes that were asked for, if any.
     pub fn explain(&self, error: DriverError, operation: &'static str, requested: u64) -> Error {
         self.error_of(error.0, operation, requested, describe(error))
     }
@@ -46,21 +46,21 @@ impl Faults {
         if !is_sticky(code) {
             return Error::Backend { device, operation, why };
         }
-        // A fault of a kernel comes out of whatever call waits for it, so `operation` need not be its cause.
+        // A kernel's fault is reported by whatever call waits for it, so `operation` need not be its cause.
         let why = self.lost.get_or_init(|| format!("the CUDA context is lost: {why}, reported by {operation}"));
         Error::DeviceLost { device, why: why.clone() }
     }
 }
 
 /// The driver's words for an error, and its name.
-pub(super) fn describe(error: DriverError) -> String {
+pub fn describe(error: DriverError) -> String {
     match error.error_string() {
         Ok(words) => format!("{} ({:?})", words.to_string_lossy(), error.0),
         Err(_) => format!("{:?}", error.0),
     }
 }
 
-/// Whether every later call of the context fails after this error, as the driver API's reference says of each.
+/// Whether every later call of the context fails after this error, by the driver API's reference.
 fn is_sticky(code: CUresult) -> bool {
     matches!(
         code,
