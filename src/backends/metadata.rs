@@ -1,5 +1,5 @@
-//! Copies of host masks and metadata in the buffers of a GPU backend. A copy is uploaded once for each device and kept with
-//! what it is a copy of.
+//! Copies of host masks and metadata in the buffers of a GPU backend. A copy is uploaded once for
+//! each device and kept with what it is a copy of.
 
 use std::any::Any;
 use std::sync::Arc;

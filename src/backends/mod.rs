@@ -1,5 +1,5 @@
-//! The backends: one device kind each, behind the seam of [`call::op`](crate::call::op). They never name one another; what the
-//! GPU backends share lies here beside them.
+//! The backends: one device kind each, behind the seam of [`call::op`](crate::call::op). They never
+//! name one another; what the GPU backends share lies here beside them.
 //!
 //! | module | what it holds |
 //! |---|---|

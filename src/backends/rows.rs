@@ -1,5 +1,5 @@
-//! Rows of tensors as GPU kernels move them: word by word, heads after heads. What a row consists of, how far apart rows lie,
-//! and whether they start at words.
+//! Rows of tensors as GPU kernels move them: word by word, heads after heads. What a row consists
+//! of, how far apart rows lie, and whether they start at words.
 
 use crate::layout::Layout;
 
@@ -39,8 +39,9 @@ impl RowShape {
     }
 }
 
-/// Strides of batch row, token and head, in elements. A packed `[total, H, D]` tensor has no batch rows: its stride is 0.
-/// Dimensions of size 1 get the stride of a contiguous head, or 0, so that they never look scattered.
+/// Strides of batch row, token and head, in elements. A packed `[total, H, D]` tensor has no batch
+/// rows: its stride is 0. Dimensions of size 1 get the stride of a contiguous head, or 0, so that
+/// they never look scattered.
 pub(super) fn row_strides(layout: &Layout) -> [u64; 3] {
     let (shape, strides) = (layout.shape(), layout.strides());
     let stepped = |dim: usize, otherwise: usize| if shape[dim] > 1 { strides[dim] } else { otherwise as u64 };
@@ -51,9 +52,9 @@ pub(super) fn row_strides(layout: &Layout) -> [u64; 3] {
     }
 }
 
-/// What keeps the rows of a tensor from starting at words, in bytes: the address of its first element, or its offset if the
-/// memory itself starts at a word, or the first stride between rows or heads. `base` is the address of the memory; 0 if all
-/// memory starts at a word.
+/// What keeps the rows of a tensor from starting at words, in bytes: the address of its first
+/// element, or its offset if the memory itself starts at a word, or the first stride between rows
+/// or heads. `base` is the address of the memory; 0 if all memory starts at a word.
 pub(super) fn misaligned_by(base: u64, layout: &Layout, element_bytes: usize) -> Option<u64> {
     let is_odd = |bytes: &u64| !bytes.is_multiple_of(WORD_BYTES);
     let bytes = |elements: u64| elements * element_bytes as u64;

@@ -61,8 +61,8 @@ impl CudaDevice {
     /// A device in an external context, on a stream of it, and its ordinal.
     ///
     /// # Safety
-    /// As for [`ExternalHandles::check`]; both live until the last copy of the device and of everything
-    /// made with it is dropped.
+    /// As for [`ExternalHandles::check`]; both live until the last copy of the device and of
+    /// everything made with it is dropped.
     pub unsafe fn external(context: *mut c_void, stream: *mut c_void, kernel: Option<Kernel>) -> Result<(Self, usize)> {
         let unavailable =
             |why: String| Error::DeviceUnavailable { device: "cuda (an external context)".to_owned(), why };
@@ -80,8 +80,8 @@ impl CudaDevice {
         let capabilities = capabilities_of(&info);
         // Devices on one GPU do not take one another's tensors, so messages must tell them apart.
         let name: Arc<str> = format!("{capabilities} on the external stream {:#x}", stream as usize).into();
-        // SAFETY: checked as far as the driver can tell, and live by the caller's promise; `handles` has
-        // made the context current.
+        // SAFETY: checked as far as the driver can tell, and live by the caller's promise;
+        // `handles` has made the context current.
         let context = unsafe { Context::external(handles.context, handles.stream, handles.index, Faults::new(&name)) };
         let context = context.map_err(asked)?;
         // Never negative: the driver counts devices from 0.
@@ -116,8 +116,8 @@ impl CudaDevice {
     /// The device with one kernel alone, which need not be trusted, or with those that can be.
     ///
     /// # Errors
-    /// [`Error::NotApplicable`] if it does not have the kernel, [`Error::DeviceUnavailable`] if a kernel
-    /// lost the context when it was tried.
+    /// [`Error::NotApplicable`] if it does not have the kernel, [`Error::DeviceUnavailable`] if a
+    /// kernel lost the context when it was tried.
     fn with_trusted_kernels(mut self, index: i32, only: Option<Kernel>) -> Result<Self> {
         let kernels = &self.capabilities.kernels;
         self.capabilities.kernels = match only {
@@ -134,8 +134,8 @@ impl CudaDevice {
         Ok(self)
     }
 
-    /// Another device in the same context and with the same kernels, on a stream of its own. It must be
-    /// dropped first.
+    /// Another device in the same context and with the same kernels, on a stream of its own. It
+    /// must be dropped first.
     fn on_own_stream(&self, index: i32) -> Result<Self> {
         Ok(Self {
             name: Arc::clone(&self.name),

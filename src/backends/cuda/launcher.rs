@@ -26,8 +26,8 @@ pub struct Launcher {
 }
 
 impl Launcher {
-    /// Another launcher in the same context and with the same kernels, on a stream of its own. It must
-    /// be dropped before this.
+    /// Another launcher in the same context and with the same kernels, on a stream of its own. It
+    /// must be dropped before this.
     pub fn on_own_stream(&self, index: i32) -> Result<Self> {
         let _current = self.context.enter()?;
         let context = self.context.check(self.context.with_own_stream(index), "making a stream")?;

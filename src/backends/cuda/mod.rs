@@ -1,5 +1,5 @@
-//! The CUDA device: this crate's own kernels on NVIDIA hardware from compute capability 8.0 on. They are
-//! compiled into the library, so the NVIDIA driver is all that it needs at run time.
+//! The CUDA device: this crate's own kernels on NVIDIA hardware from compute capability 8.0 on.
+//! They are compiled into the library, so the NVIDIA driver is all that it needs at run time.
 //!
 //! Imports go up this table, never down:
 //!
@@ -30,12 +30,13 @@ use crate::kernel::Kernel;
 
 use device::CudaDevice;
 
-/// The CUDA device with an ordinal. A process has one for each ordinal, shared by all who open it: they
-/// share one context, so tensors of one work with the other. With one kernel alone it is another device.
+/// The CUDA device with an ordinal. A process has one for each ordinal, shared by all who open it:
+/// they share one context, so tensors of one work with the other. With one kernel alone it is
+/// another device.
 ///
 /// # Errors
-/// [`DeviceUnavailable`](crate::Error::DeviceUnavailable) with the reason: no driver, too old a driver,
-/// no such device, too old a device, or no memory for a context.
+/// [`DeviceUnavailable`](crate::Error::DeviceUnavailable) with the reason: no driver, too old a
+/// driver, no such device, too old a device, or no memory for a context.
 /// [`DeviceLost`](crate::Error::DeviceLost) if its context was lost earlier in this process.
 pub(crate) fn open(ordinal: usize, kernel: Option<Kernel>) -> Result<Arc<dyn Backend>> {
     type Opened = Vec<((usize, Option<Kernel>), Arc<CudaDevice>)>;
@@ -69,8 +70,8 @@ pub(crate) unsafe fn external(
     Ok((Arc::new(device), ordinal))
 }
 
-/// Keeps the sm100 kernel in its emulated form for devices that are opened from now on; false if there is
-/// one already.
+/// Keeps the sm100 kernel in its emulated form for devices that are opened from now on; false if
+/// there is one already.
 #[cfg(feature = "emulated-sm100")]
 pub(crate) fn set_emulated_sm100(fatbin: &[u8]) -> bool {
     kernels::module::set_emulated_sm100(fatbin)

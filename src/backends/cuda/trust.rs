@@ -1,5 +1,5 @@
-//! Which kernels of a GPU are used. A newer kernel is used if its results agree with those of the sm80
-//! kernel on that very GPU and driver.
+//! Which kernels of a GPU are used. A newer kernel is used if its results agree with those of the
+//! sm80 kernel on that very GPU and driver.
 
 use std::collections::HashMap;
 use std::sync::{Mutex, PoisonError};

@@ -1,5 +1,5 @@
-//! Launches of the sm90 and the sm100 kernel, which take the same parameters: dense, on packed rows, and
-//! on padded tensors by tile lists (`tile_lists`).
+//! Launches of the sm90 and the sm100 kernel, which take the same parameters: dense, on packed
+//! rows, and on padded tensors by tile lists (`tile_lists`).
 
 use std::sync::Arc;
 
@@ -43,8 +43,8 @@ struct ListsCopy {
 /// Kept with the query's metadata, by the id of the key's metadata and the tile.
 type ListsCopies = FifoCache<(u64, ListTile), ListsCopy>;
 
-/// Metadata that stands for the masks of a dense call: every query, and the kept keys or every key. Kept
-/// with one of the masks, by the lengths of both sides and whether the keys are masked.
+/// Metadata that stands for the masks of a dense call: every query, and the kept keys or every key.
+/// Kept with one of the masks, by the lengths of both sides and whether the keys are masked.
 type DenseMetas = FifoCache<(usize, usize, bool), DenseMeta>;
 
 #[derive(Debug)]
@@ -62,7 +62,8 @@ struct Extent {
     keys: usize,
     /// Query tiles times heads, or an upper bound.
     items: usize,
-    /// Key tiles of the item with the fewest; 0 if the host does not know that, or the number of items.
+    /// Key tiles of the item with the fewest; 0 if the host does not know that, or the number of
+    /// items.
     fewest_key_tiles: usize,
     /// Zero rows, in blocks of work.
     zero_items: usize,
@@ -96,8 +97,8 @@ pub fn dense(
         let key = key_mask.map_or_else(|| every(seq_k), VarlenMeta::from_key_mask)?;
         Ok(DenseMeta { query: every(seq_q)?, key })
     })?;
-    // Keys past the end of a row are dropped by their bits, so that there are bits even where every key
-    // is kept.
+    // Keys past the end of a row are dropped by their bits, so that there are bits even where every
+    // key is kept.
     call.by_lists((&meta.query, &meta.key), (meta.key.key_mask(), zero_rows))
 }
 
@@ -150,8 +151,8 @@ pub fn packed(launcher: &Launcher, attention: &Attention<'_>, tensors: &Tensors,
     call.launch(params, &extent)
 }
 
-/// Query tiles of all sequences, and key tiles of the sequence with the fewest that has queries. If the
-/// host does not know the lengths: an upper bound, and 0.
+/// Query tiles of all sequences, and key tiles of the sequence with the fewest that has queries. If
+/// the host does not know the lengths: an upper bound, and 0.
 fn packed_tiles(tile: ListTile, rows: &PackedRows<'_>) -> (usize, usize) {
     let tiles_of = |queries: usize| queries.div_ceil(tile.rows as usize);
     let Some([queries, keys]) = rows.lengths else {
@@ -209,8 +210,8 @@ impl<'a> Call<'a> {
         self.launch(params, &extent)
     }
 
-    /// Padded tensors by the lists of their metadata. The masks are of keys, and of query rows that are
-    /// not written as zeros; without the latter all rows are computed.
+    /// Padded tensors by the lists of their metadata. The masks are of keys, and of query rows that
+    /// are not written as zeros; without the latter all rows are computed.
     fn by_lists(
         &self,
         (query, key): (&VarlenMeta, &VarlenMeta),
@@ -281,10 +282,10 @@ impl<'a> Call<'a> {
         // As many blocks as run at once; each takes one item after the other. Fits: a chip has few
         // multiprocessors.
         let blocks = split.work_items().max(zero_items).min(launcher.multiprocessors) as u32;
-        // SAFETY: the tensors have the problem's shape and lie inside their buffers, those of packed rows
-        // as `cu_seqlens` says (checked by problem; scratch is made so), and their rows start at words
-        // (placement). Lists, masks and `cu_seqlens` have the problem's batch rows and sequence lengths.
-        // The output shares no memory with them (checked by problem).
+        // SAFETY: the tensors have the problem's shape and lie inside their buffers, those of
+        // packed rows as `cu_seqlens` says (checked by problem; scratch is made so), and their rows
+        // start at words (placement). Lists, masks and `cu_seqlens` have the problem's batch rows
+        // and sequence lengths. The output shares no memory with them (checked by problem).
         unsafe { launcher.launch(function, [blocks, 1, 1], tile.threads, &params) }
     }
 
@@ -310,8 +311,8 @@ impl<'a> Call<'a> {
         Ok(())
     }
 
-    /// How query tiles are shared out, which the parameters then say, and scratch for the parts of split
-    /// ones.
+    /// How query tiles are shared out, which the parameters then say, and scratch for the parts of
+    /// split ones.
     fn split(&self, extent: &Extent, params: &mut TileListParams) -> Result<(Split, Option<CudaBuffer>)> {
         let mut split = Split::of(self.tile, extent.items, extent.fewest_key_tiles, self.launcher.multiprocessors);
         let mut scratch = None;
@@ -328,8 +329,8 @@ impl<'a> Call<'a> {
         Ok((split, scratch))
     }
 
-    /// Memory for the parts of query tiles, and zeroed counts of the parts that are done. The parameters
-    /// then name both.
+    /// Memory for the parts of query tiles, and zeroed counts of the parts that are done. The
+    /// parameters then name both.
     fn parts_scratch(&self, split: &Split, params: &mut TileListParams) -> Result<CudaBuffer> {
         let bytes = split.part_items() as u64 * self.tile.part_bytes();
         let count_bytes = split.split_items() as u64 * self.tile.part_count_bytes();

@@ -15,7 +15,8 @@ pub struct Tensors {
     pub out: Placed,
 }
 
-/// Where packed rows lie. A side without `cu_seqlens` is padded, with a batch row for each sequence.
+/// Where packed rows lie. A side without `cu_seqlens` is padded, with a batch row for each
+/// sequence.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct PackedRows<'a> {
     pub cu_seqlens_q: Option<u64>,
@@ -33,13 +34,13 @@ pub struct PackedRows<'a> {
     pub lengths: Option<[&'a CuSeqlens; 2]>,
     /// Address of `[H, total_q]` f32, and elements from head to head.
     pub lse: Option<(u64, i64)>,
-    /// The queries' tables if the output is padded: the kernel scatters its rows and writes zeros to the
-    /// others.
+    /// The queries' tables if the output is padded: the kernel scatters its rows and writes zeros
+    /// to the others.
     pub scatters: Option<Tables>,
 }
 
-/// `softmax_scale` · log2(e). Kernels multiply scores that already hold −∞ where they are masked, and
-/// 0 · −∞ is NaN. So 0 becomes a scale so small that every score vanishes in the exponential.
+/// `softmax_scale` · log2(e). Kernels multiply scores that already hold −∞ where they are masked,
+/// and 0 · −∞ is NaN. So 0 becomes a scale so small that every score vanishes in the exponential.
 pub fn score_scale(softmax_scale: f32) -> f32 {
     let scale = softmax_scale * LOG2_E;
     if scale == 0.0 { f32::MIN_POSITIVE } else { scale }

@@ -1,4 +1,5 @@
-//! Packed copies of the tensors of a padded call. They lie in one scratch buffer, one after the other.
+//! Packed copies of the tensors of a padded call. They lie in one scratch buffer, one after the
+//! other.
 
 use crate::backends::cuda::driver::memory::CudaBuffer;
 use crate::backends::cuda::kernels::params::RowTensor;

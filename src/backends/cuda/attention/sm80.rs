@@ -26,8 +26,8 @@ struct Extent {
     max_queries: usize,
 }
 
-/// Every query row of padded tensors. Keys that the key mask drops do not count, a bias is added to the
-/// scores, and rows that `zero_rows` drops are zeros.
+/// Every query row of padded tensors. Keys that the key mask drops do not count, a bias is added to
+/// the scores, and rows that `zero_rows` drops are zeros.
 pub fn dense(
     launcher: &Launcher,
     attention: &Attention<'_>,
@@ -76,8 +76,8 @@ pub fn dense_with_tables(
     launch(launcher, attention, FormSm80::Masked, &extent, |first| params.after_batch_rows(first))
 }
 
-/// Valid query rows and keys of padded tensors; other rows as zeros. The host or the device may have
-/// built the tables.
+/// Valid query rows and keys of padded tensors; other rows as zeros. The host or the device may
+/// have built the tables.
 pub fn fused(
     launcher: &Launcher,
     attention: &Attention<'_>,
@@ -99,7 +99,8 @@ pub fn fused(
     // Blocks for every padded row: those of masked rows write the zeros.
     let extent = Extent { batch: query.batch, max_queries: query.seq };
     launch(launcher, attention, FormSm80::Fused, &extent, |first| {
-        // Lists hold positions in the whole batch, so tensors are not moved. Fits: batch · seq does.
+        // Lists hold positions in the whole batch, so tensors are not moved. Fits: batch · seq
+        // does.
         FusedAttentionParams { attention: params, lists: RowLists { first_batch: first as i32, ..lists } }
     })
 }
@@ -119,8 +120,8 @@ pub fn packed(launcher: &Launcher, attention: &Attention<'_>, tensors: &Tensors,
     launch(launcher, attention, FormSm80::Plain, &extent, |first| params.after_batch_rows(first))
 }
 
-/// Launches a call, in parts if a grid does not hold its batch. `params` are those of the call from a
-/// batch row on.
+/// Launches a call, in parts if a grid does not hold its batch. `params` are those of the call from
+/// a batch row on.
 fn launch<Params: Pod>(
     launcher: &Launcher,
     attention: &Attention<'_>,
@@ -143,10 +144,11 @@ fn launch<Params: Pod>(
     let (tiles, heads) = (max_queries.div_ceil(tile.rows as usize) as u32, num_heads as u32);
     for first in (0..batch).step_by(MAX_GRID) {
         let grid = [tiles, heads, (batch - first).min(MAX_GRID) as u32];
-        // SAFETY: the tensors have the problem's shape and lie inside their buffers, those of packed rows
-        // as `cu_seqlens` says (checked by problem; scratch is made so), and their rows start at words
-        // (placement). Masks, `cu_seqlens` and the bias have the problem's batch rows, and the lists of
-        // the fused form its positions. The output shares no memory with them (checked by problem).
+        // SAFETY: the tensors have the problem's shape and lie inside their buffers, those of
+        // packed rows as `cu_seqlens` says (checked by problem; scratch is made so), and their rows
+        // start at words (placement). Masks, `cu_seqlens` and the bias have the problem's batch
+        // rows, and the lists of the fused form its positions. The output shares no memory with
+        // them (checked by problem).
         unsafe { launcher.launch(function, grid, tile.threads(), &params(first)) }?;
     }
     Ok(())

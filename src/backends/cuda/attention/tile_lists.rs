@@ -1,6 +1,6 @@
-//! The lists by which the sm90 and the sm100 kernel read padded tensors: which rows make their tiles, and
-//! which rows they only write as zeros. `kernels/attention/tile_lists.cuh` says what each list means;
-//! here they are made from the runs of the metadata.
+//! The lists by which the sm90 and the sm100 kernel read padded tensors: which rows make their
+//! tiles, and which rows they only write as zeros. `kernels/attention/tile_lists.cuh` says what
+//! each list means; here they are made from the runs of the metadata.
 
 use crate::backends::cuda::kernels::params::{BatchTiles, ZeroSpan};
 use crate::mask::key_mask::Run;

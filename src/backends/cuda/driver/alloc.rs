@@ -15,7 +15,8 @@ use super::context::Context;
 pub struct Allocation {
     /// A multiple of 256 bytes.
     pub address: CUdeviceptr,
-    /// The graph that the stream is being captured into allocates it each time it runs, and frees it.
+    /// The graph that the stream is being captured into allocates it each time it runs, and frees
+    /// it.
     in_graph: bool,
 }
 
@@ -75,7 +76,8 @@ unsafe fn alloc_filled(context: &Context, side: CUstream, size: u64, bytes: &[u8
     // SAFETY: the new memory has room for the bytes, which stay borrowed until the stream has read
     // them, below.
     let copied = unsafe { result::memcpy_htod_async(address, bytes, side) };
-    // SAFETY: the stream is live. Waits even where the copy was refused: part of it may be under way.
+    // SAFETY: the stream is live. Waits even where the copy was refused: part of it may be under
+    // way.
     let waited = unsafe { stream::synchronize(side) };
     copied.and(waited).map(|()| address).inspect_err(|_| {
         // SAFETY: the memory was allocated above, and nothing else has it.
@@ -91,13 +93,14 @@ unsafe fn alloc_filled(context: &Context, side: CUstream, size: u64, bytes: &[u8
 /// # Safety
 /// The memory came from this context, is freed once, and no later work uses it.
 pub unsafe fn free(context: &Context, memory: Allocation) -> Result<(), DriverError> {
-    // A capture takes a free for a node of the graph, which must be of the graph's own memory. If the
-    // stream cannot be asked, because work on it would depend on a capture of another stream, it
-    // cannot take the free either.
+    // A capture takes a free for a node of the graph, which must be of the graph's own memory. If
+    // the stream cannot be asked, because work on it would depend on a capture of another stream,
+    // it cannot take the free either.
     if !memory.in_graph && context.capture_status() != Ok(false) {
         context.pool().defer(memory.address);
         return Ok(());
     }
-    // SAFETY: by the caller's promise; the stream is not being captured, or the memory is the graph's.
+    // SAFETY: by the caller's promise; the stream is not being captured, or the memory is the
+    // graph's.
     unsafe { context.pool().free(memory.address, context.stream()) }
 }

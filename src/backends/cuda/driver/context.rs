@@ -40,8 +40,8 @@ enum Owner {
 }
 
 // SAFETY: the handles may be used from any thread (the driver API is thread-safe; the context is
-// made current by `enter` in each thread that uses them), and they stay valid until this is dropped:
-// they are retained, or external and kept by the contract of `Context::external`.
+// made current by `enter` in each thread that uses them), and they stay valid until this is
+// dropped: they are retained, or external and kept by the contract of `Context::external`.
 unsafe impl Send for Context {}
 // SAFETY: as above; the pool's list is behind a lock.
 unsafe impl Sync for Context {}
@@ -91,8 +91,8 @@ impl Current {
 }
 
 impl Context {
-    /// Retains the primary context of the device with an index, and makes a stream and a pool in it.
-    /// The driver has been started.
+    /// Retains the primary context of the device with an index, and makes a stream and a pool in
+    /// it. The driver has been started.
     pub fn open(index: i32, faults: Faults) -> Result<Self, DriverError> {
         // Another thread may be capturing a stream.
         let _relaxed = RelaxedCapture::enter()?;
@@ -165,7 +165,8 @@ impl Context {
         outcome.map_err(|error| self.faults.explain(error, operation, 0))
     }
 
-    /// The context's number, which no other context of this process ever has; the context is current.
+    /// The context's number, which no other context of this process ever has; the context is
+    /// current.
     pub fn number(&self) -> Result<u64, DriverError> {
         let mut number = 0;
         // SAFETY: the context is live, and the pointer is to an integer of the right size.
@@ -199,8 +200,8 @@ impl Context {
 
     /// Frees what was given up during a capture. The stream is not being captured now.
     pub fn free_deferred(&self) {
-        // SAFETY: the context is current and the stream is its own. `alloc::free`, which defers, was
-        // promised that the memory is freed once and used no more.
+        // SAFETY: the context is current and the stream is its own. `alloc::free`, which defers,
+        // was promised that the memory is freed once and used no more.
         unsafe { self.pool.free_deferred(self.stream) }
     }
 
@@ -229,8 +230,8 @@ impl Drop for Context {
                 log::debug!("{what} is not given back: {error}");
             }
         };
-        // Free memory first, so that others can use it at once: the driver keeps a pool's memory until
-        // all frees into it have run.
+        // Free memory first, so that others can use it at once: the driver keeps a pool's memory
+        // until all frees into it have run.
         report("free memory", self.pool.trim());
         // SAFETY: the pool is this context's own, and not used after this.
         report("a memory pool", unsafe { self.pool.destroy() });

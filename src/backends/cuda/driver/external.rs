@@ -1,6 +1,6 @@
 //! Checks of external handles: a context, a stream and memory that belong to the application. They
-//! come as bare numbers. Whatever the driver can tell about them is asked; the rest is the contract of
-//! the unsafe functions.
+//! come as bare numbers. Whatever the driver can tell about them is asked; the rest is the contract
+//! of the unsafe functions.
 
 use std::ffi::c_void;
 use std::ptr;
@@ -242,16 +242,17 @@ impl AddressInfo {
     }
 }
 
-/// Asks for several attributes of an address, each into an integer of its size. For an address that is
-/// unknown to the driver the integers get defaults.
+/// Asks for several attributes of an address, each into an integer of its size. For an address that
+/// is unknown to the driver the integers get defaults.
 fn attributes<const N: usize>(address: u64, asked: [(CUpointer_attribute, *mut c_void); N]) -> Result<(), DriverError> {
     let (mut names, mut places) = (asked.map(|(name, _)| name), asked.map(|(_, place)| place));
-    // SAFETY: as many pointers as attributes, to live integers at least as large as the attributes; any
-    // address is allowed. N is 2 or 4.
+    // SAFETY: as many pointers as attributes, to live integers at least as large as the attributes;
+    // any address is allowed. N is 2 or 4.
     unsafe { sys::cuPointerGetAttributes(N as u32, names.as_mut_ptr(), places.as_mut_ptr(), address) }.result()
 }
 
-/// Refuses memory that work in the context cannot use, as far as the driver can tell. The context is current.
+/// Refuses memory that work in the context cannot use, as far as the driver can tell. The context
+/// is current.
 pub fn check_memory(context: &Context, address: u64, bytes: u64) -> Result<()> {
     let Some(last) = check_range(address, bytes)? else { return Ok(()) };
     let asked = current_device().and_then(|ordinal| Ok((ordinal, AddressInfo::ask(address)?, AddressInfo::ask(last)?)));

@@ -1,5 +1,5 @@
-//! Driver errors as [`Error`]s. Some mean that the context is lost: then all of its memory is gone and
-//! no later call succeeds. The first such error is kept, and every later call returns it.
+//! Driver errors as [`Error`]s. Some mean that the context is lost: then all of its memory is gone
+//! and no later call succeeds. The first such error is kept, and every later call returns it.
 
 use std::sync::{Arc, OnceLock};
 
@@ -46,7 +46,8 @@ impl Faults {
         if !is_sticky(code) {
             return Error::Backend { device, operation, why };
         }
-        // A kernel's fault is reported by whatever call waits for it, so `operation` need not be its cause.
+        // A kernel's fault is reported by whatever call waits for it, so `operation` need not be
+        // its cause.
         let why = self.lost.get_or_init(|| format!("the CUDA context is lost: {why}, reported by {operation}"));
         Error::DeviceLost { device, why: why.clone() }
     }

@@ -58,9 +58,9 @@ impl CudaBuffer {
     /// External memory.
     ///
     /// # Safety
-    /// `size` bytes from `address` are memory that the context's work may read and write, until this
-    /// is dropped and the work launched by then is done; nobody else uses them out of the stream's
-    /// order.
+    /// `size` bytes from `address` are memory that the context's work may read and write, until
+    /// this is dropped and the work launched by then is done; nobody else uses them out of the
+    /// stream's order.
     pub unsafe fn external(context: &Arc<Context>, device: DeviceId, address: CUdeviceptr, size: u64) -> Self {
         Self { context: Arc::clone(context), address, size, device, own: None }
     }

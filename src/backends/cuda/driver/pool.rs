@@ -23,8 +23,8 @@ pub struct Pool {
 }
 
 impl Pool {
-    /// Makes a pool on the device with an index. The pool keeps what is freed, so that the layers of
-    /// a model reuse it.
+    /// Makes a pool on the device with an index. The pool keeps what is freed, so that the layers
+    /// of a model reuse it.
     pub fn new(device: CUdevice, index: i32) -> Self {
         Self { raw: make(device, index), deferred: Mutex::default() }
     }
@@ -40,8 +40,8 @@ impl Pool {
     /// The context is current, and the stream is a live one of it.
     pub unsafe fn alloc(&self, bytes: u64, stream: CUstream) -> Result<CUdeviceptr, DriverError> {
         match self.raw {
-            // SAFETY: the pool is live, as is the stream by the caller's promise; nothing is assumed
-            // of the memory's contents.
+            // SAFETY: the pool is live, as is the stream by the caller's promise; nothing is
+            // assumed of the memory's contents.
             Some(pool) => unsafe { mem_pool::alloc_async(pool, bytes as usize, stream) },
             // SAFETY: the context is current; nothing is assumed of the memory's contents.
             None => unsafe { result::malloc_sync(bytes as usize) },
@@ -57,7 +57,8 @@ impl Pool {
         match self.raw {
             // SAFETY: by the caller's promise, the memory is the pool's.
             Some(_) => unsafe { result::free_async(address, stream) },
-            // SAFETY: by the caller's promise, from `malloc_sync`; the driver waits for work that uses it.
+            // SAFETY: by the caller's promise, from `malloc_sync`; the driver waits for work that
+            // uses it.
             None => unsafe { result::free_sync(address) },
         }
     }

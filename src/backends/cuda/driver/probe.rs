@@ -1,5 +1,5 @@
-//! What the CUDA driver says of a device, without creating a context. cudarc panics where there is no
-//! driver library, so that is looked for first.
+//! What the CUDA driver says of a device, without creating a context. cudarc panics where there is
+//! no driver library, so that is looked for first.
 
 use std::fmt;
 
@@ -72,15 +72,16 @@ impl CudaDeviceInfo {
 /// # Errors
 /// Why there is none, in words.
 pub fn start_driver() -> Result<(), String> {
-    // SAFETY: loads the driver library, whose initialisers are the vendor's own and safe to run; nothing
-    // else is called.
+    // SAFETY: loads the driver library, whose initialisers are the vendor's own and safe to run;
+    // nothing else is called.
     if !unsafe { sys::is_culib_present() } {
         return Err("the NVIDIA driver library (libcuda.so.1 or nvcuda.dll) is not installed".to_owned());
     }
     result::init().map_err(|error| format!("the NVIDIA driver does not start: {error}"))
 }
 
-/// Newest CUDA version that the driver knows: 1000 · major + 10 · minor. The driver has been started.
+/// Newest CUDA version that the driver knows: 1000 · major + 10 · minor. The driver has been
+/// started.
 pub fn driver_version() -> Result<i32, result::DriverError> {
     let mut version = 0;
     // SAFETY: the pointer is to a live integer.

@@ -1,4 +1,5 @@
-//! GPU time by events on the stream. Timings of several threads may overlap: each has its own events.
+//! GPU time by events on the stream. Timings of several threads may overlap: each has its own
+//! events.
 
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};

@@ -35,8 +35,8 @@ pub unsafe fn upload(context: &Context, to: CUdeviceptr, bytes: &[u8]) -> Result
         return Ok(());
     }
     // SAFETY: the destination is in bounds by the caller's promise. The source is either pageable,
-    // and then has been staged when the call returns, or it stays borrowed until the stream has read
-    // it, below.
+    // and then has been staged when the call returns, or it stays borrowed until the stream has
+    // read it, below.
     let copied = unsafe { result::memcpy_htod_async(to, bytes, context.stream()) };
     context.check(copied, "copying to the device")?;
     if is_known_to_driver(context, bytes)? { context.synchronize() } else { Ok(()) }

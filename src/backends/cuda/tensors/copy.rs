@@ -102,9 +102,9 @@ pub fn launch_pack(launcher: &Launcher, tensors: &[RowTensor], tables: &Tables) 
     let function = launcher.function(Entry::Pack)?;
     let [blocks, ..] = row_grid(tables.packed_rows);
     let grid = [blocks, tensors.len() as u32, 1];
-    // SAFETY: padded and packed tensors have the metadata's rows (checked by problem; scratch is made
-    // so), and their rows start at words (placement). The metadata is this device's copy, whose indices
-    // are below batch · seq.
+    // SAFETY: padded and packed tensors have the metadata's rows (checked by problem; scratch is
+    // made so), and their rows start at words (placement). The metadata is this device's copy,
+    // whose indices are below batch · seq.
     unsafe { launcher.launch(function, grid, ROW_COPY_THREADS, &params) }
 }
 

@@ -36,8 +36,8 @@ impl CuSeqlensCopy {
     }
 }
 
-/// Addresses of the metadata of one side of a call, queries or keys. They stay valid: the metadata keeps
-/// its copies.
+/// Addresses of the metadata of one side of a call, queries or keys. They stay valid: the metadata
+/// keeps its copies.
 #[derive(Debug, Clone, Copy)]
 pub struct Tables {
     pub cu_seqlens: u64,
@@ -167,8 +167,8 @@ pub fn build(launcher: &Launcher, mask: &MaskInput<'_>, tables: &DeviceTables<'_
         (Entry::MetadataIndex, chunks, METADATA_THREADS),
     ] {
         let function = launcher.function(entry)?;
-        // SAFETY: the mask lies inside its memory (checked by problem) at a multiple of its elements,
-        // and the tables were made for its size by `empty_tables`.
+        // SAFETY: the mask lies inside its memory (checked by problem) at a multiple of its
+        // elements, and the tables were made for its size by `empty_tables`.
         unsafe { launcher.launch(function, [blocks, 1, 1], threads, &params) }?;
     }
     Ok(())
@@ -213,8 +213,8 @@ impl Places {
     }
 }
 
-/// The sequences of `cu_seqlens`, the longest first, equal ones in their own order: a grid that starts
-/// with the long ones does not end with one of them running alone.
+/// The sequences of `cu_seqlens`, the longest first, equal ones in their own order: a grid that
+/// starts with the long ones does not end with one of them running alone.
 fn longest_first(cu_seqlens: &[i32]) -> Vec<i32> {
     let lengths: Vec<i32> = cu_seqlens.windows(2).map(|pair| pair[1] - pair[0]).collect();
     // Fits: an i32 counts the rows, of which every sequence that is not empty has some; empty ones

@@ -13,7 +13,8 @@ use crate::layout::Layout;
 
 use super::strided_copy::StridedCopy;
 
-/// A tensor of an operation: `[B, S, H, D]`, packed `[n, H, D]`, or any shape where only its address matters.
+/// A tensor of an operation: `[B, S, H, D]`, packed `[n, H, D]`, or any shape where only its
+/// address matters.
 #[derive(Debug, Clone, Copy)]
 pub struct Operand<'a> {
     pub name: &'static str,
@@ -104,8 +105,8 @@ fn strides(layout: &Layout) -> Strides {
     Strides { batch, token, head }
 }
 
-/// Where to read. A view whose rows do not start at words is first copied to scratch, which must live
-/// until the launch.
+/// Where to read. A view whose rows do not start at words is first copied to scratch, which must
+/// live until the launch.
 pub fn place_input(launcher: &Launcher, operand: &Operand<'_>, scratch: &mut Vec<CudaBuffer>) -> Result<Placed> {
     match operand.misaligned_by() {
         None => Ok(operand.placed()),
@@ -130,8 +131,8 @@ fn place_copy(launcher: &Launcher, operand: &Operand<'_>, scratch: &mut Vec<Cuda
     let (layout, element_bytes) = (&operand.layout, operand.dtype.size() as u64);
     let copy = launcher.scratch(operand.bytes(layout.numel() as u64))?;
     for rectangle in StridedCopy::new(layout, element_bytes).rectangles(operand.address(), copy.address()) {
-        // SAFETY: the rectangles cover the view, which lies inside its buffer (checked by problem), and
-        // the scratch, which is as large.
+        // SAFETY: the rectangles cover the view, which lies inside its buffer (checked by problem),
+        // and the scratch, which is as large.
         unsafe { transfer::copy(&launcher.context, &rectangle) }?;
     }
     let row_major = Layout::contiguous(layout.shape())?;

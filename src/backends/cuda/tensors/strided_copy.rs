@@ -100,8 +100,8 @@ mod tests {
     fn strided_copies_gather_every_row_in_few_rectangles() -> Result<()> {
         let memory: Vec<u8> = (0..20_000_u32).map(|i| (i.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
         for (shape, strides, offset, most) in [
-            // Row-major at an odd offset, rows apart, heads outside the sequence, a broadcast batch row,
-            // packed rows, sizes of one.
+            // Row-major at an odd offset, rows apart, heads outside the sequence, a broadcast batch
+            // row, packed rows, sizes of one.
             (&[2, 6, 4, 16][..], &[384, 64, 16, 1][..], 1, 1),
             (&[2, 6, 4, 16], &[408, 68, 17, 1], 0, 1),
             (&[2, 6, 4, 16], &[408, 17, 102, 1], 3, 8),
