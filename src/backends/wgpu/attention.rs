@@ -119,7 +119,8 @@ impl Call<'_> {
         })
     }
 
-    /// The tensors of a launch on a range of batch rows. Inputs that are copied first lie in `scratch`.
+    /// The tensors of a launch on a range of batch rows. Inputs that are copied first lie in
+    /// `scratch`.
     fn place(
         &self,
         Operands { q, k, v, out }: &Operands<'_>,
@@ -202,8 +203,8 @@ impl Call<'_> {
         Ok(())
     }
 
-    /// One launch on the padded tensors by lists of tokens, or one for each range of batch rows that
-    /// fits the bindings.
+    /// One launch on the padded tensors by lists of tokens, or one for each range of batch rows
+    /// that fits the bindings.
     fn fused(&self, query: &VarlenMeta, key: &VarlenMeta, launches: &mut Launches<'_>) -> Result<()> {
         let (context, shape) = (self.context, self.attention.problem.shape);
         let operands = self.operands(FirstDim::Batch, FirstDim::Batch)?;
@@ -240,7 +241,8 @@ impl Call<'_> {
         Ok(())
     }
 
-    /// Pack, attention on the packed rows, scatter: a range of batch rows at a time, through scratch.
+    /// Pack, attention on the packed rows, scatter: a range of batch rows at a time, through
+    /// scratch.
     fn packed_path(&self, query: &VarlenMeta, key: &VarlenMeta, launches: &mut Launches<'_>) -> Result<()> {
         let (context, shape) = (self.context, self.attention.problem.shape);
         let operands = self.operands(FirstDim::Batch, FirstDim::Batch)?;
@@ -315,8 +317,8 @@ impl Call<'_> {
         Ok((window, AttentionParams { lse_offset, lse_stride_h, lse_stride_s, ..params }))
     }
 
-    /// Adds a launch on tensors and, after them, other windows, in which a tile meets `keys` keys at
-    /// most. `groups` is the grid of one head.
+    /// Adds a launch on tensors and, after them, other windows, in which a tile meets `keys` keys
+    /// at most. `groups` is the grid of one head.
     fn push(
         &self,
         (Tensors { q, k, v, out }, others): (Tensors, Vec<Window>),

@@ -31,10 +31,10 @@ pub(super) struct InvIndices(pub wgpu::Buffer);
 #[derive(Debug)]
 pub(super) struct CuSeqlensCopy(pub wgpu::Buffer);
 
-/// Query tiles, in the order of the sequences or batch rows. Tiles of packed rows are kept with their
-/// `CuSeqlens`, each as `[first row, rows, sequence, 0]`. Tiles of padded rows are kept with their
-/// `VarlenMeta`, each as `[first, rows, batch row, is dropped]`, where `first` counts in the batch
-/// row's [`TokenLists`].
+/// Query tiles, in the order of the sequences or batch rows. Tiles of packed rows are kept with
+/// their `CuSeqlens`, each as `[first row, rows, sequence, 0]`. Tiles of padded rows are kept
+/// with their `VarlenMeta`, each as `[first, rows, batch row, is dropped]`, where `first` counts
+/// in the batch row's [`TokenLists`].
 #[derive(Debug, Clone)]
 pub(super) struct Tiles {
     pub buffer: wgpu::Buffer,
@@ -154,7 +154,8 @@ pub(super) fn longest(cu_seqlens: &CuSeqlens, sequences: &Range<usize>) -> usize
     sequences.clone().map(|sequence| cu_seqlens.rows(sequence).len()).max().unwrap_or(0)
 }
 
-// All numbers below fit a u32: KeyMask bounds batch · seq by i32::MAX, CuSeqlens rows and sequences.
+// All numbers below fit a u32: KeyMask bounds batch · seq by i32::MAX, CuSeqlens rows and
+// sequences.
 
 fn list_tokens(meta: &VarlenMeta) -> Vec<u32> {
     let mut lists = Vec::with_capacity(meta.batch() * (1 + meta.seq()));

@@ -1,5 +1,5 @@
-//! Fitting tensors into bindings: which part of a buffer to bind for a range of batch rows, and where
-//! in it the tensor lies.
+//! Fitting tensors into bindings: which part of a buffer to bind for a range of batch rows, and
+//! where in it the tensor lies.
 
 use std::ops::Range;
 
@@ -82,8 +82,8 @@ impl<'a> Operand<'a> {
         start..self.bytes_of(part.end()).next_multiple_of(WORD_BYTES)
     }
 
-    /// The first of the offset and the strides that are stepped over that is no multiple of a word, in
-    /// bytes.
+    /// The first of the offset and the strides that are stepped over that is no multiple of a
+    /// word, in bytes.
     fn misaligned_by(&self) -> Option<u64> {
         let dims = self.layout.shape().iter().zip(self.layout.strides());
         let leading = dims.take(self.layout.rank() - 1).filter(|&(&size, _)| size > 1).map(|(_, &stride)| stride);
@@ -101,8 +101,8 @@ impl<'a> Operand<'a> {
         Ok((window.end - window.start).max(copy))
     }
 
-    /// The binding of a part, for shaders that count positions in elements. Returns the position of the
-    /// first element too.
+    /// The binding of a part, for shaders that count positions in elements. Returns the position
+    /// of the first element too.
     pub fn place_elements(&self, range: &Range<usize>) -> Result<(Window, u32)> {
         let part = self.part(range)?;
         let bytes = self.window_bytes(&part);
@@ -223,8 +223,8 @@ fn leading_strides(layout: &Layout) -> [u64; 3] {
     }
 }
 
-/// Splits batch rows into ranges for which every operand, and scratch or lists of `other_bytes(range)`,
-/// fit one binding each of at most `limit` bytes.
+/// Splits batch rows into ranges for which every operand, and scratch or lists of
+/// `other_bytes(range)`, fit one binding each of at most `limit` bytes.
 pub(super) fn split_batch(
     limit: u64,
     batch: usize,

@@ -49,8 +49,8 @@ pub fn signal<T: Send + 'static>() -> (impl FnOnce(T) + Send + 'static, Signal<T
 }
 
 impl<T> Signal<T> {
-    /// Waits until the callback has run, then for what error scopes caught: where a launch failed or
-    /// the device was lost, that is the answer.
+    /// Waits until the callback has run, then for what error scopes caught: where a launch failed
+    /// or the device was lost, that is the answer.
     pub async fn received(self, context: &Context) -> Result<Option<T>> {
         let value = poll_fn(|task| {
             let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);

@@ -1,6 +1,6 @@
-//! Waiting for the device, in one form that may give up the thread. A browser's page cannot block its
-//! thread: there [`now`] is an error that names what to call instead. Everywhere else nothing is ever
-//! pending: the forms below block inside, and `now` runs them to their end.
+//! Waiting for the device, in one form that may give up the thread. A browser's page cannot block
+//! its thread: there [`now`] is an error that names what to call instead. Everywhere else nothing
+//! is ever pending: the forms below block inside, and `now` runs them to their end.
 
 #[cfg(not(target_arch = "wasm32"))]
 mod blocking;
