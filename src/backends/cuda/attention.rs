@@ -2,6 +2,7 @@
 
 use std::f32::consts::LOG2_E;
 
+use crate::backends::rows::RowShape;
 use crate::call::op::{Attention, Rows};
 use crate::call::plan::Path;
 use crate::call::problem::AttentionShape;
@@ -9,12 +10,12 @@ use crate::dtype::DType;
 use crate::error::Result;
 use crate::mask::meta::CuSeqlens;
 
-use super::copy::RowShape;
+use super::copy::row_tensor;
 use super::device::CudaDevice;
 use super::memory::CudaBuffer;
 use super::metadata::Tables;
 use super::params::RowTensor;
-use super::placement::{Placed, WORD_BYTES};
+use super::placement::Placed;
 
 /// Parts of one scratch buffer start at multiples of this, as buffers do.
 const PART_ALIGNMENT: u64 = 256;
@@ -63,7 +64,7 @@ struct Side {
 impl Side {
     /// Bytes of one packed tensor, rounded up; 0 if there is none.
     fn packed_bytes(&self) -> u64 {
-        let bytes = (self.tables.packed_rows * self.row.words()) as u64 * WORD_BYTES;
+        let bytes = self.tables.packed_rows as u64 * self.row.bytes();
         if self.is_packed { bytes.next_multiple_of(PART_ALIGNMENT) } else { 0 }
     }
 
@@ -183,7 +184,7 @@ impl CudaDevice {
         let mut kv_rows: Option<[RowTensor; 2]> = None;
         if queries.is_packed {
             let packed = queries.take(&mut free);
-            q_rows = Some(queries.row.tensor(&tensors.q, &packed));
+            q_rows = Some(row_tensor(queries.row, &tensors.q, &packed));
             tensors.q = packed;
             if !scatters {
                 tensors.out = queries.take(&mut free);
@@ -191,7 +192,7 @@ impl CudaDevice {
         }
         if keys.is_packed {
             let (packed_k, packed_v) = (keys.take(&mut free), keys.take(&mut free));
-            kv_rows = Some([keys.row.tensor(&tensors.k, &packed_k), keys.row.tensor(&tensors.v, &packed_v)]);
+            kv_rows = Some([row_tensor(keys.row, &tensors.k, &packed_k), row_tensor(keys.row, &tensors.v, &packed_v)]);
             (tensors.k, tensors.v) = (packed_k, packed_v);
         }
         match (q_rows, kv_rows) {

@@ -39,10 +39,11 @@ impl CudaDevice {
         let bits = |mask: Option<&KeyMask>| mask.map(|mask| self.mask_bits(mask)).transpose();
         let (key_bits, row_bits) = (bits(key_mask)?, bits(zero_rows)?);
         if let Some(bits) = &key_bits {
-            (params.key_bits, params.key_words) = (bits.buffer.address(), bits.row_words);
+            // Fits: a row has at most i32::MAX bits.
+            (params.key_bits, params.key_words) = (bits.buffer.address(), bits.row_words as i32);
         }
         if let Some(bits) = &row_bits {
-            (params.row_bits, params.row_words) = (bits.buffer.address(), bits.row_words);
+            (params.row_bits, params.row_words) = (bits.buffer.address(), bits.row_words as i32);
         }
         if let Some(bias) = bias {
             let bias = self.input("bias", bias)?;

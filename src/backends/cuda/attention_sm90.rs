@@ -177,13 +177,13 @@ impl CudaDevice {
         let row_bits = row_mask.map(|mask| self.mask_bits(mask)).transpose()?;
         let params = AttentionParamsSm90 {
             form: Form::Fused as i32,
-            // Both fit: there are at most as many as tokens.
+            // All fit: there are at most as many as tokens.
             groups: lists.batch_count as i32,
             zero_span_count: lists.zero_span_count as i32,
             key_bits: key_bits.buffer.address(),
-            key_words: key_bits.row_words,
+            key_words: key_bits.row_words as i32,
             row_bits: row_bits.as_ref().map_or(0, |bits| bits.buffer.address()),
-            row_words: row_bits.as_ref().map_or(0, |bits| bits.row_words),
+            row_words: row_bits.as_ref().map_or(0, |bits| bits.row_words as i32),
             batches: lists.batches.address(),
             query_groups: lists.query_groups.address(),
             key_tiles: lists.key_tiles.address(),

@@ -1,5 +1,6 @@
 //! Launches of the kernels that move rows: pack, scatter, zero.
 
+use crate::backends::rows::RowShape;
 use crate::call::op::{Input, Output};
 use crate::error::{Error, Result};
 use crate::mask::meta::VarlenMeta;
@@ -8,7 +9,7 @@ use super::device::CudaDevice;
 use super::metadata::Tables;
 use super::module::Entry;
 use super::params::{MAX_PACK_TENSORS, PackParams, RowTensor, ScatterParams};
-use super::placement::{Operand, Placed, WORD_BYTES};
+use super::placement::{Operand, Placed};
 
 /// Threads of a block of `pack_rows` and `scatter_rows`; `THREADS` of pack.cu.
 const THREADS: u32 = 256;
@@ -17,43 +18,18 @@ const BLOCK_ROWS: usize = THREADS as usize / 32;
 /// Blocks in a grid's first dimension; kernels stride over what is left.
 const MAX_BLOCKS: usize = i32::MAX as usize;
 
-/// Heads of a row and 16-byte words of a head.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct RowShape {
-    pub heads: usize,
-    pub head_words: usize,
-}
-
-impl RowShape {
-    pub fn new(heads: usize, head_dim: usize, element_bytes: usize) -> Self {
-        Self { heads, head_words: head_dim * element_bytes / WORD_BYTES as usize }
-    }
-
-    fn of(operand: &Operand<'_>) -> Self {
-        match *operand.layout.shape() {
-            [.., heads, head_dim] => Self::new(heads, head_dim, operand.dtype.size()),
-            _ => Self { heads: 0, head_words: 0 },
-        }
-    }
-
-    /// 16-byte words of one row.
-    pub fn words(self) -> usize {
-        self.heads * self.head_words
-    }
-
-    /// Parameters of a tensor in both its forms.
-    pub fn tensor(self, padded: &Placed, packed: &Placed) -> RowTensor {
-        let packed_strides = packed.word_strides();
-        RowTensor {
-            padded: padded.address,
-            packed: packed.address,
-            padded_strides: padded.word_strides(),
-            packed_token_stride: packed_strides.token,
-            packed_head_stride: packed_strides.head,
-            // Both fit: checked by problem.
-            heads: self.heads as i32,
-            head_words: self.head_words as i32,
-        }
+/// Parameters of a tensor of such rows in both its forms.
+pub(super) fn row_tensor(row: RowShape, padded: &Placed, packed: &Placed) -> RowTensor {
+    let packed_strides = packed.word_strides();
+    RowTensor {
+        padded: padded.address,
+        packed: packed.address,
+        padded_strides: padded.word_strides(),
+        packed_token_stride: packed_strides.token,
+        packed_head_stride: packed_strides.head,
+        // Both fit: checked by problem.
+        heads: row.heads as i32,
+        head_words: row.head_words as i32,
     }
 }
 
@@ -65,7 +41,7 @@ impl CudaDevice {
         for ((from, _), packed) in pairs.iter().zip(outputs.collect::<Result<Vec<_>>>()?) {
             let from = self.input("padded", from)?;
             let padded = self.place_input(&from, &mut scratch)?;
-            tensors.push(RowShape::of(&from).tensor(&padded, &packed));
+            tensors.push(row_tensor(row_shape(&from), &padded, &packed));
         }
         let tables = self.host_tables(meta)?;
         tensors.chunks(MAX_PACK_TENSORS).try_for_each(|tensors| self.launch_pack(tensors, &tables))
@@ -98,7 +74,7 @@ impl CudaDevice {
         let padded = to.place_output()?;
         let mut scratch = Vec::new();
         let packed = self.place_input(&self.input("packed", packed)?, &mut scratch)?;
-        self.launch_scatter(RowShape::of(&to), &packed, &padded, &self.host_tables(meta)?)
+        self.launch_scatter(row_shape(&to), &packed, &padded, &self.host_tables(meta)?)
     }
 
     pub(super) fn launch_scatter(
@@ -109,11 +85,11 @@ impl CudaDevice {
         tables: &Tables,
     ) -> Result<()> {
         let rows = tables.batch * tables.seq;
-        if rows * row.words() == 0 {
+        if rows == 0 || row.words() == 0 {
             return Ok(());
         }
         let params = ScatterParams {
-            tensor: row.tensor(padded, packed),
+            tensor: row_tensor(row, padded, packed),
             inv_indices: tables.inv_indices,
             // Both fit: KeyMask bounds batch · seq by i32::MAX.
             batch: tables.batch as i32,
@@ -141,7 +117,7 @@ impl CudaDevice {
         if to.layout.rank() != 4 {
             return Err(Error::Rank { argument: "out", expected: "4: [B, S, H, D]", got: to.layout.rank() });
         }
-        let row = RowShape::of(&to);
+        let row = row_shape(&to);
         let function = self.function(Entry::Scatter)?;
         // The kernel counts rows in 32 bits.
         let batch_rows = (i32::MAX as usize / seq).max(1);
@@ -150,7 +126,7 @@ impl CudaDevice {
             let padded = part.place_output()?;
             let batch = part.layout.shape()[0];
             let params = ScatterParams {
-                tensor: row.tensor(&padded, &padded),
+                tensor: row_tensor(row, &padded, &padded),
                 inv_indices: 0,
                 // Both fit: their product does, or batch is 1 and seq is checked by problem.
                 batch: batch as i32,
@@ -162,6 +138,10 @@ impl CudaDevice {
         }
         Ok(())
     }
+}
+
+fn row_shape(operand: &Operand<'_>) -> RowShape {
+    RowShape::of(&operand.layout, operand.dtype.size())
 }
 
 /// Blocks for so many rows of one tensor.

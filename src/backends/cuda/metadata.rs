@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use crate::backends::metadata::{Indices, InvIndices, MaskBits};
 use crate::call::op::{DeviceTables, MaskInput};
 use crate::error::{Error, Result};
 use crate::mask::key_mask::KeyMask;
@@ -17,22 +18,6 @@ const THREADS: u32 = 256;
 const SCAN_THREADS: u32 = 1024;
 /// Tables of one buffer start at multiples of this, as buffers do.
 const TABLE_ALIGNMENT: u64 = 256;
-
-/// Bits of a [`KeyMask`], `[B, row_words]`.
-#[derive(Debug)]
-pub(super) struct MaskBits {
-    pub buffer: CudaBuffer,
-    /// u32s of one row.
-    pub row_words: i32,
-}
-
-/// `VarlenMeta::indices`.
-#[derive(Debug)]
-pub(super) struct Indices(pub CudaBuffer);
-
-/// `VarlenMeta::inv_indices`.
-#[derive(Debug)]
-pub(super) struct InvIndices(pub CudaBuffer);
 
 /// `CuSeqlens::as_slice`, and after it the sequences' order.
 #[derive(Debug)]
@@ -70,27 +55,19 @@ pub(super) struct Tables {
 }
 
 impl CudaDevice {
-    pub(super) fn mask_bits(&self, mask: &KeyMask) -> Result<Arc<MaskBits>> {
-        mask.copies().get_or_make(self.id, || {
-            // The lower half of a word first, which is bit order in u32s.
-            let halves = |word: &u64| [*word as u32, (*word >> 32) as u32];
-            let words: Vec<u32> = mask.words().iter().flat_map(halves).collect();
-            // Fits: a row has at most i32::MAX bits.
-            let row_words = 2 * mask.words_per_row() as i32;
-            Ok(MaskBits { buffer: self.uploaded(bytemuck::cast_slice(&words))?, row_words })
-        })
+    pub(super) fn mask_bits(&self, mask: &KeyMask) -> Result<Arc<MaskBits<CudaBuffer>>> {
+        MaskBits::on(self.id, mask, |bytes| self.uploaded(bytes))
     }
 
     /// Tables of metadata that the host built.
     pub(super) fn host_tables(&self, meta: &VarlenMeta) -> Result<Tables> {
-        let indices = || self.uploaded(bytemuck::cast_slice(meta.indices())).map(Indices);
-        let inv_indices = || self.uploaded(bytemuck::cast_slice(meta.inv_indices())).map(InvIndices);
+        let upload = |bytes: &[u8]| self.uploaded(bytes);
         let cu_seqlens = self.cu_seqlens(meta.cu_seqlens())?;
         Ok(Tables {
             cu_seqlens: cu_seqlens.address(),
             batch_order: cu_seqlens.order(),
-            indices: meta.copies().get_or_make(self.id, indices)?.0.address(),
-            inv_indices: meta.copies().get_or_make(self.id, inv_indices)?.0.address(),
+            indices: Indices::on(self.id, meta, upload)?.0.address(),
+            inv_indices: InvIndices::on(self.id, meta, upload)?.0.address(),
             batch: meta.batch(),
             seq: meta.seq(),
             packed_rows: meta.total_valid(),

@@ -1,5 +1,6 @@
 //! Where the tensors of an operation lie, and aligned copies of inputs that lie at odd places.
 
+use crate::backends::rows::{WORD_BYTES, misaligned_by, row_strides};
 use crate::call::op::{Input, Output};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
@@ -9,8 +10,6 @@ use super::device::CudaDevice;
 use super::memory::CudaBuffer;
 use super::params::Strides;
 
-/// Kernels move words of this many bytes.
-pub(super) const WORD_BYTES: u64 = 16;
 /// Largest distance between the rows of one copy (`CU_DEVICE_ATTRIBUTE_MAX_PITCH` of every device).
 const MAX_PITCH: u64 = i32::MAX as u64;
 
@@ -58,14 +57,10 @@ impl Operand<'_> {
         elements * self.dtype.size() as u64
     }
 
-    /// What keeps the rows from starting at words: the offset, or the address if the memory itself does not start at one, or
-    /// the first stride that is stepped over. In bytes.
+    /// What keeps the rows from starting at words, in bytes; nothing if there are none.
     fn misaligned_by(&self) -> Option<u64> {
-        let dims = self.layout.shape().iter().zip(self.layout.strides());
-        let leading = dims.take(self.layout.rank().saturating_sub(1)).filter(|&(&size, _)| size > 1);
-        let strides = leading.map(|(_, &stride)| self.bytes(stride));
-        let offset = self.bytes(self.layout.offset());
-        if self.layout.numel() == 0 { None } else { misaligned(self.buffer.address(), offset, strides) }
+        let by = || misaligned_by(self.buffer.address(), &self.layout, self.dtype.size());
+        if self.layout.numel() == 0 { None } else { by() }
     }
 
     /// Elements are read and written whole, so they must lie at multiples of their size; memory of the caller need not start at
@@ -91,24 +86,10 @@ impl Operand<'_> {
     }
 }
 
-/// The first of the bytes that put rows beside words.
-fn misaligned(base: u64, offset: u64, strides: impl Iterator<Item = u64>) -> Option<u64> {
-    let is_odd = |bytes: &u64| !bytes.is_multiple_of(WORD_BYTES);
-    let address = base + offset;
-    let culprit = if is_odd(&base) { address } else { offset };
-    Some(culprit).filter(|_| is_odd(&address)).or_else(|| strides.into_iter().find(is_odd))
-}
-
-/// Strides of batch row, token and head. Steps that are never taken are put so that nothing looks scattered.
 fn strides(layout: &Layout) -> Strides {
-    let (shape, strides) = (layout.shape(), layout.strides());
     // Every stride fits: layouts end below an eighth of the range.
-    let stepped = |dim: usize, otherwise: usize| if shape[dim] > 1 { strides[dim] as i64 } else { otherwise as i64 };
-    match *shape {
-        [_, _, _, head_dim] => Strides { batch: stepped(0, 0), token: stepped(1, 0), head: stepped(2, head_dim) },
-        [_, _, head_dim] => Strides { batch: 0, token: stepped(0, 0), head: stepped(1, head_dim) },
-        _ => Strides::default(),
-    }
+    let [batch, token, head] = row_strides(layout).map(|stride| stride as i64);
+    Strides { batch, token, head }
 }
 
 impl CudaDevice {
@@ -291,29 +272,6 @@ mod tests {
             to_pitch: 16,
         };
         assert_eq!(rectangles, [far(0), far(1), far(2)]);
-        Ok(())
-    }
-
-    #[test]
-    fn alignment_is_of_the_address() {
-        let odd = |base, offset, strides: [u64; 2]| misaligned(base, offset, strides.into_iter());
-        assert_eq!(odd(0x7000, 32, [64, 128]), None);
-        // Memory that starts at a word: the offset is at fault.
-        assert_eq!(odd(0x7000, 6, [64, 128]), Some(6));
-        // The caller's memory starts beside a word, and the offset does or does not make up for it.
-        assert_eq!(odd(0x7006, 10, [64, 128]), None);
-        assert_eq!(odd(0x7006, 0, [64, 128]), Some(0x7006));
-        assert_eq!(odd(0x7006, 16, [64, 128]), Some(0x7016));
-        assert_eq!(odd(0x7006, 10, [64, 24]), Some(24));
-        assert_eq!(odd(0x7000, 0, [8, 24]), Some(8));
-    }
-
-    #[test]
-    fn steps_never_taken_look_contiguous() -> Result<()> {
-        let layout = Layout::strided(&[1, 5, 1, 8], &[7, 24, 3, 1], 0)?;
-        assert_eq!(strides(&layout), Strides { batch: 0, token: 24, head: 8 });
-        let packed = Layout::contiguous(&[5, 2, 8])?;
-        assert_eq!(strides(&packed), Strides { batch: 0, token: 16, head: 8 });
         Ok(())
     }
 }
