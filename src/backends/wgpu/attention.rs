@@ -4,6 +4,7 @@
 use std::f32::consts::LOG2_E;
 use std::ops::Range;
 
+use crate::backends::rows::{RowShape, WORD_BYTES};
 use crate::call::op::{Attention, Input, Rows, no_device_tables};
 use crate::call::plan::Path;
 use crate::error::{Error, Result};
@@ -11,8 +12,8 @@ use crate::mask::key_mask::KeyMask;
 use crate::mask::meta::{CuSeqlens, VarlenMeta};
 
 use super::context::Context;
-use super::copy::{Move, RowShape, move_placed};
-use super::dispatch::{BINDING_ALIGNMENT, MAX_GROUPS, WORD_BYTES, Window};
+use super::copy::{Move, move_placed};
+use super::dispatch::{BINDING_ALIGNMENT, MAX_GROUPS, Window};
 use super::launches::{AttentionLaunch, Launches};
 use super::metadata::{cu_seqlens, fused_tiles, longest, mask_bits, packed_rows, packed_tiles, token_lists};
 use super::pace::Pace;
@@ -257,7 +258,7 @@ impl Call<'_> {
             let mut pack = |operand: &Operand<'_>, row: RowShape, meta: &VarlenMeta| -> Result<Placed> {
                 let src = operand.place_input(context, &range, launches, &mut scratch)?;
                 let buffer = launches.take_scratch(bytes(row, meta, &range))?;
-                let dst = row.packed_in(&buffer);
+                let dst = Placed::packed(row, &buffer);
                 scratch.push(buffer);
                 move_placed(context, Move::Pack, (&src, &dst), row, (meta, &range), launches)?;
                 Ok(dst)
@@ -265,7 +266,7 @@ impl Call<'_> {
             let q = pack(&operands.q, q_row, query)?;
             let (k, v) = (pack(&operands.k, kv_row, key)?, pack(&operands.v, kv_row, key)?);
             let buffer = launches.take_scratch(bytes(q_row, query, &range))?;
-            let out = q_row.packed_in(&buffer);
+            let out = Placed::packed(q_row, &buffer);
             scratch.push(buffer);
             let sequences = Sequences {
                 query: query.cu_seqlens(),

@@ -9,11 +9,11 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use wgpu::BufferUsages;
 
+use crate::backends::rows::WORD_BYTES;
 use crate::cache::DeviceId;
 use crate::call::op::DeviceBuffer;
 use crate::error::{Error, Result};
 
-use super::dispatch::WORD_BYTES;
 use super::fault::Faults;
 
 /// Scratch buffers kept for reuse. One packed call needs fewer.

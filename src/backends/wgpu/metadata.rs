@@ -3,29 +3,15 @@
 use std::ops::Range;
 use std::sync::Arc;
 
+use crate::backends::metadata::{Indices, InvIndices, MaskBits};
+use crate::backends::rows::WORD_BYTES;
 use crate::cache::{DeviceCopies, DeviceId};
 use crate::error::Result;
 use crate::mask::key_mask::KeyMask;
 use crate::mask::meta::{CuSeqlens, VarlenMeta};
 
 use super::context::Context;
-use super::dispatch::WORD_BYTES;
 use super::transfer::uploaded;
-
-/// Bits of a [`KeyMask`], `[B, row_words]`.
-#[derive(Debug)]
-pub(super) struct MaskBits {
-    pub buffer: wgpu::Buffer,
-    pub row_words: u32,
-}
-
-/// `VarlenMeta::indices`.
-#[derive(Debug)]
-pub(super) struct Indices(pub wgpu::Buffer);
-
-/// `VarlenMeta::inv_indices`.
-#[derive(Debug)]
-pub(super) struct InvIndices(pub wgpu::Buffer);
 
 /// `CuSeqlens::as_slice`.
 #[derive(Debug)]
@@ -74,24 +60,16 @@ impl Tiles {
     }
 }
 
-pub(super) fn mask_bits(context: &Context, mask: &KeyMask) -> Result<Arc<MaskBits>> {
-    mask.copies().get_or_make(context.id, || {
-        let halves = |word: &u64| [*word as u32, (*word >> 32) as u32];
-        let words: Vec<u32> = mask.words().iter().flat_map(halves).collect();
-        let row_words = 2 * mask.words_per_row() as u32;
-        Ok(MaskBits { buffer: uploaded(context, "mask", bytemuck::cast_slice(&words))?, row_words })
-    })
+pub(super) fn mask_bits(context: &Context, mask: &KeyMask) -> Result<Arc<MaskBits<wgpu::Buffer>>> {
+    MaskBits::on(context.id, mask, |bytes| uploaded(context, "mask", bytes))
 }
 
-pub(super) fn indices(context: &Context, meta: &VarlenMeta) -> Result<Arc<Indices>> {
-    meta.copies()
-        .get_or_make(context.id, || uploaded(context, "indices", bytemuck::cast_slice(meta.indices())).map(Indices))
+pub(super) fn indices(context: &Context, meta: &VarlenMeta) -> Result<Arc<Indices<wgpu::Buffer>>> {
+    Indices::on(context.id, meta, |bytes| uploaded(context, "indices", bytes))
 }
 
-pub(super) fn inv_indices(context: &Context, meta: &VarlenMeta) -> Result<Arc<InvIndices>> {
-    meta.copies().get_or_make(context.id, || {
-        uploaded(context, "inv_indices", bytemuck::cast_slice(meta.inv_indices())).map(InvIndices)
-    })
+pub(super) fn inv_indices(context: &Context, meta: &VarlenMeta) -> Result<Arc<InvIndices<wgpu::Buffer>>> {
+    InvIndices::on(context.id, meta, |bytes| uploaded(context, "inv_indices", bytes))
 }
 
 pub(super) fn cu_seqlens(context: &Context, cu_seqlens: &CuSeqlens) -> Result<Arc<CuSeqlensCopy>> {
