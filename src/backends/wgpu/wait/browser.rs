@@ -7,7 +7,7 @@ use std::task::{Poll, Waker};
 use crate::error::{Error, Result};
 
 use super::super::context::Context;
-use super::Blocking;
+use super::calls::Blocking;
 
 /// An error: the thread of a page cannot block.
 pub fn now<T>(device: &str, call: Blocking, _work: impl Future<Output = Result<T>>) -> Result<T> {
