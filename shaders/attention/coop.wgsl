@@ -1,28 +1,37 @@
-// Attention of one tile of query rows against all its keys on cooperative matrices: f16 operands, f32 accumulators.
+// Attention of one tile of query rows against all its keys on cooperative matrices: f16 operands,
+// f32 accumulators.
 //
-// A subgroup owns SHAPE rows. Its queries and its output stay in matrices all along; scores and weights pass through
-// workgroup memory, since an element of a matrix cannot be read:
+// A subgroup owns SHAPE rows. Its queries and its output stay in matrices throughout. Scores and
+// weights pass through workgroup memory, since WGSL cannot read an element of a matrix:
 //
-//      k, v ──▶ staged (f16)  ──▶ S = Q·Kᵀ ──▶ scores (f32) ──▶ softmax, a row to LANES lanes ──▶ probs (f16) ──▶ O += P·V
+//      k, v ──▶ staged (f16) ──▶ S = Q·Kᵀ ──▶ scores (f32)
+//                                                 │ softmax, a row to LANES lanes
+//                                                 ▼
+//                                O += P·V ◀── probs (f16)
 //
-// `scores` and `probs` are a subgroup's own, but the barriers around them are the workgroup's: naga's `subgroupBarrier` orders
-// no workgroup memory. So that there are two to a step, and products run beside exponentials, scores are computed a step ahead, and
-// products with values a step behind:
+// Each subgroup has its part of `scores` and `probs`, but the barriers around them are the
+// workgroup's: naga's `subgroupBarrier` does not order workgroup memory. Scores are computed a
+// step ahead and products with values a step behind, so that a step needs only two barriers and
+// products run beside exponentials:
 //
-//      phase   reads                             computes                            writes
-//        1     K(n+1), V(n-1), scores of n       S of n+1, O += P·V of n-1, softmax    probs of n
-//        2     probs of n, into matrices                                             K(n+2), V(n), scores of n+1
+//      phase   reads                          computes                             writes
+//        1     K(n+1), V(n-1), scores of n    S of n+1, O += P·V of n-1, softmax   probs of n
+//        2     probs of n, into matrices                                           K(n+2), V(n),
+//                                                                                  scores of n+1
 //
-// What phase 2 stages is fetched in phase 1, and pinned there: drivers move loads of what nobody writes down to their use.
+// What phase 2 stages is fetched in phase 1 and pinned there: drivers move loads of memory that
+// nobody writes down to their use.
 //
-// Weights are relative to a base of each row that follows its maximum only when that has grown by more than 2^8 (the rule of
-// FlashAttention-4): only then O goes through workgroup memory to be scaled.
+// Weights are relative to a base of each row. It follows the row's maximum only when that has
+// grown by more than 2^8 (the rule of FlashAttention-4). Only then O goes through workgroup
+// memory to be scaled.
 //
-// Tensors are read as u32s, 16 bytes at a time, with no branch around a load, so that loads need not wait for each other.
+// Tensors are read as u32s, 16 bytes at a time, with no branch around a load, so that loads need
+// not wait for each other.
 
 const LANES: u32 = SUBGROUP_SIZE / SHAPE;
 const INVOCATIONS: u32 = SUBGROUPS * SUBGROUP_SIZE;
-// The head dimension, filled up with zeros to whole matrices.
+// The head dimension, padded with zeros to whole matrices.
 const DIM: u32 = (HEAD_DIM + SHAPE - 1u) / SHAPE * SHAPE;
 const DIM_FRAGMENTS: u32 = DIM / SHAPE;
 const KEY_FRAGMENTS: u32 = TILE_KEYS / SHAPE;
@@ -36,14 +45,17 @@ const FETCHES: u32 = (STAGED_WORDS + INVOCATIONS - 1u) / INVOCATIONS;
 // Quads (four elements) of a fragment's row, and of the scores that one lane has of a row.
 const FRAGMENT: u32 = SHAPE / 4u;
 const QUADS: u32 = TILE_KEYS / 4u / LANES;
-// Words that one lane moves of a row of queries or of output, a slice of as many columns as a step has keys.
+// Words that one lane moves of a row of queries or output: of a slice with as many columns as a
+// step has keys.
 const LANE_WORDS: u32 = (KEY_WORDS + LANES - 1u) / LANES;
-// Rows lie so far apart, in quads, that the rows of a matrix, and the lanes that read them, fall on different banks.
+// Distances of rows in quads, such that the rows of a matrix, and the lanes that read them, fall on
+// different banks.
 const STAGED_STRIDE: u32 = DIM / 4u + 2u;
 const PROBS_STRIDE: u32 = TILE_KEYS / 4u + 2u;
 const SCORES_STRIDE: u32 = TILE_KEYS / 4u + LANES;
 const VALUES: u32 = TILE_KEYS * STAGED_STRIDE;
-// A row's largest weight is 2^7 when its base is set and never above 2^15, so that weights down to 2^-31 of the largest count.
+// A row's largest weight is 2^7 when its base is set and never above 2^15, so weights down to
+// 2^-31 of the largest are not lost.
 const BASE_BELOW: f32 = 7.0;
 const MOST: f32 = 15.0;
 
@@ -51,14 +63,14 @@ const MOST: f32 = 15.0;
 var<workgroup> staged: array<vec4<f16>, 2u * VALUES>;
 var<workgroup> probs: array<vec4<f16>, TILE_ROWS * PROBS_STRIDE>;
 var<workgroup> scores: array<vec4<f32>, TILE_ROWS * SCORES_STRIDE>;
-// 1 if some row's output must be scaled before the next product.
+// 1 if the output of some row must be scaled before the next product.
 var<workgroup> growing: atomic<u32>;
-// Written by chance, never read; see `pin`.
+// Written only in a case that never matters, so that the compiler keeps the loads; see `pin`.
 var<workgroup> pinned: atomic<u32>;
 // The bits of the largest magnitudes of q, k and v.
 var<workgroup> largest: array<atomic<u32>, 3>;
 
-// What q, k and v are multiplied by to lie inside of f16's range; powers of two.
+// Powers of two that bring q, k and v into f16's range.
 struct Factors {
     q: f32,
     k: f32,
@@ -84,8 +96,8 @@ struct Step {
     rows: array<u32, FETCHES>,
 }
 
-// The first step from `first_key` on. Some row of the tile is named for all keys, also those that it does not have, so that a
-// load waits for no branch.
+// The first step from `first_key` on. Keys past the tile's last one get its row, so that loads
+// need no branch.
 fn step_from(tile: Tile, first_key: u32, invocation: u32) -> Step {
     var step: Step;
     step.first_key = next_step(tile, first_key);
@@ -97,10 +109,12 @@ fn step_from(tile: Tile, first_key: u32, invocation: u32) -> Step {
     return step;
 }
 
-// What an invocation fetches of a step's keys or values: words invocation, invocation + INVOCATIONS ...
+// What an invocation fetches of a step's keys or values: word `invocation` and every
+// INVOCATIONS-th after it.
 alias Words = array<vec4<u32>, FETCHES>;
 
-// Dropped keys are not zeros, since their scores are masked, but where they would count in the range.
+// Dropped keys are set to zero only where they would count in the range: their scores are masked
+// anyway.
 fn fetch_keys(tile: Tile, step: Step, invocation: u32) -> Words {
     var words: Words;
     for (var f = 0u; f < FETCHES; f++) { // unroll
@@ -112,7 +126,7 @@ fn fetch_keys(tile: Tile, step: Step, invocation: u32) -> Words {
     return words;
 }
 
-// Dropped keys are zeros: what their rows hold must not matter, and 0 · NaN is NaN.
+// Values of dropped keys are set to zero: what their rows hold must not matter, and 0 · NaN is NaN.
 fn fetch_values(tile: Tile, step: Step, invocation: u32) -> Words {
     var words: Words;
     for (var f = 0u; f < FETCHES; f++) { // unroll
@@ -123,7 +137,7 @@ fn fetch_values(tile: Tile, step: Step, invocation: u32) -> Words {
     return words;
 }
 
-// Stages words from `first` on, and gives their largest magnitude.
+// Stages words from `first` on, and returns their largest magnitude.
 fn stage(words: Words, first: u32, invocation: u32, factor: f32) -> f32 {
     var largest = 0.0;
     for (var f = 0u; f < FETCHES; f++) { // unroll
@@ -181,7 +195,7 @@ fn multiply_values(weights: ptr<function, Weights>, output: ptr<function, Output
     }
 }
 
-// Has words loaded by now: it depends on them whether something is stored, if only to where nobody reads.
+// Forces words to be loaded by now: a store depends on them, if only to where nobody reads.
 fn pin(keys: Words, values: Words) {
     var sum = 0u;
     for (var f = 0u; f < FETCHES; f++) { // unroll
@@ -202,8 +216,9 @@ fn write_zeros(tile: Tile, invocation: u32) {
     }
 }
 
-// naga demands that control flow around matrices is uniform, and takes whatever went through a variable for non-uniform. Here it
-// depends on constants, parameters, the workgroup's tile, and on what all read of workgroup memory after a barrier.
+// naga demands uniform control flow around matrices, and assumes that whatever went through a
+// variable is not uniform. Here control flow depends on constants, parameters, the workgroup's
+// tile, and on workgroup memory that all invocations read after a barrier.
 @diagnostic(off, derivative_uniformity)
 @compute @workgroup_size(INVOCATIONS)
 fn attention(
@@ -237,7 +252,7 @@ fn attention(
         }
         workgroupBarrier();
     }
-    // A second attempt only where a value left the range of the first.
+    // The second attempt runs only if a value was out of the range of the first.
     for (var attempt = 0u; attempt < ATTEMPTS; attempt++) {
         var seen = vec3<f32>(0.0);
         var output: Output;
@@ -247,7 +262,7 @@ fn attention(
 
         // Queries pass through `probs`, as many columns at a time as there are keys in a step.
         var queries: Queries;
-        // Rows that are not written are zeros: what they hold must not count in the range.
+        // Rows that are not written are set to zero: what they hold must not count in the range.
         let is_read = row < tile.rows && row_is_kept(tile, row);
         let own_query = tile.q + query_row(tile, min(row, tile.rows - 1u)) * params.q_stride_s;
         var words: array<vec4<u32>, SLICES * LANE_WORDS>;
@@ -297,7 +312,7 @@ fn attention(
             workgroupBarrier();
             store_scores(&sums, own_scores);
             seen.y = max(seen.y, stage(fetch_keys(tile, next, invocation), 0u, invocation, factors.k));
-            // The first product with values is of none.
+            // The first product with values has no keys yet.
             var nothing: Words;
             seen.z = max(seen.z, stage(nothing, VALUES, invocation, factors.v));
         }
@@ -305,7 +320,8 @@ fn attention(
         for (var n = 0u; n < KEY_FRAGMENTS; n++) { // unroll
             weights[n] = MatrixA();
         }
-        // Steps that scale O are left to the outer loop: in a branch of the inner one they would cost every step copies of O.
+        // The outer loop handles steps that scale O: a branch for them in the inner loop would
+        // cost every step copies of O.
         while step.first_key < tile.keys.end {
             var after: Step;
             var keys: Words;
@@ -326,7 +342,8 @@ fn attention(
                         }
                     }
                 }
-                // Not only where a key is dropped: a branch here would keep products from running beside what follows.
+                // Also where no key is dropped: a branch here would keep products from running
+                // beside what follows.
                 for (var i = 0u; i < QUADS; i++) { // unroll
                     let quad = i * LANES + lane_in_row;
                     let word = select(step.kept.x, step.kept.y, TILE_KEYS > 32u && quad >= 8u);
@@ -351,7 +368,8 @@ fn attention(
                 var grew = false;
                 if row_max > base + MOST {
                     let raised = row_max - BASE_BELOW;
-                    // Bounded: the difference of the lowest base and a high one has no f32.
+                    // Bounded: the difference of the lowest base and a high one can leave f32's
+                    // range.
                     scale = exp2(max(base - raised, -1000.0));
                     row_sum *= scale;
                     grew = base > LOWEST;
@@ -429,7 +447,8 @@ fn attention(
             let v_bits = atomicLoad(&largest[2]);
             let limits = vec3<f32>(512.0, 512.0, 128.0);
             let magnitudes = bitcast<vec3<f32>>(vec3<u32>(q_bits, k_bits, v_bits));
-            // Small values are as exact as need be while others of the tensor are not small, or scores do not depend on them.
+            // Small values need not be exact while the tensor has others that are not small, or
+            // while scores do not depend on them.
             let is_inside = all(magnitudes <= limits) && (v_bits == 0u || magnitudes.z >= 0.015625)
                 && abs(params.score_scale) <= 4.0;
             if !is_inside {

@@ -1,5 +1,6 @@
-// Attention of one tile of query rows against all its keys, with the online softmax of FlashAttention-2 (Dao, 2023).
-// Needs no optional feature: 128 invocations, 16 KiB of workgroup memory.
+// Attention of one tile of query rows against all its keys, with the online softmax of
+// FlashAttention-2 (Dao, 2023). It needs no optional feature: 128 invocations, 16 KiB of
+// workgroup memory.
 //
 // An invocation is one of 8 row groups and of 16 lanes. It owns ROWS rows, 8 apart, and
 //
@@ -12,13 +13,16 @@
 //        │ invocation   │                        │ per block         │
 //        └──────────────┘                        └───────────────────┘
 //
-// All operands pass through workgroup memory, widened to f32 on the way in, a chunk at a time; with AHEAD a chunk is fetched into
-// registers while the one before it is computed:
+// All operands pass through workgroup memory, widened to f32 on the way in, a chunk at a time.
+// With AHEAD a chunk is fetched into registers while the one before it is computed:
 //
-//      | S += Q·Kᵀ: 32 dimensions of all rows and keys, CHUNKS times | softmax | O += P·V: VALUE_KEYS keys, VALUE_CHUNKS times |
+//      S += Q·Kᵀ: 32 dimensions of all rows and keys, CHUNKS times
+//      softmax
+//      O += P·V: VALUE_KEYS keys, VALUE_CHUNKS times
 //
-// The shared arrays are laid out so that the row groups and the lanes of a subgroup read distinct banks. Loops marked `// unroll`
-// are written out by src/backends/wgpu/shader.rs: arrays stay in registers only where every index is a constant.
+// The shared arrays are laid out so that the row groups and the lanes of a subgroup read distinct
+// banks. src/backends/wgpu/shader/unroll.rs writes out loops marked `// unroll`: arrays stay in
+// registers only where every index is a constant.
 
 const GROUPS: u32 = 8u;
 const LANES: u32 = 16u;
@@ -26,17 +30,18 @@ const INVOCATIONS: u32 = GROUPS * LANES;
 // Neighbours that are loaded and stored as one vec4: keys of a lane, or rows of an invocation.
 const QUAD: u32 = 4u;
 const ROW_QUADS: u32 = ROWS / QUAD;
-// vec4 columns of a row and of a chunk of queries and keys; the words of both.
+// vec4 columns of a row, and of a chunk of queries and keys; words of both.
 const COLUMNS: u32 = HEAD_DIM / 4u;
 const CHUNK: u32 = 8u;
 const CHUNKS: u32 = (COLUMNS + CHUNK - 1u) / CHUNK;
 const ROW_WORDS: u32 = COLUMNS / VECS_PER_WORD;
 const CHUNK_WORDS: u32 = CHUNK / VECS_PER_WORD;
-// Rows of queries and keys of which all invocations fetch a chunk at once.
+// Rows of queries and keys whose chunks all invocations fetch at once.
 const FETCHED_ROWS: u32 = INVOCATIONS / CHUNK_WORDS;
 const Q_FETCHES: u32 = TILE_ROWS / FETCHED_ROWS;
 const K_FETCHES: u32 = TILE_KEYS / FETCHED_ROWS;
-// Blocks of output columns, and the lanes' vec4s of all blocks, one each: with two, the even columns come first.
+// Blocks of output columns, and the number of vec4s if each lane has one per block. With two, the
+// even columns come first.
 const BLOCKS: u32 = (COLUMNS + VECS * LANES - 1u) / (VECS * LANES);
 const HALF: u32 = BLOCKS * LANES;
 // The columns, words and keys of a chunk of values.
@@ -45,7 +50,7 @@ const VALUE_WORDS: u32 = VALUE_COLUMNS / VECS_PER_WORD;
 const VALUE_KEYS: u32 = SHARED / VALUE_COLUMNS;
 const VALUE_QUADS: u32 = VALUE_KEYS / QUAD;
 const VALUE_CHUNKS: u32 = TILE_KEYS / VALUE_KEYS;
-// Keys of which all invocations fetch the values at once.
+// Keys whose values all invocations fetch at once.
 const VALUE_ROWS: u32 = INVOCATIONS / VALUE_WORDS;
 const V_FETCHES: u32 = VALUE_KEYS / VALUE_ROWS;
 // Quads of keys whose weights are shared at a time, and the chunks of values that they meet.
@@ -68,7 +73,7 @@ struct Fetched {
     v: array<vec4<u32>, V_FETCHES>,
 }
 
-// The n-th key that is staged: neighbours are 4 apart, which fall on different banks.
+// The n-th key that is staged. Neighbours are 4 keys apart, so they fall on different banks.
 fn staged_key(n: u32) -> u32 {
     return (n & ~7u) | ((n & 1u) << 2u) | ((n >> 1u) & 3u);
 }
@@ -151,7 +156,8 @@ fn attention(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_
     if !tile.exists {
         return;
     }
-    // Of 16 neighbours, pairs share a row group, so that half a subgroup reads few distinct words at a time.
+    // Pairs of 16 neighbours share a row group, so that half a subgroup reads few distinct words
+    // at a time.
     let row_group = (invocation >> 1u) & 7u;
     let lane = (invocation & 1u) | ((invocation >> 4u) << 1u);
 
@@ -250,7 +256,7 @@ fn attention(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_
         }
         workgroupBarrier();
 
-        // The new maximum of each row, P = exp(S - max), and the old sums and outputs rescaled to it.
+        // The new maximum of each row, P = exp(S - max), and old sums and outputs rescaled to it.
         var rescale: array<vec4<f32>, ROW_QUADS>;
         for (var quad = 0u; quad < ROW_QUADS; quad++) { // unroll
             var new_max = row_max[quad];

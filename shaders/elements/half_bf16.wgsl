@@ -1,7 +1,8 @@
-// Tensors of bf16 as operands of cooperative matrices, which take f16. bf16 has f32's range, so elements are multiplied by a
-// power of two that brings the largest of them inside of f16's; no bit is lost but of those 2^29 times smaller.
+// Tensors of bf16 as operands of cooperative matrices, which take f16. bf16 has f32's range, so
+// elements are multiplied by a power of two that brings the largest of them into f16's range. Only
+// elements 2^29 times smaller than that lose bits.
 
-// Whether an element can lie outside of what f16 holds.
+// Whether an element can lie outside f16's range.
 const HAS_RANGE: bool = true;
 const ATTEMPTS: u32 = 2u;
 
@@ -13,7 +14,7 @@ fn largest_of(word: vec4<u32>) -> f32 {
     let both = max(abs(widen(word, 0u)), abs(widen(word, 1u)));
     let pair = max(both.xy, both.zw);
     let largest = max(pair.x, pair.y);
-    // An infinity stays one whatever it is multiplied by.
+    // No factor brings an infinity into range.
     return select(0.0, largest, largest <= 3.3895314e38);
 }
 

@@ -1,6 +1,6 @@
-// Tensors of f16 as operands of cooperative matrices: they are taken as what they are.
+// Tensors of f16 as operands of cooperative matrices, which take them unchanged.
 
-// Whether an element can lie outside of what f16 holds.
+// Whether an element can lie outside f16's range.
 const HAS_RANGE: bool = false;
 const ATTEMPTS: u32 = 1u;
 
@@ -12,8 +12,8 @@ fn largest_of(word: vec4<u32>) -> f32 {
     return 0.0;
 }
 
-// A word of output. The conversions round as the device does, not as `narrow` in a dozen instructions an element, and the packing
-// of what they give is exact.
+// A word of output. The conversions round as the device does, which takes one instruction per
+// element where `narrow` takes a dozen. Packing their results is exact.
 fn rounded(low: vec4<f32>, high: vec4<f32>) -> vec4<u32> {
     let a = vec4<f32>(vec4<f16>(low));
     let b = vec4<f32>(vec4<f16>(high));

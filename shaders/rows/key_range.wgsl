@@ -1,16 +1,18 @@
 // Which keys a tile of queries needs: the only place that says so.
 //
-// Kernels walk over `tile.keys` in steps of TILE_KEYS keys, 64 at most, and pass over steps without a
-// kept key. Keys count as in `key_row`: positions in the tensor, or in a list of kept keys.
+// Kernels walk over `tile.keys` in steps of TILE_KEYS keys, 64 at most, and pass over steps
+// without a kept key. Keys count as in `key_row`: positions in the tensor, or in a list of kept
+// keys.
 //
 //           tile.keys.first                    tile.keys.end
 //   keys   · · · [ k k k k | · · · · | k · k k | k k · ] · · ·
 //                  step      passed    key mask  last step
 //                            over
 //
-// A bound that differs from query to query has two sides. The tile needs the union of its queries'
-// ranges, which is what `key_range` gives. A query drops the other keys of that union one by one, as
-// it drops those with a bias of -inf: `Biased.kept`, which kernels ask for each query and key.
+// A bound that differs from query to query has two sides. The tile needs the union of its
+// queries' ranges, which is what `key_range` gives. A query drops the other keys of that union
+// one by one, as it drops those with a bias of -inf: `Biased.kept`, which kernels ask for each
+// query and key.
 
 // The bits when all keys of a step are kept.
 const ALL_LOW: u32 = 0xffffffffu >> (32u - min(TILE_KEYS, 32u));

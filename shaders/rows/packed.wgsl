@@ -1,5 +1,5 @@
-// Packed rows. A tile of the list is [first row, rows, sequence, unused] and belongs to one sequence.
-// Its keys are rows cu_seqlens_k[sequence] .. cu_seqlens_k[sequence + 1] - 1.
+// Packed rows. A tile of the list is [first row, rows, sequence, unused] and belongs to one
+// sequence. Its keys are rows cu_seqlens_k[sequence] .. cu_seqlens_k[sequence + 1] - 1.
 //
 //   q, out   [ s0 s0 s0 s0 s0 | s1 s1 | s2 s2 s2 s2 s2 s2 s2 ]
 //              └ tile ┘ └ tile ┘└ t ┘   └ tile ┘ └ tile ┘

@@ -2,9 +2,10 @@
 // sequence, TILE_KEYS at a time. Both constants are the kernel's. Positions are counted in words of
 // 16 bytes from the start of each binding.
 //
-// dense.wgsl, fused.wgsl and packed.wgsl say where tiles lie. `locate` finds the tile of a workgroup.
-// Query i of a tile, i < rows, is row `query_row(tile, i)` from `tile.q` and `tile.out`; key j is row
-// `key_row(tile, j)` from `tile.k` and `tile.v`. key_range.wgsl says which keys a tile needs.
+// dense.wgsl, fused.wgsl and packed.wgsl say where tiles lie. `locate` finds the tile of a
+// workgroup. Query i of a tile, i < rows, is row `query_row(tile, i)` from `tile.q` and
+// `tile.out`; key j is row `key_row(tile, j)` from `tile.k` and `tile.v`. key_range.wgsl says
+// which keys a tile needs.
 
 const LOG2_E: f32 = 1.4426950408889634;
 const LN_2: f32 = 0.6931471805599453;

@@ -1,4 +1,5 @@
-// Tiles of a list. Workgroup (x, y, z) takes tile x + y · grid_width of the launch and query head z.
+// Tiles of a list. Workgroup (x, y, z) takes tile x + y · grid_width of the launch and query head
+// z.
 
 struct Listed {
     // Whether the list is as long as that. The last tile stands in for those past its end.

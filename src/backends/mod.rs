@@ -12,9 +12,9 @@
 pub(crate) mod cpu;
 #[cfg(all(feature = "cuda", not(target_arch = "wasm32")))]
 pub(crate) mod cuda;
-#[cfg(all(feature = "cuda", not(target_arch = "wasm32")))]
+#[cfg(any(feature = "wgpu", all(feature = "cuda", not(target_arch = "wasm32"))))]
 mod metadata;
-#[cfg(all(feature = "cuda", not(target_arch = "wasm32")))]
+#[cfg(any(feature = "wgpu", all(feature = "cuda", not(target_arch = "wasm32"))))]
 mod rows;
 #[cfg(feature = "wgpu")]
 pub(crate) mod wgpu;

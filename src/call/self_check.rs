@@ -1,9 +1,9 @@
-//! One kernel compared with another on small calls, before it is trusted on a device: a chip, driver or
-//! compiler that it was not tested with must not make results wrong. The two may be kernels of one
-//! device or of two.
+//! One kernel compared with another on small calls, before it is trusted on a device: a chip,
+//! driver or compiler that it was not tested with must not make results wrong. The two may be
+//! kernels of one device or of two.
 //!
-//! Sizes pass tiles of 64 and 128 rows, and rings of four key tiles. Masked rows hold NaN, and so does
-//! the output before it is written.
+//! Sizes pass tiles of 64 and 128 rows, and rings of four key tiles. Masked rows hold NaN, and so
+//! does the output before it is written.
 //!
 //! ```text
 //!                0        133            300                      645
@@ -85,13 +85,15 @@ impl Form {
         }
     }
 
-    /// The same result in the oldest form of the reference: masks of a dense call do what metadata does.
+    /// The same result in the oldest form of the reference: masks of a dense call do what
+    /// metadata does.
     fn of_reference(self) -> Self {
         if self == Self::Fused { Self::Masked } else { self }
     }
 }
 
-/// The calls of a comparison: each form with each element type and head dimension that the kernels have.
+/// The calls of a comparison: each form with each element type and head dimension that the
+/// kernels have.
 #[derive(Debug)]
 pub(crate) struct Cases {
     forms: &'static [Form],
@@ -100,8 +102,9 @@ pub(crate) struct Cases {
 }
 
 impl Cases {
-    /// For kernels that come as machine code: every form that they have, both 16-bit element types, and a
-    /// head dimension for each width that they are compiled for. The second is narrower than its width.
+    /// For kernels that come as machine code: every form that they have, both 16-bit element
+    /// types, and a head dimension for each width that they are compiled for. The second is
+    /// narrower than its width.
     #[cfg_attr(
         all(not(test), any(not(feature = "cuda"), target_arch = "wasm32")),
         expect(dead_code, reason = "only CUDA kernels come as machine code")
@@ -111,8 +114,8 @@ impl Cases {
         dtypes: &[DType::F16, DType::Bf16],
         head_dims: &[64, 88, 128, 192, 256],
     };
-    /// For kernels that a driver compiles variant by variant, which can take it seconds: one call with
-    /// masks and a head dimension that fills no tile.
+    /// For kernels that a driver compiles variant by variant, which can take it seconds: one call
+    /// with masks and a head dimension that fills no tile.
     #[cfg_attr(all(not(test), not(feature = "wgpu")), expect(dead_code, reason = "only wgpu's drivers compile"))]
     pub(crate) const QUICK: Self = Self { forms: &[Form::Masked], dtypes: &[DType::F16], head_dims: &[24] };
 }
@@ -301,9 +304,10 @@ fn judge(case: Case, masks: &Masks, got: &[u16], expected: &[u16]) -> Result<(),
             }
             continue;
         }
-        // Kernels round weights and outputs to the element type: outputs by half a spacing of themselves,
-        // and so do their weights' sums. Roundings of weights average out over many keys. Where few keys
-        // have all the weight, they do not: each kernel errs by half a spacing of the largest value.
+        // Kernels round weights and outputs to the element type: outputs by half a spacing of
+        // themselves, and so do their weights' sums. Roundings of weights average out over many
+        // keys. Where few keys have all the weight, they do not: each kernel errs by half a
+        // spacing of the largest value.
         let of_weights = if case.form.is_padded() && batch == GROWING_ROW { LARGEST } else { 0.5 };
         let (got, expected) = (widen(case.dtype, got), widen(case.dtype, expected));
         let is_close = (got - expected).abs() <= spacing * (of_weights + 2.0 * expected.abs());
@@ -332,12 +336,13 @@ fn widen(dtype: DType, bits: u16) -> f32 {
 /// No number of [`values`] is larger in magnitude.
 const LARGEST: f32 = 3.0;
 
-/// Numbers with variance 1, so many that rows which begin at different places in them have nothing in
-/// common.
+/// Numbers with variance 1, so many that rows which begin at different places in them have
+/// nothing in common.
 fn values() -> Vec<f32> {
     const COUNT: u64 = 4099;
     let number = |at: u64| {
-        // The mixing of Steele and others' SplitMix (2014); the sum of three uniform numbers in [-1, 1).
+        // The mixing of Steele and others' SplitMix (2014); the sum of three uniform numbers in
+        // [-1, 1).
         let mut z = at.wrapping_add(1).wrapping_mul(0x9e37_79b9_7f4a_7c15);
         z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
         z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
@@ -369,8 +374,8 @@ mod tests {
     enum Lie {
         /// Its work.
         None,
-        /// One more thing: one element is another number, near the true one. The last in the batch rows
-        /// whose keys do not grow.
+        /// One more thing: one element is another number, near the true one. The last in the
+        /// batch rows whose keys do not grow.
         Element,
         /// One more thing: the last element is no mean of values. Only in padded forms with masks.
         GrowingRow,
@@ -541,8 +546,8 @@ mod tests {
 
     #[test]
     fn scores_of_the_growing_row_pass_thresholds_of_rescaling() {
-        // A dot product of numbers of variance 1, times 1/sqrt(head_dim), has variance 1; keys grow to
-        // 11 times that. Kernels let maxima grow by 2^8 before they rescale.
+        // A dot product of numbers of variance 1, times 1/sqrt(head_dim), has variance 1; keys
+        // grow to 11 times that. Kernels let maxima grow by 2^8 before they rescale.
         let masks = Masks::new().unwrap_or_else(|error| panic!("{error}"));
         let Inputs([q, k, _]) = Inputs::new(&masks, DType::F16, 24);
         let row = |bits: &[u16], at: usize, heads: usize| -> Vec<f32> {

@@ -4,6 +4,7 @@
 use std::f32::consts::LOG2_E;
 use std::ops::Range;
 
+use crate::backends::rows::{RowShape, WORD_BYTES};
 use crate::call::op::{Attention, Input, Rows, no_device_tables};
 use crate::call::plan::Path;
 use crate::error::{Error, Result};
@@ -11,8 +12,8 @@ use crate::mask::key_mask::KeyMask;
 use crate::mask::meta::{CuSeqlens, VarlenMeta};
 
 use super::context::Context;
-use super::copy::{Move, RowShape, move_placed};
-use super::dispatch::{BINDING_ALIGNMENT, MAX_GROUPS, WORD_BYTES, Window};
+use super::copy::{Move, move_placed};
+use super::dispatch::{BINDING_ALIGNMENT, MAX_GROUPS, Window};
 use super::launches::{AttentionLaunch, Launches};
 use super::metadata::{cu_seqlens, fused_tiles, longest, mask_bits, packed_rows, packed_tiles, token_lists};
 use super::pace::Pace;
@@ -119,7 +120,8 @@ impl Call<'_> {
         })
     }
 
-    /// The tensors of a launch on a range of batch rows. Inputs that are copied first lie in `scratch`.
+    /// The tensors of a launch on a range of batch rows. Inputs that are copied first lie in
+    /// `scratch`.
     fn place(
         &self,
         Operands { q, k, v, out }: &Operands<'_>,
@@ -202,8 +204,8 @@ impl Call<'_> {
         Ok(())
     }
 
-    /// One launch on the padded tensors by lists of tokens, or one for each range of batch rows that
-    /// fits the bindings.
+    /// One launch on the padded tensors by lists of tokens, or one for each range of batch rows
+    /// that fits the bindings.
     fn fused(&self, query: &VarlenMeta, key: &VarlenMeta, launches: &mut Launches<'_>) -> Result<()> {
         let (context, shape) = (self.context, self.attention.problem.shape);
         let operands = self.operands(FirstDim::Batch, FirstDim::Batch)?;
@@ -240,7 +242,8 @@ impl Call<'_> {
         Ok(())
     }
 
-    /// Pack, attention on the packed rows, scatter: a range of batch rows at a time, through scratch.
+    /// Pack, attention on the packed rows, scatter: a range of batch rows at a time, through
+    /// scratch.
     fn packed_path(&self, query: &VarlenMeta, key: &VarlenMeta, launches: &mut Launches<'_>) -> Result<()> {
         let (context, shape) = (self.context, self.attention.problem.shape);
         let operands = self.operands(FirstDim::Batch, FirstDim::Batch)?;
@@ -255,7 +258,7 @@ impl Call<'_> {
             let mut pack = |operand: &Operand<'_>, row: RowShape, meta: &VarlenMeta| -> Result<Placed> {
                 let src = operand.place_input(context, &range, launches, &mut scratch)?;
                 let buffer = launches.take_scratch(bytes(row, meta, &range))?;
-                let dst = row.packed_in(&buffer);
+                let dst = Placed::packed(row, &buffer);
                 scratch.push(buffer);
                 move_placed(context, Move::Pack, (&src, &dst), row, (meta, &range), launches)?;
                 Ok(dst)
@@ -263,7 +266,7 @@ impl Call<'_> {
             let q = pack(&operands.q, q_row, query)?;
             let (k, v) = (pack(&operands.k, kv_row, key)?, pack(&operands.v, kv_row, key)?);
             let buffer = launches.take_scratch(bytes(q_row, query, &range))?;
-            let out = q_row.packed_in(&buffer);
+            let out = Placed::packed(q_row, &buffer);
             scratch.push(buffer);
             let sequences = Sequences {
                 query: query.cu_seqlens(),
@@ -315,8 +318,8 @@ impl Call<'_> {
         Ok((window, AttentionParams { lse_offset, lse_stride_h, lse_stride_s, ..params }))
     }
 
-    /// Adds a launch on tensors and, after them, other windows, in which a tile meets `keys` keys at
-    /// most. `groups` is the grid of one head.
+    /// Adds a launch on tensors and, after them, other windows, in which a tile meets `keys` keys
+    /// at most. `groups` is the grid of one head.
     fn push(
         &self,
         (Tensors { q, k, v, out }, others): (Tensors, Vec<Window>),

@@ -9,11 +9,11 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use wgpu::BufferUsages;
 
+use crate::backends::rows::WORD_BYTES;
 use crate::cache::DeviceId;
 use crate::call::op::DeviceBuffer;
 use crate::error::{Error, Result};
 
-use super::dispatch::WORD_BYTES;
 use super::fault::Faults;
 
 /// Scratch buffers kept for reuse. One packed call needs fewer.
@@ -72,8 +72,8 @@ fn expect_usage(argument: &'static str, buffer: &wgpu::Buffer, usage: BufferUsag
     }
 }
 
-/// The address space of a buffer: clones of one have the same. It is a hash, so two buffers share one
-/// in one of 2⁶³ pairs. Then a valid call is refused; an invalid one never runs.
+/// The address space of a buffer: clones of one have the same. It is a hash, so two buffers share
+/// one in one of 2⁶³ pairs. Then a valid call is refused; an invalid one never runs.
 fn space_of(buffer: &wgpu::Buffer) -> u64 {
     let mut hasher = DefaultHasher::new();
     buffer.hash(&mut hasher);
@@ -171,7 +171,8 @@ impl Allocator {
         WgpuBuffer { raw, size, bindable, is_external, device, device_name, space }
     }
 
-    /// Checks that the device lets a buffer be bound: it belongs to the device and is not destroyed.
+    /// Checks that the device lets a buffer be bound: it belongs to the device and is not
+    /// destroyed.
     pub fn expect_bindable(&self, argument: &'static str, buffer: &wgpu::Buffer) -> Result<()> {
         let binding = wgpu::BufferBinding { buffer, offset: 0, size: NonZeroU64::new(BINDING_SIZE_STEP) };
         let entries = [wgpu::BindGroupEntry { binding: 0, resource: wgpu::BindingResource::Buffer(binding) }];
@@ -187,8 +188,8 @@ impl Allocator {
         }
     }
 
-    /// A storage buffer that can be copied from and to. Its size is rounded up to whole words, and to
-    /// one at least: an empty tensor must still be bindable.
+    /// A storage buffer that can be copied from and to. Its size is rounded up to whole words,
+    /// and to one at least: an empty tensor must still be bindable.
     pub fn storage(&self, label: &'static str, size: u64) -> Result<wgpu::Buffer> {
         let usage = BufferUsages::STORAGE | BufferUsages::COPY_SRC | BufferUsages::COPY_DST;
         self.raw(label, size.next_multiple_of(WORD_BYTES).max(WORD_BYTES), usage)
@@ -211,10 +212,11 @@ impl Allocator {
         self.faults.capture("creating a buffer", size, || self.device.create_buffer(&descriptor))
     }
 
-    /// Uninitialised scratch of at least `size` bytes. Give it back as soon as the launches that use
-    /// it are recorded. Launches recorded later in the same operation run after them. Launches of
-    /// other operations never run between those of one, whatever the order of submission, since an
-    /// operation is one command buffer. Every operation writes scratch before it reads it.
+    /// Uninitialised scratch of at least `size` bytes. Give it back as soon as the launches that
+    /// use it are recorded. Launches recorded later in the same operation run after them.
+    /// Launches of other operations never run between those of one, whatever the order of
+    /// submission, since an operation is one command buffer. Every operation writes scratch
+    /// before it reads it.
     pub fn take_scratch(&self, size: u64) -> Result<wgpu::Buffer> {
         let fits = |buffer: &wgpu::Buffer| buffer.size() >= size && buffer.size() / 2 <= size.max(WORD_BYTES);
         {

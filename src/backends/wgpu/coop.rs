@@ -1,4 +1,5 @@
-//! Cooperative matrices: whether a device has what the kernel on them needs, and which tile it takes.
+//! Cooperative matrices: whether a device has what the kernel on them needs, and which tile it
+//! takes.
 
 #[cfg(not(target_arch = "wasm32"))]
 use wgpu::Backends;
@@ -23,13 +24,13 @@ pub(super) struct Coop {
 }
 
 impl Coop {
-    /// The matrices of an adapter; `None` if the kernel cannot run there. It needs square matrices of
-    /// f16 with f32 accumulators, and subgroups that all have the same size, since it relies on which
-    /// rows a subgroup owns.
+    /// The matrices of an adapter; `None` if the kernel cannot run there. It needs square
+    /// matrices of f16 with f32 accumulators, and subgroups that all have the same size, since it
+    /// relies on which rows a subgroup owns.
     pub fn of(adapter: &Adapter) -> Option<Self> {
         let (info, limits) = (adapter.get_info(), adapter.limits());
-        // Metal's loads take pointers to elements. The shader's point to vectors of four, which tells the
-        // driver their alignment.
+        // Metal's loads take pointers to elements. The shader's point to vectors of four, which
+        // tells the driver their alignment.
         if info.backend != wgpu::Backend::Vulkan || !adapter.features().contains(FEATURES) {
             return None;
         }
@@ -49,8 +50,8 @@ impl Coop {
         (is_one_size && coop.workgroup_bytes >= LEAST_WORKGROUP_BYTES).then_some(coop)
     }
 
-    /// The matrices of an external device. It does not say the shapes of its matrices, so its adapter is
-    /// looked up.
+    /// The matrices of an external device. It does not say the shapes of its matrices, so its
+    /// adapter is looked up.
     #[cfg(not(target_arch = "wasm32"))]
     pub fn of_device(device: &wgpu::Device) -> Option<Self> {
         let limits = device.limits();
@@ -90,8 +91,9 @@ impl Coop {
 /// The promise to wgpu that goes with asking for an adapter's experimental features.
 pub(super) fn experimental() -> ExperimentalFeatures {
     // SAFETY: wgpu wants its callers to know that experimental features have bugs, and undefined
-    // behaviour where they are misused. Of them only cooperative matrices are used, in one shader whose
-    // loads and stores stay inside their arrays (see `Launcher::compile`), with a shape that the adapter
-    // reports, and only after its results were compared with the portable kernel's.
+    // behaviour where they are misused. Of them only cooperative matrices are used, in one shader
+    // whose loads and stores stay inside their arrays (see `Launcher::compile`), with a shape
+    // that the adapter reports, and only after its results were compared with the portable
+    // kernel's.
     unsafe { ExperimentalFeatures::enabled() }
 }

@@ -2,74 +2,19 @@
 
 use std::ops::Range;
 
+use crate::backends::rows::RowShape;
 use crate::call::op::{DeviceBuffer, Input, Output};
 use crate::error::{Error, Result};
 use crate::mask::meta::VarlenMeta;
 
 use super::buffer::WgpuBuffer;
 use super::context::Context;
-use super::dispatch::{Launch, WORD_BYTES, Window, groups_for};
+use super::dispatch::{Launch, Window, groups_for};
 use super::launches::Launches;
 use super::metadata::{indices, inv_indices, packed_rows};
 use super::params::CopyParams;
 use super::placement::{FirstDim, Operand, Placed, split_batch};
 use super::shader::Shader;
-
-/// Heads of a row and 16-byte words of a head.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct RowShape {
-    heads: usize,
-    head_words: usize,
-}
-
-impl RowShape {
-    pub fn new(heads: usize, head_dim: usize, element_bytes: usize) -> Self {
-        Self { heads, head_words: head_dim * element_bytes / WORD_BYTES as usize }
-    }
-
-    fn of(tensor: &Operand<'_>) -> Self {
-        match *tensor.layout.shape() {
-            [.., heads, head_dim] => Self::new(heads, head_dim, tensor.dtype.size()),
-            _ => Self { heads: 0, head_words: 0 },
-        }
-    }
-
-    fn words(self) -> usize {
-        self.heads * self.head_words
-    }
-
-    /// Bytes of one row.
-    pub fn bytes(self) -> u64 {
-        self.words() as u64 * WORD_BYTES
-    }
-
-    /// A packed tensor of such rows at the start of a buffer.
-    pub fn packed_in(self, buffer: &wgpu::Buffer) -> Placed {
-        Placed {
-            window: Window::whole(buffer),
-            offset: 0,
-            stride_b: 0,
-            stride_s: self.words() as u32,
-            stride_h: self.head_words as u32,
-        }
-    }
-
-    fn params(self, src: &Placed, dst: &Placed) -> CopyParams {
-        CopyParams {
-            src_offset: src.offset,
-            src_stride_b: src.stride_b,
-            src_stride_s: src.stride_s,
-            src_stride_h: src.stride_h,
-            dst_offset: dst.offset,
-            dst_stride_b: dst.stride_b,
-            dst_stride_s: dst.stride_s,
-            dst_stride_h: dst.stride_h,
-            heads: self.heads as u32,
-            head_words: self.head_words as u32,
-            ..Default::default()
-        }
-    }
-}
 
 /// Which way rows are moved.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -93,7 +38,7 @@ pub(super) fn move_rows(
     let (src, dst) = if way == Move::Pack { (padded, packed) } else { (packed, padded) };
     let from = Operand::input(context, src.0, from, src.1)?;
     let to = Operand::output(context, dst.0, to, dst.1)?;
-    let row = RowShape::of(&from);
+    let row = row_shape(&from);
     for range in split_batch(context.max_binding_bytes, meta.batch(), &[from, to], |_| 0)? {
         let mut scratch = Vec::new();
         let src = from.place_input(context, &range, launches, &mut scratch)?;
@@ -131,13 +76,13 @@ pub(super) fn move_placed(
         seq: meta.seq() as u32,
         batch_base: range.start as u32,
         row_base: row_base as u32,
-        ..row.params(src, dst)
+        ..params(row, src, dst)
     };
     launches.push(Launch {
         shader,
         params: bytemuck::bytes_of(&params).to_vec(),
         windows: vec![src.window.clone(), dst.window.clone(), list],
-        groups: groups_for(rows.len() * row.words()),
+        groups: groups_for(rows.len() as u64 * row.words()),
         operations: 0,
     });
     Ok(())
@@ -171,18 +116,38 @@ pub(super) fn zero(context: &Context, out: &Output<'_>, launches: &mut Launches<
         return Err(Error::Rank { argument: "out", expected: "4: [B, S, H, D]", got: out.layout.rank() });
     };
     let to = Operand::output(context, "out", out, FirstDim::Batch)?;
-    let row = RowShape::of(&to);
+    let row = row_shape(&to);
     for range in split_batch(context.max_binding_bytes, batch, &[to], |_| 0)? {
         let dst = to.place_output(&range)?;
         let rows = range.len() * seq;
-        let params = CopyParams { rows: rows as u32, seq: seq as u32, ..row.params(&dst, &dst) };
+        let params = CopyParams { rows: rows as u32, seq: seq as u32, ..params(row, &dst, &dst) };
         launches.push(Launch {
             shader: Shader::ZeroRows,
             params: bytemuck::bytes_of(&params).to_vec(),
             windows: vec![dst.window],
-            groups: groups_for(rows * row.words()),
+            groups: groups_for(rows as u64 * row.words()),
             operations: 0,
         });
     }
     Ok(())
+}
+
+fn row_shape(tensor: &Operand<'_>) -> RowShape {
+    RowShape::of(&tensor.layout, tensor.dtype.size())
+}
+
+fn params(row: RowShape, src: &Placed, dst: &Placed) -> CopyParams {
+    CopyParams {
+        src_offset: src.offset,
+        src_stride_b: src.stride_b,
+        src_stride_s: src.stride_s,
+        src_stride_h: src.stride_h,
+        dst_offset: dst.offset,
+        dst_stride_b: dst.stride_b,
+        dst_stride_s: dst.stride_s,
+        dst_stride_h: dst.stride_h,
+        heads: row.heads as u32,
+        head_words: row.head_words as u32,
+        ..Default::default()
+    }
 }

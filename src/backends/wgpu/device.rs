@@ -61,7 +61,8 @@ impl WgpuDevice {
         external::expect_limits(&device.limits())?;
         let coop = Coop::of_device(device);
         let mut device = Self::over(device.clone(), queue.clone(), coop, config)?;
-        // A browser cannot tell without waiting: there a launch on another device's queue fails later.
+        // A browser cannot tell without waiting: there a launch on another device's queue fails
+        // later.
         #[cfg(not(target_arch = "wasm32"))]
         external::expect_own_queue(&device.context)?;
         device.offer_coop(config.kernel);
@@ -168,8 +169,8 @@ impl WgpuDevice {
         Ok(&buffer.raw)
     }
 
-    /// Copies bytes to a buffer that is external and may hold the application's bytes right behind them,
-    /// in the same u32.
+    /// Copies bytes to a buffer that is external and may hold the application's bytes right
+    /// behind them, in the same u32.
     fn upload_part(&self, buffer: &WgpuBuffer, bytes: &[u8]) -> Result<()> {
         buffer.expect_usage("memory", BufferUsages::COPY_SRC)?;
         let whole = bytes.len() / COPY_ALIGNMENT * COPY_ALIGNMENT;

@@ -7,8 +7,6 @@ use super::shader::{INVOCATIONS, Shader};
 /// Bindings start at multiples of this: WebGPU's `min_storage_buffer_offset_alignment`, and its
 /// `min_uniform_buffer_offset_alignment` too.
 pub(super) const BINDING_ALIGNMENT: u64 = 256;
-/// Shaders move words of this many bytes.
-pub(super) const WORD_BYTES: u64 = 16;
 /// Workgroups in one dimension of a dispatch: WebGPU's `max_compute_workgroups_per_dimension`.
 pub(super) const MAX_GROUPS: usize = 65_535;
 
@@ -52,6 +50,6 @@ pub(super) struct Launch {
 
 /// Workgroups of a shader that moves `words` words. Invocations take several where the grid cannot
 /// be as large.
-pub(super) fn groups_for(words: usize) -> [u32; 3] {
-    [words.div_ceil(INVOCATIONS).clamp(1, MAX_GROUPS) as u32, 1, 1]
+pub(super) fn groups_for(words: u64) -> [u32; 3] {
+    [words.div_ceil(INVOCATIONS as u64).clamp(1, MAX_GROUPS as u64) as u32, 1, 1]
 }

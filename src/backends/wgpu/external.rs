@@ -65,8 +65,8 @@ pub(super) fn expect_limits(limits: &wgpu::Limits) -> Result<()> {
 #[cfg(not(target_arch = "wasm32"))]
 const CALLBACK_PATIENCE: Duration = Duration::from_millis(50);
 
-/// Checks that the queue is the device's. Work submitted to another device's queue would fail where no
-/// error scope reaches.
+/// Checks that the queue is the device's. Work submitted to another device's queue would fail
+/// where no error scope reaches.
 #[cfg(not(target_arch = "wasm32"))]
 pub(super) fn expect_own_queue(context: &Context) -> Result<()> {
     let (done, is_done) = mpsc::channel();

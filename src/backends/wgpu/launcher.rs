@@ -24,8 +24,8 @@ use super::transfer;
 
 /// Uniform parameters lie this far apart, since each is a binding.
 const SLOT_BYTES: usize = BINDING_ALIGNMENT as usize;
-/// Bytes of immediates that every parameter struct fits into. Some devices have fewer; the parameters
-/// of copies may fit there too.
+/// Bytes of immediates that every parameter struct fits into. Some devices have fewer; the
+/// parameters of copies may fit there too.
 pub(super) const IMMEDIATE_BYTES: u32 = size_of::<AttentionParams>() as u32;
 const PARAMS_USAGE: BufferUsages = BufferUsages::UNIFORM.union(BufferUsages::COPY_DST);
 /// A buffer of parameters has room for at least this many launches.
@@ -78,9 +78,9 @@ impl Launcher {
         }
     }
 
-    /// Submits launches in order, as one command buffer, or several if they are long. Each launch sees
-    /// what earlier ones wrote. No lock is held meanwhile: a submission runs the application's
-    /// callbacks.
+    /// Submits launches in order, as one command buffer, or several if they are long. Each launch
+    /// sees what earlier ones wrote. No lock is held meanwhile: a submission runs the
+    /// application's callbacks.
     pub fn submit(&self, context: &Context, launches: &Launches<'_>, timer: &Timer, pace: &Arc<Pace>) -> Result<()> {
         context.faults.check()?;
         let submissions = launches.submissions();
@@ -119,9 +119,10 @@ impl Launcher {
         context.faults.capture("a launch", 0, || context.queue.on_submitted_work_done(done))
     }
 
-    /// Records launches in order. Nothing is recorded on an error. The application decides whether,
-    /// when and in which order the recording is submitted: the parameters lie in the recording, or in
-    /// a buffer of its own that is written before the next submission of any kind.
+    /// Records launches in order. Nothing is recorded on an error. The application decides
+    /// whether, when and in which order the recording is submitted: the parameters lie in the
+    /// recording, or in a buffer of its own that is written before the next submission of any
+    /// kind.
     pub fn record(&self, context: &Context, launches: &[Launch], recorder: Recorder<'_>) -> Result<()> {
         context.faults.check()?;
         if launches.is_empty() {
@@ -226,16 +227,20 @@ impl Launcher {
             label: Some(name),
             source: ShaderSource::Wgsl(source(shader, params_in).into()),
         };
-        // Bounds checks and loop counters cost these kernels several times their run time: they keep loops from unrolling.
+        // Bounds checks and loop counters multiply the run time of these kernels: they keep loops
+        // from unrolling.
         let checks = ShaderRuntimeChecks { bounds_checks: false, force_loop_bounding: false, ..Default::default() };
-        // SAFETY: without these checks a shader must stay inside its bindings and end its loops. The shaders are this crate's
-        // own. Tensor positions are sums of index · stride with every index below its dimension, and `problem` checked that such
-        // sums stay inside each view; `Window`s cover the views' batch rows from the offset that the parameters count from. Index
-        // lists come from `VarlenMeta` and `CuSeqlens`, whose constructors keep them inside the tensors, and `problem` compared
-        // their sizes with the tensors'; a token list names each of the S tokens of its batch row once, and kernels ask it only
-        // for rows and keys that their tile has. Positions in private and workgroup arrays are bounded by constants, and so are
-        // the matrices that are loaded from workgroup arrays and stored to them, with their strides. Every loop counts up to a
-        // bound that does not change in it; that over steps of keys goes on by a step at least with each turn.
+        // SAFETY: without these checks a shader must stay inside its bindings and end its loops.
+        // All shaders are this crate's. Tensor positions are sums of index · stride with every
+        // index below its dimension, and `problem` checked that such sums stay inside each view.
+        // `Window`s cover the views' batch rows from the offset that the parameters count from.
+        // Index lists come from `VarlenMeta` and `CuSeqlens`, whose constructors keep them inside
+        // the tensors, and `problem` compared their sizes with the tensors'. A token list names
+        // each of the S tokens of its batch row once, and kernels read it only for rows and keys
+        // that their tile has. Positions in private and workgroup arrays are bounded by
+        // constants, and so are the matrices that are loaded from workgroup arrays and stored to
+        // them, with their strides. Every loop counts up to a bound that does not change in it;
+        // the loop over steps of keys advances by a step at least each time.
         let module = unsafe { context.device.create_shader_module_trusted(descriptor, checks) };
         let layout = bind_group_layout(context, shader, params_in);
         let pipeline_layout = context.device.create_pipeline_layout(&wgpu::PipelineLayoutDescriptor {

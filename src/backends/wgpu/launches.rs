@@ -120,8 +120,8 @@ fn count(groups: [u32; 3]) -> u64 {
     groups.iter().map(|&groups| u64::from(groups)).product()
 }
 
-/// Boxes that cover a grid, each of at most `most` workgroups or of one: planes while one fits, then
-/// rows, then parts of a row.
+/// Boxes that cover a grid, each of at most `most` workgroups or of one: planes while one fits,
+/// then rows, then parts of a row.
 fn parts(grid: [u32; 3], most: u64) -> Vec<Part> {
     let mut parts = vec![Part { first: [0; 3], groups: grid }];
     for dim in [2, 1, 0] {

@@ -3,38 +3,24 @@
 use std::ops::Range;
 use std::sync::Arc;
 
+use crate::backends::metadata::{Indices, InvIndices, MaskBits};
+use crate::backends::rows::WORD_BYTES;
 use crate::cache::{DeviceCopies, DeviceId};
 use crate::error::Result;
 use crate::mask::key_mask::KeyMask;
 use crate::mask::meta::{CuSeqlens, VarlenMeta};
 
 use super::context::Context;
-use super::dispatch::WORD_BYTES;
 use super::transfer::uploaded;
-
-/// Bits of a [`KeyMask`], `[B, row_words]`.
-#[derive(Debug)]
-pub(super) struct MaskBits {
-    pub buffer: wgpu::Buffer,
-    pub row_words: u32,
-}
-
-/// `VarlenMeta::indices`.
-#[derive(Debug)]
-pub(super) struct Indices(pub wgpu::Buffer);
-
-/// `VarlenMeta::inv_indices`.
-#[derive(Debug)]
-pub(super) struct InvIndices(pub wgpu::Buffer);
 
 /// `CuSeqlens::as_slice`.
 #[derive(Debug)]
 pub(super) struct CuSeqlensCopy(pub wgpu::Buffer);
 
-/// Query tiles, in the order of the sequences or batch rows. Tiles of packed rows are kept with their
-/// `CuSeqlens`, each as `[first row, rows, sequence, 0]`. Tiles of padded rows are kept with their
-/// `VarlenMeta`, each as `[first, rows, batch row, is dropped]`, where `first` counts in the batch
-/// row's [`TokenLists`].
+/// Query tiles, in the order of the sequences or batch rows. Tiles of packed rows are kept with
+/// their `CuSeqlens`, each as `[first row, rows, sequence, 0]`. Tiles of padded rows are kept
+/// with their `VarlenMeta`, each as `[first, rows, batch row, is dropped]`, where `first` counts
+/// in the batch row's [`TokenLists`].
 #[derive(Debug, Clone)]
 pub(super) struct Tiles {
     pub buffer: wgpu::Buffer,
@@ -74,24 +60,16 @@ impl Tiles {
     }
 }
 
-pub(super) fn mask_bits(context: &Context, mask: &KeyMask) -> Result<Arc<MaskBits>> {
-    mask.copies().get_or_make(context.id, || {
-        let halves = |word: &u64| [*word as u32, (*word >> 32) as u32];
-        let words: Vec<u32> = mask.words().iter().flat_map(halves).collect();
-        let row_words = 2 * mask.words_per_row() as u32;
-        Ok(MaskBits { buffer: uploaded(context, "mask", bytemuck::cast_slice(&words))?, row_words })
-    })
+pub(super) fn mask_bits(context: &Context, mask: &KeyMask) -> Result<Arc<MaskBits<wgpu::Buffer>>> {
+    MaskBits::on(context.id, mask, |bytes| uploaded(context, "mask", bytes))
 }
 
-pub(super) fn indices(context: &Context, meta: &VarlenMeta) -> Result<Arc<Indices>> {
-    meta.copies()
-        .get_or_make(context.id, || uploaded(context, "indices", bytemuck::cast_slice(meta.indices())).map(Indices))
+pub(super) fn indices(context: &Context, meta: &VarlenMeta) -> Result<Arc<Indices<wgpu::Buffer>>> {
+    Indices::on(context.id, meta, |bytes| uploaded(context, "indices", bytes))
 }
 
-pub(super) fn inv_indices(context: &Context, meta: &VarlenMeta) -> Result<Arc<InvIndices>> {
-    meta.copies().get_or_make(context.id, || {
-        uploaded(context, "inv_indices", bytemuck::cast_slice(meta.inv_indices())).map(InvIndices)
-    })
+pub(super) fn inv_indices(context: &Context, meta: &VarlenMeta) -> Result<Arc<InvIndices<wgpu::Buffer>>> {
+    InvIndices::on(context.id, meta, |bytes| uploaded(context, "inv_indices", bytes))
 }
 
 pub(super) fn cu_seqlens(context: &Context, cu_seqlens: &CuSeqlens) -> Result<Arc<CuSeqlensCopy>> {
@@ -154,7 +132,8 @@ pub(super) fn longest(cu_seqlens: &CuSeqlens, sequences: &Range<usize>) -> usize
     sequences.clone().map(|sequence| cu_seqlens.rows(sequence).len()).max().unwrap_or(0)
 }
 
-// All numbers below fit a u32: KeyMask bounds batch · seq by i32::MAX, CuSeqlens rows and sequences.
+// All numbers below fit a u32: KeyMask bounds batch · seq by i32::MAX, CuSeqlens rows and
+// sequences.
 
 fn list_tokens(meta: &VarlenMeta) -> Vec<u32> {
     let mut lists = Vec::with_capacity(meta.batch() * (1 + meta.seq()));

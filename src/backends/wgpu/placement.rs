@@ -1,8 +1,9 @@
-//! Fitting tensors into bindings: which part of a buffer to bind for a range of batch rows, and where
-//! in it the tensor lies.
+//! Fitting tensors into bindings: which part of a buffer to bind for a range of batch rows, and
+//! where in it the tensor lies.
 
 use std::ops::Range;
 
+use crate::backends::rows::{RowShape, WORD_BYTES, misaligned_by, row_strides};
 use crate::call::op::{Input, Output};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
@@ -11,7 +12,7 @@ use crate::mask::meta::CuSeqlens;
 
 use super::buffer::WgpuBuffer;
 use super::context::Context;
-use super::dispatch::{BINDING_ALIGNMENT, Launch, MAX_GROUPS, WORD_BYTES, Window, groups_for};
+use super::dispatch::{BINDING_ALIGNMENT, Launch, MAX_GROUPS, Window, groups_for};
 use super::launches::Launches;
 use super::metadata::packed_rows;
 use super::params::CopyParams;
@@ -45,6 +46,20 @@ pub(super) struct Placed {
     pub stride_b: u32,
     pub stride_s: u32,
     pub stride_h: u32,
+}
+
+impl Placed {
+    /// A packed tensor at the start of a buffer.
+    pub fn packed(row: RowShape, buffer: &wgpu::Buffer) -> Self {
+        Self {
+            window: Window::whole(buffer),
+            offset: 0,
+            stride_b: 0,
+            // Both fit: a binding is below 2 GiB.
+            stride_s: row.words() as u32,
+            stride_h: row.head_words as u32,
+        }
+    }
 }
 
 impl<'a> Operand<'a> {
@@ -82,15 +97,9 @@ impl<'a> Operand<'a> {
         start..self.bytes_of(part.end()).next_multiple_of(WORD_BYTES)
     }
 
-    /// The first of the offset and the strides that are stepped over that is no multiple of a word, in
-    /// bytes.
+    /// What keeps the rows from starting at words, in bytes. All buffers start at a word.
     fn misaligned_by(&self) -> Option<u64> {
-        let dims = self.layout.shape().iter().zip(self.layout.strides());
-        let leading = dims.take(self.layout.rank() - 1).filter(|&(&size, _)| size > 1).map(|(_, &stride)| stride);
-        std::iter::once(self.layout.offset())
-            .chain(leading)
-            .map(|elements| self.bytes_of(elements))
-            .find(|bytes| !bytes.is_multiple_of(WORD_BYTES))
+        misaligned_by(0, &self.layout, self.dtype.size())
     }
 
     /// Bytes of the largest binding that a range of batch rows needs of this tensor.
@@ -101,8 +110,8 @@ impl<'a> Operand<'a> {
         Ok((window.end - window.start).max(copy))
     }
 
-    /// The binding of a part, for shaders that count positions in elements. Returns the position of the
-    /// first element too.
+    /// The binding of a part, for shaders that count positions in elements. Returns the position
+    /// of the first element too.
     pub fn place_elements(&self, range: &Range<usize>) -> Result<(Window, u32)> {
         let part = self.part(range)?;
         let bytes = self.window_bytes(&part);
@@ -124,7 +133,7 @@ impl<'a> Operand<'a> {
     fn place_aligned(&self, part: &Layout) -> Placed {
         let bytes = self.window_bytes(part);
         let offset = self.bytes_of(part.offset()) - bytes.start;
-        let [stride_b, stride_s, stride_h] = leading_strides(part).map(|stride| self.bytes_of(stride) / WORD_BYTES);
+        let [stride_b, stride_s, stride_h] = row_strides(part).map(|stride| self.bytes_of(stride) / WORD_BYTES);
         Placed {
             window: self.window(bytes),
             // All fit: a binding is below 2 GiB.
@@ -181,7 +190,7 @@ impl<'a> Operand<'a> {
         };
         let (window, src_offset) = self.place_elements(range)?;
         // All fit: a binding is below 2 GiB.
-        let [src_stride_b, src_stride_s, src_stride_h] = leading_strides(part).map(|stride| stride as u32);
+        let [src_stride_b, src_stride_s, src_stride_h] = row_strides(part).map(|stride| stride as u32);
         let element_bytes = self.dtype.size();
         let head_u32s = head_dim * element_bytes / 4;
         let params = CopyParams {
@@ -199,32 +208,17 @@ impl<'a> Operand<'a> {
             shader: Shader::AlignRows { element_bytes },
             params: bytemuck::bytes_of(&params).to_vec(),
             windows: vec![window, Window::whole(copy)],
-            groups: groups_for(batch * seq * heads * head_u32s),
+            groups: groups_for((batch * seq * heads * head_u32s) as u64),
             operations: 0,
         });
-        let row_words = (heads * head_dim * element_bytes) as u32 / WORD_BYTES as u32;
-        Ok(Placed {
-            window: Window::whole(copy),
-            offset: 0,
-            stride_b: row_words.wrapping_mul(seq as u32),
-            stride_s: row_words,
-            stride_h: row_words / heads as u32,
-        })
+        let row = RowShape::new(heads, head_dim, element_bytes);
+        let placed = Placed::packed(row, copy);
+        Ok(Placed { stride_b: placed.stride_s.wrapping_mul(seq as u32), ..placed })
     }
 }
 
-/// Strides of batch row, token and head; 0 for those that a shader never steps over.
-fn leading_strides(layout: &Layout) -> [u64; 3] {
-    let stepped = |dim: usize| if layout.shape()[dim] > 1 { layout.strides()[dim] } else { 0 };
-    match layout.rank() {
-        4 => [stepped(0), stepped(1), stepped(2)],
-        3 => [0, stepped(0), stepped(1)],
-        _ => [0, 0, stepped(0)],
-    }
-}
-
-/// Splits batch rows into ranges for which every operand, and scratch or lists of `other_bytes(range)`,
-/// fit one binding each of at most `limit` bytes.
+/// Splits batch rows into ranges for which every operand, and scratch or lists of
+/// `other_bytes(range)`, fit one binding each of at most `limit` bytes.
 pub(super) fn split_batch(
     limit: u64,
     batch: usize,

@@ -88,8 +88,8 @@ fn staging_for(context: &Context, bytes: usize) -> Result<Option<wgpu::Buffer>> 
     context.allocator.raw("staging", size, BufferUsages::COPY_DST | BufferUsages::MAP_READ).map(Some)
 }
 
-/// Has a part of a buffer copied to the start of `staging`, and that mapped for the host. `mapped` is
-/// called when it is.
+/// Has a part of a buffer copied to the start of `staging`, and that mapped for the host.
+/// `mapped` is called when it is.
 fn fetch(
     context: &Context,
     (buffer, offset): (&wgpu::Buffer, u64),

@@ -1,16 +1,18 @@
-//! What goes wrong outside of a call's own return value: wgpu's errors and the loss of the device.
+//! What goes wrong outside of a call's return value: wgpu's errors and the loss of the device.
 //!
-//! Every wgpu call of this backend that can fail runs inside error scopes, which belong to the calling thread, so its error comes
-//! out of the very call that caused it and reaches no handler of the application. wgpu keeps one uncaptured-error handler and one
-//! device-lost callback a device, and setting them replaces what is there: both are set on devices that were opened here and left
-//! alone on the application's. There the loss is found by asking, with [`Faults::probe`].
+//! Every wgpu call of this backend that can fail runs inside error scopes. These belong to the
+//! calling thread, so the call that caused an error returns it, and no handler of the application
+//! sees it. wgpu keeps one uncaptured-error handler and one device-lost callback per device, and
+//! setting one replaces the one before. Both are set on devices that were opened here, and
+//! neither on external devices. Their loss is found by asking, with [`Faults::probe`].
 //!
-//! A browser tells what a scope caught only after the thread went back to it. There errors come out of a later call of this backend,
-//! at the latest of the next one that is awaited; and a loss reaches any number of callbacks, so ours is set on the application's
-//! devices too, and nothing needs to be asked.
+//! A browser reports what a scope caught only after the thread has returned to it. There a later
+//! call of this backend returns the error, at the latest the next one that is awaited. In a
+//! browser any number of callbacks hear of a loss, so ours is set on external devices too, and
+//! nothing needs to be asked.
 //!
-//! A submission also runs callbacks of the application that were waiting, on our thread and inside our scopes: an error that one of
-//! them raises comes out of our call.
+//! A submission also runs callbacks of the application that were waiting, on our thread and
+//! inside our scopes: our call returns an error that one of them raises.
 
 #[cfg(target_arch = "wasm32")]
 mod closed_scopes;
@@ -32,14 +34,14 @@ pub(super) struct Faults {
     device_name: Arc<str>,
     /// The first error that no scope caught since the last check.
     first: Mutex<Option<Error>>,
-    /// Why the device was lost; for good.
+    /// Why the device was lost. Never cleared.
     lost: Mutex<Option<String>>,
     #[cfg(target_arch = "wasm32")]
     closed: ClosedScopes,
 }
 
 impl Faults {
-    /// Of a device whose handlers stay the application's.
+    /// For a device whose handlers stay as they are.
     pub fn of(device: &wgpu::Device, device_name: &Arc<str>) -> Arc<Self> {
         let faults = Arc::new(Self {
             device: device.clone(),
@@ -56,7 +58,8 @@ impl Faults {
 
     /// Sets the device's handlers: for devices that were opened here.
     pub fn listen(self: &Arc<Self>) {
-        // The device keeps its handlers: a strong reference to what holds the device would keep both alive.
+        // The device owns its handlers: a strong reference to what owns the device would keep
+        // both alive.
         let listener = Arc::downgrade(self);
         self.device.on_uncaptured_error(Arc::new(move |error: wgpu::Error| {
             let Some(faults) = listener.upgrade() else { return };
@@ -104,8 +107,8 @@ impl Faults {
         self.lost.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(why);
     }
 
-    /// Asks the device whether it is there. wgpu reports no error for what is asked of a lost device, but it cannot give out
-    /// mapped memory of one. Costs a small allocation.
+    /// Asks whether the device is still there. wgpu reports no errors of a lost device, but it
+    /// cannot map memory of one. Costs a small allocation.
     #[cfg(not(target_arch = "wasm32"))]
     pub fn probe(&self) -> Result<()> {
         self.check_lost()?;
@@ -124,17 +127,17 @@ impl Faults {
         self.check_lost()
     }
 
-    /// A browser tells of the loss by itself.
+    /// Browsers report the loss.
     #[cfg(target_arch = "wasm32")]
     pub fn probe(&self) -> Result<()> {
         self.check_lost()
     }
 
-    /// Runs `make` and gives its result unless wgpu reports an error meanwhile.
+    /// Runs `make` and returns its result, unless wgpu reports an error meanwhile.
     pub fn capture<T>(&self, operation: &'static str, requested: u64, make: impl FnOnce() -> T) -> Result<T> {
         self.check_lost()?;
         self.scoped(operation, requested, make).map_err(|error| match self.probe() {
-            // A lost device fails in other words.
+            // On a lost device the loss is the cause.
             Err(lost @ Error::DeviceLost { .. }) => lost,
             _ => error,
         })
@@ -148,7 +151,7 @@ impl Faults {
         Ok(made)
     }
 
-    /// Closes the scopes, in reverse order, and gives the error that one of them caught.
+    /// Closes the scopes, in reverse order, and returns the error that one of them caught.
     #[cfg(not(target_arch = "wasm32"))]
     fn close(&self, scopes: [wgpu::ErrorScopeGuard; 3], operation: &'static str, requested: u64) -> Result<()> {
         let mut error = None;
@@ -161,7 +164,7 @@ impl Faults {
         }
     }
 
-    /// Closes the scopes, in reverse order. What they caught comes out of a later check.
+    /// Closes the scopes, in reverse order. A later check returns what they caught.
     #[cfg(target_arch = "wasm32")]
     fn close(&self, scopes: [wgpu::ErrorScopeGuard; 3], operation: &'static str, requested: u64) -> Result<()> {
         for scope in scopes.into_iter().rev() {
@@ -175,7 +178,7 @@ impl Faults {
         self.report(self.error_of(error, operation, requested));
     }
 
-    /// Waits for what error scopes caught, and gives the first error since the last check.
+    /// Waits for what error scopes caught, and returns the first error since the last check.
     #[cfg(target_arch = "wasm32")]
     pub async fn settle(&self) -> Result<()> {
         if let Some(caught) = self.closed.settle().await {
@@ -184,7 +187,7 @@ impl Faults {
         self.check()
     }
 
-    /// What came of an operation whose failure says nothing itself.
+    /// The error of an operation that failed without one.
     pub fn explain(&self, operation: &'static str, why: String) -> Error {
         match self.probe().and_then(|()| self.check()) {
             Err(error) => error,

@@ -1,4 +1,5 @@
-//! The one table of bindings, which both the WGSL declarations and the bind group layouts come from.
+//! The one table of bindings, which both the WGSL declarations and the bind group layouts come
+//! from.
 
 /// A storage buffer of a shader. Binding 0 is for the parameters; storage buffers follow in the
 /// order of their table.

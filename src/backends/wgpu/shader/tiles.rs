@@ -1,5 +1,5 @@
-//! Tiles of the attention kernels: how many rows and keys a workgroup takes, how it splits them, and
-//! the bounds of the loops that are written out for that.
+//! Tiles of the attention kernels: how many rows and keys a workgroup takes, how it splits them,
+//! and the bounds of the loops that are written out for that.
 
 use crate::dtype::DType;
 

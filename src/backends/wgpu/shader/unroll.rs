@@ -2,9 +2,10 @@
 
 use std::fmt::Write;
 
-/// The source with every loop marked `// unroll` written out. Drivers keep an array in registers only where every index is a
-/// constant, and not all of them unroll loops around matrices. A marked loop counts from 0 to one of the bounds, and ends at the
-/// first `}` of its own indentation.
+/// The source with every loop marked `// unroll` written out. Drivers keep an array in registers
+/// only where every index is a constant, and not all of them unroll loops around matrices. A
+/// marked loop counts from 0 to one of the bounds, and ends at the first `}` of its indentation.
+/// A loop whose bound is not listed stays a loop.
 pub fn unrolled(source: &str, bounds: &[(&str, u32)]) -> String {
     fn write_out(lines: &[&str], bounds: &[(&str, u32)], out: &mut String) {
         let mut rest = lines;

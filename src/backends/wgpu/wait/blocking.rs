@@ -10,7 +10,7 @@ use crate::error::Result;
 
 use super::super::context::Context;
 use super::super::fault::Faults;
-use super::Blocking;
+use super::calls::Blocking;
 
 /// How long to wait for a callback before asking the device again.
 const CALLBACK_PATIENCE: Duration = Duration::from_millis(10);

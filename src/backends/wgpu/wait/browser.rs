@@ -7,7 +7,7 @@ use std::task::{Poll, Waker};
 use crate::error::{Error, Result};
 
 use super::super::context::Context;
-use super::Blocking;
+use super::calls::Blocking;
 
 /// An error: the thread of a page cannot block.
 pub fn now<T>(device: &str, call: Blocking, _work: impl Future<Output = Result<T>>) -> Result<T> {
@@ -49,8 +49,8 @@ pub fn signal<T: Send + 'static>() -> (impl FnOnce(T) + Send + 'static, Signal<T
 }
 
 impl<T> Signal<T> {
-    /// Waits until the callback has run, then for what error scopes caught: where a launch failed or
-    /// the device was lost, that is the answer.
+    /// Waits until the callback has run, then for what error scopes caught: where a launch failed
+    /// or the device was lost, that is the answer.
     pub async fn received(self, context: &Context) -> Result<Option<T>> {
         let value = poll_fn(|task| {
             let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
