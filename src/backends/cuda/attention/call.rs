@@ -1,4 +1,4 @@
-//! What every attention kernel is told of a call.
+//! What the launches of every attention kernel share: placed tensors, packed rows, the scale.
 
 use std::f32::consts::LOG2_E;
 

@@ -2,7 +2,7 @@
 //!
 //! | module | what it holds |
 //! |---|---|
-//! | `call` | what every kernel is told of a call |
+//! | `call` | what the launches of every kernel share |
 //! | `packing` | packed copies of padded tensors, for the packed path |
 //! | `sm80` | launches of the sm80 kernel, which reads single rows |
 //! | `by_tile_lists` | launches of the sm90 and sm100 kernels, which read padded tensors by tile lists |

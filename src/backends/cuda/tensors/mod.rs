@@ -4,7 +4,7 @@
 //! |---|---|
 //! | `strided_copy` | a copy of a strided view as few rectangles |
 //! | `placement` | where tensors lie, and aligned copies of inputs whose rows do not start at words |
-//! | `tensor_map` | tensors as the copy engine (TMA) is told of them |
+//! | `tensor_map` | tensors as they are described to the copy engine (TMA) |
 //! | `metadata` | copies of masks and metadata, and tables that the device builds |
 //! | `copy` | launches that move rows: pack, scatter, zero |
 

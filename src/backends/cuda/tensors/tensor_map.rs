@@ -1,5 +1,5 @@
-//! Tensor maps: tensors as the copy engine (TMA, from compute capability 9.0 on) is told of them
-//! (`cuTensorMapEncodeTiled`).
+//! Tensor maps: how tensors are described to the copy engine (TMA, from compute capability 9.0 on),
+//! by `cuTensorMapEncodeTiled`.
 
 use std::ffi::c_void;
 
