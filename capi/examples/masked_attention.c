@@ -133,7 +133,7 @@ int main(int argc, char **argv) {
   require(varlen_fa_meta_create(mask, &meta), "making the metadata");
   require(varlen_fa_key_mask_free(mask), "freeing the mask");
 
-  /* What masked tokens hold does not matter. */
+  /* The values of masked tokens do not matter. */
   uint32_t state = 1;
   for (int b = 0; b < BATCH; b++) {
     for (int s = 0; s < SEQ; s++) {
