@@ -249,6 +249,7 @@ def main():
                 entry = {"image_tokens": image, "batch": batch, "text_tokens": text}
                 entry.update(prompts=PROMPTS[:batch], valid_share=workload.valid_share)
                 report.add(
+                    workload.name,
                     f"{side * 16}² image ({image} tokens), batch {batch}, text {PROMPTS[:batch]} of {text}: "
                     f"{workload.valid_share:.1%} valid",
                     entry,

@@ -139,6 +139,7 @@ def main():
             best = min(result["median_ms"] for name, result in results.items() if name in calls.layer_names)
             shape = "x".join(map(str, workload.shape))
             report.add(
+                workload.name,
                 f"{workload.name}  [B, S, H, D] {shape}, {workload.valid_share:.1%} valid",
                 {"name": workload.name, "shape": workload.shape, "valid_share": workload.valid_share},
                 plan,

@@ -24,14 +24,14 @@ class Report:
         print(json.dumps(facts))
         self.facts, self.key, self.entries, self.wrong = facts, key, [], []
 
-    def add(self, title, entry, plan, results, line, is_right):
-        """Prints and keeps the results of one workload. `line` and `is_right` take the name of a
+    def add(self, name, title, entry, plan, results, line, is_right):
+        """Prints and keeps the results of the workload `name`. `line` and `is_right` take the name of a
         method and its result."""
         print(f"\n{title}; ours: {plan}")
-        for name, result in results.items():
-            print(f"  {line(name, result)}")
-            if not is_right(name, result):
-                self.wrong.append(f"{title}: {name}")
+        for method, result in results.items():
+            print(f"  {line(method, result)}")
+            if not is_right(method, result):
+                self.wrong.append(f"{name}: {method}")
         sys.stdout.flush()
         self.entries.append({**entry, "plan": plan, "methods": results})
 

@@ -1,11 +1,12 @@
-/* Masked attention on a padded batch, from C: two sentences of different lengths, attention among the valid tokens only.
+/* Masked attention on a padded batch, from C: two sentences of different lengths, attention among the
+ * valid tokens only.
  *
  *     cargo build --release -p varlen-fa-capi
  *     cc -std=c11 -Icapi/include capi/examples/masked_attention.c -Ltarget/release -lvarlen_fa -lm -o masked_attention
  *     LD_LIBRARY_PATH=target/release ./masked_attention cpu
  *
- * The argument is the device: auto (the default), cpu, wgpu or cuda. The result is compared with a plain loop in double. Exits with 77 if
- * the device is not available.
+ * The argument is the device: auto (the default), cpu, wgpu or cuda. The result is compared with a
+ * plain loop in double. Exits with 77 if the device is not available.
  */
 #include <math.h>
 #include <stdint.h>

@@ -125,9 +125,9 @@ impl<T> Place<T> {
 }
 
 /// The row of the number that C passed as an enum.
-pub(crate) fn choose<E: Named>(name: Name, given: MaybeUninit<E>) -> Result<Row<E>> {
+pub(crate) fn choose<E: Named>(name: Name, given: MaybeUninit<E>) -> Result<&'static Row<E>> {
     let number = number(given);
-    row_of(number).copied().ok_or_else(|| {
+    row_of(number).ok_or_else(|| {
         let known: Vec<_> =
             E::TABLE.iter().map(|row| format!("{} ({})", row.number, row.name.to_string_lossy())).collect();
         Failure::argument(varlen_fa_status::BadValue, name, known.join(" or "), number)

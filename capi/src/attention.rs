@@ -41,13 +41,17 @@ pub unsafe extern "C" fn varlen_fa_forward(
         // SAFETY: as above.
         let options = unsafe { Options::read(options) }?;
         // SAFETY: as above.
-        let [q, k, v] = unsafe { Described::qkv(q, k, v) }?;
+        let q = unsafe { Described::new("q", q) }?;
+        // SAFETY: as above.
+        let k = unsafe { Described::new("k", k) }?;
+        // SAFETY: as above.
+        let v = unsafe { Described::new("v", v) }?;
         // SAFETY: as above.
         let out = unsafe { Described::new("out", out) }?;
         expect_apart(&[&out], &[&q, &k, &v])?;
         // SAFETY: as above.
         let mask = unsafe { Mask::read(&device, mask, &out) }?;
-        let [q, k, v] = Input::qkv(&device, [q, k, v])?;
+        let [q, k, v] = [Input::new(&device, &q)?, Input::new(&device, &k)?, Input::new(&device, &v)?];
         let mut output = Output::new(&device, &out)?;
         let layer = options.layer(&device);
         let out = output.view_mut()?;

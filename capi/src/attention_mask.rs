@@ -19,7 +19,11 @@ pub(crate) enum Mask<'a> {
     None,
     Key(Arc<KeyMask>),
     Bias(Input<'a>),
-    Varlen { query: Meta, key: Meta },
+    /// No `key` is self-attention.
+    Varlen {
+        query: Meta,
+        key: Option<Meta>,
+    },
 }
 
 impl<'a> Mask<'a> {
@@ -41,20 +45,18 @@ impl<'a> Mask<'a> {
                 Ok(Self::Bias(Input::of_any_strides(device, &bias)?))
             }
             varlen_fa_mask_kind::Varlen => {
-                let query = Meta::host("mask.query_meta", mask.query_meta)?;
-                Ok(Self::Varlen { key: query.clone(), query })
+                Ok(Self::Varlen { query: Meta::host("mask.query_meta", mask.query_meta)?, key: None })
             }
             varlen_fa_mask_kind::VarlenCross => Ok(Self::Varlen {
                 query: Meta::host("mask.query_meta", mask.query_meta)?,
-                key: Meta::host("mask.key_meta", mask.key_meta)?,
+                key: Some(Meta::host("mask.key_meta", mask.key_meta)?),
             }),
             varlen_fa_mask_kind::DeviceVarlen => {
-                let query = Meta::device("mask.query_device_meta", mask.query_device_meta)?;
-                Ok(Self::Varlen { key: query.clone(), query })
+                Ok(Self::Varlen { query: Meta::device("mask.query_device_meta", mask.query_device_meta)?, key: None })
             }
             varlen_fa_mask_kind::DeviceVarlenCross => Ok(Self::Varlen {
                 query: Meta::device("mask.query_device_meta", mask.query_device_meta)?,
-                key: Meta::device("mask.key_device_meta", mask.key_device_meta)?,
+                key: Some(Meta::device("mask.key_device_meta", mask.key_device_meta)?),
             }),
         }
     }
@@ -70,7 +72,7 @@ impl<'a> Mask<'a> {
                 let query_lock = query.lock();
                 // Metadata that is both is locked once: a thread that waits to rebuild it would
                 // block the second lock.
-                let key_lock = if query.is(key) { None } else { Some(key.lock()) };
+                let key_lock = key.as_ref().filter(|key| !query.is(key)).map(Meta::lock);
                 let key_lock = key_lock.as_ref().unwrap_or(&query_lock);
                 attend(AttentionMask::varlen_cross(query_lock.metadata(), key_lock.metadata()))
             }
@@ -79,7 +81,7 @@ impl<'a> Mask<'a> {
 }
 
 /// Metadata of one side of a call.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub(crate) enum Meta {
     Host(Arc<VarlenMeta>),
     Device(Arc<DeviceMeta>),

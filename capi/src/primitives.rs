@@ -32,7 +32,11 @@ pub unsafe extern "C" fn varlen_fa_pack_qkv(
     guard(|| {
         let device = handles::get(Name::of("device"), device)?;
         // SAFETY: the caller obeys the header's rules for pointers; as in the lines below.
-        let [q, k, v] = unsafe { Described::qkv(q, k, v) }?;
+        let q = unsafe { Described::new("q", q) }?;
+        // SAFETY: as above.
+        let k = unsafe { Described::new("k", k) }?;
+        // SAFETY: as above.
+        let v = unsafe { Described::new("v", v) }?;
         let meta = handles::get(Name::of("meta"), meta)?;
         // SAFETY: as above.
         let packed_q = unsafe { Described::new("packed_q", packed_q) }?;
@@ -41,7 +45,7 @@ pub unsafe extern "C" fn varlen_fa_pack_qkv(
         // SAFETY: as above.
         let packed_v = unsafe { Described::new("packed_v", packed_v) }?;
         expect_apart(&[&packed_q, &packed_k, &packed_v], &[&q, &k, &v])?;
-        let [q, k, v] = Input::qkv(&device, [q, k, v])?;
+        let [q, k, v] = [Input::new(&device, &q)?, Input::new(&device, &k)?, Input::new(&device, &v)?];
         let mut packed_q = Output::new(&device, &packed_q)?;
         let mut packed_k = Output::new(&device, &packed_k)?;
         let mut packed_v = Output::new(&device, &packed_v)?;
@@ -83,7 +87,11 @@ pub unsafe extern "C" fn varlen_fa_varlen_attention(
         // SAFETY: as above.
         let options = unsafe { Options::read(options) }?;
         // SAFETY: as above.
-        let [q, k, v] = unsafe { Described::qkv(q, k, v) }?;
+        let q = unsafe { Described::new("q", q) }?;
+        // SAFETY: as above.
+        let k = unsafe { Described::new("k", k) }?;
+        // SAFETY: as above.
+        let v = unsafe { Described::new("v", v) }?;
         let cu_seqlens_q = handles::get(Name::of("cu_seqlens_q"), cu_seqlens_q)?;
         let cu_seqlens_k = handles::get(Name::of("cu_seqlens_k"), cu_seqlens_k)?;
         // SAFETY: as above.
@@ -98,7 +106,7 @@ pub unsafe extern "C" fn varlen_fa_varlen_attention(
             Some(lse) => expect_apart(&[&out, lse], &[&q, &k, &v])?,
             None => expect_apart(&[&out], &[&q, &k, &v])?,
         }
-        let [q, k, v] = Input::qkv(&device, [q, k, v])?;
+        let [q, k, v] = [Input::new(&device, &q)?, Input::new(&device, &k)?, Input::new(&device, &v)?];
         let mut out = Output::new(&device, &out)?;
         let mut lse = lse.map(|lse| Output::new(&device, &lse)).transpose()?;
         let mut varlen_options = VarlenOptions::default();

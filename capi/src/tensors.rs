@@ -34,24 +34,6 @@ impl<'a> Described<'a> {
         Self::check(name, &tensor)
     }
 
-    /// The inputs of attention.
-    ///
-    /// # Safety
-    /// As [`Described::new`], for each.
-    pub unsafe fn qkv(
-        q: *const varlen_fa_tensor,
-        k: *const varlen_fa_tensor,
-        v: *const varlen_fa_tensor,
-    ) -> Result<[Self; 3]> {
-        // SAFETY: by this function's contract; as in the lines below.
-        let q = unsafe { Self::new("q", q) }?;
-        // SAFETY: as above.
-        let k = unsafe { Self::new("k", k) }?;
-        // SAFETY: as above.
-        let v = unsafe { Self::new("v", v) }?;
-        Ok([q, k, v])
-    }
-
     /// # Safety
     /// As [`Described::new`].
     pub unsafe fn optional(name: &'static str, tensor: *const varlen_fa_tensor) -> Result<Option<Self>> {
@@ -214,11 +196,6 @@ impl<'a> Input<'a> {
         let memory = described.host_bytes();
         for_each_row(&compact, dtype.size(), |strided, dense| rows[dense].copy_from_slice(&memory[strided]));
         Ok(Self::Device { memory: upload(device, &rows)?, dtype, layout })
-    }
-
-    /// The inputs of attention.
-    pub fn qkv(device: &Device, [q, k, v]: [Described<'a>; 3]) -> Result<[Self; 3]> {
-        Ok([Self::new(device, &q)?, Self::new(device, &k)?, Self::new(device, &v)?])
     }
 
     pub fn view(&self) -> TensorView<'_> {

@@ -1,5 +1,5 @@
-/* The contract of the C library, in good calls and in bad ones: `contract cpu` or `contract wgpu`. Exits with 77 if the device
- * is absent. */
+/* The contract of the C library, in good calls and in bad ones: `contract cpu` or `contract wgpu`.
+ * Exits with 77 if the device is absent. */
 #define _POSIX_C_SOURCE 200809L
 #include <math.h>
 #include <pthread.h>
@@ -367,7 +367,8 @@ static void masks(void) {
   CHECK(cu == NULL);
 }
 
-/* pack, attention over packed rows and scatter give what the packed path gives, bit for bit; lse is checked in double. */
+/* pack, attention over packed rows and scatter give what the packed path gives, bit for bit; lse is
+ * checked in double. */
 static void primitives(const varlen_fa_meta *meta) {
   static float packed[3][TOTAL * HEADS * DIM], attended[TOTAL * HEADS * DIM], lse[HEADS * TOTAL], whole[ELEMENTS];
   varlen_fa_tensor q = padded(q_data), k = padded(k_data), v = padded(v_data), out = padded(out_data);
@@ -426,7 +427,8 @@ static void primitives(const varlen_fa_meta *meta) {
   OK(varlen_fa_cu_seqlens_free(cu));
 }
 
-/* Four masks with the same meaning; strides of every kind; what lies between the rows of an output stays. */
+/* Four masks with the same meaning; strides of every kind; what lies between the rows of an output
+ * stays. */
 static void equal_masks(const varlen_fa_meta *meta) {
   static float expected[ELEMENTS], turned[ELEMENTS], roomy[TOKENS * (HEADS + 1) * DIM];
   static float bias_data[BATCH * SEQ];
@@ -496,6 +498,14 @@ static void equal_masks(const varlen_fa_meta *meta) {
   OK(run(&c));
   CHECK(memcmp(out_data, expected, sizeof expected) == 0);
 
+  /* So it is with equal metadata of two handles. */
+  varlen_fa_meta *equal = meta_of_lengths();
+  c.mask.key_meta = equal;
+  memset(out_data, 0xff, sizeof out_data);
+  OK(run(&c));
+  CHECK(memcmp(out_data, expected, sizeof expected) == 0);
+  OK(varlen_fa_meta_free(equal));
+
   /* No mask at all, and a scale. */
   c = good_call(meta);
   c.options.has_softmax_scale = 1;
@@ -553,6 +563,19 @@ static void device_meta(const varlen_fa_meta *meta) {
   OK(run(&c));
   CHECK(memcmp(out_data, expected, sizeof expected) == 0);
 
+  varlen_fa_device_meta *equal = NULL;
+  OK(varlen_fa_device_meta_create(device, BATCH, SEQ, &equal));
+  c.mask.key_device_meta = equal;
+  OK(run(&c)); /* no key is valid yet */
+  for (int at = 0; at < ELEMENTS; at++) {
+    CHECK(out_data[at] == 0.0f);
+  }
+  OK(varlen_fa_device_meta_rebuild(equal, &mask));
+  OK(run(&c));
+  CHECK(memcmp(out_data, expected, sizeof expected) == 0);
+  OK(varlen_fa_device_meta_free(equal));
+  c.mask.key_device_meta = on_device;
+
   varlen_fa_mask_view bad = mask;
   bad.data = NULL;
   REFUSED(varlen_fa_device_meta_rebuild(on_device, &bad), VARLEN_FA_STATUS_NULL_POINTER, "`mask.data`");
@@ -575,7 +598,8 @@ static void device_meta(const varlen_fa_meta *meta) {
   REFUSED(varlen_fa_device_meta_rebuild(on_device, &mask), VARLEN_FA_STATUS_BAD_HANDLE, "freed");
 }
 
-/* Threads that share handles get the same results and their own messages, and only one of them frees a handle. */
+/* Threads that share handles get the same results and their own messages, and only one of them frees
+ * a handle. */
 typedef struct worker {
   const varlen_fa_meta *meta;
   varlen_fa_meta *to_free;
