@@ -71,7 +71,7 @@ pub fn build(workspace: &Workspace, out: Option<&Path>) -> Result<()> {
 /// Puts the C library beside its Python test, in folders that lie to one another as they do here. Gives the library's size.
 fn add_c_library(workspace: &Workspace, staging: &Path) -> Result<u64> {
     run(cargo().current_dir(&workspace.root).args(["build", "--release", "--package=varlen-fa-capi"]))?;
-    for file in ["capi/tests/test_varlen_fa.py", "benches/peers/varlen_fa.py"] {
+    for file in ["capi/tests/test_varlen_fa.py", "capi/python/varlen_fa.py"] {
         let (from, to) = (workspace.root.join(file), staging.join(file));
         let folder = to.parent().context("a file outside of any folder")?;
         fs::create_dir_all(folder).with_context(|| format!("cannot create {}", folder.display()))?;

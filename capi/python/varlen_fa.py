@@ -1,7 +1,8 @@
-"""The C library of varlen-fa for Python, through ctypes: raw addresses in, errors as exceptions. Needs nothing but Python.
+"""The C library of varlen-fa for Python, through ctypes: raw addresses in, errors as exceptions.
+Needs nothing but Python.
 
-A tensor is an address with a shape, strides in elements and an element type, so that NumPy's `array.ctypes.data`, PyTorch's
-`tensor.data_ptr()` or the address of any buffer will do:
+A tensor is an address with a shape, strides in elements and an element type. NumPy's
+`array.ctypes.data`, PyTorch's `tensor.data_ptr()` and the address of any buffer will do:
 
     import torch, varlen_fa
 
@@ -16,7 +17,8 @@ A tensor is an address with a shape, strides in elements and an element type, so
 
     device.forward(view(q), view(k), view(v), view(out), varlen_fa.varlen(meta))
 
-The caller keeps the memory alive: a descriptor holds an address and nothing else. capi/include/varlen_fa.h says the rest.
+A descriptor holds only an address: keep the memory alive while it is used. Everything else is
+documented in capi/include/varlen_fa.h.
 """
 
 import ctypes
@@ -25,31 +27,20 @@ import sys
 from ctypes import POINTER, Structure, byref, c_char, c_char_p, c_float, c_int32, c_int64, c_uint32, c_uint64, c_void_p
 from pathlib import Path
 
-# varlen_fa_status, by number.
-STATUS = {
-    0: "OK", 1: "NULL_POINTER", 2: "BAD_HANDLE", 3: "BAD_VALUE", 4: "MISALIGNED", 10: "RANK", 11: "SHAPE", 12: "BROADCAST",
-    13: "HEADS_NOT_DIVISIBLE", 14: "HEAD_DIM", 15: "UNSUPPORTED_DTYPE", 16: "DTYPE_MISMATCH", 17: "INNER_STRIDE",
-    18: "BUFFER_TOO_SMALL", 19: "OVERLAP", 20: "SELF_OVERLAP", 21: "LENGTH", 22: "MASK_SIZE", 23: "MASK_ROW", 24: "CU_SEQLENS",
-    25: "SOFTMAX_SCALE", 26: "TOO_LARGE", 27: "ENVIRONMENT", 28: "DEVICE_MISMATCH", 29: "NOT_APPLICABLE", 99: "REFUSED",
-    100: "DEVICE_UNAVAILABLE", 101: "OUT_OF_MEMORY", 102: "DEVICE_LOST", 103: "BACKEND", 104: "STREAM_CAPTURED", 200: "PANIC",
-}  # fmt: skip
+# Numbers that descriptors and masks hold. They are fixed in the header; the names of statuses,
+# device kinds, paths, kernels and reasons come from the loaded library.
 
-# varlen_fa_dtype and the bytes of one element.
+# varlen_fa_dtype, and the size of one element in bytes.
 F32, F16, BF16 = 1, 2, 3
 ELEMENT_BYTES = {F32: 4, F16: 2, BF16: 2}
 # varlen_fa_memory.
 HOST, CUDA = 0, 1
-# varlen_fa_device_kind.
-DEVICE_KINDS = {"auto": 0, "cpu": 1, "wgpu": 2, "cuda": 3}
-# varlen_fa_path and varlen_fa_kernel, by the names that plans print.
-PATHS = {"auto": 0, "dense": 1, "fused": 2, "packed": 3, "zero": 4}
-KERNELS = {"auto": 0, "cpu-tiled": 1, "wgsl-portable": 2, "sm80": 3, "sm90": 4, "wgsl-coop": 6}
 # varlen_fa_mask_kind.
 NONE, KEY, BIAS, VARLEN, VARLEN_CROSS, DEVICE_VARLEN, DEVICE_VARLEN_CROSS = range(7)
 
 
 class Error(Exception):
-    """A call was refused or failed; `status` is one of STATUS's names."""
+    """A call was refused or failed; `status` is the constant's name, e.g. "BAD_HANDLE"."""
 
     def __init__(self, status, message):
         super().__init__(message)
@@ -180,7 +171,8 @@ def _reach(shape, strides):
 
 
 def tensor(address, shape, strides, dtype, memory=HOST, size=None):
-    """A tensor at an address. `strides` in elements, None for row-major; `size` in bytes, None for as far as the strides reach."""
+    """A tensor at an address. `strides` are in elements; None means row-major. `size` is that of
+    the memory in bytes; None means up to the last element."""
     shape = list(shape)
     strides = row_major(shape) if strides is None else list(strides)
     made = Tensor(data=address, dtype=dtype, memory=memory, rank=len(shape))
@@ -202,23 +194,24 @@ def mask_view(address, shape, strides, element_bytes, memory=HOST, size=None):
 
 def _mask(kind, keeps, **fields):
     made = AttentionMask(kind=kind, **fields)
-    # Handles and descriptors live for as long as the mask that names them.
+    # Keeps handles and descriptors alive as long as the mask.
     made.keeps = keeps
     return made
 
 
 def key(key_mask):
-    """Attention to the kept keys; rows of dropped queries are computed like any other."""
+    """Every query attends to the kept keys; rows of dropped queries are computed like any other."""
     return _mask(KEY, [key_mask], key_mask=key_mask.handle)
 
 
 def bias(descriptor):
-    """A tensor that is added to the scaled scores."""
+    """The tensor is added to the scaled scores."""
     return _mask(BIAS, [descriptor], bias=ctypes.pointer(descriptor))
 
 
 def varlen(meta, key_meta=None):
-    """Attention among the valid tokens, or of valid queries to valid keys; other rows are zero. Metadata of the host or of a device."""
+    """Attention among the valid tokens, or of valid queries to valid keys; other rows are zero.
+    Both are Meta, or both DeviceMeta."""
     keys = None if key_meta is None else key_meta.handle
     if isinstance(meta, DeviceMeta):
         kind = DEVICE_VARLEN if key_meta is None else DEVICE_VARLEN_CROSS
@@ -227,24 +220,15 @@ def varlen(meta, key_meta=None):
     return _mask(kind, [meta, key_meta], query_meta=meta.handle, key_meta=keys)
 
 
-def options(softmax_scale=None, path="auto", kernel="auto"):
-    """Options of an attention call; paths and kernels by name or number."""
-    return Options(
-        has_softmax_scale=softmax_scale is not None,
-        softmax_scale=0.0 if softmax_scale is None else softmax_scale,
-        path=PATHS.get(path, path),
-        kernel=KERNELS.get(kernel, kernel),
-    )
-
-
 def default_path():
-    """VARLEN_FA_LIBRARY, or the library in target/release of this repository."""
+    """The library that VARLEN_FA_LIBRARY names, or the one in target/release of this repository."""
     name = {"darwin": "libvarlen_fa.dylib", "win32": "varlen_fa.dll"}.get(sys.platform, "libvarlen_fa.so")
     target = os.environ.get("CARGO_TARGET_DIR", Path(__file__).resolve().parents[2] / "target")
     return os.environ.get("VARLEN_FA_LIBRARY", str(Path(target) / "release" / name))
 
 
-# Arguments of every function, as the header has them. Those not named here return a status.
+# The enums with names, and the arguments of all functions that return a status, as in the header.
+_ENUMS = ["status", "device_kind", "dtype", "path", "kernel", "reason"]
 _HANDLE = c_void_p
 _NEW = POINTER(c_void_p)
 _TENSOR = POINTER(Tensor)
@@ -280,8 +264,18 @@ _FUNCTIONS = {
 }  # fmt: skip
 
 
+def _number(names, what, value):
+    """The number of a name; numbers stay as they are, and the library checks them."""
+    if not isinstance(value, str):
+        return value
+    if value not in names:
+        raise ValueError(f"expected a {what} ({', '.join(names)}), got {value!r}")
+    return names[value]
+
+
 class Library:
-    """The loaded library."""
+    """The loaded library. `statuses`, `device_kinds`, `dtypes`, `paths`, `kernels` and `reasons`
+    give the number of each name of an enum."""
 
     def __init__(self, path=None):
         self.c = ctypes.CDLL(path or default_path())
@@ -289,6 +283,8 @@ class Library:
         self.c.varlen_fa_last_error.argtypes = []
         self.c.varlen_fa_version.restype = c_uint32
         self.c.varlen_fa_version_string.restype = c_char_p
+        self.statuses, self.device_kinds, self.dtypes, self.paths, self.kernels, self.reasons = map(self._names, _ENUMS)
+        self._status_names = {number: name for name, number in self.statuses.items()}
         for name, arguments in _FUNCTIONS.items():
             function = getattr(self.c, f"varlen_fa_{name}")
             function.argtypes, function.restype = arguments, c_uint32
@@ -297,11 +293,19 @@ class Library:
     def version(self):
         return self.c.varlen_fa_version_string().decode()
 
+    def _names(self, enum):
+        """The number of each name of an enum."""
+        function = getattr(self.c, f"varlen_fa_{enum}_name")
+        function.argtypes, function.restype = [c_uint32], c_char_p
+        # Every number with a name is less than 255.
+        names = {number: function(number) for number in range(255)}
+        return {name.decode(): number for number, name in names.items() if name is not None}
+
     def call(self, name, *arguments):
-        """Calls a function of the library; an Error unless it succeeds."""
+        """Calls a function of the library; raises an Error if it fails."""
         status = getattr(self.c, f"varlen_fa_{name}")(*arguments)
         if status != 0:
-            raise Error(STATUS.get(status, str(status)), self.c.varlen_fa_last_error().decode())
+            raise Error(self._status_names.get(status, str(status)), self.c.varlen_fa_last_error().decode())
 
     def make(self, kind, name, *arguments):
         """Calls a function whose last argument receives a handle."""
@@ -310,11 +314,22 @@ class Library:
         return kind(self, handle)
 
     def open(self, kind="auto", ordinal=0):
-        return self.make(Device, "device_open", DEVICE_KINDS.get(kind, kind), ordinal)
+        """Opens a device; the kind by name or number."""
+        return self.make(Device, "device_open", _number(self.device_kinds, "device kind", kind), ordinal)
 
     def open_cuda(self, stream, context=None):
-        """A device over a raw stream, and a raw context unless it is the stream's own."""
+        """Opens a CUDA device over an external stream and context, both raw handles. None is the
+        stream's context."""
         return self.make(Device, "device_open_cuda", context, stream)
+
+    def options(self, softmax_scale=None, path="auto", kernel="auto"):
+        """Options of an attention call; path and kernel by name or number."""
+        return Options(
+            has_softmax_scale=softmax_scale is not None,
+            softmax_scale=0.0 if softmax_scale is None else softmax_scale,
+            path=_number(self.paths, "path", path),
+            kernel=_number(self.kernels, "kernel", kernel),
+        )
 
     def key_mask_from_integers(self, address, element_bytes, batch, seq):
         return self.make(KeyMask, "key_mask_from_integers", address, element_bytes, batch, seq)
@@ -337,7 +352,7 @@ class Library:
 
 
 class Handle:
-    """A handle; freed with `free`, `with`, or when nobody has it any more."""
+    """A handle; freed by `free`, by `with`, or when it is no longer referenced."""
 
     _free = ""
 
@@ -345,7 +360,8 @@ class Handle:
         self.library, self.handle = library, handle
 
     def free(self):
-        """Frees the handle, which stays as it is: using it again is an error that the library notices."""
+        """Frees the handle. Its number stays: using it again is an error that the library
+        reports."""
         self.library.call(self._free, self.handle)
 
     def __enter__(self):
@@ -356,7 +372,8 @@ class Handle:
         self.handle = c_void_p()
 
     def __del__(self):
-        # Freeing NULL is fine, and so is what was freed by hand: nobody is told here.
+        # The status is ignored: freeing NULL succeeds, and a handle that was freed before is
+        # refused.
         getattr(self.library.c, f"varlen_fa_{self._free}")(self.handle)
 
 
@@ -410,7 +427,7 @@ def _at(structure):
 
 
 class Device(Handle):
-    """A device. Tensors are descriptors made by `tensor`; a Plan, if one is given, is filled in."""
+    """A device. Tensors are descriptors made by `tensor`. A Plan, if one is given, is filled in."""
 
     _free = "device_free"
 

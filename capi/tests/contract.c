@@ -1,4 +1,5 @@
-/* What the C library does with good calls and with bad ones: `border cpu` or `border wgpu`. Exits with 77 if the device is absent. */
+/* The contract of the C library, in good calls and in bad ones: `contract cpu` or `contract wgpu`.
+ * Exits with 77 if the device is absent. */
 #define _POSIX_C_SOURCE 200809L
 #include <math.h>
 #include <pthread.h>
@@ -31,7 +32,7 @@ static void fail(int line, const char *what, const char *detail) {
   failures++;
 }
 
-#define CHECK(condition) ((condition) ? (void)0 : fail(__LINE__, #condition, "is not so"))
+#define CHECK(condition) ((condition) ? (void)0 : fail(__LINE__, #condition, "is false"))
 #define OK(call) expect_ok(__LINE__, #call, (call))
 #define REFUSED(call, status, words) expect_refused(__LINE__, #call, (call), (status), (words))
 
@@ -99,7 +100,7 @@ static varlen_fa_attention_mask varlen(const varlen_fa_meta *meta) {
   return mask;
 }
 
-/* The call that the others spoil. */
+/* A good call, which SPOILED makes bad. */
 typedef struct call {
   varlen_fa_attention_options options;
   varlen_fa_tensor q, k, v, out;
@@ -221,7 +222,7 @@ static void bad_options_and_masks(const varlen_fa_meta *meta) {
   SPOILED(c.mask.kind = VARLEN_FA_MASK_KIND_VARLEN_CROSS, VARLEN_FA_STATUS_NULL_POINTER, "`mask.key_meta`");
   SPOILED(c.mask.reserved[3] = 1, VARLEN_FA_STATUS_BAD_VALUE, "`mask.reserved`");
   SPOILED(c.mask.query_meta = (const varlen_fa_meta *)device, VARLEN_FA_STATUS_BAD_HANDLE, "got a device handle");
-  SPOILED(c.mask.query_meta = (const varlen_fa_meta *)&c, VARLEN_FA_STATUS_BAD_HANDLE, "never gave out");
+  SPOILED(c.mask.query_meta = (const varlen_fa_meta *)&c, VARLEN_FA_STATUS_BAD_HANDLE, "never issued");
   varlen_fa_tensor bias = packed_tensor(q_data, 2, 3, 4);
   SPOILED(memset(&c.mask, 0, sizeof c.mask); c.mask.kind = VARLEN_FA_MASK_KIND_BIAS; c.mask.bias = &bias,
           VARLEN_FA_STATUS_BROADCAST, "bias");
@@ -237,6 +238,22 @@ static void bad_options_and_masks(const varlen_fa_meta *meta) {
           VARLEN_FA_STATUS_MISALIGNED, "`plan`");
   REFUSED(varlen_fa_forward((varlen_fa_device *)meta, NULL, &c.q, &c.k, &c.v, NULL, &c.out, NULL),
           VARLEN_FA_STATUS_BAD_HANDLE, "`device`: expected a device handle, got a metadata handle");
+}
+
+/* Names are those of the constants and of plans; a number without a name gives NULL. */
+static void names(const varlen_fa_device_info *info) {
+  CHECK(strcmp(varlen_fa_status_name(VARLEN_FA_STATUS_BAD_HANDLE), "BAD_HANDLE") == 0);
+  CHECK(strcmp(varlen_fa_device_kind_name(VARLEN_FA_DEVICE_KIND_CPU), "cpu") == 0);
+  CHECK(strcmp(varlen_fa_dtype_name(VARLEN_FA_DTYPE_BF16), "bf16") == 0);
+  CHECK(strcmp(varlen_fa_path_name(VARLEN_FA_PATH_FUSED), "fused") == 0);
+  CHECK(strcmp(varlen_fa_kernel_name(VARLEN_FA_KERNEL_CUDA_SM100), "sm100") == 0);
+  CHECK(strcmp(varlen_fa_reason_name(VARLEN_FA_REASON_ALL_VALID), "all-valid") == 0);
+  for (uint32_t number = 0; number < 32; number++) {
+    CHECK((info->kernels >> number & 1) == 0 || varlen_fa_kernel_name(number) != NULL);
+    CHECK((info->dtypes >> number & 1) == 0 || varlen_fa_dtype_name(number) != NULL);
+  }
+  CHECK(varlen_fa_kernel_name(VARLEN_FA_KERNEL_UNLISTED) == NULL && varlen_fa_status_name(UINT32_MAX) == NULL);
+  CHECK(varlen_fa_reason_name(8) == NULL && varlen_fa_dtype_name(0) == NULL);
 }
 
 static void handles(void) {
@@ -264,7 +281,7 @@ static void handles(void) {
   OK(varlen_fa_meta_free(meta));
   call c = good_call(meta);
   REFUSED(run(&c), VARLEN_FA_STATUS_BAD_HANDLE, "freed");
-  /* The sequences of freed metadata live on. */
+  /* The sequences of freed metadata stay valid. */
   varlen_fa_tensor rows = packed_tensor(q_data, TOTAL, HEADS, DIM), out = packed_tensor(out_data, TOTAL, HEADS, DIM);
   OK(varlen_fa_varlen_attention(device, NULL, &rows, &rows, &rows, cu, cu, &out, NULL, NULL));
   OK(varlen_fa_cu_seqlens_free(cu));
@@ -350,7 +367,8 @@ static void masks(void) {
   CHECK(cu == NULL);
 }
 
-/* pack, attention over packed rows, scatter: what the packed path does, bit for bit; and lse, in double. */
+/* pack, attention over packed rows and scatter give what the packed path gives, bit for bit; lse is
+ * checked in double. */
 static void primitives(const varlen_fa_meta *meta) {
   static float packed[3][TOTAL * HEADS * DIM], attended[TOTAL * HEADS * DIM], lse[HEADS * TOTAL], whole[ELEMENTS];
   varlen_fa_tensor q = padded(q_data), k = padded(k_data), v = padded(v_data), out = padded(out_data);
@@ -409,8 +427,9 @@ static void primitives(const varlen_fa_meta *meta) {
   OK(varlen_fa_cu_seqlens_free(cu));
 }
 
-/* The same masking said in four ways; strides of every kind; what lies between the rows of an output stays. */
-static void ways_to_say_it(const varlen_fa_meta *meta) {
+/* Four masks with the same meaning; strides of every kind; what lies between the rows of an output
+ * stays. */
+static void equal_masks(const varlen_fa_meta *meta) {
   static float expected[ELEMENTS], turned[ELEMENTS], roomy[TOKENS * (HEADS + 1) * DIM];
   static float bias_data[BATCH * SEQ];
   varlen_fa_key_mask *key_mask = NULL;
@@ -479,6 +498,14 @@ static void ways_to_say_it(const varlen_fa_meta *meta) {
   OK(run(&c));
   CHECK(memcmp(out_data, expected, sizeof expected) == 0);
 
+  /* So it is with equal metadata of two handles. */
+  varlen_fa_meta *equal = meta_of_lengths();
+  c.mask.key_meta = equal;
+  memset(out_data, 0xff, sizeof out_data);
+  OK(run(&c));
+  CHECK(memcmp(out_data, expected, sizeof expected) == 0);
+  OK(varlen_fa_meta_free(equal));
+
   /* No mask at all, and a scale. */
   c = good_call(meta);
   c.options.has_softmax_scale = 1;
@@ -536,6 +563,19 @@ static void device_meta(const varlen_fa_meta *meta) {
   OK(run(&c));
   CHECK(memcmp(out_data, expected, sizeof expected) == 0);
 
+  varlen_fa_device_meta *equal = NULL;
+  OK(varlen_fa_device_meta_create(device, BATCH, SEQ, &equal));
+  c.mask.key_device_meta = equal;
+  OK(run(&c)); /* no key is valid yet */
+  for (int at = 0; at < ELEMENTS; at++) {
+    CHECK(out_data[at] == 0.0f);
+  }
+  OK(varlen_fa_device_meta_rebuild(equal, &mask));
+  OK(run(&c));
+  CHECK(memcmp(out_data, expected, sizeof expected) == 0);
+  OK(varlen_fa_device_meta_free(equal));
+  c.mask.key_device_meta = on_device;
+
   varlen_fa_mask_view bad = mask;
   bad.data = NULL;
   REFUSED(varlen_fa_device_meta_rebuild(on_device, &bad), VARLEN_FA_STATUS_NULL_POINTER, "`mask.data`");
@@ -558,7 +598,8 @@ static void device_meta(const varlen_fa_meta *meta) {
   REFUSED(varlen_fa_device_meta_rebuild(on_device, &mask), VARLEN_FA_STATUS_BAD_HANDLE, "freed");
 }
 
-/* Threads that share handles: the same answers, messages of their own, and one of two frees of a handle wins. */
+/* Threads that share handles get the same results and their own messages, and only one of them frees
+ * a handle. */
 typedef struct worker {
   const varlen_fa_meta *meta;
   varlen_fa_meta *to_free;
@@ -636,10 +677,11 @@ int main(int argc, char **argv) {
   bad_tensors(meta);
   bad_outputs(meta);
   bad_options_and_masks(meta);
+  names(&info);
   handles();
   masks();
   primitives(meta);
-  ways_to_say_it(meta);
+  equal_masks(meta);
   device_meta(meta);
   threads(meta);
   OK(varlen_fa_meta_free(meta));
