@@ -112,6 +112,13 @@ pub(crate) struct DeviceMaskInfo<'a> {
 }
 
 impl AttentionProblem {
+    /// `softmax_scale` · log2(e), what exponentials to base 2 take. A product beyond f32 becomes the
+    /// largest number, on every device: infinity times a score of 0 would be NaN.
+    #[cfg(any(feature = "wgpu", all(feature = "cuda", not(target_arch = "wasm32"))))]
+    pub(crate) fn score_scale(&self) -> f32 {
+        (self.softmax_scale * std::f32::consts::LOG2_E).clamp(f32::MIN, f32::MAX)
+    }
+
     /// Checks a call on padded tensors `[B, S, H, D]`.
     pub(crate) fn padded(
         device: DeviceInfo<'_>,

@@ -10,6 +10,7 @@ use super::trials::{Trials, Variant};
 
 pub fn register(trials: &mut Trials) {
     trials.each_path("numerics/softmax_scales", softmax_scales);
+    trials.each_path("numerics/largest_softmax_scales", largest_softmax_scales);
     trials.each_path("numerics/large_scores", large_scores);
     trials.each_path("numerics/largest_values", largest_values);
     trials.each_path("numerics/scores_far_apart", scores_far_apart);
@@ -38,6 +39,23 @@ fn softmax_scales(variant: &Variant) -> Result<()> {
             _ => Rules::standard(variant.dtype),
         };
         call.check_by(variant, rules).with_context(|| format!("softmax_scale {scale:?}"))?;
+    }
+    Ok(())
+}
+
+/// Scales whose product with log2(e) is beyond f32. Products of q and k are 1, 0 and -1, so that every score is a number.
+fn largest_softmax_scales(variant: &Variant) -> Result<()> {
+    let mut call = Call::random(SHAPE, holes(), variant.dtype, 10);
+    let row = 2 * 64;
+    for (tensor, factors) in [[1.0, 0.0, -1.0], [0.0, 1.0, 0.0]].into_iter().enumerate() {
+        for (at, value) in call.values[tensor].iter_mut().enumerate() {
+            *value = if at % 64 == 0 { factors[at / row % 150 % 3] } else { 0.0 };
+        }
+    }
+    for scale in [2.4e38, f32::MAX, -2.4e38, f32::MIN] {
+        call.scale = Some(scale);
+        call.check_by(variant, Rules::fixed_only(variant.dtype, 1e-3))
+            .with_context(|| format!("softmax_scale {scale}"))?;
     }
     Ok(())
 }

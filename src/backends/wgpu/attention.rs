@@ -1,7 +1,6 @@
 //! Launches of the attention shader: dense, fused by lists, on packed rows, and the packed path of
 //! padded tensors.
 
-use std::f32::consts::LOG2_E;
 use std::ops::Range;
 
 use crate::backends::rows::{RowShape, WORD_BYTES};
@@ -361,7 +360,7 @@ impl Call<'_> {
             seq_q: shape.seq_q as u32,
             seq_k: shape.seq_k as u32,
             group_size: shape.group_size() as u32,
-            score_scale: self.attention.problem.softmax_scale * LOG2_E,
+            score_scale: self.attention.problem.score_scale(),
             ..Default::default()
         }
     }

@@ -182,7 +182,7 @@ impl<'a> Call<'a> {
             heads: shape.num_heads as i32,
             group_size: shape.group_size() as i32,
             head_dim: shape.head_dim as i32,
-            score_scale: score_scale(self.attention.problem.softmax_scale),
+            score_scale: score_scale(self.attention.problem),
             ..Default::default()
         }
     }

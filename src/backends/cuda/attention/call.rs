@@ -1,9 +1,8 @@
 //! What the launches of every attention kernel share: placed tensors, packed rows, the scale.
 
-use std::f32::consts::LOG2_E;
-
 use crate::backends::cuda::tensors::metadata::Tables;
 use crate::backends::cuda::tensors::placement::Placed;
+use crate::call::problem::AttentionProblem;
 use crate::mask::meta::CuSeqlens;
 
 /// Placed tensors of one launch.
@@ -39,22 +38,32 @@ pub struct PackedRows<'a> {
     pub scatters: Option<Tables>,
 }
 
-/// `softmax_scale` · log2(e). Kernels multiply scores that already hold −∞ where they are masked,
-/// and 0 · −∞ is NaN. So 0 becomes a scale so small that every score vanishes in the exponential.
-pub fn score_scale(softmax_scale: f32) -> f32 {
-    let scale = softmax_scale * LOG2_E;
+/// [`AttentionProblem::score_scale`], not 0. Kernels multiply scores that already hold −∞ where they
+/// are masked, and 0 · −∞ is NaN. So 0 becomes a scale so small that every score vanishes in the
+/// exponential.
+pub fn score_scale(problem: &AttentionProblem) -> f32 {
+    let scale = problem.score_scale();
     if scale == 0.0 { f32::MIN_POSITIVE } else { scale }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::f32::consts::LOG2_E;
+
     use super::*;
+    use crate::call::problem::AttentionShape;
+    use crate::dtype::DType;
 
     #[test]
-    fn no_scale_is_zero() {
+    fn a_scale_is_finite_and_not_zero() {
+        let shape = AttentionShape { batch: 1, seq_q: 1, seq_k: 1, num_heads: 1, num_kv_heads: 1, head_dim: 8 };
+        let score_scale =
+            |softmax_scale| score_scale(&AttentionProblem { shape, dtype: DType::F16, softmax_scale, bias: None });
         assert_eq!(score_scale(1.0), LOG2_E);
         assert_eq!(score_scale(-0.25), -0.25 * LOG2_E);
         assert_eq!(score_scale(0.0), f32::MIN_POSITIVE);
         assert_eq!(score_scale(-0.0), f32::MIN_POSITIVE);
+        assert_eq!(score_scale(2.4e38), f32::MAX);
+        assert_eq!(score_scale(f32::MIN), f32::MIN);
     }
 }

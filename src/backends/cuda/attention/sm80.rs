@@ -176,7 +176,7 @@ fn params(attention: &Attention<'_>, Tensors { q, k, v, out }: &Tensors) -> Atte
         seq_k: shape.seq_k as i32,
         group_size: shape.group_size() as i32,
         head_dim: shape.head_dim as i32,
-        score_scale: score_scale(attention.problem.softmax_scale),
+        score_scale: score_scale(attention.problem),
         ..Default::default()
     }
 }
