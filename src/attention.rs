@@ -5,6 +5,7 @@ use crate::call::op::{Attention, Op};
 use crate::call::plan::{Forced, Path, Plan, plan_padded};
 use crate::call::problem::{AttentionProblem, AttentionViews, ViewInfo};
 use crate::device::Device;
+use crate::dtype::DType;
 use crate::error::Result;
 use crate::kernel::Kernel;
 use crate::layout::Layout;
@@ -114,6 +115,56 @@ impl MaskedAttention {
         let mut out = Tensor::uninit(&self.device, q.dtype(), q.shape())?;
         self.launch(problem, plan, [q, k, v], mask, out.view_mut(), |op| self.device.backend().execute(op))?;
         Ok(Attended { out, plan })
+    }
+
+    /// Makes the device ready for calls of this kind, so that the first of them takes no longer than the others: compiles their
+    /// shaders, and uploads the metadata. It runs one call on zeros, `[B, Sq, H, D]` queries and `[B, Sk, Hkv, D]` keys and values
+    /// of this element type, with the mask, and waits for it; its memory is free again afterwards.
+    ///
+    /// On wgpu devices a shader depends on the element type, D and the kind of the mask, not on B, S and the number of heads. A
+    /// small batch will do, as long as [`plan`](Attended::plan) is the same: it looks at the metadata.
+    ///
+    /// # Errors
+    /// As [`forward`](Self::forward) and [`Device::synchronize`].
+    pub fn warm_up(
+        &self,
+        dtype: DType,
+        q_shape: &[usize],
+        kv_shape: &[usize],
+        mask: AttentionMask<'_>,
+    ) -> Result<Plan> {
+        let attended = self.run_on_zeros(dtype, q_shape, kv_shape, mask)?;
+        self.device.synchronize()?;
+        Ok(attended.plan)
+    }
+
+    /// [`warm_up`](Self::warm_up) for code that also runs in a browser: there it gives the thread back until the shaders are
+    /// compiled, elsewhere it waits.
+    ///
+    /// # Errors
+    /// As [`warm_up`](Self::warm_up).
+    pub async fn warm_up_async(
+        &self,
+        dtype: DType,
+        q_shape: &[usize],
+        kv_shape: &[usize],
+        mask: AttentionMask<'_>,
+    ) -> Result<Plan> {
+        let attended = self.run_on_zeros(dtype, q_shape, kv_shape, mask)?;
+        self.device.synchronize_async().await?;
+        Ok(attended.plan)
+    }
+
+    fn run_on_zeros(
+        &self,
+        dtype: DType,
+        q_shape: &[usize],
+        kv_shape: &[usize],
+        mask: AttentionMask<'_>,
+    ) -> Result<Attended> {
+        let q = Tensor::zeros(&self.device, dtype, q_shape)?;
+        let [k, v] = [Tensor::zeros(&self.device, dtype, kv_shape)?, Tensor::zeros(&self.device, dtype, kv_shape)?];
+        self.forward(&q, &k, &v, mask)
     }
 
     /// Attention into memory of the caller: `out` is a `[B, Sq, H, D]` view that shares no memory with the inputs. Every element

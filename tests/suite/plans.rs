@@ -14,6 +14,7 @@ pub fn register(trials: &mut Trials) {
     trials.once("plans/with_metadata", with_metadata);
     trials.once("plans/cross_attention", cross_attention);
     trials.once("plans/are_words", are_words);
+    trials.each_path("plans/of_warm_up", of_warm_up);
     trials.each_kernel("plans/whatever_path_is_chosen", whatever_path_is_chosen);
 }
 
@@ -109,5 +110,21 @@ fn whatever_path_is_chosen(variant: &Variant) -> Result<()> {
         call.output = Placement::ROOM_AROUND;
         call.check(variant)?;
     }
+    Ok(())
+}
+
+/// Warming up takes what a call takes, whatever the batch is, and refuses what a call refuses.
+fn of_warm_up(variant: &Variant) -> Result<()> {
+    let layer = variant.layer();
+    let meta = VarlenMeta::from_key_mask(&KeyMask::from_lengths(70, &[70, 9])?)?;
+    let mask = || AttentionMask::varlen(&meta);
+    let (q_shape, kv_shape) = ([2, 70, 4, 40], [2, 70, 2, 40]);
+    let plan = layer.warm_up(variant.dtype, &q_shape, &kv_shape, mask())?;
+    let [q, k] = [q_shape, kv_shape].map(|shape| Tensor::zeros(&variant.device, variant.dtype, &shape));
+    let (q, k) = (q?, k?);
+    let called = layer.forward(&q, &k, &k, mask())?.plan;
+    ensure!(plan == called, "warm_up takes {plan}, forward {called}");
+    let refused = layer.warm_up(variant.dtype, &q_shape, &[2, 70, 3, 40], mask());
+    ensure!(refused.is_err(), "4 query heads and 3 key/value heads are accepted: {refused:?}");
     Ok(())
 }
