@@ -9,8 +9,12 @@ use crate::backends::cpu::CpuDevice;
 use crate::call::op::{Backend, Timing};
 use crate::call::plan::Capabilities;
 use crate::call::problem::DeviceInfo;
+#[cfg(feature = "wgpu")]
+use crate::call::self_check::Subject;
 use crate::config::{Config, DeviceChoice};
 use crate::error::{Error, Result};
+#[cfg(feature = "wgpu")]
+use crate::kernel::Kernel;
 use crate::mask::meta::VarlenMeta;
 
 /// A device to compute on, with its settings. Cheap to clone: clones share the device.
@@ -62,7 +66,9 @@ impl Device {
     /// A device with given settings; the environment is not read.
     ///
     /// When a GPU is opened for the first time in a process, its newer kernels are compared with its oldest one, which takes some
-    /// milliseconds. One that fails is not used, as a warning in the log says: see [`Capabilities::kernels`].
+    /// milliseconds. One that fails is not used, as a warning in the log says: see [`Capabilities::kernels`]. On a wgpu adapter
+    /// the oldest kernel is compared with the CPU. An adapter that fails is not used: the next one is, or the device is not
+    /// available. [`Config::kernel`] skips the comparison.
     ///
     /// # Errors
     /// [`Error::DeviceUnavailable`] if a device that was asked for by name cannot be used, [`Error::NotApplicable`] if it has not the
@@ -126,7 +132,8 @@ impl Device {
     /// [`Error::DeviceLost`], [`Error::OutOfMemory`].
     #[cfg(feature = "wgpu")]
     pub fn from_wgpu(device: &::wgpu::Device, queue: &::wgpu::Queue, config: Config) -> Result<Self> {
-        let backend = crate::backends::wgpu::WgpuDevice::external(device, queue, config)?;
+        let backend =
+            crate::backends::wgpu::WgpuDevice::external(device, queue, config, reference(&*CpuDevice::shared()))?;
         expect_kernel(&backend, config)?;
         log::info!("computing on the application's {}", backend.name());
         Ok(Self { backend: Arc::new(backend), config: config.with_device(DeviceChoice::Wgpu) })
@@ -338,7 +345,7 @@ fn open(choice: DeviceChoice, adapters: Adapters, config: Config) -> Result<Arc<
         #[cfg(feature = "wgpu")]
         DeviceChoice::Wgpu => {
             let software = adapters == Adapters::All;
-            Arc::new(crate::backends::wgpu::WgpuDevice::open(software, config)?)
+            Arc::new(crate::backends::wgpu::WgpuDevice::open(software, config, reference(&*CpuDevice::shared()))?)
         }
         #[cfg(not(feature = "wgpu"))]
         DeviceChoice::Wgpu => return Err(not_built(choice, "wgpu")),
@@ -349,6 +356,12 @@ fn open(choice: DeviceChoice, adapters: Adapters, config: Config) -> Result<Arc<
     };
     expect_kernel(&*backend, config)?;
     Ok(backend)
+}
+
+/// What kernels of other devices are compared with.
+#[cfg(feature = "wgpu")]
+fn reference(cpu: &dyn Backend) -> Subject<'_> {
+    Subject::new(cpu, Kernel::CpuTiled)
 }
 
 /// The kernel that the settings ask for is the device's.
@@ -367,7 +380,8 @@ async fn open_async(choice: DeviceChoice, adapters: Adapters, config: Config) ->
     #[cfg(all(feature = "wgpu", target_arch = "wasm32"))]
     if choice == DeviceChoice::Wgpu {
         let software = adapters == Adapters::All;
-        return Ok(Arc::new(crate::backends::wgpu::WgpuDevice::open_async(software, config).await?));
+        let cpu = CpuDevice::shared();
+        return Ok(Arc::new(crate::backends::wgpu::WgpuDevice::open_async(software, config, reference(&*cpu)).await?));
     }
     open(choice, adapters, config)
 }

@@ -22,6 +22,11 @@
 
 use std::ops::Range;
 use std::slice;
+#[cfg(not(target_arch = "wasm32"))]
+use std::{
+    pin::pin,
+    task::{Context, Poll, Waker},
+};
 
 use half::{bf16, f16};
 
@@ -128,11 +133,24 @@ struct Case {
     head_dim: usize,
 }
 
-/// Runs every case with both kernels.
+/// [`compare`] where no device gives up the thread: nothing is pending there.
+///
+/// # Errors
+/// As [`compare`].
+#[cfg(not(target_arch = "wasm32"))]
+pub(crate) fn compare_now(tested: Subject<'_>, reference: Subject<'_>, cases: &Cases) -> Result<(), String> {
+    let comparison = pin!(compare(tested, reference, cases));
+    match comparison.poll(&mut Context::from_waker(Waker::noop())) {
+        Poll::Ready(outcome) => outcome,
+        Poll::Pending => Err(format!("{} gave up the thread", tested.kernel)),
+    }
+}
+
+/// Runs every case with both kernels. In a browser it gives the thread back while it waits.
 ///
 /// # Errors
 /// A sentence that says what failed or differs first.
-pub(crate) fn compare(tested: Subject<'_>, reference: Subject<'_>, cases: &Cases) -> Result<(), String> {
+pub(crate) async fn compare(tested: Subject<'_>, reference: Subject<'_>, cases: &Cases) -> Result<(), String> {
     let in_words = |error: Error| error.to_string();
     let max_head_dim = tested.kernel.max_head_dim().min(reference.kernel.max_head_dim());
     let head_dims = cases.head_dims.iter().copied().filter(|&head_dim| head_dim <= max_head_dim);
@@ -152,8 +170,9 @@ pub(crate) fn compare(tested: Subject<'_>, reference: Subject<'_>, cases: &Cases
                 let failed = |kernel: Kernel| move |error: Error| explain(kernel, format!("failed: {error}"));
                 let expected = reference_bench
                     .run(Case { form: form.of_reference(), ..case })
+                    .await
                     .map_err(failed(reference.kernel))?;
-                let got = tested_bench.run(case).map_err(failed(tested.kernel))?;
+                let got = tested_bench.run(case).await.map_err(failed(tested.kernel))?;
                 judge(case, &masks, &got, &expected).map_err(|why| explain(tested.kernel, why))?;
             }
         }
@@ -243,7 +262,7 @@ impl<'a> Bench<'a> {
     }
 
     /// The output of a call.
-    fn run(&mut self, case: Case) -> Result<Vec<u16>> {
+    async fn run(&mut self, case: Case) -> Result<Vec<u16>> {
         let Case { form, dtype, head_dim } = case;
         let Subject { device, kernel } = self.subject;
         let Masks { query, key, packed: [packed_query, packed_key] } = self.masks;
@@ -281,7 +300,7 @@ impl<'a> Bench<'a> {
             lse: None,
             rows,
         }))?;
-        device.download(self.out.source(), bytemuck::cast_slice_mut(&mut bits))?;
+        device.download_async(self.out.source(), bytemuck::cast_slice_mut(&mut bits)).await?;
         Ok(bits)
     }
 }
@@ -354,7 +373,7 @@ fn values() -> Vec<f32> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use std::any::Any;
     use std::sync::Arc;
     use std::time::Instant;
@@ -478,8 +497,16 @@ mod tests {
         }
     }
 
+    /// A device whose kernel takes another softmax scale in the call of [`Cases::QUICK`], or none
+    /// that does, and the kernel.
+    pub(crate) fn device_of_portable_calls(is_wrong: bool) -> (impl Backend, Kernel) {
+        let lie = if is_wrong { Lie::Scale } else { Lie::None };
+        let case = Case { form: Form::Masked, dtype: DType::F16, head_dim: 24 };
+        (Liar { honest: CpuDevice::shared(), lie, case }, KERNEL)
+    }
+
     fn compare_with(liar: &Liar, cases: &Cases) -> Result<(), String> {
-        compare(Subject::new(liar, KERNEL), Subject::new(liar, REFERENCE), cases)
+        compare_now(Subject::new(liar, KERNEL), Subject::new(liar, REFERENCE), cases)
     }
 
     fn outcome(lie: Lie, case: Case) -> Result<(), String> {
@@ -493,8 +520,8 @@ mod tests {
         // As wide as kernels are.
         let cpu = CpuDevice::shared();
         let (tested, reference) = (Subject::new(&*cpu, Kernel::CudaSm90), Subject::new(&*cpu, REFERENCE));
-        assert_eq!(compare(tested, reference, &Cases::COMPLETE), Ok(()));
-        assert_eq!(compare(tested, reference, &Cases::QUICK), Ok(()));
+        assert_eq!(compare_now(tested, reference, &Cases::COMPLETE), Ok(()));
+        assert_eq!(compare_now(tested, reference, &Cases::QUICK), Ok(()));
     }
 
     #[test]
@@ -540,7 +567,7 @@ mod tests {
         for (lie, is_noticed) in [(Lie::None, false), (Lie::Scale, true)] {
             let liar = Liar { honest: CpuDevice::shared(), lie, case };
             let (tested, reference) = (Subject::new(&liar, KERNEL), Subject::new(&*cpu, Kernel::CpuTiled));
-            assert_eq!(compare(tested, reference, &Cases::QUICK).is_err(), is_noticed, "{lie:?}");
+            assert_eq!(compare_now(tested, reference, &Cases::QUICK).is_err(), is_noticed, "{lie:?}");
         }
     }
 

@@ -89,7 +89,7 @@ fn compare<Device: TrialDevice>(
     // A stream of the application may be captured, by this thread or another.
     let _relaxed = device.context().check(RelaxedCapture::enter(), "leaving captures alone")?;
     let (tested, reference) = (Subject::new(&device, kernel), Subject::new(&device, REFERENCE));
-    let outcome = self_check::compare(tested, reference, &Cases::COMPLETE);
+    let outcome = self_check::compare_now(tested, reference, &Cases::COMPLETE);
     device.context().faults.check().map_err(|lost| Error::DeviceUnavailable {
         device: device_name.to_owned(),
         why: format!(

@@ -9,12 +9,8 @@ use super::launcher::IMMEDIATE_BYTES;
 
 const CHOICE: &str = "wgpu";
 
-/// A device of the best adapter. Its optional features are timestamps, immediates, pipeline
-/// caches and those of cooperative matrices, where the adapter has them.
-pub(super) async fn open(
-    include_software: bool,
-    max_binding_bytes: Option<u64>,
-) -> Result<(wgpu::Device, wgpu::Queue, Option<Coop>)> {
+/// The adapters that may be used, the best first; at least one.
+pub(super) async fn candidates(include_software: bool) -> Result<Vec<wgpu::Adapter>> {
     let mut descriptor = wgpu::InstanceDescriptor::new_without_display_handle();
     descriptor.backends = Backends::PRIMARY;
     let instance = wgpu::Instance::new(descriptor);
@@ -33,10 +29,19 @@ pub(super) async fn open(
         adapters.retain(|adapter| adapter.get_info().device_type != DeviceType::Cpu);
     }
     adapters.sort_by_key(|adapter| rank(adapter.get_info().device_type));
-    let Some(adapter) = adapters.into_iter().next() else {
+    if adapters.is_empty() {
         return Err(unavailable("only software adapters, which are slower than the CPU device".to_owned()));
-    };
-    let coop = Coop::of(&adapter);
+    }
+    Ok(adapters)
+}
+
+/// A device of an adapter. Its optional features are timestamps, immediates, pipeline caches and
+/// those of cooperative matrices, where the adapter has them.
+pub(super) async fn open(
+    adapter: &wgpu::Adapter,
+    max_binding_bytes: Option<u64>,
+) -> Result<(wgpu::Device, wgpu::Queue, Option<Coop>)> {
+    let coop = Coop::of(adapter);
     let mut optional = Features::TIMESTAMP_QUERY | Features::IMMEDIATES | Features::PIPELINE_CACHE;
     optional.set(coop::FEATURES, coop.is_some());
     let mut required_limits = limits(&adapter.limits(), max_binding_bytes);
@@ -100,6 +105,6 @@ fn rank(device_type: DeviceType) -> u8 {
     }
 }
 
-fn unavailable(why: String) -> Error {
+pub(super) fn unavailable(why: String) -> Error {
     Error::DeviceUnavailable { device: CHOICE.to_owned(), why }
 }

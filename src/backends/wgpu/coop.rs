@@ -14,7 +14,7 @@ pub(super) const FEATURES: Features =
 const LEAST_WORKGROUP_BYTES: u32 = 32 << 10;
 
 /// Cooperative matrices of a device.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) struct Coop {
     /// Rows and columns of a matrix.
     shape: u32,

@@ -9,7 +9,7 @@ use crate::cache::DeviceId;
 use crate::call::op::{Attention, Backend, Instant, Later, Op, Sink, Source, Storage, Timing, no_device_tables};
 use crate::call::plan::Capabilities;
 use crate::call::problem::HEAD_DIM_STEP;
-use crate::call::self_check::{self, Cases, Subject};
+use crate::call::self_check::Subject;
 use crate::config::Config;
 use crate::error::Result;
 use crate::kernel::{BackendKind, Kernel, MAX_HEAD_DIM};
@@ -27,6 +27,7 @@ use super::recorder::Recorder;
 use super::shader::Algorithm;
 use super::timer::Timer;
 use super::transfer::COPY_ALIGNMENT;
+use super::trust::{Defendant, VERDICTS};
 use super::{adapter, attention, copy, external, metadata, transfer, wait};
 
 /// A wgpu device with its queue, and what was compiled and allocated on it.
@@ -42,30 +43,46 @@ pub(crate) struct WgpuDevice {
 }
 
 impl WgpuDevice {
-    /// Opens the best adapter. The settings lower its limits.
-    pub(crate) fn open(include_software: bool, config: Config) -> Result<Self> {
-        wait::now("wgpu", wait::OPENING, Self::open_async(include_software, config))
+    /// Opens the best adapter whose kernels compute what `reference`, a kernel of another device,
+    /// does. The settings lower its limits.
+    pub(crate) fn open(include_software: bool, config: Config, reference: Subject<'_>) -> Result<Self> {
+        wait::now("wgpu", wait::OPENING, Self::open_async(include_software, config, reference))
     }
 
     /// [`open`](Self::open) in a form that may give up the thread.
-    pub(crate) async fn open_async(include_software: bool, config: Config) -> Result<Self> {
-        let (device, queue, coop) = adapter::open(include_software, config.max_binding_bytes).await?;
-        let mut opened = Self::over(device, queue, coop, config)?;
-        opened.context.faults.listen();
-        opened.offer_coop(config.kernel);
-        Ok(opened)
+    pub(crate) async fn open_async(include_software: bool, config: Config, reference: Subject<'_>) -> Result<Self> {
+        let mut failure = None;
+        for adapter in adapter::candidates(include_software).await? {
+            let (device, queue, coop) = adapter::open(&adapter, config.max_binding_bytes).await?;
+            let mut opened = Self::over(device, queue, coop, config)?;
+            opened.context.faults.listen();
+            match opened.offer_kernels(config.kernel, reference).await {
+                Ok(()) => return Ok(opened),
+                Err(error) => failure = failure.or(Some(error)),
+            }
+        }
+        Err(failure.unwrap_or_else(|| adapter::unavailable("no adapter".to_owned())))
     }
 
     /// Computes on an external device, whose handlers stay as they are.
-    pub(crate) fn external(device: &wgpu::Device, queue: &wgpu::Queue, config: Config) -> Result<Self> {
+    pub(crate) fn external(
+        device: &wgpu::Device,
+        queue: &wgpu::Queue,
+        config: Config,
+        reference: Subject<'_>,
+    ) -> Result<Self> {
         external::expect_limits(&device.limits())?;
         let coop = Coop::of_device(device);
         let mut device = Self::over(device.clone(), queue.clone(), coop, config)?;
         // A browser cannot tell without waiting: there a launch on another device's queue fails
-        // later.
+        // later, and kernels are not compared.
         #[cfg(not(target_arch = "wasm32"))]
-        external::expect_own_queue(&device.context)?;
-        device.offer_coop(config.kernel);
+        {
+            external::expect_own_queue(&device.context)?;
+            pollster::block_on(device.offer_kernels(config.kernel, reference))?;
+        }
+        #[cfg(target_arch = "wasm32")]
+        let _ = (reference, &mut device);
         Ok(device)
     }
 
@@ -91,26 +108,48 @@ impl WgpuDevice {
         Ok(Self { context, capabilities, launcher, pace, timer: Timer::new(&name), coop })
     }
 
-    /// Offers the kernel on cooperative matrices before all others, if it passes its self-check:
-    /// cooperative matrices are experimental in wgpu, and some drivers compute them wrong. A kernel
-    /// that the settings ask for is used unchecked.
-    fn offer_coop(&mut self, only: Option<Kernel>) {
-        if self.coop.is_none() || only == Some(Kernel::WgslPortable) {
-            return;
-        }
-        if only == Some(Kernel::WgslCoop) {
-            self.capabilities.kernels = vec![Kernel::WgslCoop];
-            return;
-        }
-        let (started, name) = (Instant::now(), &self.context.name);
-        let (tested, reference) = (Subject::new(self, Kernel::WgslCoop), Subject::new(self, Kernel::WgslPortable));
-        match self_check::compare(tested, reference, &Cases::QUICK) {
-            Ok(()) => {
-                log::debug!("{name}: kernel {} passed its self-check in {:?}", Kernel::WgslCoop, started.elapsed());
-                self.capabilities.kernels.insert(0, Kernel::WgslCoop);
+    /// Offers the kernels that pass their self-check, the fastest first. Drivers drop barriers, and
+    /// some compute cooperative matrices wrong, which are experimental in wgpu. A kernel that the
+    /// settings ask for is used unchecked.
+    ///
+    /// # Errors
+    /// [`Error::DeviceUnavailable`] if the portable kernel fails: nothing is left to compute with.
+    /// [`Error::DeviceLost`] if the device was lost meanwhile.
+    async fn offer_kernels(&mut self, only: Option<Kernel>, reference: Subject<'_>) -> Result<()> {
+        if let Some(kernel) = only {
+            if kernel == Kernel::WgslCoop && self.coop.is_some() {
+                self.capabilities.kernels = vec![Kernel::WgslCoop];
             }
-            Err(why) => log::warn!("{name}: kernel {} failed its self-check and is not used: {why}", Kernel::WgslCoop),
+            return Ok(());
         }
+        if let Err(why) = self.verdict(Kernel::WgslPortable, reference).await {
+            self.context.faults.check_lost()?;
+            let (name, kernel) = (&self.context.name, Kernel::WgslPortable);
+            log::warn!(
+                "{name}: kernel {kernel} failed its self-check, so the adapter is not used. Please report this line \
+                 to the authors of varlen-fa: {why}"
+            );
+            let advice = format!("{}={kernel} uses it unchecked", Config::KERNEL_VARIABLE);
+            return Err(adapter::unavailable(format!("{name} computes wrong results ({advice}): {why}")));
+        }
+        if self.coop.is_some() {
+            let portable = Subject::new(self, Kernel::WgslPortable);
+            match self.verdict(Kernel::WgslCoop, portable).await {
+                Ok(()) => self.capabilities.kernels.insert(0, Kernel::WgslCoop),
+                Err(why) => log::warn!(
+                    "{}: kernel {} failed its self-check and is not used: {why}",
+                    self.context.name,
+                    Kernel::WgslCoop
+                ),
+            }
+        }
+        Ok(())
+    }
+
+    async fn verdict(&self, kernel: Kernel, reference: Subject<'_>) -> Result<(), String> {
+        let coop = self.coop.filter(|_| kernel == Kernel::WgslCoop);
+        let defendant = Defendant { adapter: self.context.device.adapter_info(), kernel, coop };
+        VERDICTS.of(&defendant, Subject::new(self, kernel), reference).await
     }
 
     pub(crate) fn handles(&self) -> (&wgpu::Device, &wgpu::Queue) {

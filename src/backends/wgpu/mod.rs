@@ -22,6 +22,7 @@ mod recorder;
 mod shader;
 mod timer;
 mod transfer;
+mod trust;
 mod wait;
 mod work;
 
