@@ -1,73 +1,14 @@
-//! The layer, [`MaskedAttention`], and the primitives it is made of.
+//! The layer: [`MaskedAttention`].
 
-use crate::call::op::{Attention, Op, Rows, foreign_memory};
-use crate::call::plan::{Forced, Path, Plan, plan_packed, plan_padded};
-use crate::call::problem::{
-    AttentionProblem, AttentionViews, MaskInfo, PackViews, ViewInfo, check_pack, check_scatter,
-};
+use crate::attention_mask::{AttentionMask, ResolvedMask};
+use crate::call::op::{Attention, Op};
+use crate::call::plan::{Forced, Path, Plan, plan_padded};
+use crate::call::problem::{AttentionProblem, AttentionViews, ViewInfo};
 use crate::device::Device;
-use crate::dtype::DType;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::kernel::Kernel;
 use crate::layout::Layout;
-use crate::mask::key_mask::KeyMask;
-use crate::mask::meta::{CuSeqlens, VarlenMeta};
-use crate::tensor::device_meta::DeviceVarlenMeta;
 use crate::tensor::{Tensor, TensorView, TensorViewMut};
-
-/// Which queries attend to which keys of padded tensors.
-#[derive(Debug, Clone, Copy)]
-#[non_exhaustive]
-pub enum AttentionMask<'a> {
-    /// Every query attends to every key.
-    None,
-    /// Every query attends to the kept keys of its batch row, `[B, Sk]`. Rows of dropped queries are computed like any other,
-    /// as PyTorch's SDPA does. NaN and Inf in dropped keys and values never matter.
-    Key(&'a KeyMask),
-    /// A floating-point tensor that is added to the scaled scores, broadcast over `[B, H, Sq, Sk]`; of the tensors' element
-    /// type or f32. A row whose every entry is −∞ gives zeros.
-    Bias(TensorView<'a>),
-    /// Self-attention among the valid tokens; the rows of the others are exactly zero in the output.
-    Varlen(&'a VarlenMeta),
-    /// Cross-attention of the valid queries to the valid keys of their batch row; other rows are exactly zero in the output.
-    VarlenCross {
-        /// Which queries are valid, `[B, Sq]`.
-        query: &'a VarlenMeta,
-        /// Which keys are valid, `[B, Sk]`.
-        key: &'a VarlenMeta,
-    },
-    /// [`Varlen`](Self::Varlen) with metadata that the device built.
-    DeviceVarlen(&'a DeviceVarlenMeta),
-    /// [`VarlenCross`](Self::VarlenCross) with metadata that the device built.
-    DeviceVarlenCross {
-        /// Which queries are valid, `[B, Sq]`.
-        query: &'a DeviceVarlenMeta,
-        /// Which keys are valid, `[B, Sk]`.
-        key: &'a DeviceVarlenMeta,
-    },
-}
-
-impl AttentionMask<'_> {
-    fn info(&self) -> MaskInfo<'_> {
-        match self {
-            Self::None => MaskInfo::None,
-            Self::Key(mask) => MaskInfo::Key(mask),
-            Self::Bias(bias) => MaskInfo::Bias(bias.info()),
-            Self::Varlen(meta) => MaskInfo::Varlen { query: meta, key: meta },
-            Self::VarlenCross { query, key } => MaskInfo::Varlen { query, key },
-            Self::DeviceVarlen(meta) => device_meta_info(meta, meta),
-            Self::DeviceVarlenCross { query, key } => device_meta_info(query, key),
-        }
-    }
-}
-
-/// Metadata in host memory is what [`AttentionMask::Varlen`] has.
-fn device_meta_info<'a>(query: &'a DeviceVarlenMeta, key: &'a DeviceVarlenMeta) -> MaskInfo<'a> {
-    match (query.on_host(), key.on_host()) {
-        (Some(query), Some(key)) => MaskInfo::Varlen { query, key },
-        _ => MaskInfo::DeviceVarlen { query: query.info(), key: key.info() },
-    }
-}
 
 /// What [`MaskedAttention::forward`] returns.
 #[derive(Debug)]
@@ -96,7 +37,7 @@ pub struct Attended {
 /// let meta = VarlenMeta::from_key_mask(&KeyMask::from_lengths(seq, &[5, 2])?)?;
 ///
 /// // In every layer and step.
-/// let attended = MaskedAttention::new(&device).forward(&x, &x, &x, AttentionMask::Varlen(&meta))?;
+/// let attended = MaskedAttention::new(&device).forward(&x, &x, &x, AttentionMask::varlen(&meta))?;
 /// println!("{}", attended.plan);
 /// let out = attended.out.to_vec::<f32>()?;
 /// assert!((out[0] - 0.5).abs() < 1e-6);
@@ -169,9 +110,9 @@ impl MaskedAttention {
             space: u64::MAX,
             touched: 0..0,
         };
-        let (problem, plan) = self.prepare(&q, &k, &v, &mask, &future_out)?;
+        let (problem, plan, mask) = self.prepare(&q, &k, &v, mask, &future_out)?;
         let mut out = Tensor::uninit(&self.device, q.dtype(), q.shape())?;
-        self.launch(problem, plan, [q, k, v], &mask, out.view_mut(), |op| self.device.backend().execute(op))?;
+        self.launch(problem, plan, [q, k, v], mask, out.view_mut(), |op| self.device.backend().execute(op))?;
         Ok(Attended { out, plan })
     }
 
@@ -189,25 +130,27 @@ impl MaskedAttention {
         out: impl Into<TensorViewMut<'o>>,
     ) -> Result<Plan> {
         let (q, k, v, out) = (q.into(), k.into(), v.into(), out.into());
-        let (problem, plan) = self.prepare(&q, &k, &v, &mask, &out.info())?;
-        self.launch(problem, plan, [q, k, v], &mask, out, |op| self.device.backend().execute(op))?;
+        let (problem, plan, mask) = self.prepare(&q, &k, &v, mask, &out.info())?;
+        self.launch(problem, plan, [q, k, v], mask, out, |op| self.device.backend().execute(op))?;
         Ok(plan)
     }
 
-    pub(crate) fn prepare(
+    /// Checks and plans a call. The mask is resolved once, for both and for the launch.
+    pub(crate) fn prepare<'m>(
         &self,
         q: &TensorView<'_>,
         k: &TensorView<'_>,
         v: &TensorView<'_>,
-        mask: &AttentionMask<'_>,
+        mask: AttentionMask<'m>,
         out: &ViewInfo<'_>,
-    ) -> Result<(AttentionProblem, Plan)> {
-        let (q, k, v, mask) = (q.info(), k.info(), v.info(), mask.info());
+    ) -> Result<(AttentionProblem, Plan, ResolvedMask<'m>)> {
+        let resolved = mask.resolve()?;
+        let (q, k, v, mask) = (q.info(), k.info(), v.info(), resolved.info());
         let views = AttentionViews { q: &q, k: &k, v: &v, out };
         let problem = AttentionProblem::padded(self.device.info(), &views, &mask, self.softmax_scale)?;
         let plan = plan_padded(&problem, &mask, self.device.capabilities(), &self.device.config(), self.forced)?;
         log::debug!("{} {:?}: {plan}", problem.dtype, problem.shape);
-        Ok((problem, plan))
+        Ok((problem, plan, resolved))
     }
 
     /// Hands the operation of a checked call to `execute`, unless there is nothing to write.
@@ -216,7 +159,7 @@ impl MaskedAttention {
         problem: AttentionProblem,
         plan: Plan,
         [q, k, v]: [TensorView<'_>; 3],
-        mask: &AttentionMask<'_>,
+        mask: ResolvedMask<'_>,
         out: TensorViewMut<'_>,
         execute: impl FnOnce(Op<'_>) -> Result<()>,
     ) -> Result<()> {
@@ -227,296 +170,8 @@ impl MaskedAttention {
         if plan.path == Path::Zero {
             return execute(Op::Zero(out));
         }
-        let rows = match (*mask, plan.path) {
-            (AttentionMask::Varlen(meta), path) => varlen_rows(meta, meta, path),
-            (AttentionMask::VarlenCross { query, key }, path) => varlen_rows(query, key, path),
-            (AttentionMask::DeviceVarlen(meta), path) => device_rows(meta, meta, path)?,
-            (AttentionMask::DeviceVarlenCross { query, key }, path) => device_rows(query, key, path)?,
-            (AttentionMask::None, _) => Rows::Dense { key_mask: None, bias: None, zero_rows: None },
-            (AttentionMask::Key(mask), _) => {
-                Rows::Dense { key_mask: Some(mask).filter(|mask| !mask.is_all_kept()), bias: None, zero_rows: None }
-            }
-            (AttentionMask::Bias(bias), _) => {
-                let bias = problem.bias.map(|layout| bias.with_layout(layout).input());
-                Rows::Dense { key_mask: None, bias, zero_rows: None }
-            }
-        };
+        let rows = mask.rows(&problem, plan.path);
         let (q, k, v) = (q.input(), k.input(), v.input());
         execute(Op::Attention(Attention { problem: &problem, plan, q, k, v, out, lse: None, rows }))
     }
-}
-
-/// The rows of a call with metadata; on the dense path its masks do the work of the metadata.
-fn varlen_rows<'a>(query: &'a VarlenMeta, key: &'a VarlenMeta, path: Path) -> Rows<'a> {
-    if path != Path::Dense {
-        return Rows::Varlen { query, key };
-    }
-    let unless_full = |meta: &'a VarlenMeta| (!meta.is_all_valid()).then(|| meta.key_mask());
-    Rows::Dense { key_mask: unless_full(key), bias: None, zero_rows: unless_full(query) }
-}
-
-fn device_rows<'a>(query: &'a DeviceVarlenMeta, key: &'a DeviceVarlenMeta, path: Path) -> Result<Rows<'a>> {
-    if let (Some(query), Some(key)) = (query.on_host(), key.on_host()) {
-        return Ok(varlen_rows(query, key, path));
-    }
-    match (query.on_device(), key.on_device()) {
-        (Some(query), Some(key)) => Ok(Rows::DeviceVarlen { query, key }),
-        // One of each, so of two devices: problem refuses that.
-        _ => Err(foreign_memory(query.device().name(), key.device().name())),
-    }
-}
-
-/// Copies the valid rows of a padded `[B, S, H, D]` tensor to a packed `[total_valid, H, D]` one, bit for bit.
-///
-/// # Errors
-/// An [`Error`] that names the argument that does not fit; [`Error::OutOfMemory`].
-pub fn pack<'a>(device: &Device, padded: impl Into<TensorView<'a>>, meta: &VarlenMeta) -> Result<Tensor> {
-    let padded = padded.into();
-    let mut packed = uninit_packed(device, "padded", &padded, meta)?;
-    pack_into(device, padded, meta, &mut packed)?;
-    Ok(packed)
-}
-
-/// [`pack`] into memory of the caller: `packed` is a `[total_valid, H, D]` view that shares no memory with the input. Every
-/// element of the view is written, and nothing else.
-///
-/// # Errors
-/// As [`pack`]; [`Error::Overlap`] if `packed` shares memory with the input.
-pub fn pack_into<'a, 'o>(
-    device: &Device,
-    padded: impl Into<TensorView<'a>>,
-    meta: &VarlenMeta,
-    packed: impl Into<TensorViewMut<'o>>,
-) -> Result<()> {
-    pack_all(device, [("padded", padded.into(), "packed", packed.into())], meta, |op| device.backend().execute(op))
-}
-
-/// Copies the valid rows of padded `q`, `k` and `v` to packed tensors in one launch, bit for bit: `[B, S, H, D]` to
-/// `[total_valid, H, D]`, and the same with Hkv heads (`fused_pack_qkv` of sglang PR #26318).
-///
-/// # Errors
-/// As [`pack`].
-pub fn pack_qkv<'a>(
-    device: &Device,
-    q: impl Into<TensorView<'a>>,
-    k: impl Into<TensorView<'a>>,
-    v: impl Into<TensorView<'a>>,
-    meta: &VarlenMeta,
-) -> Result<[Tensor; 3]> {
-    let (q, k, v) = (q.into(), k.into(), v.into());
-    let mut packed = [
-        uninit_packed(device, "q", &q, meta)?,
-        uninit_packed(device, "k", &k, meta)?,
-        uninit_packed(device, "v", &v, meta)?,
-    ];
-    pack_qkv_into(device, q, k, v, meta, packed.each_mut())?;
-    Ok(packed)
-}
-
-/// [`pack_qkv`] into memory of the caller: views `[total_valid, H, D]` for `q` and `[total_valid, Hkv, D]` for `k` and `v`, which
-/// share no memory with one another or with the inputs. Every element of the views is written, and nothing else. Errors name
-/// them `packed_q`, `packed_k` and `packed_v`.
-///
-/// # Errors
-/// As [`pack_into`].
-pub fn pack_qkv_into<'a, 'o>(
-    device: &Device,
-    q: impl Into<TensorView<'a>>,
-    k: impl Into<TensorView<'a>>,
-    v: impl Into<TensorView<'a>>,
-    meta: &VarlenMeta,
-    [packed_q, packed_k, packed_v]: [impl Into<TensorViewMut<'o>>; 3],
-) -> Result<()> {
-    let copies = [
-        ("q", q.into(), "packed_q", packed_q.into()),
-        ("k", k.into(), "packed_k", packed_k.into()),
-        ("v", v.into(), "packed_v", packed_v.into()),
-    ];
-    pack_all(device, copies, meta, |op| device.backend().execute(op))
-}
-
-fn uninit_packed(
-    device: &Device,
-    argument: &'static str,
-    padded: &TensorView<'_>,
-    meta: &VarlenMeta,
-) -> Result<Tensor> {
-    let &[_, _, heads, dim] = padded.shape() else {
-        return Err(Error::Rank { argument, expected: "4: [B, S, H, D]", got: padded.shape().len() });
-    };
-    Tensor::uninit(device, padded.dtype(), &[meta.total_valid(), heads, dim])
-}
-
-/// Padded tensors and where their valid rows go, with the names of both; `execute` launches the copies or records them.
-pub(crate) fn pack_all<const N: usize>(
-    device: &Device,
-    copies: [(&'static str, TensorView<'_>, &'static str, TensorViewMut<'_>); N],
-    meta: &VarlenMeta,
-    execute: impl FnOnce(Op<'_>) -> Result<()>,
-) -> Result<()> {
-    {
-        let infos = copies.each_ref().map(|(padded_name, padded, packed_name, packed)| PackViews {
-            padded: (*padded_name, padded.info()),
-            packed: (*packed_name, packed.info()),
-        });
-        check_pack(device.info(), &infos, meta)?;
-    }
-    if meta.is_empty() {
-        return Ok(());
-    }
-    let pairs = copies.into_iter().map(|(_, from, _, to)| (from.input(), to.output())).collect();
-    execute(Op::Pack { pairs, meta })
-}
-
-/// Copies packed `[total_valid, H, D]` rows to a new padded `[B, S, H, D]` tensor, bit for bit, and writes +0.0 to the masked
-/// rows, in one launch (`fused_scatter_to_padded` of sglang PR #26318).
-///
-/// # Errors
-/// As [`pack`].
-pub fn scatter_to_padded<'a>(device: &Device, packed: impl Into<TensorView<'a>>, meta: &VarlenMeta) -> Result<Tensor> {
-    let packed = packed.into();
-    let &[_, heads, dim] = packed.shape() else {
-        let got = packed.shape().len();
-        return Err(Error::Rank { argument: "packed", expected: "3: [total_valid, H, D]", got });
-    };
-    let mut padded = Tensor::uninit(device, packed.dtype(), &[meta.batch(), meta.seq(), heads, dim])?;
-    scatter_to_padded_into(device, packed, meta, &mut padded)?;
-    Ok(padded)
-}
-
-/// [`scatter_to_padded`] into memory of the caller: `padded` is a `[B, S, H, D]` view that shares no memory with the input. Every
-/// element of the view is written, and nothing else.
-///
-/// # Errors
-/// As [`pack_into`].
-pub fn scatter_to_padded_into<'a, 'o>(
-    device: &Device,
-    packed: impl Into<TensorView<'a>>,
-    meta: &VarlenMeta,
-    padded: impl Into<TensorViewMut<'o>>,
-) -> Result<()> {
-    scatter(device, packed.into(), meta, padded.into(), |op| device.backend().execute(op))
-}
-
-/// The scatter, which `execute` launches or records.
-pub(crate) fn scatter(
-    device: &Device,
-    packed: TensorView<'_>,
-    meta: &VarlenMeta,
-    padded: TensorViewMut<'_>,
-    execute: impl FnOnce(Op<'_>) -> Result<()>,
-) -> Result<()> {
-    check_scatter(device.info(), &packed.info(), &padded.info(), meta)?;
-    let padded = padded.output();
-    if padded.layout.numel() == 0 {
-        return Ok(());
-    }
-    execute(Op::Scatter { packed: packed.input(), padded, meta })
-}
-
-/// The result of [`varlen_attention`].
-#[derive(Debug)]
-#[non_exhaustive]
-pub struct PackedAttended {
-    /// `[total_q, H, D]`, of the element type of `q`.
-    pub out: Tensor,
-    /// `[H, total_q]` f32: the natural logarithm of the sum of `exp(score)` of each row, −∞ for a row with no key.
-    pub lse: Option<Tensor>,
-}
-
-/// Options of [`varlen_attention`].
-#[derive(Debug, Clone, Copy, Default)]
-#[non_exhaustive]
-pub struct VarlenOptions {
-    /// The factor on `q·kᵀ`; 1/√D if there is none.
-    pub softmax_scale: Option<f32>,
-    /// Whether to return the log-sum-exp of every row.
-    pub return_lse: bool,
-    /// The kernel to run; the device's preferred one if there is none.
-    pub kernel: Option<Kernel>,
-}
-
-impl VarlenOptions {
-    /// With this factor on `q·kᵀ`.
-    #[must_use]
-    pub fn with_softmax_scale(mut self, softmax_scale: f32) -> Self {
-        self.softmax_scale = Some(softmax_scale);
-        self
-    }
-
-    /// With the log-sum-exp of every row.
-    #[must_use]
-    pub fn with_lse(mut self) -> Self {
-        self.return_lse = true;
-        self
-    }
-
-    /// With this kernel.
-    #[must_use]
-    pub fn with_kernel(mut self, kernel: Kernel) -> Self {
-        self.kernel = Some(kernel);
-        self
-    }
-}
-
-/// Attention over packed rows: `q` `[total_q, H, D]`, `k` and `v` `[total_k, Hkv, D]`. Sequence `b` of the queries, rows
-/// `cu_seqlens_q[b]..cu_seqlens_q[b + 1]`, attends to sequence `b` of the keys. Either may be empty; a query without keys gives
-/// zeros.
-///
-/// # Errors
-/// As [`MaskedAttention::forward`]; [`Error::CuSeqlens`] if the sequences do not fit the tensors.
-pub fn varlen_attention<'a>(
-    device: &Device,
-    [q, k, v]: [impl Into<TensorView<'a>>; 3],
-    cu_seqlens_q: &CuSeqlens,
-    cu_seqlens_k: &CuSeqlens,
-    options: VarlenOptions,
-) -> Result<PackedAttended> {
-    let (q, k, v) = (q.into(), k.into(), v.into());
-    let &[total_q, num_heads, _] = q.shape() else {
-        return Err(Error::Rank { argument: "q", expected: "3: [total_q, H, D]", got: q.shape().len() });
-    };
-    let mut out = Tensor::uninit(device, q.dtype(), q.shape())?;
-    let mut lse = match options.return_lse {
-        true => Some(Tensor::uninit(device, DType::F32, &[num_heads, total_q])?),
-        false => None,
-    };
-    varlen_attention_into(device, [q, k, v], cu_seqlens_q, cu_seqlens_k, options, &mut out, lse.as_mut())?;
-    Ok(PackedAttended { out, lse })
-}
-
-/// [`varlen_attention`] into memory of the caller: `out` is a `[total_q, H, D]` view, `lse` an `[H, total_q]` f32 view or none;
-/// neither shares memory with the inputs or the other. Every element of the views is written, and nothing else. `lse` alone says
-/// whether there is one to write: [`VarlenOptions::return_lse`] does not count here.
-///
-/// # Errors
-/// As [`varlen_attention`]; [`Error::Overlap`] if an output shares memory with an input or the other output.
-pub fn varlen_attention_into<'a, 'o, 'l>(
-    device: &Device,
-    [q, k, v]: [impl Into<TensorView<'a>>; 3],
-    cu_seqlens_q: &CuSeqlens,
-    cu_seqlens_k: &CuSeqlens,
-    options: VarlenOptions,
-    out: impl Into<TensorViewMut<'o>>,
-    lse: Option<impl Into<TensorViewMut<'l>>>,
-) -> Result<Plan> {
-    let (q, k, v, out, lse) = (q.into(), k.into(), v.into(), out.into(), lse.map(Into::into));
-    let (problem, plan) = {
-        let (q, k, v, out) = (q.info(), k.info(), v.info(), out.info());
-        let lse = lse.as_ref().map(TensorViewMut::info);
-        let views = AttentionViews { q: &q, k: &k, v: &v, out: &out };
-        let cu_seqlens = (cu_seqlens_q, cu_seqlens_k);
-        let problem = AttentionProblem::packed(device.info(), &views, lse.as_ref(), cu_seqlens, options.softmax_scale)?;
-        let plan = plan_packed(&problem, device.capabilities(), Forced { path: None, kernel: options.kernel })?;
-        log::debug!("{} {:?}: {plan}", problem.dtype, problem.shape);
-        (problem, plan)
-    };
-    let (out, lse) = (out.output(), lse.map(TensorViewMut::output));
-    if out.layout.numel() > 0 {
-        let rows = Rows::Packed { query: cu_seqlens_q, key: cu_seqlens_k };
-        let (q, k, v) = (q.input(), k.input(), v.input());
-        let attention = Attention { problem: &problem, plan, q, k, v, out, lse, rows };
-        device.backend().execute(Op::Attention(attention))?;
-    }
-    Ok(plan)
 }

@@ -5,7 +5,7 @@ use std::fmt;
 use std::str::FromStr;
 
 use crate::error::{Error, Result};
-use crate::kernel::Kernel;
+use crate::kernel::{BackendKind, Kernel};
 
 /// Which device to compute on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
@@ -23,24 +23,31 @@ pub enum DeviceChoice {
 }
 
 const DEVICE_NAMES: &str = "cuda, cuda:N, wgpu or cpu";
-const KERNEL_NAMES: &str = "cpu-tiled, wgsl-portable, wgsl-coop, sm80, sm90 or sm100";
 
 impl FromStr for DeviceChoice {
     type Err = Error;
 
     /// Reads `cuda`, `cuda:N`, `wgpu` or `cpu`.
     fn from_str(text: &str) -> Result<Self> {
-        let choice = match text {
-            "cpu" => Some(Self::Cpu),
-            "wgpu" => Some(Self::Wgpu),
-            "cuda" => Some(Self::Cuda(0)),
-            _ => text
-                .strip_prefix("cuda:")
+        let kind = BackendKind::ALL.iter().find(|kind| kind.name() == text);
+        let ordinal = || {
+            text.strip_prefix("cuda:")
                 .filter(|ordinal| ordinal.bytes().all(|byte| byte.is_ascii_digit()))
                 .and_then(|ordinal| ordinal.parse().ok())
-                .map(Self::Cuda),
         };
+        let choice = kind.map(|&kind| kind.into()).or_else(|| ordinal().map(Self::Cuda));
         choice.ok_or_else(|| Error::UnknownDevice { expected: DEVICE_NAMES, got: text.to_owned() })
+    }
+}
+
+/// The best device of a kind: CUDA's first, or wgpu's best adapter.
+impl From<BackendKind> for DeviceChoice {
+    fn from(kind: BackendKind) -> Self {
+        match kind {
+            BackendKind::Cpu => Self::Cpu,
+            BackendKind::Wgpu => Self::Wgpu,
+            BackendKind::Cuda => Self::Cuda(0),
+        }
     }
 }
 
@@ -48,9 +55,9 @@ impl fmt::Display for DeviceChoice {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Auto => f.write_str("auto"),
-            Self::Cuda(ordinal) => write!(f, "cuda:{ordinal}"),
-            Self::Wgpu => f.write_str("wgpu"),
-            Self::Cpu => f.write_str("cpu"),
+            Self::Cuda(ordinal) => write!(f, "{}:{ordinal}", BackendKind::Cuda),
+            Self::Wgpu => BackendKind::Wgpu.fmt(f),
+            Self::Cpu => BackendKind::Cpu.fmt(f),
         }
     }
 }
@@ -104,7 +111,7 @@ impl Config {
             Some((value, _)) => {
                 return Err(Error::Environment {
                     variable: Self::VARLEN_VARIABLE,
-                    expected: "0 or 1",
+                    expected: "0 or 1".to_owned(),
                     got: value.to_string_lossy().into_owned(),
                 });
             }
@@ -114,7 +121,7 @@ impl Config {
             Some(value) => {
                 let got = value.to_string_lossy().into_owned();
                 let variable = Self::DEVICE_VARIABLE;
-                got.parse().map_err(|_| Error::Environment { variable, expected: DEVICE_NAMES, got })?
+                got.parse().map_err(|_| Error::Environment { variable, expected: DEVICE_NAMES.to_owned(), got })?
             }
         };
         let kernel = match kernel {
@@ -122,8 +129,8 @@ impl Config {
             Some(value) => {
                 let got = value.to_string_lossy().into_owned();
                 let variable = Self::KERNEL_VARIABLE;
-                let known = Kernel::from_name(&got);
-                Some(known.ok_or(Error::Environment { variable, expected: KERNEL_NAMES, got })?)
+                let known = got.parse().map_err(|_| Error::Environment { variable, expected: Kernel::names(), got })?;
+                Some(known)
             }
         };
         Ok(Self { device, force_dense, kernel, ..Self::default() })

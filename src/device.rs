@@ -126,7 +126,7 @@ impl Device {
     /// [`Error::DeviceLost`], [`Error::OutOfMemory`].
     #[cfg(feature = "wgpu")]
     pub fn from_wgpu(device: &::wgpu::Device, queue: &::wgpu::Queue, config: Config) -> Result<Self> {
-        let backend = crate::backends::wgpu::WgpuDevice::foreign(device, queue, config)?;
+        let backend = crate::backends::wgpu::WgpuDevice::external(device, queue, config)?;
         expect_kernel(&backend, config)?;
         log::info!("computing on the application's {}", backend.name());
         Ok(Self { backend: Arc::new(backend), config: config.with_device(DeviceChoice::Wgpu) })
@@ -191,13 +191,13 @@ impl Device {
     ///     let fused = qkv.view(DType::Bf16, Layout::contiguous(&[batch, seq, 3 * heads, dim])?);
     ///     let part = |i: usize| fused.slice(2, i * heads..(i + 1) * heads);
     ///     let out = out.view_mut(DType::Bf16, Layout::contiguous(&[batch, seq, heads, dim])?);
-    ///     MaskedAttention::new(&device).forward_into(part(0)?, part(1)?, part(2)?, AttentionMask::Varlen(meta), out)
+    ///     MaskedAttention::new(&device).forward_into(part(0)?, part(1)?, part(2)?, AttentionMask::varlen(meta), out)
     /// }
     /// ```
     #[cfg(all(feature = "cuda", not(target_arch = "wasm32")))]
     pub unsafe fn from_cuda(context: *mut c_void, stream: *mut c_void, config: Config) -> Result<Self> {
         // SAFETY: by the caller's promise.
-        let (backend, ordinal) = unsafe { crate::backends::cuda::over(context, stream, config.kernel) }?;
+        let (backend, ordinal) = unsafe { crate::backends::cuda::external(context, stream, config.kernel) }?;
         log::info!("computing on {}", backend.name());
         Ok(Self { backend, config: config.with_device(DeviceChoice::Cuda(ordinal)) })
     }

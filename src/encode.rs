@@ -1,11 +1,13 @@
 //! Calls that are recorded into the application's wgpu commands instead of being launched.
 
-use crate::attention::{AttentionMask, MaskedAttention, pack_all, scatter};
+use crate::attention::MaskedAttention;
+use crate::attention_mask::AttentionMask;
 use crate::backends::wgpu::Recorder;
 use crate::call::plan::Plan;
 use crate::device::Device;
 use crate::error::Result;
 use crate::mask::meta::VarlenMeta;
+use crate::primitives::{pack_all, scatter};
 use crate::tensor::{TensorView, TensorViewMut};
 
 impl MaskedAttention {
@@ -38,8 +40,8 @@ impl MaskedAttention {
     ) -> Result<Plan> {
         let (recorder, q, k, v, out) = (recorder.into(), q.into(), k.into(), v.into(), out.into());
         let backend = self.device().wgpu_backend()?;
-        let (problem, plan) = self.prepare(&q, &k, &v, &mask, &out.info())?;
-        self.launch(problem, plan, [q, k, v], &mask, out, |op| backend.encode(op, recorder))?;
+        let (problem, plan, mask) = self.prepare(&q, &k, &v, mask, &out.info())?;
+        self.launch(problem, plan, [q, k, v], mask, out, |op| backend.encode(op, recorder))?;
         Ok(plan)
     }
 }

@@ -199,8 +199,16 @@ pub enum Error {
         /// Name of the variable.
         variable: &'static str,
         /// Values that are understood.
-        expected: &'static str,
+        expected: String,
         /// Value that came.
+        got: String,
+    },
+    /// A kernel's name is not understood.
+    #[error("`kernel`: expected {expected}, got {got:?}")]
+    UnknownKernel {
+        /// Names that are understood.
+        expected: String,
+        /// Name that came.
         got: String,
     },
     /// A device's name is not understood.

@@ -1,6 +1,47 @@
-//! Implementations of attention, and their names.
+//! The table of attention kernels: what each is called, where it runs, and what it can do. Plans, settings, errors, the C library
+//! and the tests read this table; a new kernel is a new row.
 
 use std::fmt;
+use std::str::FromStr;
+
+use crate::dtype::DType;
+use crate::error::{Error, Result};
+
+/// The largest head dimension of any kernel.
+pub(crate) const MAX_HEAD_DIM: usize = 256;
+
+/// The kind of device that a kernel runs on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[non_exhaustive]
+pub enum BackendKind {
+    /// The host's processor.
+    Cpu,
+    /// A GPU through wgpu: Vulkan, Metal, DirectX 12 or WebGPU.
+    Wgpu,
+    /// An NVIDIA GPU through the CUDA driver.
+    Cuda,
+}
+
+impl BackendKind {
+    /// Every kind.
+    pub const ALL: &'static [Self] = &[Self::Cpu, Self::Wgpu, Self::Cuda];
+
+    /// `cpu`, `wgpu` or `cuda`.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Cpu => "cpu",
+            Self::Wgpu => "wgpu",
+            Self::Cuda => "cuda",
+        }
+    }
+}
+
+impl fmt::Display for BackendKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.name())
+    }
+}
 
 /// An implementation of attention.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -20,31 +61,186 @@ pub enum Kernel {
     CudaSm100,
 }
 
+/// How a kernel reads padded tensors on the fused path.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum PaddedAccess {
+    /// Row by row through index lists. A device can build such lists itself.
+    Rows,
+    /// Tile by tile through lists that the host builds from metadata.
+    TileLists,
+}
+
+/// What one kernel can do: a row of the table.
+#[derive(Debug)]
+pub(crate) struct KernelTraits {
+    kernel: Kernel,
+    name: &'static str,
+    backend: BackendKind,
+    /// Element types of q, k, v and the output.
+    dtypes: &'static [DType],
+    max_head_dim: usize,
+    /// Head dimensions below this waste work, because the kernel pads rows to 64 columns. `plan` prefers another kernel for
+    /// them if there is one.
+    min_efficient_head_dim: usize,
+    padded: PaddedAccess,
+    /// Whether it adds a bias to the scores.
+    has_bias: bool,
+    /// Whether it writes packed output to its padded places itself, and zeros to the others.
+    pub(crate) scatters: bool,
+    /// Whether a packed call may have one padded side, on which every token is valid.
+    pub(crate) mixes_padded_and_packed: bool,
+}
+
+const ALL_DTYPES: &[DType] = &[DType::F32, DType::F16, DType::Bf16];
+const HALF_DTYPES: &[DType] = &[DType::F16, DType::Bf16];
+
+/// A kernel that reads single rows and has every feature; rows of the table name what differs.
+const ROWS: KernelTraits = KernelTraits {
+    kernel: Kernel::CpuTiled,
+    name: "",
+    backend: BackendKind::Cpu,
+    dtypes: ALL_DTYPES,
+    max_head_dim: MAX_HEAD_DIM,
+    min_efficient_head_dim: 0,
+    padded: PaddedAccess::Rows,
+    has_bias: true,
+    scatters: false,
+    mixes_padded_and_packed: false,
+};
+
+/// A CUDA kernel that works by tile lists.
+const TILE_LISTS: KernelTraits = KernelTraits {
+    backend: BackendKind::Cuda,
+    dtypes: HALF_DTYPES,
+    min_efficient_head_dim: 33,
+    padded: PaddedAccess::TileLists,
+    has_bias: false,
+    ..ROWS
+};
+
+/// One row a kernel, in the order of the enum.
+const TABLE: &[KernelTraits; 6] = &[
+    KernelTraits { kernel: Kernel::CpuTiled, name: "cpu-tiled", ..ROWS },
+    KernelTraits { kernel: Kernel::WgslPortable, name: "wgsl-portable", backend: BackendKind::Wgpu, ..ROWS },
+    KernelTraits {
+        kernel: Kernel::WgslCoop,
+        name: "wgsl-coop",
+        backend: BackendKind::Wgpu,
+        dtypes: HALF_DTYPES,
+        ..ROWS
+    },
+    KernelTraits {
+        kernel: Kernel::CudaSm80,
+        name: "sm80",
+        backend: BackendKind::Cuda,
+        dtypes: HALF_DTYPES,
+        mixes_padded_and_packed: true,
+        ..ROWS
+    },
+    KernelTraits { kernel: Kernel::CudaSm90, name: "sm90", scatters: true, ..TILE_LISTS },
+    KernelTraits { kernel: Kernel::CudaSm100, name: "sm100", max_head_dim: 128, ..TILE_LISTS },
+];
+
+// `traits` finds a row by its place.
+const _: () = {
+    let mut at = 0;
+    while at < TABLE.len() {
+        assert!(TABLE[at].kernel as usize == at && Kernel::ALL[at] as usize == at);
+        at += 1;
+    }
+    assert!(at == Kernel::ALL.len());
+};
+
 impl Kernel {
-    const ALL: [Self; 6] =
-        [Self::CpuTiled, Self::WgslPortable, Self::WgslCoop, Self::CudaSm80, Self::CudaSm90, Self::CudaSm100];
+    /// Every kernel, whether or not this build and this machine can run it.
+    pub const ALL: &'static [Self] =
+        &[Self::CpuTiled, Self::WgslPortable, Self::WgslCoop, Self::CudaSm80, Self::CudaSm90, Self::CudaSm100];
+
+    /// The kernel's row of the table.
+    pub(crate) const fn traits(self) -> &'static KernelTraits {
+        &TABLE[self as usize]
+    }
 
     /// The kernel's name, e.g. `wgsl-portable`.
     #[must_use]
     pub const fn name(self) -> &'static str {
-        match self {
-            Self::CpuTiled => "cpu-tiled",
-            Self::WgslPortable => "wgsl-portable",
-            Self::WgslCoop => "wgsl-coop",
-            Self::CudaSm80 => "sm80",
-            Self::CudaSm90 => "sm90",
-            Self::CudaSm100 => "sm100",
-        }
+        self.traits().name
     }
 
-    /// The kernel with a name.
-    pub(crate) fn from_name(name: &str) -> Option<Self> {
-        Self::ALL.into_iter().find(|kernel| kernel.name() == name)
+    /// The kind of device that it runs on.
+    #[must_use]
+    pub const fn backend(self) -> BackendKind {
+        self.traits().backend
+    }
+
+    /// Element types that it computes with, where its device does too.
+    #[must_use]
+    pub const fn dtypes(self) -> &'static [DType] {
+        self.traits().dtypes
+    }
+
+    /// The largest head dimension that it computes with.
+    #[must_use]
+    pub const fn max_head_dim(self) -> usize {
+        self.traits().max_head_dim
+    }
+
+    /// Whether it adds a bias to the scores.
+    #[must_use]
+    pub const fn has_bias(self) -> bool {
+        self.traits().has_bias
+    }
+
+    /// Whether it reads padded tensors through tile lists that the host builds. Such a kernel runs neither fused nor dense with
+    /// metadata that a device built. Other kernels read single rows.
+    #[must_use]
+    pub const fn works_by_tile_lists(self) -> bool {
+        matches!(self.traits().padded, PaddedAccess::TileLists)
+    }
+
+    /// Whether it wastes no work on rows of this many elements.
+    pub(crate) fn is_efficient_at(self, head_dim: usize) -> bool {
+        head_dim >= self.traits().min_efficient_head_dim
+    }
+
+    /// The names of all kernels, for messages: `a, b or c`.
+    pub(crate) fn names() -> String {
+        let names: Vec<&str> = Self::ALL.iter().map(|kernel| kernel.name()).collect();
+        match names.split_last() {
+            Some((last, [])) => (*last).to_owned(),
+            Some((last, rest)) => format!("{} or {last}", rest.join(", ")),
+            None => String::new(),
+        }
     }
 }
 
 impl fmt::Display for Kernel {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.name())
+        f.pad(self.name())
+    }
+}
+
+impl FromStr for Kernel {
+    type Err = Error;
+
+    /// Reads a kernel's name, e.g. `sm80`.
+    fn from_str(text: &str) -> Result<Self> {
+        let known = Self::ALL.iter().find(|kernel| kernel.name() == text);
+        known.copied().ok_or_else(|| Error::UnknownKernel { expected: Self::names(), got: text.to_owned() })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_kernel_has_its_row() {
+        for row in TABLE {
+            let kernel = row.kernel;
+            assert_eq!(row.name.parse(), Ok(kernel));
+            assert!(row.max_head_dim <= MAX_HEAD_DIM && !row.dtypes.is_empty(), "{kernel}");
+        }
+        assert_eq!(Kernel::names(), "cpu-tiled, wgsl-portable, wgsl-coop, sm80, sm90 or sm100");
     }
 }

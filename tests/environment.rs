@@ -48,15 +48,19 @@ fn read_kernel(kernel: &str) -> varlen_fa::Result<Config> {
 }
 
 fn bad_varlen(got: &str) -> Error {
-    Error::Environment { variable: "VARLEN_FA", expected: "0 or 1", got: got.to_owned() }
+    Error::Environment { variable: "VARLEN_FA", expected: "0 or 1".to_owned(), got: got.to_owned() }
 }
 
 fn bad_device(got: &str) -> Error {
-    Error::Environment { variable: "VARLEN_FA_DEVICE", expected: "cuda, cuda:N, wgpu or cpu", got: got.to_owned() }
+    Error::Environment {
+        variable: "VARLEN_FA_DEVICE",
+        expected: "cuda, cuda:N, wgpu or cpu".to_owned(),
+        got: got.to_owned(),
+    }
 }
 
 fn bad_kernel(got: &str) -> Error {
-    let expected = "cpu-tiled, wgsl-portable, wgsl-coop, sm80, sm90 or sm100";
+    let expected = "cpu-tiled, wgsl-portable, wgsl-coop, sm80, sm90 or sm100".to_owned();
     Error::Environment { variable: "VARLEN_FA_KERNEL", expected, got: got.to_owned() }
 }
 
@@ -124,7 +128,7 @@ fn values_of_varlen_fa_device() -> Result<()> {
 
 fn values_of_varlen_fa_kernel() -> Result<()> {
     ensure!(Config::default().kernel.is_none() && read(None, None)?.kernel.is_none());
-    for kernel in [Kernel::CpuTiled, Kernel::WgslPortable, Kernel::CudaSm80, Kernel::CudaSm90, Kernel::CudaSm100] {
+    for &kernel in Kernel::ALL {
         let expected = Config::default().with_kernel(Some(kernel));
         ensure!(read_kernel(kernel.name())? == expected && expected.kernel == Some(kernel), "{kernel}");
         ensure!(expected.with_kernel(None) == Config::default(), "{kernel}");
@@ -188,7 +192,7 @@ fn report() -> String {
 fn plan(device: &Device) -> varlen_fa::Result<String> {
     let x = Tensor::zeros(device, varlen_fa::DType::F16, &[1, 4, 1, 8])?;
     let meta = VarlenMeta::from_key_mask(&KeyMask::from_lengths(4, &[3])?)?;
-    let plan = MaskedAttention::new(device).forward(&x, &x, &x, AttentionMask::Varlen(&meta))?.plan;
+    let plan = MaskedAttention::new(device).forward(&x, &x, &x, AttentionMask::varlen(&meta))?.plan;
     Ok(format!("{} since {}", plan.path, plan.reason))
 }
 

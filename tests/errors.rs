@@ -50,8 +50,12 @@ fn messages_name_the_argument_what_was_expected_and_what_came() {
             ["`shape`", "max_buffer_size allows 8", "9"],
         ),
         (
-            Error::Environment { variable: "VARLEN_FA", expected: "0 or 1", got: owned("2") },
+            Error::Environment { variable: "VARLEN_FA", expected: owned("0 or 1"), got: owned("2") },
             ["VARLEN_FA", "0 or 1", "2"],
+        ),
+        (
+            Error::UnknownKernel { expected: owned("sm80 or sm90"), got: owned("sm70") },
+            ["`kernel`", "sm80 or sm90", "sm70"],
         ),
         (Error::DeviceMismatch { argument: "q", expected: owned("wgpu"), got: owned("cpu") }, ["`q`", "wgpu", "cpu"]),
         (Error::DeviceKind { argument: "device", expected: "wgpu", got: owned("cpu") }, ["`device`", "wgpu", "cpu"]),

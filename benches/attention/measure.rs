@@ -10,11 +10,11 @@ use varlen_fa::{
 };
 use varlen_fa_testkit::{CompareError, Value, check_masked_rows_zero};
 
-use crate::common::arguments::Problem;
-use crate::common::check::{Comparison, Queries, compare};
-use crate::common::progress::Progress;
-use crate::common::random::standard_normal;
-use crate::common::times::Times;
+use varlen_fa_harness::arguments::Problem;
+use varlen_fa_harness::check::{Comparison, Queries, compare};
+use varlen_fa_harness::progress::Progress;
+use varlen_fa_harness::random::standard_normal;
+use varlen_fa_harness::times::Times;
 
 /// Input sets are rotated until they take this much memory, more than any last-level cache holds.
 const ROTATED_BYTES: u64 = 256 << 20;
@@ -168,7 +168,7 @@ pub fn run<T: Element + Value>(
     let workload = &problem.workload;
     let mask = KeyMask::from_bool(workload.batch, workload.seq, &workload.mask)?;
     let meta = VarlenMeta::from_key_mask(&mask)?;
-    let (dense, varlen) = (AttentionMask::Key(&mask), AttentionMask::Varlen(&meta));
+    let (dense, varlen) = (AttentionMask::Key(&mask), AttentionMask::varlen(&meta));
     let mut attention = MaskedAttention::new(device);
     let mut options = VarlenOptions::default();
     if let Some(kernel) = kernel {
@@ -198,13 +198,10 @@ pub fn run<T: Element + Value>(
     drop(host);
 
     let operations = Work::Operations(workload.attention_flops(problem.heads, problem.head_dim));
-    let forced: Vec<Path> = [Path::Fused, Path::Packed]
-        .into_iter()
-        .filter(|&path| path != plan.path && !meta.is_empty())
-        .filter(|&path| path != Path::Fused || plan.kernel.has_fused())
-        .collect();
+    let forced: Vec<Path> =
+        [Path::Fused, Path::Packed].into_iter().filter(|&path| path != plan.path && !meta.is_empty()).collect();
     let primitives = if meta.is_empty() { 0 } else { 3 };
-    let progress = Progress::new(2 + forced.len() + primitives)?;
+    let progress = Progress::new(2 + forced.len() + primitives);
     let mut timer = Timer { device, schedule, progress, set_count: sets.len(), rows: Vec::new() };
 
     timer.time(Row::Dense, operations, 0, |set| sets[set].attend(&attention, dense))?;
@@ -271,7 +268,7 @@ fn check<T: Element + Value>(
     set.out.write(&vec![T::from_f32(f32::NAN); problem.shape().iter().product()])?;
     set.attend(attention, mask)?;
     let out = set.out.to_vec::<T>()?;
-    let queries = if matches!(mask, AttentionMask::Varlen(_)) { Queries::Valid } else { Queries::All };
+    let queries = if matches!(mask, AttentionMask::Varlen { .. }) { Queries::Valid } else { Queries::All };
     let [q, k, v] = host.each_ref().map(|values| values.par_iter().map(|value| value.to_f32()).collect::<Vec<_>>());
     Ok((compare(problem, [&q, &k, &v], queries, &out, 0)?, out))
 }

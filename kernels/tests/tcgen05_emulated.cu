@@ -1,4 +1,4 @@
-// Tests of include/ptx/tcgen05_emulated.cuh, function by function, on compute capability 9.0. Products are compared, bit for bit, with those of
+// Tests of ptx/tcgen05_emulated.cuh, function by function, on compute capability 9.0. Products are compared, bit for bit, with those of
 // wgmma for the same operands in the same shared memory, whose descriptors say the same in other bits; all numbers are small integers,
 // so that the order of sums does not matter. Descriptors with anything wrong must give something else.
 //
@@ -8,12 +8,12 @@
 #include <cstring>
 #include <vector>
 
-#include "../include/ptx/cp_async.cuh"
-#include "../include/ptx/mbarrier.cuh"
-#include "../include/ptx/mma.cuh"
-#include "../include/ptx/tcgen05.cuh"
-#include "../include/ptx/tma.cuh"
-#include "../include/ptx/wgmma.cuh"
+#include "../ptx/cp_async.cuh"
+#include "../ptx/mbarrier.cuh"
+#include "../ptx/mma.cuh"
+#include "../ptx/tcgen05.cuh"
+#include "../ptx/tma.cuh"
+#include "../ptx/wgmma.cuh"
 
 namespace {
 

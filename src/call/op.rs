@@ -80,28 +80,28 @@ impl Storage {
 }
 
 impl<'a> Source<'a> {
-    /// The buffer as the type of the device that owns it.
-    pub(crate) fn owned_by<B: DeviceBuffer>(self, device: &dyn Backend) -> Result<&'a B> {
+    /// The buffer as the type of the device that owns it, given that device's id and name.
+    pub(crate) fn owned_by<B: DeviceBuffer>(self, id: DeviceId, name: &str) -> Result<&'a B> {
         match self {
-            Self::Device(buffer) => owned_by(buffer, device),
-            Self::Host(_) => Err(foreign_memory(device.name(), "cpu")),
+            Self::Device(buffer) => owned_by(buffer, id, name),
+            Self::Host(_) => Err(foreign_memory(name, "cpu")),
         }
     }
 }
 
 impl<'a> Sink<'a> {
-    /// The buffer as the type of the device that owns it.
-    pub(crate) fn owned_by<B: DeviceBuffer>(&self, device: &dyn Backend) -> Result<&'a B> {
+    /// The buffer as the type of the device that owns it, given that device's id and name.
+    pub(crate) fn owned_by<B: DeviceBuffer>(&self, id: DeviceId, name: &str) -> Result<&'a B> {
         match self {
-            Self::Device(buffer) => owned_by(*buffer, device),
-            Self::Host(_) => Err(foreign_memory(device.name(), "cpu")),
+            Self::Device(buffer) => owned_by(*buffer, id, name),
+            Self::Host(_) => Err(foreign_memory(name, "cpu")),
         }
     }
 }
 
-fn owned_by<'a, B: DeviceBuffer>(buffer: &'a dyn DeviceBuffer, device: &dyn Backend) -> Result<&'a B> {
-    let own = buffer.as_any().downcast_ref().filter(|_| buffer.device() == device.id());
-    own.ok_or_else(|| foreign_memory(device.name(), buffer.device_name()))
+fn owned_by<'a, B: DeviceBuffer>(buffer: &'a dyn DeviceBuffer, id: DeviceId, name: &str) -> Result<&'a B> {
+    let own = buffer.as_any().downcast_ref().filter(|_| buffer.device() == id);
+    own.ok_or_else(|| foreign_memory(name, buffer.device_name()))
 }
 
 /// Tables of a device, where a device was given them that builds none.
@@ -169,20 +169,12 @@ pub(crate) enum Rows<'a> {
     /// whether to work in place or to pack.
     Varlen { query: &'a VarlenMeta, key: &'a VarlenMeta },
     /// The same with metadata in tables of the device, which only a device that builds them has.
-    #[cfg_attr(
-        any(not(feature = "cuda"), target_arch = "wasm32"),
-        allow(dead_code, reason = "only the CUDA device builds metadata")
-    )]
     DeviceVarlen { query: DeviceTables<'a>, key: DeviceTables<'a> },
     /// Packed rows.
     Packed { query: &'a CuSeqlens, key: &'a CuSeqlens },
 }
 
 /// Metadata in the memory of the device that built it.
-#[cfg_attr(
-    any(not(feature = "cuda"), target_arch = "wasm32"),
-    allow(dead_code, reason = "only the CUDA device builds metadata")
-)]
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct DeviceTables<'a> {
     pub memory: Source<'a>,
@@ -191,10 +183,6 @@ pub(crate) struct DeviceTables<'a> {
 }
 
 /// A `[B, S]` mask to read.
-#[cfg_attr(
-    any(not(feature = "cuda"), target_arch = "wasm32"),
-    allow(dead_code, reason = "only the CUDA device builds metadata")
-)]
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct MaskInput<'a> {
     pub memory: Source<'a>,
@@ -203,10 +191,6 @@ pub(crate) struct MaskInput<'a> {
 }
 
 /// Where a device keeps metadata of masks that it has already.
-#[cfg_attr(
-    any(not(feature = "cuda"), target_arch = "wasm32"),
-    allow(dead_code, reason = "only the CUDA device builds metadata")
-)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum MetadataPlace {
     /// In host memory, where its tensors are too.
@@ -250,10 +234,6 @@ pub(crate) enum Op<'a> {
     /// Writes zeros to every element of the view, and to nothing else.
     Zero(Output<'a>),
     /// Builds the metadata of a mask in tables of [`Backend::alloc_metadata`].
-    #[cfg_attr(
-        any(not(feature = "cuda"), target_arch = "wasm32"),
-        allow(dead_code, reason = "only the CUDA device builds metadata")
-    )]
     Metadata {
         mask: MaskInput<'a>,
         tables: DeviceTables<'a>,

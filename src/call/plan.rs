@@ -2,11 +2,11 @@
 
 use std::fmt;
 
-use crate::call::problem::{AttentionProblem, MAX_HEAD_DIM, MaskInfo};
+use crate::call::problem::{AttentionProblem, MaskInfo};
 use crate::config::Config;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::kernel::Kernel;
+use crate::kernel::{BackendKind, Kernel};
 use crate::mask::meta::{GROUP_ROWS, VarlenMeta};
 
 /// How a call is computed.
@@ -15,7 +15,7 @@ use crate::mask::meta::{GROUP_ROWS, VarlenMeta};
 pub enum Path {
     /// Every query against every key of the padded tensors, masked keys dropped from the softmax.
     Dense,
-    /// One pass over the padded tensors in place that skips what is masked and writes the padded, zero-filled output.
+    /// One pass over the padded tensors that skips what is masked and writes the padded, zero-filled output.
     Fused,
     /// Pack, varlen attention on the packed rows, scatter with zeros.
     Packed,
@@ -42,49 +42,7 @@ impl fmt::Display for Path {
     }
 }
 
-/// What kernels can do.
 impl Kernel {
-    /// Whether it reads padded tensors in place, past what is masked.
-    #[must_use]
-    pub const fn has_fused(self) -> bool {
-        match self {
-            Self::CpuTiled | Self::WgslPortable | Self::WgslCoop => true,
-            Self::CudaSm80 | Self::CudaSm90 | Self::CudaSm100 => true,
-        }
-    }
-
-    /// Whether its fused form works by lists of single rows, which a device can build too; the tiles of the others are the host's
-    /// work.
-    const fn fuses_by_rows(self) -> bool {
-        matches!(self, Self::CpuTiled | Self::WgslPortable | Self::WgslCoop | Self::CudaSm80)
-    }
-
-    /// Whether it adds a bias to the scores.
-    #[must_use]
-    pub const fn has_bias(self) -> bool {
-        !self.works_by_lists()
-    }
-
-    /// The largest head dimension that it computes with.
-    #[must_use]
-    pub const fn max_head_dim(self) -> usize {
-        match self {
-            Self::CudaSm100 => 128,
-            _ => MAX_HEAD_DIM,
-        }
-    }
-
-    /// Whether it takes padded tensors by lists of tiles, made of metadata on the host.
-    pub(crate) const fn works_by_lists(self) -> bool {
-        matches!(self, Self::CudaSm90 | Self::CudaSm100)
-    }
-
-    /// Whether it computes with tensors of this type, if its device does.
-    #[must_use]
-    pub const fn has_dtype(self, dtype: DType) -> bool {
-        !matches!((self, dtype), (Self::WgslCoop, DType::F32))
-    }
-
     /// Why it cannot compute a call, if it cannot.
     fn refuses(
         self,
@@ -93,26 +51,17 @@ impl Kernel {
         mask: Option<&MaskInfo<'_>>,
         is_dense: bool,
     ) -> Option<&'static str> {
-        match (self, mask) {
-            (kernel, _) if !kernel.has_dtype(dtype) => Some("it computes with f16 and bf16 alone"),
-            (kernel, _) if head_dim > kernel.max_head_dim() => Some("its tiles are not as wide as the head dimension"),
-            (kernel, Some(MaskInfo::Bias(_))) if !kernel.has_bias() => Some("it adds no bias"),
-            (kernel, Some(MaskInfo::DeviceVarlen { .. })) if kernel.works_by_lists() && is_dense => {
+        match mask {
+            _ if !self.dtypes().contains(&dtype) => Some("it computes with f16 and bf16 alone"),
+            _ if head_dim > self.max_head_dim() => Some("its tiles are not as wide as the head dimension"),
+            Some(MaskInfo::Bias(_)) if !self.has_bias() => Some("it adds no bias"),
+            Some(MaskInfo::DeviceVarlen { .. }) if self.works_by_tile_lists() && is_dense => {
                 Some("its dense form needs metadata that was built on the host")
             }
             _ => None,
         }
     }
-
-    /// Whether it is the one to take where it can compute a call.
-    fn suits(self, head_dim: usize) -> bool {
-        // It computes with at least 64 columns.
-        !self.works_by_lists() || head_dim > LISTS_LEAST_HEAD_DIM
-    }
 }
-
-/// Up to this head dimension the sm80 kernel, which has a form of 32 columns, has less to do than the newer ones.
-const LISTS_LEAST_HEAD_DIM: usize = 32;
 
 /// Why a path was taken. [`Display`](fmt::Display) says it in words.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -130,12 +79,10 @@ pub enum Reason {
     AllValid,
     /// Metadata was given with no valid query or no valid key.
     NothingValid,
-    /// Metadata was given, and the device reads padded tensors in place.
-    InPlace,
-    /// Metadata was given, and reading the padded tensors in place would take longer than packing: the runs are too short for it.
+    /// Metadata was given, and the kernel reads the padded tensors directly.
+    Fused,
+    /// Metadata was given, but its runs are so short that packing takes less time than the fused path.
     Fragmented,
-    /// Metadata was given, and the device has no kernel that reads padded tensors in place.
-    NoFusedKernel,
     /// Metadata was given that is in the device's memory, so the plan cannot know the mask.
     MetadataOnDevice,
     /// `VARLEN_FA=0`, or [`Config::force_dense`].
@@ -155,10 +102,9 @@ impl fmt::Display for Reason {
             Self::Bias => "an additive bias was given",
             Self::AllValid => "every token is valid, so there is nothing to skip",
             Self::NothingValid => "no query or no key is valid, so the output is zeros",
-            Self::InPlace => "metadata was given and the device reads padded tensors in place",
-            Self::Fragmented => "metadata was given with runs too short to be read in place",
-            Self::NoFusedKernel => "metadata was given and the device has no kernel that reads padded tensors in place",
-            Self::MetadataOnDevice => "the metadata was built on the device, where the plan cannot see it",
+            Self::Fused => "metadata was given and the kernel reads padded tensors directly",
+            Self::Fragmented => "metadata was given with runs too short for the fused path",
+            Self::MetadataOnDevice => "the device built the metadata, so the plan cannot see it",
             Self::DenseForced => "dense attention is forced (VARLEN_FA=0)",
             Self::PathForced => "the caller forced this path",
             Self::AlreadyPacked => "the rows are packed already",
@@ -191,8 +137,8 @@ impl fmt::Display for Plan {
 #[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
 pub struct Capabilities {
-    /// `cpu`, `wgpu` or `cuda`.
-    pub backend: &'static str,
+    /// The kind of device.
+    pub backend: BackendKind,
     /// The hardware's name, and its driver's where there is one.
     pub adapter: String,
     /// Whether the device is emulated on the CPU.
@@ -240,16 +186,15 @@ pub(crate) fn plan_padded(
         MaskInfo::Varlen { .. } | MaskInfo::DeviceVarlen { .. } if config.force_dense => {
             (Path::Dense, Reason::DenseForced)
         }
-        MaskInfo::DeviceVarlen { .. } if kernel.fuses_by_rows() => (Path::Fused, Reason::InPlace),
+        MaskInfo::DeviceVarlen { .. } if !kernel.works_by_tile_lists() => (Path::Fused, Reason::Fused),
         MaskInfo::DeviceVarlen { .. } => (Path::Packed, Reason::MetadataOnDevice),
         MaskInfo::Varlen { query, key } if query.is_all_valid() && key.is_all_valid() => {
             (Path::Dense, Reason::AllValid)
         }
-        MaskInfo::Varlen { .. } if !kernel.has_fused() => (Path::Packed, Reason::NoFusedKernel),
         MaskInfo::Varlen { query, key } if is_fragmented(kernel, problem, query, key) => {
             (Path::Packed, Reason::Fragmented)
         }
-        MaskInfo::Varlen { .. } => (Path::Fused, Reason::InPlace),
+        MaskInfo::Varlen { .. } => (Path::Fused, Reason::Fused),
     };
     let (path, reason) = match forced.path {
         None => chosen,
@@ -258,16 +203,16 @@ pub(crate) fn plan_padded(
     Ok(Plan { path, kernel, reason })
 }
 
-/// Operations that the sm90 kernel does in the time in which pack and scatter move a byte, about: 600 TFLOP/s over 3.8 TB/s.
+/// Break-even, in FLOPs per byte moved by pack and scatter: about 600 TFLOP/s of the sm90 kernel over 3.8 TB/s.
 const OPERATIONS_PER_BYTE: f64 = 160.0;
 
-/// Whether the rows that the sm90 kernel would compute in place without need cost more than moving the valid ones together.
+/// Whether the needless rows of the fused path cost more than moving the valid ones together.
 ///
-/// It takes groups of rows, so a short run costs as much as a group. The packed path computes valid rows alone, but reads and
-/// writes q, k, v and the output once more. Kernels that take single rows compute in place just what they would compute packed,
-/// and packing never pays.
+/// Kernels that work by tile lists read groups of rows, so a short run costs as much as a group. The packed path computes only
+/// valid rows, but reads and writes q, k, v and the output once more. Kernels that read single rows compute the same on both
+/// paths, so packing never pays for them.
 fn is_fragmented(kernel: Kernel, problem: &AttentionProblem, query: &VarlenMeta, key: &VarlenMeta) -> bool {
-    if kernel.fuses_by_rows() {
+    if !kernel.works_by_tile_lists() {
         return false;
     }
     let shape = problem.shape;
@@ -307,7 +252,7 @@ fn pick_kernel(
     let head_dim = problem.shape.head_dim;
     let is_able = |kernel: &Kernel| kernel.refuses(problem.dtype, head_dim, mask, is_dense).is_none();
     let able = || capabilities.kernels.iter().copied().filter(is_able);
-    let suited = able().find(|kernel| kernel.suits(head_dim));
+    let suited = able().find(|kernel| kernel.is_efficient_at(head_dim));
     suited
         .or_else(|| able().next())
         .ok_or_else(|| not_applicable("kernel", "any", format!("{capabilities} has no kernel for this call")))
@@ -320,9 +265,8 @@ fn check_forced_path(path: Path, mask: &MaskInfo<'_>, kernel: Kernel) -> Result<
         Path::Dense => return Ok(Reason::PathForced),
         Path::Zero => "it follows from the metadata alone".to_owned(),
         Path::Fused | Path::Packed if !is_varlen => "it needs AttentionMask::Varlen".to_owned(),
-        Path::Fused if !kernel.has_fused() => format!("kernel {kernel} does not read padded tensors in place"),
-        Path::Fused if is_on_device && !kernel.fuses_by_rows() => {
-            format!("kernel {kernel} works in place by metadata that was built on the host")
+        Path::Fused if is_on_device && kernel.works_by_tile_lists() => {
+            format!("the fused path of kernel {kernel} needs metadata that was built on the host")
         }
         Path::Fused | Path::Packed => return Ok(Reason::PathForced),
     };
@@ -352,7 +296,7 @@ mod tests {
     /// A CUDA device with these kernels.
     fn device(kernels: &[Kernel]) -> Capabilities {
         Capabilities {
-            backend: "cuda",
+            backend: BackendKind::Cuda,
             adapter: "none".to_owned(),
             is_software: false,
             dtypes: &[DType::F16, DType::Bf16],
@@ -381,14 +325,14 @@ mod tests {
     #[test]
     fn a_kernel_that_gathers_rows_works_in_place_whatever_the_runs_are() -> Result<()> {
         for (is_fragmented, hopper) in
-            [(false, (Path::Fused, Reason::InPlace)), (true, (Path::Packed, Reason::Fragmented))]
+            [(false, (Path::Fused, Reason::Fused)), (true, (Path::Packed, Reason::Fragmented))]
         {
             let meta = meta(is_fragmented)?;
             let mask = MaskInfo::Varlen { query: &meta, key: &meta };
             let outcome =
                 |kernels: &[Kernel]| plan(kernels, &mask, Forced::default()).map(|plan| (plan.path, plan.reason));
             for kernel in [Kernel::CpuTiled, Kernel::WgslPortable, Kernel::WgslCoop, Kernel::CudaSm80] {
-                assert_eq!(outcome(&[kernel])?, (Path::Fused, Reason::InPlace));
+                assert_eq!(outcome(&[kernel])?, (Path::Fused, Reason::Fused));
             }
             for by_lists in [Kernel::CudaSm90, Kernel::CudaSm100] {
                 assert_eq!(outcome(&[by_lists, Kernel::CudaSm80])?, hopper);
@@ -403,7 +347,7 @@ mod tests {
         let mask = MaskInfo::DeviceVarlen { query: meta, key: meta };
         let both = [Kernel::CudaSm90, Kernel::CudaSm80];
         let outcome = |kernels: &[Kernel], forced| plan(kernels, &mask, forced).map(|plan| (plan.path, plan.reason));
-        assert_eq!(outcome(&both[1..], Forced::default())?, (Path::Fused, Reason::InPlace));
+        assert_eq!(outcome(&both[1..], Forced::default())?, (Path::Fused, Reason::Fused));
         assert_eq!(outcome(&both, Forced::default())?, (Path::Packed, Reason::MetadataOnDevice));
         let fused = |kernel| Forced { path: Some(Path::Fused), kernel: Some(kernel) };
         assert_eq!(outcome(&both, fused(Kernel::CudaSm80))?, (Path::Fused, Reason::PathForced));

@@ -6,14 +6,13 @@ use std::ops::Range;
 use crate::cache::DeviceId;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
+use crate::kernel::MAX_HEAD_DIM;
 use crate::layout::Layout;
 use crate::mask::key_mask::KeyMask;
 use crate::mask::meta::{CuSeqlens, VarlenMeta};
 
 /// Head dimensions are multiples of this, so that rows are whole 16-byte words in every element type.
 pub(crate) const HEAD_DIM_STEP: usize = 8;
-/// The largest head dimension.
-pub(crate) const MAX_HEAD_DIM: usize = 256;
 
 /// The device of a call, as far as checks need it.
 #[derive(Debug, Clone, Copy)]

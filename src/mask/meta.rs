@@ -283,10 +283,6 @@ impl VarlenMeta {
     }
 
     /// Tells metadata of different masks apart.
-    #[cfg_attr(
-        any(not(feature = "cuda"), target_arch = "wasm32"),
-        allow(dead_code, reason = "only the CUDA device keeps what depends on two of them")
-    )]
     pub(crate) fn id(&self) -> u64 {
         self.id
     }

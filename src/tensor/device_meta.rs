@@ -79,7 +79,7 @@ impl DeviceMemory {
 /// let x = Tensor::from_slice(&device, &vec![0.5_f32; 2 * 3 * 8], &[2, 3, 1, 8])?;
 /// let mut meta = DeviceVarlenMeta::new(&device, 2, 3)?;
 /// meta.rebuild(MaskView::from_host(&[1_u8, 1, 0, 0, 0, 1], 2, 3)?)?;
-/// let attended = MaskedAttention::new(&device).forward(&x, &x, &x, AttentionMask::DeviceVarlen(&meta))?;
+/// let attended = MaskedAttention::new(&device).forward(&x, &x, &x, AttentionMask::varlen(&meta))?;
 /// assert!(attended.out.to_vec::<f32>()?[16..40].iter().all(|&masked| masked == 0.0));
 /// # Ok::<(), varlen_fa::Error>(())
 /// ```

@@ -2,8 +2,8 @@
 
 use anyhow::{Context, Result, ensure};
 use varlen_fa::{
-    AttentionMask, Config, CuSeqlens, DType, Device, DeviceChoice, Error, KeyMask, VarlenMeta, VarlenOptions, pack,
-    scatter_to_padded, varlen_attention,
+    AttentionMask, BackendKind, Config, CuSeqlens, DType, Device, DeviceChoice, Error, KeyMask, VarlenMeta,
+    VarlenOptions, pack, scatter_to_padded, varlen_attention,
 };
 use varlen_fa_testkit::OracleShape;
 
@@ -20,7 +20,7 @@ const BINDING: u64 = 64 << 10;
 const SHAPE: OracleShape = OracleShape { batch: 9, seq_q: 16, seq_k: 16, heads: 8, kv_heads: 8, head_dim: 64 };
 
 pub fn register(trials: &mut Trials) {
-    if trials.device().capabilities().backend != "wgpu" {
+    if trials.device().capabilities().backend != BackendKind::Wgpu {
         return;
     }
     trials.each_path("bindings/batches_are_split", batches_are_split);

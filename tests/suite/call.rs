@@ -27,7 +27,7 @@ pub enum Mask {
         /// Keys.
         key: Vec<bool>,
     },
-    /// `AttentionMask::DeviceVarlen`: `[B, S]`.
+    /// `AttentionMask::Varlen`: `[B, S]`.
     Device(Vec<bool>),
     /// `AttentionMask::DeviceVarlenCross`: `[B, Sq]` and `[B, Sk]`.
     DeviceCross {
@@ -145,19 +145,19 @@ impl Call {
         let (plan, bits) = match &self.mask {
             Mask::None => self.run_as(variant, AttentionMask::None)?,
             Mask::Key(keep) => self.run_as(variant, AttentionMask::Key(&key_mask(seq_k, keep)?))?,
-            Mask::Varlen(keep) => self.run_as(variant, AttentionMask::Varlen(&meta(seq_k, keep)?))?,
+            Mask::Varlen(keep) => self.run_as(variant, AttentionMask::varlen(&meta(seq_k, keep)?))?,
             Mask::Cross { query, key } => {
                 let (query, key) = (meta(seq_q, query)?, meta(seq_k, key)?);
-                self.run_as(variant, AttentionMask::VarlenCross { query: &query, key: &key })?
+                self.run_as(variant, AttentionMask::varlen_cross(&query, &key))?
             }
             Mask::Device(keep) => {
                 let meta = device_meta(&variant.device, batch, seq_k, keep)?;
-                self.run_as(variant, AttentionMask::DeviceVarlen(&meta))?
+                self.run_as(variant, AttentionMask::varlen(&meta))?
             }
             Mask::DeviceCross { query, key } => {
                 let query = device_meta(&variant.device, batch, seq_q, query)?;
                 let key = device_meta(&variant.device, batch, seq_k, key)?;
-                self.run_as(variant, AttentionMask::DeviceVarlenCross { query: &query, key: &key })?
+                self.run_as(variant, AttentionMask::varlen_cross(&query, &key))?
             }
         };
         ensure!(plan.kernel == variant.kernel, "forced kernel {}, but the plan is {plan}", variant.kernel);

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::sync::{Arc, LazyLock, Mutex, PoisonError};
 
 use anyhow::Result;
-use varlen_fa::{DType, Device};
+use varlen_fa::{BackendKind, DType, Device};
 use varlen_fa_testkit::{CASES, Case, OracleShape};
 
 use super::call::{Call, Mask};
@@ -39,7 +39,7 @@ fn heads(case: &Case, device: &Device) -> usize {
     let capabilities = device.capabilities();
     let most_work = match (capabilities.is_software, capabilities.backend) {
         (false, _) => return case.heads,
-        (true, "cpu") => 40_000_000_000,
+        (true, BackendKind::Cpu) => 40_000_000_000,
         (true, _) => 2_600_000_000,
     };
     let work_of_a_head = case.batch * case.seq().pow(2) * case.head_dim;

@@ -72,7 +72,7 @@ fn keeps_all(variant: &Variant) -> Result<()> {
 
 /// What `VARLEN_FA=0` sets: dense attention whose masked rows are zero all the same.
 fn forced_dense_keeps_the_contract(variant: &Variant) -> Result<()> {
-    let choice: DeviceChoice = variant.device.capabilities().backend.parse()?;
+    let choice: DeviceChoice = variant.device.capabilities().backend.into();
     let device = limits::open(Config::default().with_device(choice).with_force_dense(true))?;
     ensure!(device.config().force_dense, "the device forgot its setting");
     let variant = Variant { device, ..variant.clone() };
@@ -81,7 +81,7 @@ fn forced_dense_keeps_the_contract(variant: &Variant) -> Result<()> {
     let keep = mask(3, 90, |row, token| row != 1 && token % 5 != row);
     let meta = VarlenMeta::from_key_mask(&KeyMask::from_bool(3, 90, &keep)?)?;
     let call = Call::random(shape, Mask::Varlen(keep), variant.dtype, 8);
-    let (plan, bits) = call.run_as(&variant, AttentionMask::Varlen(&meta))?;
+    let (plan, bits) = call.run_as(&variant, AttentionMask::varlen(&meta))?;
     ensure!((plan.path, plan.reason) == (Path::Dense, Reason::DenseForced), "got {plan}");
     call.judge(&bits, &call.reference(usize::MAX)?, Rules::standard(variant.dtype))?;
 
@@ -91,7 +91,8 @@ fn forced_dense_keeps_the_contract(variant: &Variant) -> Result<()> {
     let [query_meta, key_meta] = [(90, &query), (41, &key)]
         .map(|(seq, keep)| KeyMask::from_bool(3, seq, keep).and_then(|mask| VarlenMeta::from_key_mask(&mask)));
     let call = Call::random(shape, Mask::Cross { query, key }, variant.dtype, 9);
-    let mask = AttentionMask::VarlenCross { query: &query_meta?, key: &key_meta? };
+    let (query_meta, key_meta) = (query_meta?, key_meta?);
+    let mask = AttentionMask::varlen_cross(&query_meta, &key_meta);
     let (plan, bits) = call.run_as(&variant, mask)?;
     ensure!((plan.path, plan.reason) == (Path::Dense, Reason::DenseForced), "got {plan}");
     call.judge(&bits, &call.reference(usize::MAX)?, Rules::standard(variant.dtype))?;
@@ -99,7 +100,7 @@ fn forced_dense_keeps_the_contract(variant: &Variant) -> Result<()> {
     // A caller who forces a path in tests still gets it.
     let layer = MaskedAttention::new(&variant.device).with_kernel(variant.kernel).with_path(Path::Packed);
     let small = varlen_fa::Tensor::zeros(&variant.device, variant.dtype, &[3, 90, 4, 32])?;
-    let plan = layer.forward(&small, &small, &small, AttentionMask::Varlen(&meta))?.plan;
+    let plan = layer.forward(&small, &small, &small, AttentionMask::varlen(&meta))?.plan;
     ensure!((plan.path, plan.reason) == (Path::Packed, Reason::PathForced), "got {plan}");
     Ok(())
 }

@@ -3,7 +3,8 @@
 use anyhow::{Result, bail, ensure};
 use libtest_mimic::Completion;
 use varlen_fa::{
-    AttentionMask, Device, DeviceMemory, DeviceVarlenMeta, Error, Kernel, Layout, MaskDType, Path, Reason, VarlenMeta,
+    AttentionMask, BackendKind, Device, DeviceMemory, DeviceVarlenMeta, Error, Layout, MaskDType, Path, Reason,
+    VarlenMeta,
 };
 use varlen_fa_testkit::OracleShape;
 
@@ -31,7 +32,7 @@ pub fn register(trials: &mut Trials) {
 
 fn paths_that_need_the_host(variant: &Variant) -> Result<()> {
     let is_refused = match variant.path {
-        Some(Path::Dense | Path::Fused) => matches!(variant.kernel, Kernel::CudaSm90 | Kernel::CudaSm100),
+        Some(Path::Dense | Path::Fused) => variant.kernel.works_by_tile_lists(),
         _ => false,
     };
     match masks(variant).as_ref().map_err(|error| error.downcast_ref()) {
@@ -97,7 +98,7 @@ fn rebuilt(variant: &Variant) -> Result<()> {
         let call = Call::random(shape, Mask::Varlen(keep.clone()), variant.dtype, seed);
         memory.write(&keep.iter().map(|&keep| u8::from(keep)).collect::<Vec<_>>())?;
         meta.rebuild(memory.mask_view(MaskDType::U8, layout))?;
-        let (_, bits) = call.run_as(variant, AttentionMask::DeviceVarlen(&meta))?;
+        let (_, bits) = call.run_as(variant, AttentionMask::varlen(&meta))?;
         ensure!(bits == call.run(variant)?, "rebuild {seed}: other bits than with metadata from the host");
     }
     Ok(())
@@ -116,7 +117,7 @@ fn mask_types_and_strides(device: &Device) -> Result<()> {
     let (batch, seq) = (3, 50);
     let keep = bernoulli(6, batch * seq, 0.5)?;
     let expected = device_meta(device, batch, seq, &keep)?;
-    let expected = output(device, batch, seq, AttentionMask::DeviceVarlen(&expected))?;
+    let expected = output(device, batch, seq, AttentionMask::varlen(&expected))?;
     // Values with only one bit set, in turn at the low and the high end; between the elements lies what keeps everything.
     for (dtype, bytes) in [(MaskDType::U8, 1), (MaskDType::U16, 2), (MaskDType::U32, 4), (MaskDType::U64, 8)] {
         for (strides, offset) in [([50, 1], 0), ([1, 3], 0), ([150, 3], 5), ([53, 1], 1)] {
@@ -133,7 +134,7 @@ fn mask_types_and_strides(device: &Device) -> Result<()> {
             let layout = Layout::strided(&[batch, seq], &strides.map(|stride| stride as u64), offset as u64)?;
             let mut meta = DeviceVarlenMeta::new(device, batch, seq)?;
             meta.rebuild(on_device.mask_view(dtype, layout))?;
-            let got = output(device, batch, seq, AttentionMask::DeviceVarlen(&meta))?;
+            let got = output(device, batch, seq, AttentionMask::varlen(&meta))?;
             ensure!(got == expected, "{dtype:?}, strides {strides:?}, offset {offset}: another mask was read");
         }
     }
@@ -145,7 +146,7 @@ fn refusals(device: &Device) -> Result<()> {
     memory.write(&[1_u8; 64])?;
     let mut meta = DeviceVarlenMeta::new(device, 2, 8)?;
     meta.rebuild(memory.mask_view(MaskDType::U8, Layout::contiguous(&[2, 8])?))?;
-    let before = output(device, 2, 8, AttentionMask::DeviceVarlen(&meta))?;
+    let before = output(device, 2, 8, AttentionMask::varlen(&meta))?;
 
     let larger = Layout::contiguous(&[2, 9])?;
     let error = meta.rebuild(memory.mask_view(MaskDType::U8, larger)).err();
@@ -160,7 +161,7 @@ fn refusals(device: &Device) -> Result<()> {
     );
     let error = meta.rebuild(memory.mask_view(MaskDType::U8, Layout::contiguous(&[16])?)).err();
     ensure!(matches!(error, Some(Error::Rank { argument: "mask", .. })), "a mask of one dimension: {error:?}");
-    if device.capabilities().backend != "cpu" {
+    if device.capabilities().backend != BackendKind::Cpu {
         let host = varlen_fa::MaskView::from_host(&[0_u8; 16], 2, 8)?;
         let error = meta.rebuild(host).err();
         ensure!(
@@ -171,9 +172,9 @@ fn refusals(device: &Device) -> Result<()> {
     let error = DeviceVarlenMeta::new(device, 1 << 20, 1 << 20).err();
     ensure!(matches!(error, Some(Error::TooLarge { .. })), "more tokens than an i32: {error:?}");
     // The metadata is as it was.
-    ensure!(output(device, 2, 8, AttentionMask::DeviceVarlen(&meta))? == before, "a refusal changed the metadata");
+    ensure!(output(device, 2, 8, AttentionMask::varlen(&meta))? == before, "a refusal changed the metadata");
 
-    let error = output(device, 2, 9, AttentionMask::DeviceVarlen(&meta)).err();
+    let error = output(device, 2, 9, AttentionMask::varlen(&meta)).err();
     let error = error.as_ref().and_then(|error| error.downcast_ref::<Error>());
     ensure!(matches!(error, Some(Error::MaskSize { .. })), "tensors of another size: {error:?}");
     Ok(())
@@ -181,7 +182,7 @@ fn refusals(device: &Device) -> Result<()> {
 
 fn nothing_valid_at_first(device: &Device) -> Result<()> {
     let meta = DeviceVarlenMeta::new(device, 2, 8)?;
-    let out = output(device, 2, 8, AttentionMask::DeviceVarlen(&meta))?;
+    let out = output(device, 2, 8, AttentionMask::varlen(&meta))?;
     ensure!(out.iter().all(|&bits| bits == 0), "metadata without a mask has valid tokens");
     // Without any token at all, too.
     let mut empty = DeviceVarlenMeta::new(device, 0, 8)?;
@@ -193,23 +194,23 @@ fn nothing_valid_at_first(device: &Device) -> Result<()> {
 fn plan(device: &Device) -> Result<Completion> {
     let keep = vec![true; 16];
     let meta = device_meta(device, 2, 8, &keep)?;
-    if device.capabilities().backend == "cpu" {
+    if device.capabilities().backend == BackendKind::Cpu {
         return Ok(Completion::ignored_with("metadata of the CPU device is the host's, and planned as such"));
     }
     let capabilities = device.capabilities();
     let (kernel, dtype) = (capabilities.kernels[0], capabilities.dtypes[0]);
     let call = Call::random(OracleShape::self_attention(2, 8, 2, 16), Mask::None, dtype, 12);
     let variant = Variant { device: device.clone(), kernel, path: None, dtype };
-    let (plan, _) = call.run_as(&variant, AttentionMask::DeviceVarlen(&meta))?;
+    let (plan, _) = call.run_as(&variant, AttentionMask::varlen(&meta))?;
     let expected = match kernel {
         // Its lists of tiles are the host's work.
-        Kernel::CudaSm90 | Kernel::CudaSm100 => (Path::Packed, Reason::MetadataOnDevice),
-        _ => (Path::Fused, Reason::InPlace),
+        kernel if kernel.works_by_tile_lists() => (Path::Packed, Reason::MetadataOnDevice),
+        _ => (Path::Fused, Reason::Fused),
     };
     ensure!((plan.path, plan.reason) == expected, "{plan}");
     // What the host knows it uses.
     let host = VarlenMeta::from_key_mask(&varlen_fa::KeyMask::from_bool(2, 8, &keep)?)?;
-    let (plan, _) = call.run_as(&variant, AttentionMask::Varlen(&host))?;
+    let (plan, _) = call.run_as(&variant, AttentionMask::varlen(&host))?;
     ensure!((plan.path, plan.reason) == (Path::Dense, Reason::AllValid), "{plan}");
     Ok(Completion::Completed)
 }

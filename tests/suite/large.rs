@@ -7,8 +7,8 @@ use libtest_mimic::Completion;
 use rayon::iter::IndexedParallelIterator;
 use rayon::slice::ParallelSlice;
 use varlen_fa::{
-    AttentionMask, DType, Device, DeviceMemory, Error, KeyMask, Layout, MaskedAttention, Path, Tensor, TensorView,
-    TensorViewMut, VarlenMeta, f16, pack, scatter_to_padded_into,
+    AttentionMask, BackendKind, DType, Device, DeviceMemory, Error, KeyMask, Layout, MaskedAttention, Path, Tensor,
+    TensorView, TensorViewMut, VarlenMeta, f16, pack, scatter_to_padded_into,
 };
 use varlen_fa_testkit::{OracleShape, random};
 
@@ -108,7 +108,7 @@ fn free_host_memory() -> Option<u64> {
 
 /// Batch rows 2^30 elements apart, in host memory that is reserved and hardly touched: places past 2^31 elements and 2^32 bytes.
 fn strides_past_32_bits(device: &Device) -> Result<Completion> {
-    if device.capabilities().backend != "cpu" {
+    if device.capabilities().backend != BackendKind::Cpu {
         return Ok(Completion::ignored_with(
             "only the CPU device reads host memory in place; see more_than_2_31_elements",
         ));
@@ -151,7 +151,7 @@ fn strides_past_32_bits(device: &Device) -> Result<Completion> {
         }
         let into = TensorViewMut::from_host_strided::<f16>(bytemuck::cast_slice_mut(&mut out), layout);
         let layer = MaskedAttention::new(device).with_path(path);
-        layer.forward_into(view(0), view(1), view(2), AttentionMask::Varlen(&meta), into)?;
+        layer.forward_into(view(0), view(1), view(2), AttentionMask::varlen(&meta), into)?;
         let bits: Vec<u32> = (0..3).flat_map(|b| &out[b * far..b * far + row]).map(|&bits| u32::from(bits)).collect();
         call.judge(&bits, &reference, Rules::standard(DType::F16)).with_context(|| path.name())?;
         ensure!(
@@ -225,10 +225,10 @@ fn many_batch_rows(device: &Device, batch: usize) -> Result<Completion> {
     };
     let capabilities = device.capabilities();
     for path in [Path::Dense, Path::Fused, Path::Packed] {
-        for &kernel in capabilities.kernels.iter().filter(|kernel| path != Path::Fused || kernel.has_fused()) {
+        for &kernel in capabilities.kernels.iter() {
             let layer = MaskedAttention::new(device).with_path(path).with_kernel(kernel);
             let out = memory.view_mut(DType::F16, layout);
-            match layer.forward_into(&x, &x, &x, AttentionMask::Varlen(&meta), out) {
+            match layer.forward_into(&x, &x, &x, AttentionMask::varlen(&meta), out) {
                 Err(Error::OutOfMemory { why, .. }) => {
                     return Ok(Completion::ignored_with(format!("{path} by {kernel}: no memory for it: {why}")));
                 }

@@ -140,7 +140,7 @@ fn inputs_that_repeat(variant: &Variant) -> Result<()> {
         whole.push(upload(device, variant.dtype, &all, &SHAPE)?);
     }
     let view = |input: usize| repeating[input].0.view().with_layout(repeating[input].1);
-    let mask = AttentionMask::Varlen(&meta);
+    let mask = AttentionMask::varlen(&meta);
     let got = download(&variant.layer().forward(view(0), view(1), view(2), mask)?.out)?;
     let expected = download(&variant.layer().forward(&whole[0], &whole[1], &whole[2], mask)?.out)?;
     ensure!(

@@ -4,8 +4,8 @@ use std::thread;
 
 use anyhow::{Context, Result, anyhow, ensure};
 use varlen_fa::{
-    AttentionMask, Config, CuSeqlens, DType, Device, DeviceChoice, Kernel, KeyMask, MaskedAttention, Path, VarlenMeta,
-    VarlenOptions, varlen_attention,
+    AttentionMask, BackendKind, Config, CuSeqlens, DType, Device, DeviceChoice, Kernel, KeyMask, MaskedAttention, Path,
+    VarlenMeta, VarlenOptions, varlen_attention,
 };
 use varlen_fa_testkit::{OracleShape, random};
 
@@ -24,7 +24,7 @@ const SHAPE: OracleShape = OracleShape { batch: 3, seq_q: 150, seq_k: 150, heads
 const LIMITS: [u64; 3] = [1, 2 * 4 * 64 * 150 * 32, 5 * 4 * 64 * 150 * 32];
 
 pub fn register(trials: &mut Trials) {
-    if trials.device().capabilities().backend != "wgpu" {
+    if trials.device().capabilities().backend != BackendKind::Wgpu {
         return;
     }
     trials.each_path("long_work/padded_calls_are_split", padded_calls_are_split);
@@ -201,7 +201,7 @@ fn record(variant: &Variant) -> Result<(Vec<u32>, Vec<Dispatches>)> {
     let mut encoder = wgpu.create_command_encoder(&Default::default());
     let layer: MaskedAttention = variant.layer();
     let (_, counts) =
-        count(|| Ok(layer.encode_into(&mut encoder, &x, &x, &x, AttentionMask::Varlen(&meta), &mut out)?))?;
+        count(|| Ok(layer.encode_into(&mut encoder, &x, &x, &x, AttentionMask::varlen(&meta), &mut out)?))?;
     queue.submit([encoder.finish()]);
     Ok((download(&out)?, counts))
 }

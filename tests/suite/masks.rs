@@ -133,7 +133,7 @@ fn integers_other_than_one(variant: &Variant) -> Result<()> {
     let shape = OracleShape::self_attention(2, 70, 2, 16);
     let call = Call::random(shape, Mask::Varlen(keep), variant.dtype, 10);
     let meta = varlen_fa::VarlenMeta::from_key_mask(&KeyMask::from_integers(2, 70, &integers)?)?;
-    let (_, bits) = call.run_as(variant, varlen_fa::AttentionMask::Varlen(&meta))?;
+    let (_, bits) = call.run_as(variant, varlen_fa::AttentionMask::varlen(&meta))?;
     call.judge(&bits, &call.reference(usize::MAX)?, super::check::Rules::standard(variant.dtype))
 }
 

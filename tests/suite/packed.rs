@@ -536,7 +536,7 @@ fn is_the_packed_path(variant: &Variant) -> Result<()> {
     let attended = varlen_attention(device, [&packed_q, &packed_k, &packed_v], cu, cu, options)?;
     let by_hand = scatter_to_padded(device, &attended.out, &meta)?;
     let layer = variant.layer().with_path(varlen_fa::Path::Packed);
-    let whole = layer.forward(&q, &k, &v, varlen_fa::AttentionMask::Varlen(&meta))?;
+    let whole = layer.forward(&q, &k, &v, varlen_fa::AttentionMask::varlen(&meta))?;
     let (by_hand, whole) = (download(&by_hand)?, download(&whole.out)?);
     ensure!(by_hand.iter().any(|&bits| bits != 0), "the output is all zeros: nothing was tested");
     ensure!(by_hand == whole, "the steps and the packed path differ");

@@ -5,7 +5,7 @@ use std::env;
 use anyhow::{Context, Result, anyhow};
 use proptest::prelude::*;
 use proptest::test_runner::{Config, RngAlgorithm, TestCaseError, TestError, TestRng, TestRunner};
-use varlen_fa::Device;
+use varlen_fa::{BackendKind, Device};
 use varlen_fa_testkit::{OracleShape, random};
 
 use super::call::{Call, Inputs, Mask};
@@ -29,7 +29,7 @@ fn variable(name: &str, default: u64) -> Result<u64> {
 
 fn cases(device: &Device) -> Result<u32> {
     let capabilities = device.capabilities();
-    let is_emulated_gpu = capabilities.is_software && capabilities.backend != "cpu";
+    let is_emulated_gpu = capabilities.is_software && capabilities.backend != BackendKind::Cpu;
     Ok(u32::try_from(variable("VARLEN_FA_TEST_CASES", if is_emulated_gpu { 16 } else { 64 })?)?)
 }
 

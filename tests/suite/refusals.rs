@@ -2,13 +2,13 @@
 //!
 //! `Error::Overlap` is not among them: an output that shares memory with an input cannot be written down in safe Rust where the
 //! library owns the memory. A `TensorViewMut` borrows it mutably, so no `TensorView` of the same memory lives beside it. Memory
-//! of the application's can be had twice; its trials are in `wgpu_in_place` and `foreign_cuda`.
+//! of the application's can be had twice; its trials are in `external_wgpu` and `external_cuda`.
 
 use anyhow::{Context, Result, ensure};
 use varlen_fa::{
-    AttentionMask, CuSeqlens, DType, Device, Error, Kernel, KeyMask, Layout, MaskedAttention, Path, Tensor, TensorView,
-    TensorViewMut, VarlenMeta, VarlenOptions, pack, pack_into, pack_qkv, pack_qkv_into, scatter_to_padded,
-    scatter_to_padded_into, varlen_attention, varlen_attention_into,
+    AttentionMask, BackendKind, CuSeqlens, DType, Device, Error, Kernel, KeyMask, Layout, MaskedAttention, Path,
+    Tensor, TensorView, TensorViewMut, VarlenMeta, VarlenOptions, pack, pack_into, pack_qkv, pack_qkv_into,
+    scatter_to_padded, scatter_to_padded_into, varlen_attention, varlen_attention_into,
 };
 
 use super::memory::{download, narrow, sentinel, upload};
@@ -248,18 +248,18 @@ fn masks_of_another_size(device: &Device) -> Result<()> {
         let mask = KeyMask::all(got[0], got[1])?;
         Call { mask: AttentionMask::Key(&mask), ..stage.call() }.is_refused(&size("mask", [2, 5], got))?;
         let (query, key) = (meta([2, 6])?, meta(got)?);
-        let cross = AttentionMask::VarlenCross { query: &query, key: &key };
+        let cross = AttentionMask::varlen_cross(&query, &key);
         Call { mask: cross, ..stage.call() }.is_refused(&size("key metadata", [2, 5], got))?;
     }
     for got in [[2, 5], [2, 7], [1, 6], [3, 6], [6, 2]] {
         let (query, key) = (meta(got)?, meta([2, 5])?);
-        let cross = AttentionMask::VarlenCross { query: &query, key: &key };
+        let cross = AttentionMask::varlen_cross(&query, &key);
         Call { mask: cross, ..stage.call() }.is_refused(&size("query metadata", [2, 6], got))?;
     }
     // One metadata for queries and keys of different lengths: one of the two does not fit.
     let (six, five) = (meta([2, 6])?, meta([2, 5])?);
-    Call { mask: AttentionMask::Varlen(&six), ..stage.call() }.is_refused(&size("key metadata", [2, 5], [2, 6]))?;
-    Call { mask: AttentionMask::Varlen(&five), ..stage.call() }.is_refused(&size("query metadata", [2, 6], [2, 5]))
+    Call { mask: AttentionMask::varlen(&six), ..stage.call() }.is_refused(&size("key metadata", [2, 5], [2, 6]))?;
+    Call { mask: AttentionMask::varlen(&five), ..stage.call() }.is_refused(&size("query metadata", [2, 6], [2, 5]))
 }
 
 fn biases(device: &Device) -> Result<()> {
@@ -361,7 +361,7 @@ fn forced_paths_and_kernels(device: &Device) -> Result<()> {
     let meta = |seq| VarlenMeta::from_key_mask(&KeyMask::from_lengths(seq, &[3, 4])?);
     let (query, key, keys) = (meta(6)?, meta(5)?, KeyMask::from_lengths(5, &[3, 4])?);
     let bias = ones(device, DType::F32, &[5])?;
-    let varlen = AttentionMask::VarlenCross { query: &query, key: &key };
+    let varlen = AttentionMask::varlen_cross(&query, &key);
     let is_refused = |path: Path, mask| -> Result<()> {
         let call = stage.call();
         let call = Call { layer: call.layer.clone().with_path(path), mask, ..call };
@@ -379,17 +379,7 @@ fn forced_paths_and_kernels(device: &Device) -> Result<()> {
         }
     }
     is_refused(Path::Zero, varlen)?;
-    if !device.capabilities().kernels[0].has_fused() {
-        is_refused(Path::Fused, varlen)?;
-    }
-    for kernel in [
-        Kernel::CpuTiled,
-        Kernel::WgslPortable,
-        Kernel::WgslCoop,
-        Kernel::CudaSm80,
-        Kernel::CudaSm90,
-        Kernel::CudaSm100,
-    ] {
+    for &kernel in Kernel::ALL {
         if device.capabilities().kernels.contains(&kernel) {
             too_wide_for(kernel, &stage)?;
             continue;
@@ -546,16 +536,16 @@ fn outputs_of_the_primitives(device: &Device) -> Result<()> {
 fn another_device(device: &Device) -> Result<libtest_mimic::Completion> {
     let config = varlen_fa::Config::default();
     let backend = device.capabilities().backend;
-    if backend == "cpu" {
+    if backend == BackendKind::Cpu {
         let why = "there is one CPU device; the trials of other devices give it their tensors";
         return Ok(libtest_mimic::Completion::ignored_with(why));
     }
-    let second = Device::with_config(device.config().with_device(backend.parse()?))?;
+    let second = Device::with_config(device.config().with_device(backend.into()))?;
     let cpu = Device::with_config(config.with_device(varlen_fa::DeviceChoice::Cpu))?;
     let meta = VarlenMeta::from_key_mask(&KeyMask::from_lengths(6, &[3, 4])?)?;
     let mut pairs = vec![(device, &cpu), (&cpu, device)];
     // One CUDA device is shared by all that ask for it, so tensors of the second are its own.
-    if backend != "cuda" {
+    if backend != BackendKind::Cuda {
         pairs.push((device, &second));
     }
     for (here, there) in pairs {

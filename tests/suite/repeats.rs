@@ -40,14 +40,14 @@ impl Stage {
 
     fn run(&self, variant: &Variant) -> Result<Vec<u32>> {
         let [q, k, v] = &self.tensors;
-        download(&variant.layer().forward(q, k, v, AttentionMask::Varlen(&self.meta))?.out)
+        download(&variant.layer().forward(q, k, v, AttentionMask::varlen(&self.meta))?.out)
     }
 
     fn run_into(&self, variant: &Variant) -> Result<Vec<u32>> {
         let [q, k, v] = &self.tensors;
         let noise = vec![sentinel(variant.dtype); q.shape().iter().product()];
         let mut out = upload(&variant.device, variant.dtype, &noise, q.shape())?;
-        variant.layer().forward_into(q, k, v, AttentionMask::Varlen(&self.meta), &mut out)?;
+        variant.layer().forward_into(q, k, v, AttentionMask::varlen(&self.meta), &mut out)?;
         download(&out)
     }
 }

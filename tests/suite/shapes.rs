@@ -1,7 +1,7 @@
 //! Head counts, head dimensions, and sizes of nothing.
 
 use anyhow::{Context, Result, ensure};
-use varlen_fa::{AttentionMask, DType, KeyMask, MaskedAttention, Path, Tensor, VarlenMeta};
+use varlen_fa::{AttentionMask, BackendKind, DType, KeyMask, MaskedAttention, Path, Tensor, VarlenMeta};
 use varlen_fa_testkit::{OracleShape, random};
 
 use super::call::{Call, Mask};
@@ -26,7 +26,7 @@ pub fn register(trials: &mut Trials) {
 /// shaders are those of f16 but for the conversion, runs every fourth.
 fn register_head_dims(trials: &mut Trials) {
     let capabilities = trials.device().capabilities().clone();
-    if !capabilities.is_software || capabilities.backend == "cpu" {
+    if !capabilities.is_software || capabilities.backend == BackendKind::Cpu {
         trials.each_path("shapes/every_head_dim", |variant| head_dims(variant, 8));
         return;
     }
@@ -101,7 +101,7 @@ fn sizes_of_nothing_without_metadata(variant: &Variant) -> Result<()> {
     let meta = VarlenMeta::from_key_mask(&KeyMask::all(0, 7)?)?;
     let nothing = Tensor::zeros(&variant.device, variant.dtype, &[0, 7, 2, 8])?;
     let layer = MaskedAttention::new(&variant.device);
-    let attended = layer.forward(&nothing, &nothing, &nothing, AttentionMask::Varlen(&meta))?;
+    let attended = layer.forward(&nothing, &nothing, &nothing, AttentionMask::varlen(&meta))?;
     ensure!(attended.out.shape() == [0, 7, 2, 8], "got shape {:?}", attended.out.shape());
     Ok(())
 }

@@ -22,6 +22,9 @@ pub struct Variant {
     pub dtype: DType,
 }
 
+/// Paths that a call with metadata can take.
+const PATHS_OF_METADATA: [Path; 3] = [Path::Dense, Path::Fused, Path::Packed];
+
 impl Variant {
     /// The layer with everything forced.
     pub fn layer(&self) -> MaskedAttention {
@@ -127,13 +130,13 @@ impl Trials {
         run: impl Fn(&Variant) -> Result<R> + Copy + Send + 'static,
     ) {
         for kernel in self.device.capabilities().kernels.clone() {
-            // Others than packed need to know the mask on the host.
-            let only_packed = matches!(kernel, Kernel::CudaSm90 | Kernel::CudaSm100);
-            for path in [Path::Dense, Path::Fused, Path::Packed] {
-                let is_taken = path == Path::Packed || !only_packed && (path == Path::Dense || kernel.has_fused());
-                if is_taken {
-                    self.variants(self.device.capabilities().dtypes, test, kernel, Some(path), run);
-                }
+            let paths: &[Path] = match kernel.works_by_tile_lists() {
+                // The other paths need metadata on the host.
+                true => &[Path::Packed],
+                false => &PATHS_OF_METADATA,
+            };
+            for &path in paths {
+                self.variants(self.device.capabilities().dtypes, test, kernel, Some(path), run);
             }
         }
     }
@@ -146,8 +149,7 @@ impl Trials {
         run: impl Fn(&Variant) -> Result<R> + Copy + Send + 'static,
     ) {
         for kernel in self.device.capabilities().kernels.clone() {
-            let paths = [Path::Dense, Path::Fused, Path::Packed].into_iter();
-            for path in paths.filter(|&path| path != Path::Fused || kernel.has_fused()) {
+            for path in PATHS_OF_METADATA {
                 self.variants(dtypes, test, kernel, Some(path), run);
             }
         }
@@ -162,7 +164,7 @@ impl Trials {
         run: impl Fn(&Variant) -> Result<R> + Copy + Send + 'static,
     ) {
         let parts: Vec<_> = [Some(kernel.name()), path.map(Path::name)].into_iter().flatten().collect();
-        for &dtype in dtypes.iter().filter(|&&dtype| kernel.has_dtype(dtype)) {
+        for &dtype in dtypes.iter().filter(|dtype| kernel.dtypes().contains(dtype)) {
             let variant = Variant { device: self.device.clone(), kernel, path, dtype };
             self.push(&parts, test, Some(dtype), move || run(&variant));
         }
@@ -183,7 +185,7 @@ impl Trials {
     }
 
     fn name(&self, parts: &[&str], test: &str, dtype: Option<DType>) -> String {
-        let backend = self.device.capabilities().backend;
+        let backend = self.device.capabilities().backend.name();
         let before = [backend].into_iter().chain(parts.iter().copied());
         before.chain([test]).chain(dtype.map(DType::name)).collect::<Vec<_>>().join("/")
     }

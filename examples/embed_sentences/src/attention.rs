@@ -5,8 +5,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use varlen_fa::{
-    AttentionMask, DType, Device, Element, KeyMask, MaskedAttention, Plan, Tensor, TensorView, TensorViewMut,
-    VarlenMeta, f16,
+    AttentionMask, BackendKind, DType, Device, Element, KeyMask, MaskedAttention, Plan, Tensor, TensorView,
+    TensorViewMut, VarlenMeta, f16,
 };
 
 /// What the layer is told of the padding.
@@ -51,7 +51,7 @@ impl BatchMask {
     fn as_attention_mask(&self) -> AttentionMask<'_> {
         match self {
             Self::KeyMask(mask) => AttentionMask::Key(mask),
-            Self::Varlen(meta) => AttentionMask::Varlen(meta),
+            Self::Varlen(meta) => AttentionMask::varlen(meta),
         }
     }
 }
@@ -84,7 +84,7 @@ impl SelfAttention {
     pub fn new(device: &Device) -> Self {
         let capabilities = device.capabilities();
         let transfer = match capabilities.dtypes.contains(&DType::F32) {
-            true if capabilities.backend == "cpu" => Transfer::Borrow,
+            true if capabilities.backend == BackendKind::Cpu => Transfer::Borrow,
             true => Transfer::F32,
             false => Transfer::F16,
         };

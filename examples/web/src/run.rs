@@ -51,7 +51,7 @@ async fn run_in<T: Element + Value>(device: &Device, workload: &Workload, precis
     let upload = |i: usize| Tensor::from_slice(device, &host[i], &shapes[i]);
     let qkv = [upload(0)?, upload(1)?, upload(2)?];
 
-    let (varlen, out, by_device) = timed(device, &qkv, AttentionMask::Varlen(&meta), shape).await?;
+    let (varlen, out, by_device) = timed(device, &qkv, AttentionMask::varlen(&meta), shape).await?;
     let (dense, _, _) = timed(device, &qkv, AttentionMask::Key(&mask), shape).await?;
     let out = out.to_vec_async::<T>().await?;
     let recorded = recorded(device, &host, shapes, &meta).await?;
@@ -60,7 +60,7 @@ async fn run_in<T: Element + Value>(device: &Device, workload: &Workload, precis
     let on_host = |i: usize| TensorView::from_host(&host[i], &shapes[i]);
     let layer = MaskedAttention::new(&cpu);
     let on_cpu =
-        layer.forward(on_host(0)?, on_host(1)?, on_host(2)?, AttentionMask::Varlen(&meta))?.out.to_vec::<T>()?;
+        layer.forward(on_host(0)?, on_host(1)?, on_host(2)?, AttentionMask::varlen(&meta))?.out.to_vec::<T>()?;
 
     let keep = workload.mask.as_slice();
     let oracle_shape = OracleShape { kv_heads, ..OracleShape::self_attention(shape[0], shape[1], heads, head_dim) };
@@ -131,7 +131,7 @@ async fn recorded<T: Element>(
     let (q, k, v) = (upload(0)?, upload(1)?, upload(2)?);
     let mut memory = DeviceMemory::from_wgpu(&library, target)?;
     let out = memory.view_mut(T::DTYPE, Layout::contiguous(&shapes[0])?);
-    MaskedAttention::new(&library).encode_into(&mut encoder, &q, &k, &v, AttentionMask::Varlen(meta), out)?;
+    MaskedAttention::new(&library).encode_into(&mut encoder, &q, &k, &v, AttentionMask::varlen(meta), out)?;
 
     queue.submit([encoder.finish()]);
     let mut values = vec![T::from_f32(0.0); host[0].len()];

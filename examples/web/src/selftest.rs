@@ -77,11 +77,11 @@ async fn result_on<T: Element>(device: &Device, operation: Operation) -> Result<
             let bias = tensor(3, &[batch, 1, seq, seq])?;
             layer.forward(&q, &k, &v, AttentionMask::Bias(bias.view()))?.out
         }
-        Operation::ForcedDense => layer.with_path(Path::Dense).forward(&q, &k, &v, AttentionMask::Varlen(&meta))?.out,
+        Operation::ForcedDense => layer.with_path(Path::Dense).forward(&q, &k, &v, AttentionMask::varlen(&meta))?.out,
         Operation::OddPlaces => {
             let wide = tensor(4, &[batch, seq, heads, dim + 3])?;
             let odd = wide.view().slice(3, 1..dim + 1)?;
-            layer.forward(odd, odd, odd, AttentionMask::Varlen(&meta))?.out
+            layer.forward(odd, odd, odd, AttentionMask::varlen(&meta))?.out
         }
         Operation::PackAndScatter => scatter_to_padded(device, &pack(device, &q, &meta)?, &meta)?,
         Operation::Lse => {
@@ -156,7 +156,7 @@ async fn destroyed_buffer(device: &Device) -> Result<Check> {
 async fn goes_on(device: &Device) -> Result<Check> {
     let ones = Tensor::from_slice(device, &[1.0_f32; ELEMENTS], &SHAPE)?;
     let meta = VarlenMeta::from_key_mask(&KeyMask::from_lengths(SHAPE[1], &[3, 0])?)?;
-    let attended = MaskedAttention::new(device).forward(&ones, &ones, &ones, AttentionMask::Varlen(&meta))?;
+    let attended = MaskedAttention::new(device).forward(&ones, &ones, &ones, AttentionMask::varlen(&meta))?;
     let values = attended.out.to_vec_async::<f32>().await?;
     let valid = 3 * SHAPE[2] * SHAPE[3];
     let is_right = values[..valid].iter().all(|value| (value - 1.0).abs() < 1e-6)

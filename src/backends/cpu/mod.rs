@@ -17,10 +17,10 @@ use crate::call::op::{Backend, Instant, MetadataPlace, Op, Sink, Source, Storage
 use crate::call::plan::Capabilities;
 use crate::dtype::DType;
 use crate::error::Result;
-use crate::kernel::Kernel;
+use crate::kernel::{BackendKind, Kernel};
 use crate::mask::meta::VarlenMeta;
 
-const NAME: &str = "cpu";
+const NAME: &str = BackendKind::Cpu.name();
 
 /// The host's processor and memory. There is one in a process; launches return when the work is done.
 #[derive(Debug)]
@@ -37,7 +37,7 @@ impl CpuDevice {
     fn new() -> Self {
         Self {
             capabilities: Capabilities {
-                backend: NAME,
+                backend: BackendKind::Cpu,
                 adapter: format!("{} threads, {}", rayon::current_num_threads(), instruction_set()),
                 is_software: true,
                 dtypes: &[DType::F32, DType::F16, DType::Bf16],

@@ -8,8 +8,8 @@ use super::host::{self, HostInput};
 use super::rows::{ROW_BLOCK, RowElement, from_panel, to_panel};
 use super::strip::{KEY_BLOCK, KeyTile, Normalize, Step, Strips, VALUE_BLOCK, panel};
 use super::tokens::Tokens;
-use crate::call::problem::MAX_HEAD_DIM;
 use crate::error::Result;
+use crate::kernel::MAX_HEAD_DIM;
 
 /// Keys of a tile: few enough that a strip's scores stay in the first-level cache, and the tile's K and V in the second.
 pub(super) const KEY_TILE: usize = 128;
