@@ -130,11 +130,11 @@ fn run<T: Element>(input: &Input, precision: Precision, narrow: fn(f32) -> T, wi
         }
         Mask::Varlen(_) => {
             key_meta = meta(&key_keep, seq_k);
-            AttentionMask::Varlen(&key_meta)
+            AttentionMask::varlen(&key_meta)
         }
         Mask::Cross(..) => {
             (query_meta, key_meta) = (meta(&query_keep, seq_q), meta(&key_keep, seq_k));
-            AttentionMask::VarlenCross { query: &query_meta, key: &key_meta }
+            AttentionMask::varlen_cross(&query_meta, &key_meta)
         }
     };
     let mut attention = layer(input.force_dense);
