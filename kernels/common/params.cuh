@@ -10,7 +10,8 @@
 constexpr int ELEMENT_BYTES = 2;
 // Rows of a group, of which the tiles of the kernels with tile lists are made.
 constexpr int GROUP_ROWS = 16;
-// Dynamic shared memory of an sm90 block beside its tiles: barriers, and what its warps tell one another.
+// Dynamic shared memory of an sm90 block beside its tiles: barriers, and what its warps tell
+// one another.
 constexpr int SM90_EXTRA_SHARED_BYTES = 1024;
 // The same for an sm100 block, with the factors of its rows.
 constexpr int SM100_EXTRA_SHARED_BYTES = 3072;
@@ -61,11 +62,11 @@ struct AttentionParams {
     // `[B + 1]` each; null for padded tensors.
     const int32_t* cu_seqlens_q;
     const int32_t* cu_seqlens_k;
-    // `[B]`: the batch row or sequence of each step of the grid, longest first; null for their own
-    // order.
+    // `[B]`: the batch row or sequence of each step of the grid, longest first; null for their
+    // own order.
     const int32_t* batch_order;
-    // `[B, words]` bits of padded tensors: kept keys, and query rows that are not written as zeros.
-    // Null keeps all.
+    // `[B, words]` bits of padded tensors: kept keys, and query rows that are not written as
+    // zeros. Null keeps all.
     const uint32_t* key_bits;
     const uint32_t* row_bits;
     // Added to the scores, any strides; null for none.
@@ -117,8 +118,8 @@ static_assert(offsetof(AttentionParams, row_words) == 244);
 static_assert(offsetof(AttentionParams, score_scale) == 248);
 static_assert(offsetof(AttentionParams, bias_is_f32) == 252);
 
-// Which rows of padded tensors the fused form takes: the tables that pack and scatter go by. The
-// call's `cu_seqlens` are set.
+// Which rows of padded tensors the fused form takes: the tables that pack and scatter go by.
+// The call's `cu_seqlens` are set.
 struct RowLists {
     // Flat positions, batch · seq + token, of the valid tokens of each side.
     const uint32_t* indices_q;
@@ -187,13 +188,13 @@ static_assert(offsetof(ZeroSpan, unused) == 12);
 
 static_assert(sizeof(ptx::TensorMap) == 128 && alignof(ptx::TensorMap) == 64);
 
-// Parameters of the attention kernels with tile lists, sm90 and sm100. Strides are in elements.
-// `attention/tile_lists.cuh` says what the lists mean.
+// Parameters of the attention kernels with tile lists, sm90 and sm100. Strides are in
+// elements. `attention/tile_lists.cuh` says what the lists mean.
 //
-// Tensor maps have the dimensions head_dim, token, head, batch (of extent 1 if packed). A box is
-// one panel wide (64 columns, 32 where the compiled head dimension is no multiple of 64) and
-// swizzled over its width (128 or 64 bytes). Its rows: a key tile's of `k_map` and `v_map`,
-// GROUP_ROWS of the others.
+// Tensor maps have the dimensions head_dim, token, head, batch (of extent 1 if packed). A box
+// is one panel wide (64 columns, 32 where the compiled head dimension is no multiple of 64)
+// and swizzled over its width (128 or 64 bytes). Its rows: a key tile's of `k_map` and
+// `v_map`, GROUP_ROWS of the others.
 struct TileListParams {
     ptx::TensorMap q_map;
     ptx::TensorMap k_map;
@@ -210,8 +211,8 @@ struct TileListParams {
     const int32_t* cu_seqlens_k;
     // The sequences in the order of work, longest first; null for their own order.
     const int32_t* order;
-    // `[B, words]` bits, if fused; bits past the end of a row are zero. `row_bits` may be null,
-    // which keeps all.
+    // `[B, words]` bits, if fused; bits past the end of a row are zero. `row_bits` may be
+    // null, which keeps all.
     const uint32_t* key_bits;
     const uint32_t* row_bits;
     const BatchTiles* batches;
@@ -243,9 +244,9 @@ struct TileListParams {
     // `[padded_rows]`, negative where that output is to be zero; null for nowhere.
     const int32_t* inv_indices;
     // Split query tiles, whose keys several blocks share (`attention/schedule.cuh`): the items
-    // from `split_from` on, each in `parts` parts. `part_chunks` holds what the threads of a part
-    // leave, `[parts of all, warpgroups, D / 8 + 1, 128]`; `parts_done` how many parts of a query
-    // tile are done, `[query tiles, warpgroups]`, zeros before the launch.
+    // from `split_from` on, each in `parts` parts. `part_chunks` holds what the threads of a
+    // part leave, `[parts of all, warpgroups, D / 8 + 1, 128]`; `parts_done` how many parts of
+    // a query tile are done, `[query tiles, warpgroups]`, zeros before the launch.
     float4* part_chunks;
     uint32_t* parts_done;
     int32_t split_from;
@@ -293,8 +294,8 @@ static_assert(offsetof(TileListParams, split_from) == 976);
 static_assert(offsetof(TileListParams, parts) == 980);
 static_assert(offsetof(TileListParams, unused) == 984);
 
-// A tensor to pack or scatter. Rows move as 16-byte words: H heads of `head_words` words each. All
-// strides count words.
+// A tensor to pack or scatter. Rows move as 16-byte words: H heads of `head_words` words each.
+// All strides count words.
 struct RowTensor {
     const void* padded;
     void* packed;
@@ -334,7 +335,8 @@ static_assert(offsetof(PackParams, seq) == 212);
 struct ScatterParams {
     // `padded` is written, `packed` read.
     RowTensor tensor;
-    // `[B·S]` packed row of each token, negative where it is masked; null writes zeros everywhere.
+    // `[B·S]` packed row of each token, negative where it is masked; null writes zeros
+    // everywhere.
     const int32_t* inv_indices;
     int32_t batch;
     int32_t seq;
@@ -347,8 +349,8 @@ static_assert(offsetof(ScatterParams, seq) == 76);
 
 // Parameters of the metadata kernels. The tables are those of `VarlenMeta`.
 struct MetadataParams {
-    // `[B, S]` integers of `mask_bytes` bytes each; any that is not 0 keeps its token. Strides in
-    // elements.
+    // `[B, S]` integers of `mask_bytes` bytes each; any that is not 0 keeps its token. Strides
+    // in elements.
     const void* mask;
     int64_t mask_batch_stride;
     int64_t mask_token_stride;

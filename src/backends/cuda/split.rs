@@ -1,4 +1,5 @@
-//! How query tiles are shared out among blocks when the last of them would leave multiprocessors idle.
+//! How query tiles are shared out among blocks when the last of them would leave multiprocessors
+//! idle.
 
 use super::tiles::ListTile;
 
@@ -21,8 +22,9 @@ const MIN_PART_STEPS: usize = 2;
 const LAUNCH_CYCLES: usize = 3500;
 
 impl Split {
-    /// Splits the last, incomplete wave of query tiles into as many parts as take the least time. `fewest_steps` is the number of key
-    /// tiles of the query tile with the fewest, 0 if it is not known: then nothing is split.
+    /// Splits the last, incomplete wave of query tiles into as many parts as take the least time.
+    /// `fewest_steps` is the number of key tiles of the query tile with the fewest, 0 if it is not
+    /// known: then nothing is split.
     pub fn of(tile: ListTile, items: usize, fewest_steps: usize, multiprocessors: usize) -> Self {
         if tile.splitting_warpgroups.is_none() {
             return Self::none(items);
@@ -33,7 +35,8 @@ impl Split {
                 return item_cycles(fewest_steps);
             }
             let rounds = (tail * parts).div_ceil(multiprocessors);
-            // Parts are computed by the exact softmax, in order; each is written, and all of a query tile are read by one block.
+            // Parts are computed by the exact softmax, in order; each is written, and all of a
+            // query tile are read by one block.
             let part_cycles = item_cycles(fewest_steps.div_ceil(parts)) * 9 / 8 + 5000;
             LAUNCH_CYCLES + rounds * part_cycles + parts * 2500
         };
@@ -66,8 +69,8 @@ impl Split {
     }
 }
 
-/// An estimate of the cycles of a query tile, fitted to measurements at head dimension 128 on an H100: a step for each key tile, and its
-/// start and end.
+/// An estimate of the cycles of a query tile, fitted to measurements at head dimension 128 on an
+/// H100: a step for each key tile, and its start and end.
 const fn item_cycles(steps: usize) -> usize {
     steps * 3300 + 7000
 }
