@@ -6,7 +6,7 @@ mod header;
 mod kernels;
 mod manifest;
 /// The library's own declarations.
-#[path = "../../src/backends/cuda/params.rs"]
+#[path = "../../src/backends/cuda/kernels/params.rs"]
 #[allow(dead_code, reason = "only the text half is used here")]
 mod params;
 mod ptxas;
@@ -35,8 +35,8 @@ struct Arguments {
 enum Chore {
     /// Write kernels/common/params.cuh, and compile the CUDA kernels into kernels/prebuilt
     ///
-    /// The header is made from src/backends/cuda/params.rs. Each source becomes one fatbin: machine
-    /// code for sm_80, sm_90, sm_100 and sm_120, and PTX for newer chips; or for the one
+    /// The header is made from src/backends/cuda/kernels/params.rs. Each source becomes one fatbin:
+    /// machine code for sm_80, sm_90, sm_100 and sm_120, and PTX for newer chips; or for the one
     /// architecture whose instructions it uses. The compiler, CUDA 13.0, is installed into
     /// target/cuda-compiler the first time (about 500 MB, through pip); no CUDA toolkit and no GPU
     /// is needed, only python3 with venv, gcc and g++. Prints the registers and the spills of every

@@ -1,5 +1,5 @@
 // Tile sizes of the sm80 kernel for each compiled head dimension. The host reads this table too
-// (src/backends/cuda/tiles.rs), for its grids and its sizes of shared memory.
+// (src/backends/cuda/kernels/tiles.rs), for its grids and its sizes of shared memory.
 //
 //   X(head_dim, query rows, keys, keys of the masked kernel, warps)
 //
