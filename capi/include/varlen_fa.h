@@ -1,7 +1,7 @@
 // varlen-fa: attention over padded batches that computes only what is valid.
 //
 // This file is made from the sources of capi/ by `cargo xtask header`: change those instead.
-// docs/embedding-c.md shows how to build, link and use the library; capi/examples/masked_attention.c is a complete program.
+// docs/external-c.md shows how to build, link and use the library; capi/examples/masked_attention.c is a complete program.
 //
 // Errors
 //   Functions that can fail return a varlen_fa_status: 0 is success. varlen_fa_last_error() then has a message that names the

@@ -13,7 +13,7 @@ use crate::table;
 const HOT_SPILL_BYTES: u32 = 48;
 
 /// The same for kernels that hold more than their hot loop: the sm90 kernel's exact softmax and sums of parts are in it too, and what a
-/// query tile needs at its end is put aside while its loop runs. The loop itself has no spills (docs/PERFORMANCE.md).
+/// query tile needs at its end is put aside while its loop runs. The loop itself has no spills (docs/log/sm90.md).
 const WITH_RARE_PATHS: &str = "attention_sm90_";
 const WITH_RARE_PATHS_SPILL_BYTES: u32 = 176;
 

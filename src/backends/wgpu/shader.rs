@@ -122,7 +122,7 @@ impl PortableTile {
     const KEYS: u32 = 64;
 
     /// Scores and output of an invocation take 48 to 96 registers. Whether words are fetched ahead is what was faster
-    /// (docs/PERFORMANCE.md).
+    /// (docs/log/wgsl.md).
     const fn of(head_dim: usize) -> Self {
         let vecs = if head_dim <= 64 { 1 } else { 2 };
         Self {
