@@ -103,19 +103,29 @@ run_suite() {
   has_vulkan && required=cuda,wgpu
   for test in tests/*; do
     case ${test#tests/} in
-    cuda | cpu | wgpu) ;;
+    suite) ;;
     # Needs the emulated kernels of `cargo xtask kernels --emulated`, which are not in the folder.
     self_check) ;;
     *) names+=("${test#tests/}") ;;
     esac
   done
+  if [ -n "$filter" ]; then
+    program filtered env "VARLEN_FA_TEST_REQUIRE=$required" tests/suite "$filter"
+  else
+    program cuda env "VARLEN_FA_TEST_REQUIRE=$required" tests/suite cuda/
+  fi
+  for test in "${names[@]}"; do
+    program "$test" env "VARLEN_FA_TEST_REQUIRE=$required" "tests/$test" ${filter:+"$filter"}
+  done
   # The other devices take longest: last, so that they take time from nothing else.
-  for test in cuda "${names[@]}" wgpu cpu; do
-    if [ "$test" = wgpu ] && ! has_vulkan; then
+  for test in wgpu cpu; do
+    if [ -n "$filter" ]; then
+      continue
+    elif [ "$test" = wgpu ] && ! has_vulkan; then
       row "skipped" 0 "suite/wgpu" "no Vulkan loader (libvulkan.so.1)"
       continue
     fi
-    program "$test" env "VARLEN_FA_TEST_REQUIRE=$required" "tests/$test" ${filter:+"$filter"}
+    program "$test" env "VARLEN_FA_TEST_REQUIRE=$required" tests/suite "$test/"
   done
   if [ -n "$filter" ]; then
     row "skipped" 0 "suite/c-library" "its tests have no names that --filter knows"
@@ -137,7 +147,7 @@ run_sanitizer() {
     # Tests of refusals make calls of the driver fail; those are no errors of the kernels.
     program "$tool" env VARLEN_FA_TEST_REQUIRE=cuda VARLEN_FA_TEST_CASES=2 \
       "$sanitizer" --tool "$tool" --report-api-errors no --error-exitcode 99 \
-      tests/cuda --test-threads 1 ${filter:+"$filter"} --skip /large/ --skip repeats/ --skip prod
+      tests/suite --test-threads 1 "${filter:-cuda/}" --skip /large/ --skip repeats/ --skip prod
   done
 }
 
@@ -148,7 +158,7 @@ run_bench() {
     program "attention-cuda-$dtype" benches/attention --bench --device cuda --dtype "$dtype" --json "$OUT/attention-cuda-$dtype.jsonl"
   done
   program metadata benches/metadata --bench --json "$OUT/metadata.jsonl"
-  program in-place examples/cuda_in_place
+  program external-cuda examples/external_cuda
   program example examples/masked_attention --device cuda --json "$OUT/masked_attention.jsonl"
   if has_vulkan; then
     program attention-wgpu benches/attention --bench --device wgpu --json "$OUT/attention-wgpu.jsonl"

@@ -29,6 +29,7 @@ pub fn build(workspace: &Workspace, out: Option<&Path>) -> Result<()> {
         "build",
         "--release",
         "--package=varlen-fa",
+        "--package=varlen-fa-tests",
         "--all-features",
         "--tests",
         "--benches",
@@ -110,7 +111,7 @@ fn programs(printed: &str) -> Result<BTreeMap<String, PathBuf>> {
         let first = programs.insert(name.clone(), executable);
         ensure!(first.is_none(), "cargo built two programs for {name}");
     }
-    ensure!(programs.contains_key("tests/cuda"), "cargo built {:?}, no tests/cuda", programs.keys());
+    ensure!(programs.contains_key("tests/suite"), "cargo built {:?}, no tests/suite", programs.keys());
     Ok(programs)
 }
 
@@ -123,7 +124,7 @@ mod tests {
     const PRINTED: &str = r#"{"reason":"compiler-artifact","target":{"kind":["lib"],"name":"half"},"executable":null}
 {"reason":"build-script-executed","package_id":"libm"}
 {"reason":"compiler-artifact","target":{"kind":["lib"],"name":"varlen_fa"},"executable":"/t/varlen_fa-1"}
-{"reason":"compiler-artifact","target":{"kind":["test"],"name":"cuda"},"executable":"/t/cuda-1"}
+{"reason":"compiler-artifact","target":{"kind":["test"],"name":"suite"},"executable":"/t/suite-1"}
 {"reason":"compiler-artifact","target":{"kind":["test"],"name":"metadata"},"executable":"/t/metadata-1"}
 {"reason":"compiler-artifact","target":{"kind":["bench"],"name":"metadata"},"executable":"/t/metadata-2"}
 {"reason":"compiler-artifact","target":{"kind":["example"],"name":"layer"},"executable":"/t/examples/layer"}
@@ -134,14 +135,14 @@ mod tests {
     fn every_program_has_a_place() {
         let found = programs(PRINTED).unwrap();
         let names: Vec<_> = found.keys().map(String::as_str).collect();
-        assert_eq!(names, ["benches/metadata", "examples/layer", "tests/cuda", "tests/metadata", "tests/unit"]);
+        assert_eq!(names, ["benches/metadata", "examples/layer", "tests/metadata", "tests/suite", "tests/unit"]);
         assert_eq!(found["benches/metadata"], Path::new("/t/metadata-2"));
     }
 
     #[test]
     fn a_bundle_without_the_suite_is_refused() {
-        assert!(programs(&PRINTED.replace("\"cuda\"", "\"cpu\"")).is_err());
-        assert!(programs(&PRINTED.replace("\"metadata\"", "\"cuda\"").replace("bench", "test")).is_err());
+        assert!(programs(&PRINTED.replace("\"suite\"", "\"other\"")).is_err());
+        assert!(programs(&PRINTED.replace("\"metadata\"", "\"suite\"").replace("bench", "test")).is_err());
         assert!(programs("Compiling").is_err());
     }
 }

@@ -1,10 +1,4 @@
-//! The suite on the CPU device, and what only the CPU device has: tensors in the caller's own host memory.
-
-#![allow(clippy::single_range_in_vec_init, reason = "one run of tokens is meant")]
-
-mod suite;
-
-use std::process::ExitCode;
+//! What only the CPU device has: tensors in the application's own host memory.
 
 use anyhow::{Result, ensure};
 use varlen_fa::{
@@ -12,13 +6,13 @@ use varlen_fa::{
     VarlenMeta, f16,
 };
 
-fn main() -> ExitCode {
-    suite::run(DeviceChoice::Cpu, |trials| {
-        trials.once("host_memory/in_place", in_place);
-        trials.once("host_memory/halves_of_one_buffer", halves_of_one_buffer);
-        trials.once("host_memory/lengths_are_checked", lengths_are_checked);
-        trials.once("host_memory/is_one_device", is_one_device);
-    })
+use super::trials::Trials;
+
+pub fn register(trials: &mut Trials) {
+    trials.once("host_memory/views", views);
+    trials.once("host_memory/halves_of_one_buffer", halves_of_one_buffer);
+    trials.once("host_memory/lengths_are_checked", lengths_are_checked);
+    trials.once("host_memory/is_one_device", is_one_device);
 }
 
 const SHAPE: [usize; 4] = [2, 3, 2, 8];
@@ -38,7 +32,7 @@ fn meta() -> Result<VarlenMeta> {
     Ok(VarlenMeta::from_key_mask(&KeyMask::from_runs(3, &[[1..2], [1..2]])?)?)
 }
 
-fn in_place(device: &Device) -> Result<()> {
+fn views(device: &Device) -> Result<()> {
     let (x, meta) = (rows(), meta()?);
     let mut out = vec![f32::NAN; x.len()];
     let view = TensorView::from_host(&x, &SHAPE)?;

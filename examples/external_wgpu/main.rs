@@ -7,10 +7,6 @@
 mod application;
 mod block;
 mod check;
-#[path = "../common/random.rs"]
-mod random;
-#[path = "../common/times.rs"]
-mod times;
 
 use std::num::NonZeroUsize;
 use std::process::ExitCode;
@@ -22,7 +18,7 @@ use varlen_fa_testkit::Workload;
 
 use application::Application;
 use block::{Block, Sizes};
-use times::{Times, milliseconds};
+use varlen_fa_harness::times::{Times, milliseconds};
 
 /// Run a residual attention block on the application's own wgpu device, attention recorded into its command encoder.
 ///
@@ -30,7 +26,7 @@ use times::{Times, milliseconds};
 /// valid tokens in place, the application's residual kernel adds the result to the hidden states. Fails if the hidden states
 /// after all steps differ from a computation on the CPU device, or if a masked token changed at all.
 #[derive(Debug, Parser)]
-#[command(name = "wgpu_in_place", version)]
+#[command(name = "external_wgpu", version)]
 struct Arguments {
     /// Which tokens of the padded batch are valid; see `masked_attention --help`
     #[arg(long, value_name = "SPEC|NAME", default_value = "prefix:len=96:valid=96,41,7")]
@@ -72,11 +68,13 @@ fn run(Arguments { workload, heads, head_dim, steps }: Arguments) -> Result<()> 
         sizes.batch, sizes.seq
     );
 
-    let hidden = random::standard_normal(1, sizes.tokens() * width);
+    let hidden = varlen_fa_harness::random::standard_normal(1, sizes.tokens() * width);
     // Of deviation 1/√width: every projected value is again of deviation 1 or so.
     let scale = (width as f32).sqrt().recip();
-    let weight: Vec<f32> =
-        random::standard_normal(2, width * 3 * width).into_iter().map(|value| value * scale).collect();
+    let weight: Vec<f32> = varlen_fa_harness::random::standard_normal(2, width * 3 * width)
+        .into_iter()
+        .map(|value| value * scale)
+        .collect();
 
     let mut block = Block::new(&application, &device, sizes, &hidden, &weight)?;
     let mut stepped = Vec::new();

@@ -6,7 +6,7 @@ use varlen_fa_testkit::{
     ErrorStats, Oracle, OracleProblem, Precision, Value, check_field_rule, check_relative, naive_low_precision_rows,
 };
 
-use super::arguments::Problem;
+use crate::arguments::Problem;
 
 /// Rows that are compared, half of them beside masked ones.
 const SAMPLED_ROWS: usize = 256;

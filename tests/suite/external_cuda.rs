@@ -1,4 +1,4 @@
-//! CUDA in place: devices over a context and stream of the test's own, tensors over its memory, and captures of its stream into
+//! External CUDA handles: devices over a context and stream of the test's own, tensors over its memory, and captures of its stream into
 //! graphs.
 
 use std::ffi::c_void;
@@ -15,32 +15,32 @@ use varlen_fa::{
 };
 use varlen_fa_testkit::{OracleShape, random};
 
-use super::suite::call::{Call, Mask, tensor_shapes};
-use super::suite::check::Rules;
-use super::suite::memory::{narrow, poison, sentinel};
-use super::suite::placement::Placement;
-use super::suite::trials::{Trials, Variant};
+use super::call::{Call, Mask, tensor_shapes};
+use super::check::Rules;
+use super::memory::{narrow, poison, sentinel};
+use super::placement::Placement;
+use super::trials::{Trials, Variant};
 
 pub fn register(trials: &mut Trials) {
-    trials.each_path("in_place/memory_at_odd_places", memory_at_odd_places);
-    trials.each_path("in_place/capture_and_replay", capture_and_replay);
-    trials.each_path("in_place/capture_of_new_metadata", capture_of_new_metadata);
-    trials.each_kernel("in_place/capture_of_dense_calls", capture_of_dense_calls);
-    trials.each_path_of_device_meta("in_place/capture_of_metadata_on_the_device", capture_of_metadata_on_the_device);
-    trials.once("in_place/capture_of_the_first_launch", capture_of_the_first_launch);
+    trials.each_path("external/memory_at_odd_places", memory_at_odd_places);
+    trials.each_path("external/capture_and_replay", capture_and_replay);
+    trials.each_path("external/capture_of_new_metadata", capture_of_new_metadata);
+    trials.each_kernel("external/capture_of_dense_calls", capture_of_dense_calls);
+    trials.each_path_of_device_meta("external/capture_of_metadata_on_the_device", capture_of_metadata_on_the_device);
+    trials.once("external/capture_of_the_first_launch", capture_of_the_first_launch);
     // What is unsafe during this kind of capture is refused to all threads.
-    trials.alone("in_place/capture_in_the_global_mode", capture_in_the_global_mode);
-    trials.once("in_place/what_a_capture_refuses", what_a_capture_refuses);
-    trials.once("in_place/the_default_stream", the_default_stream);
-    trials.once("in_place/devices_over_one_context", devices_over_one_context);
-    trials.once("in_place/contexts_that_come_and_go", contexts_that_come_and_go);
-    trials.once("in_place/the_callers_context_stays_current", the_callers_context_stays_current);
-    trials.once("in_place/outputs_over_inputs", outputs_over_inputs);
-    trials.once("in_place/elements_and_rows_beside_their_places", elements_and_rows_beside_their_places);
-    trials.once("in_place/managed_and_page_locked_memory", managed_and_page_locked_memory);
-    trials.once("in_place/bad_handles", bad_handles);
+    trials.alone("external/capture_in_the_global_mode", capture_in_the_global_mode);
+    trials.once("external/what_a_capture_refuses", what_a_capture_refuses);
+    trials.once("external/the_default_stream", the_default_stream);
+    trials.once("external/devices_over_one_context", devices_over_one_context);
+    trials.once("external/contexts_that_come_and_go", contexts_that_come_and_go);
+    trials.once("external/the_callers_context_stays_current", the_callers_context_stays_current);
+    trials.once("external/outputs_over_inputs", outputs_over_inputs);
+    trials.once("external/elements_and_rows_beside_their_places", elements_and_rows_beside_their_places);
+    trials.once("external/managed_and_page_locked_memory", managed_and_page_locked_memory);
+    trials.once("external/bad_handles", bad_handles);
     // Nobody else may allocate where memory was just freed.
-    trials.alone("in_place/bad_memory", bad_memory);
+    trials.alone("external/bad_memory", bad_memory);
 }
 
 /// While a stream is captured nothing may wait for its whole context, which making streams and freeing memory does: captures
@@ -260,14 +260,14 @@ fn fill(contents: &mut [u16], placement: &Placement, shape: [usize; 4], values: 
 
 /// A call on tensors in the application's memory.
 #[derive(Debug)]
-pub struct InPlace {
+pub struct ExternalCall {
     /// What is computed.
     pub call: Call,
     inputs: [Laid; 3],
     out: Laid,
 }
 
-impl InPlace {
+impl ExternalCall {
     /// The call's values where the placements and starts say: q, k, v, output.
     pub fn new(
         application: &Application,
@@ -365,9 +365,9 @@ fn memory_at_odd_places(variant: &Variant) -> Result<()> {
         ),
     ] {
         let (call, meta) = masked_call(&variant, seed)?;
-        let mut in_place = InPlace::new(&application, &variant.device, call, places)?;
-        in_place.launch(&variant, AttentionMask::varlen(&meta))?;
-        in_place.judge().with_context(|| format!("{places:?}"))?;
+        let mut external = ExternalCall::new(&application, &variant.device, call, places)?;
+        external.launch(&variant, AttentionMask::varlen(&meta))?;
+        external.judge().with_context(|| format!("{places:?}"))?;
     }
     Ok(())
 }
@@ -376,29 +376,29 @@ fn memory_at_odd_places(variant: &Variant) -> Result<()> {
 pub fn check_replays(
     application: &Application,
     variant: &Variant,
-    in_place: &mut InPlace,
+    external: &mut ExternalCall,
     mode: CUstreamCaptureMode,
     mask: AttentionMask<'_>,
 ) -> Result<()> {
-    let before = in_place.read()?;
-    let graph = application.capture(mode, || in_place.launch(variant, mask).map(drop))?;
+    let before = external.read()?;
+    let graph = application.capture(mode, || external.launch(variant, mask).map(drop))?;
     application.synchronize()?;
-    ensure!(in_place.read()? == before, "the captured call ran before the graph did");
+    ensure!(external.read()? == before, "the captured call ran before the graph did");
     for seed in [101, 102, 103] {
-        in_place.rewrite(seed)?;
+        external.rewrite(seed)?;
         graph.launch().map_err(driver)?;
-        let replayed = in_place.read()?;
-        in_place.judge().with_context(|| format!("replay on values {seed}"))?;
-        in_place.clear()?;
-        in_place.launch(variant, mask)?;
-        ensure!(in_place.read()? == replayed, "replay on values {seed}: other bits than a direct call");
+        let replayed = external.read()?;
+        external.judge().with_context(|| format!("replay on values {seed}"))?;
+        external.clear()?;
+        external.launch(variant, mask)?;
+        ensure!(external.read()? == replayed, "replay on values {seed}: other bits than a direct call");
     }
     // Again without new values: nothing of a run is left over in the graph's own memory.
-    let direct = in_place.read()?;
+    let direct = external.read()?;
     for _ in 0..3 {
-        in_place.clear()?;
+        external.clear()?;
         graph.launch().map_err(driver)?;
-        ensure!(in_place.read()? == direct, "a replay on the same values gave other bits");
+        ensure!(external.read()? == direct, "a replay on the same values gave other bits");
     }
     Ok(())
 }
@@ -412,8 +412,8 @@ fn capture_and_replay(variant: &Variant) -> Result<()> {
     let mut places = PLAIN;
     places[0] = (Placement::CONTIGUOUS, 1);
     for places in [PLAIN, places] {
-        let mut in_place = InPlace::new(&application, &variant.device, call.clone(), places)?;
-        check_replays(&application, &variant, &mut in_place, LOCAL, AttentionMask::varlen(&meta))?;
+        let mut external = ExternalCall::new(&application, &variant.device, call.clone(), places)?;
+        check_replays(&application, &variant, &mut external, LOCAL, AttentionMask::varlen(&meta))?;
     }
     Ok(())
 }
@@ -423,8 +423,8 @@ fn capture_of_new_metadata(variant: &Variant) -> Result<()> {
     let application = Application::new()?;
     let variant = application.variant(variant)?;
     let (call, meta) = masked_call(&variant, 5)?;
-    let mut in_place = InPlace::new(&application, &variant.device, call, PLAIN)?;
-    check_replays(&application, &variant, &mut in_place, LOCAL, AttentionMask::varlen(&meta))
+    let mut external = ExternalCall::new(&application, &variant.device, call, PLAIN)?;
+    check_replays(&application, &variant, &mut external, LOCAL, AttentionMask::varlen(&meta))
 }
 
 /// A graph that builds the metadata too follows whatever its mask holds, with the bits of direct calls.
@@ -433,7 +433,7 @@ fn capture_of_metadata_on_the_device(variant: &Variant) -> Result<()> {
     let variant = application.variant(variant)?;
     let (call, _) = masked_call(&variant, 12)?;
     let OracleShape { batch, seq_k: seq, .. } = call.shape;
-    let mut in_place = InPlace::new(&application, &variant.device, call, PLAIN)?;
+    let mut external = ExternalCall::new(&application, &variant.device, call, PLAIN)?;
     // Any bits but zero keep a token; the mask starts at an odd element.
     let mask = Raw::of(&application, &vec![0; batch * seq + 1])?;
     let memory = mask.on(&variant.device, 2)?;
@@ -446,22 +446,22 @@ fn capture_of_metadata_on_the_device(variant: &Variant) -> Result<()> {
             "metadata that must outlive the capture is allocated in it"
         );
         meta.rebuild(view)?;
-        in_place.launch(&variant, AttentionMask::varlen(&meta)).map(drop)
+        external.launch(&variant, AttentionMask::varlen(&meta)).map(drop)
     })?;
     for (seed, p) in [(201, 0.5), (202, 0.9), (203, 0.0), (204, 1.0)] {
         let keep = random::bernoulli_mask(seed, batch * seq, p)?;
-        in_place.call.mask = Mask::Varlen(keep.clone());
-        in_place.rewrite(seed)?;
+        external.call.mask = Mask::Varlen(keep.clone());
+        external.rewrite(seed)?;
         let tokens: Vec<u16> =
             keep.iter().enumerate().map(|(at, &keep)| if keep { at as u16 | 1 } else { 0 }).collect();
         mask.write(2, &tokens)?;
         graph.launch().map_err(driver)?;
-        let replayed = in_place.read()?;
-        in_place.judge().with_context(|| format!("replay on a mask that keeps {p}"))?;
-        in_place.clear()?;
+        let replayed = external.read()?;
+        external.judge().with_context(|| format!("replay on a mask that keeps {p}"))?;
+        external.clear()?;
         meta.rebuild(view)?;
-        in_place.launch(&variant, AttentionMask::varlen(&meta))?;
-        ensure!(in_place.read()? == replayed, "replay on a mask that keeps {p}: other bits than a direct call");
+        external.launch(&variant, AttentionMask::varlen(&meta))?;
+        ensure!(external.read()? == replayed, "replay on a mask that keeps {p}: other bits than a direct call");
     }
     Ok(())
 }
@@ -473,8 +473,8 @@ fn capture_of_the_first_launch(device: &Device) -> Result<()> {
     let variant = Variant { path: Some(Path::Dense), ..packed_variant(device)? };
     let variant = application.variant(&variant)?;
     let (call, meta) = masked_call(&variant, 11)?;
-    let mut in_place = InPlace::new(&application, &variant.device, call, PLAIN)?;
-    check_replays(&application, &variant, &mut in_place, LOCAL, AttentionMask::varlen(&meta))
+    let mut external = ExternalCall::new(&application, &variant.device, call, PLAIN)?;
+    check_replays(&application, &variant, &mut external, LOCAL, AttentionMask::varlen(&meta))
 }
 
 /// No mask, a key mask, and metadata of which nothing or everything is valid.
@@ -494,8 +494,8 @@ fn capture_of_dense_calls(variant: &Variant) -> Result<()> {
         (Mask::Varlen(vec![true; keep.len()]), AttentionMask::varlen(&everything)),
     ] {
         let call = Call::random(call.shape, mask, call.dtype, 6);
-        let mut in_place = InPlace::new(&application, &variant.device, call, PLAIN)?;
-        check_replays(&application, &variant, &mut in_place, LOCAL, given)?;
+        let mut external = ExternalCall::new(&application, &variant.device, call, PLAIN)?;
+        check_replays(&application, &variant, &mut external, LOCAL, given)?;
     }
     Ok(())
 }
@@ -505,9 +505,9 @@ fn capture_in_the_global_mode(device: &Device) -> Result<()> {
     let application = Application::new()?;
     let variant = application.variant(&packed_variant(device)?)?;
     let (call, meta) = masked_call(&variant, 7)?;
-    let mut in_place = InPlace::new(&application, &variant.device, call, PLAIN)?;
+    let mut external = ExternalCall::new(&application, &variant.device, call, PLAIN)?;
     let mode = CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_GLOBAL;
-    check_replays(&application, &variant, &mut in_place, mode, AttentionMask::varlen(&meta))
+    check_replays(&application, &variant, &mut external, mode, AttentionMask::varlen(&meta))
 }
 
 fn packed_variant(device: &Device) -> Result<Variant> {
@@ -521,7 +521,7 @@ fn what_a_capture_refuses(device: &Device) -> Result<()> {
     let variant = application.variant(&packed_variant(device)?)?;
     let device = &variant.device;
     let (call, meta) = masked_call(&variant, 8)?;
-    let mut in_place = InPlace::new(&application, device, call, PLAIN)?;
+    let mut external = ExternalCall::new(&application, device, call, PLAIN)?;
 
     let shape = [2, 6, 4, 16];
     let x = Tensor::zeros(device, DType::Bf16, &shape)?;
@@ -559,10 +559,10 @@ fn what_a_capture_refuses(device: &Device) -> Result<()> {
         }
         // Its memory is not the graph's, and waits for the end of the capture.
         drop(dropped_inside);
-        in_place.launch(&variant, AttentionMask::varlen(&meta)).map(drop)
+        external.launch(&variant, AttentionMask::varlen(&meta)).map(drop)
     })?;
     graph.launch().map_err(driver)?;
-    in_place.judge().context("the capture that refused")?;
+    external.judge().context("the capture that refused")?;
     // And afterwards everything works again.
     ensure!(x.to_vec::<varlen_fa::bf16>()? == [varlen_fa::bf16::ZERO; 2 * 6 * 4 * 16]);
     layer.forward(&x, &x, &x, AttentionMask::varlen(&short))?;
@@ -585,9 +585,9 @@ fn the_default_stream(device: &Device) -> Result<()> {
         let device_over = unsafe { Device::from_cuda(context.cast(), stream, Config::default()) }?;
         let variant = Variant { device: device_over, ..packed_variant(device)? };
         let (call, meta) = masked_call(&variant, 9)?;
-        let mut in_place = InPlace::new(&application, &variant.device, call, PLAIN)?;
-        in_place.launch(&variant, AttentionMask::varlen(&meta))?;
-        in_place.judge()?;
+        let mut external = ExternalCall::new(&application, &variant.device, call, PLAIN)?;
+        external.launch(&variant, AttentionMask::varlen(&meta))?;
+        external.judge()?;
     }
     // A null context beside a stream that has one.
     let other = Application::new()?;
@@ -623,10 +623,10 @@ fn devices_over_one_context(device: &Device) -> Result<()> {
     }
     // What two streams do to the same memory is in order if the application waits in between.
     let (call, meta) = masked_call(&variant, 10)?;
-    let mut in_place = InPlace::new(&application, &variant.device, call.clone(), PLAIN)?;
-    in_place.launch(&variant, AttentionMask::varlen(&meta))?;
-    let first = in_place.read()?;
-    let mut again = InPlace::new(&other, &beside.device, call, PLAIN)?;
+    let mut external = ExternalCall::new(&application, &variant.device, call.clone(), PLAIN)?;
+    external.launch(&variant, AttentionMask::varlen(&meta))?;
+    let first = external.read()?;
+    let mut again = ExternalCall::new(&other, &beside.device, call, PLAIN)?;
     again.launch(&beside, AttentionMask::varlen(&meta))?;
     ensure!(again.read()? == first, "another stream gave other bits");
     again.judge()

@@ -12,16 +12,16 @@ use super::super::trials::Trials;
 use super::application::{Application, Case, InPlace, READABLE, at, bytes};
 
 pub fn register(trials: &mut Trials) {
-    trials.once("wgpu_in_place/refusals/missing_usages", missing_usages);
-    trials.once("wgpu_in_place/refusals/unusable_buffers", unusable_buffers);
-    trials.once("wgpu_in_place/refusals/buffers_destroyed_later", buffers_destroyed_later);
-    trials.once("wgpu_in_place/refusals/buffers_mapped_later", buffers_mapped_later);
-    trials.once("wgpu_in_place/refusals/overlaps", overlaps);
-    trials.once("wgpu_in_place/refusals/sizes_and_places", sizes_and_places);
-    trials.once("wgpu_in_place/refusals/devices_of_another_kind", devices_of_another_kind);
-    trials.once("wgpu_in_place/refusals/another_devices_queue", another_devices_queue);
-    trials.once("wgpu_in_place/refusals/limits_that_are_too_low", limits_that_are_too_low);
-    trials.once("wgpu_in_place/refusals/a_device_lost_under_us", a_device_lost_under_us);
+    trials.once("external_wgpu/refusals/missing_usages", missing_usages);
+    trials.once("external_wgpu/refusals/unusable_buffers", unusable_buffers);
+    trials.once("external_wgpu/refusals/buffers_destroyed_later", buffers_destroyed_later);
+    trials.once("external_wgpu/refusals/buffers_mapped_later", buffers_mapped_later);
+    trials.once("external_wgpu/refusals/overlaps", overlaps);
+    trials.once("external_wgpu/refusals/sizes_and_places", sizes_and_places);
+    trials.once("external_wgpu/refusals/devices_of_another_kind", devices_of_another_kind);
+    trials.once("external_wgpu/refusals/another_devices_queue", another_devices_queue);
+    trials.once("external_wgpu/refusals/limits_that_are_too_low", limits_that_are_too_low);
+    trials.once("external_wgpu/refusals/a_device_lost_under_us", a_device_lost_under_us);
 }
 
 fn expect<T>(what: &str, result: varlen_fa::Result<T>, expected: &Error) -> Result<()> {

@@ -5,8 +5,11 @@ use std::time::Duration;
 /// Median and extremes of repeated timings.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Times {
+    /// The mean of the middle two, for an even number.
     pub median: Duration,
+    /// The shortest.
     pub min: Duration,
+    /// The longest.
     pub max: Duration,
 }
 

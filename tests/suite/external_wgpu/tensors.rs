@@ -15,14 +15,14 @@ use super::super::trials::Trials;
 use super::application::{Application, Case, InPlace, READABLE, at, bytes};
 
 pub fn register(trials: &mut Trials) {
-    trials.each_dtype("wgpu_in_place/same_bits_as_own_tensors", same_bits_as_own_tensors);
-    trials.once("wgpu_in_place/buffers_larger_than_a_binding", buffers_larger_than_a_binding);
-    trials.once("wgpu_in_place/settings_apply", settings_apply);
-    trials.once("wgpu_in_place/calls_from_many_threads", calls_from_many_threads);
-    trials.once("wgpu_in_place/reads_and_writes", reads_and_writes);
-    trials.once("wgpu_in_place/handlers_stay_the_applications", handlers_stay_the_applications);
-    trials.once("wgpu_in_place/time", time);
-    trials.once("wgpu_in_place/cooperative_matrices", cooperative_matrices);
+    trials.each_dtype("external_wgpu/same_bits_as_own_tensors", same_bits_as_own_tensors);
+    trials.once("external_wgpu/buffers_larger_than_a_binding", buffers_larger_than_a_binding);
+    trials.once("external_wgpu/settings_apply", settings_apply);
+    trials.once("external_wgpu/calls_from_many_threads", calls_from_many_threads);
+    trials.once("external_wgpu/reads_and_writes", reads_and_writes);
+    trials.once("external_wgpu/handlers_stay_the_applications", handlers_stay_the_applications);
+    trials.once("external_wgpu/time", time);
+    trials.once("external_wgpu/cooperative_matrices", cooperative_matrices);
 }
 
 /// A device with the features and the memory for it runs the kernel on cooperative matrices, and gives the bits of our own.

@@ -9,7 +9,7 @@ use super::super::trials::Trials;
 use super::application::{Application, Case, InPlace};
 
 pub fn register(trials: &mut Trials) {
-    trials.once("wgpu_in_place/pipeline_cache", pipeline_cache);
+    trials.once("external_wgpu/pipeline_cache", pipeline_cache);
 }
 
 fn cache(device: &wgpu::Device, data: Option<&[u8]>) -> wgpu::PipelineCache {

@@ -1,4 +1,4 @@
-//! Options of both programs, and the problems that they describe.
+//! Options that the programs share, and the problems that they describe.
 
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
@@ -13,6 +13,7 @@ use varlen_fa_testkit::{OracleShape, Precision, Workload};
 const DEFAULT_HEADS: usize = 24;
 const DEFAULT_HEAD_DIM: usize = 128;
 
+/// What to run, and on what.
 #[derive(Debug, Args)]
 pub struct ProblemArguments {
     /// Key mask and sizes to run, see below; may be given several times
@@ -58,8 +59,11 @@ Environment:
 /// An element type, as options name it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum ElementType {
+    /// IEEE 754 binary32.
     F32,
+    /// IEEE 754 binary16.
     F16,
+    /// The upper 16 bits of a binary32.
     Bf16,
 }
 
@@ -81,10 +85,15 @@ impl ElementType {
 /// A workload with the sizes that it is run at.
 #[derive(Debug)]
 pub struct Problem {
+    /// The key mask and its size.
     pub workload: Workload,
+    /// Query heads, H.
     pub heads: usize,
+    /// Key and value heads, Hkv.
     pub kv_heads: usize,
+    /// Elements of one head, D.
     pub head_dim: usize,
+    /// Of q, k, v and the output.
     pub element_type: ElementType,
 }
 

@@ -12,15 +12,15 @@ use super::super::trials::Trials;
 use super::application::{Application, Case, InPlace, READABLE, at, bits, bytes, portable};
 
 pub fn register(trials: &mut Trials) {
-    trials.each_dtype("wgpu_in_place/encoded_calls_give_the_same_bits", encoded_calls_give_the_same_bits);
-    trials.once("wgpu_in_place/between_the_applications_passes", between_the_applications_passes);
-    trials.once("wgpu_in_place/submitted_in_any_order_or_never", submitted_in_any_order_or_never);
-    trials.once("wgpu_in_place/submitted_after_everything_was_dropped", submitted_after_everything_was_dropped);
-    trials.once("wgpu_in_place/many_ranges_in_one_call", many_ranges_in_one_call);
-    trials.once("wgpu_in_place/pack_and_scatter", pack_and_scatter);
-    trials.once("wgpu_in_place/nothing_runs_before_the_submission", nothing_runs_before_the_submission);
-    trials.once("wgpu_in_place/an_encoder_of_another_device", an_encoder_of_another_device);
-    trials.once("wgpu_in_place/an_encoder_with_an_open_pass", an_encoder_with_an_open_pass);
+    trials.each_dtype("external_wgpu/encoded_calls_give_the_same_bits", encoded_calls_give_the_same_bits);
+    trials.once("external_wgpu/between_the_applications_passes", between_the_applications_passes);
+    trials.once("external_wgpu/submitted_in_any_order_or_never", submitted_in_any_order_or_never);
+    trials.once("external_wgpu/submitted_after_everything_was_dropped", submitted_after_everything_was_dropped);
+    trials.once("external_wgpu/many_ranges_in_one_call", many_ranges_in_one_call);
+    trials.once("external_wgpu/pack_and_scatter", pack_and_scatter);
+    trials.once("external_wgpu/nothing_runs_before_the_submission", nothing_runs_before_the_submission);
+    trials.once("external_wgpu/an_encoder_of_another_device", an_encoder_of_another_device);
+    trials.once("external_wgpu/an_encoder_with_an_open_pass", an_encoder_with_an_open_pass);
 }
 
 /// Into an encoder and into a pass; every path; inputs that a shader must copy first.
