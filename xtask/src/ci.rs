@@ -288,7 +288,15 @@ fn cargo_deny(workspace: &Workspace) -> Result<Outcome> {
         return Ok(Outcome::Skipped("cargo-deny is not installed: `cargo install cargo-deny --locked`"));
     }
     // Advisories are checked by hand before a release: they come from a database outside this repository.
-    run(cargo().current_dir(&workspace.root).args(["deny", "--all-features", "check", "bans", "licenses", "sources"]))?;
+    run(cargo().current_dir(&workspace.root).args([
+        "deny",
+        "--workspace",
+        "--all-features",
+        "check",
+        "bans",
+        "licenses",
+        "sources",
+    ]))?;
     Ok(Outcome::Passed)
 }
 
