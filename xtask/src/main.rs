@@ -1,10 +1,12 @@
 //! Chores of this repository; `cargo xtask --help` lists them.
 
 mod bundle;
+mod ci;
 mod compiler;
 mod header;
 mod kernels;
 mod manifest;
+mod pages;
 /// The library's own declarations.
 #[path = "../../src/backends/cuda/kernels/params.rs"]
 #[allow(dead_code, reason = "only the text half is used here")]
@@ -33,6 +35,18 @@ struct Arguments {
 
 #[derive(Debug, Subcommand)]
 enum Chore {
+    /// Run everything that must hold before a change lands, or some steps of it
+    ///
+    /// Needs Rust, a C compiler, Python with venv and, for the first step, apt; no GPU. Stops at the first step that fails, and
+    /// prints at the end how long each step took.
+    Ci {
+        /// Print the steps and run none
+        #[arg(long, conflicts_with = "steps")]
+        list: bool,
+        /// Steps to run [default: all]
+        #[arg(value_name = "STEP")]
+        steps: Vec<String>,
+    },
     /// Write kernels/common/params.cuh, and compile the CUDA kernels into kernels/prebuilt
     ///
     /// The header is made from src/backends/cuda/kernels/params.rs. Each source becomes one fatbin:
@@ -101,6 +115,11 @@ fn main() -> ExitCode {
 fn run(arguments: &Arguments) -> Result<()> {
     let workspace = Workspace::find()?;
     match &arguments.chore {
+        Chore::Ci { list: true, .. } => {
+            ci::list();
+            Ok(())
+        }
+        Chore::Ci { steps, .. } => ci::run_steps(&workspace, steps),
         Chore::Kernels { emulated: true, .. } => kernels::build_emulated(&workspace),
         Chore::Kernels { check: false, .. } => kernels::build(&workspace),
         Chore::Kernels { check: true, .. } => kernels::check(&workspace),
