@@ -21,7 +21,8 @@ struct Step {
 
 /// What a step does.
 enum Work {
-    /// Command lines, run in the repository's root. Words are separated by spaces; `NAME=value` words at the start are variables.
+    /// Command lines, run in the repository's root. Words are separated by spaces; `NAME=value`
+    /// words at the start are variables.
     Commands(&'static [&'static str]),
     /// A function of this program.
     Function(fn(&Workspace) -> Result<Outcome>),
@@ -36,7 +37,8 @@ enum Outcome {
 
 use Work::{Commands, Function};
 
-/// The devices that every machine has: the processor, and Mesa's software Vulkan adapter, which the step `system` installs.
+/// The devices that every machine has: the processor, and Mesa's software Vulkan adapter, which the
+/// step `system` installs.
 const DEVICES: &[(&str, &str)] = &[("VARLEN_FA_TEST_REQUIRE", "cpu,wgpu")];
 
 /// The steps, in the order in which they run: what is quick and fails often comes first.
@@ -171,7 +173,8 @@ pub fn list() {
     }
 }
 
-/// Runs the steps of these names, or all if there is no name, up to the first that fails. Prints how long each took.
+/// Runs the steps of these names, or all if there is no name, up to the first that fails. Prints
+/// how long each took.
 pub fn run_steps(workspace: &Workspace, names: &[String]) -> Result<()> {
     let steps = chosen(names)?;
     let mut rows = Vec::new();
@@ -287,7 +290,8 @@ fn cargo_deny(workspace: &Workspace) -> Result<Outcome> {
     if !is_installed("cargo-deny") {
         return Ok(Outcome::Skipped("cargo-deny is not installed: `cargo install cargo-deny --locked`"));
     }
-    // Advisories are checked by hand before a release: they come from a database outside this repository.
+    // Advisories are checked by hand before a release: they come from a database outside this
+    // repository.
     run(cargo().current_dir(&workspace.root).args([
         "deny",
         "--workspace",
