@@ -19,6 +19,7 @@
 #![cfg_attr(not(all(feature = "wgpu", feature = "cuda", not(target_arch = "wasm32"))), allow(dead_code))]
 
 mod attention;
+mod attention_mask;
 mod backends;
 mod cache;
 mod call;
@@ -31,6 +32,7 @@ mod error;
 mod kernel;
 mod layout;
 mod mask;
+mod primitives;
 mod tensor;
 
 /// The wgpu that [`Device::wgpu`] speaks of; its major version is part of this crate's API.
@@ -65,12 +67,8 @@ pub mod emulation {
 
 pub use half::{bf16, f16};
 
-pub use crate::attention::{
-    Attended, AttentionMask, MaskedAttention, Metadata, PackedAttended, VarlenOptions, pack, pack_into, pack_qkv,
-    pack_qkv_into, scatter_to_padded, scatter_to_padded_into, varlen_attention, varlen_attention_into,
-};
-#[cfg(feature = "wgpu")]
-pub use crate::backends::wgpu::Recorder;
+pub use crate::attention::{Attended, MaskedAttention};
+pub use crate::attention_mask::{AttentionMask, Metadata};
 pub use crate::call::op::Timing;
 pub use crate::call::plan::{Capabilities, Path, Plan, Reason};
 pub use crate::config::{Config, DeviceChoice};
@@ -83,6 +81,10 @@ pub use crate::kernel::{BackendKind, Kernel};
 pub use crate::layout::Layout;
 pub use crate::mask::key_mask::{KeyMask, MaskDType, MaskInteger, Run};
 pub use crate::mask::meta::{CuSeqlens, VarlenMeta};
+pub use crate::primitives::{
+    PackedAttended, VarlenOptions, pack, pack_into, pack_qkv, pack_qkv_into, scatter_to_padded, scatter_to_padded_into,
+    varlen_attention, varlen_attention_into,
+};
 pub use crate::tensor::device_meta::{DeviceVarlenMeta, MaskView};
 pub use crate::tensor::memory::DeviceMemory;
 pub use crate::tensor::{Tensor, TensorView, TensorViewMut};

@@ -7,6 +7,10 @@ mod header;
 mod kernels;
 mod manifest;
 mod pages;
+/// The library's own declarations.
+#[path = "../../src/backends/cuda/kernels/params.rs"]
+#[allow(dead_code, reason = "only the text half is used here")]
+mod params;
 mod ptxas;
 mod table;
 #[cfg(feature = "web")]
@@ -43,18 +47,20 @@ enum Chore {
         #[arg(value_name = "STEP")]
         steps: Vec<String>,
     },
-    /// Compile kernels/*.cu into kernels/prebuilt
+    /// Write kernels/common/params.cuh, and compile the CUDA kernels into kernels/prebuilt
     ///
-    /// Each kernels/NAME.cu becomes kernels/prebuilt/NAME.fatbin: machine code for sm_80, sm_90,
-    /// sm_100 and sm_120, and PTX for newer chips. The compiler, CUDA 13.0, is installed into
+    /// The header is made from src/backends/cuda/kernels/params.rs. Each source becomes one fatbin:
+    /// machine code for sm_80, sm_90, sm_100 and sm_120, and PTX for newer chips; or for the one
+    /// architecture whose instructions it uses. The compiler, CUDA 13.0, is installed into
     /// target/cuda-compiler the first time (about 500 MB, through pip); no CUDA toolkit and no GPU
     /// is needed, only python3 with venv, gcc and g++. Prints the registers and the spills of every
     /// kernel.
     ///
-    /// Fails on a compiler warning, on register spills in kernels that are not named *_masked, and
-    /// when the fatbins exceed 8 MB together.
+    /// Fails on a compiler warning, on more register spills than xtask/src/kernels.rs allows the
+    /// source, and when the fatbins exceed 8 MB together.
     Kernels {
-        /// Write nothing: rebuild under target/ and compare with kernels/prebuilt byte for byte
+        /// Write nothing: compare the header, rebuild under target/ and compare with
+        /// kernels/prebuilt byte for byte
         #[arg(long)]
         check: bool,
         /// Compile instead, into target/kernels, the sm100 kernel as compute capability 9.0 runs it

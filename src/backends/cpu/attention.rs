@@ -21,21 +21,18 @@
 use std::cmp::Reverse;
 
 use half::{bf16, f16};
-use pulp::Arch;
 use rayon::prelude::*;
 
+use super::call::{Call, Task};
 use super::copy::{self, PackedScratch};
-use super::host::{self, HostInput, HostOutput};
+use super::host;
 use super::rows::RowElement;
 use super::tiles::{KEY_TILE, Tiles};
-use super::tokens::Sequences;
-use crate::call::op::{Attention, Input, Output, Rows, no_device_tables};
+use crate::call::op::{Attention, Rows};
 use crate::call::plan::Path;
-use crate::call::problem::{AttentionProblem, AttentionShape};
+use crate::call::problem::AttentionShape;
 use crate::dtype::DType;
 use crate::error::Result;
-use crate::layout::Layout;
-use crate::mask::key_mask::KeyMask;
 use crate::mask::meta::VarlenMeta;
 
 /// Queries of a task, at most. The more, the less often K and V are gathered; the second where the first makes too few tasks.
@@ -74,102 +71,7 @@ fn attend_packed(attention: Attention<'_>, query: &VarlenMeta, key: &VarlenMeta)
     copy::scatter(packed_out.input(), out, query)
 }
 
-/// A call whose tensors are all `[B, S, H, D]`; packed ones have a batch dimension of stride 0.
-pub(super) struct Call<'a, T> {
-    problem: &'a AttentionProblem,
-    pub arch: Arch,
-    pub q: HostInput<'a, T>,
-    pub k: HostInput<'a, T>,
-    pub v: HostInput<'a, T>,
-    pub out: HostOutput<'a, T>,
-    pub lse: Option<HostOutput<'a, f32>>,
-    pub bias: Option<Bias<'a, T>>,
-    pub queries: Sequences<'a>,
-    pub keys: Sequences<'a>,
-    /// Drops keys from the softmax, of those that `keys` lists.
-    pub key_mask: Option<&'a KeyMask>,
-    /// Queries that it does not keep get rows of zeros, computed or not.
-    pub query_mask: Option<&'a KeyMask>,
-    pub scale: Scale,
-}
-
-/// What is added to the scaled scores, `[B, H, Sq, Sk]`.
-pub(super) enum Bias<'a, T> {
-    Same(HostInput<'a, T>),
-    F32(HostInput<'a, f32>),
-}
-
-/// The softmax scale as two factors.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Scale {
-    /// Its sign, or 0: multiplied into the queries, which is exact.
-    pub queries: f32,
-    /// Its magnitude, never 0: the softmax wants a positive factor, for which the largest score stays the largest.
-    pub scores: f32,
-}
-
-impl Scale {
-    fn new(softmax_scale: f32) -> Self {
-        if softmax_scale == 0.0 {
-            return Self { queries: 0.0, scores: 1.0 };
-        }
-        Self { queries: softmax_scale.signum(), scores: softmax_scale.abs() }
-    }
-}
-
-/// A query tile: queries `first..first + count` of one batch row and key/value head. They are numbered token by token, the query
-/// heads of the group side by side.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Task {
-    pub batch: usize,
-    pub kv_head: usize,
-    pub first: usize,
-    pub count: usize,
-    /// Pairs of query and key.
-    pairs: usize,
-}
-
-impl<'a, T: RowElement> Call<'a, T> {
-    fn new(attention: Attention<'a>) -> Result<Self> {
-        let Attention { problem, q, k, v, out, lse, rows, .. } = attention;
-        let AttentionShape { seq_q, seq_k, .. } = problem.shape;
-        let (queries, keys, key_mask, query_mask, bias) = match rows {
-            Rows::Dense { key_mask, bias, zero_rows } => {
-                (Sequences::Whole(seq_q), Sequences::Whole(seq_k), key_mask, zero_rows, bias)
-            }
-            Rows::Varlen { query, key } => {
-                (Sequences::Valid(query), Sequences::Valid(key), None, Some(query.key_mask()), None)
-            }
-            Rows::Packed { query, key } => (Sequences::Packed(query), Sequences::Packed(key), None, None, None),
-            Rows::DeviceVarlen { .. } => return Err(no_device_tables(super::NAME)),
-        };
-        let bias = match bias {
-            None => None,
-            Some(bias) if bias.dtype == T::DTYPE => Some(Bias::Same(HostInput::new(bias)?)),
-            Some(bias) => Some(Bias::F32(HostInput::new(bias)?)),
-        };
-        let padded = |input: Input<'a>| HostInput::new(Input { layout: with_batch(input.layout)?, ..input });
-        Ok(Self {
-            problem,
-            arch: Arch::new(),
-            q: padded(q)?,
-            k: padded(k)?,
-            v: padded(v)?,
-            out: HostOutput::new(Output { layout: with_batch(out.layout)?, ..out })?,
-            lse: lse.map(HostOutput::new).transpose()?,
-            bias,
-            queries,
-            keys,
-            key_mask,
-            query_mask,
-            scale: Scale::new(problem.softmax_scale),
-        })
-    }
-
-    pub fn shape(&self) -> &AttentionShape {
-        &self.problem.shape
-    }
-
+impl<T: RowElement> Call<'_, T> {
     fn run(&self) -> Result<()> {
         let tasks = self.tasks()?;
         let work = |task: &Task| task.pairs.saturating_mul(self.shape().head_dim);
@@ -204,12 +106,13 @@ impl<'a, T: RowElement> Call<'a, T> {
         let most = if count(large) >= ENOUGH_TASKS { large } else { small };
         let mut tasks = host::reserve(count(most))?;
         for batch in (0..batch).filter(|&b| queries(b) > 0) {
-            let (queries, keys) = (queries(batch), self.keys.of(batch).len());
+            let queries = queries(batch);
             // As many tiles as tiles of the largest size would be, but of about the same size.
             let tile = queries.div_ceil(queries.div_ceil(most)).next_multiple_of(QUERY_STEP);
             for kv_head in 0..num_kv_heads {
                 tasks.extend((0..queries).step_by(tile).map(|first| {
                     let count = tile.min(queries - first);
+                    let keys = self.needed_keys(batch, &(first..first + count)).len();
                     Task { batch, kv_head, first, count, pairs: count * keys }
                 }));
             }
@@ -243,24 +146,14 @@ impl<'a, T: RowElement> Call<'a, T> {
     }
 
     fn attend_tile(&self, task: &Task, tiles: &mut Tiles) {
-        let keys = self.keys.of(task.batch).len();
+        let needed = self.needed_keys(task.batch, &(task.first..task.first + task.count));
         let strips = tiles.start(self, task);
-        for first in (0..keys).step_by(KEY_TILE) {
-            let tile = first..keys.min(first + KEY_TILE);
+        for first in needed.clone().step_by(KEY_TILE) {
+            let tile = first..needed.end.min(first + KEY_TILE);
             tiles.gather_keys(self, task, tile.clone());
             tiles.gather_bias(self, task, strips, tile.clone());
             tiles.step(self, strips, tile.len());
         }
         tiles.finish(self, task, strips);
-    }
-}
-
-/// A layout of rank 3, packed rows, as one of rank 4 whose batch index does not matter.
-fn with_batch(layout: Layout) -> Result<Layout> {
-    match (layout.shape(), layout.strides()) {
-        (&[total, heads, dim], &[row, head, inner]) => {
-            Layout::strided(&[1, total, heads, dim], &[0, row, head, inner], layout.offset())
-        }
-        _ => Ok(layout),
     }
 }

@@ -1,13 +1,14 @@
 //! The CPU device: a real fallback for machines without a GPU.
 
 mod attention;
+mod call;
 mod copy;
 mod host;
+mod needed_keys;
 mod rows;
 mod softmax;
 mod strip;
 mod tiles;
-mod tokens;
 
 use std::any::Any;
 use std::sync::{Arc, LazyLock};

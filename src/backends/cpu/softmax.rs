@@ -27,7 +27,7 @@ impl<S: Simd, const W: usize> Running<'_, S, W> {
                 max[w] = simd.max_f32s(score[w], max[w]);
             }
         }
-        // A query all of whose keys so far are masked has the maximum −∞; −∞ − −∞ would be NaN where −∞ − 0 gives weight 0.
+        // A query all of whose scores so far are −∞, by its bias, has the maximum −∞; −∞ − −∞ would be NaN where −∞ − 0 gives weight 0.
         let (zero, nothing) = (simd.splat_f32s(0.0), simd.splat_f32s(f32::NEG_INFINITY));
         let (mut shift, mut factor, mut sum) = (max, max, [zero; W]);
         for w in 0..W {

@@ -90,8 +90,6 @@ pub(super) struct KeyTile<'a> {
     pub values: &'a [f32],
     pub value_stride: usize,
     pub len: usize,
-    /// Keys of the tile that are not kept.
-    pub masked: &'a [usize],
     /// Panels `[len]` to add to the scaled scores.
     pub bias: Option<&'a [f32]>,
 }
@@ -132,7 +130,7 @@ impl WithSimd for Step<'_> {
 impl Step<'_> {
     #[inline(always)]
     fn strip<S: Simd, const W: usize, const N: usize>(&mut self, simd: S, lanes: &Range<usize>) {
-        let KeyTile { keys, key_stride, values, value_stride, len, masked, bias } = self.tile;
+        let KeyTile { keys, key_stride, values, value_stride, len, bias } = self.tile;
         let q = vectors::<S, W>(&self.q[panel(lanes, self.head_dim)]);
         let scores = vectors_mut::<S, W>(self.scores);
         let (blocks, _) = scores.as_chunks_mut::<N>();
@@ -149,9 +147,6 @@ impl Step<'_> {
                 }
             }
             scale = 1.0;
-        }
-        for &key in masked {
-            scores[key] = [simd.splat_f32s(f32::NEG_INFINITY); W];
         }
         let [max] = vectors_mut::<S, W>(&mut self.max[lanes.clone()]) else { return };
         let [sum] = vectors_mut::<S, W>(&mut self.sum[lanes.clone()]) else { return };
@@ -269,13 +264,12 @@ mod tests {
         ((i * 37 + j * 101 + 11) * 7919 % 1009) as f32 / 504.5 - 1.0
     }
 
-    /// Two key tiles, the second of which begins with a masked key, for every vector length and width of strip.
+    /// Two key tiles, for every vector length and width of strip.
     #[test]
     fn every_vector_length_agrees_with_a_plain_softmax() {
         const DIM: usize = 24;
         const LENS: [usize; 2] = [KEY_BLOCK, KEY_BLOCK + 3];
         const STRIDE: usize = 2 * KEY_BLOCK;
-        let is_masked = |key| key == LENS[0];
         for arch in archs() {
             for queries in [1, 5, 48, 49, 70] {
                 let strips = Strips::new(arch, queries);
@@ -294,13 +288,11 @@ mod tests {
                 for len in LENS {
                     let mut keys = vec![f32::NAN; STRIDE * DIM];
                     let mut values = vec![f32::NAN; STRIDE * DIM];
-                    let masked: Vec<usize> = (0..len).filter(|&key| is_masked(first + key)).collect();
                     for key in 0..len {
                         for d in 0..DIM {
-                            let kept = if is_masked(first + key) { 0.0 } else { 1.0 };
-                            keys[key * DIM + d] = kept * value(first + key + 1000, d);
+                            keys[key * DIM + d] = value(first + key + 1000, d);
                             let block = d / VALUE_BLOCK * STRIDE * VALUE_BLOCK;
-                            values[block + key * VALUE_BLOCK + d % VALUE_BLOCK] = kept * value(first + key + 2000, d);
+                            values[block + key * VALUE_BLOCK + d % VALUE_BLOCK] = value(first + key + 2000, d);
                         }
                     }
                     arch.dispatch(Step {
@@ -317,7 +309,6 @@ mod tests {
                             values: &values,
                             value_stride: STRIDE,
                             len,
-                            masked: &masked,
                             bias: None,
                         },
                         scale: 0.5,
@@ -329,7 +320,7 @@ mod tests {
                     let weights: Vec<f64> = (0..first)
                         .map(|key| {
                             let dot = |d| f64::from(value(lane, d)) * f64::from(value(key + 1000, d));
-                            if is_masked(key) { 0.0 } else { (0.5 * (0..DIM).map(dot).sum::<f64>()).exp() }
+                            (0.5 * (0..DIM).map(dot).sum::<f64>()).exp()
                         })
                         .collect();
                     let total: f64 = weights.iter().sum();

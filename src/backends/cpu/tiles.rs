@@ -3,13 +3,12 @@
 
 use std::ops::Range;
 
-use super::attention::{Bias, Call, Task};
+use super::call::{Bias, Call, Task};
 use super::host::{self, HostInput};
+use super::needed_keys::Tokens;
 use super::rows::{ROW_BLOCK, RowElement, from_panel, to_panel};
 use super::strip::{KEY_BLOCK, KeyTile, Normalize, Step, Strips, VALUE_BLOCK, panel};
-use super::tokens::Tokens;
 use crate::error::Result;
-use crate::kernel::MAX_HEAD_DIM;
 
 /// Keys of a tile: few enough that a strip's scores stay in the first-level cache, and the tile's K and V in the second.
 pub(super) const KEY_TILE: usize = 128;
@@ -28,7 +27,6 @@ pub(super) struct Tiles {
     values: Vec<f32>,
     scores: Vec<f32>,
     bias: Vec<f32>,
-    masked: Vec<usize>,
     /// Rows of one strip, before they become a panel or after they were one.
     rows: Vec<f32>,
     /// For the conversion of a row.
@@ -53,7 +51,6 @@ impl Tiles {
             values: zeros(dim * VALUE_STRIDE)?,
             scores: zeros(padded_keys * strip)?,
             bias: zeros(if call.bias.is_some() { keys * lanes } else { 0 })?,
-            masked: host::reserve(if call.key_mask.is_some() { keys } else { 0 })?,
             rows: zeros(strip * dim.max(keys))?,
             converted: zeros(dim.max(keys))?,
             interleaved: zeros(ROW_BLOCK * dim.max(keys))?,
@@ -97,24 +94,14 @@ impl Tiles {
         let dim = call.shape().head_dim;
         let tokens = call.keys.of(task.batch);
         let (k, v) = (call.k.head(task.batch, task.kv_head), call.v.head(task.batch, task.kv_head));
-        let zeros = [0.0; MAX_HEAD_DIM];
-        let Self { keys, values, masked, converted, .. } = self;
-        masked.clear();
+        let Self { keys, values, converted, .. } = self;
         call.arch.dispatch(
             #[inline(always)]
             || {
                 for ((i, key), from) in keys.chunks_exact_mut(dim + KEY_PAD).enumerate().zip(tile) {
                     let token = tokens.at(from);
-                    let key = &mut key[..dim];
-                    // Masked rows are not read: a weight of 0 would not undo their NaN.
-                    let value = if call.key_mask.is_some_and(|mask| !mask.keeps(task.batch, token)) {
-                        masked.push(i);
-                        key.fill(0.0);
-                        &zeros[..dim]
-                    } else {
-                        key.copy_from_slice(T::widen(k.row(token, dim), &mut converted[..dim]));
-                        T::widen(v.row(token, dim), &mut converted[..dim])
-                    };
+                    key[..dim].copy_from_slice(T::widen(k.row(token, dim), &mut converted[..dim]));
+                    let value = T::widen(v.row(token, dim), &mut converted[..dim]);
                     let columns = values.chunks_exact_mut(VALUE_STRIDE * VALUE_BLOCK);
                     for (column, value) in columns.zip(value.as_chunks::<VALUE_BLOCK>().0) {
                         column.as_chunks_mut::<VALUE_BLOCK>().0[i] = *value;
@@ -144,7 +131,7 @@ impl Tiles {
     ) {
         let len = tile.len();
         let tokens = call.keys.of(query.task.batch);
-        let is_contiguous = bias.layout.strides().last() == Some(&1);
+        let is_contiguous = bias.layout.strides().last() == Some(&1) && tokens.is_range();
         let Self { bias: panels, rows, converted, interleaved, .. } = self;
         call.arch.dispatch(
             #[inline(always)]
@@ -189,7 +176,6 @@ impl Tiles {
                 values: &self.values,
                 value_stride: VALUE_STRIDE,
                 len,
-                masked: &self.masked,
                 bias: call.bias.as_ref().map(|_| &self.bias[..]),
             },
             scale: call.scale.scores,
@@ -239,7 +225,7 @@ struct Query<'a> {
 }
 
 impl<'a> Query<'a> {
-    fn of<T: RowElement>(call: &Call<'a, T>, task: &'a Task) -> Self {
+    fn of<T: RowElement>(call: &'a Call<'_, T>, task: &'a Task) -> Self {
         Self { task, tokens: call.queries.of(task.batch), group: call.shape().group_size() }
     }
 
