@@ -73,9 +73,9 @@ const STEPS: &[Step] = &[
         about: "clippy, for each set of features",
         variables: &[],
         work: Commands(&[
-            "cargo clippy --release --all-targets --no-default-features -- -D warnings",
-            "cargo clippy --release --all-targets --no-default-features --features wgpu -- -D warnings",
-            "cargo clippy --release --all-targets --no-default-features --features cuda -- -D warnings",
+            "cargo clippy --release -p varlen-fa -p varlen-fa-tests --all-targets --no-default-features -- -D warnings",
+            "cargo clippy --release -p varlen-fa -p varlen-fa-tests --all-targets --no-default-features --features wgpu -- -D warnings",
+            "cargo clippy --release -p varlen-fa -p varlen-fa-tests --all-targets --no-default-features --features cuda -- -D warnings",
             "cargo clippy --release --all-targets --all-features --workspace -- -D warnings",
         ]),
     },
@@ -150,6 +150,12 @@ const STEPS: &[Step] = &[
             "cargo run --release -p embed_sentences -- --device cpu --check examples/embed_sentences/testdata/reference.json",
             "cargo run --release -p embed_sentences -- --device wgpu --check examples/embed_sentences/testdata/reference.json",
         ]),
+    },
+    Step {
+        name: "fuzz",
+        about: "a minute of each coverage-guided fuzzer, from the committed seeds",
+        variables: &[],
+        work: Commands(&["fuzz/run.sh --seconds 60 masks layouts forward"]),
     },
     Step {
         name: "benches",
