@@ -231,7 +231,7 @@ impl Work {
             Self::Commands(lines) => {
                 for line in *lines {
                     println!("+ {line}");
-                    run(command(line)?.current_dir(&workspace.root).envs(variables.iter().copied()))?;
+                    run(command(&workspace.root, line)?.envs(variables.iter().copied()))?;
                 }
             }
         }
@@ -239,8 +239,8 @@ impl Work {
     }
 }
 
-/// A command line as a command.
-fn command(line: &str) -> Result<Command> {
+/// A command line as a command that runs in this folder; programs with a slash are below it.
+fn command(root: &Path, line: &str) -> Result<Command> {
     let mut words = line.split_whitespace().peekable();
     let mut variables = Vec::new();
     while let Some(variable) = words.peek().and_then(|word| word.split_once('=')) {
@@ -248,8 +248,12 @@ fn command(line: &str) -> Result<Command> {
         words.next();
     }
     let program = words.next().context("an empty command line")?;
-    let mut command = if program == "cargo" { cargo() } else { Command::new(program) };
-    command.args(words).envs(variables);
+    let mut command = match program {
+        "cargo" => cargo(),
+        script if script.contains('/') => Command::new(root.join(script)),
+        program => Command::new(program),
+    };
+    command.args(words).envs(variables).current_dir(root);
     Ok(command)
 }
 
@@ -337,15 +341,19 @@ mod tests {
         assert_eq!(names.len(), STEPS.len());
         for step in STEPS {
             if let Commands(lines) = step.work {
-                assert!(!lines.is_empty() && lines.iter().all(|line| command(line).is_ok()), "{}", step.name);
+                assert!(
+                    !lines.is_empty() && lines.iter().all(|line| command(Path::new("/"), line).is_ok()),
+                    "{}",
+                    step.name
+                );
             }
         }
     }
 
     #[test]
     fn variables_stand_before_the_program() {
-        let command = command("A=1 B=x=y program --flag=2").unwrap();
-        assert_eq!(command.get_program(), "program");
+        let command = command(Path::new("/root"), "A=1 B=x=y folder/program --flag=2").unwrap();
+        assert_eq!(command.get_program(), "/root/folder/program");
         assert_eq!(command.get_args().collect::<Vec<_>>(), ["--flag=2"]);
         let variables: Vec<_> = command.get_envs().collect();
         assert_eq!(variables, [(OsStr::new("A"), Some(OsStr::new("1"))), (OsStr::new("B"), Some(OsStr::new("x=y")))]);
