@@ -2,9 +2,8 @@
 
 use std::ops::Range;
 
-use pulp::Arch;
-
 use super::host::{HostInput, HostOutput};
+use super::isa::Processor;
 use super::needed_keys::{NeededKeys, Sequences};
 use super::rows::RowElement;
 use crate::call::op::{Attention, Input, Output, Rows, no_device_tables};
@@ -16,7 +15,7 @@ use crate::mask::key_mask::KeyMask;
 /// A call whose tensors are all `[B, S, H, D]`; packed ones have a batch dimension of stride 0.
 pub(super) struct Call<'a, T> {
     pub problem: &'a AttentionProblem,
-    pub arch: Arch,
+    pub processor: Processor,
     pub q: HostInput<'a, T>,
     pub k: HostInput<'a, T>,
     pub v: HostInput<'a, T>,
@@ -67,7 +66,7 @@ pub(super) struct Task {
 }
 
 impl<'a, T: RowElement> Call<'a, T> {
-    pub fn new(attention: Attention<'a>) -> Result<Self> {
+    pub fn new(attention: Attention<'a>, processor: Processor) -> Result<Self> {
         let Attention { problem, q, k, v, out, lse, rows, .. } = attention;
         let AttentionShape { seq_q, seq_k, .. } = problem.shape;
         let (queries, keys, query_mask, bias) = match rows {
@@ -89,7 +88,7 @@ impl<'a, T: RowElement> Call<'a, T> {
         let padded = |input: Input<'a>| HostInput::new(Input { layout: with_batch(input.layout)?, ..input });
         Ok(Self {
             problem,
-            arch: Arch::new(),
+            processor,
             q: padded(q)?,
             k: padded(k)?,
             v: padded(v)?,

@@ -62,11 +62,10 @@ impl<'a, T: Pod> HostInput<'a, T> {
         &self.data[offset_of(&self.layout, position)..][..len]
     }
 
-    /// The rows of one batch row and head, of a view of rank 4.
+    /// The rows of one batch row, of a view of rank 4.
     #[inline(always)]
-    pub fn head(&self, batch: usize, head: usize) -> HeadRows<'a, T> {
-        let stride = self.layout.strides().get(1).map_or(0, |&stride| stride as usize);
-        HeadRows { data: self.data, first: offset_of(&self.layout, &[batch, 0, head]), stride }
+    pub fn batch_rows(&self, batch: usize) -> BatchRows<&'a [T]> {
+        BatchRows { data: self.data, offsets: RowOffsets::new(&self.layout, batch) }
     }
 
     /// The element at a position of all dimensions.
@@ -76,18 +75,48 @@ impl<'a, T: Pod> HostInput<'a, T> {
     }
 }
 
-/// The rows of one batch row and head.
+/// Where the rows of one batch row lie, `[S, H]` of them.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct HeadRows<'a, T> {
-    data: &'a [T],
+struct RowOffsets {
     first: usize,
-    stride: usize,
+    token: usize,
+    head: usize,
 }
 
-impl<'a, T> HeadRows<'a, T> {
+impl RowOffsets {
+    fn new(layout: &Layout, batch: usize) -> Self {
+        let stride = |dim: usize| layout.strides().get(dim).map_or(0, |&stride| stride as usize);
+        Self { first: offset_of(layout, &[batch]), token: stride(1), head: stride(2) }
+    }
+
     #[inline(always)]
-    pub fn row(&self, token: usize, len: usize) -> &'a [T] {
-        &self.data[self.first + token * self.stride..][..len]
+    fn at(self, token: usize, head: usize) -> usize {
+        self.first + token * self.token + head * self.head
+    }
+}
+
+/// The rows of one batch row. To ask for a row costs two multiplications: rows are short.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct BatchRows<D> {
+    data: D,
+    offsets: RowOffsets,
+}
+
+impl<'a, T> BatchRows<&'a [T]> {
+    #[inline(always)]
+    pub fn row(&self, token: usize, head: usize, len: usize) -> &'a [T] {
+        &self.data[self.offsets.at(token, head)..][..len]
+    }
+}
+
+impl<T: Pod> BatchRows<&HostOutput<'_, T>> {
+    /// # Safety
+    /// As [`HostOutput::row`].
+    #[inline(always)]
+    #[expect(clippy::mut_from_ref, reason = "as HostOutput::row")]
+    pub unsafe fn row(&self, token: usize, head: usize, len: usize) -> &mut [T] {
+        // SAFETY: the caller's promise.
+        unsafe { self.data.elements(self.offsets.at(token, head), len) }
     }
 }
 
@@ -122,7 +151,21 @@ impl<'a, T: Pod> HostOutput<'a, T> {
     #[inline]
     #[expect(clippy::mut_from_ref, reason = "rows are handed out one at a time each; see the safety section")]
     pub unsafe fn row(&self, position: &[usize], len: usize) -> &mut [T] {
-        let start = offset_of(&self.layout, position);
+        // SAFETY: the caller's promise.
+        unsafe { self.elements(offset_of(&self.layout, position), len) }
+    }
+
+    /// The rows of one batch row, of a view of rank 4.
+    #[inline(always)]
+    pub fn batch_rows(&self, batch: usize) -> BatchRows<&Self> {
+        BatchRows { data: self, offsets: RowOffsets::new(&self.layout, batch) }
+    }
+
+    /// # Safety
+    /// As [`row`](Self::row).
+    #[inline(always)]
+    #[expect(clippy::mut_from_ref, reason = "as row")]
+    unsafe fn elements(&self, start: usize, len: usize) -> &mut [T] {
         assert!(start <= self.len && len <= self.len - start, "rows lie inside the memory: checked by problem");
         // SAFETY: start..start + len lies inside the allocation of `len` elements by the line above.
         let first = unsafe { self.data.add(start) };
