@@ -1,7 +1,5 @@
 //! Times dense, fused and packed attention and each primitive on one device.
 
-#[path = "../examples/common/mod.rs"]
-mod common;
 #[path = "attention/measure.rs"]
 mod measure;
 #[path = "attention/table.rs"]
@@ -15,11 +13,11 @@ use clap::Parser;
 use serde::Serialize;
 use varlen_fa::{Device, Kernel, Path, bf16, f16};
 
-use common::arguments::{ElementType, ProblemArguments, workload_help};
-use common::record::Record;
-use common::report::{Report, exit_code};
-use common::times::milliseconds;
 use measure::{Measured, Row, Schedule, Timed, run};
+use varlen_fa_harness::arguments::{ElementType, ProblemArguments, workload_help};
+use varlen_fa_harness::record::Record;
+use varlen_fa_harness::report::{Report, exit_code};
+use varlen_fa_harness::times::milliseconds;
 
 /// Workloads of a size for a CPU.
 const SOFTWARE_DEFAULTS: [&str; 2] = ["joint-small", "prefix-half"];

@@ -2,11 +2,6 @@
 //!
 //! They run once per request, before anything is launched: tens of microseconds at the size of a large batch.
 
-#[path = "../examples/common/report.rs"]
-mod report;
-#[path = "../examples/common/times.rs"]
-mod times;
-
 use std::hint::black_box;
 use std::io::Write;
 use std::num::NonZeroUsize;
@@ -20,8 +15,8 @@ use serde::Serialize;
 use varlen_fa::{KeyMask, Run, VarlenMeta};
 use varlen_fa_testkit::{Workload, WorkloadKind};
 
-use report::{Report, exit_code};
-use times::{Times, milliseconds};
+use varlen_fa_harness::report::{Report, exit_code};
+use varlen_fa_harness::times::{Times, milliseconds};
 
 /// A joint sequence of text and image, lengths of a padded batch, and the worst case for runs; all B = 8, S = 4352.
 const WORKLOADS: [(&str, &str); 3] = [

@@ -129,7 +129,7 @@ impl Device {
     /// [`Error::DeviceLost`], [`Error::OutOfMemory`].
     #[cfg(feature = "wgpu")]
     pub fn from_wgpu(device: &::wgpu::Device, queue: &::wgpu::Queue, config: Config) -> Result<Self> {
-        let backend = crate::backends::wgpu::WgpuDevice::foreign(device, queue, config)?;
+        let backend = crate::backends::wgpu::WgpuDevice::external(device, queue, config)?;
         expect_kernel(&backend, config)?;
         log::info!("computing on the application's {}", backend.name());
         Ok(Self { backend: Arc::new(backend), config: config.with_device(DeviceChoice::Wgpu) })
@@ -200,7 +200,7 @@ impl Device {
     #[cfg(all(feature = "cuda", not(target_arch = "wasm32")))]
     pub unsafe fn from_cuda(context: *mut c_void, stream: *mut c_void, config: Config) -> Result<Self> {
         // SAFETY: by the caller's promise.
-        let (backend, ordinal) = unsafe { crate::backends::cuda::over(context, stream, config.kernel) }?;
+        let (backend, ordinal) = unsafe { crate::backends::cuda::external(context, stream, config.kernel) }?;
         log::info!("computing on {}", backend.name());
         Ok(Self { backend, config: config.with_device(DeviceChoice::Cuda(ordinal)) })
     }

@@ -1,11 +1,13 @@
 //! Calls that are recorded into the application's wgpu commands instead of being launched.
 
-use crate::attention::{AttentionMask, MaskedAttention, pack_all, scatter};
+use crate::attention::MaskedAttention;
+use crate::attention_mask::AttentionMask;
 use crate::backends::wgpu::Recorder;
 use crate::call::plan::Plan;
 use crate::device::Device;
 use crate::error::Result;
 use crate::mask::meta::VarlenMeta;
+use crate::primitives::{pack_all, scatter};
 use crate::tensor::{TensorView, TensorViewMut};
 
 impl MaskedAttention {

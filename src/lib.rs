@@ -4,12 +4,12 @@
 //! [`VarlenMeta`] from the batch's [`KeyMask`] once per request, and give it to [`MaskedAttention`] in every layer and step. The
 //! rows of masked tokens are exactly zero in the output, and what they hold in the input never matters.
 //!
-//! [`Device::from_env`] picks the device. The crate's `README.md` shows both in fifteen lines, and `ARCHITECTURE.md` says how it
+//! [`Device::from_env`] picks the device. The crate's `README.md` shows both in fifteen lines, and `docs/architecture.md` says how it
 //! is built.
 //!
 //! # Features
 //! - `wgpu` (default): Vulkan, Metal, DirectX 12 and WebGPU devices through WGSL compute shaders. In a browser calls that wait have
-//!   other forms: see `docs/WEB.md`.
+//!   other forms: see `docs/web.md`.
 //! - `cuda` (default): NVIDIA devices. The driver is loaded at run time; no toolkit is needed to build or to run. Without effect on
 //!   wasm32.
 //!
@@ -19,6 +19,7 @@
 #![cfg_attr(not(all(feature = "wgpu", feature = "cuda", not(target_arch = "wasm32"))), allow(dead_code))]
 
 mod attention;
+mod attention_mask;
 mod backends;
 mod cache;
 mod call;
@@ -31,6 +32,7 @@ mod error;
 mod kernel;
 mod layout;
 mod mask;
+mod primitives;
 mod tensor;
 
 /// The wgpu that [`Device::wgpu`] speaks of; its major version is part of this crate's API.
@@ -41,15 +43,15 @@ pub use ::wgpu;
 #[doc = include_str!("../README.md")]
 struct Readme;
 
-/// Compiles the program of the page on CUDA in place.
+/// Compiles the program of the page on external CUDA handles.
 #[cfg(all(doctest, feature = "cuda"))]
-#[doc = include_str!("../docs/embedding-cuda.md")]
-struct EmbeddingCuda;
+#[doc = include_str!("../docs/external-cuda.md")]
+struct ExternalCuda;
 
-/// Compiles and runs the program of the page on wgpu in place.
+/// Compiles and runs the program of the page on external wgpu handles.
 #[cfg(all(doctest, feature = "wgpu"))]
-#[doc = include_str!("../docs/EMBEDDING.md")]
-struct EmbeddingWgpu;
+#[doc = include_str!("../docs/external-wgpu.md")]
+struct ExternalWgpu;
 
 /// For this repository's tests: the sm100 kernel without a Blackwell GPU.
 #[cfg(feature = "emulated-sm100")]
@@ -65,12 +67,8 @@ pub mod emulation {
 
 pub use half::{bf16, f16};
 
-pub use crate::attention::{
-    Attended, AttentionMask, MaskedAttention, Metadata, PackedAttended, VarlenOptions, pack, pack_into, pack_qkv,
-    pack_qkv_into, scatter_to_padded, scatter_to_padded_into, varlen_attention, varlen_attention_into,
-};
-#[cfg(feature = "wgpu")]
-pub use crate::backends::wgpu::Recorder;
+pub use crate::attention::{Attended, MaskedAttention};
+pub use crate::attention_mask::{AttentionMask, Metadata};
 pub use crate::call::op::Timing;
 pub use crate::call::plan::{Capabilities, Path, Plan, Reason};
 pub use crate::config::{Config, CpuIsa, DeviceChoice};
@@ -83,6 +81,10 @@ pub use crate::kernel::{BackendKind, Kernel};
 pub use crate::layout::Layout;
 pub use crate::mask::key_mask::{KeyMask, MaskDType, MaskInteger, Run};
 pub use crate::mask::meta::{CuSeqlens, VarlenMeta};
+pub use crate::primitives::{
+    PackedAttended, VarlenOptions, pack, pack_into, pack_qkv, pack_qkv_into, scatter_to_padded, scatter_to_padded_into,
+    varlen_attention, varlen_attention_into,
+};
 pub use crate::tensor::device_meta::{DeviceVarlenMeta, MaskView};
 pub use crate::tensor::memory::DeviceMemory;
 pub use crate::tensor::{Tensor, TensorView, TensorViewMut};

@@ -60,7 +60,9 @@ fn bad_device(got: &str) -> Error {
 }
 
 fn bad_kernel(got: &str) -> Error {
-    let expected = "cpu-tiled, wgsl-portable, wgsl-coop, sm80, sm90 or sm100".to_owned();
+    let names: Vec<&str> = Kernel::ALL.iter().map(|kernel| kernel.name()).collect();
+    let (last, rest) = names.split_last().unwrap_or((&"", &[]));
+    let expected = format!("{} or {last}", rest.join(", "));
     Error::Environment { variable: "VARLEN_FA_KERNEL", expected, got: got.to_owned() }
 }
 

@@ -10,11 +10,11 @@ use varlen_fa::{
 };
 use varlen_fa_testkit::{CompareError, Value, check_masked_rows_zero};
 
-use crate::common::arguments::Problem;
-use crate::common::check::{Comparison, Queries, compare};
-use crate::common::progress::Progress;
-use crate::common::random::standard_normal;
-use crate::common::times::Times;
+use varlen_fa_harness::arguments::Problem;
+use varlen_fa_harness::check::{Comparison, Queries, compare};
+use varlen_fa_harness::progress::Progress;
+use varlen_fa_harness::random::standard_normal;
+use varlen_fa_harness::times::Times;
 
 /// Input sets are rotated until they take this much memory, more than any last-level cache holds.
 const ROTATED_BYTES: u64 = 256 << 20;
@@ -201,7 +201,7 @@ pub fn run<T: Element + Value>(
     let forced: Vec<Path> =
         [Path::Fused, Path::Packed].into_iter().filter(|&path| path != plan.path && !meta.is_empty()).collect();
     let primitives = if meta.is_empty() { 0 } else { 3 };
-    let progress = Progress::new(2 + forced.len() + primitives)?;
+    let progress = Progress::new(2 + forced.len() + primitives);
     let mut timer = Timer { device, schedule, progress, set_count: sets.len(), rows: Vec::new() };
 
     timer.time(Row::Dense, operations, 0, |set| sets[set].attend(&attention, dense))?;

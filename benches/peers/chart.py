@@ -1,4 +1,5 @@
-"""A bar chart of the results that gpu_attention.py wrote: `python chart.py RESULTS.json CHART.svg` (needs matplotlib)."""
+"""Draws a bar chart of the results of gpu_attention.py: `python chart.py RESULTS.json CHART.svg`
+(needs matplotlib)."""
 
 import json
 import pathlib
@@ -9,7 +10,7 @@ import matplotlib
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
 
-# The calls that do the same job: padded tensors in, padded tensor out.
+# The calls from padded tensors to a padded tensor.
 SHOWN = ["ours", "ours, metadata on device", "pack + fa3 + scatter", "pack + fa2 + scatter", "sdpa, default"]
 COLOURS = ["#0b6e4f", "#7fb69e", "#c05746", "#e09f7d", "#4a5899"]
 
@@ -17,7 +18,7 @@ COLOURS = ["#0b6e4f", "#7fb69e", "#c05746", "#e09f7d", "#4a5899"]
 def main(results, chart):
     report = json.loads(pathlib.Path(results).read_text())
     workloads = report["workloads"]
-    # The same text gives the same bytes.
+    # Makes the output reproducible.
     matplotlib.rcParams["svg.hashsalt"] = "varlen-fa"
     figure, axis = plt.subplots(figsize=(9, 0.9 * len(workloads) + 1.2))
     height = 0.85 / len(SHOWN)

@@ -1,9 +1,11 @@
 #!/usr/bin/env python3
-"""Times PyTorch's CPU scaled_dot_product_attention and this crate's CPU device on the same workloads, in turns.
+"""Times PyTorch's CPU scaled_dot_product_attention and this crate's CPU device on the same
+workloads, in turns.
 
-Both run in f32 on all cores. PyTorch gets its tensors in the layout that suits it best, [B, H, S, D] without gaps, and runs
-once without a mask and once with a boolean key mask [B, 1, 1, S]; this crate runs `cargo bench --bench attention` on [B, S, H, D].
-Rounds alternate between the two, so that a busy machine is as busy for one as for the other.
+Both run in f32 on all cores. PyTorch gets contiguous [B, H, S, D] tensors, the layout that suits it
+best, and runs once without a mask and once with a boolean key mask [B, 1, 1, S]. This crate runs
+`cargo bench --bench attention` on [B, S, H, D]. Rounds alternate between the two, so that other
+load on the machine affects both alike.
 
 Needs torch: `pip install torch`, then `python benches/peers/cpu_sdpa.py`.
 """
@@ -31,7 +33,8 @@ WORKLOADS = [
 
 @dataclass
 class Workload:
-    """A `prefix` workload of the bench: the first `valid[b]` of `seq` tokens of batch row `b` are valid."""
+    """A `prefix` workload of the bench: the first `valid[b]` of `seq` tokens of batch row `b` are
+    valid."""
 
     spec: str
     seq: int

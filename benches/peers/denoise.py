@@ -1,27 +1,28 @@
-"""Seconds that a denoising step of a joint transformer takes, by what computes its attention: batches of unequal prompts, each
-padded to its batch's longest.
+"""The time of a denoising step of a joint transformer with different implementations of its
+attention, on batches of unequal prompts that are padded to the longest of the batch.
 
     cargo build --release -p varlen-fa-capi
     pip install torch triton numpy            # PyTorch 2.11 or newer; and fa3-fwd, on Hopper
     python benches/peers/denoise.py [--json FILE]
     python benches/peers/denoise.py --device cpu --layers 2 --side 4 --batch 2 --heads 2 --head-dim 32 --channels 64
 
-The model is Qwen-Image's in its dimensions (joint_transformer.py): 60 layers of 24 heads x 128. Weights are random, and by default
-one layer's set serves all of them: its 0.7 GB leave the cache between two uses as those of sixty sets would, and 40 GB are not
-needed (`--distinct-layers 60` has them). Everything but the attention is PyTorch's, the same for each method, run eagerly in bf16:
+The model has Qwen-Image's dimensions (joint_transformer.py): 60 layers of 24 heads x 128. Weights
+are random, and by default all layers share one set: its 0.7 GB leave the cache between two uses as
+those of sixty sets would, without the 40 GB that sixty sets take (`--distinct-layers 60` uses
+them). Everything but the attention is PyTorch's, the same for each method, run eagerly in bf16:
 
     sdpa                  scaled_dot_product_attention with the mask; masked rows are computed like any other
     pack + fa3 + scatter  valid rows packed by Triton, FlashAttention-3, scattered into zeros (the design of sglang PR #26318)
-    ours                  this library through its C interface, in place on PyTorch's tensors
+    ours                  this library through its C interface, directly on PyTorch's tensors
 
-Masks, metadata and tables are made once per request, before the first step. A step is one pass through the stack, without the
-second one of guidance. Times are of the GPU, from CUDA-graph replays in turns; the median counts. Before that the outputs of a
-stack of a few layers are held against the same one with its attention in f32, valid rows alone. By how much the methods differ
-after all layers, where each rounds its own way, is printed too.
+Masks, metadata and tables are made once per request, before the first step. A step is one pass
+through the stack, without the second pass of guidance. Times are medians of GPU time, from
+CUDA-graph replays in turns. Before that, the valid rows that a few layers give are compared with
+those of the same layers with attention in f32. The difference of the methods after all layers,
+which round differently, is printed too.
 """
 
 import argparse
-import json
 import pathlib
 import statistics
 import sys
@@ -30,17 +31,18 @@ import time
 import torch
 import torch.nn.functional as F
 
-import varlen_fa
 from joint_transformer import Dimensions, JointTransformer, rotary_tables
-from our_calls import view
+from our_calls import meta_of, open_device, varlen_fa, view
 from reference import naive
+from report import Report, facts
 from workloads import Workload, joint
 
-# Tokens of the prompts; a batch takes as many from the front.
+# Tokens of the prompts; a batch of n takes the first n.
 PROMPTS = [37, 211, 80, 12, 256, 5, 150, 64]
 # Padded text lengths are multiples of this, as a server pads them.
 BUCKET = 64
-# Relative difference, beside twice that of the same stack with a naive attention in bf16.
+# Allowed relative difference, on top of twice that of the same layers with a naive attention in
+# bf16.
 SLACK = 1e-3
 
 
@@ -52,11 +54,11 @@ def arguments():
     parser.add_argument("--side", type=int, action="append", help=sides)
     parser.add_argument("--layers", type=int, default=60)
     parser.add_argument("--distinct-layers", type=int, default=1, help="sets of weights that the layers use in turn")
-    parser.add_argument("--check-layers", type=int, default=2, help="layers of the stack that is held against attention in f32")
+    parser.add_argument("--check-layers", type=int, default=2, help="layers that are compared with attention in f32")
     parser.add_argument("--heads", type=int, default=24)
     parser.add_argument("--head-dim", type=int, default=128)
-    parser.add_argument("--channels", type=int, default=3584, help="of the text tokens that come in")
-    parser.add_argument("--rounds", type=int, default=4, help="steps of each method that count")
+    parser.add_argument("--channels", type=int, default=3584, help="channels of the text tokens")
+    parser.add_argument("--rounds", type=int, default=4, help="timed steps of each method")
     on_cpu = "cpu shows that the script runs; its times mean nothing"
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help=on_cpu)
     parser.add_argument("--library", type=pathlib.Path, help="the C library, if it is not in target/release")
@@ -65,7 +67,7 @@ def arguments():
 
 
 def request(batch, side, dims):
-    """The padded batch of a request, as the other benches describe one."""
+    """The padded batch of a request, as a workload of the other benches."""
     prompts = PROMPTS[:batch]
     text = -(-max(prompts) // BUCKET) * BUCKET
     name = f"{side * side} image tokens, batch {batch}"
@@ -73,7 +75,7 @@ def request(batch, side, dims):
 
 
 def row_by_row(workload, dtype):
-    """Attention of the valid rows, written plainly, computed in an element type."""
+    """A plain attention over the valid rows, computed in an element type."""
     kept = [row.nonzero().flatten() for row in workload.valid]
 
     def attend(q, k, v):
@@ -87,30 +89,22 @@ def row_by_row(workload, dtype):
     return attend
 
 
-class OurLibrary:
-    """The C library, with a device over the stream that everything runs on, or over the CPU."""
+def our_attention(library, device, workload):
+    """The attention of a request, and its plan, which the first call fills in."""
+    meta = meta_of(library, workload)
+    meta.upload(device)
+    mask, plan = varlen_fa.varlen(meta), varlen_fa.Plan()
 
-    def __init__(self, path, stream):
-        self.library = varlen_fa.Library(None if path is None else str(path))
-        self.device = self.library.open("cpu") if stream is None else self.library.open_cuda(stream=stream.cuda_stream)
+    def attend(q, k, v):
+        out = torch.empty_like(q)
+        device.forward(view(q), view(k), view(v), view(out), mask, plan=plan)
+        return out
 
-    def attention(self, workload):
-        """The attention of a request, and the words of its plan once it has run."""
-        valid = workload.valid.to(torch.uint8).contiguous()
-        meta = self.library.meta(self.library.key_mask_from_integers(valid.data_ptr(), 1, workload.batch, workload.seq))
-        meta.upload(self.device)
-        mask, plan = varlen_fa.varlen(meta), varlen_fa.Plan()
-
-        def attend(q, k, v):
-            out = torch.empty_like(q)
-            self.device.forward(view(q), view(k), view(v), view(out), mask, plan=plan)
-            return out
-
-        return attend, plan
+    return attend, plan
 
 
 def methods_of(workload, ours, device):
-    """Name: attention; and the plan of ours."""
+    """The attention of each method by its name, and the plan of ours."""
     mask = workload.valid.to(device)[:, None, None, :]
 
     def sdpa(q, k, v):
@@ -124,12 +118,12 @@ def methods_of(workload, ours, device):
         if "fa3" not in pytorch_peers.missing():
             rows = pytorch_peers.PackedRows(workload)
             methods["pack + fa3 + scatter"] = lambda q, k, v: rows.scatter(rows.fa3(*rows.pack(q, k, v)))
-    methods["ours"], plan = ours.attention(workload)
+    methods["ours"], plan = our_attention(*ours, workload)
     return methods, plan
 
 
 def missing_peers(device):
-    """Methods that do not run here, and why."""
+    """Methods that cannot run here, and why."""
     if device == "cpu":
         return {"pack + fa3 + scatter": "it needs an NVIDIA GPU"}
     import pytorch_peers
@@ -138,20 +132,21 @@ def missing_peers(device):
 
 
 def valid_rows(workload, outputs):
-    """What counts of a step's outputs, in f32: all of the image, and the valid tokens of the text."""
+    """The rows of a step's outputs that are compared, in f32: the whole image, and the valid tokens
+    of the text."""
     image, text = outputs
     kept = workload.valid[:, : text.shape[1]].to(text.device)
     return [image.float(), text[kept].float()]
 
 
 def apart(got, reference):
-    """The greater relative difference of the two streams. NaN is greater than anything."""
+    """The greater relative difference of the two streams. NaN counts as infinite."""
     found = [(torch.linalg.vector_norm(a - b) / torch.linalg.vector_norm(b)).item() for a, b in zip(got, reference)]
     return max(found, key=lambda error: float("inf") if error != error else error)
 
 
 def seconds(calls, stream, rounds):
-    """Median seconds of each call, and what each gave last."""
+    """The median seconds of each call, and its last output."""
     results = {}
     if stream is not None:
         from graph_timing import capture, medians_ms
@@ -176,7 +171,7 @@ def seconds(calls, stream, rounds):
 
 
 def run(workload, side, model, ours, stream, options):
-    """All figures of one request."""
+    """All results of one request."""
     text_tokens = workload.seq - side * side
     generator = torch.Generator(model.like["device"]).manual_seed(1)
 
@@ -213,6 +208,18 @@ def run(workload, side, model, ours, stream, options):
     return results, str(plan)
 
 
+def is_right(_, result):
+    return result["error"] <= result["allowed"]
+
+
+def method_line(name, result, layers):
+    return (
+        f"{name:22} {result['seconds']:8.4f} s a step  {result['saved_of_sdpa']:+7.1%} saved  "
+        f"{'ok' if is_right(name, result) else 'WRONG'} ({result['error']:.1e} of {result['allowed']:.1e})  "
+        f"{result['apart_from_sdpa_at_the_end']:.1e} from sdpa after {layers} layers"
+    )
+
+
 def main():
     options = arguments()
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -221,51 +228,39 @@ def main():
     torch.backends.cuda.matmul.allow_tf32 = False
     stream = torch.cuda.Stream() if options.device == "cuda" else None
     with torch.inference_mode(), torch.cuda.stream(stream):
-        ours = OurLibrary(options.library, stream)
+        ours = open_device(options.library, stream)
         model = JointTransformer(dims, options.layers, options.distinct_layers, options.device, torch.bfloat16)
-        report = {
-            "device": torch.cuda.get_device_name() if stream is not None else "cpu",
-            "ours": ours.device.info().name.decode(),
-            "torch": torch.__version__,
-            "cuda": torch.version.cuda,
-            "layers": options.layers,
-            "distinct_layers": options.distinct_layers,
-            "check_layers": options.check_layers,
-            "heads": dims.heads,
-            "head_dim": dims.head_dim,
-            "missing": missing_peers(options.device),
-            "requests": [],
-        }
-        print(json.dumps({key: value for key, value in report.items() if key != "requests"}))
-        wrong = []
+        about = facts(
+            ours[1],
+            stream,
+            layers=options.layers,
+            distinct_layers=options.distinct_layers,
+            check_layers=options.check_layers,
+            heads=dims.heads,
+            head_dim=dims.head_dim,
+            missing=missing_peers(options.device),
+        )
+        report = Report(about, "requests")
         for side in options.side or [32, 64]:
             for batch in options.batch or [1, 2, 4, 8]:
                 workload = request(batch, side, dims)
                 results, plan = run(workload, side, model, ours, stream, options)
-                text_tokens = workload.seq - side * side
-                print(
-                    f"\n{side * 16}² image ({side * side} tokens), batch {batch}, text {PROMPTS[:batch]} of {text_tokens}: "
-                    f"{workload.valid_share:.1%} valid; ours: {plan}"
-                )
-                for name, result in results.items():
-                    good = result["error"] <= result["allowed"]
-                    print(
-                        f"  {name:22} {result['seconds']:8.4f} s a step  {result['saved_of_sdpa']:+7.1%} saved  "
-                        f"{'ok' if good else 'WRONG'} ({result['error']:.1e} of {result['allowed']:.1e})  "
-                        f"{result['apart_from_sdpa_at_the_end']:.1e} from sdpa after {options.layers} layers"
-                    )
-                    if not good:
-                        wrong.append(f"{workload.name}: {name}")
-                sys.stdout.flush()
-                entry = {"image_tokens": side * side, "batch": batch, "text_tokens": text_tokens}
+                image, text = side * side, workload.seq - side * side
+                entry = {"image_tokens": image, "batch": batch, "text_tokens": text}
                 entry.update(prompts=PROMPTS[:batch], valid_share=workload.valid_share)
-                report["requests"].append({**entry, "plan": plan, "methods": results})
+                report.add(
+                    workload.name,
+                    f"{side * 16}² image ({image} tokens), batch {batch}, text {PROMPTS[:batch]} of {text}: "
+                    f"{workload.valid_share:.1%} valid",
+                    entry,
+                    plan,
+                    results,
+                    lambda name, result: method_line(name, result, options.layers),
+                    is_right,
+                )
                 if stream is not None:
                     torch.cuda.empty_cache()
-    if options.json:
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
-    if wrong:
-        sys.exit(f"wrong results: {', '.join(wrong)}")
+    report.finish(options.json)
 
 
 if __name__ == "__main__":

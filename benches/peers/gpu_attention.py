@@ -1,29 +1,31 @@
-"""This library, PyTorch's SDPA with a mask, and FlashAttention 2 and 3 on packed rows, in one process on one NVIDIA GPU.
+"""Compares this library, PyTorch's SDPA with a mask, and FlashAttention 2 and 3 on packed rows, in
+one process on one NVIDIA GPU.
 
     cargo build --release -p varlen-fa-capi
     pip install torch triton numpy            # PyTorch 2.11 or newer; and fa3-fwd, on Hopper
     python benches/peers/gpu_attention.py [--dtype f16] [--workload NAME]... [--json FILE]
     python benches/peers/chart.py FILE CHART.svg
 
-Every time is GPU time from CUDA-graph replays on rotating inputs, the calls in turns. Every output is checked against a
-reference in f32 first. TFLOP/s count valid pairs of query and key only; TB/s bytes read and written.
+Every time is GPU time from CUDA-graph replays on rotating inputs, with the calls in turns. Before
+that, every output is checked against a reference in f32. TFLOP/s count only valid pairs of query
+and key; TB/s count bytes read and written.
 """
 
 import argparse
-import json
 import pathlib
 import sys
 
 import torch
-import triton.testing  # noqa: F401  fails early, and by name, where Triton is missing
+import triton.testing  # noqa: F401  fails early, with a clear message, where Triton is missing
 
 import pytorch_peers
 from graph_timing import capture, medians_ms
 from our_calls import OurCalls
 from reference import Reference
+from report import Report, facts
 from workloads import WORKLOADS
 
-# Inputs of one round together are several times the cache.
+# All sets of inputs together are several times as large as the cache.
 SETS_BYTES = 400e6
 
 
@@ -31,14 +33,14 @@ def arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtype", choices=["bf16", "f16"], default="bf16")
     parser.add_argument("--workload", action="append", choices=[workload.name for workload in WORKLOADS])
-    parser.add_argument("--rounds", type=int, default=20, help="replays of each graph that count")
+    parser.add_argument("--rounds", type=int, default=20, help="timed replays of each graph")
     parser.add_argument("--library", type=pathlib.Path, help="the C library, if it is not in target/release")
     parser.add_argument("--json", type=pathlib.Path, help="where to write the results")
     return parser.parse_args()
 
 
 def copy_tb_s(stream, mebibytes):
-    """Bytes read and written by a device-to-device copy."""
+    """TB/s read and written by a device-to-device copy."""
     source = torch.empty(mebibytes << 20, dtype=torch.uint8, device="cuda").random_()
     target = torch.empty_like(source)
     graph = capture(stream, lambda _: target.copy_(source), [None] * 4)
@@ -61,7 +63,7 @@ def run(workload, dtype, stream, calls, rounds):
     packed = [rows.pack(*inputs) for inputs in padded]
     ours = calls.of(workload, padded, packed)
 
-    # Name: (call on the index of a set, operations or bytes, unit, what it gives)
+    # Name: (call that takes the index of a set, operations or bytes, unit, kind of output)
     def spread(inputs, call):
         return lambda at: call(*inputs[at])
 
@@ -89,7 +91,7 @@ def run(workload, dtype, stream, calls, rounds):
         try:
             found = reference.check(call(0), kind) if kind != "copy" else ours.check_copy(name)
             graphs[name] = capture(stream, call, range(sets))
-        except Exception as error:  # a peer may not take this shape; it is reported, not hidden
+        except Exception as error:  # a peer may not support this shape: reported, not hidden
             torch.cuda.synchronize()
             print(f"  {name}: not run: {type(error).__name__}: {str(error).splitlines()[0][:100]}")
             continue
@@ -98,6 +100,16 @@ def run(workload, dtype, stream, calls, rounds):
         result = results[name]
         result.update(median_ms=median, min_ms=least, max_ms=greatest, rate=result.pop("amount") / median / 1e9)
     return results, ours.plan
+
+
+def method_line(name, result, best):
+    """What is printed of a method; `best` is the time of our fastest call that does the whole job,
+    None for such a call."""
+    against = f"{result['median_ms'] / best:5.2f}x of ours" if best else ""
+    return (
+        f"{name:28} {result['median_ms']:8.4f} ms  (from {result['min_ms']:.4f})  "
+        f"{result['rate']:7.2f} {result['unit']:8} {result['check']:24} {against}"
+    )
 
 
 def main():
@@ -110,43 +122,33 @@ def main():
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         calls = OurCalls(options.library, stream)
-        report = {
-            "device": torch.cuda.get_device_name(),
-            "ours": calls.device_name,
-            "torch": torch.__version__,
-            "cuda": torch.version.cuda,
-            "dtype": options.dtype,
-            "copy_1gib_tb_s": copy_tb_s(stream, 1024),
-            "copy_100mib_tb_s": copy_tb_s(stream, 100),
-            "matmul_8192_tflops": matmul_tflops(stream, dtype),
-            "missing": pytorch_peers.missing(),
-            "workloads": [],
-        }
-        print(json.dumps({key: value for key, value in report.items() if key != "workloads"}))
-        wrong = []
+        about = facts(
+            calls.device,
+            stream,
+            dtype=options.dtype,
+            copy_1gib_tb_s=copy_tb_s(stream, 1024),
+            copy_100mib_tb_s=copy_tb_s(stream, 100),
+            matmul_8192_tflops=matmul_tflops(stream, dtype),
+            missing=pytorch_peers.missing(),
+        )
+        report = Report(about, "workloads")
         for workload in WORKLOADS:
             if options.workload and workload.name not in options.workload:
                 continue
             results, plan = run(workload, dtype, stream, calls, options.rounds)
-            shape = "x".join(map(str, workload.shape))
-            print(f"\n{workload.name}  [B, S, H, D] {shape}, {workload.valid_share:.1%} valid; ours: {plan}")
             best = min(result["median_ms"] for name, result in results.items() if name in calls.layer_names)
-            for name, result in results.items():
-                against = f"{result['median_ms'] / best:5.2f}x of ours" if name not in calls.layer_names else ""
-                print(
-                    f"  {name:28} {result['median_ms']:8.4f} ms  (from {result['min_ms']:.4f})  "
-                    f"{result['rate']:7.2f} {result['unit']:8} {result['check']:24} {against}"
-                )
-                if result["check"].startswith("WRONG"):
-                    wrong.append(f"{workload.name}: {name}")
-            sys.stdout.flush()
-            entry = {"name": workload.name, "shape": workload.shape, "valid_share": workload.valid_share}
-            report["workloads"].append({**entry, "plan": plan, "methods": results})
+            shape = "x".join(map(str, workload.shape))
+            report.add(
+                workload.name,
+                f"{workload.name}  [B, S, H, D] {shape}, {workload.valid_share:.1%} valid",
+                {"name": workload.name, "shape": workload.shape, "valid_share": workload.valid_share},
+                plan,
+                results,
+                lambda name, result: method_line(name, result, None if name in calls.layer_names else best),
+                lambda _, result: not result["check"].startswith("WRONG"),
+            )
             torch.cuda.empty_cache()
-    if options.json:
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
-    if wrong:
-        sys.exit(f"wrong results: {', '.join(wrong)}")
+    report.finish(options.json)
 
 
 if __name__ == "__main__":

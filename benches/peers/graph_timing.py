@@ -1,4 +1,4 @@
-"""GPU time of calls, from replays of CUDA graphs that are taken in turns."""
+"""GPU time of calls, from replays of CUDA graphs in turns."""
 
 import statistics
 
@@ -6,9 +6,9 @@ import torch
 
 
 def capture(stream, call, sets):
-    """A graph of one call on each set of inputs, one after the other: a cache that holds one set's data does not hold the next's.
-    Everything runs on `stream`, which is current."""
-    # What is made once, at the first call, is made outside of the graph.
+    """A graph of one call on each set of inputs, one after the other, so that no call finds its
+    inputs in the cache. Everything runs on `stream`, which is current."""
+    # What a first call allocates stays outside the graph.
     for inputs in sets:
         call(inputs)
     torch.cuda.synchronize()
@@ -20,8 +20,8 @@ def capture(stream, call, sets):
 
 
 def medians_ms(graphs, calls_per_graph, rounds):
-    """Milliseconds of one call of each graph, as (median, least, greatest) over the rounds; every round replays each graph
-    once, so that clocks and heat are shared."""
+    """Milliseconds of one call of each graph, as (median, minimum, maximum) over the rounds. Every
+    round replays each graph once, so that clocks and heat affect all alike."""
     times = {name: [] for name in graphs}
     for turn in range(rounds + 2):
         for name, graph in graphs.items():

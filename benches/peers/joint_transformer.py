@@ -1,5 +1,6 @@
-"""A denoising transformer of joint blocks, as Qwen-Image's and other double-stream models: text and image tokens have weights of
-their own and meet in one attention over the sequence [text, image]. Random weights; the attention is the caller's.
+"""A denoising transformer of joint blocks, as in Qwen-Image and other double-stream models: text
+and image tokens have separate weights and meet in one attention over the sequence [text, image].
+Weights are random; the attention is an argument.
 
     text  ─ norm, modulate ─ q k v ─┐                     ┌─ out, gate, add ─ norm, modulate, MLP, gate, add ─▶
                                     ├─ attend over both ──┤
@@ -16,12 +17,12 @@ EPS = 1e-6
 
 @dataclasses.dataclass(frozen=True)
 class Dimensions:
-    """Qwen-Image's, unless told otherwise."""
+    """By default those of Qwen-Image."""
 
     heads: int = 24
     head_dim: int = 128
     mlp_ratio: int = 4
-    # Channels of an image token, and of a text token as the language model gives it.
+    # Channels of an image token, and of a text token that the language model gives.
     image_channels: int = 64
     text_channels: int = 3584
     timestep_channels: int = 256
@@ -32,7 +33,7 @@ class Dimensions:
 
 
 class Linear:
-    """A projection with random weights that keep the variance of what goes through, times `gain` squared."""
+    """A projection with random weights that multiplies the variance by `gain` squared."""
 
     def __init__(self, into, out, like, gain=1.0):
         self.weight = torch.randn(out, into, **like).mul_(gain * into**-0.5)
@@ -47,7 +48,7 @@ class Stream:
 
     def __init__(self, dims, like):
         hidden, inner = dims.hidden, dims.hidden * dims.mlp_ratio
-        # Gates of about a fifth: sixty layers add up without growing out of range.
+        # Gates of about 0.2, so that the sum of sixty layers stays in range.
         self.modulation = Linear(hidden, 6 * hidden, like, gain=0.3)
         self.qkv = Linear(hidden, 3 * hidden, like)
         self.q_norm = torch.rand(dims.head_dim, **like).add_(0.5)
@@ -65,7 +66,7 @@ class Stream:
         return rotate(q, rotary), rotate(k, rotary), v
 
     def finish(self, x, attended, modulation):
-        """What comes after the attention."""
+        """The part of the block after the attention."""
         gate, shift, scale, mlp_gate = modulation[2:]
         x = x + gate * self.out(attended.flatten(2))
         mlp = self.down(F.gelu(self.up(modulate(x, shift, scale)), approximate="tanh"))
@@ -84,7 +85,7 @@ def rotate(x, rotary):
 
 
 def angles(positions, axes, like):
-    """cos and sin, [n, 1, D / 2], of [n, len(axes)] positions; an axis turns `axes[i]` pairs."""
+    """cos and sin, [n, 1, D / 2], of [n, len(axes)] positions; axis i rotates `axes[i]` pairs."""
     turned = []
     for at, pairs in enumerate(axes):
         frequencies = 10000.0 ** (-torch.arange(pairs, dtype=torch.float32) / pairs)
@@ -94,8 +95,9 @@ def angles(positions, axes, like):
 
 
 def rotary_tables(text, side, dims, like):
-    """Tables of the text tokens and of a square image: text counts along the diagonal past the image's corner."""
-    # As Qwen-Image divides its 64 pairs: 8 for the frame, 28 each for row and column.
+    """Tables of the text tokens and of a square image. Text positions continue the diagonal beyond
+    the image's corner."""
+    # Qwen-Image's division of the 64 pairs: 8 for the frame, 28 each for row and column.
     frame = dims.head_dim // 16
     row = (dims.head_dim // 2 - frame) // 2
     axes = (frame, row, dims.head_dim // 2 - frame - row)
@@ -121,8 +123,9 @@ class JointTransformer:
         self.image_out = Linear(hidden, dims.image_channels, self.like)
 
     def step(self, text, image, timestep, rotary, attend, layers=None):
-        """What the model predicts for the image, [B, image tokens, channels], and the text's last state, [B, text tokens,
-        hidden]. `text` and `image` are [B, tokens, channels]; `attend` takes q, k and v of both, [B, S, H, D], the text first."""
+        """The prediction for the image, [B, image tokens, channels], and the last state of the
+        text, [B, text tokens, hidden]. `text` and `image` are [B, tokens, channels]. `attend` takes
+        q, k and v of both, [B, S, H, D], text first."""
         words = text.shape[1]
         half = self.dims.timestep_channels // 2
         frequencies = torch.exp(torch.arange(half, device=text.device) * (-9.21 / half))

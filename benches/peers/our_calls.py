@@ -1,8 +1,15 @@
-"""This library's calls on PyTorch's tensors, through the C library, in place and on the caller's stream."""
+"""This library's calls on PyTorch's tensors, through the C library, without copies and on PyTorch's
+stream.
+
+The other benches import the Python binding from here, where its folder is known."""
+
+import pathlib
+import sys
 
 import torch
 
-import varlen_fa
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2] / "capi" / "python"))
+import varlen_fa  # noqa: E402
 
 DTYPES = {torch.float16: varlen_fa.F16, torch.bfloat16: varlen_fa.BF16}
 
@@ -13,10 +20,22 @@ def view(tensor):
     return varlen_fa.tensor(tensor.data_ptr(), tensor.shape, tensor.stride(), DTYPES[tensor.dtype], memory)
 
 
-class OurCalls:
-    """The library, with a device over the stream that everything runs on."""
+def open_device(path, stream):
+    """The library, and its device over the stream that everything runs on, or over the CPU."""
+    library = varlen_fa.Library(None if path is None else str(path))
+    return library, library.open("cpu") if stream is None else library.open_cuda(stream=stream.cuda_stream)
 
-    # Calls that do the whole job; the others are measured against the best of them.
+
+def meta_of(library, workload):
+    """The metadata of a workload's mask."""
+    valid = workload.valid.to(torch.uint8).contiguous()
+    return library.meta(library.key_mask_from_integers(valid.data_ptr(), 1, workload.batch, workload.seq))
+
+
+class OurCalls:
+    """The calls of this library that are measured."""
+
+    # Calls that do the whole job; the others are compared with the best of them.
     layer_names = {
         "ours",
         "ours, packed path",
@@ -27,25 +46,22 @@ class OurCalls:
     }
 
     def __init__(self, path, stream):
-        self.library = varlen_fa.Library(None if path is None else str(path))
-        self.device = self.library.open_cuda(stream=stream.cuda_stream)
-        info = self.device.info()
-        self.device_name = info.name.decode()
+        self.library, self.device = open_device(path, stream)
 
     def of(self, workload, padded, packed):
         return WorkloadCalls(self, workload, padded, packed)
 
 
 class WorkloadCalls:
-    """Calls on sets of padded and packed q, k and v; each takes the index of a set and gives its output."""
+    """Calls on sets of padded and packed q, k and v; each takes the index of a set and returns its
+    output."""
 
     def __init__(self, calls, workload, padded, packed):
         self.device, self.workload = calls.device, workload
-        valid = workload.valid.to(torch.uint8).contiguous()
         library = calls.library
-        self.meta = library.meta(library.key_mask_from_integers(valid.data_ptr(), 1, workload.batch, workload.seq))
+        self.meta = meta_of(library, workload)
         self.cu_seqlens = self.meta.cu_seqlens()
-        self.device_mask = valid.cuda()
+        self.device_mask = workload.valid.to(torch.uint8).contiguous().cuda()
         self.device_meta = self.device.device_meta(workload.batch, workload.seq)
         self.keep = padded, packed
         self.views = [[view(tensor) for tensor in inputs] for inputs in padded]
@@ -59,19 +75,20 @@ class WorkloadCalls:
         self.device.forward(*self.views[0], self.out_views[0], mask, plan=plan)
         self.plan = str(plan)
         self.padded = {"ours": self.layer(mask)}
-        if plan.path != varlen_fa.PATHS["packed"]:
-            self.padded["ours, packed path"] = self.layer(mask, varlen_fa.options(path="packed"))
-        if plan.kernel != varlen_fa.KERNELS["sm80"]:
-            self.padded["ours, sm80"] = self.layer(mask, varlen_fa.options(kernel="sm80"))
-            self.padded["ours, sm80 metadata on device"] = self.rebuilt(varlen_fa.options(kernel="sm80"))
-            self.padded["ours, sm80 packed"] = self.layer(mask, varlen_fa.options(path="packed", kernel="sm80"))
+        if plan.path != library.paths["packed"]:
+            self.padded["ours, packed path"] = self.layer(mask, library.options(path="packed"))
+        if plan.kernel != library.kernels["sm80"]:
+            self.padded["ours, sm80"] = self.layer(mask, library.options(kernel="sm80"))
+            self.padded["ours, sm80 metadata on device"] = self.rebuilt(library.options(kernel="sm80"))
+            self.padded["ours, sm80 packed"] = self.layer(mask, library.options(path="packed", kernel="sm80"))
         self.padded["ours, metadata on device"] = self.rebuilt()
         self.packed = {"ours: varlen_attention": self.varlen()}
-        if plan.kernel != varlen_fa.KERNELS["sm80"]:
-            self.packed["ours: varlen_attention, sm80"] = self.varlen(varlen_fa.options(kernel="sm80"))
+        if plan.kernel != library.kernels["sm80"]:
+            self.packed["ours: varlen_attention, sm80"] = self.varlen(library.options(kernel="sm80"))
 
     def poison(self):
-        """Fills the outputs of the first set, so that what a call does not write shows."""
+        """Fills the outputs of the first set with NaN, so that elements that a call does not write
+        are noticed."""
         for out in [self.outs[0], *self.packed_outs[0]]:
             out.fill_(float("nan"))
 
@@ -83,7 +100,7 @@ class WorkloadCalls:
         return call
 
     def rebuilt(self, options=None):
-        """Metadata from the mask on the device, and the layer."""
+        """The layer, after its metadata is rebuilt from the mask on the device."""
         mask = self.device_mask
 
         def call(at):
@@ -108,7 +125,7 @@ class WorkloadCalls:
         self.device.scatter_to_padded(self.packed_views[at][0], self.meta, self.out_views[at])
 
     def check_copy(self, name):
-        """Bit for bit; the peers' copies are their own business."""
+        """Checks our copies bit for bit; those of peers are not checked."""
         if not name.startswith("ours"):
             return "not checked"
         padded, packed = self.keep

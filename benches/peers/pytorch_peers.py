@@ -1,5 +1,5 @@
-"""What a PyTorch user would run instead: SDPA with the mask, FlashAttention 2 and 3 on packed rows, and pack → FlashAttention →
-scatter, the design of sglang PR #26318."""
+"""What a PyTorch user would run instead of this library: SDPA with the mask, FlashAttention 2 and 3
+on packed rows, and pack → FlashAttention → scatter, the design of sglang PR #26318."""
 
 import torch
 import torch.nn.functional as F
@@ -40,7 +40,7 @@ def _scatter_rows(packed, padded, inv_indices, width, BLOCK: tl.constexpr):
 
 
 class PackedRows:
-    """Metadata of a mask, and the two copies that it directs."""
+    """The metadata of a mask, and the two copies that use it."""
 
     def __init__(self, workload):
         valid = workload.valid.cuda()
@@ -75,7 +75,8 @@ class PackedRows:
 
 
 def sdpa(backend, mask):
-    """SDPA on [B, S, H, D] tensors; None is PyTorch's own choice of backend, and None no mask."""
+    """SDPA on [B, S, H, D] tensors. A backend of None leaves the choice to PyTorch; a mask of None
+    means no mask."""
 
     def call(q, k, v):
         q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
@@ -88,7 +89,7 @@ def sdpa(backend, mask):
 
 
 def missing():
-    """Peers that this machine lacks, with the reason."""
+    """Peers that are not installed, and why they cannot be imported."""
     found = {}
     if varlen_attn is None:
         found["fa2"] = NO_FA2
@@ -98,7 +99,7 @@ def missing():
 
 
 def padded_peers(workload, rows):
-    """Calls on padded (q, k, v), by name, and whether each promises zeros in masked rows."""
+    """Calls on padded (q, k, v) by name, and whether each writes zeros to masked rows."""
     mask = workload.valid.cuda()[:, None, None, :]
     peers = {
         "sdpa, default": (sdpa(None, mask), False),
@@ -113,7 +114,7 @@ def padded_peers(workload, rows):
 
 
 def packed_peers(rows):
-    """Calls on packed (q, k, v), by name."""
+    """Calls on packed (q, k, v) by name."""
     peers = {}
     if varlen_attn is not None:
         peers["fa2"] = rows.fa2

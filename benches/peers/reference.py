@@ -1,13 +1,14 @@
-"""Attention in f32, and how far an output may be from it."""
+"""Attention in f32, and the tolerance of outputs in 16 bits."""
 
 import torch
 
-# Beside the error of a naive computation in the working precision: flash-attention's own rule.
+# On top of twice the error of a naive computation in the working precision, as flash-attention's
+# tests allow.
 ATOL = 2e-3
 
 
 def naive(q, k, v, scale):
-    """Of [H, n, D] tensors, in their own element type."""
+    """Attention of [H, n, D] tensors, in their element type."""
     return torch.softmax((q @ k.transpose(-1, -2)) * scale, dim=-1) @ v
 
 
@@ -28,7 +29,8 @@ class Reference:
         self.allowed = 2 * (torch.cat(rough).float() - self.packed).abs().max().item() + ATOL
 
     def check(self, out, kind):
-        """`ok` or `WRONG`, and by how much; `kind` says how the rows lie and whether masked ones must be zero."""
+        """`ok` or `WRONG`, and the error. `kind` tells whether the output is packed or padded, and
+        whether its masked rows must be zero."""
         got = out if kind == "packed" else out.flatten(0, 1)[self.rows.indices]
         error = (got.float() - self.packed).abs().max().item()
         # Not `error > allowed`: NaN is wrong.

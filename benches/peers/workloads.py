@@ -1,4 +1,4 @@
-"""Padded batches that the benches run: shapes, and which tokens are valid."""
+"""The padded batches of the benches: shapes, and which tokens are valid."""
 
 import dataclasses
 
@@ -40,17 +40,19 @@ class Workload:
 
     @property
     def flops(self):
-        """Of the valid pairs of query and key alone: two products of two operations each."""
+        """Operations on the valid pairs of query and key only: two products of two operations
+        each."""
         return 4.0 * float((self.lengths.double() ** 2).sum()) * self.heads * self.head_dim
 
     @property
     def row_bytes(self):
-        """Of one token of one tensor, in a 16-bit element type."""
+        """Bytes of one token in one tensor of a 16-bit element type."""
         return self.heads * self.head_dim * 2
 
 
 def joint(text, valid_text, image):
-    """Text padded at its end, then image tokens that are all valid, as in joint diffusion transformers."""
+    """Text padded at its end, then image tokens that are all valid, as in joint diffusion
+    transformers."""
     valid = torch.zeros(len(valid_text), text + image, dtype=torch.bool)
     for row, length in enumerate(valid_text):
         valid[row, :length] = True
@@ -59,7 +61,8 @@ def joint(text, valid_text, image):
 
 
 def prefix(batch, seq, shortest, longest):
-    """Rows of evenly spread lengths, padded at their end; the order of the lengths is drawn with a fixed seed."""
+    """Rows of evenly spread lengths, padded at their end; the order of the lengths is drawn with a
+    fixed seed."""
     lengths = torch.linspace(shortest, longest, batch).round().long()
     lengths = lengths[torch.randperm(batch, generator=torch.Generator().manual_seed(0))]
     return torch.arange(seq)[None] < lengths[:, None]

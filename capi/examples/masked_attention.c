@@ -1,11 +1,12 @@
-/* Masked attention on a padded batch, from C: two sentences of different lengths, attention among the valid tokens only.
+/* Masked attention on a padded batch, from C: two sentences of different lengths, attention among the
+ * valid tokens only.
  *
  *     cargo build --release -p varlen-fa-capi
  *     cc -std=c11 -Icapi/include capi/examples/masked_attention.c -Ltarget/release -lvarlen_fa -lm -o masked_attention
  *     LD_LIBRARY_PATH=target/release ./masked_attention cpu
  *
- * The argument is the device: auto (the default), cpu, wgpu or cuda. The result is compared with a plain loop in double. Exits with 77 if
- * the device is not available.
+ * The argument is the device: auto (the default), cpu, wgpu or cuda. The result is compared with a
+ * plain loop in double. Exits with 77 if the device is not available.
  */
 #include <math.h>
 #include <stdint.h>
@@ -133,7 +134,7 @@ int main(int argc, char **argv) {
   require(varlen_fa_meta_create(mask, &meta), "making the metadata");
   require(varlen_fa_key_mask_free(mask), "freeing the mask");
 
-  /* What masked tokens hold does not matter. */
+  /* The values of masked tokens do not matter. */
   uint32_t state = 1;
   for (int b = 0; b < BATCH; b++) {
     for (int s = 0; s < SEQ; s++) {

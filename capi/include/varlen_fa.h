@@ -1,34 +1,43 @@
 // varlen-fa: attention over padded batches that computes only what is valid.
 //
-// This file is made from the sources of capi/ by `cargo xtask header`: change those instead.
-// docs/embedding-c.md shows how to build, link and use the library; capi/examples/masked_attention.c is a complete program.
+// Generated from the sources of capi/ by `cargo xtask header`: change those instead.
+// docs/external-c.md shows how to build, link and use the library;
+// capi/examples/masked_attention.c is a complete program.
 //
 // Errors
-//   Functions that can fail return a varlen_fa_status: 0 is success. varlen_fa_last_error() then has a message that names the
-//   argument, what was expected and what came. After an error no output and no result has been written; only if the device itself
-//   failed (VARLEN_FA_STATUS_DEVICE_LOST, _BACKEND) in the middle of a call, device memory given as an output may hold anything.
-//   No error of a caller ends the process, and no panic crosses into C.
+//   Functions that can fail return a varlen_fa_status: 0 is success. varlen_fa_last_error() then
+//   has a message that names the argument, what was expected and what came. After an error, no
+//   output and no result has been written, with one exception: if the device itself failed in the
+//   middle of a call (VARLEN_FA_STATUS_DEVICE_LOST, _BACKEND), outputs in device memory may hold
+//   anything. No wrong argument ends the process, and no panic crosses into C.
+//
+// External memory, contexts and streams
+//   "External" is what belongs to the application. The library uses it and never frees it.
 //
 // Handles
-//   Pointers to devices, masks, metadata and cu_seqlens are handles, not addresses: they are looked up. One that was freed, is of
-//   another kind or was never given out is refused with VARLEN_FA_STATUS_BAD_HANDLE. Every handle is freed once, with the function of
-//   its kind; freeing one ends the name and not the object, which lives on where others need it: metadata outlives its mask, and
-//   a call that runs in another thread finishes.
+//   Pointers to devices, masks, metadata and cu_seqlens are handles, not addresses: they are
+//   looked up. A handle that was freed, has the wrong type or was never issued is refused with
+//   VARLEN_FA_STATUS_BAD_HANDLE. Free every handle once, with the function of its type. Freeing
+//   ends the handle, not the object, which lives as long as it is needed: metadata outlives its
+//   mask, and a call that runs in another thread finishes.
 //
 // Threads
-//   Every function may be called from any thread at any time, also on the same handles. Calls on one device are ordered as they
-//   are made; calls that use device metadata wait for one that rebuilds it, and the other way round. A message of
-//   varlen_fa_last_error() belongs to the thread that got the error. What callers keep apart is their memory: while a call runs,
-//   nobody else writes to its inputs or uses its outputs, from their first element to the last and whatever lies between. Work on VARLEN_FA_MEMORY_CUDA goes on after the call: order other uses
-//   behind it with the device's stream, or call varlen_fa_device_synchronize.
+//   Every function may be called from any thread at any time, also on the same handles. Calls on
+//   one device are ordered as they are made. Calls that use device metadata wait for a call that
+//   rebuilds it, and vice versa. A message of varlen_fa_last_error() belongs to the thread of the
+//   failed call. The application keeps memory apart: while a call runs, nothing else may write
+//   its inputs or use its outputs, from the first element to the last, gaps included. Work on
+//   VARLEN_FA_MEMORY_CUDA goes on after the call: order other uses after it on the device's
+//   stream, or call varlen_fa_device_synchronize.
 //
 // Pointers
-//   NULL where there must be something, addresses in the first page, and misaligned ones are refused. Other pointers must be to live
-//   memory of the size that their function names: that is the caller's word, as everywhere in C.
+//   NULL where a pointer is required, addresses in the first page, and misaligned addresses are
+//   refused. Every other pointer must point to valid memory of the documented size; the library
+//   cannot check that.
 //
 // Structs
-//   Start from zeros (`varlen_fa_tensor q = {0};`) and set what you need. Reserved space must be 0; later versions may use it, and
-//   0 will mean what this version does.
+//   Start from zeros (`varlen_fa_tensor q = {0};`) and set what you need. Reserved space must be
+//   0; later versions may use it, and 0 will mean what this version does.
 
 
 #ifndef VARLEN_FA_H
@@ -36,8 +45,8 @@
 
 #include <stdint.h>
 
-// Version of this header. Compare with varlen_fa_version(): versions with the same major number and, while that is 0, the same
-// minor number work together.
+// Version of this header. Compare with varlen_fa_version(): versions with the same major number
+// and, while that is 0, the same minor number work together.
 #define VARLEN_FA_VERSION_MAJOR 0
 
 // See VARLEN_FA_VERSION_MAJOR.
@@ -48,23 +57,24 @@
 
 // What a call returns: 0, or why it was refused or failed. varlen_fa_last_error() has the message.
 //
-// Up to 99 the arguments are at fault: nothing was launched and nothing was written. From 100 on the device is, from 200 on this
-// library.
+// Up to 99, the arguments are at fault: nothing was launched and nothing was written. From 100 on,
+// the device is at fault; from 200 on, this library.
 enum varlen_fa_status
 #if defined(__cplusplus) || __STDC_VERSION__ >= 202311L
   : uint32_t
 #endif // defined(__cplusplus) || __STDC_VERSION__ >= 202311L
  {
-  // Done.
+  // Success.
   VARLEN_FA_STATUS_OK = 0,
   // A pointer that must not be NULL is NULL, or points into the first page.
   VARLEN_FA_STATUS_NULL_POINTER = 1,
-  // Not a live handle of the kind that the argument wants: freed, of another kind, or never a handle. Also a CUDA context, stream
-  // or address that the driver does not know.
+  // Not a live handle of the right type: freed, of another type, or never issued. Also a CUDA
+  // context, stream or address that the driver does not know.
   VARLEN_FA_STATUS_BAD_HANDLE = 2,
-  // A number that is not one of an enum's, a negative stride, a size that is no size, reserved space that is not 0.
+  // A number that is not a value of its enum, a negative stride, a flag that is neither 0 nor 1,
+  // or reserved space that is not 0.
   VARLEN_FA_STATUS_BAD_VALUE = 3,
-  // A pointer, an offset or a stride that is not a multiple of what it must be.
+  // A pointer, an offset or a stride that is not a multiple of the required alignment.
   VARLEN_FA_STATUS_MISALIGNED = 4,
   // A tensor has the wrong number of dimensions.
   VARLEN_FA_STATUS_RANK = 10,
@@ -82,11 +92,11 @@ enum varlen_fa_status
   VARLEN_FA_STATUS_DTYPE_MISMATCH = 16,
   // The last dimension of a tensor is not contiguous.
   VARLEN_FA_STATUS_INNER_STRIDE = 17,
-  // Shape and strides reach past the given bytes.
+  // Shape and strides reach past the end of the memory.
   VARLEN_FA_STATUS_BUFFER_TOO_SMALL = 18,
   // An output shares memory with an input or another output.
   VARLEN_FA_STATUS_OVERLAP = 19,
-  // Strides put two elements of an output at one place.
+  // Two elements of an output lie at the same address.
   VARLEN_FA_STATUS_SELF_OVERLAP = 20,
   // An array has the wrong number of elements.
   VARLEN_FA_STATUS_LENGTH = 21,
@@ -94,31 +104,32 @@ enum varlen_fa_status
   VARLEN_FA_STATUS_MASK_SIZE = 22,
   // A length or a run reaches outside its row.
   VARLEN_FA_STATUS_MASK_ROW = 23,
-  // Cumulative sequence lengths do not start at 0, fall, or end elsewhere than the tensors do.
+  // Cumulative sequence lengths do not start at 0, decrease, or do not end at the tensors' size.
   VARLEN_FA_STATUS_CU_SEQLENS = 24,
   // The softmax scale is not a finite number.
   VARLEN_FA_STATUS_SOFTMAX_SCALE = 25,
-  // A size does not fit the integers or the limits that hold it.
+  // A size exceeds an integer type or a limit.
   VARLEN_FA_STATUS_TOO_LARGE = 26,
-  // An environment variable has a value that is not understood.
+  // An environment variable has an invalid value.
   VARLEN_FA_STATUS_ENVIRONMENT = 27,
   // A tensor, memory or metadata belongs to another device.
   VARLEN_FA_STATUS_DEVICE_MISMATCH = 28,
-  // The forced path or kernel does not exist on this device or for this call.
+  // The forced path or kernel cannot compute this call on this device.
   VARLEN_FA_STATUS_NOT_APPLICABLE = 29,
-  // An argument is wrong in a way that this header has no name for.
+  // An argument is wrong in a way that has no number in this header.
   VARLEN_FA_STATUS_REFUSED = 99,
-  // The device that was asked for cannot be used here.
+  // The requested device is unavailable.
   VARLEN_FA_STATUS_DEVICE_UNAVAILABLE = 100,
-  // Memory ran out.
+  // Out of memory.
   VARLEN_FA_STATUS_OUT_OF_MEMORY = 101,
-  // The device is gone, and no later call on it succeeds.
+  // The device is lost; no later call on it succeeds.
   VARLEN_FA_STATUS_DEVICE_LOST = 102,
-  // The device or its driver refused an operation.
+  // An operation of the device or its driver failed.
   VARLEN_FA_STATUS_BACKEND = 103,
-  // The device's stream is being captured into a CUDA graph, which cannot hold the operation; the capture goes on.
+  // The device's stream is being captured into a CUDA graph, which cannot hold this operation.
+  // The capture goes on.
   VARLEN_FA_STATUS_STREAM_CAPTURED = 104,
-  // This library failed; the message says where. Please report it.
+  // A defect of this library; the message says where. Please report it.
   VARLEN_FA_STATUS_PANIC = 200,
 };
 #ifndef __cplusplus
@@ -135,11 +146,12 @@ enum varlen_fa_device_kind
   : uint32_t
 #endif // defined(__cplusplus) || __STDC_VERSION__ >= 202311L
  {
-  // What VARLEN_FA_DEVICE asks for, or the best one present: CUDA, then a hardware GPU through wgpu, then the CPU.
+  // The device that VARLEN_FA_DEVICE names, or the best one present: CUDA, then a hardware GPU
+  // through wgpu, then the CPU.
   VARLEN_FA_DEVICE_KIND_AUTO = 0,
   // The CPU.
   VARLEN_FA_DEVICE_KIND_CPU = 1,
-  // Vulkan, Metal or DirectX 12 through wgpu; software adapters included.
+  // Vulkan, Metal or DirectX 12 through wgpu, including software adapters.
   VARLEN_FA_DEVICE_KIND_WGPU = 2,
   // An NVIDIA GPU.
   VARLEN_FA_DEVICE_KIND_CUDA = 3,
@@ -152,7 +164,8 @@ typedef uint32_t varlen_fa_device_kind;
 #endif // __STDC_VERSION__ >= 202311L
 #endif // __cplusplus
 
-// Element type of a mask: an integer of so many bytes. Any value but 0 keeps the token; bool and signed integers count alike.
+// Element type of a mask, whose number is its size in bytes. 0 drops the token; any other value
+// keeps it, for bool, signed and unsigned integers alike.
 enum varlen_fa_mask_dtype
 #if defined(__cplusplus) || __STDC_VERSION__ >= 202311L
   : uint32_t
@@ -175,16 +188,17 @@ typedef uint32_t varlen_fa_mask_dtype;
 #endif // __STDC_VERSION__ >= 202311L
 #endif // __cplusplus
 
-// What an address is an address of.
+// The memory that an address points to.
 enum varlen_fa_memory
 #if defined(__cplusplus) || __STDC_VERSION__ >= 202311L
   : uint32_t
 #endif // defined(__cplusplus) || __STDC_VERSION__ >= 202311L
  {
-  // Host memory. The CPU device works on it in place. For other devices a call copies inputs to the device and outputs back,
-  // and returns when that is done.
+  // Host memory. The CPU device works on it directly. For other devices, a call copies inputs to
+  // the device and outputs back, and returns when that is done.
   VARLEN_FA_MEMORY_HOST = 0,
-  // Memory of the CUDA device that computes, used in place; the call returns before the work is done.
+  // Memory of the CUDA device that computes, which is used directly. The call returns before the
+  // work is done.
   VARLEN_FA_MEMORY_CUDA = 1,
 };
 #ifndef __cplusplus
@@ -203,15 +217,15 @@ enum varlen_fa_path
  {
   // In options: the library decides.
   VARLEN_FA_PATH_AUTO = 0,
-  // Every query against every key, masked keys dropped from the softmax.
+  // Every query against every key; masked keys are dropped from the softmax.
   VARLEN_FA_PATH_DENSE = 1,
-  // One pass over the padded tensors in place that skips what is masked.
+  // One pass over the padded tensors that skips what is masked.
   VARLEN_FA_PATH_FUSED = 2,
   // Pack, varlen attention on the packed rows, scatter with zeros.
   VARLEN_FA_PATH_PACKED = 3,
   // Zeros only: no query or no key is valid.
   VARLEN_FA_PATH_ZERO = 4,
-  // In plans: one that this header has no name for; the text names it.
+  // In plans: one that this header does not list; the text names it.
   VARLEN_FA_PATH_UNLISTED = 255,
 };
 #ifndef __cplusplus
@@ -236,13 +250,13 @@ enum varlen_fa_kernel
   VARLEN_FA_KERNEL_WGSL_PORTABLE = 2,
   // The WGSL kernel on cooperative matrices (tensor cores).
   VARLEN_FA_KERNEL_WGSL_COOP = 6,
-  // The CUDA kernel of every chip from compute capability 8.0 on.
+  // The CUDA kernel for every chip from compute capability 8.0 on.
   VARLEN_FA_KERNEL_CUDA_SM80 = 3,
-  // The CUDA kernel of compute capability 9.0.
+  // The CUDA kernel for compute capability 9.0.
   VARLEN_FA_KERNEL_CUDA_SM90 = 4,
-  // The CUDA kernel of compute capability 10.0 and 10.3.
+  // The CUDA kernel for compute capabilities 10.0 and 10.3.
   VARLEN_FA_KERNEL_CUDA_SM100 = 5,
-  // In plans: one that this header has no name for; the text names it.
+  // In plans: one that this header does not list; the text names it.
   VARLEN_FA_KERNEL_UNLISTED = 255,
 };
 #ifndef __cplusplus
@@ -253,7 +267,7 @@ typedef uint32_t varlen_fa_kernel;
 #endif // __STDC_VERSION__ >= 202311L
 #endif // __cplusplus
 
-// Element type of a tensor. 0 is none of them, so that a forgotten field is noticed.
+// Element type of a tensor. 0 is not a value, so that a forgotten field is an error.
 enum varlen_fa_dtype
 #if defined(__cplusplus) || __STDC_VERSION__ >= 202311L
   : uint32_t
@@ -282,17 +296,20 @@ enum varlen_fa_mask_kind
  {
   // Every query attends to every key.
   VARLEN_FA_MASK_KIND_NONE = 0,
-  // `key_mask`: every query attends to the kept keys of its batch row; rows of dropped queries are computed like any other.
+  // `key_mask`: every query attends to the kept keys of its batch row. Rows of dropped queries
+  // are computed like any other.
   VARLEN_FA_MASK_KIND_KEY = 1,
   // `bias`: added to the scaled scores, broadcast over [B, H, Sq, Sk].
   VARLEN_FA_MASK_KIND_BIAS = 2,
-  // `query_meta`: self-attention among the valid tokens; rows of the others are exactly zero.
+  // `query_meta`: self-attention among the valid tokens. Other rows are exactly zero.
   VARLEN_FA_MASK_KIND_VARLEN = 3,
-  // `query_meta` and `key_meta`: valid queries attend to the valid keys of their batch row; other rows are exactly zero.
+  // `query_meta` and `key_meta`: valid queries attend to the valid keys of their batch row.
+  // Other rows are exactly zero.
   VARLEN_FA_MASK_KIND_VARLEN_CROSS = 4,
-  // `query_device_meta`: as VARLEN, with metadata that the device built.
+  // `query_device_meta`: as VARLEN, with metadata built by the device.
   VARLEN_FA_MASK_KIND_DEVICE_VARLEN = 5,
-  // `query_device_meta` and `key_device_meta`: as VARLEN_CROSS, with metadata that the device built.
+  // `query_device_meta` and `key_device_meta`: as VARLEN_CROSS, with metadata built by the
+  // device.
   VARLEN_FA_MASK_KIND_DEVICE_VARLEN_CROSS = 6,
 };
 #ifndef __cplusplus
@@ -303,7 +320,7 @@ typedef uint32_t varlen_fa_mask_kind;
 #endif // __STDC_VERSION__ >= 202311L
 #endif // __cplusplus
 
-// Why a path was taken.
+// Why a path was taken. 8 is reserved.
 enum varlen_fa_reason
 #if defined(__cplusplus) || __STDC_VERSION__ >= 202311L
   : uint32_t
@@ -311,7 +328,7 @@ enum varlen_fa_reason
  {
   // No mask was given.
   VARLEN_FA_REASON_NO_MASK = 1,
-  // A key mask was given: dropped queries are computed like any other.
+  // A key mask was given. Dropped queries are computed like any other.
   VARLEN_FA_REASON_KEY_MASK = 2,
   // The key mask keeps every key, so it is not applied.
   VARLEN_FA_REASON_KEY_MASK_KEEPS_ALL = 3,
@@ -331,9 +348,10 @@ enum varlen_fa_reason
   VARLEN_FA_REASON_ALREADY_PACKED = 11,
   // The device built the metadata, so the plan cannot know the mask.
   VARLEN_FA_REASON_METADATA_ON_DEVICE = 12,
-  // Metadata was given with runs too short to be read in place.
+  // Metadata was given, but its runs are so short that packing takes less time than the fused
+  // path.
   VARLEN_FA_REASON_FRAGMENTED = 13,
-  // One that this header has no name for; the text says it.
+  // One that this header does not list; the text names it.
   VARLEN_FA_REASON_UNLISTED = 255,
 };
 #ifndef __cplusplus
@@ -344,20 +362,22 @@ typedef uint32_t varlen_fa_reason;
 #endif // __STDC_VERSION__ >= 202311L
 #endif // __cplusplus
 
-// Cumulative sequence lengths of packed rows: sequence b is rows cu_seqlens[b] to cu_seqlens[b + 1].
+// Cumulative sequence lengths of packed rows: sequence b is rows cu_seqlens[b] to cu_seqlens[b +
+// 1].
 typedef struct varlen_fa_cu_seqlens varlen_fa_cu_seqlens;
 
-// A device. Handles are numbers that look like pointers: they point to nothing.
+// A device. Handles are numbers in the form of pointers; they do not point to memory.
 typedef struct varlen_fa_device varlen_fa_device;
 
-// What varlen_fa_meta is, built on the device from a mask that is there already, without waiting for the host.
+// The same as varlen_fa_meta, built by the device from a mask in its memory, without waiting for
+// the host.
 typedef struct varlen_fa_device_meta varlen_fa_device_meta;
 
 // Which tokens of a [B, S] batch are kept.
 typedef struct varlen_fa_key_mask varlen_fa_key_mask;
 
-// Where the valid tokens of a [B, S] batch lie. Made once per request and used by every layer and step: devices keep their copy
-// of it.
+// Which tokens of a [B, S] batch are valid, as attention needs it. Create it once per request for
+// all layers and steps: it keeps a copy on each device that used it.
 typedef struct varlen_fa_meta varlen_fa_meta;
 
 // What a device is and can do.
@@ -366,21 +386,21 @@ typedef struct varlen_fa_device_info {
   varlen_fa_device_kind kind;
   // 1 if the device is emulated on the CPU, or is the CPU.
   uint32_t is_software;
-  // Bit `1 << dtype` for each element type that it computes with.
+  // Bit `1 << dtype` for each supported element type.
   uint32_t dtypes;
-  // Bit `1 << kernel` for each kernel that runs on it and that this header names.
+  // Bit `1 << kernel` for each kernel of this header that runs on it.
   uint32_t kernels;
-  // Bytes of the largest tensor.
+  // Largest possible size of a tensor, in bytes.
   uint64_t max_buffer_bytes;
   // Kind and hardware, for messages.
   char name[192];
-  // The hardware, and its driver where there is one.
+  // The hardware, and its driver if it has one.
   char adapter[192];
   // 0.
   uint64_t reserved[4];
 } varlen_fa_device_info;
 
-// A range of kept tokens of one batch row. It may be empty; ranges may touch or overlap.
+// A range of kept tokens in one batch row. It may be empty; ranges may touch or overlap.
 typedef struct varlen_fa_run {
   // Batch row.
   uint64_t row;
@@ -390,7 +410,7 @@ typedef struct varlen_fa_run {
   uint64_t end;
 } varlen_fa_run;
 
-// Sizes of a batch's metadata.
+// Sizes of the batch that metadata describes.
 typedef struct varlen_fa_meta_info {
   // Number of batch rows, B.
   uint64_t batch;
@@ -404,75 +424,79 @@ typedef struct varlen_fa_meta_info {
   uint64_t reserved[4];
 } varlen_fa_meta_info;
 
-// A [B, S] mask in the caller's memory. Start from zeros, as with a tensor.
+// A [B, S] mask in external memory. Start from zeros, as with a tensor.
 typedef struct varlen_fa_mask_view {
   // The first element. May be NULL if the mask has no elements.
   const void *data;
-  // Bytes from `data` on that belong to the mask.
+  // Size of the memory at `data`, in bytes.
   uint64_t bytes;
   // Element type.
   varlen_fa_mask_dtype dtype;
-  // What `data` is an address of.
+  // The memory that `data` points to.
   varlen_fa_memory memory;
   // B and S.
   uint64_t shape[2];
-  // Distance between neighbours of each dimension, in elements, 0 or more.
+  // Distance between neighbours in each dimension, in elements, at least 0.
   int64_t strides[2];
   // 0.
   uint64_t reserved[2];
 } varlen_fa_mask_view;
 
-// Options of an attention call; all zeros, or no struct at all, is the default.
+// Options of an attention call. All zeros, or a NULL struct, means the defaults.
 typedef struct varlen_fa_attention_options {
-  // 1 if `softmax_scale` counts; 0 for 1/sqrt(D).
+  // 1 to use `softmax_scale`; 0 for 1/sqrt(D).
   uint32_t has_softmax_scale;
-  // The factor on q*k before the softmax; any finite number.
+  // Factor on q*k before the softmax; any finite number.
   float softmax_scale;
-  // The path to take; for tests and comparisons.
+  // Forces a path, for tests and comparisons.
   varlen_fa_path path;
-  // The kernel to run; for tests and comparisons.
+  // Forces a kernel, for tests and comparisons.
   varlen_fa_kernel kernel;
   // 0.
   uint64_t reserved[4];
 } varlen_fa_attention_options;
 
-// A tensor in the caller's memory.
+// A tensor in external memory.
 //
-// Element [b, s, h, d] of a [B, S, H, D] tensor lies b*strides[0] + s*strides[1] + h*strides[2] + d*strides[3] elements after
-// `data`. The last dimension is contiguous (stride 1), except of a bias; the others are free, so that slices of a fused
-// projection and permuted tensors need no copy.
+// Element [b, s, h, d] of a [B, S, H, D] tensor lies at `data` + b*strides[0] + s*strides[1] +
+// h*strides[2] + d*strides[3], in elements. The last dimension must be contiguous (stride 1),
+// except in a bias. The other strides are free, so that slices of a fused projection and permuted
+// tensors need no copy.
 //
 // Start from zeros, as in `varlen_fa_tensor q = {0};`, so that reserved space is 0.
 typedef struct varlen_fa_tensor {
   // The first element. May be NULL if the tensor has no elements.
   void *data;
-  // Bytes from `data` on that belong to the tensor. Shape and strides that reach further are refused.
+  // Size of the memory at `data`. Shape and strides that reach further are refused.
   uint64_t bytes;
   // Element type.
   varlen_fa_dtype dtype;
-  // What `data` is an address of.
+  // The memory that `data` points to.
   varlen_fa_memory memory;
   // Number of dimensions, 1 to 4.
   uint32_t rank;
   // 0.
   uint32_t reserved_word;
-  // Size of each dimension; entries from `rank` on do not count.
+  // Size of each dimension; entries from `rank` on are ignored.
   uint64_t shape[4];
-  // Distance between neighbours of each dimension, in elements, 0 or more; entries from `rank` on do not count.
+  // Distance between neighbours in each dimension, in elements, at least 0; entries from `rank`
+  // on are ignored.
   int64_t strides[4];
   // 0.
   uint64_t reserved[2];
 } varlen_fa_tensor;
 
-// Which queries attend to which keys. All zeros, or no struct at all, is no mask. Pointers that `kind` does not name are NULL.
+// Which queries attend to which keys. All zeros, or a NULL struct, means no mask. Pointers that
+// `kind` does not use must be NULL.
 typedef struct varlen_fa_attention_mask {
-  // Which of the fields below count.
+  // Which of the fields below are used.
   varlen_fa_mask_kind kind;
   // 0.
   uint32_t reserved_word;
   // [B, Sk], for KEY.
   const struct varlen_fa_key_mask *key_mask;
-  // 1 to 4 dimensions that broadcast to [B, H, Sq, Sk], of the tensors' element type or f32, for BIAS.
+  // 1 to 4 dimensions that broadcast to [B, H, Sq, Sk], in the tensors' element type or f32, for
+  // BIAS.
   const struct varlen_fa_tensor *bias;
   // [B, S] for VARLEN, [B, Sq] for VARLEN_CROSS.
   const struct varlen_fa_meta *query_meta;
@@ -488,15 +512,16 @@ typedef struct varlen_fa_attention_mask {
 
 // What was decided for a call.
 typedef struct varlen_fa_plan {
-  // How the call is computed.
+  // How the call was computed.
   varlen_fa_path path;
-  // What computes it; nothing runs on the ZERO path.
+  // What computed it; no kernel runs on the ZERO path.
   varlen_fa_kernel kernel;
   // Why.
   varlen_fa_reason reason;
   // 0.
   uint32_t reserved_word;
-  // The same in words, e.g. "fused by cpu-tiled: metadata was given and the device reads padded tensors in place".
+  // The same in words, e.g. "fused by cpu-tiled: metadata was given and the kernel reads padded
+  // tensors directly".
   char text[240];
   // 0.
   uint64_t reserved[2];
@@ -512,43 +537,45 @@ uint32_t varlen_fa_version(void);
 // The library's version as text, e.g. "0.1.0"; valid for as long as the library is loaded.
 const char *varlen_fa_version_string(void);
 
-// The message of the last call of this thread that did not return VARLEN_FA_STATUS_OK; "" if there was none. It names the
-// argument, what was expected and what came. The text is valid until the thread's next call that fails, or its end.
+// The message of this thread's last call that did not return VARLEN_FA_STATUS_OK; "" if there was
+// none. It names the argument, what was expected and what came. The text is valid until the
+// thread's next call that fails, or until the thread ends.
 const char *varlen_fa_last_error(void);
 
-// Opens a device. VARLEN_FA=0 in the environment makes it compute everything densely, with the same results; VARLEN_FA_KERNEL (e.g.
-// `sm80`) makes it use that kernel alone, and is refused with NOT_APPLICABLE where the device does not have it.
+// Opens a device. Two environment variables apply: with VARLEN_FA=0 it computes everything
+// densely, with the same results; with VARLEN_FA_KERNEL (e.g. `sm80`) it uses that kernel only,
+// and opening fails with NOT_APPLICABLE if the device does not have it.
 //
-// `kind`: where to compute. AUTO takes what VARLEN_FA_DEVICE asks for (`cuda`, `cuda:N`, `wgpu` or `cpu`), or the best device
-// present.
+// `kind`: where to compute. AUTO takes the device that VARLEN_FA_DEVICE names (`cuda`, `cuda:N`,
+// `wgpu` or `cpu`), or the best device present.
 // `ordinal`: which CUDA device; 0 for other kinds.
 // `device`: receives the handle, to be given to varlen_fa_device_free.
-varlen_fa_status varlen_fa_device_open(varlen_fa_device_kind kind,
-                                       uint32_t ordinal,
-                                       struct varlen_fa_device **device);
+varlen_fa_status varlen_fa_device_open(varlen_fa_device_kind kind, uint32_t ordinal, struct varlen_fa_device **device);
 
-// A CUDA device over a context and a stream of the caller's. All work is launched on that stream, in order with the caller's own
-// work, and no call waits for it, unless tensors are in host memory. While the stream is being captured into a graph,
-// varlen_fa_forward over CUDA memory is captured. Neither context nor stream is destroyed here; both must outlive the device and
+// Opens a CUDA device over an external context and stream. All work is launched on that stream, in
+// order with the application's own work. Calls do not wait for it, unless tensors are in host
+// memory. While the stream is captured into a graph, varlen_fa_forward over CUDA memory is
+// captured too. The library destroys neither context nor stream; both must outlive the device and
 // everything used with it.
 //
-// `context`: a CUcontext, live. NULL takes the stream's context, or with the default stream the one that is current in this thread.
-// `stream`: a CUstream or cudaStream_t of that context, live; NULL is the legacy default stream. CU_STREAM_PER_THREAD is refused.
+// `context`: a live CUcontext. NULL means the stream's context or, with the default stream, the
+// context that is current in this thread.
+// `stream`: a live CUstream or cudaStream_t of that context; NULL is the legacy default stream.
+// CU_STREAM_PER_THREAD is refused.
 // `device`: receives the handle, to be given to varlen_fa_device_free.
-varlen_fa_status varlen_fa_device_open_cuda(void *context,
-                                            void *stream,
-                                            struct varlen_fa_device **device);
+varlen_fa_status varlen_fa_device_open_cuda(void *context, void *stream, struct varlen_fa_device **device);
 
 // What a device is and can do.
 varlen_fa_status varlen_fa_device_describe(const struct varlen_fa_device *device, struct varlen_fa_device_info *info);
 
-// Waits for all work launched so far on the device, and returns what failed of it.
+// Waits for all work launched on the device so far, and returns its first failure.
 varlen_fa_status varlen_fa_device_synchronize(const struct varlen_fa_device *device);
 
-// Closes a device; NULL is fine. Work that was launched goes on.
+// Closes a device; NULL is ignored. Work that was launched goes on.
 varlen_fa_status varlen_fa_device_free(struct varlen_fa_device *device);
 
-// A key mask from [batch, seq] integers in host memory, row-major; any value but 0 keeps the token.
+// Creates a key mask from [batch, seq] integers in host memory, row-major. 0 drops the token; any
+// other value keeps it.
 //
 // `mask`: the integers, which are copied.
 // `dtype`: their size.
@@ -559,7 +586,7 @@ varlen_fa_status varlen_fa_key_mask_from_integers(const void *mask,
                                                   uint64_t seq,
                                                   struct varlen_fa_key_mask **key_mask);
 
-// A key mask that keeps the first lengths[b] tokens of each of the `batch` rows.
+// Creates a key mask that keeps the first lengths[b] tokens of batch row b.
 //
 // `lengths`: `batch` numbers in host memory, each at most `seq`.
 // `key_mask`: receives the handle, to be given to varlen_fa_key_mask_free.
@@ -568,9 +595,9 @@ varlen_fa_status varlen_fa_key_mask_from_lengths(const uint64_t *lengths,
                                                  uint64_t seq,
                                                  struct varlen_fa_key_mask **key_mask);
 
-// A key mask that keeps the given ranges, in any order.
+// Creates a key mask that keeps the given ranges of tokens.
 //
-// `runs`: `count` ranges in host memory; rows without one keep nothing.
+// `runs`: `count` ranges in host memory, in any order; a row without a range keeps nothing.
 // `key_mask`: receives the handle, to be given to varlen_fa_key_mask_free.
 varlen_fa_status varlen_fa_key_mask_from_runs(const struct varlen_fa_run *runs,
                                               uint64_t count,
@@ -578,22 +605,21 @@ varlen_fa_status varlen_fa_key_mask_from_runs(const struct varlen_fa_run *runs,
                                               uint64_t seq,
                                               struct varlen_fa_key_mask **key_mask);
 
-// Ends a key mask; NULL is fine. Metadata made from it lives on.
+// Frees a key mask; NULL is ignored. Metadata made from it stays valid.
 varlen_fa_status varlen_fa_key_mask_free(struct varlen_fa_key_mask *key_mask);
 
-// The metadata of a key mask. To give it to attention is to agree that masked rows are dropped: their output is exactly zero.
+// Creates the metadata of a key mask. Attention with metadata drops masked rows: their output is
+// exactly zero.
 //
 // `meta`: receives the handle, to be given to varlen_fa_meta_free.
-varlen_fa_status varlen_fa_meta_create(const struct varlen_fa_key_mask *key_mask,
-                                       struct varlen_fa_meta **meta);
+varlen_fa_status varlen_fa_meta_create(const struct varlen_fa_key_mask *key_mask, struct varlen_fa_meta **meta);
 
-// The sizes of a batch.
+// The sizes of the batch that metadata describes.
 varlen_fa_status varlen_fa_meta_describe(const struct varlen_fa_meta *meta, struct varlen_fa_meta_info *info);
 
-// Makes the device's copy of the metadata now rather than at its first use there. It is kept with the metadata either way. Call
-// it before the metadata is used in the capture of a CUDA graph.
-varlen_fa_status varlen_fa_meta_upload(const struct varlen_fa_meta *meta,
-                                       const struct varlen_fa_device *device);
+// Makes the device's copy of the metadata now, not at its first use there. The metadata keeps the
+// copy either way. Call this before metadata is used while a CUDA graph is captured.
+varlen_fa_status varlen_fa_meta_upload(const struct varlen_fa_meta *meta, const struct varlen_fa_device *device);
 
 // Copies the flat positions b*S + s of the valid tokens, ascending.
 //
@@ -615,28 +641,30 @@ varlen_fa_status varlen_fa_meta_copy_inv_indices(const struct varlen_fa_meta *me
 // `count`: B + 1.
 varlen_fa_status varlen_fa_meta_copy_cu_seqlens(const struct varlen_fa_meta *meta, int32_t *values, uint64_t count);
 
-// Ends metadata; NULL is fine.
+// Frees metadata; NULL is ignored.
 varlen_fa_status varlen_fa_meta_free(struct varlen_fa_meta *meta);
 
-// Cumulative sequence lengths from `count` numbers in host memory, which start at 0 and never fall: one more than there are
-// sequences. They are copied.
+// Creates cumulative sequence lengths from numbers in host memory, which are copied.
 //
+// `values`: `count` numbers that start at 0 and never decrease.
+// `count`: the number of sequences + 1.
 // `cu_seqlens`: receives the handle, to be given to varlen_fa_cu_seqlens_free.
 varlen_fa_status varlen_fa_cu_seqlens_create(const int32_t *values,
                                              uint64_t count,
                                              struct varlen_fa_cu_seqlens **cu_seqlens);
 
-// The cumulative sequence lengths of the packed rows of metadata.
+// Creates a handle for the cumulative sequence lengths of metadata's packed rows. It keeps the
+// metadata alive.
 //
 // `cu_seqlens`: receives the handle, to be given to varlen_fa_cu_seqlens_free.
 varlen_fa_status varlen_fa_cu_seqlens_from_meta(const struct varlen_fa_meta *meta,
                                                 struct varlen_fa_cu_seqlens **cu_seqlens);
 
-// Ends cumulative sequence lengths; NULL is fine.
+// Frees cumulative sequence lengths; NULL is ignored.
 varlen_fa_status varlen_fa_cu_seqlens_free(struct varlen_fa_cu_seqlens *cu_seqlens);
 
-// Room on the device for the metadata of [batch, seq] masks; until varlen_fa_device_meta_rebuild no token is valid. CUDA devices and
-// the CPU device have it.
+// Allocates device memory for the metadata of [batch, seq] masks. No token is valid until
+// varlen_fa_device_meta_rebuild. CUDA devices and the CPU device support it.
 //
 // `meta`: receives the handle, to be given to varlen_fa_device_meta_free.
 varlen_fa_status varlen_fa_device_meta_create(const struct varlen_fa_device *device,
@@ -644,25 +672,27 @@ varlen_fa_status varlen_fa_device_meta_create(const struct varlen_fa_device *dev
                                               uint64_t seq,
                                               struct varlen_fa_device_meta **meta);
 
-// Builds the metadata anew from a mask. Nothing is downloaded and nobody waits, if the mask is in the device's memory; calls made
-// before still see the metadata as it was. In a captured CUDA graph, each run rebuilds it from what the mask holds then.
+// Rebuilds the metadata from a mask. If the mask is in the device's memory, nothing is downloaded
+// and the call does not wait. Earlier calls still use the metadata as it was. In a captured CUDA
+// graph, each replay rebuilds it from what the mask holds then.
 //
-// `mask`: of the size that the metadata was made for. On the CPU device in host memory.
+// `mask`: of the size that the metadata was created for; on the CPU device, in host memory.
 varlen_fa_status varlen_fa_device_meta_rebuild(const struct varlen_fa_device_meta *meta,
                                                const struct varlen_fa_mask_view *mask);
 
-// Ends metadata on a device; NULL is fine.
+// Frees device metadata; NULL is ignored.
 varlen_fa_status varlen_fa_device_meta_free(struct varlen_fa_device_meta *meta);
 
-// Scaled dot-product attention over padded tensors, into the caller's memory.
+// Scaled dot-product attention over padded tensors, into external memory.
 //
 // `device`: computes.
 // `options`: may be NULL.
-// `q`: [B, Sq, H, D], D a multiple of 8 from 8 to 256.
+// `q`: [B, Sq, H, D]; D is a multiple of 8 from 8 to 256.
 // `k`, `v`: [B, Sk, Hkv, D]; Hkv divides H, and query head h reads key/value head h / (H / Hkv).
-// `mask`: may be NULL, which is no mask.
-// `out`: [B, Sq, H, D] of q's element type, in memory that no input shares. Every element is written, and nothing else.
-// `plan`: receives the path and kernel that were taken and why; may be NULL.
+// `mask`: NULL for no mask.
+// `out`: [B, Sq, H, D] of q's element type, in memory that no input shares. Every element is
+// written, and nothing else.
+// `plan`: receives the path and the kernel that were used, and why; may be NULL.
 varlen_fa_status varlen_fa_forward(const struct varlen_fa_device *device,
                                    const struct varlen_fa_attention_options *options,
                                    const struct varlen_fa_tensor *q,
@@ -672,12 +702,12 @@ varlen_fa_status varlen_fa_forward(const struct varlen_fa_device *device,
                                    const struct varlen_fa_tensor *out,
                                    struct varlen_fa_plan *plan);
 
-// Copies the valid rows of padded tensors to packed ones in one launch, bit for bit.
+// Copies the valid rows of padded tensors to packed tensors, bit for bit, in one launch.
 //
 // `q`: [B, S, H, D]. `k`, `v`: [B, S, Hkv, D].
 // `meta`: of [B, S].
-// `packed_q`: [total_valid, H, D]. `packed_k`, `packed_v`: [total_valid, Hkv, D]. They share no memory with one another or with
-// an input.
+// `packed_q`: [total_valid, H, D]. `packed_k`, `packed_v`: [total_valid, Hkv, D]. They share no
+// memory with one another or with an input.
 varlen_fa_status varlen_fa_pack_qkv(const struct varlen_fa_device *device,
                                     const struct varlen_fa_tensor *q,
                                     const struct varlen_fa_tensor *k,
@@ -687,16 +717,16 @@ varlen_fa_status varlen_fa_pack_qkv(const struct varlen_fa_device *device,
                                     const struct varlen_fa_tensor *packed_k,
                                     const struct varlen_fa_tensor *packed_v);
 
-// Attention over packed rows: sequence b of the queries attends to sequence b of the keys. Either may be empty; a query without
-// keys gives zeros.
+// Attention over packed rows: sequence b of the queries attends to sequence b of the keys. Either
+// may be empty; a query without keys gives zeros.
 //
-// `options`: may be NULL; the path cannot be forced.
+// `options`: may be NULL. `path` must be AUTO.
 // `q`: [total_q, H, D]. `k`, `v`: [total_k, Hkv, D].
-// `cu_seqlens_q`, `cu_seqlens_k`: the sequences of both, as many of the one as of the other.
+// `cu_seqlens_q`, `cu_seqlens_k`: the sequences of queries and keys, of equal number.
 // `out`: [total_q, H, D] of q's element type.
-// `lse`: [H, total_q] f32, receives the natural logarithm of the sum of exp(score) of each row, -inf for a row with no key; may
-// be NULL.
-// `plan`: receives the kernel that was taken; may be NULL.
+// `lse`: [H, total_q] f32, receives ln(sum of exp(score)) of each row, -inf for a row without
+// keys; may be NULL.
+// `plan`: receives the kernel that was used; may be NULL.
 //
 // Outputs share no memory with one another or with an input.
 varlen_fa_status varlen_fa_varlen_attention(const struct varlen_fa_device *device,
@@ -710,15 +740,39 @@ varlen_fa_status varlen_fa_varlen_attention(const struct varlen_fa_device *devic
                                             const struct varlen_fa_tensor *lse,
                                             struct varlen_fa_plan *plan);
 
-// Copies packed rows to the valid rows of a padded tensor, bit for bit, and writes +0.0 to the masked rows, in one launch.
+// Copies packed rows to the valid rows of a padded tensor, bit for bit, and writes +0.0 to the
+// masked rows, in one launch.
 //
 // `packed`: [total_valid, H, D].
 // `meta`: of [B, S].
-// `padded`: [B, S, H, D], in memory that `packed` does not share. Every element is written, and nothing else.
+// `padded`: [B, S, H, D], in memory that `packed` does not share. Every element is written, and
+// nothing else.
 varlen_fa_status varlen_fa_scatter_to_padded(const struct varlen_fa_device *device,
                                              const struct varlen_fa_tensor *packed,
                                              const struct varlen_fa_meta *meta,
                                              const struct varlen_fa_tensor *padded);
+
+// The name of a status, as its constant has it: "BAD_HANDLE"; or NULL.
+//
+// As all functions that return names: NULL means that the number has none, and the text is valid
+// while the library is loaded. Numbers with a name are less than 255, so a loop over these finds
+// every name that this library knows.
+const char *varlen_fa_status_name(varlen_fa_status status);
+
+// The name of a device kind, as in VARLEN_FA_DEVICE: "cuda"; or NULL.
+const char *varlen_fa_device_kind_name(varlen_fa_device_kind kind);
+
+// The name of an element type: "bf16"; or NULL.
+const char *varlen_fa_dtype_name(varlen_fa_dtype dtype);
+
+// The name of a path, as in the text of plans: "fused"; or NULL.
+const char *varlen_fa_path_name(varlen_fa_path path);
+
+// The name of a kernel, as in the text of plans and in VARLEN_FA_KERNEL: "sm80"; or NULL.
+const char *varlen_fa_kernel_name(varlen_fa_kernel kernel);
+
+// The name of a reason: "all-valid"; or NULL.
+const char *varlen_fa_reason_name(varlen_fa_reason reason);
 
 #ifdef __cplusplus
 }  // extern "C"

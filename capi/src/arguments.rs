@@ -1,11 +1,13 @@
-//! Reading what pointers point to, and writing results: null and alignment are checked, the rest is the caller's word.
+//! Reads what pointers point to, and writes results. Null and alignment are checked; the rest is
+//! the caller's contract.
 
 use std::ffi::c_char;
 use std::fmt::{self, Display};
 use std::mem::MaybeUninit;
 
 use crate::failure::{Failure, Result};
-use crate::types::{Choice, varlen_fa_status};
+use crate::names::{Named, Row, number, row_of};
+use crate::types::varlen_fa_status;
 
 /// An argument, or a field of one.
 #[derive(Debug, Clone, Copy)]
@@ -33,7 +35,7 @@ impl Display for Name {
     }
 }
 
-/// The first page of the address space belongs to nobody: an address in it is NULL with something added.
+/// No object lies in the first page of the address space: an address there is NULL plus an offset.
 pub(crate) const FIRST_PAGE: usize = 4096;
 
 fn expect_place<T>(name: Name, at: *const T) -> Result<()> {
@@ -54,14 +56,14 @@ fn expect_place<T>(name: Name, at: *const T) -> Result<()> {
 /// What `at` points to.
 ///
 /// # Safety
-/// `at` is null, misaligned or points to a `T` that C initialised.
+/// `at` is null, misaligned, or points to a `T` that C initialised.
 pub(crate) unsafe fn read<T: Copy>(name: Name, at: *const T) -> Result<T> {
     expect_place(name, at)?;
-    // SAFETY: neither null nor misaligned, so a `T` by this function's contract.
+    // SAFETY: it is neither null nor misaligned, so it points to a `T` by this function's contract.
     Ok(unsafe { at.read() })
 }
 
-/// What `at` points to; nothing if it is null.
+/// What `at` points to; `None` if it is null.
 ///
 /// # Safety
 /// As [`read`].
@@ -73,10 +75,10 @@ pub(crate) unsafe fn read_optional<T: Copy>(name: Name, at: *const T) -> Result<
     unsafe { read(name, at) }.map(Some)
 }
 
-/// `count` elements from `at` on. No elements need no memory.
+/// The `count` elements that start at `at`. `at` may be anything if `count` is 0.
 ///
 /// # Safety
-/// `at` is null, misaligned or points to `count` elements that nobody writes during `'a`.
+/// `at` is null, misaligned, or points to `count` elements that nobody writes during `'a`.
 pub(crate) unsafe fn slice<'a, T: Copy>(name: Name, at: *const T, count: u64) -> Result<&'a [T]> {
     if count == 0 {
         return Ok(&[]);
@@ -84,11 +86,11 @@ pub(crate) unsafe fn slice<'a, T: Copy>(name: Name, at: *const T, count: u64) ->
     expect_place(name, at)?;
     let bytes = u128::from(count) * size_of::<T>() as u128;
     if bytes + at.addr() as u128 > isize::MAX as u128 {
-        let expected = "a number of elements that fits the address space";
+        let expected = "an array that fits the address space";
         return Err(Failure::argument(varlen_fa_status::TooLarge, name, expected, count));
     }
-    // SAFETY: neither null nor misaligned, smaller than the address space, and by this function's contract `count` elements
-    // that stay as they are.
+    // SAFETY: it is neither null nor misaligned, and the slice fits the address space. By this
+    // function's contract there are `count` elements, and nobody writes them.
     Ok(unsafe { std::slice::from_raw_parts(at, count as usize) })
 }
 
@@ -98,7 +100,8 @@ pub(crate) struct Place<T>(*mut T);
 
 impl<T> Place<T> {
     /// # Safety
-    /// `at` is null, misaligned or points to memory for a `T` that nobody else uses until the call is over.
+    /// `at` is null, misaligned, or points to memory for a `T` that nobody else uses during the
+    /// call.
     pub unsafe fn new(name: Name, at: *mut T) -> Result<Self> {
         expect_place(name, at)?;
         Ok(Self(at))
@@ -114,29 +117,24 @@ impl<T> Place<T> {
         unsafe { Self::new(name, at) }.map(Some)
     }
 
-    /// Puts the result there.
+    /// Writes the result.
     pub fn put(self, value: T) {
         // SAFETY: memory for a `T` by the contract of `new`.
         unsafe { self.0.write(value) };
     }
 }
 
-/// The enum value that the caller's number stands for.
-pub(crate) fn choose<E: Choice>(name: Name, given: MaybeUninit<E>) -> Result<E> {
-    const { assert!(size_of::<E>() == size_of::<u32>()) };
-    // SAFETY: `E` has `repr(u32)`, and callers give initialised numbers.
-    let number = unsafe { given.as_ptr().cast::<u32>().read() };
-    let number_of = |choice: &E| {
-        // SAFETY: `E` has `repr(u32)`.
-        unsafe { std::ptr::from_ref(choice).cast::<u32>().read() }
-    };
-    E::CHOICES.iter().find(|(choice, _)| number_of(choice) == number).map(|&(choice, _)| choice).ok_or_else(|| {
-        let known: Vec<_> = E::CHOICES.iter().map(|(choice, text)| format!("{} ({text})", number_of(choice))).collect();
+/// The row of the number that C passed as an enum.
+pub(crate) fn choose<E: Named>(name: Name, given: MaybeUninit<E>) -> Result<&'static Row<E>> {
+    let number = number(given);
+    row_of(number).ok_or_else(|| {
+        let known: Vec<_> =
+            E::TABLE.iter().map(|row| format!("{} ({})", row.number, row.name.to_string_lossy())).collect();
         Failure::argument(varlen_fa_status::BadValue, name, known.join(" or "), number)
     })
 }
 
-/// Reserved space must be 0, so that it can get a meaning.
+/// Checks that reserved space is 0, so that later versions can use it.
 pub(crate) fn expect_zeros(name: Name, reserved: &[u64]) -> Result<()> {
     match reserved.iter().find(|&&word| word != 0) {
         None => Ok(()),
@@ -144,13 +142,13 @@ pub(crate) fn expect_zeros(name: Name, reserved: &[u64]) -> Result<()> {
     }
 }
 
-/// A size that the address space holds.
+/// A size as `usize`.
 pub(crate) fn size(name: Name, given: u64) -> Result<usize> {
     usize::try_from(given)
         .map_err(|_| Failure::argument(varlen_fa_status::TooLarge, name, "a size that fits the address space", given))
 }
 
-/// Text with an end, cut to fit.
+/// A C string in an array, cut to fit.
 pub(crate) fn text<const N: usize>(text: &str) -> [c_char; N] {
     let mut end = text.len().min(N - 1);
     while !text.is_char_boundary(end) {

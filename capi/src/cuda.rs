@@ -1,13 +1,13 @@
-//! The caller's own CUDA context, stream and memory.
+//! External CUDA contexts, streams and memory, or errors in a build without the feature `cuda`.
 
 use std::ffi::c_void;
 
 use varlen::{Device, DeviceMemory, Result};
 
-/// A device over a context and a stream of it.
+/// A device over an external context and a stream of it.
 ///
 /// # Safety
-/// Those of [`Device::from_cuda`].
+/// As [`Device::from_cuda`].
 #[cfg(feature = "cuda")]
 pub(crate) unsafe fn device_over(context: *mut c_void, stream: *mut c_void) -> Result<Device> {
     let config = varlen::Config::from_env()?;
@@ -15,10 +15,10 @@ pub(crate) unsafe fn device_over(context: *mut c_void, stream: *mut c_void) -> R
     unsafe { Device::from_cuda(context, stream, config) }
 }
 
-/// Memory of a CUDA device, to be used in place.
+/// External memory of a CUDA device.
 ///
 /// # Safety
-/// Those of [`DeviceMemory::from_cuda`].
+/// As [`DeviceMemory::from_cuda`].
 #[cfg(feature = "cuda")]
 pub(crate) unsafe fn memory(device: &Device, address: u64, bytes: u64) -> Result<DeviceMemory> {
     // SAFETY: by this function's contract.

@@ -1,20 +1,18 @@
-//! Metadata that a device builds from a mask in its memory.
+//! Metadata that a device builds from a mask in its own memory.
 
 use std::sync::{PoisonError, RwLock, RwLockReadGuard};
 
-use varlen::{Device, DeviceVarlenMeta, Error, Layout, MaskDType, MaskView};
+use varlen::{BackendKind, Device, DeviceVarlenMeta, Error, Layout, MaskDType, MaskView};
 
 use crate::arguments::{FIRST_PAGE, Name, Place, choose, expect_zeros, read, size};
-use crate::device::kind_of;
-use crate::failure::{Failure, Result, border};
-use crate::handles;
+use crate::failure::{Failure, Result, guard};
+use crate::handles::{self, handle};
 use crate::tensors::{cuda_memory, for_each_row, upload};
-use crate::types::{
-    varlen_fa_device, varlen_fa_device_kind, varlen_fa_device_meta, varlen_fa_mask_dtype, varlen_fa_mask_view,
-    varlen_fa_memory, varlen_fa_status,
-};
+use crate::types::{varlen_fa_device, varlen_fa_device_meta, varlen_fa_mask_view, varlen_fa_memory, varlen_fa_status};
 
-/// Metadata that attention calls read and that rebuilding writes.
+handle!(varlen_fa_device_meta, 5, DeviceMeta);
+
+/// Metadata behind a lock: attention calls read it, rebuilding writes it.
 #[derive(Debug)]
 pub(crate) struct DeviceMeta(RwLock<DeviceVarlenMeta>);
 
@@ -24,8 +22,8 @@ impl DeviceMeta {
     }
 }
 
-/// Room on the device for the metadata of [batch, seq] masks; until varlen_fa_device_meta_rebuild no token is valid. CUDA devices and
-/// the CPU device have it.
+/// Allocates device memory for the metadata of [batch, seq] masks. No token is valid until
+/// varlen_fa_device_meta_rebuild. CUDA devices and the CPU device support it.
 ///
 /// `meta`: receives the handle, to be given to varlen_fa_device_meta_free.
 #[unsafe(no_mangle)]
@@ -35,8 +33,8 @@ pub unsafe extern "C" fn varlen_fa_device_meta_create(
     seq: u64,
     meta: *mut *mut varlen_fa_device_meta,
 ) -> varlen_fa_status {
-    border(|| {
-        // SAFETY: the caller keeps the header's rules for pointers.
+    guard(|| {
+        // SAFETY: the caller obeys the header's rules for pointers.
         let place = unsafe { Place::new(Name::of("meta"), meta) }?;
         let device = handles::get(Name::of("device"), device)?;
         let made = DeviceVarlenMeta::new(&device, size(Name::of("batch"), batch)?, size(Name::of("seq"), seq)?)?;
@@ -45,31 +43,32 @@ pub unsafe extern "C" fn varlen_fa_device_meta_create(
     })
 }
 
-/// Builds the metadata anew from a mask. Nothing is downloaded and nobody waits, if the mask is in the device's memory; calls made
-/// before still see the metadata as it was. In a captured CUDA graph, each run rebuilds it from what the mask holds then.
+/// Rebuilds the metadata from a mask. If the mask is in the device's memory, nothing is downloaded
+/// and the call does not wait. Earlier calls still use the metadata as it was. In a captured CUDA
+/// graph, each replay rebuilds it from what the mask holds then.
 ///
-/// `mask`: of the size that the metadata was made for. On the CPU device in host memory.
+/// `mask`: of the size that the metadata was created for; on the CPU device, in host memory.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn varlen_fa_device_meta_rebuild(
     meta: *const varlen_fa_device_meta,
     mask: *const varlen_fa_mask_view,
 ) -> varlen_fa_status {
-    border(|| {
+    guard(|| {
         let meta = handles::get(Name::of("meta"), meta)?;
-        // SAFETY: the caller keeps the header's rules for pointers.
+        // SAFETY: the caller obeys the header's rules for pointers.
         let mask = unsafe { read(Name::of("mask"), mask) }?;
         let mut meta = meta.0.write().unwrap_or_else(PoisonError::into_inner);
         let device = meta.device().clone();
         let described = DescribedMask::check(&mask)?;
         if described.memory == varlen_fa_memory::Cuda {
-            // SAFETY: by the header, memory of the device that lives until the work is done.
+            // SAFETY: by the header, memory of the device that stays valid until the work is done.
             let memory = unsafe { described.cuda_memory(&device) }?;
             return Ok(meta.rebuild(memory.mask_view(described.dtype, described.layout))?);
         }
         // SAFETY: by the header, host memory that nobody writes.
         let keep = unsafe { described.gather() }?;
         let shape = described.layout.shape();
-        if kind_of(&device) == varlen_fa_device_kind::Cpu {
+        if device.capabilities().backend == BackendKind::Cpu {
             return Ok(meta.rebuild(MaskView::from_host(&keep, shape[0], shape[1])?)?);
         }
         let memory = upload(&device, &keep)?;
@@ -77,13 +76,13 @@ pub unsafe extern "C" fn varlen_fa_device_meta_rebuild(
     })
 }
 
-/// Ends metadata on a device; NULL is fine.
+/// Frees device metadata; NULL is ignored.
 #[unsafe(no_mangle)]
 pub extern "C" fn varlen_fa_device_meta_free(meta: *mut varlen_fa_device_meta) -> varlen_fa_status {
-    border(|| handles::free(Name::of("meta"), meta))
+    guard(|| handles::free(Name::of("meta"), meta))
 }
 
-/// A mask whose elements lie inside its memory.
+/// A checked mask: its elements lie inside its memory.
 struct DescribedMask {
     memory: varlen_fa_memory,
     dtype: MaskDType,
@@ -97,13 +96,8 @@ impl DescribedMask {
     fn check(mask: &varlen_fa_mask_view) -> Result<Self> {
         let name = Name::of("mask");
         expect_zeros(name.field("reserved"), &mask.reserved)?;
-        let dtype = match choose(name.field("dtype"), mask.dtype)? {
-            varlen_fa_mask_dtype::U8 => MaskDType::U8,
-            varlen_fa_mask_dtype::U16 => MaskDType::U16,
-            varlen_fa_mask_dtype::U32 => MaskDType::U32,
-            varlen_fa_mask_dtype::U64 => MaskDType::U64,
-        };
-        let memory = choose(name.field("memory"), mask.memory)?;
+        let dtype = choose(name.field("dtype"), mask.dtype)?.meaning;
+        let memory = choose(name.field("memory"), mask.memory)?.value;
         let shape = [size(name.field("shape"), mask.shape[0])?, size(name.field("shape"), mask.shape[1])?];
         let [Ok(row), Ok(token)] = mask.strides.map(u64::try_from) else {
             let (name, got) = (name.field("strides"), format!("{:?}", mask.strides));
@@ -134,16 +128,16 @@ impl DescribedMask {
     }
 
     /// # Safety
-    /// The mask is in memory of the device, which lives until the work is done.
+    /// The mask is in memory of the device that stays valid until the work is done.
     unsafe fn cuda_memory(&self, device: &Device) -> Result<varlen::DeviceMemory> {
         // SAFETY: by this function's contract.
         unsafe { cuda_memory(device, Name::of("mask"), self.data.addr(), self.bytes) }
     }
 
-    /// One byte a token, row-major: 1 keeps it.
+    /// The mask as one byte per token, row-major: 1 keeps the token.
     ///
     /// # Safety
-    /// The mask is in host memory that nobody writes meanwhile.
+    /// The mask is in host memory that nobody writes during the call.
     unsafe fn gather(&self) -> Result<Vec<u8>> {
         let (count, element) = (self.layout.numel(), self.dtype.size());
         let mut keep = Vec::new();
@@ -155,7 +149,8 @@ impl DescribedMask {
             requested: count as u64,
             why: error.to_string(),
         })?;
-        // SAFETY: checked: not null, inside the address space; by this function's contract memory that nobody writes.
+        // SAFETY: `check` found the memory not null and inside the address space; by this
+        // function's contract nobody writes it.
         let memory = unsafe { std::slice::from_raw_parts(self.data, self.bytes as usize) };
         for_each_row(&self.layout, element, |strided, _| {
             keep.extend(memory[strided].chunks(element).map(|token| u8::from(token.iter().any(|&byte| byte != 0))));

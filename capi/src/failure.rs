@@ -1,4 +1,5 @@
-//! What crosses the border instead of errors and panics: a status, and a message for the thread that made the call.
+//! What C gets instead of errors and panics: a status, and a message in the thread that made the
+//! call.
 
 use std::any::Any;
 use std::cell::RefCell;
@@ -20,7 +21,7 @@ pub(crate) struct Failure {
 }
 
 impl Failure {
-    /// An argument that is not what it should be.
+    /// An argument with a wrong value.
     pub fn argument(
         status: varlen_fa_status,
         argument: impl Display,
@@ -81,9 +82,11 @@ thread_local! {
     static LAST_ERROR: RefCell<CString> = RefCell::default();
 }
 
-/// Runs the body of an exported function. Nothing gets past it but a status; the message stays with the thread.
-pub(crate) fn border(body: impl FnOnce() -> Result<()>) -> varlen_fa_status {
-    // Nothing that a panic could leave half-changed is seen again: locks are taken over poisoned, and tables change in one step.
+/// Runs the body of an exported function. Errors and panics become a status, and their message is
+/// kept for the thread.
+pub(crate) fn guard(body: impl FnOnce() -> Result<()>) -> varlen_fa_status {
+    // A panic leaves nothing half-changed for later calls: tables change in one step, and locks are
+    // used even when poisoned.
     let failure = match catch_unwind(AssertUnwindSafe(body)) {
         Ok(Ok(())) => return varlen_fa_status::Ok,
         Ok(Err(failure)) => failure,
@@ -95,13 +98,14 @@ pub(crate) fn border(body: impl FnOnce() -> Result<()>) -> varlen_fa_status {
         }
     };
     let message = CString::new(failure.message.replace('\0', "\\0")).unwrap_or_default();
-    // A thread that is ending has no place for a message any more.
+    // A thread that is ending no longer has thread-local storage.
     let _ = LAST_ERROR.try_with(|last| last.replace(message));
     failure.status
 }
 
-/// The message of the last call of this thread that did not return VARLEN_FA_STATUS_OK; "" if there was none. It names the
-/// argument, what was expected and what came. The text is valid until the thread's next call that fails, or its end.
+/// The message of this thread's last call that did not return VARLEN_FA_STATUS_OK; "" if there was
+/// none. It names the argument, what was expected and what came. The text is valid until the
+/// thread's next call that fails, or until the thread ends.
 #[unsafe(no_mangle)]
 pub extern "C" fn varlen_fa_last_error() -> *const c_char {
     LAST_ERROR.try_with(|last| last.borrow().as_ptr()).unwrap_or(c"".as_ptr())
@@ -114,15 +118,16 @@ mod tests {
     use super::*;
 
     fn last_error() -> String {
-        // SAFETY: the text ends with 0 and is not replaced while it is copied: no call of this thread comes between.
+        // SAFETY: the text ends with 0 and is not replaced while it is copied: no call of this
+        // thread comes between.
         unsafe { CStr::from_ptr(varlen_fa_last_error()) }.to_str().unwrap().to_owned()
     }
 
     #[test]
     fn a_panic_becomes_a_status() {
-        assert_eq!(border(|| panic!("at {}", 7)), varlen_fa_status::Panic);
+        assert_eq!(guard(|| panic!("at {}", 7)), varlen_fa_status::Panic);
         assert_eq!(last_error(), "varlen-fa failed: at 7");
-        assert_eq!(border(|| std::panic::panic_any(7)), varlen_fa_status::Panic);
+        assert_eq!(guard(|| std::panic::panic_any(7)), varlen_fa_status::Panic);
         assert_eq!(last_error(), "varlen-fa failed: no message");
     }
 
@@ -130,13 +135,13 @@ mod tests {
     fn messages_stay_with_their_thread_until_the_next_failure() {
         let got = "a\0b";
         assert_eq!(
-            border(|| Err(Failure::argument(varlen_fa_status::BadValue, "x", 1, got))),
+            guard(|| Err(Failure::argument(varlen_fa_status::BadValue, "x", 1, got))),
             varlen_fa_status::BadValue
         );
-        assert_eq!(border(|| Ok(())), varlen_fa_status::Ok);
+        assert_eq!(guard(|| Ok(())), varlen_fa_status::Ok);
         assert_eq!(last_error(), "`x`: expected 1, got a\\0b");
         assert_eq!(std::thread::spawn(last_error).join().unwrap(), "");
-        assert_eq!(border(|| Err(Error::HeadDim { got: 7 }.into())), varlen_fa_status::HeadDim);
+        assert_eq!(guard(|| Err(Error::HeadDim { got: 7 }.into())), varlen_fa_status::HeadDim);
         assert!(last_error().contains("head_dim"));
     }
 }

@@ -1,22 +1,17 @@
-//! Handles: numbers that stand for live objects. They are looked up, never followed, so that a freed, mixed up or made-up handle is
-//! an error, and freeing one while another thread's call uses it is safe: the object lives until that call is over.
+//! Handles: numbers that stand for live objects. They are looked up, never dereferenced. So a
+//! handle that was freed, has the wrong type or was never issued is an error. Freeing a handle
+//! while another thread's call uses it is safe: the object lives until that call returns.
 
 use std::collections::BTreeMap;
 use std::ptr::without_provenance_mut;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 
-use varlen::{Device, KeyMask, VarlenMeta};
-
 use crate::arguments::Name;
-use crate::device_meta::DeviceMeta;
 use crate::failure::{Failure, Result};
-use crate::masks::Sequences;
-use crate::types::{
-    varlen_fa_cu_seqlens, varlen_fa_device, varlen_fa_device_meta, varlen_fa_key_mask, varlen_fa_meta, varlen_fa_status,
-};
+use crate::types::varlen_fa_status;
 
-/// The low bits of a handle say what kind it is; the rest counts up, so that no number comes twice.
+/// The low bits of a handle are its kind; the rest counts up, so that no number is issued twice.
 const KIND_BITS: u32 = 4;
 const KINDS: [&str; 6] = ["", "device", "key mask", "metadata", "cu_seqlens", "device metadata"];
 
@@ -27,12 +22,12 @@ static NEXT: AtomicUsize = AtomicUsize::new(1);
 pub(crate) struct Table<T>(RwLock<BTreeMap<usize, Arc<T>>>);
 
 impl<T> Table<T> {
-    const fn new() -> Self {
+    pub const fn new() -> Self {
         Self(RwLock::new(BTreeMap::new()))
     }
 }
 
-/// A handle type of the header.
+/// A handle type of the header; [`handle!`] implements it beside the object.
 pub(crate) trait Handle: Sized + 'static {
     type Object: Send + Sync;
     /// Place in [`KINDS`].
@@ -40,45 +35,42 @@ pub(crate) trait Handle: Sized + 'static {
     fn table() -> &'static Table<Self::Object>;
 }
 
+/// `handle!(type in the header, place in KINDS, object)`.
 macro_rules! handle {
     ($handle:ty, $kind:literal, $object:ty) => {
-        impl Handle for $handle {
+        impl $crate::handles::Handle for $handle {
             type Object = $object;
             const KIND: usize = $kind;
-            fn table() -> &'static Table<$object> {
-                static TABLE: Table<$object> = Table::new();
+            fn table() -> &'static $crate::handles::Table<$object> {
+                static TABLE: $crate::handles::Table<$object> = $crate::handles::Table::new();
                 &TABLE
             }
         }
     };
 }
-handle!(varlen_fa_device, 1, Device);
-handle!(varlen_fa_key_mask, 2, KeyMask);
-handle!(varlen_fa_meta, 3, VarlenMeta);
-handle!(varlen_fa_cu_seqlens, 4, Sequences);
-handle!(varlen_fa_device_meta, 5, DeviceMeta);
+pub(crate) use handle;
 
-/// A new handle for an object.
+/// Issues a handle for an object.
 pub(crate) fn issue<H: Handle>(object: H::Object) -> *mut H {
     let handle = NEXT.fetch_add(1, Ordering::Relaxed) << KIND_BITS | H::KIND;
-    // Tables change in one step, so one that a panic left behind is whole.
+    // A table changes in one step, so a poisoned lock guards a consistent one.
     H::table().0.write().unwrap_or_else(PoisonError::into_inner).insert(handle, Arc::new(object));
     without_provenance_mut(handle)
 }
 
-/// The object of a handle; it lives for as long as it is held.
+/// The object of a handle. It lives at least as long as the returned reference.
 pub(crate) fn get<H: Handle>(name: Name, handle: *const H) -> Result<Arc<H::Object>> {
     let table = H::table().0.read().unwrap_or_else(PoisonError::into_inner);
     table.get(&handle.addr()).map(Arc::clone).ok_or_else(|| refuse::<H>(name, handle.addr()))
 }
 
-/// Ends a handle. NULL is none, and fine.
+/// Ends a handle. NULL is ignored.
 pub(crate) fn free<H: Handle>(name: Name, handle: *mut H) -> Result<()> {
     if handle.is_null() {
         return Ok(());
     }
     let object = H::table().0.write().unwrap_or_else(PoisonError::into_inner).remove(&handle.addr());
-    // Dropped here, after the lock: that may wait for a device.
+    // Dropped without the lock, since the drop may wait for a device.
     object.map(drop).ok_or_else(|| refuse::<H>(name, handle.addr()))
 }
 
@@ -90,7 +82,7 @@ fn refuse<H: Handle>(name: Name, handle: usize) -> Failure {
     let (count, kind) = (handle >> KIND_BITS, handle & ((1 << KIND_BITS) - 1));
     let was_issued = count != 0 && count < NEXT.load(Ordering::Relaxed) && (1..KINDS.len()).contains(&kind);
     let got = match was_issued {
-        false => format!("{handle:#x}, which this library never gave out"),
+        false => format!("{handle:#x}, which this library never issued"),
         true if kind == H::KIND => "one that was freed".to_owned(),
         true => format!("a {} handle", KINDS[kind]),
     };

@@ -1,12 +1,15 @@
-//! The C library: `include/varlen_fa.h` is its documentation, made from these sources by `cargo xtask header`.
+//! The C library. Its documentation is `include/varlen_fa.h`, which `cargo xtask header` generates
+//! from these sources.
 //!
-//! Every exported function runs inside [`failure::border`], which turns errors and panics into a status and a message. Handles are
-//! numbers that [`handles`] looks up, never addresses. Pointers are read in [`arguments`] and [`tensors`] only.
+//! Every exported function that can fail runs inside [`failure::guard`], which turns errors and
+//! panics into a status and a message. Handles are numbers that [`handles`] looks up, not
+//! addresses. Pointers are read in [`arguments`], [`tensors`] and [`device_meta`] only. [`names`]
+//! holds the enums as tables.
 
 #![allow(non_camel_case_types, reason = "types have the names that they have in C")]
-#![allow(clippy::missing_safety_doc, reason = "the header says once, for all functions, what callers must keep")]
+#![allow(clippy::missing_safety_doc, reason = "the header states once, for all functions, what callers must ensure")]
 
-// What is exported, in the order in which the header has it; each a paragraph, so that the formatter keeps the order.
+// What is exported, in the order of the header. The blank lines keep the formatter from sorting.
 mod version;
 
 mod failure;
@@ -21,7 +24,10 @@ mod attention;
 
 mod primitives;
 
+mod names;
+
 mod arguments;
+mod attention_mask;
 mod cuda;
 mod handles;
 mod tensors;

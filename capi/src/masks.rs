@@ -8,14 +8,18 @@ use std::sync::Arc;
 use varlen::{CuSeqlens, KeyMask, MaskInteger, VarlenMeta};
 
 use crate::arguments::{Name, Place, choose, size, slice};
-use crate::failure::{Failure, Result, border};
-use crate::handles;
+use crate::failure::{Failure, Result, guard};
+use crate::handles::{self, handle};
 use crate::types::{
     varlen_fa_cu_seqlens, varlen_fa_device, varlen_fa_key_mask, varlen_fa_mask_dtype, varlen_fa_meta,
     varlen_fa_meta_info, varlen_fa_run, varlen_fa_status,
 };
 
-/// Cumulative sequence lengths of the caller's own, or of metadata, which then lives on in them.
+handle!(varlen_fa_key_mask, 2, KeyMask);
+handle!(varlen_fa_meta, 3, VarlenMeta);
+handle!(varlen_fa_cu_seqlens, 4, Sequences);
+
+/// Cumulative sequence lengths: of their own, or those of metadata, which they keep alive.
 #[derive(Debug)]
 pub(crate) enum Sequences {
     Own(CuSeqlens),
@@ -31,7 +35,8 @@ impl Sequences {
     }
 }
 
-/// A key mask from [batch, seq] integers in host memory, row-major; any value but 0 keeps the token.
+/// Creates a key mask from [batch, seq] integers in host memory, row-major. 0 drops the token; any
+/// other value keeps it.
 ///
 /// `mask`: the integers, which are copied.
 /// `dtype`: their size.
@@ -44,11 +49,12 @@ pub unsafe extern "C" fn varlen_fa_key_mask_from_integers(
     seq: u64,
     key_mask: *mut *mut varlen_fa_key_mask,
 ) -> varlen_fa_status {
-    border(|| {
-        // SAFETY: the caller keeps the header's rules for pointers.
+    guard(|| {
+        // SAFETY: the caller obeys the header's rules for pointers.
         let place = unsafe { Place::new(Name::of("key_mask"), key_mask) }?;
-        let made = match choose(Name::of("dtype"), dtype)? {
-            // SAFETY: by the header, `batch * seq` integers of this size that nobody writes; as in the lines below.
+        let made = match choose(Name::of("dtype"), dtype)?.value {
+            // SAFETY: by the header, `batch * seq` integers of this size that nobody writes; as in
+            // the lines below.
             varlen_fa_mask_dtype::U8 => unsafe { integers::<u8>(mask, batch, seq) },
             // SAFETY: as above.
             varlen_fa_mask_dtype::U16 => unsafe { integers::<u16>(mask, batch, seq) },
@@ -71,7 +77,7 @@ unsafe fn integers<T: MaskInteger>(mask: *const c_void, batch: u64, seq: u64) ->
     Ok(KeyMask::from_integers(size(Name::of("batch"), batch)?, size(Name::of("seq"), seq)?, values)?)
 }
 
-/// A key mask that keeps the first lengths[b] tokens of each of the `batch` rows.
+/// Creates a key mask that keeps the first lengths[b] tokens of batch row b.
 ///
 /// `lengths`: `batch` numbers in host memory, each at most `seq`.
 /// `key_mask`: receives the handle, to be given to varlen_fa_key_mask_free.
@@ -82,8 +88,8 @@ pub unsafe extern "C" fn varlen_fa_key_mask_from_lengths(
     seq: u64,
     key_mask: *mut *mut varlen_fa_key_mask,
 ) -> varlen_fa_status {
-    border(|| {
-        // SAFETY: the caller keeps the header's rules for pointers.
+    guard(|| {
+        // SAFETY: the caller obeys the header's rules for pointers.
         let place = unsafe { Place::new(Name::of("key_mask"), key_mask) }?;
         // SAFETY: by the header, `batch` numbers that nobody writes.
         let lengths = unsafe { slice(Name::of("lengths"), lengths, batch) }?;
@@ -94,9 +100,9 @@ pub unsafe extern "C" fn varlen_fa_key_mask_from_lengths(
     })
 }
 
-/// A key mask that keeps the given ranges, in any order.
+/// Creates a key mask that keeps the given ranges of tokens.
 ///
-/// `runs`: `count` ranges in host memory; rows without one keep nothing.
+/// `runs`: `count` ranges in host memory, in any order; a row without a range keeps nothing.
 /// `key_mask`: receives the handle, to be given to varlen_fa_key_mask_free.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn varlen_fa_key_mask_from_runs(
@@ -106,13 +112,13 @@ pub unsafe extern "C" fn varlen_fa_key_mask_from_runs(
     seq: u64,
     key_mask: *mut *mut varlen_fa_key_mask,
 ) -> varlen_fa_status {
-    border(|| {
-        // SAFETY: the caller keeps the header's rules for pointers.
+    guard(|| {
+        // SAFETY: the caller obeys the header's rules for pointers.
         let place = unsafe { Place::new(Name::of("key_mask"), key_mask) }?;
         // SAFETY: by the header, `count` ranges that nobody writes.
         let runs = unsafe { slice(Name::of("runs"), runs, count) }?;
         let (batch, seq) = (size(Name::of("batch"), batch)?, size(Name::of("seq"), seq)?);
-        // Checked before there is a list for each row.
+        // Checked before a list is allocated for each row.
         if batch.saturating_mul(seq.max(1)) > i32::MAX as usize {
             let expected = "at most 2147483647 tokens";
             return Err(Failure::argument(
@@ -140,13 +146,14 @@ pub unsafe extern "C" fn varlen_fa_key_mask_from_runs(
     })
 }
 
-/// Ends a key mask; NULL is fine. Metadata made from it lives on.
+/// Frees a key mask; NULL is ignored. Metadata made from it stays valid.
 #[unsafe(no_mangle)]
 pub extern "C" fn varlen_fa_key_mask_free(key_mask: *mut varlen_fa_key_mask) -> varlen_fa_status {
-    border(|| handles::free(Name::of("key_mask"), key_mask))
+    guard(|| handles::free(Name::of("key_mask"), key_mask))
 }
 
-/// The metadata of a key mask. To give it to attention is to agree that masked rows are dropped: their output is exactly zero.
+/// Creates the metadata of a key mask. Attention with metadata drops masked rows: their output is
+/// exactly zero.
 ///
 /// `meta`: receives the handle, to be given to varlen_fa_meta_free.
 #[unsafe(no_mangle)]
@@ -154,8 +161,8 @@ pub unsafe extern "C" fn varlen_fa_meta_create(
     key_mask: *const varlen_fa_key_mask,
     meta: *mut *mut varlen_fa_meta,
 ) -> varlen_fa_status {
-    border(|| {
-        // SAFETY: the caller keeps the header's rules for pointers.
+    guard(|| {
+        // SAFETY: the caller obeys the header's rules for pointers.
         let place = unsafe { Place::new(Name::of("meta"), meta) }?;
         let key_mask = handles::get(Name::of("key_mask"), key_mask)?;
         place.put(handles::issue(VarlenMeta::from_key_mask(&key_mask)?));
@@ -163,14 +170,14 @@ pub unsafe extern "C" fn varlen_fa_meta_create(
     })
 }
 
-/// The sizes of a batch.
+/// The sizes of the batch that metadata describes.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn varlen_fa_meta_describe(
     meta: *const varlen_fa_meta,
     info: *mut varlen_fa_meta_info,
 ) -> varlen_fa_status {
-    border(|| {
-        // SAFETY: the caller keeps the header's rules for pointers.
+    guard(|| {
+        // SAFETY: the caller obeys the header's rules for pointers.
         let place = unsafe { Place::new(Name::of("info"), info) }?;
         let meta = handles::get(Name::of("meta"), meta)?;
         place.put(varlen_fa_meta_info {
@@ -184,14 +191,14 @@ pub unsafe extern "C" fn varlen_fa_meta_describe(
     })
 }
 
-/// Makes the device's copy of the metadata now rather than at its first use there. It is kept with the metadata either way. Call
-/// it before the metadata is used in the capture of a CUDA graph.
+/// Makes the device's copy of the metadata now, not at its first use there. The metadata keeps the
+/// copy either way. Call this before metadata is used while a CUDA graph is captured.
 #[unsafe(no_mangle)]
 pub extern "C" fn varlen_fa_meta_upload(
     meta: *const varlen_fa_meta,
     device: *const varlen_fa_device,
 ) -> varlen_fa_status {
-    border(|| {
+    guard(|| {
         let meta = handles::get(Name::of("meta"), meta)?;
         Ok(meta.upload_to(&*handles::get(Name::of("device"), device)?)?)
     })
@@ -207,7 +214,7 @@ pub unsafe extern "C" fn varlen_fa_meta_copy_indices(
     indices: *mut u32,
     count: u64,
 ) -> varlen_fa_status {
-    border(|| {
+    guard(|| {
         let meta = handles::get(Name::of("meta"), meta)?;
         // SAFETY: by the header, memory for `count` numbers that nobody else uses.
         unsafe { copy("indices", meta.indices(), indices, count) }
@@ -224,7 +231,7 @@ pub unsafe extern "C" fn varlen_fa_meta_copy_inv_indices(
     inv_indices: *mut i32,
     count: u64,
 ) -> varlen_fa_status {
-    border(|| {
+    guard(|| {
         let meta = handles::get(Name::of("meta"), meta)?;
         // SAFETY: by the header, memory for `count` numbers that nobody else uses.
         unsafe { copy("inv_indices", meta.inv_indices(), inv_indices, count) }
@@ -241,7 +248,7 @@ pub unsafe extern "C" fn varlen_fa_meta_copy_cu_seqlens(
     values: *mut i32,
     count: u64,
 ) -> varlen_fa_status {
-    border(|| {
+    guard(|| {
         let meta = handles::get(Name::of("meta"), meta)?;
         // SAFETY: by the header, memory for `count` numbers that nobody else uses.
         unsafe { copy("values", meta.cu_seqlens().as_slice(), values, count) }
@@ -249,7 +256,7 @@ pub unsafe extern "C" fn varlen_fa_meta_copy_cu_seqlens(
 }
 
 /// # Safety
-/// `to` is null, misaligned or points to memory for `count` elements that nobody else uses.
+/// `to` is null, misaligned, or points to memory for `count` elements that nobody else uses.
 unsafe fn copy<T: Copy>(argument: &'static str, from: &[T], to: *mut T, count: u64) -> Result<()> {
     if count != from.len() as u64 {
         let expected = format!("memory for {} numbers", from.len());
@@ -258,22 +265,24 @@ unsafe fn copy<T: Copy>(argument: &'static str, from: &[T], to: *mut T, count: u
     if from.is_empty() {
         return Ok(());
     }
-    // SAFETY: by this function's contract, place for one element at least.
+    // SAFETY: by this function's contract, memory for at least one element.
     unsafe { Place::new(Name::of(argument), to) }?;
-    // SAFETY: neither null nor misaligned, and by this function's contract place for all `count`; `from` is memory of this library.
+    // SAFETY: `to` is neither null nor misaligned, and by this function's contract memory for all
+    // `count` elements that nobody else uses; `from` is memory of this library.
     unsafe { to.copy_from_nonoverlapping(from.as_ptr(), from.len()) };
     Ok(())
 }
 
-/// Ends metadata; NULL is fine.
+/// Frees metadata; NULL is ignored.
 #[unsafe(no_mangle)]
 pub extern "C" fn varlen_fa_meta_free(meta: *mut varlen_fa_meta) -> varlen_fa_status {
-    border(|| handles::free(Name::of("meta"), meta))
+    guard(|| handles::free(Name::of("meta"), meta))
 }
 
-/// Cumulative sequence lengths from `count` numbers in host memory, which start at 0 and never fall: one more than there are
-/// sequences. They are copied.
+/// Creates cumulative sequence lengths from numbers in host memory, which are copied.
 ///
+/// `values`: `count` numbers that start at 0 and never decrease.
+/// `count`: the number of sequences + 1.
 /// `cu_seqlens`: receives the handle, to be given to varlen_fa_cu_seqlens_free.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn varlen_fa_cu_seqlens_create(
@@ -281,8 +290,8 @@ pub unsafe extern "C" fn varlen_fa_cu_seqlens_create(
     count: u64,
     cu_seqlens: *mut *mut varlen_fa_cu_seqlens,
 ) -> varlen_fa_status {
-    border(|| {
-        // SAFETY: the caller keeps the header's rules for pointers.
+    guard(|| {
+        // SAFETY: the caller obeys the header's rules for pointers.
         let place = unsafe { Place::new(Name::of("cu_seqlens"), cu_seqlens) }?;
         // SAFETY: by the header, `count` numbers that nobody writes.
         let values = unsafe { slice(Name::of("values"), values, count) }?;
@@ -291,7 +300,8 @@ pub unsafe extern "C" fn varlen_fa_cu_seqlens_create(
     })
 }
 
-/// The cumulative sequence lengths of the packed rows of metadata.
+/// Creates a handle for the cumulative sequence lengths of metadata's packed rows. It keeps the
+/// metadata alive.
 ///
 /// `cu_seqlens`: receives the handle, to be given to varlen_fa_cu_seqlens_free.
 #[unsafe(no_mangle)]
@@ -299,16 +309,16 @@ pub unsafe extern "C" fn varlen_fa_cu_seqlens_from_meta(
     meta: *const varlen_fa_meta,
     cu_seqlens: *mut *mut varlen_fa_cu_seqlens,
 ) -> varlen_fa_status {
-    border(|| {
-        // SAFETY: the caller keeps the header's rules for pointers.
+    guard(|| {
+        // SAFETY: the caller obeys the header's rules for pointers.
         let place = unsafe { Place::new(Name::of("cu_seqlens"), cu_seqlens) }?;
         place.put(handles::issue(Sequences::OfMeta(handles::get(Name::of("meta"), meta)?)));
         Ok(())
     })
 }
 
-/// Ends cumulative sequence lengths; NULL is fine.
+/// Frees cumulative sequence lengths; NULL is ignored.
 #[unsafe(no_mangle)]
 pub extern "C" fn varlen_fa_cu_seqlens_free(cu_seqlens: *mut varlen_fa_cu_seqlens) -> varlen_fa_status {
-    border(|| handles::free(Name::of("cu_seqlens"), cu_seqlens))
+    guard(|| handles::free(Name::of("cu_seqlens"), cu_seqlens))
 }

@@ -1,10 +1,10 @@
-//! The primitives that the packed path is made of.
+//! The primitives of the packed path.
 
 use varlen::{VarlenOptions, pack_qkv_into, scatter_to_padded_into, varlen_attention_into};
 
 use crate::arguments::{Name, Place};
-use crate::attention::{Options, plan_of};
-use crate::failure::{Failure, border};
+use crate::attention::{Options, put_plan};
+use crate::failure::{Failure, guard};
 use crate::handles;
 use crate::tensors::{Described, Input, Output, expect_apart, finish};
 use crate::types::{
@@ -12,12 +12,12 @@ use crate::types::{
     varlen_fa_status, varlen_fa_tensor,
 };
 
-/// Copies the valid rows of padded tensors to packed ones in one launch, bit for bit.
+/// Copies the valid rows of padded tensors to packed tensors, bit for bit, in one launch.
 ///
 /// `q`: [B, S, H, D]. `k`, `v`: [B, S, Hkv, D].
 /// `meta`: of [B, S].
-/// `packed_q`: [total_valid, H, D]. `packed_k`, `packed_v`: [total_valid, Hkv, D]. They share no memory with one another or with
-/// an input.
+/// `packed_q`: [total_valid, H, D]. `packed_k`, `packed_v`: [total_valid, Hkv, D]. They share no
+/// memory with one another or with an input.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn varlen_fa_pack_qkv(
     device: *const varlen_fa_device,
@@ -29,9 +29,9 @@ pub unsafe extern "C" fn varlen_fa_pack_qkv(
     packed_k: *const varlen_fa_tensor,
     packed_v: *const varlen_fa_tensor,
 ) -> varlen_fa_status {
-    border(|| {
+    guard(|| {
         let device = handles::get(Name::of("device"), device)?;
-        // SAFETY: the caller keeps the header's rules for pointers; as in the lines below.
+        // SAFETY: the caller obeys the header's rules for pointers; as in the lines below.
         let q = unsafe { Described::new("q", q) }?;
         // SAFETY: as above.
         let k = unsafe { Described::new("k", k) }?;
@@ -55,16 +55,16 @@ pub unsafe extern "C" fn varlen_fa_pack_qkv(
     })
 }
 
-/// Attention over packed rows: sequence b of the queries attends to sequence b of the keys. Either may be empty; a query without
-/// keys gives zeros.
+/// Attention over packed rows: sequence b of the queries attends to sequence b of the keys. Either
+/// may be empty; a query without keys gives zeros.
 ///
-/// `options`: may be NULL; the path cannot be forced.
+/// `options`: may be NULL. `path` must be AUTO.
 /// `q`: [total_q, H, D]. `k`, `v`: [total_k, Hkv, D].
-/// `cu_seqlens_q`, `cu_seqlens_k`: the sequences of both, as many of the one as of the other.
+/// `cu_seqlens_q`, `cu_seqlens_k`: the sequences of queries and keys, of equal number.
 /// `out`: [total_q, H, D] of q's element type.
-/// `lse`: [H, total_q] f32, receives the natural logarithm of the sum of exp(score) of each row, -inf for a row with no key; may
-/// be NULL.
-/// `plan`: receives the kernel that was taken; may be NULL.
+/// `lse`: [H, total_q] f32, receives ln(sum of exp(score)) of each row, -inf for a row without
+/// keys; may be NULL.
+/// `plan`: receives the kernel that was used; may be NULL.
 ///
 /// Outputs share no memory with one another or with an input.
 #[unsafe(no_mangle)]
@@ -80,9 +80,9 @@ pub unsafe extern "C" fn varlen_fa_varlen_attention(
     lse: *const varlen_fa_tensor,
     plan: *mut varlen_fa_plan,
 ) -> varlen_fa_status {
-    border(|| {
+    guard(|| {
         let device = handles::get(Name::of("device"), device)?;
-        // SAFETY: the caller keeps the header's rules for pointers; as in the lines below.
+        // SAFETY: the caller obeys the header's rules for pointers; as in the lines below.
         let place = unsafe { Place::optional(Name::of("plan"), plan) }?;
         // SAFETY: as above.
         let options = unsafe { Options::read(options) }?;
@@ -99,7 +99,7 @@ pub unsafe extern "C" fn varlen_fa_varlen_attention(
         // SAFETY: as above.
         let lse = unsafe { Described::optional("lse", lse) }?;
         if let Some(path) = options.path {
-            let expected = "AUTO: rows that are packed already leave no choice";
+            let expected = "AUTO, since the rows are packed already";
             return Err(Failure::argument(varlen_fa_status::NotApplicable, "options.path", expected, path));
         }
         match &lse {
@@ -109,15 +109,15 @@ pub unsafe extern "C" fn varlen_fa_varlen_attention(
         let [q, k, v] = [Input::new(&device, &q)?, Input::new(&device, &k)?, Input::new(&device, &v)?];
         let mut out = Output::new(&device, &out)?;
         let mut lse = lse.map(|lse| Output::new(&device, &lse)).transpose()?;
-        let mut choice = VarlenOptions::default();
-        choice.softmax_scale = options.softmax_scale;
-        choice.kernel = options.kernel;
+        let mut varlen_options = VarlenOptions::default();
+        varlen_options.softmax_scale = options.softmax_scale;
+        varlen_options.kernel = options.kernel;
         let taken = varlen_attention_into(
             &device,
             [q.view(), k.view(), v.view()],
             cu_seqlens_q.cu_seqlens(),
             cu_seqlens_k.cu_seqlens(),
-            choice,
+            varlen_options,
             out.view_mut()?,
             lse.as_mut().map(Output::view_mut).transpose()?,
         )?;
@@ -125,18 +125,18 @@ pub unsafe extern "C" fn varlen_fa_varlen_attention(
             Some(lse) => finish([out, lse])?,
             None => finish([out])?,
         }
-        if let Some(place) = place {
-            place.put(plan_of(&taken));
-        }
+        put_plan(place, &taken);
         Ok(())
     })
 }
 
-/// Copies packed rows to the valid rows of a padded tensor, bit for bit, and writes +0.0 to the masked rows, in one launch.
+/// Copies packed rows to the valid rows of a padded tensor, bit for bit, and writes +0.0 to the
+/// masked rows, in one launch.
 ///
 /// `packed`: [total_valid, H, D].
 /// `meta`: of [B, S].
-/// `padded`: [B, S, H, D], in memory that `packed` does not share. Every element is written, and nothing else.
+/// `padded`: [B, S, H, D], in memory that `packed` does not share. Every element is written, and
+/// nothing else.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn varlen_fa_scatter_to_padded(
     device: *const varlen_fa_device,
@@ -144,9 +144,9 @@ pub unsafe extern "C" fn varlen_fa_scatter_to_padded(
     meta: *const varlen_fa_meta,
     padded: *const varlen_fa_tensor,
 ) -> varlen_fa_status {
-    border(|| {
+    guard(|| {
         let device = handles::get(Name::of("device"), device)?;
-        // SAFETY: the caller keeps the header's rules for pointers; as in the lines below.
+        // SAFETY: the caller obeys the header's rules for pointers; as in the lines below.
         let packed = unsafe { Described::new("packed", packed) }?;
         let meta = handles::get(Name::of("meta"), meta)?;
         // SAFETY: as above.

@@ -1,17 +1,17 @@
-//! Tensors of the caller: checked descriptors, and how a device gets at their memory. Host memory is used in place by the CPU device
-//! and copied to and from others; CUDA memory is used in place by its own device.
+//! Tensors in external memory: their descriptors are checked, and the memory is made accessible to
+//! a device. The CPU device works directly on host memory, other devices on copies of it. CUDA
+//! memory is used directly by its own device.
 
 use std::marker::PhantomData;
 
-use varlen::{DType, Device, DeviceMemory, Element, Error, Layout, TensorView, TensorViewMut, bf16, f16};
+use varlen::{BackendKind, DType, Device, DeviceMemory, Element, Error, Layout, TensorView, TensorViewMut, bf16, f16};
 
 use crate::arguments::{FIRST_PAGE, Name, choose, expect_zeros, read, read_optional, size};
 use crate::cuda;
-use crate::device::kind_of;
 use crate::failure::{Failure, Result};
-use crate::types::{varlen_fa_device_kind, varlen_fa_dtype, varlen_fa_memory, varlen_fa_status, varlen_fa_tensor};
+use crate::types::{varlen_fa_memory, varlen_fa_status, varlen_fa_tensor};
 
-/// A descriptor that was checked: its elements lie inside its memory.
+/// A checked descriptor: its elements lie inside its memory.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Described<'a> {
     name: &'static str,
@@ -26,8 +26,8 @@ pub(crate) struct Described<'a> {
 
 impl<'a> Described<'a> {
     /// # Safety
-    /// `tensor` is null, misaligned, or points to a descriptor of memory that lives during `'a`, which nobody writes or, if it is
-    /// an output's, nobody else uses meanwhile.
+    /// `tensor` is null, misaligned, or points to a descriptor of memory that is valid during `'a`.
+    /// Meanwhile nobody writes the memory of an input, and nobody else uses that of an output.
     pub unsafe fn new(name: &'static str, tensor: *const varlen_fa_tensor) -> Result<Self> {
         // SAFETY: by this function's contract.
         let tensor = unsafe { read(Name::of(name), tensor) }?;
@@ -46,12 +46,8 @@ impl<'a> Described<'a> {
         let name = Name::of(argument);
         expect_zeros(name.field("reserved_word"), &[u64::from(tensor.reserved_word)])?;
         expect_zeros(name.field("reserved"), &tensor.reserved)?;
-        let dtype = match choose(name.field("dtype"), tensor.dtype)? {
-            varlen_fa_dtype::F32 => DType::F32,
-            varlen_fa_dtype::F16 => DType::F16,
-            varlen_fa_dtype::Bf16 => DType::Bf16,
-        };
-        let memory = choose(name.field("memory"), tensor.memory)?;
+        let dtype = choose(name.field("dtype"), tensor.dtype)?.meaning;
+        let memory = choose(name.field("memory"), tensor.memory)?.value;
         let rank = tensor.rank as usize;
         if rank == 0 || rank > tensor.shape.len() {
             return Err(Failure::argument(varlen_fa_status::Rank, name.field("rank"), "1 to 4", rank));
@@ -103,7 +99,8 @@ impl<'a> Described<'a> {
         if self.bytes == 0 {
             return &[];
         }
-        // SAFETY: checked: not null, inside the address space; by the contract of `new` memory that nobody writes during 'a.
+        // SAFETY: `check_memory` found it not null and inside the address space; by the contract of
+        // `new` nobody writes it during 'a.
         unsafe { std::slice::from_raw_parts(self.data, self.bytes as usize) }
     }
 
@@ -120,26 +117,27 @@ impl<'a> Described<'a> {
         }
     }
 
-    /// Memory of a CUDA device, for the device that computes.
+    /// The external CUDA memory, as memory of the device that computes.
     fn cuda_memory(&self, device: &Device) -> Result<DeviceMemory> {
-        // SAFETY: by the contract of `new`, memory of the device that lives until the work is done.
+        // SAFETY: by the contract of `new`, memory of the device that stays valid until the work is
+        // done.
         unsafe { cuda_memory(device, Name::of(self.name), self.data.addr(), self.bytes) }
     }
 }
 
-/// Memory of a CUDA device, for the device that computes.
+/// External CUDA memory, as memory of the device that computes.
 ///
 /// # Safety
 /// As [`cuda::memory`].
 pub(crate) unsafe fn cuda_memory(device: &Device, name: Name, address: usize, bytes: u64) -> Result<DeviceMemory> {
-    if kind_of(device) != varlen_fa_device_kind::Cuda {
+    if device.capabilities().backend != BackendKind::Cuda {
         let (argument, got) = (name.argument, "cuda".to_owned());
         return Err(Error::DeviceMismatch { argument, expected: device.name().to_owned(), got }.into());
     }
     // SAFETY: by this function's contract.
     let memory = unsafe { cuda::memory(device, address as u64, bytes) };
     memory.map_err(|error| match error {
-        // The driver does not know the address; the caller knows it by this name.
+        // The driver does not know the address; the message names it as the caller does.
         Error::Handle { expected, got, .. } => {
             Failure::argument(varlen_fa_status::BadHandle, name.field("data"), expected, got)
         }
@@ -147,8 +145,9 @@ pub(crate) unsafe fn cuda_memory(device: &Device, name: Name, address: usize, by
     })
 }
 
-/// Outputs share no host memory with an input or one another. Tensors that interleave count as sharing. The library itself checks
-/// device memory; host memory must be known to be apart before there are Rust references to it.
+/// Checks that no output shares host memory with an input or another output. Tensors that
+/// interleave count as sharing. This comes before any Rust reference to the memory exists; device
+/// memory is checked by the Rust library.
 pub(crate) fn expect_apart(outputs: &[&Described<'_>], inputs: &[&Described<'_>]) -> Result<()> {
     for (at, output) in outputs.iter().enumerate() {
         for other in inputs.iter().chain(&outputs[at + 1..]) {
@@ -163,12 +162,12 @@ pub(crate) fn expect_apart(outputs: &[&Described<'_>], inputs: &[&Described<'_>]
     Ok(())
 }
 
-/// An input where the device reads it.
+/// An input in memory that the device reads.
 #[derive(Debug)]
 pub(crate) enum Input<'a> {
-    /// Host memory of the caller.
-    InPlace(Described<'a>),
-    /// The caller's device memory, or a copy.
+    /// External host memory, which the device reads directly.
+    Host(Described<'a>),
+    /// External device memory, or a copy of host memory.
     Device { memory: DeviceMemory, dtype: DType, layout: Layout },
 }
 
@@ -179,14 +178,14 @@ impl<'a> Input<'a> {
         Self::of_any_strides(device, described)
     }
 
-    /// A tensor of any strides: a bias.
+    /// A tensor with any strides, such as a bias.
     pub fn of_any_strides(device: &Device, described: &Described<'a>) -> Result<Self> {
         let (dtype, layout) = (described.dtype, described.layout);
         if !described.is_in_host_memory() {
             return Ok(Self::Device { memory: described.cuda_memory(device)?, dtype, layout });
         }
-        if kind_of(device) == varlen_fa_device_kind::Cpu {
-            return Ok(Self::InPlace(*described));
+        if device.capabilities().backend == BackendKind::Cpu {
+            return Ok(Self::Host(*described));
         }
         if layout.is_contiguous() {
             let memory = upload(device, described.host_bytes())?;
@@ -201,7 +200,7 @@ impl<'a> Input<'a> {
 
     pub fn view(&self) -> TensorView<'_> {
         match self {
-            Self::InPlace(described) => match described.dtype {
+            Self::Host(described) => match described.dtype {
                 DType::F16 => host_view::<f16>(described),
                 DType::Bf16 => host_view::<bf16>(described),
                 _ => host_view::<f32>(described),
@@ -211,14 +210,14 @@ impl<'a> Input<'a> {
     }
 }
 
-/// An output where the device writes it.
+/// An output in memory that the device writes.
 #[derive(Debug)]
 pub(crate) enum Output<'a> {
-    /// Host memory of the caller.
-    InPlace(Described<'a>),
-    /// Device memory of the caller.
+    /// External host memory, which the device writes directly.
+    Host(Described<'a>),
+    /// External device memory.
     Device { memory: DeviceMemory, dtype: DType, layout: Layout },
-    /// A row-major tensor on the device, to be copied to host memory of the caller.
+    /// A row-major tensor on the device, to be copied to external host memory.
     Staged { memory: DeviceMemory, described: Described<'a> },
 }
 
@@ -228,10 +227,10 @@ impl<'a> Output<'a> {
         if !described.is_in_host_memory() {
             return Ok(Self::Device { memory: described.cuda_memory(device)?, dtype, layout });
         }
-        if kind_of(device) == varlen_fa_device_kind::Cpu {
-            return Ok(Self::InPlace(*described));
+        if device.capabilities().backend == BackendKind::Cpu {
+            return Ok(Self::Host(*described));
         }
-        // The device sees a row-major tensor, so these are checked here.
+        // The device sees only a row-major copy, so the strides are checked here.
         described.expect_inner_stride()?;
         if layout.self_overlaps() {
             let (shape, strides) = (layout.shape().to_vec(), layout.strides().to_vec());
@@ -243,7 +242,7 @@ impl<'a> Output<'a> {
 
     pub fn view_mut(&mut self) -> Result<TensorViewMut<'_>> {
         match self {
-            Self::InPlace(described) => Ok(match described.dtype {
+            Self::Host(described) => Ok(match described.dtype {
                 DType::F16 => host_view_mut::<f16>(described),
                 DType::Bf16 => host_view_mut::<bf16>(described),
                 _ => host_view_mut::<f32>(described),
@@ -255,7 +254,7 @@ impl<'a> Output<'a> {
         }
     }
 
-    /// What the device wrote, if it has to be copied to the caller's memory; waits for the work.
+    /// What the device wrote, if it has to be copied to host memory; waits for the work.
     pub fn fetch(&self) -> Result<Vec<u8>> {
         let Self::Staged { memory, described } = self else { return Ok(Vec::new()) };
         let mut rows = bytes_of(described.layout.numel() * described.dtype.size())?;
@@ -263,13 +262,14 @@ impl<'a> Output<'a> {
         Ok(rows)
     }
 
-    /// Copies what was fetched to the caller's memory: the elements, and nothing between them.
+    /// Copies what was fetched to the host memory: the elements, and nothing between them.
     pub fn store(self, rows: &[u8]) {
         let Self::Staged { described, .. } = self else { return };
         if described.bytes == 0 {
             return;
         }
-        // SAFETY: checked: not null, inside the address space; by the contract of `new` memory that nobody else uses.
+        // SAFETY: `check_memory` found it not null and inside the address space; by the contract of
+        // `Described::new` nobody else uses it.
         let memory = unsafe { std::slice::from_raw_parts_mut(described.data, described.bytes as usize) };
         for_each_row(&described.layout, described.dtype.size(), |strided, dense| {
             memory[strided].copy_from_slice(&rows[dense]);
@@ -277,7 +277,7 @@ impl<'a> Output<'a> {
     }
 }
 
-/// Fetches every output before any is stored, so that a failure leaves all of the caller's memory as it was.
+/// Fetches every output before it stores any, so that a failure leaves all host memory as it was.
 pub(crate) fn finish<const N: usize>(outputs: [Output<'_>; N]) -> Result<()> {
     let mut fetched = Vec::with_capacity(N);
     for output in &outputs {
@@ -294,8 +294,9 @@ fn host_view<'a, T: Element>(described: &Described<'a>) -> TensorView<'a> {
         return TensorView::from_host_strided::<T>(&[], described.layout);
     }
     let count = described.bytes as usize / size_of::<T>();
-    // SAFETY: checked: not null, aligned for the element type, inside the address space; by the contract of `new` memory that
-    // nobody writes during 'a, and apart from the call's outputs by `expect_apart`.
+    // SAFETY: `check_memory` found it not null, aligned for the element type and inside the address
+    // space. By the contract of `Described::new` nobody writes it during 'a, and by `expect_apart`
+    // no output of this call overlaps it.
     let data = unsafe { std::slice::from_raw_parts(described.data.cast_const().cast::<T>(), count) };
     TensorView::from_host_strided(data, described.layout)
 }
@@ -305,7 +306,8 @@ fn host_view_mut<'a, T: Element>(described: &mut Described<'a>) -> TensorViewMut
         return TensorViewMut::from_host_strided::<T>(&mut [], described.layout);
     }
     let count = described.bytes as usize / size_of::<T>();
-    // SAFETY: as in `host_view`, of memory that nobody else uses; apart from the call's other tensors by `expect_apart`.
+    // SAFETY: as in `host_view`; nobody else uses the memory, and by `expect_apart` no other tensor
+    // of this call overlaps it.
     let data = unsafe { std::slice::from_raw_parts_mut(described.data.cast::<T>(), count) };
     TensorViewMut::from_host_strided(data, described.layout)
 }
@@ -327,8 +329,8 @@ fn bytes_of(count: usize) -> Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// The layout without repetitions (dimensions of stride 0 have size 1), and where its elements, once they are row-major, stand for
-/// those of the whole layout.
+/// The layout without repetitions, in which dimensions of stride 0 have size 1; and the layout that
+/// reads all elements of the whole from a row-major copy of it.
 fn compact(layout: &Layout) -> Result<(Layout, Layout)> {
     let mut shape = layout.shape().to_vec();
     for (size, &stride) in shape.iter_mut().zip(layout.strides()) {
@@ -342,7 +344,8 @@ fn compact(layout: &Layout) -> Result<(Layout, Layout)> {
     Ok((Layout::strided(&shape, layout.strides(), 0)?, Layout::strided(layout.shape(), &strides, 0)?))
 }
 
-/// Calls `copy` with the bytes of each contiguous piece, where the layout has them and where a row-major tensor does.
+/// Calls `copy` for each contiguous piece, with its range of bytes in the layout and in a row-major
+/// tensor.
 pub(crate) fn for_each_row(
     layout: &Layout,
     element: usize,
@@ -352,7 +355,7 @@ pub(crate) fn for_each_row(
         return;
     }
     let (shape, strides) = (layout.shape(), layout.strides());
-    // The last dimension in one piece, if it is one.
+    // The last dimension is copied at once if it is contiguous.
     let inner = shape.len() - 1;
     let (leading, piece) = if strides[inner] == 1 { (inner, shape[inner]) } else { (shape.len(), 1) };
     let bytes = piece * element;

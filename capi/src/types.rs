@@ -1,28 +1,30 @@
-//! The types of the header. All of them are plain data with fixed values and room to grow.
+//! The types of the header: plain data with fixed values, and reserved space for later versions.
 //!
-//! Fields and parameters that hold an enum of the caller's are `MaybeUninit<...>`: C may put any number there, which a Rust enum
-//! must not hold. The header shows them as the enum.
+//! Fields and parameters in which C passes an enum are `MaybeUninit<...>`, because C may pass any
+//! number, and a Rust enum must not hold one that is not its own. The header shows them as the
+//! enum.
 
 use std::ffi::{c_char, c_void};
 use std::mem::MaybeUninit;
 
 /// What a call returns: 0, or why it was refused or failed. varlen_fa_last_error() has the message.
 ///
-/// Up to 99 the arguments are at fault: nothing was launched and nothing was written. From 100 on the device is, from 200 on this
-/// library.
+/// Up to 99, the arguments are at fault: nothing was launched and nothing was written. From 100 on,
+/// the device is at fault; from 200 on, this library.
 #[repr(u32)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum varlen_fa_status {
-    /// Done.
+    /// Success.
     Ok = 0,
     /// A pointer that must not be NULL is NULL, or points into the first page.
     NullPointer = 1,
-    /// Not a live handle of the kind that the argument wants: freed, of another kind, or never a handle. Also a CUDA context, stream
-    /// or address that the driver does not know.
+    /// Not a live handle of the right type: freed, of another type, or never issued. Also a CUDA
+    /// context, stream or address that the driver does not know.
     BadHandle = 2,
-    /// A number that is not one of an enum's, a negative stride, a size that is no size, reserved space that is not 0.
+    /// A number that is not a value of its enum, a negative stride, a flag that is neither 0 nor 1,
+    /// or reserved space that is not 0.
     BadValue = 3,
-    /// A pointer, an offset or a stride that is not a multiple of what it must be.
+    /// A pointer, an offset or a stride that is not a multiple of the required alignment.
     Misaligned = 4,
     /// A tensor has the wrong number of dimensions.
     Rank = 10,
@@ -40,11 +42,11 @@ pub enum varlen_fa_status {
     DtypeMismatch = 16,
     /// The last dimension of a tensor is not contiguous.
     InnerStride = 17,
-    /// Shape and strides reach past the given bytes.
+    /// Shape and strides reach past the end of the memory.
     BufferTooSmall = 18,
     /// An output shares memory with an input or another output.
     Overlap = 19,
-    /// Strides put two elements of an output at one place.
+    /// Two elements of an output lie at the same address.
     SelfOverlap = 20,
     /// An array has the wrong number of elements.
     Length = 21,
@@ -52,31 +54,32 @@ pub enum varlen_fa_status {
     MaskSize = 22,
     /// A length or a run reaches outside its row.
     MaskRow = 23,
-    /// Cumulative sequence lengths do not start at 0, fall, or end elsewhere than the tensors do.
+    /// Cumulative sequence lengths do not start at 0, decrease, or do not end at the tensors' size.
     CuSeqlens = 24,
     /// The softmax scale is not a finite number.
     SoftmaxScale = 25,
-    /// A size does not fit the integers or the limits that hold it.
+    /// A size exceeds an integer type or a limit.
     TooLarge = 26,
-    /// An environment variable has a value that is not understood.
+    /// An environment variable has an invalid value.
     Environment = 27,
     /// A tensor, memory or metadata belongs to another device.
     DeviceMismatch = 28,
-    /// The forced path or kernel does not exist on this device or for this call.
+    /// The forced path or kernel cannot compute this call on this device.
     NotApplicable = 29,
-    /// An argument is wrong in a way that this header has no name for.
+    /// An argument is wrong in a way that has no number in this header.
     Refused = 99,
-    /// The device that was asked for cannot be used here.
+    /// The requested device is unavailable.
     DeviceUnavailable = 100,
-    /// Memory ran out.
+    /// Out of memory.
     OutOfMemory = 101,
-    /// The device is gone, and no later call on it succeeds.
+    /// The device is lost; no later call on it succeeds.
     DeviceLost = 102,
-    /// The device or its driver refused an operation.
+    /// An operation of the device or its driver failed.
     Backend = 103,
-    /// The device's stream is being captured into a CUDA graph, which cannot hold the operation; the capture goes on.
+    /// The device's stream is being captured into a CUDA graph, which cannot hold this operation.
+    /// The capture goes on.
     StreamCaptured = 104,
-    /// This library failed; the message says where. Please report it.
+    /// A defect of this library; the message says where. Please report it.
     Panic = 200,
 }
 
@@ -84,17 +87,18 @@ pub enum varlen_fa_status {
 #[repr(u32)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum varlen_fa_device_kind {
-    /// What VARLEN_FA_DEVICE asks for, or the best one present: CUDA, then a hardware GPU through wgpu, then the CPU.
+    /// The device that VARLEN_FA_DEVICE names, or the best one present: CUDA, then a hardware GPU
+    /// through wgpu, then the CPU.
     Auto = 0,
     /// The CPU.
     Cpu = 1,
-    /// Vulkan, Metal or DirectX 12 through wgpu; software adapters included.
+    /// Vulkan, Metal or DirectX 12 through wgpu, including software adapters.
     Wgpu = 2,
     /// An NVIDIA GPU.
     Cuda = 3,
 }
 
-/// Element type of a tensor. 0 is none of them, so that a forgotten field is noticed.
+/// Element type of a tensor. 0 is not a value, so that a forgotten field is an error.
 #[repr(u32)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum varlen_fa_dtype {
@@ -106,7 +110,8 @@ pub enum varlen_fa_dtype {
     Bf16 = 3,
 }
 
-/// Element type of a mask: an integer of so many bytes. Any value but 0 keeps the token; bool and signed integers count alike.
+/// Element type of a mask, whose number is its size in bytes. 0 drops the token; any other value
+/// keeps it, for bool, signed and unsigned integers alike.
 #[repr(u32)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum varlen_fa_mask_dtype {
@@ -120,14 +125,15 @@ pub enum varlen_fa_mask_dtype {
     U64 = 8,
 }
 
-/// What an address is an address of.
+/// The memory that an address points to.
 #[repr(u32)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum varlen_fa_memory {
-    /// Host memory. The CPU device works on it in place. For other devices a call copies inputs to the device and outputs back,
-    /// and returns when that is done.
+    /// Host memory. The CPU device works on it directly. For other devices, a call copies inputs to
+    /// the device and outputs back, and returns when that is done.
     Host = 0,
-    /// Memory of the CUDA device that computes, used in place; the call returns before the work is done.
+    /// Memory of the CUDA device that computes, which is used directly. The call returns before the
+    /// work is done.
     Cuda = 1,
 }
 
@@ -137,15 +143,15 @@ pub enum varlen_fa_memory {
 pub enum varlen_fa_path {
     /// In options: the library decides.
     Auto = 0,
-    /// Every query against every key, masked keys dropped from the softmax.
+    /// Every query against every key; masked keys are dropped from the softmax.
     Dense = 1,
-    /// One pass over the padded tensors in place that skips what is masked.
+    /// One pass over the padded tensors that skips what is masked.
     Fused = 2,
     /// Pack, varlen attention on the packed rows, scatter with zeros.
     Packed = 3,
     /// Zeros only: no query or no key is valid.
     Zero = 4,
-    /// In plans: one that this header has no name for; the text names it.
+    /// In plans: one that this header does not list; the text names it.
     Unlisted = 255,
 }
 
@@ -161,23 +167,23 @@ pub enum varlen_fa_kernel {
     WgslPortable = 2,
     /// The WGSL kernel on cooperative matrices (tensor cores).
     WgslCoop = 6,
-    /// The CUDA kernel of every chip from compute capability 8.0 on.
+    /// The CUDA kernel for every chip from compute capability 8.0 on.
     CudaSm80 = 3,
-    /// The CUDA kernel of compute capability 9.0.
+    /// The CUDA kernel for compute capability 9.0.
     CudaSm90 = 4,
-    /// The CUDA kernel of compute capability 10.0 and 10.3.
+    /// The CUDA kernel for compute capabilities 10.0 and 10.3.
     CudaSm100 = 5,
-    /// In plans: one that this header has no name for; the text names it.
+    /// In plans: one that this header does not list; the text names it.
     Unlisted = 255,
 }
 
-/// Why a path was taken.
+/// Why a path was taken. 8 is reserved.
 #[repr(u32)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum varlen_fa_reason {
     /// No mask was given.
     NoMask = 1,
-    /// A key mask was given: dropped queries are computed like any other.
+    /// A key mask was given. Dropped queries are computed like any other.
     KeyMask = 2,
     /// The key mask keeps every key, so it is not applied.
     KeyMaskKeepsAll = 3,
@@ -189,7 +195,6 @@ pub enum varlen_fa_reason {
     NothingValid = 6,
     /// Metadata was given, and the kernel reads the padded tensors directly.
     Fused = 7,
-    // 8 was a reason that no plan gives any more; it is not given again.
     /// VARLEN_FA=0.
     DenseForced = 9,
     /// The caller forced the path.
@@ -198,9 +203,10 @@ pub enum varlen_fa_reason {
     AlreadyPacked = 11,
     /// The device built the metadata, so the plan cannot know the mask.
     MetadataOnDevice = 12,
-    /// Metadata was given with runs too short to be read in place.
+    /// Metadata was given, but its runs are so short that packing takes less time than the fused
+    /// path.
     Fragmented = 13,
-    /// One that this header has no name for; the text says it.
+    /// One that this header does not list; the text names it.
     Unlisted = 255,
 }
 
@@ -210,21 +216,24 @@ pub enum varlen_fa_reason {
 pub enum varlen_fa_mask_kind {
     /// Every query attends to every key.
     None = 0,
-    /// `key_mask`: every query attends to the kept keys of its batch row; rows of dropped queries are computed like any other.
+    /// `key_mask`: every query attends to the kept keys of its batch row. Rows of dropped queries
+    /// are computed like any other.
     Key = 1,
     /// `bias`: added to the scaled scores, broadcast over [B, H, Sq, Sk].
     Bias = 2,
-    /// `query_meta`: self-attention among the valid tokens; rows of the others are exactly zero.
+    /// `query_meta`: self-attention among the valid tokens. Other rows are exactly zero.
     Varlen = 3,
-    /// `query_meta` and `key_meta`: valid queries attend to the valid keys of their batch row; other rows are exactly zero.
+    /// `query_meta` and `key_meta`: valid queries attend to the valid keys of their batch row.
+    /// Other rows are exactly zero.
     VarlenCross = 4,
-    /// `query_device_meta`: as VARLEN, with metadata that the device built.
+    /// `query_device_meta`: as VARLEN, with metadata built by the device.
     DeviceVarlen = 5,
-    /// `query_device_meta` and `key_device_meta`: as VARLEN_CROSS, with metadata that the device built.
+    /// `query_device_meta` and `key_device_meta`: as VARLEN_CROSS, with metadata built by the
+    /// device.
     DeviceVarlenCross = 6,
 }
 
-/// A device. Handles are numbers that look like pointers: they point to nothing.
+/// A device. Handles are numbers in the form of pointers; they do not point to memory.
 pub struct varlen_fa_device {
     _private: (),
 }
@@ -234,27 +243,30 @@ pub struct varlen_fa_key_mask {
     _private: (),
 }
 
-/// Where the valid tokens of a [B, S] batch lie. Made once per request and used by every layer and step: devices keep their copy
-/// of it.
+/// Which tokens of a [B, S] batch are valid, as attention needs it. Create it once per request for
+/// all layers and steps: it keeps a copy on each device that used it.
 pub struct varlen_fa_meta {
     _private: (),
 }
 
-/// What varlen_fa_meta is, built on the device from a mask that is there already, without waiting for the host.
+/// The same as varlen_fa_meta, built by the device from a mask in its memory, without waiting for
+/// the host.
 pub struct varlen_fa_device_meta {
     _private: (),
 }
 
-/// Cumulative sequence lengths of packed rows: sequence b is rows cu_seqlens[b] to cu_seqlens[b + 1].
+/// Cumulative sequence lengths of packed rows: sequence b is rows cu_seqlens[b] to cu_seqlens[b +
+/// 1].
 pub struct varlen_fa_cu_seqlens {
     _private: (),
 }
 
-/// A tensor in the caller's memory.
+/// A tensor in external memory.
 ///
-/// Element [b, s, h, d] of a [B, S, H, D] tensor lies b*strides[0] + s*strides[1] + h*strides[2] + d*strides[3] elements after
-/// `data`. The last dimension is contiguous (stride 1), except of a bias; the others are free, so that slices of a fused
-/// projection and permuted tensors need no copy.
+/// Element [b, s, h, d] of a [B, S, H, D] tensor lies at `data` + b*strides[0] + s*strides[1] +
+/// h*strides[2] + d*strides[3], in elements. The last dimension must be contiguous (stride 1),
+/// except in a bias. The other strides are free, so that slices of a fused projection and permuted
+/// tensors need no copy.
 ///
 /// Start from zeros, as in `varlen_fa_tensor q = {0};`, so that reserved space is 0.
 #[repr(C)]
@@ -262,45 +274,46 @@ pub struct varlen_fa_cu_seqlens {
 pub struct varlen_fa_tensor {
     /// The first element. May be NULL if the tensor has no elements.
     pub data: *mut c_void,
-    /// Bytes from `data` on that belong to the tensor. Shape and strides that reach further are refused.
+    /// Size of the memory at `data`. Shape and strides that reach further are refused.
     pub bytes: u64,
     /// Element type.
     pub dtype: MaybeUninit<varlen_fa_dtype>,
-    /// What `data` is an address of.
+    /// The memory that `data` points to.
     pub memory: MaybeUninit<varlen_fa_memory>,
     /// Number of dimensions, 1 to 4.
     pub rank: u32,
     /// 0.
     pub reserved_word: u32,
-    /// Size of each dimension; entries from `rank` on do not count.
+    /// Size of each dimension; entries from `rank` on are ignored.
     pub shape: [u64; 4],
-    /// Distance between neighbours of each dimension, in elements, 0 or more; entries from `rank` on do not count.
+    /// Distance between neighbours in each dimension, in elements, at least 0; entries from `rank`
+    /// on are ignored.
     pub strides: [i64; 4],
     /// 0.
     pub reserved: [u64; 2],
 }
 
-/// A [B, S] mask in the caller's memory. Start from zeros, as with a tensor.
+/// A [B, S] mask in external memory. Start from zeros, as with a tensor.
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct varlen_fa_mask_view {
     /// The first element. May be NULL if the mask has no elements.
     pub data: *const c_void,
-    /// Bytes from `data` on that belong to the mask.
+    /// Size of the memory at `data`, in bytes.
     pub bytes: u64,
     /// Element type.
     pub dtype: MaybeUninit<varlen_fa_mask_dtype>,
-    /// What `data` is an address of.
+    /// The memory that `data` points to.
     pub memory: MaybeUninit<varlen_fa_memory>,
     /// B and S.
     pub shape: [u64; 2],
-    /// Distance between neighbours of each dimension, in elements, 0 or more.
+    /// Distance between neighbours in each dimension, in elements, at least 0.
     pub strides: [i64; 2],
     /// 0.
     pub reserved: [u64; 2],
 }
 
-/// A range of kept tokens of one batch row. It may be empty; ranges may touch or overlap.
+/// A range of kept tokens in one batch row. It may be empty; ranges may touch or overlap.
 #[repr(C)]
 #[derive(Debug, Clone, Copy)]
 pub struct varlen_fa_run {
@@ -312,17 +325,19 @@ pub struct varlen_fa_run {
     pub end: u64,
 }
 
-/// Which queries attend to which keys. All zeros, or no struct at all, is no mask. Pointers that `kind` does not name are NULL.
+/// Which queries attend to which keys. All zeros, or a NULL struct, means no mask. Pointers that
+/// `kind` does not use must be NULL.
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct varlen_fa_attention_mask {
-    /// Which of the fields below count.
+    /// Which of the fields below are used.
     pub kind: MaybeUninit<varlen_fa_mask_kind>,
     /// 0.
     pub reserved_word: u32,
     /// [B, Sk], for KEY.
     pub key_mask: *const varlen_fa_key_mask,
-    /// 1 to 4 dimensions that broadcast to [B, H, Sq, Sk], of the tensors' element type or f32, for BIAS.
+    /// 1 to 4 dimensions that broadcast to [B, H, Sq, Sk], in the tensors' element type or f32, for
+    /// BIAS.
     pub bias: *const varlen_fa_tensor,
     /// [B, S] for VARLEN, [B, Sq] for VARLEN_CROSS.
     pub query_meta: *const varlen_fa_meta,
@@ -336,17 +351,17 @@ pub struct varlen_fa_attention_mask {
     pub reserved: [u64; 4],
 }
 
-/// Options of an attention call; all zeros, or no struct at all, is the default.
+/// Options of an attention call. All zeros, or a NULL struct, means the defaults.
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct varlen_fa_attention_options {
-    /// 1 if `softmax_scale` counts; 0 for 1/sqrt(D).
+    /// 1 to use `softmax_scale`; 0 for 1/sqrt(D).
     pub has_softmax_scale: u32,
-    /// The factor on q*k before the softmax; any finite number.
+    /// Factor on q*k before the softmax; any finite number.
     pub softmax_scale: f32,
-    /// The path to take; for tests and comparisons.
+    /// Forces a path, for tests and comparisons.
     pub path: MaybeUninit<varlen_fa_path>,
-    /// The kernel to run; for tests and comparisons.
+    /// Forces a kernel, for tests and comparisons.
     pub kernel: MaybeUninit<varlen_fa_kernel>,
     /// 0.
     pub reserved: [u64; 4],
@@ -355,15 +370,16 @@ pub struct varlen_fa_attention_options {
 /// What was decided for a call.
 #[repr(C)]
 pub struct varlen_fa_plan {
-    /// How the call is computed.
+    /// How the call was computed.
     pub path: varlen_fa_path,
-    /// What computes it; nothing runs on the ZERO path.
+    /// What computed it; no kernel runs on the ZERO path.
     pub kernel: varlen_fa_kernel,
     /// Why.
     pub reason: varlen_fa_reason,
     /// 0.
     pub reserved_word: u32,
-    /// The same in words, e.g. "fused by cpu-tiled: metadata was given and the device reads padded tensors in place".
+    /// The same in words, e.g. "fused by cpu-tiled: metadata was given and the kernel reads padded
+    /// tensors directly".
     pub text: [c_char; 240],
     /// 0.
     pub reserved: [u64; 2],
@@ -376,21 +392,21 @@ pub struct varlen_fa_device_info {
     pub kind: varlen_fa_device_kind,
     /// 1 if the device is emulated on the CPU, or is the CPU.
     pub is_software: u32,
-    /// Bit `1 << dtype` for each element type that it computes with.
+    /// Bit `1 << dtype` for each supported element type.
     pub dtypes: u32,
-    /// Bit `1 << kernel` for each kernel that runs on it and that this header names.
+    /// Bit `1 << kernel` for each kernel of this header that runs on it.
     pub kernels: u32,
-    /// Bytes of the largest tensor.
+    /// Largest possible size of a tensor, in bytes.
     pub max_buffer_bytes: u64,
     /// Kind and hardware, for messages.
     pub name: [c_char; 192],
-    /// The hardware, and its driver where there is one.
+    /// The hardware, and its driver if it has one.
     pub adapter: [c_char; 192],
     /// 0.
     pub reserved: [u64; 4],
 }
 
-/// Sizes of a batch's metadata.
+/// Sizes of the batch that metadata describes.
 #[repr(C)]
 #[derive(Debug, Clone, Copy)]
 pub struct varlen_fa_meta_info {
@@ -404,72 +420,4 @@ pub struct varlen_fa_meta_info {
     pub max_seqlen: u64,
     /// 0.
     pub reserved: [u64; 4],
-}
-
-/// An enum that callers give, by number.
-///
-/// # Safety
-/// The type has `repr(u32)`.
-pub(crate) unsafe trait Choice: Copy + 'static {
-    /// Every value that a caller may give, with its name.
-    const CHOICES: &'static [(Self, &'static str)];
-}
-
-// SAFETY: `repr(u32)` stands at the type, as it does at the ones below.
-unsafe impl Choice for varlen_fa_device_kind {
-    const CHOICES: &'static [(Self, &'static str)] =
-        &[(Self::Auto, "auto"), (Self::Cpu, "cpu"), (Self::Wgpu, "wgpu"), (Self::Cuda, "cuda")];
-}
-
-// SAFETY: as above.
-unsafe impl Choice for varlen_fa_dtype {
-    const CHOICES: &'static [(Self, &'static str)] = &[(Self::F32, "f32"), (Self::F16, "f16"), (Self::Bf16, "bf16")];
-}
-
-// SAFETY: as above.
-unsafe impl Choice for varlen_fa_mask_dtype {
-    const CHOICES: &'static [(Self, &'static str)] =
-        &[(Self::U8, "8 bits"), (Self::U16, "16 bits"), (Self::U32, "32 bits"), (Self::U64, "64 bits")];
-}
-
-// SAFETY: as above.
-unsafe impl Choice for varlen_fa_memory {
-    const CHOICES: &'static [(Self, &'static str)] = &[(Self::Host, "host"), (Self::Cuda, "cuda")];
-}
-
-// SAFETY: as above.
-unsafe impl Choice for varlen_fa_path {
-    const CHOICES: &'static [(Self, &'static str)] = &[
-        (Self::Auto, "auto"),
-        (Self::Dense, "dense"),
-        (Self::Fused, "fused"),
-        (Self::Packed, "packed"),
-        (Self::Zero, "zero"),
-    ];
-}
-
-// SAFETY: as above.
-unsafe impl Choice for varlen_fa_kernel {
-    const CHOICES: &'static [(Self, &'static str)] = &[
-        (Self::Auto, "auto"),
-        (Self::CpuTiled, "cpu-tiled"),
-        (Self::WgslPortable, "wgsl-portable"),
-        (Self::WgslCoop, "wgsl-coop"),
-        (Self::CudaSm80, "sm80"),
-        (Self::CudaSm90, "sm90"),
-        (Self::CudaSm100, "sm100"),
-    ];
-}
-
-// SAFETY: as above.
-unsafe impl Choice for varlen_fa_mask_kind {
-    const CHOICES: &'static [(Self, &'static str)] = &[
-        (Self::None, "none"),
-        (Self::Key, "key"),
-        (Self::Bias, "bias"),
-        (Self::Varlen, "varlen"),
-        (Self::VarlenCross, "varlen-cross"),
-        (Self::DeviceVarlen, "device-varlen"),
-        (Self::DeviceVarlenCross, "device-varlen-cross"),
-    ];
 }

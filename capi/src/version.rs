@@ -2,8 +2,8 @@
 
 use std::ffi::c_char;
 
-/// Version of this header. Compare with varlen_fa_version(): versions with the same major number and, while that is 0, the same
-/// minor number work together.
+/// Version of this header. Compare with varlen_fa_version(): versions with the same major number
+/// and, while that is 0, the same minor number work together.
 pub const VARLEN_FA_VERSION_MAJOR: u32 = 0;
 /// See VARLEN_FA_VERSION_MAJOR.
 pub const VARLEN_FA_VERSION_MINOR: u32 = 1;

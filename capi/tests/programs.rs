@@ -1,7 +1,9 @@
-//! Programs that use the C library as its users do: C against the shared and the static library, and Python through ctypes.
+//! Programs that use the C library as its users do: C with the shared and the static library, and
+//! Python through ctypes.
 //!
-//! The library is built first, by the cargo that runs this test. A program exits with 77 if its device is absent: an ignored trial
-//! with the reason, or a failure if `VARLEN_FA_TEST_REQUIRE` names the device.
+//! The cargo that runs this test builds the library first. A program exits with 77 if its device is
+//! absent: then the trial is ignored with the reason, or fails if `VARLEN_FA_TEST_REQUIRE` names
+//! the device.
 
 mod library;
 
@@ -22,7 +24,7 @@ fn main() -> ExitCode {
     let arguments = Arguments::from_args();
     if cfg!(windows) {
         let trial = Trial::ignorable_test("programs", || {
-            Ok(Completion::ignored_with("the compilers that these trials call are those of Unix systems"))
+            Ok(Completion::ignored_with("these trials call the compilers of Unix systems"))
         });
         return libtest_mimic::run(&arguments, vec![trial]).exit_code();
     }
@@ -32,7 +34,7 @@ fn main() -> ExitCode {
     }
     for linkage in [Linkage::Shared, Linkage::Static] {
         for device in ["cpu", "wgpu"] {
-            for program in ["examples/masked_attention.c", "tests/border.c"] {
+            for program in ["examples/masked_attention.c", "tests/contract.c"] {
                 let name = Path::new(program).file_stem().map(|stem| stem.to_string_lossy().into_owned());
                 let name = format!("{}/{linkage:?}/{device}", name.unwrap_or_default()).to_lowercase();
                 trials.push(trial(name, move |library| {
@@ -73,7 +75,7 @@ fn header(language: &str, standard: &str) -> Result<Completion> {
 /// The program, ready to be started.
 fn compile(library: &Library, source: &str, linkage: Linkage) -> Result<Command> {
     let stem = Path::new(source).file_stem().context("a program without a name")?.to_string_lossy();
-    // In a folder of this test, and by a name that no other trial uses at once.
+    // A name that no other trial uses at the same time.
     static NEXT: std::sync::atomic::AtomicUsize = std::sync::atomic::AtomicUsize::new(0);
     let number = NEXT.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
     let program = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("{stem}-{number}"));
@@ -87,7 +89,7 @@ fn compile(library: &Library, source: &str, linkage: Linkage) -> Result<Command>
         }
         Linkage::Static => compiler.arg(&library.static_library),
     };
-    // What `rustc --print native-static-libs` names, and the program's own.
+    // What `rustc --print native-static-libs` names, and what the program needs.
     compiler.args(["-lm", "-lpthread"]);
     if cfg!(target_os = "linux") {
         compiler.args(["-ldl", "-lrt", "-lgcc_s"]);
@@ -103,33 +105,37 @@ fn compile(library: &Library, source: &str, linkage: Linkage) -> Result<Command>
     Ok(program)
 }
 
-/// Without the variables that the library reads.
+/// Removes the variables that the library reads.
 fn clean(program: &mut Command) {
     program.env_remove("VARLEN_FA").env_remove("VARLEN_FA_DEVICE").env_remove("VARLEN_FA_KERNEL");
 }
 
 fn python(library: &Library, device: &str) -> Result<Completion> {
-    let Some(mut program) = python_with(library) else { return Ok(Completion::ignored_with("there is no python3")) };
+    let Some(mut program) = python_with(library) else {
+        return Ok(Completion::ignored_with("python3 is not installed"));
+    };
     judge(device, program.arg(package().join("tests/test_varlen_fa.py")).arg(device))
 }
 
-/// The program in docs/embedding-c.md.
+/// The program in docs/external-c.md.
 fn documented_python(library: &Library) -> Result<Completion> {
-    let text = std::fs::read_to_string(package().join("../docs/embedding-c.md"))?;
+    let text = std::fs::read_to_string(package().join("../docs/external-c.md"))?;
     let program =
         text.split("```python\n").nth(1).and_then(|rest| rest.split("```").next()).context("no Python there")?;
     let path = library.shared_library.to_str().context("a folder whose name is no text")?;
     ensure!(program.contains("target/release/libvarlen_fa.so"), "the program loads another library");
     let program = program.replace("target/release/libvarlen_fa.so", path);
-    let Some(mut python) = python_with(library) else { return Ok(Completion::ignored_with("there is no python3")) };
-    python.env("PYTHONPATH", package().join("../benches/peers"));
+    let Some(mut python) = python_with(library) else {
+        return Ok(Completion::ignored_with("python3 is not installed"));
+    };
+    python.env("PYTHONPATH", package().join("python"));
     let output = run(python.arg("-c").arg(program))?;
     let printed = String::from_utf8_lossy(&output.stdout);
     ensure!(printed.starts_with("fused by cpu-tiled: metadata was given and"), "got {printed}");
     Ok(Completion::Completed)
 }
 
-/// Python, if there is one, told where the library is.
+/// Python, if it is installed, with the library's path in its environment.
 fn python_with(library: &Library) -> Option<Command> {
     Command::new("python3").arg("--version").output().ok()?;
     let mut python = Command::new("python3");

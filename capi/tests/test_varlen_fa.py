@@ -1,8 +1,9 @@
-"""The C library from Python, through benches/peers/varlen_fa.py: `python3 test_varlen_fa.py cpu`, `wgpu` or `cuda`. Only Python's own
-library is used. VARLEN_FA_LIBRARY names the shared library. Exits with 77 if the device is absent.
+"""The C library from Python, through capi/python/varlen_fa.py: `python3 test_varlen_fa.py DEVICE`,
+which is cpu, wgpu or cuda. Uses only Python's standard library. VARLEN_FA_LIBRARY names the shared
+library. Exits with 77 if the device is absent.
 
-On `cuda` every test of results runs twice: with tensors in host memory, and in place, in memory of the CUDA driver and on a stream
-of the test's own."""
+On cuda every test of results runs twice: with tensors in host memory, and with tensors in external
+CUDA memory, on an external stream."""
 
 import array
 import ctypes
@@ -14,7 +15,7 @@ import threading
 import unittest
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benches" / "peers"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "python"))
 import varlen_fa as vf  # noqa: E402
 
 NOT_AVAILABLE = 77
@@ -39,7 +40,7 @@ DTYPE = DTYPES[0]
 
 
 class Memory:
-    """Elements of a type in memory of Python's own, as f32 or, through `struct`, f16."""
+    """Elements in host memory, as f32 or, through `struct`, f16."""
 
     kind = vf.HOST
 
@@ -52,7 +53,7 @@ class Memory:
         self.place()
 
     def place(self):
-        """Sees to it that `address` is where the elements are."""
+        """Puts the elements at `address`."""
 
     @property
     def address(self):
@@ -90,10 +91,10 @@ class Cuda:
 
 
 class CudaMemory(Memory):
-    """The same in memory of the CUDA driver."""
+    """The same in external CUDA memory."""
 
     kind = vf.CUDA
-    cuda = None  # a Cuda, once there is a test that needs one
+    cuda = None  # a Cuda, set by the first test that needs one
 
     def place(self):
         pointer, self.size = ctypes.c_uint64(), ctypes.c_size_t(max(len(self.data.tobytes()), 1))
@@ -202,8 +203,8 @@ class Attention(unittest.TestCase):
             self.assertRegex(str(plan), "^(fused|packed) by ")
             for path in ["dense", "packed", "fused"]:
                 plan = vf.Plan()
-                self.check(stage, stage.run(vf.varlen(meta), options=vf.options(path=path), plan=plan), tolerance)
-                self.assertEqual(plan.path, vf.PATHS[path])
+                self.check(stage, stage.run(vf.varlen(meta), options=library.options(path=path), plan=plan), tolerance)
+                self.assertEqual(plan.path, library.paths[path])
 
     def test_every_mask_type_says_the_same(self):
         stage = self.stage()
@@ -234,7 +235,7 @@ class Attention(unittest.TestCase):
 
     def test_scale(self):
         stage = self.stage()
-        got, expected = stage.run(options=vf.options(softmax_scale=0.7)), stage.expected(1, 3, range(SEQ), 0.7)
+        got, expected = stage.run(options=library.options(softmax_scale=0.7)), stage.expected(1, 3, range(SEQ), 0.7)
         start = ((SEQ + 2) * HEADS + 3) * DIM
         self.assertLess(furthest(got[start : start + DIM], expected[2]), TOLERANCES[DTYPE])
 
@@ -258,7 +259,7 @@ class Attention(unittest.TestCase):
     def test_primitives_are_the_packed_path(self):
         for dtype in DTYPES:
             stage, meta = self.stage(dtype), library.meta_from_lengths(LENGTHS, SEQ)
-            expected = stage.run(vf.varlen(meta), options=vf.options(path="packed"))
+            expected = stage.run(vf.varlen(meta), options=library.options(path="packed"))
             packed = [nans(self.memory, dtype, TOTAL * heads * DIM) for heads in [HEADS, KV_HEADS, KV_HEADS, HEADS]]
             q, k, v, o = (m.tensor([TOTAL, m.count // TOTAL // DIM, DIM]) for m in packed)
             lse = nans(self.memory, vf.F32, HEADS * TOTAL)
@@ -291,8 +292,9 @@ class Attention(unittest.TestCase):
 
 
 @unittest.skipIf(device_name != "cuda", "CUDA memory is that of the cuda device")
-class InPlace(Attention):
-    """The same results in CUDA memory, on a stream of the caller's; and what is refused there."""
+class External(Attention):
+    """The same results in external CUDA memory, on an external stream; and what is refused
+    there."""
 
     memory = CudaMemory
 
@@ -320,7 +322,8 @@ class InPlace(Attention):
             setattr(stage, name, good)
         stage.out.strides[0] = 1 << 40
         stage.out.bytes = 1 << 60
-        self.refused("BAD_HANDLE", "`out.data`", stage.run)  # more than the allocation has, whatever the caller says
+        # The descriptor allows more than the allocation has.
+        self.refused("BAD_HANDLE", "`out.data`", stage.run)
         stage = self.stage()
         stage.out = stage.qkv.tensor([BATCH, SEQ, HEADS, DIM], stage.strides)
         self.refused("OVERLAP", "`out` overlaps `q`", stage.run)
@@ -356,7 +359,7 @@ class Refusals(unittest.TestCase):
         self.spoiled("BAD_VALUE", "`k.strides`", k=stride(1, -8))
         self.spoiled("RANK", "`q.rank`", q=change(rank=9))
         self.spoiled("BAD_VALUE", "`q.dtype`", q=change(dtype=0))
-        # Host memory is no memory of the driver's; other devices have nothing to do with it.
+        # The driver does not know host memory; other devices refuse CUDA memory.
         self.spoiled("BAD_HANDLE" if device_name == "cuda" else "DEVICE_MISMATCH", "`v", v=change(memory=vf.CUDA))
         self.spoiled("SELF_OVERLAP", "`out`", out=stride(1, 0))
         self.spoiled("INNER_STRIDE", "`q`", q=lambda tensor: tensor.strides.__setitem__(slice(2, 4), [0, 2]))
@@ -380,7 +383,7 @@ class Refusals(unittest.TestCase):
         another.free()
         self.refused("BAD_HANDLE", "freed", another.info)
         made_up = ctypes.c_void_p(0x7FFF00001230)
-        self.refused("BAD_HANDLE", "never gave out", lambda: library.call("meta_free", made_up))
+        self.refused("BAD_HANDLE", "never issued", lambda: library.call("meta_free", made_up))
         self.refused("BAD_HANDLE", "got a device handle", lambda: library.call("meta_free", device.handle))
 
     def test_devices(self):
@@ -388,8 +391,41 @@ class Refusals(unittest.TestCase):
         self.refused("DEVICE_UNAVAILABLE", "cuda:999", lambda: library.open("cuda", 999))
 
 
+class Names(unittest.TestCase):
+    def test_names_come_from_the_library(self):
+        self.assertEqual(library.dtypes, {"f32": vf.F32, "f16": vf.F16, "bf16": vf.BF16})
+        self.assertEqual(set(library.dtypes.values()), set(vf.ELEMENT_BYTES))
+        self.assertEqual(list(library.device_kinds), ["auto", "cpu", "wgpu", "cuda"])
+        self.assertEqual(list(library.paths), ["auto", "dense", "fused", "packed", "zero"])
+        self.assertEqual((library.statuses["OK"], library.statuses["PANIC"]), (0, 200))
+        self.assertEqual(library.reasons["fragmented"], 13)
+        self.assertNotIn(8, library.reasons.values())  # reserved
+        # The kernels of a device have names, and a plan gives the number of the kernel that it
+        # names.
+        kernels = [name for name, number in library.kernels.items() if device.info().kernels >> number & 1]
+        self.assertTrue(kernels)
+        self.assertEqual(len(kernels), bin(device.info().kernels).count("1"))
+        for kernel in kernels:
+            stage, plan = Stage(DTYPE), vf.Plan()
+            try:
+                stage.run(options=library.options(kernel=kernel), plan=plan)
+            except vf.Error as error:  # a kernel may not have the element type
+                self.assertEqual(error.status, "NOT_APPLICABLE")
+                continue
+            self.assertEqual(plan.kernel, library.kernels[kernel])
+            self.assertIn(f"by {kernel}: ", str(plan))
+
+    def test_unknown_names(self):
+        for options in [{"path": "sideways"}, {"kernel": "sm81"}]:
+            with self.assertRaises(ValueError) as caught:
+                library.options(**options)
+            self.assertIn(repr(*options.values()), str(caught.exception))
+        with self.assertRaises(ValueError):
+            library.open("tpu")
+
+
 class Structs(unittest.TestCase):
-    @unittest.skipIf(ctypes.sizeof(ctypes.c_void_p) != 8, "the numbers are those of 64-bit systems")
+    @unittest.skipIf(ctypes.sizeof(ctypes.c_void_p) != 8, "the sizes are those of 64-bit systems")
     def test_sizes_are_those_of_the_header(self):
         structs = [vf.Tensor, vf.MaskView, vf.AttentionMask, vf.Plan, vf.Options, vf.Run, vf.DeviceInfo, vf.MetaInfo]
         self.assertEqual([ctypes.sizeof(struct) for struct in structs], [112, 72, 88, 272, 48, 24, 440, 64])

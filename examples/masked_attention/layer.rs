@@ -1,11 +1,10 @@
 //! The layer around attention: normalisation and projections, in f32 on the host.
 
 use anyhow::{Result, bail};
-use gemm::Parallelism;
 use rayon::prelude::*;
 
-use crate::common::arguments::Problem;
-use crate::common::random::standard_normal;
+use varlen_fa_harness::arguments::Problem;
+use varlen_fa_harness::random::standard_normal;
 
 /// Random weights of one layer, and the hidden states that pass through it.
 pub struct Layer {
@@ -65,31 +64,31 @@ fn add_product(y: &mut [f32], x: &[f32], w: &[f32], inputs: usize, outputs: usiz
         x.len() == rows * inputs && y.len() == rows * outputs && w.len() == inputs * outputs,
         "shapes of a product"
     );
-    // SAFETY: by the line above the three slices hold exactly the matrices that their sizes and strides describe; slices fit an
-    // isize, and `y` is borrowed for itself alone.
-    unsafe {
-        gemm::gemm(
-            rows,
-            outputs,
-            inputs,
-            y.as_mut_ptr(),
-            1,
-            outputs as isize,
-            true,
-            x.as_ptr(),
-            1,
-            inputs as isize,
-            w.as_ptr(),
-            1,
-            outputs as isize,
-            1.0,
-            1.0,
-            false,
-            false,
-            false,
-            Parallelism::Rayon(0),
-        );
-    }
+    let rows_of_a_task = rows.div_ceil(rayon::current_num_threads());
+    let tasks = y.par_chunks_mut(rows_of_a_task * outputs).zip(x.par_chunks(rows_of_a_task * inputs));
+    tasks.for_each(|(y, x)| {
+        let rows = x.len() / inputs;
+        // SAFETY: by the assertion above the three slices hold exactly the matrices that their sizes and strides describe; slices
+        // fit an isize, and `y` is borrowed for this task alone.
+        unsafe {
+            matrixmultiply::sgemm(
+                rows,
+                inputs,
+                outputs,
+                1.0,
+                x.as_ptr(),
+                inputs as isize,
+                1,
+                w.as_ptr(),
+                outputs as isize,
+                1,
+                1.0,
+                y.as_mut_ptr(),
+                outputs as isize,
+                1,
+            );
+        }
+    });
 }
 
 /// Fails with a message where the host cannot hold matrices of these sizes; a failed `vec!` would abort.

@@ -3,8 +3,6 @@
 //! The layer has the shape of Qwen-Image's: a fused q/k/v projection of text and image tokens, attention under the key mask, an
 //! output projection. Weights and inputs are random. The projections run on the host, so that only attention touches the device.
 
-#[path = "../common/mod.rs"]
-mod common;
 mod layer;
 mod measure;
 
@@ -16,11 +14,11 @@ use anyhow::{Context, Result, ensure};
 use clap::Parser;
 use varlen_fa::{Config, Device, bf16, f16};
 
-use common::arguments::{ElementType, Problem, ProblemArguments, workload_help};
-use common::record::Record;
-use common::report::{Report, exit_code};
-use common::times::milliseconds;
 use measure::{Measured, run};
+use varlen_fa_harness::arguments::{ElementType, Problem, ProblemArguments, workload_help};
+use varlen_fa_harness::record::Record;
+use varlen_fa_harness::report::{Report, exit_code};
+use varlen_fa_harness::times::milliseconds;
 
 /// Four prompts with a small image each: about a second on two cores.
 const SOFTWARE_DEFAULT: &str = "joint:text=256:image=256:valid=12,37,80,211:heads=8:dim=128";
@@ -38,7 +36,7 @@ const HARDWARE_DEFAULT: &str = "joint:text=512:image=1024:valid=37,211:heads=24:
 struct Arguments {
     #[command(flatten)]
     problem: ProblemArguments,
-    /// Steps of each workload; times are their median, after one call of each kind to warm up
+    /// Steps of each workload; times are their median. On a GPU each step times enough calls back to back that the clock is up
     #[arg(long, value_name = "N", default_value = "3")]
     steps: NonZeroUsize,
 }

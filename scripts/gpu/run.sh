@@ -1,15 +1,17 @@
 #!/usr/bin/env bash
-# Tests and times varlen-fa on this machine's NVIDIA GPU. Part of the folder that `cargo xtask gpu-bundle` writes.
+# Tests and times varlen-fa on the NVIDIA GPU of this machine. `cargo xtask gpu-bundle` writes a
+# folder with this script and the programs that it runs.
 #
 #   run.sh [--filter TEXT] [STEP...]
 #
-# Steps, all of them unless some are named:
-#   suite      every test program, and the C library's test in Python; a CUDA device must be there, and a Vulkan device if there
-#              is a Vulkan loader
-#   sanitizer  the CUDA suite under compute-sanitizer, memcheck and synccheck, where that is installed: a reduced set
+# Steps; all of them run unless some are named:
+#   suite      every test program, and the C library's test in Python. A CUDA device is required,
+#              and a Vulkan device too if there is a Vulkan loader.
+#   sanitizer  a reduced CUDA suite under compute-sanitizer (memcheck and synccheck), if that is
+#              installed
 #   bench      the benches and the example, with their results as JSON lines
 #
-# --filter runs the tests alone whose names contain TEXT, in the suite and in the sanitizer's set.
+# --filter runs only tests whose names contain TEXT, in the suite and under the sanitizer.
 #
 # Variables:
 #   OUT                where logs and results go (results, beside this script)
@@ -17,7 +19,8 @@
 #   SANITIZER_SECONDS
 #   BENCH_SECONDS
 #
-# A step that fails does not stop the others. Ends with a table; fails if anything in it failed.
+# A step that fails does not stop the others. The script ends with a table, and fails if anything
+# in it failed.
 set -uo pipefail
 
 usage() { sed -n '2,/^set /{/^#/s/^# \{0,1\}//p;}' "$script"; }
@@ -67,7 +70,7 @@ fail() {
 
 trap 'kill "$child" 2>/dev/null; echo "interrupted" >&2; exit 130' INT TERM HUP
 
-# program NAME COMMAND...: runs it in what is left of the step's time.
+# program NAME COMMAND...: runs the command in the time that is left of the step.
 program() {
   local name=$step/$1 log=$OUT/$step-$1.log status=0 start=$SECONDS left=$((deadline - SECONDS))
   shift
@@ -82,7 +85,7 @@ program() {
   child=
   local seconds=$((SECONDS - start)) detail
   detail=$(grep -E '^test result:|ERROR SUMMARY' "$log" | tail -n 2 | sed 's/^=* *//; s/; finished in .*//' | paste -sd ' ')
-  # Nothing to run is no success, unless a filter asked for it.
+  # A program that runs no test fails, unless a filter excludes its tests.
   case "$step,$filter" in
   suite, | sanitizer,*) [[ $status -ne 0 || $detail != *" 0 passed; 0 failed"* ]] || status="0, but no test ran" ;;
   esac
@@ -103,22 +106,32 @@ run_suite() {
   has_vulkan && required=cuda,wgpu
   for test in tests/*; do
     case ${test#tests/} in
-    cuda | cpu | wgpu) ;;
-    # Needs the emulated kernels of `cargo xtask kernels --emulated`, which are not in the folder.
+    suite) ;;
+    # Needs the emulated kernels of `cargo xtask kernels --emulated`, which the folder lacks.
     self_check) ;;
     *) names+=("${test#tests/}") ;;
     esac
   done
-  # The other devices take longest: last, so that they take time from nothing else.
-  for test in cuda "${names[@]}" wgpu cpu; do
-    if [ "$test" = wgpu ] && ! has_vulkan; then
+  if [ -n "$filter" ]; then
+    program filtered env "VARLEN_FA_TEST_REQUIRE=$required" tests/suite "$filter"
+  else
+    program cuda env "VARLEN_FA_TEST_REQUIRE=$required" tests/suite cuda/
+  fi
+  for test in "${names[@]}"; do
+    program "$test" env "VARLEN_FA_TEST_REQUIRE=$required" "tests/$test" ${filter:+"$filter"}
+  done
+  # The other devices take longest, so they run last and take no time from the rest.
+  for test in wgpu cpu; do
+    if [ -n "$filter" ]; then
+      continue
+    elif [ "$test" = wgpu ] && ! has_vulkan; then
       row "skipped" 0 "suite/wgpu" "no Vulkan loader (libvulkan.so.1)"
       continue
     fi
-    program "$test" env "VARLEN_FA_TEST_REQUIRE=$required" "tests/$test" ${filter:+"$filter"}
+    program "$test" env "VARLEN_FA_TEST_REQUIRE=$required" tests/suite "$test/"
   done
   if [ -n "$filter" ]; then
-    row "skipped" 0 "suite/c-library" "its tests have no names that --filter knows"
+    row "skipped" 0 "suite/c-library" "--filter does not apply to its tests"
   elif ! command -v python3 >/dev/null; then
     row "skipped" 0 "suite/c-library" "no python3"
   else
@@ -126,7 +139,7 @@ run_suite() {
   fi
 }
 
-# Two random cases of each property, and neither large tensors nor repetitions.
+# Runs two random cases of each property, and no large tensors or repetitions.
 run_sanitizer() {
   local sanitizer tool
   sanitizer=$(PATH=$PATH:/usr/local/cuda/bin command -v compute-sanitizer) || {
@@ -134,21 +147,21 @@ run_sanitizer() {
     return
   }
   for tool in memcheck synccheck; do
-    # Tests of refusals make calls of the driver fail; those are no errors of the kernels.
+    # Tests of refusals make driver calls fail, which is not an error of a kernel.
     program "$tool" env VARLEN_FA_TEST_REQUIRE=cuda VARLEN_FA_TEST_CASES=2 \
       "$sanitizer" --tool "$tool" --report-api-errors no --error-exitcode 99 \
-      tests/cuda --test-threads 1 ${filter:+"$filter"} --skip /large/ --skip repeats/ --skip prod
+      tests/suite --test-threads 1 "${filter:-cuda/}" --skip /large/ --skip repeats/ --skip prod
   done
 }
 
 run_bench() {
   local dtype
-  # Without --bench, as under `cargo test`, they only show that they run.
+  # Without --bench, as under `cargo test`, benches only check that they run.
   for dtype in f16 bf16; do
     program "attention-cuda-$dtype" benches/attention --bench --device cuda --dtype "$dtype" --json "$OUT/attention-cuda-$dtype.jsonl"
   done
   program metadata benches/metadata --bench --json "$OUT/metadata.jsonl"
-  program in-place examples/cuda_in_place
+  program external-cuda examples/external_cuda
   program example examples/masked_attention --device cuda --json "$OUT/masked_attention.jsonl"
   if has_vulkan; then
     program attention-wgpu benches/attention --bench --device wgpu --json "$OUT/attention-wgpu.jsonl"

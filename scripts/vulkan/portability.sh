@@ -24,7 +24,7 @@ REAL_SIZES=(prod_c2 c8_prod all_valid_b4 workgroups many_sequences more_than_2_3
 # The same many times over, with random masks, every head dimension or on many threads.
 REPEATED=(properties/ same_bits every_head_dim every_fourth_head_dim calls_from_many_threads many_ranges)
 # Refusals on the host, which no adapter changes.
-SETTLED_BY_LAVAPIPE=(wgpu_in_place/refusals)
+SETTLED_BY_LAVAPIPE=(external_wgpu/refusals)
 
 full=
 adapters=()
@@ -43,11 +43,11 @@ if [ -z "$full" ]; then
   echo "not run, without --full: trials with ${skips[*]//--skip/}"
 fi
 
-suite=$(cargo test --release --workspace --test wgpu --no-run --message-format json |
+suite=$(cargo test --release --workspace --test suite --no-run --message-format json |
   python3 -c 'import json, sys
 for line in sys.stdin:
     message = json.loads(line)
-    if message.get("executable") and message["target"]["name"] == "wgpu": print(message["executable"])')
+    if message.get("executable") and message["target"]["name"] == "suite": print(message["executable"])')
 
 # Installs packages of the distribution that are missing.
 need() {
@@ -62,7 +62,7 @@ swiftshader_icd=/usr/lib/chromium/vk_swiftshader_icd.json
 export VARLEN_FA_TEST_REQUIRE=wgpu
 for adapter in "${adapters[@]}"; do
   printf '\n--- %s (%ss)\n' "$adapter" "$SECONDS"
-  run=() only=()
+  run=() only=(wgpu/)
   case $adapter in
     lavapipe)
       need libvulkan1 mesa-vulkan-drivers
@@ -78,7 +78,7 @@ for adapter in "${adapters[@]}"; do
       run=(target/vulkan/lavapipe/run)
       # It compiles a kernel on matrices in seconds to a minute; other kernels are the same on the other adapters.
       if [ -z "$full" ]; then
-        only=(wgsl-coop/fused/)
+        only=(wgpu/wgsl-coop/fused/)
         echo "not run, without --full: kernels other than wgsl-coop, and paths other than fused"
       fi ;;
   esac

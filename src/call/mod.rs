@@ -3,6 +3,6 @@
 pub(crate) mod op;
 pub(crate) mod plan;
 pub(crate) mod problem;
-// CUDA devices alone have more than one kernel; its tests need none.
-#[cfg(any(feature = "cuda", test))]
+// Only GPUs have kernels to check. The tests of the check need none.
+#[cfg(any(feature = "cuda", feature = "wgpu", test))]
 pub(crate) mod self_check;

@@ -80,28 +80,28 @@ impl Storage {
 }
 
 impl<'a> Source<'a> {
-    /// The buffer as the type of the device that owns it.
-    pub(crate) fn owned_by<B: DeviceBuffer>(self, device: &dyn Backend) -> Result<&'a B> {
+    /// The buffer as the type of the device that owns it, given that device's id and name.
+    pub(crate) fn owned_by<B: DeviceBuffer>(self, id: DeviceId, name: &str) -> Result<&'a B> {
         match self {
-            Self::Device(buffer) => owned_by(buffer, device),
-            Self::Host(_) => Err(foreign_memory(device.name(), "cpu")),
+            Self::Device(buffer) => owned_by(buffer, id, name),
+            Self::Host(_) => Err(foreign_memory(name, "cpu")),
         }
     }
 }
 
 impl<'a> Sink<'a> {
-    /// The buffer as the type of the device that owns it.
-    pub(crate) fn owned_by<B: DeviceBuffer>(&self, device: &dyn Backend) -> Result<&'a B> {
+    /// The buffer as the type of the device that owns it, given that device's id and name.
+    pub(crate) fn owned_by<B: DeviceBuffer>(&self, id: DeviceId, name: &str) -> Result<&'a B> {
         match self {
-            Self::Device(buffer) => owned_by(*buffer, device),
-            Self::Host(_) => Err(foreign_memory(device.name(), "cpu")),
+            Self::Device(buffer) => owned_by(*buffer, id, name),
+            Self::Host(_) => Err(foreign_memory(name, "cpu")),
         }
     }
 }
 
-fn owned_by<'a, B: DeviceBuffer>(buffer: &'a dyn DeviceBuffer, device: &dyn Backend) -> Result<&'a B> {
-    let own = buffer.as_any().downcast_ref().filter(|_| buffer.device() == device.id());
-    own.ok_or_else(|| foreign_memory(device.name(), buffer.device_name()))
+fn owned_by<'a, B: DeviceBuffer>(buffer: &'a dyn DeviceBuffer, id: DeviceId, name: &str) -> Result<&'a B> {
+    let own = buffer.as_any().downcast_ref().filter(|_| buffer.device() == id);
+    own.ok_or_else(|| foreign_memory(name, buffer.device_name()))
 }
 
 /// Tables of a device, where a device was given them that builds none.

@@ -1,19 +1,26 @@
-//! Two kernels of a device compared on small calls, before the newer one is trusted there: a chip, driver or compiler that it was not
-//! tested with must not make results wrong.
+//! One kernel compared with another on small calls, before it is trusted on a device: a chip,
+//! driver or compiler that it was not tested with must not make results wrong. The two may be
+//! kernels of one device or of two.
 //!
-//! Every form that a kernel has is tried with both 16-bit element types and each compiled width. Sizes pass tiles of 64 and 128 rows,
-//! and rings of four key tiles; dropped rows and the output before it is written hold NaN.
+//! Sizes pass tiles of 64 and 128 rows, and rings of four key tiles. Masked rows hold NaN, and so
+//! does the output before it is written.
 //!
 //! ```text
 //!                0        133            300                      645
-//!   queries, row 0  ██████                                             dense and packed calls take the whole rows in front
-//!            row 1  █·██·█                                             alone, as tensors of their own
+//!   queries, row 0  ██████
+//!            row 1  █·██·█
+//!            row 2  ·█████
 //!   keys,    row 0  ██████████████████████·█·██████████████████
 //!            row 1  ·████·██████████████··█···············
+//!            row 2  ██·██·██·██·██·██·██·██·██·██·██·██·██·██·█    later keys are larger, so that the
+//!                                                                maximum of a row keeps growing
 //! ```
 //!
-//! It allocates a few MB, and takes some milliseconds where calls take microseconds.
+//! Dense and packed calls without a mask take the unmasked start of row 0 as tensors of their own.
+//!
+//! All cases allocate a few MB and take some milliseconds where a call takes microseconds.
 
+use std::ops::Range;
 use std::slice;
 
 use half::{bf16, f16};
@@ -22,34 +29,98 @@ use crate::call::op::{Attention, Backend, Input, Op, Output, Rows, Storage};
 use crate::call::plan::{Path, Plan, Reason};
 use crate::call::problem::{AttentionProblem, AttentionShape};
 use crate::dtype::DType;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::kernel::Kernel;
 use crate::layout::Layout;
 use crate::mask::key_mask::KeyMask;
 use crate::mask::meta::{CuSeqlens, VarlenMeta};
 
-const BATCH: usize = 2;
+const BATCH: usize = 3;
 const QUERIES: usize = 133;
 const KEYS: usize = 645;
-/// Keys in front of the first row that are all kept, as every query of it is.
+/// Keys in front of the first row that are all kept, as is every query of it.
 const WHOLE_KEYS: usize = 300;
+/// The batch row in which later keys are larger.
+const GROWING_ROW: usize = 2;
 const HEADS: usize = 2;
 const KV_HEADS: usize = 1;
-/// One for each width that kernels are compiled for; the second is narrower than its own.
-const HEAD_DIMS: [usize; 5] = [64, 88, 128, 192, 256];
-const DTYPES: [DType; 2] = [DType::F16, DType::Bf16];
 /// NaN in either type.
 const POISON: u16 = 0x7fff;
+
+/// A kernel of a device.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Subject<'a> {
+    device: &'a dyn Backend,
+    kernel: Kernel,
+}
+
+impl<'a> Subject<'a> {
+    pub(crate) fn new(device: &'a dyn Backend, kernel: Kernel) -> Self {
+        Self { device, kernel }
+    }
+}
 
 /// What is computed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Form {
+    /// Padded tensors without a mask.
     Dense,
+    /// Padded tensors, every pair of a query and a key computed or masked.
+    Masked,
     Packed,
     Fused,
 }
 
-/// A call of a form.
+impl Form {
+    /// Whether the call is of whole batch rows with masked tokens.
+    fn is_padded(self) -> bool {
+        matches!(self, Self::Masked | Self::Fused)
+    }
+
+    fn path(self) -> Path {
+        match self {
+            Self::Dense | Self::Masked => Path::Dense,
+            Self::Packed => Path::Packed,
+            Self::Fused => Path::Fused,
+        }
+    }
+
+    /// The same result in the oldest form of the reference: masks of a dense call do what
+    /// metadata does.
+    fn of_reference(self) -> Self {
+        if self == Self::Fused { Self::Masked } else { self }
+    }
+}
+
+/// The calls of a comparison: each form with each element type and head dimension that the
+/// kernels have.
+#[derive(Debug)]
+pub(crate) struct Cases {
+    forms: &'static [Form],
+    dtypes: &'static [DType],
+    head_dims: &'static [usize],
+}
+
+impl Cases {
+    /// For kernels that come as machine code: every form that they have, both 16-bit element
+    /// types, and a head dimension for each width that they are compiled for. The second is
+    /// narrower than its width.
+    #[cfg_attr(
+        all(not(test), any(not(feature = "cuda"), target_arch = "wasm32")),
+        expect(dead_code, reason = "only CUDA kernels come as machine code")
+    )]
+    pub(crate) const COMPLETE: Self = Self {
+        forms: &[Form::Dense, Form::Packed, Form::Fused],
+        dtypes: &[DType::F16, DType::Bf16],
+        head_dims: &[64, 88, 128, 192, 256],
+    };
+    /// For kernels that a driver compiles variant by variant, which can take it seconds: one call
+    /// with masks and a head dimension that fills no tile.
+    #[cfg_attr(all(not(test), not(feature = "wgpu")), expect(dead_code, reason = "only wgpu's drivers compile"))]
+    pub(crate) const QUICK: Self = Self { forms: &[Form::Masked], dtypes: &[DType::F16], head_dims: &[24] };
+}
+
+/// One call.
 #[derive(Debug, Clone, Copy)]
 struct Case {
     form: Form,
@@ -60,117 +131,149 @@ struct Case {
 /// Runs every case with both kernels.
 ///
 /// # Errors
-/// In words, what failed or differs first.
-pub(crate) fn compare(device: &dyn Backend, kernel: Kernel, reference: Kernel) -> Result<(), String> {
-    let in_words = |error: crate::Error| error.to_string();
-    let mut bench = Bench::new(device, kernel.max_head_dim()).map_err(in_words)?;
-    for dtype in DTYPES {
-        for head_dim in HEAD_DIMS.into_iter().filter(|&head_dim| head_dim <= kernel.max_head_dim()) {
-            bench.fill(dtype, head_dim).map_err(in_words)?;
-            for form in [Form::Dense, Form::Packed, Form::Fused] {
+/// A sentence that says what failed or differs first.
+pub(crate) fn compare(tested: Subject<'_>, reference: Subject<'_>, cases: &Cases) -> Result<(), String> {
+    let in_words = |error: Error| error.to_string();
+    let max_head_dim = tested.kernel.max_head_dim().min(reference.kernel.max_head_dim());
+    let head_dims = cases.head_dims.iter().copied().filter(|&head_dim| head_dim <= max_head_dim);
+    let widest = head_dims.clone().max().unwrap_or(0);
+    let masks = Masks::new().map_err(in_words)?;
+    let mut tested_bench = Bench::new(tested, &masks, widest).map_err(in_words)?;
+    let mut reference_bench = Bench::new(reference, &masks, widest).map_err(in_words)?;
+    for &dtype in cases.dtypes {
+        for head_dim in head_dims.clone() {
+            let inputs = Inputs::new(&masks, dtype, head_dim);
+            tested_bench.fill(&inputs).map_err(in_words)?;
+            reference_bench.fill(&inputs).map_err(in_words)?;
+            for &form in cases.forms {
                 let case = Case { form, dtype, head_dim };
                 let explain =
                     |kernel: Kernel, why: String| format!("{form:?} {dtype}, head_dim {head_dim}: {kernel} {why}");
-                let mut run = |kernel, path| {
-                    bench.run(case, kernel, path).map_err(|error| explain(kernel, format!("failed: {error}")))
-                };
-                // The oldest form of the reference: masks of a dense call do what metadata does.
-                let expected = run(reference, if form == Form::Packed { Path::Packed } else { Path::Dense })?;
-                let got = run(
-                    kernel,
-                    match form {
-                        Form::Dense => Path::Dense,
-                        Form::Packed => Path::Packed,
-                        Form::Fused => Path::Fused,
-                    },
-                )?;
-                bench.judge(case, &got, &expected).map_err(|why| explain(kernel, why))?;
+                let failed = |kernel: Kernel| move |error: Error| explain(kernel, format!("failed: {error}"));
+                let expected = reference_bench
+                    .run(Case { form: form.of_reference(), ..case })
+                    .map_err(failed(reference.kernel))?;
+                let got = tested_bench.run(case).map_err(failed(tested.kernel))?;
+                judge(case, &masks, &got, &expected).map_err(|why| explain(tested.kernel, why))?;
             }
         }
     }
     Ok(())
 }
 
-/// Memory and masks of all cases.
-struct Bench<'a> {
-    device: &'a dyn Backend,
-    q: Storage,
-    k: Storage,
-    v: Storage,
-    out: Storage,
+/// Masks of all cases.
+struct Masks {
     query: VarlenMeta,
     key: VarlenMeta,
     packed: [CuSeqlens; 2],
 }
 
-impl<'a> Bench<'a> {
-    fn new(device: &'a dyn Backend, max_head_dim: usize) -> Result<Self> {
-        let alloc = |tokens: usize, heads: usize| device.alloc((2 * BATCH * tokens * heads * max_head_dim) as u64);
-        let meta = |seq, rows: &[&[std::ops::Range<usize>]]| VarlenMeta::from_key_mask(&KeyMask::from_runs(seq, rows)?);
+impl Masks {
+    fn new() -> Result<Self> {
+        let meta = |seq, rows: &[&[Range<usize>]]| VarlenMeta::from_key_mask(&KeyMask::from_runs(seq, rows)?);
+        // A dropped key in each word of the mask.
+        let holes: Vec<_> = (0..KEYS).step_by(23).map(|start| start..KEYS.min(start + 22)).collect();
         Ok(Self {
-            device,
+            query: meta(
+                QUERIES,
+                &[slice::from_ref(&(0..QUERIES)), &[0..7, 20..97, 131..QUERIES], slice::from_ref(&(5..QUERIES))],
+            )?,
+            key: meta(KEYS, &[&[0..310, 313..314, 341..KEYS], &[5..134, 150..279, 290..291], &holes])?,
+            packed: [CuSeqlens::from_lengths(&[4, QUERIES - 4])?, CuSeqlens::from_lengths(&[171, WHOLE_KEYS - 171])?],
+        })
+    }
+}
+
+/// Inputs of a head dimension: q, k and v.
+struct Inputs([Vec<u16>; 3]);
+
+impl Inputs {
+    fn new(masks: &Masks, dtype: DType, head_dim: usize) -> Self {
+        let values = values();
+        let tensor = |stream: usize, meta: &VarlenMeta, heads: usize, scale: &dyn Fn(usize, usize) -> f32| {
+            let token = heads * head_dim;
+            let mut bits = vec![POISON; BATCH * meta.seq() * token];
+            for (at, row) in bits.chunks_exact_mut(token).enumerate() {
+                let (batch, position) = (at / meta.seq(), at % meta.seq());
+                if meta.key_mask().keeps(batch, position) {
+                    let first = (stream * values.len() / 3 + at * token) % (values.len() - token);
+                    let scale = scale(batch, position);
+                    row.iter_mut().zip(&values[first..]).for_each(|(bits, value)| *bits = narrow(dtype, value * scale));
+                }
+            }
+            bits
+        };
+        let growing = |batch, position| if batch == GROWING_ROW { 1.0 + position as f32 / 64.0 } else { 1.0 };
+        Self([
+            tensor(0, &masks.query, HEADS, &|_, _| 1.0),
+            tensor(1, &masks.key, KV_HEADS, &growing),
+            tensor(2, &masks.key, KV_HEADS, &|_, _| 1.0),
+        ])
+    }
+}
+
+/// A kernel with memory for all cases.
+struct Bench<'a> {
+    subject: Subject<'a>,
+    masks: &'a Masks,
+    q: Storage,
+    k: Storage,
+    v: Storage,
+    out: Storage,
+}
+
+impl<'a> Bench<'a> {
+    fn new(subject: Subject<'a>, masks: &'a Masks, widest: usize) -> Result<Self> {
+        let alloc = |tokens: usize, heads: usize| subject.device.alloc((2 * BATCH * tokens * heads * widest) as u64);
+        Ok(Self {
+            subject,
+            masks,
             q: alloc(QUERIES, HEADS)?,
             k: alloc(KEYS, KV_HEADS)?,
             v: alloc(KEYS, KV_HEADS)?,
             out: alloc(QUERIES, HEADS)?,
-            query: meta(QUERIES, &[slice::from_ref(&(0..QUERIES)), &[0..7, 20..97, 131..QUERIES]])?,
-            key: meta(KEYS, &[&[0..310, 313..314, 341..KEYS], &[5..134, 150..279, 290..291]])?,
-            packed: [CuSeqlens::from_lengths(&[4, QUERIES - 4])?, CuSeqlens::from_lengths(&[171, WHOLE_KEYS - 171])?],
         })
     }
 
-    /// Writes the inputs of a head dimension.
-    fn fill(&mut self, dtype: DType, head_dim: usize) -> Result<()> {
-        let values = values(dtype);
-        for (stream, (memory, meta, heads)) in
-            [(&mut self.q, &self.query, HEADS), (&mut self.k, &self.key, KV_HEADS), (&mut self.v, &self.key, KV_HEADS)]
-                .into_iter()
-                .enumerate()
-        {
-            let token = heads * head_dim;
-            let mut bits = vec![POISON; BATCH * meta.seq() * token];
-            for (at, row) in bits.chunks_exact_mut(token).enumerate() {
-                if meta.key_mask().keeps(at / meta.seq(), at % meta.seq()) {
-                    let first = (stream * values.len() / 3 + at * token) % (values.len() - token);
-                    row.copy_from_slice(&values[first..][..token]);
-                }
-            }
-            self.device.upload(memory.sink(), bytemuck::cast_slice(&bits))?;
+    fn fill(&mut self, Inputs([q, k, v]): &Inputs) -> Result<()> {
+        for (memory, bits) in [(&mut self.q, q), (&mut self.k, k), (&mut self.v, v)] {
+            self.subject.device.upload(memory.sink(), bytemuck::cast_slice(bits))?;
         }
         Ok(())
     }
 
     /// The output of a call.
-    fn run(&mut self, case: Case, kernel: Kernel, path: Path) -> Result<Vec<u16>> {
+    fn run(&mut self, case: Case) -> Result<Vec<u16>> {
         let Case { form, dtype, head_dim } = case;
-        let (batch, seq_k) = if form == Form::Fused { (BATCH, KEYS) } else { (1, WHOLE_KEYS) };
+        let Subject { device, kernel } = self.subject;
+        let Masks { query, key, packed: [packed_query, packed_key] } = self.masks;
+        let (batch, seq_k) = if form.is_padded() { (BATCH, KEYS) } else { (1, WHOLE_KEYS) };
         let layout = |tokens, heads| match form {
             Form::Packed => Layout::contiguous(&[tokens, heads, head_dim]),
             _ => Layout::contiguous(&[batch, tokens, heads, head_dim]),
         };
         let (of_queries, of_keys) = (layout(QUERIES, HEADS)?, layout(seq_k, KV_HEADS)?);
         let mut bits = vec![POISON; of_queries.numel()];
-        self.device.upload(self.out.sink(), bytemuck::cast_slice(&bits))?;
-        let [query, key] = &self.packed;
-        let rows = match (form, path) {
-            (Form::Packed, _) => Rows::Packed { query, key },
-            (Form::Fused, Path::Fused) => Rows::Varlen { query: &self.query, key: &self.key },
-            (Form::Fused, _) => {
-                let (key_mask, zero_rows) = (Some(self.key.key_mask()), Some(self.query.key_mask()));
+        device.upload(self.out.sink(), bytemuck::cast_slice(&bits))?;
+        let rows = match form {
+            Form::Dense => Rows::Dense { key_mask: None, bias: None, zero_rows: None },
+            Form::Masked => {
+                let (key_mask, zero_rows) = (Some(key.key_mask()), Some(query.key_mask()));
                 Rows::Dense { key_mask, bias: None, zero_rows }
             }
-            (Form::Dense, _) => Rows::Dense { key_mask: None, bias: None, zero_rows: None },
+            Form::Packed => Rows::Packed { query: packed_query, key: packed_key },
+            Form::Fused => Rows::Varlen { query, key },
         };
-        let batch = if form == Form::Packed { query.batch() } else { batch };
+        let batch = if form == Form::Packed { packed_query.batch() } else { batch };
         let problem = AttentionProblem {
             shape: AttentionShape { batch, seq_q: QUERIES, seq_k, num_heads: HEADS, num_kv_heads: KV_HEADS, head_dim },
             dtype,
             softmax_scale: 1.0 / (head_dim as f32).sqrt(),
             bias: None,
         };
-        self.device.execute(Op::Attention(Attention {
+        device.execute(Op::Attention(Attention {
             problem: &problem,
-            plan: Plan { path, kernel, reason: Reason::PathForced },
+            plan: Plan { path: form.path(), kernel, reason: Reason::PathForced },
             q: Input { memory: self.q.source(), layout: of_queries, dtype },
             k: Input { memory: self.k.source(), layout: of_keys, dtype },
             v: Input { memory: self.v.source(), layout: of_keys, dtype },
@@ -178,54 +281,74 @@ impl<'a> Bench<'a> {
             lse: None,
             rows,
         }))?;
-        self.device.download(self.out.source(), bytemuck::cast_slice_mut(&mut bits))?;
+        device.download(self.out.source(), bytemuck::cast_slice_mut(&mut bits))?;
         Ok(bits)
-    }
-
-    /// Compares two outputs; in words, where they differ.
-    fn judge(&self, case: Case, got: &[u16], expected: &[u16]) -> Result<(), String> {
-        let token = HEADS * case.head_dim;
-        // Both round probabilities and outputs to the element type, and sums of rounded probabilities may differ by an error of
-        // each. The spacing of numbers from 1 to 2:
-        let (spacing, widen): (f32, fn(u16) -> f32) = match case.dtype {
-            DType::Bf16 => (1.0 / 128.0, |bits| bf16::from_bits(bits).to_f32()),
-            _ => (1.0 / 1024.0, |bits| f16::from_bits(bits).to_f32()),
-        };
-        for (at, (&got, &expected)) in got.iter().zip(expected).enumerate() {
-            let row = at / token;
-            let is_kept = case.form != Form::Fused || self.query.key_mask().keeps(row / QUERIES, row % QUERIES);
-            if !is_kept {
-                if got != 0 {
-                    return Err(format!("gives {} in the masked row {row}, expected 0", widen(got)));
-                }
-                continue;
-            }
-            let (got, expected) = (widen(got), widen(expected));
-            let is_close = (got - expected).abs() <= spacing * (0.5 + 2.0 * expected.abs());
-            // Nor is NaN.
-            if !is_close {
-                return Err(format!("gives {got} at element {at}, expected {expected}"));
-            }
-        }
-        Ok(())
     }
 }
 
-/// Numbers with variance 1, so many that rows which begin at different places in them have nothing in common.
-fn values(dtype: DType) -> Vec<u16> {
+/// Compares two outputs.
+///
+/// # Errors
+/// Where they differ first.
+fn judge(case: Case, masks: &Masks, got: &[u16], expected: &[u16]) -> Result<(), String> {
+    let token = HEADS * case.head_dim;
+    // The distance of numbers between 1 and 2.
+    let spacing: f32 = if case.dtype == DType::Bf16 { 1.0 / 128.0 } else { 1.0 / 1024.0 };
+    for (at, (&got, &expected)) in got.iter().zip(expected).enumerate() {
+        let row = at / token;
+        let (batch, position) = (row / QUERIES, row % QUERIES);
+        let is_kept = !case.form.is_padded() || masks.query.key_mask().keeps(batch, position);
+        if !is_kept {
+            if got != 0 {
+                return Err(format!("gives {} in the masked row {row}, expected 0", widen(case.dtype, got)));
+            }
+            continue;
+        }
+        // Kernels round weights and outputs to the element type: outputs by half a spacing of
+        // themselves, and so do their weights' sums. Roundings of weights average out over many
+        // keys. Where few keys have all the weight, they do not: each kernel errs by half a
+        // spacing of the largest value.
+        let of_weights = if case.form.is_padded() && batch == GROWING_ROW { LARGEST } else { 0.5 };
+        let (got, expected) = (widen(case.dtype, got), widen(case.dtype, expected));
+        let is_close = (got - expected).abs() <= spacing * (of_weights + 2.0 * expected.abs());
+        // NaN never passes either.
+        if !is_close {
+            return Err(format!("gives {got} at element {at}, expected {expected}"));
+        }
+    }
+    Ok(())
+}
+
+fn narrow(dtype: DType, value: f32) -> u16 {
+    match dtype {
+        DType::Bf16 => bf16::from_f32(value).to_bits(),
+        _ => f16::from_f32(value).to_bits(),
+    }
+}
+
+fn widen(dtype: DType, bits: u16) -> f32 {
+    match dtype {
+        DType::Bf16 => bf16::from_bits(bits).to_f32(),
+        _ => f16::from_bits(bits).to_f32(),
+    }
+}
+
+/// No number of [`values`] is larger in magnitude.
+const LARGEST: f32 = 3.0;
+
+/// Numbers with variance 1, so many that rows which begin at different places in them have
+/// nothing in common.
+fn values() -> Vec<f32> {
     const COUNT: u64 = 4099;
-    let narrow: fn(f32) -> u16 = match dtype {
-        DType::Bf16 => |value| bf16::from_f32(value).to_bits(),
-        _ => |value| f16::from_f32(value).to_bits(),
-    };
     let number = |at: u64| {
-        // The mixing of Steele and others' SplitMix (2014); the sum of three uniform numbers in [-1, 1).
+        // The mixing of Steele and others' SplitMix (2014); the sum of three uniform numbers in
+        // [-1, 1).
         let mut z = at.wrapping_add(1).wrapping_mul(0x9e37_79b9_7f4a_7c15);
         z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
         z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
         z ^= z >> 31;
         let part = |shift: u32| (z >> shift & 0x1f_ffff) as f32 / 1_048_576.0 - 1.0;
-        narrow(part(0) + part(21) + part(42))
+        part(0) + part(21) + part(42)
     };
     (0..COUNT).map(number).collect()
 }
@@ -251,19 +374,22 @@ mod tests {
     enum Lie {
         /// Its work.
         None,
-        /// One more thing: the last element that it writes is another number.
+        /// One more thing: one element is another number, near the true one. The last in the
+        /// batch rows whose keys do not grow.
         Element,
-        /// One more thing: a masked row is not quite zero. Only in place.
+        /// One more thing: the last element is no mean of values. Only in padded forms with masks.
+        GrowingRow,
+        /// One more thing: a masked row is not quite zero. Only in padded forms with masks.
         MaskedRow,
-        /// Nothing, and nobody hears of it.
+        /// Nothing, without an error.
         Nothing,
-        /// It fails.
+        /// It returns an error.
         Failure,
         /// Another softmax scale.
         Scale,
     }
 
-    /// The CPU device, which takes no notice of the kernel of a plan; but one of them lies in one case.
+    /// The CPU device, which ignores the kernel of a plan, except that one kernel lies in one case.
     #[derive(Debug)]
     struct Liar {
         honest: Arc<dyn Backend>,
@@ -273,9 +399,10 @@ mod tests {
 
     impl Liar {
         fn tells(&self, attention: &Attention<'_>) -> bool {
-            let form = match attention.plan.path {
-                Path::Dense => Form::Dense,
-                Path::Packed => Form::Packed,
+            let form = match (attention.plan.path, &attention.rows) {
+                (Path::Dense, Rows::Dense { key_mask: None, .. }) => Form::Dense,
+                (Path::Dense, _) => Form::Masked,
+                (Path::Packed, _) => Form::Packed,
                 _ => Form::Fused,
             };
             let problem = attention.problem;
@@ -314,17 +441,22 @@ mod tests {
                 Lie::Nothing => return Ok(()),
                 Lie::Failure => return Err(Error::HeadDim { got: 7 }),
                 Lie::Scale => problem.softmax_scale *= 1.25,
-                Lie::None | Lie::Element | Lie::MaskedRow => {}
+                Lie::None | Lie::Element | Lie::GrowingRow | Lie::MaskedRow => {}
             }
             let Output { memory: Sink::Host(bytes), layout, dtype } = attention.out else { unreachable!() };
             let out = Output { memory: Sink::Host(&mut *bytes), layout, dtype };
             self.honest.execute(Op::Attention(Attention { problem: &problem, out, ..attention }))?;
+            let (form, token) = (self.case.form, HEADS * problem.shape.head_dim);
             let bits: &mut [u16] = bytemuck::cast_slice_mut(&mut bytes[..2 * layout.numel()]);
             match self.lie {
-                // An eighth, which is no mean of so many numbers but by chance.
-                Lie::Element => bits[layout.numel() - 1] = if dtype == DType::Bf16 { 0x3e00 } else { 0x3000 },
+                // 1/8: means of many random numbers do not hit it.
+                Lie::Element => {
+                    let last = if form.is_padded() { GROWING_ROW * QUERIES * token } else { layout.numel() };
+                    bits[last - 1] = narrow(dtype, 0.125);
+                }
+                Lie::GrowingRow => bits[layout.numel() - 1] = narrow(dtype, LARGEST + 1.0),
                 // Row 10 of the second batch row.
-                Lie::MaskedRow => bits[(QUERIES + 10) * HEADS * problem.shape.head_dim] = 1,
+                Lie::MaskedRow => bits[(QUERIES + 10) * token] = 1,
                 _ => {}
             }
             Ok(())
@@ -346,8 +478,12 @@ mod tests {
         }
     }
 
+    fn compare_with(liar: &Liar, cases: &Cases) -> Result<(), String> {
+        compare(Subject::new(liar, KERNEL), Subject::new(liar, REFERENCE), cases)
+    }
+
     fn outcome(lie: Lie, case: Case) -> Result<(), String> {
-        compare(&Liar { honest: CpuDevice::shared(), lie, case }, KERNEL, REFERENCE)
+        compare_with(&Liar { honest: CpuDevice::shared(), lie, case }, &Cases::COMPLETE)
     }
 
     #[test]
@@ -355,20 +491,25 @@ mod tests {
         let case = Case { form: Form::Fused, dtype: DType::F16, head_dim: 64 };
         assert_eq!(outcome(Lie::None, case), Ok(()));
         // As wide as kernels are.
-        assert_eq!(compare(&*CpuDevice::shared(), Kernel::CudaSm90, REFERENCE), Ok(()));
+        let cpu = CpuDevice::shared();
+        let (tested, reference) = (Subject::new(&*cpu, Kernel::CudaSm90), Subject::new(&*cpu, REFERENCE));
+        assert_eq!(compare(tested, reference, &Cases::COMPLETE), Ok(()));
+        assert_eq!(compare(tested, reference, &Cases::QUICK), Ok(()));
     }
 
     #[test]
     fn a_lie_in_any_case_is_noticed_and_located() {
-        let widths = HEAD_DIMS.into_iter().filter(|&head_dim| head_dim <= KERNEL.max_head_dim());
-        assert_eq!(widths.clone().count(), 3);
-        for form in [Form::Dense, Form::Packed, Form::Fused] {
-            for dtype in DTYPES {
-                for head_dim in widths.clone() {
-                    let case = Case { form, dtype, head_dim };
-                    let said = outcome(Lie::Element, case);
-                    let expected = format!("{form:?} {dtype}, head_dim {head_dim}: sm100 gives ");
-                    assert!(said.as_ref().is_err_and(|said| said.starts_with(&expected)), "{case:?}: {said:?}");
+        for cases in [&Cases::COMPLETE, &Cases::QUICK] {
+            let widths = cases.head_dims.iter().filter(|&&head_dim| head_dim <= KERNEL.max_head_dim());
+            for &form in cases.forms {
+                for &dtype in cases.dtypes {
+                    for &head_dim in widths.clone() {
+                        let case = Case { form, dtype, head_dim };
+                        let liar = Liar { honest: CpuDevice::shared(), lie: Lie::Element, case };
+                        let said = compare_with(&liar, cases);
+                        let expected = format!("{form:?} {dtype}, head_dim {head_dim}: sm100 gives ");
+                        assert!(said.as_ref().is_err_and(|said| said.starts_with(&expected)), "{case:?}: {said:?}");
+                    }
                 }
             }
         }
@@ -376,15 +517,56 @@ mod tests {
 
     #[test]
     fn every_kind_of_lie_is_noticed() {
-        let case = Case { form: Form::Fused, dtype: DType::Bf16, head_dim: 88 };
-        for (lie, expected) in [
-            (Lie::MaskedRow, "in the masked row 143, expected 0"),
-            (Lie::Nothing, "sm100 gives NaN"),
-            (Lie::Failure, "sm100 failed: `q`: head_dim must"),
-            (Lie::Scale, "sm100 gives "),
-        ] {
-            let said = outcome(lie, case);
-            assert!(said.as_ref().is_err_and(|said| said.contains(expected)), "{lie:?}: {said:?}");
+        let fused = Case { form: Form::Fused, dtype: DType::Bf16, head_dim: 88 };
+        let masked = Case { form: Form::Masked, dtype: DType::F16, head_dim: 24 };
+        for (case, cases) in [(fused, &Cases::COMPLETE), (masked, &Cases::QUICK)] {
+            for (lie, expected) in [
+                (Lie::MaskedRow, "in the masked row 143, expected 0"),
+                (Lie::GrowingRow, "sm100 gives 4 at element"),
+                (Lie::Nothing, "sm100 gives NaN"),
+                (Lie::Failure, "sm100 failed: `q`: head_dim must"),
+                (Lie::Scale, "sm100 gives "),
+            ] {
+                let said = compare_with(&Liar { honest: CpuDevice::shared(), lie, case }, cases);
+                assert!(said.as_ref().is_err_and(|said| said.contains(expected)), "{lie:?}: {said:?}");
+            }
         }
+    }
+
+    #[test]
+    fn the_reference_may_be_of_another_device() {
+        let case = Case { form: Form::Masked, dtype: DType::F16, head_dim: 24 };
+        let cpu = CpuDevice::shared();
+        for (lie, is_noticed) in [(Lie::None, false), (Lie::Scale, true)] {
+            let liar = Liar { honest: CpuDevice::shared(), lie, case };
+            let (tested, reference) = (Subject::new(&liar, KERNEL), Subject::new(&*cpu, Kernel::CpuTiled));
+            assert_eq!(compare(tested, reference, &Cases::QUICK).is_err(), is_noticed, "{lie:?}");
+        }
+    }
+
+    #[test]
+    fn scores_of_the_growing_row_pass_thresholds_of_rescaling() {
+        // A dot product of numbers of variance 1, times 1/sqrt(head_dim), has variance 1; keys
+        // grow to 11 times that. Kernels let maxima grow by 2^8 before they rescale.
+        let masks = Masks::new().unwrap_or_else(|error| panic!("{error}"));
+        let Inputs([q, k, _]) = Inputs::new(&masks, DType::F16, 24);
+        let row = |bits: &[u16], at: usize, heads: usize| -> Vec<f32> {
+            bits[at * heads * 24..][..24].iter().map(|&bits| widen(DType::F16, bits)).collect()
+        };
+        let mut rescaled = 0;
+        for query in 5..QUERIES {
+            let q = row(&q, GROWING_ROW * QUERIES + query, HEADS);
+            let (mut base, mut times) = (f32::NEG_INFINITY, 0);
+            for key in (0..KEYS).filter(|&key| masks.key.key_mask().keeps(GROWING_ROW, key)) {
+                let k = row(&k, GROWING_ROW * KEYS + key, KV_HEADS);
+                let score: f32 = q.iter().zip(&k).map(|(q, k)| q * k).sum();
+                let score = score / 24_f32.sqrt() * std::f32::consts::LOG2_E;
+                if score > base + 8.0 {
+                    (base, times) = (score, times + 1);
+                }
+            }
+            rescaled += usize::from(times > 1);
+        }
+        assert!(rescaled > QUERIES / 2, "{rescaled} rows");
     }
 }

@@ -68,7 +68,7 @@ impl DeviceMemory {
     #[cfg(all(feature = "cuda", not(target_arch = "wasm32")))]
     pub unsafe fn from_cuda(device: &Device, address: u64, bytes: u64) -> Result<Self> {
         // SAFETY: by the caller's promise.
-        let storage = unsafe { crate::backends::cuda::memory_over(device.backend(), address, bytes) }?;
+        let storage = unsafe { crate::backends::cuda::external_memory(device.backend(), address, bytes) }?;
         Ok(Self::over(device, storage))
     }
 

@@ -22,7 +22,7 @@ struct Lines;
 
 impl log::Log for Lines {
     fn enabled(&self, metadata: &log::Metadata<'_>) -> bool {
-        metadata.target().ends_with("::launch")
+        metadata.target().ends_with("::launcher")
     }
 
     fn log(&self, record: &log::Record<'_>) {

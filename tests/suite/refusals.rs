@@ -2,7 +2,7 @@
 //!
 //! `Error::Overlap` is not among them: an output that shares memory with an input cannot be written down in safe Rust where the
 //! library owns the memory. A `TensorViewMut` borrows it mutably, so no `TensorView` of the same memory lives beside it. Memory
-//! of the application's can be had twice; its trials are in `wgpu_in_place` and `foreign_cuda`.
+//! of the application's can be had twice; its trials are in `external_wgpu` and `external_cuda`.
 
 use anyhow::{Context, Result, ensure};
 use varlen_fa::{

@@ -11,10 +11,11 @@ use serde::Deserialize;
 use crate::table;
 use crate::workspace::{Workspace, cargo, run, stdout_of};
 
-/// What travels.
+/// Limit on the size of the bundle.
 const MAX_BYTES: u64 = 60_000_000;
 
-/// The programs, compressed: each one carries the library with all its kernels and shaders. run.sh unpacks it.
+/// The programs, compressed: each one carries the library with all its kernels and shaders. run.sh
+/// unpacks it.
 const PROGRAMS: &str = "programs.tar.gz";
 
 /// The C library's place among the programs.
@@ -29,6 +30,7 @@ pub fn build(workspace: &Workspace, out: Option<&Path>) -> Result<()> {
         "build",
         "--release",
         "--package=varlen-fa",
+        "--package=varlen-fa-tests",
         "--all-features",
         "--tests",
         "--benches",
@@ -67,10 +69,11 @@ pub fn build(workspace: &Workspace, out: Option<&Path>) -> Result<()> {
     Ok(())
 }
 
-/// Puts the C library beside its Python test, in folders that lie to one another as they do here. Gives the library's size.
+/// Puts the C library beside its Python test, in folders that lie to one another as they do here.
+/// Gives the library's size.
 fn add_c_library(workspace: &Workspace, staging: &Path) -> Result<u64> {
     run(cargo().current_dir(&workspace.root).args(["build", "--release", "--package=varlen-fa-capi"]))?;
-    for file in ["capi/tests/test_varlen_fa.py", "benches/peers/varlen_fa.py"] {
+    for file in ["capi/tests/test_varlen_fa.py", "capi/python/varlen_fa.py"] {
         let (from, to) = (workspace.root.join(file), staging.join(file));
         let folder = to.parent().context("a file outside of any folder")?;
         fs::create_dir_all(folder).with_context(|| format!("cannot create {}", folder.display()))?;
@@ -110,7 +113,7 @@ fn programs(printed: &str) -> Result<BTreeMap<String, PathBuf>> {
         let first = programs.insert(name.clone(), executable);
         ensure!(first.is_none(), "cargo built two programs for {name}");
     }
-    ensure!(programs.contains_key("tests/cuda"), "cargo built {:?}, no tests/cuda", programs.keys());
+    ensure!(programs.contains_key("tests/suite"), "cargo built {:?}, no tests/suite", programs.keys());
     Ok(programs)
 }
 
@@ -123,7 +126,7 @@ mod tests {
     const PRINTED: &str = r#"{"reason":"compiler-artifact","target":{"kind":["lib"],"name":"half"},"executable":null}
 {"reason":"build-script-executed","package_id":"libm"}
 {"reason":"compiler-artifact","target":{"kind":["lib"],"name":"varlen_fa"},"executable":"/t/varlen_fa-1"}
-{"reason":"compiler-artifact","target":{"kind":["test"],"name":"cuda"},"executable":"/t/cuda-1"}
+{"reason":"compiler-artifact","target":{"kind":["test"],"name":"suite"},"executable":"/t/suite-1"}
 {"reason":"compiler-artifact","target":{"kind":["test"],"name":"metadata"},"executable":"/t/metadata-1"}
 {"reason":"compiler-artifact","target":{"kind":["bench"],"name":"metadata"},"executable":"/t/metadata-2"}
 {"reason":"compiler-artifact","target":{"kind":["example"],"name":"layer"},"executable":"/t/examples/layer"}
@@ -134,14 +137,14 @@ mod tests {
     fn every_program_has_a_place() {
         let found = programs(PRINTED).unwrap();
         let names: Vec<_> = found.keys().map(String::as_str).collect();
-        assert_eq!(names, ["benches/metadata", "examples/layer", "tests/cuda", "tests/metadata", "tests/unit"]);
+        assert_eq!(names, ["benches/metadata", "examples/layer", "tests/metadata", "tests/suite", "tests/unit"]);
         assert_eq!(found["benches/metadata"], Path::new("/t/metadata-2"));
     }
 
     #[test]
     fn a_bundle_without_the_suite_is_refused() {
-        assert!(programs(&PRINTED.replace("\"cuda\"", "\"cpu\"")).is_err());
-        assert!(programs(&PRINTED.replace("\"metadata\"", "\"cuda\"").replace("bench", "test")).is_err());
+        assert!(programs(&PRINTED.replace("\"suite\"", "\"other\"")).is_err());
+        assert!(programs(&PRINTED.replace("\"metadata\"", "\"suite\"").replace("bench", "test")).is_err());
         assert!(programs("Compiling").is_err());
     }
 }

@@ -1,4 +1,5 @@
-//! The CUDA kernels, compiled ahead of time: `kernels/NAME.cu` to `kernels/prebuilt/NAME.fatbin`.
+//! The CUDA kernels, compiled ahead of time into `kernels/prebuilt`, and the header that they share
+//! with the host.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -12,6 +13,7 @@ use anyhow::{Context, Result, bail, ensure};
 
 use crate::compiler::{Compiler, PACKAGES};
 use crate::manifest::Manifest;
+use crate::params;
 use crate::ptxas::{self, Usage};
 use crate::table;
 use crate::workspace::{Workspace, capture, text};
@@ -19,48 +21,82 @@ use crate::workspace::{Workspace, capture, text};
 /// Every fatbin together; they are part of each program that uses the library.
 const MAX_TOTAL_BYTES: usize = 8_000_000;
 
-/// Architectures that get machine code of kernels that any chip from SM80 on runs. 86 and 89 run sm_80's, and 103 and 121 those of
-/// 100 and 120; what comes later compiles the PTX.
-const ARCHS: [&str; 4] = ["sm_80", "sm_90", "sm_100", "sm_120"];
-
-/// What one source is compiled for: architectures as ptxas names them, and the compiler's flags for them.
-struct Targets {
-    archs: &'static [&'static str],
-    flags: &'static [&'static str],
+/// One source, and what it is compiled for.
+#[derive(Debug)]
+struct Source {
+    /// The name of its fatbin.
+    name: &'static str,
+    /// Where it is in the kernels folder.
+    path: &'static str,
+    target: Target,
+    /// Bytes that each of its kernels may spill to local memory, stores and loads each, on any
+    /// architecture. Kernels that are named `*_masked` are off the hot path and may spill more.
+    spill_bytes: u32,
 }
 
-/// Sources named after an architecture use what it alone has.
-fn targets(source: &str) -> Targets {
-    if source.ends_with("_sm100") {
-        // The family of 10.0, of which 10.3 is.
-        return Targets { archs: &["sm_100f"], flags: &["-gencode", "arch=compute_100f,code=sm_100f"] };
-    }
-    if source.ends_with("_sm90") {
-        return Targets { archs: &["sm_90a"], flags: &["-gencode", "arch=compute_90a,code=sm_90a"] };
-    }
-    Targets {
-        archs: &ARCHS,
-        flags: &[
-            "-gencode",
+/// A row for each fatbin; the library's `module.rs` loads them by these names.
+const SOURCES: [Source; 5] = [
+    Source {
+        name: "attention_sm80",
+        path: "attention/sm80/attention.cu",
+        target: Target::EVERY,
+        // A few pointers. The fragments at head dimension 128 fill the register file, and the
+        // compiler puts load addresses aside that it reads back once a tile; keeping them in shared
+        // memory instead ended the spills and cost 3 to 5% on an H200.
+        spill_bytes: 48,
+    },
+    Source {
+        name: "attention_sm90",
+        path: "attention/sm90/attention.cu",
+        target: Target::SM90,
+        // The exact softmax and the sums of parts are in the kernel too, and what a query tile
+        // needs at its end is put aside while its loop runs. The loop itself has no spills.
+        spill_bytes: 176,
+    },
+    Source { name: "attention_sm100", path: "attention/sm100/attention.cu", target: Target::SM100, spill_bytes: 48 },
+    Source { name: "metadata", path: "rows/metadata.cu", target: Target::EVERY, spill_bytes: 0 },
+    Source { name: "pack", path: "rows/pack.cu", target: Target::EVERY, spill_bytes: 0 },
+];
+
+/// What a source is compiled for.
+#[derive(Debug, Clone, Copy)]
+struct Target {
+    /// Architectures as ptxas names them.
+    archs: &'static [&'static str],
+    /// Values of `-gencode`.
+    codes: &'static [&'static str],
+}
+
+impl Target {
+    /// Every chip from SM80 on. 86 and 89 run sm_80's machine code, and 103 and 121 that of 100 and
+    /// 120; later chips compile the PTX.
+    const EVERY: Self = Self {
+        archs: &["sm_80", "sm_90", "sm_100", "sm_120"],
+        codes: &[
             "arch=compute_80,code=sm_80",
-            "-gencode",
             "arch=compute_80,code=sm_90",
-            "-gencode",
             "arch=compute_80,code=sm_100",
-            "-gencode",
             "arch=compute_80,code=sm_120",
-            "-gencode",
             "arch=compute_80,code=compute_80",
         ],
+    };
+    /// 9.0 alone, with the instructions that only it has.
+    const SM90: Self = Self { archs: &["sm_90a"], codes: &["arch=compute_90a,code=sm_90a"] };
+    /// The family of 10.0, of which 10.3 is.
+    const SM100: Self = Self { archs: &["sm_100f"], codes: &["arch=compute_100f,code=sm_100f"] };
+
+    fn flags(self) -> impl Iterator<Item = &'static str> {
+        self.codes.iter().flat_map(|code| ["-gencode", code])
     }
 }
 
-/// For every kernel. `size` is the strongest compression; a driver that loads this compiler's PTX (580) unpacks it.
+/// For every kernel. `size` is the strongest compression; a driver that loads this compiler's PTX
+/// (580) unpacks it.
 const FLAGS: [&str; 8] =
     ["-fatbin", "-O3", "-std=c++17", "--compress-mode=size", "-Werror", "all-warnings", "-Xptxas", "-v"];
 
-/// The sm100 kernel over an emulation of what compute capability 9.0 lacks; with waits between its warps in the second form, and wrong
-/// on purpose in the third.
+/// The sm100 kernel over an emulation of what compute capability 9.0 lacks; with waits between its
+/// warps in the second form, and wrong on purpose in the third.
 const EMULATED: &str = "attention_sm100";
 const EMULATED_FORMS: [(&str, &[&str]); 3] = [
     ("emulated", &[]),
@@ -68,10 +104,15 @@ const EMULATED_FORMS: [(&str, &[&str]); 3] = [
     ("emulated_wrong", &["-DVARLEN_FA_EMULATE_WRONG"]),
 ];
 
+/// Folders of sources and headers; the others hold what comes of them.
+const FOLDERS: [&str; 4] = ["attention", "common", "ptx", "rows"];
+
 const MANIFEST: &str = "manifest.json";
 
-/// Compiles everything and writes `kernels/prebuilt`.
+/// Writes the shared header, compiles everything and writes `kernels/prebuilt`.
 pub fn build(workspace: &Workspace) -> Result<()> {
+    let header = workspace.root.join(params::HEADER);
+    fs::write(&header, params::header()).with_context(|| format!("cannot write {}", header.display()))?;
     let kernels = Kernels::read(workspace)?;
     let built = kernels.compile(workspace)?;
     let folder = kernels.folder.join("prebuilt");
@@ -93,12 +134,13 @@ pub fn build(workspace: &Workspace) -> Result<()> {
     built.check_defects()
 }
 
-/// Compiles the emulated forms of the sm100 kernel, and the program that tests the emulation itself, into `target/kernels`.
+/// Compiles the emulated forms of the sm100 kernel, and the program that tests the emulation
+/// itself, into `target/kernels`.
 pub fn build_emulated(workspace: &Workspace) -> Result<()> {
     let compiler = Compiler::install(workspace)?;
     let (folder, out) = (workspace.root.join("kernels"), workspace.target.join("kernels"));
     fs::create_dir_all(&out).with_context(|| format!("cannot create {}", out.display()))?;
-    let target = targets("_sm90").flags;
+    let source = SOURCES.iter().find(|source| source.name == EMULATED).context("the emulated kernel has no source")?;
     let common =
         ["-O3", "-std=c++17", "--compress-mode=size", "-Werror", "all-warnings", "-DVARLEN_FA_EMULATE_TCGEN05"];
     // A barrier that never opens gives wrong results instead of a hanging device.
@@ -111,23 +153,30 @@ pub fn build_emulated(workspace: &Workspace) -> Result<()> {
             .args(common)
             .arg(limit)
             .args(defines)
-            .args(target)
+            .args(Target::SM90.flags())
             .arg("-o")
             .arg(&fatbin);
-        capture(nvcc.arg(format!("{EMULATED}.cu"))).with_context(|| format!("cannot compile the {form} form"))?;
+        capture(nvcc.arg(source.path)).with_context(|| format!("cannot compile the {form} form"))?;
         println!("wrote {}", fatbin.display());
     }
     let program = out.join("tcgen05_emulated");
     let mut nvcc = compiler.command();
-    nvcc.current_dir(&folder).args(common).args(target).arg("-L").arg(compiler.libraries()?);
+    nvcc.current_dir(&folder).args(common).args(Target::SM90.flags()).arg("-L").arg(compiler.libraries()?);
     nvcc.arg("-o").arg(&program).arg("tests/tcgen05_emulated.cu");
     capture(&mut nvcc).context("cannot compile the tests of the emulation")?;
     println!("wrote {}", program.display());
     Ok(())
 }
 
-/// Compiles everything and compares it with `kernels/prebuilt`.
+/// Compares the shared header with what the library declares; compiles everything and compares it
+/// with `kernels/prebuilt`.
 pub fn check(workspace: &Workspace) -> Result<()> {
+    let header = read(&workspace.root.join(params::HEADER))?;
+    ensure!(
+        header == params::header().as_bytes(),
+        "{} is not what the library declares: run `cargo xtask kernels` and commit it",
+        params::HEADER
+    );
     let kernels = Kernels::read(workspace)?;
     let built = kernels.compile(workspace)?;
     let folder = kernels.folder.join("prebuilt");
@@ -142,35 +191,31 @@ pub fn check(workspace: &Workspace) -> Result<()> {
         }
         // Nothing else is worth saying about kernels that nobody would run.
         bail!(
-            "kernels/prebuilt is not what kernels/*.cu compile to: run `cargo xtask kernels` and commit kernels/prebuilt"
+            "kernels/prebuilt is not what the sources in kernels compile to: run `cargo xtask kernels` and commit kernels/prebuilt"
         );
     }
     println!("kernels/prebuilt is up to date");
     built.check_defects()
 }
 
-/// The sources.
+/// Contents of the kernels folder.
 struct Kernels {
     folder: PathBuf,
-    /// Contents of each `.cu`, by its name without the extension.
-    sources: BTreeMap<String, Vec<u8>>,
-    /// Contents of each header, by its path in the folder.
-    headers: BTreeMap<String, Vec<u8>>,
+    /// Each header and each source, by its path in the folder.
+    files: BTreeMap<String, Vec<u8>>,
 }
 
 impl Kernels {
     fn read(workspace: &Workspace) -> Result<Self> {
         let folder = workspace.root.join("kernels");
-        let mut sources = BTreeMap::new();
-        for path in entries(&folder)?.iter().filter(|path| path.extension().is_some_and(|end| end == "cu")) {
-            let name = path.file_stem().and_then(|name| name.to_str());
-            let name = name.with_context(|| format!("{} is not named in UTF-8", path.display()))?;
-            sources.insert(name.to_owned(), read(path)?);
+        let mut files = BTreeMap::new();
+        for below in FOLDERS {
+            read_files(&folder, below, &mut files)?;
         }
-        ensure!(!sources.is_empty(), "no .cu file in {}", folder.display());
-        let mut headers = BTreeMap::new();
-        read_headers(&folder, "include", &mut headers)?;
-        Ok(Self { folder, sources, headers })
+        let is_listed = |path: &&String| SOURCES.iter().any(|source| source.path == path.as_str());
+        let unlisted: Vec<_> = files.keys().filter(|path| is_source(path)).filter(|path| !is_listed(path)).collect();
+        ensure!(unlisted.is_empty(), "SOURCES in xtask/src/kernels.rs does not list {unlisted:?}");
+        Ok(Self { folder, files })
     }
 
     /// Compiles each source, as many at a time as there are cores, and prints what came out.
@@ -178,25 +223,31 @@ impl Kernels {
         let compiler = Compiler::install(workspace)?;
         let out = workspace.target.join("kernels");
         fs::create_dir_all(&out).with_context(|| format!("cannot create {}", out.display()))?;
-        let names: Vec<&str> = self.sources.keys().map(String::as_str).collect();
         let threads = thread::available_parallelism().map_or(1, NonZeroUsize::get);
-        let compiled = in_parallel(&names, threads, |name| self.compile_one(&compiler, &out, name, threads))?;
+        let compiled = in_parallel(&SOURCES, threads, |source| self.compile_one(&compiler, &out, source, threads))?;
 
-        let of_source = |name: &&str| format!("{name}.cu: {}", targets(name).flags.join(" "));
-        let flags: Vec<String> = FLAGS.map(str::to_owned).into_iter().chain(names.iter().map(of_source)).collect();
-        let mut manifest = Manifest::new(&compiler.version, PACKAGES, &flags, &self.headers);
+        let of_source =
+            |source: &Source| format!("{}: {}", source.path, source.target.flags().collect::<Vec<_>>().join(" "));
+        let flags: Vec<String> = FLAGS.map(str::to_owned).into_iter().chain(SOURCES.iter().map(of_source)).collect();
+        let headers = self.files.iter().filter(|(path, _)| !is_source(path));
+        let mut manifest = Manifest::new(&compiler.version, PACKAGES, &flags, headers);
         let mut fatbins = BTreeMap::new();
         let mut usages = vec![];
+        let mut defects = vec![];
         let mut rows = vec![["source", "seconds", "kernels", "fatbin bytes"].map(str::to_owned).to_vec()];
-        for ((name, source), one) in self.sources.iter().zip(compiled) {
-            manifest.add(name, source, &one.fatbin);
+        for (source, one) in SOURCES.iter().zip(compiled) {
+            let text = self.files.get(source.path).with_context(|| format!("there is no {}", source.path))?;
+            let kernels: BTreeSet<_> = one.usages.iter().map(|usage| usage.kernel.clone()).collect();
             rows.push(vec![
-                format!("{name}.cu"),
+                source.path.to_owned(),
                 format!("{:.1}", one.time.as_secs_f64()),
-                (one.usages.len() / targets(name).archs.len()).to_string(),
+                kernels.len().to_string(),
                 one.fatbin.len().to_string(),
             ]);
-            fatbins.insert(name.clone(), one.fatbin);
+            manifest.add(source.name, source.path, text, kernels, &one.fatbin);
+            let spilling = one.usages.iter().filter(|usage| usage.is_defect(source.spill_bytes));
+            defects.extend(spilling.map(|usage| format!("{} ({})", usage.kernel, usage.arch)));
+            fatbins.insert(source.name.to_owned(), one.fatbin);
             usages.extend(one.usages);
         }
         println!("{}", compiler.version);
@@ -209,36 +260,36 @@ impl Kernels {
             total < MAX_TOTAL_BYTES,
             "the fatbins have {total} bytes together, at most {MAX_TOTAL_BYTES} are allowed"
         );
-        Ok(Built { manifest, fatbins, usages })
+        Ok(Built { manifest, fatbins, defects })
     }
 
-    fn compile_one(&self, compiler: &Compiler, out: &Path, name: &str, threads: usize) -> Result<Compiled> {
+    fn compile_one(&self, compiler: &Compiler, out: &Path, source: &Source, threads: usize) -> Result<Compiled> {
         let start = Instant::now();
+        let &Source { name, path, target, .. } = source;
         let fatbin = out.join(fatbin_name(name));
-        let source = format!("{name}.cu");
         let mut nvcc = compiler.command();
-        let Targets { archs, flags } = targets(name);
         nvcc.current_dir(&self.folder)
             .args(FLAGS)
-            .args(flags)
+            .args(target.flags())
             .args(["--threads", &threads.to_string()])
             .arg("-o")
             .arg(&fatbin);
-        let output = capture(nvcc.arg(&source)).with_context(|| format!("cannot compile {source}"))?;
+        let output = capture(nvcc.arg(path)).with_context(|| format!("cannot compile {path}"))?;
         let printed = text(&output);
         // What -Werror leaves a warning.
-        ensure!(!printed.contains("warning"), "{source} compiles with warnings:\n{printed}");
-        let usages = ptxas::parse(&printed).with_context(|| format!("{source}:\n{printed}"))?;
+        ensure!(!printed.contains("warning"), "{path} compiles with warnings:\n{printed}");
+        let usages = ptxas::parse(&printed).with_context(|| format!("{path}:\n{printed}"))?;
+        let archs = target.archs;
         for &arch in archs {
             let count = usages.iter().filter(|usage| usage.arch == arch).count();
             let all = usages.len();
             ensure!(
                 count * archs.len() == all && count > 0,
-                "{source}: ptxas reports {count} kernels for {arch}, {all} for {archs:?}"
+                "{path}: ptxas reports {count} kernels for {arch}, {all} for {archs:?}"
             );
         }
         let time = start.elapsed();
-        eprintln!("{source}: {:.1} s", time.as_secs_f64());
+        eprintln!("{path}: {:.1} s", time.as_secs_f64());
         Ok(Compiled { fatbin: read(&fatbin)?, usages, time })
     }
 }
@@ -254,15 +305,13 @@ struct Compiled {
 struct Built {
     manifest: Manifest,
     fatbins: BTreeMap<String, Vec<u8>>,
-    usages: Vec<Usage>,
+    /// Hot kernels that spill more than their source may.
+    defects: Vec<String>,
 }
 
 impl Built {
     fn check_defects(&self) -> Result<()> {
-        let mut names: Vec<_> = self.usages.iter().filter(|usage| usage.is_defect()).collect();
-        names.sort_by_key(|usage| (&usage.kernel, &usage.arch));
-        let names: Vec<_> = names.iter().map(|usage| format!("{} ({})", usage.kernel, usage.arch)).collect();
-        ensure!(names.is_empty(), "hot kernels spill registers: {}", names.join(", "));
+        ensure!(self.defects.is_empty(), "hot kernels spill registers: {}", self.defects.join(", "));
         Ok(())
     }
 }
@@ -285,7 +334,7 @@ fn file_differences(built: &BTreeMap<String, Vec<u8>>, folder: &Path) -> Result<
     }
     if folder.is_dir() {
         for name in fatbins_in(folder)?.into_iter().filter(|name| !built.contains_key(name)) {
-            differences.push(format!("prebuilt/{} has no source {name}.cu", fatbin_name(&name)));
+            differences.push(format!("prebuilt/{} has no source", fatbin_name(&name)));
         }
     }
     Ok(differences)
@@ -302,12 +351,16 @@ fn fatbin_name(name: &str) -> String {
     format!("{name}.fatbin")
 }
 
-fn read_headers(folder: &Path, below: &str, into: &mut BTreeMap<String, Vec<u8>>) -> Result<()> {
+fn is_source(path: &str) -> bool {
+    path.ends_with(".cu")
+}
+
+fn read_files(folder: &Path, below: &str, into: &mut BTreeMap<String, Vec<u8>>) -> Result<()> {
     for path in entries(&folder.join(below))? {
         let name = path.file_name().and_then(|name| name.to_str());
         let name = format!("{below}/{}", name.with_context(|| format!("{} is not named in UTF-8", path.display()))?);
         if path.is_dir() {
-            read_headers(folder, &name, into)?;
+            read_files(folder, &name, into)?;
         } else {
             into.insert(name, read(&path)?);
         }
@@ -324,8 +377,9 @@ fn read(path: &Path) -> Result<Vec<u8>> {
     fs::read(path).with_context(|| format!("cannot read {}", path.display()))
 }
 
-/// The results of `work` for each item, in their order, `threads` at a time; all errors together if there are any.
-fn in_parallel<T: Send>(items: &[&str], threads: usize, work: impl Fn(&str) -> Result<T> + Sync) -> Result<Vec<T>> {
+/// The results of `work` for each item, in their order, `threads` at a time; all errors together if
+/// there are any.
+fn in_parallel<I: Sync, T: Send>(items: &[I], threads: usize, work: impl Fn(&I) -> Result<T> + Sync) -> Result<Vec<T>> {
     let next = AtomicUsize::new(0);
     let worker = || {
         let mut done = vec![];
@@ -365,16 +419,15 @@ mod tests {
 
     use anyhow::ensure;
 
-    use super::{Targets, file_differences, in_parallel, targets};
+    use super::{SOURCES, file_differences, in_parallel};
 
     #[test]
     fn every_architecture_is_asked_for() {
-        for source in ["pack", "attention_sm80", "attention_sm90", "attention_sm100"] {
-            let Targets { archs, flags } = targets(source);
-            for arch in archs {
-                assert!(flags.iter().any(|flag| flag.ends_with(&format!("code={arch}"))), "{source}: {arch}");
-            }
-            assert_eq!(flags.iter().filter(|flag| flag.contains("code=sm_")).count(), archs.len());
+        for source in SOURCES {
+            let codes: Vec<_> = source.target.flags().filter_map(|flag| flag.split_once("code=")).collect();
+            let machine_codes: Vec<_> =
+                codes.iter().map(|&(_, code)| code).filter(|code| code.starts_with("sm_")).collect();
+            assert_eq!(machine_codes, source.target.archs, "{}", source.name);
         }
     }
 
@@ -383,7 +436,7 @@ mod tests {
         let items = ["a", "bb", "ccc", "dddd", "eeeee"];
         for threads in [1, 3, 8] {
             assert_eq!(in_parallel(&items, threads, |item| Ok(item.len())).unwrap(), [1, 2, 3, 4, 5]);
-            let odd = |item: &str| {
+            let odd = |item: &&str| {
                 ensure!(item.len() % 2 == 1, "even: {item}");
                 Ok(())
             };

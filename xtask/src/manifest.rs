@@ -1,6 +1,6 @@
 //! The record beside the compiled kernels: what they were made from, with what, and what came out.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::Path;
 
@@ -9,53 +9,68 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 /// Explains `sources_sha256` to readers of the file.
-const ABOUT: &str = "Written by `cargo xtask kernels`. sources_sha256 is the SHA-256 of what `sha256sum NAME.cu HEADERS...` prints in \
+const ABOUT: &str = "Written by `cargo xtask kernels`. sources_sha256 is the SHA-256 of what `sha256sum SOURCE HEADERS...` prints in \
                      the kernels folder, headers in the order given here.";
 
 /// kernels/prebuilt/manifest.json.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Manifest {
     about: String,
-    /// What the compiler calls itself.
+    /// What the compiler says its version is.
     compiler: String,
     /// The packages that it and its headers came in.
     packages: Vec<String>,
-    /// Every argument of the compiler but the file names and the number of threads.
+    /// Arguments of the compiler, without file names and the number of threads.
     flags: Vec<String>,
     /// SHA-256 of each header that any kernel may include, by its path in the kernels folder.
     headers: BTreeMap<String, String>,
-    /// By the name of the source file, without `.cu`.
+    /// By the name of the file, without `.fatbin`.
     fatbins: BTreeMap<String, Fatbin>,
 }
 
 /// One compiled file.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 struct Fatbin {
+    /// Its path in the kernels folder.
+    source: String,
+    /// Names of its kernels.
+    kernels: BTreeSet<String>,
     bytes: usize,
     sha256: String,
     sources_sha256: String,
 }
 
 impl Manifest {
-    /// Of nothing compiled so far.
-    pub fn new(compiler: &str, packages: &str, flags: &[String], headers: &BTreeMap<String, Vec<u8>>) -> Self {
+    /// A manifest without fatbins.
+    pub fn new<'a>(
+        compiler: &str,
+        packages: &str,
+        flags: &[String],
+        headers: impl Iterator<Item = (&'a String, &'a Vec<u8>)>,
+    ) -> Self {
         Self {
             about: ABOUT.to_owned(),
             compiler: compiler.to_owned(),
             packages: packages.lines().map(str::to_owned).collect(),
             flags: flags.to_vec(),
-            headers: headers.iter().map(|(path, content)| (path.clone(), sha256(content))).collect(),
+            headers: headers.map(|(path, content)| (path.clone(), sha256(content))).collect(),
             fatbins: BTreeMap::new(),
         }
     }
 
-    /// Adds what `name`.cu was compiled to.
-    pub fn add(&mut self, name: &str, source: &[u8], fatbin: &[u8]) {
-        let mut listing = format!("{}  {name}.cu\n", sha256(source));
+    /// Adds the fatbin with a name: its source, by path and contents, and its kernels.
+    pub fn add(&mut self, name: &str, source: &str, contents: &[u8], kernels: BTreeSet<String>, fatbin: &[u8]) {
+        let mut listing = format!("{}  {source}\n", sha256(contents));
         for (path, sha256) in &self.headers {
             listing += &format!("{sha256}  {path}\n");
         }
-        let fatbin = Fatbin { bytes: fatbin.len(), sha256: sha256(fatbin), sources_sha256: sha256(listing.as_bytes()) };
+        let fatbin = Fatbin {
+            source: source.to_owned(),
+            kernels,
+            bytes: fatbin.len(),
+            sha256: sha256(fatbin),
+            sources_sha256: sha256(listing.as_bytes()),
+        };
         self.fatbins.insert(name.to_owned(), fatbin);
     }
 
@@ -74,7 +89,8 @@ impl Manifest {
         fs::write(path, text).with_context(|| format!("cannot write {}", path.display()))
     }
 
-    /// Each way in which the kernels of now, `self`, differ from those that `recorded` describes, one sentence each.
+    /// Each way in which the kernels of now, `self`, differ from those that `recorded` describes,
+    /// one sentence each.
     pub fn differences(&self, recorded: &Self) -> Vec<String> {
         let mut found = vec![];
         if recorded.about != self.about {
@@ -96,10 +112,16 @@ impl Manifest {
             found.push(format!("{path} {}", change.word()));
         });
         each(&recorded.fatbins, &self.fatbins, |name, change| match change {
-            Change::Added | Change::Removed => found.push(format!("{name}.cu {}", change.word())),
+            Change::Added | Change::Removed => found.push(format!("{name}.fatbin {}", change.word())),
             Change::Changed(was, is) => {
-                if was.sources_sha256 != is.sources_sha256 && !source_changed {
-                    found.push(format!("{name}.cu changed"));
+                if was.source != is.source {
+                    found.push(format!("the source of {name}.fatbin was {} and is {}", was.source, is.source));
+                } else if was.sources_sha256 != is.sources_sha256 && !source_changed {
+                    found.push(format!("{} changed", is.source));
+                }
+                if was.kernels != is.kernels {
+                    let change: Vec<_> = was.kernels.symmetric_difference(&is.kernels).collect();
+                    found.push(format!("{name}.fatbin holds other kernels: {change:?} are new or gone"));
                 }
                 if was.sha256 != is.sha256 || was.bytes != is.bytes {
                     found.push(format!(
@@ -149,21 +171,23 @@ fn sha256(bytes: &[u8]) -> String {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeMap;
+    use std::collections::{BTreeMap, BTreeSet};
 
     use super::{Manifest, sha256};
 
     fn manifest(header: &str, source: &str, fatbin: &str) -> Manifest {
-        let headers = BTreeMap::from([("include/a.cuh".to_owned(), header.into())]);
-        let mut manifest = Manifest::new("nvcc 1", "one==1\ntwo==2\n", &["-O3", "-v"].map(str::to_owned), &headers);
-        manifest.add("pack", source.as_bytes(), fatbin.as_bytes());
+        let headers = BTreeMap::from([("common/a.cuh".to_owned(), header.into())]);
+        let flags = ["-O3", "-v"].map(str::to_owned);
+        let mut manifest = Manifest::new("nvcc 1", "one==1\ntwo==2\n", &flags, headers.iter());
+        let kernels = BTreeSet::from(["pack_rows".to_owned()]);
+        manifest.add("pack", "rows/pack.cu", source.as_bytes(), kernels, fatbin.as_bytes());
         manifest
     }
 
     #[test]
     fn hashes_are_those_of_sha256sum() {
         assert_eq!(sha256(b"abc"), "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad");
-        let listing = format!("{}  pack.cu\n{}  include/a.cuh\n", sha256(b"source"), sha256(b"header"));
+        let listing = format!("{}  rows/pack.cu\n{}  common/a.cuh\n", sha256(b"source"), sha256(b"header"));
         assert_eq!(manifest("header", "source", "").fatbins["pack"].sources_sha256, sha256(listing.as_bytes()));
     }
 
@@ -186,22 +210,29 @@ mod tests {
                 assert!(found.contains(expected), "{found:?} does not say {expected:?}");
             }
         };
-        expect(&manifest("other", "source", "fatbin"), &["include/a.cuh changed"]);
-        expect(&manifest("header", "other", "fatbin"), &["pack.cu changed"]);
+        expect(&manifest("other", "source", "fatbin"), &["common/a.cuh changed"]);
+        expect(&manifest("header", "other", "fatbin"), &["rows/pack.cu changed"]);
         expect(&manifest("header", "source", "other fatbin"), &["pack.fatbin was 6 bytes"]);
         expect(&manifest("header", "source", "nibtaf"), &["pack.fatbin was 6 bytes"]);
-        expect(&manifest("header", "other", "nibtaf"), &["pack.cu changed", "pack.fatbin"]);
+        expect(&manifest("header", "other", "nibtaf"), &["rows/pack.cu changed", "pack.fatbin"]);
 
         let mut is = was.clone();
         is.compiler = "nvcc 2".to_owned();
         is.packages.pop();
         is.flags.reverse();
-        is.add("scatter", b"", b"");
+        is.add("scatter", "rows/scatter.cu", b"", BTreeSet::new(), b"");
+        is.add("pack", "rows/pack.cu", b"source", BTreeSet::from(["copy_rows".to_owned()]), b"fatbin");
         expect(
             &is,
-            &["\"nvcc 2\"", "packages were \"one==1 two==2\" and are \"one==1\"", "\"-v -O3\"", "scatter.cu is new"],
+            &[
+                "\"nvcc 2\"",
+                "packages were \"one==1 two==2\" and are \"one==1\"",
+                "\"-v -O3\"",
+                "[\"copy_rows\", \"pack_rows\"]",
+                "scatter.fatbin is new",
+            ],
         );
         let gone = was.differences(&is);
-        assert!(gone.contains(&"scatter.cu is gone".to_owned()), "{gone:?}");
+        assert!(gone.contains(&"scatter.fatbin is gone".to_owned()), "{gone:?}");
     }
 }

@@ -1,4 +1,4 @@
-//! The C library as a file: built by the cargo that runs a test or a bench.
+//! The files of the C library, built by the cargo that runs a test or a bench.
 
 use std::env;
 use std::ffi::OsString;
@@ -9,10 +9,10 @@ use std::sync::OnceLock;
 use anyhow::{Context, Result, bail, ensure};
 use serde::Deserialize;
 
-/// Where the library is.
+/// Paths of the library.
 #[derive(Debug, Clone)]
 pub struct Library {
-    /// The folder of both.
+    /// The folder of both files.
     pub folder: PathBuf,
     /// For linking into a program.
     pub static_library: PathBuf,
@@ -46,7 +46,7 @@ impl Library {
             files.iter().find(is_it).cloned().with_context(|| format!("cargo built {files:?}, no {extensions:?}"))
         };
         let (static_library, shared_library) = (find(&["a"])?, find(&["so", "dylib"])?);
-        let folder = shared_library.parent().context("a library outside of any folder")?.to_owned();
+        let folder = shared_library.parent().context("the library has no parent folder")?.to_owned();
         Ok(Self { folder, static_library, shared_library })
     }
 }
@@ -71,7 +71,7 @@ fn files_of(printed: &str) -> Result<Vec<PathBuf>> {
             return Ok(message.filenames);
         }
     }
-    bail!("cargo did not say where the library is")
+    bail!("cargo did not report the library's files")
 }
 
 /// This package's folder.
@@ -79,14 +79,14 @@ pub fn package() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
 }
 
-/// Runs a command; an error with its output unless it succeeds.
+/// Runs a command; returns an error with its output if it fails.
 pub fn run(command: &mut Command) -> Result<Output> {
     let output = command.output().with_context(|| format!("cannot start {command:?}"))?;
     expect_success(command, &output)?;
     Ok(output)
 }
 
-/// An error with the output unless it tells of success.
+/// Returns an error with the output if the command failed.
 pub fn expect_success(command: &Command, output: &Output) -> Result<()> {
     let said = [&output.stdout[..], &output.stderr[..]].concat();
     ensure!(output.status.success(), "{} from {command:?}\n{}", output.status, String::from_utf8_lossy(&said));

@@ -17,23 +17,24 @@ use crate::error::{Error, Result};
 use crate::kernel::{BackendKind, Kernel};
 use crate::mask::meta::VarlenMeta;
 
-use super::caller::{self, CallerHandles};
-use super::context::Context;
-use super::fault::{self, Faults};
-use super::memory::CudaBuffer;
-use super::module::{Entry, Function, KERNELS_CUDA, ListImages, Modules};
-use super::probe::{self, CudaDeviceInfo};
-use super::timer::Timers;
+use super::attention;
+use super::driver::context::Context;
+use super::driver::external::{self, ExternalHandles};
+use super::driver::fault::{self, Faults};
+use super::driver::memory::CudaBuffer;
+use super::driver::probe::{self, CudaDeviceInfo};
+use super::driver::timer::Timers;
+use super::kernels::module::{AttentionImages, KERNELS_CUDA, Modules};
+use super::launcher::Launcher;
+use super::tensors::{copy, metadata};
+use super::trust::{self, TrialDevice};
 
-/// A CUDA device. Launches go to one stream, in the order of the calls, from whatever threads they come.
+/// A CUDA device. Launches go to one stream, in the order of the calls, from any thread.
 #[derive(Debug)]
-pub(super) struct CudaDevice {
-    pub(super) id: DeviceId,
+pub struct CudaDevice {
     name: Arc<str>,
-    pub(super) capabilities: Capabilities,
-    pub(super) context: Arc<Context>,
-    pub(super) multiprocessors: usize,
-    modules: Arc<Modules>,
+    capabilities: Capabilities,
+    launcher: Launcher,
     timers: Timers,
 }
 
@@ -57,29 +58,31 @@ impl CudaDevice {
         device.with_trusted_kernels(index, kernel)
     }
 
-    /// A device over the caller's context and stream, and its ordinal.
+    /// A device in an external context, on a stream of it, and its ordinal.
     ///
     /// # Safety
-    /// As of [`CallerHandles::check`]; both live until the last copy of the device and of everything made with it is dropped.
-    pub unsafe fn over(context: *mut c_void, stream: *mut c_void, kernel: Option<Kernel>) -> Result<(Self, usize)> {
+    /// As for [`ExternalHandles::check`]; both live until the last copy of the device and of
+    /// everything made with it is dropped.
+    pub unsafe fn external(context: *mut c_void, stream: *mut c_void, kernel: Option<Kernel>) -> Result<(Self, usize)> {
         let unavailable =
-            |why: String| Error::DeviceUnavailable { device: "cuda (the caller's context)".to_owned(), why };
-        CallerHandles::check_values(context, stream)?;
+            |why: String| Error::DeviceUnavailable { device: "cuda (an external context)".to_owned(), why };
+        ExternalHandles::check_values(context, stream)?;
         probe::start_driver().map_err(unavailable)?;
         let asked = |error| unavailable(format!("asking the driver failed: {}", fault::describe(error)));
         let driver_version = probe::driver_version().map_err(asked)?;
-        // First of all: an older driver lacks calls that come below.
+        // Before any other call: an older driver lacks some of those below.
         if driver_version < KERNELS_CUDA {
             return Err(unavailable(older_driver(driver_version)));
         }
         // SAFETY: by the caller's promise.
-        let handles = unsafe { CallerHandles::check(context, stream) }?;
+        let handles = unsafe { ExternalHandles::check(context, stream) }?;
         let info = CudaDeviceInfo::of(handles.index).map_err(unavailable)?;
         let capabilities = capabilities_of(&info);
-        // Devices over one GPU do not take one another's tensors, so messages must tell them apart.
-        let name: Arc<str> = format!("{capabilities} on the caller's stream {:#x}", stream as usize).into();
-        // SAFETY: checked as far as the driver can tell, and live by the caller's promise; `handles` has made it current.
-        let context = unsafe { Context::over(handles.context, handles.stream, handles.index, Faults::new(&name)) };
+        // Devices on one GPU do not take one another's tensors, so messages must tell them apart.
+        let name: Arc<str> = format!("{capabilities} on the external stream {:#x}", stream as usize).into();
+        // SAFETY: checked as far as the driver can tell, and live by the caller's promise;
+        // `handles` has made the context current.
+        let context = unsafe { Context::external(handles.context, handles.stream, handles.index, Faults::new(&name)) };
         let context = context.map_err(asked)?;
         // Never negative: the driver counts devices from 0.
         let ordinal = handles.index.unsigned_abs() as usize;
@@ -87,7 +90,7 @@ impl CudaDevice {
         Ok((device.with_trusted_kernels(handles.index, kernel)?, ordinal))
     }
 
-    /// The device with its kernels; otherwise, why they cannot be had.
+    /// The device with its kernels, or why they cannot be loaded.
     fn in_context(
         context: Context,
         name: Arc<str>,
@@ -96,81 +99,75 @@ impl CudaDevice {
     ) -> Result<Self, String> {
         let modules = {
             let _current = context.enter().map_err(|error| error.to_string())?;
-            Modules::of(&context, ListImages::of(info.compute_capability))
+            Modules::of(&context, &AttentionImages::of(info.compute_capability))
                 .map_err(|error| format!("{info}: {}", why_not_loaded(error)))?
         };
-        Ok(Self {
+        let launcher = Launcher {
             id: DeviceId::unique(),
-            name,
-            capabilities,
             context: Arc::new(context),
+            modules,
             // Never negative: the driver counts them.
             multiprocessors: info.multiprocessors.unsigned_abs().max(1) as usize,
-            modules,
-            timers: Timers::default(),
-        })
+            max_buffer_bytes: capabilities.max_buffer_bytes,
+        };
+        Ok(Self { name, capabilities, launcher, timers: Timers::default() })
     }
 
-    /// Another device over the same context and kernels, on a stream of its own; to be dropped first.
-    pub(super) fn on_own_stream(&self, index: i32) -> Result<Self> {
-        let _current = self.context.enter()?;
-        let context = self.context.done(self.context.with_own_stream(index), "making a stream")?;
+    /// The device with one kernel alone, which need not be trusted, or with those that can be.
+    ///
+    /// # Errors
+    /// [`Error::NotApplicable`] if it does not have the kernel, [`Error::DeviceUnavailable`] if a
+    /// kernel lost the context when it was tried.
+    fn with_trusted_kernels(mut self, index: i32, only: Option<Kernel>) -> Result<Self> {
+        let kernels = &self.capabilities.kernels;
+        self.capabilities.kernels = match only {
+            Some(kernel) if kernels.contains(&kernel) => vec![kernel],
+            Some(kernel) => {
+                let why = format!("{} does not run it", self.capabilities);
+                return Err(Error::NotApplicable { argument: "kernel", got: kernel.name().to_owned(), why });
+            }
+            None => {
+                let device_name = self.capabilities.to_string();
+                trust::trusted(index, &device_name, kernels, || self.on_own_stream(index))?
+            }
+        };
+        Ok(self)
+    }
+
+    /// Another device in the same context and with the same kernels, on a stream of its own. It
+    /// must be dropped first.
+    fn on_own_stream(&self, index: i32) -> Result<Self> {
         Ok(Self {
-            id: DeviceId::unique(),
             name: Arc::clone(&self.name),
             capabilities: self.capabilities.clone(),
-            context: Arc::new(context),
-            multiprocessors: self.multiprocessors,
-            modules: Arc::clone(&self.modules),
+            launcher: self.launcher.on_own_stream(index)?,
             timers: Timers::default(),
         })
     }
 
     /// The context's loss, if it is lost.
     pub fn check(&self) -> Result<()> {
-        self.context.faults.check()
+        self.launcher.context.faults.check()
     }
 
-    /// Memory with whatever contents that may outlive a capture of the stream, so there is none during one; the context is
-    /// current.
-    pub(super) fn lasting(&self, bytes: u64) -> Result<CudaBuffer> {
-        self.context.expect_no_capture("allocating a tensor")?;
-        self.scratch(bytes)
-    }
-
-    /// Memory with whatever contents, to be dropped before the call ends; the context is current.
-    pub(super) fn scratch(&self, bytes: u64) -> Result<CudaBuffer> {
-        let limit = self.capabilities.max_buffer_bytes;
-        if bytes > limit {
-            let limit_name = "the device's memory (bytes)";
-            return Err(Error::TooLarge { argument: "tensor", limit_name, limit, got: bytes });
-        }
-        CudaBuffer::new(&self.context, self.id, bytes)
-    }
-
-    /// The caller's memory as this device's; checked as far as the driver can tell.
+    /// External memory as memory of this device; checked as far as the driver can tell.
     ///
     /// # Safety
-    /// As of [`CudaBuffer::over`].
-    pub(super) unsafe fn memory_over(&self, address: u64, bytes: u64) -> Result<CudaBuffer> {
+    /// As for [`CudaBuffer::external`].
+    pub unsafe fn external_memory(&self, address: u64, bytes: u64) -> Result<CudaBuffer> {
+        let Launcher { id, context, .. } = &self.launcher;
         {
-            let _current = self.context.enter()?;
-            caller::check_memory(&self.context, address, bytes)?;
+            let _current = context.enter()?;
+            external::check_memory(context, address, bytes)?;
         }
         // SAFETY: by the caller's promise.
-        Ok(unsafe { CudaBuffer::over(&self.context, self.id, address, bytes) })
+        Ok(unsafe { CudaBuffer::external(context, *id, address, bytes) })
     }
+}
 
-    pub(super) fn function(&self, entry: Entry) -> Result<Function> {
-        self.modules.function(&self.context, entry)
-    }
-
-    pub(super) fn source<'a>(&self, source: Source<'a>) -> Result<&'a CudaBuffer> {
-        source.owned_by(self)
-    }
-
-    pub(super) fn sink<'a>(&self, sink: &Sink<'a>) -> Result<&'a CudaBuffer> {
-        sink.owned_by(self)
+impl TrialDevice for CudaDevice {
+    fn context(&self) -> &Context {
+        &self.launcher.context
     }
 }
 
@@ -182,7 +179,7 @@ fn capabilities_of(info: &CudaDeviceInfo) -> Capabilities {
         adapter: format!("{}, sm_{major}{minor}, driver CUDA {driver}", info.name),
         is_software: false,
         dtypes: &[DType::F16, DType::Bf16],
-        kernels: ListImages::of(info.compute_capability).kernels().chain([Kernel::CudaSm80]).collect(),
+        kernels: AttentionImages::of(info.compute_capability).kernels().collect(),
         max_buffer_bytes: info.memory_bytes,
         // Kernels count bytes in 64 bits.
         max_binding_bytes: info.memory_bytes,
@@ -195,7 +192,7 @@ fn older_driver(version: i32) -> String {
     format!("the driver for CUDA {driver} is older than the kernels' {kernels}; a newer NVIDIA driver runs them")
 }
 
-/// Why the driver does not take the kernels.
+/// Why the driver does not load the kernels.
 fn why_not_loaded(error: DriverError) -> String {
     let hint = match error.0 {
         CUresult::CUDA_ERROR_NO_BINARY_FOR_GPU => "there are no kernels for this device in varlen-fa",
@@ -212,7 +209,7 @@ fn why_not_loaded(error: DriverError) -> String {
 
 impl Backend for CudaDevice {
     fn id(&self) -> DeviceId {
-        self.id
+        self.launcher.id
     }
 
     fn name(&self) -> &str {
@@ -224,8 +221,8 @@ impl Backend for CudaDevice {
     }
 
     fn alloc(&self, bytes: u64) -> Result<Storage> {
-        let _current = self.context.enter()?;
-        Ok(Storage::Device(Box::new(self.lasting(bytes)?)))
+        let _current = self.launcher.context.enter()?;
+        Ok(Storage::Device(Box::new(self.launcher.lasting(bytes)?)))
     }
 
     fn metadata_place(&self) -> MetadataPlace {
@@ -233,51 +230,50 @@ impl Backend for CudaDevice {
     }
 
     fn alloc_metadata(&self, batch: usize, seq: usize) -> Result<Storage> {
-        let _current = self.context.enter()?;
-        Ok(Storage::Device(Box::new(self.empty_metadata(batch, seq)?)))
+        let _current = self.launcher.context.enter()?;
+        Ok(Storage::Device(Box::new(metadata::empty_tables(&self.launcher, batch, seq)?)))
     }
 
     fn upload(&self, to: Sink<'_>, bytes: &[u8]) -> Result<()> {
-        let _current = self.context.enter()?;
-        self.sink(&to)?.upload(bytes)
+        let _current = self.launcher.context.enter()?;
+        self.launcher.sink(&to)?.upload(bytes)
     }
 
     fn download(&self, from: Source<'_>, into: &mut [u8]) -> Result<()> {
-        let _current = self.context.enter()?;
-        self.source(from)?.download(into)
+        let _current = self.launcher.context.enter()?;
+        self.launcher.source(from)?.download(into)
     }
 
     fn execute(&self, op: Op<'_>) -> Result<()> {
-        let _current = self.context.enter()?;
+        let launcher = &self.launcher;
+        let _current = launcher.context.enter()?;
         match op {
-            Op::Attention(attention) => self.attend(&attention),
-            Op::Pack { pairs, meta } => self.pack(&pairs, meta),
-            Op::Scatter { packed, padded, meta } => self.scatter(&packed, &padded, meta),
-            Op::Zero(out) => self.zero(&out),
-            Op::Metadata { mask, tables } => self.build_metadata(&mask, &tables),
+            Op::Attention(attention) => attention::attend(launcher, &attention),
+            Op::Pack { pairs, meta } => copy::pack(launcher, &pairs, meta),
+            Op::Scatter { packed, padded, meta } => copy::scatter(launcher, &packed, &padded, meta),
+            Op::Zero(out) => copy::zero(launcher, &out),
+            Op::Metadata { mask, tables } => metadata::build(launcher, &mask, &tables),
         }
     }
 
     fn synchronize(&self) -> Result<()> {
-        let _current = self.context.enter()?;
-        self.context.synchronize()
+        let _current = self.launcher.context.enter()?;
+        self.launcher.context.synchronize()
     }
 
     fn upload_meta(&self, meta: &VarlenMeta) -> Result<()> {
-        let _current = self.context.enter()?;
-        self.host_tables(meta)?;
-        // What dense paths use instead.
-        self.mask_bits(meta.key_mask()).map(drop)
+        let _current = self.launcher.context.enter()?;
+        metadata::upload(&self.launcher, meta)
     }
 
     fn start_timer(&self) -> Result<Instant> {
-        let _current = self.context.enter()?;
-        self.timers.start(&self.context)
+        let _current = self.launcher.context.enter()?;
+        self.timers.start(&self.launcher.context)
     }
 
     fn stop_timer(&self, started: Instant) -> Result<Timing> {
-        let _current = self.context.enter()?;
-        self.timers.stop(&self.context, started)
+        let _current = self.launcher.context.enter()?;
+        self.timers.stop(&self.launcher.context, started)
     }
 
     fn as_any(&self) -> &dyn Any {
@@ -301,7 +297,7 @@ mod tests {
             [(0, 2, "stream"), (0x10, 0, "context"), (0x7f00_1003_usize, 0_usize, "context"), (0, 8, "stream")]
         {
             // SAFETY: no driver is asked about handles that are refused by their values.
-            let refused = unsafe { CudaDevice::over(context as *mut c_void, stream as *mut c_void, None) }.err();
+            let refused = unsafe { CudaDevice::external(context as *mut c_void, stream as *mut c_void, None) }.err();
             assert!(
                 matches!(&refused, Some(Error::Handle { argument, .. }) if *argument == expected),
                 "{context:#x}, {stream:#x}: {refused:?}"

@@ -1,43 +1,24 @@
-//! The CUDA device: this crate's own kernels on NVIDIA hardware from compute capability 8.0 on. They come compiled inside the
-//! library, so the NVIDIA driver is all that it needs at run time.
+//! The CUDA device: this crate's own kernels on NVIDIA hardware from compute capability 8.0 on.
+//! They are compiled into the library, so the NVIDIA driver is all that it needs at run time.
+//!
+//! Imports go up this table, never down:
 //!
 //! | module | what it holds |
 //! |---|---|
-//! | `probe` | what the driver says of a device, before anything is created |
-//! | `caller` | checks of what the caller brings: context, stream, memory |
-//! | `context` | a context and its stream; every driver call that touches memory or launches |
-//! | `capture` | calls beside a stream that is being captured |
-//! | `fault` | driver errors as [`Error`](crate::Error)s, and the loss of the context |
-//! | `memory` | buffers, allocated and freed in stream order, or over the caller's memory |
-//! | `module` | the compiled kernels and their functions |
-//! | `params`, `params_sm90`, `tiles` | what kernels and host agree on: parameter structs, tile sizes |
-//! | `tile_lists`, `tensor_map` | what the sm90 kernel is told of masks and of tensors |
-//! | `placement` | where tensors lie, and copies of those that lie at odd places |
-//! | `metadata` | device copies of masks and metadata |
-//! | `attention`, `attention_sm80`, `attention_sm90`, `copy` | launches |
-//! | `trust` | which of a GPU's kernels its own self-check lets be used |
-//! | `timer` | GPU time by events |
+//! | `driver` | the driver API: contexts, streams, memory, copies, launches, timing |
+//! | `kernels` | the compiled kernels, their parameters and their tile sizes |
+//! | `launcher` | what the operations of one device work with: stream, memory, kernels |
+//! | `tensors` | tensors, masks and metadata on the device; pack, scatter and zero |
+//! | `attention` | attention calls |
+//! | `trust` | which of a GPU's kernels pass their self-check and are used |
+//! | `device` | the device itself |
 
 mod attention;
-mod attention_sm80;
-mod attention_sm90;
-mod caller;
-mod capture;
-mod context;
-mod copy;
 mod device;
-mod fault;
-mod memory;
-mod metadata;
-mod module;
-mod params;
-mod params_sm90;
-mod placement;
-mod probe;
-mod tensor_map;
-mod tile_lists;
-mod tiles;
-mod timer;
+mod driver;
+mod kernels;
+mod launcher;
+mod tensors;
 mod trust;
 
 use std::ffi::c_void;
@@ -49,16 +30,18 @@ use crate::kernel::Kernel;
 
 use device::CudaDevice;
 
-/// The CUDA device with an ordinal. There is one for each ordinal in a process, shared by all who open it: they use the same
-/// context anyway, and so take one another's tensors. With one kernel alone it is another device.
+/// The CUDA device with an ordinal. A process has one for each ordinal, shared by all who open it:
+/// they share one context, so tensors of one work with the other. With one kernel alone it is
+/// another device.
 ///
 /// # Errors
-/// [`DeviceUnavailable`](crate::Error::DeviceUnavailable) with the reason: no driver, too old a driver, no such device, too old a device, or no memory for a
-/// context. [`DeviceLost`](crate::Error::DeviceLost) if its context was lost earlier in this process.
+/// [`DeviceUnavailable`](crate::Error::DeviceUnavailable) with the reason: no driver, too old a
+/// driver, no such device, too old a device, or no memory for a context.
+/// [`DeviceLost`](crate::Error::DeviceLost) if its context was lost earlier in this process.
 pub(crate) fn open(ordinal: usize, kernel: Option<Kernel>) -> Result<Arc<dyn Backend>> {
     type Opened = Vec<((usize, Option<Kernel>), Arc<CudaDevice>)>;
     static OPENED: Mutex<Opened> = Mutex::new(Vec::new());
-    // A panic while it is held leaves the list as it was: devices are only added whole.
+    // A panic while it is held leaves the list as it was: devices are only pushed whole.
     let mut opened = OPENED.lock().unwrap_or_else(PoisonError::into_inner);
     let asked = (ordinal, kernel);
     if let Some((_, device)) = opened.iter().find(|(key, _)| *key == asked) {
@@ -70,40 +53,41 @@ pub(crate) fn open(ordinal: usize, kernel: Option<Kernel>) -> Result<Arc<dyn Bac
     Ok(device)
 }
 
-/// A device over the caller's context and stream, and its ordinal.
+/// A device in an external context, on a stream of it, and its ordinal.
 ///
 /// # Errors
-/// As of [`Device::from_cuda`](crate::Device::from_cuda).
+/// As for [`Device::from_cuda`](crate::Device::from_cuda).
 ///
 /// # Safety
-/// As of [`Device::from_cuda`](crate::Device::from_cuda).
-pub(crate) unsafe fn over(
+/// As for [`Device::from_cuda`](crate::Device::from_cuda).
+pub(crate) unsafe fn external(
     context: *mut c_void,
     stream: *mut c_void,
     kernel: Option<Kernel>,
 ) -> Result<(Arc<dyn Backend>, usize)> {
     // SAFETY: by the caller's promise.
-    let (device, ordinal) = unsafe { CudaDevice::over(context, stream, kernel) }?;
+    let (device, ordinal) = unsafe { CudaDevice::external(context, stream, kernel) }?;
     Ok((Arc::new(device), ordinal))
 }
 
-/// Keeps the sm100 kernel in its emulated form for devices that are opened from now on; false if there is one already.
+/// Keeps the sm100 kernel in its emulated form for devices that are opened from now on; false if
+/// there is one already.
 #[cfg(feature = "emulated-sm100")]
 pub(crate) fn set_emulated_sm100(fatbin: &[u8]) -> bool {
-    module::set_emulated_sm100(fatbin)
+    kernels::module::set_emulated_sm100(fatbin)
 }
 
-/// The caller's memory as a CUDA device's.
+/// External memory as memory of a CUDA device.
 ///
 /// # Errors
-/// As of [`DeviceMemory::from_cuda`](crate::DeviceMemory::from_cuda).
+/// As for [`DeviceMemory::from_cuda`](crate::DeviceMemory::from_cuda).
 ///
 /// # Safety
-/// As of [`DeviceMemory::from_cuda`](crate::DeviceMemory::from_cuda).
-pub(crate) unsafe fn memory_over(device: &dyn Backend, address: u64, bytes: u64) -> Result<Storage> {
+/// As for [`DeviceMemory::from_cuda`](crate::DeviceMemory::from_cuda).
+pub(crate) unsafe fn external_memory(device: &dyn Backend, address: u64, bytes: u64) -> Result<Storage> {
     let cuda = device.as_any().downcast_ref::<CudaDevice>();
     let cuda = cuda.ok_or_else(|| foreign_memory(device.name(), "cuda"))?;
     // SAFETY: by the caller's promise.
-    let buffer = unsafe { cuda.memory_over(address, bytes) }?;
+    let buffer = unsafe { cuda.external_memory(address, bytes) }?;
     Ok(Storage::Device(Box::new(buffer)))
 }

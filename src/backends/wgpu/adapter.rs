@@ -5,12 +5,12 @@ use wgpu::{Backends, DeviceType, ExperimentalFeatures, Features, Limits};
 use crate::error::{Error, Result};
 
 use super::coop::{self, Coop};
-use super::launch::IMMEDIATE_BYTES;
+use super::launcher::IMMEDIATE_BYTES;
 
 const CHOICE: &str = "wgpu";
 
-/// A device of the best adapter, with no optional feature but timestamps, immediates, pipeline caches and what cooperative matrices
-/// need, where it has them.
+/// A device of the best adapter. Its optional features are timestamps, immediates, pipeline
+/// caches and those of cooperative matrices, where the adapter has them.
 pub(super) async fn open(
     include_software: bool,
     max_binding_bytes: Option<u64>,
@@ -71,7 +71,8 @@ async fn adapters(instance: &wgpu::Instance) -> Vec<wgpu::Adapter> {
     instance.request_adapter(&options).await.into_iter().collect()
 }
 
-/// WebGPU's default limits, which every shader keeps to, but buffers as large as the adapter has them.
+/// WebGPU's default limits, which suffice for every shader, but buffers as large as the adapter
+/// allows.
 fn limits(adapter: &Limits, max_binding_bytes: Option<u64>) -> Limits {
     let largest = adapter.max_storage_buffer_binding_size;
     Limits {
@@ -81,7 +82,7 @@ fn limits(adapter: &Limits, max_binding_bytes: Option<u64>) -> Limits {
     }
 }
 
-/// Name, API and driver, as far as they are told: browsers keep most of it to themselves.
+/// Name, API and driver, as far as they are known: browsers hide most of it.
 pub(super) fn name(info: &wgpu::AdapterInfo) -> String {
     let name = if info.name.is_empty() { "unnamed adapter" } else { &info.name };
     let driver = format!("{} {}", info.driver, info.driver_info);

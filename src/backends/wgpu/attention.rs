@@ -1,24 +1,93 @@
-//! Launches of the attention shader: dense, in place by lists, on packed rows, and the packed path of padded tensors.
+//! Launches of the attention shader: dense, fused by lists, on packed rows, and the packed path of
+//! padded tensors.
 
 use std::f32::consts::LOG2_E;
 use std::ops::Range;
 
-use crate::call::op::{Attention, Rows as AttentionRows, no_device_tables};
+use crate::backends::rows::{RowShape, WORD_BYTES};
+use crate::call::op::{Attention, Input, Rows, no_device_tables};
 use crate::call::plan::Path;
 use crate::error::{Error, Result};
-use crate::kernel::Kernel;
 use crate::mask::key_mask::KeyMask;
 use crate::mask::meta::{CuSeqlens, VarlenMeta};
 
-use super::WgpuDevice;
-use super::copy::{RowShape, packed_rows};
-use super::launch::Window;
-use super::launches::{AttentionLaunch, Launches, Work};
+use super::context::Context;
+use super::copy::{Move, move_placed};
+use super::dispatch::{BINDING_ALIGNMENT, MAX_GROUPS, Window};
+use super::launches::{AttentionLaunch, Launches};
+use super::metadata::{cu_seqlens, fused_tiles, longest, mask_bits, packed_rows, packed_tiles, token_lists};
+use super::pace::Pace;
 use super::params::AttentionParams;
-use super::placement::{BINDING_ALIGNMENT, MAX_GROUPS, Operand, Placed, Rows, WORD_BYTES};
-use super::shader::{Algorithm, Shader};
+use super::placement::{FirstDim, Operand, Placed, split_batch};
+use super::shader::{Algorithm, AttentionRows, AttentionShader, Shader};
+use super::work::{Work, group_operations};
 
-/// Placed tensors of one launch.
+/// Makes a call into launches.
+pub(super) fn record(
+    context: &Context,
+    algorithm: Algorithm,
+    pace: &Pace,
+    attention: &Attention<'_>,
+    launches: &mut Launches<'_>,
+) -> Result<()> {
+    let heads = attention.problem.shape.num_heads;
+    if heads > MAX_GROUPS {
+        return Err(too_large("q", "heads in max_compute_workgroups_per_dimension", MAX_GROUPS as u64, heads as u64));
+    }
+    let shader = shader_for(attention, algorithm);
+    launches.announce(shader, Work::of(attention, algorithm), pace.limit(shader));
+    let call = Call { context, attention, algorithm, shader };
+    match &attention.rows {
+        Rows::Dense { key_mask, bias, zero_rows } => call.dense(*key_mask, bias.as_ref(), *zero_rows, launches),
+        Rows::Packed { query, key } => call.packed(query, key, launches),
+        Rows::Varlen { query, key } if attention.plan.path == Path::Fused => call.fused(query, key, launches),
+        Rows::Varlen { query, key } => call.packed_path(query, key, launches),
+        Rows::DeviceVarlen { .. } => Err(no_device_tables(&context.name)),
+    }
+}
+
+/// The variant that computes a call.
+fn shader_for(attention: &Attention<'_>, algorithm: Algorithm) -> Shader {
+    let (dtype, head_dim) = (attention.problem.dtype, attention.problem.shape.head_dim);
+    let rows = match &attention.rows {
+        Rows::Dense { key_mask, bias, zero_rows } => AttentionRows::Dense {
+            key_mask: key_mask.is_some(),
+            zero_rows: zero_rows.is_some(),
+            bias: bias.as_ref().map(|bias| bias.dtype),
+        },
+        Rows::Varlen { .. } if attention.plan.path == Path::Fused => AttentionRows::Fused,
+        _ => AttentionRows::Packed { lse: attention.lse.is_some() },
+    };
+    Shader::Attention(AttentionShader { algorithm, dtype, head_dim, rows })
+}
+
+fn too_large(argument: &'static str, limit_name: &'static str, limit: u64, got: u64) -> Error {
+    Error::TooLarge { argument, limit_name, limit, got }
+}
+
+/// A call that is made into launches.
+struct Call<'a> {
+    context: &'a Context,
+    attention: &'a Attention<'a>,
+    algorithm: Algorithm,
+    shader: Shader,
+}
+
+/// The tensors of a call.
+struct Operands<'a> {
+    q: Operand<'a>,
+    k: Operand<'a>,
+    v: Operand<'a>,
+    out: Operand<'a>,
+}
+
+impl<'a> Operands<'a> {
+    fn all(&self) -> [Operand<'a>; 4] {
+        [self.q, self.k, self.v, self.out]
+    }
+}
+
+/// The tensors of one launch.
 struct Tensors {
     q: Placed,
     k: Placed,
@@ -36,380 +105,270 @@ struct Sequences<'a> {
     k_row_base: usize,
 }
 
-impl WgpuDevice {
-    pub(super) fn record_attention(&self, attention: &Attention<'_>, launches: &mut Launches<'_>) -> Result<()> {
-        let heads = attention.problem.shape.num_heads;
-        if heads > MAX_GROUPS {
-            let (limit_name, limit) = ("heads in max_compute_workgroups_per_dimension", MAX_GROUPS as u64);
-            return Err(Error::TooLarge { argument: "q", limit_name, limit, got: heads as u64 });
-        }
-        let algorithm = self.algorithm(attention);
-        let (shader, work) = (attention_shader(attention, algorithm), Work::of(attention, algorithm));
-        launches.announce(shader, work, self.pace.limit(shader));
-        match &attention.rows {
-            AttentionRows::Dense { key_mask, zero_rows, .. } => {
-                self.record_dense(attention, *key_mask, *zero_rows, launches)
-            }
-            AttentionRows::Packed { query, key } => self.record_packed(attention, query, key, launches),
-            AttentionRows::Varlen { query, key } if attention.plan.path == Path::Fused => {
-                self.record_fused(attention, query, key, launches)
-            }
-            AttentionRows::Varlen { query, key } => self.record_varlen(attention, query, key, launches),
-            AttentionRows::DeviceVarlen { .. } => Err(no_device_tables(&self.name)),
-        }
+impl Call<'_> {
+    fn tile_rows(&self) -> usize {
+        self.algorithm.tile_rows(self.attention.problem.shape.head_dim)
     }
 
-    fn record_dense(
+    fn operands<'b>(&'b self, query_dim: FirstDim<'b>, key_dim: FirstDim<'b>) -> Result<Operands<'b>> {
+        let Attention { q, k, v, out, .. } = self.attention;
+        Ok(Operands {
+            q: Operand::input(self.context, "q", q, query_dim)?,
+            k: Operand::input(self.context, "k", k, key_dim)?,
+            v: Operand::input(self.context, "v", v, key_dim)?,
+            out: Operand::output(self.context, "out", out, query_dim)?,
+        })
+    }
+
+    /// The tensors of a launch on a range of batch rows. Inputs that are copied first lie in
+    /// `scratch`.
+    fn place(
         &self,
-        attention: &Attention<'_>,
+        Operands { q, k, v, out }: &Operands<'_>,
+        range: &Range<usize>,
+        launches: &mut Launches<'_>,
+        scratch: &mut Vec<wgpu::Buffer>,
+    ) -> Result<Tensors> {
+        let mut place = |input: &Operand<'_>| input.place_input(self.context, range, launches, scratch);
+        Ok(Tensors { q: place(q)?, k: place(k)?, v: place(v)?, out: out.place_output(range)? })
+    }
+
+    /// One launch on all batch rows, or one for each range of them that fits the bindings.
+    fn dense(
+        &self,
         key_mask: Option<&KeyMask>,
+        bias: Option<&Input<'_>>,
         zero_rows: Option<&KeyMask>,
         launches: &mut Launches<'_>,
     ) -> Result<()> {
-        let shape = attention.problem.shape;
-        let [q, k, v, out] = self.operands(attention, Rows::Padded, Rows::Padded)?;
-        let AttentionRows::Dense { bias, .. } = &attention.rows else { return Ok(()) };
-        let bias = bias.as_ref().map(|bias| self.input("bias", bias, Rows::Padded)).transpose()?;
-        let mut bound = vec![q, k, v, out];
-        bound.extend(bias);
-        let algorithm = self.algorithm(attention);
-        let tile_rows = algorithm.tile_rows(shape.head_dim);
-        let tiles = shape.seq_q.div_ceil(tile_rows);
+        let (context, shape) = (self.context, self.attention.problem.shape);
+        let tiles = shape.seq_q.div_ceil(self.tile_rows());
         if tiles > MAX_GROUPS {
-            let (limit_name, limit) =
-                ("query rows in max_compute_workgroups_per_dimension", (MAX_GROUPS * tile_rows) as u64);
-            return Err(Error::TooLarge { argument: "q", limit_name, limit, got: shape.seq_q as u64 });
+            let limit = (MAX_GROUPS * self.tile_rows()) as u64;
+            let limit_name = "query rows in max_compute_workgroups_per_dimension";
+            return Err(too_large("q", limit_name, limit, shape.seq_q as u64));
         }
-        let bits = |mask: Option<&KeyMask>| mask.map(|mask| self.mask_bits(mask)).transpose();
-        let (key_bits, row_bits) = (bits(key_mask)?, bits(zero_rows)?);
-        for range in self.split_batch(shape.batch, &bound, |_| 0)? {
+        let operands = self.operands(FirstDim::Batch, FirstDim::Batch)?;
+        let bias = bias.map(|bias| Operand::input(context, "bias", bias, FirstDim::Batch)).transpose()?;
+        let (key_bits, key_words) = self.mask_window(key_mask)?;
+        let (row_bits, row_words) = self.mask_window(zero_rows)?;
+        let bound: Vec<_> = operands.all().into_iter().chain(bias).collect();
+        for range in split_batch(context.max_binding_bytes, shape.batch, &bound, |_| 0)? {
             let mut scratch = Vec::new();
-            let tensors = self.place([&q, &k, &v, &out], &range, launches, &mut scratch)?;
-            let mut params = AttentionParams {
-                batch_base: range.start as u32,
-                key_words: key_bits.as_ref().map_or(0, |bits| bits.row_words),
-                row_words: row_bits.as_ref().map_or(0, |bits| bits.row_words),
-                ..attention_params(attention, &tensors)
-            };
-            let mut bias_window = self.unused_read();
-            if let Some(bias) = &bias {
-                let (window, offset) = bias.place_elements(&range)?;
-                bias_window = window;
-                params.bias_offset = offset;
-                // Each fits wherever it is stepped over: a binding is below 2 GiB.
-                let [b, h, q, k] = [0, 1, 2, 3].map(|dim| bias.layout.strides()[dim] as u32);
-                (params.bias_stride_b, params.bias_stride_h) = (b, h);
-                (params.bias_stride_q, params.bias_stride_k) = (q, k);
-            }
-            let mask_window = |bits: &Option<std::sync::Arc<super::metadata::MaskBits>>| {
-                bits.as_ref().map_or_else(|| self.unused_read(), |bits| Window::whole(&bits.buffer))
-            };
-            let Tensors { q, k, v, out } = tensors;
-            let masks = [mask_window(&key_bits), mask_window(&row_bits), bias_window];
-            launches.push_attention(AttentionLaunch {
-                shader: attention_shader(attention, algorithm),
-                params,
-                windows: [q.window, k.window, v.window, out.window].into_iter().chain(masks).collect(),
-                groups: [tiles as u32, range.len() as u32, shape.num_heads as u32],
-                group_operations: group_operations(algorithm, shape.seq_k, shape.head_dim),
-            });
+            let tensors = self.place(&operands, &range, launches, &mut scratch)?;
+            let params = self.params(&tensors);
+            let params = AttentionParams { batch_base: range.start as u32, key_words, row_words, ..params };
+            let (bias_window, params) = self.place_bias(bias.as_ref(), &range, params)?;
+            let windows = [key_bits.clone(), row_bits.clone(), bias_window];
+            let groups = [tiles as u32, range.len() as u32];
+            self.push((tensors, windows.to_vec()), params, groups, shape.seq_k, launches);
             launches.give_back(scratch);
         }
         Ok(())
     }
 
-    fn record_packed(
+    /// The binding of a mask, if there is one, and the u32s of one of its rows.
+    fn mask_window(&self, mask: Option<&KeyMask>) -> Result<(Window, u32)> {
+        let Some(mask) = mask else { return Ok((self.context.unused_read(), 0)) };
+        let bits = mask_bits(self.context, mask)?;
+        Ok((Window::whole(&bits.buffer), bits.row_words))
+    }
+
+    /// The binding of the bias, if there is one, and the parameters with its place.
+    fn place_bias(
         &self,
-        attention: &Attention<'_>,
-        query: &CuSeqlens,
-        key: &CuSeqlens,
-        launches: &mut Launches<'_>,
-    ) -> Result<()> {
-        let [q, k, v, out] = self.operands(attention, Rows::Packed(query), Rows::Packed(key))?;
-        for range in self.split_batch(query.batch(), &[q, k, v, out], |_| 0)? {
+        bias: Option<&Operand<'_>>,
+        range: &Range<usize>,
+        params: AttentionParams,
+    ) -> Result<(Window, AttentionParams)> {
+        let Some(bias) = bias else { return Ok((self.context.unused_read(), params)) };
+        let (window, bias_offset) = bias.place_elements(range)?;
+        // Each fits wherever it is stepped over: a binding is below 2 GiB.
+        let [bias_stride_b, bias_stride_h, bias_stride_q, bias_stride_k] =
+            [0, 1, 2, 3].map(|dim| bias.layout.strides()[dim] as u32);
+        let params =
+            AttentionParams { bias_offset, bias_stride_b, bias_stride_h, bias_stride_q, bias_stride_k, ..params };
+        Ok((window, params))
+    }
+
+    /// One launch on packed rows, or one for each range of sequences that fits the bindings.
+    fn packed(&self, query: &CuSeqlens, key: &CuSeqlens, launches: &mut Launches<'_>) -> Result<()> {
+        let operands = self.operands(FirstDim::PackedRow(query), FirstDim::PackedRow(key))?;
+        for range in split_batch(self.context.max_binding_bytes, query.batch(), &operands.all(), |_| 0)? {
             let mut scratch = Vec::new();
-            let tensors = self.place([&q, &k, &v, &out], &range, launches, &mut scratch)?;
+            let tensors = self.place(&operands, &range, launches, &mut scratch)?;
             let (q_row_base, k_row_base) = (query.rows(range.start).start, key.rows(range.start).start);
-            let sequences = Sequences { query, key, range, q_row_base, k_row_base };
-            self.push_packed(attention, tensors, &sequences, launches)?;
+            self.push_packed(tensors, &Sequences { query, key, range, q_row_base, k_row_base }, launches)?;
             launches.give_back(scratch);
         }
         Ok(())
     }
 
-    /// One launch on the padded tensors in place, or one for each range of batch rows that fits the bindings.
-    fn record_fused(
-        &self,
-        attention: &Attention<'_>,
-        query: &VarlenMeta,
-        key: &VarlenMeta,
-        launches: &mut Launches<'_>,
-    ) -> Result<()> {
-        let shape = attention.problem.shape;
-        let [q, k, v, out] = self.operands(attention, Rows::Padded, Rows::Padded)?;
-        let (query_tokens, key_tokens) = (self.token_lists(query)?, self.token_lists(key)?);
-        let algorithm = self.algorithm(attention);
-        let tiles = self.fused_tiles(query, algorithm.tile_rows(shape.head_dim))?;
+    /// One launch on the padded tensors by lists of tokens, or one for each range of batch rows
+    /// that fits the bindings.
+    fn fused(&self, query: &VarlenMeta, key: &VarlenMeta, launches: &mut Launches<'_>) -> Result<()> {
+        let (context, shape) = (self.context, self.attention.problem.shape);
+        let operands = self.operands(FirstDim::Batch, FirstDim::Batch)?;
+        let (query_tokens, key_tokens) = (token_lists(context, query)?, token_lists(context, key)?);
+        let tiles = fused_tiles(context, query, self.tile_rows())?;
         let list_bytes = |range: &Range<usize>| {
             let lists = [query_tokens.bytes(range), key_tokens.bytes(range), tiles.bytes(range)];
             lists.into_iter().map(|bytes| bytes.end - bytes.start + BINDING_ALIGNMENT).max().unwrap_or(0)
         };
-        for range in self.split_batch(shape.batch, &[q, k, v, out], list_bytes)? {
-            let of_range = tiles.of(&range);
-            if of_range.is_empty() {
+        for range in split_batch(context.max_binding_bytes, shape.batch, &operands.all(), list_bytes)? {
+            let count = tiles.of(&range).len();
+            if count == 0 {
                 continue;
             }
             let mut scratch = Vec::new();
-            let tensors = self.place([&q, &k, &v, &out], &range, launches, &mut scratch)?;
+            let tensors = self.place(&operands, &range, launches, &mut scratch)?;
             let (tiles_window, tiles_skipped) = Window::part(&tiles.buffer, tiles.bytes(&range));
             let (query_window, query_skipped) = Window::part(&query_tokens.buffer, query_tokens.bytes(&range));
             let (key_window, key_skipped) = Window::part(&key_tokens.buffer, key_tokens.bytes(&range));
-            let (first_tile, grid_width) = (tiles_skipped / WORD_BYTES as u32, of_range.len().min(MAX_GROUPS));
+            let (first_tile, groups) = (tiles_skipped / WORD_BYTES as u32, list_groups(count));
             let params = AttentionParams {
                 batch_base: range.start as u32,
                 first_tile,
-                end_tile: first_tile + of_range.len() as u32,
-                grid_width: grid_width as u32,
+                end_tile: first_tile + count as u32,
+                grid_width: groups[0],
                 query_tokens_offset: query_skipped / 4,
                 key_tokens_offset: key_skipped / 4,
-                ..attention_params(attention, &tensors)
+                ..self.params(&tensors)
             };
-            let Tensors { q, k, v, out } = tensors;
-            let lists = [tiles_window, query_window, key_window];
-            launches.push_attention(AttentionLaunch {
-                shader: attention_shader(attention, algorithm),
-                params,
-                windows: [q.window, k.window, v.window, out.window].into_iter().chain(lists).collect(),
-                groups: [grid_width as u32, of_range.len().div_ceil(grid_width) as u32, shape.num_heads as u32],
-                group_operations: group_operations(algorithm, longest(key.cu_seqlens(), &range), shape.head_dim),
-            });
+            let keys = longest(key.cu_seqlens(), &range);
+            self.push((tensors, vec![tiles_window, query_window, key_window]), params, groups, keys, launches);
             launches.give_back(scratch);
         }
         Ok(())
     }
 
-    /// Pack, attention on the packed rows, scatter; a range of batch rows at a time, through scratch.
-    fn record_varlen(
-        &self,
-        attention: &Attention<'_>,
-        query: &VarlenMeta,
-        key: &VarlenMeta,
-        launches: &mut Launches<'_>,
-    ) -> Result<()> {
-        let (shape, size) = (attention.problem.shape, attention.problem.dtype.size());
-        let [q, k, v, out] = self.operands(attention, Rows::Padded, Rows::Padded)?;
-        let q_row = RowShape::new(shape.num_heads, shape.head_dim, size);
-        let kv_row = RowShape::new(shape.num_kv_heads, shape.head_dim, size);
-        let q_bytes = |range: &Range<usize>| packed_rows(query, range).len() as u64 * q_row.bytes();
-        let kv_bytes = |range: &Range<usize>| packed_rows(key, range).len() as u64 * kv_row.bytes();
-        let scratch_bytes = |range: &Range<usize>| q_bytes(range).max(kv_bytes(range));
-        for range in self.split_batch(shape.batch, &[q, k, v, out], scratch_bytes)? {
+    /// Pack, attention on the packed rows, scatter: a range of batch rows at a time, through
+    /// scratch.
+    fn packed_path(&self, query: &VarlenMeta, key: &VarlenMeta, launches: &mut Launches<'_>) -> Result<()> {
+        let (context, shape) = (self.context, self.attention.problem.shape);
+        let operands = self.operands(FirstDim::Batch, FirstDim::Batch)?;
+        let row = |heads: usize| RowShape::new(heads, shape.head_dim, self.attention.problem.dtype.size());
+        let (q_row, kv_row) = (row(shape.num_heads), row(shape.num_kv_heads));
+        let bytes = |row: RowShape, meta: &VarlenMeta, range: &Range<usize>| {
+            packed_rows(meta.cu_seqlens(), range).len() as u64 * row.bytes()
+        };
+        let scratch_bytes = |range: &Range<usize>| bytes(q_row, query, range).max(bytes(kv_row, key, range));
+        for range in split_batch(context.max_binding_bytes, shape.batch, &operands.all(), scratch_bytes)? {
             let mut scratch = Vec::new();
             let mut pack = |operand: &Operand<'_>, row: RowShape, meta: &VarlenMeta| -> Result<Placed> {
-                let src = self.place_input(operand, &range, launches, &mut scratch)?;
-                let bytes = packed_rows(meta, &range).len() as u64 * row.bytes();
-                let buffer = launches.take_scratch(bytes)?;
-                let dst = row.packed_in(&buffer);
+                let src = operand.place_input(context, &range, launches, &mut scratch)?;
+                let buffer = launches.take_scratch(bytes(row, meta, &range))?;
+                let dst = Placed::packed(row, &buffer);
                 scratch.push(buffer);
-                self.push_pack(&src, &dst, row, meta, &range, launches)?;
+                move_placed(context, Move::Pack, (&src, &dst), row, (meta, &range), launches)?;
                 Ok(dst)
             };
-            let (q, k, v) = (pack(&q, q_row, query)?, pack(&k, kv_row, key)?, pack(&v, kv_row, key)?);
-            let buffer = launches.take_scratch(q_bytes(&range))?;
-            let packed_out = q_row.packed_in(&buffer);
+            let q = pack(&operands.q, q_row, query)?;
+            let (k, v) = (pack(&operands.k, kv_row, key)?, pack(&operands.v, kv_row, key)?);
+            let buffer = launches.take_scratch(bytes(q_row, query, &range))?;
+            let out = Placed::packed(q_row, &buffer);
             scratch.push(buffer);
             let sequences = Sequences {
                 query: query.cu_seqlens(),
                 key: key.cu_seqlens(),
                 range: range.clone(),
-                q_row_base: packed_rows(query, &range).start,
-                k_row_base: packed_rows(key, &range).start,
+                q_row_base: packed_rows(query.cu_seqlens(), &range).start,
+                k_row_base: packed_rows(key.cu_seqlens(), &range).start,
             };
-            self.push_packed(attention, Tensors { q, k, v, out: packed_out.clone() }, &sequences, launches)?;
-            self.push_scatter(&packed_out, &out.place_output(&range)?, q_row, query, &range, launches)?;
+            self.push_packed(Tensors { q, k, v, out: out.clone() }, &sequences, launches)?;
+            let padded = operands.out.place_output(&range)?;
+            move_placed(context, Move::Scatter, (&out, &padded), q_row, (query, &range), launches)?;
             launches.give_back(scratch);
         }
         Ok(())
     }
 
-    fn push_packed(
-        &self,
-        attention: &Attention<'_>,
-        tensors: Tensors,
-        sequences: &Sequences<'_>,
-        launches: &mut Launches<'_>,
-    ) -> Result<()> {
-        let shape = attention.problem.shape;
-        let algorithm = self.algorithm(attention);
-        let tiles = self.tiles(sequences.query, algorithm.tile_rows(shape.head_dim))?;
+    fn push_packed(&self, tensors: Tensors, sequences: &Sequences<'_>, launches: &mut Launches<'_>) -> Result<()> {
+        let tiles = packed_tiles(self.context, sequences.query, self.tile_rows())?;
         let of_range = tiles.of(&sequences.range);
         if of_range.is_empty() {
             return Ok(());
         }
-        let grid_width = of_range.len().min(MAX_GROUPS);
-        let mut params = AttentionParams {
+        let groups = list_groups(of_range.len());
+        let params = AttentionParams {
             first_tile: of_range.start,
             end_tile: of_range.end,
-            grid_width: grid_width as u32,
+            grid_width: groups[0],
             q_row_base: sequences.q_row_base as u32,
             k_row_base: sequences.k_row_base as u32,
-            ..attention_params(attention, &tensors)
+            ..self.params(&tensors)
         };
-        let mut lse_window = Window::whole(&self.unused[1]);
-        if let Some(lse) = &attention.lse {
-            let operand = self.output("lse", lse, Rows::Padded)?;
-            let (window, offset) = operand.place_elements(&(0..shape.num_heads))?;
-            if window.size > self.capabilities.max_binding_bytes {
-                let (limit_name, limit) =
-                    ("max_storage_buffer_binding_size (bytes)", self.capabilities.max_binding_bytes);
-                return Err(Error::TooLarge { argument: "lse", limit_name, limit, got: window.size });
-            }
-            lse_window = window;
-            params.lse_offset = offset;
-            (params.lse_stride_h, params.lse_stride_s) =
-                (operand.layout.strides()[0] as u32, operand.layout.strides()[1] as u32);
-        }
-        let Tensors { q, k, v, out } = tensors;
-        launches.push_attention(AttentionLaunch {
-            shader: attention_shader(attention, algorithm),
-            params,
-            windows: vec![
-                q.window,
-                k.window,
-                v.window,
-                out.window,
-                lse_window,
-                Window::whole(&tiles.buffer),
-                Window::whole(&self.cu_seqlens(sequences.key)?.0),
-            ],
-            groups: [grid_width as u32, of_range.len().div_ceil(grid_width) as u32, shape.num_heads as u32],
-            group_operations: group_operations(algorithm, longest(sequences.key, &sequences.range), shape.head_dim),
-        });
+        let (lse_window, params) = self.place_lse(params)?;
+        let key_rows = Window::whole(&cu_seqlens(self.context, sequences.key)?.0);
+        let windows = vec![lse_window, Window::whole(&tiles.buffer), key_rows];
+        self.push((tensors, windows), params, groups, longest(sequences.key, &sequences.range), launches);
         Ok(())
     }
 
-    /// The tensors of a launch on a range of batch rows; inputs that are copied first lie in `scratch`.
-    fn place(
+    /// The binding of the lse, if it is written, and the parameters with its place.
+    fn place_lse(&self, params: AttentionParams) -> Result<(Window, AttentionParams)> {
+        let Some(lse) = &self.attention.lse else { return Ok((self.context.unused_write(), params)) };
+        let lse = Operand::output(self.context, "lse", lse, FirstDim::Batch)?;
+        let (window, lse_offset) = lse.place_elements(&(0..self.attention.problem.shape.num_heads))?;
+        let limit = self.context.max_binding_bytes;
+        if window.size > limit {
+            return Err(too_large("lse", "max_storage_buffer_binding_size (bytes)", limit, window.size));
+        }
+        let [lse_stride_h, lse_stride_s] = [0, 1].map(|dim| lse.layout.strides()[dim] as u32);
+        Ok((window, AttentionParams { lse_offset, lse_stride_h, lse_stride_s, ..params }))
+    }
+
+    /// Adds a launch on tensors and, after them, other windows, in which a tile meets `keys` keys
+    /// at most. `groups` is the grid of one head.
+    fn push(
         &self,
-        [q, k, v, out]: [&Operand<'_>; 4],
-        range: &Range<usize>,
+        (Tensors { q, k, v, out }, others): (Tensors, Vec<Window>),
+        params: AttentionParams,
+        [x, y]: [u32; 2],
+        keys: usize,
         launches: &mut Launches<'_>,
-        scratch: &mut Vec<wgpu::Buffer>,
-    ) -> Result<Tensors> {
-        Ok(Tensors {
-            q: self.place_input(q, range, launches, scratch)?,
-            k: self.place_input(k, range, launches, scratch)?,
-            v: self.place_input(v, range, launches, scratch)?,
-            out: out.place_output(range)?,
-        })
+    ) {
+        let shape = self.attention.problem.shape;
+        launches.push_attention(AttentionLaunch {
+            shader: self.shader,
+            params,
+            windows: [q.window, k.window, v.window, out.window].into_iter().chain(others).collect(),
+            groups: [x, y, shape.num_heads as u32],
+            group_operations: group_operations(self.algorithm, keys, shape.head_dim),
+        });
     }
 
-    fn operands<'a>(&self, attention: &Attention<'a>, q_rows: Rows<'a>, kv_rows: Rows<'a>) -> Result<[Operand<'a>; 4]> {
-        Ok([
-            self.input("q", &attention.q, q_rows)?,
-            self.input("k", &attention.k, kv_rows)?,
-            self.input("v", &attention.v, kv_rows)?,
-            self.output("out", &attention.out, q_rows)?,
-        ])
-    }
-
-    fn algorithm(&self, attention: &Attention<'_>) -> Algorithm {
-        let head_dim = attention.problem.shape.head_dim;
-        match (attention.plan.kernel, &self.coop) {
-            (Kernel::WgslCoop, Some(coop)) => Algorithm::Coop(coop.tile(head_dim)),
-            _ => Algorithm::Portable,
-        }
-    }
-
-    pub(super) fn unused_read(&self) -> Window {
-        Window::whole(&self.unused[0])
-    }
-}
-
-/// The variant that computes a call.
-fn attention_shader(attention: &Attention<'_>, algorithm: Algorithm) -> Shader {
-    let (dtype, head_dim) = (attention.problem.dtype, attention.problem.shape.head_dim);
-    match &attention.rows {
-        AttentionRows::Dense { key_mask, bias, zero_rows } => Shader::AttentionDense {
-            algorithm,
-            dtype,
-            head_dim,
-            key_mask: key_mask.is_some(),
-            zero_rows: zero_rows.is_some(),
-            bias: bias.as_ref().map(|bias| bias.dtype),
-        },
-        AttentionRows::Varlen { .. } if attention.plan.path == Path::Fused => {
-            Shader::AttentionFused { algorithm, dtype, head_dim }
-        }
-        _ => Shader::AttentionPacked { algorithm, dtype, head_dim, lse: attention.lse.is_some() },
-    }
-}
-
-/// Floating-point operations of a query with so many keys, in one head.
-fn row_operations(keys: usize, head_dim: usize) -> u64 {
-    (4 * keys as u64).saturating_mul(head_dim as u64)
-}
-
-/// The most that one workgroup has.
-fn group_operations(algorithm: Algorithm, keys: usize, head_dim: usize) -> u64 {
-    row_operations(keys, head_dim).saturating_mul(algorithm.tile_rows(head_dim) as u64)
-}
-
-/// Rows of the longest sequence of a range.
-fn longest(cu_seqlens: &CuSeqlens, range: &Range<usize>) -> usize {
-    range.clone().map(|sequence| cu_seqlens.rows(sequence).len()).max().unwrap_or(0)
-}
-
-impl Work {
-    /// The work of a call, were it one launch.
-    fn of(attention: &Attention<'_>, algorithm: Algorithm) -> Self {
-        let shape = attention.problem.shape;
-        let tile_rows = algorithm.tile_rows(shape.head_dim);
-        let of_sequence = |queries: usize, keys: usize| {
-            let row = row_operations(keys, shape.head_dim).saturating_mul(shape.num_heads as u64);
-            let tiles = queries.div_ceil(tile_rows) as u64;
-            Self {
-                operations: row.saturating_mul(queries as u64),
-                in_whole_tiles: row.saturating_mul(tiles).saturating_mul(tile_rows as u64),
-            }
-        };
-        let of_sequences = |query: &CuSeqlens, key: &CuSeqlens| {
-            (0..query.batch())
-                .map(|b| of_sequence(query.rows(b).len(), key.rows(b).len()))
-                .fold(Self::default(), Self::and)
-        };
-        match &attention.rows {
-            AttentionRows::Dense { .. } => of_sequence(shape.seq_q, shape.seq_k).times(shape.batch as u64),
-            AttentionRows::Varlen { query, key } => of_sequences(query.cu_seqlens(), key.cu_seqlens()),
-            AttentionRows::Packed { query, key } => of_sequences(query, key),
-            AttentionRows::DeviceVarlen { .. } => Self::default(),
+    /// What every launch is told.
+    fn params(&self, Tensors { q, k, v, out }: &Tensors) -> AttentionParams {
+        let shape = self.attention.problem.shape;
+        AttentionParams {
+            q_offset: q.offset,
+            q_stride_b: q.stride_b,
+            q_stride_s: q.stride_s,
+            q_stride_h: q.stride_h,
+            k_offset: k.offset,
+            k_stride_b: k.stride_b,
+            k_stride_s: k.stride_s,
+            k_stride_h: k.stride_h,
+            v_offset: v.offset,
+            v_stride_b: v.stride_b,
+            v_stride_s: v.stride_s,
+            v_stride_h: v.stride_h,
+            out_offset: out.offset,
+            out_stride_b: out.stride_b,
+            out_stride_s: out.stride_s,
+            out_stride_h: out.stride_h,
+            seq_q: shape.seq_q as u32,
+            seq_k: shape.seq_k as u32,
+            group_size: shape.group_size() as u32,
+            score_scale: self.attention.problem.softmax_scale * LOG2_E,
+            ..Default::default()
         }
     }
 }
 
-fn attention_params(attention: &Attention<'_>, Tensors { q, k, v, out }: &Tensors) -> AttentionParams {
-    let shape = attention.problem.shape;
-    AttentionParams {
-        q_offset: q.offset,
-        q_stride_b: q.stride_b,
-        q_stride_s: q.stride_s,
-        q_stride_h: q.stride_h,
-        k_offset: k.offset,
-        k_stride_b: k.stride_b,
-        k_stride_s: k.stride_s,
-        k_stride_h: k.stride_h,
-        v_offset: v.offset,
-        v_stride_b: v.stride_b,
-        v_stride_s: v.stride_s,
-        v_stride_h: v.stride_h,
-        out_offset: out.offset,
-        out_stride_b: out.stride_b,
-        out_stride_s: out.stride_s,
-        out_stride_h: out.stride_h,
-        seq_q: shape.seq_q as u32,
-        seq_k: shape.seq_k as u32,
-        group_size: shape.group_size() as u32,
-        score_scale: attention.problem.softmax_scale * LOG2_E,
-        ..Default::default()
-    }
+/// A grid over tiles of a list.
+fn list_groups(tiles: usize) -> [u32; 2] {
+    let width = tiles.min(MAX_GROUPS);
+    [width as u32, tiles.div_ceil(width) as u32]
 }

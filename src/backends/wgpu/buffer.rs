@@ -1,4 +1,4 @@
-//! Buffers: tensors' own, the application's, and scratch that is reused from call to call.
+//! Buffers: of tensors, external ones, and scratch that is reused from call to call.
 
 use std::any::Any;
 use std::hash::{DefaultHasher, Hash, Hasher};
@@ -9,15 +9,14 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use wgpu::BufferUsages;
 
+use crate::backends::rows::WORD_BYTES;
 use crate::cache::DeviceId;
 use crate::call::op::DeviceBuffer;
 use crate::error::{Error, Result};
 
 use super::fault::Faults;
 
-/// Tensors are bound as 16-byte words, and an empty one must still be bindable.
-const WORD_BYTES: u64 = 16;
-/// Scratch buffers kept for reuse; more than one packed call needs.
+/// Scratch buffers kept for reuse. One packed call needs fewer.
 const POOL_LEN: usize = 12;
 
 /// Storage bindings are whole u32s.
@@ -28,10 +27,10 @@ const BINDING_SIZE_STEP: u64 = 4;
 pub(super) struct WgpuBuffer {
     pub raw: wgpu::Buffer,
     size: u64,
-    /// Bytes that may be bound: all of the buffer, as far as its last whole u32.
+    /// Bytes that may be bound: those up to the buffer's last whole u32.
     bindable: u64,
-    /// Whether the buffer is the application's, so that nothing outside of the views is ours.
-    is_foreign: bool,
+    /// Whether the buffer is external: then nothing outside of the views is ours.
+    is_external: bool,
     device: DeviceId,
     device_name: Arc<str>,
     space: u64,
@@ -42,19 +41,19 @@ impl WgpuBuffer {
         self.bindable
     }
 
-    pub fn is_foreign(&self) -> bool {
-        self.is_foreign
+    pub fn is_external(&self) -> bool {
+        self.is_external
     }
 
-    /// That the buffer was created with a usage; ours have all that they need.
+    /// Checks that the buffer was created with a usage. Buffers made here have all that they need.
     pub fn expect_usage(&self, argument: &'static str, usage: BufferUsages) -> Result<()> {
         expect_usage(argument, &self.raw, usage)
     }
 
-    /// That the host has not mapped the buffer: what uses it would be refused when it is submitted. Asked of the
-    /// application's buffers alone.
+    /// Checks that the host has not mapped the buffer: a submission that uses it would fail. Only
+    /// external buffers can be mapped.
     pub fn expect_unmapped(&self, argument: &'static str) -> Result<()> {
-        let is_mapped = self.is_foreign && self.raw.slice(..self.bindable).get_mapped_range().is_ok();
+        let is_mapped = self.is_external && self.raw.slice(..self.bindable).get_mapped_range().is_ok();
         if is_mapped { Err(unusable(argument, "it is mapped".to_owned())) } else { Ok(()) }
     }
 }
@@ -73,8 +72,8 @@ fn expect_usage(argument: &'static str, buffer: &wgpu::Buffer, usage: BufferUsag
     }
 }
 
-/// The address space of a buffer: clones of one have the same. A hash, so that two buffers may share one once in 2⁶³ pairs;
-/// then a call that could run is refused, and none runs that may not.
+/// The address space of a buffer: clones of one have the same. It is a hash, so two buffers share
+/// one in one of 2⁶³ pairs. Then a valid call is refused; an invalid one never runs.
 fn space_of(buffer: &wgpu::Buffer) -> u64 {
     let mut hasher = DefaultHasher::new();
     buffer.hash(&mut hasher);
@@ -118,7 +117,7 @@ pub(super) struct Allocator {
     device_name: Arc<str>,
     max_buffer_bytes: u64,
     pool: Mutex<Vec<wgpu::Buffer>>,
-    /// One storage buffer, to try whether a buffer can be bound.
+    /// One storage buffer, to test whether a buffer can be bound.
     probe_layout: wgpu::BindGroupLayout,
 }
 
@@ -152,8 +151,8 @@ impl Allocator {
         Ok(self.buffer(raw, size, bindable, false))
     }
 
-    /// The application's buffer.
-    pub fn foreign(&self, raw: wgpu::Buffer) -> Result<WgpuBuffer> {
+    /// An external buffer as a tensor's memory.
+    pub fn external(&self, raw: wgpu::Buffer) -> Result<WgpuBuffer> {
         expect_usage("buffer", &raw, BufferUsages::STORAGE)?;
         let size = raw.size() / BINDING_SIZE_STEP * BINDING_SIZE_STEP;
         if size == 0 {
@@ -166,13 +165,14 @@ impl Allocator {
         Ok(buffer)
     }
 
-    fn buffer(&self, raw: wgpu::Buffer, size: u64, bindable: u64, is_foreign: bool) -> WgpuBuffer {
+    fn buffer(&self, raw: wgpu::Buffer, size: u64, bindable: u64, is_external: bool) -> WgpuBuffer {
         let space = space_of(&raw);
         let (device, device_name) = (self.id, Arc::clone(&self.device_name));
-        WgpuBuffer { raw, size, bindable, is_foreign, device, device_name, space }
+        WgpuBuffer { raw, size, bindable, is_external, device, device_name, space }
     }
 
-    /// That the device lets a buffer be bound: it is the device's own and has not been destroyed.
+    /// Checks that the device lets a buffer be bound: it belongs to the device and is not
+    /// destroyed.
     pub fn expect_bindable(&self, argument: &'static str, buffer: &wgpu::Buffer) -> Result<()> {
         let binding = wgpu::BufferBinding { buffer, offset: 0, size: NonZeroU64::new(BINDING_SIZE_STEP) };
         let entries = [wgpu::BindGroupEntry { binding: 0, resource: wgpu::BindingResource::Buffer(binding) }];
@@ -188,7 +188,8 @@ impl Allocator {
         }
     }
 
-    /// A storage buffer that can be copied from and to.
+    /// A storage buffer that can be copied from and to. Its size is rounded up to whole words,
+    /// and to one at least: an empty tensor must still be bindable.
     pub fn storage(&self, label: &'static str, size: u64) -> Result<wgpu::Buffer> {
         let usage = BufferUsages::STORAGE | BufferUsages::COPY_SRC | BufferUsages::COPY_DST;
         self.raw(label, size.next_multiple_of(WORD_BYTES).max(WORD_BYTES), usage)
@@ -200,7 +201,8 @@ impl Allocator {
         Ok(buffer)
     }
 
-    /// The same without asking whether the device is there; for buffers that are written at once, which tells.
+    /// The same without asking whether the device is still there. For buffers that are written at
+    /// once: the write fails on a lost device.
     pub fn unproven(&self, label: &'static str, size: u64, usage: BufferUsages) -> Result<wgpu::Buffer> {
         if size > self.max_buffer_bytes {
             let (limit_name, limit) = ("max_buffer_size (bytes)", self.max_buffer_bytes);
@@ -210,10 +212,11 @@ impl Allocator {
         self.faults.capture("creating a buffer", size, || self.device.create_buffer(&descriptor))
     }
 
-    /// Scratch of at least `size` bytes, with whatever an earlier call left in it. Give it back as soon as the launches that
-    /// use it are recorded: those recorded later in the same operation run after them, and the launches of other operations
-    /// never run between those of one, whatever the order of submission, since an operation lies in one command buffer.
-    /// Every operation writes what it reads of its scratch.
+    /// Uninitialised scratch of at least `size` bytes. Give it back as soon as the launches that
+    /// use it are recorded. Launches recorded later in the same operation run after them.
+    /// Launches of other operations never run between those of one, whatever the order of
+    /// submission, since an operation is one command buffer. Every operation writes scratch
+    /// before it reads it.
     pub fn take_scratch(&self, size: u64) -> Result<wgpu::Buffer> {
         let fits = |buffer: &wgpu::Buffer| buffer.size() >= size && buffer.size() / 2 <= size.max(WORD_BYTES);
         {

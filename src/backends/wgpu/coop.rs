@@ -1,27 +1,16 @@
-//! The kernel on cooperative matrices: whether a device has what it needs, which tile it takes, and the check against the
-//! portable kernel that it must pass before it is offered.
+//! Cooperative matrices: whether a device has what the kernel on them needs, and which tile it
+//! takes.
 
-use half::f16;
 #[cfg(not(target_arch = "wasm32"))]
 use wgpu::Backends;
 use wgpu::{Adapter, CooperativeScalarType, ExperimentalFeatures, Features};
 
-use crate::call::op::{Attention, Backend, Input, Op, Output, Rows, Storage};
-use crate::call::plan::{Path, Plan, Reason};
-use crate::call::problem::{AttentionProblem, AttentionShape};
-use crate::dtype::DType;
-use crate::error::Result;
-use crate::kernel::Kernel;
-use crate::layout::Layout;
-use crate::mask::key_mask::KeyMask;
-
-use super::WgpuDevice;
 use super::shader::CoopTile;
 
-/// What the kernel is written with.
+/// What the kernel uses.
 pub(super) const FEATURES: Features =
     Features::EXPERIMENTAL_COOPERATIVE_MATRIX.union(Features::SHADER_F16).union(Features::SUBGROUP);
-/// Less workgroup memory than this has no room for the keys and values of large head dimensions.
+/// With less workgroup memory, keys and values of large head dimensions do not fit.
 const LEAST_WORKGROUP_BYTES: u32 = 32 << 10;
 
 /// Cooperative matrices of a device.
@@ -35,11 +24,13 @@ pub(super) struct Coop {
 }
 
 impl Coop {
-    /// What an adapter has, if the kernel runs on it: square matrices of f16 with f32 accumulators, and subgroups that are all of
-    /// one size, since the kernel counts on which rows a subgroup owns.
+    /// The matrices of an adapter; `None` if the kernel cannot run there. It needs square
+    /// matrices of f16 with f32 accumulators, and subgroups that all have the same size, since it
+    /// relies on which rows a subgroup owns.
     pub fn of(adapter: &Adapter) -> Option<Self> {
         let (info, limits) = (adapter.get_info(), adapter.limits());
-        // Metal's loads take pointers to elements, and the shader's point to vectors of four, which tells of their alignment.
+        // Metal's loads take pointers to elements. The shader's point to vectors of four, which
+        // tells the driver their alignment.
         if info.backend != wgpu::Backend::Vulkan || !adapter.features().contains(FEATURES) {
             return None;
         }
@@ -59,7 +50,8 @@ impl Coop {
         (is_one_size && coop.workgroup_bytes >= LEAST_WORKGROUP_BYTES).then_some(coop)
     }
 
-    /// What an application's device has. A device does not tell the shapes of its matrices, so its adapter is looked up.
+    /// The matrices of an external device. It does not say the shapes of its matrices, so its
+    /// adapter is looked up.
     #[cfg(not(target_arch = "wasm32"))]
     pub fn of_device(device: &wgpu::Device) -> Option<Self> {
         let limits = device.limits();
@@ -88,71 +80,20 @@ impl Coop {
             tile.workgroup_bytes(head_dim) <= self.workgroup_bytes
                 && tile.subgroups * tile.subgroup_size <= self.invocations
         };
-        // Devices with matrices of 8 are processors, which take seconds to compile large tiles.
+        // Devices with matrices of 8 are processors, which compile large tiles for seconds.
         let subgroups = if shape == 8 { 4 } else { 8 };
-        // In the order of their speed on an H100 (docs/PERFORMANCE.md).
+        // In the order of their speed on an H100 (docs/log/wgsl-coop.md).
         let tiles = [tile(subgroups, 32), tile(8, 16), tile(4, 32), tile(2, 16)];
         tiles.into_iter().find(fits).unwrap_or(tile(1, 16))
     }
 }
 
-/// That an adapter's experimental features may be asked for.
+/// The promise to wgpu that goes with asking for an adapter's experimental features.
 pub(super) fn experimental() -> ExperimentalFeatures {
-    // SAFETY: wgpu asks for the promise that its experimental features are known to have bugs, and undefined behaviour where they
-    // are misused. Of them only cooperative matrices are used, in one shader whose loads and stores stay inside their arrays (see
-    // `Launcher::compile`), with a shape that the adapter reports, and only after a check of its results against the portable
-    // kernel.
+    // SAFETY: wgpu wants its callers to know that experimental features have bugs, and undefined
+    // behaviour where they are misused. Of them only cooperative matrices are used, in one shader
+    // whose loads and stores stay inside their arrays (see `Launcher::compile`), with a shape
+    // that the adapter reports, and only after its results were compared with the portable
+    // kernel's.
     unsafe { ExperimentalFeatures::enabled() }
-}
-
-/// How far the kernels' outputs may be apart: they are means of values in -1..1, rounded to f16, of weights rounded to f16.
-const MOST_APART: f32 = 4e-3;
-
-/// Of the call that is checked. Small, since drivers take long to compile large ones; one that fills no matrix of 16.
-const HEAD_DIM: usize = 24;
-
-/// Computes one small call by this kernel and by the portable one. Gives the largest difference if it is too large.
-pub(super) fn differs(device: &WgpuDevice) -> Result<Option<f32>> {
-    // Rows and keys that fill no tile, two heads to a key/value head, a dropped key in each word of the mask.
-    let shape = AttentionShape { batch: 1, seq_q: 75, seq_k: 139, num_heads: 2, num_kv_heads: 1, head_dim: HEAD_DIM };
-    let keep: Vec<bool> = (0..shape.seq_k).map(|key| key % 23 != 7).collect();
-    let mask = KeyMask::from_bool(1, shape.seq_k, &keep)?;
-    let tensor = |seq: usize, heads: usize, value: &dyn Fn(usize) -> f32| -> Result<_> {
-        let (len, layout) = (seq * heads * HEAD_DIM, Layout::contiguous(&[1, seq, heads, HEAD_DIM])?);
-        let values: Vec<f16> = (0..len).map(|at| f16::from_f32(value(at))).collect();
-        let mut memory = device.alloc(size_of_val(&values[..]) as u64)?;
-        device.upload(memory.sink(), bytemuck::cast_slice(&values))?;
-        Ok((memory, layout))
-    };
-    // In -1..1, by a multiplicative hash.
-    let noise = |at: usize| ((at as u32).wrapping_mul(2_654_435_761) >> 8) as f32 / 8_388_608.0 - 1.0;
-    // Later keys are larger, so that maxima grow past the threshold at which outputs are scaled.
-    let q = tensor(shape.seq_q, 2, &|at| 2.0 * noise(at))?;
-    let k = tensor(shape.seq_k, 1, &|at| noise(at + 77) * (1.0 + (at / HEAD_DIM) as f32 / 16.0))?;
-    let v = tensor(shape.seq_k, 1, &|at| noise(at + 991))?;
-    let mut outputs = Vec::new();
-    for kernel in [Kernel::WgslPortable, Kernel::WgslCoop] {
-        let (mut out, layout) = tensor(shape.seq_q, 2, &|_| f32::NAN)?;
-        let [q, k, v] = [&q, &k, &v].map(|(memory, layout)| {
-            let (memory, layout): (&Storage, &Layout) = (memory, layout);
-            Input { memory: memory.source(), layout: *layout, dtype: DType::F16 }
-        });
-        device.execute(Op::Attention(Attention {
-            problem: &AttentionProblem { shape, dtype: DType::F16, softmax_scale: 0.5, bias: None },
-            plan: Plan { path: Path::Dense, kernel, reason: Reason::KeyMask },
-            q,
-            k,
-            v,
-            out: Output { memory: out.sink(), layout, dtype: DType::F16 },
-            lse: None,
-            rows: Rows::Dense { key_mask: Some(&mask), bias: None, zero_rows: None },
-        }))?;
-        let mut values = vec![f16::ZERO; layout.numel()];
-        device.download(out.source(), bytemuck::cast_slice_mut(&mut values))?;
-        outputs.push(values);
-    }
-    let apart = outputs[0].iter().zip(&outputs[1]).map(|(a, b)| (a.to_f32() - b.to_f32()).abs());
-    // Not `f32::max`, which drops NaN.
-    let largest = apart.fold(0.0, |largest: f32, apart| if apart <= largest { largest } else { apart });
-    Ok((largest.is_nan() || largest > MOST_APART).then_some(largest))
 }

@@ -5,52 +5,29 @@ use std::ops::Range;
 use crate::error::Result;
 
 use super::buffer::Allocator;
-use super::launch::{Launch, Window};
+use super::dispatch::{Launch, Window};
 use super::params::AttentionParams;
 use super::shader::Shader;
+use super::work::Work;
 
-/// The launches of one operation in order, with the scratch that is free for those to come.
+/// The launches of one operation in order, and the scratch that is free for later ones.
 #[derive(Debug)]
 pub(super) struct Launches<'a> {
     allocator: &'a Allocator,
     list: Vec<Launch>,
-    /// What the operation mostly runs, and how many floating-point operations that has; only in attention.
+    /// The main shader of attention, and its floating-point operations.
     main: Option<(Shader, u64)>,
-    /// Only in a long operation.
+    /// Only if the operation is long.
     long: Option<Long>,
 }
 
-/// What a long operation has of its own.
+/// State of an operation that is split into several submissions.
 #[derive(Debug)]
 struct Long {
     /// Floating-point operations of one submission.
     limit: u64,
-    /// Work of other operations may come between its submissions, so it shares no scratch with them.
+    /// Other operations may run between its submissions, so it shares no scratch with them.
     scratch: Vec<wgpu::Buffer>,
-}
-
-/// Floating-point operations of attention.
-#[derive(Debug, Clone, Copy, Default)]
-pub(super) struct Work {
-    pub operations: u64,
-    /// The same with the rows by which last tiles are not full.
-    pub in_whole_tiles: u64,
-}
-
-impl Work {
-    pub fn and(self, other: Self) -> Self {
-        Self {
-            operations: self.operations.saturating_add(other.operations),
-            in_whole_tiles: self.in_whole_tiles.saturating_add(other.in_whole_tiles),
-        }
-    }
-
-    pub fn times(self, times: u64) -> Self {
-        Self {
-            operations: self.operations.saturating_mul(times),
-            in_whole_tiles: self.in_whole_tiles.saturating_mul(times),
-        }
-    }
 }
 
 /// Attention over a whole grid.
@@ -60,7 +37,7 @@ pub(super) struct AttentionLaunch {
     pub params: AttentionParams,
     pub windows: Vec<Window>,
     pub groups: [u32; 3],
-    /// The most that one workgroup has.
+    /// Floating-point operations of the largest workgroup.
     pub group_operations: u64,
 }
 
@@ -69,8 +46,8 @@ impl<'a> Launches<'a> {
         Self { allocator, list: Vec::new(), main: None, long: None }
     }
 
-    /// Says what work is to come, before any launch or scratch: if it is more than `limit`, attention is split into dispatches
-    /// of so many floating-point operations, or of one workgroup.
+    /// Announces the work, before any launch or scratch. If it is more than `limit` floating-point
+    /// operations, attention is split into dispatches of at most that many, or of one workgroup.
     pub fn announce(&mut self, shader: Shader, work: Work, limit: u64) {
         self.main = Some((shader, work.operations));
         self.long = (work.in_whole_tiles > limit).then_some(Long { limit, scratch: Vec::new() });
@@ -107,7 +84,8 @@ impl<'a> Launches<'a> {
         }
     }
 
-    /// For the launches of this operation that come next, and for other operations unless this is a long one.
+    /// Frees scratch for the next launches of this operation, and, unless this is a long one, for
+    /// other operations.
     pub fn give_back(&mut self, scratch: impl IntoIterator<Item = wgpu::Buffer>) {
         match &mut self.long {
             None => self.allocator.give_back(scratch),
@@ -125,7 +103,7 @@ impl<'a> Launches<'a> {
         submissions(self.list.iter().map(|launch| launch.operations), limit)
     }
 
-    /// What the operation mostly runs, and how many floating-point operations that has; only in attention.
+    /// The main shader of attention, and its floating-point operations. None in other operations.
     pub fn main(&self) -> Option<(Shader, u64)> {
         self.main
     }
@@ -142,7 +120,8 @@ fn count(groups: [u32; 3]) -> u64 {
     groups.iter().map(|&groups| u64::from(groups)).product()
 }
 
-/// Boxes that cover a grid, each of at most `most` workgroups or of one: planes as long as one fits, then rows, then parts of a row.
+/// Boxes that cover a grid, each of at most `most` workgroups or of one: planes while one fits,
+/// then rows, then parts of a row.
 fn parts(grid: [u32; 3], most: u64) -> Vec<Part> {
     let mut parts = vec![Part { first: [0; 3], groups: grid }];
     for dim in [2, 1, 0] {

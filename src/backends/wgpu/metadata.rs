@@ -3,36 +3,24 @@
 use std::ops::Range;
 use std::sync::Arc;
 
+use crate::backends::metadata::{Indices, InvIndices, MaskBits};
+use crate::backends::rows::WORD_BYTES;
 use crate::cache::{DeviceCopies, DeviceId};
 use crate::error::Result;
 use crate::mask::key_mask::KeyMask;
 use crate::mask::meta::{CuSeqlens, VarlenMeta};
 
-use super::WgpuDevice;
-use super::placement::WORD_BYTES;
-
-/// Bits of a [`KeyMask`], `[B, row_words]`.
-#[derive(Debug)]
-pub(super) struct MaskBits {
-    pub buffer: wgpu::Buffer,
-    pub row_words: u32,
-}
-
-/// `VarlenMeta::indices`.
-#[derive(Debug)]
-pub(super) struct Indices(pub wgpu::Buffer);
-
-/// `VarlenMeta::inv_indices`.
-#[derive(Debug)]
-pub(super) struct InvIndices(pub wgpu::Buffer);
+use super::context::Context;
+use super::transfer::uploaded;
 
 /// `CuSeqlens::as_slice`.
 #[derive(Debug)]
 pub(super) struct CuSeqlensCopy(pub wgpu::Buffer);
 
-/// Query tiles, in the order of the sequences or batch rows. Of packed rows, kept with their `CuSeqlens`:
-/// `[first row, rows, sequence, 0]` each. Of padded rows, kept with their `VarlenMeta`: `[first, rows, batch row, is dropped]`, where
-/// `first` counts in the batch row's [`TokenLists`].
+/// Query tiles, in the order of the sequences or batch rows. Tiles of packed rows are kept with
+/// their `CuSeqlens`, each as `[first row, rows, sequence, 0]`. Tiles of padded rows are kept
+/// with their `VarlenMeta`, each as `[first, rows, batch row, is dropped]`, where `first` counts
+/// in the batch row's [`TokenLists`].
 #[derive(Debug, Clone)]
 pub(super) struct Tiles {
     pub buffer: wgpu::Buffer,
@@ -40,11 +28,12 @@ pub(super) struct Tiles {
     first: Arc<[u32]>,
 }
 
-/// Tiles of at most `ROWS` rows, as a type of their own: the cache keeps one value of each type.
+/// Tiles of at most `ROWS` rows. A type for each number, since the cache keeps one value per type.
 #[derive(Debug)]
 struct TilesOf<const ROWS: usize>(Tiles);
 
-/// For each row of a mask, after the number of its kept tokens: those tokens, then the dropped ones, ascending. `[B, 1 + S]`.
+/// For each row of a mask the number of its kept tokens, then those tokens, then the dropped ones,
+/// each ascending. `[B, 1 + S]`.
 #[derive(Debug)]
 pub(super) struct TokenLists {
     pub buffer: wgpu::Buffer,
@@ -71,80 +60,82 @@ impl Tiles {
     }
 }
 
-impl WgpuDevice {
-    pub(super) fn mask_bits(&self, mask: &KeyMask) -> Result<Arc<MaskBits>> {
-        mask.copies().get_or_make(self.id, || {
-            let halves = |word: &u64| [*word as u32, (*word >> 32) as u32];
-            let words: Vec<u32> = mask.words().iter().flat_map(halves).collect();
-            let row_words = 2 * mask.words_per_row() as u32;
-            Ok(MaskBits { buffer: self.uploaded("mask", bytemuck::cast_slice(&words))?, row_words })
-        })
-    }
+pub(super) fn mask_bits(context: &Context, mask: &KeyMask) -> Result<Arc<MaskBits<wgpu::Buffer>>> {
+    MaskBits::on(context.id, mask, |bytes| uploaded(context, "mask", bytes))
+}
 
-    pub(super) fn indices(&self, meta: &VarlenMeta) -> Result<Arc<Indices>> {
-        meta.copies()
-            .get_or_make(self.id, || self.uploaded("indices", bytemuck::cast_slice(meta.indices())).map(Indices))
-    }
+pub(super) fn indices(context: &Context, meta: &VarlenMeta) -> Result<Arc<Indices<wgpu::Buffer>>> {
+    Indices::on(context.id, meta, |bytes| uploaded(context, "indices", bytes))
+}
 
-    pub(super) fn inv_indices(&self, meta: &VarlenMeta) -> Result<Arc<InvIndices>> {
-        meta.copies().get_or_make(self.id, || {
-            self.uploaded("inv_indices", bytemuck::cast_slice(meta.inv_indices())).map(InvIndices)
-        })
-    }
+pub(super) fn inv_indices(context: &Context, meta: &VarlenMeta) -> Result<Arc<InvIndices<wgpu::Buffer>>> {
+    InvIndices::on(context.id, meta, |bytes| uploaded(context, "inv_indices", bytes))
+}
 
-    pub(super) fn cu_seqlens(&self, cu_seqlens: &CuSeqlens) -> Result<Arc<CuSeqlensCopy>> {
-        cu_seqlens.copies().get_or_make(self.id, || {
-            self.uploaded("cu_seqlens", bytemuck::cast_slice(cu_seqlens.as_slice())).map(CuSeqlensCopy)
-        })
-    }
+pub(super) fn cu_seqlens(context: &Context, cu_seqlens: &CuSeqlens) -> Result<Arc<CuSeqlensCopy>> {
+    cu_seqlens.copies().get_or_make(context.id, || {
+        uploaded(context, "cu_seqlens", bytemuck::cast_slice(cu_seqlens.as_slice())).map(CuSeqlensCopy)
+    })
+}
 
-    pub(super) fn token_lists(&self, meta: &VarlenMeta) -> Result<Arc<TokenLists>> {
-        meta.copies().get_or_make(self.id, || {
-            let buffer = self.uploaded("token_lists", bytemuck::cast_slice(&token_lists(meta)))?;
-            Ok(TokenLists { buffer, row_bytes: 4 * (1 + meta.seq() as u64) })
-        })
-    }
+pub(super) fn token_lists(context: &Context, meta: &VarlenMeta) -> Result<Arc<TokenLists>> {
+    meta.copies().get_or_make(context.id, || {
+        let buffer = uploaded(context, "token_lists", bytemuck::cast_slice(&list_tokens(meta)))?;
+        Ok(TokenLists { buffer, row_bytes: 4 * (1 + meta.seq() as u64) })
+    })
+}
 
-    /// Tiles of packed rows, of `tile_rows` rows each: a power of two from 16 to 256.
-    pub(super) fn tiles(&self, cu_seqlens: &CuSeqlens, tile_rows: usize) -> Result<Tiles> {
-        self.kept_tiles(cu_seqlens.copies(), tile_rows, || packed_tiles(cu_seqlens, tile_rows))
-    }
+/// Tiles of packed rows, of `tile_rows` rows each: a power of two from 16 to 256.
+pub(super) fn packed_tiles(context: &Context, cu_seqlens: &CuSeqlens, tile_rows: usize) -> Result<Tiles> {
+    kept_tiles(context, cu_seqlens.copies(), tile_rows, || cut_packed(cu_seqlens, tile_rows))
+}
 
-    /// Tiles of padded rows, of `tile_rows` rows each: a power of two from 16 to 256.
-    pub(super) fn fused_tiles(&self, query: &VarlenMeta, tile_rows: usize) -> Result<Tiles> {
-        self.kept_tiles(query.copies(), tile_rows, || fused_tiles(query, tile_rows))
-    }
+/// Tiles of padded rows, of `tile_rows` rows each: a power of two from 16 to 256.
+pub(super) fn fused_tiles(context: &Context, query: &VarlenMeta, tile_rows: usize) -> Result<Tiles> {
+    kept_tiles(context, query.copies(), tile_rows, || cut_fused(query, tile_rows))
+}
 
-    fn kept_tiles(
-        &self,
+fn kept_tiles(
+    context: &Context,
+    copies: &DeviceCopies,
+    tile_rows: usize,
+    make: impl FnOnce() -> (Vec<[u32; 4]>, Vec<u32>),
+) -> Result<Tiles> {
+    let upload = || {
+        let (tiles, first) = make();
+        Ok(Tiles { buffer: uploaded(context, "tiles", bytemuck::cast_slice(&tiles))?, first: first.into() })
+    };
+    fn of_rows<const ROWS: usize>(
         copies: &DeviceCopies,
-        tile_rows: usize,
-        make: impl FnOnce() -> (Vec<[u32; 4]>, Vec<u32>),
+        id: DeviceId,
+        upload: impl FnOnce() -> Result<Tiles>,
     ) -> Result<Tiles> {
-        let upload = || {
-            let (tiles, first) = make();
-            Ok(Tiles { buffer: self.uploaded("tiles", bytemuck::cast_slice(&tiles))?, first: first.into() })
-        };
-        fn of_rows<const ROWS: usize>(
-            copies: &DeviceCopies,
-            id: DeviceId,
-            upload: impl FnOnce() -> Result<Tiles>,
-        ) -> Result<Tiles> {
-            Ok(copies.get_or_make(id, || upload().map(TilesOf::<ROWS>))?.0.clone())
-        }
-        match tile_rows {
-            16 => of_rows::<16>(copies, self.id, upload),
-            32 => of_rows::<32>(copies, self.id, upload),
-            64 => of_rows::<64>(copies, self.id, upload),
-            128 => of_rows::<128>(copies, self.id, upload),
-            _ => of_rows::<256>(copies, self.id, upload),
-        }
+        Ok(copies.get_or_make(id, || upload().map(TilesOf::<ROWS>))?.0.clone())
+    }
+    match tile_rows {
+        16 => of_rows::<16>(copies, context.id, upload),
+        32 => of_rows::<32>(copies, context.id, upload),
+        64 => of_rows::<64>(copies, context.id, upload),
+        128 => of_rows::<128>(copies, context.id, upload),
+        _ => of_rows::<256>(copies, context.id, upload),
     }
 }
 
-// All numbers below fit a u32: KeyMask bounds batch · seq by i32::MAX, CuSeqlens rows and sequences.
+/// Packed rows of a range of batch rows.
+pub(super) fn packed_rows(cu_seqlens: &CuSeqlens, batch_rows: &Range<usize>) -> Range<usize> {
+    let values = cu_seqlens.as_slice();
+    values[batch_rows.start] as usize..values[batch_rows.end] as usize
+}
 
-fn token_lists(meta: &VarlenMeta) -> Vec<u32> {
+/// Rows of the longest sequence of a range.
+pub(super) fn longest(cu_seqlens: &CuSeqlens, sequences: &Range<usize>) -> usize {
+    sequences.clone().map(|sequence| cu_seqlens.rows(sequence).len()).max().unwrap_or(0)
+}
+
+// All numbers below fit a u32: KeyMask bounds batch · seq by i32::MAX, CuSeqlens rows and
+// sequences.
+
+fn list_tokens(meta: &VarlenMeta) -> Vec<u32> {
     let mut lists = Vec::with_capacity(meta.batch() * (1 + meta.seq()));
     for row in 0..meta.batch() {
         lists.push(meta.cu_seqlens().rows(row).len() as u32);
@@ -161,7 +152,7 @@ fn token_lists(meta: &VarlenMeta) -> Vec<u32> {
 }
 
 /// The tiles, and the first of each sequence.
-fn packed_tiles(cu_seqlens: &CuSeqlens, tile_rows: usize) -> (Vec<[u32; 4]>, Vec<u32>) {
+fn cut_packed(cu_seqlens: &CuSeqlens, tile_rows: usize) -> (Vec<[u32; 4]>, Vec<u32>) {
     let (mut tiles, mut first) = (Vec::new(), vec![0]);
     for sequence in 0..cu_seqlens.batch() {
         let rows = cu_seqlens.rows(sequence);
@@ -173,7 +164,7 @@ fn packed_tiles(cu_seqlens: &CuSeqlens, tile_rows: usize) -> (Vec<[u32; 4]>, Vec
 }
 
 /// The tiles, and the first of each batch row.
-fn fused_tiles(query: &VarlenMeta, tile_rows: usize) -> (Vec<[u32; 4]>, Vec<u32>) {
+fn cut_fused(query: &VarlenMeta, tile_rows: usize) -> (Vec<[u32; 4]>, Vec<u32>) {
     let (mut tiles, mut first) = (Vec::new(), vec![0]);
     for row in 0..query.batch() {
         let kept = query.cu_seqlens().rows(row).len();
@@ -194,7 +185,7 @@ mod tests {
     #[test]
     fn lists_hold_every_token_once_the_kept_ones_first() -> Result<()> {
         let mask = KeyMask::from_runs(6, &[vec![0..1, 3..5], vec![], vec![0..6]])?;
-        let lists = token_lists(&VarlenMeta::from_key_mask(&mask)?);
+        let lists = list_tokens(&VarlenMeta::from_key_mask(&mask)?);
         assert_eq!(lists, [[3, 0, 3, 4, 1, 2, 5], [0, 0, 1, 2, 3, 4, 5], [6, 0, 1, 2, 3, 4, 5]].concat());
         Ok(())
     }
@@ -203,7 +194,7 @@ mod tests {
     fn tiles_hold_every_query_once() -> Result<()> {
         let (seq, full) = (150, 64);
         let mask = KeyMask::from_runs(seq, &[vec![3..70, 80..149], vec![], vec![0..150]])?;
-        let (tiles, first) = fused_tiles(&VarlenMeta::from_key_mask(&mask)?, 64);
+        let (tiles, first) = cut_fused(&VarlenMeta::from_key_mask(&mask)?, 64);
         let kept = [[0, full, 0, 0], [64, full, 0, 0], [128, 8, 0, 0]];
         let dropped = [[136, 14, 0, 1], [0, full, 1, 1], [64, full, 1, 1], [128, 22, 1, 1]];
         let last = [[0, full, 2, 0], [64, full, 2, 0], [128, 22, 2, 0]];

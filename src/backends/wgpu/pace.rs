@@ -1,8 +1,9 @@
 //! How much work a submission may have, so that none runs for long on a slow adapter.
 //!
-//! Windows resets a GPU that does not get done with what was submitted, nor out of it, within 2 seconds. How finely a GPU can be
-//! interrupted is its driver's affair: at the latest between two submissions. So a long operation becomes several of those, of
-//! half a second at most. On a GPU that also draws, others want it before that.
+//! Windows resets a GPU that neither finishes nor can pre-empt a submission within 2 seconds. How
+//! finely a GPU can be preempted depends on its driver, but it always can be between two
+//! submissions. So a long operation becomes several submissions of half a second at most: a GPU
+//! that also draws must not keep the screen waiting.
 
 use std::collections::HashMap;
 use std::sync::{Mutex, PoisonError};
@@ -12,16 +13,17 @@ use wgpu::DeviceType;
 
 use super::shader::Shader;
 
-/// Seconds that a submission may take.
+/// A submission may take this many seconds.
 const SUBMISSION_SECONDS: f64 = 0.5;
 
-/// Work is timed if it is more than this part of the limit.
+/// Work is timed if it is at least this fraction of the limit.
 const TELLING_PART: u64 = 16;
 
-/// More than any device does. A lost one is done at once with what it never did.
+/// More operations a second than any device has. A lost device reports work as done that it never
+/// did.
 const MOST_RATE: f64 = 1e15;
 
-/// Floating-point operations a second that the slowest adapter of a kind does at least, about.
+/// Floating-point operations a second of the slowest adapters of a kind, about.
 fn least_rate(device_type: DeviceType) -> f64 {
     match device_type {
         DeviceType::DiscreteGpu => 300e9,
@@ -30,13 +32,14 @@ fn least_rate(device_type: DeviceType) -> f64 {
     }
 }
 
-/// The operations of one submission on a device: those of its slowest kind, until longer ones were seen to be done in time.
+/// The operations that one submission may have on a device: those for the slowest adapters of its
+/// kind, until it was seen to be faster.
 #[derive(Debug)]
 pub(super) struct Pace {
     /// Fixed by [`Config::max_dispatch_operations`](crate::Config::max_dispatch_operations).
     fixed: Option<u64>,
     least: f64,
-    /// The highest rate seen of each shader. Their speeds differ a lot.
+    /// The highest rate seen of each shader. Shaders differ a lot in speed.
     seen: Mutex<HashMap<Shader, f64>>,
 }
 
@@ -51,13 +54,15 @@ impl Pace {
         self.fixed.unwrap_or_else(|| (seen().unwrap_or(0.0).max(self.least) * SUBMISSION_SECONDS) as u64)
     }
 
-    /// Whether the time that so much work takes says anything: little work takes a launch's time rather than its own.
+    /// Whether the time that `operations` take says how fast the device is: little work takes as
+    /// long as its launch.
     pub fn is_telling(&self, shader: Shader, operations: u64) -> bool {
         self.fixed.is_none() && operations >= self.limit(shader) / TELLING_PART
     }
 
-    /// Takes note that so many operations were done, `elapsed` after they were submitted. What they waited for before, and
-    /// what the host took to notice, make the rate lower than it is, never higher.
+    /// Records a finished submission: its operations and the time since it was submitted. Earlier
+    /// work that it waited for, and a host that notices late, make the rate seem lower, never
+    /// higher.
     pub fn learn(&self, shader: Shader, operations: u64, elapsed: Duration) {
         let rate = (operations as f64 / elapsed.as_secs_f64()).min(MOST_RATE);
         let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
@@ -69,12 +74,9 @@ impl Pace {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::backends::wgpu::shader::Algorithm;
-    use crate::dtype::DType;
 
-    const ALGORITHM: Algorithm = Algorithm::Portable;
-    const SHADER: Shader = Shader::AttentionFused { algorithm: ALGORITHM, dtype: DType::F16, head_dim: 64 };
-    const OTHER: Shader = Shader::AttentionFused { algorithm: ALGORITHM, dtype: DType::F32, head_dim: 64 };
+    const SHADER: Shader = Shader::PackRows;
+    const OTHER: Shader = Shader::ScatterRows;
 
     #[test]
     fn the_limit_grows_with_what_was_seen_and_never_falls() {

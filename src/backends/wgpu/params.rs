@@ -1,4 +1,5 @@
-//! Uniform parameters of the shaders. Each struct is declared once: its WGSL text is made from the same list of fields.
+//! Parameters of the shaders. Each struct is declared once: its WGSL text comes from the same
+//! list of fields.
 
 use bytemuck::{Pod, Zeroable};
 
@@ -20,8 +21,8 @@ macro_rules! params {
 }
 
 params! {
-    /// Parameters of `attention.wgsl`. Offsets and strides of tensors are in words of 16 bytes from the start of the binding,
-    /// those of the bias and the lse in elements.
+    /// Parameters of the attention shaders. Offsets and strides of tensors are in words of 16
+    /// bytes from the start of the binding, those of the bias and the lse in elements.
     AttentionParams {
         q_offset: u32, q_stride_b: u32, q_stride_s: u32, q_stride_h: u32,
         k_offset: u32, k_stride_b: u32, k_stride_s: u32, k_stride_h: u32,
@@ -34,17 +35,17 @@ params! {
         group_size: u32,
         /// `softmax_scale` · log2(e).
         score_scale: f32,
-        /// First batch row of the launch, for the masks, which are bound whole.
+        /// First batch row of the launch: masks are bound whole.
         batch_base: u32,
         /// u32s of one mask row.
         key_words: u32, row_words: u32,
-        /// Tiles of the launch in the list, and how many of them lie side by side in the grid.
+        /// Tiles of the launch in the list, and the width of the grid that they fill row by row.
         first_tile: u32, end_tile: u32, grid_width: u32,
         /// First packed rows of the bindings of q and of k and v.
         q_row_base: u32, k_row_base: u32,
         /// u32s before the token lists of the first batch row of the launch.
         query_tokens_offset: u32, key_tokens_offset: u32,
-        /// Where the dispatch begins in the grid.
+        /// Where the dispatch starts in the grid.
         first_group_x: u32, first_group_y: u32, first_group_z: u32,
     }
 }

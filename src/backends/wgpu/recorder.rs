@@ -1,12 +1,13 @@
-//! Where the application has a call recorded: its command encoder, or a compute pass of it.
+//! Where a call is recorded: an external command encoder or compute pass.
 
 use std::fmt;
 
-/// The application's command encoder or open compute pass, to record a call into.
+/// An external command encoder or open compute pass, to record a call into.
 ///
-/// Made by `into()` from a `&mut wgpu::CommandEncoder`, in which the call becomes a compute pass of its own, or from a
-/// `&mut wgpu::ComputePass`, in which it becomes dispatches. A pass comes back with another pipeline, another bind group 0 and, on a device
-/// with immediates, other immediates; its other bind groups stay set and do not matter to the call.
+/// `into()` makes one from a `&mut wgpu::CommandEncoder`, in which the call becomes a new compute
+/// pass, or from a `&mut wgpu::ComputePass`, in which it becomes dispatches. The call changes a
+/// pass's pipeline, its bind group 0 and, on a device with immediates, its immediates. Other bind
+/// groups stay set; the call does not use them.
 pub struct Recorder<'a>(Target<'a>);
 
 enum Target<'a> {

@@ -8,11 +8,10 @@ use wgpu::{BufferUsages, Features, QuerySet, QueryType};
 use crate::call::op::{Instant, Timing};
 use crate::error::{Error, Result};
 
-use super::buffer::Allocator;
-use super::fault::Faults;
-use super::transfer;
+use super::context::Context;
+use super::{transfer, wait};
 
-/// Two queries a pass. A timed region of more passes is refused; WebGPU allows no larger set.
+/// Two queries per pass. A timed region of more passes is refused; WebGPU allows no larger set.
 const QUERIES: u32 = 4096;
 
 /// Times the passes between `start` and `stop`.
@@ -51,7 +50,8 @@ impl Timer {
         Self { device_name: Arc::clone(device_name), state: Mutex::new(State::Idle) }
     }
 
-    pub fn start(&self, device: &wgpu::Device, faults: &Faults) -> Result<()> {
+    /// Starts to count passes.
+    pub fn start(&self, Context { device, faults, .. }: &Context) -> Result<()> {
         let state = if device.features().contains(Features::TIMESTAMP_QUERY) {
             let descriptor =
                 wgpu::QuerySetDescriptor { label: Some("timer"), ty: QueryType::Timestamp, count: QUERIES };
@@ -75,65 +75,25 @@ impl Timer {
         Ok(Some(PassQueries { queries: queries.clone(), first }))
     }
 
-    /// Waits for the device and gives the sum of the passes' times, or the host's time since `start`.
-    #[cfg(not(target_arch = "wasm32"))]
-    pub fn stop(
-        &self,
-        started: Instant,
-        handles: (&wgpu::Device, &wgpu::Queue),
-        allocator: &Allocator,
-        faults: &Faults,
-    ) -> Result<Timing> {
-        let measured = self.measured(handles, allocator, faults)?;
-        if let Measured::Passes { resolved, mut ticks } = measured {
-            let bytes = bytemuck::cast_slice_mut(&mut ticks);
-            transfer::download(handles, allocator, faults, (&resolved, 0), bytes)?;
-            return Ok(sum_of_passes(&ticks, handles.1));
-        }
-        faults.wait()?;
-        Ok(measured.without_passes(started))
-    }
-
-    /// The same in a browser.
-    #[cfg(target_arch = "wasm32")]
-    pub async fn stop_async(
-        &self,
-        started: Instant,
-        handles: (&wgpu::Device, &wgpu::Queue),
-        allocator: &Allocator,
-        faults: &Faults,
-    ) -> Result<Timing> {
-        let measured = self.measured(handles, allocator, faults)?;
-        if let Measured::Passes { resolved, mut ticks } = measured {
-            let bytes = bytemuck::cast_slice_mut(&mut ticks);
-            transfer::download_async(handles, allocator, faults, (&resolved, 0), bytes).await?;
-            return Ok(sum_of_passes(&ticks, handles.1));
-        }
-        faults.wait_async(handles.1).await?;
-        Ok(measured.without_passes(started))
-    }
-
-    /// Ends the timing and has the queries written to a buffer.
-    fn measured(
-        &self,
-        (device, queue): (&wgpu::Device, &wgpu::Queue),
-        allocator: &Allocator,
-        faults: &Faults,
-    ) -> Result<Measured> {
+    /// Waits for the device and returns the sum of the passes' times. Without passes timed by the
+    /// device, returns the host's time since `started`.
+    pub async fn stop(&self, context: &Context, started: Instant) -> Result<Timing> {
         let state = std::mem::replace(&mut *self.lock(), State::Idle);
         match state {
             State::Idle => Err(self.error("it was not started, or another thread stopped it".to_owned())),
-            State::Host => Ok(Measured::Host),
-            State::Device { used: 0, .. } => Ok(Measured::NoPass),
+            State::Host => {
+                wait::for_work(context).await?;
+                Ok(Timing { duration: started.elapsed(), by_device: false })
+            }
+            State::Device { used: 0, .. } => {
+                wait::for_work(context).await?;
+                Ok(Timing { duration: Duration::ZERO, by_device: true })
+            }
             State::Device { queries, used } => {
-                let usage = BufferUsages::QUERY_RESOLVE | BufferUsages::COPY_SRC;
-                let resolved = allocator.raw("timestamps", u64::from(used) * 8, usage)?;
-                faults.capture("reading timestamps", 0, || {
-                    let mut encoder = device.create_command_encoder(&Default::default());
-                    encoder.resolve_query_set(&queries, 0..used, &resolved, 0);
-                    queue.submit([encoder.finish()]);
-                })?;
-                Ok(Measured::Passes { resolved, ticks: vec![0; used as usize] })
+                let resolved = resolve(context, &queries, used)?;
+                let mut ticks = vec![0_u64; used as usize];
+                transfer::download(context, (&resolved, 0), bytemuck::cast_slice_mut(&mut ticks)).await?;
+                Ok(sum_of_passes(&ticks, &context.queue))
             }
         }
     }
@@ -147,23 +107,16 @@ impl Timer {
     }
 }
 
-/// What a timing came to.
-enum Measured {
-    /// No queries: the host's clock counts.
-    Host,
-    /// Nothing was launched.
-    NoPass,
-    /// Buffer of the queries' values, and room for them.
-    Passes { resolved: wgpu::Buffer, ticks: Vec<u64> },
-}
-
-impl Measured {
-    fn without_passes(&self, started: Instant) -> Timing {
-        match self {
-            Self::Host => Timing { duration: started.elapsed(), by_device: false },
-            _ => Timing { duration: Duration::ZERO, by_device: true },
-        }
-    }
+/// Has the values of the first `used` queries written to a new buffer.
+fn resolve(context: &Context, queries: &QuerySet, used: u32) -> Result<wgpu::Buffer> {
+    let usage = BufferUsages::QUERY_RESOLVE | BufferUsages::COPY_SRC;
+    let resolved = context.allocator.raw("timestamps", u64::from(used) * 8, usage)?;
+    context.faults.capture("reading timestamps", 0, || {
+        let mut encoder = context.device.create_command_encoder(&Default::default());
+        encoder.resolve_query_set(queries, 0..used, &resolved, 0);
+        context.queue.submit([encoder.finish()]);
+    })?;
+    Ok(resolved)
 }
 
 fn sum_of_passes(ticks: &[u64], queue: &wgpu::Queue) -> Timing {

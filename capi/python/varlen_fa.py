@@ -1,0 +1,462 @@
+"""The C library of varlen-fa for Python, through ctypes: raw addresses in, errors as exceptions.
+Needs nothing but Python.
+
+A tensor is an address with a shape, strides in elements and an element type. NumPy's
+`array.ctypes.data`, PyTorch's `tensor.data_ptr()` and the address of any buffer will do:
+
+    import torch, varlen_fa
+
+    library = varlen_fa.Library()
+    device = library.open_cuda(stream=torch.cuda.current_stream().cuda_stream)
+    meta = library.meta_from_lengths([37, 512], seq=512)
+
+    def view(x):
+        dtype = {torch.float16: varlen_fa.F16, torch.bfloat16: varlen_fa.BF16}[x.dtype]
+        memory = varlen_fa.CUDA if x.is_cuda else varlen_fa.HOST
+        return varlen_fa.tensor(x.data_ptr(), x.shape, x.stride(), dtype, memory)
+
+    device.forward(view(q), view(k), view(v), view(out), varlen_fa.varlen(meta))
+
+A descriptor holds only an address: keep the memory alive while it is used. Everything else is
+documented in capi/include/varlen_fa.h.
+"""
+
+import ctypes
+import os
+import sys
+from ctypes import POINTER, Structure, byref, c_char, c_char_p, c_float, c_int32, c_int64, c_uint32, c_uint64, c_void_p
+from pathlib import Path
+
+# Numbers that descriptors and masks hold. They are fixed in the header; the names of statuses,
+# device kinds, paths, kernels and reasons come from the loaded library.
+
+# varlen_fa_dtype, and the size of one element in bytes.
+F32, F16, BF16 = 1, 2, 3
+ELEMENT_BYTES = {F32: 4, F16: 2, BF16: 2}
+# varlen_fa_memory.
+HOST, CUDA = 0, 1
+# varlen_fa_mask_kind.
+NONE, KEY, BIAS, VARLEN, VARLEN_CROSS, DEVICE_VARLEN, DEVICE_VARLEN_CROSS = range(7)
+
+
+class Error(Exception):
+    """A call was refused or failed; `status` is the constant's name, e.g. "BAD_HANDLE"."""
+
+    def __init__(self, status, message):
+        super().__init__(message)
+        self.status = status
+
+
+class Tensor(Structure):
+    """varlen_fa_tensor"""
+
+    _fields_ = [
+        ("data", c_void_p),
+        ("bytes", c_uint64),
+        ("dtype", c_uint32),
+        ("memory", c_uint32),
+        ("rank", c_uint32),
+        ("reserved_word", c_uint32),
+        ("shape", c_uint64 * 4),
+        ("strides", c_int64 * 4),
+        ("reserved", c_uint64 * 2),
+    ]
+
+
+class MaskView(Structure):
+    """varlen_fa_mask_view"""
+
+    _fields_ = [
+        ("data", c_void_p),
+        ("bytes", c_uint64),
+        ("dtype", c_uint32),
+        ("memory", c_uint32),
+        ("shape", c_uint64 * 2),
+        ("strides", c_int64 * 2),
+        ("reserved", c_uint64 * 2),
+    ]
+
+
+class Run(Structure):
+    """varlen_fa_run"""
+
+    _fields_ = [("row", c_uint64), ("start", c_uint64), ("end", c_uint64)]
+
+
+class AttentionMask(Structure):
+    """varlen_fa_attention_mask"""
+
+    _fields_ = [
+        ("kind", c_uint32),
+        ("reserved_word", c_uint32),
+        ("key_mask", c_void_p),
+        ("bias", POINTER(Tensor)),
+        ("query_meta", c_void_p),
+        ("key_meta", c_void_p),
+        ("query_device_meta", c_void_p),
+        ("key_device_meta", c_void_p),
+        ("reserved", c_uint64 * 4),
+    ]
+
+
+class Options(Structure):
+    """varlen_fa_attention_options"""
+
+    _fields_ = [
+        ("has_softmax_scale", c_uint32),
+        ("softmax_scale", c_float),
+        ("path", c_uint32),
+        ("kernel", c_uint32),
+        ("reserved", c_uint64 * 4),
+    ]
+
+
+class Plan(Structure):
+    """varlen_fa_plan"""
+
+    _fields_ = [
+        ("path", c_uint32),
+        ("kernel", c_uint32),
+        ("reason", c_uint32),
+        ("reserved_word", c_uint32),
+        ("text", c_char * 240),
+        ("reserved", c_uint64 * 2),
+    ]
+
+    def __str__(self):
+        return self.text.decode()
+
+
+class DeviceInfo(Structure):
+    """varlen_fa_device_info"""
+
+    _fields_ = [
+        ("kind", c_uint32),
+        ("is_software", c_uint32),
+        ("dtypes", c_uint32),
+        ("kernels", c_uint32),
+        ("max_buffer_bytes", c_uint64),
+        ("name", c_char * 192),
+        ("adapter", c_char * 192),
+        ("reserved", c_uint64 * 4),
+    ]
+
+
+class MetaInfo(Structure):
+    """varlen_fa_meta_info"""
+
+    _fields_ = [
+        ("batch", c_uint64),
+        ("seq", c_uint64),
+        ("total_valid", c_uint64),
+        ("max_seqlen", c_uint64),
+        ("reserved", c_uint64 * 4),
+    ]
+
+
+def row_major(shape):
+    """Strides of a row-major tensor, in elements."""
+    strides, step = [], 1
+    for size in reversed(shape):
+        strides.insert(0, step)
+        step *= max(size, 1)
+    return strides
+
+
+def _reach(shape, strides):
+    """One past the position of the last element."""
+    if 0 in shape:
+        return 0
+    return 1 + sum((size - 1) * stride for size, stride in zip(shape, strides))
+
+
+def tensor(address, shape, strides, dtype, memory=HOST, size=None):
+    """A tensor at an address. `strides` are in elements; None means row-major. `size` is that of
+    the memory in bytes; None means up to the last element."""
+    shape = list(shape)
+    strides = row_major(shape) if strides is None else list(strides)
+    made = Tensor(data=address, dtype=dtype, memory=memory, rank=len(shape))
+    made.bytes = max(_reach(shape, strides), 0) * ELEMENT_BYTES.get(dtype, 0) if size is None else size
+    made.shape[: len(shape)] = shape
+    made.strides[: len(strides)] = strides
+    return made
+
+
+def mask_view(address, shape, strides, element_bytes, memory=HOST, size=None):
+    """A [B, S] mask of integers of 1, 2, 4 or 8 bytes at an address."""
+    strides = row_major(shape) if strides is None else list(strides)
+    made = MaskView(data=address, dtype=element_bytes, memory=memory)
+    made.bytes = max(_reach(shape, strides), 0) * element_bytes if size is None else size
+    made.shape[:] = list(shape)
+    made.strides[:] = strides
+    return made
+
+
+def _mask(kind, keeps, **fields):
+    made = AttentionMask(kind=kind, **fields)
+    # Keeps handles and descriptors alive as long as the mask.
+    made.keeps = keeps
+    return made
+
+
+def key(key_mask):
+    """Every query attends to the kept keys; rows of dropped queries are computed like any other."""
+    return _mask(KEY, [key_mask], key_mask=key_mask.handle)
+
+
+def bias(descriptor):
+    """The tensor is added to the scaled scores."""
+    return _mask(BIAS, [descriptor], bias=ctypes.pointer(descriptor))
+
+
+def varlen(meta, key_meta=None):
+    """Attention among the valid tokens, or of valid queries to valid keys; other rows are zero.
+    Both are Meta, or both DeviceMeta."""
+    keys = None if key_meta is None else key_meta.handle
+    if isinstance(meta, DeviceMeta):
+        kind = DEVICE_VARLEN if key_meta is None else DEVICE_VARLEN_CROSS
+        return _mask(kind, [meta, key_meta], query_device_meta=meta.handle, key_device_meta=keys)
+    kind = VARLEN if key_meta is None else VARLEN_CROSS
+    return _mask(kind, [meta, key_meta], query_meta=meta.handle, key_meta=keys)
+
+
+def default_path():
+    """The library that VARLEN_FA_LIBRARY names, or the one in target/release of this repository."""
+    name = {"darwin": "libvarlen_fa.dylib", "win32": "varlen_fa.dll"}.get(sys.platform, "libvarlen_fa.so")
+    target = os.environ.get("CARGO_TARGET_DIR", Path(__file__).resolve().parents[2] / "target")
+    return os.environ.get("VARLEN_FA_LIBRARY", str(Path(target) / "release" / name))
+
+
+# The enums with names, and the arguments of all functions that return a status, as in the header.
+_ENUMS = ["status", "device_kind", "dtype", "path", "kernel", "reason"]
+_HANDLE = c_void_p
+_NEW = POINTER(c_void_p)
+_TENSOR = POINTER(Tensor)
+_FUNCTIONS = {
+    "device_open": [c_uint32, c_uint32, _NEW],
+    "device_open_cuda": [c_void_p, c_void_p, _NEW],
+    "device_describe": [_HANDLE, POINTER(DeviceInfo)],
+    "device_synchronize": [_HANDLE],
+    "device_free": [_HANDLE],
+    "key_mask_from_integers": [c_void_p, c_uint32, c_uint64, c_uint64, _NEW],
+    "key_mask_from_lengths": [POINTER(c_uint64), c_uint64, c_uint64, _NEW],
+    "key_mask_from_runs": [POINTER(Run), c_uint64, c_uint64, c_uint64, _NEW],
+    "key_mask_free": [_HANDLE],
+    "meta_create": [_HANDLE, _NEW],
+    "meta_describe": [_HANDLE, POINTER(MetaInfo)],
+    "meta_upload": [_HANDLE, _HANDLE],
+    "meta_copy_indices": [_HANDLE, POINTER(c_uint32), c_uint64],
+    "meta_copy_inv_indices": [_HANDLE, POINTER(c_int32), c_uint64],
+    "meta_copy_cu_seqlens": [_HANDLE, POINTER(c_int32), c_uint64],
+    "meta_free": [_HANDLE],
+    "device_meta_create": [_HANDLE, c_uint64, c_uint64, _NEW],
+    "device_meta_rebuild": [_HANDLE, POINTER(MaskView)],
+    "device_meta_free": [_HANDLE],
+    "cu_seqlens_create": [POINTER(c_int32), c_uint64, _NEW],
+    "cu_seqlens_from_meta": [_HANDLE, _NEW],
+    "cu_seqlens_free": [_HANDLE],
+    "forward": [_HANDLE, POINTER(Options), _TENSOR, _TENSOR, _TENSOR, POINTER(AttentionMask), _TENSOR, POINTER(Plan)],
+    "pack_qkv": [_HANDLE, _TENSOR, _TENSOR, _TENSOR, _HANDLE, _TENSOR, _TENSOR, _TENSOR],
+    "varlen_attention": [
+        _HANDLE, POINTER(Options), _TENSOR, _TENSOR, _TENSOR, _HANDLE, _HANDLE, _TENSOR, _TENSOR, POINTER(Plan),
+    ],
+    "scatter_to_padded": [_HANDLE, _TENSOR, _HANDLE, _TENSOR],
+}  # fmt: skip
+
+
+def _number(names, what, value):
+    """The number of a name; numbers stay as they are, and the library checks them."""
+    if not isinstance(value, str):
+        return value
+    if value not in names:
+        raise ValueError(f"expected a {what} ({', '.join(names)}), got {value!r}")
+    return names[value]
+
+
+class Library:
+    """The loaded library. `statuses`, `device_kinds`, `dtypes`, `paths`, `kernels` and `reasons`
+    give the number of each name of an enum."""
+
+    def __init__(self, path=None):
+        self.c = ctypes.CDLL(path or default_path())
+        self.c.varlen_fa_last_error.restype = c_char_p
+        self.c.varlen_fa_last_error.argtypes = []
+        self.c.varlen_fa_version.restype = c_uint32
+        self.c.varlen_fa_version_string.restype = c_char_p
+        self.statuses, self.device_kinds, self.dtypes, self.paths, self.kernels, self.reasons = map(self._names, _ENUMS)
+        self._status_names = {number: name for name, number in self.statuses.items()}
+        for name, arguments in _FUNCTIONS.items():
+            function = getattr(self.c, f"varlen_fa_{name}")
+            function.argtypes, function.restype = arguments, c_uint32
+
+    @property
+    def version(self):
+        return self.c.varlen_fa_version_string().decode()
+
+    def _names(self, enum):
+        """The number of each name of an enum."""
+        function = getattr(self.c, f"varlen_fa_{enum}_name")
+        function.argtypes, function.restype = [c_uint32], c_char_p
+        # Every number with a name is less than 255.
+        names = {number: function(number) for number in range(255)}
+        return {name.decode(): number for number, name in names.items() if name is not None}
+
+    def call(self, name, *arguments):
+        """Calls a function of the library; raises an Error if it fails."""
+        status = getattr(self.c, f"varlen_fa_{name}")(*arguments)
+        if status != 0:
+            raise Error(self._status_names.get(status, str(status)), self.c.varlen_fa_last_error().decode())
+
+    def make(self, kind, name, *arguments):
+        """Calls a function whose last argument receives a handle."""
+        handle = c_void_p()
+        self.call(name, *arguments, byref(handle))
+        return kind(self, handle)
+
+    def open(self, kind="auto", ordinal=0):
+        """Opens a device; the kind by name or number."""
+        return self.make(Device, "device_open", _number(self.device_kinds, "device kind", kind), ordinal)
+
+    def open_cuda(self, stream, context=None):
+        """Opens a CUDA device over an external stream and context, both raw handles. None is the
+        stream's context."""
+        return self.make(Device, "device_open_cuda", context, stream)
+
+    def options(self, softmax_scale=None, path="auto", kernel="auto"):
+        """Options of an attention call; path and kernel by name or number."""
+        return Options(
+            has_softmax_scale=softmax_scale is not None,
+            softmax_scale=0.0 if softmax_scale is None else softmax_scale,
+            path=_number(self.paths, "path", path),
+            kernel=_number(self.kernels, "kernel", kernel),
+        )
+
+    def key_mask_from_integers(self, address, element_bytes, batch, seq):
+        return self.make(KeyMask, "key_mask_from_integers", address, element_bytes, batch, seq)
+
+    def key_mask_from_lengths(self, lengths, seq):
+        return self.make(KeyMask, "key_mask_from_lengths", (c_uint64 * len(lengths))(*lengths), len(lengths), seq)
+
+    def key_mask_from_runs(self, runs, batch, seq):
+        """Runs are (row, start, end)."""
+        return self.make(KeyMask, "key_mask_from_runs", (Run * len(runs))(*runs), len(runs), batch, seq)
+
+    def meta(self, key_mask):
+        return self.make(Meta, "meta_create", key_mask.handle)
+
+    def meta_from_lengths(self, lengths, seq):
+        return self.meta(self.key_mask_from_lengths(lengths, seq))
+
+    def cu_seqlens(self, values):
+        return self.make(CuSeqlens, "cu_seqlens_create", (c_int32 * len(values))(*values), len(values))
+
+
+class Handle:
+    """A handle; freed by `free`, by `with`, or when it is no longer referenced."""
+
+    _free = ""
+
+    def __init__(self, library, handle):
+        self.library, self.handle = library, handle
+
+    def free(self):
+        """Frees the handle. Its number stays: using it again is an error that the library
+        reports."""
+        self.library.call(self._free, self.handle)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.free()
+        self.handle = c_void_p()
+
+    def __del__(self):
+        # The status is ignored: freeing NULL succeeds, and a handle that was freed before is
+        # refused.
+        getattr(self.library.c, f"varlen_fa_{self._free}")(self.handle)
+
+
+class KeyMask(Handle):
+    _free = "key_mask_free"
+
+
+class CuSeqlens(Handle):
+    _free = "cu_seqlens_free"
+
+
+class Meta(Handle):
+    _free = "meta_free"
+
+    def info(self):
+        info = MetaInfo()
+        self.library.call("meta_describe", self.handle, byref(info))
+        return info
+
+    def cu_seqlens(self):
+        return self.library.make(CuSeqlens, "cu_seqlens_from_meta", self.handle)
+
+    def upload(self, device):
+        self.library.call("meta_upload", self.handle, device.handle)
+
+    def _copy(self, what, element, count):
+        values = (element * count)()
+        self.library.call(f"meta_copy_{what}", self.handle, values, count)
+        return list(values)
+
+    def indices(self):
+        return self._copy("indices", c_uint32, self.info().total_valid)
+
+    def inv_indices(self):
+        info = self.info()
+        return self._copy("inv_indices", c_int32, info.batch * info.seq)
+
+    def cu_seqlens_values(self):
+        return self._copy("cu_seqlens", c_int32, self.info().batch + 1)
+
+
+class DeviceMeta(Handle):
+    _free = "device_meta_free"
+
+    def rebuild(self, mask):
+        self.library.call("device_meta_rebuild", self.handle, byref(mask))
+
+
+def _at(structure):
+    return None if structure is None else byref(structure)
+
+
+class Device(Handle):
+    """A device. Tensors are descriptors made by `tensor`. A Plan, if one is given, is filled in."""
+
+    _free = "device_free"
+
+    def info(self):
+        info = DeviceInfo()
+        self.library.call("device_describe", self.handle, byref(info))
+        return info
+
+    def synchronize(self):
+        self.library.call("device_synchronize", self.handle)
+
+    def device_meta(self, batch, seq):
+        return self.library.make(DeviceMeta, "device_meta_create", self.handle, batch, seq)
+
+    def forward(self, q, k, v, out, mask=None, options=None, plan=None):
+        self.library.call(
+            "forward", self.handle, _at(options), _at(q), _at(k), _at(v), _at(mask), _at(out), _at(plan)
+        )
+
+    def pack_qkv(self, q, k, v, meta, packed_q, packed_k, packed_v):
+        outputs = [byref(packed_q), byref(packed_k), byref(packed_v)]
+        self.library.call("pack_qkv", self.handle, byref(q), byref(k), byref(v), meta.handle, *outputs)
+
+    def varlen_attention(self, q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse=None, options=None, plan=None):
+        sequences = [cu_seqlens_q.handle, cu_seqlens_k.handle]
+        inputs = [byref(q), byref(k), byref(v)]
+        self.library.call(
+            "varlen_attention", self.handle, _at(options), *inputs, *sequences, byref(out), _at(lse), _at(plan)
+        )
+
+    def scatter_to_padded(self, packed, meta, padded):
+        self.library.call("scatter_to_padded", self.handle, byref(packed), meta.handle, byref(padded))

@@ -1,0 +1,691 @@
+/* The contract of the C library, in good calls and in bad ones: `contract cpu` or `contract wgpu`.
+ * Exits with 77 if the device is absent. */
+#define _POSIX_C_SOURCE 200809L
+#include <math.h>
+#include <pthread.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "varlen_fa.h"
+
+enum { BATCH = 2, SEQ = 12, HEADS = 4, DIM = 16, TOKENS = BATCH * SEQ, ELEMENTS = TOKENS * HEADS * DIM, NOT_AVAILABLE = 77 };
+
+/* Sizes are part of the binary interface; test_varlen_fa.py has the same numbers. */
+_Static_assert(sizeof(void *) != 8 || (sizeof(varlen_fa_tensor) == 112 && sizeof(varlen_fa_mask_view) == 72), "size");
+_Static_assert(sizeof(void *) != 8 || (sizeof(varlen_fa_attention_mask) == 88 && sizeof(varlen_fa_plan) == 272), "size");
+_Static_assert(sizeof(varlen_fa_attention_options) == 48 && sizeof(varlen_fa_run) == 24, "size");
+_Static_assert(sizeof(varlen_fa_device_info) == 440 && sizeof(varlen_fa_meta_info) == 64, "size");
+
+static int failures = 0;
+static varlen_fa_device *device = NULL;
+static int is_cpu = 0;
+
+/* One spare element, so that a misaligned address stays inside. */
+static float q_data[ELEMENTS + 1], k_data[ELEMENTS + 1], v_data[ELEMENTS + 1], out_data[ELEMENTS + 1];
+static const uint64_t lengths[BATCH] = {7, 12};
+enum { TOTAL = 19 };
+
+static void fail(int line, const char *what, const char *detail) {
+  fprintf(stderr, "line %d: %s: %s\n", line, what, detail);
+  failures++;
+}
+
+#define CHECK(condition) ((condition) ? (void)0 : fail(__LINE__, #condition, "is false"))
+#define OK(call) expect_ok(__LINE__, #call, (call))
+#define REFUSED(call, status, words) expect_refused(__LINE__, #call, (call), (status), (words))
+
+static void expect_ok(int line, const char *call, varlen_fa_status got) {
+  if (got != VARLEN_FA_STATUS_OK) {
+    fail(line, call, varlen_fa_last_error());
+  }
+}
+
+static void expect_refused(int line, const char *call, varlen_fa_status got, varlen_fa_status wanted, const char *words) {
+  char detail[512];
+  if (got != wanted) {
+    snprintf(detail, sizeof detail, "expected status %u, got %u: %s", (unsigned)wanted, (unsigned)got,
+             got == VARLEN_FA_STATUS_OK ? "" : varlen_fa_last_error());
+    fail(line, call, detail);
+  } else if (strstr(varlen_fa_last_error(), words) == NULL) {
+    snprintf(detail, sizeof detail, "expected a message with \"%s\", got \"%s\"", words, varlen_fa_last_error());
+    fail(line, call, detail);
+  }
+}
+
+static void fill(float *data, int count, uint32_t seed) {
+  for (int at = 0; at < count; at++) {
+    seed = seed * 1664525u + 1013904223u;
+    data[at] = (float)(seed >> 8) / 8388608.0f - 1.0f;
+  }
+}
+
+static varlen_fa_tensor tensor(void *data, uint64_t b, uint64_t s, uint64_t h, uint64_t d) {
+  varlen_fa_tensor made = {0};
+  const uint64_t shape[4] = {b, s, h, d};
+  const int64_t strides[4] = {(int64_t)(s * h * d), (int64_t)(h * d), (int64_t)d, 1};
+  made.data = data;
+  made.bytes = b * s * h * d * sizeof(float);
+  made.dtype = VARLEN_FA_DTYPE_F32;
+  made.rank = 4;
+  memcpy(made.shape, shape, sizeof shape);
+  memcpy(made.strides, strides, sizeof strides);
+  return made;
+}
+
+static varlen_fa_tensor packed_tensor(void *data, uint64_t rows, uint64_t h, uint64_t d) {
+  varlen_fa_tensor made = tensor(data, 1, rows, h, d);
+  made.rank = 3;
+  memmove(made.shape, made.shape + 1, 3 * sizeof made.shape[0]);
+  memmove(made.strides, made.strides + 1, 3 * sizeof made.strides[0]);
+  return made;
+}
+
+static varlen_fa_tensor padded(void *data) { return tensor(data, BATCH, SEQ, HEADS, DIM); }
+
+static varlen_fa_meta *meta_of_lengths(void) {
+  varlen_fa_key_mask *mask = NULL;
+  varlen_fa_meta *meta = NULL;
+  OK(varlen_fa_key_mask_from_lengths(lengths, BATCH, SEQ, &mask));
+  OK(varlen_fa_meta_create(mask, &meta));
+  OK(varlen_fa_key_mask_free(mask));
+  return meta;
+}
+
+static varlen_fa_attention_mask varlen(const varlen_fa_meta *meta) {
+  varlen_fa_attention_mask mask = {0};
+  mask.kind = VARLEN_FA_MASK_KIND_VARLEN;
+  mask.query_meta = meta;
+  return mask;
+}
+
+/* A good call, which SPOILED makes bad. */
+typedef struct call {
+  varlen_fa_attention_options options;
+  varlen_fa_tensor q, k, v, out;
+  varlen_fa_attention_mask mask;
+} call;
+
+static call good_call(const varlen_fa_meta *meta) {
+  call made;
+  memset(&made, 0, sizeof made);
+  made.q = padded(q_data);
+  made.k = padded(k_data);
+  made.v = padded(v_data);
+  made.out = padded(out_data);
+  made.mask = varlen(meta);
+  return made;
+}
+
+static varlen_fa_status run(const call *c) {
+  return varlen_fa_forward(device, &c->options, &c->q, &c->k, &c->v, &c->mask, &c->out, NULL);
+}
+
+/* Refused with the status and words, and nothing was written. */
+static void spoiled(int line, const char *what, const call *c, varlen_fa_status status, const char *words) {
+  varlen_fa_plan plan;
+  memset(out_data, 0xa5, sizeof out_data);
+  memset(&plan, 0xa5, sizeof plan);
+  expect_refused(line, what,
+                 varlen_fa_forward(device, &c->options, &c->q, &c->k, &c->v, &c->mask, &c->out, &plan), status, words);
+  for (size_t at = 0; at < sizeof out_data; at++) {
+    if (((unsigned char *)out_data)[at] != 0xa5) {
+      fail(line, what, "the output was written");
+      break;
+    }
+  }
+  for (size_t at = 0; at < sizeof plan; at++) {
+    if (((unsigned char *)&plan)[at] != 0xa5) {
+      fail(line, what, "the plan was written");
+      break;
+    }
+  }
+}
+
+#define SPOILED(change, status, words)         \
+  do {                                         \
+    call c = good_call(meta);                  \
+    change;                                    \
+    spoiled(__LINE__, #change, &c, (status), (words)); \
+  } while (0)
+
+static void bad_tensors(const varlen_fa_meta *meta) {
+  SPOILED(c.q.data = NULL, VARLEN_FA_STATUS_NULL_POINTER, "`q.data`");
+  SPOILED(c.out.data = NULL, VARLEN_FA_STATUS_NULL_POINTER, "`out.data`");
+  SPOILED(c.k.data = (void *)(uintptr_t)64, VARLEN_FA_STATUS_NULL_POINTER, "0x40");
+  SPOILED(c.v.data = (char *)v_data + 1, VARLEN_FA_STATUS_MISALIGNED, "`v.data`");
+  SPOILED(c.out.data = (char *)out_data + 2, VARLEN_FA_STATUS_MISALIGNED, "multiple of 4");
+  SPOILED(c.q.data = (void *)(UINTPTR_MAX - 3), VARLEN_FA_STATUS_TOO_LARGE, "`q.data`");
+  SPOILED(c.q.bytes = 0, VARLEN_FA_STATUS_BUFFER_TOO_SMALL, "`q`");
+  SPOILED(c.k.bytes -= 1, VARLEN_FA_STATUS_BUFFER_TOO_SMALL, "`k`: the view reaches byte 6144 of a buffer of 6143 bytes");
+  SPOILED(c.out.bytes -= 4, VARLEN_FA_STATUS_BUFFER_TOO_SMALL, "`out`");
+  SPOILED(c.out.strides[0] += 1, VARLEN_FA_STATUS_BUFFER_TOO_SMALL, "`out`");
+  SPOILED(c.v.strides[1] = 1 << 20, VARLEN_FA_STATUS_BUFFER_TOO_SMALL, "`v`");
+  SPOILED(c.v.strides[1] = INT64_MAX, VARLEN_FA_STATUS_TOO_LARGE, "`v`");
+  SPOILED(c.q.strides[2] = -DIM, VARLEN_FA_STATUS_BAD_VALUE, "`q.strides`");
+  SPOILED(c.q.shape[0] = UINT64_MAX, VARLEN_FA_STATUS_TOO_LARGE, "`q");
+  SPOILED(c.q.rank = 0, VARLEN_FA_STATUS_RANK, "`q.rank`: expected 1 to 4, got 0");
+  SPOILED(c.q.rank = 5, VARLEN_FA_STATUS_RANK, "got 5");
+  SPOILED(c.q.rank = 3; c.q.strides[2] = 1, VARLEN_FA_STATUS_RANK, "`q`: expected 4");
+  SPOILED(c.q.dtype = 0, VARLEN_FA_STATUS_BAD_VALUE, "`q.dtype`: expected 1 (f32) or 2 (f16) or 3 (bf16), got 0");
+  SPOILED(c.out.dtype = 77, VARLEN_FA_STATUS_BAD_VALUE, "got 77");
+  SPOILED(c.k.dtype = VARLEN_FA_DTYPE_F16, VARLEN_FA_STATUS_DTYPE_MISMATCH, "`k`");
+  SPOILED(c.v.memory = 7, VARLEN_FA_STATUS_BAD_VALUE, "`v.memory`");
+  SPOILED(c.v.memory = VARLEN_FA_MEMORY_CUDA, VARLEN_FA_STATUS_DEVICE_MISMATCH, "`v`");
+  SPOILED(c.out.memory = VARLEN_FA_MEMORY_CUDA, VARLEN_FA_STATUS_DEVICE_MISMATCH, "`out`");
+  SPOILED(c.q.reserved[1] = 1, VARLEN_FA_STATUS_BAD_VALUE, "`q.reserved`");
+  SPOILED(c.q.reserved_word = 1, VARLEN_FA_STATUS_BAD_VALUE, "`q.reserved_word`");
+  SPOILED(c.q.strides[3] = 2; c.q.strides[2] = 0, VARLEN_FA_STATUS_INNER_STRIDE, "`q`");
+  SPOILED(c.out.strides[3] = 2; c.out.strides[2] = 0, VARLEN_FA_STATUS_INNER_STRIDE, "`out`");
+  SPOILED(c.out.strides[0] = 0, VARLEN_FA_STATUS_SELF_OVERLAP, "`out`");
+  SPOILED(c.q.shape[3] = 12, VARLEN_FA_STATUS_SHAPE, "`k`");
+  SPOILED(c.q.shape[3] = c.k.shape[3] = c.v.shape[3] = c.out.shape[3] = 12, VARLEN_FA_STATUS_HEAD_DIM, "got 12");
+  SPOILED(c.k.shape[2] = c.v.shape[2] = 3, VARLEN_FA_STATUS_HEADS_NOT_DIVISIBLE, "num_heads = 4");
+  SPOILED(c.out.shape[1] = 11, VARLEN_FA_STATUS_SHAPE, "`out`");
+  SPOILED(c.q.shape[1] = c.k.shape[1] = c.v.shape[1] = c.out.shape[1] = 11, VARLEN_FA_STATUS_MASK_SIZE, "metadata");
+}
+
+static void bad_outputs(const varlen_fa_meta *meta) {
+  /* An output over an input, over a part of it, and between its rows. */
+  SPOILED(c.q = padded(out_data), VARLEN_FA_STATUS_OVERLAP, "`out` overlaps `q`");
+  SPOILED(c.v = padded(out_data), VARLEN_FA_STATUS_OVERLAP, "`out` overlaps `v`");
+  SPOILED(c.k.data = &out_data[1]; c.k.strides[0] = c.k.strides[1] = 0, VARLEN_FA_STATUS_OVERLAP, "`out` overlaps `k`");
+  static float both[2 * ELEMENTS];
+  memset(both, 0xa5, sizeof both);
+  call c = good_call(meta);
+  c.q = tensor(both, BATCH, SEQ, HEADS, DIM);
+  c.out = tensor(both + HEADS * DIM, BATCH, SEQ, HEADS, DIM);
+  for (int dim = 0; dim < 2; dim++) {
+    c.q.strides[dim] *= 2;
+    c.out.strides[dim] *= 2;
+  }
+  c.q.bytes = sizeof both;
+  c.out.bytes = sizeof both - HEADS * DIM * sizeof(float);
+  REFUSED(run(&c), VARLEN_FA_STATUS_OVERLAP, "`out` overlaps `q`");
+  for (size_t at = 0; at < sizeof both; at++) {
+    CHECK(((unsigned char *)both)[at] == 0xa5);
+  }
+}
+
+static void bad_options_and_masks(const varlen_fa_meta *meta) {
+  SPOILED(c.options.has_softmax_scale = 2, VARLEN_FA_STATUS_BAD_VALUE, "`options.has_softmax_scale`");
+  SPOILED(c.options.has_softmax_scale = 1; c.options.softmax_scale = NAN, VARLEN_FA_STATUS_SOFTMAX_SCALE, "NaN");
+  SPOILED(c.options.path = 9, VARLEN_FA_STATUS_BAD_VALUE, "`options.path`");
+  SPOILED(c.options.path = VARLEN_FA_PATH_ZERO, VARLEN_FA_STATUS_NOT_APPLICABLE, "zero");
+  SPOILED(c.options.kernel = 99, VARLEN_FA_STATUS_BAD_VALUE, "`options.kernel`");
+  SPOILED(c.options.kernel = VARLEN_FA_KERNEL_CUDA_SM80, VARLEN_FA_STATUS_NOT_APPLICABLE, "sm80");
+  SPOILED(c.options.reserved[0] = 1, VARLEN_FA_STATUS_BAD_VALUE, "`options.reserved`");
+  SPOILED(c.mask.kind = 99, VARLEN_FA_STATUS_BAD_VALUE, "`mask.kind`");
+  SPOILED(c.mask.kind = VARLEN_FA_MASK_KIND_NONE, VARLEN_FA_STATUS_BAD_VALUE, "`mask.query_meta`");
+  SPOILED(c.mask.query_meta = NULL, VARLEN_FA_STATUS_NULL_POINTER, "`mask.query_meta`");
+  SPOILED(c.mask.kind = VARLEN_FA_MASK_KIND_VARLEN_CROSS, VARLEN_FA_STATUS_NULL_POINTER, "`mask.key_meta`");
+  SPOILED(c.mask.reserved[3] = 1, VARLEN_FA_STATUS_BAD_VALUE, "`mask.reserved`");
+  SPOILED(c.mask.query_meta = (const varlen_fa_meta *)device, VARLEN_FA_STATUS_BAD_HANDLE, "got a device handle");
+  SPOILED(c.mask.query_meta = (const varlen_fa_meta *)&c, VARLEN_FA_STATUS_BAD_HANDLE, "never issued");
+  varlen_fa_tensor bias = packed_tensor(q_data, 2, 3, 4);
+  SPOILED(memset(&c.mask, 0, sizeof c.mask); c.mask.kind = VARLEN_FA_MASK_KIND_BIAS; c.mask.bias = &bias,
+          VARLEN_FA_STATUS_BROADCAST, "bias");
+  bias = padded(out_data);
+  SPOILED(memset(&c.mask, 0, sizeof c.mask); c.mask.kind = VARLEN_FA_MASK_KIND_BIAS; c.mask.bias = &bias,
+          VARLEN_FA_STATUS_OVERLAP, "`out` overlaps `bias`");
+
+  call c = good_call(meta);
+  REFUSED(varlen_fa_forward(NULL, NULL, &c.q, &c.k, &c.v, NULL, &c.out, NULL), VARLEN_FA_STATUS_NULL_POINTER, "`device`");
+  REFUSED(varlen_fa_forward(device, NULL, NULL, &c.k, &c.v, NULL, &c.out, NULL), VARLEN_FA_STATUS_NULL_POINTER, "`q`");
+  REFUSED(varlen_fa_forward(device, NULL, &c.q, &c.k, &c.v, NULL, NULL, NULL), VARLEN_FA_STATUS_NULL_POINTER, "`out`");
+  REFUSED(varlen_fa_forward(device, NULL, &c.q, &c.k, &c.v, NULL, &c.out, (varlen_fa_plan *)(uintptr_t)0x100002),
+          VARLEN_FA_STATUS_MISALIGNED, "`plan`");
+  REFUSED(varlen_fa_forward((varlen_fa_device *)meta, NULL, &c.q, &c.k, &c.v, NULL, &c.out, NULL),
+          VARLEN_FA_STATUS_BAD_HANDLE, "`device`: expected a device handle, got a metadata handle");
+}
+
+/* Names are those of the constants and of plans; a number without a name gives NULL. */
+static void names(const varlen_fa_device_info *info) {
+  CHECK(strcmp(varlen_fa_status_name(VARLEN_FA_STATUS_BAD_HANDLE), "BAD_HANDLE") == 0);
+  CHECK(strcmp(varlen_fa_device_kind_name(VARLEN_FA_DEVICE_KIND_CPU), "cpu") == 0);
+  CHECK(strcmp(varlen_fa_dtype_name(VARLEN_FA_DTYPE_BF16), "bf16") == 0);
+  CHECK(strcmp(varlen_fa_path_name(VARLEN_FA_PATH_FUSED), "fused") == 0);
+  CHECK(strcmp(varlen_fa_kernel_name(VARLEN_FA_KERNEL_CUDA_SM100), "sm100") == 0);
+  CHECK(strcmp(varlen_fa_reason_name(VARLEN_FA_REASON_ALL_VALID), "all-valid") == 0);
+  for (uint32_t number = 0; number < 32; number++) {
+    CHECK((info->kernels >> number & 1) == 0 || varlen_fa_kernel_name(number) != NULL);
+    CHECK((info->dtypes >> number & 1) == 0 || varlen_fa_dtype_name(number) != NULL);
+  }
+  CHECK(varlen_fa_kernel_name(VARLEN_FA_KERNEL_UNLISTED) == NULL && varlen_fa_status_name(UINT32_MAX) == NULL);
+  CHECK(varlen_fa_reason_name(8) == NULL && varlen_fa_dtype_name(0) == NULL);
+}
+
+static void handles(void) {
+  varlen_fa_device *other = NULL;
+  REFUSED(varlen_fa_device_open(VARLEN_FA_DEVICE_KIND_CPU, 0, NULL), VARLEN_FA_STATUS_NULL_POINTER, "`device`");
+  REFUSED(varlen_fa_device_open(42, 0, &other), VARLEN_FA_STATUS_BAD_VALUE, "`kind`");
+  REFUSED(varlen_fa_device_open(VARLEN_FA_DEVICE_KIND_CPU, 1, &other), VARLEN_FA_STATUS_BAD_VALUE, "`ordinal`");
+  REFUSED(varlen_fa_device_open(VARLEN_FA_DEVICE_KIND_CUDA, 999, &other), VARLEN_FA_STATUS_DEVICE_UNAVAILABLE, "cuda:999");
+  CHECK(other == NULL);
+  OK(varlen_fa_device_open(VARLEN_FA_DEVICE_KIND_CPU, 0, &other));
+  OK(varlen_fa_device_synchronize(other));
+  OK(varlen_fa_device_free(other));
+  REFUSED(varlen_fa_device_free(other), VARLEN_FA_STATUS_BAD_HANDLE, "freed");
+  REFUSED(varlen_fa_device_synchronize(other), VARLEN_FA_STATUS_BAD_HANDLE, "freed");
+  OK(varlen_fa_device_free(NULL));
+  OK(varlen_fa_key_mask_free(NULL));
+  OK(varlen_fa_meta_free(NULL));
+  OK(varlen_fa_device_meta_free(NULL));
+  OK(varlen_fa_cu_seqlens_free(NULL));
+
+  varlen_fa_meta *meta = meta_of_lengths();
+  varlen_fa_cu_seqlens *cu = NULL;
+  OK(varlen_fa_cu_seqlens_from_meta(meta, &cu));
+  REFUSED(varlen_fa_key_mask_free((varlen_fa_key_mask *)meta), VARLEN_FA_STATUS_BAD_HANDLE, "got a metadata handle");
+  OK(varlen_fa_meta_free(meta));
+  call c = good_call(meta);
+  REFUSED(run(&c), VARLEN_FA_STATUS_BAD_HANDLE, "freed");
+  /* The sequences of freed metadata stay valid. */
+  varlen_fa_tensor rows = packed_tensor(q_data, TOTAL, HEADS, DIM), out = packed_tensor(out_data, TOTAL, HEADS, DIM);
+  OK(varlen_fa_varlen_attention(device, NULL, &rows, &rows, &rows, cu, cu, &out, NULL, NULL));
+  OK(varlen_fa_cu_seqlens_free(cu));
+  REFUSED(varlen_fa_cu_seqlens_free(cu), VARLEN_FA_STATUS_BAD_HANDLE, "freed");
+}
+
+static void expect_same_tokens(int line, varlen_fa_key_mask *mask) {
+  varlen_fa_meta *meta = NULL;
+  varlen_fa_meta_info info;
+  uint32_t indices[TOTAL];
+  int32_t inv_indices[TOKENS], cu_seqlens[BATCH + 1];
+  expect_ok(line, "meta", varlen_fa_meta_create(mask, &meta));
+  OK(varlen_fa_meta_describe(meta, &info));
+  CHECK(info.batch == BATCH && info.seq == SEQ && info.total_valid == TOTAL && info.max_seqlen == 12);
+  OK(varlen_fa_meta_copy_indices(meta, indices, TOTAL));
+  OK(varlen_fa_meta_copy_inv_indices(meta, inv_indices, TOKENS));
+  OK(varlen_fa_meta_copy_cu_seqlens(meta, cu_seqlens, BATCH + 1));
+  for (int32_t at = 0, packed = 0; at < TOKENS; at++) {
+    int valid = (uint64_t)(at % SEQ) < lengths[at / SEQ];
+    if (inv_indices[at] != (valid ? packed : -1) || (valid && indices[packed] != (uint32_t)at)) {
+      fail(line, "metadata", "differs from the lengths");
+      break;
+    }
+    packed += valid;
+  }
+  CHECK(cu_seqlens[0] == 0 && cu_seqlens[1] == 7 && cu_seqlens[2] == TOTAL);
+  REFUSED(varlen_fa_meta_copy_indices(meta, indices, TOTAL - 1), VARLEN_FA_STATUS_LENGTH, "`indices`");
+  REFUSED(varlen_fa_meta_copy_cu_seqlens(meta, NULL, BATCH + 1), VARLEN_FA_STATUS_NULL_POINTER, "`values`");
+  OK(varlen_fa_meta_free(meta));
+  OK(varlen_fa_key_mask_free(mask));
+}
+
+static void masks(void) {
+  varlen_fa_key_mask *mask = NULL;
+  uint8_t bytes[TOKENS];
+  int16_t shorts[TOKENS];
+  int32_t words[TOKENS];
+  int64_t longs[TOKENS];
+  for (int at = 0; at < TOKENS; at++) {
+    int valid = (uint64_t)(at % SEQ) < lengths[at / SEQ];
+    bytes[at] = valid ? 255 : 0;
+    shorts[at] = valid ? INT16_MIN : 0;
+    words[at] = valid ? -1 : 0;
+    longs[at] = valid ? INT64_MIN : 0;
+  }
+  OK(varlen_fa_key_mask_from_lengths(lengths, BATCH, SEQ, &mask));
+  expect_same_tokens(__LINE__, mask);
+  OK(varlen_fa_key_mask_from_integers(bytes, VARLEN_FA_MASK_DTYPE_U8, BATCH, SEQ, &mask));
+  expect_same_tokens(__LINE__, mask);
+  OK(varlen_fa_key_mask_from_integers(shorts, VARLEN_FA_MASK_DTYPE_U16, BATCH, SEQ, &mask));
+  expect_same_tokens(__LINE__, mask);
+  OK(varlen_fa_key_mask_from_integers(words, VARLEN_FA_MASK_DTYPE_U32, BATCH, SEQ, &mask));
+  expect_same_tokens(__LINE__, mask);
+  OK(varlen_fa_key_mask_from_integers(longs, VARLEN_FA_MASK_DTYPE_U64, BATCH, SEQ, &mask));
+  expect_same_tokens(__LINE__, mask);
+  const varlen_fa_run runs[] = {{1, 4, 12}, {0, 0, 7}, {1, 0, 4}, {0, 3, 3}};
+  OK(varlen_fa_key_mask_from_runs(runs, 4, BATCH, SEQ, &mask));
+  expect_same_tokens(__LINE__, mask);
+  OK(varlen_fa_key_mask_from_lengths(NULL, 0, SEQ, &mask));
+  OK(varlen_fa_key_mask_free(mask));
+
+  mask = NULL;
+  REFUSED(varlen_fa_key_mask_from_integers(NULL, VARLEN_FA_MASK_DTYPE_U8, BATCH, SEQ, &mask), VARLEN_FA_STATUS_NULL_POINTER, "`mask`");
+  REFUSED(varlen_fa_key_mask_from_integers(bytes, 3, BATCH, SEQ, &mask), VARLEN_FA_STATUS_BAD_VALUE, "`dtype`");
+  REFUSED(varlen_fa_key_mask_from_integers((char *)longs + 4, VARLEN_FA_MASK_DTYPE_U64, 1, 1, &mask), VARLEN_FA_STATUS_MISALIGNED, "`mask`");
+  REFUSED(varlen_fa_key_mask_from_integers(bytes, VARLEN_FA_MASK_DTYPE_U8, UINT64_MAX, UINT64_MAX, &mask), VARLEN_FA_STATUS_TOO_LARGE, "`mask`");
+  const uint64_t too_long[] = {3, SEQ + 1};
+  REFUSED(varlen_fa_key_mask_from_lengths(too_long, 2, SEQ, &mask), VARLEN_FA_STATUS_MASK_ROW, "row 1");
+  const varlen_fa_run outside[] = {{2, 0, 1}, {0, 3, 13}, {0, 5, 4}};
+  REFUSED(varlen_fa_key_mask_from_runs(outside, 1, BATCH, SEQ, &mask), VARLEN_FA_STATUS_MASK_ROW, "rows below 2");
+  REFUSED(varlen_fa_key_mask_from_runs(outside + 1, 1, BATCH, SEQ, &mask), VARLEN_FA_STATUS_MASK_ROW, "3..13");
+  REFUSED(varlen_fa_key_mask_from_runs(outside + 2, 1, BATCH, SEQ, &mask), VARLEN_FA_STATUS_MASK_ROW, "5..4");
+  REFUSED(varlen_fa_key_mask_from_runs(NULL, 0, UINT64_MAX, 0, &mask), VARLEN_FA_STATUS_TOO_LARGE, "`batch`");
+  REFUSED(varlen_fa_key_mask_from_lengths(lengths, BATCH, SEQ, NULL), VARLEN_FA_STATUS_NULL_POINTER, "`key_mask`");
+  REFUSED(varlen_fa_meta_create(NULL, (varlen_fa_meta **)&mask), VARLEN_FA_STATUS_NULL_POINTER, "`key_mask`");
+  CHECK(mask == NULL);
+
+  varlen_fa_cu_seqlens *cu = NULL;
+  const int32_t falling[] = {0, 5, 4}, late[] = {1, 5};
+  REFUSED(varlen_fa_cu_seqlens_create(falling, 3, &cu), VARLEN_FA_STATUS_CU_SEQLENS, "never fall");
+  REFUSED(varlen_fa_cu_seqlens_create(late, 2, &cu), VARLEN_FA_STATUS_CU_SEQLENS, "first value of 0");
+  REFUSED(varlen_fa_cu_seqlens_create(NULL, 0, &cu), VARLEN_FA_STATUS_CU_SEQLENS, "no values");
+  CHECK(cu == NULL);
+}
+
+/* pack, attention over packed rows and scatter give what the packed path gives, bit for bit; lse is
+ * checked in double. */
+static void primitives(const varlen_fa_meta *meta) {
+  static float packed[3][TOTAL * HEADS * DIM], attended[TOTAL * HEADS * DIM], lse[HEADS * TOTAL], whole[ELEMENTS];
+  varlen_fa_tensor q = padded(q_data), k = padded(k_data), v = padded(v_data), out = padded(out_data);
+  varlen_fa_tensor pq = packed_tensor(packed[0], TOTAL, HEADS, DIM), pk = packed_tensor(packed[1], TOTAL, HEADS, DIM);
+  varlen_fa_tensor pv = packed_tensor(packed[2], TOTAL, HEADS, DIM), po = packed_tensor(attended, TOTAL, HEADS, DIM);
+  varlen_fa_tensor sums = packed_tensor(lse, 1, HEADS, TOTAL), to = padded(whole);
+  varlen_fa_attention_options options = {0};
+  varlen_fa_attention_mask mask = varlen(meta);
+  varlen_fa_cu_seqlens *cu = NULL;
+  varlen_fa_plan plan;
+  const int32_t values[] = {0, 7, TOTAL};
+  sums.rank = 2;
+  memmove(sums.shape, sums.shape + 1, 2 * sizeof sums.shape[0]);
+  memmove(sums.strides, sums.strides + 1, 2 * sizeof sums.strides[0]);
+  options.path = VARLEN_FA_PATH_PACKED;
+
+  OK(varlen_fa_cu_seqlens_create(values, 3, &cu));
+  OK(varlen_fa_pack_qkv(device, &q, &k, &v, meta, &pq, &pk, &pv));
+  OK(varlen_fa_varlen_attention(device, NULL, &pq, &pk, &pv, cu, cu, &po, &sums, &plan));
+  CHECK(plan.path == VARLEN_FA_PATH_PACKED && plan.reason == VARLEN_FA_REASON_ALREADY_PACKED);
+  CHECK(strstr(plan.text, "packed by") == plan.text);
+  memset(whole, 0xff, sizeof whole);
+  OK(varlen_fa_scatter_to_padded(device, &po, meta, &to));
+  OK(varlen_fa_forward(device, &options, &q, &k, &v, &mask, &out, &plan));
+  CHECK(plan.path == VARLEN_FA_PATH_PACKED && plan.reason == VARLEN_FA_REASON_PATH_FORCED);
+  CHECK(memcmp(whole, out_data, sizeof whole) == 0);
+  CHECK(memcmp(packed[0], q_data, 7 * HEADS * DIM * sizeof(float)) == 0);
+  CHECK(whole[0] != 0.0f && whole[8 * HEADS * DIM] == 0.0f);
+  for (int row = 0; row < TOTAL; row++) {
+    for (int h = 0; h < HEADS; h++) {
+      double sum = 0.0;
+      for (int key = row < 7 ? 0 : 7; key < (row < 7 ? 7 : TOTAL); key++) {
+        double score = 0.0;
+        for (int d = 0; d < DIM; d++) {
+          score += (double)packed[0][(row * HEADS + h) * DIM + d] * (double)packed[1][(key * HEADS + h) * DIM + d];
+        }
+        sum += exp(score / 4.0);
+      }
+      CHECK(fabs((double)lse[h * TOTAL + row] - log(sum)) < 1e-5);
+    }
+  }
+
+  REFUSED(varlen_fa_pack_qkv(device, &q, &k, &v, meta, &pq, &pq, &pv), VARLEN_FA_STATUS_OVERLAP, "`packed_q` overlaps `packed_k`");
+  REFUSED(varlen_fa_pack_qkv(device, &q, &k, &v, meta, &pq, &pk, &v), VARLEN_FA_STATUS_OVERLAP, "`packed_v` overlaps `v`");
+  REFUSED(varlen_fa_pack_qkv(device, &q, &k, &v, NULL, &pq, &pk, &pv), VARLEN_FA_STATUS_NULL_POINTER, "`meta`");
+  REFUSED(varlen_fa_pack_qkv(device, &q, &k, &v, meta, &q, &pk, &pv), VARLEN_FA_STATUS_OVERLAP, "`packed_q`");
+  REFUSED(varlen_fa_varlen_attention(device, NULL, &pq, &pk, &pv, cu, cu, &po, &po, NULL), VARLEN_FA_STATUS_OVERLAP, "`out` overlaps `lse`");
+  REFUSED(varlen_fa_varlen_attention(device, &options, &pq, &pk, &pv, cu, cu, &po, NULL, NULL), VARLEN_FA_STATUS_NOT_APPLICABLE, "`options.path`");
+  REFUSED(varlen_fa_varlen_attention(device, NULL, &pq, &pk, &pv, cu, NULL, &po, NULL, NULL), VARLEN_FA_STATUS_NULL_POINTER, "`cu_seqlens_k`");
+  REFUSED(varlen_fa_varlen_attention(device, NULL, &q, &pk, &pv, cu, cu, &po, NULL, NULL), VARLEN_FA_STATUS_RANK, "`q`");
+  REFUSED(varlen_fa_scatter_to_padded(device, &po, meta, &po), VARLEN_FA_STATUS_OVERLAP, "`padded` overlaps `packed`");
+  pq.shape[0] -= 1;
+  REFUSED(varlen_fa_pack_qkv(device, &q, &k, &v, meta, &pq, &pk, &pv), VARLEN_FA_STATUS_SHAPE, "`packed_q`");
+  REFUSED(varlen_fa_varlen_attention(device, NULL, &pq, &pk, &pv, cu, cu, &pq, NULL, NULL), VARLEN_FA_STATUS_OVERLAP, "`out`");
+  REFUSED(varlen_fa_scatter_to_padded(device, &pq, meta, &to), VARLEN_FA_STATUS_SHAPE, "`packed`");
+  OK(varlen_fa_cu_seqlens_free(cu));
+}
+
+/* Four masks with the same meaning; strides of every kind; what lies between the rows of an output
+ * stays. */
+static void equal_masks(const varlen_fa_meta *meta) {
+  static float expected[ELEMENTS], turned[ELEMENTS], roomy[TOKENS * (HEADS + 1) * DIM];
+  static float bias_data[BATCH * SEQ];
+  varlen_fa_key_mask *key_mask = NULL;
+  call c = good_call(meta);
+  OK(run(&c));
+  memcpy(expected, out_data, sizeof expected);
+
+  OK(varlen_fa_key_mask_from_lengths(lengths, BATCH, SEQ, &key_mask));
+  memset(&c.mask, 0, sizeof c.mask);
+  c.mask.kind = VARLEN_FA_MASK_KIND_KEY;
+  c.mask.key_mask = key_mask;
+  OK(run(&c));
+  for (int token = 0; token < TOKENS; token++) {
+    bias_data[token] = (uint64_t)(token % SEQ) < lengths[token / SEQ] ? 0.0f : -INFINITY;
+    for (int at = 0; at < HEADS * DIM && (uint64_t)(token % SEQ) < lengths[token / SEQ]; at++) {
+      CHECK(fabsf(out_data[token * HEADS * DIM + at] - expected[token * HEADS * DIM + at]) < 1e-5f);
+    }
+  }
+  memcpy(turned, out_data, sizeof turned);
+  /* [B, H, Sq, Sk] with strides of 0. */
+  varlen_fa_tensor bias = tensor(bias_data, BATCH, HEADS, SEQ, SEQ);
+  bias.strides[0] = SEQ;
+  bias.strides[1] = bias.strides[2] = 0;
+  bias.bytes = sizeof bias_data;
+  memset(&c.mask, 0, sizeof c.mask);
+  c.mask.kind = VARLEN_FA_MASK_KIND_BIAS;
+  c.mask.bias = &bias;
+  memset(out_data, 0xff, sizeof out_data);
+  OK(run(&c));
+  for (int at = 0; at < ELEMENTS; at++) {
+    CHECK(fabsf(out_data[at] - turned[at]) < 1e-5f);
+  }
+  OK(varlen_fa_key_mask_free(key_mask));
+
+  /* k as [B, H, S, D] memory; the output with a spare head. */
+  for (int b = 0; b < BATCH; b++) {
+    for (int s = 0; s < SEQ; s++) {
+      for (int h = 0; h < HEADS; h++) {
+        memcpy(&turned[((b * HEADS + h) * SEQ + s) * DIM], &k_data[((b * SEQ + s) * HEADS + h) * DIM], DIM * sizeof(float));
+      }
+    }
+  }
+  memset(roomy, 0xa5, sizeof roomy);
+  c = good_call(meta);
+  c.k = padded(turned);
+  c.k.strides[1] = DIM;
+  c.k.strides[2] = SEQ * DIM;
+  c.out = padded(roomy);
+  c.out.strides[0] = SEQ * (HEADS + 1) * DIM;
+  c.out.strides[1] = (HEADS + 1) * DIM;
+  c.out.bytes = sizeof roomy - DIM * sizeof(float);
+  OK(run(&c));
+  for (int token = 0; token < TOKENS; token++) {
+    const float *row = &roomy[token * (HEADS + 1) * DIM];
+    CHECK(memcmp(row, &expected[token * HEADS * DIM], HEADS * DIM * sizeof(float)) == 0);
+    for (size_t at = 0; at < DIM * sizeof(float); at++) {
+      CHECK(((const unsigned char *)(row + HEADS * DIM))[at] == 0xa5);
+    }
+  }
+
+  /* Cross-attention with the same metadata twice is self-attention. */
+  c = good_call(meta);
+  c.mask.kind = VARLEN_FA_MASK_KIND_VARLEN_CROSS;
+  c.mask.key_meta = meta;
+  memset(out_data, 0xff, sizeof out_data);
+  OK(run(&c));
+  CHECK(memcmp(out_data, expected, sizeof expected) == 0);
+
+  /* So it is with equal metadata of two handles. */
+  varlen_fa_meta *equal = meta_of_lengths();
+  c.mask.key_meta = equal;
+  memset(out_data, 0xff, sizeof out_data);
+  OK(run(&c));
+  CHECK(memcmp(out_data, expected, sizeof expected) == 0);
+  OK(varlen_fa_meta_free(equal));
+
+  /* No mask at all, and a scale. */
+  c = good_call(meta);
+  c.options.has_softmax_scale = 1;
+  c.options.softmax_scale = 0.25f;
+  OK(run(&c));
+  CHECK(memcmp(out_data, expected, sizeof expected) == 0);
+  varlen_fa_plan plan;
+  OK(varlen_fa_forward(device, NULL, &c.q, &c.k, &c.v, NULL, &c.out, &plan));
+  CHECK(plan.path == VARLEN_FA_PATH_DENSE && plan.reason == VARLEN_FA_REASON_NO_MASK);
+
+  /* Nothing to do needs no memory. */
+  varlen_fa_tensor nothing = tensor(NULL, 0, SEQ, HEADS, DIM);
+  OK(varlen_fa_forward(device, NULL, &nothing, &nothing, &nothing, NULL, &nothing, NULL));
+}
+
+static void device_meta(const varlen_fa_meta *meta) {
+  static float expected[ELEMENTS];
+  static uint16_t columns[SEQ * 4];
+  varlen_fa_device_meta *on_device = NULL;
+  if (!is_cpu) {
+    REFUSED(varlen_fa_device_meta_create(device, BATCH, SEQ, &on_device), VARLEN_FA_STATUS_NOT_APPLICABLE, "metadata");
+    CHECK(on_device == NULL);
+    return;
+  }
+  call c = good_call(meta);
+  OK(run(&c));
+  memcpy(expected, out_data, sizeof expected);
+
+  OK(varlen_fa_device_meta_create(device, BATCH, SEQ, &on_device));
+  memset(&c.mask, 0, sizeof c.mask);
+  c.mask.kind = VARLEN_FA_MASK_KIND_DEVICE_VARLEN;
+  c.mask.query_device_meta = on_device;
+  OK(run(&c)); /* nothing is valid yet */
+  for (int at = 0; at < ELEMENTS; at++) {
+    CHECK(out_data[at] == 0.0f);
+  }
+  /* A [S, 4] array of which columns 0 and 2 are the batch rows. */
+  for (uint64_t s = 0; s < SEQ; s++) {
+    columns[s * 4] = s < lengths[0] ? 0x100 : 0;
+    columns[s * 4 + 2] = s < lengths[1] ? 1 : 0;
+  }
+  varlen_fa_mask_view mask = {0};
+  mask.data = columns;
+  mask.bytes = sizeof columns;
+  mask.dtype = VARLEN_FA_MASK_DTYPE_U16;
+  mask.shape[0] = BATCH;
+  mask.shape[1] = SEQ;
+  mask.strides[0] = 2;
+  mask.strides[1] = 4;
+  OK(varlen_fa_device_meta_rebuild(on_device, &mask));
+  OK(run(&c));
+  CHECK(memcmp(out_data, expected, sizeof expected) == 0);
+  c.mask.kind = VARLEN_FA_MASK_KIND_DEVICE_VARLEN_CROSS;
+  c.mask.key_device_meta = on_device;
+  OK(run(&c));
+  CHECK(memcmp(out_data, expected, sizeof expected) == 0);
+
+  varlen_fa_device_meta *equal = NULL;
+  OK(varlen_fa_device_meta_create(device, BATCH, SEQ, &equal));
+  c.mask.key_device_meta = equal;
+  OK(run(&c)); /* no key is valid yet */
+  for (int at = 0; at < ELEMENTS; at++) {
+    CHECK(out_data[at] == 0.0f);
+  }
+  OK(varlen_fa_device_meta_rebuild(equal, &mask));
+  OK(run(&c));
+  CHECK(memcmp(out_data, expected, sizeof expected) == 0);
+  OK(varlen_fa_device_meta_free(equal));
+  c.mask.key_device_meta = on_device;
+
+  varlen_fa_mask_view bad = mask;
+  bad.data = NULL;
+  REFUSED(varlen_fa_device_meta_rebuild(on_device, &bad), VARLEN_FA_STATUS_NULL_POINTER, "`mask.data`");
+  bad = mask;
+  bad.data = (char *)columns + 1;
+  REFUSED(varlen_fa_device_meta_rebuild(on_device, &bad), VARLEN_FA_STATUS_MISALIGNED, "`mask.data`");
+  bad = mask;
+  bad.bytes = 93;
+  REFUSED(varlen_fa_device_meta_rebuild(on_device, &bad), VARLEN_FA_STATUS_BUFFER_TOO_SMALL, "byte 94 of a buffer of 93");
+  bad = mask;
+  bad.shape[1] = SEQ - 1;
+  REFUSED(varlen_fa_device_meta_rebuild(on_device, &bad), VARLEN_FA_STATUS_MASK_SIZE, "`mask`");
+  bad = mask;
+  bad.memory = VARLEN_FA_MEMORY_CUDA;
+  REFUSED(varlen_fa_device_meta_rebuild(on_device, &bad), VARLEN_FA_STATUS_DEVICE_MISMATCH, "`mask`");
+  REFUSED(varlen_fa_device_meta_rebuild(on_device, NULL), VARLEN_FA_STATUS_NULL_POINTER, "`mask`");
+  OK(run(&c)); /* as it was */
+  CHECK(memcmp(out_data, expected, sizeof expected) == 0);
+  OK(varlen_fa_device_meta_free(on_device));
+  REFUSED(varlen_fa_device_meta_rebuild(on_device, &mask), VARLEN_FA_STATUS_BAD_HANDLE, "freed");
+}
+
+/* Threads that share handles get the same results and their own messages, and only one of them frees
+ * a handle. */
+typedef struct worker {
+  const varlen_fa_meta *meta;
+  varlen_fa_meta *to_free;
+  const float *expected;
+  int number, errors, freed;
+} worker;
+
+static void *work(void *argument) {
+  worker *self = argument;
+  float *own = malloc(ELEMENTS * sizeof(float));
+  char words[32];
+  if (own == NULL) {
+    self->errors++;
+    return NULL;
+  }
+  for (int round = 0; round < (is_cpu ? 50 : 5); round++) {
+    call c = good_call(self->meta);
+    c.out = padded(own);
+    self->errors += run(&c) != VARLEN_FA_STATUS_OK || memcmp(own, self->expected, ELEMENTS * sizeof(float)) != 0;
+    c.q.rank = 10 + (uint32_t)self->number;
+    snprintf(words, sizeof words, "got %d", 10 + self->number);
+    self->errors += run(&c) != VARLEN_FA_STATUS_RANK || strstr(varlen_fa_last_error(), words) == NULL;
+  }
+  self->freed = varlen_fa_meta_free(self->to_free) == VARLEN_FA_STATUS_OK;
+  free(own);
+  return NULL;
+}
+
+static void threads(const varlen_fa_meta *meta) {
+  enum { COUNT = 4 };
+  static float expected[ELEMENTS];
+  pthread_t started[COUNT];
+  worker workers[COUNT];
+  varlen_fa_meta *to_free = meta_of_lengths();
+  int freed = 0;
+  call c = good_call(meta);
+  OK(run(&c));
+  memcpy(expected, out_data, sizeof expected);
+  REFUSED(varlen_fa_meta_describe(meta, NULL), VARLEN_FA_STATUS_NULL_POINTER, "`info`");
+  for (int number = 0; number < COUNT; number++) {
+    workers[number] = (worker){meta, to_free, expected, number, 0, 0};
+    CHECK(pthread_create(&started[number], NULL, work, &workers[number]) == 0);
+  }
+  for (int number = 0; number < COUNT; number++) {
+    CHECK(pthread_join(started[number], NULL) == 0);
+    CHECK(workers[number].errors == 0);
+    freed += workers[number].freed;
+  }
+  CHECK(freed == 1);
+  CHECK(strstr(varlen_fa_last_error(), "`info`") != NULL);
+}
+
+int main(int argc, char **argv) {
+  is_cpu = argc > 1 && strcmp(argv[1], "cpu") == 0;
+  CHECK(strcmp(varlen_fa_last_error(), "") == 0);
+  CHECK(varlen_fa_version() == VARLEN_FA_VERSION_MAJOR * 1000000u + VARLEN_FA_VERSION_MINOR * 1000u + VARLEN_FA_VERSION_PATCH);
+  varlen_fa_status opened = varlen_fa_device_open(is_cpu ? VARLEN_FA_DEVICE_KIND_CPU : VARLEN_FA_DEVICE_KIND_WGPU, 0, &device);
+  if (opened == VARLEN_FA_STATUS_DEVICE_UNAVAILABLE) {
+    fprintf(stderr, "%s\n", varlen_fa_last_error());
+    return NOT_AVAILABLE;
+  }
+  OK(opened);
+  varlen_fa_device_info info;
+  OK(varlen_fa_device_describe(device, &info));
+  CHECK(info.kind == (is_cpu ? VARLEN_FA_DEVICE_KIND_CPU : VARLEN_FA_DEVICE_KIND_WGPU) && strlen(info.name) > 2);
+  CHECK((info.dtypes & 1u << VARLEN_FA_DTYPE_F16) != 0 && info.kernels != 0 && info.max_buffer_bytes > 0);
+  fill(q_data, ELEMENTS, 1);
+  fill(k_data, ELEMENTS, 2);
+  fill(v_data, ELEMENTS, 3);
+
+  varlen_fa_meta *meta = meta_of_lengths();
+  OK(varlen_fa_meta_upload(meta, device));
+  call c = good_call(meta);
+  OK(run(&c));
+  bad_tensors(meta);
+  bad_outputs(meta);
+  bad_options_and_masks(meta);
+  names(&info);
+  handles();
+  masks();
+  primitives(meta);
+  equal_masks(meta);
+  device_meta(meta);
+  threads(meta);
+  OK(varlen_fa_meta_free(meta));
+  OK(varlen_fa_device_free(device));
+  printf("%s: %d failures\n", info.name, failures);
+  return failures == 0 ? EXIT_SUCCESS : EXIT_FAILURE;
+}

@@ -1,0 +1,10 @@
+//! What the examples and benches share: their common options, the size of a problem, seeded inputs, the check of an output,
+//! timings, and how results are written.
+
+pub mod arguments;
+pub mod check;
+pub mod progress;
+pub mod random;
+pub mod record;
+pub mod report;
+pub mod times;

@@ -1,0 +1,80 @@
+// Which work a persistent block does next: a query tile of a head.
+//
+//   items    batch row 0 (the longest)                           batch row 1 ...
+//            head 0: tile 0, 1, 2, ... | head 1: tile 0, ...     head 0: ...
+//
+// Block b takes items b, b + blocks, ... Blocks that run side by side thus share keys and values in
+// L2. Where the last items would leave blocks without work, each item from `split_from` on becomes
+// several, one for each part of its keys.
+#pragma once
+#include "../common/params.cuh"
+
+struct Work {
+    // The entry of `batches`, sequence or batch row that the tile belongs to.
+    int group;
+    int head;
+    // The query tile in the group.
+    int tile;
+    // Its number among the parts of all split items; negative for an item that is not split.
+    int part;
+};
+
+// Called by all lanes of one warp together, each lane holding one of 32 groups.
+template <int TILE_M>
+class Schedule {
+public:
+    __device__ Schedule(const TileListParams& params) : params(params), item(blockIdx.x), first_group(0), first_item(0) { load(); }
+
+    // False when nothing is left.
+    __device__ bool next(Work& work) {
+        const int part = item - params.split_from;
+        const int whole = part < 0 ? item : params.split_from + part / params.parts;
+        while (true) {
+            if (first_group >= params.groups) return false;
+            const int items_of_all = __shfl_sync(0xffffffff, items_through, 31);
+            if (whole < first_item + items_of_all) break;
+            first_item += items_of_all;
+            first_group += 32;
+            load();
+        }
+        const int at_lane = __popc(__ballot_sync(0xffffffff, whole - first_item >= items_through));
+        const int tiles = __shfl_sync(0xffffffff, lane_tiles, at_lane);
+        const int at = whole - first_item - (__shfl_sync(0xffffffff, items_through, at_lane) - tiles * params.heads);
+        work = {__shfl_sync(0xffffffff, lane_group, at_lane), at / tiles, at % tiles, part < 0 ? -1 : part};
+        item += gridDim.x;
+        return true;
+    }
+
+private:
+    __device__ void load() {
+        const int lane = threadIdx.x % 32;
+        lane_group = first_group + lane;
+        lane_tiles = 0;
+        if (lane_group < params.groups) {
+            if (params.form == FORM_FUSED) {
+                lane_tiles = params.batches[lane_group].query_tiles;
+            } else if (params.form == FORM_PACKED) {
+                if (params.order != nullptr) lane_group = params.order[lane_group];
+                const int queries = params.cu_seqlens_q[lane_group + 1] - params.cu_seqlens_q[lane_group];
+                lane_tiles = (queries + TILE_M - 1) / TILE_M;
+            } else {
+                lane_tiles = (params.seq_q + TILE_M - 1) / TILE_M;
+            }
+        }
+        items_through = lane_tiles * params.heads;
+#pragma unroll
+        for (int distance = 1; distance < 32; distance *= 2) {
+            const int before = __shfl_up_sync(0xffffffff, items_through, distance);
+            if (lane >= distance) items_through += before;
+        }
+    }
+
+    const TileListParams& params;
+    int item;
+    int first_group;
+    int first_item;
+    int lane_group;
+    int lane_tiles;
+    // Items of this lane's group and of the groups of lower lanes.
+    int items_through;
+};

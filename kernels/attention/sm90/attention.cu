@@ -1,0 +1,90 @@
+// Attention forward for SM90 (Hopper): wgmma, the copy engine (TMA), warp specialisation.
+// Persistent blocks of one producer warpgroup and two or three consumer warpgroups, 64 query rows
+// each, as in FlashAttention-3 (Shah et al., 2024).
+//
+//                   work list                             shared memory
+//   producer  warp 0 ────────▶ copy engine ──▶  Q Q │ K K │ V V    two stages of K and V; full and empty barriers for each.
+//             warp 1 zeroes masked rows of V ─────────────────┘    The output of a query tile takes its place; where there is
+//                                                                  room for two, the next one is loaded early
+//             warps 2, 3 write the rows without a query tile as zeros
+//
+//   consumers, taking turns, S the scores of the next key tile, O the product of this one
+//     0   S₁ O₀  softmax₁  S₂ O₁  softmax₂  S₃ O₂ ...
+//     1          S₁ O₀  softmax₁  S₂ O₁  softmax₂ ...
+//
+// The tensor cores have to be fed while a softmax runs, which takes about as long as two products.
+// A consumer issues the scores of the next tile together with the product of this one, and
+// another's softmax runs under both. The loop has no branch but its barriers, and the compiler
+// knows that the consumers' counters are uniform, so that descriptors stay in uniform registers.
+// Therefore masked tiles come first, in a separate loop; and scores beyond the range of the fast
+// softmax are noticed only at the end, when the block computes all its tiles again with the exact
+// softmax. Query tiles of a last wave that would leave multiprocessors idle are split by keys.
+// docs/ has the measurements.
+//
+// One kernel serves dense, packed and fused calls. Only the producer knows which: it describes each
+// query tile (`TileRows`) and each key tile (`TileKeys`) to the consumers in shared memory, along
+// with the data. Scores are masked only in tiles that need it. Rows of V that are not kept hold
+// anything, NaN included, and P·V multiplies them by zero. Where the copy engine does not write
+// zeros, warp 1 of the producer does, before consumers see the tile.
+#include "../../ptx/mbarrier.cuh"
+#include "../../ptx/warpgroup.cuh"
+#include "../tile_lists.cuh"
+#include "block.cuh"
+#include "consumer.cuh"
+#include "producer.cuh"
+
+namespace sm90 {
+
+template <typename S>
+__device__ inline void attention(const TileListParams& params) {
+    extern __shared__ __align__(1024) unsigned char shared[];
+    const uint32_t base = ptx::uniform(ptx::shared_address(shared));
+    const int warp = ptx::uniform(threadIdx.x / 32);
+    if (threadIdx.x == 0) {
+        // The swizzle of the tensor cores and the copy engine follows the address.
+        if (base % 1024 != 0) __trap();
+        const int helpers = params.form == FORM_DENSE ? 0 : 1;
+        for (int warpgroup = 0; warpgroup < S::WARPGROUPS; ++warpgroup) {
+            for (int work_index = 0; work_index < S::QUERY_TILES; ++work_index) {
+                ptx::mbarrier_init(base + S::full_q(work_index, warpgroup), 1);
+                ptx::mbarrier_init(base + S::empty_q(work_index, warpgroup), warpgroup == 0 ? 4 + helpers : 4);
+            }
+        }
+        for (int stage = 0; stage < STAGES; ++stage) {
+            ptx::mbarrier_init(base + S::FULL_K + 8 * stage, 1);
+            ptx::mbarrier_init(base + S::EMPTY_K + 8 * stage, S::CONSUMER_WARPS + helpers);
+            ptx::mbarrier_init(base + S::FULL_V + 8 * stage, 1);
+            ptx::mbarrier_init(base + S::EMPTY_V + 8 * stage, S::CONSUMER_WARPS);
+            ptx::mbarrier_init(base + S::RAW_V + 8 * stage, 1);
+        }
+        ptx::mbarrier_init_fence();
+        *reinterpret_cast<uint32_t*>(shared + S::OUT_OF_RANGE) = 0;
+    }
+    __syncthreads();
+    if (warp < 4) {
+        ptx::release_registers<S::PRODUCER_REGISTERS>();
+        if (warp == 0) {
+            Producer<S>(params, shared, base).run();
+        } else if (warp == 1 && params.form != FORM_DENSE) {
+            zero_masked_values<S>(shared, base);
+        } else if (warp >= 2) {
+            write_zero_spans<typename S::T>(params, threadIdx.x - 64, 64);
+            if (params.inv_indices != nullptr) write_masked_zeros<typename S::T>(params, warp - 2, 2);
+        }
+    } else {
+        ptx::take_registers<S::CONSUMER_REGISTERS>();
+        Consumer<S>(params, shared, base, warp / 4 - 1).run();
+    }
+}
+
+// attention_sm90_{f16, bf16}_d{head_dim}_w{warpgroups}
+#define VARLEN_FA_ENTRY(NAME, THREADS, ...)                                                                              \
+    extern "C" __global__ void __launch_bounds__(THREADS, 1) NAME(const __grid_constant__ TileListParams params) { \
+        attention<Shape<__VA_ARGS__>>(params);                                                                           \
+    }
+#define VARLEN_FA_ENTRIES(D, WARPGROUPS, ...)                                                                                        \
+    VARLEN_FA_ENTRY(attention_sm90_f16_d##D##_w##WARPGROUPS, (WARPGROUPS + 1) * 128, __half, D, WARPGROUPS, __VA_ARGS__)             \
+    VARLEN_FA_ENTRY(attention_sm90_bf16_d##D##_w##WARPGROUPS, (WARPGROUPS + 1) * 128, __nv_bfloat16, D, WARPGROUPS, __VA_ARGS__)
+VARLEN_FA_SM90_TILES(VARLEN_FA_ENTRIES)
+
+}  // namespace sm90

@@ -1,0 +1,110 @@
+// A block of the sm90 kernel: its warps, its shared memory, and what its producer tells its
+// consumers.
+#pragma once
+#include "../../common/params.cuh"
+#include "../../common/shared_tile.cuh"
+#include "../../ptx/warpgroup.cuh"
+#include "../tile_lists.cuh"
+#include "tiles.h"
+
+namespace sm90 {
+
+constexpr int WARPGROUP = WARPGROUP_THREADS;
+
+// Named barriers. The first two are ranges, one barrier for each of up to three warpgroups.
+constexpr int BARRIER_TURN = 1;
+constexpr int BARRIER_WARPGROUP = 4;
+// The end of all query tiles: for the consumers, and for each warp of the producer that waits for
+// them.
+constexpr int BARRIER_END = 7;
+constexpr int BARRIER_END_COPIES = 8;
+constexpr int BARRIER_END_ZEROING = 9;
+
+// What consumers know of a query tile.
+struct TileRows {
+    // Key tiles, negative where nothing is left to do; the first `masked_tiles` of them are masked.
+    int32_t key_tiles;
+    int32_t masked_tiles;
+    int32_t batch;
+    int32_t head;
+    // Padded tensors: rows past the end are clipped by the copy engine.
+    int32_t clips;
+    // `Work::part`.
+    int32_t part;
+    // One for each warp.
+    RowGroup groups[12];
+};
+
+// What consumers know of a key tile.
+struct TileKeys {
+    // Whether there are rows of V that must be zeroed.
+    uint32_t has_masked_values;
+    // Bits of the keys, for masked tiles.
+    uint32_t kept[6];
+};
+
+template <typename T_, int D_, int WARPGROUPS_, int TILE_N_, int QUERY_TILES_>
+struct Shape {
+    using T = T_;
+    static constexpr int D = D_;
+    static constexpr int WARPGROUPS = WARPGROUPS_;
+    static constexpr int TILE_M = WARPGROUPS * SM90_WARPGROUP_ROWS;
+    static constexpr int TILE_N = TILE_N_;
+    static constexpr int THREADS = (WARPGROUPS + 1) * WARPGROUP;
+    static constexpr int CONSUMER_WARPS = WARPGROUPS * 4;
+    static constexpr int CONSUMERS = WARPGROUPS * WARPGROUP;
+    static constexpr int QUERY_TILES = QUERY_TILES_;
+    // Whether consumers wait for the product before they compute exponentials. Both at once need
+    // more registers.
+    static constexpr bool WAITS_EARLY = D == 256;
+    static constexpr int PRODUCER_REGISTERS = WARPGROUPS == 2 ? 40 : 32;
+    static constexpr int CONSUMER_REGISTERS = WARPGROUPS == 2 ? 232 : 160;
+
+    using TileQ = SharedTile<TILE_M, D>;
+    using TileKV = SharedTile<TILE_N, D>;
+    static constexpr int PANEL = TileQ::PANEL;
+    static constexpr int PANELS = TileQ::PANELS;
+    static constexpr int ROW_BYTES = TileQ::ROW_BYTES;
+    static constexpr int Q = 0;
+    static constexpr int K = Q + QUERY_TILES * TileQ::BYTES;
+    static constexpr int V = K + STAGES * TileKV::BYTES;
+    static constexpr int ROWS_INFO = V + STAGES * TileKV::BYTES;
+    static constexpr int KEYS_INFO = ROWS_INFO + 2 * sizeof(TileRows);
+    static constexpr int BARRIERS = KEYS_INFO + STAGES * sizeof(TileKeys);
+    static constexpr int FULL_Q = BARRIERS;
+    static constexpr int EMPTY_Q = FULL_Q + 8 * QUERY_TILES * WARPGROUPS;
+    static constexpr int FULL_K = EMPTY_Q + 8 * QUERY_TILES * WARPGROUPS;
+    static constexpr int EMPTY_K = FULL_K + 8 * STAGES;
+    static constexpr int FULL_V = EMPTY_K + 8 * STAGES;
+    static constexpr int EMPTY_V = FULL_V + 8 * STAGES;
+    // Values are copied, but masked rows are not zeroed yet.
+    static constexpr int RAW_V = EMPTY_V + 8 * STAGES;
+    // Whether the block must recompute all tiles; and for each warpgroup, how many parts of its
+    // query tile were done before.
+    static constexpr int OUT_OF_RANGE = RAW_V + 8 * STAGES;
+    static constexpr int PARTS_DONE = OUT_OF_RANGE + 4;
+    static constexpr int BYTES = PARTS_DONE + 4 * WARPGROUPS;
+    // The host asks for the tiles and SM90_EXTRA_SHARED_BYTES.
+    static_assert(BYTES <= ROWS_INFO + SM90_EXTRA_SHARED_BYTES && ROWS_INFO + SM90_EXTRA_SHARED_BYTES <= SM90_MAX_SHARED_BYTES);
+    static_assert(TILE_N % 16 == 0 && TILE_N <= 192 && TILE_M <= 192);
+
+    // Where the query tile of a work item lies, and its barriers for each warpgroup.
+    __device__ static int query_tile(int work_index) { return Q + work_index % QUERY_TILES * TileQ::BYTES; }
+    __device__ static int full_q(int work_index, int warpgroup) { return FULL_Q + 8 * (work_index % QUERY_TILES * WARPGROUPS + warpgroup); }
+    __device__ static int empty_q(int work_index, int warpgroup) { return EMPTY_Q + 8 * (work_index % QUERY_TILES * WARPGROUPS + warpgroup); }
+    // The parity of the phase in which the queries of a work item are there.
+    __device__ static uint32_t parity_q(int work_index) { return work_index / QUERY_TILES % 2; }
+};
+
+using KeysState = PipelineState<STAGES>;
+
+// At the end of all query tiles, after a barrier that every consumer has arrived at: whether scores
+// were out of the range of `WarpgroupSoftmax`, so that every tile must be computed again. `threads`
+// wait and arrive: the consumers, and at most one other warp.
+template <typename S>
+__device__ inline bool must_recompute(unsigned char* shared, int barrier, int threads) {
+    ptx::barrier_sync(barrier, threads);
+    return ptx::uniform(*reinterpret_cast<volatile uint32_t*>(shared + S::OUT_OF_RANGE)) != 0;
+}
+
+}  // namespace sm90

@@ -1,0 +1,489 @@
+// A consumer warpgroup of the sm90 kernel: 64 query rows against the keys and values that the
+// producer has copied.
+#pragma once
+#include "../../common/math.cuh"
+#include "../../ptx/mbarrier.cuh"
+#include "../../ptx/tma.cuh"
+#include "../../ptx/warpgroup.cuh"
+#include "../../ptx/wgmma.cuh"
+#include "block.cuh"
+#include "softmax.cuh"
+
+namespace sm90 {
+
+template <typename S>
+struct Consumer {
+    using T = typename S::T;
+    static constexpr int N = S::TILE_N;
+    static constexpr int D = S::D;
+    static constexpr int ROW_BYTES = S::ROW_BYTES;
+
+    const TileListParams& params;
+    unsigned char* shared;
+    uint32_t base;
+    int warpgroup;
+
+    __device__ Consumer(const TileListParams& params, unsigned char* shared, uint32_t base, int warpgroup)
+        : params(params), shared(shared), base(base), warpgroup(warpgroup) {}
+
+    using Matrix = ptx::SharedMatrix<ROW_BYTES>;
+
+    __device__ Matrix queries(int work_index) const { return {base + S::query_tile(work_index) + warpgroup * 64 * ROW_BYTES, 16}; }
+    __device__ Matrix keys(int stage) const { return {base + S::K + stage * S::TileKV::BYTES, 16}; }
+    __device__ Matrix values(int stage) const { return {base + S::V + stage * S::TileKV::BYTES, N * ROW_BYTES}; }
+
+    // The results of a softmax for this lane's two rows; zeros for a query tile without keys.
+    struct RowSums {
+        float sum[2] = {0.0f, 0.0f};
+        float log2_sum[2];
+        bool out_of_range[2] = {false, false};
+        // Whether these are sums over all keys. False for a part of a query tile while other parts
+        // are not done.
+        bool is_whole = true;
+
+        template <typename Softmax>
+        __device__ void read_from(const Softmax& softmax) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                sum[half] = softmax.row_sum[half];
+                log2_sum[half] = softmax.log2_sum(half);
+                out_of_range[half] = softmax.out_of_range(half);
+            }
+        }
+    };
+
+    // What this warp must know of its 16 rows to write them.
+    struct WarpRows {
+        int batch;
+        int head;
+        int first_row;
+        int rows;
+        uint32_t kept;
+        bool clips;
+
+        __device__ void read(const TileRows& tile) {
+            const auto& group = tile.groups[threadIdx.x / 32 - 4];
+            batch = tile.batch;
+            head = tile.head;
+            first_row = group.first_row;
+            rows = group.rows;
+            kept = group.kept;
+            clips = tile.clips;
+        }
+    };
+
+    // S = Q·Kᵀ of this warpgroup's rows and a tile of keys.
+    __device__ static void issue_scores(float (&scores)[N / 8][4], Matrix q, Matrix k) {
+        ptx::wgmma_fence();
+#pragma unroll
+        for (int step = 0; step < D / 16; ++step) {
+            const int panel = step * 16 / S::PANEL;
+            const int column = step * 16 % S::PANEL * 2;
+            ptx::Wgmma<N, T>::ss(scores, q.at(panel * S::TILE_M * ROW_BYTES + column), k.at(panel * N * ROW_BYTES + column), step > 0);
+        }
+        ptx::wgmma_commit();
+    }
+
+    // O += P·V
+    __device__ static void issue_output(float (&acc)[D / 8][4], uint32_t (&probs)[N / 16][4], Matrix v) {
+        ptx::wgmma_fence();
+#pragma unroll
+        for (int step = 0; step < N / 16; ++step) ptx::Wgmma<D, T>::rs(acc, probs[step], v.at(step * 16 * ROW_BYTES), 1);
+        ptx::wgmma_commit();
+    }
+
+    __device__ static void pack(uint32_t (&probs)[N / 16][4], const float (&scores)[N / 8][4]) {
+#pragma unroll
+        for (int step = 0; step < N / 16; ++step) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const float(&pair)[4] = scores[2 * step + i / 2];
+                probs[step][i] = ptx::pack_pair<T>(pair[i % 2 * 2], pair[i % 2 * 2 + 1]);
+            }
+        }
+    }
+
+    __device__ static void rescale(float (&acc)[D / 8][4], const float (&factor)[2]) {
+#pragma unroll
+        for (int tile = 0; tile < D / 8; ++tile) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) acc[tile][i] *= factor[i / 2];
+        }
+    }
+
+    __device__ const TileKeys& keys_info(int stage) const {
+        return reinterpret_cast<const TileKeys*>(shared + S::KEYS_INFO)[stage];
+    }
+
+    __device__ void mask(float (&scores)[N / 8][4], int stage) const {
+        // The maximum is taken before scaling, so the sign of the scale goes to the scores.
+        if (params.score_scale < 0.0f) {
+#pragma unroll
+            for (int tile = 0; tile < N / 8; ++tile) {
+#pragma unroll
+                for (int i = 0; i < 4; ++i) scores[tile][i] = -scores[tile][i];
+            }
+        }
+#pragma unroll
+        for (int word = 0; word < (N + 31) / 32; ++word) {
+            const uint32_t kept = keys_info(stage).kept[word] >> (threadIdx.x % 4 * 2);
+#pragma unroll
+            for (int tile = word * 4; tile < word * 4 + 4 && tile < N / 8; ++tile) {
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    if ((kept >> (tile % 4 * 8 + i % 2) & 1) == 0) scores[tile][i] = -INFINITY;
+                }
+            }
+        }
+    }
+
+    __device__ void arrive(int barrier) const {
+        __syncwarp();
+        if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(base + barrier);
+    }
+
+    // Consumers issue their products in turn.
+    __device__ void wait_turn() const {
+        ptx::barrier_sync(BARRIER_TURN + warpgroup, 2 * WARPGROUP);
+    }
+    __device__ void give_turn() const {
+        const int next = warpgroup + 1 == S::WARPGROUPS ? 0 : warpgroup + 1;
+        ptx::barrier_arrive(BARRIER_TURN + next, 2 * WARPGROUP);
+    }
+
+    __device__ void run() {
+        for (bool is_exact = false;; is_exact = true) {
+            if (warpgroup + 1 == S::WARPGROUPS) give_turn();
+            for (; open(); ++work_index) {
+                float acc[D / 8][4] = {};
+                RowSums sums;
+                const bool is_part = part() >= 0;
+                if (!has_rows || (key_tiles == 0 && !is_part)) {
+                    pass(is_exact || is_part);
+                    sums.is_whole = has_rows;
+                } else if (is_exact || is_part) {
+                    attend_exactly(acc, sums);
+                } else {
+                    attend(acc, sums);
+                }
+                state.count += key_tiles;
+                if (sums.is_whole) {
+                    write_output(acc, sums);
+                } else {
+                    arrive(S::empty_q(work_index, warpgroup));
+                }
+            }
+            give_back_stored();
+            arrive(S::empty_q(work_index, warpgroup));
+            ++work_index;
+            if (warpgroup == 0) wait_turn();
+            // Before they are written again, or the block ends.
+            ptx::tma_store_wait();
+            if (is_exact) return;
+            ptx::barrier_arrive(BARRIER_END_COPIES, S::CONSUMERS + 32);
+            if (params.form != FORM_DENSE) ptx::barrier_arrive(BARRIER_END_ZEROING, S::CONSUMERS + 32);
+            if (!must_recompute<S>(shared, BARRIER_END, S::CONSUMERS)) return;
+        }
+    }
+
+private:
+    __device__ const TileRows& rows_info(int work_index) const {
+        return reinterpret_cast<const TileRows*>(shared + S::ROWS_INFO)[work_index % 2];
+    }
+
+    // `TileRows::part`, read where it is needed, since registers are scarce.
+    __device__ int part() const { return ptx::uniform(rows_info(work_index).part); }
+
+    // Waits for the query tile of `work_index`. False if there is none.
+    __device__ bool open() {
+        ptx::mbarrier_wait(base + S::full_q(work_index, warpgroup), S::parity_q(work_index));
+        work_index = ptx::uniform(work_index);
+        state.count = ptx::uniform(state.count);
+        const auto& rows = rows_info(work_index);
+        key_tiles = ptx::uniform(rows.key_tiles);
+        masked_tiles = ptx::uniform(rows.masked_tiles);
+        // The tile's groups are filled from the first on.
+        has_rows = ptx::uniform(rows.groups[warpgroup * 4].rows) > 0;
+        return key_tiles >= 0;
+    }
+
+    // The output of the query tile before lies in the place of its queries, which is given back
+    // once the output has left.
+    __device__ void give_back_stored() {
+        if (!is_stored) return;
+        if (threadIdx.x % 32 == 0) ptx::tma_store_wait_read();
+        arrive(S::empty_q(work_index - 1, warpgroup));
+        is_stored = false;
+    }
+
+    // Keeps pace with the other warpgroups where there is nothing to compute.
+    __device__ void pass(bool is_in_order) {
+        give_back_stored();
+        KeysState state = this->state;
+        for (int i = 0; i < key_tiles; ++i, ++state.count) {
+            ptx::mbarrier_wait(base + S::FULL_K + 8 * state.stage(), state.parity());
+            if (i > 0 && !is_in_order) {
+                wait_turn();
+                give_turn();
+            }
+            arrive(S::EMPTY_K + 8 * state.stage());
+            ptx::mbarrier_wait(base + S::FULL_V + 8 * state.stage(), state.parity());
+            arrive(S::EMPTY_V + 8 * state.stage());
+        }
+    }
+
+    // The scores of a tile are issued before the product of the tile before.
+    __device__ void attend(float (&acc)[D / 8][4], RowSums& sums) {
+        WarpgroupSoftmax softmax(fabsf(params.score_scale));
+        const Matrix q = queries(work_index);
+        KeysState state = this->state;
+        const uint32_t last_masked = state.count + max(masked_tiles, 1) - 1;
+        const uint32_t last = state.count + key_tiles - 1;
+        uint32_t probs[N / 16][4];
+        float scores[N / 8][4];
+        ptx::mbarrier_wait(base + S::FULL_K + 8 * state.stage(), state.parity());
+        issue_scores(scores, q, keys(state.stage()));
+        give_back_stored();
+        ptx::wgmma_wait<0>();
+        ptx::pin_registers(scores);
+        if (masked_tiles > 0) mask(scores, state.stage());
+        arrive(S::EMPTY_K + 8 * state.stage());
+        softmax.raise_max(scores);
+        softmax.exponentiate(scores);
+        pack(probs, scores);
+        for (; state.count != last_masked; ++state.count) step<true>(acc, probs, softmax, q, state);
+        for (; state.count != last; ++state.count) step<false>(acc, probs, softmax, q, state);
+        const Matrix v = values(state.stage());
+        ptx::mbarrier_wait(base + S::FULL_V + 8 * state.stage(), state.parity());
+        issue_output(acc, probs, v);
+        ptx::wgmma_wait<0>();
+        ptx::pin_registers(acc);
+        arrive(S::EMPTY_V + 8 * state.stage());
+        softmax.finish();
+        sums.read_from(softmax);
+    }
+
+    // The product of a key tile, and the probabilities of the next one.
+    template <bool IS_MASKED>
+    __device__ void step(float (&acc)[D / 8][4], uint32_t (&probs)[N / 16][4], WarpgroupSoftmax& softmax, Matrix q, KeysState state) {
+        const KeysState next = {state.count + 1};
+        const Matrix k = keys(next.stage());
+        const Matrix v = values(state.stage());
+        float scores[N / 8][4];
+        ptx::mbarrier_wait(base + S::FULL_K + 8 * next.stage(), next.parity());
+        wait_turn();
+        issue_scores(scores, q, k);
+        // While the scores are computed.
+        ptx::mbarrier_wait(base + S::FULL_V + 8 * state.stage(), state.parity());
+        issue_output(acc, probs, v);
+        give_turn();
+        ptx::wgmma_wait<1>();
+        ptx::pin_registers(scores);
+        if constexpr (IS_MASKED) mask(scores, next.stage());
+        arrive(S::EMPTY_K + 8 * next.stage());
+        softmax.raise_max(scores);
+        if constexpr (!S::WAITS_EARLY) softmax.exponentiate(scores);
+        ptx::wgmma_wait<0>();
+        ptx::pin_registers(acc);
+        ptx::pin_registers(probs);
+        arrive(S::EMPTY_V + 8 * state.stage());
+        if constexpr (S::WAITS_EARLY) softmax.exponentiate(scores);
+        rescale(acc, softmax.factor);
+        pack(probs, scores);
+    }
+
+    // Scores, softmax and product one after the other, with the exact softmax.
+    __device__ void attend_exactly(float (&acc)[D / 8][4], RowSums& sums) {
+        ExactSoftmax softmax(fabsf(params.score_scale));
+        const Matrix q = queries(work_index);
+        KeysState state = this->state;
+        const uint32_t masked_end = state.count + masked_tiles;
+        const uint32_t end = state.count + key_tiles;
+        give_back_stored();
+        for (; state.count != masked_end; ++state.count) step_exactly<true>(acc, softmax, q, state);
+        for (; state.count != end; ++state.count) step_exactly<false>(acc, softmax, q, state);
+        softmax.finish();
+        if (part() >= 0) sums.is_whole = merge_parts(acc, softmax);
+        sums.read_from(softmax);
+    }
+
+    template <bool IS_MASKED>
+    __device__ void step_exactly(float (&acc)[D / 8][4], ExactSoftmax& softmax, Matrix q, KeysState state) {
+        const int stage = state.stage();
+        const Matrix k = keys(stage);
+        const Matrix v = values(stage);
+        float scores[N / 8][4];
+        uint32_t probs[N / 16][4];
+        ptx::mbarrier_wait(base + S::FULL_K + 8 * stage, state.parity());
+        issue_scores(scores, q, k);
+        ptx::wgmma_wait<0>();
+        ptx::pin_registers(scores);
+        if constexpr (IS_MASKED) mask(scores, stage);
+        arrive(S::EMPTY_K + 8 * stage);
+        softmax.raise_max(scores);
+        softmax.exponentiate(scores);
+        rescale(acc, softmax.factor);
+        pack(probs, scores);
+        ptx::mbarrier_wait(base + S::FULL_V + 8 * stage, state.parity());
+        issue_output(acc, probs, v);
+        ptx::wgmma_wait<0>();
+        ptx::pin_registers(acc);
+        ptx::pin_registers(probs);
+        arrive(S::EMPTY_V + 8 * stage);
+    }
+
+    // Writes this warpgroup's share of a part to global memory. The last part of a query tile adds
+    // up all of them; the others return false. They are added in the order of parts, so that sums
+    // do not depend on which one is last.
+    __device__ bool merge_parts(float (&acc)[D / 8][4], ExactSoftmax& softmax) const {
+        constexpr int CHUNKS = D / 8 + 1;
+        const int thread = threadIdx.x % WARPGROUP;
+        const int part = this->part();
+        const int query_tile = part / params.parts;
+        const auto chunks_of = [&](int part) {
+            return params.part_chunks + (static_cast<int64_t>(part) * S::WARPGROUPS + warpgroup) * CHUNKS * WARPGROUP + thread;
+        };
+        float4* const mine = chunks_of(part);
+        __stcg(mine, float4{softmax.row_max[0], softmax.row_max[1], softmax.row_sum[0], softmax.row_sum[1]});
+#pragma unroll
+        for (int tile = 0; tile < D / 8; ++tile) {
+            __stcg(mine + (tile + 1) * WARPGROUP, float4{acc[tile][0], acc[tile][1], acc[tile][2], acc[tile][3]});
+        }
+        __threadfence();
+        ptx::barrier_sync(BARRIER_WARPGROUP + warpgroup, WARPGROUP);
+        auto* const done = reinterpret_cast<volatile uint32_t*>(shared + S::PARTS_DONE) + warpgroup;
+        if (thread == 0) *done = atomicAdd(params.parts_done + query_tile * S::WARPGROUPS + warpgroup, 1u);
+        ptx::barrier_sync(BARRIER_WARPGROUP + warpgroup, WARPGROUP);
+        if (*done + 1 != params.parts) return false;
+        __threadfence();
+        const int first = query_tile * params.parts;
+        for (int other = first; other < first + params.parts; ++other) {
+            const float4 ends = __ldcg(chunks_of(other));
+            softmax.row_max[0] = fmaxf(softmax.row_max[0], ends.x);
+            softmax.row_max[1] = fmaxf(softmax.row_max[1], ends.y);
+        }
+        softmax.row_sum[0] = softmax.row_sum[1] = 0.0f;
+#pragma unroll
+        for (int tile = 0; tile < D / 8; ++tile) acc[tile][0] = acc[tile][1] = acc[tile][2] = acc[tile][3] = 0.0f;
+#pragma unroll 1
+        for (int other = first; other < first + params.parts; ++other) {
+            const float4* const theirs = chunks_of(other);
+            const float4 ends = __ldcg(theirs);
+            const float weights[2] = {softmax.weight(ends.x, softmax.row_max[0]), softmax.weight(ends.y, softmax.row_max[1])};
+            softmax.row_sum[0] += ends.z * weights[0];
+            softmax.row_sum[1] += ends.w * weights[1];
+#pragma unroll
+            for (int tile = 0; tile < D / 8; ++tile) {
+                const float4 sums = __ldcg(theirs + (tile + 1) * WARPGROUP);
+                acc[tile][0] += sums.x * weights[0];
+                acc[tile][1] += sums.y * weights[0];
+                acc[tile][2] += sums.z * weights[1];
+                acc[tile][3] += sums.w * weights[1];
+            }
+        }
+        return true;
+    }
+
+    // The output takes the place of the queries in shared memory, and leaves by the copy engine; or
+    // by 16-byte stores, where the copy engine would write rows of the next sequence, or where
+    // `out_rows` lists the rows' places.
+    __device__ void write_output(const float (&acc)[D / 8][4], const RowSums& sums) {
+        const int lane = threadIdx.x % 32;
+        const int warp = threadIdx.x / 32 - 4;
+        const int tile_start = S::query_tile(work_index);
+        WarpRows mine;
+        mine.read(rows_info(work_index));
+        // Every warp is done with the query rows.
+        ptx::barrier_sync(BARRIER_WARPGROUP + warpgroup, WARPGROUP);
+        bool zero[2];
+        float inverse[2];
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const int row = half * 8 + lane / 4;
+            const float sum = sums.sum[half];
+            const bool is_kept = mine.kept >> row & 1;
+            if (sums.out_of_range[half] && is_kept && row < mine.rows) *reinterpret_cast<volatile uint32_t*>(shared + S::OUT_OF_RANGE) = 1;
+            zero[half] = sum == 0.0f || !is_kept;
+            inverse[half] = zero[half] ? 0.0f : __fdividef(1.0f, sum);
+            if (params.lse != nullptr && lane % 4 == 0 && row < mine.rows) {
+                const float lse = zero[half] ? -INFINITY : sums.log2_sum[half] * LN_2;
+                params.lse[mine.head * params.lse_head_stride + static_cast<int64_t>(mine.batch) * params.seq_q + mine.first_row + row] = lse;
+            }
+        }
+        // Four matrices of 8 rows x 8 columns at a time: upper and lower rows of two chunks.
+        const int row = warp * GROUP_ROWS + lane % 16;
+#pragma unroll
+        for (int tile = 0; tile < D / 8; tile += 2) {
+            uint32_t words[4];
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const int half = i % 2;
+                const float(&pair)[4] = acc[tile + i / 2];
+                // Selected, not multiplied: a masked row may hold NaN.
+                const float low = zero[half] ? 0.0f : pair[2 * half] * inverse[half];
+                const float high = zero[half] ? 0.0f : pair[2 * half + 1] * inverse[half];
+                words[i] = ptx::pack_pair<T>(low, high);
+            }
+            ptx::stmatrix_x4(base + tile_start + S::TileQ::offset(row, tile + lane / 16), words);
+        }
+        if (params.out_rows == nullptr && (mine.clips || mine.rows == GROUP_ROWS)) {
+            ptx::fence_async_proxy();
+            __syncwarp();
+            if (lane == 0) {
+#pragma unroll
+                for (int panel = 0; panel < S::PANELS; ++panel) {
+                    const uint32_t from = base + tile_start + (panel * S::TILE_M + warp * GROUP_ROWS) * ROW_BYTES;
+                    ptx::tma_store(&params.out_map, from, panel * S::PANEL, mine.first_row, mine.head, mine.batch);
+                }
+                ptx::tma_store_commit();
+            }
+        } else {
+            __syncwarp();
+            store_rows(mine, shared + tile_start, warp * GROUP_ROWS);
+            ptx::fence_async_proxy();
+        }
+        is_stored = true;
+        if constexpr (S::QUERY_TILES == 1) {
+            ++work_index;
+            give_back_stored();
+            --work_index;
+        }
+    }
+
+    // Rows of packed tensors one by one, to where they lie or, with a list, to their places in the
+    // padded output.
+    __device__ void store_rows(const WarpRows& mine, const unsigned char* tile, int first) const {
+        constexpr int CHUNKS = D / 8;
+        const int lane = threadIdx.x % 32;
+        const Strides& strides = params.out_strides;
+        // This lane's row, of 16.
+        const int own = min(lane % GROUP_ROWS, max(mine.rows - 1, 0));
+        int64_t row_start = static_cast<int64_t>(mine.first_row + own) * strides.token;
+        if (params.out_rows != nullptr && mine.rows > 0) {
+            const uint32_t flat = params.out_rows[mine.first_row + own];
+            row_start = static_cast<int64_t>(flat / params.seq_q) * strides.batch + static_cast<int64_t>(flat % params.seq_q) * strides.token;
+        }
+        T* const out = static_cast<T*>(params.out) + mine.head * strides.head;
+        const int chunks = mine.rows * CHUNKS;
+        for (int before = 0; before < chunks; before += 32) {
+            const int row = min((before + lane) / CHUNKS, GROUP_ROWS - 1);
+            const int chunk = (before + lane) % CHUNKS;
+            const int64_t start = __shfl_sync(0xffffffff, row_start, row);
+            if (before + lane < chunks && chunk * 8 < params.head_dim) {
+                *reinterpret_cast<uint4*>(out + start + chunk * 8) =
+                    *reinterpret_cast<const uint4*>(tile + S::TileQ::offset(first + row, chunk));
+            }
+        }
+    }
+
+    // At the first key tile of the current query tile.
+    KeysState state;
+    // Query tiles before this one, and what `TileRows` says of it.
+    int work_index = 0;
+    int key_tiles = 0;
+    int masked_tiles = 0;
+    bool has_rows = false;
+    bool is_stored = false;
+};
+
+}  // namespace sm90

@@ -1,0 +1,216 @@
+// The producer warpgroup of the sm90 kernel. Warp 0 finds the next tiles and has them copied; warp
+// 1 zeroes masked rows of V; warps 2 and 3 write zeros to the rows that are in no query tile.
+#pragma once
+#include "../../ptx/mbarrier.cuh"
+#include "../../ptx/tma.cuh"
+#include "../key_range.cuh"
+#include "../loader.cuh"
+#include "../schedule.cuh"
+#include "../tile_lists.cuh"
+#include "block.cuh"
+
+namespace sm90 {
+
+template <typename S>
+struct Producer {
+    const TileListParams& params;
+    unsigned char* shared;
+    uint32_t base;
+    int lane;
+    KeyTiles<S::TILE_M, S::TILE_N> tiles;
+    int kv_head;
+    // The part of the query tile's key tiles that is this work item's.
+    int first_tile;
+    int end_tile;
+    // Tiles before this one need their scores changed: for keys that are not kept, or for a
+    // negative scale.
+    int masked_end;
+
+    __device__ Producer(const TileListParams& params, unsigned char* shared, uint32_t base)
+        : params(params), shared(shared), base(base), lane(threadIdx.x % 32) {}
+
+    __device__ void run() {
+        KeysState state;
+        int work_index = 0;
+        for (bool is_exact = false;; is_exact = true) {
+            Schedule<S::TILE_M> schedule(params);
+            Work work;
+            for (; schedule.next(work) && !(is_exact && work.part >= 0); ++work_index) {
+                const RowGroup group = find(work);
+                int tile = first_tile < end_tile ? tile_at(first_tile) : 0;
+                if (first_tile < end_tile) load_keys(first_tile, tile, state);
+                load_queries(work, work_index, group);
+                for (int i = first_tile; i < end_tile; ++i) {
+                    int next = 0;
+                    if (i + 1 < end_tile) {
+                        next = tile_at(i + 1);
+                        load_keys(i + 1, next, {state.count + 1});
+                    }
+                    load_values(i, tile, state);
+                    tile = next;
+                    ++state.count;
+                }
+            }
+            for (int warpgroup = 0; warpgroup < S::WARPGROUPS; ++warpgroup) wait_for_room(work_index, warpgroup);
+            if (lane == 0) {
+                rows_info(work_index).key_tiles = -1;
+                for (int warpgroup = 0; warpgroup < S::WARPGROUPS; ++warpgroup) ptx::mbarrier_arrive(base + S::full_q(work_index, warpgroup));
+            }
+            ++work_index;
+            if (is_exact || !must_recompute<S>(shared, BARRIER_END_COPIES, S::CONSUMERS + 32)) return;
+        }
+    }
+
+private:
+    // There are two, since one warpgroup may be at the next query tile already.
+    __device__ TileRows& rows_info(int work_index) const { return reinterpret_cast<TileRows*>(shared + S::ROWS_INFO)[work_index % 2]; }
+
+    // Waits until a warpgroup has given back the place of its queries.
+    __device__ void wait_for_room(int work_index, int warpgroup) const {
+        ptx::mbarrier_wait(base + S::empty_q(work_index, warpgroup), S::parity_q(work_index) ^ 1);
+    }
+
+    // The work item's key tiles, and this lane's 16 query rows.
+    __device__ RowGroup find(const Work& work) {
+        kv_head = work.head / params.group_size;
+        const RowGroup group = tiles.find(params, work, lane);
+        masked_end = params.score_scale < 0.0f ? tiles.count : tiles.masked;
+        first_tile = 0;
+        end_tile = tiles.count;
+        if (work.part >= 0) {
+            const int part = work.part % params.parts;
+            first_tile = tiles.count * part / params.parts;
+            end_tile = tiles.count * (part + 1) / params.parts;
+        }
+        return group;
+    }
+
+    // Describes the query tile, and loads each warpgroup's rows. With two places for query tiles,
+    // all warpgroups have long left this one; with one place, a warpgroup's rows are loaded as soon
+    // as it is done with those before.
+    __device__ void load_queries(const Work& work, int work_index, const RowGroup& group) const {
+        if (S::QUERY_TILES == 2) {
+            for (int warpgroup = 0; warpgroup < S::WARPGROUPS; ++warpgroup) wait_for_room(work_index, warpgroup);
+        }
+#pragma unroll 1
+        for (int warpgroup = 0; warpgroup < S::WARPGROUPS; ++warpgroup) {
+            const uint32_t full = base + S::full_q(work_index, warpgroup);
+            if (S::QUERY_TILES == 1) wait_for_room(work_index, warpgroup);
+            if (warpgroup == 0) {
+                TileRows& rows = rows_info(work_index);
+                if (lane < S::TILE_M / GROUP_ROWS) rows.groups[lane] = group;
+                if (lane == 0) {
+                    rows.key_tiles = end_tile - first_tile;
+                    rows.masked_tiles = min(max(masked_end - first_tile, 0), end_tile - first_tile);
+                    rows.part = work.part;
+                    rows.batch = tiles.batch;
+                    rows.head = work.head;
+                    rows.clips = params.form != FORM_PACKED;
+                }
+                __syncwarp();
+            }
+            if (lane == 0) ptx::mbarrier_arrive_expect(full, S::TileQ::BYTES / S::WARPGROUPS);
+            __syncwarp();
+            if (lane / 4 == warpgroup) {
+                load_group<typename S::TileQ>(base + S::query_tile(work_index), lane, params.q_map, full, ptx::policy_evict_first(),
+                                              group.first_row, work.head, tiles.batch);
+            }
+        }
+    }
+
+    // Key tile i: its first key in the tensor, or ~ its number among the masked tiles of the lists.
+    // Without lists the last tile comes first, since it may be masked.
+    __device__ int tile_at(int i) const {
+        return params.form == FORM_FUSED ? tiles.list[i] : tiles.first_key + (tiles.count - 1 - i) * S::TILE_N;
+    }
+
+    __device__ bool has_masked_values(int i, int tile) const {
+        return params.form == FORM_FUSED ? tile < 0 : params.form == FORM_PACKED && i == 0 && tiles.keys % S::TILE_N != 0;
+    }
+
+    __device__ void load_tile(const ptx::TensorMap& map, const ptx::TensorMap& group_map, uint32_t to, uint32_t barrier, int tile) const {
+        load_key_tile<typename S::TileKV>(to, map, group_map, params.key_groups, barrier, tile, kv_head, tiles.batch);
+    }
+
+    __device__ void load_keys(int i, int tile, KeysState state) const {
+        const uint32_t full = base + S::FULL_K + 8 * state.stage();
+        ptx::mbarrier_wait(base + S::EMPTY_K + 8 * state.stage(), state.parity() ^ 1);
+        auto& info = reinterpret_cast<TileKeys*>(shared + S::KEYS_INFO)[state.stage()];
+        if (i < masked_end) {
+            const uint32_t kept = tiles.kept_keys(params, tile, tile - tiles.first_key, lane);
+            if (lane < (S::TILE_N + 31) / 32) info.kept[lane] = kept;
+        }
+        if (lane == 0) info.has_masked_values = has_masked_values(i, tile);
+        __syncwarp();
+        if (lane == 0) ptx::mbarrier_arrive_expect(full, S::TileKV::BYTES);
+        __syncwarp();
+        load_tile(params.k_map, params.k_group_map, base + S::K + state.stage() * S::TileKV::BYTES, full, tile);
+    }
+
+    __device__ void load_values(int i, int tile, KeysState state) const {
+        const uint32_t full = base + (has_masked_values(i, tile) ? S::RAW_V : S::FULL_V) + 8 * state.stage();
+        ptx::mbarrier_wait(base + S::EMPTY_V + 8 * state.stage(), state.parity() ^ 1);
+        if (lane == 0) ptx::mbarrier_arrive_expect(full, S::TileKV::BYTES);
+        __syncwarp();
+        load_tile(params.v_map, params.v_group_map, base + S::V + state.stage() * S::TileKV::BYTES, full, tile);
+    }
+};
+
+// The warp that zeroes masked rows of V. It waits for the same barriers as the consumers, and opens
+// theirs when it is done with a tile.
+template <typename S>
+__device__ inline void zero_masked_values(unsigned char* shared, uint32_t base) {
+    const int lane = threadIdx.x % 32;
+    KeysState state;
+    // A bit for each stage.
+    uint32_t raw_parities = 0;
+    bool is_exact = false;
+    for (int work_index = 0;; ++work_index) {
+        ptx::mbarrier_wait(base + S::full_q(work_index, 0), S::parity_q(work_index));
+        const int key_tiles = reinterpret_cast<const TileRows*>(shared + S::ROWS_INFO)[work_index % 2].key_tiles;
+        __syncwarp();
+        if (lane == 0) ptx::mbarrier_arrive(base + S::empty_q(work_index, 0));
+        if (key_tiles < 0) {
+            if (is_exact || !must_recompute<S>(shared, BARRIER_END_ZEROING, S::CONSUMERS + 32)) return;
+            is_exact = true;
+        }
+        for (int i = 0; i < key_tiles; ++i, ++state.count) {
+            ptx::mbarrier_wait(base + S::FULL_K + 8 * state.stage(), state.parity());
+            const auto& info = reinterpret_cast<const TileKeys*>(shared + S::KEYS_INFO)[state.stage()];
+            const bool has_masked_values = info.has_masked_values;
+            const uint32_t kept = lane < (S::TILE_N + 31) / 32 && has_masked_values ? info.kept[lane] : 0;
+            __syncwarp();
+            if (lane == 0) ptx::mbarrier_arrive(base + S::EMPTY_K + 8 * state.stage());
+            if (!has_masked_values) continue;
+            ptx::mbarrier_wait(base + S::RAW_V + 8 * state.stage(), raw_parities >> state.stage() & 1);
+            raw_parities ^= 1u << state.stage();
+            unsigned char* const tile = shared + S::V + state.stage() * S::TileKV::BYTES;
+            zero_rows<typename S::TileKV>(tile, kept, lane);
+            ptx::fence_async_proxy();
+            __syncwarp();
+            if (lane == 0) ptx::mbarrier_arrive(base + S::FULL_V + 8 * state.stage());
+        }
+    }
+}
+
+// Writes zeros to the rows of the padded output that no packed row goes to. A warp takes 32 rows at
+// a time.
+template <typename T>
+__device__ inline void write_masked_zeros(const TileListParams& params, int warp, int warps) {
+    const int lane = threadIdx.x % 32;
+    const int chunks = params.head_dim / 8;
+    const int step = gridDim.x * warps * 32;
+    for (int first = (blockIdx.x * warps + warp) * 32; first < params.padded_rows; first += step) {
+        const bool is_masked = first + lane < params.padded_rows && params.inv_indices[first + lane] < 0;
+        for (uint32_t left = __ballot_sync(0xffffffff, is_masked); left != 0; left &= left - 1) {
+            const int flat = first + __ffs(left) - 1;
+            T* const out = static_cast<T*>(params.out) + static_cast<int64_t>(flat / params.seq_q) * params.out_strides.batch +
+                           static_cast<int64_t>(flat % params.seq_q) * params.out_strides.token;
+            for (int index = lane; index < params.heads * chunks; index += 32) {
+                *reinterpret_cast<uint4*>(out + index / chunks * params.out_strides.head + index % chunks * 8) = uint4{0, 0, 0, 0};
+            }
+        }
+    }
+}
+
+}  // namespace sm90

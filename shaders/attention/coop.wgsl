@@ -1,0 +1,496 @@
+// Attention of one tile of query rows against all its keys on cooperative matrices: f16 operands,
+// f32 accumulators.
+//
+// A subgroup owns SHAPE rows. Its queries and its output stay in matrices throughout. Scores and
+// weights pass through workgroup memory, since WGSL cannot read an element of a matrix:
+//
+//      k, v ──▶ staged (f16) ──▶ S = Q·Kᵀ ──▶ scores (f32)
+//                                                 │ softmax, a row to LANES lanes
+//                                                 ▼
+//                                O += P·V ◀── probs (f16)
+//
+// Each subgroup has its part of `scores` and `probs`, but the barriers around them are the
+// workgroup's: naga's `subgroupBarrier` does not order workgroup memory. Scores are computed a
+// step ahead and products with values a step behind, so that a step needs only two barriers and
+// products run beside exponentials:
+//
+//      phase   reads                          computes                             writes
+//        1     K(n+1), V(n-1), scores of n    S of n+1, O += P·V of n-1, softmax   probs of n
+//        2     probs of n, into matrices                                           K(n+2), V(n),
+//                                                                                  scores of n+1
+//
+// What phase 2 stages is fetched in phase 1 and pinned there: drivers move loads of memory that
+// nobody writes down to their use.
+//
+// Weights are relative to a base of each row. It follows the row's maximum only when that has
+// grown by more than 2^8 (the rule of FlashAttention-4). Only then O goes through workgroup
+// memory to be scaled.
+//
+// Tensors are read as u32s, 16 bytes at a time, with no branch around a load, so that loads need
+// not wait for each other.
+
+const LANES: u32 = SUBGROUP_SIZE / SHAPE;
+const INVOCATIONS: u32 = SUBGROUPS * SUBGROUP_SIZE;
+// The head dimension, padded with zeros to whole matrices.
+const DIM: u32 = (HEAD_DIM + SHAPE - 1u) / SHAPE * SHAPE;
+const DIM_FRAGMENTS: u32 = DIM / SHAPE;
+const KEY_FRAGMENTS: u32 = TILE_KEYS / SHAPE;
+const SLICES: u32 = (DIM_FRAGMENTS + KEY_FRAGMENTS - 1u) / KEY_FRAGMENTS;
+// Words of a row that are read, and that are staged.
+const HEAD_WORDS: u32 = HEAD_DIM / 8u;
+const DIM_WORDS: u32 = DIM / 8u;
+const KEY_WORDS: u32 = TILE_KEYS / 8u;
+const STAGED_WORDS: u32 = TILE_KEYS * DIM_WORDS;
+const FETCHES: u32 = (STAGED_WORDS + INVOCATIONS - 1u) / INVOCATIONS;
+// Quads (four elements) of a fragment's row, and of the scores that one lane has of a row.
+const FRAGMENT: u32 = SHAPE / 4u;
+const QUADS: u32 = TILE_KEYS / 4u / LANES;
+// Words that one lane moves of a row of queries or output: of a slice with as many columns as a
+// step has keys.
+const LANE_WORDS: u32 = (KEY_WORDS + LANES - 1u) / LANES;
+// Distances of rows in quads, such that the rows of a matrix, and the lanes that read them, fall on
+// different banks.
+const STAGED_STRIDE: u32 = DIM / 4u + 2u;
+const PROBS_STRIDE: u32 = TILE_KEYS / 4u + 2u;
+const SCORES_STRIDE: u32 = TILE_KEYS / 4u + LANES;
+const VALUES: u32 = TILE_KEYS * STAGED_STRIDE;
+// A row's largest weight is 2^7 when its base is set and never above 2^15, so weights down to
+// 2^-31 of the largest are not lost.
+const BASE_BELOW: f32 = 7.0;
+const MOST: f32 = 15.0;
+
+// Keys, then values.
+var<workgroup> staged: array<vec4<f16>, 2u * VALUES>;
+var<workgroup> probs: array<vec4<f16>, TILE_ROWS * PROBS_STRIDE>;
+var<workgroup> scores: array<vec4<f32>, TILE_ROWS * SCORES_STRIDE>;
+// 1 if the output of some row must be scaled before the next product.
+var<workgroup> growing: atomic<u32>;
+// Written only in a case that never matters, so that the compiler keeps the loads; see `pin`.
+var<workgroup> pinned: atomic<u32>;
+// The bits of the largest magnitudes of q, k and v.
+var<workgroup> largest: array<atomic<u32>, 3>;
+
+// Powers of two that bring q, k and v into f16's range.
+struct Factors {
+    q: f32,
+    k: f32,
+    v: f32,
+}
+
+// 2^13 over a power of two near the magnitude.
+fn factor_for(magnitude: u32) -> f32 {
+    return bitcast<f32>(clamp(266 - i32(magnitude >> 23u), 2, 252) << 23u);
+}
+
+// 1 over a power of two.
+fn inverse(factor: f32) -> f32 {
+    return bitcast<f32>(0x7f000000u - bitcast<u32>(factor));
+}
+
+// One step's keys.
+struct Step {
+    // Past the tile's last key if there is no such step.
+    first_key: u32,
+    kept: vec2<u32>,
+    // The rows that this invocation fetches.
+    rows: array<u32, FETCHES>,
+}
+
+// The first step from `first_key` on. Keys past the tile's last one get its row, so that loads
+// need no branch.
+fn step_from(tile: Tile, first_key: u32, invocation: u32) -> Step {
+    var step: Step;
+    step.first_key = next_step(tile, first_key);
+    step.kept = kept_in(tile, step.first_key);
+    for (var f = 0u; f < FETCHES; f++) { // unroll
+        let key = (invocation + f * INVOCATIONS) / DIM_WORDS;
+        step.rows[f] = key_row(tile, min(step.first_key + key, tile.keys.end - 1u));
+    }
+    return step;
+}
+
+// What an invocation fetches of a step's keys or values: word `invocation` and every
+// INVOCATIONS-th after it.
+alias Words = array<vec4<u32>, FETCHES>;
+
+// Dropped keys are set to zero only where they would count in the range: their scores are masked
+// anyway.
+fn fetch_keys(tile: Tile, step: Step, invocation: u32) -> Words {
+    var words: Words;
+    for (var f = 0u; f < FETCHES; f++) { // unroll
+        let i = invocation + f * INVOCATIONS;
+        let word = k[tile.k + step.rows[f] * params.k_stride_s + min(i % DIM_WORDS, HEAD_WORDS - 1u)];
+        let is_zero = i % DIM_WORDS >= HEAD_WORDS || (HAS_RANGE && !is_kept(step.kept, i / DIM_WORDS));
+        words[f] = select(word, vec4<u32>(0u), is_zero);
+    }
+    return words;
+}
+
+// Values of dropped keys are set to zero: what their rows hold must not matter, and 0 · NaN is NaN.
+fn fetch_values(tile: Tile, step: Step, invocation: u32) -> Words {
+    var words: Words;
+    for (var f = 0u; f < FETCHES; f++) { // unroll
+        let i = invocation + f * INVOCATIONS;
+        let word = v[tile.v + step.rows[f] * params.v_stride_s + min(i % DIM_WORDS, HEAD_WORDS - 1u)];
+        words[f] = select(word, vec4<u32>(0u), i % DIM_WORDS >= HEAD_WORDS || !is_kept(step.kept, i / DIM_WORDS));
+    }
+    return words;
+}
+
+// Stages words from `first` on, and returns their largest magnitude.
+fn stage(words: Words, first: u32, invocation: u32, factor: f32) -> f32 {
+    var largest = 0.0;
+    for (var f = 0u; f < FETCHES; f++) { // unroll
+        let i = invocation + f * INVOCATIONS;
+        if STAGED_WORDS % INVOCATIONS == 0u || i < STAGED_WORDS {
+            let at = first + i / DIM_WORDS * STAGED_STRIDE + i % DIM_WORDS * 2u;
+            staged[at] = halves(words[f], 0u, factor);
+            staged[at + 1u] = halves(words[f], 1u, factor);
+        }
+        largest = max(largest, largest_of(words[f]));
+    }
+    return largest;
+}
+
+alias Queries = array<MatrixA, DIM_FRAGMENTS>;
+alias Sums = array<MatrixC, KEY_FRAGMENTS>;
+alias Output = array<MatrixC, DIM_FRAGMENTS>;
+alias Weights = array<MatrixA, KEY_FRAGMENTS>;
+
+// S = Q·Kᵀ with the staged keys.
+fn multiply_keys(queries: ptr<function, Queries>, sums: ptr<function, Sums>) {
+    for (var n = 0u; n < KEY_FRAGMENTS; n++) { // unroll
+        (*sums)[n] = MatrixC();
+    }
+    for (var c = 0u; c < DIM_FRAGMENTS; c++) { // unroll
+        for (var n = 0u; n < KEY_FRAGMENTS; n++) { // unroll
+            let keys = coopLoad<MatrixB>(&staged[n * SHAPE * STAGED_STRIDE + c * FRAGMENT], STAGED_STRIDE);
+            (*sums)[n] = coopMultiplyAdd((*queries)[c], keys, (*sums)[n]);
+        }
+    }
+}
+
+// Stores scores of the subgroup whose rows begin at `own_scores`.
+fn store_scores(sums: ptr<function, Sums>, own_scores: u32) {
+    for (var n = 0u; n < KEY_FRAGMENTS; n++) { // unroll
+        coopStoreT((*sums)[n], &scores[own_scores + n * FRAGMENT], SCORES_STRIDE);
+    }
+}
+
+// The weights of the subgroup whose rows begin at `own_probs`.
+fn load_weights(weights: ptr<function, Weights>, own_probs: u32) {
+    for (var n = 0u; n < KEY_FRAGMENTS; n++) { // unroll
+        (*weights)[n] = coopLoadT<MatrixA>(&probs[own_probs + n * FRAGMENT], PROBS_STRIDE);
+    }
+}
+
+// O += P·V with the staged values.
+fn multiply_values(weights: ptr<function, Weights>, output: ptr<function, Output>) {
+    for (var n = 0u; n < KEY_FRAGMENTS; n++) { // unroll
+        for (var c = 0u; c < DIM_FRAGMENTS; c++) { // unroll
+            let at = VALUES + n * SHAPE * STAGED_STRIDE + c * FRAGMENT;
+            let values = coopLoadT<MatrixB>(&staged[at], STAGED_STRIDE);
+            (*output)[c] = coopMultiplyAdd((*weights)[n], values, (*output)[c]);
+        }
+    }
+}
+
+// Forces words to be loaded by now: a store depends on them, if only to where nobody reads.
+fn pin(keys: Words, values: Words) {
+    var sum = 0u;
+    for (var f = 0u; f < FETCHES; f++) { // unroll
+        sum ^= keys[f].x ^ values[f].x;
+    }
+    if sum == 0x9e3779b9u {
+        atomicStore(&pinned, sum);
+    }
+}
+
+// A tile without keys.
+fn write_zeros(tile: Tile, invocation: u32) {
+    for (var i = invocation; i < tile.rows * HEAD_WORDS; i += INVOCATIONS) {
+        out[tile.out + query_row(tile, i / HEAD_WORDS) * params.out_stride_s + i % HEAD_WORDS] = vec4<u32>(0u);
+    }
+    for (var row = invocation; row < tile.rows; row += INVOCATIONS) {
+        write_lse(tile, row, LOWEST, 0.0);
+    }
+}
+
+// naga demands uniform control flow around matrices, and assumes that whatever went through a
+// variable is not uniform. Here control flow depends on constants, parameters, the workgroup's
+// tile, and on workgroup memory that all invocations read after a barrier.
+@diagnostic(off, derivative_uniformity)
+@compute @workgroup_size(INVOCATIONS)
+fn attention(
+    @builtin(workgroup_id) group: vec3<u32>,
+    @builtin(local_invocation_index) invocation: u32,
+    @builtin(subgroup_id) subgroup: u32,
+    @builtin(subgroup_invocation_id) lane: u32,
+) {
+    let tile = locate(group);
+    if !tile.exists {
+        return;
+    }
+    if tile.keys.end == tile.keys.first {
+        write_zeros(tile, invocation);
+        return;
+    }
+    let lane_row = lane / LANES;
+    let lane_in_row = lane % LANES;
+    let row = subgroup * SHAPE + lane_row;
+    // This subgroup's part of `probs` and `scores`, and this lane's row in it.
+    let own_probs = subgroup * SHAPE * PROBS_STRIDE;
+    let own_scores = subgroup * SHAPE * SCORES_STRIDE;
+    let probs_row = own_probs + lane_row * PROBS_STRIDE;
+    let scores_row = own_scores + lane_row * SCORES_STRIDE;
+
+    var factors = Factors(1.0, 1.0, 1.0);
+    if HAS_RANGE {
+        factors = Factors(64.0, 64.0, 256.0);
+        if invocation < 3u {
+            atomicStore(&largest[invocation], 0u);
+        }
+        workgroupBarrier();
+    }
+    // The second attempt runs only if a value was out of the range of the first.
+    for (var attempt = 0u; attempt < ATTEMPTS; attempt++) {
+        var seen = vec3<f32>(0.0);
+        var output: Output;
+        for (var c = 0u; c < DIM_FRAGMENTS; c++) { // unroll
+            output[c] = MatrixC();
+        }
+
+        // Queries pass through `probs`, as many columns at a time as there are keys in a step.
+        var queries: Queries;
+        // Rows that are not written are set to zero: what they hold must not count in the range.
+        let is_read = row < tile.rows && row_is_kept(tile, row);
+        let own_query = tile.q + query_row(tile, min(row, tile.rows - 1u)) * params.q_stride_s;
+        var words: array<vec4<u32>, SLICES * LANE_WORDS>;
+        for (var slice = 0u; slice < SLICES; slice++) { // unroll
+            for (var w = 0u; w < LANE_WORDS; w++) { // unroll
+                let word = slice * KEY_WORDS + w * LANES + lane_in_row;
+                let value = q[own_query + min(word, HEAD_WORDS - 1u)];
+                words[slice * LANE_WORDS + w] = select(vec4<u32>(0u), value, is_read && word < HEAD_WORDS);
+            }
+        }
+        for (var slice = 0u; slice < SLICES; slice++) { // unroll
+            workgroupBarrier();
+            for (var w = 0u; w < LANE_WORDS; w++) { // unroll
+                let word = w * LANES + lane_in_row;
+                if KEY_WORDS % LANES == 0u || word < KEY_WORDS {
+                    let value = words[slice * LANE_WORDS + w];
+                    seen.x = max(seen.x, largest_of(value));
+                    probs[probs_row + word * 2u] = halves(value, 0u, factors.q);
+                    probs[probs_row + word * 2u + 1u] = halves(value, 1u, factors.q);
+                }
+            }
+            workgroupBarrier();
+            for (var n = 0u; n < KEY_FRAGMENTS; n++) { // unroll
+                if slice * KEY_FRAGMENTS + n < DIM_FRAGMENTS {
+                    queries[slice * KEY_FRAGMENTS + n] =
+                        coopLoadT<MatrixA>(&probs[own_probs + n * FRAGMENT], PROBS_STRIDE);
+                }
+            }
+        }
+
+        let score_scale = inverse(factors.q) * inverse(factors.k) * params.score_scale;
+        var base = LOWEST;
+        // The sum over this lane's keys only.
+        var row_sum = 0.0;
+        if invocation == 0u {
+            atomicStore(&growing, 0u);
+        }
+
+        var sums: Sums;
+        var step = step_from(tile, tile.keys.first, invocation);
+        var next: Step;
+        if step.first_key < tile.keys.end {
+            next = step_from(tile, step.first_key + TILE_KEYS, invocation);
+            seen.y = max(seen.y, stage(fetch_keys(tile, step, invocation), 0u, invocation, factors.k));
+            workgroupBarrier();
+            multiply_keys(&queries, &sums);
+            workgroupBarrier();
+            store_scores(&sums, own_scores);
+            seen.y = max(seen.y, stage(fetch_keys(tile, next, invocation), 0u, invocation, factors.k));
+            // The first product with values has no keys yet.
+            var nothing: Words;
+            seen.z = max(seen.z, stage(nothing, VALUES, invocation, factors.v));
+        }
+        var weights: Weights;
+        for (var n = 0u; n < KEY_FRAGMENTS; n++) { // unroll
+            weights[n] = MatrixA();
+        }
+        // The outer loop handles steps that scale O: a branch for them in the inner loop would
+        // cost every step copies of O.
+        while step.first_key < tile.keys.end {
+            var after: Step;
+            var keys: Words;
+            var values: Words;
+            var scale = 1.0;
+            var must_scale = 0u;
+            while step.first_key < tile.keys.end {
+                workgroupBarrier();
+                after = step_from(tile, next.first_key + TILE_KEYS, invocation);
+                var row_scores: array<vec4<f32>, QUADS>;
+                for (var i = 0u; i < QUADS; i++) { // unroll
+                    let quad = i * LANES + lane_in_row;
+                    row_scores[i] = scores[scores_row + quad] * score_scale;
+                    if BIAS {
+                        for (var n = 0u; n < 4u; n++) {
+                            let score = biased(tile, row, step.first_key + quad * 4u + n, row_scores[i][n]);
+                            row_scores[i][n] = select(LOWEST, score.score, score.kept);
+                        }
+                    }
+                }
+                // Also where no key is dropped: a branch here would keep products from running
+                // beside what follows.
+                for (var i = 0u; i < QUADS; i++) { // unroll
+                    let quad = i * LANES + lane_in_row;
+                    let word = select(step.kept.x, step.kept.y, TILE_KEYS > 32u && quad >= 8u);
+                    let bits = vec4<u32>(word >> (quad % 8u * 4u)) & vec4<u32>(1u, 2u, 4u, 8u);
+                    row_scores[i] = select(vec4<f32>(LOWEST), row_scores[i], bits != vec4<u32>(0u));
+                }
+
+                keys = fetch_keys(tile, after, invocation);
+                values = fetch_values(tile, step, invocation);
+                multiply_keys(&queries, &sums);
+                multiply_values(&weights, &output);
+                // Softmax.
+                var row_max = LOWEST;
+                for (var i = 0u; i < QUADS; i++) { // unroll
+                    let pairs = max(row_scores[i].xy, row_scores[i].zw);
+                    row_max = max(row_max, max(pairs.x, pairs.y));
+                }
+                for (var distance = 1u; distance < LANES; distance *= 2u) {
+                    row_max = max(row_max, subgroupShuffleXor(row_max, distance));
+                }
+                scale = 1.0;
+                var grew = false;
+                if row_max > base + MOST {
+                    let raised = row_max - BASE_BELOW;
+                    // Bounded: the difference of the lowest base and a high one can leave f32's
+                    // range.
+                    scale = exp2(max(base - raised, -1000.0));
+                    row_sum *= scale;
+                    grew = base > LOWEST;
+                    base = raised;
+                }
+                // A row without keys has no base: its weights are 0.
+                let minus = select(base, 0.0, base == LOWEST);
+                for (var i = 0u; i < QUADS; i++) { // unroll
+                    let p = exp2(row_scores[i] - minus);
+                    row_sum += p.x + p.y + p.z + p.w;
+                    probs[probs_row + i * LANES + lane_in_row] = vec4<f16>(p);
+                }
+                if subgroupAny(grew) {
+                    atomicStore(&growing, 1u);
+                }
+                pin(keys, values);
+
+                workgroupBarrier();
+                must_scale = atomicLoad(&growing);
+                if must_scale != 0u {
+                    break;
+                }
+                load_weights(&weights, own_probs);
+                store_scores(&sums, own_scores);
+                seen.y = max(seen.y, stage(keys, 0u, invocation, factors.k));
+                seen.z = max(seen.z, stage(values, VALUES, invocation, factors.v));
+                step = next;
+                next = after;
+            }
+            if must_scale != 0u {
+                for (var slice = 0u; slice < SLICES; slice++) { // unroll
+                    workgroupBarrier();
+                    for (var n = 0u; n < KEY_FRAGMENTS; n++) { // unroll
+                        if slice * KEY_FRAGMENTS + n < DIM_FRAGMENTS {
+                            coopStoreT(
+                                output[slice * KEY_FRAGMENTS + n],
+                                &scores[own_scores + n * FRAGMENT],
+                                SCORES_STRIDE,
+                            );
+                        }
+                    }
+                    workgroupBarrier();
+                    for (var i = 0u; i < QUADS; i++) {
+                        scores[scores_row + i * LANES + lane_in_row] *= scale;
+                    }
+                    workgroupBarrier();
+                    for (var n = 0u; n < KEY_FRAGMENTS; n++) { // unroll
+                        if slice * KEY_FRAGMENTS + n < DIM_FRAGMENTS {
+                            output[slice * KEY_FRAGMENTS + n] =
+                                coopLoadT<MatrixC>(&scores[own_scores + n * FRAGMENT], SCORES_STRIDE);
+                        }
+                    }
+                }
+                atomicStore(&growing, 0u);
+                workgroupBarrier();
+                load_weights(&weights, own_probs);
+                store_scores(&sums, own_scores);
+                seen.y = max(seen.y, stage(keys, 0u, invocation, factors.k));
+                seen.z = max(seen.z, stage(values, VALUES, invocation, factors.v));
+                step = next;
+                next = after;
+            }
+        }
+
+        workgroupBarrier();
+        multiply_values(&weights, &output);
+
+        if HAS_RANGE && attempt == 0u {
+            for (var i = 0u; i < 3u; i++) {
+                atomicMax(&largest[i], bitcast<u32>(seen[i]));
+            }
+            workgroupBarrier();
+            let q_bits = atomicLoad(&largest[0]);
+            let k_bits = atomicLoad(&largest[1]);
+            let v_bits = atomicLoad(&largest[2]);
+            let limits = vec3<f32>(512.0, 512.0, 128.0);
+            let magnitudes = bitcast<vec3<f32>>(vec3<u32>(q_bits, k_bits, v_bits));
+            // Small values need not be exact while the tensor has others that are not small, or
+            // while scores do not depend on them.
+            let is_inside = all(magnitudes <= limits) && (v_bits == 0u || magnitudes.z >= 0.015625)
+                && abs(params.score_scale) <= 4.0;
+            if !is_inside {
+                factors = Factors(factor_for(q_bits), factor_for(k_bits), factor_for(v_bits));
+                continue;
+            }
+        }
+
+        // Divide by the sum of the lanes' sums, and write.
+        for (var distance = 1u; distance < LANES; distance *= 2u) {
+            row_sum += subgroupShuffleXor(row_sum, distance);
+        }
+        // Selected, not multiplied: a dropped row may hold NaN.
+        let is_zero = row_sum == 0.0 || !row_is_kept(tile, row);
+        let inverse_sum = 1.0 / row_sum;
+        let inverse_factor = inverse(factors.v);
+        let own_out = tile.out + query_row(tile, min(row, tile.rows - 1u)) * params.out_stride_s;
+        for (var slice = 0u; slice < SLICES; slice++) { // unroll
+            workgroupBarrier();
+            for (var n = 0u; n < KEY_FRAGMENTS; n++) { // unroll
+                if slice * KEY_FRAGMENTS + n < DIM_FRAGMENTS {
+                    coopStoreT(
+                        output[slice * KEY_FRAGMENTS + n],
+                        &scores[own_scores + n * FRAGMENT],
+                        SCORES_STRIDE,
+                    );
+                }
+            }
+            workgroupBarrier();
+            for (var w = 0u; w < LANE_WORDS; w++) { // unroll
+                let word = w * LANES + lane_in_row;
+                if row < tile.rows && word < KEY_WORDS && slice * KEY_WORDS + word < HEAD_WORDS {
+                    let at = scores_row + word * 2u;
+                    let low = select(scores[at] * inverse_sum * inverse_factor, vec4<f32>(0.0), is_zero);
+                    let high = select(scores[at + 1u] * inverse_sum * inverse_factor, vec4<f32>(0.0), is_zero);
+                    out[own_out + slice * KEY_WORDS + word] = rounded(low, high);
+                }
+            }
+        }
+        if row < tile.rows && lane_in_row == 0u {
+            write_lse(tile, row, base, row_sum);
+        }
+        break;
+    }
+}

@@ -1,0 +1,14 @@
+// An additive bias. A bias of -inf drops the key.
+
+// The score, in log2 units, with the bias added.
+fn biased(tile: Tile, row: u32, key: u32, score: f32) -> Biased {
+    let at = min(tile.first_row + row, params.seq_q - 1u);
+    let position = params.bias_offset + tile.batch * params.bias_stride_b + tile.head * params.bias_stride_h
+        + at * params.bias_stride_q + min(key, params.seq_k - 1u) * params.bias_stride_k;
+    let value = bias_value(position);
+    // By its bits: a shader compiler may assume that no infinity is ever compared.
+    let dropped = bitcast<u32>(value) == 0xff800000u;
+    // The smallest floats are a common stand-in for -inf. The factor log2(e) must not push them out
+    // of f32's range.
+    return Biased(score + max(value, -2.3e38) * LOG2_E, !dropped);
+}

@@ -1,0 +1,42 @@
+// Padded tensors, every query row computed. Workgroup (x, y, z) takes tile x of batch row y of the
+// window and query head z.
+//
+//            q, out                     k, v
+//   batch y  [ . . . . . . . . ]        [ k k k k k k ]   all Sk keys
+//                 └ tile x ┘
+
+fn locate(workgroup: vec3<u32>) -> Tile {
+    let group = in_grid(workgroup);
+    let first = group.x * TILE_ROWS;
+    var tile: Tile;
+    tile.exists = true;
+    tile.batch = group.y;
+    tile.first_row = first;
+    tile.rows = min(TILE_ROWS, params.seq_q - first);
+    tile.keys = key_range(tile, params.seq_k);
+    tile.head = group.z;
+    let kv_head = group.z / params.group_size;
+    tile.q = params.q_offset + group.y * params.q_stride_b + first * params.q_stride_s + group.z * params.q_stride_h;
+    tile.k = params.k_offset + group.y * params.k_stride_b + kv_head * params.k_stride_h;
+    tile.v = params.v_offset + group.y * params.v_stride_b + kv_head * params.v_stride_h;
+    tile.out = params.out_offset + group.y * params.out_stride_b + first * params.out_stride_s + group.z * params.out_stride_h;
+    return tile;
+}
+
+fn query_row(tile: Tile, row: u32) -> u32 {
+    return row;
+}
+
+fn key_row(tile: Tile, key: u32) -> u32 {
+    return key;
+}
+
+// Whether a row is computed, or written as zeros.
+fn row_is_kept(tile: Tile, row: u32) -> bool {
+    if ZERO_ROWS {
+        let at = tile.first_row + row;
+        let word = row_bits[(params.batch_base + tile.batch) * params.row_words + (at >> 5u)];
+        return ((word >> (at & 31u)) & 1u) == 1u;
+    }
+    return true;
+}

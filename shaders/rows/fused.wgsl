@@ -1,0 +1,51 @@
+// Padded tensors, of which only kept queries meet only kept keys. For each batch row `query_tokens`
+// and `key_tokens` hold the number of kept tokens, then those tokens, then the dropped ones, each
+// ascending:
+//
+//   mask    [ 1 0 0 1 1 0 ]  ->  [ 3 | 0 3 4 | 1 2 5 ]
+//                                      kept    dropped
+//
+// A tile of the list is [first, rows, batch row, is dropped], a range of the queries in this order.
+// It meets the kept keys of its batch row, in theirs; a tile of dropped queries meets none, so that
+// zeros come out.
+//
+//   queries  [ 0 3 4 7 9 12 13 | 1 2 5 6 8 10 11 ]
+//              └ tile ┘ └ tile ┘└  dropped tile  ┘
+
+fn locate(workgroup: vec3<u32>) -> Tile {
+    let group = in_grid(workgroup);
+    let of_list = listed(group);
+    let entry = of_list.entry;
+    var tile: Tile;
+    tile.exists = of_list.exists;
+    tile.batch = entry.z - params.batch_base;
+    tile.first_row = entry.x;
+    tile.rows = entry.y;
+    tile.keys = key_range(tile, select(key_tokens[key_list(tile)], 0u, entry.w == 1u));
+    tile.head = group.z;
+    let kv_head = group.z / params.group_size;
+    tile.q = params.q_offset + tile.batch * params.q_stride_b + group.z * params.q_stride_h;
+    tile.k = params.k_offset + tile.batch * params.k_stride_b + kv_head * params.k_stride_h;
+    tile.v = params.v_offset + tile.batch * params.v_stride_b + kv_head * params.v_stride_h;
+    tile.out = params.out_offset + tile.batch * params.out_stride_b + group.z * params.out_stride_h;
+    return tile;
+}
+
+// Where the list of the tile's batch row begins.
+fn key_list(tile: Tile) -> u32 {
+    return params.key_tokens_offset + tile.batch * (params.seq_k + 1u);
+}
+
+fn query_row(tile: Tile, row: u32) -> u32 {
+    let list = params.query_tokens_offset + tile.batch * (params.seq_q + 1u);
+    return query_tokens[list + 1u + tile.first_row + row];
+}
+
+fn key_row(tile: Tile, key: u32) -> u32 {
+    return key_tokens[key_list(tile) + 1u + key];
+}
+
+// Dropped queries lie in tiles without keys.
+fn row_is_kept(tile: Tile, row: u32) -> bool {
+    return tile.keys.end > tile.keys.first;
+}

@@ -1,0 +1,46 @@
+// One tile of attention: TILE_ROWS query rows of one head and the keys of their batch row or
+// sequence, TILE_KEYS at a time. Both constants are the kernel's. Positions are counted in words of
+// 16 bytes from the start of each binding.
+//
+// dense.wgsl, fused.wgsl and packed.wgsl say where tiles lie. `locate` finds the tile of a
+// workgroup. Query i of a tile, i < rows, is row `query_row(tile, i)` from `tile.q` and
+// `tile.out`; key j is row `key_row(tile, j)` from `tile.k` and `tile.v`. key_range.wgsl says
+// which keys a tile needs.
+
+const LOG2_E: f32 = 1.4426950408889634;
+const LN_2: f32 = 0.6931471805599453;
+// Masked scores are this, below any score. The lowest biases come close to it.
+const LOWEST: f32 = -3.4028234e38;
+
+// Keys first .. end - 1. An empty range has end == first.
+struct KeyRange {
+    first: u32,
+    end: u32,
+}
+
+struct Tile {
+    // Whether there is a tile for this workgroup at all.
+    exists: bool,
+    batch: u32,
+    head: u32,
+    // Position of the first row among the queries, for masks, bias, lse and lists.
+    first_row: u32,
+    rows: u32,
+    // The keys that the tile needs.
+    keys: KeyRange,
+    q: u32,
+    k: u32,
+    v: u32,
+    out: u32,
+}
+
+// The workgroup's place in the whole grid. Long work is split into dispatches of parts of the grid.
+fn in_grid(group: vec3<u32>) -> vec3<u32> {
+    return group + vec3<u32>(params.first_group_x, params.first_group_y, params.first_group_z);
+}
+
+// A score, and whether the query needs the key at all.
+struct Biased {
+    score: f32,
+    kept: bool,
+}

@@ -1,0 +1,14 @@
+// Tiles of a list. Workgroup (x, y, z) takes tile x + y · grid_width of the launch and query head
+// z.
+
+struct Listed {
+    // Whether the list is as long as that. The last tile stands in for those past its end.
+    exists: bool,
+    // What it means is up to the file that lists tiles.
+    entry: vec4<u32>,
+}
+
+fn listed(group: vec3<u32>) -> Listed {
+    let at = params.first_tile + group.x + group.y * params.grid_width;
+    return Listed(at < params.end_tile, tiles[min(at, params.end_tile - 1u)]);
+}

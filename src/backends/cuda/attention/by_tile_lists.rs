@@ -1,0 +1,344 @@
+//! Launches of the sm90 and the sm100 kernel, which take the same parameters: dense, on packed
+//! rows, and on padded tensors by tile lists (`tile_lists`).
+
+use std::sync::Arc;
+
+use crate::backends::cuda::driver::memory::CudaBuffer;
+use crate::backends::cuda::driver::transfer;
+use crate::backends::cuda::kernels::module::Entry;
+use crate::backends::cuda::kernels::params::{TileListForm, TileListParams};
+use crate::backends::cuda::kernels::tiles::ListTile;
+use crate::backends::cuda::launcher::Launcher;
+use crate::backends::cuda::tensors::metadata;
+use crate::backends::cuda::tensors::tensor_map::MappedTensor;
+use crate::call::op::Attention;
+use crate::call::problem::AttentionShape;
+use crate::error::{Error, Result};
+use crate::mask::key_mask::KeyMask;
+use crate::mask::meta::{GROUP_ROWS, VarlenMeta};
+
+use super::call::{PackedRows, Tensors, score_scale};
+use super::fifo_cache::FifoCache;
+use super::split::Split;
+use super::tile_lists::TileLists;
+
+/// Rows of a padded output whose zeros are enough work for a block.
+const ZEROED_ROWS: usize = 256;
+
+/// Tile lists on the device.
+#[derive(Debug)]
+struct ListsCopy {
+    batches: CudaBuffer,
+    query_groups: CudaBuffer,
+    key_tiles: CudaBuffer,
+    key_groups: CudaBuffer,
+    zero_spans: CudaBuffer,
+    batch_count: usize,
+    zero_span_count: usize,
+    query_tiles: usize,
+    /// Key tiles of the batch row with the fewest.
+    fewest_key_tiles: usize,
+}
+
+/// Kept with the query's metadata, by the id of the key's metadata and the tile.
+type ListsCopies = FifoCache<(u64, ListTile), ListsCopy>;
+
+/// Metadata that stands for the masks of a dense call: every query, and the kept keys or every key.
+/// Kept with one of the masks, by the lengths of both sides and whether the keys are masked.
+type DenseMetas = FifoCache<(usize, usize, bool), DenseMeta>;
+
+#[derive(Debug)]
+struct DenseMeta {
+    query: VarlenMeta,
+    key: VarlenMeta,
+}
+
+/// The extent of a launch: of its tensors, and of its work.
+#[derive(Debug, Clone, Copy)]
+struct Extent {
+    batch: usize,
+    /// Tokens of a batch row.
+    queries: usize,
+    keys: usize,
+    /// Query tiles times heads, or an upper bound.
+    items: usize,
+    /// Key tiles of the item with the fewest; 0 if the host does not know that, or the number of
+    /// items.
+    fewest_key_tiles: usize,
+    /// Zero rows, in blocks of work.
+    zero_items: usize,
+}
+
+/// A call, and the tile that its kernel computes it with.
+#[derive(Clone, Copy)]
+struct Call<'a> {
+    launcher: &'a Launcher,
+    attention: &'a Attention<'a>,
+    tensors: &'a Tensors,
+    tile: ListTile,
+}
+
+/// Every query row of padded tensors. Keys that the key mask drops do not count, and rows that
+/// `zero_rows` drops are zeros.
+pub fn dense(
+    launcher: &Launcher,
+    attention: &Attention<'_>,
+    tensors: &Tensors,
+    key_mask: Option<&KeyMask>,
+    zero_rows: Option<&KeyMask>,
+) -> Result<()> {
+    let call = Call::new(launcher, attention, tensors)?;
+    let Some(mask) = key_mask.or(zero_rows) else { return call.without_a_mask() };
+    let AttentionShape { batch, seq_q, seq_k, .. } = attention.problem.shape;
+    let metas = mask.copies().get_or_make(launcher.id, || Ok(DenseMetas::default()))?;
+    let is_captured = launcher.context.is_captured()?;
+    let meta = metas.get_or_make((seq_q, seq_k, key_mask.is_some()), is_captured, || {
+        let every = |seq| VarlenMeta::from_key_mask(&KeyMask::all(batch, seq)?);
+        let key = key_mask.map_or_else(|| every(seq_k), VarlenMeta::from_key_mask)?;
+        Ok(DenseMeta { query: every(seq_q)?, key })
+    })?;
+    // Keys past the end of a row are dropped by their bits, so that there are bits even where every
+    // key is kept.
+    call.by_lists((&meta.query, &meta.key), (meta.key.key_mask(), zero_rows))
+}
+
+/// Valid query rows and keys of padded tensors; other rows as zeros.
+pub fn fused(
+    launcher: &Launcher,
+    attention: &Attention<'_>,
+    tensors: &Tensors,
+    query: &VarlenMeta,
+    key: &VarlenMeta,
+) -> Result<()> {
+    let call = Call::new(launcher, attention, tensors)?;
+    call.by_lists((query, key), (key.key_mask(), Some(query.key_mask())))
+}
+
+/// Packed rows.
+pub fn packed(launcher: &Launcher, attention: &Attention<'_>, tensors: &Tensors, rows: &PackedRows<'_>) -> Result<()> {
+    let call = Call::new(launcher, attention, tensors)?;
+    let (lse, lse_head_stride) = rows.lse.unwrap_or_default();
+    let mut params = TileListParams {
+        form: TileListForm::Packed as i32,
+        // Fits: batches are counted in an i32.
+        groups: rows.batch as i32,
+        cu_seqlens_q: rows.cu_seqlens_q.unwrap_or_default(),
+        cu_seqlens_k: rows.cu_seqlens_k.unwrap_or_default(),
+        order: rows.batch_order.unwrap_or_default(),
+        lse,
+        lse_head_stride,
+        ..call.params()
+    };
+    let mut zero_items = 0;
+    if let Some(query) = rows.scatters {
+        let padded_rows = query.batch * query.seq;
+        // Both fit: KeyMask bounds batch · seq by i32::MAX.
+        (params.seq_q, params.padded_rows) = (query.seq as i32, padded_rows as i32);
+        params.out_rows = query.indices;
+        params.inv_indices = if query.is_all_valid { 0 } else { query.inv_indices };
+        zero_items = padded_rows.div_ceil(ZEROED_ROWS);
+    }
+    let (tiles, fewest_key_tiles) = packed_tiles(call.tile, rows);
+    // Packed tensors have no batch rows: all of their rows are tokens.
+    let extent = Extent {
+        batch: 1,
+        queries: rows.queries,
+        keys: rows.keys,
+        items: tiles * attention.problem.shape.num_heads,
+        fewest_key_tiles,
+        zero_items,
+    };
+    call.launch(params, &extent)
+}
+
+/// Query tiles of all sequences, and key tiles of the sequence with the fewest that has queries. If
+/// the host does not know the lengths: an upper bound, and 0.
+fn packed_tiles(tile: ListTile, rows: &PackedRows<'_>) -> (usize, usize) {
+    let tiles_of = |queries: usize| queries.div_ceil(tile.rows as usize);
+    let Some([queries, keys]) = rows.lengths else {
+        return (tiles_of(rows.max_queries) * rows.batch, 0);
+    };
+    let (tiles, fewest_keys) = (0..rows.batch).fold((0, usize::MAX), |(tiles, fewest), row| {
+        let (queries, keys) = (queries.rows(row).len(), keys.rows(row).len());
+        (tiles + tiles_of(queries), if queries == 0 { fewest } else { fewest.min(keys) })
+    });
+    (tiles, fewest_keys.div_ceil(tile.keys as usize))
+}
+
+impl<'a> Call<'a> {
+    fn new(launcher: &'a Launcher, attention: &'a Attention<'a>, tensors: &'a Tensors) -> Result<Self> {
+        let head_dim = attention.problem.shape.head_dim;
+        let tile = ListTile::of(attention.plan.kernel, head_dim).ok_or(Error::HeadDim { got: head_dim })?;
+        Ok(Self { launcher, attention, tensors, tile })
+    }
+
+    /// The parameters that every form has.
+    fn params(&self) -> TileListParams {
+        let shape = self.attention.problem.shape;
+        TileListParams {
+            out: self.tensors.out.address,
+            out_strides: self.tensors.out.strides,
+            // All fit: checked by problem.
+            heads: shape.num_heads as i32,
+            group_size: shape.group_size() as i32,
+            head_dim: shape.head_dim as i32,
+            score_scale: score_scale(self.attention.problem.softmax_scale),
+            ..Default::default()
+        }
+    }
+
+    /// The same for padded tensors.
+    fn padded_params(&self) -> TileListParams {
+        let AttentionShape { seq_q, seq_k, .. } = self.attention.problem.shape;
+        // Both fit: checked by problem.
+        TileListParams { seq_q: seq_q as i32, seq_k: seq_k as i32, ..self.params() }
+    }
+
+    /// Every query row and every key of padded tensors.
+    fn without_a_mask(&self) -> Result<()> {
+        let AttentionShape { batch, seq_q, seq_k, num_heads, .. } = self.attention.problem.shape;
+        // Fits: checked by problem.
+        let params = TileListParams { form: TileListForm::Dense as i32, groups: batch as i32, ..self.padded_params() };
+        let extent = Extent {
+            batch,
+            queries: seq_q,
+            keys: seq_k,
+            items: seq_q.div_ceil(self.tile.rows as usize) * batch * num_heads,
+            fewest_key_tiles: seq_k.div_ceil(self.tile.keys as usize),
+            zero_items: 0,
+        };
+        self.launch(params, &extent)
+    }
+
+    /// Padded tensors by the lists of their metadata. The masks are of keys, and of query rows that
+    /// are not written as zeros; without the latter all rows are computed.
+    fn by_lists(
+        &self,
+        (query, key): (&VarlenMeta, &VarlenMeta),
+        (key_mask, row_mask): (&KeyMask, Option<&KeyMask>),
+    ) -> Result<()> {
+        let lists = self.lists(query, key)?;
+        let key_bits = metadata::mask_bits(self.launcher, key_mask)?;
+        let row_bits = row_mask.map(|mask| metadata::mask_bits(self.launcher, mask)).transpose()?;
+        let params = TileListParams {
+            form: TileListForm::Fused as i32,
+            // All fit: there are at most as many as tokens.
+            groups: lists.batch_count as i32,
+            zero_span_count: lists.zero_span_count as i32,
+            key_bits: key_bits.buffer.address(),
+            key_words: key_bits.row_words as i32,
+            row_bits: row_bits.as_ref().map_or(0, |bits| bits.buffer.address()),
+            row_words: row_bits.as_ref().map_or(0, |bits| bits.row_words as i32),
+            batches: lists.batches.address(),
+            query_groups: lists.query_groups.address(),
+            key_tiles: lists.key_tiles.address(),
+            key_groups: lists.key_groups.address(),
+            zero_spans: lists.zero_spans.address(),
+            ..self.padded_params()
+        };
+        let AttentionShape { batch, seq_q, seq_k, num_heads, .. } = self.attention.problem.shape;
+        let extent = Extent {
+            batch,
+            queries: seq_q,
+            keys: seq_k,
+            items: lists.query_tiles * num_heads,
+            fewest_key_tiles: lists.fewest_key_tiles,
+            zero_items: lists.zero_span_count * num_heads,
+        };
+        self.launch(params, &extent)
+    }
+
+    /// The lists on the device, made and uploaded if they are not there yet.
+    fn lists(&self, query: &VarlenMeta, key: &VarlenMeta) -> Result<Arc<ListsCopy>> {
+        let Self { launcher, tile, .. } = *self;
+        let copies = query.copies().get_or_make(launcher.id, || Ok(ListsCopies::default()))?;
+        copies.get_or_make((key.id(), tile), launcher.context.is_captured()?, || {
+            let lists = TileLists::new(query, key, tile.rows as usize, tile.keys as usize);
+            Ok(ListsCopy {
+                batches: launcher.uploaded(bytemuck::cast_slice(&lists.batches))?,
+                query_groups: launcher.uploaded(bytemuck::cast_slice(&lists.query_groups))?,
+                key_tiles: launcher.uploaded(bytemuck::cast_slice(&lists.key_tiles))?,
+                key_groups: launcher.uploaded(bytemuck::cast_slice(&lists.key_groups))?,
+                zero_spans: launcher.uploaded(bytemuck::cast_slice(&lists.zero_spans))?,
+                batch_count: lists.batches.len(),
+                zero_span_count: lists.zero_spans.len(),
+                query_tiles: lists.query_tiles(),
+                // The last batch row in the order of work.
+                fewest_key_tiles: lists.batches.last().map_or(0, |batch| batch.key_tiles as usize),
+            })
+        })
+    }
+
+    fn launch(&self, mut params: TileListParams, extent: &Extent) -> Result<()> {
+        let &Extent { items, zero_items, .. } = extent;
+        if items + zero_items == 0 {
+            return Ok(());
+        }
+        self.describe_tensors(extent, &mut params)?;
+        let (launcher, tile) = (self.launcher, self.tile);
+        let function = launcher.function(Entry::AttentionByLists { dtype: self.attention.problem.dtype, tile })?;
+        // The scratch lives until the launch, which keeps its memory.
+        let (split, _scratch) = self.split(extent, &mut params)?;
+        // As many blocks as run at once; each takes one item after the other. Fits: a chip has few
+        // multiprocessors.
+        let blocks = split.work_items().max(zero_items).min(launcher.multiprocessors) as u32;
+        // SAFETY: the tensors have the problem's shape and lie inside their buffers, those of
+        // packed rows as `cu_seqlens` says (checked by problem; scratch is made so), and their rows
+        // start at words (placement). Lists, masks and `cu_seqlens` have the problem's batch rows
+        // and sequence lengths. The output shares no memory with them (checked by problem).
+        unsafe { launcher.launch(function, [blocks, 1, 1], tile.threads, &params) }
+    }
+
+    /// Sets the tensor maps.
+    fn describe_tensors(&self, extent: &Extent, params: &mut TileListParams) -> Result<()> {
+        let Self { launcher, attention, tensors, tile } = *self;
+        let AttentionShape { num_heads, num_kv_heads, head_dim, .. } = attention.problem.shape;
+        let &Extent { batch, queries, keys, .. } = extent;
+        let dtype = attention.problem.dtype;
+        let of_queries = |placed| MappedTensor { placed, dtype, head_dim, tokens: queries, heads: num_heads, batch };
+        let of_keys = |placed| MappedTensor { placed, dtype, head_dim, tokens: keys, heads: num_kv_heads, batch };
+        let encode = |tensor: MappedTensor, rows: u32| {
+            launcher.context.check(tensor.encode(tile.panel(), rows), "describing a tensor to the copy engine")
+        };
+        let group = GROUP_ROWS as u32;
+        params.q_map = encode(of_queries(tensors.q), group)?;
+        // Not used if the kernel scatters its rows.
+        params.out_map = if params.out_rows == 0 { encode(of_queries(tensors.out), group)? } else { params.q_map };
+        params.k_map = encode(of_keys(tensors.k), tile.keys)?;
+        params.v_map = encode(of_keys(tensors.v), tile.keys)?;
+        params.k_group_map = encode(of_keys(tensors.k), group)?;
+        params.v_group_map = encode(of_keys(tensors.v), group)?;
+        Ok(())
+    }
+
+    /// How query tiles are shared out, which the parameters then say, and scratch for the parts of
+    /// split ones.
+    fn split(&self, extent: &Extent, params: &mut TileListParams) -> Result<(Split, Option<CudaBuffer>)> {
+        let mut split = Split::of(self.tile, extent.items, extent.fewest_key_tiles, self.launcher.multiprocessors);
+        let mut scratch = None;
+        if split.parts > 1 {
+            match self.parts_scratch(&split, params) {
+                Ok(made) => scratch = Some(made),
+                // Without parts it takes longer, but no memory.
+                Err(Error::OutOfMemory { .. }) => split = Split::none(extent.items),
+                Err(error) => return Err(error),
+            }
+        }
+        // Both fit: items are counted in an i32 by the kernel.
+        (params.split_from, params.parts) = (split.from as i32, split.parts as i32);
+        Ok((split, scratch))
+    }
+
+    /// Memory for the parts of query tiles, and zeroed counts of the parts that are done. The
+    /// parameters then name both.
+    fn parts_scratch(&self, split: &Split, params: &mut TileListParams) -> Result<CudaBuffer> {
+        let bytes = split.part_items() as u64 * self.tile.part_bytes();
+        let count_bytes = split.split_items() as u64 * self.tile.part_count_bytes();
+        let scratch = self.launcher.scratch(bytes + count_bytes)?;
+        params.part_chunks = scratch.address();
+        params.parts_done = scratch.address() + bytes;
+        // SAFETY: the end of the buffer that was just made.
+        unsafe { transfer::fill(&self.launcher.context, params.parts_done, 0, count_bytes) }?;
+        Ok(scratch)
+    }
+}

@@ -1,0 +1,153 @@
+//! Attention calls: which launch they go to.
+//!
+//! | module | what it holds |
+//! |---|---|
+//! | `call` | what the launches of every kernel share |
+//! | `packing` | packed copies of padded tensors, for the packed path |
+//! | `sm80` | launches of the sm80 kernel, which reads single rows |
+//! | `by_tile_lists` | launches of the sm90 and sm100 kernels, which read padded tensors by tile lists |
+//! | `tile_lists` | how tile lists are made from metadata |
+//! | `split` | how query tiles are shared out among blocks |
+//! | `fifo_cache` | the cache that tile lists are kept in |
+
+mod by_tile_lists;
+mod call;
+mod fifo_cache;
+mod packing;
+mod sm80;
+mod split;
+mod tile_lists;
+
+use crate::backends::cuda::driver::memory::CudaBuffer;
+use crate::backends::cuda::launcher::Launcher;
+use crate::backends::cuda::tensors::metadata::{self, Tables};
+use crate::backends::cuda::tensors::placement::{Operand, place_input, place_input_for_maps};
+use crate::call::op::{Attention, DeviceTables, Rows};
+use crate::call::plan::Path;
+use crate::error::Result;
+use crate::mask::meta::{CuSeqlens, VarlenMeta};
+
+use call::{PackedRows, Tensors};
+use packing::Packing;
+
+/// Launches a call.
+pub fn attend(launcher: &Launcher, attention: &Attention<'_>) -> Result<()> {
+    // Lives until the last launch, which keeps its memory.
+    let mut scratch = Vec::new();
+    let tensors = place(launcher, attention, &mut scratch)?;
+    match &attention.rows {
+        Rows::Dense { key_mask, zero_rows, .. } if by_tile_lists(attention) => {
+            by_tile_lists::dense(launcher, attention, &tensors, *key_mask, *zero_rows)
+        }
+        Rows::Dense { key_mask, zero_rows, bias } => {
+            sm80::dense(launcher, attention, &tensors, *key_mask, *zero_rows, bias.as_ref())
+        }
+        Rows::Packed { query, key } => packed_call(launcher, attention, &tensors, query, key),
+        Rows::Varlen { query, key } => varlen(launcher, attention, tensors, query, key),
+        Rows::DeviceVarlen { query, key } => device_varlen(launcher, attention, tensors, query, key),
+    }
+}
+
+fn by_tile_lists(attention: &Attention<'_>) -> bool {
+    attention.plan.kernel.works_by_tile_lists()
+}
+
+/// Finds the tensors; inputs that the kernel cannot read where they lie are copied to scratch.
+fn place(launcher: &Launcher, attention: &Attention<'_>, scratch: &mut Vec<CudaBuffer>) -> Result<Tensors> {
+    // The output first: one that is refused is refused before anything is launched.
+    let out = Operand::output(launcher, "out", &attention.out)?.place_output()?;
+    let place_input = if by_tile_lists(attention) { place_input_for_maps } else { place_input };
+    let mut place = |name, input| place_input(launcher, &Operand::input(launcher, name, input)?, scratch);
+    let (q, k, v) = (place("q", &attention.q)?, place("k", &attention.k)?, place("v", &attention.v)?);
+    Ok(Tensors { q, k, v, out })
+}
+
+/// A call whose tensors the application has packed.
+fn packed_call(
+    launcher: &Launcher,
+    attention: &Attention<'_>,
+    tensors: &Tensors,
+    query: &CuSeqlens,
+    key: &CuSeqlens,
+) -> Result<()> {
+    let query_rows = metadata::cu_seqlens(launcher, query)?;
+    let key_rows = metadata::cu_seqlens(launcher, key)?;
+    let mut rows = PackedRows {
+        cu_seqlens_q: Some(query_rows.address()),
+        cu_seqlens_k: Some(key_rows.address()),
+        batch_order: Some(key_rows.order()),
+        batch: query.batch(),
+        queries: query.total(),
+        keys: key.total(),
+        max_queries: query.max_seqlen(),
+        lengths: Some([query, key]),
+        lse: None,
+        scatters: None,
+    };
+    if let Some(lse) = &attention.lse {
+        let lse = Operand::output(launcher, "lse", lse)?;
+        // Its last dimension, tokens, is contiguous: checked by problem, as for every output.
+        let head_stride = lse.layout.strides().first().map_or(0, |&stride| stride as i64);
+        rows.lse = Some((lse.address(), head_stride));
+    }
+    packed(launcher, attention, tensors, &rows)
+}
+
+/// A padded call with metadata that the host built, fused or packed.
+fn varlen(
+    launcher: &Launcher,
+    attention: &Attention<'_>,
+    tensors: Tensors,
+    query: &VarlenMeta,
+    key: &VarlenMeta,
+) -> Result<()> {
+    let is_fused = attention.plan.path == Path::Fused;
+    if is_fused && by_tile_lists(attention) {
+        return by_tile_lists::fused(launcher, attention, &tensors, query, key);
+    }
+    let tables = [metadata::host_tables(launcher, query)?, metadata::host_tables(launcher, key)?];
+    if is_fused {
+        return sm80::fused(launcher, attention, &tensors, &tables);
+    }
+    let lengths = Some([query.cu_seqlens(), key.cu_seqlens()]);
+    through_packed_rows(launcher, attention, tensors, tables, lengths)
+}
+
+/// A padded call with metadata that the device built: dense, fused or packed.
+fn device_varlen(
+    launcher: &Launcher,
+    attention: &Attention<'_>,
+    tensors: Tensors,
+    query: &DeviceTables<'_>,
+    key: &DeviceTables<'_>,
+) -> Result<()> {
+    if attention.plan.path == Path::Dense {
+        return sm80::dense_with_tables(launcher, attention, &tensors, query, key);
+    }
+    let tables = [metadata::device_tables(launcher, query)?, metadata::device_tables(launcher, key)?];
+    match attention.plan.path {
+        Path::Fused => sm80::fused(launcher, attention, &tensors, &tables),
+        _ => through_packed_rows(launcher, attention, tensors, tables, None),
+    }
+}
+
+/// Packs the padded tensors, computes on the packed rows, and scatters the output.
+fn through_packed_rows(
+    launcher: &Launcher,
+    attention: &Attention<'_>,
+    padded: Tensors,
+    [query, key]: [Tables; 2],
+    lengths: Option<[&CuSeqlens; 2]>,
+) -> Result<()> {
+    let packing = Packing::new(launcher, attention, padded, [query, key])?;
+    packed(launcher, attention, packing.tensors(), &packing.rows(lengths))?;
+    packing.scatter(launcher)
+}
+
+/// Computes on packed rows.
+fn packed(launcher: &Launcher, attention: &Attention<'_>, tensors: &Tensors, rows: &PackedRows<'_>) -> Result<()> {
+    match by_tile_lists(attention) {
+        true => by_tile_lists::packed(launcher, attention, tensors, rows),
+        false => sm80::packed(launcher, attention, tensors, rows),
+    }
+}

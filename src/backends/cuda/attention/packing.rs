@@ -1,0 +1,156 @@
+//! Packed copies of the tensors of a padded call. They lie in one scratch buffer, one after the
+//! other.
+
+use crate::backends::cuda::driver::memory::CudaBuffer;
+use crate::backends::cuda::kernels::params::RowTensor;
+use crate::backends::cuda::launcher::Launcher;
+use crate::backends::cuda::tensors::copy::{launch_pack, launch_scatter, row_tensor};
+use crate::backends::cuda::tensors::metadata::Tables;
+use crate::backends::cuda::tensors::placement::Placed;
+use crate::backends::rows::RowShape;
+use crate::call::op::Attention;
+use crate::dtype::DType;
+use crate::error::Result;
+use crate::mask::meta::CuSeqlens;
+
+use super::call::{PackedRows, Tensors};
+
+/// Parts of the scratch buffer start at multiples of this, as buffers do.
+const PART_ALIGNMENT: u64 = 256;
+
+/// One side of a call with metadata, queries or keys.
+#[derive(Debug, Clone, Copy)]
+struct Side {
+    tables: Tables,
+    row: RowShape,
+    head_dim: usize,
+    dtype: DType,
+    /// Otherwise the kernel reads the padded tensor: every token of it is valid.
+    is_packed: bool,
+}
+
+impl Side {
+    fn new(attention: &Attention<'_>, tables: Tables, heads: usize) -> Self {
+        let (head_dim, dtype) = (attention.problem.shape.head_dim, attention.problem.dtype);
+        let takes_padded = attention.plan.kernel.traits().mixes_padded_and_packed;
+        Self {
+            tables,
+            row: RowShape::new(heads, head_dim, dtype.size()),
+            head_dim,
+            dtype,
+            is_packed: !(tables.is_all_valid && takes_padded),
+        }
+    }
+
+    /// Bytes of one packed tensor, rounded up; 0 if there is none.
+    fn packed_bytes(&self) -> u64 {
+        let bytes = self.tables.packed_rows as u64 * self.row.bytes();
+        if self.is_packed { bytes.next_multiple_of(PART_ALIGNMENT) } else { 0 }
+    }
+
+    /// A packed tensor at the start of `free`, which moves past it.
+    fn take(&self, free: &mut u64) -> Placed {
+        let address = *free;
+        *free += self.packed_bytes();
+        Placed::packed(address, self.row.heads, self.head_dim, self.dtype)
+    }
+
+    fn pair(&self, padded: &Placed, packed: &Placed) -> RowTensor {
+        row_tensor(self.row, padded, packed)
+    }
+}
+
+/// The tensors of a call whose sides are packed, and the scratch that they lie in.
+#[derive(Debug)]
+pub struct Packing {
+    queries: Side,
+    keys: Side,
+    /// The kernel writes to the padded output itself.
+    kernel_scatters: bool,
+    padded_out: Placed,
+    tensors: Tensors,
+    /// Lives until the last launch, which keeps its memory.
+    _scratch: CudaBuffer,
+}
+
+impl Packing {
+    /// Packs both sides of a call, but for a side that the kernel reads where it lies.
+    pub fn new(
+        launcher: &Launcher,
+        attention: &Attention<'_>,
+        padded: Tensors,
+        [query, key]: [Tables; 2],
+    ) -> Result<Self> {
+        let shape = attention.problem.shape;
+        let queries = Side::new(attention, query, shape.num_heads);
+        let keys = Side::new(attention, key, shape.num_kv_heads);
+        let kernel_scatters = attention.plan.kernel.traits().scatters;
+        let query_tensors = if kernel_scatters { 1 } else { 2 };
+        let scratch = launcher.scratch(query_tensors * queries.packed_bytes() + 2 * keys.packed_bytes())?;
+        let (mut free, mut tensors) = (scratch.address(), padded);
+        if queries.is_packed {
+            tensors.q = queries.take(&mut free);
+            if !kernel_scatters {
+                tensors.out = queries.take(&mut free);
+            }
+        }
+        if keys.is_packed {
+            (tensors.k, tensors.v) = (keys.take(&mut free), keys.take(&mut free));
+        }
+        let packing = Self { queries, keys, kernel_scatters, padded_out: padded.out, tensors, _scratch: scratch };
+        packing.pack(launcher, &padded)?;
+        Ok(packing)
+    }
+
+    fn pack(&self, launcher: &Launcher, padded: &Tensors) -> Result<()> {
+        let Self { queries, keys, tensors, .. } = self;
+        let q = [queries.pair(&padded.q, &tensors.q)];
+        let kv = [keys.pair(&padded.k, &tensors.k), keys.pair(&padded.v, &tensors.v)];
+        let is_self_attention = queries.tables.cu_seqlens == keys.tables.cu_seqlens;
+        if is_self_attention && queries.is_packed && keys.is_packed {
+            // All three in one launch.
+            let [q] = q;
+            let [k, v] = kv;
+            return launch_pack(launcher, &[q, k, v], &queries.tables);
+        }
+        if queries.is_packed {
+            launch_pack(launcher, &q, &queries.tables)?;
+        }
+        if keys.is_packed {
+            launch_pack(launcher, &kv, &keys.tables)?;
+        }
+        Ok(())
+    }
+
+    /// The tensors to compute on.
+    pub fn tensors(&self) -> &Tensors {
+        &self.tensors
+    }
+
+    /// Where the packed rows lie; `lengths` are those of the sequences, where the host knows them.
+    pub fn rows<'a>(&self, lengths: Option<[&'a CuSeqlens; 2]>) -> PackedRows<'a> {
+        let Self { queries, keys, .. } = self;
+        let (query, key) = (&queries.tables, &keys.tables);
+        PackedRows {
+            cu_seqlens_q: queries.is_packed.then_some(query.cu_seqlens),
+            cu_seqlens_k: keys.is_packed.then_some(key.cu_seqlens),
+            batch_order: keys.is_packed.then_some(key.batch_order),
+            batch: query.batch,
+            queries: query.packed_rows,
+            keys: key.packed_rows,
+            max_queries: query.max_seqlen,
+            lengths,
+            lse: None,
+            scatters: self.kernel_scatters.then_some(*query),
+        }
+    }
+
+    /// Scatters the packed output to its padded places, unless the kernel has done so.
+    pub fn scatter(&self, launcher: &Launcher) -> Result<()> {
+        if !self.queries.is_packed || self.kernel_scatters {
+            return Ok(());
+        }
+        let out = self.queries.pair(&self.padded_out, &self.tensors.out);
+        launch_scatter(launcher, &out, &self.queries.tables)
+    }
+}

@@ -1,0 +1,182 @@
+//! Launches of the sm80 kernel: dense, fused, and on packed rows.
+
+use bytemuck::Pod;
+
+use crate::backends::cuda::kernels::module::Entry;
+use crate::backends::cuda::kernels::params::{AttentionParams, FusedAttentionParams, RowLists};
+use crate::backends::cuda::kernels::tiles::{FormSm80, Tile};
+use crate::backends::cuda::launcher::Launcher;
+use crate::backends::cuda::tensors::metadata::{self, Tables};
+use crate::backends::cuda::tensors::placement::Operand;
+use crate::call::op::{Attention, DeviceTables, Input};
+use crate::call::problem::AttentionShape;
+use crate::dtype::DType;
+use crate::error::{Error, Result};
+use crate::mask::key_mask::KeyMask;
+
+use super::call::{PackedRows, Tensors, score_scale};
+
+/// Blocks in the second and third dimension of a grid.
+const MAX_GRID: usize = 65_535;
+
+/// The extent of a launch.
+struct Extent {
+    batch: usize,
+    /// Rows of the longest query sequence, or of every padded one.
+    max_queries: usize,
+}
+
+/// Every query row of padded tensors. Keys that the key mask drops do not count, a bias is added to
+/// the scores, and rows that `zero_rows` drops are zeros.
+pub fn dense(
+    launcher: &Launcher,
+    attention: &Attention<'_>,
+    tensors: &Tensors,
+    key_mask: Option<&KeyMask>,
+    zero_rows: Option<&KeyMask>,
+    bias: Option<&Input<'_>>,
+) -> Result<()> {
+    let shape = attention.problem.shape;
+    let mut params = params(attention, tensors);
+    (params.key_bits, params.key_words) = bits(launcher, key_mask)?;
+    (params.row_bits, params.row_words) = bits(launcher, zero_rows)?;
+    if let Some(bias) = bias {
+        let bias = Operand::input(launcher, "bias", bias)?;
+        params.bias = bias.address();
+        params.bias_is_f32 = i32::from(bias.dtype == DType::F32);
+        // Every stride fits: layouts end below an eighth of the range.
+        params.bias_strides.iter_mut().zip(bias.layout.strides()).for_each(|(slot, &stride)| *slot = stride as i64);
+    }
+    let is_masked = params.key_bits != 0 || params.row_bits != 0 || params.bias != 0;
+    let form = if is_masked { FormSm80::Masked } else { FormSm80::Plain };
+    let extent = Extent { batch: shape.batch, max_queries: shape.seq_q };
+    launch(launcher, attention, form, &extent, |first| params.after_batch_rows(first))
+}
+
+/// Address of a mask's bits, and u32s of a row of them; zeros if there is no mask.
+fn bits(launcher: &Launcher, mask: Option<&KeyMask>) -> Result<(u64, i32)> {
+    let Some(mask) = mask else { return Ok((0, 0)) };
+    let bits = metadata::mask_bits(launcher, mask)?;
+    // Fits: a row has at most i32::MAX bits.
+    Ok((bits.buffer.address(), bits.row_words as i32))
+}
+
+/// Every query row of padded tensors, masked by tables that the device built.
+pub fn dense_with_tables(
+    launcher: &Launcher,
+    attention: &Attention<'_>,
+    tensors: &Tensors,
+    query: &DeviceTables<'_>,
+    key: &DeviceTables<'_>,
+) -> Result<()> {
+    let mut params = params(attention, tensors);
+    (params.row_bits, params.row_words) = metadata::device_bits(launcher, query)?;
+    (params.key_bits, params.key_words) = metadata::device_bits(launcher, key)?;
+    let extent = Extent { batch: query.batch, max_queries: query.seq };
+    launch(launcher, attention, FormSm80::Masked, &extent, |first| params.after_batch_rows(first))
+}
+
+/// Valid query rows and keys of padded tensors; other rows as zeros. The host or the device may
+/// have built the tables.
+pub fn fused(
+    launcher: &Launcher,
+    attention: &Attention<'_>,
+    tensors: &Tensors,
+    [query, key]: &[Tables; 2],
+) -> Result<()> {
+    let params = AttentionParams {
+        cu_seqlens_q: query.cu_seqlens,
+        cu_seqlens_k: key.cu_seqlens,
+        batch_order: order_in_one_launch(key.batch_order, key.batch),
+        ..params(attention, tensors)
+    };
+    let lists = RowLists {
+        indices_q: query.indices,
+        indices_k: key.indices,
+        inv_indices: if query.is_all_valid { 0 } else { query.inv_indices },
+        ..Default::default()
+    };
+    // Blocks for every padded row: those of masked rows write the zeros.
+    let extent = Extent { batch: query.batch, max_queries: query.seq };
+    launch(launcher, attention, FormSm80::Fused, &extent, |first| {
+        // Lists hold positions in the whole batch, so tensors are not moved. Fits: batch · seq
+        // does.
+        FusedAttentionParams { attention: params, lists: RowLists { first_batch: first as i32, ..lists } }
+    })
+}
+
+/// Packed rows.
+pub fn packed(launcher: &Launcher, attention: &Attention<'_>, tensors: &Tensors, rows: &PackedRows<'_>) -> Result<()> {
+    let (lse, lse_head_stride) = rows.lse.unwrap_or_default();
+    let params = AttentionParams {
+        cu_seqlens_q: rows.cu_seqlens_q.unwrap_or_default(),
+        cu_seqlens_k: rows.cu_seqlens_k.unwrap_or_default(),
+        batch_order: order_in_one_launch(rows.batch_order.unwrap_or_default(), rows.batch),
+        lse,
+        lse_head_stride,
+        ..params(attention, tensors)
+    };
+    let extent = Extent { batch: rows.batch, max_queries: rows.max_queries };
+    launch(launcher, attention, FormSm80::Plain, &extent, |first| params.after_batch_rows(first))
+}
+
+/// Launches a call, in parts if a grid does not hold its batch. `params` are those of the call from
+/// a batch row on.
+fn launch<Params: Pod>(
+    launcher: &Launcher,
+    attention: &Attention<'_>,
+    form: FormSm80,
+    extent: &Extent,
+    params: impl Fn(usize) -> Params,
+) -> Result<()> {
+    let AttentionShape { num_heads, head_dim, .. } = attention.problem.shape;
+    let &Extent { batch, max_queries } = extent;
+    if num_heads > MAX_GRID {
+        let (limit_name, limit) = ("heads in a CUDA grid's second dimension", MAX_GRID as u64);
+        return Err(Error::TooLarge { argument: "q", limit_name, limit, got: num_heads as u64 });
+    }
+    let Some(tile) = Tile::of(head_dim) else { return Err(Error::HeadDim { got: head_dim }) };
+    if max_queries == 0 || num_heads == 0 {
+        return Ok(());
+    }
+    let function = launcher.function(Entry::Attention { dtype: attention.problem.dtype, tile, form })?;
+    // Both fit: a sequence has at most i32::MAX rows, and the number of heads was checked.
+    let (tiles, heads) = (max_queries.div_ceil(tile.rows as usize) as u32, num_heads as u32);
+    for first in (0..batch).step_by(MAX_GRID) {
+        let grid = [tiles, heads, (batch - first).min(MAX_GRID) as u32];
+        // SAFETY: the tensors have the problem's shape and lie inside their buffers, those of
+        // packed rows as `cu_seqlens` says (checked by problem; scratch is made so), and their rows
+        // start at words (placement). Masks, `cu_seqlens` and the bias have the problem's batch
+        // rows, and the lists of the fused form its positions. The output shares no memory with
+        // them (checked by problem).
+        unsafe { launcher.launch(function, grid, tile.threads(), &params(first)) }?;
+    }
+    Ok(())
+}
+
+/// The order of the sequences covers the whole batch: null if one launch does not hold that.
+fn order_in_one_launch(batch_order: u64, batch: usize) -> u64 {
+    if batch > MAX_GRID { 0 } else { batch_order }
+}
+
+/// Parameters of a dense call without a mask.
+fn params(attention: &Attention<'_>, Tensors { q, k, v, out }: &Tensors) -> AttentionParams {
+    let shape = attention.problem.shape;
+    AttentionParams {
+        q: q.address,
+        k: k.address,
+        v: v.address,
+        out: out.address,
+        q_strides: q.strides,
+        k_strides: k.strides,
+        v_strides: v.strides,
+        out_strides: out.strides,
+        // All fit: checked by problem.
+        seq_q: shape.seq_q as i32,
+        seq_k: shape.seq_k as i32,
+        group_size: shape.group_size() as i32,
+        head_dim: shape.head_dim as i32,
+        score_scale: score_scale(attention.problem.softmax_scale),
+        ..Default::default()
+    }
+}

@@ -1,0 +1,220 @@
+//! The lists by which the sm90 and the sm100 kernel read padded tensors: which rows make their
+//! tiles, and which rows they only write as zeros. `kernels/attention/tile_lists.cuh` says what
+//! each list means; here they are made from the runs of the metadata.
+
+use crate::backends::cuda::kernels::params::{BatchTiles, ZeroSpan};
+use crate::mask::key_mask::Run;
+use crate::mask::meta::{GROUP_ROWS, VarlenMeta};
+
+/// Most rows of a range of zeros.
+const ZERO_ROWS: usize = 64;
+
+/// The lists of one call. All numbers fit an `i32`: `KeyMask` bounds batch · seq by `i32::MAX`.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct TileLists {
+    /// The most work first.
+    pub batches: Vec<BatchTiles>,
+    pub query_groups: Vec<i32>,
+    pub key_tiles: Vec<i32>,
+    pub key_groups: Vec<i32>,
+    pub zero_spans: Vec<ZeroSpan>,
+}
+
+impl TileLists {
+    /// For tiles of these numbers of query rows and keys, both multiples of [`GROUP_ROWS`].
+    pub fn new(query: &VarlenMeta, key: &VarlenMeta, tile_queries: usize, tile_keys: usize) -> Self {
+        let mut lists = Self::default();
+        // All numbers below fit: KeyMask bounds batch · seq by i32::MAX.
+        for row in 0..query.batch() {
+            let first_query_tile = lists.query_groups.len() / (tile_queries / GROUP_ROWS);
+            let first_key_tile = lists.key_tiles.len();
+            let query_tiles = lists.cover_queries(row, query.runs(row), query.seq(), tile_queries);
+            if query_tiles == 0 {
+                continue;
+            }
+            let masked_key_tiles = lists.cover_keys(key.runs(row), key.seq(), tile_keys);
+            lists.batches.push(BatchTiles {
+                batch: row as i32,
+                query_tiles: query_tiles as i32,
+                first_query_tile: first_query_tile as i32,
+                key_tiles: (lists.key_tiles.len() - first_key_tile) as i32,
+                first_key_tile: first_key_tile as i32,
+                masked_key_tiles: masked_key_tiles as i32,
+            });
+        }
+        // The longest work first: a row that starts late must not be a long one.
+        lists.batches.sort_by_key(|batch| std::cmp::Reverse((batch.key_tiles, batch.query_tiles)));
+        lists
+    }
+
+    /// Pairs of tiles: the work of one head, in tiles.
+    #[cfg(test)]
+    fn tile_pairs(&self) -> u64 {
+        self.batches.iter().map(|batch| batch.query_tiles as u64 * batch.key_tiles as u64).sum()
+    }
+
+    /// Query tiles of all batch rows.
+    pub fn query_tiles(&self) -> usize {
+        self.batches.iter().map(|batch| batch.query_tiles as usize).sum()
+    }
+
+    /// Adds the query tiles and the zeros of a batch row; returns the number of tiles.
+    fn cover_queries(&mut self, row: usize, runs: &[Run], seq: usize, tile: usize) -> usize {
+        let (before, mut covered) = (self.query_groups.len(), 0);
+        for run in runs {
+            let mut start = covered.max(run.start as usize);
+            while start < run.end() {
+                self.zeros(row, covered, start);
+                self.query_groups.push(start as i32);
+                start += GROUP_ROWS;
+                covered = start;
+            }
+        }
+        self.zeros(row, covered, seq);
+        fill_up(&mut self.query_groups, before, tile, seq);
+        (self.query_groups.len() - before) / (tile / GROUP_ROWS)
+    }
+
+    fn zeros(&mut self, row: usize, start: usize, end: usize) {
+        for first in (start..end).step_by(ZERO_ROWS) {
+            let rows = (end - first).min(ZERO_ROWS) as i32;
+            self.zero_spans.push(ZeroSpan { batch: row as i32, first_query: first as i32, rows, unused: 0 });
+        }
+    }
+
+    /// Adds the key tiles of a batch row; returns the number of masked ones, which come first.
+    fn cover_keys(&mut self, runs: &[Run], seq: usize, tile: usize) -> usize {
+        let (before, first_tile, mut covered) = (self.key_groups.len(), self.key_tiles.len(), 0);
+        for run in runs {
+            let mut start = covered.max(run.start as usize);
+            while start < run.end() {
+                if run.end() - start >= tile {
+                    self.key_tiles.push(start as i32);
+                    start += tile;
+                } else {
+                    self.key_groups.push(start as i32);
+                    start += GROUP_ROWS;
+                }
+                covered = start;
+            }
+        }
+        fill_up(&mut self.key_groups, before, tile, seq);
+        let tile_groups = tile / GROUP_ROWS;
+        let masked = before / tile_groups..self.key_groups.len() / tile_groups;
+        let masked_tiles = masked.len();
+        self.key_tiles.splice(first_tile..first_tile, masked.map(|tile| !(tile as i32)));
+        masked_tiles
+    }
+}
+
+/// Fills up the last tile with groups that start at the end of the row, past its last token.
+fn fill_up(groups: &mut Vec<i32>, before: usize, tile: usize, seq: usize) {
+    let whole = before + (groups.len() - before).next_multiple_of(tile / GROUP_ROWS);
+    groups.resize(whole, seq as i32);
+}
+
+#[cfg(test)]
+#[expect(clippy::single_range_in_vec_init, reason = "a row may have one run")]
+mod tests {
+    use super::*;
+    use crate::error::Result;
+    use crate::mask::key_mask::KeyMask;
+
+    /// Which rows of each batch row the lists name as computed, and as zeros.
+    fn covered(lists: &TileLists, batch: usize, seq: usize, tile: usize) -> (Vec<Vec<u32>>, Vec<Vec<u32>>) {
+        let (mut computed, mut zeros) = (vec![vec![0; seq]; batch], vec![vec![0; seq]; batch]);
+        for row in &lists.batches {
+            let groups = tile / GROUP_ROWS;
+            let first = row.first_query_tile as usize * groups;
+            for &start in &lists.query_groups[first..first + row.query_tiles as usize * groups] {
+                (start as usize..(start as usize + GROUP_ROWS).min(seq))
+                    .for_each(|at| computed[row.batch as usize][at] += 1);
+            }
+        }
+        for span in &lists.zero_spans {
+            assert!((1..=ZERO_ROWS as i32).contains(&span.rows));
+            for at in span.first_query..span.first_query + span.rows {
+                zeros[span.batch as usize][at as usize] += 1;
+            }
+        }
+        (computed, zeros)
+    }
+
+    fn keys(lists: &TileLists, row: &BatchTiles, seq: usize, tile: usize) -> Vec<(u32, bool)> {
+        let mut seen = vec![(0, false); seq];
+        let first = row.first_key_tile as usize;
+        for &entry in &lists.key_tiles[first..first + row.key_tiles as usize] {
+            let starts = match entry {
+                start @ 0.. => vec![(start as usize, tile, true)],
+                masked => {
+                    let first = !masked as usize * (tile / GROUP_ROWS);
+                    let groups = &lists.key_groups[first..first + tile / GROUP_ROWS];
+                    groups.iter().map(|&start| (start as usize, GROUP_ROWS, false)).collect()
+                }
+            };
+            for (start, rows, is_full) in starts {
+                for key in &mut seen[start.min(seq)..(start + rows).min(seq)] {
+                    *key = (key.0 + 1, is_full);
+                }
+            }
+        }
+        seen
+    }
+
+    #[test]
+    fn every_row_is_computed_or_zeroed_once_and_every_kept_key_read_once() -> Result<()> {
+        let seq = 700;
+        let spans = [0..37, 40..41, 44..60, 200..461, 690..700];
+        let rows = [vec![0..seq], vec![], spans.to_vec(), vec![699..700], vec![5..6, 300..640]];
+        let mask = KeyMask::from_runs(seq, &rows)?;
+        let meta = VarlenMeta::from_key_mask(&mask)?;
+        for (queries, tile) in [(128, 160), (192, 128), (128, 112), (128, 80)] {
+            let lists = TileLists::new(&meta, &meta, queries, tile);
+            let (computed, zeros) = covered(&lists, rows.len(), seq, queries);
+            for row in 0..rows.len() {
+                for at in 0..seq {
+                    assert_eq!(computed[row][at] + zeros[row][at], 1, "row {row}, query {at}");
+                    assert!(zeros[row][at] == 0 || !mask.keeps(row, at), "row {row}: query {at} is valid");
+                }
+            }
+            for row in &lists.batches {
+                let first = row.first_key_tile as usize;
+                let entries = &lists.key_tiles[first..first + row.key_tiles as usize];
+                let (masked, full) = entries.split_at(row.masked_key_tiles as usize);
+                assert!(masked.iter().all(|&entry| entry < 0) && full.iter().all(|&entry| entry >= 0));
+                let batch = row.batch as usize;
+                for (at, (times, is_full)) in keys(&lists, row, seq, tile).into_iter().enumerate() {
+                    assert!(times <= 1 && (times == 1 || !mask.keeps(batch, at)), "row {batch}, key {at}");
+                    assert!(!is_full || mask.keeps(batch, at), "row {batch}: key {at} stands in a full tile");
+                }
+            }
+            assert_eq!(lists.batches.len(), 4);
+            assert!(lists.batches.windows(2).all(|pair| pair[0].key_tiles >= pair[1].key_tiles));
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn a_joint_mask_costs_hardly_more_than_its_packed_rows() -> Result<()> {
+        let rows: Vec<_> = [37, 200, 256].map(|text| vec![0..text, 256..4352]).to_vec();
+        let meta = VarlenMeta::from_key_mask(&KeyMask::from_runs(4352, &rows)?)?;
+        let lists = TileLists::new(&meta, &meta, 128, 160);
+        let packed: usize =
+            [37, 200, 256].map(|text: usize| (text + 4096).div_ceil(128) * (text + 4096).div_ceil(160)).iter().sum();
+        assert!(lists.tile_pairs() <= packed as u64 * 104 / 100, "{} of {packed}", lists.tile_pairs());
+        assert_eq!(lists.query_tiles(), 33 + 34 + 34);
+        Ok(())
+    }
+
+    #[test]
+    fn rows_with_queries_and_no_keys_are_listed() -> Result<()> {
+        let query = VarlenMeta::from_key_mask(&KeyMask::from_lengths(20, &[20, 3])?)?;
+        let key = VarlenMeta::from_key_mask(&KeyMask::from_lengths(30, &[0, 30])?)?;
+        let lists = TileLists::new(&query, &key, 128, 160);
+        let pairs: Vec<_> = lists.batches.iter().map(|row| (row.batch, row.query_tiles, row.key_tiles)).collect();
+        assert_eq!(pairs, [(1, 1, 1), (0, 1, 0)]);
+        assert_eq!(lists.query_groups[..2], [0, 16]);
+        assert_eq!(lists.query_groups[2..8], [20; 6]);
+        Ok(())
+    }
+}

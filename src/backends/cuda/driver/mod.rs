@@ -1,0 +1,28 @@
+//! The CUDA driver API, as far as the backend uses it. Every driver call is made in this folder,
+//! but for loading kernels (`kernels::module`) and describing tensors (`tensors::tensor_map`).
+//!
+//! | module | what it holds |
+//! |---|---|
+//! | `probe` | what the driver says of a device, before a context is created |
+//! | `external` | checks of contexts, streams and memory that belong to the application |
+//! | `fault` | driver errors as [`Error`](crate::Error)s, and the loss of the context |
+//! | `capture` | whether a stream is being captured into a graph, and calls beside a capture |
+//! | `pool` | where device memory comes from |
+//! | `context` | a context, its one stream, its pool and its faults |
+//! | `alloc` | allocating and freeing, also while the stream is being captured |
+//! | `memory` | buffers: the library's own, or external memory |
+//! | `transfer` | copies to, from and on the device, and fills |
+//! | `launch` | kernel launches |
+//! | `timer` | GPU time by events |
+
+pub mod alloc;
+pub mod capture;
+pub mod context;
+pub mod external;
+pub mod fault;
+pub mod launch;
+pub mod memory;
+pub mod pool;
+pub mod probe;
+pub mod timer;
+pub mod transfer;

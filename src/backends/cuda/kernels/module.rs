@@ -1,0 +1,357 @@
+//! The compiled kernels. They are loaded once for each context, however many devices there are over
+//! it; a function is looked up at its first launch.
+
+use std::collections::{BTreeMap, HashMap};
+use std::ffi::{CString, c_void};
+use std::fmt;
+#[cfg(feature = "emulated-sm100")]
+use std::sync::OnceLock;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use cudarc::driver::DriverError;
+use cudarc::driver::result::{function, module};
+use cudarc::driver::sys::{CUfunction_attribute, CUmodule, CUresult};
+
+use crate::dtype::DType;
+use crate::error::Result;
+use crate::kernel::Kernel;
+
+use crate::backends::cuda::driver::capture::RelaxedCapture;
+use crate::backends::cuda::driver::context::Context;
+use crate::backends::cuda::driver::launch::Function;
+
+use super::tiles::{FormSm80, ListTile, Tile};
+
+/// The CUDA version whose compiler made the kernels, as the driver counts: 1000 · major + 10 ·
+/// minor. Older drivers do not load them.
+pub const KERNELS_CUDA: i32 = 13_000;
+
+/// Bytes at a multiple of 16, as the driver reads the headers of a fatbin where they lie.
+#[cfg_attr(feature = "emulated-sm100", derive(Clone))]
+#[repr(C, align(16))]
+struct Aligned<Bytes: ?Sized>(Bytes);
+
+type Image = &'static Aligned<[u8]>;
+
+static ATTENTION_SM80: Image = &Aligned(*include_bytes!("../../../../kernels/prebuilt/attention_sm80.fatbin"));
+static ATTENTION_SM90: Image = &Aligned(*include_bytes!("../../../../kernels/prebuilt/attention_sm90.fatbin"));
+static ATTENTION_SM100: Image = &Aligned(*include_bytes!("../../../../kernels/prebuilt/attention_sm100.fatbin"));
+static METADATA: Image = &Aligned(*include_bytes!("../../../../kernels/prebuilt/metadata.fatbin"));
+static PACK: Image = &Aligned(*include_bytes!("../../../../kernels/prebuilt/pack.fatbin"));
+
+/// Where an attention kernel's code is, and what runs it.
+struct AttentionImage {
+    kernel: Kernel,
+    image: Image,
+    /// Compute capabilities; `None` for every one that the library supports.
+    capabilities: Option<&'static [(i32, i32)]>,
+}
+
+/// A row for each attention kernel, the preferred ones first.
+static ATTENTION: [AttentionImage; 3] = [
+    // Code for the family of 10.0, of which 10.3 is.
+    AttentionImage { kernel: Kernel::CudaSm100, image: ATTENTION_SM100, capabilities: Some(&[(10, 0), (10, 3)]) },
+    AttentionImage { kernel: Kernel::CudaSm90, image: ATTENTION_SM90, capabilities: Some(&[(9, 0)]) },
+    AttentionImage { kernel: Kernel::CudaSm80, image: ATTENTION_SM80, capabilities: None },
+];
+
+/// The attention kernels that a chip runs, the preferred ones first.
+#[derive(Clone)]
+pub struct AttentionImages(Vec<(Kernel, Image)>);
+
+impl AttentionImages {
+    /// For a compute capability.
+    pub fn of(compute_capability: (i32, i32)) -> Self {
+        let runs = |row: &&AttentionImage| row.capabilities.is_none_or(|all| all.contains(&compute_capability));
+        let emulated = (compute_capability == (9, 0)).then(emulated_sm100).flatten();
+        let emulated = emulated.map(|image| (Kernel::CudaSm100, image));
+        Self(emulated.into_iter().chain(ATTENTION.iter().filter(runs).map(|row| (row.kernel, row.image))).collect())
+    }
+
+    /// The kernels.
+    pub fn kernels(&self) -> impl Iterator<Item = Kernel> {
+        self.0.iter().map(|&(kernel, _)| kernel)
+    }
+}
+
+/// The sm100 kernel in its emulated form, which compute capability 9.0 runs.
+#[cfg(feature = "emulated-sm100")]
+fn emulated_sm100() -> Option<Image> {
+    EMULATED_SM100.get().copied()
+}
+
+#[cfg(not(feature = "emulated-sm100"))]
+fn emulated_sm100() -> Option<Image> {
+    None
+}
+
+#[cfg(feature = "emulated-sm100")]
+static EMULATED_SM100: OnceLock<Image> = OnceLock::new();
+
+/// Keeps a fatbin for devices that are opened from now on; false if there is one already.
+#[cfg(feature = "emulated-sm100")]
+pub fn set_emulated_sm100(fatbin: &[u8]) -> bool {
+    // At a multiple of 16 bytes, and there as long as the process.
+    let words = fatbin.len().div_ceil(16).max(1);
+    let blocks: &'static mut [Aligned<[u8; 16]>] = Box::leak(vec![Aligned([0; 16]); words].into_boxed_slice());
+    for (block, bytes) in blocks.iter_mut().zip(fatbin.chunks(16)) {
+        block.0[..bytes.len()].copy_from_slice(bytes);
+    }
+    let bytes = std::ptr::slice_from_raw_parts(blocks.as_ptr().cast::<u8>(), words * 16);
+    #[expect(clippy::cast_ptr_alignment, reason = "the blocks are aligned like what they become")]
+    // SAFETY: the blocks are 16 bytes each without padding, initialised and never freed;
+    // `Aligned<[u8]>` is laid out like its slice, with the alignment that blocks have.
+    let image = unsafe { &*(bytes as *const Aligned<[u8]>) };
+    EMULATED_SM100.set(image).is_ok()
+}
+
+/// A kernel function.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Entry {
+    Pack,
+    Scatter,
+    MetadataCount,
+    MetadataScan,
+    MetadataIndex,
+    /// Of the sm80 kernel.
+    Attention {
+        dtype: DType,
+        tile: Tile,
+        form: FormSm80,
+    },
+    /// Of a kernel with tile lists.
+    AttentionByLists {
+        dtype: DType,
+        tile: ListTile,
+    },
+}
+
+/// The module that a function is in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Home {
+    Pack,
+    Metadata,
+    Attention(Kernel),
+}
+
+impl Entry {
+    fn home(self) -> Home {
+        match self {
+            Self::Pack | Self::Scatter => Home::Pack,
+            Self::MetadataCount | Self::MetadataScan | Self::MetadataIndex => Home::Metadata,
+            Self::Attention { .. } => Home::Attention(Kernel::CudaSm80),
+            Self::AttentionByLists { tile, .. } => Home::Attention(tile.kernel),
+        }
+    }
+
+    fn name(self) -> String {
+        match self {
+            Self::Pack => "pack_rows".to_owned(),
+            Self::Scatter => "scatter_rows".to_owned(),
+            Self::MetadataCount => "metadata_count".to_owned(),
+            Self::MetadataScan => "metadata_scan".to_owned(),
+            Self::MetadataIndex => "metadata_index".to_owned(),
+            Self::Attention { dtype, tile, form } => {
+                format!("attention_{}_{dtype}_{}", Kernel::CudaSm80, tile.name(form))
+            }
+            Self::AttentionByLists { dtype, tile } => format!("attention_{}_{dtype}_{}", tile.kernel, tile.name()),
+        }
+    }
+
+    /// Dynamic shared memory.
+    fn shared_bytes(self) -> u32 {
+        match self {
+            Self::Attention { tile, form, .. } => tile.shared_bytes(form),
+            Self::AttentionByLists { tile, .. } => tile.shared_bytes,
+            _ => 0,
+        }
+    }
+}
+
+/// The modules of one context.
+pub struct Modules {
+    /// Those that run there.
+    attention: Vec<(Kernel, CUmodule)>,
+    metadata: CUmodule,
+    pack: CUmodule,
+    functions: Mutex<HashMap<Entry, Function>>,
+}
+
+// SAFETY: modules and functions may be used from any thread, and stay valid as long as their
+// context: nothing unloads them.
+unsafe impl Send for Modules {}
+// SAFETY: as above; the map of functions is behind a lock.
+unsafe impl Sync for Modules {}
+
+impl fmt::Debug for Modules {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { attention, metadata, pack, .. } = self;
+        let mut modules = f.debug_struct("Modules");
+        modules.field("attention", attention).field("metadata", metadata).field("pack", pack).finish_non_exhaustive()
+    }
+}
+
+impl Modules {
+    /// The kernels in a context, which is current; they are loaded if they are not there yet.
+    ///
+    /// They stay until the context is destroyed, and graphs that were captured may go on to run
+    /// them when the device is dropped.
+    pub fn of(context: &Context, images: &AttentionImages) -> Result<Arc<Self>, DriverError> {
+        // By the number of the context, which a later context at the same address does not have.
+        // What is kept of a context that is destroyed is a few handles that nobody finds again; it
+        // does not keep the context.
+        static LOADED: Mutex<BTreeMap<u64, Arc<Modules>>> = Mutex::new(BTreeMap::new());
+        let number = context.number()?;
+        // A panic while it is held leaves the map as it was: modules are only inserted whole.
+        let mut loaded = LOADED.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(modules) = loaded.get(&number) {
+            return Ok(Arc::clone(modules));
+        }
+        let modules = Arc::new(Self::load(images)?);
+        loaded.insert(number, Arc::clone(&modules));
+        Ok(modules)
+    }
+
+    /// Loads the kernels into the current context.
+    fn load(images: &AttentionImages) -> Result<Self, DriverError> {
+        // Another thread may be capturing a stream.
+        let _relaxed = RelaxedCapture::enter()?;
+        let load = |image: Image| {
+            // SAFETY: the image is a whole, aligned fatbin, whose header says how long it is.
+            unsafe { module::load_data(image.0.as_ptr().cast::<c_void>()) }
+        };
+        let (metadata, pack) = (load(METADATA)?, load(PACK)?);
+        let mut attention = vec![];
+        for &(kernel, image) in &images.0 {
+            match load(image) {
+                Ok(module) => attention.push((kernel, module)),
+                // Every call falls back to it.
+                Err(error) if kernel == Kernel::CudaSm80 => return Err(error),
+                // Without the kernel there are the others: its self-check fails, and so it is not
+                // trusted.
+                Err(error) => log::debug!("kernel {kernel} is not loaded: {error}"),
+            }
+        }
+        Ok(Self { attention, metadata, pack, functions: Mutex::default() })
+    }
+
+    /// A function; the context that the modules were loaded into is current.
+    pub fn function(&self, context: &Context, entry: Entry) -> Result<Function> {
+        // A panic while it is held leaves the map as it was: functions are only inserted whole.
+        let mut functions = self.functions.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(&found) = functions.get(&entry) {
+            return Ok(found);
+        }
+        let found = context.check(self.look_up(entry), "looking up a kernel")?;
+        functions.insert(entry, found);
+        Ok(found)
+    }
+
+    fn look_up(&self, entry: Entry) -> Result<Function, DriverError> {
+        // The driver may load the kernel only now, and the stream may be captured.
+        let _relaxed = RelaxedCapture::enter()?;
+        let (name, shared_bytes) = (entry.name(), entry.shared_bytes());
+        let module = match entry.home() {
+            Home::Pack => Some(self.pack),
+            Home::Metadata => Some(self.metadata),
+            // Planned only where it is loaded.
+            Home::Attention(kernel) => {
+                self.attention.iter().find_map(|&(loaded, module)| (loaded == kernel).then_some(module))
+            }
+        };
+        let module = module.ok_or(DriverError(CUresult::CUDA_ERROR_NOT_FOUND))?;
+        // No name holds a zero byte; one that did would not be found.
+        let name = CString::new(name).unwrap_or_default();
+        // SAFETY: the module is loaded as long as its context is there.
+        let raw = unsafe { module::get_function(module, name) }?;
+        let attribute = CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+        // More than 48 KiB must be asked for; asking for less does no harm.
+        // SAFETY: the function was just found.
+        unsafe { function::set_function_attribute(raw, attribute, shared_bytes as i32) }?;
+        Ok(Function { raw, shared_bytes })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::{BTreeMap, BTreeSet};
+
+    use super::*;
+
+    /// kernels/prebuilt/manifest.json, as far as it matters here.
+    #[derive(serde::Deserialize)]
+    struct Manifest {
+        compiler: String,
+        fatbins: BTreeMap<String, Fatbin>,
+    }
+
+    #[derive(serde::Deserialize)]
+    struct Fatbin {
+        kernels: BTreeSet<String>,
+    }
+
+    fn manifest() -> Manifest {
+        serde_json::from_str(include_str!("../../../../kernels/prebuilt/manifest.json")).unwrap()
+    }
+
+    #[test]
+    fn images_are_fatbins_at_aligned_addresses() {
+        for image in [ATTENTION_SM80, ATTENTION_SM90, ATTENTION_SM100, METADATA, PACK] {
+            assert_eq!(image.0[..4], 0xba55_ed50_u32.to_le_bytes());
+            assert!((image.0.as_ptr() as usize).is_multiple_of(16));
+        }
+    }
+
+    #[test]
+    fn the_images_are_of_the_compiler_that_the_driver_is_checked_for() {
+        let compiler = manifest().compiler;
+        let release = format!("release {},", crate::backends::cuda::driver::probe::version(KERNELS_CUDA));
+        assert!(compiler.contains(&release), "{compiler} is not {release}");
+    }
+
+    #[test]
+    fn chips_prefer_the_kernel_that_is_made_for_them() {
+        let kernels = |capability| AttentionImages::of(capability).kernels().collect::<Vec<_>>();
+        for capability in [(8, 0), (8, 9), (12, 0), (13, 0)] {
+            assert_eq!(kernels(capability), [Kernel::CudaSm80], "{capability:?}");
+        }
+        assert_eq!(kernels((9, 0)), [Kernel::CudaSm90, Kernel::CudaSm80]);
+        for capability in [(10, 0), (10, 3)] {
+            assert_eq!(kernels(capability), [Kernel::CudaSm100, Kernel::CudaSm80], "{capability:?}");
+        }
+    }
+
+    /// Every function that can be asked for.
+    fn entries() -> impl Iterator<Item = Entry> {
+        let attention = [DType::F16, DType::Bf16].into_iter().flat_map(|dtype| {
+            (8..=256).step_by(8).flat_map(move |head_dim| {
+                let forms = [FormSm80::Plain, FormSm80::Masked, FormSm80::Fused];
+                let rows = forms
+                    .into_iter()
+                    .filter_map(move |form| Tile::of(head_dim).map(|tile| Entry::Attention { dtype, tile, form }));
+                let lists = ATTENTION.iter().filter_map(move |row| {
+                    ListTile::of(row.kernel, head_dim).map(|tile| Entry::AttentionByLists { dtype, tile })
+                });
+                rows.chain(lists)
+            })
+        });
+        let others = [Entry::Pack, Entry::Scatter, Entry::MetadataCount, Entry::MetadataScan, Entry::MetadataIndex];
+        others.into_iter().chain(attention)
+    }
+
+    #[test]
+    fn the_fatbins_hold_the_functions_that_are_looked_up_and_no_others() {
+        let mut looked_up = BTreeMap::<String, BTreeSet<String>>::new();
+        for entry in entries() {
+            let fatbin = match entry.home() {
+                Home::Pack => "pack".to_owned(),
+                Home::Metadata => "metadata".to_owned(),
+                Home::Attention(kernel) => format!("attention_{kernel}"),
+            };
+            looked_up.entry(fatbin).or_default().insert(entry.name());
+        }
+        let compiled: BTreeMap<_, _> =
+            manifest().fatbins.into_iter().map(|(name, fatbin)| (name, fatbin.kernels)).collect();
+        assert_eq!(looked_up, compiled);
+    }
+}

@@ -1,0 +1,339 @@
+//! Tiles of the attention kernels: the tables that the kernels are compiled with
+//! (`kernels/attention/*/tiles.h`), read at compile time, and what grids and shared memory follow
+//! from them.
+
+use crate::kernel::Kernel;
+
+use super::params::{
+    ELEMENT_BYTES, GROUP_ROWS, SM90_EXTRA_SHARED_BYTES, SM90_MAX_SHARED_BYTES, SM90_WARPGROUP_ROWS,
+    SM100_EXTRA_SHARED_BYTES, SM100_QUERY_TILES, SM100_THREADS, SM100_TILE_ROWS, STAGES, WARPGROUP_THREADS,
+};
+
+// Metadata counts groups, which the kernels' tiles are made of.
+const _: () = assert!(GROUP_ROWS as usize == crate::mask::meta::GROUP_ROWS);
+
+/// Tensors of one stage: keys and values.
+const STAGE_TENSORS: u32 = 2;
+
+/// Sizes of the sm80 kernel for one compiled head dimension.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Tile {
+    /// Head dimension that the kernel is compiled for; smaller ones run in it too.
+    pub width: u32,
+    /// Query rows of a thread block.
+    pub rows: u32,
+    keys: u32,
+    keys_masked: u32,
+    warps: u32,
+}
+
+/// The forms of the sm80 kernel.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum FormSm80 {
+    /// Padded or packed rows, all of them.
+    Plain,
+    /// Adds the key mask, the bias and the rows to be written as zeros.
+    Masked,
+    /// The valid rows of padded tensors.
+    Fused,
+}
+
+impl FormSm80 {
+    /// The end of the kernel's name.
+    const fn suffix(self) -> &'static str {
+        match self {
+            Self::Plain => "",
+            Self::Masked => "_masked",
+            Self::Fused => "_fused",
+        }
+    }
+}
+
+impl Tile {
+    const TABLE: [[u32; 5]; count(SM80_TILES)] = parse(SM80_TILES);
+
+    /// Lists of rows that the fused form keeps beside the tiles: the query tile's, and those of two
+    /// key tiles.
+    const KEY_LISTS: u32 = 2;
+    const LIST_ENTRY_BYTES: u32 = 4;
+    /// Shared memory of a block that every chip from SM80 on has.
+    const MAX_SHARED_BYTES: u32 = 99 << 10;
+
+    /// The narrowest tile that holds a head dimension.
+    pub fn of(head_dim: usize) -> Option<Self> {
+        narrowest(&Self::TABLE, head_dim).map(Self::new)
+    }
+
+    const fn new([width, rows, keys, keys_masked, warps]: [u32; 5]) -> Self {
+        Self { width, rows, keys, keys_masked, warps }
+    }
+
+    /// Dynamic shared memory: the query tile and the stages of key and value tiles, and the fused
+    /// form's lists.
+    pub const fn shared_bytes(self, form: FormSm80) -> u32 {
+        let (keys, lists) = match form {
+            FormSm80::Plain => (self.keys, 0),
+            FormSm80::Masked => (self.keys_masked, 0),
+            FormSm80::Fused => (self.keys, self.rows + Self::KEY_LISTS * self.keys),
+        };
+        (self.rows + STAGES * STAGE_TENSORS * keys) * self.width * ELEMENT_BYTES + lists * Self::LIST_ENTRY_BYTES
+    }
+
+    /// Threads of a block.
+    pub const fn threads(self) -> u32 {
+        self.warps * 32
+    }
+
+    /// The end of the kernel's name, after the element type.
+    pub fn name(self, form: FormSm80) -> String {
+        format!("d{}{}", self.width, form.suffix())
+    }
+}
+
+const _: () = {
+    assert_widths(&Tile::TABLE, Kernel::CudaSm80);
+    let mut i = 0;
+    while i < Tile::TABLE.len() {
+        let tile = Tile::new(Tile::TABLE[i]);
+        assert!(tile.shared_bytes(FormSm80::Masked) <= Tile::MAX_SHARED_BYTES);
+        assert!(tile.shared_bytes(FormSm80::Fused) <= Tile::MAX_SHARED_BYTES);
+        // A thread copies one entry of a key tile's list.
+        assert!(tile.keys <= tile.threads());
+        assert!(tile.rows.is_multiple_of(tile.warps * 16));
+        i += 1;
+    }
+};
+
+/// Sizes of a kernel with tile lists for one compiled head dimension.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct ListTile {
+    /// Whose sizes they are.
+    pub kernel: Kernel,
+    /// Head dimension that the kernel is compiled for; smaller ones run in it too.
+    width: u32,
+    /// Query rows of a block.
+    pub rows: u32,
+    /// Keys of a step.
+    pub keys: u32,
+    /// Threads of a block.
+    pub threads: u32,
+    /// Dynamic shared memory of a block.
+    pub shared_bytes: u32,
+    /// Warpgroups that share a query tile's rows, if several blocks can share its keys.
+    pub splitting_warpgroups: Option<u32>,
+}
+
+impl ListTile {
+    const SM90: [[u32; 4]; count(SM90_TILES)] = parse(SM90_TILES);
+    const SM100: [[u32; 2]; count(SM100_TILES)] = parse(SM100_TILES);
+
+    /// The narrowest tile of a kernel that holds a head dimension.
+    pub fn of(kernel: Kernel, head_dim: usize) -> Option<Self> {
+        match kernel {
+            Kernel::CudaSm90 => narrowest(&Self::SM90, head_dim).map(Self::sm90),
+            Kernel::CudaSm100 => narrowest(&Self::SM100, head_dim).map(Self::sm100),
+            _ => None,
+        }
+    }
+
+    /// Shared memory: the query tiles, whose places outputs take, and the stages of key and value
+    /// tiles.
+    const fn sm90([width, warpgroups, keys, query_tiles]: [u32; 4]) -> Self {
+        let rows = warpgroups * SM90_WARPGROUP_ROWS;
+        let tile_rows = query_tiles * rows + STAGES * STAGE_TENSORS * keys;
+        Self {
+            kernel: Kernel::CudaSm90,
+            width,
+            rows,
+            keys,
+            // One more warpgroup loads.
+            threads: (warpgroups + 1) * WARPGROUP_THREADS,
+            shared_bytes: tile_rows * width * ELEMENT_BYTES + SM90_EXTRA_SHARED_BYTES,
+            splitting_warpgroups: Some(warpgroups),
+        }
+    }
+
+    /// Shared memory: the query tiles, the stages of key and value tiles, and the output tile.
+    const fn sm100([width, stages]: [u32; 2]) -> Self {
+        let tiles = SM100_QUERY_TILES + STAGE_TENSORS * stages + 1;
+        Self {
+            kernel: Kernel::CudaSm100,
+            width,
+            rows: SM100_QUERY_TILES * SM100_TILE_ROWS,
+            keys: SM100_TILE_ROWS,
+            threads: SM100_THREADS,
+            shared_bytes: tiles * SM100_TILE_ROWS * width * ELEMENT_BYTES + SM100_EXTRA_SHARED_BYTES,
+            splitting_warpgroups: None,
+        }
+    }
+
+    /// Columns of a panel, as tiles lie in shared memory.
+    pub const fn panel(self) -> u32 {
+        if self.width.is_multiple_of(64) { 64 } else { 32 }
+    }
+
+    /// Bytes that a part of a split query tile leaves for the others: f32 sums of the output, and a
+    /// maximum and a sum for each of two rows in each of a lane's four columns.
+    pub fn part_bytes(self) -> u64 {
+        let threads = u64::from(self.splitting_warpgroups.unwrap_or_default() * WARPGROUP_THREADS);
+        threads * (u64::from(self.width) / 8 + 1) * 16
+    }
+
+    /// Bytes that count the parts of a split query tile, one counter a warpgroup.
+    pub fn part_count_bytes(self) -> u64 {
+        u64::from(self.splitting_warpgroups.unwrap_or_default()) * 4
+    }
+
+    /// The end of the kernel's name, after the element type.
+    pub fn name(self) -> String {
+        let Self { width, splitting_warpgroups, .. } = self;
+        splitting_warpgroups.map_or_else(|| format!("d{width}"), |warpgroups| format!("d{width}_w{warpgroups}"))
+    }
+
+    const fn assert_fits(self) {
+        assert!(self.shared_bytes <= SM90_MAX_SHARED_BYTES);
+        assert!(self.rows.is_multiple_of(GROUP_ROWS) && self.keys.is_multiple_of(GROUP_ROWS));
+    }
+}
+
+const _: () = {
+    assert_widths(&ListTile::SM90, Kernel::CudaSm90);
+    assert_widths(&ListTile::SM100, Kernel::CudaSm100);
+    let mut i = 0;
+    while i < ListTile::SM90.len() {
+        ListTile::sm90(ListTile::SM90[i]).assert_fits();
+        i += 1;
+    }
+    let mut i = 0;
+    while i < ListTile::SM100.len() {
+        let tile = ListTile::sm100(ListTile::SM100[i]);
+        tile.assert_fits();
+        // Tensor memory is one block's: a multiprocessor has no room for a second one.
+        assert!(tile.shared_bytes > SM90_MAX_SHARED_BYTES / 2);
+        i += 1;
+    }
+};
+
+const SM80_TILES: &[u8] = include_bytes!("../../../../kernels/attention/sm80/tiles.h");
+const SM90_TILES: &[u8] = include_bytes!("../../../../kernels/attention/sm90/tiles.h");
+const SM100_TILES: &[u8] = include_bytes!("../../../../kernels/attention/sm100/tiles.h");
+
+/// The first entry of a table, by rising widths, that is as wide as a head dimension.
+fn narrowest<const FIELDS: usize>(table: &[[u32; FIELDS]], head_dim: usize) -> Option<[u32; FIELDS]> {
+    table.iter().find(|entry| entry[0] as usize >= head_dim).copied()
+}
+
+/// Widths rise up to the largest head dimension of the kernel.
+const fn assert_widths<const FIELDS: usize>(table: &[[u32; FIELDS]], kernel: Kernel) {
+    let (mut i, mut widest) = (0, 0);
+    while i < table.len() {
+        assert!(table[i][0] > widest);
+        widest = table[i][0];
+        i += 1;
+    }
+    assert!(widest as usize == kernel.max_head_dim());
+}
+
+/// Where the next entry's numbers start: an entry is `X(` and a digit.
+const fn next_entry(text: &[u8], mut at: usize) -> Option<usize> {
+    while at + 2 < text.len() {
+        if text[at] == b'X' && text[at + 1] == b'(' && text[at + 2].is_ascii_digit() {
+            return Some(at + 2);
+        }
+        at += 1;
+    }
+    None
+}
+
+/// Entries of a table.
+const fn count(text: &[u8]) -> usize {
+    let (mut count, mut at) = (0, 0);
+    while let Some(entry) = next_entry(text, at) {
+        count += 1;
+        at = entry;
+    }
+    count
+}
+
+/// The numbers of every entry.
+const fn parse<const N: usize, const FIELDS: usize>(text: &[u8]) -> [[u32; FIELDS]; N] {
+    let mut entries = [[0_u32; FIELDS]; N];
+    let (mut i, mut at) = (0, 0);
+    while let Some(entry) = next_entry(text, at) {
+        at = entry;
+        let mut field = 0;
+        while text[at] != b')' {
+            match text[at] {
+                digit @ b'0'..=b'9' => entries[i][field] = entries[i][field] * 10 + (digit - b'0') as u32,
+                b',' => field += 1,
+                byte => assert!(byte == b' ', "an entry holds numbers, commas and spaces"),
+            }
+            at += 1;
+        }
+        assert!(field + 1 == FIELDS, "every entry has as many fields as the table");
+        i += 1;
+    }
+    entries
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn entries_are_read_and_comments_are_not() {
+        const TEXT: &[u8] = b"//  X(head_dim, rows)\n#define TILES(X) \\\n  X(32, 128, 0) \\\n X(256,64,  1)\n";
+        const PARSED: [[u32; 3]; count(TEXT)] = parse(TEXT);
+        assert_eq!(PARSED, [[32, 128, 0], [256, 64, 1]]);
+    }
+
+    #[test]
+    fn every_head_dim_is_in_the_narrowest_tile_that_holds_it() {
+        for head_dim in (8..=256).step_by(8) {
+            assert!(Tile::of(head_dim).is_some_and(|tile| tile.width as usize >= head_dim), "{head_dim}");
+        }
+        assert_eq!(Tile::of(64).map(|tile| tile.width), Some(64));
+        assert_eq!(Tile::of(72).map(|tile| tile.width), Some(96));
+        assert_eq!(Tile::of(264), None);
+        let width = |kernel, head_dim| ListTile::of(kernel, head_dim).map(|tile| tile.width);
+        for (head_dim, expected) in [(8, 64), (64, 64), (72, 96), (96, 96), (104, 128), (128, 128)] {
+            assert_eq!(width(Kernel::CudaSm90, head_dim), Some(expected), "{head_dim}");
+            assert_eq!(width(Kernel::CudaSm100, head_dim), Some(expected), "{head_dim}");
+        }
+        assert_eq!((width(Kernel::CudaSm90, 136), width(Kernel::CudaSm100, 136)), (Some(192), None));
+        assert_eq!((width(Kernel::CudaSm90, 264), width(Kernel::CudaSm80, 64)), (None, None));
+    }
+
+    /// As kernels/attention/sm100/block.cuh lays it out.
+    #[test]
+    fn a_block_of_sm100_has_two_query_tiles_an_output_tile_and_its_stages() {
+        for (head_dim, stages, panel) in [(64, 4, 64), (96, 3, 32), (128, 2, 64)] {
+            let tile = ListTile::of(Kernel::CudaSm100, head_dim);
+            let found = tile.map(|tile| (tile.rows, tile.keys, tile.threads, tile.panel(), tile.shared_bytes));
+            let tile_bytes = 128 * head_dim as u32 * 2;
+            assert_eq!(found, Some((256, 128, 512, panel, (3 + 2 * stages) * tile_bytes + 3072)), "{head_dim}");
+            assert_eq!(tile.map(ListTile::name), Some(format!("d{head_dim}")));
+        }
+    }
+
+    /// As kernels/attention/sm90/block.cuh lays it out.
+    #[test]
+    fn a_block_of_sm90_has_its_query_tiles_and_two_stages() {
+        let tile = ListTile::of(Kernel::CudaSm90, 128);
+        let found = tile.map(|tile| (tile.rows, tile.keys, tile.threads, tile.panel(), tile.shared_bytes));
+        assert_eq!(found, Some((128, 160, 384, 64, (2 * 128 + 4 * 160) * 256 + 1024)));
+        assert_eq!(tile.map(ListTile::name).as_deref(), Some("d128_w2"));
+        assert_eq!(tile.map(ListTile::part_bytes), Some(256 * 17 * 16));
+        assert_eq!(tile.map(ListTile::part_count_bytes), Some(8));
+    }
+
+    #[test]
+    fn shared_memory_is_the_kernels_sum() {
+        let tile = Tile { width: 128, rows: 128, keys: 64, keys_masked: 32, warps: 4 };
+        let tile_bytes = |rows: u32| rows * 128 * 2;
+        let plain = tile_bytes(128) + 2 * (tile_bytes(64) + tile_bytes(64));
+        assert_eq!(tile.shared_bytes(FormSm80::Plain), plain);
+        assert_eq!(tile.shared_bytes(FormSm80::Fused), plain + 4 * (128 + 64 + 64));
+        assert_eq!(tile.shared_bytes(FormSm80::Masked), tile_bytes(128) + 2 * (tile_bytes(32) + tile_bytes(32)));
+    }
+}

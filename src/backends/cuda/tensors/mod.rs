@@ -1,0 +1,15 @@
+//! Tensors, masks and metadata on the device.
+//!
+//! | module | what it holds |
+//! |---|---|
+//! | `strided_copy` | a copy of a strided view as few rectangles |
+//! | `placement` | where tensors lie, and aligned copies of inputs whose rows do not start at words |
+//! | `tensor_map` | tensors as they are described to the copy engine (TMA) |
+//! | `metadata` | copies of masks and metadata, and tables that the device builds |
+//! | `copy` | launches that move rows: pack, scatter, zero |
+
+pub mod copy;
+pub mod metadata;
+pub mod placement;
+mod strided_copy;
+pub mod tensor_map;

@@ -1,0 +1,142 @@
+//! Where the tensors of an operation lie, and aligned copies of inputs whose rows do not start at
+//! words.
+
+use crate::backends::cuda::driver::memory::CudaBuffer;
+use crate::backends::cuda::driver::transfer;
+use crate::backends::cuda::kernels::params::Strides;
+use crate::backends::cuda::launcher::Launcher;
+use crate::backends::rows::{WORD_BYTES, misaligned_by, row_strides};
+use crate::call::op::{Input, Output};
+use crate::dtype::DType;
+use crate::error::{Error, Result};
+use crate::layout::Layout;
+
+use super::strided_copy::StridedCopy;
+
+/// A tensor of an operation: `[B, S, H, D]`, packed `[n, H, D]`, or any shape where only its
+/// address matters.
+#[derive(Debug, Clone, Copy)]
+pub struct Operand<'a> {
+    pub name: &'static str,
+    pub buffer: &'a CudaBuffer,
+    pub layout: Layout,
+    pub dtype: DType,
+}
+
+/// Where the rows of a tensor lie. The first is at a multiple of 16 bytes, and so is every step.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Placed {
+    pub address: u64,
+    /// In elements; packed tensors have no batch rows.
+    pub strides: Strides,
+    element_bytes: u64,
+}
+
+impl Placed {
+    /// A contiguous packed tensor at an address, which is a multiple of 16 bytes.
+    pub fn packed(address: u64, heads: usize, head_dim: usize, dtype: DType) -> Self {
+        // Both fit: rows of a tensor do.
+        let strides = Strides { batch: 0, token: (heads * head_dim) as i64, head: head_dim as i64 };
+        Self { address, strides, element_bytes: dtype.size() as u64 }
+    }
+
+    /// The strides in words.
+    pub fn word_strides(&self) -> Strides {
+        let words = |elements: i64| elements * self.element_bytes as i64 / WORD_BYTES as i64;
+        let Strides { batch, token, head } = self.strides;
+        Strides { batch: words(batch), token: words(token), head: words(head) }
+    }
+}
+
+impl<'a> Operand<'a> {
+    /// An input of an operation, checked to lie in this device's memory.
+    pub fn input(launcher: &Launcher, name: &'static str, input: &Input<'a>) -> Result<Self> {
+        Self { name, buffer: launcher.source(input.memory)?, layout: input.layout, dtype: input.dtype }
+            .with_whole_elements()
+    }
+
+    /// An output of an operation, checked to lie in this device's memory.
+    pub fn output(launcher: &Launcher, name: &'static str, output: &Output<'a>) -> Result<Self> {
+        Self { name, buffer: launcher.sink(&output.memory)?, layout: output.layout, dtype: output.dtype }
+            .with_whole_elements()
+    }
+
+    /// Address of the first element.
+    pub fn address(&self) -> u64 {
+        self.buffer.address() + self.bytes(self.layout.offset())
+    }
+
+    fn bytes(&self, elements: u64) -> u64 {
+        elements * self.dtype.size() as u64
+    }
+
+    /// What keeps the rows from starting at words, in bytes; nothing if there are none.
+    fn misaligned_by(&self) -> Option<u64> {
+        let by = || misaligned_by(self.buffer.address(), &self.layout, self.dtype.size());
+        if self.layout.numel() == 0 { None } else { by() }
+    }
+
+    /// Elements are read and written whole, so they must lie at multiples of their size. External
+    /// memory need not start at one.
+    fn with_whole_elements(self) -> Result<Self> {
+        let (address, expected) = (self.address(), self.dtype.size() as u64);
+        if self.layout.numel() == 0 || address.is_multiple_of(expected) {
+            return Ok(self);
+        }
+        Err(Error::Misaligned { argument: self.name, expected, got: address })
+    }
+
+    fn placed(&self) -> Placed {
+        Placed { address: self.address(), strides: strides(&self.layout), element_bytes: self.dtype.size() as u64 }
+    }
+
+    /// Where to write.
+    pub fn place_output(&self) -> Result<Placed> {
+        match self.misaligned_by() {
+            None => Ok(self.placed()),
+            Some(got) => Err(Error::Misaligned { argument: self.name, expected: WORD_BYTES, got }),
+        }
+    }
+}
+
+fn strides(layout: &Layout) -> Strides {
+    // Every stride fits: layouts end below an eighth of the range.
+    let [batch, token, head] = row_strides(layout).map(|stride| stride as i64);
+    Strides { batch, token, head }
+}
+
+/// Where to read. A view whose rows do not start at words is first copied to scratch, which must
+/// live until the launch.
+pub fn place_input(launcher: &Launcher, operand: &Operand<'_>, scratch: &mut Vec<CudaBuffer>) -> Result<Placed> {
+    match operand.misaligned_by() {
+        None => Ok(operand.placed()),
+        Some(_) => place_copy(launcher, operand, scratch),
+    }
+}
+
+/// [`place_input`] for the copy engine, which takes no stride of 0: such a view is copied too.
+pub fn place_input_for_maps(
+    launcher: &Launcher,
+    operand: &Operand<'_>,
+    scratch: &mut Vec<CudaBuffer>,
+) -> Result<Placed> {
+    let mut dims = operand.layout.shape().iter().zip(operand.layout.strides());
+    match dims.any(|(&size, &stride)| size > 1 && stride == 0) {
+        false => place_input(launcher, operand, scratch),
+        true => place_copy(launcher, operand, scratch),
+    }
+}
+
+fn place_copy(launcher: &Launcher, operand: &Operand<'_>, scratch: &mut Vec<CudaBuffer>) -> Result<Placed> {
+    let (layout, element_bytes) = (&operand.layout, operand.dtype.size() as u64);
+    let copy = launcher.scratch(operand.bytes(layout.numel() as u64))?;
+    for rectangle in StridedCopy::new(layout, element_bytes).rectangles(operand.address(), copy.address()) {
+        // SAFETY: the rectangles cover the view, which lies inside its buffer (checked by problem),
+        // and the scratch, which is as large.
+        unsafe { transfer::copy(&launcher.context, &rectangle) }?;
+    }
+    let row_major = Layout::contiguous(layout.shape())?;
+    let placed = Placed { address: copy.address(), strides: strides(&row_major), element_bytes };
+    scratch.push(copy);
+    Ok(placed)
+}

@@ -1,0 +1,281 @@
+//! The wgpu device: opening it, and what it does with each operation.
+
+use std::any::Any;
+use std::sync::Arc;
+
+use wgpu::{BufferUsages, DeviceType, Features};
+
+use crate::cache::DeviceId;
+use crate::call::op::{Attention, Backend, Instant, Later, Op, Sink, Source, Storage, Timing, no_device_tables};
+use crate::call::plan::Capabilities;
+use crate::call::problem::HEAD_DIM_STEP;
+use crate::call::self_check::{self, Cases, Subject};
+use crate::config::Config;
+use crate::error::Result;
+use crate::kernel::{BackendKind, Kernel, MAX_HEAD_DIM};
+use crate::mask::meta::VarlenMeta;
+
+use super::buffer::WgpuBuffer;
+use super::context::Context;
+use super::coop::Coop;
+use super::copy::Move;
+use super::fault::Faults;
+use super::launcher::Launcher;
+use super::launches::Launches;
+use super::pace::Pace;
+use super::recorder::Recorder;
+use super::shader::Algorithm;
+use super::timer::Timer;
+use super::transfer::COPY_ALIGNMENT;
+use super::{adapter, attention, copy, external, metadata, transfer, wait};
+
+/// A wgpu device with its queue, and what was compiled and allocated on it.
+#[derive(Debug)]
+pub(crate) struct WgpuDevice {
+    context: Context,
+    capabilities: Capabilities,
+    launcher: Launcher,
+    pace: Arc<Pace>,
+    timer: Timer,
+    /// Cooperative matrices; `None` if the kernel on them cannot run.
+    coop: Option<Coop>,
+}
+
+impl WgpuDevice {
+    /// Opens the best adapter. The settings lower its limits.
+    pub(crate) fn open(include_software: bool, config: Config) -> Result<Self> {
+        wait::now("wgpu", wait::OPENING, Self::open_async(include_software, config))
+    }
+
+    /// [`open`](Self::open) in a form that may give up the thread.
+    pub(crate) async fn open_async(include_software: bool, config: Config) -> Result<Self> {
+        let (device, queue, coop) = adapter::open(include_software, config.max_binding_bytes).await?;
+        let mut opened = Self::over(device, queue, coop, config)?;
+        opened.context.faults.listen();
+        opened.offer_coop(config.kernel);
+        Ok(opened)
+    }
+
+    /// Computes on an external device, whose handlers stay as they are.
+    pub(crate) fn external(device: &wgpu::Device, queue: &wgpu::Queue, config: Config) -> Result<Self> {
+        external::expect_limits(&device.limits())?;
+        let coop = Coop::of_device(device);
+        let mut device = Self::over(device.clone(), queue.clone(), coop, config)?;
+        // A browser cannot tell without waiting: there a launch on another device's queue fails
+        // later.
+        #[cfg(not(target_arch = "wasm32"))]
+        external::expect_own_queue(&device.context)?;
+        device.offer_coop(config.kernel);
+        Ok(device)
+    }
+
+    fn over(device: wgpu::Device, queue: wgpu::Queue, coop: Option<Coop>, config: Config) -> Result<Self> {
+        let (info, limits) = (device.adapter_info(), device.limits());
+        // The shaders count 16-byte words in 32 bits, and Vulkan's bindings end below 2 GiB.
+        let largest = limits.max_storage_buffer_binding_size.min((1 << 31) - 256);
+        let capabilities = Capabilities {
+            backend: BackendKind::Wgpu,
+            adapter: adapter::name(&info),
+            is_software: info.device_type == DeviceType::Cpu,
+            dtypes: Kernel::WgslPortable.dtypes(),
+            kernels: vec![Kernel::WgslPortable],
+            max_buffer_bytes: limits.max_buffer_size,
+            max_binding_bytes: config.max_binding_bytes.map_or(largest, |bytes| largest.min(bytes)),
+            has_timestamps: device.features().contains(Features::TIMESTAMP_QUERY),
+        };
+        let name: Arc<str> = capabilities.to_string().into();
+        let faults = Faults::of(&device, &name);
+        let launcher = Launcher::new(&device);
+        let context = Context::new((device, queue), faults, &name, capabilities.max_binding_bytes)?;
+        let pace = Arc::new(Pace::new(config.max_dispatch_operations, info.device_type));
+        Ok(Self { context, capabilities, launcher, pace, timer: Timer::new(&name), coop })
+    }
+
+    /// Offers the kernel on cooperative matrices before all others, if it passes its self-check:
+    /// cooperative matrices are experimental in wgpu, and some drivers compute them wrong. A kernel
+    /// that the settings ask for is used unchecked.
+    fn offer_coop(&mut self, only: Option<Kernel>) {
+        if self.coop.is_none() || only == Some(Kernel::WgslPortable) {
+            return;
+        }
+        if only == Some(Kernel::WgslCoop) {
+            self.capabilities.kernels = vec![Kernel::WgslCoop];
+            return;
+        }
+        let (started, name) = (Instant::now(), &self.context.name);
+        let (tested, reference) = (Subject::new(self, Kernel::WgslCoop), Subject::new(self, Kernel::WgslPortable));
+        match self_check::compare(tested, reference, &Cases::QUICK) {
+            Ok(()) => {
+                log::debug!("{name}: kernel {} passed its self-check in {:?}", Kernel::WgslCoop, started.elapsed());
+                self.capabilities.kernels.insert(0, Kernel::WgslCoop);
+            }
+            Err(why) => log::warn!("{name}: kernel {} failed its self-check and is not used: {why}", Kernel::WgslCoop),
+        }
+    }
+
+    pub(crate) fn handles(&self) -> (&wgpu::Device, &wgpu::Queue) {
+        (&self.context.device, &self.context.queue)
+    }
+
+    /// Compiles with an external cache from now on.
+    pub(crate) fn set_pipeline_cache(&self, cache: &wgpu::PipelineCache) -> Result<()> {
+        self.launcher.set_pipeline_cache(&self.context, cache)
+    }
+
+    /// An external buffer as memory of this device.
+    pub(crate) fn import(&self, buffer: wgpu::Buffer) -> Result<Storage> {
+        self.context.faults.check()?;
+        Ok(Storage::Device(Box::new(self.context.allocator.external(buffer)?)))
+    }
+
+    /// Records an operation for the application to submit.
+    pub(crate) fn encode(&self, op: Op<'_>, recorder: Recorder<'_>) -> Result<()> {
+        self.launcher.record(&self.context, self.launches(op)?.as_slice(), recorder)
+    }
+
+    fn launches(&self, op: Op<'_>) -> Result<Launches<'_>> {
+        let context = &self.context;
+        let mut launches = Launches::new(&context.allocator);
+        match op {
+            Op::Attention(call) => {
+                attention::record(context, self.algorithm(&call), &self.pace, &call, &mut launches)?;
+            }
+            Op::Pack { pairs, meta } => {
+                for (from, to) in &pairs {
+                    copy::move_rows(context, Move::Pack, from, to, meta, &mut launches)?;
+                }
+            }
+            Op::Scatter { packed, padded, meta } => {
+                copy::move_rows(context, Move::Scatter, &packed, &padded, meta, &mut launches)?;
+            }
+            Op::Zero(out) => copy::zero(context, &out, &mut launches)?,
+            Op::Metadata { .. } => return Err(no_device_tables(&context.name)),
+        }
+        Ok(launches)
+    }
+
+    fn algorithm(&self, attention: &Attention<'_>) -> Algorithm {
+        match (attention.plan.kernel, self.coop) {
+            (Kernel::WgslCoop, Some(coop)) => Algorithm::Coop(coop.tile(attention.problem.shape.head_dim)),
+            _ => Algorithm::Portable,
+        }
+    }
+
+    /// The buffer of a source that the host may copy from.
+    fn readable<'a>(&self, source: Source<'a>) -> Result<&'a wgpu::Buffer> {
+        let buffer: &WgpuBuffer = source.owned_by(self.context.id, &self.context.name)?;
+        buffer.expect_usage("memory", BufferUsages::COPY_SRC)?;
+        buffer.expect_unmapped("memory")?;
+        Ok(&buffer.raw)
+    }
+
+    /// Copies bytes to a buffer that is external and may hold the application's bytes right
+    /// behind them, in the same u32.
+    fn upload_part(&self, buffer: &WgpuBuffer, bytes: &[u8]) -> Result<()> {
+        buffer.expect_usage("memory", BufferUsages::COPY_SRC)?;
+        let whole = bytes.len() / COPY_ALIGNMENT * COPY_ALIGNMENT;
+        let mut padded = bytes.to_vec();
+        padded.resize(whole + COPY_ALIGNMENT, 0);
+        let last = transfer::download(&self.context, (&buffer.raw, whole as u64), &mut padded[whole..]);
+        wait::now(self.name(), wait::READING, last)?;
+        padded[..bytes.len()].copy_from_slice(bytes);
+        transfer::upload(&self.context, &buffer.raw, &padded)
+    }
+}
+
+impl Backend for WgpuDevice {
+    fn id(&self) -> DeviceId {
+        self.context.id
+    }
+
+    fn name(&self) -> &str {
+        &self.context.name
+    }
+
+    fn capabilities(&self) -> &Capabilities {
+        &self.capabilities
+    }
+
+    fn alloc(&self, bytes: u64) -> Result<Storage> {
+        Ok(Storage::Device(Box::new(self.context.allocator.tensor(bytes)?)))
+    }
+
+    fn upload(&self, to: Sink<'_>, bytes: &[u8]) -> Result<()> {
+        let buffer: &WgpuBuffer = to.owned_by(self.context.id, &self.context.name)?;
+        buffer.expect_usage("memory", BufferUsages::COPY_DST)?;
+        buffer.expect_unmapped("memory")?;
+        if buffer.is_external() && !bytes.len().is_multiple_of(COPY_ALIGNMENT) {
+            return self.upload_part(buffer, bytes);
+        }
+        transfer::upload(&self.context, &buffer.raw, bytes)
+    }
+
+    fn download(&self, from: Source<'_>, into: &mut [u8]) -> Result<()> {
+        let source = (self.readable(from)?, 0);
+        wait::now(self.name(), wait::READING, transfer::download(&self.context, source, into))
+    }
+
+    fn execute(&self, op: Op<'_>) -> Result<()> {
+        if let Op::Zero(out) = &op
+            && copy::clear_whole(&self.context, out)?
+        {
+            return Ok(());
+        }
+        self.launcher.submit(&self.context, &self.launches(op)?, &self.timer, &self.pace)
+    }
+
+    fn upload_meta(&self, meta: &VarlenMeta) -> Result<()> {
+        let context = &self.context;
+        metadata::indices(context, meta)?;
+        metadata::inv_indices(context, meta)?;
+        metadata::cu_seqlens(context, meta.cu_seqlens())?;
+        metadata::token_lists(context, meta)?;
+        // Every tile size that a call may want; each is made once.
+        for head_dim in (HEAD_DIM_STEP..=MAX_HEAD_DIM).step_by(HEAD_DIM_STEP) {
+            let coop = self.coop.map(|coop| Algorithm::Coop(coop.tile(head_dim)));
+            for algorithm in coop.into_iter().chain([Algorithm::Portable]) {
+                metadata::packed_tiles(context, meta.cu_seqlens(), algorithm.tile_rows(head_dim))?;
+                metadata::fused_tiles(context, meta, algorithm.tile_rows(head_dim))?;
+            }
+        }
+        // What dense paths use instead.
+        metadata::mask_bits(context, meta.key_mask()).map(drop)
+    }
+
+    fn synchronize(&self) -> Result<()> {
+        wait::now(self.name(), wait::WAITING, self.synchronize_async())
+    }
+
+    fn start_timer(&self) -> Result<Instant> {
+        wait::now(self.name(), wait::WAITING, self.start_timer_async())
+    }
+
+    fn stop_timer(&self, started: Instant) -> Result<Timing> {
+        wait::now(self.name(), wait::TIMING, self.stop_timer_async(started))
+    }
+
+    fn download_async<'a>(&'a self, from: Source<'a>, into: &'a mut [u8]) -> Later<'a, ()> {
+        Box::pin(async move { transfer::download(&self.context, (self.readable(from)?, 0), into).await })
+    }
+
+    fn synchronize_async(&self) -> Later<'_, ()> {
+        Box::pin(wait::for_work(&self.context))
+    }
+
+    fn start_timer_async(&self) -> Later<'_, Instant> {
+        Box::pin(async move {
+            // On the host's clock, earlier work must not count.
+            wait::for_work(&self.context).await?;
+            self.timer.start(&self.context)?;
+            Ok(Instant::now())
+        })
+    }
+
+    fn stop_timer_async(&self, started: Instant) -> Later<'_, Timing> {
+        Box::pin(self.timer.stop(&self.context, started))
+    }
+
+    fn as_any(&self) -> &dyn Any {
+        self
+    }
+}

@@ -1,0 +1,57 @@
+//! The one table of bindings, which both the WGSL declarations and the bind group layouts come
+//! from.
+
+/// A storage buffer of a shader. Binding 0 is for the parameters; storage buffers follow in the
+/// order of their table.
+#[derive(Debug)]
+pub struct Binding {
+    pub name: &'static str,
+    pub element: &'static str,
+    pub writes: bool,
+}
+
+const fn reads(name: &'static str, element: &'static str) -> Binding {
+    Binding { name, element, writes: false }
+}
+
+const fn writes(name: &'static str, element: &'static str) -> Binding {
+    Binding { name, element, writes: true }
+}
+
+/// No shader has more storage buffers.
+pub const MAX_STORAGE_BUFFERS: u32 = 7;
+
+/// 16 bytes, which one load moves.
+const WORD: &str = "vec4<u32>";
+
+pub(super) const ATTENTION_DENSE: &[Binding] = &[
+    reads("q", WORD),
+    reads("k", WORD),
+    reads("v", WORD),
+    writes("out", WORD),
+    reads("key_bits", "u32"),
+    reads("row_bits", "u32"),
+    reads("bias", "u32"),
+];
+pub(super) const ATTENTION_PACKED: &[Binding] = &[
+    reads("q", WORD),
+    reads("k", WORD),
+    reads("v", WORD),
+    writes("out", WORD),
+    writes("lse", "u32"),
+    reads("tiles", WORD),
+    reads("cu_seqlens_k", "u32"),
+];
+pub(super) const ATTENTION_FUSED: &[Binding] = &[
+    reads("q", WORD),
+    reads("k", WORD),
+    reads("v", WORD),
+    writes("out", WORD),
+    reads("tiles", WORD),
+    reads("query_tokens", "u32"),
+    reads("key_tokens", "u32"),
+];
+pub(super) const PACK_ROWS: &[Binding] = &[reads("src", WORD), writes("dst", WORD), reads("indices", "u32")];
+pub(super) const SCATTER_ROWS: &[Binding] = &[reads("src", WORD), writes("dst", WORD), reads("inv_indices", "i32")];
+pub(super) const ZERO_ROWS: &[Binding] = &[writes("dst", WORD)];
+pub(super) const ALIGN_ROWS: &[Binding] = &[reads("src", "u32"), writes("dst", "u32")];

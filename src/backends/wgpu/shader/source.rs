@@ -1,0 +1,141 @@
+//! The WGSL text of a variant, composed of snippets.
+
+use std::fmt::Write;
+
+use crate::dtype::DType;
+
+use super::super::params::{AttentionParams, CopyParams};
+use super::bindings::Binding;
+use super::tiles::Algorithm;
+use super::unroll::unrolled;
+use super::variant::{AttentionRows, AttentionShader, INVOCATIONS, Shader};
+
+/// How a shader gets its parameters.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ParamsIn {
+    /// In a part of a buffer, at binding 0.
+    Uniform,
+    /// In the command buffer, where the device has the feature: nothing is written to a buffer
+    /// before a launch.
+    Immediates,
+}
+
+impl ParamsIn {
+    const fn declaration(self) -> &'static str {
+        match self {
+            Self::Uniform => "@group(0) @binding(0) var<uniform> params: Params;\n",
+            Self::Immediates => "var<immediate> params: Params;\n",
+        }
+    }
+}
+
+/// The whole text: parameters, bindings and constants, then the snippets in order.
+pub fn source(shader: Shader, params: ParamsIn) -> String {
+    let mut source = String::new();
+    source.push_str(match shader {
+        Shader::Attention(AttentionShader { algorithm: Algorithm::Coop(_), .. }) => {
+            "enable f16;\nenable wgpu_cooperative_matrix;\n"
+        }
+        _ => "",
+    });
+    source.push_str(match shader {
+        Shader::Attention(_) => AttentionParams::WGSL,
+        _ => CopyParams::WGSL,
+    });
+    source.push_str(params.declaration());
+    for (index, Binding { name, element, writes }) in shader.bindings().iter().enumerate() {
+        let (slot, access) = (index + 1, if *writes { "read_write" } else { "read" });
+        // Writing to a String does not fail.
+        let _ = writeln!(source, "@group(0) @binding({slot}) var<storage, {access}> {name}: array<{element}>;");
+    }
+    for (name, value) in constants(shader) {
+        let _ = writeln!(source, "const {name} = {value};");
+    }
+    for snippet in snippets(shader) {
+        source.push('\n');
+        source.push_str(snippet);
+    }
+    match shader {
+        Shader::Attention(AttentionShader { algorithm, dtype, head_dim, .. }) => {
+            unrolled(&source, &algorithm.unrolled_loops(dtype, head_dim))
+        }
+        _ => source,
+    }
+}
+
+/// Constants rather than overrides: they size private arrays, and branches on them must vanish
+/// before translation.
+fn constants(shader: Shader) -> Vec<(&'static str, String)> {
+    let Shader::Attention(AttentionShader { algorithm, head_dim, rows, .. }) = shader else {
+        return vec![("INVOCATIONS", format!("{INVOCATIONS}u"))];
+    };
+    let mut constants = vec![
+        ("HEAD_DIM", format!("{head_dim}u")),
+        ("KEY_MASK", rows.has_key_mask().to_string()),
+        ("BIAS", rows.bias().is_some().to_string()),
+    ];
+    if let AttentionRows::Dense { zero_rows, .. } = rows {
+        constants.push(("ZERO_ROWS", zero_rows.to_string()));
+    }
+    constants.extend(algorithm.constants(head_dim));
+    constants
+}
+
+/// A file under `shaders/`.
+macro_rules! snippet {
+    ($path:literal) => {
+        include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/shaders/", $path))
+    };
+}
+
+fn snippets(shader: Shader) -> Vec<&'static str> {
+    let copy = |of_shader: &[&'static str]| [&[snippet!("copy/words.wgsl")], of_shader].concat();
+    match shader {
+        Shader::Attention(attention) => attention_snippets(attention),
+        Shader::PackRows => copy(&[snippet!("copy/pack_rows.wgsl")]),
+        Shader::ScatterRows => copy(&[snippet!("copy/scatter_rows.wgsl")]),
+        Shader::ZeroRows => copy(&[snippet!("copy/zero_rows.wgsl")]),
+        Shader::AlignRows { element_bytes } => {
+            let load =
+                if element_bytes == 2 { snippet!("copy/load_16bit.wgsl") } else { snippet!("copy/load_32bit.wgsl") };
+            copy(&[load, snippet!("copy/align_rows.wgsl")])
+        }
+    }
+}
+
+fn attention_snippets(AttentionShader { algorithm, dtype, rows, .. }: AttentionShader) -> Vec<&'static str> {
+    let mut snippets = Vec::new();
+    // How words become numbers, and numbers words.
+    snippets.extend(match dtype {
+        DType::F32 => [snippet!("elements/f32.wgsl")].as_slice(),
+        DType::F16 => &[snippet!("elements/f16.wgsl"), snippet!("elements/pairs.wgsl")],
+        DType::Bf16 => &[snippet!("elements/bf16.wgsl"), snippet!("elements/pairs.wgsl")],
+    });
+    // Where tiles lie.
+    snippets.push(snippet!("rows/tile.wgsl"));
+    snippets.extend(match rows {
+        AttentionRows::Dense { .. } => [snippet!("rows/dense.wgsl")].as_slice(),
+        AttentionRows::Fused => &[snippet!("rows/tile_list.wgsl"), snippet!("rows/fused.wgsl")],
+        AttentionRows::Packed { .. } => &[snippet!("rows/tile_list.wgsl"), snippet!("rows/packed.wgsl")],
+    });
+    // What they meet, what is added, and what is written beside the output.
+    snippets.push(snippet!("rows/key_range.wgsl"));
+    snippets.push(if rows.has_key_mask() { snippet!("rows/key_mask.wgsl") } else { snippet!("rows/no_key_mask.wgsl") });
+    snippets.extend(match rows.bias() {
+        None => [snippet!("rows/no_bias.wgsl")].as_slice(),
+        Some(DType::F32) => &[snippet!("rows/bias.wgsl"), snippet!("elements/bias_f32.wgsl")],
+        Some(DType::F16) => &[snippet!("rows/bias.wgsl"), snippet!("elements/bias_f16.wgsl")],
+        Some(DType::Bf16) => &[snippet!("rows/bias.wgsl"), snippet!("elements/bias_bf16.wgsl")],
+    });
+    snippets.push(if rows.has_lse() { snippet!("rows/lse.wgsl") } else { snippet!("rows/no_lse.wgsl") });
+    // The kernel.
+    match algorithm {
+        Algorithm::Portable => snippets.push(snippet!("attention/portable.wgsl")),
+        Algorithm::Coop(tile) => snippets.extend([
+            if tile.shape == 8 { snippet!("attention/coop_8x8.wgsl") } else { snippet!("attention/coop_16x16.wgsl") },
+            if dtype == DType::F16 { snippet!("elements/half_f16.wgsl") } else { snippet!("elements/half_bf16.wgsl") },
+            snippet!("attention/coop.wgsl"),
+        ]),
+    }
+    snippets
+}

@@ -1,0 +1,168 @@
+//! Every variant against naga: valid, translated, and inside the default limits.
+
+use crate::dtype::DType;
+
+use super::*;
+use naga::back::{hlsl, msl, spv};
+use naga::valid::{Capabilities, ModuleInfo, ValidationFlags, Validator};
+
+const DTYPES: [DType; 3] = [DType::F32, DType::F16, DType::Bf16];
+/// The least and the greatest, powers of two, and those whose last chunk of 64 is not full.
+const HEAD_DIMS: [usize; 10] = [8, 16, 32, 64, 72, 96, 128, 136, 192, 256];
+
+const COOP_TILES: [CoopTile; 3] = [
+    CoopTile { shape: 16, subgroup_size: 32, subgroups: 8, keys: 32 },
+    CoopTile { shape: 16, subgroup_size: 32, subgroups: 2, keys: 64 },
+    CoopTile { shape: 8, subgroup_size: 8, subgroups: 4, keys: 16 },
+];
+
+#[test]
+fn marked_loops_are_unrolled_but_those_without_a_constant_bound() {
+    // The portable kernel's loop over the columns of a chunk, where the last chunk is not full; and
+    // every loop of the kernel on matrices of 8, whose devices compile unrolled loops for seconds.
+    for shader in portable_variants().chain(coop_variants()) {
+        let is_of_8 = matches!(shader.algorithm, Algorithm::Coop(tile) if tile.shape == 8);
+        let text = source(Shader::Attention(shader), ParamsIn::Uniform);
+        let mut left = text.lines().filter(|line| line.ends_with("// unroll"));
+        assert!(is_of_8 || left.all(|line| line.contains("column < columns")), "{shader:?}");
+    }
+}
+
+fn every_variant() -> Vec<Shader> {
+    let copies = [
+        Shader::PackRows,
+        Shader::ScatterRows,
+        Shader::ZeroRows,
+        Shader::AlignRows { element_bytes: 2 },
+        Shader::AlignRows { element_bytes: 4 },
+    ];
+    copies.into_iter().chain(portable_variants().map(Shader::Attention)).collect()
+}
+
+fn portable_variants() -> impl Iterator<Item = AttentionShader> {
+    DTYPES.into_iter().flat_map(|dtype| attention_variants(Algorithm::Portable, dtype))
+}
+
+fn coop_variants() -> impl Iterator<Item = AttentionShader> {
+    let dtypes = [DType::F16, DType::Bf16];
+    let tiles = COOP_TILES.map(Algorithm::Coop);
+    tiles.into_iter().flat_map(move |tile| dtypes.map(|dtype| attention_variants(tile, dtype))).flatten()
+}
+
+fn attention_variants(algorithm: Algorithm, dtype: DType) -> Vec<AttentionShader> {
+    let masks = [(false, false), (true, false), (false, true), (true, true)];
+    let dense = masks.map(|(key_mask, zero_rows)| AttentionRows::Dense { key_mask, zero_rows, bias: None });
+    let biased =
+        [DType::F32, dtype].map(|bias| AttentionRows::Dense { key_mask: false, zero_rows: false, bias: Some(bias) });
+    let packed = [false, true].map(|lse| AttentionRows::Packed { lse });
+    let rows = [&dense[..], &biased, &packed, &[AttentionRows::Fused]].concat();
+    let of_width = |head_dim| rows.iter().map(move |&rows| AttentionShader { algorithm, dtype, head_dim, rows });
+    HEAD_DIMS.into_iter().flat_map(of_width).collect()
+}
+
+fn parse(shader: Shader) -> (naga::Module, ModuleInfo) {
+    parse_with(shader, ParamsIn::Uniform)
+}
+
+fn parse_with(shader: Shader, params: ParamsIn) -> (naga::Module, ModuleInfo) {
+    let text = source(shader, params);
+    // `SHADER_FLOAT16_IN_FLOAT32` is WGSL's own `unpack2x16float`; nothing optional is allowed.
+    let mut capabilities = Capabilities::SHADER_FLOAT16_IN_FLOAT32;
+    capabilities.set(Capabilities::IMMEDIATES, params == ParamsIn::Immediates);
+    if let Shader::Attention(AttentionShader { algorithm: Algorithm::Coop(_), .. }) = shader {
+        capabilities |= Capabilities::COOPERATIVE_MATRIX | Capabilities::SHADER_FLOAT16 | Capabilities::SUBGROUP;
+    }
+    let options = naga::front::wgsl::Options { parse_doc_comments: false, capabilities };
+    let module = naga::front::wgsl::Frontend::new_with_options(options)
+        .parse(&text)
+        .unwrap_or_else(|error| panic!("{shader:?}: {}", error.emit_to_string(&text)));
+    let info = Validator::new(ValidationFlags::all(), capabilities)
+        .subgroup_stages(naga::valid::ShaderStages::COMPUTE)
+        .subgroup_operations(naga::valid::SubgroupOperationSet::all())
+        .validate(&module)
+        .unwrap_or_else(|error| panic!("{shader:?}: {}", error.emit_to_string(&text)));
+    (module, info)
+}
+
+fn with_params(shaders: impl IntoIterator<Item = Shader>) -> impl Iterator<Item = (Shader, ParamsIn)> {
+    shaders.into_iter().flat_map(|shader| [(shader, ParamsIn::Uniform), (shader, ParamsIn::Immediates)])
+}
+
+#[test]
+fn every_cooperative_variant_translates_to_spirv() {
+    for (shader, params) in with_params(coop_variants().map(Shader::Attention)) {
+        let (module, info) = parse_with(shader, params);
+        let spirv = spv::write_vec(&module, &info, &spv::Options::default(), None);
+        assert!(spirv.as_ref().is_ok_and(|words| words.len() > 100), "{shader:?}, {params:?}: SPIR-V: {spirv:?}");
+    }
+    println!("cooperative variants in HLSL: skipped, naga's writer has no cooperative matrices");
+    println!("cooperative variants in MSL: skipped, its loads take pointers to elements, not to vectors of them");
+}
+
+#[test]
+fn every_variant_translates_to_spirv_msl_and_hlsl() {
+    for (shader, params) in with_params(every_variant()) {
+        let (module, info) = parse_with(shader, params);
+        let spirv = spv::write_vec(&module, &info, &spv::Options::default(), None);
+        assert!(spirv.is_ok_and(|words| words.len() > 100), "{shader:?}, {params:?}: SPIR-V");
+        let msl = msl::write_string(
+            &module,
+            &info,
+            &msl::Options { fake_missing_bindings: true, ..Default::default() },
+            &msl::PipelineOptions::default(),
+        );
+        assert!(msl.is_ok_and(|(text, _)| text.contains("kernel void")), "{shader:?}, {params:?}: MSL");
+        let mut text = String::new();
+        let (options, pipeline) = (
+            hlsl::Options {
+                fake_missing_bindings: true,
+                immediates_target: Some(hlsl::BindTarget::default()),
+                ..Default::default()
+            },
+            Default::default(),
+        );
+        let hlsl = hlsl::Writer::new(&mut text, &options, &pipeline).write(&module, &info, None);
+        assert!(hlsl.is_ok(), "{shader:?}, {params:?}: HLSL: {hlsl:?}");
+        assert!(text.contains("numthreads"), "{shader:?}, {params:?}: HLSL has no entry point");
+    }
+}
+
+fn workgroup_bytes(module: &naga::Module) -> u32 {
+    let mut layouter = naga::proc::Layouter::default();
+    layouter.update(module.to_ctx()).unwrap_or_else(|error| panic!("{error}"));
+    let variables = module.global_variables.iter().map(|(_, variable)| variable);
+    let shared = variables.filter(|variable| variable.space == naga::AddressSpace::WorkGroup);
+    shared.map(|variable| layouter[variable.ty].size).sum()
+}
+
+#[test]
+fn every_variant_stays_inside_the_default_limits() {
+    let limits = wgpu::Limits::default();
+    for shader in every_variant() {
+        let (module, _) = parse(shader);
+        let shared = workgroup_bytes(&module);
+        assert!(shared <= limits.max_compute_workgroup_storage_size, "{shader:?}: {shared} bytes");
+        let [x, y, z] = module.entry_points[0].workgroup_size;
+        assert!(x * y * z <= limits.max_compute_invocations_per_workgroup, "{shader:?}");
+        assert!(shader.bindings().len() as u32 <= MAX_STORAGE_BUFFERS, "{shader:?}");
+        assert_eq!(module.entry_points[0].name, shader.entry_point());
+    }
+}
+
+#[test]
+fn a_cooperative_tile_knows_its_workgroup_memory() {
+    for shader in coop_variants() {
+        let (module, _) = parse(Shader::Attention(shader));
+        let Algorithm::Coop(tile) = shader.algorithm else { panic!("{shader:?}") };
+        assert_eq!(workgroup_bytes(&module), tile.workgroup_bytes(shader.head_dim), "{shader:?}");
+        let [x, ..] = module.entry_points[0].workgroup_size;
+        assert_eq!(x, tile.subgroups * tile.subgroup_size, "{shader:?}");
+        assert_eq!(module.entry_points[0].name, Shader::Attention(shader).entry_point());
+    }
+}
+
+#[test]
+fn a_broken_shader_does_not_pass() {
+    let text = source(Shader::PackRows, ParamsIn::Uniform).replace("indices[", "missing[");
+    assert!(naga::front::wgsl::parse_str(&text).is_err());
+}

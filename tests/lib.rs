@@ -1,0 +1,1 @@
+//! The suite of `varlen-fa`: its programs are test targets of this package.

@@ -1,0 +1,325 @@
+//! Calls that are recorded into the application's commands.
+
+use anyhow::{Context, Result, ensure};
+use varlen_fa::wgpu;
+use varlen_fa::{
+    AttentionMask, DType, Device, DeviceMemory, Error, KeyMask, MaskedAttention, Path, TensorView, VarlenMeta,
+    encode_pack, encode_scatter, pack, scatter_to_padded,
+};
+
+use super::super::memory::{download, narrow, sentinel, upload};
+use super::super::trials::Trials;
+use super::application::{Application, Case, InPlace, READABLE, at, bits, bytes, portable};
+
+pub fn register(trials: &mut Trials) {
+    trials.each_dtype("external_wgpu/encoded_calls_give_the_same_bits", encoded_calls_give_the_same_bits);
+    trials.once("external_wgpu/between_the_applications_passes", between_the_applications_passes);
+    trials.once("external_wgpu/submitted_in_any_order_or_never", submitted_in_any_order_or_never);
+    trials.once("external_wgpu/submitted_after_everything_was_dropped", submitted_after_everything_was_dropped);
+    trials.once("external_wgpu/many_ranges_in_one_call", many_ranges_in_one_call);
+    trials.once("external_wgpu/pack_and_scatter", pack_and_scatter);
+    trials.once("external_wgpu/nothing_runs_before_the_submission", nothing_runs_before_the_submission);
+    trials.once("external_wgpu/an_encoder_of_another_device", an_encoder_of_another_device);
+    trials.once("external_wgpu/an_encoder_with_an_open_pass", an_encoder_with_an_open_pass);
+}
+
+/// Into an encoder and into a pass; every path; inputs that a shader must copy first.
+fn encoded_calls_give_the_same_bits(own: &Device, dtype: DType) -> Result<()> {
+    let application = Application::new(own)?;
+    let device = application.attach()?;
+    let layer = MaskedAttention::new(&device);
+    let case = Case::new(dtype, 1)?;
+    let nothing = VarlenMeta::from_key_mask(&KeyMask::from_lengths(70, &[0, 0])?)?;
+    let calls = [
+        (AttentionMask::Key(&case.mask), Path::Dense, case.expected(own, AttentionMask::Key(&case.mask))?),
+        (AttentionMask::varlen(&case.meta), Path::Fused, case.expected(own, AttentionMask::varlen(&case.meta))?),
+        (AttentionMask::varlen(&case.meta), Path::Packed, case.expected(own, AttentionMask::varlen(&case.meta))?),
+        (AttentionMask::varlen(&nothing), Path::Zero, vec![0; case.out_len()]),
+    ];
+    for (mask, path, expected) in calls {
+        // The others are what is chosen.
+        let layer = if path == Path::Packed { layer.clone().with_path(path) } else { layer.clone() };
+        for (gap, out_offset) in [(0, 0), (1, 16)] {
+            for into_pass in [false, true] {
+                let place = format!("{path}, offsets {gap} and {out_offset}, into a pass: {into_pass}");
+                let mut tensors = InPlace::new(&application, &device, &case, gap, out_offset)?;
+                let mut encoder = application.encoder();
+                let ([q, k, v], out) = tensors.call();
+                let plan = if into_pass {
+                    let mut pass = encoder.begin_compute_pass(&Default::default());
+                    layer.encode_into(&mut pass, q, k, v, mask, out)
+                } else {
+                    layer.encode_into(&mut encoder, q, k, v, mask, out)
+                };
+                let plan = plan.with_context(|| place.clone())?;
+                ensure!(plan.path == path, "{place}: {plan}");
+                application.queue.submit([encoder.finish()]);
+                ensure!(tensors.output(&application)? == expected, "{place}: other bits");
+            }
+        }
+    }
+    application.expect_quiet()
+}
+
+/// The application's kernels, each over two storage buffers of f32.
+struct Kernel {
+    pipeline: wgpu::ComputePipeline,
+}
+
+impl Kernel {
+    fn new(application: &Application, body: &str) -> Self {
+        let source = format!(
+            "@group(0) @binding(0) var<storage, read> src: array<f32>;
+             @group(0) @binding(1) var<storage, read_write> dst: array<f32>;
+             @compute @workgroup_size(64) fn main(@builtin(global_invocation_id) id: vec3<u32>) {{
+                 let i = id.x;
+                 if i < arrayLength(&dst) {{ {body} }}
+             }}"
+        );
+        let module = application.device.create_shader_module(wgpu::ShaderModuleDescriptor {
+            label: None,
+            source: wgpu::ShaderSource::Wgsl(source.into()),
+        });
+        let pipeline = application.device.create_compute_pipeline(&wgpu::ComputePipelineDescriptor {
+            label: None,
+            layout: None,
+            module: &module,
+            entry_point: None,
+            compilation_options: Default::default(),
+            cache: None,
+        });
+        Self { pipeline }
+    }
+
+    fn bind_group(&self, application: &Application, src: &wgpu::Buffer, dst: &wgpu::Buffer) -> wgpu::BindGroup {
+        application.device.create_bind_group(&wgpu::BindGroupDescriptor {
+            label: None,
+            layout: &self.pipeline.get_bind_group_layout(0),
+            entries: &[
+                wgpu::BindGroupEntry { binding: 0, resource: src.as_entire_binding() },
+                wgpu::BindGroupEntry { binding: 1, resource: dst.as_entire_binding() },
+            ],
+        })
+    }
+
+    fn dispatch(
+        &self,
+        application: &Application,
+        pass: &mut wgpu::ComputePass<'_>,
+        src: &wgpu::Buffer,
+        dst: &wgpu::Buffer,
+    ) {
+        let bind_group = self.bind_group(application, src, dst);
+        pass.set_pipeline(&self.pipeline);
+        pass.set_bind_group(0, &bind_group, &[]);
+        pass.dispatch_workgroups((dst.size() / 4).div_ceil(64) as u32, 1, 1);
+    }
+}
+
+/// The application writes q, k and v, attention runs, the application reads the output: one pass, one submission. Its bind
+/// group 1, which writes to the buffer that attention reads, stays set meanwhile.
+fn between_the_applications_passes(own: &Device) -> Result<()> {
+    let application = Application::new(own)?;
+    let device = application.attach()?;
+    let case = Case::new(DType::F32, 1)?;
+    let expected = case.expected(own, AttentionMask::varlen(&case.meta))?;
+    let buffer = |bits: &[u32]| application.buffer(READABLE, &bytes(bits, DType::F32));
+    // Halving is exact.
+    let half = |&bits: &u32| (f32::from_bits(bits) * 0.5).to_bits();
+    let halves = case.inputs.iter().map(|bits| buffer(&bits.iter().map(half).collect::<Vec<_>>()));
+    let halves = halves.collect::<Result<Vec<_>>>()?;
+    let inputs = case.inputs.iter().map(|bits| buffer(&vec![sentinel(DType::F32); bits.len()]));
+    let inputs = inputs.collect::<Result<Vec<_>>>()?;
+    let (out_buffer, negated) =
+        (buffer(&vec![sentinel(DType::F32); case.out_len()])?, buffer(&vec![0; case.out_len()])?);
+    let double = Kernel::new(&application, "dst[i] = 2.0 * src[i];");
+    let negate = Kernel::new(&application, "dst[i] = 3.0 - src[i];");
+
+    let memories = inputs
+        .iter()
+        .map(|buffer| DeviceMemory::from_wgpu(&device, buffer.clone()))
+        .collect::<varlen_fa::Result<Vec<_>>>()?;
+    let mut out_memory = DeviceMemory::from_wgpu(&device, out_buffer.clone())?;
+    let view =
+        |input: usize| -> Result<TensorView<'_>> { Ok(memories[input].view(DType::F32, at(&case.shapes[input], 0)?)) };
+    let mut encoder = application.encoder();
+    {
+        let mut pass = encoder.begin_compute_pass(&Default::default());
+        for (half, input) in halves.iter().zip(&inputs) {
+            double.dispatch(&application, &mut pass, half, input);
+        }
+        let writes_k = double.bind_group(&application, &halves[1], &inputs[1]);
+        pass.set_bind_group(1, &writes_k, &[]);
+        let out = out_memory.view_mut(DType::F32, at(&case.out_shape(), 0)?);
+        let layer = MaskedAttention::new(&device);
+        layer.encode_into(&mut pass, view(0)?, view(1)?, view(2)?, AttentionMask::varlen(&case.meta), out)?;
+        negate.dispatch(&application, &mut pass, &out_buffer, &negated);
+    }
+    application.queue.submit([encoder.finish()]);
+    ensure!(
+        bits(&application.read(&out_buffer)?, DType::F32) == expected,
+        "other bits than without the application's passes"
+    );
+    let negated = bits(&application.read(&negated)?, DType::F32);
+    let is_negated = |(&out, &negated): (&u32, &u32)| f32::from_bits(negated) == 3.0 - f32::from_bits(out);
+    ensure!(expected.iter().zip(&negated).all(is_negated), "the application did not read what attention wrote");
+    application.expect_quiet()
+}
+
+/// Three calls that share scratch, recorded, interleaved with a call that is launched, submitted backwards but for one. Each has
+/// a scale of its own, so that it shows whose parameters a call ran with.
+fn submitted_in_any_order_or_never(own: &Device) -> Result<()> {
+    let application = Application::new(own)?;
+    let device = application.attach()?;
+    let layer =
+        |device, index: usize| portable(device).with_path(Path::Packed).with_softmax_scale(0.1 * (index + 1) as f32);
+    let cases = (0..4).map(|seed| Case::new(DType::F16, 20 + seed)).collect::<Result<Vec<_>>>()?;
+    let mut stages = Vec::new();
+    for (index, case) in cases.iter().enumerate() {
+        let expected = case.expected_by(&layer(own, index), AttentionMask::varlen(&case.meta))?;
+        stages.push((case, InPlace::new(&application, &device, case, 1, 0)?, expected));
+    }
+    let mut recorded = Vec::new();
+    for (index, (case, tensors, _)) in stages[..3].iter_mut().enumerate() {
+        let mut encoder = application.encoder();
+        let ([q, k, v], out) = tensors.call();
+        layer(&device, index).encode_into(&mut encoder, q, k, v, AttentionMask::varlen(&case.meta), out)?;
+        recorded.push(encoder.finish());
+    }
+    let (case, tensors, _) = &mut stages[3];
+    let ([q, k, v], out) = tensors.call();
+    layer(&device, 3).forward_into(q, k, v, AttentionMask::varlen(&case.meta), out)?;
+    // The third, then the first; the second never.
+    for index in [2, 0] {
+        application.queue.submit([recorded.remove(index)]);
+    }
+    for (index, (_, tensors, expected)) in stages.iter().enumerate() {
+        if index == 1 {
+            tensors.expect_untouched(&application)?;
+        } else {
+            ensure!(tensors.output(&application)? == *expected, "call {index}: other bits");
+        }
+    }
+    application.expect_quiet()
+}
+
+/// Commands keep what they need.
+fn submitted_after_everything_was_dropped(own: &Device) -> Result<()> {
+    let application = Application::new(own)?;
+    let case = Case::new(DType::F16, 30)?;
+    let expected = case.expected(own, AttentionMask::varlen(&case.meta))?;
+    let (commands, out) = {
+        let device = application.attach()?;
+        let mut tensors = InPlace::new(&application, &device, &case, 1, 0)?;
+        let meta = case.meta.clone();
+        let mut encoder = application.encoder();
+        let ([q, k, v], out) = tensors.call();
+        MaskedAttention::new(&device).encode_into(&mut encoder, q, k, v, AttentionMask::varlen(&meta), out)?;
+        (encoder.finish(), tensors.out_buffer.clone())
+    };
+    application.queue.submit([commands]);
+    let got = bits(&application.read(&out)?, DType::F16);
+    ensure!(got[..case.out_len()] == expected, "other bits");
+    application.expect_quiet()
+}
+
+/// A call of more launches than one buffer of parameters usually holds.
+fn many_ranges_in_one_call(own: &Device) -> Result<()> {
+    let application = Application::new(own)?;
+    let shape = [90, 9, 1, 16];
+    let row_bytes = 9 * 16 * 2_u64;
+    let config = varlen_fa::Config::default().with_max_binding_bytes(row_bytes.next_multiple_of(256) + 256);
+    let device = application.attach_with(config)?;
+    let keep: Vec<bool> = (0..90 * 9).map(|at| at % 5 != 3).collect();
+    let meta = VarlenMeta::from_key_mask(&KeyMask::from_bool(90, 9, &keep)?)?;
+    let values: Vec<u32> = (0..90 * 9 * 16).map(|at| narrow((at % 101) as f32 * 0.03 - 1.5, DType::F16)).collect();
+    let x = upload(own, DType::F16, &values, &shape)?;
+    let expected = download(&portable(own).forward(&x, &x, &x, AttentionMask::varlen(&meta))?.out)?;
+
+    let x = upload(&device, DType::F16, &values, &shape)?;
+    let layer = MaskedAttention::new(&device);
+    ensure!(download(&layer.forward(&x, &x, &x, AttentionMask::varlen(&meta))?.out)? == expected, "forward");
+    let mut out = upload(&device, DType::F16, &vec![sentinel(DType::F16); values.len()], &shape)?;
+    let mut encoder = application.encoder();
+    layer.encode_into(&mut encoder, &x, &x, &x, AttentionMask::varlen(&meta), &mut out)?;
+    application.queue.submit([encoder.finish()]);
+    ensure!(download(&out)? == expected, "encode_into");
+    application.expect_quiet()
+}
+
+fn pack_and_scatter(own: &Device) -> Result<()> {
+    let application = Application::new(own)?;
+    let device = application.attach()?;
+    let case = Case::new(DType::Bf16, 5)?;
+    let own_q = upload(own, case.dtype, &case.inputs[0], &case.shapes[0])?;
+    let own_packed = pack(own, &own_q, &case.meta)?;
+    let expected = [download(&own_packed)?, download(&scatter_to_padded(own, &own_packed, &case.meta)?)?];
+
+    let memory = |bits: &[u32]| -> Result<(wgpu::Buffer, DeviceMemory)> {
+        let buffer = application.buffer(READABLE, &bytes(bits, case.dtype))?;
+        Ok((buffer.clone(), DeviceMemory::from_wgpu(&device, buffer)?))
+    };
+    let (_, padded) = memory(&case.inputs[0])?;
+    let (packed_buffer, mut packed) = memory(&vec![sentinel(case.dtype); expected[0].len()])?;
+    let (back_buffer, mut back) = memory(&vec![sentinel(case.dtype); expected[1].len()])?;
+    let packed_layout = at(&[case.meta.total_valid(), 4, 32], 0)?;
+    let padded_layout = at(&case.shapes[0], 0)?;
+    let mut encoder = application.encoder();
+    let from = padded.view(case.dtype, padded_layout);
+    encode_pack(&device, &mut encoder, from, &case.meta, packed.view_mut(case.dtype, packed_layout))?;
+    let from = packed.view(case.dtype, packed_layout);
+    encode_scatter(&device, &mut encoder, from, &case.meta, back.view_mut(case.dtype, padded_layout))?;
+    application.queue.submit([encoder.finish()]);
+    ensure!(bits(&application.read(&packed_buffer)?, case.dtype) == expected[0], "packed rows");
+    ensure!(bits(&application.read(&back_buffer)?, case.dtype) == expected[1], "padded rows");
+    application.expect_quiet()
+}
+
+fn nothing_runs_before_the_submission(own: &Device) -> Result<()> {
+    let application = Application::new(own)?;
+    let device = application.attach()?;
+    let case = Case::new(DType::F16, 6)?;
+    let mut tensors = InPlace::new(&application, &device, &case, 0, 0)?;
+    let mut encoder = application.encoder();
+    let ([q, k, v], out) = tensors.call();
+    MaskedAttention::new(&device).encode_into(&mut encoder, q, k, v, AttentionMask::varlen(&case.meta), out)?;
+    device.synchronize()?;
+    tensors.expect_untouched(&application)?;
+    application.queue.submit([encoder.finish()]);
+    ensure!(tensors.output(&application)? == case.expected(own, AttentionMask::varlen(&case.meta))?);
+    Ok(())
+}
+
+/// wgpu checks encoders when they are finished: the error comes out there, of the encoder's own device.
+fn an_encoder_of_another_device(own: &Device) -> Result<()> {
+    let application = Application::new(own)?;
+    let device = application.attach()?;
+    let case = Case::new(DType::F16, 7)?;
+    let mut tensors = InPlace::new(&application, &device, &case, 0, 0)?;
+    let (other, _queue) = application.sibling()?;
+    let mut encoder = other.create_command_encoder(&Default::default());
+    let ([q, k, v], out) = tensors.call();
+    MaskedAttention::new(&device).encode_into(&mut encoder, q, k, v, AttentionMask::varlen(&case.meta), out)?;
+    let scope = other.push_error_scope(wgpu::ErrorFilter::Validation);
+    drop(encoder.finish());
+    ensure!(pollster::block_on(scope.pop()).is_some(), "an encoder of another device could be finished");
+    tensors.expect_untouched(&application)?;
+    application.expect_quiet()
+}
+
+/// An encoder whose pass is still open cannot take another: an error of the call.
+fn an_encoder_with_an_open_pass(own: &Device) -> Result<()> {
+    let application = Application::new(own)?;
+    let device = application.attach()?;
+    let case = Case::new(DType::F16, 8)?;
+    let mut tensors = InPlace::new(&application, &device, &case, 0, 0)?;
+    let mut encoder = application.encoder();
+    let pass = encoder.begin_compute_pass(&Default::default()).forget_lifetime();
+    let ([q, k, v], out) = tensors.call();
+    let layer = MaskedAttention::new(&device);
+    let refused = layer.encode_into(&mut encoder, q, k, v, AttentionMask::varlen(&case.meta), out);
+    ensure!(matches!(&refused, Err(Error::Backend { operation: "recording", .. })), "got {refused:?}");
+    drop(pass);
+    application.expect_quiet()?;
+    tensors.expect_untouched(&application)
+}
