@@ -3,6 +3,7 @@
 mod attention;
 mod call;
 mod copy;
+mod half_rows;
 mod host;
 mod isa;
 mod needed_keys;

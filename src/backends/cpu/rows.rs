@@ -1,8 +1,8 @@
 //! Rows of tensors as f32, and panels of rows: transposed, so that rows lie side by side in SIMD lanes.
 
-use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
+use super::half_rows;
 use crate::dtype::Element;
 
 /// An element type with conversions of whole rows.
@@ -41,12 +41,12 @@ impl RowElement for f16 {
 
     #[inline(always)]
     fn widen_into(row: &[Self], to: &mut [f32]) {
-        row.convert_to_f32_slice(to);
+        half_rows::widen(row, to);
     }
 
     #[inline(always)]
     fn narrow(row: &[f32], to: &mut [Self]) {
-        to.convert_from_f32_slice(row);
+        half_rows::narrow(row, to);
     }
 }
 
