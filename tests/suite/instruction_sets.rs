@@ -2,7 +2,9 @@
 
 use anyhow::{Context, Result, ensure};
 use libtest_mimic::Completion;
-use varlen_fa::{AttentionMask, Config, CpuIsa, Device, DeviceChoice, Error, MaskedAttention, Tensor};
+use varlen_fa::{
+    AttentionMask, Config, CpuIsa, Device, DeviceChoice, Error, KeyMask, MaskedAttention, Tensor, VarlenMeta,
+};
 
 use super::trials::Trials;
 use super::{Register, bias, dense, masks, numerics, packed};
@@ -23,6 +25,7 @@ pub fn register(trials: &mut Trials) {
     }
     trials.once("instruction_sets/there_is_one", there_is_one);
     trials.once("instruction_sets/share_memory", share_memory);
+    trials.once("threads/same_bits_for_any_number", same_bits_for_any_number);
 }
 
 fn open(isa: CpuIsa) -> varlen_fa::Result<Device> {
@@ -68,5 +71,26 @@ fn share_memory(device: &Device) -> Result<()> {
     let expected = MaskedAttention::new(device).forward(&x, &x, &x, AttentionMask::None)?;
     let (got, expected) = (attended.out.to_vec::<f32>()?, expected.out.to_vec::<f32>()?);
     ensure!(got.iter().zip(&expected).all(|(got, expected)| (got - expected).abs() < 1e-4), "{got:?}, {expected:?}");
+    Ok(())
+}
+
+/// One thread, several and more than there are tasks: each takes other tiles of queries, and none may show.
+fn same_bits_for_any_number(device: &Device) -> Result<()> {
+    let shape = [2, 700, 6, 64];
+    let values: Vec<f32> =
+        (0..shape.iter().product()).map(|at: usize| (at * 7919 % 1009) as f32 / 504.5 - 1.0).collect();
+    let x = Tensor::from_slice(device, &values, &shape)?;
+    let key_value = Tensor::from_slice(device, &values[..2 * 700 * 2 * 64], &[2, 700, 2, 64])?;
+    let meta = VarlenMeta::from_key_mask(&KeyMask::from_lengths(700, &[700, 333])?)?;
+    let run = |threads| -> Result<Vec<u32>> {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build()?;
+        let layer = MaskedAttention::new(device);
+        let attended = pool.install(|| layer.forward(&x, &key_value, &key_value, AttentionMask::varlen(&meta)))?;
+        Ok(attended.out.to_vec::<f32>()?.into_iter().map(f32::to_bits).collect())
+    };
+    let expected = run(1)?;
+    for threads in [2, 3, 7, 64] {
+        ensure!(run(threads)? == expected, "{threads} threads gave other bits than one");
+    }
     Ok(())
 }

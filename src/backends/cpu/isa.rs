@@ -31,6 +31,30 @@ pub(super) trait RegisterTile: Simd {
     const VECTORS: usize;
     /// Scalars of a product: keys, or columns of the values.
     const SCALARS: usize;
+
+    /// Runs work on a tile of sums of the given width, at most `VECTORS`.
+    fn run_at_width<W: AtWidth>(self, width: usize, work: W);
+
+    /// Adds `scalars[n] · vectors[w]` to `sums[n][w]`.
+    #[inline(always)]
+    fn add_products<const W: usize, const N: usize>(
+        self,
+        sums: &mut [[Self::f32s; W]; N],
+        scalars: &[f32; N],
+        vectors: &[Self::f32s; W],
+    ) {
+        for n in 0..N {
+            let scalar = self.splat_f32s(scalars[n]);
+            for w in 0..W {
+                sums[n][w] = self.mul_add_e_f32s(vectors[w], scalar, sums[n][w]);
+            }
+        }
+    }
+}
+
+/// Work that is compiled for each width of a tile of sums: `VECTORS` SIMD vectors by `SCALARS`.
+pub(super) trait AtWidth {
+    fn run<S: RegisterTile, const VECTORS: usize, const SCALARS: usize>(self, simd: S);
 }
 
 /// Work that is compiled for each instruction set.
@@ -40,7 +64,8 @@ pub(super) trait Vectorized {
 }
 
 macro_rules! instruction_sets {
-    ($($(#[$present:meta])* $isa:ident: $simd:ty, $detect:expr, $vectorize:expr, $vectors:literal x $scalars:literal;)*) => {
+    ($($(#[$present:meta])* $isa:ident: $simd:ty, $detect:expr, $vectorize:expr, [$($width:literal),*] x $scalars:literal
+        $({ $($own:tt)* })?;)*) => {
         /// An instruction set that this processor has.
         #[derive(Debug, Clone, Copy)]
         pub(super) enum Processor {
@@ -48,8 +73,18 @@ macro_rules! instruction_sets {
         }
 
         $($(#[$present])* impl RegisterTile for $simd {
-            const VECTORS: usize = $vectors;
+            const VECTORS: usize = [$($width),*].len();
             const SCALARS: usize = $scalars;
+
+            #[inline(always)]
+            fn run_at_width<W: AtWidth>(self, width: usize, work: W) {
+                match width {
+                    $($width => work.run::<Self, $width, $scalars>(self),)*
+                    _ => unreachable!("a strip is one of these widths"),
+                }
+            }
+
+            $($($own)*)?
         })*
 
         impl Processor {
@@ -87,14 +122,36 @@ macro_rules! instruction_sets {
 
 instruction_sets! {
     #[cfg(target_arch = "x86_64")]
-    Avx512: pulp::x86::V4, pulp::x86::V4::try_new(), |simd: pulp::x86::V4, work| simd.vectorize(work), 3 x 8;
+    Avx512: pulp::x86::V4, pulp::x86::V4::try_new(), |simd: pulp::x86::V4, work| simd.vectorize(work), [1, 2, 3] x 8;
     #[cfg(any(target_arch = "x86", target_arch = "x86_64"))]
-    Avx2: pulp::x86::V3, pulp::x86::V3::try_new(), |simd: pulp::x86::V3, work| simd.vectorize(work), 2 x 6;
+    Avx2: pulp::x86::V3, pulp::x86::V3::try_new(), |simd: pulp::x86::V3, work| simd.vectorize(work), [1, 2] x 6;
     #[cfg(target_arch = "aarch64")]
-    Neon: pulp::aarch64::Neon, pulp::aarch64::Neon::try_new(), |simd: pulp::aarch64::Neon, work| simd.vectorize(work), 3 x 8;
+    Neon: pulp::aarch64::Neon, pulp::aarch64::Neon::try_new(), |simd: pulp::aarch64::Neon, work| simd.vectorize(work), [1, 2, 3] x 8 {
+        /// Four scalars a register, each of which a multiplication takes from there.
+        #[inline(always)]
+        fn add_products<const W: usize, const N: usize>(
+            self,
+            sums: &mut [[Self::f32s; W]; N],
+            scalars: &[f32; N],
+            vectors: &[Self::f32s; W],
+        ) {
+            const { assert!(N % 4 == 0) };
+            for (sums, &four) in sums.as_chunks_mut::<4>().0.iter_mut().zip(scalars.as_chunks::<4>().0) {
+                let four = pulp::cast(four);
+                for w in 0..W {
+                    let vector = pulp::cast(vectors[w]);
+                    let neon = self.neon;
+                    sums[0][w] = pulp::cast(neon.vfmaq_laneq_f32::<0>(pulp::cast(sums[0][w]), vector, four));
+                    sums[1][w] = pulp::cast(neon.vfmaq_laneq_f32::<1>(pulp::cast(sums[1][w]), vector, four));
+                    sums[2][w] = pulp::cast(neon.vfmaq_laneq_f32::<2>(pulp::cast(sums[2][w]), vector, four));
+                    sums[3][w] = pulp::cast(neon.vfmaq_laneq_f32::<3>(pulp::cast(sums[3][w]), vector, four));
+                }
+            }
+        }
+    };
     #[cfg(target_arch = "wasm32")]
-    Simd128: pulp::wasm::Simd128, pulp::wasm::Simd128::try_new(), |simd: pulp::wasm::Simd128, work| simd.vectorize(work), 3 x 8;
-    Scalar: pulp::Scalar, Some(pulp::Scalar::new()), run_scalar, 2 x 6;
+    Simd128: pulp::wasm::Simd128, pulp::wasm::Simd128::try_new(), |simd: pulp::wasm::Simd128, work| simd.vectorize(work), [1, 2, 3] x 8;
+    Scalar: pulp::Scalar, Some(pulp::Scalar::new()), run_scalar, [1, 2] x 6;
 }
 
 #[inline(always)]

@@ -14,7 +14,7 @@
 
 use std::ops::Range;
 
-use super::isa::{Processor, RegisterTile, Vectorized};
+use super::isa::{AtWidth, Processor, RegisterTile, Vectorized};
 use super::softmax::Running;
 
 /// Head dimensions are multiples of 8, which is no multiple of 6: what is left over is one or two blocks of as many columns.
@@ -149,20 +149,13 @@ impl Vectorized for Step<'_> {
     type Output = ();
     #[inline(always)]
     fn run<S: RegisterTile>(self, simd: S) {
-        match (self.lanes.len() / S::F32_LANES, const { (S::VECTORS, S::SCALARS) }) {
-            (1, (3, 8)) => self.strip::<S, 1, 8>(simd),
-            (2, (3, 8)) => self.strip::<S, 2, 8>(simd),
-            (3, (3, 8)) => self.strip::<S, 3, 8>(simd),
-            (1, (2, 6)) => self.strip::<S, 1, 6>(simd),
-            (2, (2, 6)) => self.strip::<S, 2, 6>(simd),
-            _ => unreachable!("a register tile without its code"),
-        }
+        simd.run_at_width(self.lanes.len() / S::F32_LANES, self);
     }
 }
 
-impl Step<'_> {
+impl AtWidth for Step<'_> {
     #[inline(always)]
-    fn strip<S: RegisterTile, const W: usize, const N: usize>(self, simd: S) {
+    fn run<S: RegisterTile, const W: usize, const N: usize>(self, simd: S) {
         let KeyTile { keys, values, value_stride, len, bias } = self.tile;
         let (lanes, head_dim, columns) = (&self.lanes, self.head_dim, self.columns);
         let q = vectors::<S, W>(&self.q[panel(lanes, head_dim)]);
@@ -206,12 +199,7 @@ fn product<S: RegisterTile, const W: usize, const N: usize>(
 ) -> [[S::f32s; W]; N] {
     let mut sums = [[simd.splat_f32s(0.0); W]; N];
     for (scalars, vectors) in scalars.iter().zip(vectors) {
-        for n in 0..N {
-            let scalar = simd.splat_f32s(scalars[n]);
-            for w in 0..W {
-                sums[n][w] = simd.mul_add_e_f32s(vectors[w], scalar, sums[n][w]);
-            }
-        }
+        simd.add_products(&mut sums, scalars, vectors);
     }
     sums
 }
