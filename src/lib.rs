@@ -69,6 +69,8 @@ pub use half::{bf16, f16};
 
 pub use crate::attention::{Attended, MaskedAttention};
 pub use crate::attention_mask::{AttentionMask, Metadata};
+#[cfg(feature = "wgpu")]
+pub use crate::backends::wgpu::Recorder;
 pub use crate::call::op::Timing;
 pub use crate::call::plan::{Capabilities, Path, Plan, Reason};
 pub use crate::config::{Config, CpuIsa, DeviceChoice};

@@ -21,7 +21,8 @@ struct Step {
 
 /// What a step does.
 enum Work {
-    /// Command lines, run in the repository's root. Words are separated by spaces; `NAME=value` words at the start are variables.
+    /// Command lines, run in the repository's root. Words are separated by spaces; `NAME=value`
+    /// words at the start are variables.
     Commands(&'static [&'static str]),
     /// A function of this program.
     Function(fn(&Workspace) -> Result<Outcome>),
@@ -36,7 +37,8 @@ enum Outcome {
 
 use Work::{Commands, Function};
 
-/// The devices that every machine has: the processor, and Mesa's software Vulkan adapter, which the step `system` installs.
+/// The devices that every machine has: the processor, and Mesa's software Vulkan adapter, which the
+/// step `system` installs.
 const DEVICES: &[(&str, &str)] = &[("VARLEN_FA_TEST_REQUIRE", "cpu,wgpu")];
 
 /// The steps, in the order in which they run: what is quick and fails often comes first.
@@ -177,7 +179,8 @@ pub fn list() {
     }
 }
 
-/// Runs the steps of these names, or all if there is no name, up to the first that fails. Prints how long each took.
+/// Runs the steps of these names, or all if there is no name, up to the first that fails. Prints
+/// how long each took.
 pub fn run_steps(workspace: &Workspace, names: &[String]) -> Result<()> {
     let steps = chosen(names)?;
     let mut rows = Vec::new();
@@ -228,7 +231,7 @@ impl Work {
             Self::Commands(lines) => {
                 for line in *lines {
                     println!("+ {line}");
-                    run(command(line)?.current_dir(&workspace.root).envs(variables.iter().copied()))?;
+                    run(command(&workspace.root, line)?.envs(variables.iter().copied()))?;
                 }
             }
         }
@@ -236,8 +239,8 @@ impl Work {
     }
 }
 
-/// A command line as a command.
-fn command(line: &str) -> Result<Command> {
+/// A command line as a command that runs in this folder; programs with a slash are below it.
+fn command(root: &Path, line: &str) -> Result<Command> {
     let mut words = line.split_whitespace().peekable();
     let mut variables = Vec::new();
     while let Some(variable) = words.peek().and_then(|word| word.split_once('=')) {
@@ -245,8 +248,12 @@ fn command(line: &str) -> Result<Command> {
         words.next();
     }
     let program = words.next().context("an empty command line")?;
-    let mut command = if program == "cargo" { cargo() } else { Command::new(program) };
-    command.args(words).envs(variables);
+    let mut command = match program {
+        "cargo" => cargo(),
+        script if script.contains('/') => Command::new(root.join(script)),
+        program => Command::new(program),
+    };
+    command.args(words).envs(variables).current_dir(root);
     Ok(command)
 }
 
@@ -293,7 +300,8 @@ fn cargo_deny(workspace: &Workspace) -> Result<Outcome> {
     if !is_installed("cargo-deny") {
         return Ok(Outcome::Skipped("cargo-deny is not installed: `cargo install cargo-deny --locked`"));
     }
-    // Advisories are checked by hand before a release: they come from a database outside this repository.
+    // Advisories are checked by hand before a release: they come from a database outside this
+    // repository.
     run(cargo().current_dir(&workspace.root).args([
         "deny",
         "--workspace",
@@ -333,15 +341,19 @@ mod tests {
         assert_eq!(names.len(), STEPS.len());
         for step in STEPS {
             if let Commands(lines) = step.work {
-                assert!(!lines.is_empty() && lines.iter().all(|line| command(line).is_ok()), "{}", step.name);
+                assert!(
+                    !lines.is_empty() && lines.iter().all(|line| command(Path::new("/"), line).is_ok()),
+                    "{}",
+                    step.name
+                );
             }
         }
     }
 
     #[test]
     fn variables_stand_before_the_program() {
-        let command = command("A=1 B=x=y program --flag=2").unwrap();
-        assert_eq!(command.get_program(), "program");
+        let command = command(Path::new("/root"), "A=1 B=x=y folder/program --flag=2").unwrap();
+        assert_eq!(command.get_program(), "/root/folder/program");
         assert_eq!(command.get_args().collect::<Vec<_>>(), ["--flag=2"]);
         let variables: Vec<_> = command.get_envs().collect();
         assert_eq!(variables, [(OsStr::new("A"), Some(OsStr::new("1"))), (OsStr::new("B"), Some(OsStr::new("x=y")))]);

@@ -37,8 +37,8 @@ struct Arguments {
 enum Chore {
     /// Run everything that must hold before a change lands, or some steps of it
     ///
-    /// Needs Rust, a C compiler, Python with venv and, for the first step, apt; no GPU. Stops at the first step that fails, and
-    /// prints at the end how long each step took.
+    /// Needs Rust, a C compiler, Python with venv and, for the first step, apt; no GPU. Stops at
+    /// the first step that fails, and prints at the end how long each step took.
     Ci {
         /// Print the steps and run none
         #[arg(long, conflicts_with = "steps")]

@@ -74,7 +74,8 @@ fn broken(folder: &Path, page: &Path, link: &str) -> Option<String> {
     (!anchors(&text).any(|known| known == anchor)).then(|| format!("the link {link} leads to no heading"))
 }
 
-/// The anchors of a page's headings, as GitHub makes them: lower case, spaces as hyphens, no other punctuation.
+/// The anchors of a page's headings, as GitHub makes them: lower case, spaces as hyphens, no other
+/// punctuation.
 fn anchors(text: &str) -> impl Iterator<Item = String> {
     prose(text).filter(|(_, line)| line.starts_with('#')).map(|(_, line)| {
         let title = line.trim_start_matches('#').trim().to_lowercase();
