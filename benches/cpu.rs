@@ -1,5 +1,6 @@
-//! How well the CPU device uses the processor: for each instruction set, operations in a second beside those of nothing but
-//! multiplications and additions in registers, and what softmax and conversions take.
+//! How well the CPU device uses the processor: for each instruction set, operations in a second
+//! beside those of nothing but multiplications and additions in registers, and what softmax and
+//! conversions take.
 //!
 //! ```text
 //! cargo bench --no-default-features --bench cpu
@@ -84,8 +85,8 @@ impl Best {
 
     /// GFLOP/s of one thread, and the line of the table.
     ///
-    /// What does not grow with the head dimension, twice the time less the time of twice the dimension, is the softmax: maxima,
-    /// exponentials, sums, and stores of scores.
+    /// What does not grow with the head dimension, twice the time less the time of twice the
+    /// dimension, is the softmax: maxima, exponentials, sums, and stores of scores.
     fn line(&self, [b, s, h, d]: [usize; 4]) -> (f64, String) {
         let seconds = self.f32.as_secs_f64();
         let share = |extra: f64| 100.0 * extra / seconds;

@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# Builds the library for 64-bit Arm, runs its unit tests and the CPU device's suite in an emulator, and counts the instructions for a
-# multiplication and addition in the hot loops from the disassembly.
+# Builds the library for 64-bit Arm, runs its unit tests and the CPU device's suite in an emulator,
+# and counts the instructions for a multiplication and addition in the hot loops from the
+# disassembly.
 #
-#   aarch64.sh [FILTER...]    trials of the suite to run [default: numerics, masks, biases, packed rows]
+#   aarch64.sh [FILTER...]    trials to run [default: numerics, masks, biases, packed rows]
 #
-# Takes Debian's packages gcc-aarch64-linux-gnu, libc6-dev-arm64-cross and qemu-user-static, and the sources of the standard library,
-# which scripts/web/fetch_rust_src.sh fetches.
+# Takes Debian's packages gcc-aarch64-linux-gnu, libc6-dev-arm64-cross and qemu-user-static, and the
+# sources of the standard library, which scripts/web/fetch_rust_src.sh fetches.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 filters=("$@")
@@ -23,15 +24,16 @@ done
 # Where the page's build keeps them too.
 source=target/web/rust-src
 scripts/web/fetch_rust_src.sh "$source"
-# As for the page: `-Zbuild-std` is not stable, and these are the variables that tests of cargo itself set.
+# As for the page: `-Zbuild-std` is not stable, and these are the variables that tests of cargo
+# itself set.
 export RUSTC_BOOTSTRAP=1
 __CARGO_TESTS_ONLY_SRC_ROOT=$(realpath "$source/library")
 export __CARGO_TESTS_ONLY_SRC_ROOT
 export CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_LINKER=aarch64-linux-gnu-gcc
 emulator=(qemu-aarch64-static -L /usr/aarch64-linux-gnu)
 
-# Builds the test program that the arguments name, and prints its path. A target folder of its own, since RUSTC_BOOTSTRAP makes
-# packages build otherwise.
+# Builds the test program that the arguments name, and prints its path. A target folder of its own,
+# since RUSTC_BOOTSTRAP makes packages build otherwise.
 build() {
   cargo test --release --target "$target" --target-dir target/aarch64 -Zbuild-std=std,test --no-default-features "$@" --no-run --message-format json |
     python3 -c 'import json, sys; print([m["executable"] for m in map(json.loads, sys.stdin) if m.get("executable")][-1])'

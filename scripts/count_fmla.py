@@ -1,5 +1,7 @@
 #!/usr/bin/env python3
-"""Counts instructions in the hot loops of a program for 64-bit Arm, from `objdump -d --no-show-raw-insn` on standard input.
+"""Counts instructions in the hot loops of a program for 64-bit Arm.
+
+Reads `objdump -d --no-show-raw-insn` from standard input.
 
 A hot loop is a loop without another inside, in code that was compiled for NEON, of at least 24 multiplications and additions `fmla`:
 the products of the widest strip. Fails where one has more than 1.5 instructions for each, or where there is none.

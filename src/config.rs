@@ -115,19 +115,21 @@ pub struct Config {
     pub device: DeviceChoice,
     /// Compute every call densely, with the same contract (`VARLEN_FA=0`).
     pub force_dense: bool,
-    /// The only kernel to use (`VARLEN_FA_KERNEL`): others are neither used nor compared with it when the device is opened. Calls that it
-    /// cannot compute are errors. [`DeviceChoice::Auto`] takes the best device that has it.
+    /// The only kernel to use (`VARLEN_FA_KERNEL`): others are neither used nor compared with it
+    /// when the device is opened. Calls that it cannot compute are errors. [`DeviceChoice::Auto`]
+    /// takes the best device that has it.
     pub kernel: Option<Kernel>,
-    /// The instruction set of the CPU device (`VARLEN_FA_CPU`); the best one of the processor where there is none. A processor that lacks it
-    /// is an error when the device is opened.
+    /// The instruction set of the CPU device (`VARLEN_FA_CPU`); the best one of the processor where
+    /// there is none. A processor that lacks it is an error when the device is opened.
     pub cpu_isa: Option<CpuIsa>,
-    /// Upper bound of one storage binding on wgpu devices, in bytes; the adapter's own where there is none. 128 MiB is what a
-    /// browser grants. Work on larger tensors is split by batch row.
+    /// Upper bound of one storage binding on wgpu devices, in bytes; the adapter's own where there
+    /// is none. 128 MiB is what a browser grants. Work on larger tensors is split by batch row.
     pub max_binding_bytes: Option<u64>,
-    /// Upper bound of the floating-point operations (4 for each query, key, head and dimension) of one dispatch and one
-    /// submission on wgpu devices. Attention of more is split, with the same result. Where there is none, it is what the slowest
-    /// adapters of the kind (discrete, integrated, in software) do in half a second, and more on those that were seen to be
-    /// faster: systems reset a GPU that is busy for longer than about 2 seconds.
+    /// Upper bound of the floating-point operations (4 for each query, key, head and dimension) of
+    /// one dispatch and one submission on wgpu devices. Attention of more is split, with the same
+    /// result. Where there is none, it is what the slowest adapters of the kind (discrete,
+    /// integrated, in software) do in half a second, and more on those that were seen to be faster:
+    /// systems reset a GPU that is busy for longer than about 2 seconds.
     pub max_dispatch_operations: Option<u64>,
 }
 
@@ -136,10 +138,12 @@ impl Config {
     pub const VARLEN_VARIABLE: &'static str = "VARLEN_FA";
     /// `VARLEN_FA_DEVICE`: `cuda`, `cuda:N`, `wgpu` or `cpu`; unset picks the best device.
     pub const DEVICE_VARIABLE: &'static str = "VARLEN_FA_DEVICE";
-    /// `VARLEN_FA_KERNEL`: the name of the only [`Kernel`] to use, e.g. `sm80`; unset lets each call take the best one.
+    /// `VARLEN_FA_KERNEL`: the name of the only [`Kernel`] to use, e.g. `sm80`; unset lets each
+    /// call take the best one.
     pub const KERNEL_VARIABLE: &'static str = "VARLEN_FA_KERNEL";
 
-    /// `VARLEN_FA_CPU`: the name of the CPU device's [`CpuIsa`], e.g. `avx2`; unset takes the best one of the processor.
+    /// `VARLEN_FA_CPU`: the name of the CPU device's [`CpuIsa`], e.g. `avx2`; unset takes the best
+    /// one of the processor.
     pub const CPU_VARIABLE: &'static str = "VARLEN_FA_CPU";
 
     /// Reads `VARLEN_FA`, `VARLEN_FA_DEVICE`, `VARLEN_FA_KERNEL` and `VARLEN_FA_CPU`.

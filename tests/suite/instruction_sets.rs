@@ -1,4 +1,5 @@
-//! The CPU device's instruction sets: each that the processor has, forced, and what is said of the others.
+//! The CPU device's instruction sets: each that the processor has, forced, and what is said of the
+//! others.
 
 use anyhow::{Context, Result, ensure};
 use libtest_mimic::Completion;
@@ -9,7 +10,8 @@ use varlen_fa::{
 use super::trials::Trials;
 use super::{Register, bias, dense, masks, numerics, packed};
 
-/// What each set's own code computes: products, softmax, conversions, gathering by lists and by ranges.
+/// What each set's own code computes: products, softmax, conversions, gathering by lists and by
+/// ranges.
 const OF_EACH_SET: &[Register] =
     &[numerics::register, dense::register, packed::register, masks::register, bias::register];
 
@@ -74,7 +76,8 @@ fn share_memory(device: &Device) -> Result<()> {
     Ok(())
 }
 
-/// One thread, several and more than there are tasks: each takes other tiles of queries, and none may show.
+/// One thread, several and more than there are tasks: each takes other tiles of queries, and none
+/// may show.
 fn same_bits_for_any_number(device: &Device) -> Result<()> {
     let shape = [2, 700, 6, 64];
     let values: Vec<f32> =

@@ -1,5 +1,6 @@
-//! Attention by FlashAttention-2's loop (Dao 2023, arXiv:2307.08691): tiles of queries, each of which walks the tiles of its keys
-//! once and keeps a running softmax, so that scores never leave the cache.
+//! Attention by FlashAttention-2's loop (Dao 2023, arXiv:2307.08691): tiles of queries, each of
+//! which walks the tiles of its keys once and keeps a running softmax, so that scores never leave
+//! the cache.
 //!
 //! ```text
 //!                             keys of the batch row that count, KEY_TILE at a time
@@ -8,15 +9,15 @@
 //!                           +------+------+-------------+----
 //!   query tile:  +-------+  |      v      |             |
 //!   queries of   | strip |  | S = K·Q     |             |
-//!   one kv head, +-------+  | P = exp(S-m)|     ->      |  ->  ...   O / l, to the rows of the output
+//!   one kv head, +-------+  | P = exp(S-m)|     ->      |  ->  ...  O / l, to the output's rows
 //!   tokens times | strip |  | O += V·P    |             |
 //!   group heads  +-------+  +-------------+-------------+----
 //!
 //!   a strip: up to 3 SIMD vectors of queries, one query in a lane (strip.rs)
 //! ```
 //!
-//! A query tile is a task. What is computed for a query depends on that query and its keys alone, so results are the same bit for
-//! bit whichever thread computes it, in whichever tile.
+//! A query tile is a task. What is computed for a query depends on that query and its keys alone,
+//! so results are the same bit for bit whichever thread computes it, in whichever tile.
 
 use std::cmp::Reverse;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -37,8 +38,9 @@ use crate::dtype::DType;
 use crate::error::Result;
 use crate::mask::meta::VarlenMeta;
 
-/// Queries of a task, at most, and how many such tasks each worker should have: the more queries, the less often K and V are gathered;
-/// the more tasks, the less the others wait for a worker whose core is slow or busy. The last size where no other makes enough.
+/// Queries of a task, at most, and how many such tasks each worker should have: the more queries,
+/// the less often K and V are gathered; the more tasks, the less the others wait for a worker whose
+/// core is slow or busy. The last size where no other makes enough.
 const QUERY_TILES: [(usize, usize); 4] = [(1008, 8), (432, 8), (144, 4), (48, 0)];
 /// Query tiles are multiples of this, which is whole strips for every length of vector.
 const QUERY_STEP: usize = 48;
@@ -60,8 +62,8 @@ pub(super) fn attend(attention: Attention<'_>, processor: Processor) -> Result<(
     }
 }
 
-/// Pack, attention over the packed rows, scatter. The path in place gathers rows just as well, so this one is only taken when a
-/// caller forces it.
+/// Pack, attention over the packed rows, scatter. The fused path gathers rows just as well, so
+/// this one is only taken when a caller forces it.
 fn attend_packed(attention: Attention<'_>, processor: Processor, query: &VarlenMeta, key: &VarlenMeta) -> Result<()> {
     let Attention { problem, plan, q, k, v, out, .. } = attention;
     let q = PackedScratch::pack(q, query)?;
@@ -81,7 +83,8 @@ impl<T: RowElement> Call<'_, T> {
         self.zero_masked_rows(workers == 1);
         let queries = tasks.iter().map(|task| task.count).max().unwrap_or(0);
         let keys = (0..self.shape().batch).map(|b| self.keys.of(b).len()).max().unwrap_or(0);
-        // Each worker takes one task after another, the longest ones first, so that none waits for a share that was dealt out before.
+        // Each worker takes one task after another, the longest ones first, so that none waits for
+        // a share that was dealt out before.
         let next = AtomicUsize::new(0);
         let take = || tasks.get(next.fetch_add(1, Ordering::Relaxed));
         let work = || {
@@ -145,8 +148,8 @@ impl<T: RowElement> Call<'_, T> {
                 return;
             }
             for h in 0..num_heads {
-                // SAFETY: each row is visited once, rows of the output do not overlap (checked by problem), and no task has
-                // been started.
+                // SAFETY: each row is visited once, rows of the output do not overlap (checked by
+                // problem), and no task has been started.
                 let row = unsafe { self.out.row(&[b, token, h], head_dim) };
                 row.fill(T::zeroed());
             }
@@ -165,7 +168,8 @@ impl<T: RowElement> Call<'_, T> {
             let tile = first..needed.end.min(first + KEY_TILE);
             tiles.gather_keys(self, task, strips, tile.clone());
             tiles.gather_bias(self, task, strips, tile.clone());
-            // A share of the next tile with every strip: all of them at once would wait for each other.
+            // A share of the next tile with every strip: all of them at once would wait for each
+            // other.
             let mut ahead = tile.end..needed.end.min(tile.end + KEY_TILE);
             let share = ahead.len().div_ceil(strips.ranges().count());
             for lanes in strips.ranges() {

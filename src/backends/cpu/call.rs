@@ -40,7 +40,8 @@ pub(super) enum Bias<'a, T> {
 pub(super) struct Scale {
     /// Its sign, or 0: multiplied into the queries, which is exact.
     pub queries: f32,
-    /// Its magnitude, never 0: the softmax wants a positive factor, for which the largest score stays the largest.
+    /// Its magnitude, never 0: the softmax wants a positive factor, for which the largest score
+    /// stays the largest.
     pub scores: f32,
 }
 
@@ -53,8 +54,8 @@ impl Scale {
     }
 }
 
-/// A query tile: queries `first..first + count` of one batch row and key/value head. They are numbered token by token, the query
-/// heads of the group side by side.
+/// A query tile: queries `first..first + count` of one batch row and key/value head. They are
+/// numbered token by token, the query heads of the group side by side.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Task {
     pub batch: usize,
@@ -102,7 +103,8 @@ impl<'a, T: RowElement> Call<'a, T> {
         })
     }
 
-    /// The keys that some query of the batch row's queries `queries`, numbered as in [`Task`], needs.
+    /// The keys that some query of the batch row's queries `queries`, numbered as in [`Task`],
+    /// needs.
     pub fn needed_keys(&self, batch: usize, queries: &Range<usize>) -> Range<usize> {
         let group = self.shape().group_size();
         let tokens = queries.start / group..queries.end.div_ceil(group);

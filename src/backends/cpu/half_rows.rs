@@ -1,4 +1,5 @@
-//! Rows of f16 from and to f32, by the processor's instructions: `half` converts eight at a time through a function pointer.
+//! Rows of f16 from and to f32, by the processor's instructions: `half` converts eight at a time
+//! through a function pointer.
 
 use half::f16;
 use half::slice::HalfFloatSliceExt;
@@ -76,7 +77,8 @@ mod neon {
         let (from, rest) = from.as_chunks::<STEP>();
         let (to, to_rest) = to.as_chunks_mut::<STEP>();
         for (to, from) in to.iter_mut().zip(from) {
-            // SAFETY: reads 16 bytes of `from` and writes 32 of `to`, which are as long; every 64-bit Arm has the instructions.
+            // SAFETY: reads 16 bytes of `from` and writes 32 of `to`, which are as long; every
+            // 64-bit Arm has the instructions.
             unsafe {
                 asm!(
                     "ldr {narrow:q}, [{from}]",
@@ -97,7 +99,8 @@ mod neon {
         let (from, rest) = from.as_chunks::<STEP>();
         let (to, to_rest) = to.as_chunks_mut::<STEP>();
         for (to, from) in to.iter_mut().zip(from) {
-            // SAFETY: reads 32 bytes of `from` and writes 16 of `to`, which are as long; every 64-bit Arm has the instructions.
+            // SAFETY: reads 32 bytes of `from` and writes 16 of `to`, which are as long; every
+            // 64-bit Arm has the instructions.
             unsafe {
                 asm!(
                     "ldp {low:q}, {high:q}, [{from}]",

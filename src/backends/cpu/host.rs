@@ -16,7 +16,8 @@ pub(super) fn alloc_words(bytes: u64) -> Result<Vec<u64>> {
     Ok(words)
 }
 
-/// An empty vector with room for `count` elements; an error instead of an abort where memory runs out.
+/// An empty vector with room for `count` elements; an error instead of an abort where memory runs
+/// out.
 pub(super) fn reserve<T>(count: usize) -> Result<Vec<T>> {
     let mut values = Vec::new();
     values.try_reserve_exact(count).map_err(|error| Error::OutOfMemory {
@@ -120,7 +121,8 @@ impl<T: Pod> BatchRows<&HostOutput<'_, T>> {
     }
 }
 
-/// A view of host memory that several threads write, each to rows of its own; the last dimension is contiguous.
+/// A view of host memory that several threads write, each to rows of its own; the last dimension is
+/// contiguous.
 #[derive(Debug)]
 pub(super) struct HostOutput<'a, T> {
     data: *mut T,
@@ -129,8 +131,8 @@ pub(super) struct HostOutput<'a, T> {
     memory: PhantomData<&'a mut [T]>,
 }
 
-// SAFETY: the struct stands for a `&mut [T]` whose parts are handed out by `row`, whose callers keep threads apart; `T` is plain
-// data (`Pod`) that may be written from any thread.
+// SAFETY: the struct stands for a `&mut [T]` whose parts are handed out by `row`, whose callers
+// keep threads apart; `T` is plain data (`Pod`) that may be written from any thread.
 unsafe impl<T: Pod + Send> Sync for HostOutput<'_, T> {}
 // SAFETY: as above.
 unsafe impl<T: Pod + Send> Send for HostOutput<'_, T> {}
@@ -167,9 +169,11 @@ impl<'a, T: Pod> HostOutput<'a, T> {
     #[expect(clippy::mut_from_ref, reason = "as row")]
     unsafe fn elements(&self, start: usize, len: usize) -> &mut [T] {
         assert!(start <= self.len && len <= self.len - start, "rows lie inside the memory: checked by problem");
-        // SAFETY: start..start + len lies inside the allocation of `len` elements by the line above.
+        // SAFETY: start..start + len lies inside the allocation of `len` elements by the line
+        // above.
         let first = unsafe { self.data.add(start) };
-        // SAFETY: in bounds as above, borrowed mutably for 'a by `new`, and no other call asks for these elements.
+        // SAFETY: in bounds as above, borrowed mutably for 'a by `new`, and no other call asks for
+        // these elements.
         unsafe { std::slice::from_raw_parts_mut(first, len) }
     }
 }

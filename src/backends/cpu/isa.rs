@@ -1,16 +1,17 @@
-//! The instruction sets that the arithmetic is compiled for, in one table: name, detection, and the tile of sums that a product keeps
-//! in registers.
+//! The instruction sets that the arithmetic is compiled for, in one table: name, detection, and the
+//! tile of sums that a product keeps in registers.
 //!
-//! A product adds `scalars[i] × vectors[i]` for all `i` to a tile of `SCALARS` rows of `VECTORS` SIMD vectors. Each step loads a row of
-//! vectors and spreads one scalar after another over a register, or reads it from memory within the multiplication.
+//! A product adds `scalars[i] × vectors[i]` for all `i` to a tile of `SCALARS` rows of `VECTORS`
+//! SIMD vectors. Each step loads a row of vectors and spreads one scalar after another over a
+//! register; NEON multiplies by an element of a register instead.
 //!
 //! ```text
 //!    AVX2, 16 registers of 8               AVX-512, NEON: 32 registers of 16, of 4
 //!
 //!             v0   v1     2                         v0   v1   v2     3
 //!           +----+----+                           +----+----+----+
-//!    s0  s  |    |    |   s: a scalar,     s0     |    |    |    |   AVX-512 reads scalars from memory;
-//!    s1     |    |    |   spread           s1     |    |    |    |   NEON, as elements of 2 vectors
+//!    s0  s  |    |    |   s: a scalar,     s0     |    |    |    |   AVX-512: spread as well;
+//!    s1     |    |    |   spread           s1     |    |    |    |   NEON: elements of 2 vectors
 //!    s2     |    |    |                    s2     |    |    |    |
 //!    s3     |    |    |                    s3     |    |    |    |
 //!    s4     |    |    |                    s4     |    |    |    |
@@ -88,7 +89,8 @@ macro_rules! instruction_sets {
         })*
 
         impl Processor {
-            /// Every instruction set of this processor, the best one first. The last one is part of every processor.
+            /// Every instruction set of this processor, the best one first. The last one is part of
+            /// every processor.
             pub fn all() -> impl Iterator<Item = Self> {
                 [$($(#[$present])* $detect.map(Self::$isa),)*].into_iter().flatten()
             }

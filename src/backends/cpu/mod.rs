@@ -27,8 +27,8 @@ use crate::mask::meta::VarlenMeta;
 
 const NAME: &str = BackendKind::Cpu.name();
 
-/// The host's processor and memory. There is one for each instruction set in a process, and they share their memory; launches return
-/// when the work is done.
+/// The host's processor and memory. There is one for each instruction set in a process, and they
+/// share their memory; launches return when the work is done.
 #[derive(Debug)]
 pub(crate) struct CpuDevice {
     processor: Processor,

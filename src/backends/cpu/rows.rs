@@ -1,4 +1,5 @@
-//! Rows of tensors as f32, and panels of rows: transposed, so that rows lie side by side in SIMD lanes.
+//! Rows of tensors as f32, and panels of rows: transposed, so that rows lie side by side in SIMD
+//! lanes.
 
 use half::{bf16, f16};
 
@@ -84,7 +85,8 @@ fn round_to_bf16(from: f32) -> bf16 {
     bf16::from_bits((bits >> 16) as u16)
 }
 
-/// Asks for a row to be fetched to the second-level cache: rows of a head lie far apart, which the processor does not foresee.
+/// Asks for a row to be fetched to the second-level cache: rows of a head lie far apart, which the
+/// processor does not foresee.
 #[inline(always)]
 pub(super) fn prefetch<T>(row: &[T]) {
     /// Bytes of a cache line, or a divisor of it.

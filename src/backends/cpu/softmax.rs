@@ -1,7 +1,9 @@
-//! The softmax of FlashAttention-2, a tile of keys at a time: running maximum, running sum, and the factor that brings what was
-//! summed before to the new maximum (Dao 2023, arXiv:2307.08691, section 3.1).
+//! The softmax of FlashAttention-2, a tile of keys at a time: running maximum, running sum, and the
+//! factor that brings what was summed before to the new maximum (Dao 2023, arXiv:2307.08691,
+//! section 3.1).
 //!
-//! Every SIMD lane is a query, so nothing here crosses lanes: what one row holds cannot reach another.
+//! Every SIMD lane is a query, so nothing here crosses lanes: what one row holds cannot reach
+//! another.
 
 use pulp::Simd;
 
@@ -14,8 +16,8 @@ pub(super) struct Running<'a, S: Simd, const W: usize> {
 }
 
 impl<S: Simd, const W: usize> Running<'_, S, W> {
-    /// Turns the scores of one tile, `[keys]` rows of a strip, to weights relative to the new maximum. Returns the factor for
-    /// everything that was accumulated relative to the old one.
+    /// Turns the scores of one tile, `[keys]` rows of a strip, to weights relative to the new
+    /// maximum. Returns the factor for everything that was accumulated relative to the old one.
     ///
     /// `scale_log2` is positive: log₂e times the factor on the scores.
     #[inline(always)]
@@ -27,7 +29,8 @@ impl<S: Simd, const W: usize> Running<'_, S, W> {
                 max[w] = simd.max_f32s(score[w], max[w]);
             }
         }
-        // A query all of whose scores so far are −∞, by its bias, has the maximum −∞; −∞ − −∞ would be NaN where −∞ − 0 gives weight 0.
+        // A query all of whose scores so far are −∞, by its bias, has the maximum −∞; −∞ − −∞ would
+        // be NaN where −∞ − 0 gives weight 0.
         let (zero, nothing) = (simd.splat_f32s(0.0), simd.splat_f32s(f32::NEG_INFINITY));
         let (mut shift, mut factor, mut sum) = (max, max, [zero; W]);
         for w in 0..W {
@@ -35,7 +38,8 @@ impl<S: Simd, const W: usize> Running<'_, S, W> {
             factor[w] = weight(simd, self.max[w], shift[w], scale);
         }
         for w in 0..W {
-            // One vector after another: its constants and those of exp2 are as many as AVX2 has registers.
+            // One vector after another: its constants and those of exp2 are as many as AVX2 has
+            // registers.
             for score in &mut *scores {
                 score[w] = weight(simd, score[w], shift[w], scale);
                 sum[w] = simd.add_f32s(sum[w], score[w]);
@@ -49,17 +53,20 @@ impl<S: Simd, const W: usize> Running<'_, S, W> {
 
 #[inline(always)]
 fn weight<S: Simd>(simd: S, score: S::f32s, max: S::f32s, scale_log2: S::f32s) -> S::f32s {
-    // Subtracted before it is scaled: exact where it counts, and never above 0 however large the scores are.
+    // Subtracted before it is scaled: exact where it counts, and never above 0 however large the
+    // scores are.
     exp2(simd, simd.mul_f32s(simd.sub_f32s(score, max), scale_log2))
 }
 
-/// 2 to the power of `x ≤ 0`; 0 where that is under 2⁻¹²⁷ by more than half, 2⁰ is exactly 1, NaN stays NaN. Relative error at most 8e-8
-/// down to 2⁻¹²⁶.
+/// 2 to the power of `x ≤ 0`; 0 where that is under 2⁻¹²⁷ by more than half, 2⁰ is exactly 1, NaN
+/// stays NaN. Relative error at most 8e-8 down to 2⁻¹²⁶.
 ///
-/// `x` is split into an integer and a fraction in [−½, ½] by adding and taking away 1.5·2²³, which rounds to an integer and
-/// leaves it in the low mantissa bits (Cody & Waite 1980). The fraction's power is the minimax polynomial of degree 6 in relative
-/// error (Remez's exchange, 1.9e-9 before the coefficients are rounded to f32). It is evaluated in pairs of terms (Estrin's scheme) but for
-/// the constant term, which comes last: a shorter chain than Horner's, with the same last rounding.
+/// `x` is split into an integer and a fraction in [−½, ½] by adding and taking away 1.5·2²³, which
+/// rounds to an integer and leaves it in the low mantissa bits (Cody & Waite 1980). The fraction's
+/// power is the minimax polynomial of degree 6 in relative error (Remez's exchange, 1.9e-9 before
+/// the coefficients are rounded to f32). It is evaluated in pairs of terms (Estrin's scheme) but
+/// for the constant term, which comes last: a shorter chain than Horner's, with the same last
+/// rounding.
 #[inline(always)]
 pub(super) fn exp2<S: Simd>(simd: S, x: S::f32s) -> S::f32s {
     const ROUNDER: f32 = 12_582_912.0;

@@ -1,15 +1,16 @@
-//! The arithmetic: strips of queries against a tile of keys. Plain f32 panels come in; what element type and which rows of
-//! which tensor they came from is the business of `tiles`.
+//! The arithmetic: strips of queries against a tile of keys. Plain f32 panels come in; what element
+//! type and which rows of which tensor they came from is the business of `tiles`.
 //!
-//! A *panel* is `[len][width]`, row-major, one query per column. A strip's panels are a few SIMD vectors wide. With queries in the lanes,
-//! both products take their second operand, elements of K and of V, one scalar after another, and the softmax never crosses lanes;
-//! the weights leave it in the layout in which the second product wants them. What is scalar lies in *blocks* `[len][scalars]`,
-//! `RegisterTile::SCALARS` side by side, so that a product reads two streams:
+//! A *panel* is `[len][width]`, row-major, one query per column. A strip's panels are a few SIMD
+//! vectors wide. With queries in the lanes, both products take their second operand, elements of K
+//! and of V, one scalar after another, and the softmax never crosses lanes; the weights leave it in
+//! the layout in which the second product wants them. What is scalar lies in *blocks*
+//! `[len][scalars]`, `RegisterTile::SCALARS` side by side, so that a product reads two streams:
 //!
 //! ```text
 //!    scores[key][lane]  = Σ_d  keys[block][d][key] · q[d][lane]             SCALARS keys at a time
 //!    acc[d][lane]       = acc[d][lane] · factor[lane]
-//!                       + Σ_key values[block][key][d] · weight[key][lane]   SCALARS columns at a time
+//!                       + Σ_key values[block][key][d] · weight[key][lane]   as many columns
 //! ```
 
 use std::ops::Range;
@@ -17,7 +18,8 @@ use std::ops::Range;
 use super::isa::{AtWidth, Processor, RegisterTile, Vectorized};
 use super::softmax::Running;
 
-/// Head dimensions are multiples of 8, which is no multiple of 6: what is left over is one or two blocks of as many columns.
+/// Head dimensions are multiples of 8, which is no multiple of 6: what is left over is one or two
+/// blocks of as many columns.
 pub(super) const NARROW: usize = 4;
 
 /// Blocks of columns of the values: wide ones of `scalars` columns, then narrow ones of [`NARROW`].
@@ -117,7 +119,8 @@ pub(super) fn panel(lanes: &Range<usize>, len: usize) -> Range<usize> {
 /// One tile of keys and values, gathered.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct KeyTile<'a> {
-    /// Blocks `[head_dim][SCALARS]` of as many keys; the last one may have keys to spare, of any value.
+    /// Blocks `[head_dim][SCALARS]` of as many keys; the last one may have keys to spare, of any
+    /// value.
     pub keys: &'a [f32],
     /// Blocks `[value_stride][columns]`, of as many columns as [`ColumnBlocks`] says.
     pub values: &'a [f32],

@@ -1,5 +1,5 @@
-//! What one thread holds of a call: a query tile and a key tile, gathered from tensors of any element type and strides, and
-//! the output of the query tile until it is written.
+//! What one thread holds of a call: a query tile and a key tile, gathered from tensors of any
+//! element type and strides, and the output of the query tile until it is written.
 
 use std::ops::{Deref, DerefMut, Range};
 
@@ -10,10 +10,11 @@ use super::rows::{RowElement, from_panel, prefetch, to_block, to_panel};
 use super::strip::{KeyTile, NARROW, Normalize, Step, Strips, panel};
 use crate::error::Result;
 
-/// Keys of a tile: few enough that a strip's scores stay in the first-level cache, and the tile's K and V in the second; whole blocks
-/// of 6 and of 8 keys.
+/// Keys of a tile: few enough that a strip's scores stay in the first-level cache, and the tile's K
+/// and V in the second; whole blocks of 6 and of 8 keys.
 pub(super) const KEY_TILE: usize = 120;
-/// Rows of a block of V's columns: more than a tile's, so that blocks do not compete for the same sets of the cache.
+/// Rows of a block of V's columns: more than a tile's, so that blocks do not compete for the same
+/// sets of the cache.
 const VALUE_STRIDE: usize = KEY_TILE + 2;
 
 /// Buffers for the largest tile of a call. Panels and blocks are as `strip` describes them.
@@ -104,7 +105,8 @@ impl Tiles {
             || {
                 let blocks = keys.chunks_exact_mut(block * dim).zip(tile.clone().step_by(block));
                 for (keys, first) in blocks {
-                    // Places that are left over hold the tile's last key again; its scores there are not used.
+                    // Places that are left over hold the tile's last key again; its scores there
+                    // are not used.
                     let key = |n: usize| k.row(tokens.at((first + n).min(tile.end - 1)), task.kv_head, dim);
                     if block == 8 {
                         to_block::<8>(widened(key, rows, dim), keys);
@@ -126,7 +128,8 @@ impl Tiles {
         );
     }
 
-    /// Fetches the rows of a tile of keys and of their values to the cache, while another tile is computed.
+    /// Fetches the rows of a tile of keys and of their values to the cache, while another tile is
+    /// computed.
     pub fn prefetch_keys<T: RowElement>(&self, call: &Call<'_, T>, task: &Task, tile: Range<usize>) {
         let dim = call.shape().head_dim;
         let tokens = call.keys.of(task.batch);
@@ -224,8 +227,9 @@ impl Tiles {
                     for (lane, row) in (lanes.start..lanes.end.min(task.count)).zip(rows.chunks_exact(dim)) {
                         let (token, head) = query.at(lane);
                         if call.query_mask.is_none_or(|mask| mask.keeps(task.batch, token)) {
-                            // SAFETY: tasks share no queries, rows of the output do not overlap (checked by problem), and rows
-                            // of masked queries are not asked for here.
+                            // SAFETY: tasks share no queries, rows of the output do not overlap
+                            // (checked by problem), and rows of masked queries are not asked for
+                            // here.
                             let out = unsafe { out.row(token, head, dim) };
                             T::narrow(row, out);
                         }
@@ -236,7 +240,8 @@ impl Tiles {
         let Some(lse) = &call.lse else { return };
         for (lane, (&max, &sum)) in max.iter().zip(sum.iter()).enumerate().take(task.count) {
             let (token, head) = query.at(lane);
-            // SAFETY: tasks share no queries, and elements of the output do not overlap (checked by problem).
+            // SAFETY: tasks share no queries, and elements of the output do not overlap (checked by
+            // problem).
             let lse = unsafe { lse.row(&[head, token], 1) };
             // In f64, so that the sum is rounded once. Without a key it is −∞ + ln 0 = −∞.
             lse.fill((f64::from(max) * f64::from(call.scale.scores) + f64::from(sum).ln()) as f32);
