@@ -25,9 +25,9 @@ pub(super) const NARROW: usize = 4;
 /// Blocks of columns of the values: wide ones of `scalars` columns, then narrow ones of [`NARROW`].
 #[derive(Debug, Clone, Copy)]
 pub(super) struct ColumnBlocks {
-    pub wide: usize,
-    pub narrow: usize,
-    pub scalars: usize,
+    /// Wide blocks.
+    wide: usize,
+    scalars: usize,
 }
 
 impl ColumnBlocks {
@@ -35,7 +35,7 @@ impl ColumnBlocks {
     fn new(head_dim: usize, scalars: usize) -> Self {
         let most = head_dim / scalars;
         let wide = (0..=most).rev().find(|wide| (head_dim - wide * scalars).is_multiple_of(NARROW)).unwrap_or(0);
-        Self { wide, narrow: (head_dim - wide * scalars) / NARROW, scalars }
+        Self { wide, scalars }
     }
 
     /// Where the value of a column and key lies, in blocks of `stride` keys.
