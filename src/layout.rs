@@ -100,7 +100,8 @@ impl Layout {
     /// Number of elements.
     #[must_use]
     pub fn numel(&self) -> usize {
-        self.shape().iter().product()
+        // A product of sizes may overflow before it comes to the one that is 0.
+        if self.shape().contains(&0) { 0 } else { self.shape().iter().product() }
     }
 
     /// One past the position of the last element; the offset itself if there are no elements.
@@ -116,19 +117,23 @@ impl Layout {
     #[must_use]
     pub fn is_contiguous(&self) -> bool {
         let mut expected = 1_u64;
-        self.dims().rev().all(|(size, stride)| {
-            let fits = size == 1 || stride == expected;
-            expected *= size as u64;
-            fits
-        }) || self.numel() == 0
+        self.numel() == 0
+            || self.dims().rev().all(|(size, stride)| {
+                let fits = size == 1 || stride == expected;
+                expected *= size as u64;
+                fits
+            })
     }
 
-    /// Whether two elements may lie at one position.
+    /// Whether two elements may lie at one position. A layout without elements does not overlap, whatever its strides.
     ///
-    /// Each dimension's stride must step over all that the dimensions of smaller stride reach; the few interleaved layouts
-    /// that would be free of overlap all the same are reported as overlapping.
+    /// The test is conservative: each dimension's stride must step over everything that the dimensions of smaller stride reach, so
+    /// a few interleaved layouts that do not overlap are reported as overlapping.
     #[must_use]
     pub fn self_overlaps(&self) -> bool {
+        if self.numel() == 0 {
+            return false;
+        }
         let mut dims = [(0_u64, 0_usize); MAX_RANK];
         let mut count = 0;
         for (size, stride) in self.dims().filter(|&(size, _)| size > 1) {
@@ -205,6 +210,24 @@ impl fmt::Debug for Layout {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn strides_of_nothing_do_not_count() -> Result<()> {
+        // NumPy gives such tensors strides of 0.
+        for (shape, strides) in [(&[2, 0, 1, 8][..], &[0, 0, 0, 1][..]), (&[5, 0], &[0, 0]), (&[0], &[7])] {
+            let layout = Layout::strided(shape, strides, 3)?;
+            assert!(!layout.self_overlaps() && layout.is_contiguous(), "{layout:?}");
+            assert_eq!((layout.numel(), layout.end()), (0, 3));
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn a_size_of_zero_makes_any_other_fit() -> Result<()> {
+        let layout = Layout::strided(&[1 << 40, 1 << 40, 0], &[0, 0, 1], 0)?;
+        assert!(layout.numel() == 0 && layout.end() == 0 && layout.is_contiguous());
+        Ok(())
+    }
 
     #[test]
     fn slices_of_a_fused_projection_stay_inside_it() -> Result<()> {

@@ -4,12 +4,12 @@
 //! [`VarlenMeta`] from the batch's [`KeyMask`] once per request, and give it to [`MaskedAttention`] in every layer and step. The
 //! rows of masked tokens are exactly zero in the output, and what they hold in the input never matters.
 //!
-//! [`Device::from_env`] picks the device. The crate's `README.md` shows both in fifteen lines, and `ARCHITECTURE.md` says how it
+//! [`Device::from_env`] picks the device. The crate's `README.md` shows both in fifteen lines, and `docs/architecture.md` says how it
 //! is built.
 //!
 //! # Features
 //! - `wgpu` (default): Vulkan, Metal, DirectX 12 and WebGPU devices through WGSL compute shaders. In a browser calls that wait have
-//!   other forms: see `docs/WEB.md`.
+//!   other forms: see `docs/web.md`.
 //! - `cuda` (default): NVIDIA devices. The driver is loaded at run time; no toolkit is needed to build or to run. Without effect on
 //!   wasm32.
 //!
@@ -43,15 +43,15 @@ pub use ::wgpu;
 #[doc = include_str!("../README.md")]
 struct Readme;
 
-/// Compiles the program of the page on CUDA in place.
+/// Compiles the program of the page on external CUDA handles.
 #[cfg(all(doctest, feature = "cuda"))]
-#[doc = include_str!("../docs/embedding-cuda.md")]
-struct EmbeddingCuda;
+#[doc = include_str!("../docs/external-cuda.md")]
+struct ExternalCuda;
 
-/// Compiles and runs the program of the page on wgpu in place.
+/// Compiles and runs the program of the page on external wgpu handles.
 #[cfg(all(doctest, feature = "wgpu"))]
-#[doc = include_str!("../docs/EMBEDDING.md")]
-struct EmbeddingWgpu;
+#[doc = include_str!("../docs/external-wgpu.md")]
+struct ExternalWgpu;
 
 /// For this repository's tests: the sm100 kernel without a Blackwell GPU.
 #[cfg(feature = "emulated-sm100")]
@@ -69,9 +69,11 @@ pub use half::{bf16, f16};
 
 pub use crate::attention::{Attended, MaskedAttention};
 pub use crate::attention_mask::{AttentionMask, Metadata};
+#[cfg(feature = "wgpu")]
+pub use crate::backends::wgpu::Recorder;
 pub use crate::call::op::Timing;
 pub use crate::call::plan::{Capabilities, Path, Plan, Reason};
-pub use crate::config::{Config, DeviceChoice};
+pub use crate::config::{Config, CpuIsa, DeviceChoice};
 pub use crate::device::{Device, DeviceReport};
 pub use crate::dtype::{DType, Element};
 #[cfg(feature = "wgpu")]

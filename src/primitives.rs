@@ -208,7 +208,7 @@ impl VarlenOptions {
 /// zeros.
 ///
 /// # Errors
-/// As [`MaskedAttention::forward`]; [`Error::CuSeqlens`] if the sequences do not fit the tensors.
+/// As [`MaskedAttention::forward`](crate::MaskedAttention::forward); [`Error::CuSeqlens`] if the sequences do not fit the tensors.
 pub fn varlen_attention<'a>(
     device: &Device,
     [q, k, v]: [impl Into<TensorView<'a>>; 3],

@@ -188,7 +188,7 @@ fn direct_launch(
     let attribute = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
     // SAFETY: the function was just found.
     unsafe { result::function::set_function_attribute(function, attribute, shared_bytes) }.map_err(driver)?;
-    // AttentionParams of kernels/include/params.cuh, in words of eight bytes.
+    // AttentionParams of kernels/common/params.cuh, in words of eight bytes.
     let mut params = [0_u64; 32];
     params[..4].copy_from_slice(&[from, from, from, to]);
     for tensor in 0..4 {

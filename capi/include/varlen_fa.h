@@ -1,7 +1,7 @@
 // varlen-fa: attention over padded batches that computes only what is valid.
 //
 // Generated from the sources of capi/ by `cargo xtask header`: change those instead.
-// docs/embedding-c.md shows how to build, link and use the library;
+// docs/external-c.md shows how to build, link and use the library;
 // capi/examples/masked_attention.c is a complete program.
 //
 // Errors

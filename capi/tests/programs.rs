@@ -117,9 +117,9 @@ fn python(library: &Library, device: &str) -> Result<Completion> {
     judge(device, program.arg(package().join("tests/test_varlen_fa.py")).arg(device))
 }
 
-/// The program in docs/embedding-c.md.
+/// The program in docs/external-c.md.
 fn documented_python(library: &Library) -> Result<Completion> {
-    let text = std::fs::read_to_string(package().join("../docs/embedding-c.md"))?;
+    let text = std::fs::read_to_string(package().join("../docs/external-c.md"))?;
     let program =
         text.split("```python\n").nth(1).and_then(|rest| rest.split("```").next()).context("no Python there")?;
     let path = library.shared_library.to_str().context("a folder whose name is no text")?;

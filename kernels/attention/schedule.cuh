@@ -3,8 +3,9 @@
 //   items    batch row 0 (the longest)                           batch row 1 ...
 //            head 0: tile 0, 1, 2, ... | head 1: tile 0, ...     head 0: ...
 //
-// Block b takes items b, b + blocks, ... Blocks that run side by side thus share keys and values in L2. Where the last items would leave
-// blocks without work, those from `split_from` on stand as several each, the parts of their keys.
+// Block b takes items b, b + blocks, ... Blocks that run side by side thus share keys and values in
+// L2. Where the last items would leave blocks without work, each item from `split_from` on becomes
+// several, one for each part of its keys.
 #pragma once
 #include "../common/params.cuh"
 
@@ -14,7 +15,7 @@ struct Work {
     int head;
     // The query tile in the group.
     int tile;
-    // Of all parts in a row, or negative for an item that is not split.
+    // Its number among the parts of all split items; negative for an item that is not split.
     int part;
 };
 
@@ -74,6 +75,6 @@ private:
     int first_item;
     int lane_group;
     int lane_tiles;
-    // Items of the lane's group and of those before it among the 32.
+    // Items of this lane's group and of the groups of lower lanes.
     int items_through;
 };

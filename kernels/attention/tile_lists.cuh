@@ -1,22 +1,27 @@
-// The lists that the sm90 and the sm100 kernel read under a mask, made once per request on the host, and what both do with them. M and N
-// are the query rows and keys of a tile.
+// The lists by which the sm90 and the sm100 kernel read padded tensors under a mask. The host makes
+// them once per request (src/backends/cuda/attention/tile_lists.rs). M and N are the query rows and
+// keys of a tile.
 //
-// Groups. Query tiles and masked key tiles are made of groups: 16 consecutive rows from any start. The host covers the kept rows of
-// a batch row from the left: a group starts at the first kept row that none covers yet. So groups never overlap, no cover has
-// fewer, and a tile of M / 16 query groups (N / 16 key groups) may gather rows from several runs:
+// Groups. Query tiles and masked key tiles are made of groups: 16 consecutive rows from any start.
+// The host covers the kept rows of a batch row from the left: a group starts at the first kept row
+// that no group covers yet. So groups never overlap, there is no cover with fewer groups, and a
+// tile of M / 16 query groups (N / 16 key groups) may gather rows from several runs:
 //
 //   kept rows     ██████·······················█████████████████████ ...
-//   groups        [0    ][1    ]               [2    ][3    ][4    ] ...    a group may hold dropped rows and end past the row
+//   groups        [0    ][1    ]               [2    ][3    ][4    ] ...    a group may hold masked rows and end past the row
 //
-// Query side, `batches` and `query_groups`. The groups of a batch row, M / 16 at a time, are its query tiles; the last tile is filled
-// up with starts of seq_q, which load zeros and store nothing. Batch rows are listed longest first (query tiles · key tiles), those
-// without a kept query not at all. Rows that no group covers are written as zeros: `zero_spans` holds each maximal range of them,
-// cut into pieces that are quickly written.
+// Query side, `batches` and `query_groups`. The groups of a batch row, M / 16 at a time, are its
+// query tiles; the last tile is filled up with starts of seq_q, which load zeros and store nothing.
+// Batch rows are listed longest first (query tiles · key tiles), those without a kept query not at
+// all. Rows that no group covers are written as zeros: `zero_spans` lists them in pieces of at most
+// 64 rows.
 //
-// Key side, `key_tiles` and `key_groups`. From the left, at the first kept key p that nothing covers yet: if the N keys from p on are
-// all kept, they are a full tile, whose entry in `key_tiles` is p; otherwise p starts a group. Each N / 16 groups of a batch row are a
-// masked tile: its entry is ~r, where r counts the masked tiles of the whole request, and `key_groups` holds its starts from
-// r · N / 16 on, the last one's filled up with starts of seq_k, which load zeros. A batch row's masked tiles come first.
+// Key side, `key_tiles` and `key_groups`. From the left, at the first kept key p that nothing
+// covers yet: if the N keys from p on are all kept, they are a full tile, whose entry in
+// `key_tiles` is p; otherwise p starts a group. Each N / 16 groups of a batch row are a masked
+// tile: its entry is ~r, where r counts the masked tiles of the whole request, and `key_groups`
+// holds its starts from r · N / 16 on, the last one's filled up with starts of seq_k, which load
+// zeros. A batch row's masked tiles come first.
 //
 // Dense and packed calls need no lists.
 #pragma once
@@ -38,7 +43,8 @@ struct PipelineState {
     __device__ uint32_t parity() const { return count / STAGES % 2; }
 };
 
-// Bits of 16 positions from `first` on; none past the end. Without bits, all.
+// The mask bits of 16 positions from `first` on, 0 past the end of the row; all are set where there
+// is no mask.
 __device__ inline uint32_t group_bits(const uint32_t* bits, int words, int64_t row, int first) {
     if (bits == nullptr) return 0xffff;
     const int word = first / 32;
@@ -47,7 +53,7 @@ __device__ inline uint32_t group_bits(const uint32_t* bits, int words, int64_t r
     return __funnelshift_r(low, high, first % 32) & 0xffff;
 }
 
-// Writes the rows that no group covers as zeros, by threads with nothing else to do.
+// Writes zeros to the rows that no group covers. Called by threads with nothing else to do.
 template <typename T>
 __device__ inline void write_zero_spans(const TileListParams& params, int thread, int threads) {
     const int chunks = params.head_dim / 8;

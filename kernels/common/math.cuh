@@ -4,9 +4,10 @@
 constexpr float LOG2_E = 1.4426950408889634f;
 constexpr float LN_2 = 0.6931471805599453f;
 
-// The smallest bias that is still finite times log2(e). The smallest floats stand for -inf in many programs, and would become it.
+// The smallest bias that is still finite times log2(e). The smallest floats stand for -inf in many
+// programs, and would become it.
 constexpr float LOWEST_BIAS = -2.3e38f;
 
-// Products of a row's maximum and the scale beyond this are rounded by more than an exponent may be off, 2^-8. There, scores are
-// subtracted before they are scaled.
+// Products of a row's maximum and the scale beyond this are rounded by more than an exponent may be
+// off, 2^-8. There, scores are subtracted before they are scaled.
 constexpr float COARSE = 65536.0f;

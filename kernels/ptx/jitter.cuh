@@ -1,5 +1,5 @@
-// For tests: waits of a random length, so that warps meet in other orders than they would by themselves. Nothing without VARLEN_FA_JITTER,
-// which is the seed.
+// For tests: waits of random length, so that warps meet in unusual orders. VARLEN_FA_JITTER is the
+// seed; without it there are no waits.
 #pragma once
 #include <cstdint>
 

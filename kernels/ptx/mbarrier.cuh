@@ -1,4 +1,5 @@
-// Barriers in shared memory that count threads and the bytes of asynchronous copies (PTX ISA, "mbarrier").
+// Barriers in shared memory that count threads and the bytes of asynchronous copies (PTX ISA,
+// "mbarrier").
 #pragma once
 #include <cstdint>
 
@@ -34,11 +35,13 @@ __device__ inline bool mbarrier_try_wait(uint32_t barrier, uint32_t parity) {
     return done;
 }
 
-// Waits for the end of the phase of this parity. A fresh barrier is in phase 0, and counts as past a phase of parity 1.
+// Waits for the end of the phase of this parity. A fresh barrier is in phase 0, and counts as past
+// a phase of parity 1.
 __device__ inline void mbarrier_wait(uint32_t barrier, uint32_t parity) {
     jitter();
 #ifdef VARLEN_FA_SPIN_LIMIT
-    // For tests: a lost arrival gives wrong results instead of hanging the device. (A trap would keep wgmma from overlapping.)
+    // For tests: a lost arrival gives wrong results instead of hanging the device. (A trap would
+    // keep wgmma from overlapping.)
     for (int spins = 0; !mbarrier_try_wait(barrier, parity) && spins < VARLEN_FA_SPIN_LIMIT; ++spins) {
     }
 #else

@@ -21,7 +21,8 @@ __device__ inline void ldmatrix_x4_trans(uint32_t (&fragment)[4], uint32_t share
                  : "r"(shared));
 }
 
-// Stores four 8x8 matrices of 16-bit elements, one register each; lanes 8i..8i+7 give the row addresses of matrix i.
+// Stores four 8x8 matrices of 16-bit elements, one register each; lanes 8i..8i+7 give the row
+// addresses of matrix i.
 __device__ inline void stmatrix_x4(uint32_t shared, const uint32_t (&fragment)[4]) {
     asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared), "r"(fragment[0]), "r"(fragment[1]),
                  "r"(fragment[2]), "r"(fragment[3])

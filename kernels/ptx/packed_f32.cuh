@@ -1,4 +1,5 @@
-// Two f32 at once, which SM100 computes at the price of one (PTX ISA, "fma.f32x2"); elsewhere one after the other, with the same bits.
+// Two f32 at once, which SM100 computes at the price of one (PTX ISA, "fma.f32x2"). Elsewhere one
+// after the other, with the same results.
 #pragma once
 #include <cstdint>
 

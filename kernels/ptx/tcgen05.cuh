@@ -1,7 +1,9 @@
-// Tensor memory and matrix products of SM100 (PTX ISA, "TensorCore 5th Generation Family Instructions").
+// Tensor memory and matrix products of SM100 (PTX ISA, "TensorCore 5th Generation Family
+// Instructions").
 //
-// Tensor memory belongs to a multiprocessor: 128 lanes of 512 columns of 32 bits. An address is lane << 16 | column. The four warps of
-// a warpgroup reach 32 lanes each, warp w those from 32 · (w % 4) on.
+// Tensor memory belongs to a multiprocessor: 128 lanes of 512 columns of 32 bits. An address is
+// lane << 16 | column. The four warps of a warpgroup reach 32 lanes each, warp w those from 32 · (w
+// % 4) on.
 //
 //   products      d[128 x N] (+)= a[128 x 16] · b[16 x N], issued by one thread of a warp; they run asynchronously, in order
 //                   d   tensor memory: row r in lane r, column n of the product in column n, f32
@@ -10,10 +12,12 @@
 //   loads, stores of a warp between its 32 lanes and registers: lane r to thread r, neighbouring columns to neighbouring registers; they
 //                 are done after the wait alone
 //
-// Whoever synchronises threads about tensor memory puts fences around it: `tensor_fence_before` after its own accesses, then
-// the barrier, then `tensor_fence_after` before the other's accesses. A commit fences by itself.
+// Whoever synchronises threads about tensor memory puts fences around it: `tensor_fence_before`
+// after its own accesses, then the barrier, then `tensor_fence_after` before the other's accesses.
+// A commit fences by itself.
 //
-// VARLEN_FA_EMULATE_TCGEN05 puts a plain implementation of the same functions in their place, which chips without them run.
+// VARLEN_FA_EMULATE_TCGEN05 puts a plain implementation of the same functions in their place, which
+// chips without them run.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -25,8 +29,9 @@ namespace ptx {
 constexpr int TENSOR_LANES = 128;
 constexpr int TENSOR_COLUMNS = 512;
 
-// Where an operand lies in shared memory ("Shared memory descriptor", "Canonical layouts"): in panels of 128 (or 64) bytes a row whose
-// 16-byte chunks are permuted by the row number, eight rows of a panel after the other. The tile starts where the permutation does.
+// Where an operand lies in shared memory ("Shared memory descriptor", "Canonical layouts"): in
+// panels of 128 (or 64) bytes a row whose 16-byte chunks are permuted by the row number, eight rows
+// of a panel after the other. The tile starts where the permutation does.
 //
 //   bits  0-13  start address / 16
 //        16-29  leading dimension byte offset / 16: from panel to panel, where the summed elements are not the contiguous ones
@@ -61,7 +66,8 @@ constexpr uint32_t ELEMENT_FORMAT = 0;
 template <>
 constexpr uint32_t ELEMENT_FORMAT<__nv_bfloat16> = 1;
 
-// What a product is ("Instruction descriptor", kind::f16): 128 rows, elements T, accumulated in f32.
+// What a product is ("Instruction descriptor", kind::f16): 128 rows, elements T, accumulated in
+// f32.
 //
 //   bits  4-5   format of d: 1, f32
 //         7-9   format of a: 0 f16, 1 bf16
@@ -86,7 +92,8 @@ struct Product {
 
 namespace ptx {
 
-// Called by a whole warp: takes columns, a power of 2 from 32 on, and writes the first one's address to shared memory ("tcgen05.alloc").
+// Called by a whole warp: takes columns, a power of 2 from 32 on, and writes the first one's
+// address to shared memory ("tcgen05.alloc").
 __device__ inline void tensor_alloc(uint32_t shared, int columns) {
     asm volatile("tcgen05.alloc.cta_group::1.sync.aligned.shared::cta.b32 [%0], %1;" ::"r"(shared), "r"(columns) : "memory");
     asm volatile("tcgen05.relinquish_alloc_permit.cta_group::1.sync.aligned;" ::: "memory");
@@ -100,7 +107,8 @@ __device__ inline void tensor_free(uint32_t tensor, int columns) {
 __device__ inline void tensor_fence_before() { asm volatile("tcgen05.fence::before_thread_sync;" ::: "memory"); }
 __device__ inline void tensor_fence_after() { asm volatile("tcgen05.fence::after_thread_sync;" ::: "memory"); }
 
-// Called by a whole warp, of which the same thread issues each time ("tcgen05.mma"). Without `accumulate`, d is overwritten.
+// Called by a whole warp, of which the same thread issues each time ("tcgen05.mma"). Without
+// `accumulate`, d is overwritten.
 __device__ inline void multiply(uint32_t d, uint64_t a, uint64_t b, uint32_t product, bool accumulate) {
     asm volatile(
         "{\n.reg .pred issues, accumulate;\n"
@@ -122,7 +130,8 @@ __device__ inline void multiply(uint32_t d, uint32_t a, uint64_t b, uint32_t pro
         : "memory");
 }
 
-// Called by the same warp: the barrier gets an arrival when all products issued so far are done ("tcgen05.commit").
+// Called by the same warp: the barrier gets an arrival when all products issued so far are done
+// ("tcgen05.commit").
 __device__ inline void commit_products(uint32_t barrier) {
     asm volatile(
         "{\n.reg .pred issues;\n"
@@ -131,7 +140,8 @@ __device__ inline void commit_products(uint32_t barrier) {
         : "memory");
 }
 
-// Starts to load 32 columns ("tcgen05.ld", shape 32x32b). The address has the first lane that the warp reaches.
+// Starts to load 32 columns ("tcgen05.ld", shape 32x32b). The address has the first lane that the
+// warp reaches.
 __device__ inline void tensor_load(uint32_t (&v)[32], uint32_t tensor) {
     asm volatile(
         "tcgen05.ld.sync.aligned.32x32b.x32.b32 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, "
@@ -144,7 +154,8 @@ __device__ inline void tensor_load(uint32_t (&v)[32], uint32_t tensor) {
         : "memory");
 }
 
-// Waits for this thread's loads, whose registers are named so that no use of them is moved before this.
+// Waits for this thread's loads, whose registers are named so that no use of them is moved before
+// this.
 template <int N, typename... More>
 __device__ inline void tensor_wait_load(uint32_t (&v)[N], More&... more) {
     if constexpr (sizeof...(More) > 0) {

@@ -1,6 +1,7 @@
-// What tcgen05.cuh declares, in plain CUDA C++: for tests on chips without tensor memory, which is kept in global memory here, for each
-// multiprocessor as in hardware. Only one block at a time may run on a multiprocessor, as is the case with blocks that take more than
-// half of its shared memory.
+// What tcgen05.cuh declares, in plain CUDA C++: for tests on chips without tensor memory, which is
+// kept in global memory here, for each multiprocessor as in hardware. Only one block at a time may
+// run on a multiprocessor, as is the case with blocks that take more than half of its shared
+// memory.
 //
 // What the manual leaves open is done as late as it may be, and what it forbids gives NaN:
 //   - products are computed by the commit that follows them, stores by the wait for stores, loads by the wait for loads;
@@ -81,7 +82,8 @@ struct DecodedOperand {
     uint32_t start;
     uint32_t leading_bytes;
     uint32_t stride_bytes;
-    // Bytes over which 16-byte chunks are permuted; 0 if the descriptor is not valid or not emulated.
+    // Bytes over which 16-byte chunks are permuted; 0 if the descriptor is not valid or not
+    // emulated.
     uint32_t swizzle;
 
     __device__ explicit DecodedOperand(uint64_t descriptor) {
@@ -101,8 +103,8 @@ struct DecodedOperand {
         if (constant != 1 || base_offset != 0 || leading_mode_and_zeros != 0 || unused != 0) swizzle = 0;
     }
 
-    // The address of an element: `summed` of the 16 that are added up, `other` of the rows of a or the columns of b ("Canonical
-    // layouts", in elements of T = 8 to 16 bytes; W is swizzle / 16):
+    // The address of an element: `summed` of the 16 that are added up, `other` of the rows of a or
+    // the columns of b ("Canonical layouts", in elements of T = 8 to 16 bytes; W is swizzle / 16):
     //   summed contiguous   ((8, m), (T, 2)) : ((W·T, SBO), (1, T))
     //   other contiguous    ((T, W, m), (8, k)) : ((1, T, LBO), (W·T, SBO))
     __device__ uint32_t address(int other, int summed, Contiguous contiguous) const {
@@ -217,7 +219,8 @@ __device__ __noinline__ void commit_products(uint32_t barrier) {
     __syncwarp();
 }
 
-// The lane of tensor memory that this thread reaches ("Access restrictions"): negative where the address is not its warp's.
+// The lane of tensor memory that this thread reaches ("Access restrictions"): negative where the
+// address is not its warp's.
 __device__ inline int own_lane(uint32_t tensor) {
     const uint32_t first = threadIdx.x / 32 % 4 * 32;
     return tensor >> 16 == first ? static_cast<int>(first + threadIdx.x % 32) : -1;

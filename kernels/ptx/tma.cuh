@@ -1,5 +1,5 @@
-// Tensor copies between global and shared memory by the copy engine (PTX ISA, "cp.async.bulk.tensor"). Positions outside the
-// tensor are read as zeros and not written.
+// Tensor copies between global and shared memory by the copy engine (PTX ISA,
+// "cp.async.bulk.tensor"). Positions outside the tensor are read as zeros and not written.
 #pragma once
 #include <cstdint>
 
@@ -48,7 +48,8 @@ __device__ inline void tma_store_wait_read() { asm volatile("cp.async.bulk.wait_
 // Waits until this thread's stores are done.
 __device__ inline void tma_store_wait() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
 
-// Orders this thread's ordinary accesses to shared memory before later ones of the copy engine and the tensor cores.
+// Orders this thread's ordinary accesses to shared memory before later ones of the copy engine and
+// the tensor cores.
 __device__ inline void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 }  // namespace ptx

@@ -1,12 +1,12 @@
-// Registers and barriers of warpgroups: four warps each (PTX ISA, "setmaxnreg" and "bar"); and what is the same for all lanes of a warp
-// ("redux").
+// Registers and barriers of warpgroups: four warps each (PTX ISA, "setmaxnreg" and "bar"); and
+// values that are the same in all lanes of a warp ("redux").
 #pragma once
 #include <cstdint>
 
 namespace ptx {
 
-// A warpgroup gives back registers, or takes some of those given back. Not where functions are emulated, which need more than their
-// instructions.
+// A warpgroup gives back registers, or takes some of those given back. Not where tcgen05 is
+// emulated: the emulation needs more registers than the instructions.
 template <int REGISTERS>
 __device__ inline void release_registers() {
 #ifndef VARLEN_FA_EMULATE_TCGEN05
@@ -21,9 +21,10 @@ __device__ inline void take_registers() {
 #endif
 }
 
-// What all lanes hold, as a value that the compiler knows to be the same for all of them. It keeps what is computed from such values
-// alone in uniform registers, which wgmma takes its descriptors from, as long as every loop around it ends for all lanes at once: one
-// that waits for a barrier whose address it does not know to be uniform may not.
+// A value that is the same in all lanes, such that the compiler knows it. It keeps what is computed
+// from such values alone in uniform registers, which wgmma takes its descriptors from, as long as
+// every loop around it ends for all lanes at once: one that waits for a barrier whose address it
+// does not know to be uniform may not.
 template <typename T>
 __device__ inline T uniform(T value) {
     return __reduce_max_sync(0xffffffff, value);

@@ -1,7 +1,9 @@
-// Matrix products of a warpgroup (PTX ISA, "wgmma.mma_async"): acc[64 x N] (+)= a[64 x 16] · b[16 x N], f32 accumulation.
+// Matrix products of a warpgroup (PTX ISA, "wgmma.mma_async"): acc[64 x N] (+)= a[64 x 16] · b[16 x
+// N], f32 accumulation.
 //
-// The products run asynchronously: between the fence and the wait, the accumulators and the registers of `a` must not be touched.
-// Accumulators and `a` in registers are laid out like those of mma.m16n8k16, warp w of the group holding rows 16w to 16w + 15.
+// The products run asynchronously: between the fence and the wait, the accumulators and the
+// registers of `a` must not be touched. Accumulators and `a` in registers are laid out like those
+// of mma.m16n8k16, warp w of the group holding rows 16w to 16w + 15.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -40,8 +42,9 @@ __device__ inline void pin_registers(uint32_t (&values)[STEPS][4]) {
     }
 }
 
-// Where a matrix lies in shared memory, in panels of 128 (or 64) bytes a row whose 16-byte chunks are permuted by the row number:
-// panels `panel_bytes` apart, eight rows of a panel after the other. The upper half of the descriptor is the same for all of them.
+// Where a matrix lies in shared memory, in panels of 128 (or 64) bytes a row whose 16-byte chunks
+// are permuted by the row number: panels `panel_bytes` apart, eight rows of a panel after the
+// other. The upper half of the descriptor is the same for all of them.
 template <int ROW_BYTES>
 struct SharedMatrix {
     static_assert(ROW_BYTES == 128 || ROW_BYTES == 64);
@@ -97,7 +100,8 @@ struct Wgmma;
 #define VARLEN_FA_NAMES_N256 VARLEN_FA_NAMES_0 ", " VARLEN_FA_NAMES_1 ", " VARLEN_FA_NAMES_2 ", " VARLEN_FA_NAMES_3 ", " VARLEN_FA_NAMES_4 ", " VARLEN_FA_NAMES_5 ", " VARLEN_FA_NAMES_6 ", " VARLEN_FA_NAMES_7 ", " VARLEN_FA_NAMES_8 ", " VARLEN_FA_NAMES_9 ", " VARLEN_FA_NAMES_10 ", " VARLEN_FA_NAMES_11 ", " VARLEN_FA_NAMES_12 ", " VARLEN_FA_NAMES_13 ", " VARLEN_FA_NAMES_14 ", " VARLEN_FA_NAMES_15
 #define VARLEN_FA_ACC_N256 VARLEN_FA_ACC(0), VARLEN_FA_ACC(2), VARLEN_FA_ACC(4), VARLEN_FA_ACC(6), VARLEN_FA_ACC(8), VARLEN_FA_ACC(10), VARLEN_FA_ACC(12), VARLEN_FA_ACC(14), VARLEN_FA_ACC(16), VARLEN_FA_ACC(18), VARLEN_FA_ACC(20), VARLEN_FA_ACC(22), VARLEN_FA_ACC(24), VARLEN_FA_ACC(26), VARLEN_FA_ACC(28), VARLEN_FA_ACC(30)
 
-// The numbers of the operands after the accumulators: R0 to R4 are %(N / 2) to %(N / 2 + 4), R5 the one after.
+// The numbers of the operands after the accumulators: R0 to R4 are %(N / 2) to %(N / 2 + 4), R5 the
+// one after.
 #define VARLEN_FA_WGMMA(N, T, TYPE, R0, R1, R2, R3, R4, R5)                                                                              \
     template <>                                                                                                                          \
     struct Wgmma<N, T> {                                                                                                                 \

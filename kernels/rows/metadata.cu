@@ -1,10 +1,10 @@
-// Varlen metadata of a mask that is already on the device: what src/meta.rs builds on the host, in three launches that never
-// wait for the host, so that they may stand in a captured graph.
+// Varlen metadata of a mask that is already on the device: what src/mask/meta.rs builds on the
+// host. Three launches, none of which waits for the host, so that they can be captured in a graph.
 //
-//   metadata_count   mask [B, S] ─▶ bits, kept tokens of each chunk      a block a chunk of a row
+//   metadata_count   mask [B, S] ─▶ bits, kept tokens of each chunk      a block for each chunk of a row
 //   metadata_scan    counts ─▶ packed row of each chunk's first token,   one block
 //                    cu_seqlens, batch_order
-//   metadata_index   bits ─▶ indices, inv_indices                        a block a chunk of a row
+//   metadata_index   bits ─▶ indices, inv_indices                        a block for each chunk of a row
 #include "../common/params.cuh"
 
 namespace metadata {
@@ -13,7 +13,8 @@ constexpr int THREADS = METADATA_THREADS;
 constexpr int SCAN_THREADS = METADATA_SCAN_THREADS;
 constexpr int WARP = 32;
 constexpr uint32_t ALL_LANES = 0xffffffff;
-// Batch rows whose order a block finds in a few microseconds; more of them keep the order they have.
+// The most batch rows whose order a block finds in a few microseconds. More of them keep their own
+// order.
 constexpr int MAX_ORDERED = 1024;
 
 static_assert(METADATA_CHUNK % THREADS == 0);
@@ -28,7 +29,7 @@ __device__ inline bool keeps(const MetadataParams& params, int64_t element) {
     }
 }
 
-// The sum of a value over the lanes up to and with this one.
+// The sum of a value over the lanes up to this one, included.
 __device__ inline int inclusive_sum(int value) {
     const int lane = threadIdx.x % WARP;
 #pragma unroll
@@ -39,7 +40,7 @@ __device__ inline int inclusive_sum(int value) {
     return value;
 }
 
-// Grid: one block a chunk, in row-major order of [B, chunks].
+// Grid: one block for each chunk, in row-major order of [B, chunks].
 extern "C" __global__ void __launch_bounds__(THREADS) metadata_count(const __grid_constant__ MetadataParams params) {
     const int row = blockIdx.x / params.chunks;
     const int chunk = blockIdx.x % params.chunks;
@@ -89,7 +90,7 @@ extern "C" __global__ void __launch_bounds__(SCAN_THREADS) metadata_scan(const _
         __syncthreads();
     }
     if (threadIdx.x == 0) params.cu_seqlens[params.batch] = before;
-    // The block's own writes, now to be read by its other threads.
+    // Other threads of the block read what was written.
     __syncthreads();
     if (params.batch > MAX_ORDERED) {
         for (int row = threadIdx.x; row < params.batch; row += SCAN_THREADS) params.batch_order[row] = row;
@@ -107,12 +108,12 @@ extern "C" __global__ void __launch_bounds__(SCAN_THREADS) metadata_scan(const _
     }
 }
 
-// Grid: as of metadata_count.
+// Grid: the same as metadata_count.
 extern "C" __global__ void __launch_bounds__(THREADS) metadata_index(const __grid_constant__ MetadataParams params) {
     const int row = blockIdx.x / params.chunks;
     const int chunk = blockIdx.x % params.chunks;
     const uint32_t* bits = params.bits + static_cast<int64_t>(row) * params.row_words;
-    // Kept tokens of the chunk before each of its words.
+    // For each word of the chunk, the kept tokens before it.
     __shared__ int word_starts[CHUNK_WORDS];
     if (threadIdx.x < WARP) {
         int before = 0;

@@ -1,20 +1,21 @@
-// Pack and scatter: copies of whole rows between padded [B, S, H, D] and packed [n, H, D] tensors, bit for bit, in 16-byte words
-// (the fused_pack_qkv and fused_scatter_to_padded of sglang PR #26318).
+// Pack and scatter: copies of whole rows between padded [B, S, H, D] and packed [n, H, D] tensors,
+// bit for bit, in 16-byte words (the fused_pack_qkv and fused_scatter_to_padded of sglang PR
+// #26318).
 //
 //   indices      [ 0 2 5 ]             packed row i = padded row indices[i]
 //   inv_indices  [ 0 -1 1 | -1 -1 2 ]  padded row r = packed row inv_indices[r], or zeros where that is negative
 //
-// A warp takes one row of one tensor, with several loads under way before the first store.
+// A warp copies one row of one tensor at a time. It starts several loads before the first store.
 #include "../common/params.cuh"
 
 namespace pack {
 
 constexpr int THREADS = ROW_COPY_THREADS;
 constexpr int WARP = 32;
-// Words that a lane has under way.
+// Words that a lane loads before it stores them.
 constexpr int UNROLL = 4;
 
-// Where a row of the padded tensor starts, in words as all strides here.
+// Where a row of the padded tensor starts, in words.
 __device__ inline int64_t padded_start(const RowTensor& tensor, uint32_t flat, int seq) {
     return flat / seq * tensor.padded_strides.batch + flat % seq * tensor.padded_strides.token;
 }
@@ -30,7 +31,7 @@ __device__ inline int64_t row_step() {
 
 // Where a word of a row lies.
 __device__ inline int64_t word_at(int word, const RowTensor& tensor, int64_t head_stride) {
-    // Heads that follow one another need no division.
+    // Contiguous heads need no division.
     if (head_stride == tensor.head_words) return word;
     return word / tensor.head_words * head_stride + word % tensor.head_words;
 }
@@ -44,7 +45,8 @@ __device__ inline void store(uint4* to, uint4 value) {
     }
 }
 
-// Copies a row. `Reused`: the copy is read soon, by the attention that follows, and should stay in the cache.
+// Copies a row. `Reused`: the copy is read soon, by the attention that follows, and should stay in
+// the cache.
 template <bool Reused>
 __device__ inline void copy_row(const RowTensor& tensor, const uint4* from, int64_t from_head, uint4* to, int64_t to_head) {
     const int words = tensor.heads * tensor.head_words;
@@ -63,7 +65,7 @@ __device__ inline void copy_row(const RowTensor& tensor, const uint4* from, int6
     }
 }
 
-// Grid: y tensors; x rows of one, strided.
+// Grid: y tensors, x rows of a tensor (grid-stride loop).
 extern "C" __global__ void __launch_bounds__(THREADS) pack_rows(const __grid_constant__ PackParams params) {
     const RowTensor& tensor = params.tensors[blockIdx.y];
     const int64_t rows = params.cu_seqlens[params.batch];
@@ -74,7 +76,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) pack_rows(const __grid_con
     }
 }
 
-// Grid: x rows, strided.
+// Grid: x rows (grid-stride loop).
 extern "C" __global__ void __launch_bounds__(THREADS) scatter_rows(const __grid_constant__ ScatterParams params) {
     const RowTensor& tensor = params.tensor;
     const int64_t rows = static_cast<int64_t>(params.batch) * params.seq;

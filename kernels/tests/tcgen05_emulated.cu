@@ -1,6 +1,7 @@
-// Tests of ptx/tcgen05_emulated.cuh, function by function, on compute capability 9.0. Products are compared, bit for bit, with those of
-// wgmma for the same operands in the same shared memory, whose descriptors say the same in other bits; all numbers are small integers,
-// so that the order of sums does not matter. Descriptors with anything wrong must give something else.
+// Tests of ptx/tcgen05_emulated.cuh, function by function, on compute capability 9.0. Products are
+// compared, bit for bit, with those of wgmma for the same operands in the same shared memory, whose
+// descriptors say the same in other bits; all numbers are small integers, so that the order of sums
+// does not matter. Descriptors with anything wrong must give something else.
 //
 // `cargo xtask kernels --emulated` builds it.
 #include <cstdio>
@@ -50,11 +51,13 @@ void expect(bool holds, const char* what) {
     if (!holds) ++failures;
 }
 
-// Loads and stores -----------------------------------------------------------------------------------------------------------
+// Loads and stores
+// -----------------------------------------------------------------------------------------------------------
 
 __host__ __device__ constexpr uint32_t code(uint32_t lane, uint32_t column) { return 0x10000000 + (lane << 12) + column; }
 
-// out: cells after the stores [128][64]; registers loaded [128][32]; registers before the wait; cells before the wait; a foreign lane's.
+// out: cells after the stores [128][64]; registers loaded [128][32]; registers before the wait;
+// cells before the wait; a foreign lane's.
 __global__ void move_data(uint32_t* cells, uint32_t* loaded, uint32_t* early_register, uint32_t* early_cell, uint32_t* foreign, uint32_t* tensor_out) {
     __shared__ uint32_t tensor_shared;
     const int thread = threadIdx.x;
@@ -112,7 +115,8 @@ void test_moves() {
     expect(after.data[0] == ptx::POISON, "dealloc: nothing is left");
 }
 
-// Products -------------------------------------------------------------------------------------------------------------------
+// Products
+// -------------------------------------------------------------------------------------------------------------------
 
 struct Descriptors {
     uint64_t a;
@@ -121,7 +125,8 @@ struct Descriptors {
     uint32_t flips_d;
 };
 
-// The product of the whole of SUMMED, in steps of 16, as emulated [128][N]; each descriptor is exclusive-ored with its flips.
+// The product of the whole of SUMMED, in steps of 16, as emulated [128][N]; each descriptor is
+// exclusive-ored with its flips.
 template <typename T, int N, int ROW_BYTES, bool FROM_TENSOR>
 __device__ void emulated_product(const uint16_t* probs, Descriptors flips, uint32_t* result, unsigned char* shared) {
     using namespace ptx;

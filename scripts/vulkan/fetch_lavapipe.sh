@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Fetches a Mesa newer than the distribution's, whose lavapipe has cooperative matrices (8x8), with the C library and the Vulkan
-# loader that it needs, into DIR: packages of Debian 13 and its backports, unpacked. Nothing is installed, no root is needed, and
-# apt's own lists are left alone. DIR/run PROGRAM [ARGUMENTS] runs a program on it.
+# Fetches a Mesa newer than the distribution's, whose lavapipe has cooperative matrices (8x8), with
+# the C library and the Vulkan loader that it needs, into DIR: packages of Debian 13 and its
+# backports, unpacked. Nothing is installed, no root is needed, and apt's own lists are left alone.
+# DIR/run PROGRAM [ARGUMENTS] runs a program on it.
 #
 #   fetch_lavapipe.sh DIR
 set -euo pipefail

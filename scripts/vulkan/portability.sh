@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Runs the wgpu suite on adapters that differ in what they offer. All are software, so any Linux machine with Debian's apt will do.
+# Runs the wgpu suite on adapters that differ in what they offer. All are software, so any Linux
+# machine with Debian's apt will do.
 #
 #   portability.sh [--full] [lavapipe] [webgpu-limits] [swiftshader] [lavapipe-coop]        all of them by default
 #
@@ -9,13 +10,15 @@
 #   swiftshader     from the package chromium                                    4         256          no
 #   lavapipe-coop   Mesa of trixie-backports, unpacked under target/vulkan       8         1024         8x8
 #
-# Hardware is a matter of the machine: `cargo xtask gpu-bundle` makes a folder whose run.sh runs the same suite on the Vulkan adapter
-# of an NVIDIA GPU (subgroup 32, cooperative matrix 16x16). `run.sh suite` does so; with VARLEN_FA_TEST_LIMITS=webgpu before it, at
-# WebGPU's default limits.
+# Hardware is a matter of the machine: `cargo xtask gpu-bundle` makes a folder whose run.sh runs the
+# same suite on the Vulkan adapter of an NVIDIA GPU (subgroup 32, cooperative matrix 16x16). `run.sh
+# suite` does so; with VARLEN_FA_TEST_LIMITS=webgpu before it, at WebGPU's default limits.
 #
-# These adapters compute on the CPU, and some trials are large. Without --full each runs what depends on the adapter: every mask,
-# layout, bias, binding and small named case in every element type, but not the trials whose names hold one of the words in
-# REAL_SIZES, REPEATED and SETTLED_BY_LAVAPIPE below. What an adapter skips by itself is printed by the suite, each with its reason.
+# These adapters compute on the CPU, and some trials are large. Without --full each runs what
+# depends on the adapter: every mask, layout, bias, binding and small named case in every element
+# type, but not the trials whose names hold one of the words in REAL_SIZES, REPEATED and
+# SETTLED_BY_LAVAPIPE below. What an adapter skips by itself is printed by the suite, each with its
+# reason.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
@@ -76,7 +79,8 @@ for adapter in "${adapters[@]}"; do
     lavapipe-coop)
       scripts/vulkan/fetch_lavapipe.sh target/vulkan/lavapipe
       run=(target/vulkan/lavapipe/run)
-      # It compiles a kernel on matrices in seconds to a minute; other kernels are the same on the other adapters.
+      # It compiles a kernel on matrices in seconds to a minute; other kernels are the same on the
+      # other adapters.
       if [ -z "$full" ]; then
         only=(wgpu/wgsl-coop/fused/)
         echo "not run, without --full: kernels other than wgsl-coop, and paths other than fused"

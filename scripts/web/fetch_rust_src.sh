@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Fetches the sources of Rust's standard library, of the version of `rustc`, into DIR/library: Debian's package rust-src of
-# trixie-backports, for machines that rustup cannot reach. Nothing is installed, and apt's own lists are left alone.
+# Fetches the sources of Rust's standard library, of the version of `rustc`, into DIR/library:
+# Debian's package rust-src of trixie-backports, for machines that rustup cannot reach. Nothing is
+# installed, and apt's own lists are left alone.
 #
 #   fetch_rust_src.sh DIR
 set -euo pipefail

@@ -387,6 +387,7 @@ fn expect_input(argument: &'static str, view: &ViewInfo<'_>, device: DeviceInfo<
     if let (Some(&got), Some(&size)) = (view.layout.strides().last(), view.layout.shape().last())
         && got != 1
         && size > 1
+        && view.layout.numel() > 0
     {
         return Err(Error::InnerStride { argument, got });
     }

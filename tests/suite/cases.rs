@@ -57,17 +57,18 @@ fn check(case: &'static Case, heads: usize, variant: &Variant) -> Result<()> {
     call.judge(&bits, &*reference(case, &call)?, Rules::standard(variant.dtype))
 }
 
-/// The oracle's answer, computed once for all paths and kernels.
+/// The oracle's answer, computed once for all paths and kernels, and for all devices that run as many heads.
 fn reference(case: &'static Case, call: &Call) -> Result<Arc<Reference>> {
-    type Answers = HashMap<(&'static str, DType), Arc<Reference>>;
+    type Answers = HashMap<(&'static str, usize, DType), Arc<Reference>>;
     static ANSWERS: LazyLock<Mutex<Answers>> = LazyLock::new(Mutex::default);
-    let find = || ANSWERS.lock().unwrap_or_else(PoisonError::into_inner).get(&(case.name, call.dtype)).cloned();
+    let key = (case.name, call.shape.heads, call.dtype);
+    let find = || ANSWERS.lock().unwrap_or_else(PoisonError::into_inner).get(&key).cloned();
     if let Some(found) = find() {
         return Ok(found);
     }
     let limit = if call.values[0].len() > LARGE { SAMPLE } else { usize::MAX };
     let answer = Arc::new(call.reference(limit)?);
     let mut answers = ANSWERS.lock().unwrap_or_else(PoisonError::into_inner);
-    answers.insert((case.name, call.dtype), Arc::clone(&answer));
+    answers.insert(key, Arc::clone(&answer));
     Ok(answer)
 }

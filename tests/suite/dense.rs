@@ -15,6 +15,7 @@ pub fn register(trials: &mut Trials) {
     trials.each_kernel("key_mask/rows_without_keys", rows_without_keys);
     trials.each_kernel("key_mask/cross_attention", cross_attention);
     trials.each_kernel("key_mask/holes_and_single_keys", holes_and_single_keys);
+    trials.each_kernel("key_mask/few_of_many_keys", few_of_many_keys);
     trials.each_kernel("key_mask/keeps_all", keeps_all);
     trials.each_kernel("forced_dense/keeps_the_contract", forced_dense_keeps_the_contract);
 }
@@ -55,6 +56,19 @@ fn holes_and_single_keys(variant: &Variant) -> Result<()> {
         Call::random(shape, Mask::Key(keep), variant.dtype, 6).check(variant)?;
     }
     Ok(())
+}
+
+/// Kept keys on both sides of the borders that key tiles have, far from each other, in rows of which one keeps none and one begins with
+/// tiles that keep none: kernels that skip what is dropped must find the keys, their values and no others.
+fn few_of_many_keys(variant: &Variant) -> Result<()> {
+    const KEYS: usize = 3000;
+    let rows: [&[usize]; 4] = [&[0, 63, 64, 127, 128, 129, 2047, 2999], &[], &[2559, 2560], &[1500]];
+    let shape = OracleShape { batch: 4, seq_q: 37, seq_k: KEYS, heads: 2, kv_heads: 1, head_dim: 64 };
+    let keep = mask(4, KEYS, |row, token| rows[row].contains(&token));
+    Call::random(shape, Mask::Key(keep), variant.dtype, 11).check(variant)?;
+    // A prefix of each row, the second of which ends where a tile does.
+    let keep = mask(4, KEYS, |row, token| token < [64, 256, 1, 700][row]);
+    Call::random(shape, Mask::Key(keep), variant.dtype, 12).check(variant).context("prefixes")
 }
 
 fn keeps_all(variant: &Variant) -> Result<()> {

@@ -26,7 +26,8 @@ pub fn register(trials: &mut Trials) {
     trials.once("device_meta/mask_types_and_strides", mask_types_and_strides);
     trials.each_path("device_meta/paths_that_need_the_host", paths_that_need_the_host);
     trials.once("device_meta/refusals", refusals);
-    trials.once("device_meta/nothing_valid_at_first", nothing_valid_at_first);
+    trials.each_path_of_device_meta("device_meta/nothing_valid_at_first", nothing_valid_at_first);
+    trials.once("device_meta/no_token_at_all", no_token_at_all);
     trials.once("device_meta/plan", plan);
 }
 
@@ -180,11 +181,19 @@ fn refusals(device: &Device) -> Result<()> {
     Ok(())
 }
 
-fn nothing_valid_at_first(device: &Device) -> Result<()> {
-    let meta = DeviceVarlenMeta::new(device, 2, 8)?;
-    let out = output(device, 2, 8, AttentionMask::varlen(&meta))?;
-    ensure!(out.iter().all(|&bits| bits == 0), "metadata without a mask has valid tokens");
-    // Without any token at all, too.
+/// Before the first mask every row is zero, of every batch row: the output holds NaN before.
+fn nothing_valid_at_first(variant: &Variant) -> Result<()> {
+    let meta = DeviceVarlenMeta::new(&variant.device, 3, 9)?;
+    for head_dim in [16, 64] {
+        let shape = OracleShape::self_attention(3, 9, 4, head_dim);
+        let call = Call::random(shape, Mask::Device(vec![false; 27]), variant.dtype, 8);
+        let (plan, bits) = call.run_as(variant, AttentionMask::varlen(&meta))?;
+        ensure!(bits.iter().all(|&bits| bits == 0), "head_dim {head_dim}, {plan}: not all zeros");
+    }
+    Ok(())
+}
+
+fn no_token_at_all(device: &Device) -> Result<()> {
     let mut empty = DeviceVarlenMeta::new(device, 0, 8)?;
     let memory = DeviceMemory::alloc(device, 0)?;
     empty.rebuild(memory.mask_view(MaskDType::U8, Layout::contiguous(&[0, 8])?))?;

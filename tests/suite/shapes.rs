@@ -1,7 +1,7 @@
 //! Head counts, head dimensions, and sizes of nothing.
 
 use anyhow::{Context, Result, ensure};
-use varlen_fa::{AttentionMask, BackendKind, DType, KeyMask, MaskedAttention, Path, Tensor, VarlenMeta};
+use varlen_fa::{AttentionMask, BackendKind, DType, KeyMask, Layout, MaskedAttention, Path, Tensor, VarlenMeta};
 use varlen_fa_testkit::{OracleShape, random};
 
 use super::call::{Call, Mask};
@@ -103,6 +103,10 @@ fn sizes_of_nothing_without_metadata(variant: &Variant) -> Result<()> {
     let layer = MaskedAttention::new(&variant.device);
     let attended = layer.forward(&nothing, &nothing, &nothing, AttentionMask::varlen(&meta))?;
     ensure!(attended.out.shape() == [0, 7, 2, 8], "got shape {:?}", attended.out.shape());
+    // Strides of tensors without elements do not count; NumPy's are 0.
+    let flat = Layout::strided(&[0, 7, 2, 8], &[0; 4], 0)?;
+    let (view, mut out) = (nothing.view().with_layout(flat), Tensor::zeros(&variant.device, variant.dtype, &[0])?);
+    layer.forward_into(view, view, view, AttentionMask::varlen(&meta), out.view_mut().with_layout(flat))?;
     Ok(())
 }
 

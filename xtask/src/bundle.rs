@@ -11,10 +11,11 @@ use serde::Deserialize;
 use crate::table;
 use crate::workspace::{Workspace, cargo, run, stdout_of};
 
-/// What travels.
+/// Limit on the size of the bundle.
 const MAX_BYTES: u64 = 60_000_000;
 
-/// The programs, compressed: each one carries the library with all its kernels and shaders. run.sh unpacks it.
+/// The programs, compressed: each one carries the library with all its kernels and shaders. run.sh
+/// unpacks it.
 const PROGRAMS: &str = "programs.tar.gz";
 
 /// The C library's place among the programs.
@@ -68,7 +69,8 @@ pub fn build(workspace: &Workspace, out: Option<&Path>) -> Result<()> {
     Ok(())
 }
 
-/// Puts the C library beside its Python test, in folders that lie to one another as they do here. Gives the library's size.
+/// Puts the C library beside its Python test, in folders that lie to one another as they do here.
+/// Gives the library's size.
 fn add_c_library(workspace: &Workspace, staging: &Path) -> Result<u64> {
     run(cargo().current_dir(&workspace.root).args(["build", "--release", "--package=varlen-fa-capi"]))?;
     for file in ["capi/tests/test_varlen_fa.py", "capi/python/varlen_fa.py"] {

@@ -1,4 +1,4 @@
-//! The pinned CUDA compiler, in a Python environment of its own under the target folder.
+//! The pinned CUDA compiler, in a Python environment under the target folder.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -11,18 +11,18 @@ use crate::workspace::{Workspace, capture, run, text};
 /// The packages and their versions, one a line, as pip reads them.
 pub const PACKAGES: &str = include_str!("../cuda-compiler.txt");
 
-/// What the compiler must call itself.
+/// What the compiler must say its version is.
 const VERSION: &str = "Cuda compilation tools, release 13.0, V13.0.88";
 
-/// Settings of nvcc and gcc from outside, any of which could change what is compiled.
-const FOREIGN_SETTINGS: [&str; 6] =
+/// Environment variables of nvcc and gcc that could change what is compiled.
+const ENVIRONMENT_SETTINGS: [&str; 6] =
     ["NVCC_APPEND_FLAGS", "NVCC_PREPEND_FLAGS", "NVCC_CCBIN", "CPATH", "C_INCLUDE_PATH", "CPLUS_INCLUDE_PATH"];
 
 /// An installed compiler.
 #[derive(Debug)]
 pub struct Compiler {
     nvcc: PathBuf,
-    /// What it calls itself.
+    /// What it says its version is.
     pub version: String,
 }
 
@@ -55,16 +55,16 @@ impl Compiler {
         Ok(Self { nvcc, version: version.to_owned() })
     }
 
-    /// Where programs find the CUDA runtime, which is not where the compiler looks by itself.
+    /// Where programs find the CUDA runtime, which is not where the compiler looks by default.
     pub fn libraries(&self) -> Result<PathBuf> {
         let home = self.nvcc.parent().and_then(Path::parent).context("the compiler is in no folder")?;
         Ok(home.join("lib"))
     }
 
-    /// A run of the compiler.
+    /// The command that runs the compiler.
     pub fn command(&self) -> Command {
         let mut command = Command::new(&self.nvcc);
-        for name in FOREIGN_SETTINGS {
+        for name in ENVIRONMENT_SETTINGS {
             command.env_remove(name);
         }
         command

@@ -1,4 +1,5 @@
-//! The CUDA kernels, compiled ahead of time into `kernels/prebuilt`, and the header that they share with the host.
+//! The CUDA kernels, compiled ahead of time into `kernels/prebuilt`, and the header that they share
+//! with the host.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -28,8 +29,8 @@ struct Source {
     /// Where it is in the kernels folder.
     path: &'static str,
     target: Target,
-    /// Bytes that each of its kernels may spill to local memory, stores and loads each, on any architecture. Kernels that are named
-    /// `*_masked` are off the hot path and may spill more.
+    /// Bytes that each of its kernels may spill to local memory, stores and loads each, on any
+    /// architecture. Kernels that are named `*_masked` are off the hot path and may spill more.
     spill_bytes: u32,
 }
 
@@ -39,16 +40,17 @@ const SOURCES: [Source; 5] = [
         name: "attention_sm80",
         path: "attention/sm80/attention.cu",
         target: Target::EVERY,
-        // A few pointers. The fragments at head dimension 128 fill the register file, and the compiler puts load addresses aside that
-        // it reads back once a tile; keeping them in shared memory instead ended the spills and cost 3 to 5% on an H200.
+        // A few pointers. The fragments at head dimension 128 fill the register file, and the
+        // compiler puts load addresses aside that it reads back once a tile; keeping them in shared
+        // memory instead ended the spills and cost 3 to 5% on an H200.
         spill_bytes: 48,
     },
     Source {
         name: "attention_sm90",
         path: "attention/sm90/attention.cu",
         target: Target::SM90,
-        // The exact softmax and the sums of parts are in the kernel too, and what a query tile needs at its end is put aside while its
-        // loop runs. The loop itself has no spills.
+        // The exact softmax and the sums of parts are in the kernel too, and what a query tile
+        // needs at its end is put aside while its loop runs. The loop itself has no spills.
         spill_bytes: 176,
     },
     Source { name: "attention_sm100", path: "attention/sm100/attention.cu", target: Target::SM100, spill_bytes: 48 },
@@ -66,7 +68,8 @@ struct Target {
 }
 
 impl Target {
-    /// Every chip from SM80 on. 86 and 89 run sm_80's machine code, and 103 and 121 that of 100 and 120; later chips compile the PTX.
+    /// Every chip from SM80 on. 86 and 89 run sm_80's machine code, and 103 and 121 that of 100 and
+    /// 120; later chips compile the PTX.
     const EVERY: Self = Self {
         archs: &["sm_80", "sm_90", "sm_100", "sm_120"],
         codes: &[
@@ -87,12 +90,13 @@ impl Target {
     }
 }
 
-/// For every kernel. `size` is the strongest compression; a driver that loads this compiler's PTX (580) unpacks it.
+/// For every kernel. `size` is the strongest compression; a driver that loads this compiler's PTX
+/// (580) unpacks it.
 const FLAGS: [&str; 8] =
     ["-fatbin", "-O3", "-std=c++17", "--compress-mode=size", "-Werror", "all-warnings", "-Xptxas", "-v"];
 
-/// The sm100 kernel over an emulation of what compute capability 9.0 lacks; with waits between its warps in the second form, and wrong
-/// on purpose in the third.
+/// The sm100 kernel over an emulation of what compute capability 9.0 lacks; with waits between its
+/// warps in the second form, and wrong on purpose in the third.
 const EMULATED: &str = "attention_sm100";
 const EMULATED_FORMS: [(&str, &[&str]); 3] = [
     ("emulated", &[]),
@@ -130,7 +134,8 @@ pub fn build(workspace: &Workspace) -> Result<()> {
     built.check_defects()
 }
 
-/// Compiles the emulated forms of the sm100 kernel, and the program that tests the emulation itself, into `target/kernels`.
+/// Compiles the emulated forms of the sm100 kernel, and the program that tests the emulation
+/// itself, into `target/kernels`.
 pub fn build_emulated(workspace: &Workspace) -> Result<()> {
     let compiler = Compiler::install(workspace)?;
     let (folder, out) = (workspace.root.join("kernels"), workspace.target.join("kernels"));
@@ -163,7 +168,8 @@ pub fn build_emulated(workspace: &Workspace) -> Result<()> {
     Ok(())
 }
 
-/// Compares the shared header with what the library declares; compiles everything and compares it with `kernels/prebuilt`.
+/// Compares the shared header with what the library declares; compiles everything and compares it
+/// with `kernels/prebuilt`.
 pub fn check(workspace: &Workspace) -> Result<()> {
     let header = read(&workspace.root.join(params::HEADER))?;
     ensure!(
@@ -371,7 +377,8 @@ fn read(path: &Path) -> Result<Vec<u8>> {
     fs::read(path).with_context(|| format!("cannot read {}", path.display()))
 }
 
-/// The results of `work` for each item, in their order, `threads` at a time; all errors together if there are any.
+/// The results of `work` for each item, in their order, `threads` at a time; all errors together if
+/// there are any.
 fn in_parallel<I: Sync, T: Send>(items: &[I], threads: usize, work: impl Fn(&I) -> Result<T> + Sync) -> Result<Vec<T>> {
     let next = AtomicUsize::new(0);
     let worker = || {

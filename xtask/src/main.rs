@@ -1,10 +1,12 @@
 //! Chores of this repository; `cargo xtask --help` lists them.
 
 mod bundle;
+mod ci;
 mod compiler;
 mod header;
 mod kernels;
 mod manifest;
+mod pages;
 /// The library's own declarations.
 #[path = "../../src/backends/cuda/kernels/params.rs"]
 #[allow(dead_code, reason = "only the text half is used here")]
@@ -33,21 +35,36 @@ struct Arguments {
 
 #[derive(Debug, Subcommand)]
 enum Chore {
+    /// Run everything that must hold before a change lands, or some steps of it
+    ///
+    /// Needs Rust, a C compiler, Python with venv and, for the first step, apt; no GPU. Stops at
+    /// the first step that fails, and prints at the end how long each step took.
+    Ci {
+        /// Print the steps and run none
+        #[arg(long, conflicts_with = "steps")]
+        list: bool,
+        /// Steps to run [default: all]
+        #[arg(value_name = "STEP")]
+        steps: Vec<String>,
+    },
     /// Write kernels/common/params.cuh, and compile the CUDA kernels into kernels/prebuilt
     ///
-    /// The header is made from src/backends/cuda/kernels/params.rs. Each source becomes one fatbin: machine code for sm_80, sm_90, sm_100 and
-    /// sm_120, and PTX for newer chips; or for the one architecture whose instructions it uses. The compiler, CUDA 13.0, is installed into target/cuda-compiler the first time (about 500 MB, through pip); no
-    /// CUDA toolkit and no GPU is needed, only python3 with venv, gcc and g++. Prints the registers and the spills of every
+    /// The header is made from src/backends/cuda/kernels/params.rs. Each source becomes one fatbin:
+    /// machine code for sm_80, sm_90, sm_100 and sm_120, and PTX for newer chips; or for the one
+    /// architecture whose instructions it uses. The compiler, CUDA 13.0, is installed into
+    /// target/cuda-compiler the first time (about 500 MB, through pip); no CUDA toolkit and no GPU
+    /// is needed, only python3 with venv, gcc and g++. Prints the registers and the spills of every
     /// kernel.
     ///
-    /// Fails on a compiler warning, on more register spills than xtask/src/kernels.rs allows the source, and when the fatbins exceed
-    /// 8 MB together.
+    /// Fails on a compiler warning, on more register spills than xtask/src/kernels.rs allows the
+    /// source, and when the fatbins exceed 8 MB together.
     Kernels {
-        /// Write nothing: compare the header, rebuild under target/ and compare with kernels/prebuilt byte for byte
+        /// Write nothing: compare the header, rebuild under target/ and compare with
+        /// kernels/prebuilt byte for byte
         #[arg(long)]
         check: bool,
-        /// Compile instead, into target/kernels, the sm100 kernel as compute capability 9.0 runs it for the tests, its tensor memory
-        /// and its products emulated
+        /// Compile instead, into target/kernels, the sm100 kernel as compute capability 9.0 runs it
+        /// for the tests, its tensor memory and its products emulated
         #[arg(long, conflicts_with = "check")]
         emulated: bool,
     },
@@ -57,12 +74,15 @@ enum Chore {
         #[arg(long)]
         check: bool,
     },
-    /// Put tests, benches and examples into one folder that runs on a machine with an NVIDIA GPU and no Rust
+    /// Put tests, benches and examples into one folder that runs on a machine with an NVIDIA GPU
+    /// and no Rust
     ///
-    /// Builds the programs in release mode with every feature, strips them and puts them beside scripts/gpu/run.sh. That machine needs
-    /// the NVIDIA driver and a glibc no older than this one's. Copy the folder there and start run.sh; run.sh --help says more.
+    /// Builds the programs in release mode with every feature, strips them and puts them beside
+    /// scripts/gpu/run.sh. That machine needs the NVIDIA driver and a glibc no older than this
+    /// one's. Copy the folder there and start run.sh; run.sh --help says more.
     ///
-    /// The bundle is limited to 60 MB. The embed_sentences example and its model (91 MB) are not part of it.
+    /// The bundle is limited to 60 MB. The embed_sentences example and its model (91 MB) are not
+    /// part of it.
     GpuBundle {
         /// Folder to write, created if need be [default: gpu-bundle in the target folder]
         #[arg(long, value_name = "DIR")]
@@ -70,9 +90,10 @@ enum Chore {
     },
     /// Build the page of examples/web: `cargo xtask-web`
     ///
-    /// Compiles the package to wasm, writes its JavaScript half, and puts both beside the page in one folder, which any web server can
-    /// serve. If Rust has no standard library for wasm32-unknown-unknown (`rustup target add wasm32-unknown-unknown` adds
-    /// it), its sources are taken from rustup's component rust-src, or fetched from Debian, and compiled too.
+    /// Compiles the package to wasm, writes its JavaScript half, and puts both beside the page in
+    /// one folder, which any web server can serve. If Rust has no standard library for
+    /// wasm32-unknown-unknown (`rustup target add wasm32-unknown-unknown` adds it), its sources are
+    /// taken from rustup's component rust-src, or fetched from Debian, and compiled too.
     #[cfg(feature = "web")]
     Web {
         /// Folder to write, created if need be [default: web/page in the target folder]
@@ -94,6 +115,11 @@ fn main() -> ExitCode {
 fn run(arguments: &Arguments) -> Result<()> {
     let workspace = Workspace::find()?;
     match &arguments.chore {
+        Chore::Ci { list: true, .. } => {
+            ci::list();
+            Ok(())
+        }
+        Chore::Ci { steps, .. } => ci::run_steps(&workspace, steps),
         Chore::Kernels { emulated: true, .. } => kernels::build_emulated(&workspace),
         Chore::Kernels { check: false, .. } => kernels::build(&workspace),
         Chore::Kernels { check: true, .. } => kernels::check(&workspace),

@@ -16,11 +16,11 @@ const ABOUT: &str = "Written by `cargo xtask kernels`. sources_sha256 is the SHA
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Manifest {
     about: String,
-    /// What the compiler calls itself.
+    /// What the compiler says its version is.
     compiler: String,
     /// The packages that it and its headers came in.
     packages: Vec<String>,
-    /// Every argument of the compiler but the file names and the number of threads.
+    /// Arguments of the compiler, without file names and the number of threads.
     flags: Vec<String>,
     /// SHA-256 of each header that any kernel may include, by its path in the kernels folder.
     headers: BTreeMap<String, String>,
@@ -41,7 +41,7 @@ struct Fatbin {
 }
 
 impl Manifest {
-    /// Of nothing compiled so far.
+    /// A manifest without fatbins.
     pub fn new<'a>(
         compiler: &str,
         packages: &str,
@@ -89,7 +89,8 @@ impl Manifest {
         fs::write(path, text).with_context(|| format!("cannot write {}", path.display()))
     }
 
-    /// Each way in which the kernels of now, `self`, differ from those that `recorded` describes, one sentence each.
+    /// Each way in which the kernels of now, `self`, differ from those that `recorded` describes,
+    /// one sentence each.
     pub fn differences(&self, recorded: &Self) -> Vec<String> {
         let mut found = vec![];
         if recorded.about != self.about {

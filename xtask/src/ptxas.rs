@@ -39,8 +39,9 @@ impl Usage {
     }
 }
 
-/// Reads the output of one compilation. Three lines matter for each kernel and architecture: its name, its spills, its registers.
-/// Functions that were not inlined have lines of spills too; they count towards the kernel whose registers come next.
+/// Reads the output of one compilation. Three lines matter for each kernel and architecture: its
+/// name, its spills, its registers. Functions that were not inlined have lines of spills too; they
+/// count towards the kernel whose registers come next.
 pub fn parse(output: &str) -> Result<Vec<Usage>> {
     let mut usages = vec![];
     let mut entry: Option<(&str, &str)> = None;

@@ -1,6 +1,7 @@
 //! Text tables.
 
-/// Rows of cells, the first column to the left and the others to the right, each as wide as it must be.
+/// Rows of cells, the first column to the left and the others to the right, each as wide as it must
+/// be.
 pub fn format(rows: &[Vec<String>]) -> String {
     let columns = rows.iter().map(Vec::len).max().unwrap_or(0);
     let width = |column: usize| rows.iter().filter_map(|row| row.get(column)).map(String::len).max().unwrap_or(0);

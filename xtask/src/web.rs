@@ -1,4 +1,5 @@
-//! The page of examples/web: its wasm, the JavaScript half of that, and the files that go with them.
+//! The page of examples/web: its wasm, the JavaScript half of that, and the files that go with
+//! them.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -16,7 +17,7 @@ const TARGET: &str = "wasm32-unknown-unknown";
 pub fn build(workspace: &Workspace, out: Option<&Path>) -> Result<()> {
     let web = workspace.target.join("web");
     let out = out.map_or_else(|| web.join("page"), Path::to_owned);
-    // A target folder of its own: what is compiled beside a standard library of one's own is not compiled alike.
+    // A separate target folder, since flags differ where the standard library is compiled too.
     let build = web.join("build");
     let mut command = cargo();
     command.args(["build", "--release", "--lib", "--package", PACKAGE, "--target", TARGET, "--target-dir"]).arg(&build);

@@ -25,6 +25,15 @@ impl Workspace {
         let printed = stdout_of(cargo().args(["metadata", "--no-deps", "--format-version", "1"]))?;
         serde_json::from_str(&printed).context("cannot read what `cargo metadata` printed")
     }
+
+    /// The repository's files of this pattern, as git matches it: paths below the root, also of files that are new.
+    pub fn files(&self, pattern: &str) -> Result<Vec<String>> {
+        let mut git = Command::new("git");
+        git.current_dir(&self.root).args(["ls-files", "--cached", "--others", "--exclude-standard", "--", pattern]);
+        let listed = stdout_of(&mut git)?;
+        let exists = |file: &&str| self.root.join(file).is_file();
+        Ok(listed.lines().filter(exists).map(str::to_owned).collect())
+    }
 }
 
 /// The cargo that started this program.

@@ -1,13 +1,13 @@
-// Attention forward for SM100 (Blackwell): tcgen05 products with accumulators in tensor memory, the copy engine (TMA), a warp or
-// warpgroup for each task, as in FlashAttention-4 (Zadouri et al., 2026). Persistent blocks of 16 warps, which take two tiles of 128
-// query rows of a head at a time.
+// Attention forward for SM100 (Blackwell): tcgen05 products with accumulators in tensor memory, the
+// copy engine (TMA), a warp or warpgroup for each task, as in FlashAttention-4 (Zadouri et al.,
+// 2026). Persistent blocks of 16 warps, which take two tiles of 128 query rows of a head at a time.
 //
 //   warps 0-3, 4-7   softmax of tile 0, 1    a thread owns a row: scores from tensor memory, probabilities back into it
 //   warps 8-11       correction              rescales outputs where a maximum has grown; in the end divides and stores them
 //   warp 12          products                S = Q·Kᵀ and O += P·V of both tiles
 //   warp 13          loads                   what the next tiles are; copies Q, K, V
-//   warp 14          mending                 zeroes dropped rows of V in masked tiles
-//   warp 15          zeros                   rows that no query tile has
+//   warp 14          zeroing                 zeroes masked rows of V
+//   warp 15          zeros                   writes zeros to rows in no query tile
 //
 //   tensor memory, columns          one step of keys, seen by the tensor cores
 //     0   S₀, then P₀ in its place    S₀│ O₀+=P₀·V │ S₀'│ O₁+=P₁·V │ S₁'│
@@ -15,16 +15,19 @@
 //     256 O₀
 //     384 O₁
 //
-// Two tiles keep the tensor cores busy: while one's products run, the other's softmax does. The tensor cores work in the order of issue,
-// so that the scores of a step may take the place of the probabilities of the step before as soon as that product is issued.
+// Two tiles keep the tensor cores busy: while one's products run, the other's softmax does. The
+// tensor cores work in the order of issue: the scores of a step may take the place of the
+// probabilities of the step before as soon as its product is issued.
 //
-// Barriers say that something is full or free. Each is waited for by phase, and none of them can get two phases ahead of whoever waits:
+// Barriers say that something is full or free. Waits are for a phase, and no barrier can get two
+// phases ahead of a warp that waits for it:
 //
 //   loads ──FULL_Q, FULL_K, FULL_V──▶ products ──SCORES──▶ softmax ──FACTORS──▶ correction ──RESCALED──▶ products
 //         ◀─FREE_Q, FREE_K, FREE_V──           ◀──PROBS───         ───SUMS────▶            ◀──OUTPUT────
 //                                                                                           ──FREE_OUTPUT▶
 //
-// Masks are those of attention_sm90.cu: `TileRows` and `TileKeys` tell of each query and key tile what the other warps have to know.
+// Masks work as in the sm90 kernel: `TileRows` and `TileKeys` describe each query and key tile to
+// the other warps.
 #include "../../ptx/mbarrier.cuh"
 #include "../../ptx/tcgen05.cuh"
 #include "../../ptx/warpgroup.cuh"
@@ -66,7 +69,7 @@ template <typename S>
 __device__ inline void attention(const TileListParams& params) {
     extern __shared__ __align__(1024) unsigned char shared[];
     const uint32_t base = ptx::shared_address(shared);
-    // The same for all lanes, and known to be so.
+    // A shuffle, so that the compiler knows the value to be the same for all lanes.
     const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32, 0);
     const bool zeroes_values = params.form != FORM_DENSE;
     if (threadIdx.x == 0) {

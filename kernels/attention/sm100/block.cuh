@@ -1,4 +1,5 @@
-// A block of the sm100 kernel: its tiles, its shared and tensor memory, and what its loading warp tells the others.
+// A block of the sm100 kernel: its tiles, its shared and tensor memory, and what its loading warp
+// tells the others.
 #pragma once
 #include "../../common/params.cuh"
 #include "../../common/shared_tile.cuh"
@@ -15,10 +16,10 @@ constexpr int TILES = SM100_QUERY_TILES;
 constexpr int TILE_M = SM100_TILE_ROWS;
 constexpr int TILE_N = SM100_TILE_ROWS;
 constexpr int TILE_GROUPS = TILE_M / GROUP_ROWS;
-// Query tiles and key tiles that may be described ahead.
+// Query tiles and key tiles that the loading warp may describe ahead.
 constexpr int ROWS_SLOTS = 2;
 constexpr int KEYS_SLOTS = 4;
-// All registers of a multiprocessor: 2 · 184 + 96 + 48 a thread of four warpgroups.
+// Registers of a thread in each warpgroup. Together they are all registers of a multiprocessor.
 constexpr int SOFTMAX_REGISTERS = 184;
 constexpr int CORRECTION_REGISTERS = 96;
 constexpr int OTHER_REGISTERS = 48;
@@ -26,9 +27,9 @@ static_assert((2 * SOFTMAX_REGISTERS + CORRECTION_REGISTERS + OTHER_REGISTERS) *
 
 // What the other warps know of the query tiles of a block.
 struct TileRows {
-    // Negative where nothing is left to do.
+    // Key tiles; negative where nothing is left to do.
     int32_t key_tiles;
-    // Tiles that have rows and keys, so that there are products.
+    // Query tiles that have rows and keys, so that there are products.
     int32_t tiles;
     int32_t batch;
     int32_t head;
@@ -39,9 +40,9 @@ struct TileRows {
 
 // What the other warps know of a key tile.
 struct TileKeys {
-    // Whether the scores need any change: for keys that are not kept, or for a negative scale.
+    // Whether scores need any change: for keys that are not kept, or for a negative scale.
     uint32_t masked;
-    // Rows of V that are not kept have to be zeroed.
+    // Whether there are rows of V that must be zeroed.
     uint32_t has_masked_values;
     uint32_t kept[TILE_N / 32];
 };
@@ -53,38 +54,38 @@ struct Shape {
     static constexpr int STAGES = STAGES_;
     static_assert(D % 32 == 0 && D <= 128);
 
-    // Of queries, keys, values and outputs alike.
+    // For queries, keys, values and outputs.
     using Tile = SharedTile<TILE_M, D>;
     static_assert(TILE_M == TILE_N);
     static constexpr int PANEL = Tile::PANEL;
-    static constexpr int PANELS = D / PANEL;
-    static constexpr int ROW_BYTES = PANEL * 2;
+    static constexpr int PANELS = Tile::PANELS;
+    static constexpr int ROW_BYTES = Tile::ROW_BYTES;
     static constexpr int Q = 0;
     static constexpr int K = Q + TILES * Tile::BYTES;
     static constexpr int V = K + STAGES * Tile::BYTES;
     static constexpr int OUT = V + STAGES * Tile::BYTES;
-    // By which each row's output has to be multiplied: at a step, and in the end.
+    // What each row's output must be multiplied by: at a step, and at the end.
     static constexpr int FACTORS = OUT + Tile::BYTES;
     static constexpr int INVERSES = FACTORS + TILES * TILE_M * 4;
     static constexpr int ROWS_INFO = INVERSES + TILES * TILE_M * 4;
     static constexpr int KEYS_INFO = ROWS_INFO + ROWS_SLOTS * sizeof(TileRows);
     static constexpr int TENSOR = KEYS_INFO + KEYS_SLOTS * sizeof(TileKeys);
     static constexpr int BARRIERS = (TENSOR + 4 + 7) / 8 * 8;
-    // The lists of warps that tell and that are told.
+    // Barriers of `TileRows` and `TileKeys`.
     static constexpr int FULL_ROWS = BARRIERS;
     static constexpr int FREE_ROWS = FULL_ROWS + 8 * ROWS_SLOTS;
     static constexpr int FULL_KEYS = FREE_ROWS + 8 * ROWS_SLOTS;
     static constexpr int FREE_KEYS = FULL_KEYS + 8 * KEYS_SLOTS;
-    // Data that is copied.
+    // Barriers of copied data.
     static constexpr int FULL_Q = FREE_KEYS + 8 * KEYS_SLOTS;
     static constexpr int FREE_Q = FULL_Q + 8 * TILES;
     static constexpr int FULL_K = FREE_Q + 8 * TILES;
     static constexpr int FREE_K = FULL_K + 8 * STAGES;
     static constexpr int FULL_V = FREE_K + 8 * STAGES;
     static constexpr int FREE_V = FULL_V + 8 * STAGES;
-    // Copied but not yet zeroed where it has to be.
+    // Values are copied, but masked rows are not zeroed yet.
     static constexpr int RAW_V = FREE_V + 8 * STAGES;
-    // Of each query tile.
+    // Barriers of each query tile.
     static constexpr int SCORES = RAW_V + 8 * STAGES;
     static constexpr int PROBS = SCORES + 8 * TILES;
     static constexpr int FACTORS_FULL = PROBS + 8 * TILES;
@@ -94,7 +95,7 @@ struct Shape {
     static constexpr int OUTPUT = FREE_SUMS + 8 * TILES;
     static constexpr int FREE_OUTPUT = OUTPUT + 8 * TILES;
     static constexpr int BYTES = FREE_OUTPUT + 8 * TILES;
-    // The host asks for the tiles and the extra bytes.
+    // The host asks for the tiles and SM100_EXTRA_SHARED_BYTES.
     static_assert(BYTES <= FACTORS + SM100_EXTRA_SHARED_BYTES && FACTORS + SM100_EXTRA_SHARED_BYTES <= SM90_MAX_SHARED_BYTES);
 
     // Columns of tensor memory.
@@ -103,7 +104,7 @@ struct Shape {
     static constexpr int OUTPUT_STEP = 128;
 };
 
-// What every warp has at hand.
+// What every warp of a block works with.
 template <typename S>
 struct Block {
     const TileListParams& params;
@@ -117,11 +118,12 @@ struct Block {
         return reinterpret_cast<volatile TileKeys*>(shared + S::KEYS_INFO)[count % KEYS_SLOTS];
     }
 
-    // Waits for the use of a barrier with a number, counted from 0; or for the end of the use before it.
+    // Waits until use number `use` of a barrier, counted from 0, is full; or until the use before
+    // it is over.
     __device__ void wait_full(int barrier, uint32_t use) const { ptx::mbarrier_wait(base + barrier, use % 2); }
     __device__ void wait_free(int barrier, uint32_t use) const { ptx::mbarrier_wait(base + barrier, (use + 1) % 2); }
 
-    // Of a warp, once all of its lanes are here.
+    // One arrival for a warp, once all of its lanes are here.
     __device__ void arrive(int barrier) const {
         __syncwarp();
         if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(base + barrier);

@@ -9,11 +9,11 @@
 
 namespace sm100 {
 
-// Rescales outputs in tensor memory where softmax says so, and stores them in the end.
+// Rescales outputs in tensor memory where the softmax says so, and stores them at the end.
 template <typename S>
 struct CorrectionWarpgroup {
     Block<S> block;
-    // Where the outputs of this thread's warp are.
+    // The outputs of this thread's warp in tensor memory.
     uint32_t tensor;
     int warp;
     int lane;
@@ -42,14 +42,14 @@ struct CorrectionWarpgroup {
             for (int t = 0; t < TILES; ++t) store(t, rows, t < tiles);
             block.leave_rows(work_index);
         }
-        // Shared memory must outlive what reads it.
+        // Shared memory must stay until the copy engine has read it.
         if (lane == 0) ptx::tma_store_wait_read();
     }
 
     __device__ void rescale(int t) {
         block.wait_full(S::FACTORS_FULL + 8 * t, rescale_uses[t]++);
         const float factor = reinterpret_cast<const volatile float*>(block.shared + S::FACTORS)[t * TILE_M + warp * 32 + lane];
-        // NaN, too, is not 1.
+        // True for NaN too.
         if (__any_sync(0xffffffff, factor != 1.0f)) {
             ptx::tensor_fence_after();
 #pragma unroll
@@ -71,8 +71,9 @@ struct CorrectionWarpgroup {
         block.arrive(S::RESCALED + 8 * t);
     }
 
-    // A tile's output, or zeros if there were no keys: through shared memory to the copy engine; or to 16-byte stores, where it would
-    // write rows of the next sequence. A warp stores the 32 rows that it reaches.
+    // Stores a tile's output, or zeros if there were no keys. It leaves through shared memory by
+    // the copy engine; or by 16-byte stores, where the copy engine would write rows of the next
+    // sequence. A warp stores the 32 rows that it reaches.
     __device__ void store(int t, const volatile TileRows& rows, bool is_computed) {
         if (!is_computed && rows.groups[t * TILE_GROUPS].rows == 0) return;
         float inverse = 0.0f;
@@ -99,7 +100,7 @@ struct CorrectionWarpgroup {
 #pragma unroll
                 for (int word = 0; word < 4; ++word) {
                     const int at = chunk * 8 + word * 2;
-                    // Selected, not multiplied: a dropped row may hold NaN.
+                    // Selected, not multiplied: a masked row may hold NaN.
                     const float low = inverse == 0.0f ? 0.0f : __uint_as_float(values[at]) * inverse;
                     const float high = inverse == 0.0f ? 0.0f : __uint_as_float(values[at + 1]) * inverse;
                     words[word] = ptx::pack_pair<T>(low, high);
@@ -119,7 +120,7 @@ struct CorrectionWarpgroup {
         if (lane == 0) ptx::tma_store_commit();
     }
 
-    // Rows of the output tile from `first` on.
+    // Stores a group of rows, which lies in the output tile from row `first` on.
     __device__ void store_group(const volatile TileRows& rows, const volatile RowGroup& group, int first) const {
         const int count = group.rows;
         const int first_row = group.first_row;

@@ -39,7 +39,7 @@ struct ProductWarp {
         const Matrix v(block.base + S::V + stage * S::Tile::BYTES, TILE_N * S::ROW_BYTES);
 #pragma unroll
         for (int step = 0; step < TILE_N / 16; ++step) {
-            // Two probabilities a column.
+            // A column holds two probabilities.
             const uint32_t probs = tensor + S::SCORES_COLUMN + t * TILE_N + step * 8;
             ptx::multiply(tensor + S::OUTPUT_COLUMN + t * S::OUTPUT_STEP, probs, v.at(step * 16 * S::ROW_BYTES), PRODUCT, accumulate || step > 0);
         }
@@ -47,7 +47,7 @@ struct ProductWarp {
 
     __device__ void commit(int barrier) const { ptx::commit_products(block.base + barrier); }
 
-    // The scores of a tile's step; with the last ones, its queries are free.
+    // Issues the scores of a step. After the last ones, the queries are free.
     __device__ void start_step(int t, int stage, bool is_last) const {
         issue_scores(t, stage);
         commit(S::SCORES + 8 * t);

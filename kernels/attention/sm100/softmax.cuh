@@ -1,8 +1,10 @@
-// The online softmax for a thread that owns a row: 128 scores at a time in registers.
+// The softmax warpgroups of the sm100 kernel, and their online softmax: a thread owns a row, with
+// 128 scores at a time in registers.
 //
-// Two things are FlashAttention-4's. The maximum that is subtracted follows the true one only when that has grown by more than 8 (in
-// powers of two): probabilities up to 256 do no harm, and the output is hardly ever rescaled. And a part of the exponentials is
-// computed by a polynomial on the FMA units, since the special-function unit is what a step waits for.
+// Two ideas are FlashAttention-4's. The maximum that is subtracted follows the true one only when
+// that has grown by more than 8 (in powers of two): probabilities up to 256 do no harm, and the
+// output is hardly ever rescaled. And some of the exponentials are computed by a polynomial on the
+// FMA units, since a step would otherwise wait for the special-function units.
 #pragma once
 #include "../../common/math.cuh"
 #include "../../ptx/mma.cuh"
@@ -12,11 +14,12 @@
 
 namespace sm100 {
 
-// Of each so many pairs of scores, one goes to the FMA units.
+// One pair of scores in this many is computed by the polynomial.
 constexpr int POLYNOMIAL_PAIRS = 4;
 
-// 2^x, x at most 127: 2^round(x) by adding to the exponent, the rest by a polynomial whose relative error is at most 1.02e-4 on
-// [-1/2, 1/2] (minimax among those that are 1 at 0, so that 2^-127 and all below come out as +0).
+// 2^x, x at most 127: 2^round(x) by adding to the exponent, the rest by a polynomial whose relative
+// error is at most 1.02e-4 on [-1/2, 1/2] (minimax among those that are 1 at 0, so that 2^-127 and
+// all below come out as +0).
 __device__ inline float2 exp2_polynomial(float2 x) {
     constexpr float ROUNDING = 12582912.0f;  // 1.5 · 2^23: what is added to it is rounded to an integer, in the lowest bits
     x = {fmaxf(x.x, -127.0f), fmaxf(x.y, -127.0f)};
@@ -41,16 +44,17 @@ struct RowSoftmax {
     // How far, in powers of two, the true maximum may be above the one that is subtracted.
     static constexpr float SLACK = 8.0f;
 
-    // What is subtracted, in the scores' own units: -inf without any key so far, NaN for a row that holds NaN or +inf.
+    // What is subtracted, not scaled: -inf without any key so far, NaN for a row that holds NaN or
+    // +inf.
     float reference = -INFINITY;
     float sum = 0.0f;
-    // Of the latest scores. What came before must be multiplied by `factor`.
+    // For the latest scores. What came before must be multiplied by `factor`.
     float factor = 1.0f;
     float subtrahend;
 
     __device__ float finite_reference() const { return reference == -INFINITY ? 0.0f : reference; }
 
-    // Takes the scores into the maximum; `scale` is not negative.
+    // Raises the maximum to that of the scores; `scale` is not negative.
     __device__ void raise(uint32_t (&scores)[4][32], float scale) {
         // Several chains, since the latency of one is not hidden.
         float largest[4];
@@ -63,14 +67,14 @@ struct RowSoftmax {
         float top = max_or_nan(max_or_nan(largest[0], largest[1]), max_or_nan(largest[2], largest[3]));
         top = top == INFINITY ? NAN : top;
         factor = 1.0f;
-        // True as well where either is NaN, and where there was no key.
+        // Also true where either is NaN, and where there was no key.
         if (!((top - reference) * scale <= SLACK)) {
             const float before = reference;
             reference = max_or_nan(before, top);
             factor = ptx::exp2_approx((before - finite_reference()) * scale);
         }
         subtrahend = finite_reference() * scale;
-        // Differences of the scores themselves are exact where they count. Rare.
+        // Rare: the product would be rounded too much, so scores are subtracted first.
         if (fabsf(subtrahend) > COARSE) {
 #pragma unroll
             for (int part = 0; part < 4; ++part) {
@@ -105,7 +109,7 @@ struct RowSoftmax {
 template <typename S>
 struct SoftmaxWarpgroup {
     Block<S> block;
-    // Where the scores of this thread's warp are.
+    // The scores of this thread's warp in tensor memory.
     uint32_t tensor;
     int tile;
     int row;
@@ -174,7 +178,7 @@ struct SoftmaxWarpgroup {
             ptx::tensor_fence_before();
             block.arrive(S::PROBS + 8 * tile);
         }
-        // Read this late, since registers are short before.
+        // Read this late, since registers are scarce before.
         const uint32_t kept = rows.groups[tile * TILE_GROUPS + row / GROUP_ROWS].kept;
         const bool zero = softmax.sum == 0.0f || (kept >> (row % GROUP_ROWS) & 1) == 0;
         block.wait_free(S::FREE_SUMS + 8 * tile, uses);

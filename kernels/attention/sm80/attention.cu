@@ -1,5 +1,6 @@
-// Attention forward for SM80 and newer: mma.sync, ldmatrix, cp.async. The algorithm is FlashAttention-2's (Dao, 2023): a thread
-// block keeps a tile of query rows and walks over the keys from the last tile to the first.
+// Attention forward for SM80 and newer: mma.sync, ldmatrix, cp.async. The algorithm is
+// FlashAttention-2's (Dao, 2023): a thread block keeps a tile of query rows and walks over the keys
+// from the last tile to the first.
 //
 //                 keys, TILE_N a step  ◀──────────────
 //              ┌───────┬───────┬───────┐
@@ -8,12 +9,13 @@
 //   a warp     └───────┴───────┴───────┘
 //   16·M_TILES
 //
-// Keys and values of the next step are on their way to shared memory while this one is computed; one barrier a step.
+// Keys and values of the next step are copied to shared memory while this step is computed. There
+// is one barrier a step.
 //
-// One kernel in three forms, of which each masks the tail of the last key tile:
+// One kernel in three forms. Each masks the end of the last key tile:
 //   PLAIN    padded tensors (grid z = batch row) or packed ones (z = sequence, cu_seqlens set)
 //   MASKED   padded tensors with a key mask, a bias and rows to be written as zeros
-//   FUSED    the valid rows of padded tensors in place. A copy to shared memory takes a row from anywhere, so tiles are made of the
+//   FUSED    the valid rows of padded tensors. A copy to shared memory takes a row from anywhere, so tiles are made of the
 //            rows that `indices` lists, and what is masked costs nothing, however short the runs are:
 //
 //              indices         [ 0 1 5 6 7 9 ... ]        a tile's part of it is in shared memory a step before its rows are asked for
@@ -25,6 +27,7 @@
 #include "../../common/shared_tile.cuh"
 #include "../../ptx/cp_async.cuh"
 #include "../../ptx/mma.cuh"
+#include "../key_range.cuh"
 #include "mask.cuh"
 #include "seqlen.cuh"
 #include "softmax.cuh"
@@ -87,7 +90,7 @@ __device__ inline void accumulate(float (&acc)[M_TILES][O_TILES][4], const float
     }
 }
 
-// Writes zeros to those of the padded output's rows from `first_query` on, as many as a query tile has, that are masked.
+// Writes zeros to the masked rows among the TILE_M rows of the padded output from `first_query` on.
 template <typename T, int TILE_M, int THREADS>
 __device__ inline void zero_masked_rows(const AttentionParams& params, const RowLists& lists, const BlockRows& rows) {
     if (lists.inv_indices == nullptr) return;
@@ -122,11 +125,12 @@ __device__ inline void attention(const AttentionParams& params, const RowLists& 
 
     const BlockRows rows(params, TILE_M, lists.first_batch);
     const int tile_rows = min(TILE_M, rows.queries - rows.first_query);
+    const KeyRange range = KeyRange::of(rows.keys);
 
-    // The fused form's lists, past the tiles: the query tile's, and those of two key tiles.
+    // The fused form's lists lie after the tiles: the query tile's, and those of two key tiles.
     const uint32_t* query_list = reinterpret_cast<const uint32_t*>(shared + TileQ::BYTES + 4 * TileKV::BYTES);
     const uint32_t* key_lists = query_list + TILE_M;
-    // Starts to copy the list of a key tile; what is past the last key repeats it.
+    // Starts to copy the list of a key tile; entries past the last key repeat it.
     const auto load_key_list = [&](int tile) {
         static_assert(TILE_N <= THREADS);
         if (threadIdx.x < TILE_N) {
@@ -180,8 +184,9 @@ __device__ inline void attention(const AttentionParams& params, const RowLists& 
             };
             gather(stage, k, params.k_strides);
             gather(stage + TileKV::BYTES, v, params.v_strides);
-            // Its place is that of the list before this one, which every warp has read: a barrier lies between.
-            if (tile > 0) load_key_list(tile - 1);
+            // It takes the place of the list before this one. Every warp has read that one: there
+            // was a barrier since.
+            if (tile > range.first_tile<TILE_N>()) load_key_list(tile - 1);
             ptx::cp_async_commit();
             return;
         }
@@ -203,28 +208,30 @@ __device__ inline void attention(const AttentionParams& params, const RowLists& 
     // The maximum is taken before scaling, so the sign of the scale goes to the scores.
     const float scale = MASKED ? 1.0f : fabsf(params.score_scale);
 
-    const int tiles = (rows.keys + TILE_N - 1) / TILE_N;
+    const int first_tile = range.first_tile<TILE_N>();
+    const int end_tile = range.end_tile<TILE_N>();
     if constexpr (FUSED) {
         // The lists have arrived.
         ptx::cp_async_wait<0>();
         __syncthreads();
     }
-    if (tiles > 0) {
+    if (end_tile > first_tile) {
         if constexpr (FUSED) {
             const typename TileQ::template Listed<THREADS> listed(query_list);
             TileQ::template gather<false>(q_shared, q, params.q_strides.token, listed, tile_rows, head_chunks);
         } else {
             TileQ::template load<THREADS>(q_shared, q, params.q_strides.token, tile_rows, head_chunks, [](int) { return true; });
         }
-        load(tiles - 1);
+        load(end_tile - 1);
     }
-    for (int tile = tiles - 1; tile >= 0; --tile) {
+    for (int tile = end_tile - 1; tile >= first_tile; --tile) {
         const int first_key = tile * TILE_N;
         const uint32_t stage = kv_shared + tile % 2 * (2 * TileKV::BYTES);
-        // The tile has arrived, and every warp is done with the one before, whose stage the next copy takes.
+        // The tile has arrived, and every warp is done with the tile before, whose stage the next
+        // copy takes.
         ptx::cp_async_wait<0>();
         __syncthreads();
-        if (tile > 0) load(tile - 1);
+        if (tile > first_tile) load(tile - 1);
         float scores[M_TILES][N_TILES][4] = {};
         scores_of<T, M_TILES, N_TILES, TileQ, TileKV>(scores, q_shared, stage, warp_row);
         if constexpr (MASKED) {
@@ -239,13 +246,13 @@ __device__ inline void attention(const AttentionParams& params, const RowLists& 
                     score += bias == -INFINITY ? bias : fmaxf(bias, LOWEST_BIAS) * LOG2_E;
                 }
                 const bool kept = params.key_bits == nullptr || bit_at(params.key_bits, params.key_words, rows.batch, at);
-                if (!kept || first_key + key >= rows.keys) score = -INFINITY;
+                if (!kept || first_key + key >= range.end) score = -INFINITY;
             });
         } else {
             if (params.score_scale < 0.0f) for_each_score(scores, [](float& score, int, int) { score = -score; });
-            if (first_key + TILE_N > rows.keys) {
+            if (first_key + TILE_N > range.end) {
                 for_each_score(scores, [&](float& score, int, int key) {
-                    if (first_key + key >= rows.keys) score = -INFINITY;
+                    if (first_key + key >= range.end) score = -INFINITY;
                 });
             }
         }
@@ -254,9 +261,10 @@ __device__ inline void attention(const AttentionParams& params, const RowLists& 
     }
     softmax.finish();
 
-    // Through shared memory, each warp in its own rows of the query tile, to 16-byte stores.
+    // The output goes through shared memory, each warp in its own rows of the query tile, so that
+    // stores are 16 bytes wide.
     T* out = static_cast<T*>(params.out) + start(params.out_strides, params.seq_q, rows.q_base + rows.first_query, rows.head);
-    if (tiles > 0) __syncthreads();
+    if (end_tile > first_tile) __syncthreads();
 #pragma unroll
     for (int m = 0; m < M_TILES; ++m) {
 #pragma unroll
@@ -271,7 +279,7 @@ __device__ inline void attention(const AttentionParams& params, const RowLists& 
             const float inverse = zero ? 0.0f : 1.0f / sum;
 #pragma unroll
             for (int o = 0; o < O_TILES; ++o) {
-                // Selected, not multiplied: a dropped row may hold NaN.
+                // Selected, not multiplied: a masked row may hold NaN.
                 const float low = zero ? 0.0f : acc[m][o][2 * half] * inverse;
                 const float high = zero ? 0.0f : acc[m][o][2 * half + 1] * inverse;
                 *reinterpret_cast<uint32_t*>(shared + TileQ::offset(row, o) + lane % 4 * 4) = ptx::pack_pair<T>(low, high);
@@ -296,7 +304,8 @@ __device__ inline void attention(const AttentionParams& params, const RowLists& 
     }
 }
 
-// Blocks that a multiprocessor holds at once: at 64 columns a third hides more than the registers it takes are worth.
+// Blocks that a multiprocessor holds at once. At 64 columns a third block hides more latency than
+// its registers cost.
 constexpr int blocks(int d, int warps, Form form) { return d == 64 && form != Form::MASKED ? 3 : 8 / warps; }
 
 #define VARLEN_FA_ENTRY(NAME, T, D, M, N, WARPS, FORM)                                       \

@@ -1,4 +1,4 @@
-// Masks on the score fragments of one warp: keys past the end, dropped keys, additive bias.
+// Masks on the score fragments of one warp: keys past the end, masked keys, bias.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>

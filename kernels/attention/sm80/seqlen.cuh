@@ -1,4 +1,5 @@
-// Which rows a thread block works on: batch row (or packed sequence), head and query tile, and where its tensors start.
+// Which rows a thread block works on: batch row (or packed sequence), head and query tile, and
+// where its tensors start.
 #pragma once
 #include "../../common/params.cuh"
 
@@ -41,8 +42,8 @@ struct BlockRows {
         return batch * strides.batch + row * strides.token + at_head * strides.head;
     }
 
-    // The same for rows of this block's batch row that are given by flat positions, batch · seq + token: a row lies that many token
-    // strides from here.
+    // The offset to which a row's flat position, batch · seq + token, times the token stride is
+    // added.
     __device__ int64_t listed_start(const Strides& strides, int seq, int at_head) const {
         return batch * (strides.batch - seq * strides.token) + at_head * strides.head;
     }

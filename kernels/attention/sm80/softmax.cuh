@@ -1,14 +1,14 @@
 // The online softmax of FlashAttention-2 (Dao, 2023) on the score fragments of one warp.
 //
-// A warp holds M_TILES x N_TILES fragments of 16 x 8 scores. In each, a lane holds two neighbouring scores of row lane / 4 and
-// two of row lane / 4 + 8; the four lanes of a quad share their rows.
+// A warp holds M_TILES x N_TILES fragments of 16 x 8 scores. In each, a lane holds two neighbouring
+// scores of row lane / 4 and two of row lane / 4 + 8; the four lanes of a quad share their rows.
 #pragma once
 #include "../../common/math.cuh"
 #include "../../ptx/mma.cuh"
 
 template <int M_TILES>
 struct OnlineSoftmax {
-    // In the scores' own units; sums are over this lane's keys until `finish`.
+    // Not scaled. Sums are over this lane's keys until `finish`.
     float row_max[M_TILES][2];
     float row_sum[M_TILES][2];
 
@@ -20,7 +20,8 @@ struct OnlineSoftmax {
         }
     }
 
-    // Scores become probabilities exp2(score · scale - max · scale); the output so far is rescaled to the new maximum.
+    // Scores become probabilities exp2(score · scale - max · scale); the output so far is rescaled
+    // to the new maximum.
     template <int N_TILES, int O_TILES>
     __device__ void step(float (&scores)[M_TILES][N_TILES][4], float (&acc)[M_TILES][O_TILES][4], float scale) {
         float factor[M_TILES][2];
@@ -42,7 +43,8 @@ struct OnlineSoftmax {
                 is_coarse |= fabsf(finite_max(m, half) * scale) > COARSE;
             }
         }
-        // FFMA alone is fast; differences of the scores themselves are exact where they count. Rare, and then for the whole warp.
+        // One FFMA is fast, but rounds the product. Here, rarely, scores are subtracted first, for
+        // the whole warp.
         is_coarse = __any_sync(0xffffffff, is_coarse);
         if (is_coarse) {
 #pragma unroll

@@ -1,9 +1,10 @@
-// Tile sizes of the sm80 kernel for each compiled head dimension. src/cuda/attention.rs includes the same table as text: the
-// host's grid and shared-memory size come from here.
+// Tile sizes of the sm80 kernel for each compiled head dimension. The host reads this table too
+// (src/backends/cuda/kernels/tiles.rs), for its grids and its sizes of shared memory.
 //
 //   X(head_dim, query rows, keys, keys of the masked kernel, warps)
 //
-// Shared memory holds the query tile and two stages of key and value tiles: at most 96 KiB, which every chip from SM80 on has.
+// Shared memory holds the query tile and two stages of key and value tiles: at most 96 KiB, which
+// every chip from SM80 on has.
 #pragma once
 #define VARLEN_FA_SM80_TILES(X) \
     X(32, 128, 128, 64, 4)      \

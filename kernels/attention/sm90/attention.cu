@@ -1,9 +1,10 @@
-// Attention forward for SM90 (Hopper): wgmma, the copy engine (TMA), warp specialisation. Persistent blocks of one producer
-// warpgroup and two or three consumer warpgroups, 64 query rows each, as in FlashAttention-3 (Shah et al., 2024).
+// Attention forward for SM90 (Hopper): wgmma, the copy engine (TMA), warp specialisation.
+// Persistent blocks of one producer warpgroup and two or three consumer warpgroups, 64 query rows
+// each, as in FlashAttention-3 (Shah et al., 2024).
 //
 //                   work list                             shared memory
 //   producer  warp 0 ────────▶ copy engine ──▶  Q Q │ K K │ V V    two stages of K and V; full and empty barriers for each.
-//             warp 1 zeroes dropped rows of V ────────────────┘    The output of a query tile takes its place; where there is
+//             warp 1 zeroes masked rows of V ─────────────────┘    The output of a query tile takes its place; where there is
 //                                                                  room for two, the next one is loaded early
 //             warps 2, 3 write the rows without a query tile as zeros
 //
@@ -11,17 +12,20 @@
 //     0   S₁ O₀  softmax₁  S₂ O₁  softmax₂  S₃ O₂ ...
 //     1          S₁ O₀  softmax₁  S₂ O₁  softmax₂ ...
 //
-// The tensor cores have to be fed while a softmax runs, which takes about as long as two products. A consumer issues the scores of the
-// next tile together with the product of this one, and another's softmax runs under both. The loop has no branch but its barriers, and
-// what the consumers count by is uniform to the compiler, so that descriptors stay in uniform registers: masked tiles come first and
-// have a loop of their own, and scores beyond the range of the fast softmax are found out at the end, when the block starts again with
-// the exact one. Query tiles of a last wave that would leave multiprocessors idle are shared out by keys. What was measured about all
-// of this is in docs/PERFORMANCE.md.
+// The tensor cores have to be fed while a softmax runs, which takes about as long as two products.
+// A consumer issues the scores of the next tile together with the product of this one, and
+// another's softmax runs under both. The loop has no branch but its barriers, and the compiler
+// knows that the consumers' counters are uniform, so that descriptors stay in uniform registers.
+// Therefore masked tiles come first, in a separate loop; and scores beyond the range of the fast
+// softmax are noticed only at the end, when the block computes all its tiles again with the exact
+// softmax. Query tiles of a last wave that would leave multiprocessors idle are split by keys.
+// docs/ has the measurements.
 //
-// One kernel serves padded tensors, packed ones and padded ones under a mask, in place. Only the producer knows which: it passes on what
-// a consumer has to know of a query tile (`TileRows`) and of a key tile (`TileKeys`) in shared memory, along with the data. Scores
-// are masked in tiles that need it, and nowhere else. Rows of V that are not kept hold anything, NaN included, and P·V multiplies
-// them by zero: where the copy engine does not leave zeros itself, warp 1 of the producer does, before consumers see the tile.
+// One kernel serves dense, packed and fused calls. Only the producer knows which: it describes each
+// query tile (`TileRows`) and each key tile (`TileKeys`) to the consumers in shared memory, along
+// with the data. Scores are masked only in tiles that need it. Rows of V that are not kept hold
+// anything, NaN included, and P·V multiplies them by zero. Where the copy engine does not write
+// zeros, warp 1 of the producer does, before consumers see the tile.
 #include "../../ptx/mbarrier.cuh"
 #include "../../ptx/warpgroup.cuh"
 #include "../tile_lists.cuh"

@@ -1,4 +1,5 @@
-// A block of the sm90 kernel: its warps, its shared memory, and what its producer tells its consumers.
+// A block of the sm90 kernel: its warps, its shared memory, and what its producer tells its
+// consumers.
 #pragma once
 #include "../../common/params.cuh"
 #include "../../common/shared_tile.cuh"
@@ -10,24 +11,25 @@ namespace sm90 {
 
 constexpr int WARPGROUP = WARPGROUP_THREADS;
 
-// Named barriers. Those of a warpgroup are as many as there are warpgroups at most.
+// Named barriers. The first two are ranges, one barrier for each of up to three warpgroups.
 constexpr int BARRIER_TURN = 1;
 constexpr int BARRIER_WARPGROUP = 4;
-// The end, for consumers, and for each of the producer's warps that follow them.
+// The end of all query tiles: for the consumers, and for each warp of the producer that waits for
+// them.
 constexpr int BARRIER_END = 7;
 constexpr int BARRIER_END_COPIES = 8;
 constexpr int BARRIER_END_ZEROING = 9;
 
 // What consumers know of a query tile.
 struct TileRows {
-    // Negative where nothing is left to do. The first are masked.
+    // Key tiles, negative where nothing is left to do; the first `masked_tiles` of them are masked.
     int32_t key_tiles;
     int32_t masked_tiles;
     int32_t batch;
     int32_t head;
     // Padded tensors: rows past the end are clipped by the copy engine.
     int32_t clips;
-    // Of the parts of query tiles, all in a row, the one that this is; negative for a query tile with all its keys.
+    // `Work::part`.
     int32_t part;
     // One for each warp.
     RowGroup groups[12];
@@ -35,9 +37,9 @@ struct TileRows {
 
 // What consumers know of a key tile.
 struct TileKeys {
-    // Rows of V that are not kept have to be zeroed.
+    // Whether there are rows of V that must be zeroed.
     uint32_t has_masked_values;
-    // For the masked tiles.
+    // Bits of the keys, for masked tiles.
     uint32_t kept[6];
 };
 
@@ -52,7 +54,8 @@ struct Shape {
     static constexpr int CONSUMER_WARPS = WARPGROUPS * 4;
     static constexpr int CONSUMERS = WARPGROUPS * WARPGROUP;
     static constexpr int QUERY_TILES = QUERY_TILES_;
-    // For the product, before exponentials are computed; they would run beside it, but registers are too few.
+    // Whether consumers wait for the product before they compute exponentials. Both at once need
+    // more registers.
     static constexpr bool WAITS_EARLY = D == 256;
     static constexpr int PRODUCER_REGISTERS = WARPGROUPS == 2 ? 40 : 32;
     static constexpr int CONSUMER_REGISTERS = WARPGROUPS == 2 ? 232 : 160;
@@ -60,8 +63,8 @@ struct Shape {
     using TileQ = SharedTile<TILE_M, D>;
     using TileKV = SharedTile<TILE_N, D>;
     static constexpr int PANEL = TileQ::PANEL;
-    static constexpr int PANELS = D / PANEL;
-    static constexpr int ROW_BYTES = PANEL * 2;
+    static constexpr int PANELS = TileQ::PANELS;
+    static constexpr int ROW_BYTES = TileQ::ROW_BYTES;
     static constexpr int Q = 0;
     static constexpr int K = Q + QUERY_TILES * TileQ::BYTES;
     static constexpr int V = K + STAGES * TileKV::BYTES;
@@ -74,28 +77,30 @@ struct Shape {
     static constexpr int EMPTY_K = FULL_K + 8 * STAGES;
     static constexpr int FULL_V = EMPTY_K + 8 * STAGES;
     static constexpr int EMPTY_V = FULL_V + 8 * STAGES;
-    // Copied but not yet zeroed where it has to be.
+    // Values are copied, but masked rows are not zeroed yet.
     static constexpr int RAW_V = EMPTY_V + 8 * STAGES;
-    // Whether the block has to start again, and for each warpgroup, how many parts of its query tile were done before.
+    // Whether the block must recompute all tiles; and for each warpgroup, how many parts of its
+    // query tile were done before.
     static constexpr int OUT_OF_RANGE = RAW_V + 8 * STAGES;
     static constexpr int PARTS_DONE = OUT_OF_RANGE + 4;
     static constexpr int BYTES = PARTS_DONE + 4 * WARPGROUPS;
-    // The host asks for the tiles and the extra bytes.
+    // The host asks for the tiles and SM90_EXTRA_SHARED_BYTES.
     static_assert(BYTES <= ROWS_INFO + SM90_EXTRA_SHARED_BYTES && ROWS_INFO + SM90_EXTRA_SHARED_BYTES <= SM90_MAX_SHARED_BYTES);
     static_assert(TILE_N % 16 == 0 && TILE_N <= 192 && TILE_M <= 192);
 
-    // Where the query tile of a work lies, and what belongs to it for each warpgroup.
+    // Where the query tile of a work item lies, and its barriers for each warpgroup.
     __device__ static int query_tile(int work_index) { return Q + work_index % QUERY_TILES * TileQ::BYTES; }
     __device__ static int full_q(int work_index, int warpgroup) { return FULL_Q + 8 * (work_index % QUERY_TILES * WARPGROUPS + warpgroup); }
     __device__ static int empty_q(int work_index, int warpgroup) { return EMPTY_Q + 8 * (work_index % QUERY_TILES * WARPGROUPS + warpgroup); }
-    // Of the phase in which that work's queries are there; those before have been given back at the end of the other one.
+    // The parity of the phase in which the queries of a work item are there.
     __device__ static uint32_t parity_q(int work_index) { return work_index / QUERY_TILES % 2; }
 };
 
 using KeysState = PipelineState<STAGES>;
 
-// At the end of all query tiles, past a barrier that every consumer has arrived at: whether scores left the range of
-// `WarpgroupSoftmax`, so that every tile is computed again. Of `threads` those that are not consumers are one warp.
+// At the end of all query tiles, after a barrier that every consumer has arrived at: whether scores
+// were out of the range of `WarpgroupSoftmax`, so that every tile must be computed again. `threads`
+// wait and arrive: the consumers, and at most one other warp.
 template <typename S>
 __device__ inline bool must_recompute(unsigned char* shared, int barrier, int threads) {
     ptx::barrier_sync(barrier, threads);

@@ -1,4 +1,5 @@
-// A consumer warpgroup of the sm90 kernel: 64 query rows against the keys and values that the producer has copied.
+// A consumer warpgroup of the sm90 kernel: 64 query rows against the keys and values that the
+// producer has copied.
 #pragma once
 #include "../../common/math.cuh"
 #include "../../ptx/mbarrier.cuh"
@@ -31,16 +32,17 @@ struct Consumer {
     __device__ Matrix keys(int stage) const { return {base + S::K + stage * S::TileKV::BYTES, 16}; }
     __device__ Matrix values(int stage) const { return {base + S::V + stage * S::TileKV::BYTES, N * ROW_BYTES}; }
 
-    // What a softmax leaves of this lane's two rows: zeros for a query tile without keys.
+    // The results of a softmax for this lane's two rows; zeros for a query tile without keys.
     struct RowSums {
         float sum[2] = {0.0f, 0.0f};
         float log2_sum[2];
         bool out_of_range[2] = {false, false};
-        // Over all keys: not a part of a query tile whose other parts are not done.
+        // Whether these are sums over all keys. False for a part of a query tile while other parts
+        // are not done.
         bool is_whole = true;
 
         template <typename Softmax>
-        __device__ void take(const Softmax& softmax) {
+        __device__ void read_from(const Softmax& softmax) {
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
                 sum[half] = softmax.row_sum[half];
@@ -50,7 +52,7 @@ struct Consumer {
         }
     };
 
-    // What this warp has to know of its 16 rows to write them.
+    // What this warp must know of its 16 rows to write them.
     struct WarpRows {
         int batch;
         int head;
@@ -140,7 +142,7 @@ struct Consumer {
         if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(base + barrier);
     }
 
-    // Consumers issue their products in state.
+    // Consumers issue their products in turn.
     __device__ void wait_turn() const {
         ptx::barrier_sync(BARRIER_TURN + warpgroup, 2 * WARPGROUP);
     }
@@ -189,7 +191,7 @@ private:
         return reinterpret_cast<const TileRows*>(shared + S::ROWS_INFO)[work_index % 2];
     }
 
-    // As in TileRows: read where it is needed, since registers are few.
+    // `TileRows::part`, read where it is needed, since registers are scarce.
     __device__ int part() const { return ptx::uniform(rows_info(work_index).part); }
 
     // Waits for the query tile of `work_index`. False if there is none.
@@ -205,7 +207,8 @@ private:
         return key_tiles >= 0;
     }
 
-    // The output of the query tile before lies in that one's place, which is given back when it has left.
+    // The output of the query tile before lies in the place of its queries, which is given back
+    // once the output has left.
     __device__ void give_back_stored() {
         if (!is_stored) return;
         if (threadIdx.x % 32 == 0) ptx::tma_store_wait_read();
@@ -257,10 +260,10 @@ private:
         ptx::pin_registers(acc);
         arrive(S::EMPTY_V + 8 * state.stage());
         softmax.finish();
-        sums.take(softmax);
+        sums.read_from(softmax);
     }
 
-    // The product of a turn's tile, and the probabilities of the next.
+    // The product of a key tile, and the probabilities of the next one.
     template <bool IS_MASKED>
     __device__ void step(float (&acc)[D / 8][4], uint32_t (&probs)[N / 16][4], WarpgroupSoftmax& softmax, Matrix q, KeysState state) {
         const KeysState next = {state.count + 1};
@@ -270,7 +273,7 @@ private:
         ptx::mbarrier_wait(base + S::FULL_K + 8 * next.stage(), next.parity());
         wait_turn();
         issue_scores(scores, q, k);
-        // Under the scores' product.
+        // While the scores are computed.
         ptx::mbarrier_wait(base + S::FULL_V + 8 * state.stage(), state.parity());
         issue_output(acc, probs, v);
         give_turn();
@@ -301,7 +304,7 @@ private:
         for (; state.count != end; ++state.count) step_exactly<false>(acc, softmax, q, state);
         softmax.finish();
         if (part() >= 0) sums.is_whole = merge_parts(acc, softmax);
-        sums.take(softmax);
+        sums.read_from(softmax);
     }
 
     template <bool IS_MASKED>
@@ -329,8 +332,9 @@ private:
         arrive(S::EMPTY_V + 8 * stage);
     }
 
-    // This warpgroup's share of a part goes to global memory. The last one of a query tile adds all of them up; the others return false.
-    // Always in the same order, so that sums are the same whichever is last.
+    // Writes this warpgroup's share of a part to global memory. The last part of a query tile adds
+    // up all of them; the others return false. They are added in the order of parts, so that sums
+    // do not depend on which one is last.
     __device__ bool merge_parts(float (&acc)[D / 8][4], ExactSoftmax& softmax) const {
         constexpr int CHUNKS = D / 8 + 1;
         const int thread = threadIdx.x % WARPGROUP;
@@ -380,8 +384,9 @@ private:
         return true;
     }
 
-    // Through the query tile's place in shared memory to the copy engine; or to 16-byte stores, where it would write rows of the next
-    // sequence, or where the rows go to places of their own.
+    // The output takes the place of the queries in shared memory, and leaves by the copy engine; or
+    // by 16-byte stores, where the copy engine would write rows of the next sequence, or where
+    // `out_rows` lists the rows' places.
     __device__ void write_output(const float (&acc)[D / 8][4], const RowSums& sums) {
         const int lane = threadIdx.x % 32;
         const int warp = threadIdx.x / 32 - 4;
@@ -414,7 +419,7 @@ private:
             for (int i = 0; i < 4; ++i) {
                 const int half = i % 2;
                 const float(&pair)[4] = acc[tile + i / 2];
-                // Selected, not multiplied: a dropped row may hold NaN.
+                // Selected, not multiplied: a masked row may hold NaN.
                 const float low = zero[half] ? 0.0f : pair[2 * half] * inverse[half];
                 const float high = zero[half] ? 0.0f : pair[2 * half + 1] * inverse[half];
                 words[i] = ptx::pack_pair<T>(low, high);
@@ -445,7 +450,8 @@ private:
         }
     }
 
-    // Rows of packed tensors one by one, to where they lie or, with a list, to their places in the padded output.
+    // Rows of packed tensors one by one, to where they lie or, with a list, to their places in the
+    // padded output.
     __device__ void store_rows(const WarpRows& mine, const unsigned char* tile, int first) const {
         constexpr int CHUNKS = D / 8;
         const int lane = threadIdx.x % 32;
@@ -470,9 +476,9 @@ private:
         }
     }
 
-    // Of the first key tile of the query tile in hand.
+    // At the first key tile of the current query tile.
     KeysState state;
-    // Query tiles before this one, and what is known of the latest one that was opened.
+    // Query tiles before this one, and what `TileRows` says of it.
     int work_index = 0;
     int key_tiles = 0;
     int masked_tiles = 0;

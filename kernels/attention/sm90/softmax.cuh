@@ -1,14 +1,16 @@
-// The online softmax of softmax.cuh for a warp of a warpgroup: 16 rows, of which a lane holds parts of two ("halves": the upper and the
-// lower eight rows). The output is rescaled apart, since the products before this step's are still being added to it while the
+// The online softmax of FlashAttention-2 (Dao, 2023) for a warp of a warpgroup: 16 rows, of which a
+// lane holds parts of two ("halves": the upper and the lower eight rows). The output is rescaled
+// separately, since the product of the step before is still being added to it while the
 // exponentials are computed.
 //
-// Two forms with the same functions. `WarpgroupSoftmax` takes one multiplication a score, and is right as long as a row's maximum,
-// times the scale, stays within ±RANGE. `ExactSoftmax` subtracts first, which is right for all scores; what left the range is computed
-// again by it.
+// Two forms with the same functions. `WarpgroupSoftmax` takes one FFMA a score, and is right as
+// long as a row's maximum, times the scale, stays within ±RANGE. `ExactSoftmax` subtracts first,
+// which is right for all scores; it recomputes what is out of that range.
 #pragma once
 #include "../../ptx/mma.cuh"
 
-// Of the lane's scores in one half and those of the lanes that share its row.
+// The largest score of a row: of this lane's scores in one half, and of the lanes that share the
+// row.
 template <int TILES>
 __device__ inline float largest_of_row(const float (&scores)[TILES][4], int half) {
     // Two chains, since the latency of one is not hidden.
@@ -33,18 +35,19 @@ __device__ inline void add_over_lanes(float (&row_sum)[2]) {
     }
 }
 
-// Probabilities are exp2(score · scale - top), where `top` is the maximum times the scale, rounded. The same number is used for all
-// that is added up, so its rounding cancels out; it only shifts exponents, by less than 2^4 within the range, which f16 bears.
+// Probabilities are exp2(score · scale - top), where `top` is the maximum times the scale, rounded.
+// The same number is used for all that is added up, so its rounding cancels out; it only shifts
+// exponents, by less than 2^4 within the range, which is harmless in f16.
 struct WarpgroupSoftmax {
     static constexpr float RANGE = 134217728.0f;  // 2^27
 
-    // log2(e) times the caller's, not negative.
+    // softmax_scale · log2(e), not negative.
     float scale;
     // A row whose scores are all below -RANGE keeps a sum of zero.
     float top[2] = {-RANGE, -RANGE};
     // Over this lane's keys until `finish`.
     float row_sum[2] = {0.0f, 0.0f};
-    // By which what came before the latest scores must be multiplied.
+    // What came before the latest scores must be multiplied by this.
     float factor[2];
 
     __device__ explicit WarpgroupSoftmax(float scale) : scale(scale) {}
@@ -86,7 +89,7 @@ struct WarpgroupSoftmax {
 
 struct ExactSoftmax {
     float scale;
-    // In the scores' own units.
+    // Not scaled.
     float row_max[2] = {-INFINITY, -INFINITY};
     float row_sum[2] = {0.0f, 0.0f};
     float factor[2];
@@ -127,7 +130,7 @@ struct ExactSoftmax {
 
     __device__ void finish() { add_over_lanes(row_sum); }
 
-    // What sums over a maximum of `before` weigh among those over `largest`.
+    // The factor from sums relative to a maximum of `before` to sums relative to `largest`.
     __device__ float weight(float before, float largest) const { return ptx::exp2_approx((before - finite(largest)) * scale); }
 
     __device__ static bool out_of_range(int) { return false; }

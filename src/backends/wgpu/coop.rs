@@ -82,7 +82,7 @@ impl Coop {
         };
         // Devices with matrices of 8 are processors, which compile large tiles for seconds.
         let subgroups = if shape == 8 { 4 } else { 8 };
-        // In the order of their speed on an H100 (docs/PERFORMANCE.md).
+        // In the order of their speed on an H100 (docs/log/wgsl-coop.md).
         let tiles = [tile(subgroups, 32), tile(8, 16), tile(4, 32), tile(2, 16)];
         tiles.into_iter().find(fits).unwrap_or(tile(1, 16))
     }

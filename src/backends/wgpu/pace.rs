@@ -1,7 +1,7 @@
 //! How much work a submission may have, so that none runs for long on a slow adapter.
 //!
-//! Windows resets a GPU that neither finishes nor can pre-empt a submission within 2 seconds. How
-//! finely a GPU can be pre-empted depends on its driver, but it always can be between two
+//! Windows resets a GPU that neither finishes nor can preempt a submission within 2 seconds. How
+//! finely a GPU can be preempted depends on its driver, but it always can be between two
 //! submissions. So a long operation becomes several submissions of half a second at most: a GPU
 //! that also draws must not keep the screen waiting.
 

@@ -1,5 +1,5 @@
-//! The compiled kernels. They are loaded once for each context, however many devices there are over it; a function is looked up at
-//! its first launch.
+//! The compiled kernels. They are loaded once for each context, however many devices there are over
+//! it; a function is looked up at its first launch.
 
 use std::collections::{BTreeMap, HashMap};
 use std::ffi::{CString, c_void};
@@ -22,8 +22,8 @@ use crate::backends::cuda::driver::launch::Function;
 
 use super::tiles::{FormSm80, ListTile, Tile};
 
-/// The CUDA version whose compiler made the kernels, as the driver counts: 1000 · major + 10 · minor. Older drivers do not load
-/// them.
+/// The CUDA version whose compiler made the kernels, as the driver counts: 1000 · major + 10 ·
+/// minor. Older drivers do not load them.
 pub const KERNELS_CUDA: i32 = 13_000;
 
 /// Bytes at a multiple of 16, as the driver reads the headers of a fatbin where they lie.
@@ -99,8 +99,8 @@ pub fn set_emulated_sm100(fatbin: &[u8]) -> bool {
     }
     let bytes = std::ptr::slice_from_raw_parts(blocks.as_ptr().cast::<u8>(), words * 16);
     #[expect(clippy::cast_ptr_alignment, reason = "the blocks are aligned like what they become")]
-    // SAFETY: the blocks are 16 bytes each without padding, initialised and never freed; `Aligned<[u8]>` is laid out like its slice,
-    // with the alignment that blocks have.
+    // SAFETY: the blocks are 16 bytes each without padding, initialised and never freed;
+    // `Aligned<[u8]>` is laid out like its slice, with the alignment that blocks have.
     let image = unsafe { &*(bytes as *const Aligned<[u8]>) };
     EMULATED_SM100.set(image).is_ok()
 }
@@ -177,7 +177,8 @@ pub struct Modules {
     functions: Mutex<HashMap<Entry, Function>>,
 }
 
-// SAFETY: modules and functions may be used from any thread, and stay valid as long as their context: nothing unloads them.
+// SAFETY: modules and functions may be used from any thread, and stay valid as long as their
+// context: nothing unloads them.
 unsafe impl Send for Modules {}
 // SAFETY: as above; the map of functions is behind a lock.
 unsafe impl Sync for Modules {}
@@ -193,10 +194,12 @@ impl fmt::Debug for Modules {
 impl Modules {
     /// The kernels in a context, which is current; they are loaded if they are not there yet.
     ///
-    /// They stay until the context is destroyed, and graphs that were captured may go on to run them when the device is dropped.
+    /// They stay until the context is destroyed, and graphs that were captured may go on to run
+    /// them when the device is dropped.
     pub fn of(context: &Context, images: &AttentionImages) -> Result<Arc<Self>, DriverError> {
-        // By the number of the context, which a later context at the same address does not have. What is kept of a context that
-        // is destroyed is a few handles that nobody finds again; it does not keep the context.
+        // By the number of the context, which a later context at the same address does not have.
+        // What is kept of a context that is destroyed is a few handles that nobody finds again; it
+        // does not keep the context.
         static LOADED: Mutex<BTreeMap<u64, Arc<Modules>>> = Mutex::new(BTreeMap::new());
         let number = context.number()?;
         // A panic while it is held leaves the map as it was: modules are only inserted whole.
@@ -224,7 +227,8 @@ impl Modules {
                 Ok(module) => attention.push((kernel, module)),
                 // Every call falls back to it.
                 Err(error) if kernel == Kernel::CudaSm80 => return Err(error),
-                // Without the kernel there are the others: its self-check fails, and so it is not trusted.
+                // Without the kernel there are the others: its self-check fails, and so it is not
+                // trusted.
                 Err(error) => log::debug!("kernel {kernel} is not loaded: {error}"),
             }
         }

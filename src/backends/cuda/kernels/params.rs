@@ -1,11 +1,13 @@
-//! What the CUDA kernels and the host agree on: the kernels' parameters, the lists that they read, and shared constants.
+//! What the CUDA kernels and the host agree on: the kernels' parameters, the lists that they read,
+//! and shared constants.
 //!
-//! Each item is declared once, here. The macros below turn a declaration into the host's Rust item and, through [`header`], into the
-//! text of `kernels/common/params.cuh`, which every kernel includes. `cargo xtask kernels` includes this file and writes that header,
-//! so this file uses nothing else of the crate.
+//! Each item is declared once, here. The macros below turn a declaration into the host's Rust item
+//! and, through [`header`], into the text of `kernels/common/params.cuh`, which every kernel
+//! includes. `cargo xtask kernels` includes this file and writes that header, so this file uses
+//! nothing else of the crate.
 //!
-//! A field's type names what the kernel sees: `*const i32` is an address in device memory, which the host holds as a `u64`, 0 for
-//! null.
+//! A field's type names what the kernel sees: `*const i32` is an address in device memory, which
+//! the host holds as a `u64`, 0 for null.
 
 use std::ffi::c_void;
 
@@ -81,7 +83,8 @@ macro_rules! constants {
     };
 }
 
-/// A struct whose fields lie in the same places on both sides: the header asserts every offset, and [`Pod`] that there are no gaps.
+/// A struct whose fields lie in the same places on both sides: the header asserts every offset, and
+/// [`Pod`] that there are no gaps.
 macro_rules! shared_struct {
     ($(#[doc = $doc:literal])* $name:ident {
         $($(#[doc = $field_doc:literal])*
@@ -142,7 +145,8 @@ constants! {
     ELEMENT_BYTES: u32 = 2;
     /// Rows of a group, of which the tiles of the kernels with tile lists are made.
     GROUP_ROWS: u32 = 16;
-    /// Dynamic shared memory of an sm90 block beside its tiles: barriers, and what its warps tell one another.
+    /// Dynamic shared memory of an sm90 block beside its tiles: barriers, and what its warps tell
+    /// one another.
     SM90_EXTRA_SHARED_BYTES: u32 = 1024;
     /// The same for an sm100 block, with the factors of its rows.
     SM100_EXTRA_SHARED_BYTES: u32 = 3072;
@@ -195,11 +199,11 @@ shared_struct! {
         /// `[B + 1]` each; null for padded tensors.
         cu_seqlens_q: *const i32,
         cu_seqlens_k: *const i32,
-        /// `[B]`: the batch row or sequence of each step of the grid, longest first; null for their own
-        /// order.
+        /// `[B]`: the batch row or sequence of each step of the grid, longest first; null for their
+        /// own order.
         batch_order: *const i32,
-        /// `[B, words]` bits of padded tensors: kept keys, and query rows that are not written as zeros.
-        /// Null keeps all.
+        /// `[B, words]` bits of padded tensors: kept keys, and query rows that are not written as
+        /// zeros. Null keeps all.
         key_bits: *const u32,
         row_bits: *const u32,
         /// Added to the scores, any strides; null for none.
@@ -227,8 +231,8 @@ shared_struct! {
 }
 
 shared_struct! {
-    /// Which rows of padded tensors the fused form takes: the tables that pack and scatter go by. The
-    /// call's `cu_seqlens` are set.
+    /// Which rows of padded tensors the fused form takes: the tables that pack and scatter go by.
+    /// The call's `cu_seqlens` are set.
     RowLists {
         /// Flat positions, batch · seq + token, of the valid tokens of each side.
         indices_q: *const u32,
@@ -289,13 +293,13 @@ shared_struct! {
 pub struct TensorMap(pub [u64; 16]);
 
 shared_struct! {
-    /// Parameters of the attention kernels with tile lists, sm90 and sm100. Strides are in elements.
-    /// `attention/tile_lists.cuh` says what the lists mean.
+    /// Parameters of the attention kernels with tile lists, sm90 and sm100. Strides are in
+    /// elements. `attention/tile_lists.cuh` says what the lists mean.
     ///
-    /// Tensor maps have the dimensions head_dim, token, head, batch (of extent 1 if packed). A box is
-    /// one panel wide (64 columns, 32 where the compiled head dimension is no multiple of 64) and
-    /// swizzled over its width (128 or 64 bytes). Its rows: a key tile's of `k_map` and `v_map`,
-    /// GROUP_ROWS of the others.
+    /// Tensor maps have the dimensions head_dim, token, head, batch (of extent 1 if packed). A box
+    /// is one panel wide (64 columns, 32 where the compiled head dimension is no multiple of 64)
+    /// and swizzled over its width (128 or 64 bytes). Its rows: a key tile's of `k_map` and
+    /// `v_map`, GROUP_ROWS of the others.
     TileListParams {
         q_map: TensorMap,
         k_map: TensorMap,
@@ -312,8 +316,8 @@ shared_struct! {
         cu_seqlens_k: *const i32,
         /// The sequences in the order of work, longest first; null for their own order.
         order: *const i32,
-        /// `[B, words]` bits, if fused; bits past the end of a row are zero. `row_bits` may be null,
-        /// which keeps all.
+        /// `[B, words]` bits, if fused; bits past the end of a row are zero. `row_bits` may be
+        /// null, which keeps all.
         key_bits: *const u32,
         row_bits: *const u32,
         batches: *const BatchTiles,
@@ -345,9 +349,9 @@ shared_struct! {
         /// `[padded_rows]`, negative where that output is to be zero; null for nowhere.
         inv_indices: *const i32,
         /// Split query tiles, whose keys several blocks share (`attention/schedule.cuh`): the items
-        /// from `split_from` on, each in `parts` parts. `part_chunks` holds what the threads of a part
-        /// leave, `[parts of all, warpgroups, D / 8 + 1, 128]`; `parts_done` how many parts of a query
-        /// tile are done, `[query tiles, warpgroups]`, zeros before the launch.
+        /// from `split_from` on, each in `parts` parts. `part_chunks` holds what the threads of a
+        /// part leave, `[parts of all, warpgroups, D / 8 + 1, 128]`; `parts_done` how many parts of
+        /// a query tile are done, `[query tiles, warpgroups]`, zeros before the launch.
         part_chunks: *mut Float4,
         parts_done: *mut u32,
         split_from: i32,
@@ -357,8 +361,8 @@ shared_struct! {
 }
 
 shared_struct! {
-    /// A tensor to pack or scatter. Rows move as 16-byte words: H heads of `head_words` words each. All
-    /// strides count words.
+    /// A tensor to pack or scatter. Rows move as 16-byte words: H heads of `head_words` words each.
+    /// All strides count words.
     RowTensor {
         padded: *const c_void,
         packed: *mut c_void,
@@ -388,7 +392,8 @@ shared_struct! {
     ScatterParams {
         /// `padded` is written, `packed` read.
         tensor: RowTensor,
-        /// `[B·S]` packed row of each token, negative where it is masked; null writes zeros everywhere.
+        /// `[B·S]` packed row of each token, negative where it is masked; null writes zeros
+        /// everywhere.
         inv_indices: *const i32,
         batch: i32,
         seq: i32,
@@ -398,8 +403,8 @@ shared_struct! {
 shared_struct! {
     /// Parameters of the metadata kernels. The tables are those of `VarlenMeta`.
     MetadataParams {
-        /// `[B, S]` integers of `mask_bytes` bytes each; any that is not 0 keeps its token. Strides in
-        /// elements.
+        /// `[B, S]` integers of `mask_bytes` bytes each; any that is not 0 keeps its token. Strides
+        /// in elements.
         mask: *const c_void,
         mask_batch_stride: i64,
         mask_token_stride: i64,
@@ -426,8 +431,8 @@ pub const HEADER: &str = "kernels/common/params.cuh";
 
 /// The text of the header.
 pub fn header() -> String {
-    let about = "// Generated by `cargo xtask kernels` from src/backends/cuda/params.rs, which declares the host's side too:\n\
-                 // edit that file.\n\
+    let about = "// Generated by `cargo xtask kernels` from src/backends/cuda/kernels/params.rs,\n\
+                 // which declares the host's side too: edit that file.\n\
                  #pragma once\n\
                  #include <cstddef>\n\
                  #include <cstdint>\n\
@@ -457,8 +462,8 @@ pub fn header() -> String {
 }
 
 impl AttentionParams {
-    /// The same call without its first `rows` batch rows. Packed tensors stay, since `cu_seqlens` says where their rows are. A call
-    /// that is split has no `batch_order`.
+    /// The same call without its first `rows` batch rows. Packed tensors stay, since `cu_seqlens`
+    /// says where their rows are. A call that is split has no `batch_order`.
     pub fn after_batch_rows(&self, rows: usize) -> Self {
         let rows = rows as i64;
         // Null stays null.
@@ -495,8 +500,8 @@ mod tests {
     #[test]
     fn a_declaration_becomes_the_text_of_a_struct() {
         let text = "\
-// Which rows of padded tensors the fused form takes: the tables that pack and scatter go by. The
-// call's `cu_seqlens` are set.
+// Which rows of padded tensors the fused form takes: the tables that pack and scatter go by.
+// The call's `cu_seqlens` are set.
 struct RowLists {
     // Flat positions, batch · seq + token, of the valid tokens of each side.
     const uint32_t* indices_q;

@@ -1,5 +1,6 @@
-//! Tiles of the attention kernels: the tables that the kernels are compiled with (`kernels/attention/*/tiles.h`), read at compile time,
-//! and what grids and shared memory follow from them.
+//! Tiles of the attention kernels: the tables that the kernels are compiled with
+//! (`kernels/attention/*/tiles.h`), read at compile time, and what grids and shared memory follow
+//! from them.
 
 use crate::kernel::Kernel;
 
@@ -51,7 +52,8 @@ impl FormSm80 {
 impl Tile {
     const TABLE: [[u32; 5]; count(SM80_TILES)] = parse(SM80_TILES);
 
-    /// Lists of rows that the fused form keeps beside the tiles: the query tile's, and those of two key tiles.
+    /// Lists of rows that the fused form keeps beside the tiles: the query tile's, and those of two
+    /// key tiles.
     const KEY_LISTS: u32 = 2;
     const LIST_ENTRY_BYTES: u32 = 4;
     /// Shared memory of a block that every chip from SM80 on has.
@@ -66,7 +68,8 @@ impl Tile {
         Self { width, rows, keys, keys_masked, warps }
     }
 
-    /// Dynamic shared memory: the query tile and the stages of key and value tiles, and the fused form's lists.
+    /// Dynamic shared memory: the query tile and the stages of key and value tiles, and the fused
+    /// form's lists.
     pub const fn shared_bytes(self, form: FormSm80) -> u32 {
         let (keys, lists) = match form {
             FormSm80::Plain => (self.keys, 0),
@@ -133,7 +136,8 @@ impl ListTile {
         }
     }
 
-    /// Shared memory: the query tiles, whose places outputs take, and the stages of key and value tiles.
+    /// Shared memory: the query tiles, whose places outputs take, and the stages of key and value
+    /// tiles.
     const fn sm90([width, warpgroups, keys, query_tiles]: [u32; 4]) -> Self {
         let rows = warpgroups * SM90_WARPGROUP_ROWS;
         let tile_rows = query_tiles * rows + STAGES * STAGE_TENSORS * keys;
@@ -168,8 +172,8 @@ impl ListTile {
         if self.width.is_multiple_of(64) { 64 } else { 32 }
     }
 
-    /// Bytes that a part of a split query tile leaves for the others: f32 sums of the output, and a maximum and a sum for each of two
-    /// rows in each of a lane's four columns.
+    /// Bytes that a part of a split query tile leaves for the others: f32 sums of the output, and a
+    /// maximum and a sum for each of two rows in each of a lane's four columns.
     pub fn part_bytes(self) -> u64 {
         let threads = u64::from(self.splitting_warpgroups.unwrap_or_default() * WARPGROUP_THREADS);
         threads * (u64::from(self.width) / 8 + 1) * 16

@@ -101,6 +101,15 @@ pub fn empty_tables(launcher: &Launcher, batch: usize, seq: usize) -> Result<Cud
     let inv_indices = buffer.address() + places.inv_indices;
     // SAFETY: the table lies inside the buffer. 255 is every byte of −1.
     unsafe { transfer::fill(&launcher.context, inv_indices, 255, 4 * (batch * seq) as u64) }?;
+    if seq > 0 {
+        // Each batch row once: a kernel that takes them in this order writes the zeros of all of them.
+        // Fits: batch · seq does.
+        let order: Vec<i32> = (0..batch as i32).collect();
+        // SAFETY: the table lies inside the buffer and has an i32 for each batch row.
+        unsafe {
+            transfer::upload(&launcher.context, buffer.address() + places.batch_order, bytemuck::cast_slice(&order))
+        }?;
+    }
     Ok(buffer)
 }
 

@@ -117,7 +117,7 @@ impl PortableTile {
     const KEYS: u32 = 64;
 
     /// Scores and output of an invocation take 48 to 96 registers. Chunks are fetched ahead where
-    /// that was measured to be faster (docs/PERFORMANCE.md).
+    /// that was measured to be faster (docs/log/wgsl.md).
     const fn of(head_dim: usize) -> Self {
         let vecs = if head_dim <= 64 { 1 } else { 2 };
         Self {

@@ -1,0 +1,104 @@
+// Which keys a tile of query rows needs: the one place that says so, for every attention kernel.
+//
+//   KeyRange    sm80: keys first ≤ j < end of the sequence
+//   KeyTiles    sm90, sm100: the same in tiles, or the tiles of a list where a mask drops keys
+//
+// Today a tile needs every valid key of its sequence, whichever its rows are. A bound first(i) ≤ j
+// < end(i) for row i would narrow what `of` and `find` give to what the tile's rows need, and the
+// masks of scores (sm80: against `first` and `end`; `kept_keys`) to the row.
+#pragma once
+#include "../common/params.cuh"
+#include "schedule.cuh"
+#include "tile_lists.cuh"
+
+// Keys of a sequence, counted from its first.
+struct KeyRange {
+    static constexpr int first = 0;
+    int end;
+
+    // For a tile of query rows of a sequence with `keys` keys.
+    __device__ static KeyRange of(int keys) { return {keys}; }
+
+    // Tiles of N keys that hold the range.
+    template <int N>
+    __device__ int first_tile() const {
+        return first / N;
+    }
+    template <int N>
+    __device__ int end_tile() const {
+        return (end + N - 1) / N;
+    }
+};
+
+// The key tiles of a block's query tile, M query rows and N keys. A whole warp finds them; all of
+// its lanes hold the same values.
+template <int M, int N>
+struct KeyTiles {
+    static constexpr int ROW_GROUPS = M / GROUP_ROWS;
+    static constexpr int KEY_GROUPS = N / GROUP_ROWS;
+
+    // The batch row in the tensors.
+    int batch;
+    // Key tiles; and how many of them hold keys that are not kept: the first ones of a list, or the
+    // one with the last key.
+    int count;
+    int masked;
+    // The first key of the sequence in the tensor, and its keys; not used with lists.
+    int first_key;
+    int keys;
+    // The entries of `key_tiles`, with lists.
+    const int32_t* list;
+
+    // Finds the key tiles of a work item. Gives lane l group l of the query tile.
+    __device__ RowGroup find(const TileListParams& params, const Work& work, int lane) {
+        batch = work.group;
+        first_key = 0;
+        keys = params.seq_k;
+        int first_row = work.tile * M + lane * GROUP_ROWS;
+        int queries = params.seq_q;
+        uint32_t kept = 0xffff;
+        if (params.form == FORM_FUSED) {
+            const BatchTiles tiles = params.batches[work.group];
+            batch = tiles.batch;
+            count = tiles.key_tiles;
+            masked = tiles.masked_key_tiles;
+            list = params.key_tiles + tiles.first_key_tile;
+            const int tile = tiles.first_query_tile + work.tile;
+            if (lane < ROW_GROUPS) {
+                first_row = params.query_groups[tile * ROW_GROUPS + lane];
+                kept = group_bits(params.row_bits, params.row_words, batch, first_row);
+            }
+        } else {
+            if (params.form == FORM_PACKED) {
+                first_row += params.cu_seqlens_q[work.group];
+                queries = params.cu_seqlens_q[work.group + 1];
+                first_key = params.cu_seqlens_k[work.group];
+                keys = max(params.cu_seqlens_k[work.group + 1] - first_key, 0);
+                batch = 0;
+            }
+            count = (keys + N - 1) / N;
+            masked = keys % N == 0 ? 0 : 1;
+        }
+        return {first_row, min(max(queries - first_row, 0), GROUP_ROWS), kept};
+    }
+
+    // Which keys of a tile are kept: the bits of keys 32 · lane and on. Without lists, `before`
+    // keys of the sequence are before the tile.
+    __device__ uint32_t kept_keys(const TileListParams& params, int tile, int before, int lane) const {
+        uint32_t kept = 0xffffffff;
+        if (params.form == FORM_FUSED && tile < 0) {
+            kept = 0;
+            if (lane < KEY_GROUPS) {
+                const int first = params.key_groups[~tile * KEY_GROUPS + lane];
+                kept = group_bits(params.key_bits, params.key_words, batch, first);
+            }
+            const uint32_t even = __shfl_sync(0xffffffff, kept, 2 * lane % 32);
+            const uint32_t odd = __shfl_sync(0xffffffff, kept, (2 * lane + 1) % 32);
+            kept = even | odd << 16;
+        } else if (params.form != FORM_FUSED) {
+            const int left = keys - before - lane * 32;
+            kept = left >= 32 ? 0xffffffff : left <= 0 ? 0 : (1u << left) - 1;
+        }
+        return kept;
+    }
+};

@@ -1,0 +1,127 @@
+//! A call of the CPU device: its tensors, what takes part, and its pieces.
+
+use std::ops::Range;
+
+use super::host::{HostInput, HostOutput};
+use super::isa::Processor;
+use super::needed_keys::{NeededKeys, Sequences};
+use super::rows::RowElement;
+use crate::call::op::{Attention, Input, Output, Rows, no_device_tables};
+use crate::call::problem::{AttentionProblem, AttentionShape};
+use crate::error::Result;
+use crate::layout::Layout;
+use crate::mask::key_mask::KeyMask;
+
+/// A call whose tensors are all `[B, S, H, D]`; packed ones have a batch dimension of stride 0.
+pub(super) struct Call<'a, T> {
+    pub problem: &'a AttentionProblem,
+    pub processor: Processor,
+    pub q: HostInput<'a, T>,
+    pub k: HostInput<'a, T>,
+    pub v: HostInput<'a, T>,
+    pub out: HostOutput<'a, T>,
+    pub lse: Option<HostOutput<'a, f32>>,
+    pub bias: Option<Bias<'a, T>>,
+    pub queries: Sequences<'a>,
+    pub keys: Sequences<'a>,
+    /// Queries that it does not keep get rows of zeros, computed or not.
+    pub query_mask: Option<&'a KeyMask>,
+    pub scale: Scale,
+}
+
+/// What is added to the scaled scores, `[B, H, Sq, Sk]`.
+pub(super) enum Bias<'a, T> {
+    Same(HostInput<'a, T>),
+    F32(HostInput<'a, f32>),
+}
+
+/// The softmax scale as two factors.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Scale {
+    /// Its sign, or 0: multiplied into the queries, which is exact.
+    pub queries: f32,
+    /// Its magnitude, never 0: the softmax wants a positive factor, for which the largest score
+    /// stays the largest.
+    pub scores: f32,
+}
+
+impl Scale {
+    fn new(softmax_scale: f32) -> Self {
+        if softmax_scale == 0.0 {
+            return Self { queries: 0.0, scores: 1.0 };
+        }
+        Self { queries: softmax_scale.signum(), scores: softmax_scale.abs() }
+    }
+}
+
+/// A query tile: queries `first..first + count` of one batch row and key/value head. They are
+/// numbered token by token, the query heads of the group side by side.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Task {
+    pub batch: usize,
+    pub kv_head: usize,
+    pub first: usize,
+    pub count: usize,
+    /// Pairs of query and key.
+    pub pairs: usize,
+}
+
+impl<'a, T: RowElement> Call<'a, T> {
+    pub fn new(attention: Attention<'a>, processor: Processor) -> Result<Self> {
+        let Attention { problem, q, k, v, out, lse, rows, .. } = attention;
+        let AttentionShape { seq_q, seq_k, .. } = problem.shape;
+        let (queries, keys, query_mask, bias) = match rows {
+            Rows::Dense { key_mask, bias, zero_rows } => {
+                let keys = key_mask.map_or(Ok(Sequences::Whole(seq_k)), Sequences::kept)?;
+                (Sequences::Whole(seq_q), keys, zero_rows, bias)
+            }
+            Rows::Varlen { query, key } => {
+                (Sequences::Valid(query), Sequences::Valid(key), Some(query.key_mask()), None)
+            }
+            Rows::Packed { query, key } => (Sequences::Packed(query), Sequences::Packed(key), None, None),
+            Rows::DeviceVarlen { .. } => return Err(no_device_tables(super::NAME)),
+        };
+        let bias = match bias {
+            None => None,
+            Some(bias) if bias.dtype == T::DTYPE => Some(Bias::Same(HostInput::new(bias)?)),
+            Some(bias) => Some(Bias::F32(HostInput::new(bias)?)),
+        };
+        let padded = |input: Input<'a>| HostInput::new(Input { layout: with_batch(input.layout)?, ..input });
+        Ok(Self {
+            problem,
+            processor,
+            q: padded(q)?,
+            k: padded(k)?,
+            v: padded(v)?,
+            out: HostOutput::new(Output { layout: with_batch(out.layout)?, ..out })?,
+            lse: lse.map(HostOutput::new).transpose()?,
+            bias,
+            queries,
+            keys,
+            query_mask,
+            scale: Scale::new(problem.softmax_scale),
+        })
+    }
+
+    /// The keys that some query of the batch row's queries `queries`, numbered as in [`Task`],
+    /// needs.
+    pub fn needed_keys(&self, batch: usize, queries: &Range<usize>) -> Range<usize> {
+        let group = self.shape().group_size();
+        let tokens = queries.start / group..queries.end.div_ceil(group);
+        NeededKeys::all_of(&self.keys.of(batch)).of_tile(tokens)
+    }
+
+    pub fn shape(&self) -> &AttentionShape {
+        &self.problem.shape
+    }
+}
+
+/// A layout of rank 3, packed rows, as one of rank 4 whose batch index does not matter.
+fn with_batch(layout: Layout) -> Result<Layout> {
+    match (layout.shape(), layout.strides()) {
+        (&[total, heads, dim], &[row, head, inner]) => {
+            Layout::strided(&[1, total, heads, dim], &[0, row, head, inner], layout.offset())
+        }
+        _ => Ok(layout),
+    }
+}
