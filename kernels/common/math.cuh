@@ -8,6 +8,10 @@ constexpr float LN_2 = 0.6931471805599453f;
 // programs, and would become it.
 constexpr float LOWEST_BIAS = -2.3e38f;
 
+// With a key mask or a bias, scores of kept keys below this count as this, so that -inf is what is
+// not kept: rows without keys are zeros, rows whose scores overflow are NaN.
+constexpr float OVERFLOWED = -3.4028e38f;
+
 // Products of a row's maximum and the scale beyond this are rounded by more than an exponent may be
 // off, 2^-8. There, scores are subtracted before they are scaled.
 constexpr float COARSE = 65536.0f;

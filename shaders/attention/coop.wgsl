@@ -304,7 +304,8 @@ fn attention(
         var sums: Sums;
         var step = step_from(tile, tile.keys.first, invocation);
         var next: Step;
-        if step.first_key < tile.keys.end {
+        let has_keys = step.first_key < tile.keys.end;
+        if has_keys {
             next = step_from(tile, step.first_key + TILE_KEYS, invocation);
             seen.y = max(seen.y, stage(fetch_keys(tile, step, invocation), 0u, invocation, factors.k));
             workgroupBarrier();
@@ -461,6 +462,7 @@ fn attention(
         for (var distance = 1u; distance < LANES; distance *= 2u) {
             row_sum += subgroupShuffleXor(row_sum, distance);
         }
+        row_sum = spread_overflow(has_keys, base, row_sum);
         // Selected, not multiplied: a dropped row may hold NaN.
         let is_zero = row_sum == 0.0 || !row_is_kept(tile, row);
         let inverse_sum = 1.0 / row_sum;

@@ -184,7 +184,8 @@ fn attention(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_
     }
 
     var first_key = next_step(tile, tile.keys.first);
-    if first_key < tile.keys.end {
+    let has_keys = first_key < tile.keys.end;
+    if has_keys {
         locate_keys(tile, first_key, invocation, &fetched);
         if AHEAD {
             fetch_chunk(0u, invocation, &fetched);
@@ -347,6 +348,7 @@ fn attention(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_
         for (var i = 0u; i < QUAD; i++) { // unroll
             let m = quad * 4u + i;
             let row = row_group + m * GROUPS;
+            row_sum[quad][i] = spread_overflow(has_keys, row_max[quad][i], row_sum[quad][i]);
             // Selected, not multiplied: a dropped row may hold NaN.
             let is_zero = row_sum[quad][i] == 0.0 || !row_is_kept(tile, min(row, tile.rows - 1u));
             for (var block = 0u; block < BLOCKS; block++) { // unroll

@@ -10,5 +10,13 @@ fn biased(tile: Tile, row: u32, key: u32, score: f32) -> Biased {
     let dropped = bitcast<u32>(value) == 0xff800000u;
     // The smallest floats are a common stand-in for -inf. The factor log2(e) must not push them out
     // of f32's range.
-    return Biased(score + max(value, -2.3e38) * LOG2_E, !dropped);
+    let sum = score + max(value, -2.3e38) * LOG2_E;
+    // By a comparison that is false for NaN.
+    return Biased(select(sum, OVERFLOWED, sum < OVERFLOWED), !dropped);
+}
+
+// The sum of a row's weights, NaN if the scores of all its kept keys are below every f32. Where the
+// bias drops every key it stays 0.
+fn spread_overflow(has_keys: bool, row_max: f32, row_sum: f32) -> f32 {
+    return select(row_sum, nan_of(row_sum), row_max == OVERFLOWED);
 }

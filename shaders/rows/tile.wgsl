@@ -11,6 +11,8 @@ const LOG2_E: f32 = 1.4426950408889634;
 const LN_2: f32 = 0.6931471805599453;
 // Masked scores are this, below any score. The lowest biases come close to it.
 const LOWEST: f32 = -3.4028234e38;
+// With a bias, lower scores of kept keys are this.
+const OVERFLOWED: f32 = -3.4028e38;
 
 // Keys first .. end - 1. An empty range has end == first.
 struct KeyRange {
@@ -43,4 +45,9 @@ fn in_grid(group: vec3<u32>) -> vec3<u32> {
 struct Biased {
     score: f32,
     kept: bool,
+}
+
+// NaN for any number. Of a constant, WGSL forbids it.
+fn nan_of(value: f32) -> f32 {
+    return bitcast<f32>(bitcast<u32>(value) | 0x7fc00000u);
 }

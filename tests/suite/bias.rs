@@ -20,6 +20,7 @@ pub fn register(trials: &mut Trials) {
     trials.each_kernel_with_bias("bias/strided", strided);
     trials.each_kernel_with_bias("bias/odd_lengths", odd_lengths);
     trials.each_kernel_with_bias("bias/lowest_finite_values", lowest_finite_values);
+    trials.each_kernel_with_bias("bias/overflowing_scores", overflowing_scores);
 }
 
 /// `values`, of `shape`, read as PyTorch broadcasts it to `full`.
@@ -175,6 +176,53 @@ fn lowest_finite_values(variant: &Variant) -> Result<()> {
             let values: Vec<f32> = (0..b * h * q * k).map(|at| row(at / k)).collect();
             check(variant, call(variant), bias, &values, &FULL).with_context(|| format!("whole rows in {bias}"))?;
         }
+    }
+    Ok(())
+}
+
+/// Scaled scores beyond f32, before a bias is added. A bias of −∞ hides them; a row that it hides is +0.0. Other rows are NaN if
+/// their scores include +∞ or are nothing but −∞.
+fn overflowing_scores(variant: &Variant) -> Result<()> {
+    const HIDDEN: f32 = f32::NEG_INFINITY;
+    // Every key has `FAR` in column 0, and all but each fourth in column 1.
+    const FAR: f32 = 16384.0;
+    let has_score = |key: usize| key % 4 != 1;
+    let ([_, _, q, k], dim) = (FULL, SHAPE.head_dim);
+    let mut call = call(variant);
+    call.scale = Some(2f32.powi(100));
+    for (at, value) in call.values[1].iter_mut().enumerate() {
+        let key = at / dim / SHAPE.kv_heads % k;
+        match at % dim {
+            0 => *value = FAR,
+            1 => *value = if has_score(key) { FAR } else { 0.0 },
+            _ => {}
+        }
+    }
+    for bias in [variant.dtype, DType::F32] {
+        // Of a query: what it has in columns 0 and 1, its bias for a key, and whether it is NaN.
+        type Row = ([f32; 2], fn(usize, f32) -> f32, bool);
+        let rows: [Row; 8] = [
+            ([-FAR, 0.0], |_, _| 0.0, true),
+            ([FAR, 0.0], |_, _| 0.0, true),
+            ([-FAR, 0.0], |_, _| HIDDEN, false),
+            ([FAR, 0.0], |_, _| HIDDEN, false),
+            ([-FAR, 0.0], |key, _| if key == 5 { 0.5 } else { HIDDEN }, true),
+            ([0.0, 0.0], |_, lowest| lowest, false),
+            ([0.0, -FAR], |_, _| -0.5, false),
+            ([0.0, FAR], |key, _| if key % 4 == 1 { 0.0 } else { HIDDEN }, false),
+        ];
+        for (at, value) in call.values[0].iter_mut().enumerate() {
+            let query = at / dim / SHAPE.heads % q;
+            *value = if at % dim < 2 { rows[query % 8].0[at % dim] } else { 0.0 };
+        }
+        let values: Vec<f32> = (0..q * k).map(|at| rows[at / k % 8].1(at % k, lowest(bias))).collect();
+        call.bias = Some(broadcast(&values, &[q, k], FULL));
+        let bits: Vec<u32> = values.iter().map(|&value| narrow(value, bias)).collect();
+        let tensor = upload(&variant.device, bias, &bits, &[q, k])?;
+        let (_, out) = call.run_as(variant, AttentionMask::Bias(tensor.view()))?;
+        let rules = Rules::fixed_only(variant.dtype, 1e-3);
+        call.judge_beside_nan(&out, &call.reference(usize::MAX)?, rules, |_, query| rows[query % 8].2)
+            .with_context(|| format!("bias in {bias}"))?;
     }
     Ok(())
 }

@@ -8,7 +8,7 @@ use varlen_fa_testkit::{
 };
 
 use super::call::Call;
-use super::memory::precision;
+use super::memory::{narrow, precision};
 use super::trials::Variant;
 
 /// How far from the oracle an output may be.
@@ -92,6 +92,28 @@ impl Call {
         let offsets = rows.iter().map(|&row| oracle.output_offset(row)).collect();
         let is_whole = rows.len() == shape[..3].iter().product();
         Ok(Reference { rows, offsets, is_whole, is_empty, expected, low_precision })
+    }
+
+    /// Judges an output of which the rows of some queries, given by batch row and position, must be NaN throughout. The others
+    /// are judged as [`judge`](Self::judge) does.
+    pub fn judge_beside_nan(
+        &self,
+        bits: &[u32],
+        reference: &Reference,
+        rules: Rules,
+        is_nan: impl Fn(usize, usize) -> bool,
+    ) -> Result<()> {
+        let ([_, queries, heads, dim], mut bits) = (self.output_shape(), bits.to_vec());
+        for (&start, expected) in reference.offsets.iter().zip(reference.expected.chunks(dim)) {
+            let (row, token) = (&mut bits[start..start + dim], start / dim / heads);
+            let (batch, query) = (token / queries, token % queries);
+            if is_nan(batch, query) {
+                let out = self.widen(row);
+                ensure!(out.iter().all(|value| value.is_nan()), "query {query} of batch row {batch}: got {out:?}");
+                row.iter_mut().zip(expected).for_each(|(bits, &value)| *bits = narrow(value as f32, self.dtype));
+            }
+        }
+        self.judge(&bits, reference, rules)
     }
 
     /// Judges an output: masked rows are +0.0, all others finite, and those of the reference near it.

@@ -13,6 +13,8 @@ pub fn register(trials: &mut Trials) {
     trials.each_path("numerics/largest_softmax_scales", largest_softmax_scales);
     trials.each_path("numerics/large_scores", large_scores);
     trials.each_path("numerics/largest_values", largest_values);
+    trials.each_path_of(&[DType::F32, DType::Bf16], "numerics/overflowing_scores", overflowing_scores);
+    trials.each_path("numerics/overflowing_products_with_the_scale", overflowing_products_with_the_scale);
     trials.each_path("numerics/scores_far_apart", scores_far_apart);
     trials.each_path("numerics/smallest_values", smallest_values);
     trials.each_path("numerics/equal_scores", equal_scores);
@@ -91,6 +93,55 @@ fn largest_values(variant: &Variant) -> Result<()> {
         call.scale = scale;
         let atol = f64::from(largest) * 1e-4;
         call.check_by(variant, Rules::fixed_only(variant.dtype, atol)).with_context(|| format!("{scale:?}"))?;
+    }
+    Ok(())
+}
+
+/// Products of q and k beyond f32. +∞ among the scores makes a row NaN, and so does −∞ alone; −∞ beside numbers has no weight.
+fn overflowing_scores(variant: &Variant) -> Result<()> {
+    let mut call = Call::random(SHAPE, holes(), variant.dtype, 11);
+    let (far, row) = (2f32.powi(100), 2 * 64);
+    for (at, value) in call.values[0].iter_mut().enumerate() {
+        *value = if at % 64 == 0 { [-far, 0.0, far][at / row % 150 % 3] } else { 0.0 };
+    }
+    for (at, value) in call.values[1].iter_mut().enumerate() {
+        // In the second batch row, every third key has a score of 0.
+        if at % 64 == 0 {
+            *value = if at / row >= 150 && at / row % 3 == 0 { 0.0 } else { far };
+        }
+    }
+    let kept = call.mask.query_keep().map(<[bool]>::to_vec).unwrap_or_default();
+    for scale in [None, Some(-1.0)] {
+        call.scale = scale;
+        let lowest = if scale.is_some() { 2 } else { 0 };
+        let is_nan = |batch: usize, query: usize| {
+            kept[batch * 150 + query] && (query % 3 == 2 - lowest || (query % 3 == lowest && batch == 0))
+        };
+        let rules = Rules::fixed_only(variant.dtype, 1e-3);
+        call.judge_beside_nan(&call.run(variant)?, &call.reference(usize::MAX)?, rules, is_nan)
+            .with_context(|| format!("softmax_scale {scale:?}"))?;
+    }
+    Ok(())
+}
+
+/// Products of q and k that are numbers, but not times the scale. Kernels that scale differences of scores are right; others give
+/// NaN. None gives anything else.
+fn overflowing_products_with_the_scale(variant: &Variant) -> Result<()> {
+    let mut call = Call::random(SHAPE, holes(), variant.dtype, 12);
+    for (factor, values) in [2.0, 4.0].into_iter().zip(&mut call.values) {
+        values.iter_mut().enumerate().for_each(|(at, value)| *value = if at % 64 == 0 { factor } else { 0.0 });
+    }
+    let kept = call.mask.query_keep().map(<[bool]>::to_vec).unwrap_or_default();
+    for scale in [1e38, -1e38] {
+        call.scale = Some(scale);
+        let bits = call.run(variant)?;
+        let out = call.widen(&bits);
+        let is_nan = |batch: usize, query: usize| {
+            let token = batch * 150 + query;
+            kept[token] && out[token * 2 * 64].is_nan()
+        };
+        call.judge_beside_nan(&bits, &call.reference(usize::MAX)?, Rules::fixed_only(variant.dtype, 1e-3), is_nan)
+            .with_context(|| format!("softmax_scale {scale}"))?;
     }
     Ok(())
 }

@@ -178,6 +178,8 @@ struct SoftmaxWarpgroup {
             ptx::tensor_fence_before();
             block.arrive(S::PROBS + 8 * tile);
         }
+        // Every kept score is below every float.
+        if (key_tiles > 0 && softmax.sum == 0.0f) softmax.sum = NAN;
         // Read this late, since registers are scarce before.
         const uint32_t kept = rows.groups[tile * TILE_GROUPS + row / GROUP_ROWS].kept;
         const bool zero = softmax.sum == 0.0f || (kept >> (row % GROUP_ROWS) & 1) == 0;

@@ -238,15 +238,18 @@ __device__ inline void attention(const AttentionParams& params, const RowLists& 
             for_each_score(scores, [&](float& score, int row, int key) {
                 const int query = min(rows.first_query + warp_row + row, rows.queries - 1);
                 const int at = min(first_key + key, rows.keys - 1);
+                bool kept = (params.key_bits == nullptr || bit_at(params.key_bits, params.key_words, rows.batch, at)) && first_key + key < range.end;
                 score *= params.score_scale;
                 if (params.bias != nullptr) {
                     const int64_t position = rows.batch * params.bias_strides[0] + rows.head * params.bias_strides[1] +
                                              query * params.bias_strides[2] + at * params.bias_strides[3];
                     const float bias = bias_at<T>(params, position);
-                    score += bias == -INFINITY ? bias : fmaxf(bias, LOWEST_BIAS) * LOG2_E;
+                    kept = kept && bias != -INFINITY;
+                    score += fmaxf(bias, LOWEST_BIAS) * LOG2_E;
                 }
-                const bool kept = params.key_bits == nullptr || bit_at(params.key_bits, params.key_words, rows.batch, at);
-                if (!kept || first_key + key >= range.end) score = -INFINITY;
+                // By a comparison that is false for NaN.
+                if (score < OVERFLOWED) score = OVERFLOWED;
+                if (!kept) score = -INFINITY;
             });
         } else {
             if (params.score_scale < 0.0f) for_each_score(scores, [](float& score, int, int) { score = -score; });
@@ -270,7 +273,9 @@ __device__ inline void attention(const AttentionParams& params, const RowLists& 
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const int row = warp_row + m * 16 + half * 8 + lane / 4;
-            const float sum = softmax.row_sum[m][half];
+            float sum = softmax.row_sum[m][half];
+            // Every kept score is below every float.
+            if (MASKED ? softmax.row_max[m][half] == OVERFLOWED : sum == 0.0f && end_tile > first_tile) sum = NAN;
             bool zero = sum == 0.0f;
             if constexpr (MASKED) {
                 const int query = min(rows.first_query + row, rows.queries - 1);

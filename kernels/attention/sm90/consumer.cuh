@@ -304,6 +304,7 @@ private:
         for (; state.count != end; ++state.count) step_exactly<false>(acc, softmax, q, state);
         softmax.finish();
         if (part() >= 0) sums.is_whole = merge_parts(acc, softmax);
+        softmax.spread_overflow();
         sums.read_from(softmax);
     }
 

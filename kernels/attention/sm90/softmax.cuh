@@ -88,8 +88,11 @@ struct WarpgroupSoftmax {
 };
 
 struct ExactSoftmax {
+    // Below any score, but above the maximum of no keys.
+    static constexpr float LOWEST = -3.402823466e38f;
+
     float scale;
-    // Not scaled.
+    // Not scaled: -inf without any key so far, else LOWEST or more.
     float row_max[2] = {-INFINITY, -INFINITY};
     float row_sum[2] = {0.0f, 0.0f};
     float factor[2];
@@ -101,12 +104,12 @@ struct ExactSoftmax {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const float before = row_max[half];
-            row_max[half] = fmaxf(before, largest_of_row(scores, half));
+            row_max[half] = fmaxf(fmaxf(before, LOWEST), largest_of_row(scores, half));
             factor[half] = weight(before, row_max[half]);
 #pragma unroll
             for (int tile = 0; tile < TILES; ++tile) {
-                scores[tile][2 * half] -= finite(row_max[half]);
-                scores[tile][2 * half + 1] -= finite(row_max[half]);
+                scores[tile][2 * half] -= row_max[half];
+                scores[tile][2 * half + 1] -= row_max[half];
             }
         }
     }
@@ -129,6 +132,14 @@ struct ExactSoftmax {
     }
 
     __device__ void finish() { add_over_lanes(row_sum); }
+
+    // After all keys: rows that have keys, all of whose scores are below every float, become NaN.
+    __device__ void spread_overflow() {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            if (row_sum[half] == 0.0f && row_max[half] != -INFINITY) row_sum[half] = NAN;
+        }
+    }
 
     // The factor from sums relative to a maximum of `before` to sums relative to `largest`.
     __device__ float weight(float before, float largest) const { return ptx::exp2_approx((before - finite(largest)) * scale); }

@@ -178,6 +178,6 @@ impl<T: RowElement> Call<'_, T> {
                 tiles.step(self, strips, lanes, tile.len());
             }
         }
-        tiles.finish(self, task, strips);
+        tiles.finish(self, task, strips, !needed.is_empty());
     }
 }

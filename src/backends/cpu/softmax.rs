@@ -7,6 +7,24 @@
 
 use pulp::Simd;
 
+/// What a score below every f32 counts as where there is a bias. A bias of −∞ alone makes it −∞, so
+/// that keys which the bias hides are told from scores that overflow.
+pub(super) const OVERFLOWED: f32 = f32::MIN;
+/// Lower biases but −∞ count as this one, so that the lowest floats, a common stand-in for −∞, do
+/// not make scores overflow.
+const LOWEST_BIAS: f32 = -3.3e38;
+
+/// A score times a positive factor, and the bias: −∞ where the bias is, else [`OVERFLOWED`] or more,
+/// or NaN.
+#[inline(always)]
+pub(super) fn biased<S: Simd>(simd: S, score: S::f32s, factor: S::f32s, bias: S::f32s) -> S::f32s {
+    let (nothing, lowest) = (simd.splat_f32s(f32::NEG_INFINITY), simd.splat_f32s(OVERFLOWED));
+    let sum = simd.mul_add_e_f32s(score, factor, at_least(simd, LOWEST_BIAS, bias));
+    // By a comparison that is false for NaN.
+    let sum = simd.select_f32s(simd.less_than_f32s(sum, lowest), lowest, sum);
+    simd.select_f32s(simd.equal_f32s(bias, nothing), nothing, sum)
+}
+
 /// What a strip of `W` vectors of queries carries from one tile of keys to the next.
 pub(super) struct Running<'a, S: Simd, const W: usize> {
     /// Largest score so far, −∞ before the first key.

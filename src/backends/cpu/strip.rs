@@ -16,7 +16,7 @@
 use std::ops::Range;
 
 use super::isa::{AtWidth, Processor, RegisterTile, Vectorized};
-use super::softmax::Running;
+use super::softmax::{Running, biased};
 
 /// Head dimensions are multiples of 8, which is no multiple of 6: what is left over is one or two
 /// blocks of as many columns.
@@ -173,7 +173,7 @@ impl AtWidth for Step<'_> {
             let factor = simd.splat_f32s(scale);
             for (score, bias) in scores.iter_mut().zip(vectors::<S, W>(&bias[panel(lanes, len)])) {
                 for w in 0..W {
-                    score[w] = simd.mul_add_e_f32s(score[w], factor, bias[w]);
+                    score[w] = biased(simd, score[w], factor, bias[w]);
                 }
             }
             scale = 1.0;
@@ -228,7 +228,7 @@ fn accumulate<S: RegisterTile, const W: usize, const N: usize>(
     }
 }
 
-/// Divides the accumulated output of all strips by the sums; zeros where no key was kept.
+/// Divides the accumulated output of all strips by the sums; zeros where the sum is 0.
 pub(super) struct Normalize<'a> {
     pub strips: Strips,
     pub head_dim: usize,
@@ -245,7 +245,6 @@ impl Vectorized for Normalize<'_> {
             let (sums, _) = S::as_simd_f32s(&self.sum[lanes.clone()]);
             let (acc, _) = S::as_mut_simd_f32s(&mut self.acc[panel(&lanes, self.head_dim)]);
             for (w, &sum) in sums.iter().enumerate() {
-                // The sum is 0 only where no key was kept: the largest kept score has weight 1.
                 let is_empty = simd.equal_f32s(sum, zero);
                 let inverse = simd.div_f32s(simd.splat_f32s(1.0), sum);
                 for acc in acc.iter_mut().skip(w).step_by(sums.len()) {

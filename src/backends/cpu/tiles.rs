@@ -7,6 +7,7 @@ use super::call::{Bias, Call, Task};
 use super::host::{self, HostInput};
 use super::needed_keys::Tokens;
 use super::rows::{RowElement, from_panel, prefetch, to_block, to_panel};
+use super::softmax::OVERFLOWED;
 use super::strip::{KeyTile, NARROW, Normalize, Step, Strips, panel};
 use crate::error::Result;
 
@@ -211,9 +212,10 @@ impl Tiles {
         });
     }
 
-    /// Writes the output of a task, after its last key.
-    pub fn finish<T: RowElement>(&mut self, call: &Call<'_, T>, task: &Task, strips: Strips) {
+    /// Writes the output of a task, after its last key, if it has any.
+    pub fn finish<T: RowElement>(&mut self, call: &Call<'_, T>, task: &Task, strips: Strips, has_keys: bool) {
         let dim = call.shape().head_dim;
+        self.spread_overflow(has_keys, call.bias.is_some());
         let query = Query::of(call, task);
         let out = call.out.batch_rows(task.batch);
         let Self { acc, max, sum, rows, .. } = self;
@@ -245,6 +247,17 @@ impl Tiles {
             let lse = unsafe { lse.row(&[head, token], 1) };
             // In f64, so that the sum is rounded once. Without a key it is −∞ + ln 0 = −∞.
             lse.fill((f64::from(max) * f64::from(call.scale.scores) + f64::from(sum).ln()) as f32);
+        }
+    }
+
+    /// Makes rows NaN all of whose kept scores are below every f32. The sum of weights says so: the
+    /// largest score has weight 1 if it is a number, so a sum of 0 is one of −∞ alone. With a bias,
+    /// those are the rows that it hides, and overflow is a number of its own.
+    fn spread_overflow(&mut self, has_keys: bool, has_bias: bool) {
+        for (&max, sum) in self.max.iter().zip(self.sum.iter_mut()) {
+            if if has_bias { max == OVERFLOWED } else { has_keys && *sum == 0.0 } {
+                *sum = f32::NAN;
+            }
         }
     }
 }
