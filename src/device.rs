@@ -136,7 +136,7 @@ impl Device {
     #[cfg(feature = "wgpu")]
     pub fn from_wgpu(device: &::wgpu::Device, queue: &::wgpu::Queue, config: Config) -> Result<Self> {
         let backend =
-            crate::backends::wgpu::WgpuDevice::external(device, queue, config, reference(&*CpuDevice::shared()))?;
+            crate::backends::wgpu::WgpuDevice::external(device, queue, config, reference(&*CpuDevice::open(None)?))?;
         expect_kernel(&backend, config)?;
         log::info!("computing on the application's {}", backend.name());
         Ok(Self { backend: Arc::new(backend), config: config.with_device(DeviceChoice::Wgpu) })
@@ -348,7 +348,7 @@ fn open(choice: DeviceChoice, adapters: Adapters, config: Config) -> Result<Arc<
         #[cfg(feature = "wgpu")]
         DeviceChoice::Wgpu => {
             let software = adapters == Adapters::All;
-            Arc::new(crate::backends::wgpu::WgpuDevice::open(software, config, reference(&*CpuDevice::shared()))?)
+            Arc::new(crate::backends::wgpu::WgpuDevice::open(software, config, reference(&*CpuDevice::open(None)?))?)
         }
         #[cfg(not(feature = "wgpu"))]
         DeviceChoice::Wgpu => return Err(not_built(choice, "wgpu")),
@@ -383,7 +383,7 @@ async fn open_async(choice: DeviceChoice, adapters: Adapters, config: Config) ->
     #[cfg(all(feature = "wgpu", target_arch = "wasm32"))]
     if choice == DeviceChoice::Wgpu {
         let software = adapters == Adapters::All;
-        let cpu = CpuDevice::shared();
+        let cpu = CpuDevice::open(None)?;
         return Ok(Arc::new(crate::backends::wgpu::WgpuDevice::open_async(software, config, reference(&*cpu)).await?));
     }
     open(choice, adapters, config)

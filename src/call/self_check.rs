@@ -133,15 +133,30 @@ struct Case {
     head_dim: usize,
 }
 
+/// Why a kernel did not pass.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Doubt {
+    /// A sentence that says what failed or differs first.
+    pub why: String,
+    /// Whether that is for lack of memory or of the device, and may come out otherwise next time.
+    pub is_passing: bool,
+}
+
+impl Doubt {
+    fn of(error: &Error, why: String) -> Self {
+        Self { why, is_passing: matches!(error, Error::OutOfMemory { .. } | Error::DeviceLost { .. }) }
+    }
+}
+
 /// [`compare`] where no device gives up the thread: nothing is pending there.
 ///
 /// # Errors
-/// As [`compare`].
+/// What failed or differs first.
 #[cfg(not(target_arch = "wasm32"))]
 pub(crate) fn compare_now(tested: Subject<'_>, reference: Subject<'_>, cases: &Cases) -> Result<(), String> {
     let comparison = pin!(compare(tested, reference, cases));
     match comparison.poll(&mut Context::from_waker(Waker::noop())) {
-        Poll::Ready(outcome) => outcome,
+        Poll::Ready(outcome) => outcome.map_err(|doubt| doubt.why),
         Poll::Pending => Err(format!("{} gave up the thread", tested.kernel)),
     }
 }
@@ -149,9 +164,9 @@ pub(crate) fn compare_now(tested: Subject<'_>, reference: Subject<'_>, cases: &C
 /// Runs every case with both kernels. In a browser it gives the thread back while it waits.
 ///
 /// # Errors
-/// A sentence that says what failed or differs first.
-pub(crate) async fn compare(tested: Subject<'_>, reference: Subject<'_>, cases: &Cases) -> Result<(), String> {
-    let in_words = |error: Error| error.to_string();
+/// What failed or differs first.
+pub(crate) async fn compare(tested: Subject<'_>, reference: Subject<'_>, cases: &Cases) -> Result<(), Doubt> {
+    let in_words = |error: Error| Doubt::of(&error, error.to_string());
     let max_head_dim = tested.kernel.max_head_dim().min(reference.kernel.max_head_dim());
     let head_dims = cases.head_dims.iter().copied().filter(|&head_dim| head_dim <= max_head_dim);
     let widest = head_dims.clone().max().unwrap_or(0);
@@ -167,13 +182,15 @@ pub(crate) async fn compare(tested: Subject<'_>, reference: Subject<'_>, cases: 
                 let case = Case { form, dtype, head_dim };
                 let explain =
                     |kernel: Kernel, why: String| format!("{form:?} {dtype}, head_dim {head_dim}: {kernel} {why}");
-                let failed = |kernel: Kernel| move |error: Error| explain(kernel, format!("failed: {error}"));
+                let failed =
+                    |kernel: Kernel| move |error: Error| Doubt::of(&error, explain(kernel, format!("failed: {error}")));
                 let expected = reference_bench
                     .run(Case { form: form.of_reference(), ..case })
                     .await
                     .map_err(failed(reference.kernel))?;
                 let got = tested_bench.run(case).await.map_err(failed(tested.kernel))?;
-                judge(case, &masks, &got, &expected).map_err(|why| explain(tested.kernel, why))?;
+                judge(case, &masks, &got, &expected)
+                    .map_err(|why| Doubt { why: explain(tested.kernel, why), is_passing: false })?;
             }
         }
     }

@@ -1,4 +1,4 @@
-//! How many dispatches a call became, as the wgpu device logs it.
+//! How many dispatches a call became and how many shaders it compiled, as the wgpu device logs it.
 
 use std::cell::RefCell;
 use std::sync::Once;
@@ -12,6 +12,9 @@ pub struct Dispatches {
     /// None where the call was recorded for the application to submit.
     pub command_buffers: Option<usize>,
 }
+
+/// How the line about a shader begins.
+const COMPILED: &str = "compiled ";
 
 thread_local! {
     /// Lines of this thread, while it counts.
@@ -36,6 +39,19 @@ impl log::Log for Lines {
 
 /// Runs `calls` and gives what each of its calls on this thread became, besides its result.
 pub fn count<R>(calls: impl FnOnce() -> Result<R>) -> Result<(R, Vec<Dispatches>)> {
+    let (result, lines) = lines(calls)?;
+    let counts = lines.iter().filter(|line| !line.starts_with(COMPILED));
+    let counts = counts.map(|line| parse(line).with_context(|| line.clone())).collect::<Result<Vec<_>>>()?;
+    Ok((result, counts))
+}
+
+/// Runs `calls` and gives how many shaders it compiled on this thread, besides its result.
+pub fn count_compiled<R>(calls: impl FnOnce() -> Result<R>) -> Result<(R, usize)> {
+    let (result, lines) = lines(calls)?;
+    Ok((result, lines.iter().filter(|line| line.starts_with(COMPILED)).count()))
+}
+
+fn lines<R>(calls: impl FnOnce() -> Result<R>) -> Result<(R, Vec<String>)> {
     static LOGGER: Once = Once::new();
     LOGGER.call_once(|| {
         // A logger that is there already would show as no lines at all.
@@ -46,8 +62,7 @@ pub fn count<R>(calls: impl FnOnce() -> Result<R>) -> Result<(R, Vec<Dispatches>
     LINES.set(Some(Vec::new()));
     let result = calls();
     let lines = LINES.take().context("the lines went away")?;
-    let counts = lines.iter().map(|line| parse(line).with_context(|| line.clone())).collect::<Result<Vec<_>>>()?;
-    Ok((result?, counts))
+    Ok((result?, lines))
 }
 
 fn parse(line: &str) -> Result<Dispatches> {

@@ -6,11 +6,13 @@ use varlen_fa::{
     VarlenOptions, f16, pack, pack_qkv, scatter_to_padded, varlen_attention,
 };
 
+use super::dispatches::count_compiled;
 use super::trials::Trials;
 
 pub fn register(trials: &mut Trials) {
     trials.once("wgpu/a_lost_device_is_an_error", a_lost_device_is_an_error);
     trials.once("wgpu/only_wgpu_devices_have_handles", only_wgpu_devices_have_handles);
+    trials.once("wgpu/warm_up_leaves_nothing_to_compile", warm_up_leaves_nothing_to_compile);
 }
 
 fn only_wgpu_devices_have_handles(device: &Device) -> Result<()> {
@@ -73,5 +75,33 @@ fn a_lost_device_is_an_error(device: &Device) -> Result<()> {
     drop((x, out, packed));
     let other = Device::with_config(device.config())?;
     ensure!(Tensor::zeros(&other, DType::F16, &[3])?.to_vec::<f16>()? == [f16::ZERO; 3]);
+    Ok(())
+}
+
+/// On a device of its own, so that warming up has something to compile; larger calls of the kind compile nothing more.
+fn warm_up_leaves_nothing_to_compile(device: &Device) -> Result<()> {
+    let device = Device::with_config(device.config().with_device(DeviceChoice::Wgpu))?;
+    let layer = MaskedAttention::new(&device);
+    let small = (KeyMask::from_lengths(6, &[3, 6])?, [2, 6, 4, 16], [2, 6, 2, 16]);
+    let large = (KeyMask::from_lengths(70, &[9, 70, 0])?, [3, 70, 6, 16], [3, 70, 3, 16]);
+    for dtype in [DType::F32, DType::Bf16] {
+        for with_meta in [false, true] {
+            let warm_up = |(key_mask, q, kv): &(KeyMask, [usize; 4], [usize; 4])| {
+                let meta = VarlenMeta::from_key_mask(key_mask)?;
+                let mask = if with_meta { AttentionMask::varlen(&meta) } else { AttentionMask::Key(key_mask) };
+                Ok(layer.warm_up(dtype, q, kv, mask)?)
+            };
+            let (plan, compiled) = count_compiled(|| warm_up(&small))?;
+            ensure!(compiled > 0, "{plan} compiled nothing");
+            let (q_shape, kv_shape) = (large.1, large.2);
+            let [q, kv] = [q_shape, kv_shape].map(|shape| Tensor::zeros(&device, dtype, &shape));
+            let (q, kv) = (q?, kv?);
+            let meta = VarlenMeta::from_key_mask(&large.0)?;
+            let mask = if with_meta { AttentionMask::varlen(&meta) } else { AttentionMask::Key(&large.0) };
+            let (called, compiled) = count_compiled(|| Ok(layer.forward(&q, &kv, &kv, mask)?.plan))?;
+            ensure!(called == plan, "warm_up takes {plan}, forward {called}");
+            ensure!(compiled == 0, "{compiled} shaders compiled after warming up, {dtype}, {plan}");
+        }
+    }
     Ok(())
 }

@@ -200,9 +200,11 @@ impl Launcher {
             return Ok(Arc::clone(pipeline));
         }
         let cache = self.pipeline_cache.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let started = Instant::now();
         let compiled = context
             .faults
             .capture("compiling a shader", 0, || Arc::new(self.compile(context, shader, cache.as_ref())))?;
+        log::debug!("compiled {shader:?} in {:?}", started.elapsed());
         pipelines.insert(shader, Arc::clone(&compiled));
         Ok(compiled)
     }

@@ -31,7 +31,7 @@ pub(super) static VERDICTS: Verdicts = Verdicts(Mutex::new(None));
 impl Verdicts {
     /// Whether a kernel passed. Compares it with the reference if nobody did before. Threads that
     /// ask at the same time may each compare: no lock is held meanwhile, since a browser gives up
-    /// the thread.
+    /// the thread. What failed for lack of memory, or with the device, is tried again next time.
     ///
     /// # Errors
     /// What the kernel does wrong.
@@ -42,11 +42,15 @@ impl Verdicts {
             return verdict;
         }
         let started = Instant::now();
-        let verdict = self_check::compare(tested, reference, &Cases::QUICK).await;
-        if verdict.is_ok() {
-            let Defendant { adapter, kernel, .. } = defendant;
-            log::debug!("{}: kernel {kernel} passed its self-check in {:?}", adapter.name, started.elapsed());
-        }
+        let verdict = match self_check::compare(tested, reference, &Cases::QUICK).await {
+            Ok(()) => {
+                let Defendant { adapter, kernel, .. } = defendant;
+                log::debug!("{}: kernel {kernel} passed its self-check in {:?}", adapter.name, started.elapsed());
+                Ok(())
+            }
+            Err(doubt) if doubt.is_passing => return Err(doubt.why),
+            Err(doubt) => Err(doubt.why),
+        };
         let mut verdicts = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         verdicts.get_or_insert_default().insert(defendant.clone(), verdict.clone());
         verdict
