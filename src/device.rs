@@ -295,8 +295,8 @@ impl Device {
     /// case, and the drivers of most GPUs have caches of their own; it is those of phones that gain.
     ///
     /// Caches need `wgpu::Features::PIPELINE_CACHE`, which devices that this crate opens have wherever the adapter does. Creating
-    /// one is unsafe in wgpu, since drivers trust its data. What was compiled before stays: the two small shaders with which
-    /// [`wgsl-coop`](crate::Kernel::WgslCoop) is checked when a device is made.
+    /// one is unsafe in wgpu, since drivers trust its data. What was compiled before stays: the small shaders with which
+    /// kernels are checked when a process makes its first device of an adapter.
     ///
     /// # Errors
     /// [`Error::DeviceKind`] if this is not a wgpu device, [`Error::Backend`] for a cache of another one (one of another
@@ -304,6 +304,13 @@ impl Device {
     #[cfg(feature = "wgpu")]
     pub fn set_pipeline_cache(&self, cache: &::wgpu::PipelineCache) -> Result<()> {
         self.wgpu_backend()?.set_pipeline_cache(cache)
+    }
+
+    /// The cache that [`set_pipeline_cache`](Self::set_pipeline_cache) has set last, if any.
+    #[cfg(feature = "wgpu")]
+    #[must_use]
+    pub fn pipeline_cache(&self) -> Option<::wgpu::PipelineCache> {
+        self.wgpu_backend().ok()?.pipeline_cache()
     }
 
     #[cfg(feature = "wgpu")]

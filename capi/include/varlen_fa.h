@@ -752,6 +752,51 @@ varlen_fa_status varlen_fa_scatter_to_padded(const struct varlen_fa_device *devi
                                              const struct varlen_fa_meta *meta,
                                              const struct varlen_fa_tensor *padded);
 
+// Makes the device ready for calls of varlen_fa_forward of this kind, so that the first of them
+// takes no longer than the others: compiles their shaders and uploads the metadata. It runs one
+// call on zeros and waits for it. Without it, the first call on a wgpu device may take seconds.
+//
+// On wgpu devices a shader depends on the element type, D and the kind of the mask, not on B, S
+// and the number of heads: a small batch will do, as long as the plan is the same.
+//
+// `device`: is made ready. Any thread may do so, also beside calls on the device.
+// `options`: may be NULL.
+// `dtype`: the element type of q, k, v and the output.
+// `q_shape`: B, Sq, H and D.
+// `kv_shape`: B, Sk, Hkv and D.
+// `mask`: NULL for no mask.
+// `plan`: receives the plan that such calls have; may be NULL.
+varlen_fa_status varlen_fa_warm_up(const struct varlen_fa_device *device,
+                                   const struct varlen_fa_attention_options *options,
+                                   varlen_fa_dtype dtype,
+                                   const uint64_t *q_shape,
+                                   const uint64_t *kv_shape,
+                                   const struct varlen_fa_attention_mask *mask,
+                                   struct varlen_fa_plan *plan);
+
+// Gives a wgpu device a pipeline cache, with which it compiles shaders from now on. What
+// varlen_fa_pipeline_cache_copy gives at the end of a program makes its next start fast, where the
+// driver keeps no cache of its own. Data of another adapter or driver counts as none.
+//
+// `device`: a wgpu device; NOT_APPLICABLE if it is none or its adapter has no pipeline caches.
+// `data`: `bytes` bytes that varlen_fa_pipeline_cache_copy gave, unchanged: drivers trust them.
+// `bytes`: 0 for an empty cache.
+varlen_fa_status varlen_fa_pipeline_cache_load(const struct varlen_fa_device *device,
+                                               const uint8_t *data,
+                                               uint64_t bytes);
+
+// Copies what a device's pipeline cache holds, to be kept in a file.
+//
+// `device`: a wgpu device whose cache varlen_fa_pipeline_cache_load made; NOT_APPLICABLE if it has
+// none.
+// `data`: receives the bytes; NULL to ask for their number alone.
+// `capacity`: the size of the memory at `data`; LENGTH if it is too small, with `bytes` set.
+// `bytes`: receives the number of bytes. It grows when shaders are compiled.
+varlen_fa_status varlen_fa_pipeline_cache_copy(const struct varlen_fa_device *device,
+                                               uint8_t *data,
+                                               uint64_t capacity,
+                                               uint64_t *bytes);
+
 // The name of a status, as its constant has it: "BAD_HANDLE"; or NULL.
 //
 // As all functions that return names: NULL means that the number has none, and the text is valid

@@ -256,6 +256,11 @@ _FUNCTIONS = {
     "cu_seqlens_from_meta": [_HANDLE, _NEW],
     "cu_seqlens_free": [_HANDLE],
     "forward": [_HANDLE, POINTER(Options), _TENSOR, _TENSOR, _TENSOR, POINTER(AttentionMask), _TENSOR, POINTER(Plan)],
+    "warm_up": [
+        _HANDLE, POINTER(Options), c_uint32, POINTER(c_uint64), POINTER(c_uint64), POINTER(AttentionMask), POINTER(Plan),
+    ],
+    "pipeline_cache_load": [_HANDLE, c_char_p, c_uint64],
+    "pipeline_cache_copy": [_HANDLE, c_void_p, c_uint64, POINTER(c_uint64)],
     "pack_qkv": [_HANDLE, _TENSOR, _TENSOR, _TENSOR, _HANDLE, _TENSOR, _TENSOR, _TENSOR],
     "varlen_attention": [
         _HANDLE, POINTER(Options), _TENSOR, _TENSOR, _TENSOR, _HANDLE, _HANDLE, _TENSOR, _TENSOR, POINTER(Plan),
@@ -446,6 +451,31 @@ class Device(Handle):
         self.library.call(
             "forward", self.handle, _at(options), _at(q), _at(k), _at(v), _at(mask), _at(out), _at(plan)
         )
+
+    def warm_up(self, dtype, q_shape, kv_shape, mask=None, options=None, plan=None):
+        """Makes the device ready for calls of `forward` with such tensors and such a mask."""
+        shapes = [(c_uint64 * 4)(*shape) for shape in [q_shape, kv_shape]]
+        self.library.call("warm_up", self.handle, _at(options), dtype, *shapes, _at(mask), _at(plan))
+
+    def load_pipeline_cache(self, data=b""):
+        """Compiles shaders with a cache from now on, which starts from what `pipeline_cache` gave
+        in an earlier run; wgpu devices alone."""
+        self.library.call("pipeline_cache_load", self.handle, data, len(data))
+
+    def pipeline_cache(self):
+        """What the cache holds, as bytes."""
+        count = c_uint64()
+        self.library.call("pipeline_cache_copy", self.handle, None, 0, byref(count))
+        while True:
+            # It may grow meanwhile.
+            data = ctypes.create_string_buffer(max(count.value, 1))
+            room = count.value
+            try:
+                self.library.call("pipeline_cache_copy", self.handle, data, room, byref(count))
+                return data.raw[: count.value]
+            except Error as error:
+                if error.status != "LENGTH" or count.value <= room:
+                    raise
 
     def pack_qkv(self, q, k, v, meta, packed_q, packed_k, packed_v):
         outputs = [byref(packed_q), byref(packed_k), byref(packed_v)]

@@ -124,6 +124,17 @@ impl<T> Place<T> {
     }
 }
 
+impl Place<u8> {
+    /// Writes bytes.
+    ///
+    /// # Safety
+    /// There is memory for all of them, that nobody else uses during the call.
+    pub unsafe fn put_all(self, bytes: &[u8]) {
+        // SAFETY: by this function's contract; the bytes are the library's own.
+        unsafe { self.0.copy_from_nonoverlapping(bytes.as_ptr(), bytes.len()) };
+    }
+}
+
 /// The row of the number that C passed as an enum.
 pub(crate) fn choose<E: Named>(name: Name, given: MaybeUninit<E>) -> Result<&'static Row<E>> {
     let number = number(given);

@@ -50,7 +50,7 @@ pub unsafe extern "C" fn varlen_fa_forward(
         let out = unsafe { Described::new("out", out) }?;
         expect_apart(&[&out], &[&q, &k, &v])?;
         // SAFETY: as above.
-        let mask = unsafe { Mask::read(&device, mask, &out) }?;
+        let mask = unsafe { Mask::read(&device, mask, Some(&out)) }?;
         let [q, k, v] = [Input::new(&device, &q)?, Input::new(&device, &k)?, Input::new(&device, &v)?];
         let mut output = Output::new(&device, &out)?;
         let layer = options.layer(&device);
@@ -93,7 +93,7 @@ impl Options {
         Ok(Self { softmax_scale, path, kernel })
     }
 
-    fn layer(&self, device: &Device) -> MaskedAttention {
+    pub fn layer(&self, device: &Device) -> MaskedAttention {
         let mut layer = MaskedAttention::new(device);
         if let Some(scale) = self.softmax_scale {
             layer = layer.with_softmax_scale(scale);

@@ -27,12 +27,16 @@ pub(crate) enum Mask<'a> {
 }
 
 impl<'a> Mask<'a> {
-    /// Reads the mask; a bias must not overlap `out`.
+    /// Reads the mask; a bias must not overlap `out`, if there is one.
     ///
     /// # Safety
     /// `mask` is null, misaligned, or points to a mask that C initialised, whose bias obeys
     /// [`Described::new`].
-    pub unsafe fn read(device: &Device, mask: *const varlen_fa_attention_mask, out: &Described<'_>) -> Result<Self> {
+    pub unsafe fn read(
+        device: &Device,
+        mask: *const varlen_fa_attention_mask,
+        out: Option<&Described<'_>>,
+    ) -> Result<Self> {
         // SAFETY: by this function's contract.
         let Some(mask) = unsafe { read_optional(Name::of("mask"), mask) }? else { return Ok(Self::None) };
         match checked_kind(&mask)? {
@@ -41,7 +45,9 @@ impl<'a> Mask<'a> {
             varlen_fa_mask_kind::Bias => {
                 // SAFETY: by this function's contract.
                 let bias = unsafe { Described::new("bias", mask.bias) }?;
-                expect_apart(&[out], &[&bias])?;
+                if let Some(out) = out {
+                    expect_apart(&[out], &[&bias])?;
+                }
                 Ok(Self::Bias(Input::of_any_strides(device, &bias)?))
             }
             varlen_fa_mask_kind::Varlen => {

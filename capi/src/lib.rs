@@ -24,11 +24,14 @@ mod attention;
 
 mod primitives;
 
+mod warm_up;
+
 mod names;
 
 mod arguments;
 mod attention_mask;
 mod cuda;
 mod handles;
+mod pipeline_cache;
 mod tensors;
 mod types;

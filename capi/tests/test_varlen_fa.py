@@ -233,6 +233,20 @@ class Attention(unittest.TestCase):
             by_bias = stage.run(vf.bias(flat.tensor(shape, strides)))
             self.assertLess(furthest(by_bias, by_mask), TOLERANCES[DTYPE])
 
+    def test_warm_up_takes_what_a_call_takes(self):
+        stage, meta = self.stage(), library.meta_from_lengths(LENGTHS, SEQ)
+        q, kv = [BATCH, SEQ, HEADS, DIM], [BATCH, SEQ, KV_HEADS, DIM]
+        flat = self.memory(vf.F32, [0.0] * (BATCH * SEQ))
+        key_mask = library.key_mask_from_lengths(LENGTHS, SEQ)
+        masks = [None, vf.key(key_mask), vf.varlen(meta), vf.bias(flat.tensor([BATCH, 1, 1, SEQ]))]
+        for mask in masks:
+            for options in [None, library.options(softmax_scale=0.5)]:
+                warmed, plan = vf.Plan(), vf.Plan()
+                self.device.warm_up(DTYPE, q, kv, mask, options, warmed)
+                stage.run(mask, options=options, plan=plan)
+                self.assertEqual(str(warmed), str(plan))
+        self.device.warm_up(DTYPE, q, kv)
+
     def test_scale(self):
         stage = self.stage()
         got, expected = stage.run(options=library.options(softmax_scale=0.7)), stage.expected(1, 3, range(SEQ), 0.7)
@@ -385,6 +399,43 @@ class Refusals(unittest.TestCase):
         made_up = ctypes.c_void_p(0x7FFF00001230)
         self.refused("BAD_HANDLE", "never issued", lambda: library.call("meta_free", made_up))
         self.refused("BAD_HANDLE", "got a device handle", lambda: library.call("meta_free", device.handle))
+
+    def test_warm_up(self):
+        q = [BATCH, SEQ, HEADS, DIM]
+        self.refused("BAD_VALUE", "`dtype`", lambda: device.warm_up(99, q, q))
+        self.refused("HEADS_NOT_DIVISIBLE", "", lambda: device.warm_up(DTYPE, q, [BATCH, SEQ, HEADS - 1, DIM]))
+        null = lambda: library.call("warm_up", device.handle, None, DTYPE, None, None, None, None)
+        self.refused("NULL_POINTER", "`q_shape`", null)
+
+    def test_pipeline_cache(self):
+        # A device of its own: other tests share the one above.
+        with library.open(device_name) as own:
+            self.refused("NOT_APPLICABLE", "`device`", own.pipeline_cache)
+            if device_name != "wgpu":
+                self.refused("NOT_APPLICABLE", "`device`", own.load_pipeline_cache)
+                return
+            try:
+                own.load_pipeline_cache()
+            except vf.Error as error:  # the adapter may have no caches
+                self.assertEqual(error.status, "NOT_APPLICABLE")
+                self.skipTest(str(error))
+            q = [BATCH, SEQ, HEADS, DIM]
+            own.warm_up(DTYPE, q, q)
+            data = own.pipeline_cache()
+            self.assertGreater(len(data), 0)
+            count = ctypes.c_uint64()
+            short = ctypes.create_string_buffer(len(data))
+            self.refused(
+                "LENGTH",
+                "`capacity`",
+                lambda: library.call("pipeline_cache_copy", own.handle, short, len(data) - 1, ctypes.byref(count)),
+            )
+            self.assertEqual((count.value, short.raw), (len(data), bytes(len(data))))
+        with library.open(device_name) as later:
+            later.load_pipeline_cache(data)
+            stage = Stage(on=later)
+            self.assertTrue(all(math.isfinite(value) for value in stage.run()))
+            self.assertGreater(len(later.pipeline_cache()), 0)
 
     def test_devices(self):
         self.refused("BAD_VALUE", "`kind`", lambda: library.open(17))

@@ -161,6 +161,11 @@ impl WgpuDevice {
         self.launcher.set_pipeline_cache(&self.context, cache)
     }
 
+    /// The external cache that was set last.
+    pub(crate) fn pipeline_cache(&self) -> Option<wgpu::PipelineCache> {
+        self.launcher.pipeline_cache()
+    }
+
     /// An external buffer as memory of this device.
     pub(crate) fn import(&self, buffer: wgpu::Buffer) -> Result<Storage> {
         self.context.faults.check()?;

@@ -199,7 +199,7 @@ impl Launcher {
         if let Some(pipeline) = pipelines.get(&shader) {
             return Ok(Arc::clone(pipeline));
         }
-        let cache = self.pipeline_cache.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let cache = self.pipeline_cache();
         let started = Instant::now();
         let compiled = context
             .faults
@@ -207,6 +207,11 @@ impl Launcher {
         log::debug!("compiled {shader:?} in {:?}", started.elapsed());
         pipelines.insert(shader, Arc::clone(&compiled));
         Ok(compiled)
+    }
+
+    /// The external cache in use.
+    pub fn pipeline_cache(&self) -> Option<wgpu::PipelineCache> {
+        self.pipeline_cache.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// Compiles with an external cache from now on. A small shader shows whether it is one of this

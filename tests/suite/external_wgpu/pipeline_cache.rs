@@ -37,7 +37,9 @@ fn pipeline_cache(own: &Device) -> Result<Completion> {
         let application = Application::with(own, features, wgpu::Limits::default())?;
         let device = application.attach()?;
         let cache = cache(&application.device, data.as_deref());
+        ensure!(device.pipeline_cache().is_none(), "a device that was made a moment ago has a cache");
         device.set_pipeline_cache(&cache)?;
+        ensure!(device.pipeline_cache().is_some_and(|set| set == cache), "another cache than was set");
         let before = cache.get_data().context("a cache without data")?;
         let mut tensors = InPlace::new(&application, &device, &case, 0, 0)?;
         let ([q, k, v], out) = tensors.call();
