@@ -516,6 +516,14 @@ static void equal_masks(const varlen_fa_meta *meta) {
   OK(varlen_fa_forward(device, NULL, &c.q, &c.k, &c.v, NULL, &c.out, &plan));
   CHECK(plan.path == VARLEN_FA_PATH_DENSE && plan.reason == VARLEN_FA_REASON_NO_MASK);
 
+  /* Such a call, warmed up. */
+  const uint64_t q_shape[4] = {BATCH, SEQ, HEADS, DIM};
+  varlen_fa_plan warmed;
+  OK(varlen_fa_warm_up(device, NULL, VARLEN_FA_DTYPE_F32, q_shape, q_shape, NULL, &warmed));
+  CHECK(warmed.path == plan.path && warmed.kernel == plan.kernel && strcmp(warmed.text, plan.text) == 0);
+  REFUSED(varlen_fa_warm_up(device, NULL, 99, q_shape, q_shape, NULL, NULL), VARLEN_FA_STATUS_BAD_VALUE, "`dtype`");
+  REFUSED(varlen_fa_warm_up(device, NULL, VARLEN_FA_DTYPE_F32, q_shape, NULL, NULL, NULL), VARLEN_FA_STATUS_NULL_POINTER, "`kv_shape`");
+
   /* Nothing to do needs no memory. */
   varlen_fa_tensor nothing = tensor(NULL, 0, SEQ, HEADS, DIM);
   OK(varlen_fa_forward(device, NULL, &nothing, &nothing, &nothing, NULL, &nothing, NULL));
