@@ -90,6 +90,9 @@ impl MaskedAttention {
 
     /// Attention into a new `[B, Sq, H, D]` tensor.
     ///
+    /// Scores are f32. A row is NaN if a score that it keeps is NaN or +∞, or if all of them are −∞; it is zeros only if the mask
+    /// leaves it no key.
+    ///
     /// # Errors
     /// Any of [`Error`](crate::Error) that names an argument, if the arguments do not fit one another or the device; nothing is
     /// launched then. [`Error::OutOfMemory`](crate::Error::OutOfMemory) and the device's own failures otherwise.

@@ -164,7 +164,8 @@ pub(crate) fn scatter(
 pub struct PackedAttended {
     /// `[total_q, H, D]`, of the element type of `q`.
     pub out: Tensor,
-    /// `[H, total_q]` f32: the natural logarithm of the sum of `exp(score)` of each row, −∞ for a row with no key.
+    /// `[H, total_q]` f32: the natural logarithm of the sum of `exp(score)` of each row, −∞ for a row with no key, NaN
+    /// where the row of `out` is.
     pub lse: Option<Tensor>,
 }
 
