@@ -238,18 +238,20 @@ __device__ inline void attention(const AttentionParams& params, const RowLists& 
             for_each_score(scores, [&](float& score, int row, int key) {
                 const int query = min(rows.first_query + warp_row + row, rows.queries - 1);
                 const int at = min(first_key + key, rows.keys - 1);
-                bool kept = (params.key_bits == nullptr || bit_at(params.key_bits, params.key_words, rows.batch, at)) && first_key + key < range.end;
+                // Comparisons with OVERFLOWED are false for NaN.
                 score *= params.score_scale;
                 if (params.bias != nullptr) {
                     const int64_t position = rows.batch * params.bias_strides[0] + rows.head * params.bias_strides[1] +
                                              query * params.bias_strides[2] + at * params.bias_strides[3];
                     const float bias = bias_at<T>(params, position);
-                    kept = kept && bias != -INFINITY;
                     score += fmaxf(bias, LOWEST_BIAS) * LOG2_E;
+                    if (score < OVERFLOWED) score = OVERFLOWED;
+                    if (bias == -INFINITY) score = bias;
+                } else if (score < OVERFLOWED) {
+                    score = OVERFLOWED;
                 }
-                // By a comparison that is false for NaN.
-                if (score < OVERFLOWED) score = OVERFLOWED;
-                if (!kept) score = -INFINITY;
+                const bool kept = params.key_bits == nullptr || bit_at(params.key_bits, params.key_words, rows.batch, at);
+                if (!kept || first_key + key >= range.end) score = -INFINITY;
             });
         } else {
             if (params.score_scale < 0.0f) for_each_score(scores, [](float& score, int, int) { score = -score; });
