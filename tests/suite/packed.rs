@@ -1,6 +1,7 @@
 //! The primitives: pack and scatter, bit for bit, and attention over packed rows.
 
 use anyhow::{Context, Result, ensure};
+use libtest_mimic::Completion;
 use varlen_fa::{
     CuSeqlens, DType, Device, KeyMask, Tensor, TensorViewMut, VarlenMeta, VarlenOptions, pack, pack_into, pack_qkv,
     pack_qkv_into, scatter_to_padded, scatter_to_padded_into, varlen_attention, varlen_attention_into,
@@ -33,6 +34,7 @@ pub fn register(trials: &mut Trials) {
     trials.each_kernel("varlen_attention/many_sequences", many_sequences);
     trials.each_kernel("varlen_attention/softmax_scales", softmax_scales);
     trials.each_kernel("varlen_attention/strided_views", strided_views);
+    trials.each_kernel("varlen_attention/overflowing_scores", overflowing_scores);
     trials.each_kernel("varlen_attention/same_bits_with_and_without_lse", same_bits_with_and_without_lse);
     trials.each_kernel("varlen_attention/is_the_packed_path", is_the_packed_path);
 }
@@ -482,6 +484,38 @@ fn strided_views(variant: &Variant) -> Result<()> {
     let attended = varlen_attention(&variant.device, views, &cu_q, &cu_k, packed.options(variant))?;
     ensure!(attended.lse.is_none(), "lse was not asked for");
     packed.judge(&attended.out, None, Rules::standard(variant.dtype))
+}
+
+/// Products of q and k beyond f32, all of them below or above it: output and lse are NaN. The sequence without keys has zeros and −∞.
+fn overflowing_scores(variant: &Variant) -> Result<Completion> {
+    if variant.dtype == DType::F16 {
+        return Ok(Completion::ignored_with("products of f16 are numbers in f32"));
+    }
+    let (heads, dim) = (4, 40);
+    let mut packed = Packed::random(variant.dtype, [heads, 2, dim], &[4, 70, 3], &[70, 5, 0]);
+    let far = 2f32.powi(100);
+    for (input, of_row) in [|row: usize| if row < 4 { -1.0 } else { 1.0 }, |_| 1.0].into_iter().enumerate() {
+        for (at, value) in packed.values[input].iter_mut().enumerate().step_by(dim) {
+            *value = far * of_row(at / dim / heads);
+        }
+    }
+    let [q, k, v] = packed.tensors(&variant.device)?;
+    let cu_seqlens = [&packed.lengths_q, &packed.lengths_k].map(|lengths| CuSeqlens::from_lengths(lengths));
+    let [cu_q, cu_k] = cu_seqlens;
+    let options = packed.options(variant).with_lse();
+    let attended = varlen_attention(&variant.device, [&q, &k, &v], &cu_q?, &cu_k?, options)?;
+    let out: Vec<f32> = download(&attended.out)?.into_iter().map(|bits| widen(bits, variant.dtype)).collect();
+    let lse = attended.lse.context("lse was asked for")?.to_vec::<f32>()?;
+    for (row, out) in out.chunks(heads * dim).enumerate() {
+        let lse: Vec<f32> = lse.iter().skip(row).step_by(77).copied().collect();
+        if row < 74 {
+            ensure!(out.iter().chain(&lse).all(|value| value.is_nan()), "row {row}: {out:?}, lse {lse:?}");
+        } else {
+            ensure!(out.iter().all(|value| value.to_bits() == 0), "row {row} has no key: {out:?}");
+            ensure!(lse == [f32::NEG_INFINITY; 4], "row {row} has no key: lse {lse:?}");
+        }
+    }
+    Ok(Completion::Completed)
 }
 
 fn same_bits_with_and_without_lse(variant: &Variant) -> Result<()> {
