@@ -293,7 +293,8 @@ fn attention(
             }
         }
 
-        let score_scale = inverse(factors.q) * inverse(factors.k) * params.score_scale;
+        // Infinity times a score of 0 would be NaN.
+        let score_scale = clamp(inverse(factors.q) * params.score_scale * inverse(factors.k), LOWEST, -LOWEST);
         var base = LOWEST;
         // The sum over this lane's keys only.
         var row_sum = 0.0;
