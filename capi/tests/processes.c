@@ -186,7 +186,7 @@ static void *stay_busy(void *unused) {
 
 /* Forks while other threads compute, when locks may be held and pools are in use. */
 static void test_fork_while_busy(void) {
-  enum { BUSY = 2, FORKS = 30 };
+  enum { BUSY = 2, FORKS = 10 };
   pthread_t busy[BUSY];
   open_device("cpu", 2);
   expect_calls();
