@@ -9,10 +9,10 @@ use varlen_fa::rayon::{ThreadPool, ThreadPoolBuilder};
 use varlen_fa::{AttentionMask, Config, Device, DeviceChoice, MaskedAttention, Tensor};
 
 use super::trials::Trials;
-use super::{Register, cases, dense, masks, packed};
+use super::{Register, dense, masks, packed};
 
 /// Dense, fused and packed.
-const OF_EACH_NUMBER: &[Register] = &[cases::register, dense::register, packed::register, masks::register];
+const OF_EACH_NUMBER: &[Register] = &[dense::register, packed::register, masks::register];
 
 pub fn register(trials: &mut Trials) {
     let devices = [
