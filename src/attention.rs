@@ -116,7 +116,7 @@ impl MaskedAttention {
         };
         let (problem, plan, mask) = self.prepare(&q, &k, &v, mask, &future_out)?;
         let mut out = Tensor::uninit(&self.device, q.dtype(), q.shape())?;
-        self.launch(problem, plan, [q, k, v], mask, out.view_mut(), |op| self.device.backend().execute(op))?;
+        self.launch(problem, plan, [q, k, v], mask, out.view_mut(), |op| self.device.backend()?.execute(op))?;
         Ok(Attended { out, plan })
     }
 
@@ -185,7 +185,7 @@ impl MaskedAttention {
     ) -> Result<Plan> {
         let (q, k, v, out) = (q.into(), k.into(), v.into(), out.into());
         let (problem, plan, mask) = self.prepare(&q, &k, &v, mask, &out.info())?;
-        self.launch(problem, plan, [q, k, v], mask, out, |op| self.device.backend().execute(op))?;
+        self.launch(problem, plan, [q, k, v], mask, out, |op| self.device.backend()?.execute(op))?;
         Ok(plan)
     }
 

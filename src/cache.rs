@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::error::Result;
+use crate::process::OfProcess;
 
 /// Identifies one device of this process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -22,7 +23,7 @@ impl DeviceId {
     }
 }
 
-type Entry = (DeviceId, Arc<dyn Any + Send + Sync>);
+type Entry = (DeviceId, OfProcess<dyn Any + Send + Sync>);
 
 /// What backends keep of one mask or metadata: at most one value of each type for each device.
 ///
@@ -50,7 +51,7 @@ impl DeviceCopies {
             return Ok(copy);
         }
         let copy = Arc::new(make()?);
-        entries.push((device, Arc::clone(&copy) as Arc<dyn Any + Send + Sync>));
+        entries.push((device, OfProcess::new(Arc::clone(&copy) as Arc<dyn Any + Send + Sync>)));
         Ok(copy)
     }
 }

@@ -2,6 +2,7 @@
 
 use std::ffi::OsString;
 use std::fmt;
+use std::num::NonZeroUsize;
 use std::str::FromStr;
 
 use crate::error::{Error, Result};
@@ -122,6 +123,15 @@ pub struct Config {
     /// The instruction set of the CPU device (`VARLEN_FA_CPU`); the best one of the processor where
     /// there is none. A processor that lacks it is an error when the device is opened.
     pub cpu_isa: Option<CpuIsa>,
+    /// Threads that one call on the CPU device uses, at most (`VARLEN_FA_THREADS`). They are the
+    /// library's own, start with the first call that is worth them, and are shared by all devices
+    /// of this number. Numbers above [`MAX_THREADS`](Self::MAX_THREADS) and the processor's own are
+    /// lowered, with a warning in the log; where threads cannot be started there are fewer, at
+    /// worst the calling thread alone. With 1 no thread is ever started.
+    ///
+    /// Where there is none: in a rayon pool, that pool; elsewhere, one thread for each processor.
+    /// [`Device::from_thread_pool`](crate::Device::from_thread_pool) takes a pool instead.
+    pub threads: Option<NonZeroUsize>,
     /// Upper bound of one storage binding on wgpu devices, in bytes; the adapter's own where there
     /// is none. 128 MiB is what a browser grants. Work on larger tensors is split by batch row.
     pub max_binding_bytes: Option<u64>,
@@ -145,8 +155,14 @@ impl Config {
     /// `VARLEN_FA_CPU`: the name of the CPU device's [`CpuIsa`], e.g. `avx2`; unset takes the best
     /// one of the processor.
     pub const CPU_VARIABLE: &'static str = "VARLEN_FA_CPU";
+    /// `VARLEN_FA_THREADS`: how many [`threads`](Self::threads) a call on the CPU device uses. Where
+    /// it is unset, rayon's own variable `RAYON_NUM_THREADS` counts.
+    pub const THREADS_VARIABLE: &'static str = "VARLEN_FA_THREADS";
+    /// Threads of a call on the CPU device, at most, on processors that do not have more.
+    pub const MAX_THREADS: usize = 256;
 
-    /// Reads `VARLEN_FA`, `VARLEN_FA_DEVICE`, `VARLEN_FA_KERNEL` and `VARLEN_FA_CPU`.
+    /// Reads `VARLEN_FA`, `VARLEN_FA_DEVICE`, `VARLEN_FA_KERNEL`, `VARLEN_FA_CPU` and
+    /// `VARLEN_FA_THREADS`.
     ///
     /// # Errors
     /// [`Error::Environment`] for a value that is not understood.
@@ -163,7 +179,17 @@ impl Config {
                 Some(value.to_str().and_then(CpuIsa::from_name).ok_or(unknown)?)
             }
         };
-        Ok(config.with_cpu_isa(cpu_isa))
+        let threads = match read(Self::THREADS_VARIABLE) {
+            // As rayon reads it: what is not a number above 0 counts as unset.
+            None => read("RAYON_NUM_THREADS").and_then(|value| value.to_str()?.parse().ok()),
+            Some(value) => {
+                let got = value.to_string_lossy().into_owned();
+                let variable = Self::THREADS_VARIABLE;
+                let expected = "a number from 1 on".to_owned();
+                Some(got.parse().map_err(|_| Error::Environment { variable, expected, got })?)
+            }
+        };
+        Ok(config.with_cpu_isa(cpu_isa).with_threads(threads))
     }
 
     /// The same, from given values of the first three variables (`None` = unset).
@@ -224,6 +250,12 @@ impl Config {
     #[must_use]
     pub fn with_cpu_isa(self, cpu_isa: Option<CpuIsa>) -> Self {
         Self { cpu_isa, ..self }
+    }
+
+    /// The same settings with another number of [`threads`](Self::threads).
+    #[must_use]
+    pub fn with_threads(self, threads: Option<NonZeroUsize>) -> Self {
+        Self { threads, ..self }
     }
 
     /// The same settings with another [`max_binding_bytes`](Self::max_binding_bytes).

@@ -3,9 +3,15 @@
 #[cfg(all(feature = "cuda", not(target_arch = "wasm32")))]
 use std::ffi::c_void;
 use std::fmt;
+#[cfg(feature = "wgpu")]
+use std::num::NonZeroUsize;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use rayon::ThreadPool;
 
 use crate::backends::cpu::CpuDevice;
+use crate::backends::fork;
 use crate::call::op::{Backend, Timing};
 use crate::call::plan::Capabilities;
 use crate::call::problem::DeviceInfo;
@@ -13,14 +19,16 @@ use crate::call::problem::DeviceInfo;
 use crate::call::self_check::Subject;
 use crate::config::{Config, DeviceChoice};
 use crate::error::{Error, Result};
+use crate::kernel::BackendKind;
 #[cfg(feature = "wgpu")]
 use crate::kernel::Kernel;
 use crate::mask::meta::VarlenMeta;
+use crate::process::{self, OfProcess};
 
 /// A device to compute on, with its settings. Cheap to clone: clones share the device.
 #[derive(Debug, Clone)]
 pub struct Device {
-    backend: Arc<dyn Backend>,
+    backend: OfProcess<dyn Backend>,
     config: Config,
 }
 
@@ -89,7 +97,7 @@ impl Device {
             choice => open(choice, Adapters::All, config)?,
         };
         log::info!("computing on {}", backend.name());
-        Ok(Self { backend, config })
+        Ok(Self::over(backend, config))
     }
 
     /// [`with_config`](Self::with_config) for code that also runs in a browser, where a GPU can only be opened without waiting:
@@ -111,13 +119,13 @@ impl Device {
                 }
                 match backend {
                     Some(backend) => backend,
-                    None => CpuDevice::open(config.cpu_isa)?,
+                    None => open(DeviceChoice::Cpu, Adapters::All, config)?,
                 }
             }
             choice => open_async(choice, Adapters::All, config).await?,
         };
         log::info!("computing on {}", backend.name());
-        Ok(Self { backend, config })
+        Ok(Self::over(backend, config))
     }
 
     /// The application's own wgpu device, with whatever features and limits it was created with: WebGPU's default limits do,
@@ -135,11 +143,41 @@ impl Device {
     /// [`Error::DeviceLost`], [`Error::OutOfMemory`].
     #[cfg(feature = "wgpu")]
     pub fn from_wgpu(device: &::wgpu::Device, queue: &::wgpu::Queue, config: Config) -> Result<Self> {
-        let backend =
-            crate::backends::wgpu::WgpuDevice::external(device, queue, config, reference(&*CpuDevice::open(None)?))?;
+        prepare(DeviceChoice::Wgpu)?;
+        let cpu = reference_device()?;
+        let backend = crate::backends::wgpu::WgpuDevice::external(device, queue, config, reference(&*cpu))?;
         expect_kernel(&backend, config)?;
         log::info!("computing on the application's {}", backend.name());
-        Ok(Self { backend: Arc::new(backend), config: config.with_device(DeviceChoice::Wgpu) })
+        Ok(Self::over(Arc::new(backend), config.with_device(DeviceChoice::Wgpu)))
+    }
+
+    /// The CPU device on the threads of the application's rayon pool, which stays the application's;
+    /// `config.device` and `config.threads` are ignored. A pool of one thread means the calling
+    /// thread. In a child made by `fork` the pool's threads are gone, and as many of the library's
+    /// own take their place.
+    ///
+    /// To compute on rayon's global pool, call from one of its threads (in `rayon::scope`, for
+    /// example) and leave `config.threads` unset.
+    ///
+    /// ```
+    /// use std::sync::Arc;
+    /// use varlen_fa::{Config, Device, rayon::ThreadPoolBuilder};
+    ///
+    /// let pool = Arc::new(ThreadPoolBuilder::new().num_threads(2).build()?);
+    /// let device = Device::from_thread_pool(pool, Config::from_env()?)?;
+    /// assert!(device.capabilities().adapter.starts_with("2 threads"));
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
+    /// # Errors
+    /// [`Error::NotApplicable`] if the processor lacks `config.cpu_isa`, or the CPU device
+    /// `config.kernel`.
+    pub fn from_thread_pool(pool: Arc<ThreadPool>, config: Config) -> Result<Self> {
+        fork::watch();
+        let backend = CpuDevice::over(pool, config.cpu_isa)?;
+        expect_kernel(&*backend, config)?;
+        log::info!("computing on {}", backend.name());
+        Ok(Self::over(backend, config.with_device(DeviceChoice::Cpu)))
     }
 
     /// A device over a CUDA context and stream of the caller's, which stay the caller's. Launches, copies and allocations go to
@@ -206,10 +244,11 @@ impl Device {
     /// ```
     #[cfg(all(feature = "cuda", not(target_arch = "wasm32")))]
     pub unsafe fn from_cuda(context: *mut c_void, stream: *mut c_void, config: Config) -> Result<Self> {
+        prepare(DeviceChoice::Cuda(0))?;
         // SAFETY: by the caller's promise.
         let (backend, ordinal) = unsafe { crate::backends::cuda::external(context, stream, config.kernel) }?;
         log::info!("computing on {}", backend.name());
-        Ok(Self { backend, config: config.with_device(DeviceChoice::Cuda(ordinal)) })
+        Ok(Self::over(backend, config.with_device(DeviceChoice::Cuda(ordinal))))
     }
 
     /// Every device that this build knows of, with what it can do or why it cannot be used.
@@ -247,7 +286,7 @@ impl Device {
     /// # Errors
     /// [`Error::DeviceLost`], or whatever failed since the last call; [`Error::WouldBlock`] on a wgpu device in a browser.
     pub fn synchronize(&self) -> Result<()> {
-        self.backend.synchronize()
+        self.backend()?.synchronize()
     }
 
     /// [`synchronize`](Self::synchronize) for code that also runs in a browser: there it gives the thread back until the work is
@@ -256,7 +295,7 @@ impl Device {
     /// # Errors
     /// As [`synchronize`](Self::synchronize).
     pub async fn synchronize_async(&self) -> Result<()> {
-        self.backend.synchronize_async().await
+        self.backend()?.synchronize_async().await
     }
 
     /// Runs `work` and gives the time its launches took: on the device if it has timestamp queries, on the host's clock
@@ -265,9 +304,9 @@ impl Device {
     /// # Errors
     /// Those of `work`, and [`Error::Backend`] if the device cannot be timed; [`Error::WouldBlock`] on a wgpu device in a browser.
     pub fn time<R>(&self, work: impl FnOnce() -> Result<R>) -> Result<(R, Timing)> {
-        let started = self.backend.start_timer()?;
+        let started = self.backend()?.start_timer()?;
         let result = work();
-        let timing = self.backend.stop_timer(started)?;
+        let timing = self.backend()?.stop_timer(started)?;
         Ok((result?, timing))
     }
 
@@ -277,9 +316,9 @@ impl Device {
     /// # Errors
     /// As [`time`](Self::time).
     pub async fn time_async<R>(&self, work: impl FnOnce() -> Result<R>) -> Result<(R, Timing)> {
-        let started = self.backend.start_timer_async().await?;
+        let started = self.backend()?.start_timer_async().await?;
         let result = work();
-        let timing = self.backend.stop_timer_async(started).await?;
+        let timing = self.backend()?.stop_timer_async(started).await?;
         Ok((result?, timing))
     }
 
@@ -316,11 +355,20 @@ impl Device {
     #[cfg(feature = "wgpu")]
     pub(crate) fn wgpu_backend(&self) -> Result<&crate::backends::wgpu::WgpuDevice> {
         let got = || Error::DeviceKind { argument: "device", expected: "wgpu", got: self.name().to_owned() };
-        self.backend.as_any().downcast_ref().ok_or_else(got)
+        self.backend()?.as_any().downcast_ref().ok_or_else(got)
     }
 
-    pub(crate) fn backend(&self) -> &dyn Backend {
-        &*self.backend
+    /// What executes calls: no GPU in a child made by `fork`, where its driver could hang.
+    pub(crate) fn backend(&self) -> Result<&dyn Backend> {
+        if self.backend.is_own() || self.capabilities().backend == BackendKind::Cpu {
+            return Ok(&**self.backend);
+        }
+        let why = "it was opened in another process, which was then forked; no GPU works in the child".to_owned();
+        Err(Error::DeviceLost { device: self.name().to_owned(), why })
+    }
+
+    fn over(backend: Arc<dyn Backend>, config: Config) -> Self {
+        Self { backend: OfProcess::new(backend), config }
     }
 
     pub(crate) fn info(&self) -> DeviceInfo<'_> {
@@ -334,7 +382,7 @@ impl VarlenMeta {
     /// # Errors
     /// [`Error::OutOfMemory`], [`Error::DeviceLost`].
     pub fn upload_to(&self, device: &Device) -> Result<()> {
-        device.backend().upload_meta(self)
+        device.backend()?.upload_meta(self)
     }
 }
 
@@ -348,14 +396,41 @@ pub(crate) enum Adapters {
     All,
 }
 
+/// Must come before any backend is opened. A driver that was started in a process, even in vain, is
+/// not asked again in a child made by `fork`: it might hang.
+///
+/// # Errors
+/// [`Error::DeviceUnavailable`] in such a child.
+fn prepare(choice: DeviceChoice) -> Result<()> {
+    /// The process that first opened a GPU of the kind, plus 1.
+    static CUDA: AtomicUsize = AtomicUsize::new(0);
+    static WGPU: AtomicUsize = AtomicUsize::new(0);
+    fork::watch();
+    let first = match choice {
+        DeviceChoice::Auto | DeviceChoice::Cpu => return Ok(()),
+        DeviceChoice::Cuda(_) => &CUDA,
+        DeviceChoice::Wgpu => &WGPU,
+    };
+    let own = process::current() + 1;
+    match first.compare_exchange(0, own, Ordering::Relaxed, Ordering::Relaxed) {
+        Err(other) if other != own => {
+            let why = "the process was forked from one that had opened a GPU before".to_owned();
+            Err(Error::DeviceUnavailable { device: choice.to_string(), why })
+        }
+        _ => Ok(()),
+    }
+}
+
 #[cfg_attr(not(feature = "wgpu"), expect(unused_variables, reason = "only wgpu has software adapters"))]
 fn open(choice: DeviceChoice, adapters: Adapters, config: Config) -> Result<Arc<dyn Backend>> {
+    prepare(choice)?;
     let backend = match choice {
-        DeviceChoice::Auto | DeviceChoice::Cpu => CpuDevice::open(config.cpu_isa)?,
+        DeviceChoice::Auto | DeviceChoice::Cpu => CpuDevice::open(config.cpu_isa, config.threads)?,
         #[cfg(feature = "wgpu")]
         DeviceChoice::Wgpu => {
             let software = adapters == Adapters::All;
-            Arc::new(crate::backends::wgpu::WgpuDevice::open(software, config, reference(&*CpuDevice::open(None)?))?)
+            let cpu = reference_device()?;
+            Arc::new(crate::backends::wgpu::WgpuDevice::open(software, config, reference(&*cpu))?)
         }
         #[cfg(not(feature = "wgpu"))]
         DeviceChoice::Wgpu => return Err(not_built(choice, "wgpu")),
@@ -368,7 +443,12 @@ fn open(choice: DeviceChoice, adapters: Adapters, config: Config) -> Result<Arc<
     Ok(backend)
 }
 
-/// What kernels of other devices are compared with.
+/// What kernels of other devices are compared with. The calls are small: one thread will do.
+#[cfg(feature = "wgpu")]
+fn reference_device() -> Result<Arc<dyn Backend>> {
+    CpuDevice::open(None, Some(NonZeroUsize::MIN))
+}
+
 #[cfg(feature = "wgpu")]
 fn reference(cpu: &dyn Backend) -> Subject<'_> {
     Subject::new(cpu, Kernel::CpuTiled)
@@ -389,8 +469,9 @@ fn expect_kernel(backend: &dyn Backend, config: Config) -> Result<()> {
 async fn open_async(choice: DeviceChoice, adapters: Adapters, config: Config) -> Result<Arc<dyn Backend>> {
     #[cfg(all(feature = "wgpu", target_arch = "wasm32"))]
     if choice == DeviceChoice::Wgpu {
+        prepare(choice)?;
         let software = adapters == Adapters::All;
-        let cpu = CpuDevice::open(None)?;
+        let cpu = reference_device()?;
         return Ok(Arc::new(crate::backends::wgpu::WgpuDevice::open_async(software, config, reference(&*cpu)).await?));
     }
     open(choice, adapters, config)

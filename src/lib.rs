@@ -33,8 +33,11 @@ mod kernel;
 mod layout;
 mod mask;
 mod primitives;
+mod process;
 mod tensor;
 
+/// The rayon whose pools [`Device::from_thread_pool`] takes; its major version is part of this crate's API.
+pub use ::rayon;
 /// The wgpu that [`Device::wgpu`] speaks of; its major version is part of this crate's API.
 #[cfg(feature = "wgpu")]
 pub use ::wgpu;

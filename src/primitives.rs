@@ -32,7 +32,7 @@ pub fn pack_into<'a, 'o>(
     meta: &VarlenMeta,
     packed: impl Into<TensorViewMut<'o>>,
 ) -> Result<()> {
-    pack_all(device, [("padded", padded.into(), "packed", packed.into())], meta, |op| device.backend().execute(op))
+    pack_all(device, [("padded", padded.into(), "packed", packed.into())], meta, |op| device.backend()?.execute(op))
 }
 
 /// Copies the valid rows of padded `q`, `k` and `v` to packed tensors in one launch, bit for bit: `[B, S, H, D]` to
@@ -76,7 +76,7 @@ pub fn pack_qkv_into<'a, 'o>(
         ("k", k.into(), "packed_k", packed_k.into()),
         ("v", v.into(), "packed_v", packed_v.into()),
     ];
-    pack_all(device, copies, meta, |op| device.backend().execute(op))
+    pack_all(device, copies, meta, |op| device.backend()?.execute(op))
 }
 
 fn uninit_packed(
@@ -139,7 +139,7 @@ pub fn scatter_to_padded_into<'a, 'o>(
     meta: &VarlenMeta,
     padded: impl Into<TensorViewMut<'o>>,
 ) -> Result<()> {
-    scatter(device, packed.into(), meta, padded.into(), |op| device.backend().execute(op))
+    scatter(device, packed.into(), meta, padded.into(), |op| device.backend()?.execute(op))
 }
 
 /// The scatter, which `execute` launches or records.
@@ -261,7 +261,7 @@ pub fn varlen_attention_into<'a, 'o, 'l>(
         let rows = Rows::Packed { query: cu_seqlens_q, key: cu_seqlens_k };
         let (q, k, v) = (q.input(), k.input(), v.input());
         let attention = Attention { problem: &problem, plan, q, k, v, out, lse, rows };
-        device.backend().execute(Op::Attention(attention))?;
+        device.backend()?.execute(Op::Attention(attention))?;
     }
     Ok(plan)
 }

@@ -33,6 +33,7 @@ fn main() -> ExitCode {
         trial("process/varlen_fa_device", process_with_varlen_fa_device),
         trial("process/varlen_fa_kernel", process_with_varlen_fa_kernel),
         trial("process/varlen_fa_cpu", process_with_varlen_fa_cpu),
+        trial("process/varlen_fa_threads", process_with_varlen_fa_threads),
         trial("process/bad_values", process_with_bad_values),
         trial("process/absent_device", process_with_absent_device),
         trial("process/new_ignores_varlen_fa_device", process_new_ignores_varlen_fa_device),
@@ -209,12 +210,12 @@ fn process(varlen: Option<&str>, device: Option<&str>) -> Result<(String, String
 
 /// The same with all three.
 fn process_with([varlen, device, kernel]: [Option<&str>; 3]) -> Result<(String, String)> {
-    let [from_env, new, _] = process_with_all([varlen, device, kernel, None])?;
+    let [from_env, new, _] = process_with_all([varlen, device, kernel, None, None])?;
     Ok((from_env, new))
 }
 
-/// The same with the instruction set too; the third line is the CPU device's adapter.
-fn process_with_all([varlen, device, kernel, cpu]: [Option<&str>; 4]) -> Result<[String; 3]> {
+/// The same with the CPU device's instruction set and threads; the third line is its adapter.
+fn process_with_all([varlen, device, kernel, cpu, threads]: [Option<&str>; 5]) -> Result<[String; 3]> {
     let mut command = Command::new(env::current_exe()?);
     command.env(CHILD, "1");
     for (variable, value) in [
@@ -222,6 +223,7 @@ fn process_with_all([varlen, device, kernel, cpu]: [Option<&str>; 4]) -> Result<
         (Config::DEVICE_VARIABLE, device),
         (Config::KERNEL_VARIABLE, kernel),
         (Config::CPU_VARIABLE, cpu),
+        (Config::THREADS_VARIABLE, threads),
     ] {
         match value {
             Some(value) => command.env(variable, OsStr::new(value)),
@@ -304,7 +306,7 @@ fn process_with_varlen_fa_kernel() -> Result<()> {
 fn process_with_varlen_fa_cpu() -> Result<()> {
     let mut best = None;
     for &isa in CpuIsa::ALL {
-        let [_, new, cpu] = process_with_all([None, None, None, Some(isa.name())])?;
+        let [_, new, cpu] = process_with_all([None, None, None, Some(isa.name()), None])?;
         match Device::with_config(Config::default().with_device(DeviceChoice::Cpu).with_cpu_isa(Some(isa))) {
             Ok(device) => {
                 ensure!(new.starts_with("cpu force_dense=false ") && cpu.ends_with(isa.name()), "got {new}, {cpu}");
@@ -314,12 +316,27 @@ fn process_with_varlen_fa_cpu() -> Result<()> {
             Err(error) => ensure!(new == format!("{error:?}") && new.contains("cpu_isa"), "got {new}"),
         }
     }
-    let [_, _, cpu] = process_with_all([None; 4])?;
+    let [_, _, cpu] = process_with_all([None; 5])?;
     ensure!(best.is_some_and(|best| cpu.ends_with(best.name())), "without the variable: {cpu}");
     for bad in ["", "AVX2", "sse"] {
-        let [from_env, new, _] = process_with_all([None, None, None, Some(bad)])?;
+        let [from_env, new, _] = process_with_all([None, None, None, Some(bad), None])?;
         let expected = "avx512, avx2, neon, simd128, scalar".to_owned();
         let expected = Error::Environment { variable: "VARLEN_FA_CPU", expected, got: bad.to_owned() };
+        let expected = format!("{expected:?}");
+        ensure!(from_env == expected && new == expected, "got {from_env} and {new}");
+    }
+    Ok(())
+}
+
+fn process_with_varlen_fa_threads() -> Result<()> {
+    for threads in ["1", "2", "17"] {
+        let [_, _, cpu] = process_with_all([None, None, None, None, Some(threads)])?;
+        ensure!(cpu.starts_with(&format!("{threads} threads, ")), "{threads}: got {cpu}");
+    }
+    for bad in ["", "0", "-1", "two", " 2", "1.5"] {
+        let [from_env, new, _] = process_with_all([None, None, None, None, Some(bad)])?;
+        let expected = "a number from 1 on".to_owned();
+        let expected = Error::Environment { variable: "VARLEN_FA_THREADS", expected, got: bad.to_owned() };
         let expected = format!("{expected:?}");
         ensure!(from_env == expected && new == expected, "got {from_env} and {new}");
     }

@@ -30,6 +30,13 @@
 //   VARLEN_FA_MEMORY_CUDA goes on after the call: order other uses after it on the device's
 //   stream, or call varlen_fa_device_synchronize.
 //
+// Forks
+//   In a child made by fork, CPU devices and all masks and metadata of the parent work, with new
+//   threads. GPU devices fail with VARLEN_FA_STATUS_DEVICE_LOST, and none can be opened there if
+//   the parent had opened one of the kind (VARLEN_FA_STATUS_DEVICE_UNAVAILABLE). A child must not
+//   rebuild device metadata, nor use metadata for the first time, that another thread of the
+//   parent was just using.
+//
 // Pointers
 //   NULL where a pointer is required, addresses in the first page, and misaligned addresses are
 //   refused. Every other pointer must point to valid memory of the documented size; the library
@@ -542,15 +549,25 @@ const char *varlen_fa_version_string(void);
 // thread's next call that fails, or until the thread ends.
 const char *varlen_fa_last_error(void);
 
-// Opens a device. Two environment variables apply: with VARLEN_FA=0 it computes everything
-// densely, with the same results; with VARLEN_FA_KERNEL (e.g. `sm80`) it uses that kernel only,
-// and opening fails with NOT_APPLICABLE if the device does not have it.
+// Opens a device. Environment variables apply: with VARLEN_FA=0 it computes everything densely,
+// with the same results; with VARLEN_FA_KERNEL (e.g. `sm80`) it uses that kernel only, and opening
+// fails with NOT_APPLICABLE if the device does not have it; VARLEN_FA_CPU and VARLEN_FA_THREADS
+// are the CPU device's instruction set and number of threads.
 //
 // `kind`: where to compute. AUTO takes the device that VARLEN_FA_DEVICE names (`cuda`, `cuda:N`,
 // `wgpu` or `cpu`), or the best device present.
 // `ordinal`: which CUDA device; 0 for other kinds.
 // `device`: receives the handle, to be given to varlen_fa_device_free.
 varlen_fa_status varlen_fa_device_open(varlen_fa_device_kind kind, uint32_t ordinal, struct varlen_fa_device **device);
+
+// Opens the CPU device with a number of threads. They start with the first call that is worth
+// them, and all devices of one number share them. Where they cannot be started there are fewer, at
+// worst the calling thread alone; more than 256, or than there are processors, are never started.
+//
+// `threads`: how many threads a call uses, at most. With 1 no thread is ever started; 0 means
+// VARLEN_FA_THREADS or, where it is unset, one for each processor.
+// `device`: receives the handle, to be given to varlen_fa_device_free.
+varlen_fa_status varlen_fa_device_open_cpu(uint32_t threads, struct varlen_fa_device **device);
 
 // Opens a CUDA device over an external context and stream. All work is launched on that stream, in
 // order with the application's own work. Calls do not wait for it, unless tensors are in host

@@ -234,6 +234,7 @@ _NEW = POINTER(c_void_p)
 _TENSOR = POINTER(Tensor)
 _FUNCTIONS = {
     "device_open": [c_uint32, c_uint32, _NEW],
+    "device_open_cpu": [c_uint32, _NEW],
     "device_open_cuda": [c_void_p, c_void_p, _NEW],
     "device_describe": [_HANDLE, POINTER(DeviceInfo)],
     "device_synchronize": [_HANDLE],
@@ -321,6 +322,11 @@ class Library:
     def open(self, kind="auto", ordinal=0):
         """Opens a device; the kind by name or number."""
         return self.make(Device, "device_open", _number(self.device_kinds, "device kind", kind), ordinal)
+
+    def open_cpu(self, threads=0):
+        """Opens the CPU device with so many threads, at most; 0 means VARLEN_FA_THREADS or one for
+        each processor. It works in a child made by `fork` too."""
+        return self.make(Device, "device_open_cpu", threads)
 
     def open_cuda(self, stream, context=None):
         """Opens a CUDA device over an external stream and context, both raw handles. None is the

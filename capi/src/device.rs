@@ -2,8 +2,9 @@
 
 use std::ffi::c_void;
 use std::mem::MaybeUninit;
+use std::num::NonZeroUsize;
 
-use varlen::{BackendKind, Device, DeviceChoice};
+use varlen::{BackendKind, Config, Device, DeviceChoice};
 
 use crate::arguments::{Name, Place, choose, text};
 use crate::cuda;
@@ -16,9 +17,10 @@ use crate::types::{
 
 handle!(varlen_fa_device, 1, Device);
 
-/// Opens a device. Two environment variables apply: with VARLEN_FA=0 it computes everything
-/// densely, with the same results; with VARLEN_FA_KERNEL (e.g. `sm80`) it uses that kernel only,
-/// and opening fails with NOT_APPLICABLE if the device does not have it.
+/// Opens a device. Environment variables apply: with VARLEN_FA=0 it computes everything densely,
+/// with the same results; with VARLEN_FA_KERNEL (e.g. `sm80`) it uses that kernel only, and opening
+/// fails with NOT_APPLICABLE if the device does not have it; VARLEN_FA_CPU and VARLEN_FA_THREADS
+/// are the CPU device's instruction set and number of threads.
 ///
 /// `kind`: where to compute. AUTO takes the device that VARLEN_FA_DEVICE names (`cuda`, `cuda:N`,
 /// `wgpu` or `cpu`), or the best device present.
@@ -44,6 +46,28 @@ pub unsafe extern "C" fn varlen_fa_device_open(
             Some(backend) => Device::new(backend.into())?,
         };
         place.put(handles::issue(opened));
+        Ok(())
+    })
+}
+
+/// Opens the CPU device with a number of threads. They start with the first call that is worth
+/// them, and all devices of one number share them. Where they cannot be started there are fewer, at
+/// worst the calling thread alone; more than 256, or than there are processors, are never started.
+///
+/// `threads`: how many threads a call uses, at most. With 1 no thread is ever started; 0 means
+/// VARLEN_FA_THREADS or, where it is unset, one for each processor.
+/// `device`: receives the handle, to be given to varlen_fa_device_free.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn varlen_fa_device_open_cpu(
+    threads: u32,
+    device: *mut *mut varlen_fa_device,
+) -> varlen_fa_status {
+    guard(|| {
+        // SAFETY: the caller obeys the header's rules for pointers.
+        let place = unsafe { Place::new(Name::of("device"), device) }?;
+        let config = Config::from_env()?.with_device(DeviceChoice::Cpu);
+        let threads = NonZeroUsize::new(threads as usize).or(config.threads);
+        place.put(handles::issue(Device::with_config(config.with_threads(threads))?));
         Ok(())
     })
 }

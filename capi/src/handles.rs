@@ -50,8 +50,75 @@ macro_rules! handle {
 }
 pub(crate) use handle;
 
+/// The tables, held by the thread that forks, so that none is locked by another in the child.
+mod forks {
+    use std::any::Any;
+    use std::cell::RefCell;
+    use std::sync::PoisonError;
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    use super::Handle;
+    use crate::types::*;
+
+    type Guard = Box<dyn Any>;
+
+    /// Every table's lock; no thread ever holds two otherwise.
+    const HOLD: [fn() -> Guard; super::KINDS.len() - 1] = [
+        hold::<varlen_fa_device>,
+        hold::<varlen_fa_key_mask>,
+        hold::<varlen_fa_meta>,
+        hold::<varlen_fa_cu_seqlens>,
+        hold::<varlen_fa_device_meta>,
+    ];
+
+    thread_local! {
+        static HELD: RefCell<Vec<Guard>> = const { RefCell::new(Vec::new()) };
+    }
+
+    fn hold<H: Handle>() -> Guard {
+        Box::new(H::table().0.write().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    extern "C" fn before() {
+        // A thread that is ending no longer has thread-local storage.
+        let _ = HELD.try_with(|held| held.borrow_mut().extend(HOLD.map(|hold| hold())));
+    }
+
+    /// In the parent and in the child.
+    extern "C" fn after() {
+        let _ = HELD.try_with(|held| held.borrow_mut().clear());
+    }
+
+    /// From now on forks wait until no table is in use.
+    pub fn watch() {
+        static IS_WATCHED: AtomicBool = AtomicBool::new(false);
+        if !IS_WATCHED.swap(true, Ordering::Relaxed) {
+            register();
+        }
+    }
+
+    #[cfg(unix)]
+    fn register() {
+        use std::ffi::c_int;
+        type Handler = Option<extern "C" fn()>;
+        unsafe extern "C" {
+            fn pthread_atfork(prepare: Handler, parent: Handler, child: Handler) -> c_int;
+        }
+        // SAFETY: declared as POSIX has it; the handlers live as long as the library. Where it
+        // fails for lack of memory, forks are as safe as they are without.
+        let _ = unsafe { pthread_atfork(Some(before), Some(after), Some(after)) };
+    }
+
+    #[cfg(not(unix))]
+    fn register() {
+        // Nothing forks here.
+        let _ = (before, after);
+    }
+}
+
 /// Issues a handle for an object.
 pub(crate) fn issue<H: Handle>(object: H::Object) -> *mut H {
+    forks::watch();
     let handle = NEXT.fetch_add(1, Ordering::Relaxed) << KIND_BITS | H::KIND;
     // A table changes in one step, so a poisoned lock guards a consistent one.
     H::table().0.write().unwrap_or_else(PoisonError::into_inner).insert(handle, Arc::new(object));

@@ -44,6 +44,16 @@ fn main() -> ExitCode {
             }
         }
     }
+    for test in ["fork", "fork_while_busy", "no_threads", "few_threads", "little_memory", "many_threads"] {
+        trials.push(trial(format!("processes/{test}/cpu"), move |library| {
+            let mut program = compile(library, "tests/processes.c", Linkage::Shared)?;
+            judge("cpu", program.arg(test).arg("cpu"))
+        }));
+    }
+    trials.push(trial("processes/fork/wgpu".to_owned(), |library| {
+        let mut program = compile(library, "tests/processes.c", Linkage::Shared)?;
+        judge("wgpu", program.arg("fork").arg("wgpu"))
+    }));
     trials.push(trial("environment/dense_is_forced".to_owned(), dense_is_forced));
     trials.push(trial("environment/bad_value".to_owned(), bad_value));
     trials.push(trial("python/documentation".to_owned(), documented_python));
@@ -107,7 +117,9 @@ fn compile(library: &Library, source: &str, linkage: Linkage) -> Result<Command>
 
 /// Removes the variables that the library reads.
 fn clean(program: &mut Command) {
-    program.env_remove("VARLEN_FA").env_remove("VARLEN_FA_DEVICE").env_remove("VARLEN_FA_KERNEL");
+    for variable in ["", "_DEVICE", "_KERNEL", "_CPU", "_THREADS"] {
+        program.env_remove(format!("VARLEN_FA{variable}"));
+    }
 }
 
 fn python(library: &Library, device: &str) -> Result<Completion> {

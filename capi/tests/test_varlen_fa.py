@@ -8,6 +8,7 @@ CUDA memory, on an external stream."""
 import array
 import ctypes
 import math
+import multiprocessing
 import random
 import struct
 import sys
@@ -480,6 +481,56 @@ class Structs(unittest.TestCase):
     def test_sizes_are_those_of_the_header(self):
         structs = [vf.Tensor, vf.MaskView, vf.AttentionMask, vf.Plan, vf.Options, vf.Run, vf.DeviceInfo, vf.MetaInfo]
         self.assertEqual([ctypes.sizeof(struct) for struct in structs], [112, 72, 88, 272, 48, 24, 440, 64])
+
+
+def in_child(handle, meta, queue):
+    """What a child made by fork gets of a call on its parent's device that is worth threads."""
+    try:
+        queue.put(("OK", large_call(handle, meta)))
+    except vf.Error as error:
+        queue.put((error.status, str(error)))
+
+
+def large_call(on, meta):
+    """The bytes of the output of a call of [1, 512, 4, 64]."""
+    shape = [1, 512, 4, 64]
+    values = [math.sin(at) for at in range(math.prod(shape))]
+    x, out = Memory(DTYPE, values), Memory(DTYPE, [0.0] * len(values))
+    on.forward(x.tensor(shape), x.tensor(shape), x.tensor(shape), out.tensor(shape), vf.varlen(meta))
+    return out.data.tobytes()
+
+
+@unittest.skipIf("fork" not in multiprocessing.get_all_start_methods(), "processes are not forked here")
+class Fork(unittest.TestCase):
+    def test_children_of_multiprocessing(self):
+        meta = library.meta_from_lengths([400], 512)
+        expected = large_call(device, meta)
+        fork = multiprocessing.get_context("fork")
+        for _ in range(2):
+            queue = fork.SimpleQueue()
+            child = fork.Process(target=in_child, args=(device, meta, queue))
+            child.start()
+            if not queue._reader.poll(60):
+                child.kill()
+                self.fail("the child hangs")
+            status, got = queue.get()
+            child.join(60)
+            self.assertEqual(child.exitcode, 0)
+            if device_name == "cpu":
+                self.assertEqual((status, got), ("OK", expected))
+            else:
+                self.assertEqual(status, "DEVICE_LOST", got)
+                self.assertIn("forked", got)
+        self.assertEqual(large_call(device, meta), expected)
+
+    @unittest.skipIf(device_name != "cpu", "threads are the CPU device's")
+    def test_numbers_of_threads(self):
+        meta = library.meta_from_lengths([400], 512)
+        expected = large_call(device, meta)
+        for threads in [1, 2, 3]:
+            on = library.open_cpu(threads)
+            self.assertTrue(on.info().adapter.decode().startswith(f"{threads} threads"))
+            self.assertEqual(large_call(on, meta), expected)
 
 
 class Threads(unittest.TestCase):

@@ -4,6 +4,7 @@ use std::any::Any;
 use std::fmt::{self, Debug};
 use std::ops::Range;
 use std::pin::Pin;
+use std::sync::Arc;
 use std::time::Duration;
 
 // The standard library's clock panics in a browser.
@@ -20,6 +21,7 @@ use crate::error::{Error, Result};
 use crate::layout::Layout;
 use crate::mask::key_mask::KeyMask;
 use crate::mask::meta::{CuSeqlens, VarlenMeta};
+use crate::process::OfProcess;
 
 /// A result that a browser gives later, and any other place at once.
 pub(crate) type Later<'a, T> = Pin<Box<dyn Future<Output = Result<T>> + Send + 'a>>;
@@ -44,7 +46,7 @@ pub(crate) trait DeviceBuffer: Any + Debug + Send + Sync {
 pub(crate) enum Storage {
     /// Host memory, in words that are aligned for every element type.
     Host(Vec<u64>),
-    Device(Box<dyn DeviceBuffer>),
+    Device(OfProcess<dyn DeviceBuffer>),
 }
 
 /// Memory to read.
@@ -62,11 +64,16 @@ pub(crate) enum Sink<'a> {
 }
 
 impl Storage {
+    /// Memory of a device.
+    pub(crate) fn device(buffer: impl DeviceBuffer) -> Self {
+        Self::Device(OfProcess::new(Arc::new(buffer)))
+    }
+
     /// The memory, to read.
     pub(crate) fn source(&self) -> Source<'_> {
         match self {
             Self::Host(words) => Source::Host(bytemuck::cast_slice(words)),
-            Self::Device(buffer) => Source::Device(&**buffer),
+            Self::Device(buffer) => Source::Device(&***buffer),
         }
     }
 
@@ -74,7 +81,7 @@ impl Storage {
     pub(crate) fn sink(&mut self) -> Sink<'_> {
         match self {
             Self::Host(words) => Sink::Host(bytemuck::cast_slice_mut(words)),
-            Self::Device(buffer) => Sink::Device(&**buffer),
+            Self::Device(buffer) => Sink::Device(&***buffer),
         }
     }
 }

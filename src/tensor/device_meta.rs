@@ -107,12 +107,12 @@ impl DeviceVarlenMeta {
     /// [`Error::OutOfMemory`], [`Error::DeviceLost`].
     pub fn new(device: &Device, batch: usize, seq: usize) -> Result<Self> {
         check_token_count(batch, seq)?;
-        let tables = match device.backend().metadata_place() {
+        let tables = match device.backend()?.metadata_place() {
             MetadataPlace::Host => {
                 let nothing = KeyMask::from_lengths(seq, &vec![0; batch])?;
                 Tables::Host(Box::new(VarlenMeta::from_key_mask(&nothing)?))
             }
-            MetadataPlace::Device => Tables::Device(device.backend().alloc_metadata(batch, seq)?),
+            MetadataPlace::Device => Tables::Device(device.backend()?.alloc_metadata(batch, seq)?),
             MetadataPlace::Nowhere => return Err(no_device_tables(device.name())),
         };
         Ok(Self { device: device.clone(), batch, seq, tables })
@@ -133,7 +133,7 @@ impl DeviceVarlenMeta {
             }
             Tables::Device(storage) => {
                 let tables = DeviceTables { memory: storage.source(), batch: self.batch, seq: self.seq };
-                self.device.backend().execute(Op::Metadata { mask: mask.input(), tables })
+                self.device.backend()?.execute(Op::Metadata { mask: mask.input(), tables })
             }
         }
     }

@@ -25,7 +25,7 @@ impl DeviceMemory {
     /// [`Error::TooLarge`](crate::Error::TooLarge), [`Error::OutOfMemory`](crate::Error::OutOfMemory),
     /// [`Error::DeviceLost`](crate::Error::DeviceLost).
     pub fn alloc(device: &Device, bytes: u64) -> Result<Self> {
-        Ok(Self::over(device, device.backend().alloc(bytes)?))
+        Ok(Self::over(device, device.backend()?.alloc(bytes)?))
     }
 
     /// The application's buffer, of the wgpu device that `device` computes on. Clones of one `wgpu::Buffer` are the same memory:
@@ -68,7 +68,7 @@ impl DeviceMemory {
     #[cfg(all(feature = "cuda", not(target_arch = "wasm32")))]
     pub unsafe fn from_cuda(device: &Device, address: u64, bytes: u64) -> Result<Self> {
         // SAFETY: by the caller's promise.
-        let storage = unsafe { crate::backends::cuda::external_memory(device.backend(), address, bytes) }?;
+        let storage = unsafe { crate::backends::cuda::external_memory(device.backend()?, address, bytes) }?;
         Ok(Self::over(device, storage))
     }
 
@@ -102,7 +102,7 @@ impl DeviceMemory {
         let bytes: &[u8] = bytemuck::cast_slice(data);
         self.expect_room(bytes.len())?;
         let device = self.device.clone();
-        device.backend().upload(self.sink(), bytes)
+        device.backend()?.upload(self.sink(), bytes)
     }
 
     /// Copies the start of the memory to the host, after all work launched so far.
@@ -112,7 +112,7 @@ impl DeviceMemory {
     pub fn read<T: Pod>(&self, into: &mut [T]) -> Result<()> {
         let bytes: &mut [u8] = bytemuck::cast_slice_mut(into);
         self.expect_room(bytes.len())?;
-        self.device.backend().download(self.source(), bytes)
+        self.device.backend()?.download(self.source(), bytes)
     }
 
     /// [`read`](Self::read) for code that also runs in a browser: there it gives the thread back until the copy is done,
@@ -123,7 +123,7 @@ impl DeviceMemory {
     pub async fn read_async<T: Pod>(&self, into: &mut [T]) -> Result<()> {
         let bytes: &mut [u8] = bytemuck::cast_slice_mut(into);
         self.expect_room(bytes.len())?;
-        self.device.backend().download_async(self.source(), bytes).await
+        self.device.backend()?.download_async(self.source(), bytes).await
     }
 
     /// Part of the memory as a tensor to read. The layout counts elements from the start of the memory.

@@ -31,7 +31,7 @@ impl Tensor {
     pub fn zeros(device: &Device, dtype: DType, shape: &[usize]) -> Result<Self> {
         let mut tensor = Self::uninit(device, dtype, shape)?;
         let output = tensor.view_mut().output();
-        device.backend().execute(Op::Zero(output))?;
+        device.backend()?.execute(Op::Zero(output))?;
         Ok(tensor)
     }
 
@@ -43,14 +43,14 @@ impl Tensor {
         expect_length("data", data.len(), &Layout::contiguous(shape)?)?;
         let mut tensor = Self::uninit(device, T::DTYPE, shape)?;
         let sink = tensor.view_mut().memory;
-        device.backend().upload(sink, bytemuck::cast_slice(data))?;
+        device.backend()?.upload(sink, bytemuck::cast_slice(data))?;
         Ok(tensor)
     }
 
     /// A tensor whose contents are not specified; for outputs that are written in full.
     pub(crate) fn uninit(device: &Device, dtype: DType, shape: &[usize]) -> Result<Self> {
         let layout = Layout::contiguous(shape)?;
-        let storage = device.backend().alloc(layout.numel() as u64 * dtype.size() as u64)?;
+        let storage = device.backend()?.alloc(layout.numel() as u64 * dtype.size() as u64)?;
         Ok(Self { device: device.clone(), storage, layout, dtype })
     }
 
@@ -91,7 +91,7 @@ impl Tensor {
     /// failed since the last call; [`Error::WouldBlock`] on a wgpu device in a browser.
     pub fn to_vec<T: Element>(&self) -> Result<Vec<T>> {
         let mut data = self.host_room()?;
-        self.device.backend().download(self.view().memory, bytemuck::cast_slice_mut(&mut data))?;
+        self.device.backend()?.download(self.view().memory, bytemuck::cast_slice_mut(&mut data))?;
         Ok(data)
     }
 
@@ -102,7 +102,7 @@ impl Tensor {
     /// As [`to_vec`](Self::to_vec).
     pub async fn to_vec_async<T: Element>(&self) -> Result<Vec<T>> {
         let mut data = self.host_room()?;
-        self.device.backend().download_async(self.view().memory, bytemuck::cast_slice_mut(&mut data)).await?;
+        self.device.backend()?.download_async(self.view().memory, bytemuck::cast_slice_mut(&mut data)).await?;
         Ok(data)
     }
 
@@ -132,6 +132,6 @@ impl Tensor {
         }
         expect_length("data", data.len(), &self.layout)?;
         let device = self.device.clone();
-        device.backend().upload(self.view_mut().memory, bytemuck::cast_slice(data))
+        device.backend()?.upload(self.view_mut().memory, bytemuck::cast_slice(data))
     }
 }

@@ -51,6 +51,7 @@ mod refusals;
 mod repeats;
 mod shapes;
 mod tensors;
+mod threads;
 mod trials;
 #[cfg(feature = "wgpu")]
 mod wgpu_device;
@@ -91,7 +92,7 @@ const SHARED: &[Register] = &[
 /// What only devices of this kind have.
 fn own(kind: BackendKind) -> &'static [Register] {
     match kind {
-        BackendKind::Cpu => &[host_memory::register, instruction_sets::register],
+        BackendKind::Cpu => &[host_memory::register, instruction_sets::register, threads::register],
         #[cfg(feature = "wgpu")]
         BackendKind::Wgpu => &[wgpu_device::register, external_wgpu::register],
         #[cfg(feature = "cuda")]

@@ -23,13 +23,13 @@ use std::cmp::Reverse;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use half::{bf16, f16};
-use rayon::prelude::*;
 
 use super::call::{Call, Task};
 use super::copy::{self, PackedScratch};
 use super::host;
 use super::isa::Processor;
 use super::rows::RowElement;
+use super::threads::{Team, Threads};
 use super::tiles::{KEY_TILE, Tiles};
 use crate::call::op::{Attention, Rows};
 use crate::call::plan::Path;
@@ -49,38 +49,44 @@ const WORK_OF_A_THREAD: usize = 1 << 20;
 /// Tokens that a task of zero-filling takes, at least.
 const ZERO_TOKENS: usize = 64;
 
-pub(super) fn attend(attention: Attention<'_>, processor: Processor) -> Result<()> {
+pub(super) fn attend(attention: Attention<'_>, processor: Processor, threads: &Threads) -> Result<()> {
     match attention.rows {
         Rows::Varlen { query, key } if attention.plan.path == Path::Packed => {
-            attend_packed(attention, processor, query, key)
+            attend_packed(attention, processor, threads, query, key)
         }
         _ => match attention.problem.dtype {
-            DType::F32 => Call::<f32>::new(attention, processor)?.run(),
-            DType::F16 => Call::<f16>::new(attention, processor)?.run(),
-            DType::Bf16 => Call::<bf16>::new(attention, processor)?.run(),
+            DType::F32 => Call::<f32>::new(attention, processor)?.run(threads),
+            DType::F16 => Call::<f16>::new(attention, processor)?.run(threads),
+            DType::Bf16 => Call::<bf16>::new(attention, processor)?.run(threads),
         },
     }
 }
 
 /// Pack, attention over the packed rows, scatter. The fused path gathers rows just as well, so
 /// this one is only taken when a caller forces it.
-fn attend_packed(attention: Attention<'_>, processor: Processor, query: &VarlenMeta, key: &VarlenMeta) -> Result<()> {
+fn attend_packed(
+    attention: Attention<'_>,
+    processor: Processor,
+    threads: &Threads,
+    query: &VarlenMeta,
+    key: &VarlenMeta,
+) -> Result<()> {
     let Attention { problem, plan, q, k, v, out, .. } = attention;
-    let q = PackedScratch::pack(q, query)?;
-    let k = PackedScratch::pack(k, key)?;
-    let v = PackedScratch::pack(v, key)?;
+    let q = PackedScratch::pack(q, query, threads)?;
+    let k = PackedScratch::pack(k, key, threads)?;
+    let v = PackedScratch::pack(v, key, threads)?;
     let mut packed_out = PackedScratch::like(&q)?;
     let rows = Rows::Packed { query: query.cu_seqlens(), key: key.cu_seqlens() };
     let (q, k, v) = (q.input(), k.input(), v.input());
-    attend(Attention { problem, plan, q, k, v, out: packed_out.output(), lse: None, rows }, processor)?;
-    copy::scatter(packed_out.input(), out, query)
+    attend(Attention { problem, plan, q, k, v, out: packed_out.output(), lse: None, rows }, processor, threads)?;
+    copy::scatter(packed_out.input(), out, query, threads)
 }
 
 impl<T: RowElement> Call<'_, T> {
-    fn run(&self) -> Result<()> {
-        let workers = self.workers();
-        let tasks = self.tasks(workers)?;
-        self.zero_masked_rows(workers == 1);
+    fn run(&self, threads: &Threads) -> Result<()> {
+        let team = threads.team(self.workers());
+        let tasks = self.tasks(team.count())?;
+        self.zero_masked_rows(&team);
         let queries = tasks.iter().map(|task| task.count).max().unwrap_or(0);
         let keys = (0..self.shape().batch).map(|b| self.keys.of(b).len()).max().unwrap_or(0);
         // Each worker takes one task after another, the longest ones first, so that none waits for
@@ -96,10 +102,7 @@ impl<T: RowElement> Call<'_, T> {
             }
             Ok(())
         };
-        match workers {
-            1 => work(),
-            _ => (0..workers).into_par_iter().with_max_len(1).try_for_each(|_| work()),
-        }
+        team.run(work)
     }
 
     /// Threads that the call is worth.
@@ -110,7 +113,7 @@ impl<T: RowElement> Call<'_, T> {
             queries.saturating_mul(self.needed_keys(b, &(0..queries)).len())
         };
         let pairs = (0..batch).map(pairs).fold(0, usize::saturating_add).saturating_mul(num_kv_heads);
-        (pairs.saturating_mul(head_dim) / WORK_OF_A_THREAD).clamp(1, rayon::current_num_threads())
+        pairs.saturating_mul(head_dim) / WORK_OF_A_THREAD
     }
 
     /// All query tiles, those with the most pairs of query and key first.
@@ -138,7 +141,7 @@ impl<T: RowElement> Call<'_, T> {
         Ok(tasks)
     }
 
-    fn zero_masked_rows(&self, is_serial: bool) {
+    fn zero_masked_rows(&self, team: &Team<'_>) {
         let Some(kept) = self.query_mask.filter(|mask| !mask.is_all_kept()) else { return };
         let AttentionShape { num_heads, head_dim, .. } = *self.shape();
         let (batch, seq) = (kept.batch(), kept.seq());
@@ -154,11 +157,7 @@ impl<T: RowElement> Call<'_, T> {
                 row.fill(T::zeroed());
             }
         };
-        if is_serial {
-            (0..batch * seq).for_each(zero_token);
-        } else {
-            (0..batch * seq).into_par_iter().with_min_len(ZERO_TOKENS).for_each(zero_token);
-        }
+        team.for_each(batch * seq, ZERO_TOKENS, zero_token);
     }
 
     fn attend_tile(&self, task: &Task, tiles: &mut Tiles) {

@@ -1,9 +1,9 @@
 //! Pack, scatter and zero fill: copies of whole rows, bit for bit, by element size.
 
 use bytemuck::Pod;
-use rayon::prelude::*;
 
 use super::host::{self, HostInput, HostOutput};
+use super::threads::Threads;
 use crate::call::op::{Input, Output, Sink, Source};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
@@ -12,20 +12,22 @@ use crate::mask::meta::VarlenMeta;
 
 /// Rows that one task copies: enough to outweigh the cost of a task.
 const ROWS_PER_TASK: usize = 64;
+/// Bytes to copy for which it is worth to wake a thread.
+const BYTES_OF_A_THREAD: usize = 1 << 18;
 
 /// Padded `[B, S, H, D]` to packed `[total_valid, H, D]`.
-pub(super) fn pack(from: Input<'_>, to: Output<'_>, meta: &VarlenMeta) -> Result<()> {
+pub(super) fn pack(from: Input<'_>, to: Output<'_>, meta: &VarlenMeta, threads: &Threads) -> Result<()> {
     match from.dtype {
-        DType::F32 => pack_elements::<u32>(from, to, meta),
-        DType::F16 | DType::Bf16 => pack_elements::<u16>(from, to, meta),
+        DType::F32 => pack_elements::<u32>(from, to, meta, threads),
+        DType::F16 | DType::Bf16 => pack_elements::<u16>(from, to, meta, threads),
     }
 }
 
 /// Packed `[total_valid, H, D]` to padded `[B, S, H, D]`, zeros elsewhere.
-pub(super) fn scatter(from: Input<'_>, to: Output<'_>, meta: &VarlenMeta) -> Result<()> {
+pub(super) fn scatter(from: Input<'_>, to: Output<'_>, meta: &VarlenMeta, threads: &Threads) -> Result<()> {
     match from.dtype {
-        DType::F32 => scatter_elements::<u32>(from, to, meta),
-        DType::F16 | DType::Bf16 => scatter_elements::<u16>(from, to, meta),
+        DType::F32 => scatter_elements::<u32>(from, to, meta, threads),
+        DType::F16 | DType::Bf16 => scatter_elements::<u16>(from, to, meta, threads),
     }
 }
 
@@ -38,13 +40,13 @@ pub(super) struct PackedScratch {
 
 impl PackedScratch {
     /// The valid rows of a padded tensor.
-    pub fn pack(padded: Input<'_>, meta: &VarlenMeta) -> Result<Self> {
+    pub fn pack(padded: Input<'_>, meta: &VarlenMeta, threads: &Threads) -> Result<Self> {
         let &[_, _, heads, dim] = padded.layout.shape() else {
             let got = padded.layout.rank();
             return Err(Error::Rank { argument: "padded", expected: "4: [B, S, H, D]", got });
         };
         let mut packed = Self::zeros(Layout::contiguous(&[meta.total_valid(), heads, dim])?, padded.dtype)?;
-        pack(padded, packed.output(), meta)?;
+        pack(padded, packed.output(), meta, threads)?;
         Ok(packed)
     }
 
@@ -68,17 +70,25 @@ impl PackedScratch {
 }
 
 /// Zeros in every element of a view of any rank.
-pub(super) fn zero(to: Output<'_>) -> Result<()> {
+pub(super) fn zero(to: Output<'_>, threads: &Threads) -> Result<()> {
     match to.dtype {
-        DType::F32 => zero_elements::<u32>(to),
-        DType::F16 | DType::Bf16 => zero_elements::<u16>(to),
+        DType::F32 => zero_elements::<u32>(to, threads),
+        DType::F16 | DType::Bf16 => zero_elements::<u16>(to, threads),
     }
 }
 
-fn pack_elements<T: Pod + Send + Sync>(from: Input<'_>, to: Output<'_>, meta: &VarlenMeta) -> Result<()> {
+fn pack_elements<T: Pod + Send + Sync>(
+    from: Input<'_>,
+    to: Output<'_>,
+    meta: &VarlenMeta,
+    threads: &Threads,
+) -> Result<()> {
     let (from, to) = (HostInput::<T>::new(from)?, HostOutput::<T>::new(to)?);
     let &[_, seq, heads, dim] = from.layout.shape() else { return Ok(()) };
-    meta.indices().par_iter().with_min_len(ROWS_PER_TASK).enumerate().for_each(|(packed, &flat)| {
+    let indices = meta.indices();
+    let team = threads.team(worth(indices.len(), heads * dim * size_of::<T>()));
+    team.for_each(indices.len(), ROWS_PER_TASK, |packed| {
+        let flat = indices[packed];
         let (b, s) = (flat as usize / seq, flat as usize % seq);
         for h in 0..heads {
             // SAFETY: each packed row is visited once, and rows of the output do not overlap
@@ -90,10 +100,18 @@ fn pack_elements<T: Pod + Send + Sync>(from: Input<'_>, to: Output<'_>, meta: &V
     Ok(())
 }
 
-fn scatter_elements<T: Pod + Send + Sync>(from: Input<'_>, to: Output<'_>, meta: &VarlenMeta) -> Result<()> {
+fn scatter_elements<T: Pod + Send + Sync>(
+    from: Input<'_>,
+    to: Output<'_>,
+    meta: &VarlenMeta,
+    threads: &Threads,
+) -> Result<()> {
     let (from, to) = (HostInput::<T>::new(from)?, HostOutput::<T>::new(to)?);
     let &[_, seq, heads, dim] = to.layout.shape() else { return Ok(()) };
-    meta.inv_indices().par_iter().with_min_len(ROWS_PER_TASK).enumerate().for_each(|(flat, &packed)| {
+    let inv_indices = meta.inv_indices();
+    let team = threads.team(worth(inv_indices.len(), heads * dim * size_of::<T>()));
+    team.for_each(inv_indices.len(), ROWS_PER_TASK, |flat| {
+        let packed = inv_indices[flat];
         for h in 0..heads {
             // SAFETY: each padded row is visited once, and rows of the output do not overlap
             // (checked by problem).
@@ -107,12 +125,13 @@ fn scatter_elements<T: Pod + Send + Sync>(from: Input<'_>, to: Output<'_>, meta:
     Ok(())
 }
 
-fn zero_elements<T: Pod + Send + Sync>(to: Output<'_>) -> Result<()> {
+fn zero_elements<T: Pod + Send + Sync>(to: Output<'_>, threads: &Threads) -> Result<()> {
     let to = HostOutput::<T>::new(to)?;
     // Row by row, so that what lies between the rows of a strided view keeps its contents.
     let Some((&len, leading)) = to.layout.shape().split_last() else { return Ok(()) };
     let rows: usize = leading.iter().product();
-    (0..rows).into_par_iter().with_min_len(ROWS_PER_TASK).for_each(|row| {
+    let team = threads.team(worth(rows, len * size_of::<T>()));
+    team.for_each(rows, ROWS_PER_TASK, |row| {
         let mut position = [0; MAX_RANK];
         let mut rest = row;
         for (index, &size) in position[..leading.len()].iter_mut().zip(leading).rev() {
@@ -125,4 +144,9 @@ fn zero_elements<T: Pod + Send + Sync>(to: Output<'_>) -> Result<()> {
         row.fill(T::zeroed());
     });
     Ok(())
+}
+
+/// Threads that are worth to wake for `rows` of so many bytes.
+fn worth(rows: usize, bytes: usize) -> usize {
+    rows.saturating_mul(bytes) / BYTES_OF_A_THREAD
 }

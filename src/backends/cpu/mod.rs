@@ -10,12 +10,17 @@ mod needed_keys;
 mod rows;
 mod softmax;
 mod strip;
+mod threads;
 mod tiles;
 
 use std::any::Any;
-use std::sync::{Arc, LazyLock};
+use std::num::NonZeroUsize;
+use std::sync::Arc;
+
+use rayon::ThreadPool;
 
 use self::isa::Processor;
+use self::threads::Threads;
 use crate::cache::DeviceId;
 use crate::call::op::{Backend, Instant, MetadataPlace, Op, Sink, Source, Storage, Timing, no_device_tables};
 use crate::call::plan::Capabilities;
@@ -27,43 +32,45 @@ use crate::mask::meta::VarlenMeta;
 
 const NAME: &str = BackendKind::Cpu.name();
 
-/// The host's processor and memory. There is one for each instruction set in a process, and they
-/// share their memory; launches return when the work is done.
+/// The host's processor and memory. All in a process share their memory, whatever their instruction
+/// set and threads; launches return when the work is done.
 #[derive(Debug)]
 pub(crate) struct CpuDevice {
     processor: Processor,
+    threads: Threads,
     capabilities: Capabilities,
 }
 
 impl CpuDevice {
-    /// The device on an instruction set, or on the processor's best one.
+    /// The device on an instruction set, or on the processor's best one, and so many threads of the
+    /// library's own. None is started yet.
     ///
     /// # Errors
     /// [`Error::NotApplicable`] if the processor lacks the instruction set.
-    pub(crate) fn open(isa: Option<CpuIsa>) -> Result<Arc<dyn Backend>> {
-        static SHARED: LazyLock<Vec<Arc<CpuDevice>>> =
-            LazyLock::new(|| Processor::all().map(|processor| Arc::new(CpuDevice::new(processor))).collect());
-        let found = SHARED.iter().find(|device| isa.is_none_or(|isa| isa == device.processor.isa()));
-        let device = found.ok_or_else(|| {
-            let names: Vec<_> = SHARED.iter().map(|device| device.processor.isa().name()).collect();
-            let got = isa.map_or("none", CpuIsa::name).to_owned();
-            Error::NotApplicable { argument: "cpu_isa", got, why: format!("the processor has {}", names.join(", ")) }
-        })?;
-        Ok(Arc::clone(device) as Arc<dyn Backend>)
+    pub(crate) fn open(isa: Option<CpuIsa>, threads: Option<NonZeroUsize>) -> Result<Arc<dyn Backend>> {
+        Ok(Arc::new(Self::new(processor(isa)?, Threads::own(threads))))
+    }
+
+    /// The same on the threads of an application's pool.
+    ///
+    /// # Errors
+    /// [`Error::NotApplicable`] if the processor lacks the instruction set.
+    pub(crate) fn over(pool: Arc<ThreadPool>, isa: Option<CpuIsa>) -> Result<Arc<dyn Backend>> {
+        Ok(Arc::new(Self::new(processor(isa)?, Threads::of_application(pool))))
     }
 
     /// The device on the processor's best instruction set.
     #[cfg(test)]
     pub(crate) fn shared() -> Arc<dyn Backend> {
-        Self::open(None).expect("every processor has an instruction set")
+        Self::open(None, None).expect("every processor has an instruction set")
     }
 
-    fn new(processor: Processor) -> Self {
+    fn new(processor: Processor, threads: Threads) -> Self {
         Self {
             processor,
             capabilities: Capabilities {
                 backend: BackendKind::Cpu,
-                adapter: format!("{} threads, {}", rayon::current_num_threads(), processor.isa()),
+                adapter: format!("{} threads, {}", threads.most(), processor.isa()),
                 is_software: true,
                 dtypes: &[DType::F32, DType::F16, DType::Bf16],
                 kernels: vec![Kernel::CpuTiled],
@@ -71,8 +78,19 @@ impl CpuDevice {
                 max_binding_bytes: isize::MAX as u64,
                 has_timestamps: false,
             },
+            threads,
         }
     }
+}
+
+/// An instruction set of the processor, or its best one.
+fn processor(isa: Option<CpuIsa>) -> Result<Processor> {
+    let found = Processor::all().find(|processor| isa.is_none_or(|isa| isa == processor.isa()));
+    found.ok_or_else(|| {
+        let names: Vec<_> = Processor::all().map(|processor| processor.isa().name()).collect();
+        let got = isa.map_or("none", CpuIsa::name).to_owned();
+        Error::NotApplicable { argument: "cpu_isa", got, why: format!("the processor has {}", names.join(", ")) }
+    })
 }
 
 impl Backend for CpuDevice {
@@ -110,10 +128,12 @@ impl Backend for CpuDevice {
 
     fn execute(&self, op: Op<'_>) -> Result<()> {
         match op {
-            Op::Attention(attention) => attention::attend(attention, self.processor),
-            Op::Pack { pairs, meta } => pairs.into_iter().try_for_each(|(from, to)| copy::pack(from, to, meta)),
-            Op::Scatter { packed, padded, meta } => copy::scatter(packed, padded, meta),
-            Op::Zero(out) => copy::zero(out),
+            Op::Attention(attention) => attention::attend(attention, self.processor, &self.threads),
+            Op::Pack { pairs, meta } => {
+                pairs.into_iter().try_for_each(|(from, to)| copy::pack(from, to, meta, &self.threads))
+            }
+            Op::Scatter { packed, padded, meta } => copy::scatter(packed, padded, meta, &self.threads),
+            Op::Zero(out) => copy::zero(out, &self.threads),
             Op::Metadata { .. } => Err(no_device_tables(NAME)),
         }
     }

@@ -222,7 +222,7 @@ impl Backend for CudaDevice {
 
     fn alloc(&self, bytes: u64) -> Result<Storage> {
         let _current = self.launcher.context.enter()?;
-        Ok(Storage::Device(Box::new(self.launcher.lasting(bytes)?)))
+        Ok(Storage::device(self.launcher.lasting(bytes)?))
     }
 
     fn metadata_place(&self) -> MetadataPlace {
@@ -231,7 +231,7 @@ impl Backend for CudaDevice {
 
     fn alloc_metadata(&self, batch: usize, seq: usize) -> Result<Storage> {
         let _current = self.launcher.context.enter()?;
-        Ok(Storage::Device(Box::new(metadata::empty_tables(&self.launcher, batch, seq)?)))
+        Ok(Storage::device(metadata::empty_tables(&self.launcher, batch, seq)?))
     }
 
     fn upload(&self, to: Sink<'_>, bytes: &[u8]) -> Result<()> {

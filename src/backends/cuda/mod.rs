@@ -89,5 +89,5 @@ pub(crate) unsafe fn external_memory(device: &dyn Backend, address: u64, bytes: 
     let cuda = cuda.ok_or_else(|| foreign_memory(device.name(), "cuda"))?;
     // SAFETY: by the caller's promise.
     let buffer = unsafe { cuda.external_memory(address, bytes) }?;
-    Ok(Storage::Device(Box::new(buffer)))
+    Ok(Storage::device(buffer))
 }

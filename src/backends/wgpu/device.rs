@@ -169,7 +169,7 @@ impl WgpuDevice {
     /// An external buffer as memory of this device.
     pub(crate) fn import(&self, buffer: wgpu::Buffer) -> Result<Storage> {
         self.context.faults.check()?;
-        Ok(Storage::Device(Box::new(self.context.allocator.external(buffer)?)))
+        Ok(Storage::device(self.context.allocator.external(buffer)?))
     }
 
     /// Records an operation for the application to submit.
@@ -241,7 +241,7 @@ impl Backend for WgpuDevice {
     }
 
     fn alloc(&self, bytes: u64) -> Result<Storage> {
-        Ok(Storage::Device(Box::new(self.context.allocator.tensor(bytes)?)))
+        Ok(Storage::device(self.context.allocator.tensor(bytes)?))
     }
 
     fn upload(&self, to: Sink<'_>, bytes: &[u8]) -> Result<()> {
