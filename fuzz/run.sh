@@ -18,7 +18,7 @@ while [ $# -gt 0 ]; do
   esac
   shift
 done
-[ ${#targets[@]} -gt 0 ] || targets=(masks layouts forward)
+[ ${#targets[@]} -gt 0 ] || targets=(masks layouts forward capi)
 
 host=$(rustc -vV | sed -n 's/^host: //p')
 passes=-sanitizer-coverage
