@@ -246,7 +246,8 @@ pub fn run(session: &mut Session, call: &Call) {
                 session.arena.put(offset, sums.collect::<Vec<_>>());
                 count = count.min(values.len() as u64);
             }
-            let last = session.offset_of(pointer).zip(count.checked_sub(1)).map(|(offset, last)| offset + 4 * last as usize);
+            let last = session.offset_of(pointer).zip(count.checked_sub(1));
+            let last = last.map(|(offset, last)| offset.saturating_add((last as usize).saturating_mul(4)));
             let total = last.map_or(0, |last| session.arena.i32_at(last).max(0) as u64);
             let mut slot = Slot::new(*place);
             // SAFETY: as above.
@@ -324,7 +325,7 @@ fn copy(session: &mut Session, call: &Call, meta: Ref, what: u8, at: Spot, count
     let sizes = handle.object.unwrap_or_default();
     let right = match what % 3 {
         0 => sizes.total,
-        1 => sizes.batch * sizes.seq,
+        1 => sizes.batch.wrapping_mul(sizes.seq),
         _ => sizes.batch + 1,
     };
     let (pointer, count) = session.array::<u32>(at, count.map_or(right, Size::get));
@@ -338,7 +339,7 @@ fn copy(session: &mut Session, call: &Call, meta: Ref, what: u8, at: Spot, count
     };
     let is_place = count == 0 || (session.arena.owned(pointer.addr()) > 0 && pointer.is_aligned());
     let is_sound = handle.object.is_some() && count == right && is_place;
-    let written = is_sound.then_some((pointer.addr(), count as usize * 4)).filter(|_| count > 0);
+    let written = (is_sound && count > 0).then(|| (pointer.addr(), count as usize * 4));
     session.judge(call, status, written, Some(is_sound));
 }
 
@@ -354,7 +355,7 @@ fn rebuild(session: &mut Session, call: &Call, meta: Ref, view: &View) {
         dtype: enum_of(dtype),
         memory: enum_of(0),
         shape: [sizes.batch, sizes.seq],
-        strides: [(sizes.seq * step) as i64, step as i64],
+        strides: [sizes.seq.wrapping_mul(step) as i64, step as i64],
         reserved: [0; 2],
     };
     for (field, size) in &view.faults {
@@ -385,7 +386,7 @@ impl OptionsSpec {
             softmax_scale: self.scale,
             path: enum_of(among(self.path, 5)),
             kernel: enum_of(among(self.kernel, 2)),
-            reserved: [u64::from(self.reserved < 240).wrapping_sub(1) & 7, 0, 0, 0],
+            reserved: [u64::from(self.reserved >= 240), 0, 0, 0],
         }
     }
 
@@ -393,13 +394,13 @@ impl OptionsSpec {
     fn is_sound(&self) -> bool {
         let value = self.value();
         let scale = value.has_softmax_scale == 0 || (value.has_softmax_scale == 1 && self.scale.is_finite());
-        let numbers = [(self.path, 5), (self.kernel, 7)].iter().all(|&(byte, count)| among(byte, count) < count.into());
-        scale && numbers && self.reserved < 240 && (self.at.is_good() || self.at.is_null())
+        let numbers = [(self.path, 5), (self.kernel, 2)].iter().all(|&(byte, count)| among(byte, count) < count.into());
+        self.at.is_null() || (self.at.is_good() && scale && numbers && self.reserved < 240)
     }
 
     /// Whether they are the defaults, which apply to every call.
     fn is_plain(&self) -> bool {
-        self.is_sound() && among(self.path, 5) == 0 && among(self.kernel, 2) == 0
+        self.at.is_null() || (self.is_sound() && among(self.path, 5) == 0 && among(self.kernel, 2) == 0)
     }
 }
 
