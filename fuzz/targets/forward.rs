@@ -87,7 +87,8 @@ fn run<T: Element>(input: &Input, precision: Precision, narrow: fn(f32) -> T, wi
     };
     let OracleShape { batch, seq_q, seq_k, heads, kv_heads, head_dim } = shape;
     let shapes = [[batch, seq_q, heads, head_dim], [batch, seq_k, kv_heads, head_dim]];
-    let values = |stream, [b, s, h, d]: [usize; 4]| random::normal_rounded(input.seed, stream, b * s * h * d, precision);
+    let values =
+        |stream, [b, s, h, d]: [usize; 4]| random::normal_rounded(input.seed, stream, b * s * h * d, precision);
     let (q, k, v) = (values(0, shapes[0]), values(1, shapes[1]), values(2, shapes[1]));
 
     let bits = |bytes: &[u8], seq: usize| -> Vec<bool> {
@@ -167,7 +168,10 @@ fn run<T: Element>(input: &Input, precision: Precision, narrow: fn(f32) -> T, wi
     }
     let mut written: Vec<bool> = vec![false; out.len()];
     positions(&out_layout, shapes[0]).for_each(|at| written[at] = true);
-    assert!(out.iter().zip(written).all(|(&value, written)| written || widen(value).is_nan()), "wrote outside of the view");
+    assert!(
+        out.iter().zip(written).all(|(&value, written)| written || widen(value).is_nan()),
+        "wrote outside of the view"
+    );
 }
 
 /// What the suite's rule, twice the error of a naive run in the element type, leaves out.
@@ -183,7 +187,8 @@ fn floor(oracle: &Oracle<'_>, precision: Precision, exact: &[f64]) -> f64 {
     let problem = oracle.problem();
     let largest = |values: &mut dyn Iterator<Item = f64>| values.fold(0.0, f64::max);
     let norm = |values: &[f32]| {
-        let norms = values.chunks(problem.shape.head_dim).map(|row| row.iter().map(|&x| f64::from(x).powi(2)).sum::<f64>());
+        let norms =
+            values.chunks(problem.shape.head_dim).map(|row| row.iter().map(|&x| f64::from(x).powi(2)).sum::<f64>());
         largest(&mut { norms }).sqrt()
     };
     let rounding = match precision {
@@ -200,7 +205,8 @@ fn floor(oracle: &Oracle<'_>, precision: Precision, exact: &[f64]) -> f64 {
 fn layout([batch, seq, heads, dim]: [usize; 4], gap: usize, heads_first: bool) -> Layout {
     let row = (dim + gap) as u64;
     let [token, head] = if heads_first { [row, row * seq as u64] } else { [row * heads as u64, row] };
-    Layout::strided(&[batch, seq, heads, dim], &[row * (seq * heads) as u64, token, head, 1], 0).expect("a small layout")
+    Layout::strided(&[batch, seq, heads, dim], &[row * (seq * heads) as u64, token, head, 1], 0)
+        .expect("a small layout")
 }
 
 fn positions(layout: &Layout, [batch, seq, heads, dim]: [usize; 4]) -> impl Iterator<Item = usize> + use<> {

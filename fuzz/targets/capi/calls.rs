@@ -260,8 +260,7 @@ pub fn run(session: &mut Session, call: &Call) {
             let mut slot = Slot::new(*place);
             // SAFETY: as above.
             let status = unsafe { masks::varlen_fa_cu_seqlens_from_meta(handle.pointer, slot.pointer()) };
-            let made =
-                session.made(call, status, &mut slot, Kind::CuSeqlens, handle.object.unwrap_or_default());
+            let made = session.made(call, status, &mut slot, Kind::CuSeqlens, handle.object.unwrap_or_default());
             assert_eq!(made.is_some(), handle.object.is_some() && place.is_good(), "{call:?}: {status:?}");
         }
         Call::DeviceMeta { device, batch, seq, place } => {
@@ -497,7 +496,8 @@ fn forward(session: &mut Session, call: &Call, attend: &Attend, spec: &MaskSpec,
     let full = [b, sq, h, shape.k[1]];
     let bias_rank = usize::from(spec.bias % 4) + 1;
     let one = |dim: usize| spec.bias >> (2 + dim) & 1 == 1;
-    let bias: Vec<u64> = (4 - bias_rank..4).map(|dim| if one(dim) { 1 } else { [full[0], h, sq, full[3]][dim] }).collect();
+    let bias: Vec<u64> =
+        (4 - bias_rank..4).map(|dim| if one(dim) { 1 } else { [full[0], h, sq, full[3]][dim] }).collect();
     let bias_dtype = if spec.bias_is_f32 { F32 } else { shape.dtype };
     let (q, k, dtype, rows) = (&shape.q[..], &shape.k[..], shape.dtype, attend.rows);
     let mut all = vec![(q, dtype, rows[0]), (k, dtype, rows[1]), (k, dtype, rows[2]), (q, dtype, rows[3])];
@@ -576,7 +576,8 @@ fn forward(session: &mut Session, call: &Call, attend: &Attend, spec: &MaskSpec,
         && mask_is_sound;
     let is_ok = status == varlen_fa_status::Ok;
     // Options that force a path may not apply, and the device may know other limits.
-    let expected = if !is_sound { Some(false) } else { Some(true).filter(|_| attend.options_are_plain() && !tensors.has_fault) };
+    let expected =
+        if !is_sound { Some(false) } else { Some(true).filter(|_| attend.options_are_plain() && !tensors.has_fault) };
     let written = if is_ok && is_sound { tensors.elements(3) } else { vec![] };
     session.judge(call, status, written, expected);
     plan.result(is_ok);
@@ -656,8 +657,10 @@ fn varlen_attention(session: &mut Session, call: &Call, attend: &Attend, sequenc
         && sequences_are_sound
         && tensors.are_apart(outputs);
     let is_ok = status == varlen_fa_status::Ok;
-    let expected = if !is_sound { Some(false) } else { Some(true).filter(|_| attend.options_are_plain() && !tensors.has_fault) };
-    let written = if is_ok && is_sound { outputs.iter().flat_map(|&at| tensors.elements(at)).collect() } else { vec![] };
+    let expected =
+        if !is_sound { Some(false) } else { Some(true).filter(|_| attend.options_are_plain() && !tensors.has_fault) };
+    let written =
+        if is_ok && is_sound { outputs.iter().flat_map(|&at| tensors.elements(at)).collect() } else { vec![] };
     session.judge(call, status, written, expected);
     plan.result(is_ok);
 }
@@ -727,7 +730,9 @@ fn judge_move(
 ) {
     let outputs: Vec<usize> = pairs.iter().map(|&(padded, packed)| if packs { packed } else { padded }).collect();
     let fits = |&(padded, packed): &(usize, usize)| {
-        let Some(meta) = meta.filter(|_| tensors.is_sound(padded, 4) && tensors.is_sound(packed, 3)) else { return false };
+        let Some(meta) = meta.filter(|_| tensors.is_sound(padded, 4) && tensors.is_sound(packed, 3)) else {
+            return false;
+        };
         let (a, b) = (tensors.shape(padded, 4), tensors.shape(packed, 3));
         a[..2] == [meta.batch, meta.seq]
             && b[0] == meta.total
@@ -739,6 +744,7 @@ fn judge_move(
     let is_sound = device.is_some() && pairs.iter().all(fits) && tensors.are_apart(&outputs);
     let expected = if !is_sound { Some(false) } else { Some(true).filter(|_| !tensors.has_fault) };
     let is_ok = status == varlen_fa_status::Ok;
-    let written = if is_ok && is_sound { outputs.iter().flat_map(|&at| tensors.elements(at)).collect() } else { vec![] };
+    let written =
+        if is_ok && is_sound { outputs.iter().flat_map(|&at| tensors.elements(at)).collect() } else { vec![] };
     session.judge(call, status, written, expected);
 }

@@ -125,8 +125,7 @@ impl Session {
     /// Judges a call that frees a handle.
     pub fn freed(&mut self, call: &dyn Debug, status: varlen_fa_status, address: usize, kind: Kind) {
         let found = self.issued.iter_mut().find(|it| it.is_live && it.kind == kind && it.address == address);
-        let expected =
-            if found.is_some() || address == 0 { varlen_fa_status::Ok } else { varlen_fa_status::BadHandle };
+        let expected = if found.is_some() || address == 0 { varlen_fa_status::Ok } else { varlen_fa_status::BadHandle };
         assert_eq!(status, expected, "{call:?}");
         if let Some(found) = found {
             found.is_live = false;

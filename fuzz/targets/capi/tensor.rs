@@ -181,7 +181,10 @@ impl Tensors {
         }
         for (&size, &stride) in tensor.shape[..rank].iter().zip(&tensor.strides[..rank]) {
             if !positions.is_empty() {
-                positions = positions.iter().flat_map(|&at| (0..size as usize).map(move |i| at + i * stride as usize)).collect();
+                positions = positions
+                    .iter()
+                    .flat_map(|&at| (0..size as usize).map(move |i| at + i * stride as usize))
+                    .collect();
             }
         }
         positions.sort_unstable();
