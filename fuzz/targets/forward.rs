@@ -1,5 +1,6 @@
-//! Calls on the CPU device against the f64 oracle: any small shape, mask, element type, scale and strides. What must not matter
-//! holds NaN: dropped keys, masked query rows, the gaps between rows, and the output before it is written.
+//! Calls on the CPU device against the f64 oracle: any small shape, mask, element type, scale and
+//! strides. What must not matter holds NaN: dropped keys, masked query rows, the gaps between rows,
+//! and the output before it is written.
 #![no_main]
 
 use std::sync::OnceLock;
@@ -201,7 +202,8 @@ fn floor(oracle: &Oracle<'_>, precision: Precision, exact: &[f64]) -> f64 {
     rounding * largest(&mut exact.iter().map(|value| value.abs())) + 4.0 * f64::from(f32::EPSILON) * score * value
 }
 
-/// A `[B, S, H, D]` view with `gap` elements behind each row of a head, in either order of heads and tokens.
+/// A `[B, S, H, D]` view with `gap` elements behind each row of a head, in either order of heads
+/// and tokens.
 fn layout([batch, seq, heads, dim]: [usize; 4], gap: usize, heads_first: bool) -> Layout {
     let row = (dim + gap) as u64;
     let [token, head] = if heads_first { [row, row * seq as u64] } else { [row * heads as u64, row] };

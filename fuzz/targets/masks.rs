@@ -7,7 +7,8 @@ use arbitrary::Arbitrary;
 use libfuzzer_sys::fuzz_target;
 use varlen_fa::{CuSeqlens, KeyMask, VarlenMeta};
 
-/// The arguments of one constructor. Sizes are small or wild, so that both answers and refusals are seen.
+/// The arguments of one constructor. Sizes are small or wild, so that both answers and refusals are
+/// seen.
 #[derive(Debug, Arbitrary)]
 enum Input {
     Bools { batch: u8, seq: u8, keep: Vec<bool> },
@@ -54,7 +55,8 @@ fn run(input: Input) {
         }
         Input::All { batch, seq } => {
             let (batch, seq) = (batch as usize, seq as usize);
-            // Large sizes are asked for by their refusal alone; those between would fill the memory.
+            // Large sizes are asked for by their refusal alone; those between would fill the
+            // memory.
             if (MAX_TOKENS..=i32::MAX as usize).contains(&batch.saturating_mul(seq)) {
                 return;
             }

@@ -310,7 +310,8 @@ fn fuzz(workspace: &Workspace) -> Result<Outcome> {
     Ok(Outcome::Passed)
 }
 
-/// Installs a Python package into an environment of its own below `folder`, unless it is there; returns the folder of its programs.
+/// Installs a Python package into an environment of its own below `folder`, unless it is there;
+/// returns the folder of its programs.
 fn python_package(folder: &Path, package: &str) -> Result<PathBuf> {
     let environment = folder.join(package);
     let (programs, installed) = (environment.join("bin"), environment.join("installed"));

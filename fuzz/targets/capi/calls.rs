@@ -54,7 +54,8 @@ pub struct View {
 #[derive(Debug, Arbitrary)]
 pub struct Attend {
     device: Ref,
-    /// Batch rows, tokens of queries and of keys, heads of keys, heads of queries for each, head dimension.
+    /// Batch rows, tokens of queries and of keys, heads of keys, heads of queries for each, head
+    /// dimension.
     sizes: [u8; 6],
     dtype: u8,
     rows: [u8; 4],
@@ -115,8 +116,8 @@ fn not_between(batch: u64, seq: u64) -> (u64, u64) {
 }
 
 impl Session {
-    /// An array of `count` elements, for a call that reads or writes it; the count is cut to what the memory holds, unless the call must
-    /// refuse it unseen.
+    /// An array of `count` elements, for a call that reads or writes it; the count is cut to what
+    /// the memory holds, unless the call must refuse it unseen.
     fn array<T>(&mut self, at: Spot, count: u64) -> (*mut T, u64) {
         let pointer = at.pointer(&mut self.arena);
         let bytes = u128::from(count) * size_of::<T>() as u128;
@@ -143,8 +144,8 @@ pub fn run(session: &mut Session, call: &Call) {
                 kind => kind,
             };
             let (ordinal, mut slot) = (if *ordinal < 200 { 0 } else { u32::from(*ordinal) }, Slot::new(*place));
-            // SAFETY: a place for a handle, or none; as in all calls below, where arrays are as long as said, unless the
-            // call must refuse them before it looks.
+            // SAFETY: a place for a handle, or none; as in all calls below, where arrays are as
+            // long as said, unless the call must refuse them before it looks.
             let status = unsafe { device::varlen_fa_device_open(enum_of(kind), ordinal, slot.pointer()) };
             let made = session.made(call, status, &mut slot, Kind::Device, Sizes::default());
             assert_eq!(made.is_some(), kind == 1 && ordinal == 0 && place.is_good(), "{call:?}: {status:?}");
@@ -237,7 +238,8 @@ pub fn run(session: &mut Session, call: &Call) {
         Call::CuSeqlens { at, values, count, place } => {
             let (pointer, mut count) = session.array::<i32>(*at, count.get());
             if let (Some(values), Some(offset)) = (values, session.offset_of(pointer)) {
-                // Differences, so that most sequences are sound; the first of them is dropped to start at 0.
+                // Differences, so that most sequences are sound; the first of them is dropped to
+                // start at 0.
                 let mut sum = 0;
                 let sums = values.iter().enumerate().map(|(at, &value)| {
                     sum += if at == 0 { 0 } else { i32::from(value % 16) };
@@ -438,7 +440,8 @@ impl Attend {
     }
 }
 
-/// Whether shapes fit as attention needs them: q and out, k and v, with `outer` dimensions before heads.
+/// Whether shapes fit as attention needs them: q and out, k and v, with `outer` dimensions before
+/// heads.
 fn attention_fits(tensors: &Tensors, outer: usize) -> bool {
     let rank = outer + 2;
     let [q, k, v, out] = [0, 1, 2, 3].map(|at| tensors.shape(at, rank));
@@ -481,7 +484,8 @@ fn forward(session: &mut Session, call: &Call, attend: &Attend, spec: &MaskSpec,
         4 | 6 => (handles[0].object, handles[1].object),
         _ => (None, None),
     };
-    // Objects of a larger size would not fit the memory; then the sizes differ, and the call is refused.
+    // Objects of a larger size would not fit the memory; then the sizes differ, and the call is
+    // refused.
     let fit = |to: &mut [u64; 4], sizes: Option<Sizes>| {
         if let Some(sizes) = sizes.filter(|sizes| spec.fits && sizes.batch < 4 && sizes.seq < 10) {
             (to[0], to[1]) = (sizes.batch, sizes.seq);
@@ -718,7 +722,8 @@ fn scatter(session: &mut Session, call: &Call, given: &Move) {
     judge_move(session, call, status, &tensors, (device.object, meta.object), &[(0, 1)], false);
 }
 
-/// Judges a call that moves rows between padded and packed tensors, which are given by their places.
+/// Judges a call that moves rows between padded and packed tensors, which are given by their
+/// places.
 fn judge_move(
     session: &mut Session,
     call: &Call,

@@ -1,19 +1,19 @@
-//! The C functions, called with arguments that are right but for a few faults: sequences of calls over memory
-//! that this program owns.
+//! The C functions, called with arguments that are right but for a few faults: sequences of calls
+//! over memory that this program owns.
 //!
-//! Whatever comes: nothing panics (the engine aborts at a panic, also at one that the border would catch), the
-//! status is one of the header's, an error leaves every byte as it was and has a message, success writes the
-//! elements of outputs and nothing else, and success needs arguments that the header allows. A call without a
-//! fault must succeed.
+//! Whatever comes: nothing panics (the engine aborts at a panic, also at one that the border would
+//! catch), the status is one of the header's, an error leaves every byte as it was and has a
+//! message, success writes the elements of outputs and nothing else, and success needs arguments
+//! that the header allows. A call without a fault must succeed.
 //!
-//! The header's own rule for pointers is kept, since no library can check it: what is neither NULL, in the first
-//! page nor misaligned points to as much memory as the call says.
+//! The header's own rule for pointers is kept, since no library can check it: what is neither NULL,
+//! in the first page nor misaligned points to as much memory as the call says.
 #![no_main]
 #![allow(non_camel_case_types, reason = "types have the names that they have in C")]
 #![allow(clippy::missing_safety_doc, reason = "the header states once what callers must ensure")]
 
-// The C library is no Rust library that could be imported, so its sources are compiled into this program. They
-// know the Rust library by this name.
+// The C library is no Rust library that could be imported, so its sources are compiled into this
+// program. They know the Rust library by this name.
 extern crate varlen_fa as varlen;
 
 #[path = "../../../capi/src/arguments.rs"]

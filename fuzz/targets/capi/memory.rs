@@ -151,7 +151,8 @@ impl<T> Slot<T> {
         }
     }
 
-    /// What the call wrote, if it succeeded: checks that it wrote there alone, and that a failed one wrote nothing.
+    /// What the call wrote, if it succeeded: checks that it wrote there alone, and that a failed
+    /// one wrote nothing.
     pub fn result(&mut self, is_ok: bool) -> Option<T> {
         let (head, rest) = self.words.split_at(BORDER);
         let (value, tail) = rest.split_at(Self::WORDS);

@@ -23,7 +23,8 @@ pub enum Kind {
     DeviceMeta,
 }
 
-/// Which handle a call is given: mostly a live one of the right kind; else any that was issued, NULL, or a number.
+/// Which handle a call is given: mostly a live one of the right kind; else any that was issued,
+/// NULL, or a number.
 #[derive(Debug, Clone, Copy, Arbitrary)]
 pub struct Ref {
     choice: u8,
@@ -133,8 +134,8 @@ impl Session {
         self.judge(call, status, [], None);
     }
 
-    /// What holds after any call. `written`: what a successful one writes in the arena. `is_sound`: whether the header
-    /// allows the arguments, if the caller knows that it does or does not.
+    /// What holds after any call. `written`: what a successful one writes in the arena. `is_sound`:
+    /// whether the header allows the arguments, if the caller knows that it does or does not.
     pub fn judge(
         &mut self,
         call: &dyn Debug,

@@ -7,8 +7,8 @@ use arbitrary::Arbitrary;
 use crate::memory::{Arena, At, Slot, Spot};
 use crate::types::varlen_fa_tensor;
 
-/// The most elements of a tensor that is within its memory: elements that share an address could be any number, and a
-/// call over them takes its time by right.
+/// The most elements of a tensor that is within its memory: elements that share an address could be
+/// any number, and a call over them takes its time by right.
 const MAX_ELEMENTS: u128 = 1 << 13;
 
 /// A size: a small one, one at a border of an integer type, or any.
@@ -76,8 +76,9 @@ pub fn element_bytes(dtype: u32) -> Option<u64> {
 }
 
 impl Tensors {
-    /// Tensors one behind the other in the arena, each of a shape, an element type, and rows as its byte says: bits 0 and
-    /// 1 are the gap behind each row of a head, in steps of 8 elements; bit 2 puts heads before tokens.
+    /// Tensors one behind the other in the arena, each of a shape, an element type, and rows as its
+    /// byte says: bits 0 and 1 are the gap behind each row of a head, in steps of 8 elements; bit 2
+    /// puts heads before tokens.
     pub fn new(arena: &mut Arena, tensors: &[(&[u64], u32, u8)]) -> Self {
         let mut offset = 0;
         let all: Vec<_> = tensors
@@ -171,7 +172,8 @@ impl Tensors {
         })
     }
 
-    /// Address and bytes of each row of elements of an output; checks that no element lies in two places.
+    /// Address and bytes of each row of elements of an output; checks that no element lies in two
+    /// places.
     pub fn elements(&self, at: usize) -> Vec<(usize, usize)> {
         let tensor = &self.all[at];
         let (rank, element) = (tensor.rank as usize, element_bytes(number(tensor.dtype)).unwrap_or(0) as usize);
