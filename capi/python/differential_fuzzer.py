@@ -3,14 +3,15 @@
 
     differential_fuzzer.py [--device cpu|cuda|wgpu] [--minutes N | --calls N] [--seed N]
 
-A call is a pure function of its seed: a shape, an element type, strides, a mask, a scale, options, and
-sometimes a path or kernel that is forced. Calls have the seeds from --seed on, one after the other. What must not matter holds
-NaN: masked tokens, the gaps between rows, and outputs before they are written. A failure prints the
-call, its seed, and the line that repeats it, and the program exits with 1.
+A call is a pure function of its seed: a shape, an element type, strides, a mask, a scale, options,
+and sometimes a path or kernel that is forced. Calls have the seeds from --seed on, one after the
+other. What must not matter holds NaN: masked tokens, the gaps between rows, and outputs before they
+are written. A failure prints the call, its seed, and the line that repeats it, and the program
+exits with 1; with 77 if the device is absent.
 
 The tolerance is that of the project's tests: twice the error of the same computation done naively
-in the element type, and a floor (see `floor`). VARLEN_FA_LIBRARY names the library. On cuda, tensors
-lie in the GPU's memory in every second call, on a stream of the driver."""
+in the element type, and a floor (see `floor`). VARLEN_FA_LIBRARY names the library. On cuda,
+tensors lie in the GPU's memory in every second call, on a stream of the driver."""
 
 import argparse
 import ctypes
@@ -129,7 +130,7 @@ class CudaMemory(Host):
 
 
 class Strided:
-    """A tensor of any row-wise strides: gaps behind rows, dimensions in any order but for the last."""
+    """A tensor of any strides: gaps behind rows, dimensions in any order but for the last."""
 
     def __init__(self, rng, memory, dtype, shape, values=None, keep=None):
         rank = len(shape)
@@ -176,8 +177,8 @@ class Strided:
 
 
 def attend(q, k, v, keep, bias, scale, dtype=None):
-    """Attention in float64 or, with an element type, as a naive program computes it in that: sums in float32,
-    and scores, weights and outputs rounded. Shapes [H, Sq, D], [Hkv, Sk, D], keep [Sk], bias [H, Sq, Sk].
+    """Attention in float64 or, with an element type, as a naive program computes it in that: sums in
+    float32, and scores, weights and outputs rounded. Shapes [H, Sq, D], [Hkv, Sk, D], keep [Sk], bias [H, Sq, Sk].
     Returns the output and the logarithms of the sums."""
     wide = np.float64 if dtype is None else np.float32
     step = (lambda x: x) if dtype is None else (lambda x: round_to(dtype, x))
@@ -199,9 +200,9 @@ def attend(q, k, v, keep, bias, scale, dtype=None):
 
 
 def floor(dtype, exact, q, k, v, scale, bias):
-    """What twice the naive run's error leaves out: two roundings of the output (or 1e-5 in f32) of the
-    largest reference; and the rounding of a score in f32, which grows with the score, moves its key's
-    weight by that share, and comes in another order than the naive run's."""
+    """What twice the naive run's error leaves out: two roundings of the output (or 1e-5 in f32) of
+    the largest reference; and the rounding of a score in f32, which grows with the score, moves its
+    key's weight by that share, and comes in another order than the naive run's."""
     rounding = 1e-5 if dtype == vf.F32 else 2 * ROUNDING[dtype]
     norm = lambda x: float(np.sqrt((x.astype(np.float64) ** 2).sum(-1).max(initial=0)))  # noqa: E731
     finite = np.abs(bias[np.isfinite(bias)]).max(initial=0) if bias is not None else 0
@@ -235,8 +236,7 @@ class Call:
         self.rng = rng = np.random.default_rng(seed)
         self.dtype = int(rng.choice(dtypes))
         self.batch = int(rng.integers(0, 4)) if rng.random() < 0.3 else int(rng.integers(1, 4))
-        length = lambda: int(rng.choice([0, 1, 7, 8, 9, 31, 33, 64, 65, 100, 129, 200])) if rng.random() < 0.5 else int(rng.integers(1, 48))  # noqa: E731
-        self.seq_q, self.seq_k = length(), length()
+        self.seq_q, self.seq_k = self.length(), self.length()
         self.kv_heads = int(rng.integers(1, 4))
         self.heads = self.kv_heads * int(rng.integers(1, 4))
         self.dim = 8 * int(rng.choice([1, 2, 3, 4, 5, 8, 8, 9, 12, 16, 16, 17, 24, 32]))
@@ -244,6 +244,11 @@ class Call:
         self.given_scale = None if rng.random() < 0.6 else float(np.float32(rng.choice([0.0, 1.0, -0.5, default * 3, -2.0])))
         self.scale = default if self.given_scale is None else self.given_scale
         self.size = float(rng.choice([1.0, 1.0, 1.0, 0.01, 8.0]))
+
+    def length(self):
+        """Tokens: none, about one tile, or a few tiles."""
+        edges = [0, 1, 7, 8, 9, 31, 33, 64, 65, 100, 129, 200]
+        return int(self.rng.choice(edges) if self.rng.random() < 0.5 else self.rng.integers(1, 48))
 
     def normal(self, *shape):
         return round_to(self.dtype, self.rng.standard_normal(shape) * self.size)
@@ -332,7 +337,7 @@ class Fuzzer:
         return self.library.options(call.given_scale, path, kernel)
 
     def attempt(self, forced, function, *arguments, **named):
-        """Calls; returns whether the call was done. A forced path or kernel may not apply to a call."""
+        """Calls; returns whether the call was done: a forced path or kernel may not apply."""
         try:
             function(*arguments, **named)
         except vf.Error as error:
