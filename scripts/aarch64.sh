@@ -41,18 +41,21 @@ if [ ! -d "$(rustc --print target-libdir --target "$target")" ]; then
   compile_std=(-Zbuild-std=std,test)
 fi
 
-# Builds the test program that the arguments name, and prints its path. A target folder of its own,
-# since RUSTC_BOOTSTRAP makes packages build otherwise.
-build() {
-  cargo test --release --target "$target" --target-dir target/aarch64 "${compile_std[@]}" --no-default-features \
-    "$@" --no-run --message-format json |
-    python3 -c 'import json, sys; print([m["executable"] for m in map(json.loads, sys.stdin) if m.get("executable")][-1])'
-}
-
-unit_tests=$(build -p varlen-fa --lib)
-suite=$(build -p varlen-fa-tests --test suite)
+# One build for both programs, in a target folder of its own, since RUSTC_BOOTSTRAP makes packages
+# build otherwise. Dependencies are optimized little: their generic code, which the hot loops are
+# made of, is compiled with this repository's packages, and the rest takes longer to compile than to
+# run.
+programs=$(cargo test --release --target "$target" --target-dir target/aarch64 "${compile_std[@]}" \
+  --config 'profile.release.package."*".opt-level=1' -p varlen-fa -p varlen-fa-tests --lib --test suite \
+  --no-default-features --no-run --message-format json |
+  python3 -c '
+import json, sys
+built = {m["target"]["name"]: m["executable"] for m in map(json.loads, sys.stdin) if m.get("executable")}
+print(built["varlen_fa"], built["suite"])')
+read -r unit_tests suite <<<"$programs"
 aarch64-linux-gnu-objdump -d --no-show-raw-insn "$unit_tests" | python3 scripts/count_fmla.py
 "${emulator[@]}" "$unit_tests" backends::cpu
+echo "trials of the suite: ${filters[*]}"
 for filter in "${filters[@]}"; do
   count=$("${emulator[@]}" "$suite" --list "$filter" | grep -c ': test$') || { echo "error: no trial is named $filter" >&2; exit 1; }
   echo "$filter: $count trials"
