@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# Builds the fuzzers with coverage counters and runs some of them. `cargo fuzz run TARGET` does the same with
-# a nightly compiler and the address sanitizer; this needs neither.
+# Builds the fuzzers with coverage counters and runs some of them. `cargo fuzz run TARGET` does the
+# same with a nightly compiler and the address sanitizer; this needs neither.
 #
 #   fuzz/run.sh [--seconds N] [TARGET...]     60 seconds each; all targets unless some are named
 #
-# What it finds beyond fuzz/seeds/ is kept in fuzz/corpus/; an input that fails is left in fuzz/artifacts/.
+# What it finds beyond fuzz/seeds/ is kept in fuzz/corpus/; an input that fails is left in
+# fuzz/artifacts/.
 set -euo pipefail
 cd "$(dirname "$0")"
 
@@ -18,7 +19,7 @@ while [ $# -gt 0 ]; do
   esac
   shift
 done
-[ ${#targets[@]} -gt 0 ] || targets=(masks layouts forward)
+[ ${#targets[@]} -gt 0 ] || targets=(masks layouts forward capi)
 
 host=$(rustc -vV | sed -n 's/^host: //p')
 passes=-sanitizer-coverage

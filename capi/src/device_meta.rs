@@ -65,9 +65,14 @@ pub unsafe extern "C" fn varlen_fa_device_meta_rebuild(
             let memory = unsafe { described.cuda_memory(&device) }?;
             return Ok(meta.rebuild(memory.mask_view(described.dtype, described.layout))?);
         }
+        let shape = described.layout.shape();
+        // Before the mask is gathered: with strides of 0 a few bytes can be a mask of any size.
+        if shape != [meta.batch(), meta.seq()] {
+            let (expected, got) = ([meta.batch(), meta.seq()], [shape[0], shape[1]]);
+            return Err(Error::MaskSize { argument: "mask", expected, got }.into());
+        }
         // SAFETY: by the header, host memory that nobody writes.
         let keep = unsafe { described.gather() }?;
-        let shape = described.layout.shape();
         if device.capabilities().backend == BackendKind::Cpu {
             return Ok(meta.rebuild(MaskView::from_host(&keep, shape[0], shape[1])?)?);
         }

@@ -596,6 +596,12 @@ static void device_meta(const varlen_fa_meta *meta) {
   bad = mask;
   bad.shape[1] = SEQ - 1;
   REFUSED(varlen_fa_device_meta_rebuild(on_device, &bad), VARLEN_FA_STATUS_MASK_SIZE, "`mask`");
+  /* Two bytes as a mask of 2^45 tokens: refused for its size, not gathered. */
+  bad = mask;
+  bad.shape[0] = UINT64_C(1) << 31;
+  bad.shape[1] = UINT64_C(1) << 14;
+  bad.strides[0] = bad.strides[1] = 0;
+  REFUSED(varlen_fa_device_meta_rebuild(on_device, &bad), VARLEN_FA_STATUS_MASK_SIZE, "`mask`");
   bad = mask;
   bad.memory = VARLEN_FA_MEMORY_CUDA;
   REFUSED(varlen_fa_device_meta_rebuild(on_device, &bad), VARLEN_FA_STATUS_DEVICE_MISMATCH, "`mask`");

@@ -1,4 +1,5 @@
-//! Layouts of any shape and strides, and chains of views of them, against the list of their elements' positions.
+//! Layouts of any shape and strides, and chains of views of them, against the list of their
+//! elements' positions.
 #![no_main]
 
 use arbitrary::Arbitrary;
@@ -107,7 +108,8 @@ fn check(layout: &Layout, strides: &[u64]) {
     let is_row_major = positions.iter().copied().eq(layout.offset()..layout.offset() + numel as u64);
     assert_eq!(layout.is_contiguous(), is_row_major, "{layout:?}");
     positions.sort_unstable();
-    // The test is conservative: some layouts that do not overlap are reported as overlapping, never the other way round.
+    // The test is conservative: some layouts that do not overlap are reported as overlapping, never
+    // the other way round.
     let overlaps = positions.windows(2).any(|pair| pair[0] == pair[1]);
     assert!(!overlaps || layout.self_overlaps(), "{layout:?}");
 }

@@ -1,6 +1,7 @@
 //! Everything that must hold before a change lands, in one table of steps. No step needs a GPU.
 
 use std::env;
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -45,7 +46,7 @@ const DEVICES: &[(&str, &str)] = &[("VARLEN_FA_TEST_REQUIRE", "cpu,wgpu")];
 const STEPS: &[Step] = &[
     Step {
         name: "system",
-        about: "install the system packages: software Vulkan adapters, a browser",
+        about: "install the system packages: software Vulkan adapters, a browser, an emulator of 64-bit Arm",
         variables: &[],
         work: Function(install_packages),
     },
@@ -114,6 +115,18 @@ const STEPS: &[Step] = &[
         about: "the wgpu suite at WebGPU's default limits, on SwiftShader, and on a Mesa with cooperative matrices",
         variables: &[],
         work: Commands(&["scripts/vulkan/portability.sh webgpu-limits swiftshader lavapipe-coop"]),
+    },
+    Step {
+        name: "aarch64",
+        about: "unit tests and suite of the CPU device's NEON, in an emulator",
+        variables: &[],
+        work: Commands(&["scripts/aarch64.sh"]),
+    },
+    Step {
+        name: "fuzz",
+        about: "each fuzzer for a minute, from the seeds in fuzz/seeds; and calls of the C library against NumPy",
+        variables: &[],
+        work: Function(fuzz),
     },
     Step {
         name: "web",
@@ -252,10 +265,19 @@ fn command(root: &Path, line: &str) -> Result<Command> {
 }
 
 fn install_packages(_workspace: &Workspace) -> Result<Outcome> {
-    const PACKAGES: [&str; 3] = ["libvulkan1", "mesa-vulkan-drivers", "chromium"];
+    const PACKAGES: [&str; 6] = [
+        "libvulkan1",
+        "mesa-vulkan-drivers",
+        "chromium",
+        // The step `aarch64`.
+        "gcc-aarch64-linux-gnu",
+        "libc6-dev-arm64-cross",
+        "qemu-user-static",
+    ];
     if !is_installed("dpkg") || !is_installed("apt-get") {
         return Ok(Outcome::Skipped(
-            "this is no Debian: install a Vulkan loader, Mesa's lavapipe and Chromium yourself",
+            "this is no Debian: install a Vulkan loader, Mesa's lavapipe, Chromium, a cross compiler for 64-bit Arm and \
+             QEMU's user-mode emulator yourself",
         ));
     }
     if capture(Command::new("dpkg").arg("--status").args(PACKAGES)).is_ok() {
@@ -271,23 +293,39 @@ fn install_packages(_workspace: &Workspace) -> Result<Outcome> {
 fn typos(workspace: &Workspace) -> Result<Outcome> {
     /// The version that the list of exceptions was written for.
     const PACKAGE: &str = "typos==1.52.0";
-    let environment = workspace.target.join("typos").join(PACKAGE);
-    let program = environment.join("bin/typos");
-    if !program.is_file() {
-        python_package(&environment, PACKAGE)?;
-    }
-    run(Command::new(program).current_dir(&workspace.root))?;
+    let programs = python_package(&workspace.target.join("typos"), PACKAGE)?;
+    run(Command::new(programs.join("typos")).current_dir(&workspace.root))?;
     Ok(Outcome::Passed)
 }
 
-/// Installs a Python package into an environment of its own.
-fn python_package(environment: &Path, package: &str) -> Result<()> {
-    let python = environment.join("bin/python3");
-    capture(Command::new("python3").args(["-m", "venv"]).arg(environment))
+/// The fuzzers need neither cargo-fuzz nor a nightly compiler: `fuzz/run.sh` says how.
+fn fuzz(workspace: &Workspace) -> Result<Outcome> {
+    const PACKAGE: &str = "numpy==2.4.6";
+    let programs = python_package(&workspace.target.join("numpy"), PACKAGE)?;
+    run(Command::new(workspace.root.join("fuzz/run.sh")).args(["--seconds", "60"]))?;
+    run(cargo().current_dir(&workspace.root).args(["build", "--release", "-p", "varlen-fa-capi"]))?;
+    let mut python = Command::new(programs.join("python3"));
+    python.arg(workspace.root.join("capi/python/differential_fuzzer.py")).args(["--device", "cpu", "--minutes", "1"]);
+    run(python.env("CARGO_TARGET_DIR", &workspace.target))?;
+    Ok(Outcome::Passed)
+}
+
+/// Installs a Python package into an environment of its own below `folder`, unless it is there;
+/// returns the folder of its programs.
+fn python_package(folder: &Path, package: &str) -> Result<PathBuf> {
+    let environment = folder.join(package);
+    let (programs, installed) = (environment.join("bin"), environment.join("installed"));
+    if installed.is_file() {
+        return Ok(programs);
+    }
+    let python = programs.join("python3");
+    capture(Command::new("python3").args(["-m", "venv"]).arg(&environment))
         .context("python3 cannot make an environment (Debian: install python3-venv)")?;
     let mut pip = Command::new(python);
     pip.args(["-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--only-binary=:all:", package]);
-    run(&mut pip).with_context(|| format!("pip could not install {package}"))
+    run(&mut pip).with_context(|| format!("pip could not install {package}"))?;
+    fs::write(&installed, "").with_context(|| format!("cannot write {}", installed.display()))?;
+    Ok(programs)
 }
 
 fn cargo_deny(workspace: &Workspace) -> Result<Outcome> {
