@@ -86,12 +86,13 @@ pub struct Config {
 impl Config {
     /// `VARLEN_FA`: `0` forces dense attention, `1` (or unset) is the default.
     pub const VARLEN_VARIABLE: &'static str = "VARLEN_FA";
-    /// `VARLEN_FA_DEVICE`: `cuda`, `cuda:N`, `wgpu` or `cpu`; unset picks the best device.
+    /// `VARLEN_FA_DEVICE`: `cuda`, `cuda:N`, `wgpu` or `cpu`; unset picks the best device. Read only where the program names
+    /// no device.
     pub const DEVICE_VARIABLE: &'static str = "VARLEN_FA_DEVICE";
     /// `VARLEN_FA_KERNEL`: the name of the only [`Kernel`] to use, e.g. `sm80`; unset lets each call take the best one.
     pub const KERNEL_VARIABLE: &'static str = "VARLEN_FA_KERNEL";
 
-    /// Reads `VARLEN_FA`, `VARLEN_FA_DEVICE` and `VARLEN_FA_KERNEL`.
+    /// Reads `VARLEN_FA`, `VARLEN_FA_DEVICE` and `VARLEN_FA_KERNEL`. Empty variables count as unset.
     ///
     /// # Errors
     /// [`Error::Environment`] for a value that is not understood.
@@ -100,11 +101,12 @@ impl Config {
         Self::from_values(read(Self::VARLEN_VARIABLE), read(Self::DEVICE_VARIABLE), read(Self::KERNEL_VARIABLE))
     }
 
-    /// The same, from given values of the three variables (`None` = unset).
+    /// The same, from given values of the three variables (`None` or empty = unset).
     ///
     /// # Errors
     /// [`Error::Environment`] for a value that is not understood.
     pub fn from_values(varlen: Option<OsString>, device: Option<OsString>, kernel: Option<OsString>) -> Result<Self> {
+        let [varlen, device, kernel] = [varlen, device, kernel].map(|value| value.filter(|value| !value.is_empty()));
         let force_dense = match varlen.as_deref().map(|value| (value, value.to_str())) {
             None | Some((_, Some("1"))) => false,
             Some((_, Some("0"))) => true,
@@ -134,6 +136,17 @@ impl Config {
             }
         };
         Ok(Self { device, force_dense, kernel, ..Self::default() })
+    }
+
+    /// [`from_env`](Self::from_env) for a device that the program names: `VARLEN_FA_DEVICE` is not read, so that no value of
+    /// it is an error.
+    ///
+    /// # Errors
+    /// [`Error::Environment`] for a value of the other variables that is not understood.
+    pub fn from_env_for(device: DeviceChoice) -> Result<Self> {
+        let read = std::env::var_os::<&str>;
+        let config = Self::from_values(read(Self::VARLEN_VARIABLE), None, read(Self::KERNEL_VARIABLE))?;
+        Ok(config.with_device(device))
     }
 
     /// The same settings with another device.

@@ -174,5 +174,8 @@ fn bad_value(library: &Library) -> Result<Completion> {
         let said = String::from_utf8_lossy(&output.stderr);
         ensure!(!output.status.success() && said.contains(variable) && said.contains(value), "got {said}");
     }
+    // The variable chooses a device only where the program names none.
+    let mut program = compile(library, "examples/masked_attention.c", Linkage::Shared)?;
+    run(program.arg("cpu").env("VARLEN_FA_DEVICE", "tpu"))?;
     Ok(Completion::Completed)
 }
