@@ -78,7 +78,7 @@ pub(super) fn zero(to: Output<'_>) -> Result<()> {
 fn pack_elements<T: Pod + Send + Sync>(from: Input<'_>, to: Output<'_>, meta: &VarlenMeta) -> Result<()> {
     let (from, to) = (HostInput::<T>::new(from)?, HostOutput::<T>::new(to)?);
     let &[_, seq, heads, dim] = from.layout.shape() else { return Ok(()) };
-    meta.indices().par_iter().with_min_len(ROWS_PER_TASK).enumerate().for_each(|(packed, &flat)| {
+    meta.indices()?.par_iter().with_min_len(ROWS_PER_TASK).enumerate().for_each(|(packed, &flat)| {
         let (b, s) = (flat as usize / seq, flat as usize % seq);
         for h in 0..heads {
             // SAFETY: each packed row is visited once, and rows of the output do not overlap (checked by problem).
@@ -92,7 +92,7 @@ fn pack_elements<T: Pod + Send + Sync>(from: Input<'_>, to: Output<'_>, meta: &V
 fn scatter_elements<T: Pod + Send + Sync>(from: Input<'_>, to: Output<'_>, meta: &VarlenMeta) -> Result<()> {
     let (from, to) = (HostInput::<T>::new(from)?, HostOutput::<T>::new(to)?);
     let &[_, seq, heads, dim] = to.layout.shape() else { return Ok(()) };
-    meta.inv_indices().par_iter().with_min_len(ROWS_PER_TASK).enumerate().for_each(|(flat, &packed)| {
+    meta.inv_indices()?.par_iter().with_min_len(ROWS_PER_TASK).enumerate().for_each(|(flat, &packed)| {
         for h in 0..heads {
             // SAFETY: each padded row is visited once, and rows of the output do not overlap (checked by problem).
             let row = unsafe { to.row(&[flat / seq, flat % seq, h], dim) };
