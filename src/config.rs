@@ -62,6 +62,51 @@ impl fmt::Display for DeviceChoice {
     }
 }
 
+/// An instruction set of the CPU device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum CpuIsa {
+    /// x86-64 with AVX-512 (F, BW, CD, DQ, VL).
+    Avx512,
+    /// x86-64 with AVX2 and FMA.
+    Avx2,
+    /// 64-bit Arm.
+    Neon,
+    /// WebAssembly's 128-bit vectors.
+    Simd128,
+    /// Code without vector instructions of a processor's own.
+    Scalar,
+}
+
+impl CpuIsa {
+    /// Every instruction set.
+    pub const ALL: &'static [Self] = &[Self::Avx512, Self::Avx2, Self::Neon, Self::Simd128, Self::Scalar];
+
+    /// `avx512`, `avx2`, `neon`, `simd128` or `scalar`.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Avx512 => "avx512",
+            Self::Avx2 => "avx2",
+            Self::Neon => "neon",
+            Self::Simd128 => "simd128",
+            Self::Scalar => "scalar",
+        }
+    }
+
+    /// The instruction set of that name.
+    #[must_use]
+    pub fn from_name(name: &str) -> Option<Self> {
+        Self::ALL.iter().copied().find(|isa| isa.name() == name)
+    }
+}
+
+impl fmt::Display for CpuIsa {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.name())
+    }
+}
+
 /// Settings of a device, fixed when it is created.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
@@ -70,38 +115,73 @@ pub struct Config {
     pub device: DeviceChoice,
     /// Compute every call densely, with the same contract (`VARLEN_FA=0`).
     pub force_dense: bool,
-    /// The only kernel to use (`VARLEN_FA_KERNEL`): others are neither used nor compared with it when the device is opened. Calls that it
-    /// cannot compute are errors. [`DeviceChoice::Auto`] takes the best device that has it.
+    /// The only kernel to use (`VARLEN_FA_KERNEL`): others are neither used nor compared with it
+    /// when the device is opened. Calls that it cannot compute are errors. [`DeviceChoice::Auto`]
+    /// takes the best device that has it.
     pub kernel: Option<Kernel>,
-    /// Upper bound of one storage binding on wgpu devices, in bytes; the adapter's own where there is none. 128 MiB is what a
-    /// browser grants. Work on larger tensors is split by batch row.
+    /// The instruction set of the CPU device (`VARLEN_FA_CPU`); the best one of the processor where
+    /// there is none. A processor that lacks it is an error when the device is opened.
+    pub cpu_isa: Option<CpuIsa>,
+    /// Upper bound of one storage binding on wgpu devices, in bytes; the adapter's own where there
+    /// is none. 128 MiB is what a browser grants. Work on larger tensors is split by batch row.
     pub max_binding_bytes: Option<u64>,
-    /// Upper bound of the floating-point operations (4 for each query, key, head and dimension) of one dispatch and one
-    /// submission on wgpu devices. Attention of more is split, with the same result. Where there is none, it is what the slowest
-    /// adapters of the kind (discrete, integrated, in software) do in half a second, and more on those that were seen to be
-    /// faster: systems reset a GPU that is busy for longer than about 2 seconds.
+    /// Upper bound of the floating-point operations (4 for each query, key, head and dimension) of
+    /// one dispatch and one submission on wgpu devices. Attention of more is split, with the same
+    /// result. Where there is none, it is what the slowest adapters of the kind (discrete,
+    /// integrated, in software) do in half a second, and more on those that were seen to be faster:
+    /// systems reset a GPU that is busy for longer than about 2 seconds.
     pub max_dispatch_operations: Option<u64>,
 }
 
 impl Config {
     /// `VARLEN_FA`: `0` forces dense attention, `1` (or unset) is the default.
     pub const VARLEN_VARIABLE: &'static str = "VARLEN_FA";
-    /// `VARLEN_FA_DEVICE`: `cuda`, `cuda:N`, `wgpu` or `cpu`; unset picks the best device. Read only where the program names
-    /// no device.
+    /// `VARLEN_FA_DEVICE`: `cuda`, `cuda:N`, `wgpu` or `cpu`; unset picks the best device.
+    /// Read only where the program names no device.
     pub const DEVICE_VARIABLE: &'static str = "VARLEN_FA_DEVICE";
-    /// `VARLEN_FA_KERNEL`: the name of the only [`Kernel`] to use, e.g. `sm80`; unset lets each call take the best one.
+    /// `VARLEN_FA_KERNEL`: the name of the only [`Kernel`] to use, e.g. `sm80`; unset lets each
+    /// call take the best one.
     pub const KERNEL_VARIABLE: &'static str = "VARLEN_FA_KERNEL";
 
-    /// Reads `VARLEN_FA`, `VARLEN_FA_DEVICE` and `VARLEN_FA_KERNEL`. Empty variables count as unset.
+    /// `VARLEN_FA_CPU`: the name of the CPU device's [`CpuIsa`], e.g. `avx2`; unset takes the best
+    /// one of the processor.
+    pub const CPU_VARIABLE: &'static str = "VARLEN_FA_CPU";
+
+    /// Reads `VARLEN_FA`, `VARLEN_FA_DEVICE`, `VARLEN_FA_KERNEL` and `VARLEN_FA_CPU`. Empty
+    /// variables count as unset.
     ///
     /// # Errors
     /// [`Error::Environment`] for a value that is not understood.
     pub fn from_env() -> Result<Self> {
-        let read = std::env::var_os::<&str>;
-        Self::from_values(read(Self::VARLEN_VARIABLE), read(Self::DEVICE_VARIABLE), read(Self::KERNEL_VARIABLE))
+        Self::read_env(std::env::var_os(Self::DEVICE_VARIABLE))
     }
 
-    /// The same, from given values of the three variables (`None` or empty = unset).
+    /// [`from_env`](Self::from_env) for a device that the program names: `VARLEN_FA_DEVICE` is not
+    /// read, so that no value of it is an error.
+    ///
+    /// # Errors
+    /// [`Error::Environment`] for a value of the other variables that is not understood.
+    pub fn from_env_for(device: DeviceChoice) -> Result<Self> {
+        Ok(Self::read_env(None)?.with_device(device))
+    }
+
+    fn read_env(device: Option<OsString>) -> Result<Self> {
+        let read = std::env::var_os::<&str>;
+        let config = Self::from_values(read(Self::VARLEN_VARIABLE), device, read(Self::KERNEL_VARIABLE))?;
+        let cpu_isa = match read(Self::CPU_VARIABLE).filter(|value| !value.is_empty()) {
+            None => None,
+            Some(value) => {
+                let got = value.to_string_lossy().into_owned();
+                let names: Vec<_> = CpuIsa::ALL.iter().map(|isa| isa.name()).collect();
+                let unknown = Error::Environment { variable: Self::CPU_VARIABLE, expected: names.join(", "), got };
+                Some(value.to_str().and_then(CpuIsa::from_name).ok_or(unknown)?)
+            }
+        };
+        Ok(config.with_cpu_isa(cpu_isa))
+    }
+
+    /// The same as [`from_env`](Self::from_env), from given values of the first three variables
+    /// (`None` or empty = unset).
     ///
     /// # Errors
     /// [`Error::Environment`] for a value that is not understood.
@@ -138,17 +218,6 @@ impl Config {
         Ok(Self { device, force_dense, kernel, ..Self::default() })
     }
 
-    /// [`from_env`](Self::from_env) for a device that the program names: `VARLEN_FA_DEVICE` is not read, so that no value of
-    /// it is an error.
-    ///
-    /// # Errors
-    /// [`Error::Environment`] for a value of the other variables that is not understood.
-    pub fn from_env_for(device: DeviceChoice) -> Result<Self> {
-        let read = std::env::var_os::<&str>;
-        let config = Self::from_values(read(Self::VARLEN_VARIABLE), None, read(Self::KERNEL_VARIABLE))?;
-        Ok(config.with_device(device))
-    }
-
     /// The same settings with another device.
     #[must_use]
     pub fn with_device(self, device: DeviceChoice) -> Self {
@@ -165,6 +234,12 @@ impl Config {
     #[must_use]
     pub fn with_kernel(self, kernel: Option<Kernel>) -> Self {
         Self { kernel, ..self }
+    }
+
+    /// The same settings with another [`cpu_isa`](Self::cpu_isa).
+    #[must_use]
+    pub fn with_cpu_isa(self, cpu_isa: Option<CpuIsa>) -> Self {
+        Self { cpu_isa, ..self }
     }
 
     /// The same settings with another [`max_binding_bytes`](Self::max_binding_bytes).

@@ -103,7 +103,10 @@ impl Device {
                         break;
                     }
                 }
-                backend.unwrap_or_else(CpuDevice::shared)
+                match backend {
+                    Some(backend) => backend,
+                    None => CpuDevice::open(config.cpu_isa)?,
+                }
             }
             choice => open_async(choice, Adapters::All, config).await?,
         };
@@ -334,7 +337,7 @@ pub(crate) enum Adapters {
 #[cfg_attr(not(feature = "wgpu"), expect(unused_variables, reason = "only wgpu has software adapters"))]
 fn open(choice: DeviceChoice, adapters: Adapters, config: Config) -> Result<Arc<dyn Backend>> {
     let backend = match choice {
-        DeviceChoice::Auto | DeviceChoice::Cpu => CpuDevice::shared(),
+        DeviceChoice::Auto | DeviceChoice::Cpu => CpuDevice::open(config.cpu_isa)?,
         #[cfg(feature = "wgpu")]
         DeviceChoice::Wgpu => {
             let software = adapters == Adapters::All;

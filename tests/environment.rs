@@ -7,7 +7,7 @@ use std::process::{Command, ExitCode};
 use anyhow::{Context, Result, ensure};
 use libtest_mimic::{Arguments, Failed, Trial};
 use varlen_fa::{
-    AttentionMask, Config, Device, DeviceChoice, Error, Kernel, KeyMask, MaskedAttention, Tensor, VarlenMeta,
+    AttentionMask, Config, CpuIsa, Device, DeviceChoice, Error, Kernel, KeyMask, MaskedAttention, Tensor, VarlenMeta,
 };
 
 /// Set in the processes that this test starts; they report what they see and end.
@@ -33,6 +33,7 @@ fn main() -> ExitCode {
         trial("process/varlen_fa", process_with_varlen_fa),
         trial("process/varlen_fa_device", process_with_varlen_fa_device),
         trial("process/varlen_fa_kernel", process_with_varlen_fa_kernel),
+        trial("process/varlen_fa_cpu", process_with_varlen_fa_cpu),
         trial("process/bad_values", process_with_bad_values),
         trial("process/absent_device", process_with_absent_device),
         trial("process/new_ignores_varlen_fa_device", process_new_ignores_varlen_fa_device),
@@ -145,8 +146,7 @@ fn values_of_varlen_fa_kernel() -> Result<()> {
 fn empty_values_count_as_unset() -> Result<()> {
     ensure!(read(Some(""), Some(""))? == Config::default() && read_kernel("")? == Config::default());
     ensure!(read(Some(""), Some("cpu"))?.device == DeviceChoice::Cpu && read(Some("0"), Some(""))?.force_dense);
-    let (from_env, new) = process_with([Some(""), Some(""), Some("")])?;
-    ensure!((from_env, new) == process(None, None)?);
+    ensure!(process_with_all([Some(""); 4])? == process_with_all([None; 4])?);
     Ok(())
 }
 
@@ -197,7 +197,10 @@ fn report() -> String {
         }
         Err(error) => format!("{error:?}"),
     };
-    format!("from_env: {}\nnew: {}", seen(Device::from_env()), seen(Device::new(DeviceChoice::Cpu)))
+    let (from_env, new) = (Device::from_env(), Device::new(DeviceChoice::Cpu));
+    let cpu = new.as_ref().map(|device| device.capabilities().adapter.clone());
+    let cpu = cpu.unwrap_or_else(|error| format!("{error:?}"));
+    format!("from_env: {}\nnew: {}\ncpu: {cpu}", seen(from_env), seen(new))
 }
 
 fn plan(device: &Device) -> varlen_fa::Result<String> {
@@ -214,11 +217,20 @@ fn process(varlen: Option<&str>, device: Option<&str>) -> Result<(String, String
 
 /// The same with all three.
 fn process_with([varlen, device, kernel]: [Option<&str>; 3]) -> Result<(String, String)> {
+    let [from_env, new, _] = process_with_all([varlen, device, kernel, None])?;
+    Ok((from_env, new))
+}
+
+/// The same with the instruction set too; the third line is the CPU device's adapter.
+fn process_with_all([varlen, device, kernel, cpu]: [Option<&str>; 4]) -> Result<[String; 3]> {
     let mut command = Command::new(env::current_exe()?);
     command.env(CHILD, "1");
-    for (variable, value) in
-        [(Config::VARLEN_VARIABLE, varlen), (Config::DEVICE_VARIABLE, device), (Config::KERNEL_VARIABLE, kernel)]
-    {
+    for (variable, value) in [
+        (Config::VARLEN_VARIABLE, varlen),
+        (Config::DEVICE_VARIABLE, device),
+        (Config::KERNEL_VARIABLE, kernel),
+        (Config::CPU_VARIABLE, cpu),
+    ] {
         match value {
             Some(value) => command.env(variable, OsStr::new(value)),
             None => command.env_remove(variable),
@@ -236,7 +248,7 @@ fn process_with([varlen, device, kernel]: [Option<&str>; 3]) -> Result<(String, 
         let found = text.lines().find_map(|line| line.strip_prefix(start));
         found.map(str::to_owned).with_context(|| format!("no line {start:?} in {text:?}"))
     };
-    Ok((line("from_env: ")?, line("new: ")?))
+    Ok([line("from_env: ")?, line("new: ")?, line("cpu: ")?])
 }
 
 const DENSE: &str = "cpu force_dense=true dense since dense attention is forced (VARLEN_FA=0)";
@@ -293,6 +305,31 @@ fn process_with_varlen_fa_kernel() -> Result<()> {
             let start = format!("{} force_dense=false ", capabilities.backend);
             ensure!(from_env.starts_with(&start), "{choice} with {kernel}: got {from_env}");
         }
+    }
+    Ok(())
+}
+
+fn process_with_varlen_fa_cpu() -> Result<()> {
+    let mut best = None;
+    for &isa in CpuIsa::ALL {
+        let [_, new, cpu] = process_with_all([None, None, None, Some(isa.name())])?;
+        match Device::with_config(Config::default().with_device(DeviceChoice::Cpu).with_cpu_isa(Some(isa))) {
+            Ok(device) => {
+                ensure!(new.starts_with("cpu force_dense=false ") && cpu.ends_with(isa.name()), "got {new}, {cpu}");
+                ensure!(device.capabilities().adapter.ends_with(isa.name()), "{:?}", device.capabilities());
+                best = best.or(Some(isa));
+            }
+            Err(error) => ensure!(new == format!("{error:?}") && new.contains("cpu_isa"), "got {new}"),
+        }
+    }
+    let [_, _, cpu] = process_with_all([None; 4])?;
+    ensure!(best.is_some_and(|best| cpu.ends_with(best.name())), "without the variable: {cpu}");
+    for bad in [" ", "AVX2", "sse"] {
+        let [from_env, new, _] = process_with_all([None, None, None, Some(bad)])?;
+        let expected = "avx512, avx2, neon, simd128, scalar".to_owned();
+        let expected = Error::Environment { variable: "VARLEN_FA_CPU", expected, got: bad.to_owned() };
+        let expected = format!("{expected:?}");
+        ensure!(from_env == expected && new == expected, "got {from_env} and {new}");
     }
     Ok(())
 }

@@ -7,6 +7,11 @@ best, and runs once without a mask and once with a boolean key mask [B, 1, 1, S]
 `cargo bench --bench attention` on [B, S, H, D]. Rounds alternate between the two, so that other
 load on the machine affects both alike.
 
+Both take the processor's best instruction set. For those of most desktops:
+
+    ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 VARLEN_FA_CPU=avx2 \\
+        python benches/peers/cpu_sdpa.py
+
 Needs torch: `pip install torch`, then `python benches/peers/cpu_sdpa.py`.
 """
 

@@ -32,6 +32,7 @@ mod external_cuda;
 mod external_wgpu;
 mod head_dims;
 mod host_memory;
+mod instruction_sets;
 mod large;
 mod layouts;
 mod limits;
@@ -90,7 +91,7 @@ const SHARED: &[Register] = &[
 /// What only devices of this kind have.
 fn own(kind: BackendKind) -> &'static [Register] {
     match kind {
-        BackendKind::Cpu => &[host_memory::register],
+        BackendKind::Cpu => &[host_memory::register, instruction_sets::register],
         #[cfg(feature = "wgpu")]
         BackendKind::Wgpu => &[wgpu_device::register, external_wgpu::register],
         #[cfg(feature = "cuda")]

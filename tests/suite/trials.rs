@@ -58,13 +58,22 @@ impl Outcome for Completion {
 #[derive(Debug)]
 pub struct Trials {
     device: Device,
+    /// What tells the device from others of its kind.
+    label: Option<&'static str>,
     list: Vec<Trial>,
 }
 
 impl Trials {
     /// An empty list.
     pub fn new(device: Device) -> Self {
-        Self { device, list: Vec::new() }
+        Self { device, label: None, list: Vec::new() }
+    }
+
+    /// Adds trials on another device of the same kind, with a label that follows the kind in their names.
+    pub fn add_on(&mut self, label: &'static str, device: Device, registers: &[super::Register]) {
+        let mut others = Self { device, label: Some(label), list: Vec::new() };
+        registers.iter().for_each(|register| register(&mut others));
+        self.list.append(&mut others.list);
     }
 
     /// The finished list.
@@ -79,6 +88,11 @@ impl Trials {
 
     /// One trial.
     pub fn once<R: Outcome>(&mut self, test: &str, run: fn(&Device) -> Result<R>) {
+        self.once_with(test, run);
+    }
+
+    /// One trial of a closure.
+    pub fn once_with<R: Outcome>(&mut self, test: &str, run: impl FnOnce(&Device) -> Result<R> + Send + 'static) {
         let device = self.device.clone();
         self.push(&[], test, None, move || run(&device));
     }
@@ -186,7 +200,7 @@ impl Trials {
 
     fn name(&self, parts: &[&str], test: &str, dtype: Option<DType>) -> String {
         let backend = self.device.capabilities().backend.name();
-        let before = [backend].into_iter().chain(parts.iter().copied());
+        let before = [backend].into_iter().chain(self.label).chain(parts.iter().copied());
         before.chain([test]).chain(dtype.map(DType::name)).collect::<Vec<_>>().join("/")
     }
 }

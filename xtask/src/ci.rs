@@ -152,12 +152,6 @@ const STEPS: &[Step] = &[
         ]),
     },
     Step {
-        name: "fuzz",
-        about: "a minute of each coverage-guided fuzzer, from the committed seeds",
-        variables: &[],
-        work: Commands(&["fuzz/run.sh --seconds 60 masks layouts forward"]),
-    },
-    Step {
         name: "benches",
         about: "the benches run, with small sizes",
         variables: DEVICES,

@@ -1,5 +1,6 @@
-//! Attention by FlashAttention-2's loop (Dao 2023, arXiv:2307.08691): tiles of queries, each of which walks the tiles of its keys
-//! once and keeps a running softmax, so that scores never leave the cache.
+//! Attention by FlashAttention-2's loop (Dao 2023, arXiv:2307.08691): tiles of queries, each of
+//! which walks the tiles of its keys once and keeps a running softmax, so that scores never leave
+//! the cache.
 //!
 //! ```text
 //!                             keys of the batch row that count, KEY_TILE at a time
@@ -8,17 +9,18 @@
 //!                           +------+------+-------------+----
 //!   query tile:  +-------+  |      v      |             |
 //!   queries of   | strip |  | S = K·Q     |             |
-//!   one kv head, +-------+  | P = exp(S-m)|     ->      |  ->  ...   O / l, to the rows of the output
+//!   one kv head, +-------+  | P = exp(S-m)|     ->      |  ->  ...  O / l, to the output's rows
 //!   tokens times | strip |  | O += V·P    |             |
 //!   group heads  +-------+  +-------------+-------------+----
 //!
 //!   a strip: up to 3 SIMD vectors of queries, one query in a lane (strip.rs)
 //! ```
 //!
-//! A query tile is a task. What is computed for a query depends on that query and its keys alone, so results are the same bit for
-//! bit whichever thread computes it, in whichever tile.
+//! A query tile is a task. What is computed for a query depends on that query and its keys alone,
+//! so results are the same bit for bit whichever thread computes it, in whichever tile.
 
 use std::cmp::Reverse;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use half::{bf16, f16};
 use rayon::prelude::*;
@@ -26,6 +28,7 @@ use rayon::prelude::*;
 use super::call::{Call, Task};
 use super::copy::{self, PackedScratch};
 use super::host;
+use super::isa::Processor;
 use super::rows::RowElement;
 use super::tiles::{KEY_TILE, Tiles};
 use crate::call::op::{Attention, Rows};
@@ -35,31 +38,33 @@ use crate::dtype::DType;
 use crate::error::Result;
 use crate::mask::meta::VarlenMeta;
 
-/// Queries of a task, at most. The more, the less often K and V are gathered; the second where the first makes too few tasks.
-const QUERY_TILES: [usize; 2] = [432, 144];
-/// Tasks that keep most machines busy. Not the machine's number of threads, so that one call is always the same tasks.
-const ENOUGH_TASKS: usize = 32;
+/// Queries of a task, at most, and how many such tasks each worker should have: the more queries,
+/// the less often K and V are gathered; the more tasks, the less the others wait for a worker whose
+/// core is slow or busy. The last size where no other makes enough.
+const QUERY_TILES: [(usize, usize); 4] = [(1008, 8), (432, 8), (144, 4), (48, 0)];
 /// Query tiles are multiples of this, which is whole strips for every length of vector.
 const QUERY_STEP: usize = 48;
-/// Pairs of query and key, times the head dimension, under which waking other threads takes longer than the work.
-const SERIAL_WORK: usize = 1 << 20;
+/// Pairs of query and key, times the head dimension, for which it is worth to wake a thread.
+const WORK_OF_A_THREAD: usize = 1 << 20;
 /// Tokens that a task of zero-filling takes, at least.
 const ZERO_TOKENS: usize = 64;
 
-pub(super) fn attend(attention: Attention<'_>) -> Result<()> {
+pub(super) fn attend(attention: Attention<'_>, processor: Processor) -> Result<()> {
     match attention.rows {
-        Rows::Varlen { query, key } if attention.plan.path == Path::Packed => attend_packed(attention, query, key),
+        Rows::Varlen { query, key } if attention.plan.path == Path::Packed => {
+            attend_packed(attention, processor, query, key)
+        }
         _ => match attention.problem.dtype {
-            DType::F32 => Call::<f32>::new(attention)?.run(),
-            DType::F16 => Call::<f16>::new(attention)?.run(),
-            DType::Bf16 => Call::<bf16>::new(attention)?.run(),
+            DType::F32 => Call::<f32>::new(attention, processor)?.run(),
+            DType::F16 => Call::<f16>::new(attention, processor)?.run(),
+            DType::Bf16 => Call::<bf16>::new(attention, processor)?.run(),
         },
     }
 }
 
-/// Pack, attention over the packed rows, scatter. The path in place gathers rows just as well, so this one is only taken when a
-/// caller forces it.
-fn attend_packed(attention: Attention<'_>, query: &VarlenMeta, key: &VarlenMeta) -> Result<()> {
+/// Pack, attention over the packed rows, scatter. The fused path gathers rows just as well, so
+/// this one is only taken when a caller forces it.
+fn attend_packed(attention: Attention<'_>, processor: Processor, query: &VarlenMeta, key: &VarlenMeta) -> Result<()> {
     let Attention { problem, plan, q, k, v, out, .. } = attention;
     let q = PackedScratch::pack(q, query)?;
     let k = PackedScratch::pack(k, key)?;
@@ -67,43 +72,54 @@ fn attend_packed(attention: Attention<'_>, query: &VarlenMeta, key: &VarlenMeta)
     let mut packed_out = PackedScratch::like(&q)?;
     let rows = Rows::Packed { query: query.cu_seqlens(), key: key.cu_seqlens() };
     let (q, k, v) = (q.input(), k.input(), v.input());
-    attend(Attention { problem, plan, q, k, v, out: packed_out.output(), lse: None, rows })?;
+    attend(Attention { problem, plan, q, k, v, out: packed_out.output(), lse: None, rows }, processor)?;
     copy::scatter(packed_out.input(), out, query)
 }
 
 impl<T: RowElement> Call<'_, T> {
     fn run(&self) -> Result<()> {
-        let tasks = self.tasks()?;
-        let work = |task: &Task| task.pairs.saturating_mul(self.shape().head_dim);
-        let is_serial = tasks.iter().map(work).fold(0, usize::saturating_add) < SERIAL_WORK;
-        self.zero_masked_rows(is_serial);
-        let tiles = || {
-            let queries = tasks.iter().map(|task| task.count).max().unwrap_or(0);
-            let keys = (0..self.shape().batch).map(|b| self.keys.of(b).len()).max().unwrap_or(0);
-            Tiles::new(self, queries, keys.min(KEY_TILE))
-        };
-        if is_serial {
-            let mut tiles = tiles()?;
-            tasks.iter().for_each(|task| self.attend_tile(task, &mut tiles));
-            return Ok(());
-        }
-        // A bridge hands out one task after another, in order; a slice would be split in halves, the long tasks to one thread.
-        tasks.iter().par_bridge().try_for_each_init(tiles, |tiles, task| match tiles {
-            Ok(tiles) => {
-                self.attend_tile(task, tiles);
-                Ok(())
+        let workers = self.workers();
+        let tasks = self.tasks(workers)?;
+        self.zero_masked_rows(workers == 1);
+        let queries = tasks.iter().map(|task| task.count).max().unwrap_or(0);
+        let keys = (0..self.shape().batch).map(|b| self.keys.of(b).len()).max().unwrap_or(0);
+        // Each worker takes one task after another, the longest ones first, so that none waits for
+        // a share that was dealt out before.
+        let next = AtomicUsize::new(0);
+        let take = || tasks.get(next.fetch_add(1, Ordering::Relaxed));
+        let work = || {
+            let Some(first) = take() else { return Ok(()) };
+            let mut tiles = Tiles::new(self, queries, keys.min(KEY_TILE))?;
+            self.attend_tile(first, &mut tiles);
+            while let Some(task) = take() {
+                self.attend_tile(task, &mut tiles);
             }
-            Err(error) => Err(error.clone()),
-        })
+            Ok(())
+        };
+        match workers {
+            1 => work(),
+            _ => (0..workers).into_par_iter().with_max_len(1).try_for_each(|_| work()),
+        }
+    }
+
+    /// Threads that the call is worth.
+    fn workers(&self) -> usize {
+        let AttentionShape { batch, num_kv_heads, head_dim, .. } = *self.shape();
+        let pairs = |b| {
+            let queries = self.queries.of(b).len() * self.shape().group_size();
+            queries.saturating_mul(self.needed_keys(b, &(0..queries)).len())
+        };
+        let pairs = (0..batch).map(pairs).fold(0, usize::saturating_add).saturating_mul(num_kv_heads);
+        (pairs.saturating_mul(head_dim) / WORK_OF_A_THREAD).clamp(1, rayon::current_num_threads())
     }
 
     /// All query tiles, those with the most pairs of query and key first.
-    fn tasks(&self) -> Result<Vec<Task>> {
+    fn tasks(&self, workers: usize) -> Result<Vec<Task>> {
         let AttentionShape { batch, num_kv_heads, .. } = *self.shape();
         let queries = |b| self.queries.of(b).len() * self.shape().group_size();
         let count = |tile| (0..batch).map(|b| queries(b).div_ceil(tile)).sum::<usize>() * num_kv_heads;
-        let [large, small] = QUERY_TILES;
-        let most = if count(large) >= ENOUGH_TASKS { large } else { small };
+        let enough = |&(tile, per_worker): &(usize, usize)| workers == 1 || count(tile) >= workers * per_worker;
+        let most = QUERY_TILES.into_iter().find(enough).map_or(QUERY_STEP, |(tile, _)| tile);
         let mut tasks = host::reserve(count(most))?;
         for batch in (0..batch).filter(|&b| queries(b) > 0) {
             let queries = queries(batch);
@@ -132,8 +148,8 @@ impl<T: RowElement> Call<'_, T> {
                 return;
             }
             for h in 0..num_heads {
-                // SAFETY: each row is visited once, rows of the output do not overlap (checked by problem), and no task has
-                // been started.
+                // SAFETY: each row is visited once, rows of the output do not overlap (checked by
+                // problem), and no task has been started.
                 let row = unsafe { self.out.row(&[b, token, h], head_dim) };
                 row.fill(T::zeroed());
             }
@@ -150,9 +166,17 @@ impl<T: RowElement> Call<'_, T> {
         let strips = tiles.start(self, task);
         for first in needed.clone().step_by(KEY_TILE) {
             let tile = first..needed.end.min(first + KEY_TILE);
-            tiles.gather_keys(self, task, tile.clone());
+            tiles.gather_keys(self, task, strips, tile.clone());
             tiles.gather_bias(self, task, strips, tile.clone());
-            tiles.step(self, strips, tile.len());
+            // A share of the next tile with every strip: all of them at once would wait for each
+            // other.
+            let mut ahead = tile.end..needed.end.min(tile.end + KEY_TILE);
+            let share = ahead.len().div_ceil(strips.ranges().count());
+            for lanes in strips.ranges() {
+                tiles.prefetch_keys(self, task, ahead.start..ahead.end.min(ahead.start + share));
+                ahead.start = ahead.end.min(ahead.start + share);
+                tiles.step(self, strips, lanes, tile.len());
+            }
         }
         tiles.finish(self, task, strips);
     }

@@ -2,9 +2,8 @@
 
 use std::ops::Range;
 
-use pulp::Arch;
-
 use super::host::{HostInput, HostOutput};
+use super::isa::Processor;
 use super::needed_keys::{NeededKeys, Sequences};
 use super::rows::RowElement;
 use crate::call::op::{Attention, Input, Output, Rows, no_device_tables};
@@ -16,7 +15,7 @@ use crate::mask::key_mask::KeyMask;
 /// A call whose tensors are all `[B, S, H, D]`; packed ones have a batch dimension of stride 0.
 pub(super) struct Call<'a, T> {
     pub problem: &'a AttentionProblem,
-    pub arch: Arch,
+    pub processor: Processor,
     pub q: HostInput<'a, T>,
     pub k: HostInput<'a, T>,
     pub v: HostInput<'a, T>,
@@ -41,7 +40,8 @@ pub(super) enum Bias<'a, T> {
 pub(super) struct Scale {
     /// Its sign, or 0: multiplied into the queries, which is exact.
     pub queries: f32,
-    /// Its magnitude, never 0: the softmax wants a positive factor, for which the largest score stays the largest.
+    /// Its magnitude, never 0: the softmax wants a positive factor, for which the largest score
+    /// stays the largest.
     pub scores: f32,
 }
 
@@ -54,8 +54,8 @@ impl Scale {
     }
 }
 
-/// A query tile: queries `first..first + count` of one batch row and key/value head. They are numbered token by token, the query
-/// heads of the group side by side.
+/// A query tile: queries `first..first + count` of one batch row and key/value head. They are
+/// numbered token by token, the query heads of the group side by side.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Task {
     pub batch: usize,
@@ -67,7 +67,7 @@ pub(super) struct Task {
 }
 
 impl<'a, T: RowElement> Call<'a, T> {
-    pub fn new(attention: Attention<'a>) -> Result<Self> {
+    pub fn new(attention: Attention<'a>, processor: Processor) -> Result<Self> {
         let Attention { problem, q, k, v, out, lse, rows, .. } = attention;
         let AttentionShape { seq_q, seq_k, .. } = problem.shape;
         let (queries, keys, query_mask, bias) = match rows {
@@ -89,7 +89,7 @@ impl<'a, T: RowElement> Call<'a, T> {
         let padded = |input: Input<'a>| HostInput::new(Input { layout: with_batch(input.layout)?, ..input });
         Ok(Self {
             problem,
-            arch: Arch::new(),
+            processor,
             q: padded(q)?,
             k: padded(k)?,
             v: padded(v)?,
@@ -103,7 +103,8 @@ impl<'a, T: RowElement> Call<'a, T> {
         })
     }
 
-    /// The keys that some query of the batch row's queries `queries`, numbered as in [`Task`], needs.
+    /// The keys that some query of the batch row's queries `queries`, numbered as in [`Task`],
+    /// needs.
     pub fn needed_keys(&self, batch: usize, queries: &Range<usize>) -> Range<usize> {
         let group = self.shape().group_size();
         let tokens = queries.start / group..queries.end.div_ceil(group);

@@ -81,7 +81,8 @@ fn pack_elements<T: Pod + Send + Sync>(from: Input<'_>, to: Output<'_>, meta: &V
     meta.indices()?.par_iter().with_min_len(ROWS_PER_TASK).enumerate().for_each(|(packed, &flat)| {
         let (b, s) = (flat as usize / seq, flat as usize % seq);
         for h in 0..heads {
-            // SAFETY: each packed row is visited once, and rows of the output do not overlap (checked by problem).
+            // SAFETY: each packed row is visited once, and rows of the output do not overlap
+            // (checked by problem).
             let row = unsafe { to.row(&[packed, h], dim) };
             row.copy_from_slice(from.row(&[b, s, h], dim));
         }
@@ -94,7 +95,8 @@ fn scatter_elements<T: Pod + Send + Sync>(from: Input<'_>, to: Output<'_>, meta:
     let &[_, seq, heads, dim] = to.layout.shape() else { return Ok(()) };
     meta.inv_indices()?.par_iter().with_min_len(ROWS_PER_TASK).enumerate().for_each(|(flat, &packed)| {
         for h in 0..heads {
-            // SAFETY: each padded row is visited once, and rows of the output do not overlap (checked by problem).
+            // SAFETY: each padded row is visited once, and rows of the output do not overlap
+            // (checked by problem).
             let row = unsafe { to.row(&[flat / seq, flat % seq, h], dim) };
             match usize::try_from(packed) {
                 Ok(packed) => row.copy_from_slice(from.row(&[packed, h], dim)),
@@ -117,7 +119,8 @@ fn zero_elements<T: Pod + Send + Sync>(to: Output<'_>) -> Result<()> {
             *index = rest % size;
             rest /= size;
         }
-        // SAFETY: each row is visited once, and rows of the output do not overlap (checked by problem).
+        // SAFETY: each row is visited once, and rows of the output do not overlap (checked by
+        // problem).
         let row = unsafe { to.row(&position[..leading.len()], len) };
         row.fill(T::zeroed());
     });

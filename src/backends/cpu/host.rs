@@ -53,11 +53,10 @@ impl<'a, T: Pod> HostInput<'a, T> {
         &self.data[offset_of(&self.layout, position)..][..len]
     }
 
-    /// The rows of one batch row and head, of a view of rank 4.
+    /// The rows of one batch row, of a view of rank 4.
     #[inline(always)]
-    pub fn head(&self, batch: usize, head: usize) -> HeadRows<'a, T> {
-        let stride = self.layout.strides().get(1).map_or(0, |&stride| stride as usize);
-        HeadRows { data: self.data, first: offset_of(&self.layout, &[batch, 0, head]), stride }
+    pub fn batch_rows(&self, batch: usize) -> BatchRows<&'a [T]> {
+        BatchRows { data: self.data, offsets: RowOffsets::new(&self.layout, batch) }
     }
 
     /// The element at a position of all dimensions.
@@ -67,22 +66,53 @@ impl<'a, T: Pod> HostInput<'a, T> {
     }
 }
 
-/// The rows of one batch row and head.
+/// Where the rows of one batch row lie, `[S, H]` of them.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct HeadRows<'a, T> {
-    data: &'a [T],
+struct RowOffsets {
     first: usize,
-    stride: usize,
+    token: usize,
+    head: usize,
 }
 
-impl<'a, T> HeadRows<'a, T> {
+impl RowOffsets {
+    fn new(layout: &Layout, batch: usize) -> Self {
+        let stride = |dim: usize| layout.strides().get(dim).map_or(0, |&stride| stride as usize);
+        Self { first: offset_of(layout, &[batch]), token: stride(1), head: stride(2) }
+    }
+
     #[inline(always)]
-    pub fn row(&self, token: usize, len: usize) -> &'a [T] {
-        &self.data[self.first + token * self.stride..][..len]
+    fn at(self, token: usize, head: usize) -> usize {
+        self.first + token * self.token + head * self.head
     }
 }
 
-/// A view of host memory that several threads write, each to rows of its own; the last dimension is contiguous.
+/// The rows of one batch row. To ask for a row costs two multiplications: rows are short.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct BatchRows<D> {
+    data: D,
+    offsets: RowOffsets,
+}
+
+impl<'a, T> BatchRows<&'a [T]> {
+    #[inline(always)]
+    pub fn row(&self, token: usize, head: usize, len: usize) -> &'a [T] {
+        &self.data[self.offsets.at(token, head)..][..len]
+    }
+}
+
+impl<T: Pod> BatchRows<&HostOutput<'_, T>> {
+    /// # Safety
+    /// As [`HostOutput::row`].
+    #[inline(always)]
+    #[expect(clippy::mut_from_ref, reason = "as HostOutput::row")]
+    pub unsafe fn row(&self, token: usize, head: usize, len: usize) -> &mut [T] {
+        // SAFETY: the caller's promise.
+        unsafe { self.data.elements(self.offsets.at(token, head), len) }
+    }
+}
+
+/// A view of host memory that several threads write, each to rows of its own; the last dimension is
+/// contiguous.
 #[derive(Debug)]
 pub(super) struct HostOutput<'a, T> {
     data: *mut T,
@@ -91,8 +121,8 @@ pub(super) struct HostOutput<'a, T> {
     memory: PhantomData<&'a mut [T]>,
 }
 
-// SAFETY: the struct stands for a `&mut [T]` whose parts are handed out by `row`, whose callers keep threads apart; `T` is plain
-// data (`Pod`) that may be written from any thread.
+// SAFETY: the struct stands for a `&mut [T]` whose parts are handed out by `row`, whose callers
+// keep threads apart; `T` is plain data (`Pod`) that may be written from any thread.
 unsafe impl<T: Pod + Send> Sync for HostOutput<'_, T> {}
 // SAFETY: as above.
 unsafe impl<T: Pod + Send> Send for HostOutput<'_, T> {}
@@ -113,11 +143,27 @@ impl<'a, T: Pod> HostOutput<'a, T> {
     #[inline]
     #[expect(clippy::mut_from_ref, reason = "rows are handed out one at a time each; see the safety section")]
     pub unsafe fn row(&self, position: &[usize], len: usize) -> &mut [T] {
-        let start = offset_of(&self.layout, position);
+        // SAFETY: the caller's promise.
+        unsafe { self.elements(offset_of(&self.layout, position), len) }
+    }
+
+    /// The rows of one batch row, of a view of rank 4.
+    #[inline(always)]
+    pub fn batch_rows(&self, batch: usize) -> BatchRows<&Self> {
+        BatchRows { data: self, offsets: RowOffsets::new(&self.layout, batch) }
+    }
+
+    /// # Safety
+    /// As [`row`](Self::row).
+    #[inline(always)]
+    #[expect(clippy::mut_from_ref, reason = "as row")]
+    unsafe fn elements(&self, start: usize, len: usize) -> &mut [T] {
         assert!(start <= self.len && len <= self.len - start, "rows lie inside the memory: checked by problem");
-        // SAFETY: start..start + len lies inside the allocation of `len` elements by the line above.
+        // SAFETY: start..start + len lies inside the allocation of `len` elements by the line
+        // above.
         let first = unsafe { self.data.add(start) };
-        // SAFETY: in bounds as above, borrowed mutably for 'a by `new`, and no other call asks for these elements.
+        // SAFETY: in bounds as above, borrowed mutably for 'a by `new`, and no other call asks for
+        // these elements.
         unsafe { std::slice::from_raw_parts_mut(first, len) }
     }
 }

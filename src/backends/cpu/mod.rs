@@ -3,7 +3,9 @@
 mod attention;
 mod call;
 mod copy;
+mod half_rows;
 mod host;
+mod isa;
 mod needed_keys;
 mod rows;
 mod softmax;
@@ -13,33 +15,55 @@ mod tiles;
 use std::any::Any;
 use std::sync::{Arc, LazyLock};
 
+use self::isa::Processor;
 use crate::cache::DeviceId;
 use crate::call::op::{Backend, Instant, MetadataPlace, Op, Sink, Source, Storage, Timing, no_device_tables};
 use crate::call::plan::Capabilities;
+use crate::config::CpuIsa;
 use crate::dtype::DType;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::kernel::{BackendKind, Kernel};
 use crate::mask::meta::VarlenMeta;
 
 const NAME: &str = BackendKind::Cpu.name();
 
-/// The host's processor and memory. There is one in a process; launches return when the work is done.
+/// The host's processor and memory. There is one for each instruction set in a process, and they
+/// share their memory; launches return when the work is done.
 #[derive(Debug)]
 pub(crate) struct CpuDevice {
+    processor: Processor,
     capabilities: Capabilities,
 }
 
 impl CpuDevice {
-    pub(crate) fn shared() -> Arc<dyn Backend> {
-        static SHARED: LazyLock<Arc<CpuDevice>> = LazyLock::new(|| Arc::new(CpuDevice::new()));
-        Arc::clone(&SHARED) as Arc<dyn Backend>
+    /// The device on an instruction set, or on the processor's best one.
+    ///
+    /// # Errors
+    /// [`Error::NotApplicable`] if the processor lacks the instruction set.
+    pub(crate) fn open(isa: Option<CpuIsa>) -> Result<Arc<dyn Backend>> {
+        static SHARED: LazyLock<Vec<Arc<CpuDevice>>> =
+            LazyLock::new(|| Processor::all().map(|processor| Arc::new(CpuDevice::new(processor))).collect());
+        let found = SHARED.iter().find(|device| isa.is_none_or(|isa| isa == device.processor.isa()));
+        let device = found.ok_or_else(|| {
+            let names: Vec<_> = SHARED.iter().map(|device| device.processor.isa().name()).collect();
+            let got = isa.map_or("none", CpuIsa::name).to_owned();
+            Error::NotApplicable { argument: "cpu_isa", got, why: format!("the processor has {}", names.join(", ")) }
+        })?;
+        Ok(Arc::clone(device) as Arc<dyn Backend>)
     }
 
-    fn new() -> Self {
+    /// The device on the processor's best instruction set.
+    #[cfg(test)]
+    pub(crate) fn shared() -> Arc<dyn Backend> {
+        Self::open(None).expect("every processor has an instruction set")
+    }
+
+    fn new(processor: Processor) -> Self {
         Self {
+            processor,
             capabilities: Capabilities {
                 backend: BackendKind::Cpu,
-                adapter: format!("{} threads, {}", rayon::current_num_threads(), instruction_set()),
+                adapter: format!("{} threads, {}", rayon::current_num_threads(), processor.isa()),
                 is_software: true,
                 dtypes: &[DType::F32, DType::F16, DType::Bf16],
                 kernels: vec![Kernel::CpuTiled],
@@ -48,19 +72,6 @@ impl CpuDevice {
                 has_timestamps: false,
             },
         }
-    }
-}
-
-/// The vector instructions that the kernel was dispatched to.
-fn instruction_set() -> &'static str {
-    match pulp::Arch::new() {
-        #[cfg(any(target_arch = "x86", target_arch = "x86_64"))]
-        pulp::Arch::V3(_) => "AVX2",
-        #[cfg(target_arch = "x86_64")]
-        pulp::Arch::V4(_) => "AVX-512",
-        #[cfg(target_arch = "aarch64")]
-        pulp::Arch::Neon(_) => "NEON",
-        _ => "portable code",
     }
 }
 
@@ -99,7 +110,7 @@ impl Backend for CpuDevice {
 
     fn execute(&self, op: Op<'_>) -> Result<()> {
         match op {
-            Op::Attention(attention) => attention::attend(attention),
+            Op::Attention(attention) => attention::attend(attention, self.processor),
             Op::Pack { pairs, meta } => pairs.into_iter().try_for_each(|(from, to)| copy::pack(from, to, meta)),
             Op::Scatter { packed, padded, meta } => copy::scatter(packed, padded, meta),
             Op::Zero(out) => copy::zero(out),

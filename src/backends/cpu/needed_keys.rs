@@ -3,13 +3,14 @@
 //! ```text
 //!    tokens of a batch row      0  1  2  3  4  5  6  7  8  9
 //!    key mask                   x  .  x  x  .  .  x  .  .  x
-//!    keys that take part        0     1  2        3        4      numbered in order; the others are never read
+//!    keys that take part        0     1  2        3        4    numbered in order
 //!
-//!    query i needs the keys     first(i) ..= j < end(i)           of those that take part
+//!    query i needs the keys     first(i) <= j < end(i)           of those that take part
 //! ```
 //!
-//! Neither end of the range falls from one query to the next, so a tile of queries needs the keys from the first query's `first` to the
-//! last query's `end`.
+//! Keys that do not take part are never read. Neither end of the range falls from one query to the
+//! next, so a tile of queries needs the keys from the first query's `first` to the last query's
+//! `end`.
 
 use std::ops::Range;
 

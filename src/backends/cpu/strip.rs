@@ -1,33 +1,57 @@
-//! The arithmetic: strips of queries against a tile of keys. Plain f32 panels come in; what element type and which rows of
-//! which tensor they came from is the business of `tiles`.
+//! The arithmetic: strips of queries against a tile of keys. Plain f32 panels come in; what element
+//! type and which rows of which tensor they came from is the business of `tiles`.
 //!
-//! A *panel* is `[len][width]`, row-major, one query per column. A strip's panels are one to three SIMD vectors wide. With queries
-//! in the lanes both products read their second operand, rows of K and of V, as broadcast scalars: neither needs K or V transposed
-//! or packed, the softmax never crosses lanes, and the weights leave it in the layout in which the second product wants them.
+//! A *panel* is `[len][width]`, row-major, one query per column. A strip's panels are a few SIMD
+//! vectors wide. With queries in the lanes, both products take their second operand, elements of K
+//! and of V, one scalar after another, and the softmax never crosses lanes; the weights leave it in
+//! the layout in which the second product wants them. What is scalar lies in *blocks*
+//! `[len][scalars]`, `RegisterTile::SCALARS` side by side, so that a product reads two streams:
 //!
 //! ```text
-//!    scores[key][lane]  = Σ_d  keys[key][d] · q[d][lane]            4 or 8 keys at a time
+//!    scores[key][lane]  = Σ_d  keys[block][d][key] · q[d][lane]             SCALARS keys at a time
 //!    acc[d][lane]       = acc[d][lane] · factor[lane]
-//!                       + Σ_key values[key][d] · weight[key][lane]  4 or 8 columns at a time
+//!                       + Σ_key values[block][key][d] · weight[key][lane]   as many columns
 //! ```
 
 use std::ops::Range;
 
-use pulp::{Arch, Simd, WithSimd};
-
+use super::isa::{AtWidth, Processor, RegisterTile, Vectorized};
 use super::softmax::Running;
 
-/// Vectors of the widest strip: with products of 8 keys, 24 accumulators of the 32 registers of AVX-512 and NEON; with products
-/// of 4, 8 of AVX2's 16, for with 12 the compiler spills one in the innermost loop.
-const fn strip_vectors<S: Simd>() -> usize {
-    if S::REGISTER_COUNT >= 32 { 3 } else { 2 }
+/// Head dimensions are multiples of 8, which is no multiple of 6: what is left over is one or two
+/// blocks of as many columns.
+pub(super) const NARROW: usize = 4;
+
+/// Blocks of columns of the values: wide ones of `scalars` columns, then narrow ones of [`NARROW`].
+#[derive(Debug, Clone, Copy)]
+pub(super) struct ColumnBlocks {
+    /// Wide blocks.
+    wide: usize,
+    scalars: usize,
 }
 
-/// Tiles of keys are padded to a multiple of this, and head dimensions are one.
-pub(super) const KEY_BLOCK: usize = 8;
+impl ColumnBlocks {
+    /// As many wide ones as leave a multiple of [`NARROW`]; `head_dim` is a multiple of 8.
+    fn new(head_dim: usize, scalars: usize) -> Self {
+        let most = head_dim / scalars;
+        let wide = (0..=most).rev().find(|wide| (head_dim - wide * scalars).is_multiple_of(NARROW)).unwrap_or(0);
+        Self { wide, scalars }
+    }
 
-/// Columns of the values that lie together, so that a product that takes some columns of all rows reads them in one stream.
-pub(super) const VALUE_BLOCK: usize = 8;
+    /// Where the value of a column and key lies, in blocks of `stride` keys.
+    #[cfg(test)]
+    fn place(self, column: usize, key: usize, stride: usize) -> usize {
+        let wide = self.wide_columns();
+        let (start, columns) = if column < wide { (0, self.scalars) } else { (wide, NARROW) };
+        let block = (column - start) / columns * columns;
+        (start + block) * stride + key * columns + (column - start) % columns
+    }
+
+    /// Columns of the wide blocks; narrow ones follow.
+    pub fn wide_columns(self) -> usize {
+        self.wide * self.scalars
+    }
+}
 
 /// Lanes of a query tile, in strips.
 #[derive(Debug, Clone, Copy)]
@@ -37,28 +61,40 @@ pub(super) struct Strips {
     vector: usize,
     /// Vectors of the widest strip.
     vectors: usize,
+    /// Scalars of a product.
+    scalars: usize,
 }
 
 /// No strips, of the processor's vectors.
 struct NoStrips;
 
-impl WithSimd for NoStrips {
+impl Vectorized for NoStrips {
     type Output = Strips;
     #[inline(always)]
-    fn with_simd<S: Simd>(self, _: S) -> Strips {
-        Strips { lanes: 0, vector: S::F32_LANES, vectors: strip_vectors::<S>() }
+    fn run<S: RegisterTile>(self, _: S) -> Strips {
+        Strips { lanes: 0, vector: S::F32_LANES, vectors: S::VECTORS, scalars: S::SCALARS }
     }
 }
 
 impl Strips {
     /// For `queries` queries; the last vector may have lanes to spare.
-    pub fn new(arch: Arch, queries: usize) -> Self {
-        let none = arch.dispatch(NoStrips);
+    pub fn new(processor: Processor, queries: usize) -> Self {
+        let none = processor.dispatch(NoStrips);
         Self { lanes: queries.next_multiple_of(none.vector), ..none }
     }
 
     pub fn lanes(self) -> usize {
         self.lanes
+    }
+
+    /// Keys that lie side by side in a block.
+    pub fn block_keys(self) -> usize {
+        self.scalars
+    }
+
+    /// The blocks of the values.
+    pub fn columns(self, head_dim: usize) -> ColumnBlocks {
+        ColumnBlocks::new(head_dim, self.scalars)
     }
 
     /// The width that no strip of a tile of as many lanes or fewer exceeds.
@@ -83,10 +119,10 @@ pub(super) fn panel(lanes: &Range<usize>, len: usize) -> Range<usize> {
 /// One tile of keys and values, gathered.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct KeyTile<'a> {
-    /// `[len padded to KEY_BLOCK][key_stride]`
+    /// Blocks `[head_dim][SCALARS]` of as many keys; the last one may have keys to spare, of any
+    /// value.
     pub keys: &'a [f32],
-    pub key_stride: usize,
-    /// `[head_dim / VALUE_BLOCK][value_stride][VALUE_BLOCK]`: the columns of the values, `VALUE_BLOCK` at a time
+    /// Blocks `[value_stride][columns]`, of as many columns as [`ColumnBlocks`] says.
     pub values: &'a [f32],
     pub value_stride: usize,
     pub len: usize,
@@ -94,9 +130,10 @@ pub(super) struct KeyTile<'a> {
     pub bias: Option<&'a [f32]>,
 }
 
-/// Attention of all strips of a query tile to one tile of keys.
+/// Attention of one strip of a query tile to one tile of keys.
 pub(super) struct Step<'a> {
-    pub strips: Strips,
+    pub columns: ColumnBlocks,
+    pub lanes: Range<usize>,
     pub head_dim: usize,
     /// Panels `[head_dim]`.
     pub q: &'a [f32],
@@ -104,38 +141,31 @@ pub(super) struct Step<'a> {
     pub acc: &'a mut [f32],
     pub max: &'a mut [f32],
     pub sum: &'a mut [f32],
-    /// One panel `[len padded to KEY_BLOCK]` of scratch.
+    /// One panel of scratch, as long as whole blocks of keys.
     pub scores: &'a mut [f32],
     pub tile: KeyTile<'a>,
     /// The factor on the scores, positive.
     pub scale: f32,
 }
 
-impl WithSimd for Step<'_> {
+impl Vectorized for Step<'_> {
     type Output = ();
     #[inline(always)]
-    fn with_simd<S: Simd>(mut self, simd: S) {
-        for lanes in self.strips.ranges() {
-            match (lanes.len() / S::F32_LANES, const { strip_vectors::<S>() }) {
-                (1, 3) => self.strip::<S, 1, 8>(simd, &lanes),
-                (2, 3) => self.strip::<S, 2, 8>(simd, &lanes),
-                (_, 3) => self.strip::<S, 3, 8>(simd, &lanes),
-                (1, _) => self.strip::<S, 1, 4>(simd, &lanes),
-                _ => self.strip::<S, 2, 4>(simd, &lanes),
-            }
-        }
+    fn run<S: RegisterTile>(self, simd: S) {
+        simd.run_at_width(self.lanes.len() / S::F32_LANES, self);
     }
 }
 
-impl Step<'_> {
+impl AtWidth for Step<'_> {
     #[inline(always)]
-    fn strip<S: Simd, const W: usize, const N: usize>(&mut self, simd: S, lanes: &Range<usize>) {
-        let KeyTile { keys, key_stride, values, value_stride, len, bias } = self.tile;
-        let q = vectors::<S, W>(&self.q[panel(lanes, self.head_dim)]);
+    fn run<S: RegisterTile, const W: usize, const N: usize>(self, simd: S) {
+        let KeyTile { keys, values, value_stride, len, bias } = self.tile;
+        let (lanes, head_dim, columns) = (&self.lanes, self.head_dim, self.columns);
+        let q = vectors::<S, W>(&self.q[panel(lanes, head_dim)]);
         let scores = vectors_mut::<S, W>(self.scores);
         let (blocks, _) = scores.as_chunks_mut::<N>();
-        for (block, keys) in blocks[..len.div_ceil(N)].iter_mut().zip(keys.chunks_exact(N * key_stride)) {
-            *block = score::<S, W, N>(simd, q, keys, key_stride);
+        for (block, keys) in blocks[..len.div_ceil(N)].iter_mut().zip(keys.chunks_exact(N * head_dim)) {
+            *block = product::<S, W, N>(simd, keys.as_chunks::<N>().0, q);
         }
         let scores = &mut scores[..len];
         let mut scale = self.scale;
@@ -152,60 +182,48 @@ impl Step<'_> {
         let [sum] = vectors_mut::<S, W>(&mut self.sum[lanes.clone()]) else { return };
         let scale_log2 = (scale * std::f32::consts::LOG2_E).min(f32::MAX);
         let factor = Running::<S, W> { max, sum }.weigh(simd, scores, scale_log2);
-        let acc = vectors_mut::<S, W>(&mut self.acc[panel(lanes, self.head_dim)]);
-        for (block, acc) in acc.as_chunks_mut::<N>().0.iter_mut().enumerate() {
-            let column = block * N;
-            let values =
-                &values[column / VALUE_BLOCK * VALUE_BLOCK * value_stride..].as_chunks::<VALUE_BLOCK>().0[..len];
-            accumulate::<S, W, N>(simd, scores, values, column % VALUE_BLOCK, factor, acc);
+
+        let (wide, narrow) =
+            vectors_mut::<S, W>(&mut self.acc[panel(lanes, head_dim)]).split_at_mut(columns.wide_columns());
+        let (wide_values, narrow_values) = values.split_at(columns.wide_columns() * value_stride);
+        accumulate::<S, W, N>(simd, scores, wide_values, value_stride, factor, wide);
+        if !N.is_multiple_of(NARROW) {
+            accumulate::<S, W, NARROW>(simd, scores, narrow_values, value_stride, factor, narrow);
         }
     }
 }
 
-/// Scores of `N` keys.
+/// The sum over `i` of `scalars[i][n] · vectors[i][w]`.
 #[inline(always)]
-fn score<S: Simd, const W: usize, const N: usize>(
+fn product<S: RegisterTile, const W: usize, const N: usize>(
     simd: S,
-    q: &[[S::f32s; W]],
-    keys: &[f32],
-    stride: usize,
+    scalars: &[[f32; N]],
+    vectors: &[[S::f32s; W]],
 ) -> [[S::f32s; W]; N] {
-    let keys: [&[f32]; N] = std::array::from_fn(|n| &keys[n * stride..][..q.len()]);
-    let mut scores = [[simd.splat_f32s(0.0); W]; N];
-    for (d, q) in q.iter().enumerate() {
-        for n in 0..N {
-            let key = simd.splat_f32s(keys[n][d]);
-            for w in 0..W {
-                scores[n][w] = simd.mul_add_e_f32s(q[w], key, scores[n][w]);
-            }
-        }
+    let mut sums = [[simd.splat_f32s(0.0); W]; N];
+    for (scalars, vectors) in scalars.iter().zip(vectors) {
+        simd.add_products(&mut sums, scalars, vectors);
     }
-    scores
+    sums
 }
 
-/// `N` columns of the weighted sum of the values, the first being column `first` of the block.
+/// Adds the weighted sum of blocks of `N` columns of the values to what was accumulated before.
 #[inline(always)]
-fn accumulate<S: Simd, const W: usize, const N: usize>(
+fn accumulate<S: RegisterTile, const W: usize, const N: usize>(
     simd: S,
     weights: &[[S::f32s; W]],
-    values: &[[f32; VALUE_BLOCK]],
-    first: usize,
+    values: &[f32],
+    value_stride: usize,
     factor: [S::f32s; W],
-    acc: &mut [[S::f32s; W]; N],
+    acc: &mut [[S::f32s; W]],
 ) {
-    let mut sums = [[simd.splat_f32s(0.0); W]; N];
-    for (weight, values) in weights.iter().zip(values) {
-        let values = &values[first..first + N];
+    let blocks = values.chunks_exact(N * value_stride);
+    for (acc, values) in acc.as_chunks_mut::<N>().0.iter_mut().zip(blocks) {
+        let sums = product::<S, W, N>(simd, values.as_chunks::<N>().0, weights);
         for n in 0..N {
-            let value = simd.splat_f32s(values[n]);
             for w in 0..W {
-                sums[n][w] = simd.mul_add_e_f32s(weight[w], value, sums[n][w]);
+                acc[n][w] = simd.mul_add_e_f32s(acc[n][w], factor[w], sums[n][w]);
             }
-        }
-    }
-    for n in 0..N {
-        for w in 0..W {
-            acc[n][w] = simd.mul_add_e_f32s(acc[n][w], factor[w], sums[n][w]);
         }
     }
 }
@@ -218,10 +236,10 @@ pub(super) struct Normalize<'a> {
     pub sum: &'a [f32],
 }
 
-impl WithSimd for Normalize<'_> {
+impl Vectorized for Normalize<'_> {
     type Output = ();
     #[inline(always)]
-    fn with_simd<S: Simd>(self, simd: S) {
+    fn run<S: RegisterTile>(self, simd: S) {
         let zero = simd.splat_f32s(0.0);
         for lanes in self.strips.ranges() {
             let (sums, _) = S::as_simd_f32s(&self.sum[lanes.clone()]);
@@ -239,25 +257,18 @@ impl WithSimd for Normalize<'_> {
 }
 
 #[inline(always)]
-fn vectors<S: Simd, const W: usize>(panel: &[f32]) -> &[[S::f32s; W]] {
+fn vectors<S: RegisterTile, const W: usize>(panel: &[f32]) -> &[[S::f32s; W]] {
     S::as_simd_f32s(panel).0.as_chunks::<W>().0
 }
 
 #[inline(always)]
-fn vectors_mut<S: Simd, const W: usize>(panel: &mut [f32]) -> &mut [[S::f32s; W]] {
+fn vectors_mut<S: RegisterTile, const W: usize>(panel: &mut [f32]) -> &mut [[S::f32s; W]] {
     S::as_mut_simd_f32s(panel).0.as_chunks_mut::<W>().0
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn archs() -> Vec<Arch> {
-        let mut archs = vec![Arch::Scalar, Arch::new()];
-        #[cfg(target_arch = "x86_64")]
-        archs.extend(pulp::x86::V3::try_new().map(Arch::V3));
-        archs
-    }
 
     /// Not random, but without a pattern that a wrong index could keep.
     fn value(i: usize, j: usize) -> f32 {
@@ -268,11 +279,11 @@ mod tests {
     #[test]
     fn every_vector_length_agrees_with_a_plain_softmax() {
         const DIM: usize = 24;
-        const LENS: [usize; 2] = [KEY_BLOCK, KEY_BLOCK + 3];
-        const STRIDE: usize = 2 * KEY_BLOCK;
-        for arch in archs() {
+        const LENS: [usize; 2] = [24, 11];
+        const STRIDE: usize = 26;
+        for processor in Processor::all() {
             for queries in [1, 5, 48, 49, 70] {
-                let strips = Strips::new(arch, queries);
+                let strips = Strips::new(processor, queries);
                 let lanes = strips.lanes();
                 let mut q = vec![0.0; lanes * DIM];
                 for strip in strips.ranges() {
@@ -288,34 +299,30 @@ mod tests {
                 for len in LENS {
                     let mut keys = vec![f32::NAN; STRIDE * DIM];
                     let mut values = vec![f32::NAN; STRIDE * DIM];
+                    let (block, columns) = (strips.block_keys(), strips.columns(DIM));
                     for key in 0..len {
                         for d in 0..DIM {
-                            keys[key * DIM + d] = value(first + key + 1000, d);
-                            let block = d / VALUE_BLOCK * STRIDE * VALUE_BLOCK;
-                            values[block + key * VALUE_BLOCK + d % VALUE_BLOCK] = value(first + key + 2000, d);
+                            keys[(key / block * DIM + d) * block + key % block] = value(first + key + 1000, d);
+                            values[columns.place(d, key, STRIDE)] = value(first + key + 2000, d);
                         }
                     }
-                    arch.dispatch(Step {
-                        strips,
-                        head_dim: DIM,
-                        q: &q,
-                        acc: &mut acc,
-                        max: &mut max,
-                        sum: &mut sum,
-                        scores: &mut scores,
-                        tile: KeyTile {
-                            keys: &keys,
-                            key_stride: DIM,
-                            values: &values,
-                            value_stride: STRIDE,
-                            len,
-                            bias: None,
-                        },
-                        scale: 0.5,
-                    });
+                    for lanes in strips.ranges() {
+                        processor.dispatch(Step {
+                            columns,
+                            lanes,
+                            head_dim: DIM,
+                            q: &q,
+                            acc: &mut acc,
+                            max: &mut max,
+                            sum: &mut sum,
+                            scores: &mut scores,
+                            tile: KeyTile { keys: &keys, values: &values, value_stride: STRIDE, len, bias: None },
+                            scale: 0.5,
+                        });
+                    }
                     first += len;
                 }
-                arch.dispatch(Normalize { strips, head_dim: DIM, acc: &mut acc, sum: &sum });
+                processor.dispatch(Normalize { strips, head_dim: DIM, acc: &mut acc, sum: &sum });
                 for lane in 0..queries {
                     let weights: Vec<f64> = (0..first)
                         .map(|key| {
@@ -329,7 +336,10 @@ mod tests {
                         let weighted = |key| weights[key] * f64::from(value(key + 2000, d));
                         let want = (0..first).map(weighted).sum::<f64>() / total;
                         let got = acc[panel(&strip, DIM)][d * strip.len() + lane - strip.start];
-                        assert!((f64::from(got) - want).abs() < 2e-6, "{arch:?} {queries} {lane} {d}: {got} {want}");
+                        assert!(
+                            (f64::from(got) - want).abs() < 2e-6,
+                            "{processor:?} {queries} {lane} {d}: {got} {want}"
+                        );
                     }
                 }
             }
@@ -338,9 +348,9 @@ mod tests {
 
     #[test]
     fn strips_cover_the_lanes_evenly() {
-        for arch in archs() {
+        for processor in Processor::all() {
             for queries in 0..300 {
-                let strips = Strips::new(arch, queries);
+                let strips = Strips::new(processor, queries);
                 let mut end = 0;
                 for lanes in strips.ranges() {
                     assert_eq!((lanes.start, lanes.len() % strips.vector), (end, 0));

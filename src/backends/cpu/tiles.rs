@@ -1,72 +1,76 @@
-//! What one thread holds of a call: a query tile and a key tile, gathered from tensors of any element type and strides, and
-//! the output of the query tile until it is written.
+//! What one thread holds of a call: a query tile and a key tile, gathered from tensors of any
+//! element type and strides, and the output of the query tile until it is written.
 
-use std::ops::Range;
+use std::ops::{Deref, DerefMut, Range};
 
 use super::call::{Bias, Call, Task};
 use super::host::{self, HostInput};
 use super::needed_keys::Tokens;
-use super::rows::{ROW_BLOCK, RowElement, from_panel, to_panel};
-use super::strip::{KEY_BLOCK, KeyTile, Normalize, Step, Strips, VALUE_BLOCK, panel};
+use super::rows::{RowElement, from_panel, prefetch, to_block, to_panel};
+use super::strip::{KeyTile, NARROW, Normalize, Step, Strips, panel};
 use crate::error::Result;
 
-/// Keys of a tile: few enough that a strip's scores stay in the first-level cache, and the tile's K and V in the second.
-pub(super) const KEY_TILE: usize = 128;
-/// What gathered rows of K are longer than the head dimension, so that rows do not compete for the same sets of the cache.
-const KEY_PAD: usize = 16;
-/// Rows of a block of V's columns: one cache line more than a tile's, for the same reason.
+/// Keys of a tile: few enough that a strip's scores stay in the first-level cache, and the tile's K
+/// and V in the second; whole blocks of 6 and of 8 keys.
+pub(super) const KEY_TILE: usize = 120;
+/// Rows of a block of V's columns: more than a tile's, so that blocks do not compete for the same
+/// sets of the cache.
 const VALUE_STRIDE: usize = KEY_TILE + 2;
 
 /// Buffers for the largest tile of a call. Panels and blocks are as `strip` describes them.
 pub(super) struct Tiles {
-    q: Vec<f32>,
-    acc: Vec<f32>,
-    max: Vec<f32>,
-    sum: Vec<f32>,
-    keys: Vec<f32>,
-    values: Vec<f32>,
-    scores: Vec<f32>,
-    bias: Vec<f32>,
+    q: Floats,
+    acc: Floats,
+    max: Floats,
+    sum: Floats,
+    keys: Floats,
+    values: Floats,
+    scores: Floats,
+    bias: Floats,
     /// Rows of one strip, before they become a panel or after they were one.
-    rows: Vec<f32>,
+    rows: Floats,
     /// For the conversion of a row.
-    converted: Vec<f32>,
-    /// For the transposition of a panel.
-    interleaved: Vec<f32>,
+    converted: Floats,
 }
 
 impl Tiles {
     /// For up to `queries` queries and `keys` keys at a time.
     pub fn new<T: RowElement>(call: &Call<'_, T>, queries: usize, keys: usize) -> Result<Self> {
         let dim = call.shape().head_dim;
-        let strips = Strips::new(call.arch, queries);
+        let strips = Strips::new(call.processor, queries);
         let (lanes, strip) = (strips.lanes(), strips.widest());
-        let padded_keys = keys.next_multiple_of(KEY_BLOCK);
+        let block = strips.block_keys();
+        let padded_keys = keys.next_multiple_of(block);
         Ok(Self {
             q: zeros(lanes * dim)?,
             acc: zeros(lanes * dim)?,
             max: zeros(lanes)?,
             sum: zeros(lanes)?,
-            keys: zeros(padded_keys * (dim + KEY_PAD))?,
+            keys: zeros(padded_keys * dim)?,
             values: zeros(dim * VALUE_STRIDE)?,
             scores: zeros(padded_keys * strip)?,
             bias: zeros(if call.bias.is_some() { keys * lanes } else { 0 })?,
-            rows: zeros(strip * dim.max(keys))?,
+            rows: zeros(strip.max(block) * dim.max(keys))?,
             converted: zeros(dim.max(keys))?,
-            interleaved: zeros(ROW_BLOCK * dim.max(keys))?,
         })
     }
 
     /// Gathers the queries of a task, before its first key.
     pub fn start<T: RowElement>(&mut self, call: &Call<'_, T>, task: &Task) -> Strips {
         let dim = call.shape().head_dim;
-        let strips = Strips::new(call.arch, task.count);
+        let strips = Strips::new(call.processor, task.count);
         self.acc[..strips.lanes() * dim].fill(0.0);
         self.max[..strips.lanes()].fill(f32::NEG_INFINITY);
         self.sum[..strips.lanes()].fill(0.0);
         let query = Query::of(call, task);
-        let Self { q, rows, converted, interleaved, .. } = self;
-        call.arch.dispatch(
+        let q_rows = call.q.batch_rows(task.batch);
+        let q_row = |lane| {
+            let (token, head) = query.at(lane);
+            q_rows.row(token, head, dim)
+        };
+        (0..task.count).for_each(|lane| prefetch(q_row(lane)));
+        let Self { q, rows, converted, .. } = self;
+        call.processor.vectorize(
             #[inline(always)]
             || {
                 for lanes in strips.ranges() {
@@ -76,13 +80,12 @@ impl Tiles {
                             row.fill(0.0);
                             continue;
                         }
-                        let (token, head) = query.at(lane);
-                        let q = T::widen(call.q.row(&[task.batch, token, head], dim), &mut converted[..dim]);
+                        let q = T::widen(q_row(lane), &mut converted[..dim]);
                         for (to, q) in row.iter_mut().zip(q) {
                             *to = q * call.scale.queries;
                         }
                     }
-                    to_panel(rows, dim, &mut q[panel(&lanes, dim)], lanes.len(), interleaved);
+                    to_panel(rows, dim, &mut q[panel(&lanes, dim)], lanes.len());
                 }
             },
         );
@@ -90,25 +93,51 @@ impl Tiles {
     }
 
     /// Gathers a tile of the keys that take part, and their values.
-    pub fn gather_keys<T: RowElement>(&mut self, call: &Call<'_, T>, task: &Task, tile: Range<usize>) {
+    pub fn gather_keys<T: RowElement>(&mut self, call: &Call<'_, T>, task: &Task, strips: Strips, tile: Range<usize>) {
         let dim = call.shape().head_dim;
         let tokens = call.keys.of(task.batch);
-        let (k, v) = (call.k.head(task.batch, task.kv_head), call.v.head(task.batch, task.kv_head));
-        let Self { keys, values, converted, .. } = self;
-        call.arch.dispatch(
+        let (k, v) = (call.k.batch_rows(task.batch), call.v.batch_rows(task.batch));
+        let (block, columns) = (strips.block_keys(), strips.columns(dim));
+        let Self { keys, values, rows, converted, .. } = self;
+        let (wide, narrow) = values.split_at_mut(columns.wide_columns() * VALUE_STRIDE);
+        call.processor.vectorize(
             #[inline(always)]
             || {
-                for ((i, key), from) in keys.chunks_exact_mut(dim + KEY_PAD).enumerate().zip(tile) {
-                    let token = tokens.at(from);
-                    key[..dim].copy_from_slice(T::widen(k.row(token, dim), &mut converted[..dim]));
-                    let value = T::widen(v.row(token, dim), &mut converted[..dim]);
-                    let columns = values.chunks_exact_mut(VALUE_STRIDE * VALUE_BLOCK);
-                    for (column, value) in columns.zip(value.as_chunks::<VALUE_BLOCK>().0) {
-                        column.as_chunks_mut::<VALUE_BLOCK>().0[i] = *value;
+                let blocks = keys.chunks_exact_mut(block * dim).zip(tile.clone().step_by(block));
+                for (keys, first) in blocks {
+                    // Places that are left over hold the tile's last key again; its scores there
+                    // are not used.
+                    let key = |n: usize| k.row(tokens.at((first + n).min(tile.end - 1)), task.kv_head, dim);
+                    if block == 8 {
+                        to_block::<8>(widened(key, rows, dim), keys);
+                    } else {
+                        to_block::<6>(widened(key, rows, dim), keys);
+                    }
+                }
+                for (i, from) in tile.enumerate() {
+                    let value = T::widen(v.row(tokens.at(from), task.kv_head, dim), &mut converted[..dim]);
+                    let (wide_values, narrow_values) = value.split_at(columns.wide_columns());
+                    if block == 8 {
+                        to_blocks::<8>(wide_values, wide, i);
+                    } else {
+                        to_blocks::<6>(wide_values, wide, i);
+                        to_blocks::<NARROW>(narrow_values, narrow, i);
                     }
                 }
             },
         );
+    }
+
+    /// Fetches the rows of a tile of keys and of their values to the cache, while another tile is
+    /// computed.
+    pub fn prefetch_keys<T: RowElement>(&self, call: &Call<'_, T>, task: &Task, tile: Range<usize>) {
+        let dim = call.shape().head_dim;
+        let tokens = call.keys.of(task.batch);
+        let (k, v) = (call.k.batch_rows(task.batch), call.v.batch_rows(task.batch));
+        for key in tile {
+            prefetch(k.row(tokens.at(key), task.kv_head, dim));
+            prefetch(v.row(tokens.at(key), task.kv_head, dim));
+        }
     }
 
     /// Gathers the bias of the task's queries for a tile of keys, if there is one.
@@ -132,8 +161,8 @@ impl Tiles {
         let len = tile.len();
         let tokens = call.keys.of(query.task.batch);
         let is_contiguous = bias.layout.strides().last() == Some(&1) && tokens.is_range();
-        let Self { bias: panels, rows, converted, interleaved, .. } = self;
-        call.arch.dispatch(
+        let Self { bias: panels, rows, converted, .. } = self;
+        call.processor.vectorize(
             #[inline(always)]
             || {
                 for lanes in strips.ranges() {
@@ -153,17 +182,18 @@ impl Tiles {
                             }
                         }
                     }
-                    to_panel(rows, len, &mut panels[panel(&lanes, len)], lanes.len(), interleaved);
+                    to_panel(rows, len, &mut panels[panel(&lanes, len)], lanes.len());
                 }
             },
         );
     }
 
-    /// Attention of the query tile to the key tile.
-    pub fn step<T: RowElement>(&mut self, call: &Call<'_, T>, strips: Strips, len: usize) {
+    /// Attention of a strip of the query tile to the key tile.
+    pub fn step<T: RowElement>(&mut self, call: &Call<'_, T>, strips: Strips, lanes: Range<usize>, len: usize) {
         let head_dim = call.shape().head_dim;
-        call.arch.dispatch(Step {
-            strips,
+        call.processor.dispatch(Step {
+            columns: strips.columns(head_dim),
+            lanes,
             head_dim,
             q: &self.q,
             acc: &mut self.acc,
@@ -172,7 +202,6 @@ impl Tiles {
             scores: &mut self.scores,
             tile: KeyTile {
                 keys: &self.keys,
-                key_stride: head_dim + KEY_PAD,
                 values: &self.values,
                 value_stride: VALUE_STRIDE,
                 len,
@@ -186,20 +215,22 @@ impl Tiles {
     pub fn finish<T: RowElement>(&mut self, call: &Call<'_, T>, task: &Task, strips: Strips) {
         let dim = call.shape().head_dim;
         let query = Query::of(call, task);
-        let Self { acc, max, sum, rows, interleaved, .. } = self;
-        call.arch.dispatch(Normalize { strips, head_dim: dim, acc, sum });
-        call.arch.dispatch(
+        let out = call.out.batch_rows(task.batch);
+        let Self { acc, max, sum, rows, .. } = self;
+        call.processor.dispatch(Normalize { strips, head_dim: dim, acc, sum });
+        call.processor.vectorize(
             #[inline(always)]
             || {
                 for lanes in strips.ranges() {
                     let rows = &mut rows[..lanes.len() * dim];
-                    from_panel(&acc[panel(&lanes, dim)], lanes.len(), rows, dim, interleaved);
+                    from_panel(&acc[panel(&lanes, dim)], lanes.len(), rows, dim);
                     for (lane, row) in (lanes.start..lanes.end.min(task.count)).zip(rows.chunks_exact(dim)) {
                         let (token, head) = query.at(lane);
                         if call.query_mask.is_none_or(|mask| mask.keeps(task.batch, token)) {
-                            // SAFETY: tasks share no queries, rows of the output do not overlap (checked by problem), and rows
-                            // of masked queries are not asked for here.
-                            let out = unsafe { call.out.row(&[task.batch, token, head], dim) };
+                            // SAFETY: tasks share no queries, rows of the output do not overlap
+                            // (checked by problem), and rows of masked queries are not asked for
+                            // here.
+                            let out = unsafe { out.row(token, head, dim) };
                             T::narrow(row, out);
                         }
                     }
@@ -207,9 +238,10 @@ impl Tiles {
             },
         );
         let Some(lse) = &call.lse else { return };
-        for (lane, (&max, &sum)) in max.iter().zip(&*sum).enumerate().take(task.count) {
+        for (lane, (&max, &sum)) in max.iter().zip(sum.iter()).enumerate().take(task.count) {
             let (token, head) = query.at(lane);
-            // SAFETY: tasks share no queries, and elements of the output do not overlap (checked by problem).
+            // SAFETY: tasks share no queries, and elements of the output do not overlap (checked by
+            // problem).
             let lse = unsafe { lse.row(&[head, token], 1) };
             // In f64, so that the sum is rounded once. Without a key it is −∞ + ln 0 = −∞.
             lse.fill((f64::from(max) * f64::from(call.scale.scores) + f64::from(sum).ln()) as f32);
@@ -237,8 +269,54 @@ impl<'a> Query<'a> {
     }
 }
 
-fn zeros(len: usize) -> Result<Vec<f32>> {
-    let mut values = host::reserve(len)?;
-    values.resize(len, 0.0);
-    Ok(values)
+/// `N` rows as f32; `scratch` holds those that were converted.
+#[inline(always)]
+fn widened<'a, T: RowElement, const N: usize>(
+    row: impl Fn(usize) -> &'a [T],
+    scratch: &'a mut [f32],
+    dim: usize,
+) -> [&'a [f32]; N] {
+    let mut scratch = scratch.chunks_exact_mut(dim);
+    std::array::from_fn(|n| T::widen(row(n), scratch.next().unwrap_or_default()))
+}
+
+/// Row `i` of blocks of `N` columns of the values.
+#[inline(always)]
+fn to_blocks<const N: usize>(value: &[f32], blocks: &mut [f32], i: usize) {
+    for (block, value) in blocks.chunks_exact_mut(VALUE_STRIDE * N).zip(value.as_chunks::<N>().0) {
+        block.as_chunks_mut::<N>().0[i] = *value;
+    }
+}
+
+/// Floats that begin with a cache line, so that no vector crosses the border of one.
+struct Floats(Vec<Line>);
+
+#[derive(Clone, Copy)]
+#[repr(C, align(64))]
+struct Line([f32; 16]);
+
+// SAFETY: zeros are a value of an array of floats.
+unsafe impl bytemuck::Zeroable for Line {}
+// SAFETY: an array of floats, as long as its alignment, has neither padding nor invalid values.
+unsafe impl bytemuck::Pod for Line {}
+
+impl Deref for Floats {
+    type Target = [f32];
+    fn deref(&self) -> &[f32] {
+        bytemuck::cast_slice(&self.0)
+    }
+}
+
+impl DerefMut for Floats {
+    fn deref_mut(&mut self) -> &mut [f32] {
+        bytemuck::cast_slice_mut(&mut self.0)
+    }
+}
+
+/// `len` zeros, and what fills the last cache line.
+fn zeros(len: usize) -> Result<Floats> {
+    let count = len.div_ceil(size_of::<Line>() / size_of::<f32>());
+    let mut lines = host::reserve(count)?;
+    lines.resize(count, Line([0.0; 16]));
+    Ok(Floats(lines))
 }
