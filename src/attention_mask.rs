@@ -21,7 +21,9 @@ pub enum AttentionMask<'a> {
     /// as PyTorch's SDPA does. NaN and Inf in dropped keys and values never matter.
     Key(&'a KeyMask),
     /// A floating-point tensor that is added to the scaled scores, broadcast over `[B, H, Sq, Sk]`; of the tensors' element
-    /// type or f32. A row whose every entry is −∞ gives zeros.
+    /// type or f32. A row whose every entry is −∞ gives zeros. An entry of −∞ gives a key no weight, but
+    /// unlike a dropped key it does not hide NaN or Inf in the key or its value, which may spread to
+    /// the row: −∞ + NaN and 0 · NaN are NaN. Drop keys by a mask where padding may hold anything.
     Bias(TensorView<'a>),
     /// The valid queries attend to the valid keys of their batch row; the rows of other queries are exactly zero in the output.
     /// [`varlen`](Self::varlen) is self-attention, [`varlen_cross`](Self::varlen_cross) cross-attention.
