@@ -44,6 +44,9 @@ fn main() -> ExitCode {
             }
         }
     }
+    trials.push(trial("address_space/cpu".to_owned(), |library| {
+        judge("address_space", &mut compile(library, "tests/address_space.c", Linkage::Shared)?)
+    }));
     trials.push(trial("environment/dense_is_forced".to_owned(), dense_is_forced));
     trials.push(trial("environment/bad_value".to_owned(), bad_value));
     trials.push(trial("python/documentation".to_owned(), documented_python));
