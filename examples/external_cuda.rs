@@ -4,10 +4,12 @@
 //! and nothing waits until the result is read. Any library that gives raw driver handles does as well.
 
 use anyhow::{Context, Result, anyhow, ensure};
+use clap::Parser;
 use cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
 use cudarc::driver::{CudaContext, DevicePtrMut, DriverError, sys};
 use varlen_fa::{
-    AttentionMask, Config, DType, Device, DeviceMemory, KeyMask, Layout, MaskedAttention, VarlenMeta, bf16,
+    AttentionMask, Config, DType, Device, DeviceChoice, DeviceMemory, KeyMask, Layout, MaskedAttention, VarlenMeta,
+    bf16,
 };
 
 const BATCH: usize = 2;
@@ -15,7 +17,15 @@ const SEQ: usize = 6;
 const HEADS: usize = 4;
 const DIM: usize = 64;
 
+/// Attention on an application's own CUDA stream and memory, directly and in a CUDA graph. Skipped,
+/// with the reason, where there is no NVIDIA GPU.
+#[derive(Debug, Parser)]
+#[command(name = "external_cuda", version)]
+struct Arguments {}
+
 fn main() -> Result<()> {
+    // Before the driver is looked for: help needs none.
+    Arguments::parse();
     // SAFETY: loads the NVIDIA driver, if there is one.
     if !unsafe { sys::is_culib_present() } {
         println!("skipped: the NVIDIA driver is not installed");
@@ -43,7 +53,7 @@ fn main() -> Result<()> {
     // A device on that stream. Everything made with it is dropped before stream and context, since it is declared after them.
     let (raw_context, raw_stream) = (context.cu_ctx().cast(), stream.cu_stream().cast());
     // SAFETY: both handles are live, and outlive everything made with the device.
-    let device = unsafe { Device::from_cuda(raw_context, raw_stream, Config::from_env()?) }?;
+    let device = unsafe { Device::from_cuda(raw_context, raw_stream, Config::from_env_for(DeviceChoice::Cuda(0))?) }?;
     println!("device     {}", device.name());
 
     // The application's memory, by its addresses. All its uses are on one stream, so none needs an event.

@@ -22,7 +22,7 @@ pub enum AttentionMask<'a> {
     Key(&'a KeyMask),
     /// A floating-point tensor that is added to the scaled scores, broadcast over `[B, H, Sq, Sk]`; of the tensors' element
     /// type or f32. A row whose every entry is −∞ gives zeros. −∞ hides a score, NaN and +∞ included, but not the value: 0 · NaN is
-    /// NaN.
+    /// NaN. Drop keys by a mask where padding may hold anything.
     Bias(TensorView<'a>),
     /// The valid queries attend to the valid keys of their batch row; the rows of other queries are exactly zero in the output.
     /// [`varlen`](Self::varlen) is self-attention, [`varlen_cross`](Self::varlen_cross) cross-attention.

@@ -147,6 +147,7 @@ impl Config {
     /// `VARLEN_FA`: `0` forces dense attention, `1` (or unset) is the default.
     pub const VARLEN_VARIABLE: &'static str = "VARLEN_FA";
     /// `VARLEN_FA_DEVICE`: `cuda`, `cuda:N`, `wgpu` or `cpu`; unset picks the best device.
+    /// Read only where the program names no device.
     pub const DEVICE_VARIABLE: &'static str = "VARLEN_FA_DEVICE";
     /// `VARLEN_FA_KERNEL`: the name of the only [`Kernel`] to use, e.g. `sm80`; unset lets each
     /// call take the best one.
@@ -162,15 +163,27 @@ impl Config {
     pub const MAX_THREADS: usize = 256;
 
     /// Reads `VARLEN_FA`, `VARLEN_FA_DEVICE`, `VARLEN_FA_KERNEL`, `VARLEN_FA_CPU` and
-    /// `VARLEN_FA_THREADS`.
+    /// `VARLEN_FA_THREADS`. Empty variables count as unset.
     ///
     /// # Errors
     /// [`Error::Environment`] for a value that is not understood.
     pub fn from_env() -> Result<Self> {
+        Self::read_env(std::env::var_os(Self::DEVICE_VARIABLE))
+    }
+
+    /// [`from_env`](Self::from_env) for a device that the program names: `VARLEN_FA_DEVICE` is not
+    /// read, so that no value of it is an error.
+    ///
+    /// # Errors
+    /// [`Error::Environment`] for a value of the other variables that is not understood.
+    pub fn from_env_for(device: DeviceChoice) -> Result<Self> {
+        Ok(Self::read_env(None)?.with_device(device))
+    }
+
+    fn read_env(device: Option<OsString>) -> Result<Self> {
         let read = std::env::var_os::<&str>;
-        let config =
-            Self::from_values(read(Self::VARLEN_VARIABLE), read(Self::DEVICE_VARIABLE), read(Self::KERNEL_VARIABLE))?;
-        let cpu_isa = match read(Self::CPU_VARIABLE) {
+        let config = Self::from_values(read(Self::VARLEN_VARIABLE), device, read(Self::KERNEL_VARIABLE))?;
+        let cpu_isa = match read(Self::CPU_VARIABLE).filter(|value| !value.is_empty()) {
             None => None,
             Some(value) => {
                 let got = value.to_string_lossy().into_owned();
@@ -192,11 +205,13 @@ impl Config {
         Ok(config.with_cpu_isa(cpu_isa).with_threads(threads))
     }
 
-    /// The same, from given values of the first three variables (`None` = unset).
+    /// The same as [`from_env`](Self::from_env), from given values of the first three variables
+    /// (`None` or empty = unset).
     ///
     /// # Errors
     /// [`Error::Environment`] for a value that is not understood.
     pub fn from_values(varlen: Option<OsString>, device: Option<OsString>, kernel: Option<OsString>) -> Result<Self> {
+        let [varlen, device, kernel] = [varlen, device, kernel].map(|value| value.filter(|value| !value.is_empty()));
         let force_dense = match varlen.as_deref().map(|value| (value, value.to_str())) {
             None | Some((_, Some("1"))) => false,
             Some((_, Some("0"))) => true,

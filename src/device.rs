@@ -63,12 +63,12 @@ impl Device {
         Self::with_config(Config::from_env()?)
     }
 
-    /// The given device; `VARLEN_FA` and `VARLEN_FA_KERNEL` still apply, `VARLEN_FA_DEVICE` does not.
+    /// The given device; `VARLEN_FA` and `VARLEN_FA_KERNEL` still apply, `VARLEN_FA_DEVICE` is not read.
     ///
     /// # Errors
     /// As [`from_env`](Self::from_env).
     pub fn new(choice: DeviceChoice) -> Result<Self> {
-        Self::with_config(Config::from_env()?.with_device(choice))
+        Self::with_config(Config::from_env_for(choice)?)
     }
 
     /// A device with given settings; the environment is not read.

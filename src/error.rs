@@ -40,7 +40,7 @@ pub enum Error {
         got: Vec<usize>,
     },
     /// The number of query heads is not a multiple of the number of key/value heads.
-    #[error("`k`: num_kv_heads must be at least 1 and divide num_heads = {num_heads}, got {num_kv_heads}")]
+    #[error("`k`: num_kv_heads must {}, got {num_kv_heads}", kv_heads_rule(*num_heads, *num_kv_heads))]
     HeadsNotDivisible {
         /// Heads of `q`.
         num_heads: usize,
@@ -105,16 +105,21 @@ pub enum Error {
         /// Bytes that the memory has.
         got: u64,
     },
-    /// The output shares memory with an input.
-    #[error("`{argument}` overlaps `{other}`; an output must have memory of its own")]
+    /// The output may share memory with an input. The test is conservative: views that interleave
+    /// without sharing an element count as overlapping.
+    #[error("`{argument}` may share memory with `{other}`: an output needs a range of addresses to itself")]
     Overlap {
         /// Name of the output.
         argument: &'static str,
         /// Name of the argument that it overlaps.
         other: &'static str,
     },
-    /// Two elements of an output view may lie at the same address.
-    #[error("`{argument}`: strides {strides:?} put elements of shape {shape:?} over one another")]
+    /// Two elements of an output view may lie at the same address. The test is conservative: each
+    /// stride must step over all that the dimensions of smaller strides reach.
+    #[error(
+        "`{argument}`: strides {strides:?} may put elements of shape {shape:?} over one another; each stride must \
+         step over the dimensions of smaller strides"
+    )]
     SelfOverlap {
         /// Name of the output.
         argument: &'static str,
@@ -346,4 +351,12 @@ pub enum Error {
         /// What the device said.
         why: String,
     },
+}
+
+/// What the number of key/value heads must be. 0 is wrong whatever it would have to divide.
+fn kv_heads_rule(num_heads: usize, num_kv_heads: usize) -> String {
+    match num_kv_heads {
+        0 => "be at least 1".to_owned(),
+        _ => format!("divide num_heads = {num_heads}"),
+    }
 }

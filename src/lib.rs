@@ -29,6 +29,7 @@ mod dtype;
 #[cfg(feature = "wgpu")]
 mod encode;
 mod error;
+mod host_vec;
 mod kernel;
 mod layout;
 mod mask;

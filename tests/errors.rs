@@ -14,6 +14,7 @@ fn messages_name_the_argument_what_was_expected_and_what_came() {
         (Error::Shape { argument: "k", expected: vec![2, 5], got: vec![2, 6] }, ["`k`", "[2, 5]", "[2, 6]"]),
         (Error::Broadcast { expected: vec![2, 4, 6, 5], got: vec![3] }, ["`bias`", "[3]", "[2, 4, 6, 5]"]),
         (Error::HeadsNotDivisible { num_heads: 4, num_kv_heads: 3 }, ["`k`", "num_heads = 4", "3"]),
+        (Error::HeadsNotDivisible { num_heads: 0, num_kv_heads: 0 }, ["`k`", "at least 1", "got 0"]),
         (Error::HeadDim { got: 12 }, ["`q`", "multiple of 8 from 8 to 256", "12"]),
         (
             Error::UnsupportedDType {
@@ -28,8 +29,11 @@ fn messages_name_the_argument_what_was_expected_and_what_came() {
         (Error::InnerStride { argument: "q", got: 2 }, ["`q`", "stride 1", "2"]),
         (Error::Misaligned { argument: "out", expected: 4, got: 6 }, ["`out`", "4 bytes", "6"]),
         (Error::BufferTooSmall { argument: "q", expected: 10, got: 8 }, ["`q`", "10", "8"]),
-        (Error::Overlap { argument: "out", other: "v" }, ["`out`", "`v`", ""]),
-        (Error::SelfOverlap { argument: "out", shape: vec![2, 8], strides: vec![4, 1] }, ["`out`", "[4, 1]", "[2, 8]"]),
+        (Error::Overlap { argument: "out", other: "v" }, ["`out`", "may share memory", "`v`"]),
+        (
+            Error::SelfOverlap { argument: "out", shape: vec![2, 8], strides: vec![4, 1] },
+            ["`out`", "[4, 1]", "may put elements of shape [2, 8]"],
+        ),
         (
             Error::View { argument: "range", expected: owned("a range"), got: owned("3..2") },
             ["`range`", "a range", "3..2"],
@@ -112,4 +116,13 @@ fn errors_are_ordinary_values() {
     }
     let boxed = takes(Error::HeadDim { got: 12 });
     assert_eq!(boxed.downcast_ref::<Error>(), Some(&Error::HeadDim { got: 12 }));
+}
+
+/// 0 heads are not divided by anything.
+#[test]
+fn zero_heads_are_not_called_indivisible() {
+    for num_heads in [0, 4] {
+        let message = Error::HeadsNotDivisible { num_heads, num_kv_heads: 0 }.to_string();
+        assert!(!message.contains("divide"), "{message}");
+    }
 }

@@ -46,14 +46,14 @@ impl Naive {
         naive
     }
 
-    fn read(meta: &VarlenMeta) -> Self {
-        Self {
-            indices: meta.indices().to_vec(),
-            inv_indices: meta.inv_indices().to_vec(),
+    fn read(meta: &VarlenMeta) -> Result<Self> {
+        Ok(Self {
+            indices: meta.indices()?.to_vec(),
+            inv_indices: meta.inv_indices()?.to_vec(),
             cu_seqlens: meta.cu_seqlens().as_slice().to_vec(),
             max_seqlen: meta.max_seqlen(),
             runs: (0..meta.batch()).map(|row| meta.runs(row).iter().map(|run| run.range()).collect()).collect(),
-        }
+        })
     }
 }
 
@@ -63,8 +63,8 @@ fn check(batch: usize, seq: usize, keep: &[bool]) -> Result<()> {
     let meta = VarlenMeta::from_key_mask(&mask)?;
     let naive = Naive::new(batch, seq, keep);
     let kept = keep.iter().filter(|&&keep| keep).count();
-    assert_eq!(Naive::read(&meta), naive);
-    assert_eq!(Naive::read(&meta.clone()), naive);
+    assert_eq!(Naive::read(&meta)?, naive);
+    assert_eq!(Naive::read(&meta.clone())?, naive);
     assert_eq!((meta.batch(), meta.seq(), meta.total_valid()), (batch, seq, kept));
     assert_eq!((meta.is_empty(), meta.is_all_valid()), (kept == 0, kept == batch * seq));
     let cu_seqlens = meta.cu_seqlens();
@@ -104,9 +104,9 @@ fn bernoulli_mask_of_2_by_32() -> Result<()> {
     let keep = random::bernoulli_mask(0, 64, 0.6)?;
     check(2, 32, &keep)?;
     let meta = VarlenMeta::from_key_mask(&KeyMask::from_bool(2, 32, &keep)?)?;
-    for (flat, &inverse) in meta.inv_indices().iter().enumerate() {
+    for (flat, &inverse) in meta.inv_indices()?.iter().enumerate() {
         match usize::try_from(inverse) {
-            Ok(packed) => assert_eq!((meta.indices()[packed] as usize, keep[flat]), (flat, true)),
+            Ok(packed) => assert_eq!((meta.indices()?[packed] as usize, keep[flat]), (flat, true)),
             Err(_) => assert_eq!((inverse, keep[flat]), (-1, false)),
         }
     }

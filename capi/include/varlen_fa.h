@@ -306,7 +306,8 @@ enum varlen_fa_mask_kind
   // `key_mask`: every query attends to the kept keys of its batch row. Rows of dropped queries
   // are computed like any other.
   VARLEN_FA_MASK_KIND_KEY = 1,
-  // `bias`: added to the scaled scores, broadcast over [B, H, Sq, Sk].
+  // `bias`: added to the scaled scores, broadcast over [B, H, Sq, Sk]. An entry of -infinity
+  // gives a key no weight, but does not hide NaN in the key or its value as a key mask does.
   VARLEN_FA_MASK_KIND_BIAS = 2,
   // `query_meta`: self-attention among the valid tokens. Other rows are exactly zero.
   VARLEN_FA_MASK_KIND_VARLEN = 3,

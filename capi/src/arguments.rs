@@ -159,6 +159,17 @@ pub(crate) fn size(name: Name, given: u64) -> Result<usize> {
         .map_err(|_| Failure::argument(varlen_fa_status::TooLarge, name, "a size that fits the address space", given))
 }
 
+/// An empty vector with room for `count` elements: an error, not an abort, where memory runs out.
+pub(crate) fn reserve<T>(count: usize) -> Result<Vec<T>> {
+    let mut values = Vec::new();
+    values.try_reserve_exact(count).map_err(|error| varlen::Error::OutOfMemory {
+        device: varlen::BackendKind::Cpu.name().to_owned(),
+        requested: count.saturating_mul(size_of::<T>()) as u64,
+        why: error.to_string(),
+    })?;
+    Ok(values)
+}
+
 /// A C string in an array, cut to fit.
 pub(crate) fn text<const N: usize>(text: &str) -> [c_char; N] {
     let mut end = text.len().min(N - 1);

@@ -10,7 +10,7 @@ use varlen::{Device, DeviceMemory, Result};
 /// As [`Device::from_cuda`].
 #[cfg(feature = "cuda")]
 pub(crate) unsafe fn device_over(context: *mut c_void, stream: *mut c_void) -> Result<Device> {
-    let config = varlen::Config::from_env()?;
+    let config = varlen::Config::from_env_for(varlen::DeviceChoice::Cuda(0))?;
     // SAFETY: by this function's contract.
     unsafe { Device::from_cuda(context, stream, config) }
 }

@@ -4,7 +4,7 @@ use std::sync::{PoisonError, RwLock, RwLockReadGuard};
 
 use varlen::{BackendKind, Device, DeviceVarlenMeta, Error, Layout, MaskDType, MaskView};
 
-use crate::arguments::{FIRST_PAGE, Name, Place, choose, expect_zeros, read, size};
+use crate::arguments::{FIRST_PAGE, Name, Place, choose, expect_zeros, read, reserve, size};
 use crate::failure::{Failure, Result, guard};
 use crate::handles::{self, handle};
 use crate::tensors::{cuda_memory, for_each_row, upload};
@@ -145,15 +145,10 @@ impl DescribedMask {
     /// The mask is in host memory that nobody writes during the call.
     unsafe fn gather(&self) -> Result<Vec<u8>> {
         let (count, element) = (self.layout.numel(), self.dtype.size());
-        let mut keep = Vec::new();
+        let mut keep = reserve(count)?;
         if count == 0 {
             return Ok(keep);
         }
-        keep.try_reserve_exact(count).map_err(|error| Error::OutOfMemory {
-            device: "cpu".to_owned(),
-            requested: count as u64,
-            why: error.to_string(),
-        })?;
         // SAFETY: `check` found the memory not null and inside the address space; by this
         // function's contract nobody writes it.
         let memory = unsafe { std::slice::from_raw_parts(self.data, self.bytes as usize) };

@@ -2,12 +2,11 @@
 
 use std::ffi::c_void;
 use std::mem::MaybeUninit;
-use std::ops::Range;
 use std::sync::Arc;
 
 use varlen::{CuSeqlens, KeyMask, MaskInteger, VarlenMeta};
 
-use crate::arguments::{Name, Place, choose, size, slice};
+use crate::arguments::{Name, Place, choose, reserve, size, slice};
 use crate::failure::{Failure, Result, guard};
 use crate::handles::{self, handle};
 use crate::types::{
@@ -93,8 +92,11 @@ pub unsafe extern "C" fn varlen_fa_key_mask_from_lengths(
         let place = unsafe { Place::new(Name::of("key_mask"), key_mask) }?;
         // SAFETY: by the header, `batch` numbers that nobody writes.
         let lengths = unsafe { slice(Name::of("lengths"), lengths, batch) }?;
-        let lengths = lengths.iter().map(|&length| size(Name::of("lengths"), length)).collect::<Result<Vec<_>>>()?;
-        let made = KeyMask::from_lengths(size(Name::of("seq"), seq)?, &lengths)?;
+        let mut sizes = reserve(lengths.len())?;
+        for &length in lengths {
+            sizes.push(size(Name::of("lengths"), length)?);
+        }
+        let made = KeyMask::from_lengths(size(Name::of("seq"), seq)?, &sizes)?;
         place.put(handles::issue(made));
         Ok(())
     })
@@ -118,30 +120,10 @@ pub unsafe extern "C" fn varlen_fa_key_mask_from_runs(
         // SAFETY: by the header, `count` ranges that nobody writes.
         let runs = unsafe { slice(Name::of("runs"), runs, count) }?;
         let (batch, seq) = (size(Name::of("batch"), batch)?, size(Name::of("seq"), seq)?);
-        // Checked before a list is allocated for each row.
-        if batch.saturating_mul(seq.max(1)) > i32::MAX as usize {
-            let expected = "at most 2147483647 tokens";
-            return Err(Failure::argument(
-                varlen_fa_status::TooLarge,
-                "batch",
-                expected,
-                format!("{batch} rows of {seq}"),
-            ));
-        }
-        let mut rows: Vec<Vec<Range<usize>>> = Vec::new();
-        rows.try_reserve_exact(batch).map_err(|error| varlen::Error::OutOfMemory {
-            device: "cpu".to_owned(),
-            requested: (batch * size_of::<Vec<Range<usize>>>()) as u64,
-            why: error.to_string(),
-        })?;
-        rows.resize(batch, Vec::new());
-        for run in runs {
-            let row = rows.get_mut(size(Name::of("runs"), run.row)?).ok_or_else(|| {
-                Failure::argument(varlen_fa_status::MaskRow, "runs", format!("rows below {batch}"), run.row)
-            })?;
-            row.push(size(Name::of("runs"), run.start)?..size(Name::of("runs"), run.end)?);
-        }
-        place.put(handles::issue(KeyMask::from_runs(seq, &rows)?));
+        // Only 32-bit systems have tokens that do not fit; the mask's own checks refuse them.
+        let at = |token: u64| usize::try_from(token).unwrap_or(usize::MAX);
+        let runs = runs.iter().map(|run| (at(run.row), at(run.start)..at(run.end)));
+        place.put(handles::issue(KeyMask::from_row_runs(batch, seq, runs)?));
         Ok(())
     })
 }
@@ -217,7 +199,7 @@ pub unsafe extern "C" fn varlen_fa_meta_copy_indices(
     guard(|| {
         let meta = handles::get(Name::of("meta"), meta)?;
         // SAFETY: by the header, memory for `count` numbers that nobody else uses.
-        unsafe { copy("indices", meta.indices(), indices, count) }
+        unsafe { copy("indices", meta.indices()?, indices, count) }
     })
 }
 
@@ -234,7 +216,7 @@ pub unsafe extern "C" fn varlen_fa_meta_copy_inv_indices(
     guard(|| {
         let meta = handles::get(Name::of("meta"), meta)?;
         // SAFETY: by the header, memory for `count` numbers that nobody else uses.
-        unsafe { copy("inv_indices", meta.inv_indices(), inv_indices, count) }
+        unsafe { copy("inv_indices", meta.inv_indices()?, inv_indices, count) }
     })
 }
 

@@ -6,7 +6,7 @@ use std::marker::PhantomData;
 
 use varlen::{BackendKind, DType, Device, DeviceMemory, Element, Error, Layout, TensorView, TensorViewMut, bf16, f16};
 
-use crate::arguments::{FIRST_PAGE, Name, choose, expect_zeros, read, read_optional, size};
+use crate::arguments::{FIRST_PAGE, Name, choose, expect_zeros, read, read_optional, reserve, size};
 use crate::cuda;
 use crate::failure::{Failure, Result};
 use crate::types::{varlen_fa_memory, varlen_fa_status, varlen_fa_tensor};
@@ -319,12 +319,7 @@ pub(crate) fn upload(device: &Device, bytes: &[u8]) -> Result<DeviceMemory> {
 }
 
 fn bytes_of(count: usize) -> Result<Vec<u8>> {
-    let mut bytes = Vec::new();
-    bytes.try_reserve_exact(count).map_err(|error| Error::OutOfMemory {
-        device: "cpu".to_owned(),
-        requested: count as u64,
-        why: error.to_string(),
-    })?;
+    let mut bytes = reserve(count)?;
     bytes.resize(count, 0);
     Ok(bytes)
 }

@@ -188,9 +188,9 @@ static void bad_tensors(const varlen_fa_meta *meta) {
 
 static void bad_outputs(const varlen_fa_meta *meta) {
   /* An output over an input, over a part of it, and between its rows. */
-  SPOILED(c.q = padded(out_data), VARLEN_FA_STATUS_OVERLAP, "`out` overlaps `q`");
-  SPOILED(c.v = padded(out_data), VARLEN_FA_STATUS_OVERLAP, "`out` overlaps `v`");
-  SPOILED(c.k.data = &out_data[1]; c.k.strides[0] = c.k.strides[1] = 0, VARLEN_FA_STATUS_OVERLAP, "`out` overlaps `k`");
+  SPOILED(c.q = padded(out_data), VARLEN_FA_STATUS_OVERLAP, "`out` may share memory with `q`");
+  SPOILED(c.v = padded(out_data), VARLEN_FA_STATUS_OVERLAP, "`out` may share memory with `v`");
+  SPOILED(c.k.data = &out_data[1]; c.k.strides[0] = c.k.strides[1] = 0, VARLEN_FA_STATUS_OVERLAP, "`out` may share memory with `k`");
   static float both[2 * ELEMENTS];
   memset(both, 0xa5, sizeof both);
   call c = good_call(meta);
@@ -202,7 +202,7 @@ static void bad_outputs(const varlen_fa_meta *meta) {
   }
   c.q.bytes = sizeof both;
   c.out.bytes = sizeof both - HEADS * DIM * sizeof(float);
-  REFUSED(run(&c), VARLEN_FA_STATUS_OVERLAP, "`out` overlaps `q`");
+  REFUSED(run(&c), VARLEN_FA_STATUS_OVERLAP, "`out` may share memory with `q`");
   for (size_t at = 0; at < sizeof both; at++) {
     CHECK(((unsigned char *)both)[at] == 0xa5);
   }
@@ -228,7 +228,7 @@ static void bad_options_and_masks(const varlen_fa_meta *meta) {
           VARLEN_FA_STATUS_BROADCAST, "bias");
   bias = padded(out_data);
   SPOILED(memset(&c.mask, 0, sizeof c.mask); c.mask.kind = VARLEN_FA_MASK_KIND_BIAS; c.mask.bias = &bias,
-          VARLEN_FA_STATUS_OVERLAP, "`out` overlaps `bias`");
+          VARLEN_FA_STATUS_OVERLAP, "`out` may share memory with `bias`");
 
   call c = good_call(meta);
   REFUSED(varlen_fa_forward(NULL, NULL, &c.q, &c.k, &c.v, NULL, &c.out, NULL), VARLEN_FA_STATUS_NULL_POINTER, "`device`");
@@ -351,10 +351,10 @@ static void masks(void) {
   const uint64_t too_long[] = {3, SEQ + 1};
   REFUSED(varlen_fa_key_mask_from_lengths(too_long, 2, SEQ, &mask), VARLEN_FA_STATUS_MASK_ROW, "row 1");
   const varlen_fa_run outside[] = {{2, 0, 1}, {0, 3, 13}, {0, 5, 4}};
-  REFUSED(varlen_fa_key_mask_from_runs(outside, 1, BATCH, SEQ, &mask), VARLEN_FA_STATUS_MASK_ROW, "rows below 2");
+  REFUSED(varlen_fa_key_mask_from_runs(outside, 1, BATCH, SEQ, &mask), VARLEN_FA_STATUS_MASK_ROW, "a row below 2");
   REFUSED(varlen_fa_key_mask_from_runs(outside + 1, 1, BATCH, SEQ, &mask), VARLEN_FA_STATUS_MASK_ROW, "3..13");
   REFUSED(varlen_fa_key_mask_from_runs(outside + 2, 1, BATCH, SEQ, &mask), VARLEN_FA_STATUS_MASK_ROW, "5..4");
-  REFUSED(varlen_fa_key_mask_from_runs(NULL, 0, UINT64_MAX, 0, &mask), VARLEN_FA_STATUS_TOO_LARGE, "`batch`");
+  REFUSED(varlen_fa_key_mask_from_runs(NULL, 0, UINT64_MAX, 0, &mask), VARLEN_FA_STATUS_TOO_LARGE, "`mask`");
   REFUSED(varlen_fa_key_mask_from_lengths(lengths, BATCH, SEQ, NULL), VARLEN_FA_STATUS_NULL_POINTER, "`key_mask`");
   REFUSED(varlen_fa_meta_create(NULL, (varlen_fa_meta **)&mask), VARLEN_FA_STATUS_NULL_POINTER, "`key_mask`");
   CHECK(mask == NULL);
@@ -411,15 +411,15 @@ static void primitives(const varlen_fa_meta *meta) {
     }
   }
 
-  REFUSED(varlen_fa_pack_qkv(device, &q, &k, &v, meta, &pq, &pq, &pv), VARLEN_FA_STATUS_OVERLAP, "`packed_q` overlaps `packed_k`");
-  REFUSED(varlen_fa_pack_qkv(device, &q, &k, &v, meta, &pq, &pk, &v), VARLEN_FA_STATUS_OVERLAP, "`packed_v` overlaps `v`");
+  REFUSED(varlen_fa_pack_qkv(device, &q, &k, &v, meta, &pq, &pq, &pv), VARLEN_FA_STATUS_OVERLAP, "`packed_q` may share memory with `packed_k`");
+  REFUSED(varlen_fa_pack_qkv(device, &q, &k, &v, meta, &pq, &pk, &v), VARLEN_FA_STATUS_OVERLAP, "`packed_v` may share memory with `v`");
   REFUSED(varlen_fa_pack_qkv(device, &q, &k, &v, NULL, &pq, &pk, &pv), VARLEN_FA_STATUS_NULL_POINTER, "`meta`");
   REFUSED(varlen_fa_pack_qkv(device, &q, &k, &v, meta, &q, &pk, &pv), VARLEN_FA_STATUS_OVERLAP, "`packed_q`");
-  REFUSED(varlen_fa_varlen_attention(device, NULL, &pq, &pk, &pv, cu, cu, &po, &po, NULL), VARLEN_FA_STATUS_OVERLAP, "`out` overlaps `lse`");
+  REFUSED(varlen_fa_varlen_attention(device, NULL, &pq, &pk, &pv, cu, cu, &po, &po, NULL), VARLEN_FA_STATUS_OVERLAP, "`out` may share memory with `lse`");
   REFUSED(varlen_fa_varlen_attention(device, &options, &pq, &pk, &pv, cu, cu, &po, NULL, NULL), VARLEN_FA_STATUS_NOT_APPLICABLE, "`options.path`");
   REFUSED(varlen_fa_varlen_attention(device, NULL, &pq, &pk, &pv, cu, NULL, &po, NULL, NULL), VARLEN_FA_STATUS_NULL_POINTER, "`cu_seqlens_k`");
   REFUSED(varlen_fa_varlen_attention(device, NULL, &q, &pk, &pv, cu, cu, &po, NULL, NULL), VARLEN_FA_STATUS_RANK, "`q`");
-  REFUSED(varlen_fa_scatter_to_padded(device, &po, meta, &po), VARLEN_FA_STATUS_OVERLAP, "`padded` overlaps `packed`");
+  REFUSED(varlen_fa_scatter_to_padded(device, &po, meta, &po), VARLEN_FA_STATUS_OVERLAP, "`padded` may share memory with `packed`");
   pq.shape[0] -= 1;
   REFUSED(varlen_fa_pack_qkv(device, &q, &k, &v, meta, &pq, &pk, &pv), VARLEN_FA_STATUS_SHAPE, "`packed_q`");
   REFUSED(varlen_fa_varlen_attention(device, NULL, &pq, &pk, &pv, cu, cu, &pq, NULL, NULL), VARLEN_FA_STATUS_OVERLAP, "`out`");

@@ -54,6 +54,9 @@ fn main() -> ExitCode {
         let mut program = compile(library, "tests/processes.c", Linkage::Shared)?;
         judge("wgpu", program.arg("fork").arg("wgpu"))
     }));
+    trials.push(trial("address_space/cpu".to_owned(), |library| {
+        judge("address_space", &mut compile(library, "tests/address_space.c", Linkage::Shared)?)
+    }));
     trials.push(trial("environment/dense_is_forced".to_owned(), dense_is_forced));
     trials.push(trial("environment/bad_value".to_owned(), bad_value));
     trials.push(trial("python/documentation".to_owned(), documented_python));
@@ -186,5 +189,8 @@ fn bad_value(library: &Library) -> Result<Completion> {
         let said = String::from_utf8_lossy(&output.stderr);
         ensure!(!output.status.success() && said.contains(variable) && said.contains(value), "got {said}");
     }
+    // The variable chooses a device only where the program names none.
+    let mut program = compile(library, "examples/masked_attention.c", Linkage::Shared)?;
+    run(program.arg("cpu").env("VARLEN_FA_DEVICE", "tpu"))?;
     Ok(Completion::Completed)
 }

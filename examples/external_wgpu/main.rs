@@ -13,7 +13,7 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result, ensure};
 use clap::Parser;
-use varlen_fa::{Config, Device, KeyMask, VarlenMeta};
+use varlen_fa::{Config, Device, DeviceChoice, KeyMask, VarlenMeta};
 use varlen_fa_testkit::Workload;
 
 use application::Application;
@@ -57,7 +57,7 @@ fn run(Arguments { workload, heads, head_dim, steps }: Arguments) -> Result<()> 
     let sizes = Sizes { batch: workload.batch, seq: workload.seq, heads: heads.get(), head_dim: head_dim.get() };
 
     let application = Application::new()?;
-    let device = Device::from_wgpu(&application.device, &application.queue, Config::from_env()?)?;
+    let device = Device::from_wgpu(&application.device, &application.queue, Config::from_env_for(DeviceChoice::Wgpu)?)?;
     let mask = KeyMask::from_bool(sizes.batch, sizes.seq, &workload.mask)?;
     let meta = VarlenMeta::from_key_mask(&mask)?;
     let width = sizes.width();

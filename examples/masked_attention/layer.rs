@@ -26,7 +26,9 @@ impl Layer {
         let width = problem.heads * problem.head_dim;
         let fused = (problem.heads + 2 * problem.kv_heads) * problem.head_dim;
         let tokens = problem.workload.mask.len();
-        check_memory([[width, fused], [width, width], [tokens, width]])?;
+        // And what a step has at once: hidden states twice, the projection as f32, in the tensor's type
+        // and as q, k and v; outputs as NaN, twice as read back, and as f32.
+        check_memory([[width, fused], [width, width], [tokens, 2 * width + 3 * fused + 4 * width]])?;
         // Of deviation 1/√width: every projected value is again of deviation 1.
         let weight = |seed, outputs| {
             let mut weight = standard_normal(seed, width * outputs);
@@ -99,6 +101,6 @@ fn check_memory(sizes: [[usize; 2]; 3]) -> Result<()> {
     let is_there = |elements: usize| Vec::<f32>::new().try_reserve_exact(elements).is_ok();
     match elements {
         Some(elements) if is_there(elements) => Ok(()),
-        _ => bail!("the host has no memory for a layer with matrices of sizes {sizes:?}"),
+        _ => bail!("the host has no memory for a layer and a step with matrices of sizes {sizes:?}"),
     }
 }

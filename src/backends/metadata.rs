@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use crate::cache::DeviceId;
 use crate::error::Result;
+use crate::host_vec;
 use crate::mask::key_mask::KeyMask;
 use crate::mask::meta::VarlenMeta;
 
@@ -31,10 +32,11 @@ impl<Buffer: Any + Send + Sync> MaskBits<Buffer> {
         mask.copies().get_or_make(device, || {
             // The lower half of a u64 first, so that bits are in the order of tokens in u32s too.
             let halves = |word: &u64| [*word as u32, (*word >> 32) as u32];
-            let words: Vec<u32> = mask.words().iter().flat_map(halves).collect();
+            let mut words = host_vec::reserve(2 * mask.words().len())?;
+            words.extend(mask.words().iter().flat_map(halves));
             // Fits: a row has at most i32::MAX bits.
             let row_words = 2 * mask.words_per_row() as u32;
-            Ok(Self { buffer: upload(bytemuck::cast_slice(&words))?, row_words })
+            Ok(Self { buffer: upload(bytemuck::cast_slice::<u32, u8>(&words))?, row_words })
         })
     }
 }
@@ -42,14 +44,14 @@ impl<Buffer: Any + Send + Sync> MaskBits<Buffer> {
 impl<Buffer: Any + Send + Sync> Indices<Buffer> {
     /// The indices on a device; `upload` makes a buffer that holds the bytes.
     pub fn on(device: DeviceId, meta: &VarlenMeta, upload: impl FnOnce(&[u8]) -> Result<Buffer>) -> Result<Arc<Self>> {
-        meta.copies().get_or_make(device, || upload(bytemuck::cast_slice(meta.indices())).map(Self))
+        meta.copies().get_or_make(device, || upload(bytemuck::cast_slice(meta.indices()?)).map(Self))
     }
 }
 
 impl<Buffer: Any + Send + Sync> InvIndices<Buffer> {
     /// The inverse indices on a device; `upload` makes a buffer that holds the bytes.
     pub fn on(device: DeviceId, meta: &VarlenMeta, upload: impl FnOnce(&[u8]) -> Result<Buffer>) -> Result<Arc<Self>> {
-        meta.copies().get_or_make(device, || upload(bytemuck::cast_slice(meta.inv_indices())).map(Self))
+        meta.copies().get_or_make(device, || upload(bytemuck::cast_slice(meta.inv_indices()?)).map(Self))
     }
 }
 

@@ -1,6 +1,8 @@
 //! Rows of tensors as GPU kernels move them: word by word, heads after heads. What a row consists
 //! of, how far apart rows lie, and whether they start at words.
 
+use std::ops::Range;
+
 use crate::layout::Layout;
 
 /// Kernels move words of this many bytes.
@@ -52,6 +54,20 @@ pub(super) fn row_strides(layout: &Layout) -> [u64; 3] {
     }
 }
 
+/// Ranges of query heads, of at most `most`, that launches take one after another: whole groups of
+/// the heads that share a key/value head, or parts of one group if a group is larger.
+pub(super) fn head_ranges(num_heads: usize, group_size: usize, most: usize) -> impl Iterator<Item = Range<usize>> {
+    let (span, step) = if group_size <= most {
+        (num_heads.max(1), most / group_size.max(1) * group_size.max(1))
+    } else {
+        (group_size, most)
+    };
+    (0..num_heads).step_by(span).flat_map(move |start| {
+        let end = start + span;
+        (start..end).step_by(step).map(move |first| first..end.min(first + step))
+    })
+}
+
 /// What keeps the rows of a tensor from starting at words, in bytes: the address of its first
 /// element, or its offset if the memory itself starts at a word, or the first stride between rows
 /// or heads. `base` is the address of the memory; 0 if all memory starts at a word.
@@ -81,6 +97,17 @@ mod tests {
         let long = RowShape { heads: 1 << 20, head_words: 1 << 14 };
         assert_eq!(long.bytes(), 1 << 38);
         Ok(())
+    }
+
+    #[test]
+    fn heads_of_a_group_stay_together_if_they_fit() {
+        let ranges = |heads, group| head_ranges(heads, group, 10).collect::<Vec<_>>();
+        assert_eq!(ranges(13, 1), [0..10, 10..13]);
+        assert_eq!(ranges(11, 11), [0..10, 10..11]);
+        assert_eq!(ranges(24, 4), [0..8, 8..16, 16..24]);
+        assert_eq!(ranges(24, 12), [0..10, 10..12, 12..22, 22..24]);
+        assert_eq!(ranges(21, 7), [0..7, 7..14, 14..21]);
+        assert!(ranges(0, 0).is_empty());
     }
 
     #[test]

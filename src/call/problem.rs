@@ -8,7 +8,7 @@ use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::kernel::MAX_HEAD_DIM;
 use crate::layout::Layout;
-use crate::mask::key_mask::KeyMask;
+use crate::mask::key_mask::{KeyMask, check_token_count};
 use crate::mask::meta::{CuSeqlens, VarlenMeta};
 
 /// Head dimensions are multiples of this, so that rows are whole 16-byte words in every element type.
@@ -128,6 +128,9 @@ impl AttentionProblem {
     ) -> Result<Self> {
         let [batch, seq_q, num_heads, head_dim] = sizes("q", views.q, "4: [B, S, H, D]")?;
         let [_, seq_k, num_kv_heads, _] = sizes("k", views.k, "4: [B, S, Hkv, D]")?;
+        // Whatever the mask: kernels count tokens of the whole batch in 32 bits.
+        check_token_count("q", batch, seq_q)?;
+        check_token_count("k", batch, seq_k)?;
         expect_shape("k", views.k, &[batch, seq_k, num_kv_heads, head_dim])?;
         expect_shape("v", views.v, &[batch, seq_k, num_kv_heads, head_dim])?;
         expect_shape("out", views.out, &[batch, seq_q, num_heads, head_dim])?;

@@ -2,9 +2,11 @@
 
 use std::mem::replace;
 use std::ops::Range;
+use std::sync::Arc;
 
 use crate::cache::DeviceCopies;
 use crate::error::{Error, Result};
+use crate::host_vec;
 
 /// Bits of one word of a mask.
 const WORD_BITS: usize = 64;
@@ -95,8 +97,8 @@ impl Run {
 pub struct KeyMask {
     batch: usize,
     seq: usize,
-    /// `[B, ceil(S / 64)]`: bit `s % 64` of word `s / 64`; bits past S are 0.
-    words: Vec<u64>,
+    /// `[B, ceil(S / 64)]`: bit `s % 64` of word `s / 64`; bits past S are 0. Clones share them.
+    words: Arc<Vec<u64>>,
     copies: DeviceCopies,
 }
 
@@ -113,7 +115,8 @@ impl KeyMask {
     /// A mask from `[B, S]` booleans, row-major; `true` keeps.
     ///
     /// # Errors
-    /// [`Error::Length`] if `keep` has not `batch · seq` elements, [`Error::TooLarge`] if that number does not fit an `i32`.
+    /// [`Error::Length`] if `keep` has not `batch · seq` elements, [`Error::TooLarge`] if that number does not fit an `i32`,
+    /// [`Error::OutOfMemory`].
     pub fn from_bool(batch: usize, seq: usize, keep: &[bool]) -> Result<Self> {
         Self::from_flags(batch, seq, keep, |&flag| flag)
     }
@@ -129,9 +132,10 @@ impl KeyMask {
     /// A mask that keeps the first `lengths[b]` tokens of each row; the batch is the number of lengths.
     ///
     /// # Errors
-    /// [`Error::MaskRow`] for a length over `seq`, [`Error::TooLarge`] if `batch · seq` does not fit an `i32`.
+    /// [`Error::MaskRow`] for a length over `seq`, [`Error::TooLarge`] if `batch · seq` does not fit an `i32`,
+    /// [`Error::OutOfMemory`].
     pub fn from_lengths(seq: usize, lengths: &[usize]) -> Result<Self> {
-        let mut mask = Self::none(lengths.len(), seq)?;
+        let mut bits = Bits::new(lengths.len(), seq)?;
         for (row, &length) in lengths.iter().enumerate() {
             if length > seq {
                 return Err(Error::MaskRow {
@@ -141,42 +145,60 @@ impl KeyMask {
                     got: length.to_string(),
                 });
             }
-            mask.keep(row, 0..length);
+            bits.keep(row, 0..length);
         }
-        Ok(mask)
+        Ok(bits.into_mask())
     }
 
     /// A mask that keeps the given ranges of each row; the batch is the number of rows. Ranges may be empty, touch or overlap.
     ///
     /// # Errors
     /// [`Error::MaskRow`] for a range that ends past `seq` or before it starts, [`Error::TooLarge`] if `batch · seq` does not fit
-    /// an `i32`.
+    /// an `i32`, [`Error::OutOfMemory`].
     pub fn from_runs<R: AsRef<[Range<usize>]>>(seq: usize, rows: &[R]) -> Result<Self> {
-        let mut mask = Self::none(rows.len(), seq)?;
-        for (row, runs) in rows.iter().enumerate() {
-            for run in runs.as_ref() {
-                if run.start > run.end || run.end > seq {
-                    return Err(Error::MaskRow {
-                        argument: "runs",
-                        row,
-                        expected: format!("a range inside 0..{seq}"),
-                        got: format!("{run:?}"),
-                    });
-                }
-                mask.keep(row, run.clone());
+        let runs =
+            rows.iter().enumerate().flat_map(|(row, runs)| runs.as_ref().iter().map(move |run| (row, run.clone())));
+        Self::from_row_runs(rows.len(), seq, runs)
+    }
+
+    /// A mask that keeps the given ranges of tokens, each with its row, in any order; a row without a range keeps nothing.
+    ///
+    /// # Errors
+    /// [`Error::MaskRow`] for a row past `batch` and as [`from_runs`](Self::from_runs).
+    pub fn from_row_runs(
+        batch: usize,
+        seq: usize,
+        runs: impl IntoIterator<Item = (usize, Range<usize>)>,
+    ) -> Result<Self> {
+        let mut bits = Bits::new(batch, seq)?;
+        for (row, run) in runs {
+            let refused = |expected, got| Err(Error::MaskRow { argument: "runs", row, expected, got });
+            if row >= batch {
+                return refused(format!("a row below {batch}"), row.to_string());
             }
+            if run.start > run.end || run.end > seq {
+                return refused(format!("a range inside 0..{seq}"), format!("{run:?}"));
+            }
+            bits.keep(row, run);
         }
-        Ok(mask)
+        Ok(bits.into_mask())
     }
 
     /// A mask that keeps every token.
     ///
     /// # Errors
-    /// [`Error::TooLarge`] if `batch · seq` does not fit an `i32`.
+    /// [`Error::TooLarge`] if `batch · seq` does not fit an `i32`, [`Error::OutOfMemory`].
     pub fn all(batch: usize, seq: usize) -> Result<Self> {
-        let mut mask = Self::none(batch, seq)?;
-        (0..batch).for_each(|row| mask.keep(row, 0..seq));
-        Ok(mask)
+        let mut bits = Bits::new(batch, seq)?;
+        if seq > 0 {
+            (0..batch).for_each(|row| bits.keep(row, 0..seq));
+        }
+        Ok(bits.into_mask())
+    }
+
+    /// A mask that keeps nothing. Until its bits are read, it takes no memory.
+    pub(crate) fn none(batch: usize, seq: usize) -> Result<Self> {
+        Ok(Bits::new(batch, seq)?.into_mask())
     }
 
     /// Number of batch rows.
@@ -251,28 +273,43 @@ impl KeyMask {
         &self.copies
     }
 
-    fn none(batch: usize, seq: usize) -> Result<Self> {
-        check_token_count(batch, seq)?;
-        let words = vec![0; batch * seq.div_ceil(WORD_BITS)];
-        Ok(Self { batch, seq, words, copies: DeviceCopies::default() })
-    }
-
     fn from_flags<T>(batch: usize, seq: usize, flags: &[T], keeps: impl Fn(&T) -> bool) -> Result<Self> {
-        let expected = check_token_count(batch, seq)?;
+        let expected = check_token_count("mask", batch, seq)?;
         if flags.len() != expected {
             return Err(Error::Length { argument: "mask", expected, got: flags.len() });
         }
-        let mut words = Vec::with_capacity(batch * seq.div_ceil(WORD_BITS));
+        let mut words = host_vec::reserve(batch * seq.div_ceil(WORD_BITS))?;
         for row in flags.chunks_exact(seq.max(1)) {
             words.extend(row.chunks(WORD_BITS).map(|chunk| {
                 chunk.iter().enumerate().fold(0_u64, |word, (bit, flag)| word | u64::from(keeps(flag)) << bit)
             }));
         }
-        Ok(Self { batch, seq, words, copies: DeviceCopies::default() })
+        Ok(Bits { batch, seq, words }.into_mask())
+    }
+}
+
+/// The bits of a mask that is being made.
+struct Bits {
+    batch: usize,
+    seq: usize,
+    /// As in [`KeyMask`].
+    words: Vec<u64>,
+}
+
+impl Bits {
+    /// Nothing is kept yet.
+    fn new(batch: usize, seq: usize) -> Result<Self> {
+        check_token_count("mask", batch, seq)?;
+        Ok(Self { batch, seq, words: host_vec::zeroed(batch * seq.div_ceil(WORD_BITS))? })
+    }
+
+    fn into_mask(self) -> KeyMask {
+        let Self { batch, seq, words } = self;
+        KeyMask { batch, seq, words: Arc::new(words), copies: DeviceCopies::default() }
     }
 
     fn keep(&mut self, row: usize, range: Range<usize>) {
-        let width = self.words_per_row();
+        let width = self.seq.div_ceil(WORD_BITS);
         let words = &mut self.words[row * width..][..width];
         let mut position = range.start;
         while position < range.end {
@@ -285,13 +322,13 @@ impl KeyMask {
 }
 
 /// `batch · seq`, if every position fits the `i32` of `cu_seqlens` and `inv_indices`.
-pub(crate) fn check_token_count(batch: usize, seq: usize) -> Result<usize> {
+pub(crate) fn check_token_count(argument: &'static str, batch: usize, seq: usize) -> Result<usize> {
     let limit = i32::MAX as u64;
     let got = (batch as u128 * seq as u128).max(batch as u128);
     match usize::try_from(got) {
         Ok(_) if got <= u128::from(limit) => Ok(batch * seq),
         _ => Err(Error::TooLarge {
-            argument: "mask",
+            argument,
             limit_name: "an i32 of batch · seq",
             limit,
             got: u64::try_from(got).unwrap_or(u64::MAX),

@@ -3,11 +3,12 @@
 //! The layout of the metadata is that of sglang PR #26318 (`build_varlen_mask_meta`), with the runs of valid tokens added.
 
 use std::ops::Range;
-use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use crate::cache::DeviceCopies;
 use crate::error::{Error, Result};
+use crate::host_vec;
 use crate::mask::key_mask::{KeyMask, Run};
 
 /// Rows of a group: what kernels that work in place take at least of a run.
@@ -16,7 +17,8 @@ pub(crate) const GROUP_ROWS: usize = 16;
 /// Cumulative sequence lengths of packed rows: sequence `b` is rows `cu_seqlens[b]..cu_seqlens[b + 1]`.
 #[derive(Debug, Clone)]
 pub struct CuSeqlens {
-    values: Vec<i32>,
+    /// Clones share them.
+    values: Arc<Vec<i32>>,
     max_seqlen: usize,
     copies: DeviceCopies,
 }
@@ -25,7 +27,7 @@ impl CuSeqlens {
     /// From `B + 1` values that start at 0 and never fall.
     ///
     /// # Errors
-    /// [`Error::CuSeqlens`] if they do not.
+    /// [`Error::CuSeqlens`] if they do not, [`Error::OutOfMemory`].
     pub fn new(values: &[i32]) -> Result<Self> {
         if values.first() != Some(&0) {
             return Err(Error::CuSeqlens {
@@ -46,15 +48,15 @@ impl CuSeqlens {
             // Neither is negative here: the first value is 0 and none has fallen.
             max_seqlen = max_seqlen.max((pair[1] - pair[0]) as usize);
         }
-        Ok(Self { values: values.to_vec(), max_seqlen, copies: DeviceCopies::default() })
+        Ok(Self { values: Arc::new(host_vec::copied(values)?), max_seqlen, copies: DeviceCopies::default() })
     }
 
     /// From the length of each sequence.
     ///
     /// # Errors
-    /// [`Error::TooLarge`] if the sum does not fit an `i32`.
+    /// [`Error::TooLarge`] if the sum does not fit an `i32`, [`Error::OutOfMemory`].
     pub fn from_lengths(lengths: &[usize]) -> Result<Self> {
-        let mut values = Vec::with_capacity(lengths.len() + 1);
+        let mut values = host_vec::reserve(lengths.len() + 1)?;
         let mut total = 0_usize;
         values.push(0);
         for &length in lengths {
@@ -67,7 +69,7 @@ impl CuSeqlens {
             })?);
         }
         let max_seqlen = lengths.iter().copied().max().unwrap_or(0);
-        Ok(Self { values, max_seqlen, copies: DeviceCopies::default() })
+        Ok(Self { values: Arc::new(values), max_seqlen, copies: DeviceCopies::default() })
     }
 
     /// The `B + 1` values.
@@ -117,26 +119,27 @@ impl CuSeqlens {
 /// //                                      row 0: 1 0 1      row 1: 0 0 1
 /// let mask = KeyMask::from_integers(2, 3, &[1_u8, 0, 1, 0, 0, 1])?;
 /// let meta = VarlenMeta::from_key_mask(&mask)?;
-/// assert_eq!(meta.indices(), [0, 2, 5]);
+/// assert_eq!(meta.indices()?, [0, 2, 5]);
 /// assert_eq!(meta.cu_seqlens().as_slice(), [0, 2, 3]);
-/// assert_eq!(meta.inv_indices(), [0, -1, 1, -1, -1, 2]);
+/// assert_eq!(meta.inv_indices()?, [0, -1, 1, -1, -1, 2]);
 /// assert_eq!(meta.max_seqlen(), 2);
 /// # Ok::<(), varlen_fa::Error>(())
 /// ```
 #[derive(Debug, Clone)]
 pub struct VarlenMeta {
     mask: KeyMask,
-    // The tables of one entry a token are made at their first use: in-place paths need only the runs, and faulting in fresh
-    // pages for the tables costs many times the rest.
-    indices: OnceLock<Vec<u32>>,
-    inv_indices: OnceLock<Vec<i32>>,
+    // The tables of one entry a token are made at their first use: in-place paths need only the runs,
+    // and faulting in fresh pages for the tables costs many times the rest. Clones share all lists,
+    // so that a clone cannot run out of memory.
+    indices: Arc<OnceLock<Vec<u32>>>,
+    inv_indices: Arc<OnceLock<Vec<i32>>>,
     group_count: OnceLock<usize>,
     /// The same for clones, which hold the same.
     id: u64,
     cu_seqlens: CuSeqlens,
-    runs: Vec<Run>,
+    runs: Arc<Vec<Run>>,
     /// Runs of row `b` are `runs[row_runs[b]..row_runs[b + 1]]`.
-    row_runs: Vec<u32>,
+    row_runs: Arc<Vec<u32>>,
     copies: DeviceCopies,
 }
 
@@ -144,13 +147,17 @@ impl VarlenMeta {
     /// Builds the metadata of a mask.
     ///
     /// # Errors
-    /// None today: a [`KeyMask`] is already small enough for every index. The `Result` leaves room for limits to come.
+    /// [`Error::OutOfMemory`].
     pub fn from_key_mask(mask: &KeyMask) -> Result<Self> {
-        static NEXT_ID: AtomicU64 = AtomicU64::new(0);
         let batch = mask.batch();
-        let mut cu_seqlens = Vec::with_capacity(batch + 1);
-        let mut row_runs = Vec::with_capacity(batch + 1);
-        let mut runs = Vec::with_capacity(mask.run_count());
+        // Without a valid token both are zeros, which take no memory until they are read.
+        if mask.is_empty() {
+            let (cu_seqlens, row_runs) = (host_vec::zeroed(batch + 1)?, host_vec::zeroed(batch + 1)?);
+            return Ok(Self::of_runs(mask, cu_seqlens, 0, Vec::new(), row_runs));
+        }
+        let mut cu_seqlens = host_vec::reserve(batch + 1)?;
+        let mut row_runs = host_vec::reserve(batch + 1)?;
+        let mut runs = host_vec::reserve(mask.run_count())?;
         let (mut total, mut max_seqlen) = (0_usize, 0);
         cu_seqlens.push(0);
         row_runs.push(0);
@@ -164,17 +171,22 @@ impl VarlenMeta {
             cu_seqlens.push(total as i32);
             row_runs.push(runs.len() as u32);
         }
-        Ok(Self {
+        Ok(Self::of_runs(mask, cu_seqlens, max_seqlen, runs, row_runs))
+    }
+
+    fn of_runs(mask: &KeyMask, cu_seqlens: Vec<i32>, max_seqlen: usize, runs: Vec<Run>, row_runs: Vec<u32>) -> Self {
+        static NEXT_ID: AtomicU64 = AtomicU64::new(0);
+        Self {
             mask: mask.clone(),
-            indices: OnceLock::new(),
-            inv_indices: OnceLock::new(),
+            indices: Arc::default(),
+            inv_indices: Arc::default(),
             group_count: OnceLock::new(),
             id: NEXT_ID.fetch_add(1, Ordering::Relaxed),
-            cu_seqlens: CuSeqlens { values: cu_seqlens, max_seqlen, copies: DeviceCopies::default() },
-            runs,
-            row_runs,
+            cu_seqlens: CuSeqlens { values: Arc::new(cu_seqlens), max_seqlen, copies: DeviceCopies::default() },
+            runs: Arc::new(runs),
+            row_runs: Arc::new(row_runs),
             copies: DeviceCopies::default(),
-        })
+        }
     }
 
     /// Every run as positions in the flat batch, ascending.
@@ -197,22 +209,26 @@ impl VarlenMeta {
         self.mask.seq()
     }
 
-    /// `[total_valid]`: flat positions `b·S + s` of the valid tokens, ascending.
-    #[must_use]
-    pub fn indices(&self) -> &[u32] {
-        self.indices.get_or_init(|| {
-            let mut indices = Vec::with_capacity(self.total_valid());
+    /// `[total_valid]`: flat positions `b·S + s` of the valid tokens, ascending. Made at the first call.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`].
+    pub fn indices(&self) -> Result<&[u32]> {
+        get_or_make(&self.indices, || {
+            let mut indices = host_vec::reserve(self.total_valid())?;
             // Every cast fits: KeyMask bounds batch · seq by i32::MAX.
             self.flat_runs().for_each(|run| indices.extend(run.start as u32..run.end as u32));
-            indices
+            Ok(indices)
         })
     }
 
-    /// `[B·S]`: the packed row of each token, −1 where it is masked.
-    #[must_use]
-    pub fn inv_indices(&self) -> &[i32] {
-        self.inv_indices.get_or_init(|| {
-            let mut inv_indices = vec![-1; self.batch() * self.seq()];
+    /// `[B·S]`: the packed row of each token, −1 where it is masked. Made at the first call.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`].
+    pub fn inv_indices(&self) -> Result<&[i32]> {
+        get_or_make(&self.inv_indices, || {
+            let mut inv_indices = host_vec::filled(-1, self.batch() * self.seq())?;
             let mut packed = 0;
             for run in self.flat_runs() {
                 for index in &mut inv_indices[run] {
@@ -220,7 +236,7 @@ impl VarlenMeta {
                     packed += 1;
                 }
             }
-            inv_indices
+            Ok(inv_indices)
         })
     }
 
@@ -298,6 +314,15 @@ impl VarlenMeta {
     }
 }
 
+/// The table, made if there is none yet. Threads that come at the same time may each make it; one is kept.
+fn get_or_make<T>(table: &OnceLock<Vec<T>>, make: impl FnOnce() -> Result<Vec<T>>) -> Result<&[T]> {
+    if let Some(made) = table.get() {
+        return Ok(made);
+    }
+    let made = make()?;
+    Ok(table.get_or_init(|| made))
+}
+
 #[cfg(test)]
 #[expect(clippy::single_range_in_vec_init, reason = "a row may have one run")]
 mod tests {
@@ -307,9 +332,9 @@ mod tests {
     fn holes_and_empty_rows() -> Result<()> {
         let mask = KeyMask::from_runs(6, &[vec![1..2, 4..6], vec![], vec![0..6]])?;
         let meta = VarlenMeta::from_key_mask(&mask)?;
-        assert_eq!(meta.indices(), [1, 4, 5, 12, 13, 14, 15, 16, 17]);
+        assert_eq!(meta.indices()?, [1, 4, 5, 12, 13, 14, 15, 16, 17]);
         assert_eq!(meta.cu_seqlens().as_slice(), [0, 3, 3, 9]);
-        assert_eq!(meta.inv_indices(), [-1, 0, -1, -1, 1, 2, -1, -1, -1, -1, -1, -1, 3, 4, 5, 6, 7, 8]);
+        assert_eq!(meta.inv_indices()?, [-1, 0, -1, -1, 1, 2, -1, -1, -1, -1, -1, -1, 3, 4, 5, 6, 7, 8]);
         assert_eq!((meta.max_seqlen(), meta.total_valid()), (6, 9));
         assert_eq!(meta.runs(0), [Run { start: 1, len: 1 }, Run { start: 4, len: 2 }]);
         assert!(meta.runs(1).is_empty() && meta.runs(9).is_empty());

@@ -5,6 +5,7 @@ use crate::call::op::{DeviceTables, MaskInput, MetadataPlace, Op, Source, Storag
 use crate::call::problem::{DeviceMaskInfo, DeviceMetaInfo, check_device_mask};
 use crate::device::Device;
 use crate::error::{Error, Result};
+use crate::host_vec;
 use crate::layout::Layout;
 use crate::mask::key_mask::{KeyMask, MaskDType, MaskInteger, check_token_count};
 use crate::mask::meta::VarlenMeta;
@@ -106,12 +107,9 @@ impl DeviceVarlenMeta {
     /// [`Error::NotApplicable`] on devices that cannot build metadata, [`Error::TooLarge`] if `batch · seq` does not fit an `i32`,
     /// [`Error::OutOfMemory`], [`Error::DeviceLost`].
     pub fn new(device: &Device, batch: usize, seq: usize) -> Result<Self> {
-        check_token_count(batch, seq)?;
+        check_token_count("mask", batch, seq)?;
         let tables = match device.backend()?.metadata_place() {
-            MetadataPlace::Host => {
-                let nothing = KeyMask::from_lengths(seq, &vec![0; batch])?;
-                Tables::Host(Box::new(VarlenMeta::from_key_mask(&nothing)?))
-            }
+            MetadataPlace::Host => Tables::Host(Box::new(VarlenMeta::from_key_mask(&KeyMask::none(batch, seq)?)?)),
             MetadataPlace::Device => Tables::Device(device.backend()?.alloc_metadata(batch, seq)?),
             MetadataPlace::Nowhere => return Err(no_device_tables(device.name())),
         };
@@ -186,7 +184,7 @@ fn host_mask(mask: &MaskView<'_>, batch: usize, seq: usize) -> Result<KeyMask> {
         return Err(foreign_memory("cpu", "another device"));
     };
     let (size, strides, offset) = (mask.dtype.size(), mask.layout.strides(), mask.layout.offset());
-    let mut keep = Vec::with_capacity(batch * seq);
+    let mut keep = host_vec::reserve(batch * seq)?;
     for row in 0..batch as u64 {
         for token in 0..seq as u64 {
             // In bounds and small enough: checked by problem.
@@ -206,7 +204,9 @@ mod tests {
     fn masks_of_every_type_and_stride_are_read() -> Result<()> {
         let device = Device::new(DeviceChoice::Cpu)?;
         let mut meta = DeviceVarlenMeta::new(&device, 2, 3)?;
-        let indices = |meta: &DeviceVarlenMeta| meta.on_host().map(|meta| meta.indices().to_vec()).unwrap_or_default();
+        let indices = |meta: &DeviceVarlenMeta| {
+            meta.on_host().and_then(|meta| meta.indices().ok()).map(<[u32]>::to_vec).unwrap_or_default()
+        };
         assert!(meta.on_host().is_some_and(VarlenMeta::is_empty));
         meta.rebuild(MaskView::from_host(&[0_i64, 1 << 40, -1, 0, 0, 7], 2, 3)?)?;
         assert_eq!(indices(&meta), [1, 2, 5]);

@@ -10,6 +10,7 @@ use crate::call::op::{Op, Storage};
 use crate::device::Device;
 use crate::dtype::{DType, Element};
 use crate::error::{Error, Result};
+use crate::host_vec;
 use crate::layout::Layout;
 
 use view::expect_length;
@@ -111,15 +112,7 @@ impl Tensor {
         if T::DTYPE != self.dtype {
             return Err(Error::DTypeMismatch { argument: "T", expected: self.dtype, got: T::DTYPE });
         }
-        let mut data = Vec::new();
-        let count = self.layout.numel();
-        data.try_reserve_exact(count).map_err(|error| Error::OutOfMemory {
-            device: "cpu".to_owned(),
-            requested: (count * self.dtype.size()) as u64,
-            why: error.to_string(),
-        })?;
-        data.resize(count, T::zeroed());
-        Ok(data)
+        host_vec::filled(T::zeroed(), self.layout.numel())
     }
 
     /// Overwrites the tensor with host data, row-major.

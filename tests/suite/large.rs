@@ -164,7 +164,7 @@ fn strides_past_32_bits(device: &Device) -> Result<Completion> {
         let [total, heads, dim] = [meta.total_valid(), 2, 64];
         ensure!(packed.shape() == [total, heads, dim]);
         let expected: Vec<u32> = meta
-            .indices()
+            .indices()?
             .iter()
             .flat_map(|&flat| &call.values[0][flat as usize * 128..][..128])
             .map(|&value| narrow(value, DType::F16))

@@ -19,6 +19,7 @@ pub fn register(trials: &mut Trials) {
     trials.once("refusals/ranks", ranks);
     trials.once("refusals/shapes", shapes);
     trials.once("refusals/heads", heads);
+    trials.once("refusals/more_tokens_than_an_i32", more_tokens_than_an_i32);
     trials.once("refusals/head_dims", head_dims);
     trials.once("refusals/element_types", element_types);
     trials.once("refusals/masks_of_another_size", masks_of_another_size);
@@ -201,6 +202,22 @@ fn heads(device: &Device) -> Result<()> {
         call.is_refused(&Error::HeadsNotDivisible { num_heads: 4, num_kv_heads })?;
     }
     Ok(())
+}
+
+/// `batch · seq` past an `i32`, without a mask that would refuse it; all tokens lie in one place.
+fn more_tokens_than_an_i32(device: &Device) -> Result<()> {
+    let stage = Stage::new(device)?;
+    let one = stage.ones(&[1, 1, 1, 8])?;
+    let (few, many) = ([65_536, 1, 1, 8], [65_536, 32_768, 1, 8]);
+    let few = one.view().with_layout(Layout::strided(&few, &[0, 0, 0, 1], 0)?);
+    let many = one.view().with_layout(Layout::strided(&many, &[0, 0, 0, 1], 0)?);
+    let limit = i32::MAX as u64;
+    let too_large =
+        |argument| Error::TooLarge { argument, limit_name: "an i32 of batch · seq", limit, got: limit + 1 };
+    let call = Call { q: few, k: many, v: many, ..stage.call() };
+    call.is_refused(&too_large("k"))?;
+    let call = Call { q: many, k: few, v: few, ..stage.call() };
+    expect(call.layer.forward(call.q, call.k, call.v, call.mask), &too_large("q"))
 }
 
 fn head_dims(device: &Device) -> Result<()> {

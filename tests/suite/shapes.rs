@@ -1,7 +1,10 @@
 //! Head counts, head dimensions, and sizes of nothing.
 
 use anyhow::{Context, Result, ensure};
-use varlen_fa::{AttentionMask, BackendKind, DType, KeyMask, Layout, MaskedAttention, Path, Tensor, VarlenMeta};
+use varlen_fa::{
+    AttentionMask, BackendKind, CuSeqlens, DType, KeyMask, Layout, MaskedAttention, Path, Tensor, VarlenMeta,
+    VarlenOptions, varlen_attention_into,
+};
 use varlen_fa_testkit::{OracleShape, random};
 
 use super::call::{Call, Mask};
@@ -18,7 +21,9 @@ pub fn register(trials: &mut Trials) {
     // Grids do not depend on the element type.
     trials.each_path_of(&[DType::F16], "shapes/more_batch_rows_than_workgroups", more_batch_rows_than_workgroups);
     trials.each_path_of(&[DType::F16], "shapes/more_heads_than_workgroups", more_heads_than_workgroups);
+    trials.each_path_of(&[DType::F16], "shapes/more_heads_than_a_grid", more_heads_than_a_grid);
     trials.each_kernel("shapes/no_mask", no_mask);
+    trials.each_kernel("shapes/packed_rows_of_nothing", packed_rows_of_nothing);
     trials.each_kernel("shapes/sizes_of_nothing_without_metadata", sizes_of_nothing_without_metadata);
 }
 
@@ -122,6 +127,36 @@ fn more_heads_than_workgroups(variant: &Variant) -> Result<()> {
     let shape = OracleShape::self_attention(1000, 2, 66, 8);
     let keep = mask(1000, 2, |row, token| (row + token) % 3 != 0);
     Call::random(shape, Mask::Varlen(keep), variant.dtype, 6).check(variant)
+}
+
+/// More heads than WebGPU and CUDA launch in one dimension of a grid: on a few key heads, on as many, and on one. An emulated
+/// GPU takes 10 seconds for so many workgroups: it computes the first, where both parts start inside a tensor.
+fn more_heads_than_a_grid(variant: &Variant) -> Result<()> {
+    let capabilities = variant.device.capabilities();
+    let is_emulated = capabilities.is_software && capabilities.backend != BackendKind::Cpu;
+    let kv_heads: &[usize] = if is_emulated { &[2] } else { &[2, 65_538, 1] };
+    for &kv_heads in kv_heads {
+        let shape = OracleShape { batch: 1, seq_q: 4, seq_k: 4, heads: 65_538, kv_heads, head_dim: 8 };
+        let call = Call::random(shape, Mask::Varlen(vec![true, false, true, true]), variant.dtype, 8);
+        call.check(variant).with_context(|| format!("{kv_heads} key heads"))?;
+    }
+    Ok(())
+}
+
+/// Sequences without rows, in views whose strides are 0; the sums of no scores have no elements either.
+fn packed_rows_of_nothing(variant: &Variant) -> Result<()> {
+    let Variant { device, dtype, .. } = variant;
+    let mut nothing = [Tensor::zeros(device, *dtype, &[0])?, Tensor::zeros(device, DType::F32, &[0])?];
+    let x = Tensor::zeros(device, *dtype, &[0, 2, 8])?;
+    let rows = Layout::strided(&[0, 2, 8], &[0; 3], 0)?;
+    let view = x.view().with_layout(rows);
+    let [out, lse] = &mut nothing;
+    let lse = lse.view_mut().with_layout(Layout::strided(&[2, 0], &[0; 2], 0)?);
+    let cu_seqlens = CuSeqlens::new(&[0, 0, 0])?;
+    let options = VarlenOptions::default().with_kernel(variant.kernel);
+    let out = out.view_mut().with_layout(rows);
+    varlen_attention_into(device, [view; 3], &cu_seqlens, &cu_seqlens, options, out, Some(lse))?;
+    Ok(())
 }
 
 fn no_mask(variant: &Variant) -> Result<()> {

@@ -151,6 +151,7 @@ const STEPS: &[Step] = &[
             "cargo run --release --example external_wgpu",
             "VARLEN_FA=0 cargo run --release --example external_wgpu",
             "cargo run --release --example external_cuda",
+            "cargo run --release --example external_cuda -- --help",
         ]),
     },
     Step {

@@ -30,7 +30,6 @@ impl Padding {
 
 /// The padding of one batch, built once and used by every layer.
 #[derive(Debug)]
-#[expect(clippy::large_enum_variant, reason = "one a batch")]
 pub enum BatchMask {
     /// For [`Padding::KeyMask`].
     KeyMask(KeyMask),

@@ -76,7 +76,7 @@ impl<'a, T: RowElement> Call<'a, T> {
                 (Sequences::Whole(seq_q), keys, zero_rows, bias)
             }
             Rows::Varlen { query, key } => {
-                (Sequences::Valid(query), Sequences::Valid(key), Some(query.key_mask()), None)
+                (Sequences::valid(query)?, Sequences::valid(key)?, Some(query.key_mask()), None)
             }
             Rows::Packed { query, key } => (Sequences::Packed(query), Sequences::Packed(key), None, None),
             Rows::DeviceVarlen { .. } => return Err(no_device_tables(super::NAME)),

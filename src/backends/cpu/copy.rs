@@ -85,7 +85,7 @@ fn pack_elements<T: Pod + Send + Sync>(
 ) -> Result<()> {
     let (from, to) = (HostInput::<T>::new(from)?, HostOutput::<T>::new(to)?);
     let &[_, seq, heads, dim] = from.layout.shape() else { return Ok(()) };
-    let indices = meta.indices();
+    let indices = meta.indices()?;
     let team = threads.team(worth(indices.len(), heads * dim * size_of::<T>()));
     team.for_each(indices.len(), ROWS_PER_TASK, |packed| {
         let flat = indices[packed];
@@ -108,7 +108,7 @@ fn scatter_elements<T: Pod + Send + Sync>(
 ) -> Result<()> {
     let (from, to) = (HostInput::<T>::new(from)?, HostOutput::<T>::new(to)?);
     let &[_, seq, heads, dim] = to.layout.shape() else { return Ok(()) };
-    let inv_indices = meta.inv_indices();
+    let inv_indices = meta.inv_indices()?;
     let team = threads.team(worth(inv_indices.len(), heads * dim * size_of::<T>()));
     team.for_each(inv_indices.len(), ROWS_PER_TASK, |flat| {
         let packed = inv_indices[flat];

@@ -23,12 +23,21 @@ use crate::mask::meta::{CuSeqlens, VarlenMeta};
 pub(super) enum Sequences<'a> {
     /// All of as many.
     Whole(usize),
-    Valid(&'a VarlenMeta),
+    Valid {
+        meta: &'a VarlenMeta,
+        /// The metadata's.
+        indices: &'a [u32],
+    },
     Packed(&'a CuSeqlens),
     Kept(KeptTokens),
 }
 
 impl<'a> Sequences<'a> {
+    /// The valid tokens.
+    pub fn valid(meta: &'a VarlenMeta) -> Result<Self> {
+        Ok(Self::Valid { meta, indices: meta.indices()? })
+    }
+
     /// The tokens that a mask keeps.
     pub fn kept(mask: &KeyMask) -> Result<Self> {
         KeptTokens::of(mask).map(Self::Kept)
@@ -37,8 +46,8 @@ impl<'a> Sequences<'a> {
     pub fn of(&self, b: usize) -> Tokens<'_> {
         match self {
             Self::Whole(len) => Tokens::Range(0..*len),
-            Self::Valid(meta) => {
-                Tokens::Listed { indices: &meta.indices()[meta.cu_seqlens().rows(b)], before: b * meta.seq() }
+            Self::Valid { meta, indices } => {
+                Tokens::Listed { indices: &indices[meta.cu_seqlens().rows(b)], before: b * meta.seq() }
             }
             Self::Packed(cu_seqlens) => Tokens::Range(cu_seqlens.rows(b)),
             Self::Kept(kept) => Tokens::Listed { indices: kept.row(b), before: 0 },

@@ -3,7 +3,7 @@
 
 use std::ops::Range;
 
-use crate::backends::rows::{RowShape, WORD_BYTES};
+use crate::backends::rows::{RowShape, WORD_BYTES, head_ranges};
 use crate::call::op::{Attention, Input, Rows, no_device_tables};
 use crate::call::plan::Path;
 use crate::error::{Error, Result};
@@ -29,10 +29,6 @@ pub(super) fn record(
     attention: &Attention<'_>,
     launches: &mut Launches<'_>,
 ) -> Result<()> {
-    let heads = attention.problem.shape.num_heads;
-    if heads > MAX_GROUPS {
-        return Err(too_large("q", "heads in max_compute_workgroups_per_dimension", MAX_GROUPS as u64, heads as u64));
-    }
     let shader = shader_for(attention, algorithm);
     launches.announce(shader, Work::of(attention, algorithm), pace.limit(shader));
     let call = Call { context, attention, algorithm, shader };
@@ -318,7 +314,7 @@ impl Call<'_> {
     }
 
     /// Adds a launch on tensors and, after them, other windows, in which a tile meets `keys` keys
-    /// at most. `groups` is the grid of one head.
+    /// at most; several if a grid does not hold all heads. `groups` is the grid of one head.
     fn push(
         &self,
         (Tensors { q, k, v, out }, others): (Tensors, Vec<Window>),
@@ -328,13 +324,16 @@ impl Call<'_> {
         launches: &mut Launches<'_>,
     ) {
         let shape = self.attention.problem.shape;
-        launches.push_attention(AttentionLaunch {
-            shader: self.shader,
-            params,
-            windows: [q.window, k.window, v.window, out.window].into_iter().chain(others).collect(),
-            groups: [x, y, shape.num_heads as u32],
-            group_operations: group_operations(self.algorithm, keys, shape.head_dim),
-        });
+        let windows: Vec<_> = [q.window, k.window, v.window, out.window].into_iter().chain(others).collect();
+        for heads in head_ranges(shape.num_heads, shape.group_size(), MAX_GROUPS) {
+            launches.push_attention(AttentionLaunch {
+                shader: self.shader,
+                params: params.after_heads(heads.start),
+                windows: windows.clone(),
+                groups: [x, y, heads.len() as u32],
+                group_operations: group_operations(self.algorithm, keys, shape.head_dim),
+            });
+        }
     }
 
     /// What every launch is told.

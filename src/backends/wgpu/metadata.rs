@@ -7,6 +7,7 @@ use crate::backends::metadata::{Indices, InvIndices, MaskBits};
 use crate::backends::rows::WORD_BYTES;
 use crate::cache::{DeviceCopies, DeviceId};
 use crate::error::Result;
+use crate::host_vec;
 use crate::mask::key_mask::KeyMask;
 use crate::mask::meta::{CuSeqlens, VarlenMeta};
 
@@ -25,7 +26,7 @@ pub(super) struct CuSeqlensCopy(pub wgpu::Buffer);
 pub(super) struct Tiles {
     pub buffer: wgpu::Buffer,
     /// Tiles of sequence `b` are `first[b]..first[b + 1]`.
-    first: Arc<[u32]>,
+    first: Arc<Vec<u32>>,
 }
 
 /// Tiles of at most `ROWS` rows. A type for each number, since the cache keeps one value per type.
@@ -80,7 +81,7 @@ pub(super) fn cu_seqlens(context: &Context, cu_seqlens: &CuSeqlens) -> Result<Ar
 
 pub(super) fn token_lists(context: &Context, meta: &VarlenMeta) -> Result<Arc<TokenLists>> {
     meta.copies().get_or_make(context.id, || {
-        let buffer = uploaded(context, "token_lists", bytemuck::cast_slice(&list_tokens(meta)))?;
+        let buffer = uploaded(context, "token_lists", bytemuck::cast_slice(&list_tokens(meta)?))?;
         Ok(TokenLists { buffer, row_bytes: 4 * (1 + meta.seq() as u64) })
     })
 }
@@ -99,11 +100,11 @@ fn kept_tiles(
     context: &Context,
     copies: &DeviceCopies,
     tile_rows: usize,
-    make: impl FnOnce() -> (Vec<[u32; 4]>, Vec<u32>),
+    make: impl FnOnce() -> Result<(Vec<[u32; 4]>, Vec<u32>)>,
 ) -> Result<Tiles> {
     let upload = || {
-        let (tiles, first) = make();
-        Ok(Tiles { buffer: uploaded(context, "tiles", bytemuck::cast_slice(&tiles))?, first: first.into() })
+        let (tiles, first) = make()?;
+        Ok(Tiles { buffer: uploaded(context, "tiles", bytemuck::cast_slice(&tiles))?, first: Arc::new(first) })
     };
     fn of_rows<const ROWS: usize>(
         copies: &DeviceCopies,
@@ -135,8 +136,8 @@ pub(super) fn longest(cu_seqlens: &CuSeqlens, sequences: &Range<usize>) -> usize
 // All numbers below fit a u32: KeyMask bounds batch · seq by i32::MAX, CuSeqlens rows and
 // sequences.
 
-fn list_tokens(meta: &VarlenMeta) -> Vec<u32> {
-    let mut lists = Vec::with_capacity(meta.batch() * (1 + meta.seq()));
+fn list_tokens(meta: &VarlenMeta) -> Result<Vec<u32>> {
+    let mut lists = host_vec::reserve(meta.batch() * (1 + meta.seq()))?;
     for row in 0..meta.batch() {
         lists.push(meta.cu_seqlens().rows(row).len() as u32);
         let runs = meta.runs(row);
@@ -148,24 +149,32 @@ fn list_tokens(meta: &VarlenMeta) -> Vec<u32> {
         }
         lists.extend(covered..meta.seq() as u32);
     }
-    lists
+    Ok(lists)
 }
 
 /// The tiles, and the first of each sequence.
-fn cut_packed(cu_seqlens: &CuSeqlens, tile_rows: usize) -> (Vec<[u32; 4]>, Vec<u32>) {
-    let (mut tiles, mut first) = (Vec::new(), vec![0]);
+fn cut_packed(cu_seqlens: &CuSeqlens, tile_rows: usize) -> Result<(Vec<[u32; 4]>, Vec<u32>)> {
+    let count = (0..cu_seqlens.batch()).map(|sequence| cu_seqlens.rows(sequence).len().div_ceil(tile_rows)).sum();
+    let (mut tiles, mut first) = (host_vec::reserve(count)?, host_vec::reserve(1 + cu_seqlens.batch())?);
+    first.push(0);
     for sequence in 0..cu_seqlens.batch() {
         let rows = cu_seqlens.rows(sequence);
         let tile = |row: usize| [row as u32, tile_rows.min(rows.end - row) as u32, sequence as u32, 0];
         tiles.extend(rows.clone().step_by(tile_rows).map(tile));
         first.push(tiles.len() as u32);
     }
-    (tiles, first)
+    Ok((tiles, first))
 }
 
 /// The tiles, and the first of each batch row.
-fn cut_fused(query: &VarlenMeta, tile_rows: usize) -> (Vec<[u32; 4]>, Vec<u32>) {
-    let (mut tiles, mut first) = (Vec::new(), vec![0]);
+fn cut_fused(query: &VarlenMeta, tile_rows: usize) -> Result<(Vec<[u32; 4]>, Vec<u32>)> {
+    let tiles_of = |row| {
+        let kept = query.cu_seqlens().rows(row).len();
+        kept.div_ceil(tile_rows) + (query.seq() - kept).div_ceil(tile_rows)
+    };
+    let count = (0..query.batch()).map(tiles_of).sum();
+    let (mut tiles, mut first) = (host_vec::reserve(count)?, host_vec::reserve(1 + query.batch())?);
+    first.push(0);
     for row in 0..query.batch() {
         let kept = query.cu_seqlens().rows(row).len();
         for (queries, is_dropped) in [(0..kept, 0), (kept..query.seq(), 1)] {
@@ -174,7 +183,7 @@ fn cut_fused(query: &VarlenMeta, tile_rows: usize) -> (Vec<[u32; 4]>, Vec<u32>) 
         }
         first.push(tiles.len() as u32);
     }
-    (tiles, first)
+    Ok((tiles, first))
 }
 
 #[cfg(test)]
@@ -185,7 +194,7 @@ mod tests {
     #[test]
     fn lists_hold_every_token_once_the_kept_ones_first() -> Result<()> {
         let mask = KeyMask::from_runs(6, &[vec![0..1, 3..5], vec![], vec![0..6]])?;
-        let lists = list_tokens(&VarlenMeta::from_key_mask(&mask)?);
+        let lists = list_tokens(&VarlenMeta::from_key_mask(&mask)?)?;
         assert_eq!(lists, [[3, 0, 3, 4, 1, 2, 5], [0, 0, 1, 2, 3, 4, 5], [6, 0, 1, 2, 3, 4, 5]].concat());
         Ok(())
     }
@@ -194,7 +203,7 @@ mod tests {
     fn tiles_hold_every_query_once() -> Result<()> {
         let (seq, full) = (150, 64);
         let mask = KeyMask::from_runs(seq, &[vec![3..70, 80..149], vec![], vec![0..150]])?;
-        let (tiles, first) = cut_fused(&VarlenMeta::from_key_mask(&mask)?, 64);
+        let (tiles, first) = cut_fused(&VarlenMeta::from_key_mask(&mask)?, 64)?;
         let kept = [[0, full, 0, 0], [64, full, 0, 0], [128, 8, 0, 0]];
         let dropped = [[136, 14, 0, 1], [0, full, 1, 1], [64, full, 1, 1], [128, 22, 1, 1]];
         let last = [[0, full, 2, 0], [64, full, 2, 0], [128, 22, 2, 0]];

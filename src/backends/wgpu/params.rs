@@ -50,6 +50,23 @@ params! {
     }
 }
 
+impl AttentionParams {
+    /// The same launch without its first `heads` query heads. They fit: offsets lie inside the
+    /// bindings, which are below 2 GiB.
+    pub fn after_heads(self, heads: usize) -> Self {
+        let (heads, kv_heads) = (heads as u32, heads as u32 / self.group_size);
+        Self {
+            q_offset: self.q_offset + heads * self.q_stride_h,
+            k_offset: self.k_offset + kv_heads * self.k_stride_h,
+            v_offset: self.v_offset + kv_heads * self.v_stride_h,
+            out_offset: self.out_offset + heads * self.out_stride_h,
+            bias_offset: self.bias_offset + heads * self.bias_stride_h,
+            lse_offset: self.lse_offset + heads * self.lse_stride_h,
+            ..self
+        }
+    }
+}
+
 params! {
     /// Parameters of the shaders that copy or zero rows.
     CopyParams {

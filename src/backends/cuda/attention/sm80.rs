@@ -8,6 +8,7 @@ use crate::backends::cuda::kernels::tiles::{FormSm80, Tile};
 use crate::backends::cuda::launcher::Launcher;
 use crate::backends::cuda::tensors::metadata::{self, Tables};
 use crate::backends::cuda::tensors::placement::Operand;
+use crate::backends::rows::head_ranges;
 use crate::call::op::{Attention, DeviceTables, Input};
 use crate::call::problem::AttentionShape;
 use crate::dtype::DType;
@@ -50,7 +51,7 @@ pub fn dense(
     let is_masked = params.key_bits != 0 || params.row_bits != 0 || params.bias != 0;
     let form = if is_masked { FormSm80::Masked } else { FormSm80::Plain };
     let extent = Extent { batch: shape.batch, max_queries: shape.seq_q };
-    launch(launcher, attention, form, &extent, |first| params.after_batch_rows(first))
+    launch(launcher, attention, form, &extent, |batch, head| params.after_batch_rows(batch).after_heads(head))
 }
 
 /// Address of a mask's bits, and u32s of a row of them; zeros if there is no mask.
@@ -73,7 +74,9 @@ pub fn dense_with_tables(
     (params.row_bits, params.row_words) = metadata::device_bits(launcher, query)?;
     (params.key_bits, params.key_words) = metadata::device_bits(launcher, key)?;
     let extent = Extent { batch: query.batch, max_queries: query.seq };
-    launch(launcher, attention, FormSm80::Masked, &extent, |first| params.after_batch_rows(first))
+    launch(launcher, attention, FormSm80::Masked, &extent, |batch, head| {
+        params.after_batch_rows(batch).after_heads(head)
+    })
 }
 
 /// Valid query rows and keys of padded tensors; other rows as zeros. The host or the device may
@@ -98,10 +101,11 @@ pub fn fused(
     };
     // Blocks for every padded row: those of masked rows write the zeros.
     let extent = Extent { batch: query.batch, max_queries: query.seq };
-    launch(launcher, attention, FormSm80::Fused, &extent, |first| {
-        // Lists hold positions in the whole batch, so tensors are not moved. Fits: batch · seq
-        // does.
-        FusedAttentionParams { attention: params, lists: RowLists { first_batch: first as i32, ..lists } }
+    launch(launcher, attention, FormSm80::Fused, &extent, |batch, head| FusedAttentionParams {
+        attention: params.after_heads(head),
+        // Lists hold positions in the whole batch, so tensors are not moved by batch rows. Fits:
+        // batch · seq does.
+        lists: RowLists { first_batch: batch as i32, ..lists },
     })
 }
 
@@ -117,39 +121,40 @@ pub fn packed(launcher: &Launcher, attention: &Attention<'_>, tensors: &Tensors,
         ..params(attention, tensors)
     };
     let extent = Extent { batch: rows.batch, max_queries: rows.max_queries };
-    launch(launcher, attention, FormSm80::Plain, &extent, |first| params.after_batch_rows(first))
+    launch(launcher, attention, FormSm80::Plain, &extent, |batch, head| {
+        params.after_batch_rows(batch).after_heads(head)
+    })
 }
 
-/// Launches a call, in parts if a grid does not hold its batch. `params` are those of the call from
-/// a batch row on.
+/// Launches a call, in parts if a grid does not hold its batch or its heads. `params` are those of
+/// the call from a batch row and a query head on.
 fn launch<Params: Pod>(
     launcher: &Launcher,
     attention: &Attention<'_>,
     form: FormSm80,
     extent: &Extent,
-    params: impl Fn(usize) -> Params,
+    params: impl Fn(usize, usize) -> Params,
 ) -> Result<()> {
-    let AttentionShape { num_heads, head_dim, .. } = attention.problem.shape;
+    let shape = attention.problem.shape;
+    let AttentionShape { num_heads, head_dim, .. } = shape;
     let &Extent { batch, max_queries } = extent;
-    if num_heads > MAX_GRID {
-        let (limit_name, limit) = ("heads in a CUDA grid's second dimension", MAX_GRID as u64);
-        return Err(Error::TooLarge { argument: "q", limit_name, limit, got: num_heads as u64 });
-    }
     let Some(tile) = Tile::of(head_dim) else { return Err(Error::HeadDim { got: head_dim }) };
     if max_queries == 0 || num_heads == 0 {
         return Ok(());
     }
     let function = launcher.function(Entry::Attention { dtype: attention.problem.dtype, tile, form })?;
-    // Both fit: a sequence has at most i32::MAX rows, and the number of heads was checked.
-    let (tiles, heads) = (max_queries.div_ceil(tile.rows as usize) as u32, num_heads as u32);
-    for first in (0..batch).step_by(MAX_GRID) {
-        let grid = [tiles, heads, (batch - first).min(MAX_GRID) as u32];
+    // Fits: a sequence has at most i32::MAX rows.
+    let tiles = max_queries.div_ceil(tile.rows as usize) as u32;
+    let batches = (0..batch).step_by(MAX_GRID).map(|first| first..batch.min(first + MAX_GRID));
+    let heads = || head_ranges(num_heads, shape.group_size(), MAX_GRID);
+    for (batch, heads) in batches.flat_map(|batch| heads().map(move |heads| (batch.clone(), heads))) {
+        let grid = [tiles, heads.len() as u32, batch.len() as u32];
         // SAFETY: the tensors have the problem's shape and lie inside their buffers, those of
         // packed rows as `cu_seqlens` says (checked by problem; scratch is made so), and their rows
         // start at words (placement). Masks, `cu_seqlens` and the bias have the problem's batch
         // rows, and the lists of the fused form its positions. The output shares no memory with
         // them (checked by problem).
-        unsafe { launcher.launch(function, grid, tile.threads(), &params(first)) }?;
+        unsafe { launcher.launch(function, grid, tile.threads(), &params(batch.start, heads.start)) }?;
     }
     Ok(())
 }

@@ -465,9 +465,7 @@ impl AttentionParams {
     /// The same call without its first `rows` batch rows. Packed tensors stay, since `cu_seqlens`
     /// says where their rows are. A call that is split has no `batch_order`.
     pub fn after_batch_rows(&self, rows: usize) -> Self {
-        let rows = rows as i64;
-        // Null stays null.
-        let moved = |address: u64, step: i64| if address == 0 { 0 } else { address.wrapping_add_signed(rows * step) };
+        let moved = |address, step| moved(address, rows as i64 * step);
         let element_bytes = i64::from(ELEMENT_BYTES);
         let bias_bytes = if self.bias_is_f32 == 1 { 4 } else { element_bytes };
         Self {
@@ -483,6 +481,27 @@ impl AttentionParams {
             ..*self
         }
     }
+
+    /// The same call without its first `heads` query heads.
+    pub fn after_heads(&self, heads: usize) -> Self {
+        let (heads, kv_heads) = (heads as i64, heads as i64 / i64::from(self.group_size));
+        let element_bytes = i64::from(ELEMENT_BYTES);
+        let bias_bytes = if self.bias_is_f32 == 1 { 4 } else { element_bytes };
+        Self {
+            q: moved(self.q, heads * self.q_strides.head * element_bytes),
+            k: moved(self.k, kv_heads * self.k_strides.head * element_bytes),
+            v: moved(self.v, kv_heads * self.v_strides.head * element_bytes),
+            out: moved(self.out, heads * self.out_strides.head * element_bytes),
+            bias: moved(self.bias, heads * self.bias_strides[1] * bias_bytes),
+            lse: moved(self.lse, heads * self.lse_head_stride * 4),
+            ..*self
+        }
+    }
+}
+
+/// An address that many bytes further; null stays null.
+fn moved(address: u64, bytes: i64) -> u64 {
+    if address == 0 { 0 } else { address.wrapping_add_signed(bytes) }
 }
 
 #[cfg(test)]
@@ -543,5 +562,29 @@ static_assert(offsetof(RowLists, unused) == 28);
         let packed = AttentionParams { q: 1000, cu_seqlens_q: 500, lse: 700, ..Default::default() };
         let moved = packed.after_batch_rows(3);
         assert_eq!((moved.q, moved.cu_seqlens_q, moved.lse), (1000, 512, 700));
+    }
+
+    #[test]
+    fn heads_that_are_left_out_move_keys_by_groups() {
+        let strides = |head| Strides { batch: 900, token: 90, head };
+        let call = AttentionParams {
+            q: 1000,
+            q_strides: strides(8),
+            k: 2000,
+            k_strides: strides(16),
+            out: 3000,
+            out_strides: strides(24),
+            bias: 4000,
+            bias_strides: [0, 5, 0, 1],
+            bias_is_f32: 1,
+            lse: 5000,
+            lse_head_stride: 7,
+            group_size: 3,
+            ..Default::default()
+        };
+        let moved = call.after_heads(6);
+        assert_eq!((moved.q, moved.k, moved.v, moved.out), (1096, 2064, 0, 3288));
+        assert_eq!((moved.bias, moved.lse, moved.cu_seqlens_q), (4120, 5168, 0));
+        assert_eq!(call.after_heads(2).k, 2000);
     }
 }

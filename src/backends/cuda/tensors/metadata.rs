@@ -11,6 +11,7 @@ use crate::backends::cuda::launcher::Launcher;
 use crate::backends::metadata::{Indices, InvIndices, MaskBits};
 use crate::call::op::{DeviceTables, MaskInput};
 use crate::error::{Error, Result};
+use crate::host_vec;
 use crate::mask::key_mask::KeyMask;
 use crate::mask::meta::{CuSeqlens, VarlenMeta};
 
@@ -80,7 +81,10 @@ pub fn cu_seqlens(launcher: &Launcher, cu_seqlens: &CuSeqlens) -> Result<Arc<CuS
     cu_seqlens.copies().get_or_make(launcher.id, || {
         let values = cu_seqlens.as_slice();
         let order_offset = size_of_val(values) as u64;
-        let buffer = launcher.uploaded(bytemuck::cast_slice(&[values, &longest_first(values)].concat()))?;
+        let order = longest_first(values)?;
+        let mut both = host_vec::reserve::<i32>(values.len() + order.len())?;
+        both.extend(values.iter().chain(&order));
+        let buffer = launcher.uploaded(bytemuck::cast_slice(&both))?;
         Ok(CuSeqlensCopy { buffer, order_offset })
     })
 }
@@ -104,7 +108,8 @@ pub fn empty_tables(launcher: &Launcher, batch: usize, seq: usize) -> Result<Cud
     if seq > 0 {
         // Each batch row once: a kernel that takes them in this order writes the zeros of all of them.
         // Fits: batch · seq does.
-        let order: Vec<i32> = (0..batch as i32).collect();
+        let mut order = host_vec::reserve::<i32>(batch)?;
+        order.extend(0..batch as i32);
         // SAFETY: the table lies inside the buffer and has an i32 for each batch row.
         unsafe {
             transfer::upload(&launcher.context, buffer.address() + places.batch_order, bytemuck::cast_slice(&order))
@@ -224,13 +229,16 @@ impl Places {
 
 /// The sequences of `cu_seqlens`, the longest first, equal ones in their own order: a grid that
 /// starts with the long ones does not end with one of them running alone.
-fn longest_first(cu_seqlens: &[i32]) -> Vec<i32> {
-    let lengths: Vec<i32> = cu_seqlens.windows(2).map(|pair| pair[1] - pair[0]).collect();
+fn longest_first(cu_seqlens: &[i32]) -> Result<Vec<i32>> {
+    let batch = cu_seqlens.len().saturating_sub(1);
+    let mut order = host_vec::reserve(batch)?;
     // Fits: an i32 counts the rows, of which every sequence that is not empty has some; empty ones
     // beyond an i32 are not run.
-    let mut order: Vec<i32> = (0..lengths.len() as i32).collect();
-    order.sort_by_key(|&sequence| std::cmp::Reverse(lengths[sequence as usize]));
-    order
+    order.extend(0..batch as i32);
+    let length = |sequence: usize| cu_seqlens[sequence + 1] - cu_seqlens[sequence];
+    // Not the stable sort, which allocates.
+    order.sort_unstable_by_key(|&sequence| (std::cmp::Reverse(length(sequence as usize)), sequence));
+    Ok(order)
 }
 
 #[cfg(test)]
@@ -238,9 +246,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_longest_sequences_come_first() {
-        assert_eq!(longest_first(&[0, 3, 3, 10, 13]), [2, 0, 3, 1]);
-        assert!(longest_first(&[0]).is_empty());
+    fn the_longest_sequences_come_first() -> Result<()> {
+        assert_eq!(longest_first(&[0, 3, 3, 10, 13])?, [2, 0, 3, 1]);
+        assert!(longest_first(&[0])?.is_empty());
+        Ok(())
     }
 
     #[test]
