@@ -65,9 +65,9 @@ impl<'a> Mask<'a> {
     /// rebuilds it.
     pub fn with<R>(&self, attend: impl FnOnce(AttentionMask<'_>) -> R) -> R {
         match self {
-            Self::None => attend(AttentionMask::None),
-            Self::Key(key_mask) => attend(AttentionMask::Key(key_mask)),
-            Self::Bias(bias) => attend(AttentionMask::Bias(bias.view())),
+            Self::None => attend(AttentionMask::none()),
+            Self::Key(key_mask) => attend(AttentionMask::key(key_mask)),
+            Self::Bias(bias) => attend(AttentionMask::bias(bias.view())),
             Self::Varlen { query, key } => {
                 let query_lock = query.lock();
                 // Metadata that is both is locked once: a thread that waits to rebuild it would

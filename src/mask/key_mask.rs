@@ -252,13 +252,13 @@ impl KeyMask {
     }
 
     fn none(batch: usize, seq: usize) -> Result<Self> {
-        check_token_count(batch, seq)?;
+        check_token_count("mask", batch, seq)?;
         let words = vec![0; batch * seq.div_ceil(WORD_BITS)];
         Ok(Self { batch, seq, words, copies: DeviceCopies::default() })
     }
 
     fn from_flags<T>(batch: usize, seq: usize, flags: &[T], keeps: impl Fn(&T) -> bool) -> Result<Self> {
-        let expected = check_token_count(batch, seq)?;
+        let expected = check_token_count("mask", batch, seq)?;
         if flags.len() != expected {
             return Err(Error::Length { argument: "mask", expected, got: flags.len() });
         }
@@ -285,13 +285,13 @@ impl KeyMask {
 }
 
 /// `batch · seq`, if every position fits the `i32` of `cu_seqlens` and `inv_indices`.
-pub(crate) fn check_token_count(batch: usize, seq: usize) -> Result<usize> {
+pub(crate) fn check_token_count(argument: &'static str, batch: usize, seq: usize) -> Result<usize> {
     let limit = i32::MAX as u64;
     let got = (batch as u128 * seq as u128).max(batch as u128);
     match usize::try_from(got) {
         Ok(_) if got <= u128::from(limit) => Ok(batch * seq),
         _ => Err(Error::TooLarge {
-            argument: "mask",
+            argument,
             limit_name: "an i32 of batch · seq",
             limit,
             got: u64::try_from(got).unwrap_or(u64::MAX),

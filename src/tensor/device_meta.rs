@@ -106,7 +106,7 @@ impl DeviceVarlenMeta {
     /// [`Error::NotApplicable`] on devices that cannot build metadata, [`Error::TooLarge`] if `batch · seq` does not fit an `i32`,
     /// [`Error::OutOfMemory`], [`Error::DeviceLost`].
     pub fn new(device: &Device, batch: usize, seq: usize) -> Result<Self> {
-        check_token_count(batch, seq)?;
+        check_token_count("mask", batch, seq)?;
         let tables = match device.backend().metadata_place() {
             MetadataPlace::Host => {
                 let nothing = KeyMask::from_lengths(seq, &vec![0; batch])?;

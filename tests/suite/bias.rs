@@ -46,7 +46,7 @@ fn check(variant: &Variant, mut call: Call, bias: DType, values: &[f32], shape: 
     call.bias = Some(broadcast(values, shape, [batch, heads, seq_q, seq_k]));
     let bits: Vec<u32> = values.iter().map(|&value| narrow(value, bias)).collect();
     let tensor = upload(&variant.device, bias, &bits, shape)?;
-    let (plan, bits) = call.run_as(variant, AttentionMask::Bias(tensor.view()))?;
+    let (plan, bits) = call.run_as(variant, AttentionMask::bias(tensor.view()))?;
     ensure!((plan.path, plan.reason) == (Path::Dense, Reason::Bias), "got {plan}");
     ensure!(plan.kernel == variant.kernel, "got {plan}");
     call.judge(&bits, &call.reference(usize::MAX)?, Rules::standard(variant.dtype))
@@ -140,7 +140,7 @@ fn strided(variant: &Variant) -> Result<()> {
 
         let mut call = call(variant);
         call.bias = Some(values);
-        let (_, out) = call.run_as(variant, AttentionMask::Bias(sliced.permute(&inverse)?))?;
+        let (_, out) = call.run_as(variant, AttentionMask::bias(sliced.permute(&inverse)?))?;
         call.judge(&out, &call.reference(usize::MAX)?, Rules::standard(variant.dtype))
             .with_context(|| format!("{bias} in order {order:?}"))?;
     }

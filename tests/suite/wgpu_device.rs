@@ -45,9 +45,9 @@ fn a_lost_device_is_an_error(device: &Device) -> Result<()> {
         ("Tensor::from_slice", Tensor::from_slice(&device, &ones, &shape).map(drop)),
         ("Tensor::to_vec", x.to_vec::<f16>().map(drop)),
         ("Tensor::write", out.write(&ones)),
-        ("forward", layer.forward(&x, &x, &x, AttentionMask::None).map(drop)),
+        ("forward", layer.forward(&x, &x, &x, AttentionMask::none()).map(drop)),
         ("forward, metadata in use", layer.forward(&x, &x, &x, AttentionMask::varlen(&meta)).map(drop)),
-        ("forward_into", layer.forward_into(&x, &x, &x, AttentionMask::None, &mut out).map(drop)),
+        ("forward_into", layer.forward_into(&x, &x, &x, AttentionMask::none(), &mut out).map(drop)),
         (
             "forward_into, metadata in use",
             layer.forward_into(&x, &x, &x, AttentionMask::varlen(&meta), &mut out).map(drop),

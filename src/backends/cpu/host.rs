@@ -8,24 +8,14 @@ use crate::call::op::{Input, Output, Sink, Source, foreign_memory};
 use crate::error::{Error, Result};
 use crate::layout::Layout;
 
+pub(super) use crate::host_vec::reserve;
+
 /// Zeroed words for `bytes` bytes.
 pub(super) fn alloc_words(bytes: u64) -> Result<Vec<u64>> {
     let count = bytes.div_ceil(8) as usize;
     let mut words = reserve(count)?;
     words.resize(count, 0);
     Ok(words)
-}
-
-/// An empty vector with room for `count` elements; an error instead of an abort where memory runs
-/// out.
-pub(super) fn reserve<T>(count: usize) -> Result<Vec<T>> {
-    let mut values = Vec::new();
-    values.try_reserve_exact(count).map_err(|error| Error::OutOfMemory {
-        device: super::NAME.to_owned(),
-        requested: count.saturating_mul(size_of::<T>()) as u64,
-        why: error.to_string(),
-    })?;
-    Ok(values)
 }
 
 pub(super) fn source_bytes(source: Source<'_>) -> Result<&[u8]> {

@@ -38,7 +38,7 @@ pub(super) fn record(
     launches.announce(shader, Work::of(attention, algorithm), pace.limit(shader));
     let call = Call { context, attention, algorithm, shader };
     match &attention.rows {
-        Rows::Dense { key_mask, bias, zero_rows } => call.dense(*key_mask, bias.as_ref(), *zero_rows, launches),
+        Rows::Dense { key_mask, zero_rows } => call.dense(*key_mask, *zero_rows, launches),
         Rows::Packed { query, key } => call.packed(query, key, launches),
         Rows::Varlen { query, key } if attention.plan.path == Path::Fused => call.fused(query, key, launches),
         Rows::Varlen { query, key } => call.packed_path(query, key, launches),
@@ -50,10 +50,10 @@ pub(super) fn record(
 fn shader_for(attention: &Attention<'_>, algorithm: Algorithm) -> Shader {
     let (dtype, head_dim) = (attention.problem.dtype, attention.problem.shape.head_dim);
     let rows = match &attention.rows {
-        Rows::Dense { key_mask, bias, zero_rows } => AttentionRows::Dense {
+        Rows::Dense { key_mask, zero_rows } => AttentionRows::Dense {
             key_mask: key_mask.is_some(),
             zero_rows: zero_rows.is_some(),
-            bias: bias.as_ref().map(|bias| bias.dtype),
+            bias: attention.bias.as_ref().map(|bias| bias.dtype),
         },
         Rows::Varlen { .. } if attention.plan.path == Path::Fused => AttentionRows::Fused,
         _ => AttentionRows::Packed { lse: attention.lse.is_some() },
@@ -137,7 +137,6 @@ impl Call<'_> {
     fn dense(
         &self,
         key_mask: Option<&KeyMask>,
-        bias: Option<&Input<'_>>,
         zero_rows: Option<&KeyMask>,
         launches: &mut Launches<'_>,
     ) -> Result<()> {
@@ -149,6 +148,7 @@ impl Call<'_> {
             return Err(too_large("q", limit_name, limit, shape.seq_q as u64));
         }
         let operands = self.operands(FirstDim::Batch, FirstDim::Batch)?;
+        let bias = self.attention.bias.as_ref();
         let bias = bias.map(|bias| Operand::input(context, "bias", bias, FirstDim::Batch)).transpose()?;
         let (key_bits, key_words) = self.mask_window(key_mask)?;
         let (row_bits, row_words) = self.mask_window(zero_rows)?;

@@ -34,13 +34,12 @@ pub fn dense(
     tensors: &Tensors,
     key_mask: Option<&KeyMask>,
     zero_rows: Option<&KeyMask>,
-    bias: Option<&Input<'_>>,
 ) -> Result<()> {
     let shape = attention.problem.shape;
     let mut params = params(attention, tensors);
     (params.key_bits, params.key_words) = bits(launcher, key_mask)?;
     (params.row_bits, params.row_words) = bits(launcher, zero_rows)?;
-    if let Some(bias) = bias {
+    if let Some(bias) = &attention.bias {
         let bias = Operand::input(launcher, "bias", bias)?;
         params.bias = bias.address();
         params.bias_is_f32 = i32::from(bias.dtype == DType::F32);
