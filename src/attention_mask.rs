@@ -117,7 +117,19 @@ impl<'a> AttentionMask<'a> {
 
     /// The mask as checks, plan and launch take it.
     pub(crate) fn resolve(self) -> Result<ResolvedMask<'a>> {
-        Ok(ResolvedMask { tokens: self.tokens.resolve()?, ranges: self.ranges, bias: self.bias })
+        let tokens = self.tokens.resolve()?;
+        let ranges = match tokens {
+            ResolvedTokens::Varlen { query, key } if query.id() == key.id() => query.ranges_within(self.ranges)?,
+            ResolvedTokens::Varlen { query, key } if query.documents().or(key.documents()).is_some() => {
+                return Err(Error::NotApplicable {
+                    argument: "mask",
+                    got: "metadata of documents in cross-attention".to_owned(),
+                    why: "documents are for self-attention; give cross-attention ranges of its own".to_owned(),
+                });
+            }
+            _ => self.ranges.cloned(),
+        };
+        Ok(ResolvedMask { tokens, ranges, bias: self.bias })
     }
 }
 
@@ -167,10 +179,10 @@ pub(crate) struct DeviceSide<'a> {
 }
 
 /// An [`AttentionMask`] whose metadata was looked up.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub(crate) struct ResolvedMask<'a> {
     tokens: ResolvedTokens<'a>,
-    ranges: Option<&'a KeyRanges>,
+    ranges: Option<KeyRanges>,
     bias: Option<TensorView<'a>>,
 }
 
@@ -193,7 +205,7 @@ impl<'a> ResolvedMask<'a> {
                 TokenInfo::DeviceVarlen { query: query.info, key: key.info }
             }
         };
-        MaskInfo { tokens, ranges: self.ranges, bias: self.bias.as_ref().map(TensorView::info) }
+        MaskInfo { tokens, ranges: self.ranges.as_ref(), bias: self.bias.as_ref().map(TensorView::info) }
     }
 
     /// The rows of a launch on this path. On the dense path masks do the work of metadata, and masks that keep all are left out.
@@ -217,7 +229,7 @@ impl<'a> ResolvedMask<'a> {
     }
 
     /// The ranges of a launch.
-    pub(crate) fn ranges(&self) -> Option<&'a KeyRanges> {
-        self.ranges
+    pub(crate) fn ranges(&self) -> Option<&KeyRanges> {
+        self.ranges.as_ref()
     }
 }

@@ -12,6 +12,7 @@
 
 use std::ops::Range;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::cache::DeviceCopies;
 use crate::error::{Error, Result};
@@ -150,6 +151,8 @@ pub struct KeyRanges(Arc<Ranges>);
 /// What clones of ranges share.
 #[derive(Debug)]
 struct Ranges {
+    /// Tells ranges apart.
+    id: u64,
     of: RangesOf,
     /// `[first, end)` of each query. Padded ones with the same ranges in every batch row are kept once.
     ranges: Vec<[u32; 2]>,
@@ -200,8 +203,8 @@ impl KeyRanges {
     }
 
     /// Self-attention within documents: tokens with the same number see one another. `[B, S]` numbers, row-major; the tokens of a
-    /// document lie together. Tokens numbered 0 see one another too; they are masked by
-    /// [`VarlenMeta::from_document_ids`](crate::VarlenMeta::from_document_ids).
+    /// document lie together. Tokens numbered 0 are in no document and see nothing.
+    /// [`VarlenMeta::from_document_ids`](crate::VarlenMeta::from_document_ids) masks them too.
     ///
     /// # Errors
     /// [`Error::Length`] for another number of elements, [`Error::MaskRow`] for a document in two pieces; as
@@ -217,9 +220,11 @@ impl KeyRanges {
             let mut first = 0;
             for document in ids.chunk_by(|a, b| a == b) {
                 let end = first + document.len();
-                ranges.extend(std::iter::repeat_n([first as u32, end as u32], document.len()));
-                // Masked tokens may lie anywhere.
-                seen.extend(document.first().filter(|&&id| id != 0));
+                let id = document.first().filter(|&&id| id != 0);
+                let range = if id.is_some() { [first as u32, end as u32] } else { [0, 0] };
+                ranges.extend(std::iter::repeat_n(range, document.len()));
+                // Tokens of no document may lie anywhere.
+                seen.extend(id);
                 first = end;
             }
             seen.sort_unstable();
@@ -368,12 +373,19 @@ impl KeyRanges {
         Err(Error::RangesSize { argument: "ranges", expected: of.describe(), got: self.0.of.describe() })
     }
 
+    /// Tells ranges apart.
+    pub(crate) fn id(&self) -> u64 {
+        self.0.id
+    }
+
     pub(crate) fn copies(&self) -> &DeviceCopies {
         &self.0.copies
     }
 
     fn new(of: RangesOf, ranges: Vec<[u32; 2]>, is_shared: bool) -> Self {
-        Self(Arc::new(Ranges { of, ranges, is_shared, packed: FifoCache::default(), copies: DeviceCopies::default() }))
+        static NEXT_ID: AtomicU64 = AtomicU64::new(0);
+        let id = NEXT_ID.fetch_add(1, Ordering::Relaxed);
+        Self(Arc::new(Ranges { id, of, ranges, is_shared, packed: FifoCache::default(), copies: DeviceCopies::default() }))
     }
 
     /// Ranges that a row's sizes and the query's number give; what reaches past the keys is cut.

@@ -23,6 +23,7 @@ pub fn register(trials: &mut Trials) {
     trials.each_kernel_with_ranges("ranges/with_bias", with_bias);
     trials.each_kernel_with_ranges("ranges/packed_rows", packed_rows);
     trials.each_kernel_with_ranges("ranges/plans", plans);
+    trials.each_path_with_ranges("ranges/documents_of_metadata", documents_of_metadata);
 }
 
 /// Which keys a query sees, in the tests' own words: a boolean for each pair.
@@ -34,7 +35,7 @@ pub enum Rule {
     Window(Option<usize>, Option<usize>),
     /// The first keys, and the others as in `Causal`.
     Prefix(usize),
-    /// `[B, S]` numbers: keys of the same document.
+    /// `[B, S]` numbers: keys of the same document; 0 is none.
     Documents(Vec<u32>),
     /// `[first, end)` of each query, `[B, Sq]`.
     Own(Vec<[usize; 2]>),
@@ -52,7 +53,7 @@ impl Rule {
                 left.is_none_or(|left| -distance <= left as i64) && right.is_none_or(|right| distance <= right as i64)
             }
             Self::Prefix(count) => j < *count || distance <= 0,
-            Self::Documents(ids) => ids[b * seq_k + i] == ids[b * seq_k + j],
+            Self::Documents(ids) => ids[b * seq_k + i] != 0 && ids[b * seq_k + i] == ids[b * seq_k + j],
             Self::Own(ranges) => (ranges[b * seq_q + i][0]..ranges[b * seq_q + i][1]).contains(&j),
             Self::Both(one, other) => [one, other].iter().all(|rule| rule.sees(b, i, j, [seq_q, seq_k])),
         }
@@ -354,4 +355,27 @@ fn plans(variant: &Variant) -> Result<()> {
     plan(AttentionMask::none().with_ranges(&causal), (Path::Dense, Reason::KeyRanges))?;
     plan(AttentionMask::key(&key).with_ranges(&causal), (Path::Dense, Reason::KeyMask))?;
     plan(AttentionMask::varlen(&meta).with_ranges(&causal), (Path::Fused, Reason::Fused))
+}
+
+/// Metadata made of documents keeps them apart by itself, also beside other ranges.
+fn documents_of_metadata(variant: &Variant) -> Result<()> {
+    let (batch, seq) = (2, 100);
+    let shape = OracleShape { batch, seq_q: seq, seq_k: seq, heads: 2, kv_heads: 2, head_dim: 32 };
+    let id = |token: usize| if token % 19 < 2 { 0 } else { (token / 19 + 1) as u32 };
+    let ids: Vec<u32> = (0..batch * seq).map(|at| id(at % seq)).collect();
+    let meta = VarlenMeta::from_document_ids(batch, seq, &ids)?;
+    let causal = KeyRanges::causal([batch, seq, seq])?;
+    let keep: Vec<bool> = ids.iter().map(|&id| id != 0).collect();
+    for rule in [Rule::Documents(ids.clone()), Rule::Documents(ids.clone()).and(Rule::Causal)] {
+        let mut mask = AttentionMask::varlen(&meta);
+        if matches!(rule, Rule::Both(..)) {
+            mask = mask.with_ranges(&causal);
+        }
+        let mut call = Call::random(shape, Mask::Varlen(keep.clone()), variant.dtype, 42);
+        call.rule = Some(rule);
+        let (plan, bits) = call.run_as(variant, mask)?;
+        ensure!(Some(plan.path) == variant.path, "got {plan}");
+        call.judge(&bits, &call.reference(usize::MAX)?, Rules::standard(variant.dtype))?;
+    }
+    Ok(())
 }
