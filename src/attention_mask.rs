@@ -201,9 +201,7 @@ impl<'a> ResolvedMask<'a> {
             ResolvedTokens::All => TokenInfo::All,
             ResolvedTokens::Key(mask) => TokenInfo::Key(mask),
             ResolvedTokens::Varlen { query, key } => TokenInfo::Varlen { query, key },
-            ResolvedTokens::DeviceVarlen { query, key } => {
-                TokenInfo::DeviceVarlen { query: query.info, key: key.info }
-            }
+            ResolvedTokens::DeviceVarlen { query, key } => TokenInfo::DeviceVarlen { query: query.info, key: key.info },
         };
         MaskInfo { tokens, ranges: self.ranges.as_ref(), bias: self.bias.as_ref().map(TensorView::info) }
     }

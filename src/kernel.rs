@@ -127,7 +127,13 @@ const TILE_LISTS: KernelTraits = KernelTraits {
 /// One row a kernel, in the order of the enum.
 const TABLE: &[KernelTraits; 6] = &[
     KernelTraits { kernel: Kernel::CpuTiled, name: "cpu-tiled", has_fused_bias: true, has_ranges: true, ..ROWS },
-    KernelTraits { kernel: Kernel::WgslPortable, name: "wgsl-portable", backend: BackendKind::Wgpu, ..ROWS },
+    KernelTraits {
+        kernel: Kernel::WgslPortable,
+        name: "wgsl-portable",
+        backend: BackendKind::Wgpu,
+        has_ranges: true,
+        ..ROWS
+    },
     KernelTraits {
         kernel: Kernel::WgslCoop,
         name: "wgsl-coop",

@@ -261,14 +261,8 @@ pub fn varlen_attention_into<'a, 'o, 'l>(
         let lse = lse.as_ref().map(TensorViewMut::info);
         let views = AttentionViews { q: &q, k: &k, v: &v, out: &out };
         let cu_seqlens = (cu_seqlens_q, cu_seqlens_k);
-        let problem = AttentionProblem::packed(
-            device.info(),
-            &views,
-            lse.as_ref(),
-            cu_seqlens,
-            ranges,
-            options.softmax_scale,
-        )?;
+        let problem =
+            AttentionProblem::packed(device.info(), &views, lse.as_ref(), cu_seqlens, ranges, options.softmax_scale)?;
         let plan = plan_packed(&problem, ranges, device.capabilities(), Forced { path: None, kernel: options.kernel })?;
         log::debug!("{} {:?}: {plan}", problem.dtype, problem.shape);
         (problem, plan)

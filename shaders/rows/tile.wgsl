@@ -26,8 +26,13 @@ struct Tile {
     // Position of the first row among the queries, for masks, bias, lse and lists.
     first_row: u32,
     rows: u32,
+    // Where the ranges of its queries lie, and which tile it is; see ranges.wgsl.
+    ranges_at: u32,
+    union_at: u32,
     // The keys that the tile needs.
     keys: KeyRange,
+    // The keys that all of its queries see, where they see different ones.
+    shared_keys: KeyRange,
     q: u32,
     k: u32,
     v: u32,

@@ -313,6 +313,16 @@ impl KeyRanges {
         }
     }
 
+    /// Number of batch rows of which each may have other ranges than the ones before.
+    pub(crate) fn distinct_rows(&self) -> usize {
+        if self.0.is_shared { self.0.of.batch().min(1) } else { self.0.of.batch() }
+    }
+
+    /// Those of all packed rows, one after another.
+    pub(crate) fn packed_rows(&self) -> &[[u32; 2]] {
+        &self.0.ranges
+    }
+
     /// The range of a query of batch row `b`: a token of the padded row, or a packed row of the whole batch.
     #[inline]
     pub(crate) fn of_token(&self, b: usize, token: usize) -> [u32; 2] {
@@ -385,7 +395,14 @@ impl KeyRanges {
     fn new(of: RangesOf, ranges: Vec<[u32; 2]>, is_shared: bool) -> Self {
         static NEXT_ID: AtomicU64 = AtomicU64::new(0);
         let id = NEXT_ID.fetch_add(1, Ordering::Relaxed);
-        Self(Arc::new(Ranges { id, of, ranges, is_shared, packed: FifoCache::default(), copies: DeviceCopies::default() }))
+        Self(Arc::new(Ranges {
+            id,
+            of,
+            ranges,
+            is_shared,
+            packed: FifoCache::default(),
+            copies: DeviceCopies::default(),
+        }))
     }
 
     /// Ranges that a row's sizes and the query's number give; what reaches past the keys is cut.

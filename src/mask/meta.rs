@@ -3,8 +3,8 @@
 //! The layout of the metadata is that of sglang PR #26318 (`build_varlen_mask_meta`), with the runs of valid tokens added.
 
 use std::ops::Range;
-use std::sync::{Arc, OnceLock};
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use crate::cache::DeviceCopies;
 use crate::error::{Error, Result};

@@ -3,8 +3,8 @@
 use anyhow::{Context, Result, anyhow, ensure};
 use varlen_fa::DType;
 use varlen_fa_testkit::{
-    CompareError, Oracle, OracleProblem, OracleShape, RowIndex, Tolerance, check_close, check_field_rule, check_masked_rows_zero,
-    check_relative, naive_low_precision_rows,
+    CompareError, Oracle, OracleProblem, OracleShape, RowIndex, Tolerance, check_close, check_field_rule,
+    check_masked_rows_zero, check_relative, naive_low_precision_rows,
 };
 
 use super::call::Call;

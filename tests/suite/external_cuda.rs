@@ -753,7 +753,8 @@ fn elements_and_rows_beside_their_places(device: &Device) -> Result<()> {
 
     let start = 4 * len - 6;
     let mut out = raw.on(device, start)?;
-    let refused = layer.forward_into(plain, plain, plain, AttentionMask::none(), out.view_mut(DType::F16, layout)).err();
+    let refused =
+        layer.forward_into(plain, plain, plain, AttentionMask::none(), out.view_mut(DType::F16, layout)).err();
     ensure!(refused == Some(misaligned("out", 16, raw.address + start as u64)), "{refused:?}");
     // An offset that makes up for it.
     let made_up = Layout::strided(&shape, &[4 * 32, 32, 16, 1], 3)?;

@@ -2,8 +2,9 @@
 
 use anyhow::{Context, Result, ensure};
 use varlen_fa::{
-    CuSeqlens, DType, Device, KeyMask, KeyRanges, RangesOf, Tensor, TensorViewMut, VarlenMeta, VarlenOptions, pack, pack_into, pack_qkv,
-    pack_qkv_into, scatter_to_padded, scatter_to_padded_into, varlen_attention, varlen_attention_into,
+    CuSeqlens, DType, Device, KeyMask, KeyRanges, RangesOf, Tensor, TensorViewMut, VarlenMeta, VarlenOptions, pack,
+    pack_into, pack_qkv, pack_qkv_into, scatter_to_padded, scatter_to_padded_into, varlen_attention,
+    varlen_attention_into,
 };
 use varlen_fa_testkit::{
     CASES, PackedOutput, PackedProblem, Tolerance, attend_packed, check_close, check_relative, random,

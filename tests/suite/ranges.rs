@@ -313,7 +313,8 @@ fn with_bias(variant: &Variant) -> Result<()> {
             let variant = Variant { path, ..variant.clone() };
             let (plan, bits) = call.run_as(&variant, mask)?;
             ensure!(plan.kernel == variant.kernel, "got {plan}");
-            call.judge(&bits, &reference, Rules::standard(variant.dtype)).with_context(|| format!("{plan} {rule:?}"))?;
+            call.judge(&bits, &reference, Rules::standard(variant.dtype))
+                .with_context(|| format!("{plan} {rule:?}"))?;
         }
     }
     Ok(())
@@ -326,9 +327,7 @@ fn packed_rows(variant: &Variant) -> Result<()> {
         (&[30, 64, 7], &[65, 30, 0]),
         (&[1, 1, 1], &[200, 1, 64]),
     ] {
-        for rule in
-            [Rule::Causal, Rule::Window(Some(9), Some(4)), Rule::Window(Some(0), None), Rule::Prefix(20)]
-        {
+        for rule in [Rule::Causal, Rule::Window(Some(9), Some(4)), Rule::Window(Some(0), None), Rule::Prefix(20)] {
             let what = format!("{rule:?}, queries {queries:?}, keys {keys:?}");
             let mut packed = Packed::random(variant.dtype, [4, 2, 64], queries, keys);
             packed.rule = Some(rule);

@@ -74,7 +74,10 @@ fn attend_packed(attention: Attention<'_>, processor: Processor, query: &VarlenM
     let mut packed_out = PackedScratch::like(&q)?;
     let rows = Rows::Packed { query: query.cu_seqlens(), key: key.cu_seqlens() };
     let (q, k, v) = (q.input(), k.input(), v.input());
-    attend(Attention { problem, plan, q, k, v, out: packed_out.output(), lse: None, rows, ranges, bias: None }, processor)?;
+    attend(
+        Attention { problem, plan, q, k, v, out: packed_out.output(), lse: None, rows, ranges, bias: None },
+        processor,
+    )?;
     copy::scatter(packed_out.input(), out, query)
 }
 

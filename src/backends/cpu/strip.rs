@@ -254,10 +254,7 @@ impl<'a, S: RegisterTile, const W: usize> Seen<'a, S, W> {
     #[inline(always)]
     fn sees(&self, simd: S, i: usize, w: usize) -> S::m32s {
         let key = simd.splat_f32s((self.start + i) as f32);
-        simd.and_m32s(
-            simd.less_than_or_equal_f32s(self.firsts[w], key),
-            simd.less_than_f32s(key, self.ends[w]),
-        )
+        simd.and_m32s(simd.less_than_or_equal_f32s(self.firsts[w], key), simd.less_than_f32s(key, self.ends[w]))
     }
 }
 

@@ -6,8 +6,8 @@ use std::ops::{Deref, DerefMut, Range};
 use super::call::{Bias, Call, Task};
 use super::host::{self, HostInput};
 use super::needed_keys::Tokens;
-use super::seen_keys::SeenKeys;
 use super::rows::{RowElement, from_panel, prefetch, to_block, to_panel};
+use super::seen_keys::SeenKeys;
 use super::strip::{KeyTile, NARROW, Normalize, Step, Strips, panel};
 use crate::error::Result;
 

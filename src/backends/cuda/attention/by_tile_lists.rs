@@ -13,8 +13,8 @@ use crate::backends::cuda::tensors::metadata;
 use crate::backends::cuda::tensors::tensor_map::MappedTensor;
 use crate::call::op::Attention;
 use crate::call::problem::AttentionShape;
-use crate::fifo_cache::FifoCache;
 use crate::error::{Error, Result};
+use crate::fifo_cache::FifoCache;
 use crate::mask::key_mask::KeyMask;
 use crate::mask::meta::{GROUP_ROWS, VarlenMeta};
 

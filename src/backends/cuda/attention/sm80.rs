@@ -8,7 +8,7 @@ use crate::backends::cuda::kernels::tiles::{FormSm80, Tile};
 use crate::backends::cuda::launcher::Launcher;
 use crate::backends::cuda::tensors::metadata::{self, Tables};
 use crate::backends::cuda::tensors::placement::Operand;
-use crate::call::op::{Attention, DeviceTables, Input};
+use crate::call::op::{Attention, DeviceTables};
 use crate::call::problem::AttentionShape;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
