@@ -152,9 +152,9 @@ fn all_finite(values: vec4<f32>) -> bool {
     return all(exponents != vec4<u32>(0x7f800000u));
 }
 
-// The weighted values; nothing where the weight is 0, whatever the values are.
-fn weighed(weight: f32, values: vec4<f32>) -> vec4<f32> {
-    return select(weight * values, vec4<f32>(0.0), weight == 0.0);
+// Values that do not matter where their weight is 0, whatever they are.
+fn unless_weightless(weight: f32, values: vec4<f32>) -> vec4<f32> {
+    return select(values, vec4<f32>(0.0), weight == 0.0);
 }
 
 fn dot_onto(sum: f32, a: vec4<f32>, b: vec4<f32>) -> f32 {
@@ -342,8 +342,12 @@ fn attention(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_
                         for (var m = 0u; m < ROWS; m++) { // unroll
                             let p = rows[p_at + m * GROUPS * QUADS];
                             for (var i = 0u; i < VECS; i++) { // unroll
-                                acc[m][block][i] += weighed(p.x, v0[i]) + weighed(p.y, v1[i])
-                                    + weighed(p.z, v2[i]) + weighed(p.w, v3[i]);
+                                // The sum of the other branch, so that it is rounded in the same places.
+                                let u0 = unless_weightless(p.x, v0[i]);
+                                let u1 = unless_weightless(p.y, v1[i]);
+                                let u2 = unless_weightless(p.z, v2[i]);
+                                let u3 = unless_weightless(p.w, v3[i]);
+                                acc[m][block][i] = acc[m][block][i] + p.x * u0 + p.y * u1 + p.z * u2 + p.w * u3;
                             }
                         }
                     } else {
