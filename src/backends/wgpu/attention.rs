@@ -36,7 +36,7 @@ pub(super) fn record(
         return Err(too_large("q", "heads in max_compute_workgroups_per_dimension", MAX_GROUPS as u64, heads as u64));
     }
     let shader = shader_for(attention, algorithm);
-    launches.announce(shader, Work::of(attention, algorithm), pace.limit(shader));
+    launches.announce(shader, Work::of(attention, algorithm)?, pace.limit(shader));
     let call = Call { context, attention, algorithm, shader };
     match &attention.rows {
         Rows::Dense { key_mask, zero_rows } => call.dense(*key_mask, *zero_rows, launches),
@@ -165,7 +165,7 @@ impl Call<'_> {
             let (ranges_window, params) = ranges.bind(params, 0)?;
             let windows = [key_bits.clone(), row_bits.clone(), bias_window, ranges_window];
             let groups = [tiles as u32, range.len() as u32];
-            self.push((tensors, windows.to_vec()), params, groups, shape.seq_k, launches);
+            self.push((tensors, windows.to_vec()), params, groups, ranges.most_keys(shape.seq_k), launches);
             launches.give_back(scratch);
         }
         Ok(())
@@ -244,7 +244,7 @@ impl Call<'_> {
             };
             // The ranges of tiles are bound whole.
             let (ranges_window, params) = ranges.bind(params, tiles.of(&range).start - first_tile)?;
-            let keys = longest(key.cu_seqlens(), &range);
+            let keys = ranges.most_keys(longest(key.cu_seqlens(), &range));
             let windows = vec![tiles_window, query_window, key_window, ranges_window];
             self.push((tensors, windows), params, groups, keys, launches);
             launches.give_back(scratch);
@@ -315,7 +315,8 @@ impl Call<'_> {
         let (ranges_window, params) = sequences.ranges.bind(params, 0)?;
         let key_rows = Window::whole(&cu_seqlens(self.context, sequences.key)?.0);
         let windows = vec![lse_window, Window::whole(&tiles.buffer), key_rows, ranges_window];
-        self.push((tensors, windows), params, groups, longest(sequences.key, &sequences.range), launches);
+        let keys = sequences.ranges.most_keys(longest(sequences.key, &sequences.range));
+        self.push((tensors, windows), params, groups, keys, launches);
         Ok(())
     }
 

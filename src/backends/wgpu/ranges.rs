@@ -35,6 +35,8 @@ struct RangesCopy {
     unions_offset: u32,
     /// Tiles before those of the next batch row.
     unions_stride: u32,
+    /// Keys from the first to the last that some query of a tile sees, of the tile with the most.
+    most_keys: usize,
 }
 
 /// Which list of tiles: ids of the metadata of the fused path, and the rows of a tile.
@@ -100,9 +102,11 @@ impl<'a> Ranges<'a> {
         let copy = copies.get_or_make(key, false, || {
             // All numbers fit a u32: ranges are of at most i32::MAX queries.
             let (Lists { both, unions_offset }, strides) = make(ranges)?;
+            let of_tile = |some_and_all: &[[u32; 2]]| (some_and_all[0][1] - some_and_all[0][0]) as usize;
+            let most_keys = both[unions_offset..].chunks_exact(2).map(of_tile).max().unwrap_or(0);
             let [row_stride, unions_stride] = strides.map(|stride| stride as u32);
             let buffer = uploaded(context, "ranges", bytemuck::cast_slice(&both))?;
-            Ok(RangesCopy { buffer, row_stride, unions_offset: unions_offset as u32, unions_stride })
+            Ok(RangesCopy { buffer, row_stride, unions_offset: unions_offset as u32, unions_stride, most_keys })
         })?;
         let (limit, got) = (context.max_binding_bytes, copy.buffer.size());
         if got > limit {
@@ -112,11 +116,16 @@ impl<'a> Ranges<'a> {
         Ok(Self { context, copy: Some(copy) })
     }
 
+    /// Keys that a tile meets at most, of `keys`.
+    pub fn most_keys(&self, keys: usize) -> usize {
+        self.copy.as_ref().map_or(keys, |copy| copy.most_keys.min(keys))
+    }
+
     /// The binding, and the parameters with its places; the launch's first tile is number
     /// `first_tile` of the list.
     pub fn bind(&self, params: AttentionParams, first_tile: u32) -> Result<(Window, AttentionParams)> {
         let Some(copy) = &self.copy else { return Ok((self.context.unused_read(), params)) };
-        let RangesCopy { ref buffer, row_stride, unions_offset, unions_stride } = **copy;
+        let RangesCopy { ref buffer, row_stride, unions_offset, unions_stride, .. } = **copy;
         let unions_offset = unions_offset + 2 * first_tile;
         Ok((
             Window::whole(buffer),
