@@ -116,7 +116,7 @@ fn time<T: Element>(device: &Device, shape: [usize; 4], convert: fn(f32) -> T) -
         let [q, k, v] = [&q, &k, &v].map(|x| TensorView::from_host(x, &shape));
         let into = TensorViewMut::from_host(&mut out, &shape)?;
         let started = Instant::now();
-        MaskedAttention::new(device).forward_into(q?, k?, v?, AttentionMask::None, into)?;
+        MaskedAttention::new(device).forward_into(q?, k?, v?, AttentionMask::none(), into)?;
         taken = started.elapsed();
     }
     Ok(taken)

@@ -224,8 +224,8 @@ impl MaskedAttention {
         if plan.path == Path::Zero {
             return execute(Op::Zero(out));
         }
-        let rows = mask.rows(&problem, plan.path);
+        let (rows, ranges, bias) = (mask.rows(plan.path), mask.ranges(), mask.bias(&problem));
         let (q, k, v) = (q.input(), k.input(), v.input());
-        execute(Op::Attention(Attention { problem: &problem, plan, q, k, v, out, lse: None, rows }))
+        execute(Op::Attention(Attention { problem: &problem, plan, q, k, v, out, lse: None, rows, ranges, bias }))
     }
 }

@@ -2,36 +2,41 @@
 
 use std::sync::Arc;
 
-use crate::call::op::{DeviceTables, Rows};
+use crate::call::op::{DeviceTables, Input, Rows};
 use crate::call::plan::Path;
-use crate::call::problem::{AttentionProblem, DeviceMetaInfo, MaskInfo};
+use crate::call::problem::{AttentionProblem, DeviceMetaInfo, MaskInfo, TokenInfo};
 use crate::error::{Error, Result};
 use crate::mask::key_mask::KeyMask;
+use crate::mask::key_ranges::KeyRanges;
 use crate::mask::meta::VarlenMeta;
 use crate::tensor::TensorView;
 use crate::tensor::device_meta::DeviceVarlenMeta;
 
-/// Which queries attend to which keys of padded tensors.
+/// Which queries attend to which keys of padded tensors: which tokens count, which of them each query sees, and what is added to
+/// the scores.
+///
+/// ```
+/// use varlen_fa::{AttentionMask, KeyMask, KeyRanges, VarlenMeta};
+///
+/// let mask = KeyMask::from_lengths(128, &[100, 77])?;
+/// let meta = VarlenMeta::from_key_mask(&mask)?;
+/// let causal = KeyRanges::causal([2, 128, 128])?;
+/// let _ = AttentionMask::varlen(&meta).with_ranges(&causal);
+/// # Ok::<(), varlen_fa::Error>(())
+/// ```
 #[derive(Debug, Clone, Copy)]
-#[non_exhaustive]
-pub enum AttentionMask<'a> {
-    /// Every query attends to every key.
-    None,
-    /// Every query attends to the kept keys of its batch row, `[B, Sk]`. Rows of dropped queries are computed like any other,
-    /// as PyTorch's SDPA does. NaN and Inf in dropped keys and values never matter.
+pub struct AttentionMask<'a> {
+    tokens: Tokens<'a>,
+    ranges: Option<&'a KeyRanges>,
+    bias: Option<TensorView<'a>>,
+}
+
+/// Which tokens count.
+#[derive(Debug, Clone, Copy)]
+enum Tokens<'a> {
+    All,
     Key(&'a KeyMask),
-    /// A floating-point tensor that is added to the scaled scores, broadcast over `[B, H, Sq, Sk]`; of the tensors' element
-    /// type or f32. A row whose every entry is −∞ gives zeros. −∞ hides a score, NaN and +∞ included, but not the value: 0 · NaN is
-    /// NaN. Drop keys by a mask where padding may hold anything.
-    Bias(TensorView<'a>),
-    /// The valid queries attend to the valid keys of their batch row; the rows of other queries are exactly zero in the output.
-    /// [`varlen`](Self::varlen) is self-attention, [`varlen_cross`](Self::varlen_cross) cross-attention.
-    Varlen {
-        /// Which queries are valid, `[B, Sq]`.
-        query: Metadata<'a>,
-        /// Which keys are valid, `[B, Sk]`.
-        key: Metadata<'a>,
-    },
+    Varlen { query: Metadata<'a>, key: Metadata<'a> },
 }
 
 /// Metadata of one side of an attention call.
@@ -64,31 +69,83 @@ impl<'a> From<&'a Arc<VarlenMeta>> for Metadata<'a> {
 }
 
 impl<'a> AttentionMask<'a> {
+    /// Every query attends to every key.
+    #[must_use]
+    pub fn none() -> Self {
+        Self { tokens: Tokens::All, ranges: None, bias: None }
+    }
+
+    /// Every query attends to the kept keys of its batch row, `[B, Sk]`. Rows of dropped queries are computed like any other, as
+    /// PyTorch's SDPA does. NaN and Inf in dropped keys and values never matter.
+    #[must_use]
+    pub fn key(mask: &'a KeyMask) -> Self {
+        Self { tokens: Tokens::Key(mask), ..Self::none() }
+    }
+
+    /// A bias and no other mask: see [`with_bias`](Self::with_bias).
+    pub fn bias(bias: impl Into<TensorView<'a>>) -> Self {
+        Self::none().with_bias(bias)
+    }
+
     /// Self-attention among the valid tokens of `[B, S]`; the rows of the others are exactly zero in the output.
     pub fn varlen(meta: impl Into<Metadata<'a>>) -> Self {
         let meta = meta.into();
-        Self::Varlen { query: meta, key: meta }
+        Self::varlen_cross(meta, meta)
     }
 
     /// Cross-attention of the valid queries, `[B, Sq]`, to the valid keys of their batch row, `[B, Sk]`; other rows are exactly
     /// zero in the output. Both are built on the host, or both on the device.
     pub fn varlen_cross(query: impl Into<Metadata<'a>>, key: impl Into<Metadata<'a>>) -> Self {
-        Self::Varlen { query: query.into(), key: key.into() }
+        Self { tokens: Tokens::Varlen { query: query.into(), key: key.into() }, ..Self::none() }
+    }
+
+    /// Each query sees the kept keys of its range alone: causal masks, windows, documents. A query that sees none gives zeros. NaN
+    /// and Inf in keys and values that a query does not see never matter to it.
+    #[must_use]
+    pub fn with_ranges(mut self, ranges: &'a KeyRanges) -> Self {
+        self.ranges = Some(ranges);
+        self
+    }
+
+    /// A floating-point tensor that is added to the scaled scores, broadcast over `[B, H, Sq, Sk]`; of the tensors' element
+    /// type or f32. A row whose every entry is −∞ gives zeros. −∞ hides a score, NaN and +∞ included, but not the value: 0 · NaN is
+    /// NaN. Drop keys by a mask where padding may hold anything.
+    #[must_use]
+    pub fn with_bias(mut self, bias: impl Into<TensorView<'a>>) -> Self {
+        self.bias = Some(bias.into());
+        self
     }
 
     /// The mask as checks, plan and launch take it.
     pub(crate) fn resolve(self) -> Result<ResolvedMask<'a>> {
+        let tokens = self.tokens.resolve()?;
+        let ranges = match tokens {
+            ResolvedTokens::Varlen { query, key } if query.id() == key.id() => query.ranges_within(self.ranges)?,
+            ResolvedTokens::Varlen { query, key } if query.documents().or(key.documents()).is_some() => {
+                return Err(Error::NotApplicable {
+                    argument: "mask",
+                    got: "metadata of documents in cross-attention".to_owned(),
+                    why: "documents are for self-attention; give cross-attention ranges of its own".to_owned(),
+                });
+            }
+            _ => self.ranges.cloned(),
+        };
+        Ok(ResolvedMask { tokens, ranges, bias: self.bias })
+    }
+}
+
+impl<'a> Tokens<'a> {
+    fn resolve(self) -> Result<ResolvedTokens<'a>> {
         let (query, key) = match self {
-            Self::None => return Ok(ResolvedMask::None),
-            Self::Key(mask) => return Ok(ResolvedMask::Key(mask)),
-            Self::Bias(bias) => return Ok(ResolvedMask::Bias(bias)),
+            Self::All => return Ok(ResolvedTokens::All),
+            Self::Key(mask) => return Ok(ResolvedTokens::Key(mask)),
             Self::Varlen { query, key } => (query, key),
         };
         if let (Some(query), Some(key)) = (query.on_host(), key.on_host()) {
-            return Ok(ResolvedMask::Varlen { query, key });
+            return Ok(ResolvedTokens::Varlen { query, key });
         }
         if let (Some(query), Some(key)) = (query.on_device(), key.on_device()) {
-            return Ok(ResolvedMask::DeviceVarlen { query, key });
+            return Ok(ResolvedTokens::DeviceVarlen { query, key });
         }
         Err(Error::NotApplicable {
             argument: "mask",
@@ -123,11 +180,17 @@ pub(crate) struct DeviceSide<'a> {
 }
 
 /// An [`AttentionMask`] whose metadata was looked up.
+#[derive(Debug, Clone)]
+pub(crate) struct ResolvedMask<'a> {
+    tokens: ResolvedTokens<'a>,
+    ranges: Option<KeyRanges>,
+    bias: Option<TensorView<'a>>,
+}
+
 #[derive(Debug, Clone, Copy)]
-pub(crate) enum ResolvedMask<'a> {
-    None,
+enum ResolvedTokens<'a> {
+    All,
     Key(&'a KeyMask),
-    Bias(TensorView<'a>),
     Varlen { query: &'a VarlenMeta, key: &'a VarlenMeta },
     DeviceVarlen { query: DeviceSide<'a>, key: DeviceSide<'a> },
 }
@@ -135,26 +198,37 @@ pub(crate) enum ResolvedMask<'a> {
 impl<'a> ResolvedMask<'a> {
     /// What checks and plan need.
     pub(crate) fn info(&self) -> MaskInfo<'_> {
-        match *self {
-            Self::None => MaskInfo::None,
-            Self::Key(mask) => MaskInfo::Key(mask),
-            Self::Bias(ref bias) => MaskInfo::Bias(bias.info()),
-            Self::Varlen { query, key } => MaskInfo::Varlen { query, key },
-            Self::DeviceVarlen { query, key } => MaskInfo::DeviceVarlen { query: query.info, key: key.info },
-        }
+        let tokens = match self.tokens {
+            ResolvedTokens::All => TokenInfo::All,
+            ResolvedTokens::Key(mask) => TokenInfo::Key(mask),
+            ResolvedTokens::Varlen { query, key } => TokenInfo::Varlen { query, key },
+            ResolvedTokens::DeviceVarlen { query, key } => TokenInfo::DeviceVarlen { query: query.info, key: key.info },
+        };
+        MaskInfo { tokens, ranges: self.ranges.as_ref(), bias: self.bias.as_ref().map(TensorView::info) }
     }
 
     /// The rows of a launch on this path. On the dense path masks do the work of metadata, and masks that keep all are left out.
-    pub(crate) fn rows(self, problem: &AttentionProblem, path: Path) -> Rows<'a> {
-        let (key_mask, zero_rows, bias) = match self {
-            Self::Varlen { query, key } if path != Path::Dense => return Rows::Varlen { query, key },
-            Self::DeviceVarlen { query, key } => return Rows::DeviceVarlen { query: query.tables, key: key.tables },
-            Self::None => (None, None, None),
-            Self::Key(mask) => (Some(mask), None, None),
-            Self::Bias(bias) => (None, None, problem.bias.map(|layout| bias.with_layout(layout).input())),
-            Self::Varlen { query, key } => (Some(key.key_mask()), Some(query.key_mask()), None),
+    pub(crate) fn rows(&self, path: Path) -> Rows<'a> {
+        let (key_mask, zero_rows) = match self.tokens {
+            ResolvedTokens::Varlen { query, key } if path != Path::Dense => return Rows::Varlen { query, key },
+            ResolvedTokens::DeviceVarlen { query, key } => {
+                return Rows::DeviceVarlen { query: query.tables, key: key.tables };
+            }
+            ResolvedTokens::All => (None, None),
+            ResolvedTokens::Key(mask) => (Some(mask), None),
+            ResolvedTokens::Varlen { query, key } => (Some(key.key_mask()), Some(query.key_mask())),
         };
         let unless_full = |mask: &&KeyMask| !mask.is_all_kept();
-        Rows::Dense { key_mask: key_mask.filter(unless_full), bias, zero_rows: zero_rows.filter(unless_full) }
+        Rows::Dense { key_mask: key_mask.filter(unless_full), zero_rows: zero_rows.filter(unless_full) }
+    }
+
+    /// The bias of a launch.
+    pub(crate) fn bias(&self, problem: &AttentionProblem) -> Option<Input<'a>> {
+        Some(self.bias?.with_layout(problem.bias?).input())
+    }
+
+    /// The ranges of a launch.
+    pub(crate) fn ranges(&self) -> Option<&KeyRanges> {
+        self.ranges.as_ref()
     }
 }

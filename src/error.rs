@@ -170,6 +170,16 @@ pub enum Error {
         /// What came.
         got: String,
     },
+    /// Key ranges were made for other queries or keys.
+    #[error("`{argument}`: expected ranges for {expected}, got ranges for {got}")]
+    RangesSize {
+        /// Name of the argument.
+        argument: &'static str,
+        /// Sizes of the call.
+        expected: String,
+        /// Sizes that the ranges were made for.
+        got: String,
+    },
     /// Cumulative sequence lengths do not start at 0, fall, or end elsewhere than the tensors do.
     #[error("`{argument}`: expected {expected}, got {got}")]
     CuSeqlens {

@@ -83,8 +83,12 @@ pub(crate) struct KernelTraits {
     /// them if there is one.
     min_efficient_head_dim: usize,
     padded: PaddedAccess,
-    /// Whether it adds a bias to the scores.
+    /// Whether it adds a bias to the scores of padded tensors, all rows of which it computes.
     has_bias: bool,
+    /// Whether it adds a bias on the fused path too.
+    pub(crate) has_fused_bias: bool,
+    /// Whether it takes a range of keys for each query.
+    has_ranges: bool,
     /// Whether it writes packed output to its padded places itself, and zeros to the others.
     pub(crate) scatters: bool,
     /// Whether a packed call may have one padded side, on which every token is valid.
@@ -104,6 +108,8 @@ const ROWS: KernelTraits = KernelTraits {
     min_efficient_head_dim: 0,
     padded: PaddedAccess::Rows,
     has_bias: true,
+    has_fused_bias: false,
+    has_ranges: false,
     scatters: false,
     mixes_padded_and_packed: false,
 };
@@ -120,8 +126,14 @@ const TILE_LISTS: KernelTraits = KernelTraits {
 
 /// One row a kernel, in the order of the enum.
 const TABLE: &[KernelTraits; 6] = &[
-    KernelTraits { kernel: Kernel::CpuTiled, name: "cpu-tiled", ..ROWS },
-    KernelTraits { kernel: Kernel::WgslPortable, name: "wgsl-portable", backend: BackendKind::Wgpu, ..ROWS },
+    KernelTraits { kernel: Kernel::CpuTiled, name: "cpu-tiled", has_fused_bias: true, has_ranges: true, ..ROWS },
+    KernelTraits {
+        kernel: Kernel::WgslPortable,
+        name: "wgsl-portable",
+        backend: BackendKind::Wgpu,
+        has_ranges: true,
+        ..ROWS
+    },
     KernelTraits {
         kernel: Kernel::WgslCoop,
         name: "wgsl-coop",
@@ -189,6 +201,12 @@ impl Kernel {
     #[must_use]
     pub const fn has_bias(self) -> bool {
         self.traits().has_bias
+    }
+
+    /// Whether it takes a range of keys for each query, [`KeyRanges`](crate::KeyRanges).
+    #[must_use]
+    pub const fn has_ranges(self) -> bool {
+        self.traits().has_ranges
     }
 
     /// Whether it reads padded tensors through tile lists that the host builds. Such a kernel runs neither fused nor dense with

@@ -29,6 +29,7 @@ mod dtype;
 #[cfg(feature = "wgpu")]
 mod encode;
 mod error;
+mod fifo_cache;
 mod host_vec;
 mod kernel;
 mod layout;
@@ -86,6 +87,7 @@ pub use crate::error::{Error, Result};
 pub use crate::kernel::{BackendKind, Kernel};
 pub use crate::layout::Layout;
 pub use crate::mask::key_mask::{KeyMask, MaskDType, MaskInteger, Run};
+pub use crate::mask::key_ranges::{KeyRanges, RangesOf};
 pub use crate::mask::meta::{CuSeqlens, VarlenMeta};
 pub use crate::primitives::{
     PackedAttended, VarlenOptions, pack, pack_into, pack_qkv, pack_qkv_into, scatter_to_padded, scatter_to_padded_into,

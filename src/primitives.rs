@@ -7,6 +7,7 @@ use crate::device::Device;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::kernel::Kernel;
+use crate::mask::key_ranges::KeyRanges;
 use crate::mask::meta::{CuSeqlens, VarlenMeta};
 use crate::tensor::{Tensor, TensorView, TensorViewMut};
 
@@ -172,16 +173,18 @@ pub struct PackedAttended {
 /// Options of [`varlen_attention`].
 #[derive(Debug, Clone, Copy, Default)]
 #[non_exhaustive]
-pub struct VarlenOptions {
+pub struct VarlenOptions<'a> {
     /// The factor on `q·kᵀ`; 1/√D if there is none.
     pub softmax_scale: Option<f32>,
     /// Whether to return the log-sum-exp of every row.
     pub return_lse: bool,
     /// The kernel to run; the device's preferred one if there is none.
     pub kernel: Option<Kernel>,
+    /// Which keys of its sequence each query sees; all if there are none.
+    pub ranges: Option<&'a KeyRanges>,
 }
 
-impl VarlenOptions {
+impl<'a> VarlenOptions<'a> {
     /// With this factor on `q·kᵀ`.
     #[must_use]
     pub fn with_softmax_scale(mut self, softmax_scale: f32) -> Self {
@@ -193,6 +196,13 @@ impl VarlenOptions {
     #[must_use]
     pub fn with_lse(mut self) -> Self {
         self.return_lse = true;
+        self
+    }
+
+    /// With these ranges of keys, made for the same sequences.
+    #[must_use]
+    pub fn with_ranges(mut self, ranges: &'a KeyRanges) -> Self {
+        self.ranges = Some(ranges);
         self
     }
 
@@ -215,7 +225,7 @@ pub fn varlen_attention<'a>(
     [q, k, v]: [impl Into<TensorView<'a>>; 3],
     cu_seqlens_q: &CuSeqlens,
     cu_seqlens_k: &CuSeqlens,
-    options: VarlenOptions,
+    options: VarlenOptions<'_>,
 ) -> Result<PackedAttended> {
     let (q, k, v) = (q.into(), k.into(), v.into());
     let &[total_q, num_heads, _] = q.shape() else {
@@ -241,18 +251,20 @@ pub fn varlen_attention_into<'a, 'o, 'l>(
     [q, k, v]: [impl Into<TensorView<'a>>; 3],
     cu_seqlens_q: &CuSeqlens,
     cu_seqlens_k: &CuSeqlens,
-    options: VarlenOptions,
+    options: VarlenOptions<'_>,
     out: impl Into<TensorViewMut<'o>>,
     lse: Option<impl Into<TensorViewMut<'l>>>,
 ) -> Result<Plan> {
     let (q, k, v, out, lse) = (q.into(), k.into(), v.into(), out.into(), lse.map(Into::into));
+    let ranges = options.ranges;
     let (problem, plan) = {
         let (q, k, v, out) = (q.info(), k.info(), v.info(), out.info());
         let lse = lse.as_ref().map(TensorViewMut::info);
         let views = AttentionViews { q: &q, k: &k, v: &v, out: &out };
         let cu_seqlens = (cu_seqlens_q, cu_seqlens_k);
-        let problem = AttentionProblem::packed(device.info(), &views, lse.as_ref(), cu_seqlens, options.softmax_scale)?;
-        let plan = plan_packed(&problem, device.capabilities(), Forced { path: None, kernel: options.kernel })?;
+        let problem =
+            AttentionProblem::packed(device.info(), &views, lse.as_ref(), cu_seqlens, ranges, options.softmax_scale)?;
+        let plan = plan_packed(&problem, ranges, device.capabilities(), Forced { path: None, kernel: options.kernel })?;
         log::debug!("{} {:?}: {plan}", problem.dtype, problem.shape);
         (problem, plan)
     };
@@ -260,7 +272,7 @@ pub fn varlen_attention_into<'a, 'o, 'l>(
     if out.layout.numel() > 0 {
         let rows = Rows::Packed { query: cu_seqlens_q, key: cu_seqlens_k };
         let (q, k, v) = (q.input(), k.input(), v.input());
-        let attention = Attention { problem: &problem, plan, q, k, v, out, lse, rows };
+        let attention = Attention { problem: &problem, plan, q, k, v, out, lse, rows, ranges, bias: None };
         device.backend()?.execute(Op::Attention(attention))?;
     }
     Ok(plan)

@@ -89,7 +89,7 @@ fn a_wrong_kernel_is_not_used() -> Result<Completion> {
     ensure!(warnings.len() == 1, "a GPU is checked once a process; got {warnings:#?}");
     let error = MaskedAttention::new(&device).with_kernel(Kernel::CudaSm100);
     let x = Tensor::from_slice(&device, &[f16::ONE; 64], &[1, 1, 1, 64])?;
-    let error = error.forward(&x, &x, &x, AttentionMask::None).err();
+    let error = error.forward(&x, &x, &x, AttentionMask::none()).err();
     ensure!(matches!(error, Some(Error::NotApplicable { argument: "kernel", .. })), "a failed kernel: {error:?}");
     for kernel in [Kernel::CudaSm80, Kernel::CudaSm90] {
         let device = Device::with_config(config.with_kernel(Some(kernel)))?;
@@ -128,7 +128,7 @@ fn expect_the_others(device: &Device) -> Result<()> {
     let values: Vec<f16> = (0..shape.iter().product()).map(|at: usize| f16::from_f32((at % 7) as f32)).collect();
     let q = Tensor::from_slice(device, &values, &shape)?;
     let v = Tensor::from_slice(device, &vec![f16::from_f32(0.75); values.len()], &shape)?;
-    let attended = MaskedAttention::new(device).forward(&q, &q, &v, AttentionMask::None)?;
+    let attended = MaskedAttention::new(device).forward(&q, &q, &v, AttentionMask::none())?;
     ensure!(attended.plan.kernel == Kernel::CudaSm90, "got {}", attended.plan);
     // Whatever the weights are, they add up to 1.
     let out = attended.out.to_vec::<f16>()?;

@@ -168,7 +168,7 @@ pub fn run<T: Element + Value>(
     let workload = &problem.workload;
     let mask = KeyMask::from_bool(workload.batch, workload.seq, &workload.mask)?;
     let meta = VarlenMeta::from_key_mask(&mask)?;
-    let (dense, varlen) = (AttentionMask::Key(&mask), AttentionMask::varlen(&meta));
+    let (dense, varlen) = (AttentionMask::key(&mask), AttentionMask::varlen(&meta));
     let mut attention = MaskedAttention::new(device);
     let mut options = VarlenOptions::default();
     if let Some(kernel) = kernel {
@@ -182,8 +182,8 @@ pub fn run<T: Element + Value>(
     let plan = first.attend(&attention, varlen)?;
     let host: [Vec<T>; 3] = [0, 1, 2].map(|index| random_values(index as u64, shapes[index].iter().product()));
     first.write(&host)?;
-    let (dense_comparison, _) = check(&attention, problem, dense, &mut first, &host)?;
-    let (varlen_comparison, out) = check(&attention, problem, varlen, &mut first, &host)?;
+    let (dense_comparison, _) = check(&attention, problem, (dense, Queries::All), &mut first, &host)?;
+    let (varlen_comparison, out) = check(&attention, problem, (varlen, Queries::Valid), &mut first, &host)?;
     let masked_rows = check_masked_rows_zero("varlen", problem.shape(), &out, &workload.mask);
     drop(out);
 
@@ -260,7 +260,7 @@ impl InputSet {
 fn check<T: Element + Value>(
     attention: &MaskedAttention,
     problem: &Problem,
-    mask: AttentionMask<'_>,
+    (mask, queries): (AttentionMask<'_>, Queries),
     set: &mut InputSet,
     host: &[Vec<T>; 3],
 ) -> Result<(Comparison, Vec<T>)> {
@@ -268,7 +268,6 @@ fn check<T: Element + Value>(
     set.out.write(&vec![T::from_f32(f32::NAN); problem.shape().iter().product()])?;
     set.attend(attention, mask)?;
     let out = set.out.to_vec::<T>()?;
-    let queries = if matches!(mask, AttentionMask::Varlen { .. }) { Queries::Valid } else { Queries::All };
     let [q, k, v] = host.each_ref().map(|values| values.par_iter().map(|value| value.to_f32()).collect::<Vec<_>>());
     Ok((compare(problem, [&q, &k, &v], queries, &out, 0)?, out))
 }

@@ -137,7 +137,7 @@ impl ThroughRust {
     }
 
     fn call(&mut self, layer: &MaskedAttention, is_varlen: bool) -> Result<Plan> {
-        let mask = if is_varlen { AttentionMask::varlen(&self.meta) } else { AttentionMask::None };
+        let mask = if is_varlen { AttentionMask::varlen(&self.meta) } else { AttentionMask::none() };
         let x = self.from.view(DType::F16, self.layout);
         Ok(layer.forward_into(x, x, x, mask, self.to.view_mut(DType::F16, self.layout))?)
     }

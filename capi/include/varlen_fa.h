@@ -359,6 +359,8 @@ enum varlen_fa_reason
   // Metadata was given, but its runs are so short that packing takes less time than the fused
   // path.
   VARLEN_FA_REASON_FRAGMENTED = 13,
+  // Key ranges were given, and no mask of tokens.
+  VARLEN_FA_REASON_KEY_RANGES = 14,
   // One that this header does not list; the text names it.
   VARLEN_FA_REASON_UNLISTED = 255,
 };
@@ -383,6 +385,10 @@ typedef struct varlen_fa_device_meta varlen_fa_device_meta;
 
 // Which tokens of a [B, S] batch are kept.
 typedef struct varlen_fa_key_mask varlen_fa_key_mask;
+
+// Which keys each query sees: a causal mask, a window, or any range of keys for each query. Create
+// it once per request for all layers and steps: it keeps a copy on each device that used it.
+typedef struct varlen_fa_key_ranges varlen_fa_key_ranges;
 
 // Which tokens of a [B, S] batch are valid, as attention needs it. Create it once per request for
 // all layers and steps: it keeps a copy on each device that used it.
@@ -432,6 +438,32 @@ typedef struct varlen_fa_meta_info {
   uint64_t reserved[4];
 } varlen_fa_meta_info;
 
+// What key ranges are made for: padded tensors by their sizes, or packed rows by their sequences.
+// Start from zeros, as with a tensor.
+typedef struct varlen_fa_ranges_of {
+  // B, for padded tensors. Ranges count positions of the padded keys.
+  uint64_t batch;
+  // Sq, for padded tensors.
+  uint64_t seq_q;
+  // Sk, for padded tensors.
+  uint64_t seq_k;
+  // Sequences of the queries, for packed rows; NULL for padded tensors. Ranges count keys from
+  // the first one of the sequence.
+  const struct varlen_fa_cu_seqlens *cu_seqlens_q;
+  // Sequences of the keys, for packed rows; NULL for padded tensors.
+  const struct varlen_fa_cu_seqlens *cu_seqlens_k;
+  // 0.
+  uint64_t reserved[4];
+} varlen_fa_ranges_of;
+
+// A range of keys: `first` <= key < `end`.
+typedef struct varlen_fa_key_range {
+  // First key.
+  uint64_t first;
+  // One past the last key.
+  uint64_t end;
+} varlen_fa_key_range;
+
 // A [B, S] mask in external memory. Start from zeros, as with a tensor.
 typedef struct varlen_fa_mask_view {
   // The first element. May be NULL if the mask has no elements.
@@ -460,8 +492,11 @@ typedef struct varlen_fa_attention_options {
   varlen_fa_path path;
   // Forces a kernel, for tests and comparisons.
   varlen_fa_kernel kernel;
+  // For varlen_fa_varlen_attention: made for its sequences, each query sees the keys of its range.
+  // NULL for none, and for other calls, whose mask has ranges.
+  const struct varlen_fa_key_ranges *ranges;
   // 0.
-  uint64_t reserved[4];
+  uint64_t reserved[3];
 } varlen_fa_attention_options;
 
 // A tensor in external memory.
@@ -495,7 +530,7 @@ typedef struct varlen_fa_tensor {
 } varlen_fa_tensor;
 
 // Which queries attend to which keys. All zeros, or a NULL struct, means no mask. Pointers that
-// `kind` does not use must be NULL.
+// `kind` does not use must be NULL; `bias` and `ranges` go with every kind.
 typedef struct varlen_fa_attention_mask {
   // Which of the fields below are used.
   varlen_fa_mask_kind kind;
@@ -503,8 +538,8 @@ typedef struct varlen_fa_attention_mask {
   uint32_t reserved_word;
   // [B, Sk], for KEY.
   const struct varlen_fa_key_mask *key_mask;
-  // 1 to 4 dimensions that broadcast to [B, H, Sq, Sk], in the tensors' element type or f32, for
-  // BIAS.
+  // Added to the scaled scores: 1 to 4 dimensions that broadcast to [B, H, Sq, Sk], in the
+  // tensors' element type or f32. NULL for none; not NULL for BIAS.
   const struct varlen_fa_tensor *bias;
   // [B, S] for VARLEN, [B, Sq] for VARLEN_CROSS.
   const struct varlen_fa_meta *query_meta;
@@ -514,8 +549,10 @@ typedef struct varlen_fa_attention_mask {
   const struct varlen_fa_device_meta *query_device_meta;
   // [B, Sk], for DEVICE_VARLEN_CROSS.
   const struct varlen_fa_device_meta *key_device_meta;
+  // Made for [B, Sq, Sk]: each query sees the keys of its range that count. NULL for none.
+  const struct varlen_fa_key_ranges *ranges;
   // 0.
-  uint64_t reserved[4];
+  uint64_t reserved[3];
 } varlen_fa_attention_mask;
 
 // What was decided for a call.
@@ -632,6 +669,16 @@ varlen_fa_status varlen_fa_key_mask_free(struct varlen_fa_key_mask *key_mask);
 // `meta`: receives the handle, to be given to varlen_fa_meta_free.
 varlen_fa_status varlen_fa_meta_create(const struct varlen_fa_key_mask *key_mask, struct varlen_fa_meta **meta);
 
+// Creates the metadata of several documents in each row, for self-attention: tokens with the same
+// number see one another and nothing else; tokens numbered 0 are masked.
+//
+// `document_ids`: [B, S] numbers in host memory, row-major; the tokens of a document lie together.
+// `meta`: receives the handle, to be given to varlen_fa_meta_free.
+varlen_fa_status varlen_fa_meta_from_document_ids(const uint32_t *document_ids,
+                                                  uint64_t batch,
+                                                  uint64_t seq,
+                                                  struct varlen_fa_meta **meta);
+
 // The sizes of the batch that metadata describes.
 varlen_fa_status varlen_fa_meta_describe(const struct varlen_fa_meta *meta, struct varlen_fa_meta_info *info);
 
@@ -680,6 +727,45 @@ varlen_fa_status varlen_fa_cu_seqlens_from_meta(const struct varlen_fa_meta *met
 
 // Frees cumulative sequence lengths; NULL is ignored.
 varlen_fa_status varlen_fa_cu_seqlens_free(struct varlen_fa_cu_seqlens *cu_seqlens);
+
+// Creates ranges of a window: query i sees `left` keys before its own place and `right` keys after
+// it. -1 is no limit on that side, so left = -1 and right = 0 is a causal mask. Where queries and
+// keys differ in number, the place of query i is i + Sk - Sq.
+//
+// `ranges`: receives the handle, to be given to varlen_fa_key_ranges_free.
+varlen_fa_status varlen_fa_key_ranges_window(const struct varlen_fa_ranges_of *of,
+                                             int64_t left,
+                                             int64_t right,
+                                             struct varlen_fa_key_ranges **ranges);
+
+// Creates ranges of a prefix: every query sees the first `count` keys, and the others up to its own
+// place.
+//
+// `ranges`: receives the handle, to be given to varlen_fa_key_ranges_free.
+varlen_fa_status varlen_fa_key_ranges_prefix(const struct varlen_fa_ranges_of *of,
+                                             uint64_t count,
+                                             struct varlen_fa_key_ranges **ranges);
+
+// Creates ranges of the caller's own.
+//
+// `values`: a range for each query in host memory, [B, Sq] of them for padded tensors and [total_q]
+// for packed rows.
+// `count`: their number.
+// `ranges`: receives the handle, to be given to varlen_fa_key_ranges_free.
+varlen_fa_status varlen_fa_key_ranges_from_values(const struct varlen_fa_ranges_of *of,
+                                                  const struct varlen_fa_key_range *values,
+                                                  uint64_t count,
+                                                  struct varlen_fa_key_ranges **ranges);
+
+// Creates the ranges that both allow. They must be made for the same sizes.
+//
+// `ranges`: receives the handle, to be given to varlen_fa_key_ranges_free.
+varlen_fa_status varlen_fa_key_ranges_intersect(const struct varlen_fa_key_ranges *one,
+                                                const struct varlen_fa_key_ranges *other,
+                                                struct varlen_fa_key_ranges **ranges);
+
+// Frees ranges; NULL is ignored.
+varlen_fa_status varlen_fa_key_ranges_free(struct varlen_fa_key_ranges *ranges);
 
 // Allocates device memory for the metadata of [batch, seq] masks. No token is valid until
 // varlen_fa_device_meta_rebuild. CUDA devices and the CPU device support it.

@@ -1,11 +1,14 @@
 //! The layer.
 
-use varlen::{Device, Kernel, MaskedAttention, Path, Plan};
+use std::sync::Arc;
+
+use varlen::{Device, Kernel, KeyRanges, MaskedAttention, Path, Plan};
 
 use crate::arguments::{Name, Place, choose, expect_zeros, read_optional, text};
 use crate::attention_mask::Mask;
 use crate::failure::{Failure, Result, guard};
 use crate::handles;
+use crate::key_ranges;
 use crate::names::value_of;
 use crate::tensors::{Described, Input, Output, expect_apart, finish};
 use crate::types::{
@@ -53,6 +56,10 @@ pub unsafe extern "C" fn varlen_fa_forward(
         let mask = unsafe { Mask::read(&device, mask, Some(&out)) }?;
         let [q, k, v] = [Input::new(&device, &q)?, Input::new(&device, &k)?, Input::new(&device, &v)?];
         let mut output = Output::new(&device, &out)?;
+        if options.ranges.is_some() {
+            let expected = "NULL: the mask has ranges";
+            return Err(Failure::argument(varlen_fa_status::BadValue, "options.ranges", expected, "a handle"));
+        }
         let layer = options.layer(&device);
         let out = output.view_mut()?;
         let taken = mask.with(|mask| layer.forward_into(q.view(), k.view(), v.view(), mask, out))?;
@@ -68,6 +75,7 @@ pub(crate) struct Options {
     pub softmax_scale: Option<f32>,
     pub path: Option<Path>,
     pub kernel: Option<Kernel>,
+    pub ranges: Option<Arc<KeyRanges>>,
 }
 
 impl Options {
@@ -90,7 +98,8 @@ impl Options {
         };
         let path = choose(name.field("path"), options.path)?.meaning;
         let kernel = choose(name.field("kernel"), options.kernel)?.meaning;
-        Ok(Self { softmax_scale, path, kernel })
+        let ranges = key_ranges::optional(name.field("ranges"), options.ranges)?;
+        Ok(Self { softmax_scale, path, kernel, ranges })
     }
 
     pub fn layer(&self, device: &Device) -> MaskedAttention {

@@ -2,12 +2,13 @@
 
 use std::sync::{Arc, RwLockReadGuard};
 
-use varlen::{AttentionMask, Device, DeviceVarlenMeta, KeyMask, Metadata, VarlenMeta};
+use varlen::{AttentionMask, Device, DeviceVarlenMeta, KeyMask, KeyRanges, Metadata, VarlenMeta};
 
 use crate::arguments::{Name, choose, expect_zeros, read_optional};
 use crate::device_meta::DeviceMeta;
 use crate::failure::{Failure, Result};
 use crate::handles;
+use crate::key_ranges;
 use crate::tensors::{Described, Input, expect_apart};
 use crate::types::{
     varlen_fa_attention_mask, varlen_fa_device_meta, varlen_fa_mask_kind, varlen_fa_meta, varlen_fa_status,
@@ -15,10 +16,17 @@ use crate::types::{
 
 /// A checked mask. It keeps the objects of its handles alive during the call.
 #[derive(Debug)]
-pub(crate) enum Mask<'a> {
-    None,
+pub(crate) struct Mask<'a> {
+    tokens: Tokens,
+    ranges: Option<Arc<KeyRanges>>,
+    bias: Option<Input<'a>>,
+}
+
+/// Which tokens count.
+#[derive(Debug)]
+enum Tokens {
+    All,
     Key(Arc<KeyMask>),
-    Bias(Input<'a>),
     /// No `key` is self-attention.
     Varlen {
         query: Meta,
@@ -38,18 +46,50 @@ impl<'a> Mask<'a> {
         out: Option<&Described<'_>>,
     ) -> Result<Self> {
         // SAFETY: by this function's contract.
-        let Some(mask) = unsafe { read_optional(Name::of("mask"), mask) }? else { return Ok(Self::None) };
-        match checked_kind(&mask)? {
-            varlen_fa_mask_kind::None => Ok(Self::None),
-            varlen_fa_mask_kind::Key => Ok(Self::Key(handles::get(Name::of("mask.key_mask"), mask.key_mask)?)),
-            varlen_fa_mask_kind::Bias => {
-                // SAFETY: by this function's contract.
-                let bias = unsafe { Described::new("bias", mask.bias) }?;
-                if let Some(out) = out {
-                    expect_apart(&[out], &[&bias])?;
-                }
-                Ok(Self::Bias(Input::of_any_strides(device, &bias)?))
+        let Some(mask) = unsafe { read_optional(Name::of("mask"), mask) }? else {
+            return Ok(Self { tokens: Tokens::All, ranges: None, bias: None });
+        };
+        let kind = checked_kind(&mask)?;
+        let mut bias = None;
+        if kind == varlen_fa_mask_kind::Bias || !mask.bias.is_null() {
+            // SAFETY: by this function's contract.
+            let described = unsafe { Described::new("bias", mask.bias) }?;
+            if let Some(out) = out {
+                expect_apart(&[out], &[&described])?;
             }
+            bias = Some(Input::of_any_strides(device, &described)?);
+        }
+        let ranges = key_ranges::optional(Name::of("mask.ranges"), mask.ranges)?;
+        Ok(Self { tokens: Tokens::read(kind, &mask)?, ranges, bias })
+    }
+
+    /// Calls `attend` with the mask. Device metadata is locked meanwhile, so that no thread
+    /// rebuilds it.
+    pub fn with<R>(&self, attend: impl FnOnce(AttentionMask<'_>) -> R) -> R {
+        self.tokens.with(|tokens| attend(joined(tokens, self.ranges.as_deref(), self.bias.as_ref())))
+    }
+}
+
+/// A mask of tokens with ranges and a bias.
+fn joined<'m>(
+    mut mask: AttentionMask<'m>,
+    ranges: Option<&'m KeyRanges>,
+    bias: Option<&'m Input<'_>>,
+) -> AttentionMask<'m> {
+    if let Some(ranges) = ranges {
+        mask = mask.with_ranges(ranges);
+    }
+    if let Some(bias) = bias {
+        mask = mask.with_bias(bias.view());
+    }
+    mask
+}
+
+impl Tokens {
+    fn read(kind: varlen_fa_mask_kind, mask: &varlen_fa_attention_mask) -> Result<Self> {
+        match kind {
+            varlen_fa_mask_kind::None | varlen_fa_mask_kind::Bias => Ok(Self::All),
+            varlen_fa_mask_kind::Key => Ok(Self::Key(handles::get(Name::of("mask.key_mask"), mask.key_mask)?)),
             varlen_fa_mask_kind::Varlen => {
                 Ok(Self::Varlen { query: Meta::host("mask.query_meta", mask.query_meta)?, key: None })
             }
@@ -67,13 +107,10 @@ impl<'a> Mask<'a> {
         }
     }
 
-    /// Calls `attend` with the mask. Device metadata is locked meanwhile, so that no thread
-    /// rebuilds it.
-    pub fn with<R>(&self, attend: impl FnOnce(AttentionMask<'_>) -> R) -> R {
+    fn with<R>(&self, attend: impl FnOnce(AttentionMask<'_>) -> R) -> R {
         match self {
-            Self::None => attend(AttentionMask::None),
-            Self::Key(key_mask) => attend(AttentionMask::Key(key_mask)),
-            Self::Bias(bias) => attend(AttentionMask::Bias(bias.view())),
+            Self::All => attend(AttentionMask::none()),
+            Self::Key(key_mask) => attend(AttentionMask::key(key_mask)),
             Self::Varlen { query, key } => {
                 let query_lock = query.lock();
                 // Metadata that is both is locked once: a thread that waits to rebuild it would
@@ -138,10 +175,9 @@ fn checked_kind(mask: &varlen_fa_attention_mask) -> Result<varlen_fa_mask_kind> 
     let kind = choose(name.field("kind"), mask.kind)?;
     expect_zeros(name.field("reserved_word"), &[u64::from(mask.reserved_word)])?;
     expect_zeros(name.field("reserved"), &mask.reserved)?;
-    use varlen_fa_mask_kind::{Bias, DeviceVarlen, DeviceVarlenCross, Key, Varlen, VarlenCross};
+    use varlen_fa_mask_kind::{DeviceVarlen, DeviceVarlenCross, Key, Varlen, VarlenCross};
     for (field, is_null, kinds) in [
         ("key_mask", mask.key_mask.is_null(), &[Key][..]),
-        ("bias", mask.bias.is_null(), &[Bias]),
         ("query_meta", mask.query_meta.is_null(), &[Varlen, VarlenCross]),
         ("key_meta", mask.key_meta.is_null(), &[VarlenCross]),
         ("query_device_meta", mask.query_device_meta.is_null(), &[DeviceVarlen, DeviceVarlenCross]),

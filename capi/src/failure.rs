@@ -60,7 +60,7 @@ fn status_of(error: &Error) -> varlen_fa_status {
         Error::Overlap { .. } => Status::Overlap,
         Error::SelfOverlap { .. } => Status::SelfOverlap,
         Error::Length { .. } => Status::Length,
-        Error::MaskSize { .. } => Status::MaskSize,
+        Error::MaskSize { .. } | Error::RangesSize { .. } => Status::MaskSize,
         Error::MaskRow { .. } => Status::MaskRow,
         Error::CuSeqlens { .. } => Status::CuSeqlens,
         Error::SoftmaxScale { .. } => Status::SoftmaxScale,

@@ -13,7 +13,7 @@ use crate::types::varlen_fa_status;
 
 /// The low bits of a handle are its kind; the rest counts up, so that no number is issued twice.
 const KIND_BITS: u32 = 4;
-const KINDS: [&str; 6] = ["", "device", "key mask", "metadata", "cu_seqlens", "device metadata"];
+const KINDS: [&str; 7] = ["", "device", "key mask", "metadata", "cu_seqlens", "device metadata", "key ranges"];
 
 static NEXT: AtomicUsize = AtomicUsize::new(1);
 
@@ -69,6 +69,7 @@ mod forks {
         hold::<varlen_fa_meta>,
         hold::<varlen_fa_cu_seqlens>,
         hold::<varlen_fa_device_meta>,
+        hold::<varlen_fa_key_ranges>,
     ];
 
     thread_local! {

@@ -18,6 +18,8 @@ mod device;
 
 mod masks;
 
+mod key_ranges;
+
 mod device_meta;
 
 mod attention;

@@ -152,6 +152,30 @@ pub unsafe extern "C" fn varlen_fa_meta_create(
     })
 }
 
+/// Creates the metadata of several documents in each row, for self-attention: tokens with the same
+/// number see one another and nothing else; tokens numbered 0 are masked.
+///
+/// `document_ids`: [B, S] numbers in host memory, row-major; the tokens of a document lie together.
+/// `meta`: receives the handle, to be given to varlen_fa_meta_free.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn varlen_fa_meta_from_document_ids(
+    document_ids: *const u32,
+    batch: u64,
+    seq: u64,
+    meta: *mut *mut varlen_fa_meta,
+) -> varlen_fa_status {
+    guard(|| {
+        // SAFETY: the caller obeys the header's rules for pointers.
+        let place = unsafe { Place::new(Name::of("meta"), meta) }?;
+        let count = batch.saturating_mul(seq);
+        // SAFETY: by the header, `batch * seq` numbers that nobody writes.
+        let ids = unsafe { slice(Name::of("document_ids"), document_ids, count) }?;
+        let made = VarlenMeta::from_document_ids(size(Name::of("batch"), batch)?, size(Name::of("seq"), seq)?, ids)?;
+        place.put(handles::issue(made));
+        Ok(())
+    })
+}
+
 /// The sizes of the batch that metadata describes.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn varlen_fa_meta_describe(

@@ -129,7 +129,8 @@ table!(varlen_fa_reason: Reason {
     PathForced: c"path-forced",
     AlreadyPacked: c"already-packed",
     MetadataOnDevice: c"metadata-on-device",
-    Fragmented: c"fragmented"
+    Fragmented: c"fragmented",
+    KeyRanges: c"key-ranges"
 });
 table!(varlen_fa_status {
     Ok: c"OK",

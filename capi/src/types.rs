@@ -206,6 +206,8 @@ pub enum varlen_fa_reason {
     /// Metadata was given, but its runs are so short that packing takes less time than the fused
     /// path.
     Fragmented = 13,
+    /// Key ranges were given, and no mask of tokens.
+    KeyRanges = 14,
     /// One that this header does not list; the text names it.
     Unlisted = 255,
 }
@@ -259,6 +261,12 @@ pub struct varlen_fa_device_meta {
 /// Cumulative sequence lengths of packed rows: sequence b is rows cu_seqlens[b] to cu_seqlens[b +
 /// 1].
 pub struct varlen_fa_cu_seqlens {
+    _private: (),
+}
+
+/// Which keys each query sees: a causal mask, a window, or any range of keys for each query. Create
+/// it once per request for all layers and steps: it keeps a copy on each device that used it.
+pub struct varlen_fa_key_ranges {
     _private: (),
 }
 
@@ -326,8 +334,38 @@ pub struct varlen_fa_run {
     pub end: u64,
 }
 
+/// A range of keys: `first` <= key < `end`.
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+pub struct varlen_fa_key_range {
+    /// First key.
+    pub first: u64,
+    /// One past the last key.
+    pub end: u64,
+}
+
+/// What key ranges are made for: padded tensors by their sizes, or packed rows by their sequences.
+/// Start from zeros, as with a tensor.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct varlen_fa_ranges_of {
+    /// B, for padded tensors. Ranges count positions of the padded keys.
+    pub batch: u64,
+    /// Sq, for padded tensors.
+    pub seq_q: u64,
+    /// Sk, for padded tensors.
+    pub seq_k: u64,
+    /// Sequences of the queries, for packed rows; NULL for padded tensors. Ranges count keys from
+    /// the first one of the sequence.
+    pub cu_seqlens_q: *const varlen_fa_cu_seqlens,
+    /// Sequences of the keys, for packed rows; NULL for padded tensors.
+    pub cu_seqlens_k: *const varlen_fa_cu_seqlens,
+    /// 0.
+    pub reserved: [u64; 4],
+}
+
 /// Which queries attend to which keys. All zeros, or a NULL struct, means no mask. Pointers that
-/// `kind` does not use must be NULL.
+/// `kind` does not use must be NULL; `bias` and `ranges` go with every kind.
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct varlen_fa_attention_mask {
@@ -337,8 +375,8 @@ pub struct varlen_fa_attention_mask {
     pub reserved_word: u32,
     /// [B, Sk], for KEY.
     pub key_mask: *const varlen_fa_key_mask,
-    /// 1 to 4 dimensions that broadcast to [B, H, Sq, Sk], in the tensors' element type or f32, for
-    /// BIAS.
+    /// Added to the scaled scores: 1 to 4 dimensions that broadcast to [B, H, Sq, Sk], in the
+    /// tensors' element type or f32. NULL for none; not NULL for BIAS.
     pub bias: *const varlen_fa_tensor,
     /// [B, S] for VARLEN, [B, Sq] for VARLEN_CROSS.
     pub query_meta: *const varlen_fa_meta,
@@ -348,8 +386,10 @@ pub struct varlen_fa_attention_mask {
     pub query_device_meta: *const varlen_fa_device_meta,
     /// [B, Sk], for DEVICE_VARLEN_CROSS.
     pub key_device_meta: *const varlen_fa_device_meta,
+    /// Made for [B, Sq, Sk]: each query sees the keys of its range that count. NULL for none.
+    pub ranges: *const varlen_fa_key_ranges,
     /// 0.
-    pub reserved: [u64; 4],
+    pub reserved: [u64; 3],
 }
 
 /// Options of an attention call. All zeros, or a NULL struct, means the defaults.
@@ -364,8 +404,11 @@ pub struct varlen_fa_attention_options {
     pub path: MaybeUninit<varlen_fa_path>,
     /// Forces a kernel, for tests and comparisons.
     pub kernel: MaybeUninit<varlen_fa_kernel>,
+    /// For varlen_fa_varlen_attention: made for its sequences, each query sees the keys of its range.
+    /// NULL for none, and for other calls, whose mask has ranges.
+    pub ranges: *const varlen_fa_key_ranges,
     /// 0.
-    pub reserved: [u64; 4],
+    pub reserved: [u64; 3],
 }
 
 /// What was decided for a call.

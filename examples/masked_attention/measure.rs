@@ -63,7 +63,7 @@ pub fn run<T: Element + Value>(device: &Device, problem: &Problem, steps: usize)
     // The first calls come before the layer: what does not fit is refused before anything takes long.
     let mut qkv = Tensor::zeros(device, T::DTYPE, &fused_shape(problem))?;
     let mut varlen = Caller::new(device, problem, &qkv, AttentionMask::varlen(&meta), Queries::Valid)?;
-    let mut dense = Caller::new(device, problem, &qkv, AttentionMask::Key(&mask), Queries::All)?;
+    let mut dense = Caller::new(device, problem, &qkv, AttentionMask::key(&mask), Queries::All)?;
     let mut layer = Layer::random(problem)?;
     progress.end();
 

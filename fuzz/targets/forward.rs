@@ -125,10 +125,10 @@ fn run<T: Element>(input: &Input, precision: Precision, narrow: fn(f32) -> T, wi
     let meta = |keep, seq| VarlenMeta::from_key_mask(&key_mask(keep, seq)).expect("metadata of a sound mask");
     let (key, query_meta, key_meta);
     let mask = match input.mask {
-        Mask::None => AttentionMask::None,
+        Mask::None => AttentionMask::none(),
         Mask::Key(_) => {
             key = key_mask(&key_keep, seq_k);
-            AttentionMask::Key(&key)
+            AttentionMask::key(&key)
         }
         Mask::Varlen(_) => {
             key_meta = meta(&key_keep, seq_k);

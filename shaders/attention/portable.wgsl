@@ -146,6 +146,17 @@ fn write_word(tile: Tile, row: u32, word: u32, value: vec4<u32>) {
     }
 }
 
+// By its bits: a shader compiler may assume that there is no NaN and no infinity.
+fn all_finite(values: vec4<f32>) -> bool {
+    let exponents = bitcast<vec4<u32>>(values) & vec4<u32>(0x7f800000u);
+    return all(exponents != vec4<u32>(0x7f800000u));
+}
+
+// Values that do not matter where their weight is 0, whatever they are.
+fn unless_weightless(weight: f32, values: vec4<f32>) -> vec4<f32> {
+    return select(values, vec4<f32>(0.0), weight == 0.0);
+}
+
 fn dot_onto(sum: f32, a: vec4<f32>, b: vec4<f32>) -> f32 {
     return sum + a.x * b.x + a.y * b.y + a.z * b.z + a.w * b.w;
 }
@@ -193,6 +204,7 @@ fn attention(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_
     }
     while first_key < tile.keys.end {
         let kept = kept_in(tile, first_key);
+        let all_see = seen_by_all(tile, first_key);
         locate_values(tile, first_key, invocation, &fetched);
 
         // S = Q·Kᵀ
@@ -239,11 +251,12 @@ fn attention(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_
         for (var quad = 0u; quad < ROW_QUADS; quad++) { // unroll
             for (var i = 0u; i < QUAD; i++) { // unroll
                 let m = quad * 4u + i;
+                let seen = seen_by(tile, row_group + m * GROUPS);
                 row_kept[m] = lane_kept;
                 for (var n = 0u; n < QUAD; n++) { // unroll
                     let key = first_key + lane * 4u + n;
                     let score = biased(tile, row_group + m * GROUPS, key, scores[m][n] * params.score_scale);
-                    row_kept[m][n] = lane_kept[n] && score.kept;
+                    row_kept[m][n] = lane_kept[n] && score.kept && (all_see || (key >= seen.first && key < seen.end));
                     scores[m][n] = score.score;
                 }
                 scores[m] = select(vec4<f32>(LOWEST), scores[m], row_kept[m]);
@@ -320,10 +333,30 @@ fn attention(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_
                         v2[i] = keys[v_at + 2u * VALUE_COLUMNS];
                         v3[i] = keys[v_at + 3u * VALUE_COLUMNS];
                     }
-                    for (var m = 0u; m < ROWS; m++) { // unroll
-                        let p = rows[p_at + m * GROUPS * QUADS];
-                        for (var i = 0u; i < VECS; i++) { // unroll
-                            acc[m][block][i] = acc[m][block][i] + p.x * v0[i] + p.y * v1[i] + p.z * v2[i] + p.w * v3[i];
+                    var sums = vec4<f32>(0.0);
+                    for (var i = 0u; i < VECS; i++) { // unroll
+                        sums += v0[i] + v1[i] + v2[i] + v3[i];
+                    }
+                    // A weight of 0 does not keep NaN and infinities from queries that do not see
+                    // the key.
+                    if !all_see && !all_finite(sums) {
+                        for (var m = 0u; m < ROWS; m++) { // unroll
+                            let p = rows[p_at + m * GROUPS * QUADS];
+                            for (var i = 0u; i < VECS; i++) { // unroll
+                                // The sum of the other branch, so that it is rounded in the same places.
+                                let u0 = unless_weightless(p.x, v0[i]);
+                                let u1 = unless_weightless(p.y, v1[i]);
+                                let u2 = unless_weightless(p.z, v2[i]);
+                                let u3 = unless_weightless(p.w, v3[i]);
+                                acc[m][block][i] = acc[m][block][i] + p.x * u0 + p.y * u1 + p.z * u2 + p.w * u3;
+                            }
+                        }
+                    } else {
+                        for (var m = 0u; m < ROWS; m++) { // unroll
+                            let p = rows[p_at + m * GROUPS * QUADS];
+                            for (var i = 0u; i < VECS; i++) { // unroll
+                                acc[m][block][i] = acc[m][block][i] + p.x * v0[i] + p.y * v1[i] + p.z * v2[i] + p.w * v3[i];
+                            }
                         }
                     }
                 }

@@ -21,7 +21,9 @@ fn locate(workgroup: vec3<u32>) -> Tile {
     tile.batch = entry.z - params.batch_base;
     tile.first_row = entry.x;
     tile.rows = entry.y;
-    tile.keys = key_range(tile, select(key_tokens[key_list(tile)], 0u, entry.w == 1u));
+    tile.ranges_at = entry.z * params.ranges_stride + entry.x;
+    tile.union_at = of_list.at;
+    find_keys(&tile, select(key_tokens[key_list(tile)], 0u, entry.w == 1u));
     tile.head = group.z;
     let kv_head = group.z / params.group_size;
     tile.q = params.q_offset + tile.batch * params.q_stride_b + group.z * params.q_stride_h;

@@ -9,20 +9,14 @@
 //                  step      passed    key mask  last step
 //                            over
 //
-// A bound that differs from query to query has two sides. The tile needs the union of its
-// queries' ranges, which is what `key_range` gives. A query drops the other keys of that union
-// one by one, as it drops those with a bias of -inf: `Biased.kept`, which kernels ask for each
-// query and key.
+// A range that differs from query to query has two sides (ranges.wgsl). The tile needs the union
+// of its queries' ranges: `find_keys`, which makes `tile.keys.first` a multiple of TILE_KEYS. A
+// query drops the other keys of that union one by one: those outside of `seen_by`, as those with a
+// bias of -inf. No query drops any in a step that is `seen_by_all`.
 
 // The bits when all keys of a step are kept.
 const ALL_LOW: u32 = 0xffffffffu >> (32u - min(TILE_KEYS, 32u));
 const ALL_HIGH: u32 = select(0u, 0xffffffffu, TILE_KEYS > 32u);
-
-// The keys that some query of the tile needs, of `count` keys of its batch row or sequence. `first`
-// is a multiple of TILE_KEYS. Every query needs every key.
-fn key_range(tile: Tile, count: u32) -> KeyRange {
-    return KeyRange(0u, count);
-}
 
 // Which of 32 keys are needed, the first in the lowest bit. `first_key` is a multiple of 32.
 fn kept_keys(tile: Tile, first_key: u32) -> u32 {

@@ -13,7 +13,9 @@ fn locate(workgroup: vec3<u32>) -> Tile {
     tile.exists = of_list.exists;
     tile.first_row = entry.x;
     tile.rows = entry.y;
-    tile.keys = key_range(tile, cu_seqlens_k[entry.z + 1u] - first_key);
+    tile.ranges_at = entry.x;
+    tile.union_at = of_list.at;
+    find_keys(&tile, cu_seqlens_k[entry.z + 1u] - first_key);
     tile.head = group.z;
     let kv_head = group.z / params.group_size;
     let row = entry.x - params.q_row_base;

@@ -11,7 +11,7 @@ const LOG2_E: f32 = 1.4426950408889634;
 const LN_2: f32 = 0.6931471805599453;
 // Masked scores are this, below any score. The lowest biases come close to it.
 const LOWEST: f32 = -3.4028234e38;
-// With a bias, lower scores of kept keys are this.
+// With a bias or ranges, lower scores of kept keys are this.
 const OVERFLOWED: f32 = -3.4028e38;
 
 // Keys first .. end - 1. An empty range has end == first.
@@ -28,8 +28,13 @@ struct Tile {
     // Position of the first row among the queries, for masks, bias, lse and lists.
     first_row: u32,
     rows: u32,
+    // Where the ranges of its queries lie, and which tile it is; see ranges.wgsl.
+    ranges_at: u32,
+    union_at: u32,
     // The keys that the tile needs.
     keys: KeyRange,
+    // The keys that all of its queries see, where they see different ones.
+    shared_keys: KeyRange,
     q: u32,
     k: u32,
     v: u32,

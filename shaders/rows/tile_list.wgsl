@@ -4,11 +4,14 @@
 struct Listed {
     // Whether the list is as long as that. The last tile stands in for those past its end.
     exists: bool,
+    // The tile's place in the list.
+    at: u32,
     // What it means is up to the file that lists tiles.
     entry: vec4<u32>,
 }
 
 fn listed(group: vec3<u32>) -> Listed {
     let at = params.first_tile + group.x + group.y * params.grid_width;
-    return Listed(at < params.end_tile, tiles[min(at, params.end_tile - 1u)]);
+    let place = min(at, params.end_tile - 1u);
+    return Listed(at < params.end_tile, place, tiles[place]);
 }

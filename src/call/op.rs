@@ -20,6 +20,7 @@ use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::layout::Layout;
 use crate::mask::key_mask::KeyMask;
+use crate::mask::key_ranges::KeyRanges;
 use crate::mask::meta::{CuSeqlens, VarlenMeta};
 use crate::process::OfProcess;
 
@@ -171,7 +172,7 @@ pub(crate) struct Output<'a> {
 #[derive(Debug)]
 pub(crate) enum Rows<'a> {
     /// Padded tensors, every query row computed. Rows that `zero_rows` does not keep are written as zeros instead.
-    Dense { key_mask: Option<&'a KeyMask>, bias: Option<Input<'a>>, zero_rows: Option<&'a KeyMask> },
+    Dense { key_mask: Option<&'a KeyMask>, zero_rows: Option<&'a KeyMask> },
     /// Padded tensors of which only the valid tokens count; rows of masked queries are written as zeros. `plan.path` says
     /// whether to work in place or to pack.
     Varlen { query: &'a VarlenMeta, key: &'a VarlenMeta },
@@ -220,6 +221,10 @@ pub(crate) struct Attention<'a> {
     /// `[H, total_q]` f32, natural logarithm; only with [`Rows::Packed`].
     pub lse: Option<Output<'a>>,
     pub rows: Rows<'a>,
+    /// Which of the keys that count each query sees; with all but [`Rows::DeviceVarlen`].
+    pub ranges: Option<&'a KeyRanges>,
+    /// Added to the scaled scores, laid out as `problem.bias`; not with packed rows.
+    pub bias: Option<Input<'a>>,
 }
 
 /// Work for a device. Every operand has passed the checks of `problem`.

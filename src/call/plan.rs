@@ -2,11 +2,12 @@
 
 use std::fmt;
 
-use crate::call::problem::{AttentionProblem, MaskInfo};
+use crate::call::problem::{AttentionProblem, MaskInfo, TokenInfo};
 use crate::config::Config;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::kernel::{BackendKind, Kernel};
+use crate::mask::key_ranges::KeyRanges;
 use crate::mask::meta::{GROUP_ROWS, VarlenMeta};
 
 /// How a call is computed.
@@ -42,24 +43,49 @@ impl fmt::Display for Path {
     }
 }
 
+/// What a call asks of a kernel.
+#[derive(Debug, Clone, Copy)]
+struct Needs {
+    dtype: DType,
+    head_dim: usize,
+    bias: bool,
+    ranges: bool,
+    /// Metadata in tables of the device.
+    device_tables: bool,
+    /// The dense path.
+    dense: bool,
+}
+
+impl Needs {
+    fn new(problem: &AttentionProblem, mask: &MaskInfo<'_>, dense: bool) -> Self {
+        Self {
+            dtype: problem.dtype,
+            head_dim: problem.shape.head_dim,
+            bias: mask.bias.is_some(),
+            ranges: mask.ranges.is_some(),
+            device_tables: matches!(mask.tokens, TokenInfo::DeviceVarlen { .. }),
+            dense,
+        }
+    }
+}
+
 impl Kernel {
     /// Why it cannot compute a call, if it cannot.
-    fn refuses(
-        self,
-        dtype: DType,
-        head_dim: usize,
-        mask: Option<&MaskInfo<'_>>,
-        is_dense: bool,
-    ) -> Option<&'static str> {
-        match mask {
-            _ if !self.dtypes().contains(&dtype) => Some("it computes with f16 and bf16 alone"),
-            _ if head_dim > self.max_head_dim() => Some("its tiles are not as wide as the head dimension"),
-            Some(MaskInfo::Bias(_)) if !self.has_bias() => Some("it adds no bias"),
-            Some(MaskInfo::DeviceVarlen { .. }) if self.works_by_tile_lists() && is_dense => {
-                Some("its dense form needs metadata that was built on the host")
-            }
-            _ => None,
-        }
+    fn refuses(self, needs: Needs) -> Option<&'static str> {
+        let Needs { dtype, head_dim, bias, ranges, device_tables, dense } = needs;
+        let refusals = [
+            (!self.dtypes().contains(&dtype), "it computes with f16 and bf16 alone"),
+            (head_dim > self.max_head_dim(), "its tiles are not as wide as the head dimension"),
+            (bias && !self.has_bias(), "it adds no bias"),
+            (bias && device_tables, "a bias needs metadata that was built on the host"),
+            (ranges && !self.has_ranges(), "it takes no key ranges"),
+            (ranges && device_tables, "key ranges need metadata that was built on the host"),
+            (
+                device_tables && dense && self.works_by_tile_lists(),
+                "its dense form needs metadata that was built on the host",
+            ),
+        ];
+        refusals.into_iter().find_map(|(applies, why)| applies.then_some(why))
     }
 }
 
@@ -75,6 +101,8 @@ pub enum Reason {
     KeyMaskKeepsAll,
     /// An additive bias was given.
     Bias,
+    /// Key ranges were given, and no mask of tokens.
+    KeyRanges,
     /// Metadata was given in which every token is valid.
     AllValid,
     /// Metadata was given with no valid query or no valid key.
@@ -100,6 +128,7 @@ impl fmt::Display for Reason {
             Self::KeyMask => "a key mask without metadata computes every query row",
             Self::KeyMaskKeepsAll => "the key mask keeps every key",
             Self::Bias => "an additive bias was given",
+            Self::KeyRanges => "key ranges were given, and every token counts",
             Self::AllValid => "every token is valid, so there is nothing to skip",
             Self::NothingValid => "no query or no key is valid, so the output is zeros",
             Self::Fused => "metadata was given and the kernel reads padded tensors directly",
@@ -175,26 +204,29 @@ pub(crate) fn plan_padded(
         Some(path) => path == Path::Dense,
         None => config.force_dense,
     };
-    let kernel = pick_kernel(capabilities, forced, problem, Some(mask), is_dense)?;
-    let chosen = match mask {
+    let kernel = pick_kernel(capabilities, forced, Needs::new(problem, mask, is_dense))?;
+    let fuses = mask.bias.is_none() || kernel.traits().has_fused_bias;
+    let chosen = match mask.tokens {
         _ if problem.shape.seq_k == 0 => (Path::Zero, Reason::NothingValid),
-        MaskInfo::None => (Path::Dense, Reason::NoMask),
-        MaskInfo::Key(mask) if mask.is_all_kept() => (Path::Dense, Reason::KeyMaskKeepsAll),
-        MaskInfo::Key(_) => (Path::Dense, Reason::KeyMask),
-        MaskInfo::Bias(_) => (Path::Dense, Reason::Bias),
-        MaskInfo::Varlen { query, key } if query.is_empty() || key.is_empty() => (Path::Zero, Reason::NothingValid),
-        MaskInfo::Varlen { .. } | MaskInfo::DeviceVarlen { .. } if config.force_dense => {
+        TokenInfo::Varlen { query, key } if query.is_empty() || key.is_empty() => (Path::Zero, Reason::NothingValid),
+        TokenInfo::All | TokenInfo::Key(_) if mask.bias.is_some() => (Path::Dense, Reason::Bias),
+        TokenInfo::All if mask.ranges.is_some() => (Path::Dense, Reason::KeyRanges),
+        TokenInfo::All => (Path::Dense, Reason::NoMask),
+        TokenInfo::Key(mask) if mask.is_all_kept() => (Path::Dense, Reason::KeyMaskKeepsAll),
+        TokenInfo::Key(_) => (Path::Dense, Reason::KeyMask),
+        TokenInfo::Varlen { .. } | TokenInfo::DeviceVarlen { .. } if config.force_dense => {
             (Path::Dense, Reason::DenseForced)
         }
-        MaskInfo::DeviceVarlen { .. } if !kernel.works_by_tile_lists() => (Path::Fused, Reason::Fused),
-        MaskInfo::DeviceVarlen { .. } => (Path::Packed, Reason::MetadataOnDevice),
-        MaskInfo::Varlen { query, key } if query.is_all_valid() && key.is_all_valid() => {
+        TokenInfo::DeviceVarlen { .. } if !kernel.works_by_tile_lists() => (Path::Fused, Reason::Fused),
+        TokenInfo::DeviceVarlen { .. } => (Path::Packed, Reason::MetadataOnDevice),
+        TokenInfo::Varlen { query, key } if query.is_all_valid() && key.is_all_valid() => {
             (Path::Dense, Reason::AllValid)
         }
-        MaskInfo::Varlen { query, key } if is_fragmented(kernel, problem, query, key) => {
+        TokenInfo::Varlen { .. } if !fuses => (Path::Dense, Reason::Bias),
+        TokenInfo::Varlen { query, key } if is_fragmented(kernel, problem, query, key) => {
             (Path::Packed, Reason::Fragmented)
         }
-        MaskInfo::Varlen { .. } => (Path::Fused, Reason::Fused),
+        TokenInfo::Varlen { .. } => (Path::Fused, Reason::Fused),
     };
     let (path, reason) = match forced.path {
         None => chosen,
@@ -229,45 +261,52 @@ fn is_fragmented(kernel: Kernel, problem: &AttentionProblem, query: &VarlenMeta,
 }
 
 /// Plans a call on packed rows.
-pub(crate) fn plan_packed(problem: &AttentionProblem, capabilities: &Capabilities, forced: Forced) -> Result<Plan> {
-    let kernel = pick_kernel(capabilities, forced, problem, None, false)?;
+pub(crate) fn plan_packed(
+    problem: &AttentionProblem,
+    ranges: Option<&KeyRanges>,
+    capabilities: &Capabilities,
+    forced: Forced,
+) -> Result<Plan> {
+    let mask = MaskInfo { tokens: TokenInfo::All, ranges, bias: None };
+    let kernel = pick_kernel(capabilities, forced, Needs::new(problem, &mask, false))?;
     Ok(Plan { path: Path::Packed, kernel, reason: Reason::AlreadyPacked })
 }
 
-fn pick_kernel(
-    capabilities: &Capabilities,
-    forced: Forced,
-    problem: &AttentionProblem,
-    mask: Option<&MaskInfo<'_>>,
-    is_dense: bool,
-) -> Result<Kernel> {
+fn pick_kernel(capabilities: &Capabilities, forced: Forced, needs: Needs) -> Result<Kernel> {
     if let Some(kernel) = forced.kernel {
-        let why = match kernel.refuses(problem.dtype, problem.shape.head_dim, mask, is_dense) {
+        let why = match kernel.refuses(needs) {
             _ if !capabilities.kernels.contains(&kernel) => format!("{capabilities} does not run it"),
             Some(why) => why.to_owned(),
             None => return Ok(kernel),
         };
         return Err(not_applicable("kernel", kernel.name(), why));
     }
-    let head_dim = problem.shape.head_dim;
-    let is_able = |kernel: &Kernel| kernel.refuses(problem.dtype, head_dim, mask, is_dense).is_none();
-    let able = || capabilities.kernels.iter().copied().filter(is_able);
-    let suited = able().find(|kernel| kernel.is_efficient_at(head_dim));
-    suited
-        .or_else(|| able().next())
-        .ok_or_else(|| not_applicable("kernel", "any", format!("{capabilities} has no kernel for this call")))
+    let able = || capabilities.kernels.iter().copied().filter(|kernel| kernel.refuses(needs).is_none());
+    let suited = able().find(|kernel| kernel.is_efficient_at(needs.head_dim));
+    suited.or_else(|| able().next()).ok_or_else(|| {
+        let refusals: Vec<_> = capabilities
+            .kernels
+            .iter()
+            .filter_map(|kernel| Some(format!("{kernel}: {}", kernel.refuses(needs)?)))
+            .collect();
+        not_applicable("kernel", "any", format!("{capabilities} has no kernel for this call ({})", refusals.join("; ")))
+    })
 }
 
 fn check_forced_path(path: Path, mask: &MaskInfo<'_>, kernel: Kernel) -> Result<Reason> {
-    let is_varlen = matches!(mask, MaskInfo::Varlen { .. } | MaskInfo::DeviceVarlen { .. });
-    let is_on_device = matches!(mask, MaskInfo::DeviceVarlen { .. });
+    let is_on_device = matches!(mask.tokens, TokenInfo::DeviceVarlen { .. });
+    let is_varlen = is_on_device || matches!(mask.tokens, TokenInfo::Varlen { .. });
     let why = match path {
         Path::Dense => return Ok(Reason::PathForced),
         Path::Zero => "it follows from the metadata alone".to_owned(),
-        Path::Fused | Path::Packed if !is_varlen => "it needs AttentionMask::Varlen".to_owned(),
+        Path::Fused | Path::Packed if !is_varlen => "it needs AttentionMask::varlen".to_owned(),
         Path::Fused if is_on_device && kernel.works_by_tile_lists() => {
             format!("the fused path of kernel {kernel} needs metadata that was built on the host")
         }
+        Path::Fused if mask.bias.is_some() && !kernel.traits().has_fused_bias => {
+            format!("kernel {kernel} adds a bias on the dense path alone")
+        }
+        Path::Packed if mask.bias.is_some() => "packed rows take no bias".to_owned(),
         Path::Fused | Path::Packed => return Ok(Reason::PathForced),
     };
     Err(not_applicable("path", path.name(), why))
@@ -315,6 +354,10 @@ mod tests {
         plan_padded(&problem, mask, &device(kernels), &config, forced)
     }
 
+    fn masked(tokens: TokenInfo<'_>) -> MaskInfo<'_> {
+        MaskInfo { tokens, ranges: None, bias: None }
+    }
+
     /// Each of the two halves of a row: valid everywhere, or at every other token.
     fn meta(is_fragmented: bool) -> Result<VarlenMeta> {
         let keep: Vec<bool> =
@@ -328,7 +371,7 @@ mod tests {
             [(false, (Path::Fused, Reason::Fused)), (true, (Path::Packed, Reason::Fragmented))]
         {
             let meta = meta(is_fragmented)?;
-            let mask = MaskInfo::Varlen { query: &meta, key: &meta };
+            let mask = masked(TokenInfo::Varlen { query: &meta, key: &meta });
             let outcome =
                 |kernels: &[Kernel]| plan(kernels, &mask, Forced::default()).map(|plan| (plan.path, plan.reason));
             for kernel in [Kernel::CpuTiled, Kernel::WgslPortable, Kernel::WgslCoop, Kernel::CudaSm80] {
@@ -344,7 +387,7 @@ mod tests {
     #[test]
     fn metadata_of_the_device_is_used_in_place_where_rows_are_gathered() -> Result<()> {
         let meta = DeviceMetaInfo { device: DeviceId::unique(), device_name: "cuda", size: [BATCH, SEQ] };
-        let mask = MaskInfo::DeviceVarlen { query: meta, key: meta };
+        let mask = masked(TokenInfo::DeviceVarlen { query: meta, key: meta });
         let both = [Kernel::CudaSm90, Kernel::CudaSm80];
         let outcome = |kernels: &[Kernel], forced| plan(kernels, &mask, forced).map(|plan| (plan.path, plan.reason));
         assert_eq!(outcome(&both[1..], Forced::default())?, (Path::Fused, Reason::Fused));

@@ -9,6 +9,7 @@ use crate::error::{Error, Result};
 use crate::kernel::MAX_HEAD_DIM;
 use crate::layout::Layout;
 use crate::mask::key_mask::{KeyMask, check_token_count};
+use crate::mask::key_ranges::KeyRanges;
 use crate::mask::meta::{CuSeqlens, VarlenMeta};
 
 /// Head dimensions are multiples of this, so that rows are whole 16-byte words in every element type.
@@ -76,10 +77,17 @@ pub(crate) struct AttentionViews<'a> {
 
 /// The mask of a padded attention call.
 #[derive(Debug, Clone)]
-pub(crate) enum MaskInfo<'a> {
-    None,
+pub(crate) struct MaskInfo<'a> {
+    pub tokens: TokenInfo<'a>,
+    pub ranges: Option<&'a KeyRanges>,
+    pub bias: Option<ViewInfo<'a>>,
+}
+
+/// Which tokens of padded tensors count.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum TokenInfo<'a> {
+    All,
     Key(&'a KeyMask),
-    Bias(ViewInfo<'a>),
     Varlen {
         query: &'a VarlenMeta,
         key: &'a VarlenMeta,
@@ -136,27 +144,30 @@ impl AttentionProblem {
         expect_shape("out", views.out, &[batch, seq_q, num_heads, head_dim])?;
         let shape = AttentionShape { batch, seq_q, seq_k, num_heads, num_kv_heads, head_dim };
         let softmax_scale = check_attention(device, views, &shape, softmax_scale)?;
-        let mut bias = None;
-        match mask {
-            MaskInfo::None => {}
-            MaskInfo::Key(mask) => expect_mask("mask", mask, batch, seq_k)?,
-            MaskInfo::Bias(view) => {
-                bias = Some(broadcast_bias(view, [batch, num_heads, seq_q, seq_k])?);
-                if view.dtype != DType::F32 && view.dtype != views.q.dtype {
-                    return Err(Error::DTypeMismatch { argument: "bias", expected: views.q.dtype, got: view.dtype });
-                }
-                expect_device("bias", view, device)?;
-                expect_in_bounds("bias", view)?;
-                expect_apart("out", views.out, "bias", view)?;
-            }
-            MaskInfo::Varlen { query, key } => {
+        match &mask.tokens {
+            TokenInfo::All => {}
+            TokenInfo::Key(mask) => expect_mask("mask", mask, batch, seq_k)?,
+            TokenInfo::Varlen { query, key } => {
                 expect_mask("query metadata", query.key_mask(), batch, seq_q)?;
                 expect_mask("key metadata", key.key_mask(), batch, seq_k)?;
             }
-            MaskInfo::DeviceVarlen { query, key } => {
+            TokenInfo::DeviceVarlen { query, key } => {
                 expect_device_meta("query metadata", query, device, [batch, seq_q])?;
                 expect_device_meta("key metadata", key, device, [batch, seq_k])?;
             }
+        }
+        if let Some(ranges) = mask.ranges {
+            ranges.expect_padded(batch, seq_q, seq_k)?;
+        }
+        let mut bias = None;
+        if let Some(view) = &mask.bias {
+            bias = Some(broadcast_bias(view, [batch, num_heads, seq_q, seq_k])?);
+            if view.dtype != DType::F32 && view.dtype != views.q.dtype {
+                return Err(Error::DTypeMismatch { argument: "bias", expected: views.q.dtype, got: view.dtype });
+            }
+            expect_device("bias", view, device)?;
+            expect_in_bounds("bias", view)?;
+            expect_apart("out", views.out, "bias", view)?;
         }
         Ok(Self { shape, dtype: views.q.dtype, softmax_scale, bias })
     }
@@ -167,6 +178,7 @@ impl AttentionProblem {
         views: &AttentionViews<'_>,
         lse: Option<&ViewInfo<'_>>,
         (cu_seqlens_q, cu_seqlens_k): (&CuSeqlens, &CuSeqlens),
+        ranges: Option<&KeyRanges>,
         softmax_scale: Option<f32>,
     ) -> Result<Self> {
         let [total_q, num_heads, head_dim] = sizes("q", views.q, "3: [total_q, H, D]")?;
@@ -182,6 +194,9 @@ impl AttentionProblem {
                 expected: format!("as many sequences as cu_seqlens_q, {}", cu_seqlens_q.batch()),
                 got: cu_seqlens_k.batch().to_string(),
             });
+        }
+        if let Some(ranges) = ranges {
+            ranges.expect_packed(cu_seqlens_q, cu_seqlens_k)?;
         }
         let batch = cu_seqlens_q.batch();
         let shape = AttentionShape { batch, seq_q: total_q, seq_k: total_k, num_heads, num_kv_heads, head_dim };

@@ -292,10 +292,10 @@ impl<'a> Bench<'a> {
         let mut bits = vec![POISON; of_queries.numel()];
         device.upload(self.out.sink(), bytemuck::cast_slice(&bits))?;
         let rows = match form {
-            Form::Dense => Rows::Dense { key_mask: None, bias: None, zero_rows: None },
+            Form::Dense => Rows::Dense { key_mask: None, zero_rows: None },
             Form::Masked => {
                 let (key_mask, zero_rows) = (Some(key.key_mask()), Some(query.key_mask()));
-                Rows::Dense { key_mask, bias: None, zero_rows }
+                Rows::Dense { key_mask, zero_rows }
             }
             Form::Packed => Rows::Packed { query: packed_query, key: packed_key },
             Form::Fused => Rows::Varlen { query, key },
@@ -316,6 +316,8 @@ impl<'a> Bench<'a> {
             out: Output { memory: self.out.sink(), layout: of_queries, dtype },
             lse: None,
             rows,
+            ranges: None,
+            bias: None,
         }))?;
         device.download_async(self.out.source(), bytemuck::cast_slice_mut(&mut bits)).await?;
         Ok(bits)

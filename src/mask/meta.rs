@@ -8,8 +8,10 @@ use std::sync::{Arc, OnceLock};
 
 use crate::cache::DeviceCopies;
 use crate::error::{Error, Result};
+use crate::fifo_cache::FifoCache;
 use crate::host_vec;
 use crate::mask::key_mask::{KeyMask, Run};
+use crate::mask::key_ranges::KeyRanges;
 
 /// Rows of a group: what kernels that work in place take at least of a run.
 pub(crate) const GROUP_ROWS: usize = 16;
@@ -140,6 +142,10 @@ pub struct VarlenMeta {
     runs: Arc<Vec<Run>>,
     /// Runs of row `b` are `runs[row_runs[b]..row_runs[b + 1]]`.
     row_runs: Arc<Vec<u32>>,
+    /// The documents of its rows, where it was made of any.
+    documents: Option<KeyRanges>,
+    /// The documents within other ranges, by the id of those.
+    documents_within: Arc<FifoCache<u64, KeyRanges>>,
     copies: DeviceCopies,
 }
 
@@ -185,8 +191,30 @@ impl VarlenMeta {
             cu_seqlens: CuSeqlens { values: Arc::new(cu_seqlens), max_seqlen, copies: DeviceCopies::default() },
             runs: Arc::new(runs),
             row_runs: Arc::new(row_runs),
+            documents: None,
+            documents_within: Arc::default(),
             copies: DeviceCopies::default(),
         }
+    }
+
+    /// Metadata of several documents in each row, for self-attention: tokens with the same number see one another and nothing else;
+    /// tokens numbered 0 are masked. `[B, S]` numbers, row-major; the tokens of a document lie together.
+    ///
+    /// ```
+    /// use varlen_fa::VarlenMeta;
+    ///
+    /// // Two texts of two tokens, and one masked token.
+    /// let meta = VarlenMeta::from_document_ids(1, 5, &[1, 1, 2, 2, 0])?;
+    /// assert_eq!(meta.total_valid(), 4);
+    /// # Ok::<(), varlen_fa::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// As [`KeyRanges::from_document_ids`].
+    pub fn from_document_ids(batch: usize, seq: usize, ids: &[u32]) -> Result<Self> {
+        let documents = KeyRanges::from_document_ids(batch, seq, ids)?;
+        let mask = KeyMask::from_integers(batch, seq, ids)?;
+        Ok(Self { documents: Some(documents), ..Self::from_key_mask(&mask)? })
     }
 
     /// Every run as positions in the flat batch, ascending.
@@ -301,6 +329,25 @@ impl VarlenMeta {
     /// Tells metadata of different masks apart.
     pub(crate) fn id(&self) -> u64 {
         self.id
+    }
+
+    /// The documents of its rows as ranges of keys, if it was made of document numbers.
+    #[must_use]
+    pub fn documents(&self) -> Option<&KeyRanges> {
+        self.documents.as_ref()
+    }
+
+    /// What each query sees under the metadata and these ranges: keys of its own document in its range.
+    pub(crate) fn ranges_within(&self, ranges: Option<&KeyRanges>) -> Result<Option<KeyRanges>> {
+        match (&self.documents, ranges) {
+            (documents, None) => Ok(documents.clone()),
+            (None, ranges) => Ok(ranges.cloned()),
+            (Some(documents), Some(ranges)) => {
+                // Kept as long as the metadata: a captured graph may hold addresses of its copies.
+                let both = self.documents_within.get_or_make(ranges.id(), true, || documents.intersect(ranges))?;
+                Ok(Some(KeyRanges::clone(&both)))
+            }
+        }
     }
 
     /// The mask that the metadata was built from.

@@ -1,4 +1,6 @@
 //! Which tokens are valid, on the host: one bit a token, and the metadata made of it.
 
 pub(crate) mod key_mask;
+pub(crate) mod key_ranges;
 pub(crate) mod meta;
+pub(crate) mod ranks;

@@ -57,6 +57,8 @@ pub struct OracleProblem<'a> {
     pub key_keep: Option<&'a [bool]>,
     /// `[batch, seq_q]`: false makes the output row exactly 0.
     pub query_keep: Option<&'a [bool]>,
+    /// `[batch, seq_q, seq_k]`: whether the query sees the key, if it is kept at all.
+    pub sees: Option<&'a [bool]>,
     /// `[batch, heads, seq_q, seq_k]`, added to the scaled scores; -inf drops the key like the mask does.
     pub bias: Option<&'a [f32]>,
 }
@@ -65,7 +67,7 @@ impl<'a> OracleProblem<'a> {
     /// A problem without mask or bias, scaled by `1 / sqrt(head_dim)`; set the other fields as needed.
     pub fn new(shape: OracleShape, q: &'a [f32], k: &'a [f32], v: &'a [f32]) -> Self {
         let softmax_scale = 1.0 / (shape.head_dim as f64).sqrt();
-        Self { shape, softmax_scale, q, k, v, key_keep: None, query_keep: None, bias: None }
+        Self { shape, softmax_scale, q, k, v, key_keep: None, query_keep: None, sees: None, bias: None }
     }
 }
 
@@ -106,6 +108,9 @@ impl<'a> Oracle<'a> {
         }
         if let Some(keep) = problem.query_keep {
             check_len("query_keep", &[batch, seq_q], keep.len())?;
+        }
+        if let Some(sees) = problem.sees {
+            check_len("sees", &[batch, seq_q, seq_k], sees.len())?;
         }
         if let Some(bias) = problem.bias {
             check_len("bias", &[batch, heads, seq_q, seq_k], bias.len())?;
@@ -200,13 +205,15 @@ impl<'a> Oracle<'a> {
         &self.problem.q[start..start + self.problem.shape.head_dim]
     }
 
-    /// For each kept key of row `at`: where it starts in `k` and `v`, and its bias. Keys under a bias of -inf are left out.
+    /// For each kept key that row `at` sees: where it starts in `k` and `v`, and its bias. Keys under a bias of -inf are left out.
     pub(crate) fn kept_keys(&self, at: RowIndex) -> impl Iterator<Item = (usize, f32)> {
         let OracleShape { seq_q, seq_k, heads, kv_heads, head_dim, .. } = self.problem.shape;
         let kv_head = at.head / (heads / kv_heads);
         let bias_row = ((at.batch * heads + at.head) * seq_q + at.query) * seq_k;
+        let seen_row = (at.batch * seq_q + at.query) * seq_k;
         self.kept[at.batch]
             .iter()
+            .filter(move |&&j| self.problem.sees.is_none_or(|sees| sees[seen_row + j]))
             .map(move |&j| {
                 let start = ((at.batch * seq_k + j) * kv_heads + kv_head) * head_dim;
                 (start, self.problem.bias.map_or(0.0, |bias| bias[bias_row + j]))

@@ -47,7 +47,7 @@ fn check(variant: &Variant, mut call: Call, bias: DType, values: &[f32], shape: 
     call.bias = Some(broadcast(values, shape, [batch, heads, seq_q, seq_k]));
     let bits: Vec<u32> = values.iter().map(|&value| narrow(value, bias)).collect();
     let tensor = upload(&variant.device, bias, &bits, shape)?;
-    let (plan, bits) = call.run_as(variant, AttentionMask::Bias(tensor.view()))?;
+    let (plan, bits) = call.run_as(variant, AttentionMask::bias(tensor.view()))?;
     ensure!((plan.path, plan.reason) == (Path::Dense, Reason::Bias), "got {plan}");
     ensure!(plan.kernel == variant.kernel, "got {plan}");
     call.judge(&bits, &call.reference(usize::MAX)?, Rules::standard(variant.dtype))
@@ -141,7 +141,7 @@ fn strided(variant: &Variant) -> Result<()> {
 
         let mut call = call(variant);
         call.bias = Some(values);
-        let (_, out) = call.run_as(variant, AttentionMask::Bias(sliced.permute(&inverse)?))?;
+        let (_, out) = call.run_as(variant, AttentionMask::bias(sliced.permute(&inverse)?))?;
         call.judge(&out, &call.reference(usize::MAX)?, Rules::standard(variant.dtype))
             .with_context(|| format!("{bias} in order {order:?}"))?;
     }
@@ -219,7 +219,7 @@ fn overflowing_scores(variant: &Variant) -> Result<()> {
         call.bias = Some(broadcast(&values, &[q, k], FULL));
         let bits: Vec<u32> = values.iter().map(|&value| narrow(value, bias)).collect();
         let tensor = upload(&variant.device, bias, &bits, &[q, k])?;
-        let (_, out) = call.run_as(variant, AttentionMask::Bias(tensor.view()))?;
+        let (_, out) = call.run_as(variant, AttentionMask::bias(tensor.view()))?;
         let rules = Rules::fixed_only(variant.dtype, 1e-3);
         call.judge_beside_nan(&out, &call.reference(usize::MAX)?, rules, |_, query| rows[query % 8].2)
             .with_context(|| format!("bias in {bias}"))?;

@@ -85,7 +85,7 @@ fn dense_calls_are_split(variant: &Variant) -> Result<()> {
     let tensor = upload(&variant.device, variant.dtype, &bits, &shape)?;
     let mut call = Call::random(SHAPE, Mask::None, variant.dtype, 6);
     call.bias = Some(bias);
-    let (_, out) = call.run_as(&variant, AttentionMask::Bias(tensor.view()))?;
+    let (_, out) = call.run_as(&variant, AttentionMask::bias(tensor.view()))?;
     call.judge(&out, &call.reference(usize::MAX)?, Rules::standard(variant.dtype)).context("bias")
 }
 

@@ -2,13 +2,14 @@
 
 use anyhow::{Context, Result, ensure};
 use varlen_fa::{
-    AttentionMask, DType, Device, DeviceMemory, DeviceVarlenMeta, KeyMask, Layout, MaskDType, Path, Plan, Reason,
-    Tensor, TensorView, VarlenMeta,
+    AttentionMask, DType, Device, DeviceMemory, DeviceVarlenMeta, KeyMask, Layout, MaskDType, Path, Plan, RangesOf,
+    Reason, Tensor, TensorView, VarlenMeta,
 };
 use varlen_fa_testkit::{OracleShape, random};
 
 use super::memory::{download, narrow, poison, precision, sentinel, upload, widen};
 use super::placement::Placement;
+use super::ranges::Rule;
 use super::trials::Variant;
 
 /// Which tokens count, as plain booleans.
@@ -16,9 +17,9 @@ use super::trials::Variant;
 pub enum Mask {
     /// All of them.
     None,
-    /// `AttentionMask::Key`: `[B, Sk]`.
+    /// `AttentionMask::key`: `[B, Sk]`.
     Key(Vec<bool>),
-    /// `AttentionMask::Varlen`: `[B, S]`.
+    /// `AttentionMask::varlen`: `[B, S]`.
     Varlen(Vec<bool>),
     /// `AttentionMask::VarlenCross`: `[B, Sq]` and `[B, Sk]`.
     Cross {
@@ -27,7 +28,7 @@ pub enum Mask {
         /// Keys.
         key: Vec<bool>,
     },
-    /// `AttentionMask::Varlen`: `[B, S]`.
+    /// `AttentionMask::varlen`: `[B, S]`.
     Device(Vec<bool>),
     /// `AttentionMask::DeviceVarlenCross`: `[B, Sq]` and `[B, Sk]`.
     DeviceCross {
@@ -84,6 +85,8 @@ pub struct Call {
     pub scale: Option<f32>,
     /// The mask.
     pub mask: Mask,
+    /// Which keys each query sees; all if there is none.
+    pub rule: Option<Rule>,
     /// `[B, H, Sq, Sk]` for the oracle; whoever sets it gives the layer its own form of it.
     pub bias: Option<Vec<f32>>,
     /// q, k and v, row-major, values that `dtype` holds exactly.
@@ -122,6 +125,7 @@ impl Call {
             dtype,
             scale: None,
             mask,
+            rule: None,
             bias: None,
             values,
             inputs: Inputs::Apart([Placement::CONTIGUOUS; 3]),
@@ -142,22 +146,28 @@ impl Call {
         let OracleShape { batch, seq_q, seq_k, .. } = self.shape;
         let key_mask = |seq, keep: &[bool]| KeyMask::from_bool(batch, seq, keep);
         let meta = |seq, keep: &[bool]| VarlenMeta::from_key_mask(&key_mask(seq, keep)?);
+        let of = RangesOf::from([batch, seq_q, seq_k]);
+        let ranges = self.rule.as_ref().map(|rule| rule.ranges(&of)).transpose()?;
+        let run = |mask: AttentionMask<'_>| match &ranges {
+            Some(ranges) => self.run_as(variant, mask.with_ranges(ranges)),
+            None => self.run_as(variant, mask),
+        };
         let (plan, bits) = match &self.mask {
-            Mask::None => self.run_as(variant, AttentionMask::None)?,
-            Mask::Key(keep) => self.run_as(variant, AttentionMask::Key(&key_mask(seq_k, keep)?))?,
-            Mask::Varlen(keep) => self.run_as(variant, AttentionMask::varlen(&meta(seq_k, keep)?))?,
+            Mask::None => run(AttentionMask::none())?,
+            Mask::Key(keep) => run(AttentionMask::key(&key_mask(seq_k, keep)?))?,
+            Mask::Varlen(keep) => run(AttentionMask::varlen(&meta(seq_k, keep)?))?,
             Mask::Cross { query, key } => {
                 let (query, key) = (meta(seq_q, query)?, meta(seq_k, key)?);
-                self.run_as(variant, AttentionMask::varlen_cross(&query, &key))?
+                run(AttentionMask::varlen_cross(&query, &key))?
             }
             Mask::Device(keep) => {
                 let meta = device_meta(&variant.device, batch, seq_k, keep)?;
-                self.run_as(variant, AttentionMask::varlen(&meta))?
+                run(AttentionMask::varlen(&meta))?
             }
             Mask::DeviceCross { query, key } => {
                 let query = device_meta(&variant.device, batch, seq_q, query)?;
                 let key = device_meta(&variant.device, batch, seq_k, key)?;
-                self.run_as(variant, AttentionMask::varlen_cross(&query, &key))?
+                run(AttentionMask::varlen_cross(&query, &key))?
             }
         };
         ensure!(plan.kernel == variant.kernel, "forced kernel {}, but the plan is {plan}", variant.kernel);

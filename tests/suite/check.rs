@@ -3,8 +3,8 @@
 use anyhow::{Context, Result, anyhow, ensure};
 use varlen_fa::DType;
 use varlen_fa_testkit::{
-    CompareError, Oracle, OracleProblem, RowIndex, Tolerance, check_close, check_field_rule, check_masked_rows_zero,
-    check_relative, naive_low_precision_rows,
+    CompareError, Oracle, OracleProblem, OracleShape, RowIndex, Tolerance, check_close, check_field_rule,
+    check_masked_rows_zero, check_relative, naive_low_precision_rows,
 };
 
 use super::call::Call;
@@ -75,11 +75,13 @@ impl Call {
 
     /// The answer for all rows, or for a sample if there are more than `limit`.
     pub fn reference(&self, limit: usize) -> Result<Reference> {
+        let sees = self.sees();
         let problem = OracleProblem::new(self.shape, &self.values[0], &self.values[1], &self.values[2]);
         let oracle = Oracle::new(OracleProblem {
             softmax_scale: self.scale.map_or(problem.softmax_scale, f64::from),
             key_keep: self.mask.key_keep(),
             query_keep: self.mask.query_keep(),
+            sees: sees.as_deref(),
             bias: self.bias.as_deref(),
             ..problem
         })?;
@@ -114,6 +116,14 @@ impl Call {
             }
         }
         self.judge(&bits, reference, rules)
+    }
+
+    /// `[B, Sq, Sk]`: whether the query sees the key, where there is a rule.
+    fn sees(&self) -> Option<Vec<bool>> {
+        let rule = self.rule.as_ref()?;
+        let OracleShape { batch, seq_q, seq_k, .. } = self.shape;
+        let pairs = (0..batch).flat_map(|b| (0..seq_q).flat_map(move |i| (0..seq_k).map(move |j| (b, i, j))));
+        Some(pairs.map(|(b, i, j)| rule.sees(b, i, j, [seq_q, seq_k])).collect())
     }
 
     /// Judges an output: masked rows are +0.0, all others finite, and those of the reference near it.

@@ -75,10 +75,10 @@ fn keeps_all(variant: &Variant) -> Result<()> {
     let shape = OracleShape::self_attention(2, 65, 2, 32);
     let call = Call::random(shape, Mask::Key(vec![true; 2 * 65]), variant.dtype, 7);
     let mask = KeyMask::all(2, 65)?;
-    let (plan, bits) = call.run_as(variant, AttentionMask::Key(&mask))?;
+    let (plan, bits) = call.run_as(variant, AttentionMask::key(&mask))?;
     ensure!((plan.path, plan.reason) == (Path::Dense, Reason::KeyMaskKeepsAll), "got {plan}");
     call.judge(&bits, &call.reference(usize::MAX)?, Rules::standard(variant.dtype))?;
-    let (plan, unmasked) = call.run_as(variant, AttentionMask::None)?;
+    let (plan, unmasked) = call.run_as(variant, AttentionMask::none())?;
     ensure!((plan.path, plan.reason) == (Path::Dense, Reason::NoMask), "got {plan}");
     ensure!(bits == unmasked, "a mask that keeps every key changed the output");
     Ok(())

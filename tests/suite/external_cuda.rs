@@ -488,8 +488,8 @@ fn capture_of_dense_calls(variant: &Variant) -> Result<()> {
     let nothing = VarlenMeta::from_key_mask(&of(&vec![false; keep.len()])?)?;
     let everything = VarlenMeta::from_key_mask(&of(&vec![true; keep.len()])?)?;
     for (mask, given) in [
-        (Mask::None, AttentionMask::None),
-        (Mask::Key(keep.clone()), AttentionMask::Key(&key_mask)),
+        (Mask::None, AttentionMask::none()),
+        (Mask::Key(keep.clone()), AttentionMask::key(&key_mask)),
         (Mask::Varlen(vec![false; keep.len()]), AttentionMask::varlen(&nothing)),
         (Mask::Varlen(vec![true; keep.len()]), AttentionMask::varlen(&everything)),
     ] {
@@ -612,7 +612,7 @@ fn devices_over_one_context(device: &Device) -> Result<()> {
     // The library's own device is over the same context, with a stream of its own.
     for foreign in [&beside.device, device] {
         let x = Tensor::zeros(foreign, DType::Bf16, &[2, 6, 4, 16])?;
-        let refused = variant.layer().forward(&x, &x, &x, AttentionMask::None).err();
+        let refused = variant.layer().forward(&x, &x, &x, AttentionMask::none()).err();
         let expected = Error::DeviceMismatch {
             argument: "q",
             expected: variant.device.name().to_owned(),
@@ -713,7 +713,7 @@ fn outputs_over_inputs(device: &Device) -> Result<()> {
     {
         let mut out = raw.on(device, 2 * start)?;
         let out = out.view_mut(DType::F16, layout);
-        let refused = layer.forward_into(q, k, v, AttentionMask::None, out).err();
+        let refused = layer.forward_into(q, k, v, AttentionMask::none(), out).err();
         let found = matches!(&refused, Some(Error::Overlap { argument: "out", other }) if Some(*other) == overlapped);
         ensure!(found, "an output at element {start}: expected an overlap with {overlapped:?}, got {refused:?}");
         ensure!(raw.read()? == contents, "a refused call wrote");
@@ -722,10 +722,10 @@ fn outputs_over_inputs(device: &Device) -> Result<()> {
     let mut out = raw.on(device, 2 * 3 * len)?;
     let bias = raw.on(device, 2 * 3 * len)?;
     let bias_view = bias.view(DType::F16, Layout::contiguous(&[4])?);
-    let mask = AttentionMask::Bias(bias_view);
+    let mask = AttentionMask::bias(bias_view);
     let refused = layer.forward_into(q, k, v, mask, out.view_mut(DType::F16, layout)).err();
     ensure!(matches!(refused, Some(Error::Overlap { argument: "out", other: "bias" })), "{refused:?}");
-    layer.forward_into(q, k, v, AttentionMask::None, out.view_mut(DType::F16, layout))?;
+    layer.forward_into(q, k, v, AttentionMask::none(), out.view_mut(DType::F16, layout))?;
     ensure!(raw.read()? == contents, "means of ones");
     Ok(())
 }
@@ -744,20 +744,21 @@ fn elements_and_rows_beside_their_places(device: &Device) -> Result<()> {
 
     let mut out = raw.on(device, 4 * len)?;
     let odd = odd.view(DType::F16, layout);
-    let refused = layer.forward_into(odd, plain, plain, AttentionMask::None, out.view_mut(DType::F16, layout)).err();
+    let refused = layer.forward_into(odd, plain, plain, AttentionMask::none(), out.view_mut(DType::F16, layout)).err();
     ensure!(refused == Some(misaligned("q", 2, raw.address + 1)), "{refused:?}");
     let bias = raw.on(device, 2)?;
-    let mask = AttentionMask::Bias(bias.view(DType::F32, Layout::contiguous(&[4])?));
+    let mask = AttentionMask::bias(bias.view(DType::F32, Layout::contiguous(&[4])?));
     let refused = layer.forward_into(plain, plain, plain, mask, out.view_mut(DType::F16, layout)).err();
     ensure!(refused == Some(misaligned("bias", 4, raw.address + 2)), "{refused:?}");
 
     let start = 4 * len - 6;
     let mut out = raw.on(device, start)?;
-    let refused = layer.forward_into(plain, plain, plain, AttentionMask::None, out.view_mut(DType::F16, layout)).err();
+    let refused =
+        layer.forward_into(plain, plain, plain, AttentionMask::none(), out.view_mut(DType::F16, layout)).err();
     ensure!(refused == Some(misaligned("out", 16, raw.address + start as u64)), "{refused:?}");
     // An offset that makes up for it.
     let made_up = Layout::strided(&shape, &[4 * 32, 32, 16, 1], 3)?;
-    layer.forward_into(plain, plain, plain, AttentionMask::None, out.view_mut(DType::F16, made_up))?;
+    layer.forward_into(plain, plain, plain, AttentionMask::none(), out.view_mut(DType::F16, made_up))?;
     device.synchronize()?;
     Ok(())
 }

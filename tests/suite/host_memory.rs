@@ -64,7 +64,7 @@ fn lengths_are_checked(device: &Device) -> Result<()> {
     let layout = Layout::contiguous(&SHAPE)?;
     let view = TensorView::from_host_strided(&x, layout);
     let into = TensorViewMut::from_host_strided(&mut out, layout);
-    let refused = MaskedAttention::new(device).forward_into(view, view, view, AttentionMask::None, into);
+    let refused = MaskedAttention::new(device).forward_into(view, view, view, AttentionMask::none(), into);
     ensure!(refused.err() == Some(Error::BufferTooSmall { argument: "q", expected: 192, got: 190 }));
     ensure!(out.iter().all(|value| value.is_nan()), "a refused call wrote to its output");
     Ok(())

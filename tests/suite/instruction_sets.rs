@@ -69,8 +69,8 @@ fn there_is_one(device: &Device) -> Result<()> {
 fn share_memory(device: &Device) -> Result<()> {
     let values: Vec<f32> = (0..2 * 16).map(|at| at as f32).collect();
     let x = Tensor::from_slice(device, &values, &[1, 2, 1, 16])?;
-    let attended = MaskedAttention::new(&open(CpuIsa::Scalar)?).forward(&x, &x, &x, AttentionMask::None)?;
-    let expected = MaskedAttention::new(device).forward(&x, &x, &x, AttentionMask::None)?;
+    let attended = MaskedAttention::new(&open(CpuIsa::Scalar)?).forward(&x, &x, &x, AttentionMask::none())?;
+    let expected = MaskedAttention::new(device).forward(&x, &x, &x, AttentionMask::none())?;
     let (got, expected) = (attended.out.to_vec::<f32>()?, expected.out.to_vec::<f32>()?);
     ensure!(got.iter().zip(&expected).all(|(got, expected)| (got - expected).abs() < 1e-4), "{got:?}, {expected:?}");
     Ok(())

@@ -109,7 +109,7 @@ fn dense_calls_are_split(variant: &Variant) -> Result<()> {
         let of = |mask: Mask| Call::random(SHAPE, mask, variant.dtype, 3).run(variant);
         let call = Call::random(SHAPE, Mask::None, variant.dtype, 4);
         let tensor = upload(&variant.device, variant.dtype, &bits, &shape)?;
-        let (_, biased) = call.run_as(variant, AttentionMask::Bias(tensor.view()))?;
+        let (_, biased) = call.run_as(variant, AttentionMask::bias(tensor.view()))?;
         Ok(vec![of(Mask::None)?, of(Mask::Key(keep()))?, biased])
     };
     let whole = run(variant)?;

@@ -47,6 +47,7 @@ mod placement;
 mod plans;
 mod presence;
 mod properties;
+mod ranges;
 mod refusals;
 mod repeats;
 mod shapes;
@@ -71,6 +72,7 @@ const SHARED: &[Register] = &[
     plans::register,
     cases::register,
     masks::register,
+    ranges::register,
     device_meta::register,
     shapes::register,
     layouts::register,

@@ -3,8 +3,9 @@
 use anyhow::{Context, Result, ensure};
 use libtest_mimic::Completion;
 use varlen_fa::{
-    CuSeqlens, DType, Device, KeyMask, Tensor, TensorViewMut, VarlenMeta, VarlenOptions, pack, pack_into, pack_qkv,
-    pack_qkv_into, scatter_to_padded, scatter_to_padded_into, varlen_attention, varlen_attention_into,
+    CuSeqlens, DType, Device, KeyMask, KeyRanges, RangesOf, Tensor, TensorViewMut, VarlenMeta, VarlenOptions, pack,
+    pack_into, pack_qkv, pack_qkv_into, scatter_to_padded, scatter_to_padded_into, varlen_attention,
+    varlen_attention_into,
 };
 use varlen_fa_testkit::{
     CASES, PackedOutput, PackedProblem, Tolerance, attend_packed, check_close, check_relative, random,
@@ -14,6 +15,7 @@ use super::check::{Rules, Yardsticks};
 use super::masks::{LENGTHS, mask};
 use super::memory::{download, narrow, poison, precision, sentinel, upload, widen};
 use super::placement::Placement;
+use super::ranges::Rule;
 use super::trials::{Trials, Variant};
 
 pub fn register(trials: &mut Trials) {
@@ -291,11 +293,13 @@ fn scatter_into_views(device: &Device, dtype: DType) -> Result<()> {
 }
 
 /// Packed inputs and the lengths of their sequences.
-struct Packed {
+pub struct Packed {
     heads: usize,
     kv_heads: usize,
     dim: usize,
     scale: Option<f32>,
+    /// Which keys of its sequence each query sees; all if there is none.
+    pub rule: Option<Rule>,
     lengths_q: Vec<usize>,
     lengths_k: Vec<usize>,
     values: [Vec<f32>; 3],
@@ -303,12 +307,12 @@ struct Packed {
 }
 
 impl Packed {
-    fn random(dtype: DType, [heads, kv_heads, dim]: [usize; 3], lengths_q: &[usize], lengths_k: &[usize]) -> Self {
+    pub fn random(dtype: DType, [heads, kv_heads, dim]: [usize; 3], lengths_q: &[usize], lengths_k: &[usize]) -> Self {
         let [total_q, total_k] = [lengths_q, lengths_k].map(|lengths| lengths.iter().sum::<usize>());
         let lens = [total_q * heads * dim, total_k * kv_heads * dim, total_k * kv_heads * dim];
         let values = [0, 1, 2].map(|input| random::normal_rounded(13, input as u64, lens[input], precision(dtype)));
         let (lengths_q, lengths_k) = (lengths_q.to_vec(), lengths_k.to_vec());
-        Self { heads, kv_heads, dim, scale: None, lengths_q, lengths_k, values, dtype }
+        Self { heads, kv_heads, dim, scale: None, rule: None, lengths_q, lengths_k, values, dtype }
     }
 
     fn shapes(&self) -> [[usize; 3]; 3] {
@@ -317,9 +321,24 @@ impl Packed {
         [[total_q, self.heads, self.dim], kv, kv]
     }
 
-    fn options(&self, variant: &Variant) -> VarlenOptions {
+    fn options(&self, variant: &Variant) -> VarlenOptions<'static> {
         let options = VarlenOptions::default().with_kernel(variant.kernel);
         self.scale.map_or(options, |scale| options.with_softmax_scale(scale))
+    }
+
+    fn ranges(&self) -> Result<Option<KeyRanges>> {
+        let [query, key] = self.cu_seqlens()?;
+        self.rule.as_ref().map(|rule| rule.ranges(&RangesOf::from((&query, &key)))).transpose()
+    }
+
+    /// For each packed row of the queries, whether it sees each key of its sequence.
+    fn sees(&self) -> Option<Vec<Vec<bool>>> {
+        let rule = self.rule.as_ref()?;
+        let of_sequence = |(&queries, &keys): (&usize, &usize)| {
+            let of_query = move |i| (0..keys).map(|j| rule.sees(0, i, j, [queries, keys])).collect();
+            (0..queries).map(of_query).collect::<Vec<Vec<bool>>>()
+        };
+        Some(self.lengths_q.iter().zip(&self.lengths_k).flat_map(of_sequence).collect())
     }
 
     fn tensors(&self, device: &Device) -> Result<[Tensor; 3]> {
@@ -354,6 +373,7 @@ impl Packed {
             q: &self.values[0],
             k: &self.values[1],
             v: &self.values[2],
+            sees: self.sees().as_deref(),
         })?)
     }
 
@@ -392,13 +412,17 @@ impl Packed {
         Ok(())
     }
 
-    fn check(&self, variant: &Variant) -> Result<()> {
+    pub fn check(&self, variant: &Variant) -> Result<()> {
         self.check_by(variant, Rules::standard(self.dtype))
     }
 
     fn check_by(&self, variant: &Variant, rules: Rules) -> Result<()> {
         let ([q, k, v], [cu_q, cu_k]) = (self.tensors(&variant.device)?, self.cu_seqlens()?);
-        let options = self.options(variant).with_lse();
+        let mut options = self.options(variant).with_lse();
+        let ranges = self.ranges()?;
+        if let Some(ranges) = &ranges {
+            options = options.with_ranges(ranges);
+        }
         let attended = varlen_attention(&variant.device, [&q, &k, &v], &cu_q, &cu_k, options)?;
         let lse = attended.lse.context("lse was asked for")?;
         self.judge(&attended.out, Some(&lse), rules)

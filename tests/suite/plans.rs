@@ -48,10 +48,10 @@ fn meta(lengths: &[usize]) -> Result<VarlenMeta> {
 fn without_metadata(device: &Device) -> Result<()> {
     let (some, all) = (KeyMask::from_lengths(6, &[3, 6])?, KeyMask::all(2, 6)?);
     let bias = Tensor::zeros(device, DType::F32, &[6])?;
-    expect(plan(device, AttentionMask::None)?, Path::Dense, Reason::NoMask)?;
-    expect(plan(device, AttentionMask::Key(&some))?, Path::Dense, Reason::KeyMask)?;
-    expect(plan(device, AttentionMask::Key(&all))?, Path::Dense, Reason::KeyMaskKeepsAll)?;
-    expect(plan(device, AttentionMask::Bias(bias.view()))?, Path::Dense, Reason::Bias)
+    expect(plan(device, AttentionMask::none())?, Path::Dense, Reason::NoMask)?;
+    expect(plan(device, AttentionMask::key(&some))?, Path::Dense, Reason::KeyMask)?;
+    expect(plan(device, AttentionMask::key(&all))?, Path::Dense, Reason::KeyMaskKeepsAll)?;
+    expect(plan(device, AttentionMask::bias(bias.view()))?, Path::Dense, Reason::Bias)
 }
 
 fn with_metadata(device: &Device) -> Result<()> {

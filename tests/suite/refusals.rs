@@ -82,7 +82,7 @@ impl Stage {
 
     fn call(&self) -> Call<'_> {
         let (q, k, v) = (self.q.view(), self.k.view(), self.v.view());
-        Call { layer: MaskedAttention::new(&self.device), q, k, v, mask: AttentionMask::None }
+        Call { layer: MaskedAttention::new(&self.device), q, k, v, mask: AttentionMask::none() }
     }
 }
 
@@ -263,7 +263,7 @@ fn masks_of_another_size(device: &Device) -> Result<()> {
     let meta = |[batch, seq]: [usize; 2]| VarlenMeta::from_key_mask(&KeyMask::all(batch, seq)?);
     for got in [[2, 4], [2, 6], [1, 5], [3, 5], [5, 2], [1, 10]] {
         let mask = KeyMask::all(got[0], got[1])?;
-        Call { mask: AttentionMask::Key(&mask), ..stage.call() }.is_refused(&size("mask", [2, 5], got))?;
+        Call { mask: AttentionMask::key(&mask), ..stage.call() }.is_refused(&size("mask", [2, 5], got))?;
         let (query, key) = (meta([2, 6])?, meta(got)?);
         let cross = AttentionMask::varlen_cross(&query, &key);
         Call { mask: cross, ..stage.call() }.is_refused(&size("key metadata", [2, 5], got))?;
@@ -287,16 +287,16 @@ fn biases(device: &Device) -> Result<()> {
     for got in shapes {
         let bias = ones(device, DType::F32, got)?;
         let expected = Error::Broadcast { expected: full.clone(), got: got.to_vec() };
-        Call { mask: AttentionMask::Bias(bias.view()), ..stage.call() }.is_refused(&expected)?;
+        Call { mask: AttentionMask::bias(bias.view()), ..stage.call() }.is_refused(&expected)?;
     }
     let bias = ones(device, DType::Bf16, &[5])?;
     let expected = Error::DTypeMismatch { argument: "bias", expected: DType::F16, got: DType::Bf16 };
-    Call { mask: AttentionMask::Bias(bias.view()), ..stage.call() }.is_refused(&expected)?;
+    Call { mask: AttentionMask::bias(bias.view()), ..stage.call() }.is_refused(&expected)?;
     // One element short, whether counted from the start or by strides.
     let bias = ones(device, DType::F32, &[2 * 4 * 6 * 5])?;
     let layout = Layout::strided(&[2, 4, 6, 5], &[120, 30, 5, 1], 4)?;
     let expected = Error::BufferTooSmall { argument: "bias", expected: 4 * 244, got: 4 * 240 };
-    Call { mask: AttentionMask::Bias(bias.view().with_layout(layout)), ..stage.call() }.is_refused(&expected)
+    Call { mask: AttentionMask::bias(bias.view().with_layout(layout)), ..stage.call() }.is_refused(&expected)
 }
 
 /// Views whose layout reaches past the memory, by a row or by an offset.
@@ -390,7 +390,7 @@ fn forced_paths_and_kernels(device: &Device) -> Result<()> {
         ensure!(got == path.name() && !why.is_empty(), "{path}: got {error:?}");
         call.is_refused(&error)
     };
-    for mask in [AttentionMask::None, AttentionMask::Key(&keys), AttentionMask::Bias(bias.view())] {
+    for mask in [AttentionMask::none(), AttentionMask::key(&keys), AttentionMask::bias(bias.view())] {
         for path in [Path::Fused, Path::Packed, Path::Zero] {
             is_refused(path, mask)?;
         }
@@ -424,11 +424,11 @@ fn too_wide_for(kernel: Kernel, stage: &Stage) -> Result<()> {
     }
     let x = stage.ones(&[2, 6, 4, head_dim])?;
     let layer = MaskedAttention::new(&stage.device);
-    let error = layer.clone().with_kernel(kernel).forward(&x, &x, &x, AttentionMask::None).err();
+    let error = layer.clone().with_kernel(kernel).forward(&x, &x, &x, AttentionMask::none()).err();
     let error = error.with_context(|| format!("{kernel} ran at head_dim {head_dim}"))?;
     let is_refusal = matches!(&error, Error::NotApplicable { argument: "kernel", got, .. } if got == kernel.name());
     ensure!(is_refusal, "got {error:?}");
-    let plan = layer.forward(&x, &x, &x, AttentionMask::None)?.plan;
+    let plan = layer.forward(&x, &x, &x, AttentionMask::none())?.plan;
     ensure!(plan.kernel != kernel, "got {plan}");
     Ok(())
 }
@@ -576,7 +576,7 @@ fn another_device(device: &Device) -> Result<libtest_mimic::Completion> {
         Call { k: foreign.k.view(), ..stage.call() }.is_refused(&mismatch("k"))?;
         Call { v: foreign.v.view(), ..stage.call() }.is_refused(&mismatch("v"))?;
         let bias = ones(there, DType::F16, &[5])?;
-        Call { mask: AttentionMask::Bias(bias.view()), ..stage.call() }.is_refused(&mismatch("bias"))?;
+        Call { mask: AttentionMask::bias(bias.view()), ..stage.call() }.is_refused(&mismatch("bias"))?;
         let mut out = foreign.untouched(&Q)?;
         let Call { layer, q, k, v, mask } = stage.call();
         expect(layer.forward_into(q, k, v, mask, &mut out), &mismatch("out"))?;
@@ -603,7 +603,7 @@ fn odd_places(device: &Device) -> Result<()> {
                 && error.to_string().contains(&format!("`{argument}`"))
         };
         let mut out = stage.untouched(&Q)?;
-        match layer.forward_into(view, view, view, AttentionMask::None, &mut out) {
+        match layer.forward_into(view, view, view, AttentionMask::none(), &mut out) {
             Ok(_) => ensure!(download(&out)?.iter().all(|&bits| bits == 0), "attention over zeros is not zeros"),
             Err(error) => {
                 ensure!(is_misaligned(&error, "q"), "got {error:?}");
@@ -612,7 +612,7 @@ fn odd_places(device: &Device) -> Result<()> {
         }
         let mut holder = stage.untouched(&[2 * 6 * 4 * 17 + 1])?;
         let q = Tensor::zeros(device, DType::F16, &Q)?;
-        match layer.forward_into(&q, &q, &q, AttentionMask::None, holder.view_mut().with_layout(layout)) {
+        match layer.forward_into(&q, &q, &q, AttentionMask::none(), holder.view_mut().with_layout(layout)) {
             Ok(_) => {
                 let written = download(&holder)?.iter().filter(|&&bits| bits == 0).count();
                 ensure!(written == Q.iter().product(), "{written} elements were written");

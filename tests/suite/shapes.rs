@@ -100,7 +100,7 @@ fn sizes_of_nothing_without_metadata(variant: &Variant) -> Result<()> {
     // And through the call that makes its own output.
     let q = upload(&variant.device, variant.dtype, &[0; 2 * 3 * 2 * 8], &[2, 3, 2, 8])?;
     let k = Tensor::zeros(&variant.device, variant.dtype, &[2, 0, 2, 8])?;
-    let attended = variant.layer().forward(&q, &k, &k, AttentionMask::None)?;
+    let attended = variant.layer().forward(&q, &k, &k, AttentionMask::none())?;
     ensure!(attended.plan.path == Path::Zero, "no keys: got {}", attended.plan);
     ensure!(super::memory::download(&attended.out)? == [0; 2 * 3 * 2 * 8], "no keys: expected zeros");
     let meta = VarlenMeta::from_key_mask(&KeyMask::all(0, 7)?)?;

@@ -75,7 +75,7 @@ fn application_pool_is_used(_: &Device) -> Result<()> {
         both.recv()?;
         both.recv()?;
         let call = scope.spawn(|| {
-            let attended = MaskedAttention::new(&device).forward(&x, &x, &x, AttentionMask::None);
+            let attended = MaskedAttention::new(&device).forward(&x, &x, &x, AttentionMask::none());
             is_over.store(true, std::sync::atomic::Ordering::SeqCst);
             attended.map(|_| ())
         });

@@ -132,6 +132,30 @@ impl Trials {
         }
     }
 
+    /// The same for kernels that take key ranges.
+    pub fn each_kernel_with_ranges<R: Outcome>(
+        &mut self,
+        test: &str,
+        run: impl Fn(&Variant) -> Result<R> + Copy + Send + 'static,
+    ) {
+        for kernel in self.device.capabilities().kernels.clone().into_iter().filter(|kernel| kernel.has_ranges()) {
+            self.variants(self.device.capabilities().dtypes, test, kernel, None, run);
+        }
+    }
+
+    /// One trial for each kernel that takes key ranges, each path that metadata can take, and each element type.
+    pub fn each_path_with_ranges<R: Outcome>(
+        &mut self,
+        test: &str,
+        run: impl Fn(&Variant) -> Result<R> + Copy + Send + 'static,
+    ) {
+        for kernel in self.device.capabilities().kernels.clone().into_iter().filter(|kernel| kernel.has_ranges()) {
+            for path in PATHS_OF_METADATA {
+                self.variants(self.device.capabilities().dtypes, test, kernel, Some(path), run);
+            }
+        }
+    }
+
     /// One trial for each kernel, each path that metadata can take, and each element type.
     pub fn each_path<R: Outcome>(&mut self, test: &str, run: impl Fn(&Variant) -> Result<R> + Copy + Send + 'static) {
         self.each_path_of(self.device.capabilities().dtypes, test, run);

@@ -47,9 +47,9 @@ fn a_lost_device_is_an_error(device: &Device) -> Result<()> {
         ("Tensor::from_slice", Tensor::from_slice(&device, &ones, &shape).map(drop)),
         ("Tensor::to_vec", x.to_vec::<f16>().map(drop)),
         ("Tensor::write", out.write(&ones)),
-        ("forward", layer.forward(&x, &x, &x, AttentionMask::None).map(drop)),
+        ("forward", layer.forward(&x, &x, &x, AttentionMask::none()).map(drop)),
         ("forward, metadata in use", layer.forward(&x, &x, &x, AttentionMask::varlen(&meta)).map(drop)),
-        ("forward_into", layer.forward_into(&x, &x, &x, AttentionMask::None, &mut out).map(drop)),
+        ("forward_into", layer.forward_into(&x, &x, &x, AttentionMask::none(), &mut out).map(drop)),
         (
             "forward_into, metadata in use",
             layer.forward_into(&x, &x, &x, AttentionMask::varlen(&meta), &mut out).map(drop),
@@ -88,7 +88,7 @@ fn warm_up_leaves_nothing_to_compile(device: &Device) -> Result<()> {
         for with_meta in [false, true] {
             let warm_up = |(key_mask, q, kv): &(KeyMask, [usize; 4], [usize; 4])| {
                 let meta = VarlenMeta::from_key_mask(key_mask)?;
-                let mask = if with_meta { AttentionMask::varlen(&meta) } else { AttentionMask::Key(key_mask) };
+                let mask = if with_meta { AttentionMask::varlen(&meta) } else { AttentionMask::key(key_mask) };
                 Ok(layer.warm_up(dtype, q, kv, mask)?)
             };
             let (plan, compiled) = count_compiled(|| warm_up(&small))?;
@@ -97,7 +97,7 @@ fn warm_up_leaves_nothing_to_compile(device: &Device) -> Result<()> {
             let [q, kv] = [q_shape, kv_shape].map(|shape| Tensor::zeros(&device, dtype, &shape));
             let (q, kv) = (q?, kv?);
             let meta = VarlenMeta::from_key_mask(&large.0)?;
-            let mask = if with_meta { AttentionMask::varlen(&meta) } else { AttentionMask::Key(&large.0) };
+            let mask = if with_meta { AttentionMask::varlen(&meta) } else { AttentionMask::key(&large.0) };
             let (called, compiled) = count_compiled(|| Ok(layer.forward(&q, &kv, &kv, mask)?.plan))?;
             ensure!(called == plan, "warm_up takes {plan}, forward {called}");
             ensure!(compiled == 0, "{compiled} shaders compiled after warming up, {dtype}, {plan}");

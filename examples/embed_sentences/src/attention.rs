@@ -49,7 +49,7 @@ impl BatchMask {
 
     fn as_attention_mask(&self) -> AttentionMask<'_> {
         match self {
-            Self::KeyMask(mask) => AttentionMask::Key(mask),
+            Self::KeyMask(mask) => AttentionMask::key(mask),
             Self::Varlen(meta) => AttentionMask::varlen(meta),
         }
     }

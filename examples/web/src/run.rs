@@ -52,7 +52,7 @@ async fn run_in<T: Element + Value>(device: &Device, workload: &Workload, precis
     let qkv = [upload(0)?, upload(1)?, upload(2)?];
 
     let (varlen, out, by_device) = timed(device, &qkv, AttentionMask::varlen(&meta), shape).await?;
-    let (dense, _, _) = timed(device, &qkv, AttentionMask::Key(&mask), shape).await?;
+    let (dense, _, _) = timed(device, &qkv, AttentionMask::key(&mask), shape).await?;
     let out = out.to_vec_async::<T>().await?;
     let recorded = recorded(device, &host, shapes, &meta).await?;
 

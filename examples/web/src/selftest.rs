@@ -68,14 +68,14 @@ async fn result_on<T: Element>(device: &Device, operation: Operation) -> Result<
     let cu_seqlens = CuSeqlens::from_lengths(&[5, 0, 7])?;
     let layer = MaskedAttention::new(device);
     let out = match operation {
-        Operation::KeyMask => layer.forward(&q, &k, &v, AttentionMask::Key(meta.key_mask()))?.out,
+        Operation::KeyMask => layer.forward(&q, &k, &v, AttentionMask::key(meta.key_mask()))?.out,
         Operation::BiasF32 => {
             let bias = Tensor::from_slice(device, &normal_stream(SEED, 3, seq * seq), &[1, 1, seq, seq])?;
-            layer.forward(&q, &k, &v, AttentionMask::Bias(bias.view()))?.out
+            layer.forward(&q, &k, &v, AttentionMask::bias(bias.view()))?.out
         }
         Operation::Bias => {
             let bias = tensor(3, &[batch, 1, seq, seq])?;
-            layer.forward(&q, &k, &v, AttentionMask::Bias(bias.view()))?.out
+            layer.forward(&q, &k, &v, AttentionMask::bias(bias.view()))?.out
         }
         Operation::ForcedDense => layer.with_path(Path::Dense).forward(&q, &k, &v, AttentionMask::varlen(&meta))?.out,
         Operation::OddPlaces => {
@@ -143,7 +143,7 @@ async fn destroyed_buffer(device: &Device) -> Result<Check> {
     buffer.destroy();
     let out = memory.view_mut(DType::F32, Layout::contiguous(&SHAPE)?);
     // Elsewhere this call is refused already.
-    let launched = MaskedAttention::new(&library).forward_into(&input, &input, &input, AttentionMask::None, out);
+    let launched = MaskedAttention::new(&library).forward_into(&input, &input, &input, AttentionMask::none(), out);
     let waited = library.synchronize_async().await;
     let found = match launched.map(drop).and(waited) {
         Err(error @ (Error::Backend { .. } | Error::BufferUnusable { .. })) => Ok(error.to_string()),

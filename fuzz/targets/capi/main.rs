@@ -32,6 +32,8 @@ mod device_meta;
 mod failure;
 #[path = "../../../capi/src/handles.rs"]
 mod handles;
+#[path = "../../../capi/src/key_ranges.rs"]
+mod key_ranges;
 #[path = "../../../capi/src/masks.rs"]
 mod masks;
 #[path = "../../../capi/src/names.rs"]

@@ -71,14 +71,18 @@ fn attend_packed(
     query: &VarlenMeta,
     key: &VarlenMeta,
 ) -> Result<()> {
-    let Attention { problem, plan, q, k, v, out, .. } = attention;
+    let Attention { problem, plan, q, k, v, out, ranges, .. } = attention;
+    let ranges = ranges.map(|ranges| ranges.of_packed_rows(query, key, false)).transpose()?;
+    let ranges = ranges.as_deref();
     let q = PackedScratch::pack(q, query, threads)?;
     let k = PackedScratch::pack(k, key, threads)?;
     let v = PackedScratch::pack(v, key, threads)?;
     let mut packed_out = PackedScratch::like(&q)?;
     let rows = Rows::Packed { query: query.cu_seqlens(), key: key.cu_seqlens() };
     let (q, k, v) = (q.input(), k.input(), v.input());
-    attend(Attention { problem, plan, q, k, v, out: packed_out.output(), lse: None, rows }, processor, threads)?;
+    let out_of_rows = packed_out.output();
+    let attention = Attention { problem, plan, q, k, v, out: out_of_rows, lse: None, rows, ranges, bias: None };
+    attend(attention, processor, threads)?;
     copy::scatter(packed_out.input(), out, query, threads)
 }
 
@@ -107,12 +111,8 @@ impl<T: RowElement> Call<'_, T> {
 
     /// Threads that the call is worth.
     fn workers(&self) -> usize {
-        let AttentionShape { batch, num_kv_heads, head_dim, .. } = *self.shape();
-        let pairs = |b| {
-            let queries = self.queries.of(b).len() * self.shape().group_size();
-            queries.saturating_mul(self.needed_keys(b, &(0..queries)).len())
-        };
-        let pairs = (0..batch).map(pairs).fold(0, usize::saturating_add).saturating_mul(num_kv_heads);
+        let AttentionShape { batch, num_heads, head_dim, .. } = *self.shape();
+        let pairs = (0..batch).map(|b| self.pairs(b)).fold(0, usize::saturating_add).saturating_mul(num_heads);
         pairs.saturating_mul(head_dim) / WORK_OF_A_THREAD
     }
 
@@ -128,12 +128,10 @@ impl<T: RowElement> Call<'_, T> {
             let queries = queries(batch);
             // As many tiles as tiles of the largest size would be, but of about the same size.
             let tile = queries.div_ceil(queries.div_ceil(most)).next_multiple_of(QUERY_STEP);
-            for kv_head in 0..num_kv_heads {
-                tasks.extend((0..queries).step_by(tile).map(|first| {
-                    let count = tile.min(queries - first);
-                    let keys = self.needed_keys(batch, &(first..first + count)).len();
-                    Task { batch, kv_head, first, count, pairs: count * keys }
-                }));
+            for first in (0..queries).step_by(tile) {
+                let count = tile.min(queries - first);
+                let pairs = count * self.needed_keys(batch, &(first..first + count)).len();
+                tasks.extend((0..num_kv_heads).map(|kv_head| Task { batch, kv_head, first, count, pairs }));
             }
         }
         // Tasks that share keys stay together.
@@ -171,10 +169,10 @@ impl<T: RowElement> Call<'_, T> {
             // other.
             let mut ahead = tile.end..needed.end.min(tile.end + KEY_TILE);
             let share = ahead.len().div_ceil(strips.ranges().count());
-            for lanes in strips.ranges() {
+            for (strip, lanes) in strips.ranges().enumerate() {
                 tiles.prefetch_keys(self, task, ahead.start..ahead.end.min(ahead.start + share));
                 ahead.start = ahead.end.min(ahead.start + share);
-                tiles.step(self, strips, lanes, tile.len());
+                tiles.step(self, strips, (strip, lanes), tile.clone());
             }
         }
         tiles.finish(self, task, strips, !needed.is_empty());

@@ -24,6 +24,7 @@ pub(super) struct Call<'a, T> {
     pub bias: Option<Bias<'a, T>>,
     pub queries: Sequences<'a>,
     pub keys: Sequences<'a>,
+    needed: NeededKeys<'a>,
     /// Queries that it does not keep get rows of zeros, computed or not.
     pub query_mask: Option<&'a KeyMask>,
     pub scale: Scale,
@@ -68,15 +69,15 @@ pub(super) struct Task {
 
 impl<'a, T: RowElement> Call<'a, T> {
     pub fn new(attention: Attention<'a>, processor: Processor) -> Result<Self> {
-        let Attention { problem, q, k, v, out, lse, rows, .. } = attention;
+        let Attention { problem, q, k, v, out, lse, rows, ranges, bias, .. } = attention;
         let AttentionShape { seq_q, seq_k, .. } = problem.shape;
-        let (queries, keys, query_mask, bias) = match rows {
-            Rows::Dense { key_mask, bias, zero_rows } => {
+        let (queries, keys, query_mask, key_mask) = match rows {
+            Rows::Dense { key_mask, zero_rows } => {
                 let keys = key_mask.map_or(Ok(Sequences::Whole(seq_k)), Sequences::kept)?;
-                (Sequences::Whole(seq_q), keys, zero_rows, bias)
+                (Sequences::Whole(seq_q), keys, zero_rows, key_mask)
             }
             Rows::Varlen { query, key } => {
-                (Sequences::valid(query)?, Sequences::valid(key)?, Some(query.key_mask()), None)
+                (Sequences::valid(query)?, Sequences::valid(key)?, Some(query.key_mask()), Some(key.key_mask()))
             }
             Rows::Packed { query, key } => (Sequences::Packed(query), Sequences::Packed(key), None, None),
             Rows::DeviceVarlen { .. } => return Err(no_device_tables(super::NAME)),
@@ -98,6 +99,7 @@ impl<'a, T: RowElement> Call<'a, T> {
             bias,
             queries,
             keys,
+            needed: NeededKeys::new(ranges, key_mask)?,
             query_mask,
             scale: Scale::new(problem.softmax_scale),
         })
@@ -106,9 +108,40 @@ impl<'a, T: RowElement> Call<'a, T> {
     /// The keys that some query of the batch row's queries `queries`, numbered as in [`Task`],
     /// needs.
     pub fn needed_keys(&self, batch: usize, queries: &Range<usize>) -> Range<usize> {
-        let group = self.shape().group_size();
-        let tokens = queries.start / group..queries.end.div_ceil(group);
-        NeededKeys::all_of(&self.keys.of(batch)).of_tile(tokens)
+        let count = self.keys.of(batch).len();
+        if !self.needed.differ() {
+            return if queries.is_empty() { 0..0 } else { 0..count };
+        }
+        let (tokens, group) = (self.queries.of(batch), self.shape().group_size());
+        let mut union = 0..0;
+        for number in queries.start / group..queries.end.div_ceil(group) {
+            let needed = self.needed.of_query(batch, tokens.at(number), count);
+            if !needed.is_empty() {
+                let is_first = union.is_empty();
+                union.start = if is_first { needed.start } else { union.start.min(needed.start) };
+                union.end = union.end.max(needed.end);
+            }
+        }
+        union
+    }
+
+    /// Whether queries of a batch row may need different keys.
+    pub fn queries_differ(&self) -> bool {
+        self.needed.differ()
+    }
+
+    /// The keys that a query needs, by its token.
+    pub fn keys_of_query(&self, batch: usize, token: usize) -> Range<usize> {
+        self.needed.of_query(batch, token, self.keys.of(batch).len())
+    }
+
+    /// Pairs of query and key of a batch row, for one head.
+    pub fn pairs(&self, batch: usize) -> usize {
+        let (tokens, count) = (self.queries.of(batch), self.keys.of(batch).len());
+        match self.needed.differ() {
+            false => tokens.len().saturating_mul(count),
+            true => (0..tokens.len()).map(|i| self.needed.of_query(batch, tokens.at(i), count).len()).sum(),
+        }
     }
 
     pub fn shape(&self) -> &AttentionShape {

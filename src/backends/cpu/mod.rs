@@ -8,6 +8,7 @@ mod host;
 mod isa;
 mod needed_keys;
 mod rows;
+mod seen_keys;
 mod softmax;
 mod strip;
 mod threads;

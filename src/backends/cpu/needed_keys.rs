@@ -8,16 +8,17 @@
 //!    query i needs the keys     first(i) <= j < end(i)           of those that take part
 //! ```
 //!
-//! Keys that do not take part are never read. Neither end of the range falls from one query to the
-//! next, so a tile of queries needs the keys from the first query's `first` to the last query's
-//! `end`.
+//! Keys that do not take part are never read. A tile of queries reads the keys from the smallest
+//! `first` to the largest `end` of its queries.
 
 use std::ops::Range;
 
 use super::host;
 use crate::error::Result;
 use crate::mask::key_mask::KeyMask;
+use crate::mask::key_ranges::KeyRanges;
 use crate::mask::meta::{CuSeqlens, VarlenMeta};
+use crate::mask::ranks::Ranks;
 
 /// Which tokens of each batch row take part.
 pub(super) enum Sequences<'a> {
@@ -111,33 +112,40 @@ impl Tokens<'_> {
     }
 }
 
-/// Which keys of a batch row each of its queries needs.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct NeededKeys {
-    /// Keys of the batch row that take part.
-    count: usize,
+/// Which keys of its batch row each query needs.
+pub(super) struct NeededKeys<'a> {
+    /// All of them where there are none.
+    ranges: Option<&'a KeyRanges>,
+    /// Turn positions of padded keys to numbers of those that take part; none where both are the
+    /// same.
+    ranks: Option<Ranks<'a>>,
 }
 
-impl NeededKeys {
-    pub fn all_of(keys: &Tokens<'_>) -> Self {
-        Self { count: keys.len() }
+impl<'a> NeededKeys<'a> {
+    /// `key_mask` says which of the padded keys take part.
+    pub fn new(ranges: Option<&'a KeyRanges>, key_mask: Option<&'a KeyMask>) -> Result<Self> {
+        let ranks = match (ranges, key_mask) {
+            (Some(_), Some(mask)) => Some(Ranks::new(mask)?),
+            _ => None,
+        };
+        Ok(Self { ranges, ranks })
     }
 
-    /// Number of the first key that query `_i` needs. Every query needs every key.
-    fn first(self, _i: usize) -> usize {
-        0
+    /// Whether queries may need different keys.
+    pub fn differ(&self) -> bool {
+        self.ranges.is_some()
     }
 
-    /// One past the number of the last key that query `_i` needs.
-    fn end(self, _i: usize) -> usize {
-        self.count
-    }
-
-    /// The keys that some query of a range needs; none for no query.
-    pub fn of_tile(self, queries: Range<usize>) -> Range<usize> {
-        match queries.end.checked_sub(1) {
-            Some(last) if !queries.is_empty() => self.first(queries.start)..self.end(last),
-            _ => 0..0,
-        }
+    /// The keys, numbered in order, that a query of batch row `b` needs, of the `count` that take
+    /// part; the query is a token of the padded row or a packed row.
+    #[inline]
+    pub fn of_query(&self, b: usize, token: usize, count: usize) -> Range<usize> {
+        let Some(ranges) = self.ranges else { return 0..count };
+        let range = ranges.of_token(b, token);
+        let [first, end] = match &self.ranks {
+            Some(ranks) => range.map(|position| ranks.of(b, position)),
+            None => range,
+        };
+        first as usize..end as usize
     }
 }

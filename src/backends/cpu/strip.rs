@@ -117,7 +117,7 @@ pub(super) fn panel(lanes: &Range<usize>, len: usize) -> Range<usize> {
 }
 
 /// One tile of keys and values, gathered.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub(super) struct KeyTile<'a> {
     /// Blocks `[head_dim][SCALARS]` of as many keys; the last one may have keys to spare, of any
     /// value.
@@ -126,8 +126,21 @@ pub(super) struct KeyTile<'a> {
     pub values: &'a [f32],
     pub value_stride: usize,
     pub len: usize,
+    /// The keys that are computed, from a whole block of keys on.
+    pub part: Range<usize>,
     /// Panels `[len]` to add to the scaled scores.
     pub bias: Option<&'a [f32]>,
+    /// Which of the part each query sees; all of it where there are no limits.
+    pub seen: Option<Limits<'a>>,
+    /// Whether no value of the tile is NaN or infinite.
+    pub values_are_finite: bool,
+}
+
+/// The keys of a tile that each query of a strip sees, from the tile's start.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Limits<'a> {
+    pub firsts: &'a [f32],
+    pub ends: &'a [f32],
 }
 
 /// Attention of one strip of a query tile to one tile of keys.
@@ -159,24 +172,35 @@ impl Vectorized for Step<'_> {
 impl AtWidth for Step<'_> {
     #[inline(always)]
     fn run<S: RegisterTile, const W: usize, const N: usize>(self, simd: S) {
-        let KeyTile { keys, values, value_stride, len, bias } = self.tile;
+        let KeyTile { keys, values, value_stride, len, part, bias, seen, values_are_finite } = self.tile;
         let (lanes, head_dim, columns) = (&self.lanes, self.head_dim, self.columns);
         let q = vectors::<S, W>(&self.q[panel(lanes, head_dim)]);
         let scores = vectors_mut::<S, W>(self.scores);
         let (blocks, _) = scores.as_chunks_mut::<N>();
-        for (block, keys) in blocks[..len.div_ceil(N)].iter_mut().zip(keys.chunks_exact(N * head_dim)) {
+        let keys = keys.chunks_exact(N * head_dim).skip(part.start / N);
+        for (block, keys) in blocks[..part.len().div_ceil(N)].iter_mut().zip(keys) {
             *block = product::<S, W, N>(simd, keys.as_chunks::<N>().0, q);
         }
-        let scores = &mut scores[..len];
+        let scores = &mut scores[..part.len()];
         let mut scale = self.scale;
         if let Some(bias) = bias {
             let factor = simd.splat_f32s(scale);
-            for (score, bias) in scores.iter_mut().zip(vectors::<S, W>(&bias[panel(lanes, len)])) {
+            let bias = &vectors::<S, W>(&bias[panel(lanes, len)])[part.clone()];
+            for (score, bias) in scores.iter_mut().zip(bias) {
                 for w in 0..W {
                     score[w] = biased(simd, score[w], factor, bias[w]);
                 }
             }
             scale = 1.0;
+        }
+        let seen = seen.and_then(|limits| Seen::<S, W>::new(limits, part.start));
+        if let Some(seen) = &seen {
+            let nothing = simd.splat_f32s(f32::NEG_INFINITY);
+            for (i, score) in scores.iter_mut().enumerate() {
+                for (w, score) in score.iter_mut().enumerate() {
+                    *score = simd.select_f32s(seen.sees(simd, i, w), *score, nothing);
+                }
+            }
         }
         let [max] = vectors_mut::<S, W>(&mut self.max[lanes.clone()]) else { return };
         let [sum] = vectors_mut::<S, W>(&mut self.sum[lanes.clone()]) else { return };
@@ -186,10 +210,51 @@ impl AtWidth for Step<'_> {
         let (wide, narrow) =
             vectors_mut::<S, W>(&mut self.acc[panel(lanes, head_dim)]).split_at_mut(columns.wide_columns());
         let (wide_values, narrow_values) = values.split_at(columns.wide_columns() * value_stride);
-        accumulate::<S, W, N>(simd, scores, wide_values, value_stride, factor, wide);
-        if !N.is_multiple_of(NARROW) {
-            accumulate::<S, W, NARROW>(simd, scores, narrow_values, value_stride, factor, narrow);
+        let values = Values { stride: value_stride, first: part.start };
+        let seen = seen.filter(|_| !values_are_finite);
+        if let Some(seen) = &seen {
+            accumulate_seen::<S, W, N>(simd, scores, (wide_values, values), factor, wide, seen);
+        } else {
+            accumulate::<S, W, N>(simd, scores, (wide_values, values), factor, wide);
         }
+        if !N.is_multiple_of(NARROW) {
+            if let Some(seen) = &seen {
+                accumulate_seen::<S, W, NARROW>(simd, scores, (narrow_values, values), factor, narrow, seen);
+            } else {
+                accumulate::<S, W, NARROW>(simd, scores, (narrow_values, values), factor, narrow);
+            }
+        }
+    }
+}
+
+/// Where rows of a block of values lie.
+#[derive(Debug, Clone, Copy)]
+struct Values {
+    stride: usize,
+    /// The first row that counts.
+    first: usize,
+}
+
+/// The keys that each query of a strip sees.
+struct Seen<'a, S: RegisterTile, const W: usize> {
+    firsts: &'a [S::f32s; W],
+    ends: &'a [S::f32s; W],
+    /// The key of the first row of scores.
+    start: usize,
+}
+
+impl<'a, S: RegisterTile, const W: usize> Seen<'a, S, W> {
+    #[inline(always)]
+    fn new(limits: Limits<'a>, start: usize) -> Option<Self> {
+        let of_strip = |values| S::as_simd_f32s(values).0.as_chunks::<W>().0.first();
+        Some(Self { firsts: of_strip(limits.firsts)?, ends: of_strip(limits.ends)?, start })
+    }
+
+    /// The lanes of vector `w` that see the key of row `i` of the scores.
+    #[inline(always)]
+    fn sees(&self, simd: S, i: usize, w: usize) -> S::m32s {
+        let key = simd.splat_f32s((self.start + i) as f32);
+        simd.and_m32s(simd.less_than_or_equal_f32s(self.firsts[w], key), simd.less_than_f32s(key, self.ends[w]))
     }
 }
 
@@ -212,17 +277,43 @@ fn product<S: RegisterTile, const W: usize, const N: usize>(
 fn accumulate<S: RegisterTile, const W: usize, const N: usize>(
     simd: S,
     weights: &[[S::f32s; W]],
-    values: &[f32],
-    value_stride: usize,
+    (values, Values { stride, first }): (&[f32], Values),
     factor: [S::f32s; W],
     acc: &mut [[S::f32s; W]],
 ) {
-    let blocks = values.chunks_exact(N * value_stride);
+    let blocks = values.chunks_exact(N * stride);
     for (acc, values) in acc.as_chunks_mut::<N>().0.iter_mut().zip(blocks) {
-        let sums = product::<S, W, N>(simd, values.as_chunks::<N>().0, weights);
+        let sums = product::<S, W, N>(simd, &values.as_chunks::<N>().0[first..], weights);
         for n in 0..N {
             for w in 0..W {
                 acc[n][w] = simd.mul_add_e_f32s(acc[n][w], factor[w], sums[n][w]);
+            }
+        }
+    }
+}
+
+/// [`accumulate`] where a value may be NaN or infinite: times a weight of 0 it would reach queries
+/// that do not see its key.
+#[inline(always)]
+fn accumulate_seen<S: RegisterTile, const W: usize, const N: usize>(
+    simd: S,
+    weights: &[[S::f32s; W]],
+    (values, Values { stride, first }): (&[f32], Values),
+    factor: [S::f32s; W],
+    acc: &mut [[S::f32s; W]],
+    seen: &Seen<'_, S, W>,
+) {
+    let zero = simd.splat_f32s(0.0);
+    let blocks = values.chunks_exact(N * stride);
+    for (acc, values) in acc.as_chunks_mut::<N>().0.iter_mut().zip(blocks) {
+        for n in 0..N {
+            for w in 0..W {
+                let mut sum = zero;
+                for (i, (weight, value)) in weights.iter().zip(&values.as_chunks::<N>().0[first..]).enumerate() {
+                    let value = simd.select_f32s(seen.sees(simd, i, w), simd.splat_f32s(value[n]), zero);
+                    sum = simd.mul_add_e_f32s(weight[w], value, sum);
+                }
+                acc[n][w] = simd.mul_add_e_f32s(acc[n][w], factor[w], sum);
             }
         }
     }
@@ -315,7 +406,16 @@ mod tests {
                             max: &mut max,
                             sum: &mut sum,
                             scores: &mut scores,
-                            tile: KeyTile { keys: &keys, values: &values, value_stride: STRIDE, len, bias: None },
+                            tile: KeyTile {
+                                keys: &keys,
+                                values: &values,
+                                value_stride: STRIDE,
+                                len,
+                                part: 0..len,
+                                bias: None,
+                                seen: None,
+                                values_are_finite: true,
+                            },
                             scale: 0.5,
                         });
                     }

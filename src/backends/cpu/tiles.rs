@@ -7,6 +7,7 @@ use super::call::{Bias, Call, Task};
 use super::host::{self, HostInput};
 use super::needed_keys::Tokens;
 use super::rows::{RowElement, from_panel, prefetch, to_block, to_panel};
+use super::seen_keys::SeenKeys;
 use super::softmax::OVERFLOWED;
 use super::strip::{KeyTile, NARROW, Normalize, Step, Strips, panel};
 use crate::error::Result;
@@ -32,6 +33,10 @@ pub(super) struct Tiles {
     rows: Floats,
     /// For the conversion of a row.
     converted: Floats,
+    /// Where the queries need different keys.
+    seen: Option<SeenKeys>,
+    /// Whether no value of the key tile is NaN or infinite; kept up to date with `seen` alone.
+    values_are_finite: bool,
 }
 
 impl Tiles {
@@ -53,6 +58,8 @@ impl Tiles {
             bias: zeros(if call.bias.is_some() { keys * lanes } else { 0 })?,
             rows: zeros(strip.max(block) * dim.max(keys))?,
             converted: zeros(dim.max(keys))?,
+            seen: if call.queries_differ() { Some(SeenKeys::new(lanes, strip)?) } else { None },
+            values_are_finite: true,
         })
     }
 
@@ -70,6 +77,9 @@ impl Tiles {
             q_rows.row(token, head, dim)
         };
         (0..task.count).for_each(|lane| prefetch(q_row(lane)));
+        if let Some(seen) = &mut self.seen {
+            seen.start(strips, task.count, |lane| call.keys_of_query(task.batch, query.at(lane).0));
+        }
         let Self { q, rows, converted, .. } = self;
         call.processor.vectorize(
             #[inline(always)]
@@ -99,7 +109,8 @@ impl Tiles {
         let tokens = call.keys.of(task.batch);
         let (k, v) = (call.k.batch_rows(task.batch), call.v.batch_rows(task.batch));
         let (block, columns) = (strips.block_keys(), strips.columns(dim));
-        let Self { keys, values, rows, converted, .. } = self;
+        let Self { keys, values, rows, converted, seen, values_are_finite, .. } = self;
+        *values_are_finite = true;
         let (wide, narrow) = values.split_at_mut(columns.wide_columns() * VALUE_STRIDE);
         call.processor.vectorize(
             #[inline(always)]
@@ -117,6 +128,7 @@ impl Tiles {
                 }
                 for (i, from) in tile.enumerate() {
                     let value = T::widen(v.row(tokens.at(from), task.kv_head, dim), &mut converted[..dim]);
+                    *values_are_finite &= seen.is_none() || are_finite(value);
                     let (wide_values, narrow_values) = value.split_at(columns.wide_columns());
                     if block == 8 {
                         to_blocks::<8>(wide_values, wide, i);
@@ -189,9 +201,22 @@ impl Tiles {
         );
     }
 
-    /// Attention of a strip of the query tile to the key tile.
-    pub fn step<T: RowElement>(&mut self, call: &Call<'_, T>, strips: Strips, lanes: Range<usize>, len: usize) {
+    /// Attention of a strip of the query tile, with its number, to the key tile.
+    pub fn step<T: RowElement>(
+        &mut self,
+        call: &Call<'_, T>,
+        strips: Strips,
+        (strip, lanes): (usize, Range<usize>),
+        tile: Range<usize>,
+    ) {
         let head_dim = call.shape().head_dim;
+        let (part, seen) = match &mut self.seen {
+            None => (0..tile.len(), None),
+            Some(seen) => match seen.of_strip(strip, &lanes, &tile, strips.block_keys()) {
+                None => return,
+                Some(part_and_limits) => part_and_limits,
+            },
+        };
         call.processor.dispatch(Step {
             columns: strips.columns(head_dim),
             lanes,
@@ -205,8 +230,11 @@ impl Tiles {
                 keys: &self.keys,
                 values: &self.values,
                 value_stride: VALUE_STRIDE,
-                len,
+                len: tile.len(),
+                part,
                 bias: call.bias.as_ref().map(|_| &self.bias[..]),
+                seen,
+                values_are_finite: self.values_are_finite,
             },
             scale: call.scale.scores,
         });
@@ -254,8 +282,9 @@ impl Tiles {
     /// largest score has weight 1 if it is a number, so a sum of 0 is one of −∞ alone. With a bias,
     /// those are the rows that it hides, and overflow is a number of its own.
     fn spread_overflow(&mut self, has_keys: bool, has_bias: bool) {
-        for (&max, sum) in self.max.iter().zip(self.sum.iter_mut()) {
-            if if has_bias { max == OVERFLOWED } else { has_keys && *sum == 0.0 } {
+        for (lane, (&max, sum)) in self.max.iter().zip(self.sum.iter_mut()).enumerate() {
+            let sees_keys = || has_keys && self.seen.as_ref().is_none_or(|seen| seen.sees_any(lane));
+            if if has_bias { max == OVERFLOWED } else { *sum == 0.0 && sees_keys() } {
                 *sum = f32::NAN;
             }
         }
@@ -280,6 +309,13 @@ impl<'a> Query<'a> {
         let number = self.task.first + lane;
         (self.tokens.at(number / self.group), self.task.kv_head * self.group + number % self.group)
     }
+}
+
+/// Whether no element is NaN or infinite.
+#[inline(always)]
+fn are_finite(row: &[f32]) -> bool {
+    // On bits, since the compiler makes SIMD code of it.
+    row.iter().fold(0, |largest, x| largest.max(x.abs().to_bits())) < f32::INFINITY.to_bits()
 }
 
 /// `N` rows as f32; `scratch` holds those that were converted.

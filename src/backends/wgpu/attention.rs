@@ -4,7 +4,7 @@
 use std::ops::Range;
 
 use crate::backends::rows::{RowShape, WORD_BYTES, head_ranges};
-use crate::call::op::{Attention, Input, Rows, no_device_tables};
+use crate::call::op::{Attention, Rows, no_device_tables};
 use crate::call::plan::Path;
 use crate::error::{Error, Result};
 use crate::mask::key_mask::KeyMask;
@@ -18,6 +18,7 @@ use super::metadata::{cu_seqlens, fused_tiles, longest, mask_bits, packed_rows, 
 use super::pace::Pace;
 use super::params::AttentionParams;
 use super::placement::{FirstDim, Operand, Placed, split_batch};
+use super::ranges::Ranges;
 use super::shader::{Algorithm, AttentionRows, AttentionShader, Shader};
 use super::work::{Work, group_operations};
 
@@ -30,10 +31,10 @@ pub(super) fn record(
     launches: &mut Launches<'_>,
 ) -> Result<()> {
     let shader = shader_for(attention, algorithm);
-    launches.announce(shader, Work::of(attention, algorithm), pace.limit(shader));
+    launches.announce(shader, Work::of(attention, algorithm)?, pace.limit(shader));
     let call = Call { context, attention, algorithm, shader };
     match &attention.rows {
-        Rows::Dense { key_mask, bias, zero_rows } => call.dense(*key_mask, bias.as_ref(), *zero_rows, launches),
+        Rows::Dense { key_mask, zero_rows } => call.dense(*key_mask, *zero_rows, launches),
         Rows::Packed { query, key } => call.packed(query, key, launches),
         Rows::Varlen { query, key } if attention.plan.path == Path::Fused => call.fused(query, key, launches),
         Rows::Varlen { query, key } => call.packed_path(query, key, launches),
@@ -45,15 +46,15 @@ pub(super) fn record(
 fn shader_for(attention: &Attention<'_>, algorithm: Algorithm) -> Shader {
     let (dtype, head_dim) = (attention.problem.dtype, attention.problem.shape.head_dim);
     let rows = match &attention.rows {
-        Rows::Dense { key_mask, bias, zero_rows } => AttentionRows::Dense {
+        Rows::Dense { key_mask, zero_rows } => AttentionRows::Dense {
             key_mask: key_mask.is_some(),
             zero_rows: zero_rows.is_some(),
-            bias: bias.as_ref().map(|bias| bias.dtype),
+            bias: attention.bias.as_ref().map(|bias| bias.dtype),
         },
         Rows::Varlen { .. } if attention.plan.path == Path::Fused => AttentionRows::Fused,
         _ => AttentionRows::Packed { lse: attention.lse.is_some() },
     };
-    Shader::Attention(AttentionShader { algorithm, dtype, head_dim, rows })
+    Shader::Attention(AttentionShader { algorithm, dtype, head_dim, rows, ranges: attention.ranges.is_some() })
 }
 
 fn too_large(argument: &'static str, limit_name: &'static str, limit: u64, got: u64) -> Error {
@@ -94,6 +95,7 @@ struct Tensors {
 struct Sequences<'a> {
     query: &'a CuSeqlens,
     key: &'a CuSeqlens,
+    ranges: &'a Ranges<'a>,
     range: Range<usize>,
     /// Packed rows at which the placed tensors start.
     q_row_base: usize,
@@ -132,7 +134,6 @@ impl Call<'_> {
     fn dense(
         &self,
         key_mask: Option<&KeyMask>,
-        bias: Option<&Input<'_>>,
         zero_rows: Option<&KeyMask>,
         launches: &mut Launches<'_>,
     ) -> Result<()> {
@@ -144,9 +145,11 @@ impl Call<'_> {
             return Err(too_large("q", limit_name, limit, shape.seq_q as u64));
         }
         let operands = self.operands(FirstDim::Batch, FirstDim::Batch)?;
+        let bias = self.attention.bias.as_ref();
         let bias = bias.map(|bias| Operand::input(context, "bias", bias, FirstDim::Batch)).transpose()?;
         let (key_bits, key_words) = self.mask_window(key_mask)?;
         let (row_bits, row_words) = self.mask_window(zero_rows)?;
+        let ranges = Ranges::dense(context, self.attention.ranges, self.tile_rows())?;
         let bound: Vec<_> = operands.all().into_iter().chain(bias).collect();
         for range in split_batch(context.max_binding_bytes, shape.batch, &bound, |_| 0)? {
             let mut scratch = Vec::new();
@@ -154,9 +157,10 @@ impl Call<'_> {
             let params = self.params(&tensors);
             let params = AttentionParams { batch_base: range.start as u32, key_words, row_words, ..params };
             let (bias_window, params) = self.place_bias(bias.as_ref(), &range, params)?;
-            let windows = [key_bits.clone(), row_bits.clone(), bias_window];
+            let (ranges_window, params) = ranges.bind(params, 0)?;
+            let windows = [key_bits.clone(), row_bits.clone(), bias_window, ranges_window];
             let groups = [tiles as u32, range.len() as u32];
-            self.push((tensors, windows.to_vec()), params, groups, shape.seq_k, launches);
+            self.push((tensors, windows.to_vec()), params, groups, ranges.most_keys(shape.seq_k), launches);
             launches.give_back(scratch);
         }
         Ok(())
@@ -188,12 +192,14 @@ impl Call<'_> {
 
     /// One launch on packed rows, or one for each range of sequences that fits the bindings.
     fn packed(&self, query: &CuSeqlens, key: &CuSeqlens, launches: &mut Launches<'_>) -> Result<()> {
+        let ranges = Ranges::packed(self.context, self.attention.ranges, query, self.tile_rows())?;
         let operands = self.operands(FirstDim::PackedRow(query), FirstDim::PackedRow(key))?;
         for range in split_batch(self.context.max_binding_bytes, query.batch(), &operands.all(), |_| 0)? {
             let mut scratch = Vec::new();
             let tensors = self.place(&operands, &range, launches, &mut scratch)?;
             let (q_row_base, k_row_base) = (query.rows(range.start).start, key.rows(range.start).start);
-            self.push_packed(tensors, &Sequences { query, key, range, q_row_base, k_row_base }, launches)?;
+            let sequences = Sequences { query, key, ranges: &ranges, range, q_row_base, k_row_base };
+            self.push_packed(tensors, &sequences, launches)?;
             launches.give_back(scratch);
         }
         Ok(())
@@ -206,6 +212,7 @@ impl Call<'_> {
         let operands = self.operands(FirstDim::Batch, FirstDim::Batch)?;
         let (query_tokens, key_tokens) = (token_lists(context, query)?, token_lists(context, key)?);
         let tiles = fused_tiles(context, query, self.tile_rows())?;
+        let ranges = Ranges::fused(context, self.attention.ranges, query, key, self.tile_rows())?;
         let list_bytes = |range: &Range<usize>| {
             let lists = [query_tokens.bytes(range), key_tokens.bytes(range), tiles.bytes(range)];
             lists.into_iter().map(|bytes| bytes.end - bytes.start + BINDING_ALIGNMENT).max().unwrap_or(0)
@@ -230,8 +237,11 @@ impl Call<'_> {
                 key_tokens_offset: key_skipped / 4,
                 ..self.params(&tensors)
             };
-            let keys = longest(key.cu_seqlens(), &range);
-            self.push((tensors, vec![tiles_window, query_window, key_window]), params, groups, keys, launches);
+            // The ranges of tiles are bound whole.
+            let (ranges_window, params) = ranges.bind(params, tiles.of(&range).start - first_tile)?;
+            let keys = ranges.most_keys(longest(key.cu_seqlens(), &range));
+            let windows = vec![tiles_window, query_window, key_window, ranges_window];
+            self.push((tensors, windows), params, groups, keys, launches);
             launches.give_back(scratch);
         }
         Ok(())
@@ -241,6 +251,8 @@ impl Call<'_> {
     /// scratch.
     fn packed_path(&self, query: &VarlenMeta, key: &VarlenMeta, launches: &mut Launches<'_>) -> Result<()> {
         let (context, shape) = (self.context, self.attention.problem.shape);
+        let ranges = self.attention.ranges.map(|ranges| ranges.of_packed_rows(query, key, false)).transpose()?;
+        let ranges = Ranges::packed(context, ranges.as_deref(), query.cu_seqlens(), self.tile_rows())?;
         let operands = self.operands(FirstDim::Batch, FirstDim::Batch)?;
         let row = |heads: usize| RowShape::new(heads, shape.head_dim, self.attention.problem.dtype.size());
         let (q_row, kv_row) = (row(shape.num_heads), row(shape.num_kv_heads));
@@ -266,6 +278,7 @@ impl Call<'_> {
             let sequences = Sequences {
                 query: query.cu_seqlens(),
                 key: key.cu_seqlens(),
+                ranges: &ranges,
                 range: range.clone(),
                 q_row_base: packed_rows(query.cu_seqlens(), &range).start,
                 k_row_base: packed_rows(key.cu_seqlens(), &range).start,
@@ -294,9 +307,11 @@ impl Call<'_> {
             ..self.params(&tensors)
         };
         let (lse_window, params) = self.place_lse(params)?;
+        let (ranges_window, params) = sequences.ranges.bind(params, 0)?;
         let key_rows = Window::whole(&cu_seqlens(self.context, sequences.key)?.0);
-        let windows = vec![lse_window, Window::whole(&tiles.buffer), key_rows];
-        self.push((tensors, windows), params, groups, longest(sequences.key, &sequences.range), launches);
+        let windows = vec![lse_window, Window::whole(&tiles.buffer), key_rows, ranges_window];
+        let keys = sequences.ranges.most_keys(longest(sequences.key, &sequences.range));
+        self.push((tensors, windows), params, groups, keys, launches);
         Ok(())
     }
 

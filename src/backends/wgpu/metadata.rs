@@ -122,6 +122,24 @@ fn kept_tiles(
     }
 }
 
+/// First row and number of rows of each tile of [`packed_tiles`], in its order.
+pub(super) fn rows_of_packed_tiles(cu_seqlens: &CuSeqlens, tile_rows: usize) -> impl Iterator<Item = Range<usize>> {
+    (0..cu_seqlens.batch()).flat_map(move |sequence| tiles_of(cu_seqlens.rows(sequence), tile_rows))
+}
+
+/// Packed rows of each tile of [`fused_tiles`], in its order; none of tiles of dropped queries.
+pub(super) fn rows_of_fused_tiles(query: &VarlenMeta, tile_rows: usize) -> impl Iterator<Item = Range<usize>> {
+    (0..query.batch()).flat_map(move |b| {
+        let rows = query.cu_seqlens().rows(b);
+        let dropped = (query.seq() - rows.len()).div_ceil(tile_rows);
+        tiles_of(rows, tile_rows).chain(std::iter::repeat_n(0..0, dropped))
+    })
+}
+
+fn tiles_of(rows: Range<usize>, tile_rows: usize) -> impl Iterator<Item = Range<usize>> {
+    rows.clone().step_by(tile_rows).map(move |first| first..rows.end.min(first + tile_rows))
+}
+
 /// Packed rows of a range of batch rows.
 pub(super) fn packed_rows(cu_seqlens: &CuSeqlens, batch_rows: &Range<usize>) -> Range<usize> {
     let values = cu_seqlens.as_slice();

@@ -18,6 +18,7 @@ mod metadata;
 mod pace;
 mod params;
 mod placement;
+mod ranges;
 mod recorder;
 mod shader;
 mod timer;

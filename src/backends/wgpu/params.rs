@@ -45,6 +45,9 @@ params! {
         q_row_base: u32, k_row_base: u32,
         /// u32s before the token lists of the first batch row of the launch.
         query_tokens_offset: u32, key_tokens_offset: u32,
+        /// Ranges of keys before those of the next batch row; ranges before those of tiles; tiles before
+        /// those of the next batch row.
+        ranges_stride: u32, unions_offset: u32, unions_stride: u32,
         /// Where the dispatch starts in the grid.
         first_group_x: u32, first_group_y: u32, first_group_z: u32,
     }

@@ -1,6 +1,7 @@
 //! How many floating-point operations attention takes.
 
 use crate::call::op::{Attention, Rows};
+use crate::error::Result;
 use crate::mask::meta::CuSeqlens;
 
 use super::shader::Algorithm;
@@ -15,7 +16,7 @@ pub(super) struct Work {
 
 impl Work {
     /// The work of a call, were it one launch.
-    pub fn of(attention: &Attention<'_>, algorithm: Algorithm) -> Self {
+    pub fn of(attention: &Attention<'_>, algorithm: Algorithm) -> Result<Self> {
         let shape = attention.problem.shape;
         let tile_rows = algorithm.tile_rows(shape.head_dim);
         let of_sequence = |queries: usize, keys: usize| {
@@ -31,12 +32,22 @@ impl Work {
                 .map(|b| of_sequence(query.rows(b).len(), key.rows(b).len()))
                 .fold(Self::default(), Self::and)
         };
-        match &attention.rows {
+        let whole = match &attention.rows {
             Rows::Dense { .. } => of_sequence(shape.seq_q, shape.seq_k).times(shape.batch as u64),
             Rows::Varlen { query, key } => of_sequences(query.cu_seqlens(), key.cu_seqlens()),
             Rows::Packed { query, key } => of_sequences(query, key),
             Rows::DeviceVarlen { .. } => Self::default(),
-        }
+        };
+        let Some(ranges) = attention.ranges else { return Ok(whole) };
+        // What says how fast a device is must not be more than it does; what is cut into pieces, not
+        // less.
+        let pairs = match &attention.rows {
+            Rows::Varlen { query, key } => ranges.of_packed_rows(query, key, false)?.pairs(),
+            Rows::Packed { .. } | Rows::Dense { key_mask: None, .. } => ranges.pairs(),
+            Rows::Dense { .. } | Rows::DeviceVarlen { .. } => 0,
+        };
+        let operations = (4 * pairs).saturating_mul(shape.head_dim as u64).saturating_mul(shape.num_heads as u64);
+        Ok(Self { operations, ..whole })
     }
 
     fn and(self, other: Self) -> Self {

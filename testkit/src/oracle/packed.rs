@@ -26,6 +26,8 @@ pub struct PackedProblem<'a> {
     pub k: &'a [f32],
     /// `[total_k, kv_heads, head_dim]`.
     pub v: &'a [f32],
+    /// For each packed row of the queries, whether it sees each key of its sequence.
+    pub sees: Option<&'a [Vec<bool>]>,
 }
 
 /// The answer to a [`PackedProblem`].
@@ -61,13 +63,19 @@ pub fn attend_packed(problem: &PackedProblem<'_>) -> Result<PackedOutput, Oracle
     check_len("k", &[total_k, kv_heads, head_dim], k.len())?;
     check_len("v", &[total_k, kv_heads, head_dim], v.len())?;
 
+    if let Some(sees) = problem.sees {
+        check_len("sees", &[total_q], sees.len())?;
+    }
     let mut rows = vec![row::AttendedRow::default(); total_q * heads];
     fill_rows(&mut rows, 1, |index, answer| {
         let (token, head) = (index / heads, index % heads);
         // Starts never decrease, so the last sequence that starts at or before the token is the one that holds it.
         let sequence = queries.partition_point(|&start| start <= token) - 1;
         let kv_head = head / (heads / kv_heads);
-        let kept = (keys[sequence]..keys[sequence + 1]).map(|key| ((key * kv_heads + kv_head) * head_dim, 0.0));
+        let first = keys[sequence];
+        let kept = (first..keys[sequence + 1])
+            .filter(|key| problem.sees.is_none_or(|sees| sees[token][key - first]))
+            .map(|key| ((key * kv_heads + kv_head) * head_dim, 0.0));
         answer[0] = row::attend(&q[index * head_dim..][..head_dim], k, v, softmax_scale, kept);
     });
     let lse = (0..heads).flat_map(|head| rows.iter().skip(head).step_by(heads).map(|row| row.lse)).collect();
@@ -113,6 +121,7 @@ mod tests {
             q: &q,
             k: &k,
             v: &v,
+            sees: None,
         };
         let packed = attend_packed(&problem).unwrap();
         let mut expected = Vec::new();
@@ -151,6 +160,7 @@ mod tests {
             q: &[],
             k: &[],
             v: &[],
+            sees: None,
         };
         assert_eq!(attend_packed(&problem), Ok(PackedOutput { out: vec![], lse: vec![] }));
     }
@@ -175,6 +185,7 @@ mod tests {
             q: &one,
             k: &one,
             v: &one,
+            sees: None,
         };
         let message = attend_packed(&problem).unwrap_err().to_string();
         assert_eq!(message, "cu_seqlens_k: expected 2 entries, as in cu_seqlens_q, got 3 entries");

@@ -102,7 +102,7 @@ fn buffers_destroyed_later(own: &Device) -> Result<()> {
     let device = application.attach()?;
     let layer = MaskedAttention::new(&device);
     let case = Case::new(DType::F16, 1)?;
-    for mask in [AttentionMask::Key(&case.mask), AttentionMask::varlen(&case.meta)] {
+    for mask in [AttentionMask::key(&case.mask), AttentionMask::varlen(&case.meta)] {
         let mut tensors = InPlace::new(&application, &device, &case, 0, 0)?;
         let k = application.buffer(BufferUsages::STORAGE, &bytes(&case.inputs[1], DType::F16))?;
         let k_memory = DeviceMemory::from_wgpu(&device, k.clone())?;
@@ -208,7 +208,7 @@ fn overlaps(own: &Device) -> Result<()> {
         [DeviceMemory::from_wgpu(&device, buffer.clone())?, DeviceMemory::from_wgpu(&device, buffer.clone())?];
     let out_layout = at(&case.out_shape(), 128)?;
     let [q, k, v] = tensors.views();
-    let bias = AttentionMask::Bias(first.view(DType::F16, at(&[70], 0)?));
+    let bias = AttentionMask::bias(first.view(DType::F16, at(&[70], 0)?));
     let expected = Error::Overlap { argument: "out", other: "bias" };
     expect("bias", layer.forward_into(q, k, v, bias, second.view_mut(DType::F16, out_layout)), &expected)?;
     let padded = first.view(DType::F16, at(&case.shapes[0], 0)?);
@@ -281,10 +281,10 @@ fn sizes_and_places(own: &Device) -> Result<()> {
     let empty = at(&[0, 70, 4, 32], 0)?;
     let none = DeviceMemory::from_wgpu(&device, application.buffer(READABLE, &[0; 4])?)?;
     let view = none.view(DType::F16, empty);
-    layer.forward_into(view, view, view, AttentionMask::None, memory.view_mut(DType::F16, empty))?;
+    layer.forward_into(view, view, view, AttentionMask::none(), memory.view_mut(DType::F16, empty))?;
     let no_keys = none.view(DType::F16, at(&[2, 0, 2, 32], 0)?);
     let ([q, ..], out) = tensors.call();
-    layer.forward_into(q, no_keys, no_keys, AttentionMask::None, out)?;
+    layer.forward_into(q, no_keys, no_keys, AttentionMask::none(), out)?;
     ensure!(tensors.output(&application)?.iter().all(|&bits| bits == 0), "rows without keys are not zeros");
     // Packed queries without a single key.
     let packed = Tensor::from_slice(&device, &[f16::ONE; 3 * 8], &[3, 1, 8])?;
@@ -307,7 +307,7 @@ fn devices_of_another_kind(own: &Device) -> Result<()> {
     let mut out = Tensor::zeros(&cpu, DType::F32, &[1, 1, 1, 8])?;
     let mut encoder = application.encoder();
     let layer = MaskedAttention::new(&cpu);
-    expect("encode_into", layer.encode_into(&mut encoder, &x, &x, &x, AttentionMask::None, &mut out), &kind)?;
+    expect("encode_into", layer.encode_into(&mut encoder, &x, &x, &x, AttentionMask::none(), &mut out), &kind)?;
     ensure!(out.to_vec::<f32>()? == [0.0; 8]);
 
     // Two library devices over one wgpu device do not share memory.
@@ -318,7 +318,7 @@ fn devices_of_another_kind(own: &Device) -> Result<()> {
     let mismatch =
         Error::DeviceMismatch { argument: "q", expected: second.name().to_owned(), got: first.name().to_owned() };
     let layer = MaskedAttention::new(&second);
-    expect("encode_into", layer.encode_into(&mut encoder, q, k, v, AttentionMask::None, out), &mismatch)?;
+    expect("encode_into", layer.encode_into(&mut encoder, q, k, v, AttentionMask::none(), out), &mismatch)?;
     tensors.expect_untouched(&application)
 }
 
@@ -385,7 +385,7 @@ fn a_device_lost_under_us(own: &Device) -> Result<()> {
     let ([q, k, v], out) = tensors.call();
     is_lost("encode_into", layer.encode_into(&mut encoder, q, k, v, mask, out).map(drop))?;
     let [q, k, v] = tensors.views();
-    is_lost("forward", layer.forward(q, k, v, AttentionMask::Key(&case.mask)).map(drop))?;
+    is_lost("forward", layer.forward(q, k, v, AttentionMask::key(&case.mask)).map(drop))?;
     is_lost("alloc", DeviceMemory::alloc(&device, 64).map(drop))?;
     is_lost("from_wgpu", DeviceMemory::from_wgpu(&device, buffer).map(drop))?;
     is_lost("write", memory.write(&[1_u8; 4]))?;

@@ -79,10 +79,10 @@ fn same_bits_as_own_tensors(own: &Device, dtype: DType) -> Result<()> {
     // Masked tokens hold NaN, so the bias and the call without a mask see values of their own.
     let clean = Case { inputs: case.inputs.clone().map(|bits| finite(bits, dtype)), ..Case::new(dtype, 1)? };
     let calls = [
-        ("key", &case, AttentionMask::Key(&case.mask), AttentionMask::Key(&case.mask)),
+        ("key", &case, AttentionMask::key(&case.mask), AttentionMask::key(&case.mask)),
         ("varlen", &case, AttentionMask::varlen(&case.meta), AttentionMask::varlen(&case.meta)),
-        ("none", &clean, AttentionMask::None, AttentionMask::None),
-        ("bias", &clean, AttentionMask::Bias(bias_view), AttentionMask::Bias(own_bias.view())),
+        ("none", &clean, AttentionMask::none(), AttentionMask::none()),
+        ("bias", &clean, AttentionMask::bias(bias_view), AttentionMask::bias(own_bias.view())),
     ];
     for (name, case, mask, own_mask) in calls {
         let expected = case.expected(own, own_mask)?;

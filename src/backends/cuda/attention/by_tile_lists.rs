@@ -14,11 +14,11 @@ use crate::backends::cuda::tensors::tensor_map::MappedTensor;
 use crate::call::op::Attention;
 use crate::call::problem::AttentionShape;
 use crate::error::{Error, Result};
+use crate::fifo_cache::FifoCache;
 use crate::mask::key_mask::KeyMask;
 use crate::mask::meta::{GROUP_ROWS, VarlenMeta};
 
 use super::call::{PackedRows, Tensors, score_scale};
-use super::fifo_cache::FifoCache;
 use super::split::Split;
 use super::tile_lists::TileLists;
 

@@ -12,7 +12,6 @@
 
 mod by_tile_lists;
 mod call;
-mod fifo_cache;
 mod packing;
 mod sm80;
 mod split;
@@ -36,12 +35,10 @@ pub fn attend(launcher: &Launcher, attention: &Attention<'_>) -> Result<()> {
     let mut scratch = Vec::new();
     let tensors = place(launcher, attention, &mut scratch)?;
     match &attention.rows {
-        Rows::Dense { key_mask, zero_rows, .. } if by_tile_lists(attention) => {
+        Rows::Dense { key_mask, zero_rows } if by_tile_lists(attention) => {
             by_tile_lists::dense(launcher, attention, &tensors, *key_mask, *zero_rows)
         }
-        Rows::Dense { key_mask, zero_rows, bias } => {
-            sm80::dense(launcher, attention, &tensors, *key_mask, *zero_rows, bias.as_ref())
-        }
+        Rows::Dense { key_mask, zero_rows } => sm80::dense(launcher, attention, &tensors, *key_mask, *zero_rows),
         Rows::Packed { query, key } => packed_call(launcher, attention, &tensors, query, key),
         Rows::Varlen { query, key } => varlen(launcher, attention, tensors, query, key),
         Rows::DeviceVarlen { query, key } => device_varlen(launcher, attention, tensors, query, key),

@@ -9,7 +9,7 @@ use crate::backends::cuda::launcher::Launcher;
 use crate::backends::cuda::tensors::metadata::{self, Tables};
 use crate::backends::cuda::tensors::placement::Operand;
 use crate::backends::rows::head_ranges;
-use crate::call::op::{Attention, DeviceTables, Input};
+use crate::call::op::{Attention, DeviceTables};
 use crate::call::problem::AttentionShape;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
@@ -35,13 +35,12 @@ pub fn dense(
     tensors: &Tensors,
     key_mask: Option<&KeyMask>,
     zero_rows: Option<&KeyMask>,
-    bias: Option<&Input<'_>>,
 ) -> Result<()> {
     let shape = attention.problem.shape;
     let mut params = params(attention, tensors);
     (params.key_bits, params.key_words) = bits(launcher, key_mask)?;
     (params.row_bits, params.row_words) = bits(launcher, zero_rows)?;
-    if let Some(bias) = bias {
+    if let Some(bias) = &attention.bias {
         let bias = Operand::input(launcher, "bias", bias)?;
         params.bias = bias.address();
         params.bias_is_f32 = i32::from(bias.dtype == DType::F32);

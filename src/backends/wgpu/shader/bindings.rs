@@ -19,10 +19,12 @@ const fn writes(name: &'static str, element: &'static str) -> Binding {
 }
 
 /// No shader has more storage buffers.
-pub const MAX_STORAGE_BUFFERS: u32 = 7;
+pub const MAX_STORAGE_BUFFERS: u32 = 8;
 
 /// 16 bytes, which one load moves.
 const WORD: &str = "vec4<u32>";
+/// First and end of a range of keys.
+const RANGE: &str = "vec2<u32>";
 
 pub(super) const ATTENTION_DENSE: &[Binding] = &[
     reads("q", WORD),
@@ -32,6 +34,7 @@ pub(super) const ATTENTION_DENSE: &[Binding] = &[
     reads("key_bits", "u32"),
     reads("row_bits", "u32"),
     reads("bias", "u32"),
+    reads("ranges", RANGE),
 ];
 pub(super) const ATTENTION_PACKED: &[Binding] = &[
     reads("q", WORD),
@@ -41,6 +44,7 @@ pub(super) const ATTENTION_PACKED: &[Binding] = &[
     writes("lse", "u32"),
     reads("tiles", WORD),
     reads("cu_seqlens_k", "u32"),
+    reads("ranges", RANGE),
 ];
 pub(super) const ATTENTION_FUSED: &[Binding] = &[
     reads("q", WORD),
@@ -50,6 +54,7 @@ pub(super) const ATTENTION_FUSED: &[Binding] = &[
     reads("tiles", WORD),
     reads("query_tokens", "u32"),
     reads("key_tokens", "u32"),
+    reads("ranges", RANGE),
 ];
 pub(super) const PACK_ROWS: &[Binding] = &[reads("src", WORD), writes("dst", WORD), reads("indices", "u32")];
 pub(super) const SCATTER_ROWS: &[Binding] = &[reads("src", WORD), writes("dst", WORD), reads("inv_indices", "i32")];

@@ -103,7 +103,7 @@ fn snippets(shader: Shader) -> Vec<&'static str> {
     }
 }
 
-fn attention_snippets(AttentionShader { algorithm, dtype, rows, .. }: AttentionShader) -> Vec<&'static str> {
+fn attention_snippets(AttentionShader { algorithm, dtype, rows, ranges, .. }: AttentionShader) -> Vec<&'static str> {
     let mut snippets = Vec::new();
     // How words become numbers, and numbers words.
     snippets.extend(match dtype {
@@ -120,9 +120,11 @@ fn attention_snippets(AttentionShader { algorithm, dtype, rows, .. }: AttentionS
     });
     // What they meet, what is added, and what is written beside the output.
     snippets.push(snippet!("rows/key_range.wgsl"));
+    snippets.push(if ranges { snippet!("rows/ranges.wgsl") } else { snippet!("rows/no_ranges.wgsl") });
     snippets.push(if rows.has_key_mask() { snippet!("rows/key_mask.wgsl") } else { snippet!("rows/no_key_mask.wgsl") });
     snippets.extend(match rows.bias() {
-        None => [snippet!("rows/no_bias.wgsl")].as_slice(),
+        None if ranges => [snippet!("rows/saturated.wgsl")].as_slice(),
+        None => &[snippet!("rows/no_bias.wgsl")],
         Some(DType::F32) => &[snippet!("rows/bias.wgsl"), snippet!("elements/bias_f32.wgsl")],
         Some(DType::F16) => &[snippet!("rows/bias.wgsl"), snippet!("elements/bias_f16.wgsl")],
         Some(DType::Bf16) => &[snippet!("rows/bias.wgsl"), snippet!("elements/bias_bf16.wgsl")],

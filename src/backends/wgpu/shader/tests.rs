@@ -52,11 +52,20 @@ fn coop_variants() -> impl Iterator<Item = AttentionShader> {
 fn attention_variants(algorithm: Algorithm, dtype: DType) -> Vec<AttentionShader> {
     let masks = [(false, false), (true, false), (false, true), (true, true)];
     let dense = masks.map(|(key_mask, zero_rows)| AttentionRows::Dense { key_mask, zero_rows, bias: None });
-    let biased =
-        [DType::F32, dtype].map(|bias| AttentionRows::Dense { key_mask: false, zero_rows: false, bias: Some(bias) });
+    let biased = [(DType::F32, false), (dtype, true)].map(|(bias, masks)| AttentionRows::Dense {
+        key_mask: masks,
+        zero_rows: masks,
+        bias: Some(bias),
+    });
     let packed = [false, true].map(|lse| AttentionRows::Packed { lse });
     let rows = [&dense[..], &biased, &packed, &[AttentionRows::Fused]].concat();
-    let of_width = |head_dim| rows.iter().map(move |&rows| AttentionShader { algorithm, dtype, head_dim, rows });
+    // Of the kernels, the portable one takes ranges.
+    let ranges: &[bool] = if algorithm == Algorithm::Portable { &[false, true] } else { &[false] };
+    let of_width = |head_dim| {
+        let of_rows =
+            move |&rows| ranges.iter().map(move |&ranges| AttentionShader { algorithm, dtype, head_dim, rows, ranges });
+        rows.iter().flat_map(of_rows)
+    };
     HEAD_DIMS.into_iter().flat_map(of_width).collect()
 }
 

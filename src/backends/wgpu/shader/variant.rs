@@ -26,6 +26,8 @@ pub struct AttentionShader {
     pub dtype: DType,
     pub head_dim: usize,
     pub rows: AttentionRows,
+    /// Whether each query has a range of keys.
+    pub ranges: bool,
 }
 
 /// Where tiles lie, and what is masked, added or written beside the output.

@@ -11,7 +11,7 @@ const CAPACITY: usize = 16;
 /// Values by their keys, the oldest first. A new value evicts the oldest that is not pinned; a hit
 /// does not make a value younger. Pinned values stay as long as the cache.
 #[derive(Debug)]
-pub struct FifoCache<Key, Value>(Mutex<Vec<Entry<Key, Value>>>);
+pub(crate) struct FifoCache<Key, Value>(Mutex<Vec<Entry<Key, Value>>>);
 
 #[derive(Debug)]
 struct Entry<Key, Value> {
@@ -29,7 +29,7 @@ impl<Key, Value> Default for FifoCache<Key, Value> {
 impl<Key: PartialEq, Value> FifoCache<Key, Value> {
     /// The value of a key, made by `make` if there is none yet. `pin` keeps it from being evicted,
     /// now and later: a captured graph may hold its addresses.
-    pub fn get_or_make(&self, key: Key, pin: bool, make: impl FnOnce() -> Result<Value>) -> Result<Arc<Value>> {
+    pub(crate) fn get_or_make(&self, key: Key, pin: bool, make: impl FnOnce() -> Result<Value>) -> Result<Arc<Value>> {
         // Held while the value is made, so that two threads never upload the same. A panic leaves
         // the entries as they were: they are only pushed whole.
         let mut entries = self.0.lock().unwrap_or_else(PoisonError::into_inner);

@@ -1,0 +1,164 @@
+//! Times attention under ranges of keys beside the same call without ranges, in turns on one device.
+//!
+//! ```text
+//! cargo bench --bench ranges -- --device cpu
+//! ```
+
+use std::io::Write;
+use std::num::NonZeroUsize;
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::Parser;
+use serde::Serialize;
+use varlen_fa::{AttentionMask, Device, Element, KeyMask, KeyRanges, MaskedAttention, Tensor, VarlenMeta, bf16, f16};
+
+use varlen_fa_harness::arguments::{ElementType, Problem, ProblemArguments, workload_help};
+use varlen_fa_harness::random::standard_normal;
+use varlen_fa_harness::report::{Report, exit_code};
+use varlen_fa_harness::times::{Times, milliseconds};
+
+/// Padded batches: 12 heads of 64 elements, as encoders have.
+const DEFAULTS: [&str; 2] =
+    ["prefix:len=2048:valid=2048:heads=12:dim=64", "prefix:len=8192:valid=8192,4915:heads=12:dim=64"];
+const SMOKE: &str = "prefix:len=40:valid=40,24:heads=2:dim=16";
+
+/// Time causal masks and windows against the same call without them.
+#[derive(Debug, Parser)]
+#[command(name = "ranges", version, after_help = workload_help())]
+struct Arguments {
+    #[command(flatten)]
+    problem: ProblemArguments,
+    /// Rounds, each of which times every row once; medians are printed
+    #[arg(long, value_name = "N", default_value = "7")]
+    rounds: NonZeroUsize,
+    /// Keys that windows have on either side
+    #[arg(long, value_name = "N", default_value = "64")]
+    window: usize,
+    /// `cargo bench` passes it.
+    #[arg(long, hide = true)]
+    bench: bool,
+}
+
+/// One line of the JSON.
+#[derive(Debug, Serialize)]
+struct Record<'a> {
+    device: String,
+    workload: [usize; 4],
+    valid: usize,
+    ranges: &'a str,
+    plan: String,
+    median_ms: f64,
+    /// Time over that without ranges.
+    time_ratio: f64,
+    /// Pairs of query and key over those without ranges.
+    work_ratio: f64,
+}
+
+fn main() -> ExitCode {
+    exit_code(run(&Arguments::parse()))
+}
+
+fn run(arguments: &Arguments) -> Result<()> {
+    let device = arguments.problem.open_device()?;
+    // `cargo test` runs benches too, without `--bench`: there it is enough that they work.
+    let (defaults, rounds) = match arguments.bench {
+        true => (&DEFAULTS[..], arguments.rounds.get()),
+        false => (&[SMOKE][..], 1),
+    };
+    let mut report = Report::new(arguments.problem.json.as_deref())?;
+    writeln!(report.text, "{}, {rounds} rounds", device.capabilities())?;
+    for problem in arguments.problem.problems(&device, defaults)? {
+        match problem.element_type {
+            ElementType::F32 => time::<f32>(&device, &problem, arguments.window, rounds, &mut report)?,
+            ElementType::F16 => time::<f16>(&device, &problem, arguments.window, rounds, &mut report)?,
+            ElementType::Bf16 => time::<bf16>(&device, &problem, arguments.window, rounds, &mut report)?,
+        }
+    }
+    Ok(())
+}
+
+fn time<T: Element>(
+    device: &Device,
+    problem: &Problem,
+    window: usize,
+    rounds: usize,
+    report: &mut Report,
+) -> Result<()> {
+    let (shape, kv_shape) = (problem.shape(), problem.kv_shape());
+    let [batch, seq, heads, _] = shape;
+    let tensor = |seed, shape: [usize; 4]| -> Result<Tensor> {
+        let values: Vec<T> = standard_normal(seed, shape.iter().product()).into_iter().map(T::from_f32).collect();
+        Ok(Tensor::from_slice(device, &values, &shape)?)
+    };
+    let (q, k, v) = (tensor(1, shape)?, tensor(2, kv_shape)?, tensor(3, kv_shape)?);
+    let mut out = tensor(4, shape)?;
+    let mask = KeyMask::from_bool(batch, seq, &problem.workload.mask)?;
+    let meta = VarlenMeta::from_key_mask(&mask)?;
+    let size = [batch, seq, seq];
+    let rows = [
+        ("none", None),
+        ("causal", Some(KeyRanges::causal(size)?)),
+        ("window", Some(KeyRanges::window(size, Some(window), Some(window))?)),
+        ("causal window", Some(KeyRanges::window(size, Some(window), Some(0))?)),
+    ];
+    let attention = MaskedAttention::new(device);
+    let mut plan = String::new();
+    let mut times = rows.each_ref().map(|_| Vec::with_capacity(rounds));
+    // Round 0 warms up.
+    for round in 0..=rounds {
+        for ((_, ranges), times) in rows.iter().zip(&mut times) {
+            let mask = AttentionMask::varlen(&meta);
+            let mask = ranges.as_ref().map_or(mask, |ranges| mask.with_ranges(ranges));
+            let (taken, timing) = device.time(|| attention.forward_into(&q, &k, &v, mask, &mut out))?;
+            device.synchronize()?;
+            plan = taken.to_string();
+            if round > 0 {
+                times.push(timing.duration);
+            }
+        }
+    }
+    writeln!(report.text, "\n{shape:?} {}, {} valid, window {window} on either side", T::DTYPE, meta.total_valid())?;
+    let full = milliseconds(Times::of(times[0].clone()).median);
+    let pairs = |ranges: Option<&KeyRanges>| -> f64 { pairs(&mask, ranges) as f64 * heads as f64 };
+    for ((name, ranges), times) in rows.iter().zip(times) {
+        let median_ms = milliseconds(Times::of(times).median);
+        let (time_ratio, work_ratio) = (median_ms / full, pairs(ranges.as_ref()) / pairs(None));
+        writeln!(
+            report.text,
+            "  {name:<14} {median_ms:>9.3} ms   {:>5.1} % of the time, {:>5.1} % of the pairs",
+            100.0 * time_ratio,
+            100.0 * work_ratio
+        )?;
+        report.json(&Record {
+            device: device.capabilities().to_string(),
+            workload: shape,
+            valid: meta.total_valid(),
+            ranges: name,
+            plan: plan.clone(),
+            median_ms,
+            time_ratio,
+            work_ratio,
+        })?;
+    }
+    Ok(())
+}
+
+/// Pairs of a valid query and a valid key that it sees.
+fn pairs(mask: &KeyMask, ranges: Option<&KeyRanges>) -> usize {
+    let of_row = |b: usize| -> usize {
+        let mut before = vec![0; mask.seq() + 1];
+        for s in 0..mask.seq() {
+            before[s + 1] = before[s] + usize::from(mask.keeps(b, s));
+        }
+        let seen = |i: usize| match ranges {
+            Some(ranges) => {
+                let [first, end] = ranges.row(b)[i];
+                before[end as usize] - before[first as usize]
+            }
+            None => before[mask.seq()],
+        };
+        (0..mask.seq()).filter(|&i| mask.keeps(b, i)).map(seen).sum()
+    };
+    (0..mask.batch()).map(of_row).sum()
+}

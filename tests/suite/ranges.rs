@@ -1,0 +1,380 @@
+//! Ranges of keys: causal masks, windows, prefixes, documents, beside every mask of tokens.
+
+use anyhow::{Context, Result, ensure};
+use varlen_fa::{AttentionMask, DType, KeyMask, KeyRanges, Path, RangesOf, Reason, VarlenMeta};
+use varlen_fa_testkit::{OracleShape, random};
+
+use super::call::{Call, Mask};
+use super::check::Rules;
+use super::masks::{LENGTHS, bernoulli, mask};
+use super::packed::Packed;
+use super::trials::{Trials, Variant};
+
+pub fn register(trials: &mut Trials) {
+    trials.each_path_with_ranges("ranges/every_rule", every_rule);
+    trials.each_path_with_ranges("ranges/lengths_around_tiles", lengths_around_tiles);
+    trials.each_path_with_ranges("ranges/windows_around_tiles", windows_around_tiles);
+    trials.each_path_with_ranges("ranges/more_queries_or_more_keys", more_queries_or_more_keys);
+    trials.each_path_with_ranges("ranges/long_rows", long_rows);
+    trials.each_path_with_ranges("ranges/random", random_ranges);
+    trials.each_path_with_ranges("ranges/unseen_keys_are_never_read", unseen_keys_are_never_read);
+    trials.each_path_with_ranges("ranges/nan_reaches_only_queries_that_see_it", nan_reaches_only_queries_that_see_it);
+    trials.each_kernel_with_ranges("ranges/no_mask_and_key_masks", no_mask_and_key_masks);
+    trials.each_kernel_with_ranges("ranges/with_bias", with_bias);
+    trials.each_kernel_with_ranges("ranges/packed_rows", packed_rows);
+    trials.each_kernel_with_ranges("ranges/plans", plans);
+    trials.each_path_with_ranges("ranges/documents_of_metadata", documents_of_metadata);
+}
+
+/// Which keys a query sees, in the tests' own words: a boolean for each pair.
+#[derive(Debug, Clone)]
+pub enum Rule {
+    /// Up to the query's own place, counted from the end.
+    Causal,
+    /// As many keys before and after the query's own place, counted from the end.
+    Window(Option<usize>, Option<usize>),
+    /// The first keys, and the others as in `Causal`.
+    Prefix(usize),
+    /// `[B, S]` numbers: keys of the same document; 0 is none.
+    Documents(Vec<u32>),
+    /// `[first, end)` of each query, `[B, Sq]`.
+    Own(Vec<[usize; 2]>),
+    /// What both allow.
+    Both(Box<Self>, Box<Self>),
+}
+
+impl Rule {
+    /// Whether query i of batch row b sees key j.
+    pub fn sees(&self, b: usize, i: usize, j: usize, [seq_q, seq_k]: [usize; 2]) -> bool {
+        let distance = j as i64 - (i as i64 + seq_k as i64 - seq_q as i64);
+        match self {
+            Self::Causal => distance <= 0,
+            Self::Window(left, right) => {
+                left.is_none_or(|left| -distance <= left as i64) && right.is_none_or(|right| distance <= right as i64)
+            }
+            Self::Prefix(count) => j < *count || distance <= 0,
+            Self::Documents(ids) => ids[b * seq_k + i] != 0 && ids[b * seq_k + i] == ids[b * seq_k + j],
+            Self::Own(ranges) => (ranges[b * seq_q + i][0]..ranges[b * seq_q + i][1]).contains(&j),
+            Self::Both(one, other) => [one, other].iter().all(|rule| rule.sees(b, i, j, [seq_q, seq_k])),
+        }
+    }
+
+    /// The library's form of it.
+    pub fn ranges(&self, of: &RangesOf) -> Result<KeyRanges> {
+        Ok(match self {
+            Self::Causal => KeyRanges::causal(of.clone())?,
+            &Self::Window(left, right) => KeyRanges::window(of.clone(), left, right)?,
+            &Self::Prefix(count) => KeyRanges::prefix(of.clone(), count)?,
+            Self::Documents(ids) => match of {
+                &RangesOf::Padded { batch, seq_k, .. } => KeyRanges::from_document_ids(batch, seq_k, ids)?,
+                _ => anyhow::bail!("documents are of padded tensors"),
+            },
+            Self::Own(ranges) => KeyRanges::from_ranges(of.clone(), ranges)?,
+            Self::Both(one, other) => one.ranges(of)?.intersect(&other.ranges(of)?)?,
+        })
+    }
+
+    fn and(self, other: Self) -> Self {
+        Self::Both(Box::new(self), Box::new(other))
+    }
+}
+
+/// Rules of every kind, for `[B, Sq, Sk]`.
+fn rules([batch, seq_q, seq_k]: [usize; 3]) -> Vec<Rule> {
+    let own = (0..batch * seq_q)
+        .map(|at| {
+            let first = at * 31 % (seq_k + 1);
+            [first, first + at * 17 % (seq_k + 1 - first)]
+        })
+        .collect();
+    let mut rules = vec![
+        Rule::Causal,
+        Rule::Window(Some(3), Some(5)),
+        Rule::Window(Some(20), Some(0)),
+        Rule::Window(None, Some(7)),
+        Rule::Window(Some(0), None),
+        Rule::Window(Some(0), Some(0)),
+        Rule::Window(None, None),
+        Rule::Window(Some(seq_k + seq_q), Some(seq_k + seq_q)),
+        Rule::Prefix(0),
+        Rule::Prefix(seq_k / 3),
+        Rule::Prefix(seq_k + 1),
+        Rule::Own(own),
+    ];
+    if seq_q == seq_k {
+        // Documents of 1 to 9 tokens, and masked tokens among them.
+        let id = |s: usize| if s % 23 == 22 { 0 } else { (s / 5 + s / 7 + s / 23) as u32 + 1 };
+        let documents = Rule::Documents((0..batch * seq_k).map(|at| id(at % seq_k)).collect());
+        rules.push(documents.clone().and(Rule::Causal));
+        rules.push(documents);
+    }
+    rules.push(Rule::Window(Some(9), Some(9)).and(Rule::Causal));
+    rules
+}
+
+fn check(variant: &Variant, mut call: Call, rule: Rule) -> Result<()> {
+    let what = format!("{rule:?}");
+    call.rule = Some(rule);
+    call.check(variant).with_context(|| what)
+}
+
+fn every_rule(variant: &Variant) -> Result<()> {
+    let shape = OracleShape { batch: 3, seq_q: 75, seq_k: 75, heads: 4, kv_heads: 2, head_dim: 32 };
+    let masks = [
+        mask(3, 75, |row, token| token < 75 - 20 * row),
+        mask(3, 75, |row, token| token >= 20 * row),
+        mask(3, 75, |row, token| token < 20 || token >= 50 + row),
+        bernoulli(5, 3 * 75, 0.6)?,
+    ];
+    for keep in masks {
+        for rule in rules([3, 75, 75]) {
+            check(variant, Call::random(shape, Mask::Varlen(keep.clone()), variant.dtype, 31), rule)?;
+        }
+    }
+    Ok(())
+}
+
+fn lengths_around_tiles(variant: &Variant) -> Result<()> {
+    for seq in LENGTHS {
+        let shape = OracleShape { batch: 2, seq_q: seq, seq_k: seq, heads: 2, kv_heads: 2, head_dim: 40 };
+        for rule in [Rule::Causal, Rule::Window(Some(8), Some(8)), Rule::Prefix(seq / 2)] {
+            let keep = bernoulli(seq as u64, 2 * seq, 0.8)?;
+            check(variant, Call::random(shape, Mask::Varlen(keep), variant.dtype, 32), rule)
+                .with_context(|| format!("length {seq}"))?;
+        }
+    }
+    Ok(())
+}
+
+/// Windows as long as tiles, one shorter and one longer; some lie wholly in padding.
+fn windows_around_tiles(variant: &Variant) -> Result<()> {
+    let seq = 270;
+    let shape = OracleShape { batch: 2, seq_q: seq, seq_k: seq, heads: 2, kv_heads: 1, head_dim: 64 };
+    let keep = mask(2, seq, |row, token| if row == 0 { token < 200 } else { !(60..200).contains(&token) });
+    for tile in [16, 32, 64, 120, 128] {
+        for side in [tile - 1, tile, tile + 1] {
+            for rule in [Rule::Window(Some(side), Some(side)), Rule::Window(Some(side), Some(0))] {
+                check(variant, Call::random(shape, Mask::Varlen(keep.clone()), variant.dtype, 33), rule)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+fn more_queries_or_more_keys(variant: &Variant) -> Result<()> {
+    for (seq_q, seq_k) in [(1, 90), (90, 1), (40, 130), (130, 40), (64, 65), (65, 64)] {
+        let shape = OracleShape { batch: 2, seq_q, seq_k, heads: 4, kv_heads: 2, head_dim: 16 };
+        for rule in rules([2, seq_q, seq_k]) {
+            let (query, key) = (bernoulli(6, 2 * seq_q, 0.8)?, bernoulli(7, 2 * seq_k, 0.7)?);
+            check(variant, Call::random(shape, Mask::Cross { query, key }, variant.dtype, 34), rule)
+                .with_context(|| format!("{seq_q} queries, {seq_k} keys"))?;
+        }
+    }
+    Ok(())
+}
+
+/// More keys than any tile has, and query tiles of which most keys are out of sight.
+fn long_rows(variant: &Variant) -> Result<()> {
+    let seq = 1100;
+    let shape = OracleShape { batch: 2, seq_q: seq, seq_k: seq, heads: 1, kv_heads: 1, head_dim: 32 };
+    let keep = mask(2, seq, |row, token| if row == 0 { token >= 300 } else { token % 64 != 63 });
+    let documents = (0..2 * seq).map(|at| (at % seq / 170 + 1) as u32).collect();
+    for rule in
+        [Rule::Causal, Rule::Window(Some(64), Some(64)), Rule::Window(Some(700), Some(0)), Rule::Documents(documents)]
+    {
+        check(variant, Call::random(shape, Mask::Varlen(keep.clone()), variant.dtype, 35), rule)?;
+    }
+    Ok(())
+}
+
+fn random_ranges(variant: &Variant) -> Result<()> {
+    for seed in 0..6 {
+        let numbers: Vec<f32> = random::normal(seed, 4);
+        let size = |at: usize, limit: usize| 1 + (numbers[at].to_bits() as usize) % limit;
+        let (batch, seq_q, seq_k) = (size(0, 3), size(1, 200), size(2, 200));
+        let places: Vec<f32> = random::normal(seed + 100, 2 * batch * seq_q);
+        let own = places
+            .chunks_exact(2)
+            .map(|pair| {
+                let [a, b] = [pair[0], pair[1]].map(|x| x.to_bits() as usize % (seq_k + 1));
+                [a.min(b), a.max(b)]
+            })
+            .collect();
+        let shape = OracleShape { batch, seq_q, seq_k, heads: 2, kv_heads: 2, head_dim: 24 };
+        let (query, key) = (bernoulli(seed, batch * seq_q, 0.7)?, bernoulli(seed + 50, batch * seq_k, 0.7)?);
+        check(variant, Call::random(shape, Mask::Cross { query, key }, variant.dtype, seed), Rule::Own(own))
+            .with_context(|| format!("seed {seed}"))?;
+    }
+    Ok(())
+}
+
+/// Keys that no query sees hold NaN and infinities.
+fn unseen_keys_are_never_read(variant: &Variant) -> Result<()> {
+    let (seq, hidden) = (140, 50..90);
+    let shape = OracleShape { batch: 2, seq_q: seq, seq_k: seq, heads: 2, kv_heads: 2, head_dim: 32 };
+    let mut call = Call::random(shape, Mask::Varlen(vec![true; 2 * seq]), variant.dtype, 36);
+    let row = shape.kv_heads * shape.head_dim;
+    for tensor in &mut call.values[1..] {
+        for (token, row) in tensor.chunks_exact_mut(row).enumerate() {
+            if hidden.contains(&(token % seq)) {
+                row.fill(if token % 3 == 0 { f32::INFINITY } else { f32::NAN });
+            }
+        }
+    }
+    // Queries of the first half see keys before the hidden ones, the others keys after them.
+    let own = (0..2 * seq).map(|at| if at % seq < 70 { [0, 50] } else { [90, seq] }).collect();
+    check(variant, call, Rule::Own(own))
+}
+
+/// One key's value, or the key itself, is NaN: exactly the queries that see it are NaN.
+fn nan_reaches_only_queries_that_see_it(variant: &Variant) -> Result<()> {
+    let seq = 200;
+    let shape = OracleShape { batch: 1, seq_q: seq, seq_k: seq, heads: 2, kv_heads: 1, head_dim: 16 };
+    let keep = mask(1, seq, |_, token| token % 11 != 10);
+    for (rule, at) in [
+        (Rule::Causal, 100),
+        (Rule::Causal, 0),
+        (Rule::Window(Some(10), Some(10)), 64),
+        (Rule::Window(Some(40), Some(40)), 130),
+        (Rule::Prefix(30), 15),
+        (Rule::Prefix(30), 150),
+    ] {
+        for (tensor, value) in [(1, f32::NAN), (2, f32::NAN), (2, f32::INFINITY)] {
+            let mut call = Call::random(shape, Mask::Varlen(keep.clone()), variant.dtype, 37);
+            call.rule = Some(rule.clone());
+            let reference = call.reference(usize::MAX)?;
+            let row = shape.kv_heads * shape.head_dim;
+            call.values[tensor][at * row..(at + 1) * row].fill(value);
+            let bits = call.run(variant)?;
+            let mut out = call.widen(&bits);
+            for (query, rows) in out.chunks_exact_mut(shape.heads * shape.head_dim).enumerate() {
+                let sees = keep[query] && keep[at] && rule.sees(0, query, at, [seq, seq]);
+                let is_hit = |x: &f32| if value.is_nan() { x.is_nan() } else { !x.is_finite() };
+                if sees {
+                    ensure!(rows.iter().all(is_hit), "query {query} sees key {at} and is {:?}: {rule:?}", rows[0]);
+                    rows.fill(0.0);
+                }
+            }
+            let spread = out.iter().position(|x| !x.is_finite());
+            ensure!(spread.is_none(), "{value} of key {at} in tensor {tensor} reached {spread:?}: {rule:?}");
+            // The others are what they are without it.
+            let clean = {
+                let mut clean = call.clone();
+                clean.values = Call::random(shape, Mask::Varlen(keep.clone()), variant.dtype, 37).values;
+                clean.run(variant)?
+            };
+            call.judge(&clean, &reference, Rules::standard(variant.dtype))?;
+            for (query, (got, clean)) in bits.chunks_exact(32).zip(clean.chunks_exact(32)).enumerate() {
+                let sees = keep[at] && rule.sees(0, query, at, [seq, seq]);
+                ensure!(sees || got == clean, "query {query} changed with key {at}: {rule:?}");
+            }
+        }
+    }
+    Ok(())
+}
+
+fn no_mask_and_key_masks(variant: &Variant) -> Result<()> {
+    for (seq_q, seq_k) in [(75, 75), (40, 130), (130, 40)] {
+        let shape = OracleShape { batch: 2, seq_q, seq_k, heads: 4, kv_heads: 2, head_dim: 32 };
+        for rule in rules([2, seq_q, seq_k]) {
+            for mask in [Mask::None, Mask::Key(bernoulli(8, 2 * seq_k, 0.6)?)] {
+                check(variant, Call::random(shape, mask, variant.dtype, 38), rule.clone())?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// A bias, ranges and metadata at once, on every path that adds a bias.
+fn with_bias(variant: &Variant) -> Result<()> {
+    let (batch, seq) = (2, 90);
+    let shape = OracleShape { batch, seq_q: seq, seq_k: seq, heads: 2, kv_heads: 2, head_dim: 32 };
+    let keep = bernoulli(9, batch * seq, 0.7)?;
+    let meta = VarlenMeta::from_key_mask(&KeyMask::from_bool(batch, seq, &keep)?)?;
+    let bias = random::normal(39, 2 * seq * seq);
+    let tensor = super::memory::upload(
+        &variant.device,
+        DType::F32,
+        &bias.iter().map(|x| x.to_bits()).collect::<Vec<_>>(),
+        &[2, seq, seq],
+    )?;
+    for rule in [None, Some(Rule::Causal), Some(Rule::Window(Some(12), Some(12)))] {
+        let mut call = Call::random(shape, Mask::Varlen(keep.clone()), variant.dtype, 40);
+        call.bias = Some([&bias[..], &bias[..]].concat());
+        call.rule = rule.clone();
+        let of = RangesOf::from([batch, seq, seq]);
+        let ranges = rule.as_ref().map(|rule| rule.ranges(&of)).transpose()?;
+        let mut mask = AttentionMask::varlen(&meta).with_bias(&tensor);
+        if let Some(ranges) = &ranges {
+            mask = mask.with_ranges(ranges);
+        }
+        let reference = call.reference(usize::MAX)?;
+        for path in [None, Some(Path::Dense)] {
+            let variant = Variant { path, ..variant.clone() };
+            let (plan, bits) = call.run_as(&variant, mask)?;
+            ensure!(plan.kernel == variant.kernel, "got {plan}");
+            call.judge(&bits, &reference, Rules::standard(variant.dtype))
+                .with_context(|| format!("{plan} {rule:?}"))?;
+        }
+    }
+    Ok(())
+}
+
+/// Ranges of packed rows count from the first key of each sequence.
+fn packed_rows(variant: &Variant) -> Result<()> {
+    for (queries, keys) in [
+        (&[40, 1, 0, 70, 129][..], &[40, 1, 5, 70, 129][..]),
+        (&[30, 64, 7], &[65, 30, 0]),
+        (&[1, 1, 1], &[200, 1, 64]),
+    ] {
+        for rule in [Rule::Causal, Rule::Window(Some(9), Some(4)), Rule::Window(Some(0), None), Rule::Prefix(20)] {
+            let what = format!("{rule:?}, queries {queries:?}, keys {keys:?}");
+            let mut packed = Packed::random(variant.dtype, [4, 2, 64], queries, keys);
+            packed.rule = Some(rule);
+            packed.check(variant).with_context(|| what)?;
+        }
+    }
+    Ok(())
+}
+
+/// What ranges change of a plan, and what they do not.
+fn plans(variant: &Variant) -> Result<()> {
+    let (batch, seq) = (2, 40);
+    let shape = OracleShape::self_attention(batch, seq, 2, 32);
+    let causal = KeyRanges::causal([batch, seq, seq])?;
+    let keep = mask(batch, seq, |row, token| token < 30 + row);
+    let key = KeyMask::from_bool(batch, seq, &keep)?;
+    let meta = VarlenMeta::from_key_mask(&key)?;
+    let plan = |mask, expected| -> Result<()> {
+        let call = Call::random(shape, Mask::None, variant.dtype, 41);
+        let (plan, _) = call.run_as(variant, mask)?;
+        ensure!((plan.path, plan.reason) == expected, "got {plan}");
+        Ok(())
+    };
+    plan(AttentionMask::none().with_ranges(&causal), (Path::Dense, Reason::KeyRanges))?;
+    plan(AttentionMask::key(&key).with_ranges(&causal), (Path::Dense, Reason::KeyMask))?;
+    plan(AttentionMask::varlen(&meta).with_ranges(&causal), (Path::Fused, Reason::Fused))
+}
+
+/// Metadata made of documents keeps them apart by itself, also beside other ranges.
+fn documents_of_metadata(variant: &Variant) -> Result<()> {
+    let (batch, seq) = (2, 100);
+    let shape = OracleShape { batch, seq_q: seq, seq_k: seq, heads: 2, kv_heads: 2, head_dim: 32 };
+    let id = |token: usize| if token % 19 < 2 { 0 } else { (token / 19 + 1) as u32 };
+    let ids: Vec<u32> = (0..batch * seq).map(|at| id(at % seq)).collect();
+    let meta = VarlenMeta::from_document_ids(batch, seq, &ids)?;
+    let causal = KeyRanges::causal([batch, seq, seq])?;
+    let keep: Vec<bool> = ids.iter().map(|&id| id != 0).collect();
+    for rule in [Rule::Documents(ids.clone()), Rule::Documents(ids.clone()).and(Rule::Causal)] {
+        let mut mask = AttentionMask::varlen(&meta);
+        if matches!(rule, Rule::Both(..)) {
+            mask = mask.with_ranges(&causal);
+        }
+        let mut call = Call::random(shape, Mask::Varlen(keep.clone()), variant.dtype, 42);
+        call.rule = Some(rule);
+        let (plan, bits) = call.run_as(variant, mask)?;
+        ensure!(Some(plan.path) == variant.path, "got {plan}");
+        call.judge(&bits, &call.reference(usize::MAX)?, Rules::standard(variant.dtype))?;
+    }
+    Ok(())
+}
