@@ -387,7 +387,8 @@ impl OptionsSpec {
             softmax_scale: self.scale,
             path: enum_of(among(self.path, 5)),
             kernel: enum_of(among(self.kernel, 2)),
-            reserved: [u64::from(self.reserved >= 240), 0, 0, 0],
+            ranges: std::ptr::null(),
+            reserved: [u64::from(self.reserved >= 240), 0, 0],
         }
     }
 
@@ -524,7 +525,8 @@ fn forward(session: &mut Session, call: &Call, attend: &Attend, spec: &MaskSpec,
         key_meta: only(&[4], second).cast(),
         query_device_meta: only(&[5, 6], first).cast(),
         key_device_meta: only(&[6], second).cast(),
-        reserved: [0; 4],
+        ranges: std::ptr::null(),
+        reserved: [0; 3],
     };
     match spec.stray {
         // A handle that the kind does not use, or reserved space that is not 0.
