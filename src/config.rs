@@ -181,9 +181,9 @@ impl Config {
     }
 
     fn read_env(device: Option<OsString>) -> Result<Self> {
-        let read = std::env::var_os::<&str>;
+        let read = |variable: &str| std::env::var_os(variable).filter(|value| !value.is_empty());
         let config = Self::from_values(read(Self::VARLEN_VARIABLE), device, read(Self::KERNEL_VARIABLE))?;
-        let cpu_isa = match read(Self::CPU_VARIABLE).filter(|value| !value.is_empty()) {
+        let cpu_isa = match read(Self::CPU_VARIABLE) {
             None => None,
             Some(value) => {
                 let got = value.to_string_lossy().into_owned();
