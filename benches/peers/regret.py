@@ -328,9 +328,9 @@ def main():
         record = {"number": workload.number, "kind": workload.kind, "title": workload.title}
         record.update(runner.run(workload))
         record["regret"], record["best"] = verdict(record, key)
-        ratio = next((record["times"][peer][key] for peer in (PEER, "fa3") if peer in record["times"]), math.nan)
-        ratio /= record["times"][record["chosen"]][key]
-        print(f"{record['regret']:.3f}  {ratio:.2f}x of the peer  {record['chosen']:16} {workload.title}", flush=True)
+        peer = next((record["times"][peer][key] for peer in (PEER, "fa3") if peer in record["times"]), None)
+        ratio = "" if peer is None else f"{peer / record['times'][record['chosen']][key]:.2f}x of the peer  "
+        print(f"{record['regret']:.3f}  {ratio}{record['chosen']:16} {workload.title}", flush=True)
         records.append(record)
         if file:
             runs = {"query_runs": workload.query.runs, "key_runs": workload.key.runs}
