@@ -324,6 +324,7 @@ pub(crate) fn key_tiles(runs: &[Run], keys: usize) -> (usize, usize) {
 }
 
 #[cfg(test)]
+#[expect(clippy::single_range_in_vec_init, reason = "a row may have one run")]
 mod tests {
     use std::ops::Range;
 
@@ -382,7 +383,8 @@ mod tests {
         let machine = machine(132);
         for choice in ALL {
             let mut before = 0.0;
-            for valid in (64..=4096).step_by(64) {
+            // Not all: sides that are valid everywhere are not packed by sm80.
+            for valid in (64..4096).step_by(64) {
                 let now = time(&machine, 4096, &[vec![0..valid], vec![0..4096], vec![4096 - valid..4096]], choice)?;
                 // A last wave that is not full may be split, so that a few more items take less.
                 assert!(now >= before * 0.97, "{choice:?}, {valid} valid: {now} ns after {before}");
@@ -415,7 +417,7 @@ mod tests {
         let (half, holes) = (vec![0..seq / 2], (0..seq / 2).map(|at| 2 * at..2 * at + 1).collect());
         for choice in ALL {
             let [in_a_row, with_holes] =
-                [&half, &holes].map(|row: &Vec<_>| time(&machine, seq, &[row.clone()], choice));
+                [&half, &holes].map(|row: &Vec<_>| time(&machine, seq, std::slice::from_ref(row), choice));
             let (in_a_row, with_holes) = (in_a_row?, with_holes?);
             if choice == (Path::Fused, Kernel::CudaSm90) {
                 assert!(with_holes > 2.0 * in_a_row, "{with_holes} against {in_a_row} ns");
