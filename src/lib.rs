@@ -71,6 +71,7 @@ pub use crate::attention::{Attended, MaskedAttention};
 pub use crate::attention_mask::{AttentionMask, Metadata};
 #[cfg(feature = "wgpu")]
 pub use crate::backends::wgpu::Recorder;
+pub use crate::call::cost::Tiling;
 pub use crate::call::op::Timing;
 pub use crate::call::plan::{Capabilities, Estimate, Path, Plan, Reason};
 pub use crate::config::{Config, CpuIsa, DeviceChoice};

@@ -23,20 +23,24 @@ use crate::kernel::Kernel;
 use crate::mask::key_mask::Run;
 use crate::mask::meta::{GROUP_ROWS, VarlenMeta};
 
-/// How a kernel cuts calls into tiles, for head dimensions up to a width.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub(crate) struct Tiling {
+/// How a CUDA kernel cuts calls into tiles.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Tiling {
+    /// Whose tiles they are.
     pub kernel: Kernel,
+    /// The largest head dimension that they hold, in elements.
     pub width: usize,
-    /// Query rows and keys of a tile.
+    /// Query rows of a block.
     pub rows: usize,
+    /// Keys of a step.
     pub keys: usize,
     /// Blocks that share a multiprocessor.
     pub blocks: usize,
     /// Whether several blocks can share the keys of a query tile.
-    pub splits: bool,
+    pub(crate) splits: bool,
     /// The most heads of a launch.
-    pub max_heads: usize,
+    pub(crate) max_heads: usize,
 }
 
 /// A GPU, as the model sees it.
@@ -90,6 +94,18 @@ impl Machine {
         let mut tilings: Vec<_> = tilings.into_iter().filter_map(cost).collect();
         tilings.sort_by_key(|(tiling, _)| tiling.width);
         Some(Self { id: DeviceId::unique(), chip, multiprocessors: multiprocessors.max(1), tilings })
+    }
+
+    pub fn multiprocessors(&self) -> usize {
+        self.multiprocessors
+    }
+
+    /// The narrowest tiles of a kernel that hold a head dimension.
+    pub fn tiling(&self, kernel: Kernel, head_dim: usize) -> Option<Tiling> {
+        self.tilings
+            .iter()
+            .map(|&(tiling, _)| tiling)
+            .find(|tiling| tiling.kernel == kernel && tiling.width >= head_dim)
     }
 
     /// The choices of a call under metadata, the quickest first. Kept with the metadata.

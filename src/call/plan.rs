@@ -4,7 +4,7 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::call::cost::{Choice, Machine};
+use crate::call::cost::{Choice, Machine, Tiling};
 use crate::call::problem::{AttentionProblem, MaskInfo};
 use crate::config::Config;
 use crate::dtype::DType;
@@ -184,6 +184,20 @@ pub struct Capabilities {
     pub(crate) machine: Option<Machine>,
 }
 
+impl Capabilities {
+    /// The multiprocessors of a CUDA device; `None` for other devices.
+    #[must_use]
+    pub fn multiprocessors(&self) -> Option<usize> {
+        self.machine.as_ref().map(Machine::multiprocessors)
+    }
+
+    /// How a kernel cuts calls of a head dimension into tiles, where the device has a cost model. For benches.
+    #[must_use]
+    pub fn tiling(&self, kernel: Kernel, head_dim: usize) -> Option<Tiling> {
+        self.machine.as_ref().and_then(|machine| machine.tiling(kernel, head_dim))
+    }
+}
+
 /// What a caller forces, for tests and comparisons.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub(crate) struct Forced {
@@ -341,7 +355,6 @@ impl fmt::Display for Capabilities {
 mod tests {
     use super::*;
     use crate::cache::DeviceId;
-    use crate::call::cost::Tiling;
     use crate::call::problem::{AttentionShape, DeviceMetaInfo};
     use crate::mask::key_mask::KeyMask;
     use crate::mask::meta::VarlenMeta;
