@@ -1,6 +1,5 @@
 //! One call: checked, planned, and handed to a backend as one operation.
 
-#[cfg_attr(not(any(feature = "cuda", test)), expect(dead_code, reason = "only CUDA devices have a cost model"))]
 pub(crate) mod chips;
 #[cfg_attr(not(any(feature = "cuda", test)), expect(dead_code, reason = "only CUDA devices have a cost model"))]
 pub(crate) mod cost;
