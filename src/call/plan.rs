@@ -128,13 +128,30 @@ pub struct Plan {
     pub estimate: Option<Estimate>,
 }
 
+/// Without the estimate, so that calls of one kind have one text: [`Plan::with_estimate`] has both.
 impl fmt::Display for Plan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.path {
-            Path::Zero => write!(f, "{}: {}", self.path, self.reason)?,
-            path => write!(f, "{path} by {}: {}", self.kernel, self.reason)?,
+            Path::Zero => write!(f, "{}: {}", self.path, self.reason),
+            path => write!(f, "{path} by {}: {}", self.kernel, self.reason),
         }
-        self.estimate.map_or(Ok(()), |estimate| write!(f, " ({estimate})"))
+    }
+}
+
+impl Plan {
+    /// The plan's text, followed by the estimate if there is one.
+    #[must_use]
+    pub fn with_estimate(&self) -> impl fmt::Display + use<> {
+        WithEstimate(*self)
+    }
+}
+
+struct WithEstimate(Plan);
+
+impl fmt::Display for WithEstimate {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)?;
+        self.0.estimate.map_or(Ok(()), |estimate| write!(f, " ({estimate})"))
     }
 }
 
@@ -437,7 +454,10 @@ mod tests {
             assert_eq!((plan.path, plan.kernel, plan.reason), (path, Kernel::CudaSm90, reason));
             let estimate = plan.estimate.map(|estimate| (estimate.time, estimate.other.map(|(.., time)| time)));
             assert!(matches!(estimate, Some((time, Some(other))) if time <= other), "{plan}");
-            assert!(plan.to_string().contains("µs, "), "{plan}");
+            assert!(
+                plan.with_estimate().to_string().contains("(about ") && !plan.to_string().contains("about"),
+                "{plan}"
+            );
 
             // A forced choice has its own estimate, and the best of the others beside it.
             let forced = |path, kernel| Forced { path: Some(path), kernel: Some(kernel) };
