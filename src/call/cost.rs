@@ -1,10 +1,11 @@
 //! The cost model: the time that each path and kernel takes on a GPU, from what the host knows of a call. `plan` chooses by it.
 //!
 //! ```text
-//!   attention   launch + √(busy² + memory²): each hides most of the other, but neither wholly
+//!   attention   launch + √(busy² + memory² + zeros²): each hides most of the others, but none wholly
 //!     busy      items in the order of work, dealt out to the blocks that run at once: the time of the slowest block
-//!     item      a query tile of a head: start and end + steps · keys of a tile (+ more for a tile that is made of groups)
+//!     item      a query tile of a head: start and end + keys of a tile · steps (+ more for a tile that is made of groups)
 //!     memory    rows read and written / rate
+//!     zeros     what one warp writes of the masked rows; with sm80 a part of busy, since the same warps compute
 //!   packed      attention + for each copy, launch + rows read and written / rate
 //! ```
 //!
@@ -71,6 +72,16 @@ const PART: f64 = 2900.0;
 const ADDED_PART: f64 = 1450.0;
 /// Parts are computed by a slower softmax.
 const PART_TIME: f64 = 1.125;
+
+/// Bytes that a warp writes at once.
+const PIECE: f64 = 512.0;
+/// Warps of a block that write zeros: of kernels that work by tile lists, beside those that compute; and all of sm80.
+const LISTS_ZERO_WARPS: f64 = 2.0;
+const ROWS_ZERO_WARPS: f64 = 4.0;
+/// Rows of zeros that are enough work for a block: of those that packed rows leave, and of those that no group covers. As the
+/// CUDA backend launches.
+const ZEROED_ROWS: usize = 256;
+const ZERO_SPAN_ROWS: usize = 64;
 
 /// Choices of one kind of call that are kept with the metadata.
 const CAPACITY: usize = 16;
@@ -179,8 +190,14 @@ struct Items {
 impl Call<'_> {
     fn time(&self) -> f64 {
         let chip = self.machine.chip;
-        let items = self.items();
-        let attention = chip.launch + self.busy(&items).hypot(self.attention_bytes() / chip.memory_rate);
+        let (items, idle) = self.items();
+        let (launch, mut busy) = (self.launch(), self.busy(&items, idle));
+        let mut zeros = self.zeros(items.iter().map(|items| items.count).sum());
+        if !self.by_lists() {
+            busy += std::mem::take(&mut zeros);
+        }
+        let memory = self.attention_bytes() / chip.memory_rate;
+        let attention = launch + busy.hypot(memory).hypot(zeros);
         if self.path != Path::Packed {
             return attention;
         }
@@ -188,43 +205,72 @@ impl Call<'_> {
         attention + launches as f64 * chip.copy_launch + bytes / chip.copy_rate
     }
 
-    /// Items of every batch row with a query, those with the most keys first.
-    fn items(&self) -> Vec<Items> {
+    fn by_lists(&self) -> bool {
+        self.tiling.kernel.works_by_tile_lists()
+    }
+
+    fn scatters(&self) -> bool {
+        self.path == Path::Packed && self.tiling.kernel.traits().scatters
+    }
+
+    fn launch(&self) -> f64 {
+        if self.by_lists() { self.machine.chip.lists_launch } else { self.machine.chip.launch }
+    }
+
+    /// Items of every batch row that has some, those with the most keys first, and blocks that have none but zeros to write.
+    fn items(&self) -> (Vec<Items>, usize) {
         let shape = self.problem.shape;
         let Some((query, key)) = self.metas else {
             let mut items = self.batch_row(shape.seq_q, self.whole_keys(shape.seq_k));
             items.count *= shape.batch;
-            return vec![items];
+            return (vec![items], 0);
         };
-        let by_groups = self.path == Path::Fused && self.tiling.kernel.works_by_tile_lists();
-        let mut all = Vec::with_capacity(query.batch());
+        let (by_lists, is_fused) = (self.by_lists(), self.path == Path::Fused);
+        let blocks = shape.seq_q.div_ceil(self.tiling.rows) * shape.num_heads;
+        let (mut all, mut idle) = (Vec::with_capacity(query.batch()), 0);
         for row in 0..query.batch() {
             let (queries, keys) = (query.cu_seqlens().rows(row).len(), key.cu_seqlens().rows(row).len());
-            if queries == 0 {
-                continue;
-            }
-            all.push(if by_groups {
+            let items = if is_fused && by_lists {
                 let rows = groups(query.runs(row)) * GROUP_ROWS;
                 self.batch_row(rows, self.keys_in_groups(key.runs(row), keys))
-            } else {
+            } else if by_lists || keys > 0 {
                 self.batch_row(queries, self.whole_keys(keys))
-            });
+            } else {
+                // Blocks of sm80 end at once if there is no key.
+                Items { count: 0, steps: 0, time: 0.0 }
+            };
+            if is_fused && !by_lists {
+                idle += blocks.saturating_sub(items.count);
+            }
+            if items.count > 0 {
+                all.push(items);
+            }
         }
         all.sort_by_key(|items| std::cmp::Reverse(items.steps));
-        all
+        (all, idle)
+    }
+
+    /// Start and end of an item.
+    fn item(&self) -> f64 {
+        let more = match self.path {
+            Path::Fused if self.by_lists() => self.cost.listed,
+            _ if self.scatters() => self.cost.scattered,
+            _ => 0.0,
+        };
+        self.cost.item + more
     }
 
     /// The items of a batch row with so many rows of queries, whose keys are so many steps that take so long.
     fn batch_row(&self, rows: usize, (steps, keys_time): (usize, f64)) -> Items {
-        let scatters = self.path == Path::Packed && self.tiling.kernel.traits().scatters;
-        let time = self.cost.item + keys_time + if scatters { self.cost.scattered } else { 0.0 };
-        Items { count: rows.div_ceil(self.tiling.rows) * self.problem.shape.num_heads, steps, time }
+        let count = rows.div_ceil(self.tiling.rows) * self.problem.shape.num_heads;
+        Items { count, steps, time: self.item() + keys_time }
     }
 
-    /// Steps over keys in a row, and their time.
+    /// Steps over keys in a row, or over those that sm80 gathers, and their time.
     fn whole_keys(&self, keys: usize) -> (usize, f64) {
         let steps = keys.div_ceil(self.tiling.keys);
-        (steps, steps as f64 * self.cost.step)
+        let step = if self.path == Path::Fused && !self.by_lists() { self.cost.masked } else { self.cost.step };
+        (steps, steps as f64 * step)
     }
 
     /// Steps over the tiles of runs, and their time.
@@ -238,7 +284,7 @@ impl Call<'_> {
     }
 
     /// The time of the slowest block. Block b of those that run at once takes items b, b + blocks, ...
-    fn busy(&self, items: &[Items]) -> f64 {
+    fn busy(&self, items: &[Items], idle: usize) -> f64 {
         let blocks = self.machine.multiprocessors * self.tiling.blocks;
         let (mut time, mut before) = (0.0, 0);
         for of_rows in items {
@@ -249,24 +295,62 @@ impl Call<'_> {
         }
         let tail = before % blocks;
         match items.last() {
-            Some(last) if tail > 0 => time - last.time + self.last_wave(tail, last, blocks),
+            Some(last) if tail > 0 => time - last.time + self.last_wave(tail, last, idle),
             _ => time,
         }
     }
 
     /// The time of a last wave of `tail` items, which leaves blocks idle.
-    fn last_wave(&self, tail: usize, last: &Items, blocks: usize) -> f64 {
+    fn last_wave(&self, tail: usize, last: &Items, idle: usize) -> f64 {
+        let (multiprocessors, blocks) = (self.machine.multiprocessors, self.tiling.blocks);
         if !self.tiling.splits {
-            let is_alone = tail * self.tiling.blocks <= blocks;
-            return if is_alone { last.time * self.cost.alone } else { last.time };
+            if blocks == 1 {
+                return last.time;
+            }
+            // Blocks that only write zeros have taken places before, so the others may lie together.
+            let sharing = (tail + idle).div_ceil(multiprocessors).min(blocks);
+            let share = (sharing - 1) as f64 / (blocks - 1) as f64;
+            return last.time * (self.cost.alone + (1.0 - self.cost.alone) * share);
         }
         let most = (last.steps / MIN_PART_STEPS).clamp(1, MAX_PARTS);
         let in_parts = |parts: usize| {
-            let rounds = (tail * parts).div_ceil(blocks) as f64;
-            let part = (self.cost.item + (last.time - self.cost.item) / parts as f64) * PART_TIME + PART;
+            let rounds = (tail * parts).div_ceil(multiprocessors * blocks) as f64;
+            let part = (self.item() + (last.time - self.item()) / parts as f64) * PART_TIME + PART;
             SPLIT + rounds * part + parts as f64 * ADDED_PART
         };
         (2..=most).map(in_parts).fold(last.time, f64::min)
+    }
+
+    /// The time in which the warp with the most masked rows writes them as zeros.
+    fn zeros(&self, items: usize) -> f64 {
+        let Some((query, _)) = self.metas else { return 0.0 };
+        let (shape, chip) = (self.problem.shape, self.machine.chip);
+        let all_rows = shape.batch * shape.seq_q;
+        let masked_rows = all_rows - query.total_valid();
+        let (heads, masked) = (shape.num_heads as f64, masked_rows as f64);
+        // Of a launch by tile lists, if so many blocks have zeros to write.
+        let warps =
+            |zero_items: usize| LISTS_ZERO_WARPS * items.max(zero_items).clamp(1, self.machine.multiprocessors) as f64;
+        if self.scatters() {
+            // Warps take 32 rows at a time, which are masked in runs.
+            let taken = (all_rows.div_ceil(32) as f64 / warps(all_rows.div_ceil(ZEROED_ROWS))).ceil() * 32.0;
+            let runs: usize = (0..query.batch()).map(|row| query.runs(row).len()).sum();
+            let run = masked / runs.max(1) as f64;
+            let rows = (taken * masked / all_rows.max(1) as f64).max(run.min(32.0));
+            return rows * ((heads * self.row_bytes() / PIECE).ceil() * chip.zero_piece + chip.zero_row);
+        }
+        let pieces = match self.path {
+            Path::Fused if self.by_lists() => {
+                let zero_items = (masked_rows * shape.num_heads).div_ceil(ZERO_SPAN_ROWS);
+                heads * masked * self.row_bytes() / (warps(zero_items) * PIECE)
+            }
+            // A warp writes one row at a time.
+            Path::Fused => {
+                heads * masked / (ROWS_ZERO_WARPS * (self.machine.multiprocessors * self.tiling.blocks) as f64)
+            }
+            _ => 0.0,
+        };
+        pieces * chip.zero_piece
     }
 
     /// Bytes of a row of one head.
@@ -286,7 +370,7 @@ impl Call<'_> {
     fn attention_bytes(&self) -> f64 {
         let shape = self.problem.shape;
         let [[queries, all_queries], [keys, _]] = self.rows();
-        let is_padded = self.path != Path::Packed || self.tiling.kernel.traits().scatters;
+        let is_padded = self.path != Path::Packed || self.scatters();
         let written = if is_padded { all_queries } else { queries };
         self.row_bytes() * (shape.num_heads as f64 * (queries + written) + 2.0 * shape.num_kv_heads as f64 * keys)
     }
@@ -438,7 +522,8 @@ mod tests {
             if choice == (Path::Fused, Kernel::CudaSm90) {
                 assert!(with_holes > 2.0 * in_a_row, "{with_holes} against {in_a_row} ns");
             } else {
-                assert!((with_holes / in_a_row - 1.0).abs() < 1e-9, "{choice:?}");
+                // Where sm90 scatters, one warp may have more rows of zeros than another.
+                assert!((with_holes / in_a_row - 1.0).abs() < 0.05, "{choice:?}: {with_holes}, {in_a_row} ns");
             }
         }
         Ok(())
