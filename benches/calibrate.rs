@@ -90,7 +90,7 @@ impl Bench<'_> {
     fn all<T: Element>(&self) -> Result<()> {
         self.copies::<T>()?;
         println!(
-            "                                 item      step    masked   dropped scattered     alone   launch, ns"
+            "                                 item    listed scattered      step    masked   dropped     alone   launch, ns"
         );
         for &kernel in &self.device.capabilities().kernels {
             for width in WIDTHS {
@@ -136,8 +136,11 @@ impl Bench<'_> {
             });
         let [short, long] = self.steps;
         // One head of keys for all heads of queries, so that keys come from the cache, as they do where blocks share them.
-        let call = |heads: usize, waves: usize, keys: &KeyMask| -> Result<f64> {
-            self.attention::<T>(kernel, [heads, waves * tile.rows, width], keys)
+        let by_path = |path: Path, heads: usize, waves: usize, keys: &KeyMask| -> Result<f64> {
+            self.attention::<T>(kernel, path, [heads, waves * tile.rows, width], keys)
+        };
+        let call = |heads: usize, waves: usize, keys: &KeyMask| {
+            by_path(if keys.is_all_kept() { Path::Dense } else { Path::Fused }, heads, waves, keys)
         };
         let all = |steps: usize| KeyMask::all(1, steps * tile.keys);
         let by_short = call(tile.blocks, 1, &all(short)?)?;
@@ -152,8 +155,13 @@ impl Bench<'_> {
                 (long_alone? - short_alone?) / (long - short) as f64 / step
             }
         };
-        let (mut masked, mut dropped, mut scattered) = (0.0, 0.0, 0.0);
+        let (mut listed, mut dropped, mut scattered) = (0.0, 0.0, 0.0);
+        let fused_short = by_path(Path::Fused, tile.blocks, 1, &all(short)?)?;
+        let fused_long = by_path(Path::Fused, tile.blocks, 1, &all(long)?)?;
+        // Of a kernel without tile lists: a tile that it gathers.
+        let mut masked = (fused_long - fused_short) / (long - short) as f64;
         if tile.by_groups {
+            listed = (fused_short - by_short).max(0.0);
             // Runs of 64 keys, four groups each without a dropped key; and groups of which every other key is dropped.
             let keys = long * tile.keys;
             let by_runs = call(tile.blocks, 1, &KeyMask::from_runs(keys / 64 * 65, &[runs(keys / 64, 65, 64)])?)?;
@@ -163,24 +171,27 @@ impl Bench<'_> {
             scattered = self.scattered::<T>(kernel, width, &tile)?;
         }
         Ok(format!(
-            "{:<28} {item:>8.1}, {step:>8.1}, {masked:>8.1}, {dropped:>8.2}, {scattered:>8.1}, {alone:>8.2}   {launch:.1}",
+            "{:<28} {item:>8.1}, {listed:>8.1}, {scattered:>8.1}, {step:>8.1}, {masked:>8.1}, {dropped:>8.2}, {alone:>8.2}   {launch:.1}",
             format!("{kernel}, {width}")
         ))
     }
 
-    /// Nanoseconds of a fused call of these [heads, queries, head dimension].
-    fn attention<T: Element>(&self, kernel: Kernel, [heads, queries, dim]: [usize; 3], keys: &KeyMask) -> Result<f64> {
-        let layer = MaskedAttention::new(self.device).with_kernel(kernel);
+    /// Nanoseconds of a call of these [heads, queries, head dimension].
+    fn attention<T: Element>(
+        &self,
+        kernel: Kernel,
+        path: Path,
+        [heads, queries, dim]: [usize; 3],
+        keys: &KeyMask,
+    ) -> Result<f64> {
+        let layer = MaskedAttention::new(self.device).with_kernel(kernel).with_path(path);
         let q = tensor::<T>(self.device, &[1, queries, heads, dim])?;
         let k = tensor::<T>(self.device, &[1, keys.seq(), 1, dim])?;
         let v = tensor::<T>(self.device, &[1, keys.seq(), 1, dim])?;
         let mut out = Tensor::zeros(self.device, T::DTYPE, &[1, queries, heads, dim])?;
         let query = VarlenMeta::from_key_mask(&KeyMask::all(1, queries)?)?;
         let key = VarlenMeta::from_key_mask(keys)?;
-        let (layer, mask) = match keys.is_all_kept() {
-            true => (layer.with_path(Path::Dense), AttentionMask::None),
-            false => (layer.with_path(Path::Fused), AttentionMask::varlen_cross(&query, &key)),
-        };
+        let mask = if path == Path::Dense { AttentionMask::None } else { AttentionMask::varlen_cross(&query, &key) };
         self.time(|| layer.forward_into(&q, &k, &v, mask, &mut out).map(drop))
     }
 

@@ -5,7 +5,10 @@ fitted to.
     python benches/peers/fit_cost.py regret-1.jsonl regret-2.jsonl [--write]
 
 Half of the calls, those of even number, are fitted first; the regret is that on the others. The
-rows that are printed are fitted to all. Constants that no call depends on keep their values.
+rows that are printed are fitted to all. Constants that no call depends on keep their values. After
+`--write`, a unit test needs its cases anew:
+
+    python benches/peers/fit_cost.py regret-1.jsonl --cases src/call/cost_cases.json
 """
 
 import argparse
@@ -20,6 +23,8 @@ from cost_model import CHIPS, NAMES, Work, constants
 
 # Differences of logarithms beyond this count by their absolute value.
 OUTLIER = 0.08
+# Runs of a case that a unit test reads, and cases.
+MOST_RUNS, MOST_CASES = 30, 60
 # What a constant costs that is e times as large as in the tables, or an e-th: so that those on which
 # few calls depend stay near.
 DRIFT = 0.01
@@ -33,6 +38,7 @@ def arguments():
     parser.add_argument("--passes", type=int, default=12, help="over all constants")
     parser.add_argument("--no-fit", action="store_true", help="judge the constants of the tables as they are")
     parser.add_argument("--worst", type=int, default=10, help="calls to print")
+    parser.add_argument("--cases", type=pathlib.Path, help="write the estimates of some small calls, for a unit test, and end")
     parser.add_argument("--write", action="store_true", help="write the fitted constants to the tables")
     return parser.parse_args()
 
@@ -194,10 +200,34 @@ def write(chip, tiles, compute_capability):
     CHIPS.write_text(text)
 
 
+def write_cases(file, files, multiprocessors, chip, tiles):
+    """The estimates of calls with few runs, of every kernel and path."""
+    cases = []
+    for line in (line for found in files for line in found.read_text().splitlines()):
+        entry = json.loads(line)
+        if "facts" in entry or sum(map(len, entry["query_runs"] + entry["key_runs"])) > MOST_RUNS:
+            continue
+        features = entry["features"]
+        paths = ["dense"] if is_all_valid(features) else ["fused", "packed"]
+        times = {}
+        for path in paths:
+            for kernel in features["tiles"]:
+                if (kernel, features["tiles"][kernel]["width"]) in tiles and kernel != "sm100":
+                    work = Work.of(features, path, kernel, multiprocessors)
+                    times[f"{path} by {kernel}"] = round(work.time(chip, tiles, multiprocessors), 3)
+        names = ["seq_q", "seq_k", "heads", "kv_heads", "head_dim", "is_cross"]
+        runs = {name: entry[name] for name in ["query_runs", "key_runs"]}
+        cases.append({**{name: features[name] for name in names}, **runs, "times": times})
+    lines = ",\n".join(json.dumps(case, separators=(",", ":")) for case in cases[:MOST_CASES])
+    file.write_text(f"[\n{lines}\n]\n")
+
+
 def main():
     options = arguments()
     compute_capability = tuple(map(int, options.compute_capability.split(".")))
     chip, tiles = constants(compute_capability)
+    if options.cases:
+        return write_cases(options.cases, options.files, options.multiprocessors or 132, chip, tiles)
     calls, estimates = read(options.files, options.multiprocessors)
     differing = 0
     for call, choice, ms in estimates:
