@@ -587,7 +587,7 @@ mod tests {
     #[test]
     fn the_script_that_fits_the_constants_has_the_same_formulas() -> Result<()> {
         // What the blocks of a multiprocessor share on an H100.
-        let tilings = crate::backends::cuda::kernels::tiles::tilings(228 * 1024);
+        let tilings = crate::backends::cuda::tilings(228 * 1024);
         let Some(machine) = Machine::new((9, 0), 132, tilings) else { unreachable!("the H100 has a row") };
         let Ok(cases) = serde_json::from_str::<Vec<Case>>(include_str!("cost_cases.json")) else {
             unreachable!("the file has cases")
