@@ -203,7 +203,7 @@ impl MaskedAttention {
         let views = AttentionViews { q: &q, k: &k, v: &v, out };
         let problem = AttentionProblem::padded(self.device.info(), &views, &mask, self.softmax_scale)?;
         let plan = plan_padded(&problem, &mask, self.device.capabilities(), &self.device.config(), self.forced)?;
-        log::debug!("{} {:?}: {plan}", problem.dtype, problem.shape);
+        log::debug!("{} {:?}: {}", problem.dtype, problem.shape, plan.with_estimate());
         Ok((problem, plan, resolved))
     }
 

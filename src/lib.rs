@@ -76,8 +76,9 @@ pub use crate::attention::{Attended, MaskedAttention};
 pub use crate::attention_mask::{AttentionMask, Metadata};
 #[cfg(feature = "wgpu")]
 pub use crate::backends::wgpu::Recorder;
+pub use crate::call::cost::Tiling;
 pub use crate::call::op::Timing;
-pub use crate::call::plan::{Capabilities, Path, Plan, Reason};
+pub use crate::call::plan::{Capabilities, Estimate, Path, Plan, Reason};
 pub use crate::config::{Config, CpuIsa, DeviceChoice};
 pub use crate::device::{Device, DeviceReport};
 pub use crate::dtype::{DType, Element};

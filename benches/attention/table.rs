@@ -38,7 +38,7 @@ pub fn print(text: &mut dyn Write, problem: &Problem, measured: &Measured) -> Re
         "tensors   {dtype}, batch {batch}, seq {seq}, heads {heads}, kv_heads {kv_heads}, head_dim {head_dim}"
     )?;
     writeln!(text, "valid     {valid_tokens:.1}% of the tokens, {valid_pairs:.1}% of the query and key pairs")?;
-    writeln!(text, "varlen    {}", measured.plan)?;
+    writeln!(text, "varlen    {}", measured.plan.with_estimate())?;
     writeln!(text, "timed     by {clock}, on {} input set{plural}", measured.sets)?;
     let [median, min, max, tflops, gbs] = ["median ms", "min ms", "max ms", "TFLOP/s", "GB/s"];
     writeln!(text, "{:<22} {median:>11} {min:>11} {max:>11} {tflops:>10} {gbs:>10}", "")?;

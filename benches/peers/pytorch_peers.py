@@ -18,15 +18,17 @@ except ImportError as error:
 
 
 @triton.jit
-def _gather_rows(q, k, v, packed_q, packed_k, packed_v, indices, width, BLOCK: tl.constexpr):
+def _gather_rows(a, b, c, packed_a, packed_b, packed_c, indices, width, BLOCK: tl.constexpr, TENSORS: tl.constexpr):
     row = tl.program_id(0)
     column = tl.arange(0, BLOCK)
     inside = column < width
     source = tl.load(indices + row).to(tl.int64) * width + column
     target = row.to(tl.int64) * width + column
-    tl.store(packed_q + target, tl.load(q + source, mask=inside), mask=inside)
-    tl.store(packed_k + target, tl.load(k + source, mask=inside), mask=inside)
-    tl.store(packed_v + target, tl.load(v + source, mask=inside), mask=inside)
+    tl.store(packed_a + target, tl.load(a + source, mask=inside), mask=inside)
+    if TENSORS > 1:
+        tl.store(packed_b + target, tl.load(b + source, mask=inside), mask=inside)
+    if TENSORS > 2:
+        tl.store(packed_c + target, tl.load(c + source, mask=inside), mask=inside)
 
 
 @triton.jit
@@ -39,32 +41,44 @@ def _scatter_rows(packed, padded, inv_indices, width, BLOCK: tl.constexpr):
     tl.store(padded + row.to(tl.int64) * width + column, values, mask=inside)
 
 
-class PackedRows:
-    """The metadata of a mask, and the two copies that use it."""
+class ValidRows:
+    """The metadata of a [batch, seq] mask, and the two copies that use it."""
 
-    def __init__(self, workload):
-        valid = workload.valid.cuda()
-        self.workload = workload
+    def __init__(self, valid):
+        valid = valid.cuda()
+        lengths = valid.sum(1)
+        self.batch, self.seq = valid.shape
         self.indices = valid.flatten().nonzero().flatten()
         self.inv_indices = torch.full((valid.numel(),), -1, dtype=torch.int64, device="cuda")
         self.inv_indices[self.indices] = torch.arange(self.indices.numel(), device="cuda")
-        self.cu_seqlens = torch.zeros(workload.batch + 1, dtype=torch.int32, device="cuda")
-        self.cu_seqlens[1:] = valid.sum(1).cumsum(0)
-        self.max_seqlen = int(workload.lengths.max())
-        self.width = workload.heads * workload.head_dim
+        self.cu_seqlens = torch.zeros(self.batch + 1, dtype=torch.int32, device="cuda")
+        self.cu_seqlens[1:] = lengths.cumsum(0)
+        self.max_seqlen = int(lengths.max())
 
-    def pack(self, q, k, v):
-        shape = (self.indices.numel(), *q.shape[2:])
-        packed = [torch.empty(shape, dtype=q.dtype, device="cuda") for _ in range(3)]
-        block = triton.next_power_of_2(self.width)
-        _gather_rows[(shape[0],)](q, k, v, *packed, self.indices, self.width, BLOCK=block)
+    def pack(self, *padded):
+        """Packs up to three tensors of one shape, in one launch."""
+        heads, head_dim = padded[0].shape[2:]
+        packed = [torch.empty((self.indices.numel(), heads, head_dim), dtype=x.dtype, device="cuda") for x in padded]
+        three = [(tensors * 3)[:3] for tensors in (list(padded), packed)]
+        width = heads * head_dim
+        block, tensors = triton.next_power_of_2(width), len(padded)
+        _gather_rows[(self.indices.numel(),)](*three[0], *three[1], self.indices, width, BLOCK=block, TENSORS=tensors)
         return packed
 
     def scatter(self, packed):
-        padded = torch.empty(self.workload.shape, dtype=packed.dtype, device="cuda")
-        block = triton.next_power_of_2(self.width)
-        _scatter_rows[(self.inv_indices.numel(),)](packed, padded, self.inv_indices, self.width, BLOCK=block)
+        heads, head_dim = packed.shape[1:]
+        padded = torch.empty((self.batch, self.seq, heads, head_dim), dtype=packed.dtype, device="cuda")
+        width = heads * head_dim
+        block = triton.next_power_of_2(width)
+        _scatter_rows[(self.inv_indices.numel(),)](packed, padded, self.inv_indices, width, BLOCK=block)
         return padded
+
+
+class PackedRows(ValidRows):
+    """The rows of a workload, and FlashAttention on them."""
+
+    def __init__(self, workload):
+        super().__init__(workload.valid)
 
     def fa2(self, q, k, v):
         return varlen_attn(q, k, v, self.cu_seqlens, self.cu_seqlens, self.max_seqlen, self.max_seqlen)
@@ -84,6 +98,39 @@ def sdpa(backend, mask):
             return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
         with sdpa_kernel(backend):
             return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+
+    return call
+
+
+def pack_fa3_scatter(query, key):
+    """FlashAttention-3 on the valid rows of padded q, k and v, with its output scattered into zeros.
+    A side that is None is valid everywhere, and is neither packed nor scattered; with both, this is
+    FlashAttention-3 alone."""
+
+    def rows_of(side, seq, batch):
+        if side is not None:
+            return side.cu_seqlens, side.max_seqlen
+        return torch.arange(0, (batch + 1) * seq, seq, dtype=torch.int32, device="cuda"), seq
+
+    made = {}
+
+    def call(q, k, v):
+        if query is None and key is None:
+            out = flash_attn_func(q, k, v)
+            return out[0] if isinstance(out, tuple) else out
+        if not made:
+            # Outside of graphs: the first call is not captured.
+            made["q"], made["k"] = rows_of(query, q.shape[1], q.shape[0]), rows_of(key, k.shape[1], k.shape[0])
+        (cu_q, max_q), (cu_k, max_k) = made["q"], made["k"]
+        padded = q.shape
+        if query is key and q.shape == k.shape:
+            q, k, v = query.pack(q, k, v)
+        else:
+            q = q.flatten(0, 1) if query is None else query.pack(q)[0]
+            k, v = (k.flatten(0, 1), v.flatten(0, 1)) if key is None else key.pack(k, v)
+        out = flash_attn_varlen_func(q, k, v, cu_q, cu_k, max_q, max_k)
+        out = out[0] if isinstance(out, tuple) else out
+        return out.view(padded) if query is None else query.scatter(out)
 
     return call
 

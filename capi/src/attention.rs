@@ -125,7 +125,7 @@ pub(crate) fn put_plan(place: Option<Place<varlen_fa_plan>>, plan: &Plan) {
         kernel: value_of(Some(plan.kernel)).unwrap_or(varlen_fa_kernel::Unlisted),
         reason: value_of(plan.reason).unwrap_or(varlen_fa_reason::Unlisted),
         reserved_word: 0,
-        text: text(&plan.to_string()),
+        text: text(&plan.with_estimate().to_string()),
         reserved: [0; 2],
     });
 }

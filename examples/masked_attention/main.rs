@@ -96,8 +96,8 @@ fn print_measured(text: &mut dyn Write, problem: &Problem, measured: &Measured) 
     writeln!(text, "\nworkload   {}", workload.name)?;
     writeln!(text, "tensors    {dtype}, q {q:?}, k and v {kv:?}: slices of one fused projection")?;
     writeln!(text, "metadata   {valid} of {tokens} tokens valid ({percent:.1}%), built once in {built:.0} µs")?;
-    writeln!(text, "varlen     {}", varlen.plan)?;
-    writeln!(text, "dense      {}", dense.plan)?;
+    writeln!(text, "varlen     {}", varlen.plan.with_estimate())?;
+    writeln!(text, "dense      {}", dense.plan.with_estimate())?;
 
     let clock = if varlen.by_device { "the device's clock" } else { "the host's clock" };
     writeln!(text, "\n{:<10} {:>12} {:>12} {:>12}   {clock}", "attention", "median ms", "min ms", "max ms")?;

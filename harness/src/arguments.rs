@@ -144,6 +144,7 @@ impl ProblemArguments {
 }
 
 /// The library's own message speaks of the environment variable, where such names usually come from.
-fn parse_device(text: &str) -> Result<DeviceChoice, String> {
+/// Reads the name of a device.
+pub fn parse_device(text: &str) -> Result<DeviceChoice, String> {
     text.parse().map_err(|_| "expected cuda, cuda:N, wgpu or cpu".to_owned())
 }

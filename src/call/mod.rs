@@ -1,5 +1,8 @@
 //! One call: checked, planned, and handed to a backend as one operation.
 
+pub(crate) mod chips;
+#[cfg_attr(not(any(feature = "cuda", test)), expect(dead_code, reason = "only CUDA devices have a cost model"))]
+pub(crate) mod cost;
 pub(crate) mod op;
 pub(crate) mod plan;
 pub(crate) mod problem;

@@ -1,14 +1,16 @@
 //! Which path and kernel a call takes, and why. Pure: it looks at the checked call, the device's capabilities and the settings.
 
 use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
 
+use crate::call::cost::{Choice, Machine, Tiling};
 use crate::call::problem::{AttentionProblem, MaskInfo, TokenInfo};
 use crate::config::Config;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::kernel::{BackendKind, Kernel};
 use crate::mask::key_ranges::KeyRanges;
-use crate::mask::meta::{GROUP_ROWS, VarlenMeta};
 
 /// How a call is computed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -109,7 +111,7 @@ pub enum Reason {
     NothingValid,
     /// Metadata was given, and the kernel reads the padded tensors directly.
     Fused,
-    /// Metadata was given, but its runs are so short that packing takes less time than the fused path.
+    /// Metadata was given, but packing takes less time than the fused path: runs are short, say.
     Fragmented,
     /// Metadata was given that is in the device's memory, so the plan cannot know the mask.
     MetadataOnDevice,
@@ -132,7 +134,7 @@ impl fmt::Display for Reason {
             Self::AllValid => "every token is valid, so there is nothing to skip",
             Self::NothingValid => "no query or no key is valid, so the output is zeros",
             Self::Fused => "metadata was given and the kernel reads padded tensors directly",
-            Self::Fragmented => "metadata was given with runs too short for the fused path",
+            Self::Fragmented => "metadata was given, and packing its rows takes less time than reading them in place",
             Self::MetadataOnDevice => "the device built the metadata, so the plan cannot see it",
             Self::DenseForced => "dense attention is forced (VARLEN_FA=0)",
             Self::PathForced => "the caller forced this path",
@@ -151,13 +153,54 @@ pub struct Plan {
     pub kernel: Kernel,
     /// Why.
     pub reason: Reason,
+    /// How long that takes by the cost model, where the device has one and the host knows the mask.
+    pub estimate: Option<Estimate>,
 }
 
+/// Without the estimate, so that calls of one kind have one text: [`Plan::with_estimate`] has both.
 impl fmt::Display for Plan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.path {
             Path::Zero => write!(f, "{}: {}", self.path, self.reason),
             path => write!(f, "{path} by {}: {}", self.kernel, self.reason),
+        }
+    }
+}
+
+impl Plan {
+    /// The plan's text, followed by the estimate if there is one.
+    #[must_use]
+    pub fn with_estimate(&self) -> impl fmt::Display + use<> {
+        WithEstimate(*self)
+    }
+}
+
+struct WithEstimate(Plan);
+
+impl fmt::Display for WithEstimate {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)?;
+        self.0.estimate.map_or(Ok(()), |estimate| write!(f, " ({estimate})"))
+    }
+}
+
+/// The GPU time of a plan, and of the best other choice, by the cost model. It chooses by these times; they are no promise.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Estimate {
+    /// Of the plan.
+    pub time: Duration,
+    /// The quickest of the choices that were not taken, if there is another one.
+    pub other: Option<(Path, Kernel, Duration)>,
+}
+
+impl fmt::Display for Estimate {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let microseconds = |time: Duration| time.as_secs_f64() * 1e6;
+        write!(f, "about {:.1} µs", microseconds(self.time))?;
+        match self.other {
+            None => Ok(()),
+            Some((path, kernel, time)) => write!(f, ", {path} by {kernel} {:.1}", microseconds(time)),
         }
     }
 }
@@ -183,6 +226,22 @@ pub struct Capabilities {
     pub max_binding_bytes: u64,
     /// Whether GPU time is measured by timestamp queries.
     pub has_timestamps: bool,
+    /// What the cost model knows of the device, if it has one.
+    pub(crate) machine: Option<Machine>,
+}
+
+impl Capabilities {
+    /// The multiprocessors of a CUDA device; `None` for other devices.
+    #[must_use]
+    pub fn multiprocessors(&self) -> Option<usize> {
+        self.machine.as_ref().map(Machine::multiprocessors)
+    }
+
+    /// How a kernel cuts calls of a head dimension into tiles, where the device has a cost model. For benches.
+    #[must_use]
+    pub fn tiling(&self, kernel: Kernel, head_dim: usize) -> Option<Tiling> {
+        self.machine.as_ref().and_then(|machine| machine.tiling(kernel, head_dim))
+    }
 }
 
 /// What a caller forces, for tests and comparisons.
@@ -204,8 +263,9 @@ pub(crate) fn plan_padded(
         Some(path) => path == Path::Dense,
         None => config.force_dense,
     };
-    let kernel = pick_kernel(capabilities, forced, Needs::new(problem, mask, is_dense))?;
-    let fuses = mask.bias.is_none() || kernel.traits().has_fused_bias;
+    let needs = Needs::new(problem, mask, is_dense);
+    let preferred = pick_kernel(capabilities, forced, needs)?;
+    let fuses = mask.bias.is_none() || preferred.traits().has_fused_bias;
     let chosen = match mask.tokens {
         _ if problem.shape.seq_k == 0 => (Path::Zero, Reason::NothingValid),
         TokenInfo::Varlen { query, key } if query.is_empty() || key.is_empty() => (Path::Zero, Reason::NothingValid),
@@ -217,47 +277,70 @@ pub(crate) fn plan_padded(
         TokenInfo::Varlen { .. } | TokenInfo::DeviceVarlen { .. } if config.force_dense => {
             (Path::Dense, Reason::DenseForced)
         }
-        TokenInfo::DeviceVarlen { .. } if !kernel.works_by_tile_lists() => (Path::Fused, Reason::Fused),
+        TokenInfo::DeviceVarlen { .. } if !preferred.works_by_tile_lists() => (Path::Fused, Reason::Fused),
         TokenInfo::DeviceVarlen { .. } => (Path::Packed, Reason::MetadataOnDevice),
         TokenInfo::Varlen { query, key } if query.is_all_valid() && key.is_all_valid() => {
             (Path::Dense, Reason::AllValid)
         }
         TokenInfo::Varlen { .. } if !fuses => (Path::Dense, Reason::Bias),
-        TokenInfo::Varlen { query, key } if is_fragmented(kernel, problem, query, key) => {
-            (Path::Packed, Reason::Fragmented)
-        }
         TokenInfo::Varlen { .. } => (Path::Fused, Reason::Fused),
     };
     let (path, reason) = match forced.path {
         None => chosen,
-        Some(path) => (path, check_forced_path(path, mask, kernel)?),
+        Some(path) => (path, check_forced_path(path, mask, preferred)?),
     };
-    Ok(Plan { path, kernel, reason })
+    let plan = Plan { path, kernel: preferred, reason, estimate: None };
+    let Some(choices) = choices(problem, mask, capabilities, path)? else { return Ok(plan) };
+    let may_take = |choice: &Choice| {
+        let is_free = forced == Forced::default();
+        let is_kernel =
+            choice.kernel == preferred || is_free && is_suited(choice.kernel, preferred, capabilities, needs);
+        is_kernel && forced.path.is_none_or(|path| choice.path == path)
+    };
+    let Some(best) = choices.iter().copied().find(may_take) else { return Ok(plan) };
+    let reason = match (forced.path, best.path) {
+        (None, Path::Fused) => Reason::Fused,
+        (None, Path::Packed) => Reason::Fragmented,
+        _ => reason,
+    };
+    let duration = |choice: Choice| Duration::from_nanos(choice.time as u64);
+    let other = choices.iter().copied().find(|choice| *choice != best);
+    let other = other.map(|choice| (choice.path, choice.kernel, duration(choice)));
+    let estimate = Some(Estimate { time: duration(best), other });
+    Ok(Plan { path: best.path, kernel: best.kernel, reason, estimate })
 }
 
-/// Break-even, in FLOPs per byte moved by pack and scatter: about 600 TFLOP/s of the sm90 kernel over 3.8 TB/s.
-const OPERATIONS_PER_BYTE: f64 = 160.0;
-
-/// Whether the needless rows of the fused path cost more than moving the valid ones together.
-///
-/// Kernels that work by tile lists read groups of rows, so a short run costs as much as a group. The packed path computes only
-/// valid rows, but reads and writes q, k, v and the output once more. Kernels that read single rows compute the same on both
-/// paths, so packing never pays for them.
-fn is_fragmented(kernel: Kernel, problem: &AttentionProblem, query: &VarlenMeta, key: &VarlenMeta) -> bool {
-    if !kernel.works_by_tile_lists() {
-        return false;
+/// The choices of a call on a path that the cost model knows: fused and packed by every kernel under metadata of the host, dense
+/// by every kernel where no key is dropped.
+fn choices(
+    problem: &AttentionProblem,
+    mask: &MaskInfo<'_>,
+    capabilities: &Capabilities,
+    path: Path,
+) -> Result<Option<Arc<[Choice]>>> {
+    let Some(machine) = &capabilities.machine else { return Ok(None) };
+    // The model knows neither the tiles that ranges leave nor what a bias costs.
+    if mask.bias.is_some() || mask.ranges.is_some() {
+        return Ok(None);
     }
-    let shape = problem.shape;
-    let covered = |meta: &VarlenMeta| (meta.group_count() * GROUP_ROWS) as f64 / meta.total_valid() as f64;
-    let (queries, keys) = (query.cu_seqlens(), key.cu_seqlens());
-    let pairs: f64 = (0..query.batch()).map(|b| queries.rows(b).len() as f64 * keys.rows(b).len() as f64).sum();
-    let (heads, kv_heads, head_dim) = (shape.num_heads as f64, shape.num_kv_heads as f64, shape.head_dim as f64);
-    let needless = 4.0 * pairs * heads * head_dim * (covered(query) * covered(key) - 1.0);
-    let row_bytes = head_dim * problem.dtype.size() as f64;
-    let padded_rows = (query.batch() * query.seq()) as f64;
-    let query_rows = query.total_valid() as f64 * 3.0 + padded_rows;
-    let moved = row_bytes * (heads * query_rows + kv_heads * key.total_valid() as f64 * 4.0);
-    needless > OPERATIONS_PER_BYTE * moved
+    let keeps_all = match mask.tokens {
+        TokenInfo::All => true,
+        TokenInfo::Key(mask) => mask.is_all_kept(),
+        TokenInfo::Varlen { query, key } => query.is_all_valid() && key.is_all_valid(),
+        TokenInfo::DeviceVarlen { .. } => false,
+    };
+    Ok(match (path, mask.tokens) {
+        (Path::Dense, _) if keeps_all => Some(machine.dense_choices(problem).into()),
+        (Path::Fused | Path::Packed, TokenInfo::Varlen { query, key }) => Some(machine.choices(problem, query, key)?),
+        _ => None,
+    })
+}
+
+/// Whether a kernel may take the place of the preferred one.
+fn is_suited(kernel: Kernel, preferred: Kernel, capabilities: &Capabilities, needs: Needs) -> bool {
+    capabilities.kernels.contains(&kernel)
+        && kernel.refuses(needs).is_none()
+        && (kernel.is_efficient_at(needs.head_dim) || !preferred.is_efficient_at(needs.head_dim))
 }
 
 /// Plans a call on packed rows.
@@ -269,7 +352,7 @@ pub(crate) fn plan_packed(
 ) -> Result<Plan> {
     let mask = MaskInfo { tokens: TokenInfo::All, ranges, bias: None };
     let kernel = pick_kernel(capabilities, forced, Needs::new(problem, &mask, false))?;
-    Ok(Plan { path: Path::Packed, kernel, reason: Reason::AlreadyPacked })
+    Ok(Plan { path: Path::Packed, kernel, reason: Reason::AlreadyPacked, estimate: None })
 }
 
 fn pick_kernel(capabilities: &Capabilities, forced: Forced, needs: Needs) -> Result<Kernel> {
@@ -328,6 +411,7 @@ mod tests {
     use crate::cache::DeviceId;
     use crate::call::problem::{AttentionShape, DeviceMetaInfo};
     use crate::mask::key_mask::KeyMask;
+    use crate::mask::meta::VarlenMeta;
 
     const BATCH: usize = 2;
     const SEQ: usize = 4096;
@@ -343,43 +427,107 @@ mod tests {
             max_buffer_bytes: u64::MAX,
             max_binding_bytes: u64::MAX,
             has_timestamps: true,
+            machine: None,
         }
     }
 
     fn plan(kernels: &[Kernel], mask: &MaskInfo<'_>, forced: Forced) -> Result<Plan> {
+        plan_on(&device(kernels), mask, forced)
+    }
+
+    fn plan_on(device: &Capabilities, mask: &MaskInfo<'_>, forced: Forced) -> Result<Plan> {
         let shape =
             AttentionShape { batch: BATCH, seq_q: SEQ, seq_k: SEQ, num_heads: 24, num_kv_heads: 24, head_dim: 128 };
         let problem = AttentionProblem { shape, dtype: DType::Bf16, softmax_scale: 1.0, bias: None };
-        let config = Config::default();
-        plan_padded(&problem, mask, &device(kernels), &config, forced)
+        plan_padded(&problem, mask, device, &Config::default(), forced)
     }
 
     fn masked(tokens: TokenInfo<'_>) -> MaskInfo<'_> {
         MaskInfo { tokens, ranges: None, bias: None }
     }
 
-    /// Each of the two halves of a row: valid everywhere, or at every other token.
+    /// Every kernel's tiles at head dimension 128, on a chip of 132 multiprocessors.
+    fn hopper() -> Option<Machine> {
+        let tiling = |kernel, keys, blocks, splits| Tiling {
+            kernel,
+            width: 128,
+            rows: 128,
+            keys,
+            blocks,
+            splits,
+            max_heads: usize::MAX,
+        };
+        let tilings = [tiling(Kernel::CudaSm80, 64, 2, false), tiling(Kernel::CudaSm90, 160, 1, true)];
+        Machine::new((9, 0), 132, tilings)
+    }
+
+    /// Half of the tokens are valid: the last half of each batch row, or every other token.
     fn meta(is_fragmented: bool) -> Result<VarlenMeta> {
-        let keep: Vec<bool> =
-            (0..BATCH * SEQ).map(|at| at % SEQ >= SEQ / 4 && !(is_fragmented && at.is_multiple_of(2))).collect();
+        let is_valid = |at: usize| if is_fragmented { at.is_multiple_of(2) } else { at % SEQ >= SEQ / 2 };
+        let keep: Vec<bool> = (0..BATCH * SEQ).map(is_valid).collect();
         VarlenMeta::from_key_mask(&KeyMask::from_bool(BATCH, SEQ, &keep)?)
     }
 
     #[test]
-    fn a_kernel_that_gathers_rows_works_in_place_whatever_the_runs_are() -> Result<()> {
-        for (is_fragmented, hopper) in
-            [(false, (Path::Fused, Reason::Fused)), (true, (Path::Packed, Reason::Fragmented))]
+    fn without_a_cost_model_kernels_work_in_place_whatever_the_runs_are() -> Result<()> {
+        for is_fragmented in [false, true] {
+            let meta = meta(is_fragmented)?;
+            let mask = masked(TokenInfo::Varlen { query: &meta, key: &meta });
+            for &kernel in Kernel::ALL {
+                let plan = plan(&[kernel], &mask, Forced::default())?;
+                assert_eq!((plan.path, plan.reason, plan.estimate), (Path::Fused, Reason::Fused, None));
+            }
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn the_cost_model_packs_short_runs_and_nothing_else() -> Result<()> {
+        let kernels = [Kernel::CudaSm90, Kernel::CudaSm80];
+        let device = Capabilities { machine: hopper(), ..device(&kernels) };
+        let free = Forced::default();
+        for (is_fragmented, path, reason) in
+            [(false, Path::Fused, Reason::Fused), (true, Path::Packed, Reason::Fragmented)]
         {
             let meta = meta(is_fragmented)?;
             let mask = masked(TokenInfo::Varlen { query: &meta, key: &meta });
-            let outcome =
-                |kernels: &[Kernel]| plan(kernels, &mask, Forced::default()).map(|plan| (plan.path, plan.reason));
-            for kernel in [Kernel::CpuTiled, Kernel::WgslPortable, Kernel::WgslCoop, Kernel::CudaSm80] {
-                assert_eq!(outcome(&[kernel])?, (Path::Fused, Reason::Fused));
-            }
-            for by_lists in [Kernel::CudaSm90, Kernel::CudaSm100] {
-                assert_eq!(outcome(&[by_lists, Kernel::CudaSm80])?, hopper);
-            }
+            let plan = plan_on(&device, &mask, free)?;
+            assert_eq!((plan.path, plan.kernel, plan.reason), (path, Kernel::CudaSm90, reason));
+            let estimate = plan.estimate.map(|estimate| (estimate.time, estimate.other.map(|(.., time)| time)));
+            assert!(matches!(estimate, Some((time, Some(other))) if time <= other), "{plan}");
+            assert!(
+                plan.with_estimate().to_string().contains("(about ") && !plan.to_string().contains("about"),
+                "{plan}"
+            );
+
+            // A forced choice has its own estimate, and the best of the others beside it.
+            let forced = |path, kernel| Forced { path: Some(path), kernel: Some(kernel) };
+            let slow = plan_on(&device, &mask, forced(Path::Packed, Kernel::CudaSm80))?;
+            assert_eq!((slow.path, slow.kernel, slow.reason), (Path::Packed, Kernel::CudaSm80, Reason::PathForced));
+            let other = slow.estimate.and_then(|estimate| estimate.other);
+            assert_eq!(other.map(|(path, kernel, _)| (path, kernel)), Some((path, Kernel::CudaSm90)));
+
+            // A forced kernel takes its own best path.
+            let rows = plan_on(&device, &mask, Forced { kernel: Some(Kernel::CudaSm80), ..free })?;
+            assert_eq!((rows.path, rows.kernel), (Path::Fused, Kernel::CudaSm80));
+            // A kernel that failed its self-check is not taken.
+            let only = Capabilities { kernels: vec![Kernel::CudaSm80], ..device.clone() };
+            assert_eq!(plan_on(&only, &mask, free)?.kernel, Kernel::CudaSm80);
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn dense_calls_have_an_estimate_where_no_key_is_dropped() -> Result<()> {
+        let device = Capabilities { machine: hopper(), ..device(&[Kernel::CudaSm90, Kernel::CudaSm80]) };
+        let (all, half) = (KeyMask::all(BATCH, SEQ)?, KeyMask::from_lengths(SEQ, &[SEQ / 2; BATCH])?);
+        for (mask, has_estimate) in
+            [(TokenInfo::All, true), (TokenInfo::Key(&all), true), (TokenInfo::Key(&half), false)]
+                .map(|(tokens, has_estimate)| (masked(tokens), has_estimate))
+        {
+            let plan = plan_on(&device, &mask, Forced::default())?;
+            assert_eq!((plan.path, plan.kernel), (Path::Dense, Kernel::CudaSm90), "{mask:?}");
+            assert_eq!(plan.estimate.is_some(), has_estimate, "{mask:?}");
         }
         Ok(())
     }

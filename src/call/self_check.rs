@@ -309,7 +309,7 @@ impl<'a> Bench<'a> {
         };
         device.execute(Op::Attention(Attention {
             problem: &problem,
-            plan: Plan { path: form.path(), kernel, reason: Reason::PathForced },
+            plan: Plan { path: form.path(), kernel, reason: Reason::PathForced, estimate: None },
             q: Input { memory: self.q.source(), layout: of_queries, dtype },
             k: Input { memory: self.k.source(), layout: of_keys, dtype },
             v: Input { memory: self.v.source(), layout: of_keys, dtype },

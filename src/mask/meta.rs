@@ -135,7 +135,6 @@ pub struct VarlenMeta {
     // so that a clone cannot run out of memory.
     indices: Arc<OnceLock<Vec<u32>>>,
     inv_indices: Arc<OnceLock<Vec<i32>>>,
-    group_count: OnceLock<usize>,
     /// The same for clones, which hold the same.
     id: u64,
     cu_seqlens: CuSeqlens,
@@ -186,7 +185,6 @@ impl VarlenMeta {
             mask: mask.clone(),
             indices: Arc::default(),
             inv_indices: Arc::default(),
-            group_count: OnceLock::new(),
             id: NEXT_ID.fetch_add(1, Ordering::Relaxed),
             cu_seqlens: CuSeqlens { values: Arc::new(cu_seqlens), max_seqlen, copies: DeviceCopies::default() },
             runs: Arc::new(runs),
@@ -307,25 +305,6 @@ impl VarlenMeta {
         self.total_valid() == 0
     }
 
-    /// Groups of [`GROUP_ROWS`] tokens that it takes to cover the valid ones, from the left of each row.
-    pub(crate) fn group_count(&self) -> usize {
-        *self.group_count.get_or_init(|| {
-            let mut count = 0;
-            for row in 0..self.batch() {
-                let mut covered = 0;
-                for run in self.runs(row) {
-                    let start = covered.max(run.start as usize);
-                    let groups = run.end().saturating_sub(start).div_ceil(GROUP_ROWS);
-                    if groups > 0 {
-                        covered = start + groups * GROUP_ROWS;
-                    }
-                    count += groups;
-                }
-            }
-            count
-        })
-    }
-
     /// Tells metadata of different masks apart.
     pub(crate) fn id(&self) -> u64 {
         self.id
@@ -386,19 +365,6 @@ mod tests {
         assert_eq!(meta.runs(0), [Run { start: 1, len: 1 }, Run { start: 4, len: 2 }]);
         assert!(meta.runs(1).is_empty() && meta.runs(9).is_empty());
         assert!(!meta.is_all_valid() && !meta.is_empty());
-        Ok(())
-    }
-
-    #[test]
-    fn groups_cover_from_the_left() -> Result<()> {
-        let count = |runs: &[Range<usize>]| -> Result<usize> {
-            Ok(VarlenMeta::from_key_mask(&KeyMask::from_runs(100, &[runs])?)?.group_count())
-        };
-        assert_eq!(count(&[])?, 0);
-        assert_eq!(count(&[0..100])?, 7);
-        // The second run lies in the first's group, the third only begins there.
-        assert_eq!(count(&[3..5, 8..10, 18..35])?, 2);
-        assert_eq!(count(&[3..5, 8..10, 18..36])?, 3);
         Ok(())
     }
 

@@ -78,6 +78,7 @@ impl CpuDevice {
                 max_buffer_bytes: isize::MAX as u64,
                 max_binding_bytes: isize::MAX as u64,
                 has_timestamps: false,
+                machine: None,
             },
             threads,
         }

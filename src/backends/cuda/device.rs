@@ -9,6 +9,7 @@ use cudarc::driver::DriverError;
 use cudarc::driver::sys::CUresult;
 
 use crate::cache::DeviceId;
+use crate::call::cost::Machine;
 use crate::call::op::{Backend, MetadataPlace, Op, Sink, Source, Storage, Timing};
 use crate::call::plan::Capabilities;
 use crate::config::DeviceChoice;
@@ -25,6 +26,7 @@ use super::driver::memory::CudaBuffer;
 use super::driver::probe::{self, CudaDeviceInfo};
 use super::driver::timer::Timers;
 use super::kernels::module::{AttentionImages, KERNELS_CUDA, Modules};
+use super::kernels::tiles::tilings;
 use super::launcher::Launcher;
 use super::tensors::{copy, metadata};
 use super::trust::{self, TrialDevice};
@@ -174,6 +176,8 @@ impl TrialDevice for CudaDevice {
 fn capabilities_of(info: &CudaDeviceInfo) -> Capabilities {
     let (major, minor) = info.compute_capability;
     let driver = probe::version(info.driver_version);
+    // Never negative: the driver counts them.
+    let multiprocessors = info.multiprocessors.unsigned_abs() as usize;
     Capabilities {
         backend: BackendKind::Cuda,
         adapter: format!("{}, sm_{major}{minor}, driver CUDA {driver}", info.name),
@@ -184,6 +188,7 @@ fn capabilities_of(info: &CudaDeviceInfo) -> Capabilities {
         // Kernels count bytes in 64 bits.
         max_binding_bytes: info.memory_bytes,
         has_timestamps: true,
+        machine: Machine::new(info.compute_capability, multiprocessors, tilings(info.shared_bytes_a_multiprocessor)),
     }
 }
 

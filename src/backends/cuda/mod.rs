@@ -21,6 +21,9 @@ mod launcher;
 mod tensors;
 mod trust;
 
+#[cfg(test)]
+pub(crate) use kernels::tiles::tilings;
+
 use std::ffi::c_void;
 use std::sync::{Arc, Mutex, PoisonError};
 

@@ -99,6 +99,7 @@ impl WgpuDevice {
             max_buffer_bytes: limits.max_buffer_size,
             max_binding_bytes: config.max_binding_bytes.map_or(largest, |bytes| largest.min(bytes)),
             has_timestamps: device.features().contains(Features::TIMESTAMP_QUERY),
+            machine: None,
         };
         let name: Arc<str> = capabilities.to_string().into();
         let faults = Faults::of(&device, &name);

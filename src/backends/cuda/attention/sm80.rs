@@ -4,7 +4,7 @@ use bytemuck::Pod;
 
 use crate::backends::cuda::kernels::module::Entry;
 use crate::backends::cuda::kernels::params::{AttentionParams, FusedAttentionParams, RowLists};
-use crate::backends::cuda::kernels::tiles::{FormSm80, Tile};
+use crate::backends::cuda::kernels::tiles::{FormSm80, MAX_GRID, Tile};
 use crate::backends::cuda::launcher::Launcher;
 use crate::backends::cuda::tensors::metadata::{self, Tables};
 use crate::backends::cuda::tensors::placement::Operand;
@@ -16,9 +16,6 @@ use crate::error::{Error, Result};
 use crate::mask::key_mask::KeyMask;
 
 use super::call::{PackedRows, Tensors, score_scale};
-
-/// Blocks in the second and third dimension of a grid.
-const MAX_GRID: usize = 65_535;
 
 /// The extent of a launch.
 struct Extent {

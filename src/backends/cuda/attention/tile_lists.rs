@@ -117,6 +117,7 @@ fn fill_up(groups: &mut Vec<i32>, before: usize, tile: usize, seq: usize) {
 #[expect(clippy::single_range_in_vec_init, reason = "a row may have one run")]
 mod tests {
     use super::*;
+    use crate::call::cost;
     use crate::error::Result;
     use crate::mask::key_mask::KeyMask;
 
@@ -190,6 +191,30 @@ mod tests {
             }
             assert_eq!(lists.batches.len(), 4);
             assert!(lists.batches.windows(2).all(|pair| pair[0].key_tiles >= pair[1].key_tiles));
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn the_cost_model_counts_as_many_tiles() -> Result<()> {
+        let seq = 900;
+        let rows = [
+            vec![0..seq],
+            vec![3..5, 8..10, 18..35, 36..400, 560..seq],
+            (0..seq / 3).map(|at| 3 * at..3 * at + 2).collect(),
+            (0..seq / 64).map(|at| 64 * at..64 * at + 63).collect(),
+            vec![1..161],
+        ];
+        let meta = VarlenMeta::from_key_mask(&KeyMask::from_runs(seq, &rows)?)?;
+        for (queries, tile) in [(128, 160), (192, 128), (256, 128), (128, 80)] {
+            let lists = TileLists::new(&meta, &meta, queries, tile);
+            for row in &lists.batches {
+                let runs = meta.runs(row.batch as usize);
+                let (full, groups) = cost::key_tiles(runs, tile);
+                let masked = (groups * GROUP_ROWS).div_ceil(tile);
+                assert_eq!((row.key_tiles as usize, row.masked_key_tiles as usize), (full + masked, masked), "{row:?}");
+                assert_eq!(row.query_tiles as usize, (cost::groups(runs) * GROUP_ROWS).div_ceil(queries), "{row:?}");
+            }
         }
         Ok(())
     }

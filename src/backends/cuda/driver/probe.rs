@@ -16,6 +16,8 @@ pub struct CudaDeviceInfo {
     /// Major and minor.
     pub compute_capability: (i32, i32),
     pub multiprocessors: i32,
+    /// Shared memory of all blocks on a multiprocessor together.
+    pub shared_bytes_a_multiprocessor: u32,
     pub memory_bytes: u64,
     /// Newest CUDA version that the driver knows: 1000 · major + 10 · minor.
     pub driver_version: i32,
@@ -61,6 +63,11 @@ impl CudaDeviceInfo {
                 attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?,
             ),
             multiprocessors: attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?,
+            // Never negative: the driver counts bytes.
+            shared_bytes_a_multiprocessor: attribute(
+                CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR,
+            )?
+            .unsigned_abs(),
             memory_bytes,
             driver_version,
         })

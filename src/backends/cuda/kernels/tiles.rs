@@ -2,6 +2,7 @@
 //! (`kernels/attention/*/tiles.h`), read at compile time, and what grids and shared memory follow
 //! from them.
 
+use crate::call::cost::Tiling;
 use crate::kernel::Kernel;
 
 use super::params::{
@@ -26,6 +27,9 @@ pub struct Tile {
     keys_masked: u32,
     warps: u32,
 }
+
+/// Blocks in the second and third dimension of a grid; in the second, heads of the sm80 kernel.
+pub const MAX_GRID: usize = 65_535;
 
 /// The forms of the sm80 kernel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -82,6 +86,12 @@ impl Tile {
     /// Threads of a block.
     pub const fn threads(self) -> u32 {
         self.warps * 32
+    }
+
+    /// Blocks of the plain and the fused form that the registers of a multiprocessor have room for, as
+    /// `kernels/attention/sm80/attention.cu` is compiled.
+    const fn most_blocks(self) -> u32 {
+        if self.width == 64 { 3 } else { 8 / self.warps }
     }
 
     /// The end of the kernel's name, after the element type.
@@ -213,6 +223,38 @@ const _: () = {
         i += 1;
     }
 };
+
+/// Shared memory that the driver takes for each block.
+const RESERVED_SHARED_BYTES: u32 = 1 << 10;
+
+/// Every tile, as the cost model sees it on a chip with so much shared memory for the blocks of a multiprocessor.
+pub fn tilings(shared_bytes: u32) -> impl Iterator<Item = Tiling> {
+    let sm80 = Tile::TABLE.map(|entry| {
+        let tile = Tile::new(entry);
+        let fit = shared_bytes / (tile.shared_bytes(FormSm80::Plain) + RESERVED_SHARED_BYTES);
+        Tiling {
+            kernel: Kernel::CudaSm80,
+            width: tile.width as usize,
+            rows: tile.rows as usize,
+            keys: tile.keys as usize,
+            blocks: tile.most_blocks().min(fit).max(1) as usize,
+            splits: false,
+            max_heads: MAX_GRID,
+        }
+    });
+    let by_lists = |tile: ListTile| Tiling {
+        kernel: tile.kernel,
+        width: tile.width as usize,
+        rows: tile.rows as usize,
+        keys: tile.keys as usize,
+        blocks: 1,
+        splits: tile.splitting_warpgroups.is_some(),
+        max_heads: usize::MAX,
+    };
+    let sm90 = ListTile::SM90.map(ListTile::sm90).map(by_lists);
+    let sm100 = ListTile::SM100.map(ListTile::sm100).map(by_lists);
+    sm80.into_iter().chain(sm90).chain(sm100)
+}
 
 const SM80_TILES: &[u8] = include_bytes!("../../../../kernels/attention/sm80/tiles.h");
 const SM90_TILES: &[u8] = include_bytes!("../../../../kernels/attention/sm90/tiles.h");

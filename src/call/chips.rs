@@ -1,0 +1,217 @@
+//! The constants of the cost model (`cost`): what a chip's launches, memory and tiles cost. Times are in nanoseconds, rates in
+//! bytes a nanosecond.
+//!
+//! `cargo bench --bench calibrate` measures them on a GPU, and `benches/peers/fit_cost.py` fits them to the measurements of
+//! `benches/peers/regret.py`.
+
+use crate::kernel::Kernel;
+
+/// What differs between chips.
+#[derive(Debug, PartialEq)]
+pub(crate) struct Chip {
+    /// Major and minor. A chip that has no row takes the last one before it.
+    compute_capability: (i32, i32),
+    /// Until the first block of an attention kernel works, and after its last.
+    pub launch: f64,
+    /// The same for kernels that work by tile lists: they read tensor maps and set up barriers before.
+    pub lists_launch: f64,
+    /// The same for a kernel that copies rows.
+    pub copy_launch: f64,
+    /// Bytes that kernels which copy rows read and write.
+    pub copy_rate: f64,
+    /// The same for attention.
+    pub memory_rate: f64,
+    /// A warp's write of zeros, 16 bytes a lane.
+    pub zero_piece: f64,
+    /// A warp's search for a row that it writes as zeros, where no list has them.
+    pub zero_row: f64,
+    /// Times of blocks over those of the table below: of the sm80 kernel, and of kernels that work by tile lists.
+    rows_time: f64,
+    lists_time: f64,
+    /// Where the row comes from.
+    source: &'static str,
+}
+
+/// By rising compute capability.
+///
+/// Where the row says "data sheet", nobody has measured: rates are 80 % of the memory's, and the times of blocks are those of the
+/// H100 times the ratio of the dense bf16 products of a multiprocessor, of which the sm80 kernel reaches 2.7 TFLOP/s on the H100
+/// and 65 to 80 % on older chips.
+const CHIPS: &[Chip] = &[
+    Chip {
+        compute_capability: (8, 0),
+        launch: 3000.0,
+        lists_launch: 4700.0,
+        copy_launch: 2500.0,
+        copy_rate: 1.6e3,
+        memory_rate: 1.6e3,
+        zero_piece: 70.0,
+        zero_row: 100.0,
+        rows_time: 1.33,
+        lists_time: 1.0,
+        source: "data sheet of the A100 80GB: 312 TFLOP/s, 108 multiprocessors, 2.0 TB/s",
+    },
+    Chip {
+        compute_capability: (8, 6),
+        launch: 3000.0,
+        lists_launch: 4700.0,
+        copy_launch: 2500.0,
+        copy_rate: 0.75e3,
+        memory_rate: 0.75e3,
+        zero_piece: 70.0,
+        zero_row: 100.0,
+        rows_time: 3.8,
+        lists_time: 1.0,
+        source: "data sheet of the RTX 3090: 71 TFLOP/s, 82 multiprocessors, 0.94 TB/s",
+    },
+    Chip {
+        compute_capability: (8, 9),
+        launch: 3000.0,
+        lists_launch: 4700.0,
+        copy_launch: 2500.0,
+        copy_rate: 0.8e3,
+        memory_rate: 0.8e3,
+        zero_piece: 70.0,
+        zero_row: 100.0,
+        rows_time: 2.6,
+        lists_time: 1.0,
+        source: "data sheet of the RTX 4090: 165 TFLOP/s, 128 multiprocessors, 1.0 TB/s",
+    },
+    Chip {
+        compute_capability: (9, 0),
+        launch: 2709.4,
+        lists_launch: 4647.3,
+        copy_launch: 1194.4,
+        copy_rate: 3160.5,
+        memory_rate: 3151.1,
+        zero_piece: 71.2,
+        zero_row: 106.4,
+        rows_time: 1.0,
+        lists_time: 1.0,
+        source: "fitted to 1000 random calls (`regret.py --seed 2`) on an H100 80GB of 700 W",
+    },
+    Chip {
+        compute_capability: (10, 0),
+        launch: 2500.0,
+        lists_launch: 4700.0,
+        copy_launch: 2000.0,
+        copy_rate: 6.4e3,
+        memory_rate: 6.4e3,
+        zero_piece: 70.0,
+        zero_row: 100.0,
+        rows_time: 1.0,
+        lists_time: 1.0,
+        source: "data sheet of the B200: 2250 TFLOP/s, 148 multiprocessors, 8.0 TB/s; mma.sync as on the H100",
+    },
+    Chip {
+        compute_capability: (12, 0),
+        launch: 3000.0,
+        lists_launch: 4700.0,
+        copy_launch: 2500.0,
+        copy_rate: 1.4e3,
+        memory_rate: 1.4e3,
+        zero_piece: 70.0,
+        zero_row: 100.0,
+        rows_time: 2.7,
+        lists_time: 1.0,
+        source: "data sheet of the RTX 5090: 210 TFLOP/s, 170 multiprocessors, 1.8 TB/s",
+    },
+];
+
+impl Chip {
+    /// The row of a chip, if it is not older than the first.
+    pub fn of(compute_capability: (i32, i32)) -> Option<&'static Self> {
+        CHIPS.iter().rev().find(|chip| chip.compute_capability <= compute_capability)
+    }
+
+    /// The costs of a kernel's tiles of a width on this chip.
+    pub fn tile_cost(&self, kernel: Kernel, width: usize) -> Option<TileCost> {
+        let time = if kernel.works_by_tile_lists() { self.lists_time } else { self.rows_time };
+        let (_, _, found) = TILE_COSTS.iter().find(|&&(of, at, _)| of == kernel && at == width)?;
+        Some(TileCost {
+            item: found.item * time,
+            listed: found.listed * time,
+            scattered: found.scattered * time,
+            step: found.step * time,
+            masked: found.masked * time,
+            dropped: found.dropped * time,
+            alone: found.alone,
+        })
+    }
+}
+
+/// What a block of a kernel takes, where as many blocks share a multiprocessor as fit.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) struct TileCost {
+    /// Start and end of a query tile.
+    pub item: f64,
+    /// More for a query tile of the fused path, where the kernel reads tile lists.
+    pub listed: f64,
+    /// More for a query tile of packed rows that the kernel scatters itself.
+    pub scattered: f64,
+    /// A tile of keys in one piece.
+    pub step: f64,
+    /// A tile of keys that is made of groups, or that sm80 gathers row by row.
+    pub masked: f64,
+    /// Each dropped key in a tile that is made of groups.
+    pub dropped: f64,
+    /// The time of a lone block of a multiprocessor over that of one that shares it with as many as fit.
+    pub alone: f64,
+}
+
+const fn tile(item: f64, listed: f64, scattered: f64, step: f64, masked: f64, dropped: f64, alone: f64) -> TileCost {
+    TileCost { item, listed, scattered, step, masked, dropped, alone }
+}
+
+/// Kernel, width of its tiles, and their costs. Those of sm80 and sm90 were fitted on the H100. Those of sm100 are from the B200's
+/// data sheet, at 60 % of its products.
+const TILE_COSTS: &[(Kernel, usize, TileCost)] = &[
+    (Kernel::CudaSm80, 32, tile(2000.0, 0.0, 0.0, 2500.0, 2600.0, 0.00, 0.63)),
+    (Kernel::CudaSm80, 64, tile(3085.1, 0.0, 0.0, 2496.8, 2633.3, 0.00, 0.55)),
+    (Kernel::CudaSm80, 96, tile(3747.7, 0.0, 0.0, 2306.9, 2291.6, 0.00, 0.70)),
+    (Kernel::CudaSm80, 128, tile(3783.0, 0.0, 0.0, 2852.4, 2792.4, 0.00, 0.67)),
+    (Kernel::CudaSm80, 192, tile(3276.0, 0.0, 0.0, 1619.8, 1616.9, 0.00, 1.00)),
+    (Kernel::CudaSm80, 256, tile(3672.2, 0.0, 0.0, 1915.2, 1885.7, 0.00, 0.80)),
+    (Kernel::CudaSm90, 64, tile(1199.7, 465.9, 567.7, 1436.6, 2215.7, 0.60, 1.00)),
+    (Kernel::CudaSm90, 96, tile(2483.7, 98.1, 739.5, 1644.2, 3084.5, 2.58, 1.00)),
+    (Kernel::CudaSm90, 128, tile(893.8, 1097.8, 1556.1, 1851.9, 2734.2, 1.89, 1.00)),
+    (Kernel::CudaSm90, 192, tile(2676.0, 143.4, 1840.7, 1748.1, 2761.0, 3.55, 1.00)),
+    (Kernel::CudaSm90, 256, tile(3340.9, 101.1, 2228.6, 1757.7, 2641.9, 7.70, 1.00)),
+    (Kernel::CudaSm100, 64, tile(3500.0, 500.0, 0.0, 1200.0, 1450.0, 4.00, 1.00)),
+    (Kernel::CudaSm100, 96, tile(3500.0, 500.0, 0.0, 1500.0, 1800.0, 4.00, 1.00)),
+    (Kernel::CudaSm100, 128, tile(3500.0, 500.0, 0.0, 1850.0, 2200.0, 4.00, 1.00)),
+];
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_chip_without_a_row_takes_the_one_before_it() {
+        let found = |capability| Chip::of(capability).map(|chip| chip.compute_capability);
+        assert_eq!(found((7, 5)), None);
+        for (capability, expected) in [((8, 0), (8, 0)), ((8, 7), (8, 6)), ((9, 0), (9, 0)), ((10, 3), (10, 0))] {
+            assert_eq!(found(capability), Some(expected));
+        }
+        assert_eq!(found((12, 1)), Some((12, 0)));
+        assert!(CHIPS.is_sorted_by_key(|chip| chip.compute_capability));
+    }
+
+    #[test]
+    fn every_row_has_sensible_constants_and_says_where_they_come_from() {
+        for chip in CHIPS {
+            assert!(!chip.source.is_empty());
+            let launches = [chip.launch, chip.lists_launch, chip.copy_launch];
+            let rates = [chip.copy_rate, chip.memory_rate, chip.zero_piece, chip.zero_row];
+            let times = launches.into_iter().chain(rates).chain([chip.rows_time, chip.lists_time]);
+            assert!(times.into_iter().all(|time| time > 0.0), "{chip:?}");
+        }
+        for &(kernel, width, cost) in TILE_COSTS {
+            assert!(cost.item > 0.0 && cost.step > 0.0 && cost.masked > 0.0, "{kernel} {width}: {cost:?}");
+            assert!(cost.alone > 0.0 && cost.alone <= 1.0, "{kernel} {width}: {cost:?}");
+            let of_lists = [cost.listed, cost.dropped];
+            let is_sensible = |&time: &f64| if kernel.works_by_tile_lists() { time >= 0.0 } else { time == 0.0 };
+            assert!(of_lists.iter().all(is_sensible) && cost.scattered >= 0.0, "{kernel} {width}: {cost:?}");
+        }
+    }
+}

@@ -1,0 +1,638 @@
+//! The cost model: the time that each path and kernel takes on a GPU, from what the host knows of a call. `plan` chooses by it.
+//!
+//! ```text
+//!   attention   launch + √(busy² + memory² + zeros²): each hides most of the others, but none wholly
+//!     busy      items in the order of work, dealt out to the blocks that run at once: the time of the slowest block
+//!     item      a query tile of a head: start and end + keys of a tile · steps (+ more for a tile that is made of groups)
+//!     memory    rows read and written / rate
+//!     zeros     what one warp writes of the masked rows; with sm80 a part of busy, since the same warps compute
+//!   packed      attention + for each copy, launch + rows read and written / rate
+//! ```
+//!
+//! The constants are in `chips`. Everything else follows from the runs of the metadata and from the tiles of the kernels, so the
+//! model knows of waves that are not full, of tiles that are mostly holes, and of batches that are too small for a GPU.
+//! `benches/peers/cost_model.py` has the same formulas, to fit the constants.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use crate::cache::DeviceId;
+use crate::call::chips::{Chip, TileCost};
+use crate::call::plan::Path;
+use crate::call::problem::AttentionProblem;
+use crate::error::Result;
+use crate::kernel::Kernel;
+use crate::mask::key_mask::Run;
+use crate::mask::meta::{GROUP_ROWS, VarlenMeta};
+
+/// How a CUDA kernel cuts calls into tiles.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Tiling {
+    /// Whose tiles they are.
+    pub kernel: Kernel,
+    /// The largest head dimension that they hold, in elements.
+    pub width: usize,
+    /// Query rows of a block.
+    pub rows: usize,
+    /// Keys of a step.
+    pub keys: usize,
+    /// Blocks that share a multiprocessor.
+    pub blocks: usize,
+    /// Whether several blocks can share the keys of a query tile.
+    pub(crate) splits: bool,
+    /// The most heads of a launch.
+    pub(crate) max_heads: usize,
+}
+
+/// A GPU, as the model sees it.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Machine {
+    /// Tells the estimates of different devices apart.
+    id: DeviceId,
+    chip: &'static Chip,
+    multiprocessors: usize,
+    /// Of every kernel that runs there, by rising width.
+    tilings: Vec<(Tiling, TileCost)>,
+}
+
+/// The time of one choice, in nanoseconds.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) struct Choice {
+    pub path: Path,
+    pub kernel: Kernel,
+    pub time: f64,
+}
+
+/// More parts of a query tile than this are not made, nor parts of fewer key tiles: as the CUDA backend splits.
+const MAX_PARTS: usize = 8;
+const MIN_PART_STEPS: usize = 2;
+/// What parts of a query tile cost beside their steps: counting them, each one's sums, and adding those up.
+const SPLIT: f64 = 2000.0;
+const PART: f64 = 2900.0;
+const ADDED_PART: f64 = 1450.0;
+/// Parts are computed by a slower softmax.
+const PART_TIME: f64 = 1.125;
+
+/// Bytes that a warp writes at once.
+const PIECE: f64 = 512.0;
+/// Warps of a block that write zeros: of kernels that work by tile lists, beside those that compute; and all of sm80.
+const LISTS_ZERO_WARPS: f64 = 2.0;
+const ROWS_ZERO_WARPS: f64 = 4.0;
+/// Rows of zeros that are enough work for a block: of those that packed rows leave, and of those that no group covers. As the
+/// CUDA backend launches.
+const ZEROED_ROWS: usize = 256;
+const ZERO_SPAN_ROWS: usize = 64;
+
+/// Choices of one kind of call that are kept with the metadata.
+const CAPACITY: usize = 16;
+
+/// Which call the choices are of: the key's metadata, heads, kv heads, head dimension.
+type CallKey = (u64, [usize; 3]);
+
+/// Kept with the query's metadata.
+#[derive(Debug, Default)]
+struct Known(Mutex<Vec<(CallKey, Arc<[Choice]>)>>);
+
+impl Machine {
+    /// A GPU of a compute capability. `None` if the chip is unknown. Tilings whose costs are unknown are left out.
+    pub fn new(
+        compute_capability: (i32, i32),
+        multiprocessors: usize,
+        tilings: impl IntoIterator<Item = Tiling>,
+    ) -> Option<Self> {
+        let chip = Chip::of(compute_capability)?;
+        let cost = |tiling: Tiling| Some((tiling, chip.tile_cost(tiling.kernel, tiling.width)?));
+        let mut tilings: Vec<_> = tilings.into_iter().filter_map(cost).collect();
+        tilings.sort_by_key(|(tiling, _)| tiling.width);
+        Some(Self { id: DeviceId::unique(), chip, multiprocessors: multiprocessors.max(1), tilings })
+    }
+
+    pub fn multiprocessors(&self) -> usize {
+        self.multiprocessors
+    }
+
+    /// The narrowest tiles of a kernel that hold a head dimension.
+    pub fn tiling(&self, kernel: Kernel, head_dim: usize) -> Option<Tiling> {
+        self.tilings
+            .iter()
+            .map(|&(tiling, _)| tiling)
+            .find(|tiling| tiling.kernel == kernel && tiling.width >= head_dim)
+    }
+
+    /// The choices of a call under metadata, the quickest first. Kept with the metadata.
+    pub fn choices(&self, problem: &AttentionProblem, query: &VarlenMeta, key: &VarlenMeta) -> Result<Arc<[Choice]>> {
+        let shape = problem.shape;
+        let known = query.copies().get_or_make(self.id, || Ok(Known::default()))?;
+        // A panic leaves the entries as they were: they are only pushed whole.
+        let mut known = known.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let call = (key.id(), [shape.num_heads, shape.num_kv_heads, shape.head_dim]);
+        if let Some((_, choices)) = known.iter().find(|(of, _)| *of == call) {
+            return Ok(Arc::clone(choices));
+        }
+        let paths = [Path::Fused, Path::Packed];
+        let choices: Arc<[Choice]> = self.estimates(problem, Some((query, key)), &paths).into();
+        if known.len() >= CAPACITY {
+            known.remove(0);
+        }
+        known.push((call, Arc::clone(&choices)));
+        Ok(choices)
+    }
+
+    /// The choices of a call in which every token is valid, the quickest first.
+    pub fn dense_choices(&self, problem: &AttentionProblem) -> Vec<Choice> {
+        self.estimates(problem, None, &[Path::Dense])
+    }
+
+    fn estimates(
+        &self,
+        problem: &AttentionProblem,
+        metas: Option<(&VarlenMeta, &VarlenMeta)>,
+        paths: &[Path],
+    ) -> Vec<Choice> {
+        let shape = problem.shape;
+        let mut choices = Vec::new();
+        for kernel in Kernel::ALL.iter().copied() {
+            let fits = |tiling: &Tiling| {
+                tiling.kernel == kernel && tiling.width >= shape.head_dim && tiling.max_heads >= shape.num_heads
+            };
+            let Some((tiling, cost)) = self.tilings.iter().find(|(tiling, _)| fits(tiling)) else { continue };
+            for &path in paths {
+                let call = Call { machine: self, tiling, cost, problem, metas, path };
+                choices.push(Choice { path, kernel, time: call.time() });
+            }
+        }
+        // Times are finite: sums and quotients of positive constants.
+        choices.sort_by(|a, b| a.time.total_cmp(&b.time));
+        choices
+    }
+}
+
+/// One choice for one call.
+struct Call<'a> {
+    machine: &'a Machine,
+    tiling: &'a Tiling,
+    cost: &'a TileCost,
+    problem: &'a AttentionProblem,
+    /// `None` where every token is valid.
+    metas: Option<(&'a VarlenMeta, &'a VarlenMeta)>,
+    path: Path,
+}
+
+/// Items of batch rows that take the same time.
+#[derive(Debug, Clone, Copy)]
+struct Items {
+    count: usize,
+    /// Key tiles of each.
+    steps: usize,
+    time: f64,
+}
+
+impl Call<'_> {
+    fn time(&self) -> f64 {
+        let chip = self.machine.chip;
+        let (items, idle) = self.items();
+        let (launch, mut busy) = (self.launch(), self.busy(&items, idle));
+        let mut zeros = self.zeros(items.iter().map(|items| items.count).sum());
+        if !self.by_lists() {
+            busy += std::mem::take(&mut zeros);
+        }
+        let memory = self.attention_bytes() / chip.memory_rate;
+        let attention = launch + busy.hypot(memory).hypot(zeros);
+        if self.path != Path::Packed {
+            return attention;
+        }
+        let (launches, bytes) = self.copies();
+        attention + launches as f64 * chip.copy_launch + bytes / chip.copy_rate
+    }
+
+    fn by_lists(&self) -> bool {
+        self.tiling.kernel.works_by_tile_lists()
+    }
+
+    fn scatters(&self) -> bool {
+        self.path == Path::Packed && self.tiling.kernel.traits().scatters
+    }
+
+    fn launch(&self) -> f64 {
+        if self.by_lists() { self.machine.chip.lists_launch } else { self.machine.chip.launch }
+    }
+
+    /// Items of every batch row that has some, those with the most keys first, and blocks that have none but zeros to write.
+    fn items(&self) -> (Vec<Items>, usize) {
+        let shape = self.problem.shape;
+        let Some((query, key)) = self.metas else {
+            let mut items = self.batch_row(shape.seq_q, self.whole_keys(shape.seq_k));
+            items.count *= shape.batch;
+            return (vec![items], 0);
+        };
+        let (by_lists, is_fused) = (self.by_lists(), self.path == Path::Fused);
+        let blocks = shape.seq_q.div_ceil(self.tiling.rows) * shape.num_heads;
+        let (mut all, mut idle) = (Vec::with_capacity(query.batch()), 0);
+        for row in 0..query.batch() {
+            let (queries, keys) = (query.cu_seqlens().rows(row).len(), key.cu_seqlens().rows(row).len());
+            let items = if is_fused && by_lists {
+                let rows = groups(query.runs(row)) * GROUP_ROWS;
+                self.batch_row(rows, self.keys_in_groups(key.runs(row), keys))
+            } else if by_lists || keys > 0 {
+                self.batch_row(queries, self.whole_keys(keys))
+            } else {
+                // Blocks of sm80 end at once if there is no key.
+                Items { count: 0, steps: 0, time: 0.0 }
+            };
+            if is_fused && !by_lists {
+                idle += blocks.saturating_sub(items.count);
+            }
+            if items.count > 0 {
+                all.push(items);
+            }
+        }
+        all.sort_by_key(|items| std::cmp::Reverse(items.steps));
+        (all, idle)
+    }
+
+    /// Start and end of an item.
+    fn item(&self) -> f64 {
+        let more = match self.path {
+            Path::Fused if self.by_lists() => self.cost.listed,
+            _ if self.scatters() => self.cost.scattered,
+            _ => 0.0,
+        };
+        self.cost.item + more
+    }
+
+    /// The items of a batch row with so many rows of queries, whose keys are so many steps that take so long.
+    fn batch_row(&self, rows: usize, (steps, keys_time): (usize, f64)) -> Items {
+        let count = rows.div_ceil(self.tiling.rows) * self.problem.shape.num_heads;
+        Items { count, steps, time: self.item() + keys_time }
+    }
+
+    /// Steps over keys in a row, or over those that sm80 gathers, and their time.
+    fn whole_keys(&self, keys: usize) -> (usize, f64) {
+        let steps = keys.div_ceil(self.tiling.keys);
+        let step = if self.path == Path::Fused && !self.by_lists() { self.cost.masked } else { self.cost.step };
+        (steps, steps as f64 * step)
+    }
+
+    /// Steps over the tiles of runs, and their time.
+    fn keys_in_groups(&self, runs: &[Run], keys: usize) -> (usize, f64) {
+        let (full, groups) = key_tiles(runs, self.tiling.keys);
+        let (in_full, in_groups) = (full * self.tiling.keys, groups * GROUP_ROWS);
+        let masked = in_groups.div_ceil(self.tiling.keys);
+        let dropped = in_full + in_groups - keys;
+        let time = full as f64 * self.cost.step + masked as f64 * self.cost.masked + dropped as f64 * self.cost.dropped;
+        (full + masked, time)
+    }
+
+    /// The time of the slowest block. Block b of those that run at once takes items b, b + blocks, ...
+    fn busy(&self, items: &[Items], idle: usize) -> f64 {
+        let blocks = self.machine.multiprocessors * self.tiling.blocks;
+        let (mut time, mut before) = (0.0, 0);
+        for of_rows in items {
+            // The first block takes every item whose number is a multiple of `blocks`, and no block has longer ones.
+            let end = before + of_rows.count;
+            time += (end.div_ceil(blocks) - before.div_ceil(blocks)) as f64 * of_rows.time;
+            before = end;
+        }
+        let tail = before % blocks;
+        match items.last() {
+            Some(last) if tail > 0 => time - last.time + self.last_wave(tail, last, idle),
+            _ => time,
+        }
+    }
+
+    /// The time of a last wave of `tail` items, which leaves blocks idle.
+    fn last_wave(&self, tail: usize, last: &Items, idle: usize) -> f64 {
+        let (multiprocessors, blocks) = (self.machine.multiprocessors, self.tiling.blocks);
+        if !self.tiling.splits {
+            if blocks == 1 {
+                return last.time;
+            }
+            // Blocks that only write zeros have taken places before, so the others may lie together.
+            let sharing = (tail + idle).div_ceil(multiprocessors).min(blocks);
+            let share = (sharing - 1) as f64 / (blocks - 1) as f64;
+            return last.time * (self.cost.alone + (1.0 - self.cost.alone) * share);
+        }
+        let most = (last.steps / MIN_PART_STEPS).clamp(1, MAX_PARTS);
+        let in_parts = |parts: usize| {
+            let rounds = (tail * parts).div_ceil(multiprocessors * blocks) as f64;
+            let part = (self.item() + (last.time - self.item()) / parts as f64) * PART_TIME + PART;
+            SPLIT + rounds * part + parts as f64 * ADDED_PART
+        };
+        (2..=most).map(in_parts).fold(last.time, f64::min)
+    }
+
+    /// The time in which the warp with the most masked rows writes them as zeros.
+    fn zeros(&self, items: usize) -> f64 {
+        let Some((query, _)) = self.metas else { return 0.0 };
+        let (shape, chip) = (self.problem.shape, self.machine.chip);
+        let all_rows = shape.batch * shape.seq_q;
+        let masked_rows = all_rows - query.total_valid();
+        let (heads, masked) = (shape.num_heads as f64, masked_rows as f64);
+        // Of a launch by tile lists, if so many blocks have zeros to write.
+        let warps =
+            |zero_items: usize| LISTS_ZERO_WARPS * items.max(zero_items).clamp(1, self.machine.multiprocessors) as f64;
+        if self.scatters() {
+            // Warps take 32 rows at a time, which are masked in runs.
+            let taken = (all_rows.div_ceil(32) as f64 / warps(all_rows.div_ceil(ZEROED_ROWS))).ceil() * 32.0;
+            let runs: usize = (0..query.batch()).map(|row| query.runs(row).len()).sum();
+            let run = masked / runs.max(1) as f64;
+            let rows = (taken * masked / all_rows.max(1) as f64).max(run.min(32.0));
+            return rows * ((heads * self.row_bytes() / PIECE).ceil() * chip.zero_piece + chip.zero_row);
+        }
+        let pieces = match self.path {
+            Path::Fused if self.by_lists() => {
+                let zero_items = (masked_rows * shape.num_heads).div_ceil(ZERO_SPAN_ROWS);
+                heads * masked * self.row_bytes() / (warps(zero_items) * PIECE)
+            }
+            // A warp writes one row at a time.
+            Path::Fused => {
+                heads * masked / (ROWS_ZERO_WARPS * (self.machine.multiprocessors * self.tiling.blocks) as f64)
+            }
+            _ => 0.0,
+        };
+        pieces * chip.zero_piece
+    }
+
+    /// Bytes of a row of one head.
+    fn row_bytes(&self) -> f64 {
+        (self.problem.shape.head_dim * self.problem.dtype.size()) as f64
+    }
+
+    /// Valid and all rows of queries, and of keys.
+    fn rows(&self) -> [[f64; 2]; 2] {
+        let shape = self.problem.shape;
+        let all = [shape.batch * shape.seq_q, shape.batch * shape.seq_k];
+        let valid = self.metas.map_or(all, |(query, key)| [query.total_valid(), key.total_valid()]);
+        [[valid[0] as f64, all[0] as f64], [valid[1] as f64, all[1] as f64]]
+    }
+
+    /// Bytes that the attention kernel reads and writes.
+    fn attention_bytes(&self) -> f64 {
+        let shape = self.problem.shape;
+        let [[queries, all_queries], [keys, _]] = self.rows();
+        let is_padded = self.path != Path::Packed || self.scatters();
+        let written = if is_padded { all_queries } else { queries };
+        self.row_bytes() * (shape.num_heads as f64 * (queries + written) + 2.0 * shape.num_kv_heads as f64 * keys)
+    }
+
+    /// Launches of the copies around attention on packed rows, and bytes that they read and write.
+    fn copies(&self) -> (usize, f64) {
+        let shape = self.problem.shape;
+        let traits = self.tiling.kernel.traits();
+        let [[queries, all_queries], [keys, all_keys]] = self.rows();
+        let packs = |valid: f64, all: f64| !(traits.mixes_padded_and_packed && valid == all);
+        let (packs_queries, packs_keys) = (packs(queries, all_queries), packs(keys, all_keys));
+        let is_self_attention = self.metas.is_some_and(|(query, key)| query.id() == key.id());
+        let (heads, kv_heads) = (shape.num_heads as f64, shape.num_kv_heads as f64);
+        let (mut launches, mut rows) = (usize::from(packs_queries) + usize::from(packs_keys), 0.0);
+        if is_self_attention && launches == 2 {
+            // All three tensors in one launch.
+            launches = 1;
+        }
+        if packs_queries {
+            rows += 2.0 * heads * queries;
+        }
+        if packs_keys {
+            rows += 4.0 * kv_heads * keys;
+        }
+        if packs_queries && !traits.scatters {
+            launches += 1;
+            rows += heads * (queries + all_queries);
+        }
+        (launches, rows * self.row_bytes())
+    }
+}
+
+/// Groups that cover the runs of a batch row, from the left.
+pub(crate) fn groups(runs: &[Run]) -> usize {
+    key_tiles(runs, usize::MAX).1
+}
+
+/// Tiles of `keys` valid keys in a row, and groups of the other tiles, that cover the runs of a batch row from the left: as
+/// `kernels/attention/tile_lists.cuh` says.
+pub(crate) fn key_tiles(runs: &[Run], keys: usize) -> (usize, usize) {
+    let (mut tiles, mut groups, mut covered) = (0, 0, 0);
+    for run in runs {
+        let start = covered.max(run.start as usize);
+        let Some(left) = run.end().checked_sub(start).filter(|&left| left > 0) else { continue };
+        let (whole, rest) = (left / keys, (left % keys).div_ceil(GROUP_ROWS));
+        tiles += whole;
+        groups += rest;
+        covered = start + whole * keys + rest * GROUP_ROWS;
+    }
+    (tiles, groups)
+}
+
+#[cfg(test)]
+#[expect(clippy::single_range_in_vec_init, reason = "a row may have one run")]
+mod tests {
+    use std::ops::Range;
+
+    use super::*;
+    use crate::call::problem::AttentionShape;
+    use crate::dtype::DType;
+    use crate::mask::key_mask::KeyMask;
+
+    /// The tiles of sm80 and sm90 at head dimension 128.
+    fn tilings() -> [Tiling; 2] {
+        let tiling = |kernel, keys, blocks, splits| Tiling {
+            kernel,
+            width: 128,
+            rows: 128,
+            keys,
+            blocks,
+            splits,
+            max_heads: 1000,
+        };
+        [tiling(Kernel::CudaSm80, 64, 2, false), tiling(Kernel::CudaSm90, 160, 1, true)]
+    }
+
+    fn machine(multiprocessors: usize) -> Machine {
+        let Some(machine) = Machine::new((9, 0), multiprocessors, tilings()) else {
+            unreachable!("the H100 has a row")
+        };
+        machine
+    }
+
+    fn problem(batch: usize, seq: usize, heads: usize) -> AttentionProblem {
+        let shape =
+            AttentionShape { batch, seq_q: seq, seq_k: seq, num_heads: heads, num_kv_heads: heads, head_dim: 128 };
+        AttentionProblem { shape, dtype: DType::Bf16, softmax_scale: 1.0, bias: None }
+    }
+
+    fn meta(seq: usize, rows: &[Vec<Range<usize>>]) -> Result<VarlenMeta> {
+        VarlenMeta::from_key_mask(&KeyMask::from_runs(seq, rows)?)
+    }
+
+    /// Nanoseconds of one choice.
+    fn time(machine: &Machine, seq: usize, rows: &[Vec<Range<usize>>], choice: (Path, Kernel)) -> Result<f64> {
+        let meta = meta(seq, rows)?;
+        let choices = machine.choices(&problem(rows.len(), seq, 24), &meta, &meta)?;
+        Ok(choices.iter().find(|found| (found.path, found.kernel) == choice).map_or(f64::NAN, |found| found.time))
+    }
+
+    const ALL: [(Path, Kernel); 4] = [
+        (Path::Fused, Kernel::CudaSm80),
+        (Path::Packed, Kernel::CudaSm80),
+        (Path::Fused, Kernel::CudaSm90),
+        (Path::Packed, Kernel::CudaSm90),
+    ];
+
+    #[test]
+    fn more_valid_tokens_never_take_less_time() -> Result<()> {
+        let machine = machine(132);
+        for choice in ALL {
+            let mut before = 0.0;
+            // Not all: sides that are valid everywhere are not packed by sm80.
+            for valid in (64..4096).step_by(64) {
+                let now = time(&machine, 4096, &[vec![0..valid], vec![0..4096], vec![4096 - valid..4096]], choice)?;
+                // A last wave that is not full may be split, so that a few more items take less.
+                assert!(now >= before * 0.97, "{choice:?}, {valid} valid: {now} ns after {before}");
+                before = now;
+            }
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn more_batch_rows_and_fewer_multiprocessors_never_take_less_time() -> Result<()> {
+        let rows = |batch: usize| vec![vec![0..1000, 1010..2048]; batch];
+        for choice in ALL {
+            for batch in 1..20 {
+                let [fewer, more] = [batch, batch + 4].map(|batch| time(&machine(132), 2048, &rows(batch), choice));
+                assert!(fewer? < more?, "{choice:?}, batch {batch}");
+            }
+            let [large, small] =
+                [132, 66].map(|multiprocessors| time(&machine(multiprocessors), 2048, &rows(8), choice));
+            assert!(small? > 1.5 * large?, "{choice:?}");
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn holes_cost_the_fused_path_of_tile_lists_alone() -> Result<()> {
+        let machine = machine(132);
+        let seq = 4096;
+        // As many valid tokens: the first half, or every other one.
+        let (half, holes) = (vec![0..seq / 2], (0..seq / 2).map(|at| 2 * at..2 * at + 1).collect());
+        for choice in ALL {
+            let [in_a_row, with_holes] =
+                [&half, &holes].map(|row: &Vec<_>| time(&machine, seq, std::slice::from_ref(row), choice));
+            let (in_a_row, with_holes) = (in_a_row?, with_holes?);
+            if choice == (Path::Fused, Kernel::CudaSm90) {
+                assert!(with_holes > 2.0 * in_a_row, "{with_holes} against {in_a_row} ns");
+            } else {
+                // Where sm90 scatters, one warp may have more rows of zeros than another.
+                assert!((with_holes / in_a_row - 1.0).abs() < 0.05, "{choice:?}: {with_holes}, {in_a_row} ns");
+            }
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn choices_are_kept_with_the_metadata_and_are_of_their_call() -> Result<()> {
+        let machine = machine(132);
+        let meta = meta(256, &[vec![0..200]])?;
+        let of = |heads| machine.choices(&problem(1, 256, heads), &meta, &meta);
+        let (first, again) = (of(8)?, of(8)?);
+        assert!(Arc::ptr_eq(&first, &again));
+        assert!(first.is_sorted_by_key(|choice| choice.time) && first.len() == ALL.len());
+        assert!(of(800)?[0].time > first[0].time);
+        // Too many heads for a launch: no choice. And a device does not use another one's.
+        assert!(of(1001)?.is_empty());
+        let other = Machine::new((9, 0), 132, tilings()).map(|other| other.choices(&problem(1, 256, 8), &meta, &meta));
+        assert!(other.is_some_and(|choices| choices.is_ok_and(|choices| !Arc::ptr_eq(&choices, &first))));
+        Ok(())
+    }
+
+    #[test]
+    fn estimates_are_near_the_published_figures() -> Result<()> {
+        let machine = machine(132);
+        let joint = |text: &[usize], padded: usize, image: usize| -> Vec<Vec<Range<usize>>> {
+            text.iter().map(|&text| vec![0..text, padded..padded + image]).collect()
+        };
+        let ragged = [12, 37, 80, 211, 256, 5, 150, 64];
+        // docs/performance.md, in µs: fused and packed by sm90, fused and packed by sm80.
+        let cases = [
+            (4608, joint(&[37], 512, 4096), [309.0, 357.0, 610.0, 680.0]),
+            (4352, joint(&ragged, 256, 4096), [2570.0, 2930.0, 5390.0, 5940.0]),
+            (1280, joint(&ragged, 256, 1024), [244.0, 347.0, 416.0, 568.0]),
+        ];
+        for (seq, rows, measured) in cases {
+            for (choice, measured) in [ALL[2], ALL[3], ALL[0], ALL[1]].into_iter().zip(measured) {
+                let estimate = time(&machine, seq, &rows, choice)? / 1e3;
+                assert!((estimate / measured - 1.0).abs() < 0.15, "{choice:?}, {seq}: {estimate:.0} of {measured} µs");
+            }
+        }
+        Ok(())
+    }
+
+    /// A call of `cost_cases.json`, and nanoseconds by "path by kernel".
+    #[cfg(feature = "cuda")]
+    #[derive(serde::Deserialize)]
+    struct Case {
+        seq_q: usize,
+        seq_k: usize,
+        heads: usize,
+        kv_heads: usize,
+        head_dim: usize,
+        is_cross: bool,
+        query_runs: Vec<Vec<[usize; 2]>>,
+        key_runs: Vec<Vec<[usize; 2]>>,
+        times: std::collections::BTreeMap<String, f64>,
+    }
+
+    /// `benches/peers/fit_cost.py --cases` writes them.
+    #[cfg(feature = "cuda")]
+    #[test]
+    fn the_script_that_fits_the_constants_has_the_same_formulas() -> Result<()> {
+        // What the blocks of a multiprocessor share on an H100.
+        let tilings = crate::backends::cuda::tilings(228 * 1024);
+        let Some(machine) = Machine::new((9, 0), 132, tilings) else { unreachable!("the H100 has a row") };
+        let Ok(cases) = serde_json::from_str::<Vec<Case>>(include_str!("cost_cases.json")) else {
+            unreachable!("the file has cases")
+        };
+        assert!(cases.len() >= 50);
+        for (number, case) in cases.iter().enumerate() {
+            let meta = |seq: usize, runs: &[Vec<[usize; 2]>]| {
+                let rows: Vec<Vec<Range<usize>>> =
+                    runs.iter().map(|row| row.iter().map(|&[start, end]| start..end).collect()).collect();
+                meta(seq, &rows)
+            };
+            let query = meta(case.seq_q, &case.query_runs)?;
+            let key = if case.is_cross { Some(meta(case.seq_k, &case.key_runs)?) } else { None };
+            let key = key.as_ref().unwrap_or(&query);
+            let shape = AttentionShape {
+                batch: case.query_runs.len(),
+                seq_q: case.seq_q,
+                seq_k: case.seq_k,
+                num_heads: case.heads,
+                num_kv_heads: case.kv_heads,
+                head_dim: case.head_dim,
+            };
+            let problem = AttentionProblem { shape, dtype: DType::Bf16, softmax_scale: 1.0, bias: None };
+            let mut choices = machine.choices(&problem, &query, key)?.to_vec();
+            choices.extend(machine.dense_choices(&problem));
+            for (name, &expected) in &case.times {
+                let found = choices.iter().find(|choice| format!("{} by {}", choice.path, choice.kernel) == *name);
+                let time = found.map_or(f64::NAN, |choice| choice.time);
+                assert!((time / expected - 1.0).abs() < 1e-6, "case {number}, {name}: {time}, the script's {expected}");
+            }
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn groups_cover_from_the_left() {
+        let runs = |ranges: &[Range<u32>]| -> Vec<Run> {
+            ranges.iter().map(|range| Run { start: range.start, len: range.end - range.start }).collect()
+        };
+        assert_eq!(groups(&runs(&[])), 0);
+        assert_eq!(groups(&runs(&[0..100])), 7);
+        // The second run lies in the first's group, the third only begins there.
+        assert_eq!(groups(&runs(&[3..5, 8..10, 18..35])), 2);
+        assert_eq!(groups(&runs(&[3..5, 8..10, 18..36])), 3);
+        // 160 keys in a row are a tile, and the other 40 three groups.
+        assert_eq!(key_tiles(&runs(&[5..205]), 160), (1, 3));
+    }
+}
