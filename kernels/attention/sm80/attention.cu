@@ -22,9 +22,10 @@
 //                                │ │ └─────┐
 //              padded rows     [ █ █ · · · █ █ █ · █ ]    an output row goes back to where its query came from; a block also writes
 //                                                         zeros to those of its TILE_M padded rows that are masked
-//   RANGED         what PLAIN and MASKED compute, where each query sees a range of keys. A block skips key tiles that none of its
-//                  queries sees, and masks scores in tiles that not all of them see whole
-//   FUSED_RANGED   the same for FUSED, with rows to be written as zeros where every query is listed
+//   RANGED        what PLAIN and MASKED compute, where each query sees a range of keys. A block skips
+//                 key tiles that none of its queries sees, and masks scores in tiles that not all of
+//                 them see whole
+//   FUSED_RANGED  the same for FUSED, with rows to be written as zeros where every query is listed
 #include "../../common/math.cuh"
 #include "../../common/params.cuh"
 #include "../../common/shared_tile.cuh"
@@ -363,7 +364,7 @@ __device__ inline void attention(const AttentionParams& params, const RowLists& 
 
 // Blocks that a multiprocessor holds at once. At 64 columns a third block hides more latency than
 // its registers cost.
-constexpr int blocks(int d, int warps, Form form) { return d == 64 && (form == Form::PLAIN || form == Form::FUSED) ? 3 : 8 / warps; }
+constexpr int blocks(int d, int warps, Form form) { return d == 64 && form != Form::MASKED && form != Form::RANGED ? 3 : 8 / warps; }
 
 #define VARLEN_FA_ENTRY(NAME, T, D, M, N, WARPS, FORM)                                       \
     extern "C" __global__ void __launch_bounds__(WARPS * 32, blocks(D, WARPS, FORM))           \

@@ -75,15 +75,20 @@ __device__ inline bool holds_nonfinite(const unsigned char* tile) {
 template <typename T, typename TileV, int M_TILES, int O_TILES, typename Seen>
 __device__ inline void add_nonfinite(float (&acc)[M_TILES][O_TILES][4], const unsigned char* tile, int first_key, Seen seen) {
     const int lane = threadIdx.x % 32;
-    int2 ranges[M_TILES][2];
+    // The first key of the tile that each row sees, and above it how many: every register is taken.
+    uint32_t ranges[M_TILES][2];
 #pragma unroll
     for (int m = 0; m < M_TILES; ++m) {
 #pragma unroll
-        for (int half = 0; half < 2; ++half) ranges[m][half] = seen(m * 16 + half * 8 + lane / 4);
+        for (int half = 0; half < 2; ++half) {
+            const int2 range = seen(m * 16 + half * 8 + lane / 4);
+            const int first = max(range.x - first_key, 0);
+            const int count = max(min(range.y - first_key, TileV::ROWS) - first, 0);
+            ranges[m][half] = min(first, TileV::ROWS) | count << 16;
+        }
     }
 #pragma unroll 1
     for (int row = 0; row < TileV::ROWS; ++row) {
-        const int key = first_key + row;
 #pragma unroll
         for (int o = 0; o < O_TILES; ++o) {
             const uint32_t pair = *reinterpret_cast<const uint32_t*>(tile + TileV::offset(row, o) + lane % 4 * 4);
@@ -93,7 +98,7 @@ __device__ inline void add_nonfinite(float (&acc)[M_TILES][O_TILES][4], const un
             for (int m = 0; m < M_TILES; ++m) {
 #pragma unroll
                 for (int half = 0; half < 2; ++half) {
-                    if (key < ranges[m][half].x || key >= ranges[m][half].y) continue;
+                    if (row - (ranges[m][half] & 0xffff) >= ranges[m][half] >> 16) continue;
                     if (signs & 0x8000) acc[m][o][2 * half] += Pair<T>::low(pair);
                     if (signs & 0x80000000) acc[m][o][2 * half + 1] += Pair<T>::high(pair);
                 }
