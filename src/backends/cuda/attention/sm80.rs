@@ -239,8 +239,8 @@ fn launch<Params: Pod>(
         // SAFETY: the tensors have the problem's shape and lie inside their buffers, those of
         // packed rows as `cu_seqlens` says (checked by problem; scratch is made so), and their rows
         // start at words (placement). Masks, `cu_seqlens` and the bias have the problem's batch
-        // rows, the lists of the fused forms its positions, and ranges its queries. The output shares no memory with
-        // them (checked by problem).
+        // rows, the lists of the fused forms its positions, and ranges its queries. The output
+        // shares no memory with them (checked by problem).
         unsafe { launcher.launch(function, grid, tile.threads(), &params(batch.start, heads.start)) }?;
     }
     Ok(())
