@@ -146,6 +146,7 @@ const TABLE: &[KernelTraits; 6] = &[
         name: "sm80",
         backend: BackendKind::Cuda,
         dtypes: HALF_DTYPES,
+        has_ranges: true,
         mixes_padded_and_packed: true,
         ..ROWS
     },

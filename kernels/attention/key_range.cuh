@@ -1,11 +1,9 @@
 // Which keys a tile of query rows needs: the one place that says so, for every attention kernel.
 //
-//   KeyRange    sm80: keys first ≤ j < end of the sequence
-//   KeyTiles    sm90, sm100: the same in tiles, or the tiles of a list where a mask drops keys
-//
-// Today a tile needs every valid key of its sequence, whichever its rows are. A bound first(i) ≤ j
-// < end(i) for row i would narrow what `of` and `find` give to what the tile's rows need, and the
-// masks of scores (sm80: against `first` and `end`; `kept_keys`) to the row.
+//   KeyRange    sm80: every key of the sequence
+//   SeenKeys    sm80: the keys that some query of the tile sees, those that all of them see, and
+//               those that one sees, where the call has key ranges
+//   KeyTiles    sm90, sm100: every key in tiles, or the tiles of a list where a mask drops keys
 #pragma once
 #include "../common/params.cuh"
 #include "schedule.cuh"
@@ -20,6 +18,68 @@ struct KeyRange {
     __device__ static KeyRange of(int keys) { return {keys}; }
 
     // Tiles of N keys that hold the range.
+    template <int N>
+    __device__ int first_tile() const {
+        return first / N;
+    }
+    template <int N>
+    __device__ int end_tile() const {
+        return (end + N - 1) / N;
+    }
+};
+
+// The same where queries see ranges of keys.
+struct SeenKeys {
+    // Keys that some query of the tile sees.
+    int first;
+    int end;
+    // Keys that all of its queries see; nothing if one sees nothing.
+    int all_first;
+    int all_end;
+    const KeyRangeParams& params;
+    // The tile's first query, among all that have ranges, and its last one, counted from there.
+    int first_query;
+    int last_row;
+
+    // For `tile_rows` queries, at most TILE_M, of a sequence with `keys` keys. `first_row` counts
+    // them in their batch row, or among packed or listed ones. A whole warp finds the ranges.
+    template <int TILE_M>
+    __device__ static SeenKeys of(const KeyRangeParams& params, int batch, int first_row, int tile_rows, int keys) {
+        // Fits: the queries of all batch rows are counted in an int.
+        const int first_query = static_cast<int>(batch * params.row_stride) + first_row;
+        SeenKeys seen = {0, keys, 0, keys, params, first_query, tile_rows - 1};
+        if (params.ranges == nullptr || tile_rows <= 0) return seen;
+        seen.first = keys;
+        seen.end = 0;
+#pragma unroll
+        for (int pass = 0; pass < TILE_M / 32; ++pass) {
+            const int2 own = seen.by(pass * 32 + threadIdx.x % 32);
+            if (own.x < own.y) {
+                seen.first = min(seen.first, own.x);
+                seen.end = max(seen.end, own.y);
+            }
+            seen.all_first = max(seen.all_first, own.x);
+            seen.all_end = min(seen.all_end, own.y);
+        }
+        seen.first = __reduce_min_sync(0xffffffff, seen.first);
+        seen.end = __reduce_max_sync(0xffffffff, seen.end);
+        seen.all_first = __reduce_max_sync(0xffffffff, seen.all_first);
+        seen.all_end = __reduce_min_sync(0xffffffff, seen.all_end);
+        // No tile holds the range of queries that see nothing.
+        if (seen.end == 0) seen.first = 0;
+        return seen;
+    }
+
+    // The keys that a query of the tile sees; rows past the last one count as it.
+    __device__ int2 by(int row) const {
+        if (params.ranges == nullptr) return make_int2(0, all_end);
+        return __ldg(reinterpret_cast<const int2*>(params.ranges) + (first_query + min(row, last_row)));
+    }
+
+    // Whether every query sees every one of these keys.
+    __device__ bool all_see(int first_key, int count) const { return all_first <= first_key && first_key + count <= all_end; }
+
+    // Tiles of N keys that hold what some query sees.
     template <int N>
     __device__ int first_tile() const {
         return first / N;

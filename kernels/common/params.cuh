@@ -146,6 +146,31 @@ static_assert(sizeof(FusedAttentionParams) == 288);
 static_assert(offsetof(FusedAttentionParams, attention) == 0);
 static_assert(offsetof(FusedAttentionParams, lists) == 256);
 
+// Which keys each query sees: keys `first` ≤ j < `end` of its batch row or sequence, counted as
+// the call's keys are. In the fused form those are the listed keys.
+struct KeyRangeParams {
+    // First and end of each query; null if every query sees every key.
+    const uint32_t* ranges;
+    // Ranges before those of the next batch row; 0 if all rows share the first one's, or if
+    // `cu_seqlens_q` counts the queries.
+    int64_t row_stride;
+};
+static_assert(sizeof(KeyRangeParams) == 16);
+static_assert(offsetof(KeyRangeParams, ranges) == 0);
+static_assert(offsetof(KeyRangeParams, row_stride) == 8);
+
+// Parameters of the forms of the sm80 attention kernels with key ranges. The lists are those
+// of the fused one.
+struct RangedAttentionParams {
+    AttentionParams attention;
+    RowLists lists;
+    KeyRangeParams ranges;
+};
+static_assert(sizeof(RangedAttentionParams) == 304);
+static_assert(offsetof(RangedAttentionParams, attention) == 0);
+static_assert(offsetof(RangedAttentionParams, lists) == 256);
+static_assert(offsetof(RangedAttentionParams, ranges) == 288);
+
 // What the kernels with tile lists are given: `TileListParams::form`.
 enum TileListForm : int32_t {
     // Padded tensors without a mask; `groups` is the number of batch rows.

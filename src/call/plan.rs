@@ -533,6 +533,25 @@ mod tests {
     }
 
     #[test]
+    fn ranges_go_to_the_first_kernel_that_takes_them() -> Result<()> {
+        let ranges = KeyRanges::causal([BATCH, SEQ, SEQ])?;
+        let meta = meta(true)?;
+        let mask = MaskInfo { ranges: Some(&ranges), ..masked(TokenInfo::Varlen { query: &meta, key: &meta }) };
+        let both = [Kernel::CudaSm90, Kernel::CudaSm80];
+        let got = plan(&both, &mask, Forced::default())?;
+        assert_eq!((got.kernel, got.path), (Kernel::CudaSm80, Path::Fused));
+        let forced = Forced { path: None, kernel: Some(Kernel::CudaSm90) };
+        for refused in [plan(&both, &mask, forced), plan(&both[..1], &mask, Forced::default())].map(Result::err) {
+            assert!(
+                matches!(&refused, Some(Error::NotApplicable { argument: "kernel", why, .. })
+                    if why.contains("takes no key ranges")),
+                "{refused:?}"
+            );
+        }
+        Ok(())
+    }
+
+    #[test]
     fn metadata_of_the_device_is_used_in_place_where_rows_are_gathered() -> Result<()> {
         let meta = DeviceMetaInfo { device: DeviceId::unique(), device_name: "cuda", size: [BATCH, SEQ] };
         let mask = masked(TokenInfo::DeviceVarlen { query: meta, key: meta });

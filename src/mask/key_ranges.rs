@@ -323,6 +323,12 @@ impl KeyRanges {
         &self.0.ranges
     }
 
+    /// Those of the [`distinct_rows`](Self::distinct_rows), or of all packed rows, one after another.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn distinct(&self) -> &[[u32; 2]] {
+        &self.0.ranges
+    }
+
     /// The range of a query of batch row `b`: a token of the padded row, or a packed row of the whole batch.
     #[inline]
     pub(crate) fn of_token(&self, b: usize, token: usize) -> [u32; 2] {

@@ -17,6 +17,7 @@ pub fn register(trials: &mut Trials) {
     trials.each_path_with_ranges("ranges/more_queries_or_more_keys", more_queries_or_more_keys);
     trials.each_path_with_ranges("ranges/long_rows", long_rows);
     trials.each_path_with_ranges("ranges/random", random_ranges);
+    trials.each_path_with_ranges("ranges/every_tile_width", every_tile_width);
     trials.each_path_with_ranges("ranges/unseen_keys_are_never_read", unseen_keys_are_never_read);
     trials.each_path_with_ranges("ranges/nan_reaches_only_queries_that_see_it", nan_reaches_only_queries_that_see_it);
     trials.each_kernel_with_ranges("ranges/no_mask_and_key_masks", no_mask_and_key_masks);
@@ -208,6 +209,20 @@ fn random_ranges(variant: &Variant) -> Result<()> {
     Ok(())
 }
 
+/// A head dimension for each width of tiles that kernels are compiled for.
+fn every_tile_width(variant: &Variant) -> Result<()> {
+    let seq = 150;
+    for head_dim in [32, 64, 96, 128, 192, 256] {
+        let shape = OracleShape { batch: 2, seq_q: seq, seq_k: seq, heads: 2, kv_heads: 1, head_dim };
+        for rule in [Rule::Causal, Rule::Window(Some(20), Some(5)), Rule::Prefix(70)] {
+            let keep = mask(2, seq, |row, token| token >= 20 * row);
+            check(variant, Call::random(shape, Mask::Varlen(keep), variant.dtype, 43), rule)
+                .with_context(|| format!("head dimension {head_dim}"))?;
+        }
+    }
+    Ok(())
+}
+
 /// Keys that no query sees hold NaN and infinities.
 fn unseen_keys_are_never_read(variant: &Variant) -> Result<()> {
     let (seq, hidden) = (140, 50..90);
@@ -229,16 +244,22 @@ fn unseen_keys_are_never_read(variant: &Variant) -> Result<()> {
 /// One key's value, or the key itself, is NaN: exactly the queries that see it are NaN.
 fn nan_reaches_only_queries_that_see_it(variant: &Variant) -> Result<()> {
     let seq = 200;
-    let shape = OracleShape { batch: 1, seq_q: seq, seq_k: seq, heads: 2, kv_heads: 1, head_dim: 16 };
     let keep = mask(1, seq, |_, token| token % 11 != 10);
-    for (rule, at) in [
-        (Rule::Causal, 100),
-        (Rule::Causal, 0),
-        (Rule::Window(Some(10), Some(10)), 64),
-        (Rule::Window(Some(40), Some(40)), 130),
-        (Rule::Prefix(30), 15),
-        (Rule::Prefix(30), 150),
+    for (head_dim, rule, at) in [
+        (16, Rule::Causal, 100),
+        (16, Rule::Causal, 0),
+        (16, Rule::Window(Some(10), Some(10)), 64),
+        (16, Rule::Window(Some(40), Some(40)), 130),
+        (16, Rule::Prefix(30), 15),
+        (16, Rule::Prefix(30), 150),
+        (64, Rule::Window(Some(40), Some(40)), 130),
+        (96, Rule::Window(Some(40), Some(40)), 130),
+        (128, Rule::Causal, 100),
+        (192, Rule::Window(Some(40), Some(40)), 130),
+        (256, Rule::Causal, 100),
     ] {
+        let shape = OracleShape { batch: 1, seq_q: seq, seq_k: seq, heads: 2, kv_heads: 1, head_dim };
+        let width = shape.heads * head_dim;
         for (tensor, value) in [(1, f32::NAN), (2, f32::NAN), (2, f32::INFINITY)] {
             let mut call = Call::random(shape, Mask::Varlen(keep.clone()), variant.dtype, 37);
             call.rule = Some(rule.clone());
@@ -247,7 +268,7 @@ fn nan_reaches_only_queries_that_see_it(variant: &Variant) -> Result<()> {
             call.values[tensor][at * row..(at + 1) * row].fill(value);
             let bits = call.run(variant)?;
             let mut out = call.widen(&bits);
-            for (query, rows) in out.chunks_exact_mut(shape.heads * shape.head_dim).enumerate() {
+            for (query, rows) in out.chunks_exact_mut(width).enumerate() {
                 let sees = keep[query] && keep[at] && rule.sees(0, query, at, [seq, seq]);
                 let is_hit = |x: &f32| if value.is_nan() { x.is_nan() } else { !x.is_finite() };
                 if sees {
@@ -264,7 +285,7 @@ fn nan_reaches_only_queries_that_see_it(variant: &Variant) -> Result<()> {
                 clean.run(variant)?
             };
             call.judge(&clean, &reference, Rules::standard(variant.dtype))?;
-            for (query, (got, clean)) in bits.chunks_exact(32).zip(clean.chunks_exact(32)).enumerate() {
+            for (query, (got, clean)) in bits.chunks_exact(width).zip(clean.chunks_exact(width)).enumerate() {
                 let sees = keep[at] && rule.sees(0, query, at, [seq, seq]);
                 ensure!(sees || got == clean, "query {query} changed with key {at}: {rule:?}");
             }

@@ -12,7 +12,7 @@
 // Keys and values of the next step are copied to shared memory while this step is computed. There
 // is one barrier a step.
 //
-// One kernel in three forms. Each masks the end of the last key tile:
+// One kernel in five forms. Each masks the end of the last key tile:
 //   PLAIN    padded tensors (grid z = batch row) or packed ones (z = sequence, cu_seqlens set)
 //   MASKED   padded tensors with a key mask, a bias and rows to be written as zeros
 //   FUSED    the valid rows of padded tensors. A copy to shared memory takes a row from anywhere, so tiles are made of the
@@ -22,6 +22,10 @@
 //                                │ │ └─────┐
 //              padded rows     [ █ █ · · · █ █ █ · █ ]    an output row goes back to where its query came from; a block also writes
 //                                                         zeros to those of its TILE_M padded rows that are masked
+//   RANGED        what PLAIN and MASKED compute, where each query sees a range of keys. A block skips
+//                 key tiles that none of its queries sees, and masks scores in tiles that not all of
+//                 them see whole
+//   FUSED_RANGED  the same for FUSED, with rows to be written as zeros where every query is listed
 #include "../../common/math.cuh"
 #include "../../common/params.cuh"
 #include "../../common/shared_tile.cuh"
@@ -32,6 +36,7 @@
 #include "seqlen.cuh"
 #include "softmax.cuh"
 #include "tiles.h"
+#include "unseen_keys.cuh"
 
 namespace sm80 {
 
@@ -107,12 +112,13 @@ __device__ inline void zero_masked_rows(const AttentionParams& params, const Row
     }
 }
 
-enum class Form { PLAIN, MASKED, FUSED };
+enum class Form { PLAIN, MASKED, FUSED, RANGED, FUSED_RANGED };
 
 template <typename T, int D, int TILE_M, int TILE_N, int WARPS, Form FORM>
-__device__ inline void attention(const AttentionParams& params, const RowLists& lists) {
-    constexpr bool MASKED = FORM == Form::MASKED;
-    constexpr bool FUSED = FORM == Form::FUSED;
+__device__ inline void attention(const AttentionParams& params, const RowLists& lists, const KeyRangeParams& ranges) {
+    constexpr bool RANGED = FORM == Form::RANGED || FORM == Form::FUSED_RANGED;
+    constexpr bool MASKED = FORM == Form::MASKED || FORM == Form::RANGED;
+    constexpr bool FUSED = FORM == Form::FUSED || FORM == Form::FUSED_RANGED;
     constexpr int THREADS = WARPS * 32;
     constexpr int M_TILES = TILE_M / WARPS / 16;
     constexpr int N_TILES = TILE_N / 8;
@@ -123,9 +129,16 @@ __device__ inline void attention(const AttentionParams& params, const RowLists& 
     const uint32_t q_shared = ptx::shared_address(shared);
     const uint32_t kv_shared = q_shared + TileQ::BYTES;
 
-    const BlockRows rows(params, TILE_M, lists.first_batch);
+    // Late queries often see the most keys, and long blocks go first.
+    const BlockRows rows(params, TILE_M, RANGED ? gridDim.x - 1 - blockIdx.x : blockIdx.x, lists.first_batch);
     const int tile_rows = min(TILE_M, rows.queries - rows.first_query);
-    const KeyRange range = KeyRange::of(rows.keys);
+    const auto range = [&] {
+        if constexpr (RANGED) {
+            return SeenKeys::of<TILE_M>(ranges, rows.batch, rows.q_base + rows.first_query, tile_rows, rows.keys);
+        } else {
+            return KeyRange::of(rows.keys);
+        }
+    }();
 
     // The fused form's lists lie after the tiles: the query tile's, and those of two key tiles.
     const uint32_t* query_list = reinterpret_cast<const uint32_t*>(shared + TileQ::BYTES + 4 * TileKV::BYTES);
@@ -144,7 +157,11 @@ __device__ inline void attention(const AttentionParams& params, const RowLists& 
                 const int query = min(rows.first_query + row, rows.queries - 1);
                 ptx::cp_async_4(ptx::shared_address(query_list + row), lists.indices_q + rows.q_base + query);
             }
-            if (rows.keys > 0) load_key_list((rows.keys - 1) / TILE_N);
+            if constexpr (RANGED) {
+                if (range.end > range.first) load_key_list(range.template end_tile<TILE_N>() - 1);
+            } else {
+                if (rows.keys > 0) load_key_list((rows.keys - 1) / TILE_N);
+            }
             ptx::cp_async_commit();
         }
         zero_masked_rows<T, TILE_M, THREADS>(params, lists, rows);
@@ -186,13 +203,14 @@ __device__ inline void attention(const AttentionParams& params, const RowLists& 
             gather(stage + TileKV::BYTES, v, params.v_strides);
             // It takes the place of the list before this one. Every warp has read that one: there
             // was a barrier since.
-            if (tile > range.first_tile<TILE_N>()) load_key_list(tile - 1);
+            if (tile > range.template first_tile<TILE_N>()) load_key_list(tile - 1);
             ptx::cp_async_commit();
             return;
         }
         const auto copy = [&](uint32_t to, const T* from, const Strides& strides) {
             const T* first = from + first_key * strides.token;
-            if (!MASKED && first_key + TILE_N <= rows.keys && params.head_dim == D) {
+            const bool keeps_all = !MASKED || (RANGED && params.key_bits == nullptr);
+            if (keeps_all && first_key + TILE_N <= rows.keys && params.head_dim == D) {
                 TileKV::template load_whole<THREADS>(to, first, strides.token);
             } else {
                 TileKV::template load<THREADS>(to, first, strides.token, rows.keys - first_key, head_chunks, keeps);
@@ -205,11 +223,17 @@ __device__ inline void attention(const AttentionParams& params, const RowLists& 
 
     float acc[M_TILES][O_TILES][4] = {};
     OnlineSoftmax<M_TILES> softmax;
+    // Whether scores are scaled one by one, since something is added to them or keys are dropped.
+    const bool scales_scores = MASKED && (!RANGED || params.bias != nullptr || params.key_bits != nullptr);
     // The maximum is taken before scaling, so the sign of the scale goes to the scores.
-    const float scale = MASKED ? 1.0f : fabsf(params.score_scale);
+    const float scale = scales_scores ? 1.0f : fabsf(params.score_scale);
+    // What a row of the warp's sees.
+    [[maybe_unused]] const auto seen_by = [&](int row) {
+        if constexpr (RANGED) return range.by(warp_row + row);
+    };
 
-    const int first_tile = range.first_tile<TILE_N>();
-    const int end_tile = range.end_tile<TILE_N>();
+    const int first_tile = range.template first_tile<TILE_N>();
+    const int end_tile = range.template end_tile<TILE_N>();
     if constexpr (FUSED) {
         // The lists have arrived.
         ptx::cp_async_wait<0>();
@@ -232,9 +256,16 @@ __device__ inline void attention(const AttentionParams& params, const RowLists& 
         ptx::cp_async_wait<0>();
         __syncthreads();
         if (tile > first_tile) load(tile - 1);
+        [[maybe_unused]] bool is_seen_by_all = true;
+        [[maybe_unused]] bool has_nonfinite = false;
+        [[maybe_unused]] unsigned char* v_tile = shared + TileQ::BYTES + tile % 2 * (2 * TileKV::BYTES) + TileKV::BYTES;
+        if constexpr (RANGED) {
+            is_seen_by_all = range.all_see(first_key, TILE_N);
+            if (!is_seen_by_all) has_nonfinite = __syncthreads_or(holds_nonfinite<T, THREADS, TileKV>(v_tile));
+        }
         float scores[M_TILES][N_TILES][4] = {};
         scores_of<T, M_TILES, N_TILES, TileQ, TileKV>(scores, q_shared, stage, warp_row);
-        if constexpr (MASKED) {
+        if (scales_scores) {
             for_each_score(scores, [&](float& score, int row, int key) {
                 const int query = min(rows.first_query + warp_row + row, rows.queries - 1);
                 const int at = min(first_key + key, rows.keys - 1);
@@ -251,17 +282,28 @@ __device__ inline void attention(const AttentionParams& params, const RowLists& 
                     score = OVERFLOWED;
                 }
                 const bool kept = params.key_bits == nullptr || bit_at(params.key_bits, params.key_words, rows.batch, at);
-                if (!kept || first_key + key >= range.end) score = -INFINITY;
+                if (!kept || (!RANGED && first_key + key >= range.end)) score = -INFINITY;
             });
         } else {
             if (params.score_scale < 0.0f) for_each_score(scores, [](float& score, int, int) { score = -score; });
-            if (first_key + TILE_N > range.end) {
+            if (!RANGED && first_key + TILE_N > range.end) {
                 for_each_score(scores, [&](float& score, int, int key) {
                     if (first_key + key >= range.end) score = -INFINITY;
                 });
             }
         }
+        if constexpr (RANGED) {
+            if (!is_seen_by_all) hide_unseen(scores, first_key, seen_by);
+        }
         softmax.step(scores, acc, scale);
+        if constexpr (RANGED) {
+            if (has_nonfinite) {
+                add_nonfinite<T, TileKV>(acc, v_tile, first_key, seen_by);
+                __syncthreads();
+                zero_nonfinite<T, THREADS, TileKV>(v_tile);
+                __syncthreads();
+            }
+        }
         accumulate<T, M_TILES, N_TILES, O_TILES, TileKV>(acc, scores, stage + TileKV::BYTES);
     }
     softmax.finish();
@@ -277,9 +319,18 @@ __device__ inline void attention(const AttentionParams& params, const RowLists& 
             const int row = warp_row + m * 16 + half * 8 + lane / 4;
             float sum = softmax.row_sum[m][half];
             // Every kept score is below every float.
-            if (MASKED ? softmax.row_max[m][half] == OVERFLOWED : sum == 0.0f && end_tile > first_tile) sum = NAN;
+            bool overflows;
+            if (scales_scores) {
+                overflows = softmax.row_max[m][half] == OVERFLOWED;
+            } else if constexpr (RANGED) {
+                const int2 seen = range.by(row);
+                overflows = sum == 0.0f && seen.x < seen.y;
+            } else {
+                overflows = sum == 0.0f && end_tile > first_tile;
+            }
+            if (overflows) sum = NAN;
             bool zero = sum == 0.0f;
-            if constexpr (MASKED) {
+            if constexpr (MASKED || RANGED) {
                 const int query = min(rows.first_query + row, rows.queries - 1);
                 zero = zero || (params.row_bits != nullptr && !bit_at(params.row_bits, params.row_words, rows.batch, query));
             }
@@ -313,17 +364,22 @@ __device__ inline void attention(const AttentionParams& params, const RowLists& 
 
 // Blocks that a multiprocessor holds at once. At 64 columns a third block hides more latency than
 // its registers cost.
-constexpr int blocks(int d, int warps, Form form) { return d == 64 && form != Form::MASKED ? 3 : 8 / warps; }
+constexpr int blocks(int d, int warps, Form form) { return d == 64 && form != Form::MASKED && form != Form::RANGED ? 3 : 8 / warps; }
 
 #define VARLEN_FA_ENTRY(NAME, T, D, M, N, WARPS, FORM)                                       \
     extern "C" __global__ void __launch_bounds__(WARPS * 32, blocks(D, WARPS, FORM))           \
         NAME(const __grid_constant__ AttentionParams params) {                               \
-        attention<T, D, M, N, WARPS, FORM>(params, RowLists{});                              \
+        attention<T, D, M, N, WARPS, FORM>(params, RowLists{}, KeyRangeParams{});                              \
     }
 #define VARLEN_FA_FUSED_ENTRY(NAME, T, D, M, N, WARPS)                                          \
     extern "C" __global__ void __launch_bounds__(WARPS * 32, blocks(D, WARPS, Form::FUSED))       \
         NAME(const __grid_constant__ FusedAttentionParams params) {                             \
-        attention<T, D, M, N, WARPS, Form::FUSED>(params.attention, params.lists);              \
+        attention<T, D, M, N, WARPS, Form::FUSED>(params.attention, params.lists, KeyRangeParams{}); \
+    }
+#define VARLEN_FA_RANGED_ENTRY(NAME, T, D, M, N, WARPS, FORM)                                   \
+    extern "C" __global__ void __launch_bounds__(WARPS * 32, blocks(D, WARPS, FORM))              \
+        NAME(const __grid_constant__ RangedAttentionParams params) {                            \
+        attention<T, D, M, N, WARPS, FORM>(params.attention, params.lists, params.ranges);      \
     }
 #define VARLEN_FA_ENTRIES(D, M, N, N_MASKED, WARPS)                                                     \
     VARLEN_FA_ENTRY(attention_sm80_f16_d##D, __half, D, M, N, WARPS, Form::PLAIN)                       \
@@ -331,7 +387,11 @@ constexpr int blocks(int d, int warps, Form form) { return d == 64 && form != Fo
     VARLEN_FA_ENTRY(attention_sm80_f16_d##D##_masked, __half, D, M, N_MASKED, WARPS, Form::MASKED)      \
     VARLEN_FA_ENTRY(attention_sm80_bf16_d##D##_masked, __nv_bfloat16, D, M, N_MASKED, WARPS, Form::MASKED) \
     VARLEN_FA_FUSED_ENTRY(attention_sm80_f16_d##D##_fused, __half, D, M, N, WARPS)                      \
-    VARLEN_FA_FUSED_ENTRY(attention_sm80_bf16_d##D##_fused, __nv_bfloat16, D, M, N, WARPS)
+    VARLEN_FA_FUSED_ENTRY(attention_sm80_bf16_d##D##_fused, __nv_bfloat16, D, M, N, WARPS)              \
+    VARLEN_FA_RANGED_ENTRY(attention_sm80_f16_d##D##_ranged, __half, D, M, N_MASKED, WARPS, Form::RANGED) \
+    VARLEN_FA_RANGED_ENTRY(attention_sm80_bf16_d##D##_ranged, __nv_bfloat16, D, M, N_MASKED, WARPS, Form::RANGED) \
+    VARLEN_FA_RANGED_ENTRY(attention_sm80_f16_d##D##_fused_ranged, __half, D, M, N, WARPS, Form::FUSED_RANGED) \
+    VARLEN_FA_RANGED_ENTRY(attention_sm80_bf16_d##D##_fused_ranged, __nv_bfloat16, D, M, N, WARPS, Form::FUSED_RANGED)
 VARLEN_FA_SM80_TILES(VARLEN_FA_ENTRIES)
 
 }  // namespace sm80

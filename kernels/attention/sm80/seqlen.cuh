@@ -17,12 +17,13 @@ struct BlockRows {
 
     BlockRows() = default;
 
-    // Grid: x query tiles, y query heads, z batch rows from `first_batch` on.
-    __device__ BlockRows(const AttentionParams& params, int tile_rows, int first_batch = 0) {
+    // Grid: x query tiles, of which this block has number `query_tile`, y query heads, z batch rows
+    // from `first_batch` on.
+    __device__ BlockRows(const AttentionParams& params, int tile_rows, int query_tile, int first_batch) {
         batch = params.batch_order == nullptr ? first_batch + blockIdx.z : params.batch_order[blockIdx.z];
         head = blockIdx.y;
         kv_head = head / params.group_size;
-        first_query = blockIdx.x * tile_rows;
+        first_query = query_tile * tile_rows;
         queries = params.seq_q;
         keys = params.seq_k;
         q_base = 0;

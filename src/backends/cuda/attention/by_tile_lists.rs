@@ -19,6 +19,7 @@ use crate::mask::key_mask::KeyMask;
 use crate::mask::meta::{GROUP_ROWS, VarlenMeta};
 
 use super::call::{PackedRows, Tensors, score_scale};
+use super::dense_metas::DenseMeta;
 use super::split::Split;
 use super::tile_lists::TileLists;
 
@@ -42,16 +43,6 @@ struct ListsCopy {
 
 /// Kept with the query's metadata, by the id of the key's metadata and the tile.
 type ListsCopies = FifoCache<(u64, ListTile), ListsCopy>;
-
-/// Metadata that stands for the masks of a dense call: every query, and the kept keys or every key.
-/// Kept with one of the masks, by the lengths of both sides and whether the keys are masked.
-type DenseMetas = FifoCache<(usize, usize, bool), DenseMeta>;
-
-#[derive(Debug)]
-struct DenseMeta {
-    query: VarlenMeta,
-    key: VarlenMeta,
-}
 
 /// The extent of a launch: of its tensors, and of its work.
 #[derive(Debug, Clone, Copy)]
@@ -88,15 +79,8 @@ pub fn dense(
     zero_rows: Option<&KeyMask>,
 ) -> Result<()> {
     let call = Call::new(launcher, attention, tensors)?;
-    let Some(mask) = key_mask.or(zero_rows) else { return call.without_a_mask() };
-    let AttentionShape { batch, seq_q, seq_k, .. } = attention.problem.shape;
-    let metas = mask.copies().get_or_make(launcher.id, || Ok(DenseMetas::default()))?;
-    let is_captured = launcher.context.is_captured()?;
-    let meta = metas.get_or_make((seq_q, seq_k, key_mask.is_some()), is_captured, || {
-        let every = |seq| VarlenMeta::from_key_mask(&KeyMask::all(batch, seq)?);
-        let key = key_mask.map_or_else(|| every(seq_k), VarlenMeta::from_key_mask)?;
-        Ok(DenseMeta { query: every(seq_q)?, key })
-    })?;
+    let meta = DenseMeta::of(launcher, &attention.problem.shape, key_mask, zero_rows)?;
+    let Some(meta) = meta else { return call.without_a_mask() };
     // Keys past the end of a row are dropped by their bits, so that there are bits even where every
     // key is kept.
     call.by_lists((&meta.query, &meta.key), (meta.key.key_mask(), zero_rows))

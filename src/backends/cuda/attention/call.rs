@@ -1,5 +1,6 @@
 //! What the launches of every attention kernel share: placed tensors, packed rows, the scale.
 
+use crate::backends::cuda::tensors::key_ranges::PlacedRanges;
 use crate::backends::cuda::tensors::metadata::Tables;
 use crate::backends::cuda::tensors::placement::Placed;
 use crate::call::problem::AttentionProblem;
@@ -16,7 +17,7 @@ pub struct Tensors {
 
 /// Where packed rows lie. A side without `cu_seqlens` is padded, with a batch row for each
 /// sequence.
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Clone, Default)]
 pub struct PackedRows<'a> {
     pub cu_seqlens_q: Option<u64>,
     pub cu_seqlens_k: Option<u64>,
@@ -33,6 +34,8 @@ pub struct PackedRows<'a> {
     pub lengths: Option<[&'a CuSeqlens; 2]>,
     /// Address of `[H, total_q]` f32, and elements from head to head.
     pub lse: Option<(u64, i64)>,
+    /// Which keys each query sees; only for kernels that take ranges.
+    pub ranges: Option<PlacedRanges>,
     /// The queries' tables if the output is padded: the kernel scatters its rows and writes zeros
     /// to the others.
     pub scatters: Option<Tables>,

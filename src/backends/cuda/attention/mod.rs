@@ -7,11 +7,13 @@
 //! | `sm80` | launches of the sm80 kernel, which reads single rows |
 //! | `by_tile_lists` | launches of the sm90 and sm100 kernels, which read padded tensors by tile lists |
 //! | `tile_lists` | how tile lists are made from metadata |
+//! | `dense_metas` | metadata that stands for the masks of dense calls |
 //! | `split` | how query tiles are shared out among blocks |
 //! | `fifo_cache` | the cache that tile lists are kept in |
 
 mod by_tile_lists;
 mod call;
+mod dense_metas;
 mod packing;
 mod sm80;
 mod split;
@@ -19,6 +21,7 @@ mod tile_lists;
 
 use crate::backends::cuda::driver::memory::CudaBuffer;
 use crate::backends::cuda::launcher::Launcher;
+use crate::backends::cuda::tensors::key_ranges::PlacedRanges;
 use crate::backends::cuda::tensors::metadata::{self, Tables};
 use crate::backends::cuda::tensors::placement::{Operand, place_input, place_input_for_maps};
 use crate::call::op::{Attention, DeviceTables, Rows};
@@ -79,6 +82,7 @@ fn packed_call(
         max_queries: query.max_seqlen(),
         lengths: Some([query, key]),
         lse: None,
+        ranges: attention.ranges.map(|ranges| PlacedRanges::packed(launcher, ranges)).transpose()?,
         scatters: None,
     };
     if let Some(lse) = &attention.lse {
@@ -102,12 +106,13 @@ fn varlen(
     if is_fused && by_tile_lists(attention) {
         return by_tile_lists::fused(launcher, attention, &tensors, query, key);
     }
-    let tables = [metadata::host_tables(launcher, query)?, metadata::host_tables(launcher, key)?];
     if is_fused {
-        return sm80::fused(launcher, attention, &tensors, &tables);
+        return sm80::fused(launcher, attention, &tensors, query, key);
     }
+    let tables = [metadata::host_tables(launcher, query)?, metadata::host_tables(launcher, key)?];
+    let ranges = attention.ranges.map(|ranges| PlacedRanges::listed(launcher, ranges, query, key)).transpose()?;
     let lengths = Some([query.cu_seqlens(), key.cu_seqlens()]);
-    through_packed_rows(launcher, attention, tensors, tables, lengths)
+    through_packed_rows(launcher, attention, tensors, tables, lengths, ranges)
 }
 
 /// A padded call with metadata that the device built: dense, fused or packed.
@@ -123,8 +128,8 @@ fn device_varlen(
     }
     let tables = [metadata::device_tables(launcher, query)?, metadata::device_tables(launcher, key)?];
     match attention.plan.path {
-        Path::Fused => sm80::fused(launcher, attention, &tensors, &tables),
-        _ => through_packed_rows(launcher, attention, tensors, tables, None),
+        Path::Fused => sm80::fused_with_tables(launcher, attention, &tensors, &tables),
+        _ => through_packed_rows(launcher, attention, tensors, tables, None, None),
     }
 }
 
@@ -135,9 +140,10 @@ fn through_packed_rows(
     padded: Tensors,
     [query, key]: [Tables; 2],
     lengths: Option<[&CuSeqlens; 2]>,
+    ranges: Option<PlacedRanges>,
 ) -> Result<()> {
     let packing = Packing::new(launcher, attention, padded, [query, key])?;
-    packed(launcher, attention, packing.tensors(), &packing.rows(lengths))?;
+    packed(launcher, attention, packing.tensors(), &packing.rows(lengths, ranges))?;
     packing.scatter(launcher)
 }
 

@@ -5,6 +5,7 @@ use crate::backends::cuda::driver::memory::CudaBuffer;
 use crate::backends::cuda::kernels::params::RowTensor;
 use crate::backends::cuda::launcher::Launcher;
 use crate::backends::cuda::tensors::copy::{launch_pack, launch_scatter, row_tensor};
+use crate::backends::cuda::tensors::key_ranges::PlacedRanges;
 use crate::backends::cuda::tensors::metadata::Tables;
 use crate::backends::cuda::tensors::placement::Placed;
 use crate::backends::rows::RowShape;
@@ -127,8 +128,9 @@ impl Packing {
         &self.tensors
     }
 
-    /// Where the packed rows lie; `lengths` are those of the sequences, where the host knows them.
-    pub fn rows<'a>(&self, lengths: Option<[&'a CuSeqlens; 2]>) -> PackedRows<'a> {
+    /// Where the packed rows lie; `lengths` are those of the sequences, where the host knows them,
+    /// and `ranges` those of the listed queries.
+    pub fn rows<'a>(&self, lengths: Option<[&'a CuSeqlens; 2]>, ranges: Option<PlacedRanges>) -> PackedRows<'a> {
         let Self { queries, keys, .. } = self;
         let (query, key) = (&queries.tables, &keys.tables);
         PackedRows {
@@ -141,6 +143,10 @@ impl Packing {
             max_queries: query.max_seqlen,
             lengths,
             lse: None,
+            ranges: match queries.is_packed {
+                true => ranges,
+                false => ranges.map(|ranges| ranges.with_padded_queries(query.seq)),
+            },
             scatters: self.kernel_scatters.then_some(*query),
         }
     }

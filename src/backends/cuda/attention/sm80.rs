@@ -3,9 +3,12 @@
 use bytemuck::Pod;
 
 use crate::backends::cuda::kernels::module::Entry;
-use crate::backends::cuda::kernels::params::{AttentionParams, FusedAttentionParams, RowLists};
+use crate::backends::cuda::kernels::params::{
+    AttentionParams, FusedAttentionParams, KeyRangeParams, RangedAttentionParams, RowLists,
+};
 use crate::backends::cuda::kernels::tiles::{FormSm80, MAX_GRID, Tile};
 use crate::backends::cuda::launcher::Launcher;
+use crate::backends::cuda::tensors::key_ranges::PlacedRanges;
 use crate::backends::cuda::tensors::metadata::{self, Tables};
 use crate::backends::cuda::tensors::placement::Operand;
 use crate::backends::rows::head_ranges;
@@ -14,8 +17,10 @@ use crate::call::problem::AttentionShape;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::mask::key_mask::KeyMask;
+use crate::mask::meta::VarlenMeta;
 
 use super::call::{PackedRows, Tensors, score_scale};
+use super::dense_metas::DenseMeta;
 
 /// The extent of a launch.
 struct Extent {
@@ -34,6 +39,13 @@ pub fn dense(
     zero_rows: Option<&KeyMask>,
 ) -> Result<()> {
     let shape = attention.problem.shape;
+    // By lists, dropped keys cost nothing; but no bias is added there.
+    if attention.bias.is_none()
+        && key_mask.is_some()
+        && let Some(meta) = DenseMeta::of(launcher, &shape, key_mask, zero_rows)?
+    {
+        return kept_keys(launcher, attention, tensors, &meta, zero_rows);
+    }
     let mut params = params(attention, tensors);
     (params.key_bits, params.key_words) = bits(launcher, key_mask)?;
     (params.row_bits, params.row_words) = bits(launcher, zero_rows)?;
@@ -45,9 +57,36 @@ pub fn dense(
         params.bias_strides.iter_mut().zip(bias.layout.strides()).for_each(|(slot, &stride)| *slot = stride as i64);
     }
     let is_masked = params.key_bits != 0 || params.row_bits != 0 || params.bias != 0;
-    let form = if is_masked { FormSm80::Masked } else { FormSm80::Plain };
     let extent = Extent { batch: shape.batch, max_queries: shape.seq_q };
+    if let Some(ranges) = attention.ranges {
+        let ranges = PlacedRanges::padded(launcher, ranges)?;
+        return launch_ranged(launcher, attention, &extent, &params, &ranges);
+    }
+    let form = if is_masked { FormSm80::Masked } else { FormSm80::Plain };
     launch(launcher, attention, form, &extent, |batch, head| params.after_batch_rows(batch).after_heads(head))
+}
+
+/// Every query row of padded tensors against the kept keys. Rows that `zero_rows` drops are computed
+/// too, and then written as zeros: what other paths skip is checked by what this one computes.
+fn kept_keys(
+    launcher: &Launcher,
+    attention: &Attention<'_>,
+    tensors: &Tensors,
+    meta: &DenseMeta,
+    zero_rows: Option<&KeyMask>,
+) -> Result<()> {
+    let DenseMeta { query, key } = meta;
+    let tables = [metadata::host_tables(launcher, query)?, metadata::host_tables(launcher, key)?];
+    let ranges = attention.ranges.map(|ranges| PlacedRanges::listed(launcher, ranges, query, key)).transpose()?;
+    let (row_bits, row_words) = bits(launcher, zero_rows)?;
+    let params = AttentionParams { row_bits, row_words, ..params(attention, tensors) };
+    // The form without ranges has no rows to be written as zeros.
+    let ranges = match (&ranges, zero_rows) {
+        (Some(ranges), _) => Some(ranges.params()),
+        (None, Some(_)) => Some(KeyRangeParams::default()),
+        (None, None) => None,
+    };
+    by_lists(launcher, attention, &params, &tables, ranges)
 }
 
 /// Address of a mask's bits, and u32s of a row of them; zeros if there is no mask.
@@ -75,19 +114,43 @@ pub fn dense_with_tables(
     })
 }
 
-/// Valid query rows and keys of padded tensors; other rows as zeros. The host or the device may
-/// have built the tables.
+/// Valid query rows and keys of padded tensors; other rows as zeros.
 pub fn fused(
     launcher: &Launcher,
     attention: &Attention<'_>,
     tensors: &Tensors,
+    query: &VarlenMeta,
+    key: &VarlenMeta,
+) -> Result<()> {
+    let tables = [metadata::host_tables(launcher, query)?, metadata::host_tables(launcher, key)?];
+    let ranges = attention.ranges.map(|ranges| PlacedRanges::listed(launcher, ranges, query, key)).transpose()?;
+    let ranges = ranges.as_ref().map(PlacedRanges::params);
+    by_lists(launcher, attention, &params(attention, tensors), &tables, ranges)
+}
+
+/// The same by tables that the device may have built.
+pub fn fused_with_tables(
+    launcher: &Launcher,
+    attention: &Attention<'_>,
+    tensors: &Tensors,
+    tables: &[Tables; 2],
+) -> Result<()> {
+    by_lists(launcher, attention, &params(attention, tensors), tables, None)
+}
+
+/// Launches a fused form; the ranges are of listed queries and keys.
+fn by_lists(
+    launcher: &Launcher,
+    attention: &Attention<'_>,
+    params: &AttentionParams,
     [query, key]: &[Tables; 2],
+    ranges: Option<KeyRangeParams>,
 ) -> Result<()> {
     let params = AttentionParams {
         cu_seqlens_q: query.cu_seqlens,
         cu_seqlens_k: key.cu_seqlens,
         batch_order: order_in_one_launch(key.batch_order, key.batch),
-        ..params(attention, tensors)
+        ..*params
     };
     let lists = RowLists {
         indices_q: query.indices,
@@ -97,12 +160,18 @@ pub fn fused(
     };
     // Blocks for every padded row: those of masked rows write the zeros.
     let extent = Extent { batch: query.batch, max_queries: query.seq };
-    launch(launcher, attention, FormSm80::Fused, &extent, |batch, head| FusedAttentionParams {
-        attention: params.after_heads(head),
-        // Lists hold positions in the whole batch, so tensors are not moved by batch rows. Fits:
-        // batch · seq does.
-        lists: RowLists { first_batch: batch as i32, ..lists },
-    })
+    // Lists hold positions in the whole batch, so tensors are not moved by batch rows. Fits:
+    // batch · seq does.
+    let lists_from = |batch| RowLists { first_batch: batch as i32, ..lists };
+    match ranges {
+        Some(ranges) => launch(launcher, attention, FormSm80::FusedRanged, &extent, |batch, head| {
+            RangedAttentionParams { attention: params.after_heads(head), lists: lists_from(batch), ranges }
+        }),
+        None => launch(launcher, attention, FormSm80::Fused, &extent, |batch, head| FusedAttentionParams {
+            attention: params.after_heads(head),
+            lists: lists_from(batch),
+        }),
+    }
 }
 
 /// Packed rows.
@@ -117,8 +186,27 @@ pub fn packed(launcher: &Launcher, attention: &Attention<'_>, tensors: &Tensors,
         ..params(attention, tensors)
     };
     let extent = Extent { batch: rows.batch, max_queries: rows.max_queries };
+    if let Some(ranges) = &rows.ranges {
+        return launch_ranged(launcher, attention, &extent, &params, ranges);
+    }
     launch(launcher, attention, FormSm80::Plain, &extent, |batch, head| {
         params.after_batch_rows(batch).after_heads(head)
+    })
+}
+
+/// Launches padded or packed rows with key ranges.
+fn launch_ranged(
+    launcher: &Launcher,
+    attention: &Attention<'_>,
+    extent: &Extent,
+    params: &AttentionParams,
+    ranges: &PlacedRanges,
+) -> Result<()> {
+    let ranges = ranges.params();
+    launch(launcher, attention, FormSm80::Ranged, extent, |batch, head| RangedAttentionParams {
+        attention: params.after_batch_rows(batch).after_heads(head),
+        lists: RowLists::default(),
+        ranges: ranges.after_batch_rows(batch),
     })
 }
 
@@ -148,8 +236,8 @@ fn launch<Params: Pod>(
         // SAFETY: the tensors have the problem's shape and lie inside their buffers, those of
         // packed rows as `cu_seqlens` says (checked by problem; scratch is made so), and their rows
         // start at words (placement). Masks, `cu_seqlens` and the bias have the problem's batch
-        // rows, and the lists of the fused form its positions. The output shares no memory with
-        // them (checked by problem).
+        // rows, the lists of the fused forms its positions, and ranges its queries. The output
+        // shares no memory with them (checked by problem).
         unsafe { launcher.launch(function, grid, tile.threads(), &params(batch.start, heads.start)) }?;
     }
     Ok(())

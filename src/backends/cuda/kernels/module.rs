@@ -325,8 +325,7 @@ mod tests {
     fn entries() -> impl Iterator<Item = Entry> {
         let attention = [DType::F16, DType::Bf16].into_iter().flat_map(|dtype| {
             (8..=256).step_by(8).flat_map(move |head_dim| {
-                let forms = [FormSm80::Plain, FormSm80::Masked, FormSm80::Fused];
-                let rows = forms
+                let rows = FormSm80::ALL
                     .into_iter()
                     .filter_map(move |form| Tile::of(head_dim).map(|tile| Entry::Attention { dtype, tile, form }));
                 let lists = ATTENTION.iter().filter_map(move |row| {

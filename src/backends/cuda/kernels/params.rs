@@ -253,6 +253,28 @@ shared_struct! {
     }
 }
 
+shared_struct! {
+    /// Which keys each query sees: keys `first` ≤ j < `end` of its batch row or sequence, counted as
+    /// the call's keys are. In the fused form those are the listed keys.
+    KeyRangeParams {
+        /// First and end of each query; null if every query sees every key.
+        ranges: *const u32,
+        /// Ranges before those of the next batch row; 0 if all rows share the first one's, or if
+        /// `cu_seqlens_q` counts the queries.
+        row_stride: i64,
+    }
+}
+
+shared_struct! {
+    /// Parameters of the forms of the sm80 attention kernels with key ranges. The lists are those
+    /// of the fused one.
+    RangedAttentionParams {
+        attention: AttentionParams,
+        lists: RowLists,
+        ranges: KeyRangeParams,
+    }
+}
+
 shared_enum! {
     /// What the kernels with tile lists are given: `TileListParams::form`.
     TileListForm {
@@ -448,6 +470,8 @@ pub fn header() -> String {
         AttentionParams::text(),
         RowLists::text(),
         FusedAttentionParams::text(),
+        KeyRangeParams::text(),
+        RangedAttentionParams::text(),
         TileListForm::text(),
         BatchTiles::text(),
         ZeroSpan::text(),
@@ -496,6 +520,14 @@ impl AttentionParams {
             lse: moved(self.lse, heads * self.lse_head_stride * 4),
             ..*self
         }
+    }
+}
+
+impl KeyRangeParams {
+    /// The ranges of the same call without its first `rows` batch rows.
+    pub fn after_batch_rows(&self, rows: usize) -> Self {
+        let range_bytes = 2 * size_of::<u32>() as i64;
+        Self { ranges: moved(self.ranges, rows as i64 * self.row_stride * range_bytes), ..*self }
     }
 }
 
@@ -562,6 +594,15 @@ static_assert(offsetof(RowLists, unused) == 28);
         let packed = AttentionParams { q: 1000, cu_seqlens_q: 500, lse: 700, ..Default::default() };
         let moved = packed.after_batch_rows(3);
         assert_eq!((moved.q, moved.cu_seqlens_q, moved.lse), (1000, 512, 700));
+    }
+
+    #[test]
+    fn a_later_batch_row_has_its_own_ranges_or_shares_them() {
+        let own = KeyRangeParams { ranges: 1000, row_stride: 7 };
+        assert_eq!(own.after_batch_rows(3).ranges, 1000 + 3 * 7 * 8);
+        let shared = KeyRangeParams { row_stride: 0, ..own };
+        assert_eq!(shared.after_batch_rows(3).ranges, 1000);
+        assert_eq!(KeyRangeParams { ranges: 0, ..own }.after_batch_rows(3).ranges, 0);
     }
 
     #[test]

@@ -40,15 +40,25 @@ pub enum FormSm80 {
     Masked,
     /// The valid rows of padded tensors.
     Fused,
+    /// Padded or packed rows with key ranges, and what `Masked` adds.
+    Ranged,
+    /// What `Fused` computes with key ranges, and rows to be written as zeros.
+    FusedRanged,
 }
 
 impl FormSm80 {
+    /// Every form.
+    #[cfg(test)]
+    pub const ALL: [Self; 5] = [Self::Plain, Self::Masked, Self::Fused, Self::Ranged, Self::FusedRanged];
+
     /// The end of the kernel's name.
     const fn suffix(self) -> &'static str {
         match self {
             Self::Plain => "",
             Self::Masked => "_masked",
             Self::Fused => "_fused",
+            Self::Ranged => "_ranged",
+            Self::FusedRanged => "_fused_ranged",
         }
     }
 }
@@ -77,8 +87,8 @@ impl Tile {
     pub const fn shared_bytes(self, form: FormSm80) -> u32 {
         let (keys, lists) = match form {
             FormSm80::Plain => (self.keys, 0),
-            FormSm80::Masked => (self.keys_masked, 0),
-            FormSm80::Fused => (self.keys, self.rows + Self::KEY_LISTS * self.keys),
+            FormSm80::Masked | FormSm80::Ranged => (self.keys_masked, 0),
+            FormSm80::Fused | FormSm80::FusedRanged => (self.keys, self.rows + Self::KEY_LISTS * self.keys),
         };
         (self.rows + STAGES * STAGE_TENSORS * keys) * self.width * ELEMENT_BYTES + lists * Self::LIST_ENTRY_BYTES
     }

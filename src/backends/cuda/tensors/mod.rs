@@ -6,9 +6,11 @@
 //! | `placement` | where tensors lie, and aligned copies of inputs whose rows do not start at words |
 //! | `tensor_map` | tensors as they are described to the copy engine (TMA) |
 //! | `metadata` | copies of masks and metadata, and tables that the device builds |
+//! | `key_ranges` | copies of key ranges |
 //! | `copy` | launches that move rows: pack, scatter, zero |
 
 pub mod copy;
+pub mod key_ranges;
 pub mod metadata;
 pub mod placement;
 mod strided_copy;
