@@ -323,7 +323,7 @@ fn overflowing_scores(variant: &Variant) -> Result<Completion> {
     let keep = mask(batch, seq, |_, token| token % 7 != 3 && token > 4);
     let row = shape.heads * shape.head_dim;
     // In the second batch row, every third key has a score of 0.
-    let is_far = |b: usize, key: usize| b == 0 || key % 3 != 0;
+    let is_far = |b: usize, key: usize| b == 0 || !key.is_multiple_of(3);
     let own = (0..batch * seq).map(|at| [at * 7 % (seq - 3), at * 7 % (seq - 3) + at / 3 % 4]).collect();
     for rule in [Rule::Causal, Rule::Window(Some(2), Some(0)), Rule::Window(Some(30), Some(30)), Rule::Own(own)] {
         let mut call = Call::random(shape, Mask::Varlen(keep.clone()), variant.dtype, 44);
