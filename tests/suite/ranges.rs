@@ -279,13 +279,13 @@ fn nan_reaches_only_queries_that_see_it(variant: &Variant) -> Result<()> {
 /// One element of one value is infinite or NaN: in queries that see it, that element is; all else is what it is without it. With
 /// the large scale scores grow from step to step, and a query that gives the key no weight may be spared.
 fn one_infinite_value(variant: &Variant) -> Result<()> {
-    let (seq, column) = (150, 69);
-    let shape = OracleShape { batch: 1, seq_q: seq, seq_k: seq, heads: 2, kv_heads: 2, head_dim: 72 };
+    let (seq, column) = (110, 37);
+    let shape = OracleShape { batch: 1, seq_q: seq, seq_k: seq, heads: 2, kv_heads: 2, head_dim: 40 };
     let keep = mask(1, seq, |_, token| token % 11 != 10);
     for (rule, at) in [
         (Rule::Causal, 70),
-        (Rule::Causal, 149),
-        (Rule::Window(Some(20), Some(20)), 100),
+        (Rule::Causal, 109),
+        (Rule::Window(Some(20), Some(20)), 80),
         (Rule::Window(Some(3), Some(3)), 0),
         (Rule::Own((0..seq).map(|query| if query % 5 == 0 { [0, seq] } else { [query, query] }).collect()), 32),
     ] {
@@ -293,14 +293,14 @@ fn one_infinite_value(variant: &Variant) -> Result<()> {
             let mut call = Call::random(shape, Mask::Varlen(keep.clone()), variant.dtype, 43);
             (call.rule, call.scale) = (Some(rule.clone()), scale);
             let clean = call.run(variant)?;
-            for value in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
-                call.values[2][at * 2 * 72 + column] = value;
+            for value in [f32::NAN, f32::NEG_INFINITY] {
+                call.values[2][at * 2 * 40 + column] = value;
                 let bits = call.run(variant)?;
                 for (place, (&got, &clean)) in bits.iter().zip(&clean).enumerate() {
-                    let query = place / (2 * 72);
+                    let query = place / (2 * 40);
                     let sees = keep[query] && keep[at] && rule.sees(0, query, at, [seq, seq]);
                     let is_hit = !call.widen(&[got])[0].is_finite();
-                    let is_right = match sees && place % (2 * 72) == column {
+                    let is_right = match sees && place % (2 * 40) == column {
                         true => is_hit || (scale.is_some() && got == clean),
                         false => got == clean,
                     };
