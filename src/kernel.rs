@@ -139,6 +139,7 @@ const TABLE: &[KernelTraits; 6] = &[
         name: "wgsl-coop",
         backend: BackendKind::Wgpu,
         dtypes: HALF_DTYPES,
+        has_ranges: true,
         ..ROWS
     },
     KernelTraits {

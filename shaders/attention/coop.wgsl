@@ -28,6 +28,9 @@
 //
 // Tensors are read as u32s, 16 bytes at a time, with no branch around a load, so that loads need
 // not wait for each other.
+//
+// Lines marked `// with ranges` or `// without ranges` are only in variants where queries have
+// ranges of keys, or none; coop_ranges.wgsl has what they call.
 
 const LANES: u32 = SUBGROUP_SIZE / SHAPE;
 const INVOCATIONS: u32 = SUBGROUPS * SUBGROUP_SIZE;
@@ -63,7 +66,7 @@ const MOST: f32 = 15.0;
 var<workgroup> staged: array<vec4<f16>, 2u * VALUES>;
 var<workgroup> probs: array<vec4<f16>, TILE_ROWS * PROBS_STRIDE>;
 var<workgroup> scores: array<vec4<f32>, TILE_ROWS * SCORES_STRIDE>;
-// 1 if the output of some row must be scaled before the next product.
+// Not 0 if the output of some row must be scaled before the next product.
 var<workgroup> growing: atomic<u32>;
 // Written only in a case that never matters, so that the compiler keeps the loads; see `pin`.
 var<workgroup> pinned: atomic<u32>;
@@ -243,6 +246,7 @@ fn attention(
     let own_scores = subgroup * SHAPE * SCORES_STRIDE;
     let probs_row = own_probs + lane_row * PROBS_STRIDE;
     let scores_row = own_scores + lane_row * SCORES_STRIDE;
+    let own_keys = seen_by(tile, row); // with ranges
 
     var factors = Factors(1.0, 1.0, 1.0);
     if HAS_RANGE {
@@ -346,9 +350,11 @@ fn attention(
                 }
                 // Also where no key is dropped: a branch here would keep products from running
                 // beside what follows.
+                let seen_keys = seen_in(step.kept, own_keys, step.first_key); // with ranges
                 for (var i = 0u; i < QUADS; i++) { // unroll
                     let quad = i * LANES + lane_in_row;
-                    let word = select(step.kept.x, step.kept.y, TILE_KEYS > 32u && quad >= 8u);
+                    let word = select(step.kept.x, step.kept.y, TILE_KEYS > 32u && quad >= 8u); // without ranges
+                    let word = select(seen_keys.x, seen_keys.y, TILE_KEYS > 32u && quad >= 8u); // with ranges
                     let bits = vec4<u32>(word >> (quad % 8u * 4u)) & vec4<u32>(1u, 2u, 4u, 8u);
                     row_scores[i] = select(vec4<f32>(LOWEST), row_scores[i], bits != vec4<u32>(0u));
                 }
@@ -385,8 +391,10 @@ fn attention(
                     probs[probs_row + i * LANES + lane_in_row] = vec4<f16>(p);
                 }
                 if subgroupAny(grew) {
-                    atomicStore(&growing, 1u);
+                    atomicStore(&growing, 1u); // without ranges
+                    atomicOr(&growing, 1u); // with ranges
                 }
+                find_non_finite(tile, step, values); // with ranges
                 pin(keys, values);
 
                 workgroupBarrier();
@@ -402,6 +410,8 @@ fn attention(
                 next = after;
             }
             if must_scale != 0u {
+                let own_seen = seen_in(step.kept, own_keys, step.first_key); // with ranges
+                let lane_row = LaneRow(own_seen, probs_row, scores_row, lane_in_row); // with ranges
                 for (var slice = 0u; slice < SLICES; slice++) { // unroll
                     workgroupBarrier();
                     for (var n = 0u; n < KEY_FRAGMENTS; n++) { // unroll
@@ -417,6 +427,9 @@ fn attention(
                     for (var i = 0u; i < QUADS; i++) {
                         scores[scores_row + i * LANES + lane_in_row] *= scale;
                     }
+                    if (must_scale & HAS_NON_FINITE) != 0u { // with ranges
+                        add_non_finite(tile, step.first_key, lane_row, slice, factors.v); // with ranges
+                    } // with ranges
                     workgroupBarrier();
                     for (var n = 0u; n < KEY_FRAGMENTS; n++) { // unroll
                         if slice * KEY_FRAGMENTS + n < DIM_FRAGMENTS {
@@ -431,6 +444,9 @@ fn attention(
                 store_scores(&sums, own_scores);
                 seen.y = max(seen.y, stage(keys, 0u, invocation, factors.k));
                 seen.z = max(seen.z, stage(values, VALUES, invocation, factors.v));
+                if (must_scale & HAS_NON_FINITE) != 0u { // with ranges
+                    clear_non_finite(invocation); // with ranges
+                } // with ranges
                 step = next;
                 next = after;
             }
@@ -463,7 +479,8 @@ fn attention(
         for (var distance = 1u; distance < LANES; distance *= 2u) {
             row_sum += subgroupShuffleXor(row_sum, distance);
         }
-        row_sum = spread_overflow(has_keys, base, row_sum);
+        row_sum = spread_overflow(has_keys, base, row_sum); // without ranges
+        row_sum = spread_overflow(row_sum == 0.0 && sees_a_key(tile, own_keys), base, row_sum); // with ranges
         // Selected, not multiplied: a dropped row may hold NaN.
         let is_zero = row_sum == 0.0 || !row_is_kept(tile, row);
         let inverse_sum = 1.0 / row_sum;

@@ -1,5 +1,6 @@
 // No bias, but ranges of keys: no_bias.wgsl where a row may see no key of the steps that its tile
-// takes, so that a sum of weights of 0 does not tell overflow from nothing seen.
+// takes, so that a sum of weights of 0 does not tell overflow from nothing seen. coop.wgsl has
+// no_bias.wgsl here too, and looks for a key that the row sees.
 
 fn biased(tile: Tile, row: u32, key: u32, score: f32) -> Biased {
     // By a comparison that is false for NaN.

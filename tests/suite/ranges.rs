@@ -1,6 +1,7 @@
 //! Ranges of keys: causal masks, windows, prefixes, documents, beside every mask of tokens.
 
 use anyhow::{Context, Result, ensure};
+use libtest_mimic::Completion;
 use varlen_fa::{AttentionMask, DType, KeyMask, KeyRanges, Path, RangesOf, Reason, VarlenMeta};
 use varlen_fa_testkit::{OracleShape, random};
 
@@ -20,6 +21,8 @@ pub fn register(trials: &mut Trials) {
     trials.each_path_with_ranges("ranges/every_tile_width", every_tile_width);
     trials.each_path_with_ranges("ranges/unseen_keys_are_never_read", unseen_keys_are_never_read);
     trials.each_path_with_ranges("ranges/nan_reaches_only_queries_that_see_it", nan_reaches_only_queries_that_see_it);
+    trials.each_path_with_ranges("ranges/one_infinite_value", one_infinite_value);
+    trials.each_path_with_ranges("ranges/overflowing_scores", overflowing_scores);
     trials.each_kernel_with_ranges("ranges/no_mask_and_key_masks", no_mask_and_key_masks);
     trials.each_kernel_with_ranges("ranges/with_bias", with_bias);
     trials.each_kernel_with_ranges("ranges/packed_rows", packed_rows);
@@ -292,6 +295,83 @@ fn nan_reaches_only_queries_that_see_it(variant: &Variant) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// One element of one value is infinite or NaN: in queries that see it, that element is; all else is what it is without it. With
+/// the large scale scores grow from step to step, and a query that gives the key no weight may be spared.
+fn one_infinite_value(variant: &Variant) -> Result<()> {
+    let (seq, column) = (110, 37);
+    let shape = OracleShape { batch: 1, seq_q: seq, seq_k: seq, heads: 2, kv_heads: 2, head_dim: 40 };
+    let keep = mask(1, seq, |_, token| token % 11 != 10);
+    for (rule, at) in [
+        (Rule::Causal, 70),
+        (Rule::Causal, 109),
+        (Rule::Window(Some(20), Some(20)), 80),
+        (Rule::Window(Some(3), Some(3)), 0),
+        (Rule::Own((0..seq).map(|query| if query % 5 == 0 { [0, seq] } else { [query, query] }).collect()), 32),
+    ] {
+        for scale in [None, Some(4.0)] {
+            let mut call = Call::random(shape, Mask::Varlen(keep.clone()), variant.dtype, 43);
+            (call.rule, call.scale) = (Some(rule.clone()), scale);
+            let clean = call.run(variant)?;
+            for value in [f32::NAN, f32::NEG_INFINITY] {
+                call.values[2][at * 2 * 40 + column] = value;
+                let bits = call.run(variant)?;
+                for (place, (&got, &clean)) in bits.iter().zip(&clean).enumerate() {
+                    let query = place / (2 * 40);
+                    let sees = keep[query] && keep[at] && rule.sees(0, query, at, [seq, seq]);
+                    let is_hit = !call.widen(&[got])[0].is_finite();
+                    let is_right = match sees && place % (2 * 40) == column {
+                        true => is_hit || (scale.is_some() && got == clean),
+                        false => got == clean,
+                    };
+                    ensure!(is_right, "element {place}, query {query}: {got:#x}, {clean:#x} without {value}: {rule:?}");
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Products of q and k beyond f32: +∞ among the scores of the keys that a query sees makes it NaN, and so does −∞ alone. A query
+/// that sees no key stays +0.0.
+fn overflowing_scores(variant: &Variant) -> Result<Completion> {
+    if variant.dtype == DType::F16 {
+        return Ok(Completion::ignored_with("no product of f16 is beyond f32"));
+    }
+    let (batch, seq, far) = (2, 100, 2f32.powi(100));
+    let shape = OracleShape { batch, seq_q: seq, seq_k: seq, heads: 2, kv_heads: 2, head_dim: 16 };
+    let keep = mask(batch, seq, |_, token| token % 7 != 3 && token > 4);
+    let row = shape.heads * shape.head_dim;
+    // In the second batch row, every third key has a score of 0.
+    let is_far = |b: usize, key: usize| b == 0 || !key.is_multiple_of(3);
+    let own = (0..batch * seq).map(|at| [at * 7 % (seq - 3), at * 7 % (seq - 3) + at / 3 % 4]).collect();
+    for rule in [Rule::Causal, Rule::Window(Some(2), Some(0)), Rule::Window(Some(30), Some(30)), Rule::Own(own)] {
+        let mut call = Call::random(shape, Mask::Varlen(keep.clone()), variant.dtype, 44);
+        for (at, value) in call.values[0].iter_mut().enumerate() {
+            *value = if at % 16 == 0 { [-far, 0.0, far][at / row % seq % 3] } else { 0.0 };
+        }
+        for (at, value) in call.values[1].iter_mut().enumerate() {
+            if at % 16 == 0 {
+                *value = if is_far(at / row / seq, at / row % seq) { far } else { 0.0 };
+            }
+        }
+        call.rule = Some(rule.clone());
+        let is_nan = |b: usize, query: usize| {
+            let sees = |&key: &usize| keep[b * seq + key] && rule.sees(b, query, key, [seq, seq]);
+            let mut seen = (0..seq).filter(sees).map(|key| is_far(b, key)).peekable();
+            keep[b * seq + query]
+                && match query % 3 {
+                    0 => seen.peek().is_some() && seen.all(|far| far),
+                    1 => false,
+                    _ => seen.any(|far| far),
+                }
+        };
+        let rules = Rules::fixed_only(variant.dtype, 1e-3);
+        call.judge_beside_nan(&call.run(variant)?, &call.reference(usize::MAX)?, rules, is_nan)
+            .with_context(|| format!("{rule:?}"))?;
+    }
+    Ok(Completion::Completed)
 }
 
 fn no_mask_and_key_masks(variant: &Variant) -> Result<()> {

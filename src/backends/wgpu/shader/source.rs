@@ -56,11 +56,19 @@ pub fn source(shader: Shader, params: ParamsIn) -> String {
         source.push_str(snippet);
     }
     match shader {
-        Shader::Attention(AttentionShader { algorithm, dtype, head_dim, .. }) => {
-            unrolled(&source, &algorithm.unrolled_loops(dtype, head_dim))
+        Shader::Attention(AttentionShader { algorithm, dtype, head_dim, ranges, .. }) => {
+            unrolled(&of_ranges(&source, ranges), &algorithm.unrolled_loops(dtype, head_dim))
         }
         _ => source,
     }
+}
+
+/// Without the lines of the other variants: those marked `// without ranges`, or `// with ranges`.
+/// naga translates branches on constants too.
+fn of_ranges(source: &str, ranges: bool) -> String {
+    let others = if ranges { "// without ranges" } else { "// with ranges" };
+    let lines = source.lines().filter(|line| !line.ends_with(others));
+    lines.flat_map(|line| [line, "\n"]).collect()
 }
 
 /// Constants rather than overrides: they size private arrays, and branches on them must vanish
@@ -123,7 +131,8 @@ fn attention_snippets(AttentionShader { algorithm, dtype, rows, ranges, .. }: At
     snippets.push(if ranges { snippet!("rows/ranges.wgsl") } else { snippet!("rows/no_ranges.wgsl") });
     snippets.push(if rows.has_key_mask() { snippet!("rows/key_mask.wgsl") } else { snippet!("rows/no_key_mask.wgsl") });
     snippets.extend(match rows.bias() {
-        None if ranges => [snippet!("rows/saturated.wgsl")].as_slice(),
+        // The kernel on matrices looks for keys that a row sees instead.
+        None if ranges && algorithm == Algorithm::Portable => [snippet!("rows/saturated.wgsl")].as_slice(),
         None => &[snippet!("rows/no_bias.wgsl")],
         Some(DType::F32) => &[snippet!("rows/bias.wgsl"), snippet!("elements/bias_f32.wgsl")],
         Some(DType::F16) => &[snippet!("rows/bias.wgsl"), snippet!("elements/bias_f16.wgsl")],
@@ -133,11 +142,22 @@ fn attention_snippets(AttentionShader { algorithm, dtype, rows, ranges, .. }: At
     // The kernel.
     match algorithm {
         Algorithm::Portable => snippets.push(snippet!("attention/portable.wgsl")),
-        Algorithm::Coop(tile) => snippets.extend([
-            if tile.shape == 8 { snippet!("attention/coop_8x8.wgsl") } else { snippet!("attention/coop_16x16.wgsl") },
-            if dtype == DType::F16 { snippet!("elements/half_f16.wgsl") } else { snippet!("elements/half_bf16.wgsl") },
-            snippet!("attention/coop.wgsl"),
-        ]),
+        Algorithm::Coop(tile) => {
+            snippets.extend([
+                if tile.shape == 8 {
+                    snippet!("attention/coop_8x8.wgsl")
+                } else {
+                    snippet!("attention/coop_16x16.wgsl")
+                },
+                if dtype == DType::F16 {
+                    snippet!("elements/half_f16.wgsl")
+                } else {
+                    snippet!("elements/half_bf16.wgsl")
+                },
+                snippet!("attention/coop.wgsl"),
+            ]);
+            snippets.extend(ranges.then_some(snippet!("attention/coop_ranges.wgsl")));
+        }
     }
     snippets
 }

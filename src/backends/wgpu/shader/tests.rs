@@ -59,11 +59,9 @@ fn attention_variants(algorithm: Algorithm, dtype: DType) -> Vec<AttentionShader
     });
     let packed = [false, true].map(|lse| AttentionRows::Packed { lse });
     let rows = [&dense[..], &biased, &packed, &[AttentionRows::Fused]].concat();
-    // Of the kernels, the portable one takes ranges.
-    let ranges: &[bool] = if algorithm == Algorithm::Portable { &[false, true] } else { &[false] };
     let of_width = |head_dim| {
         let of_rows =
-            move |&rows| ranges.iter().map(move |&ranges| AttentionShader { algorithm, dtype, head_dim, rows, ranges });
+            move |&rows| [false, true].map(|ranges| AttentionShader { algorithm, dtype, head_dim, rows, ranges });
         rows.iter().flat_map(of_rows)
     };
     HEAD_DIMS.into_iter().flat_map(of_width).collect()
