@@ -454,17 +454,8 @@ fn expect_length(argument: &'static str, expected: usize, got: usize) -> Result<
 mod tests {
     use super::*;
 
-    const SIZES: [[usize; 3]; 9] = [
-        [2, 5, 5],
-        [1, 1, 1],
-        [3, 4, 7],
-        [2, 7, 4],
-        [1, 1, 9],
-        [2, 9, 1],
-        [2, 0, 5],
-        [2, 5, 0],
-        [0, 5, 5],
-    ];
+    const SIZES: [[usize; 3]; 9] =
+        [[2, 5, 5], [1, 1, 1], [3, 4, 7], [2, 7, 4], [1, 1, 9], [2, 9, 1], [2, 0, 5], [2, 5, 0], [0, 5, 5]];
 
     /// `[Sq][Sk]` of a batch row or sequence, by a rule for queries and keys that are level at the end.
     fn naive([queries, keys]: [usize; 2], sees: impl Fn(i64, i64) -> bool) -> Vec<Vec<bool>> {
@@ -520,9 +511,8 @@ mod tests {
         let sides = [None, Some(0), Some(1), Some(3), Some(100), Some(usize::MAX - 1), Some(usize::MAX)];
         for left in sides {
             for right in sides {
-                let is_near = |side: Option<usize>, distance: i64| {
-                    side.is_none_or(|side| i128::from(distance) <= side as i128)
-                };
+                let is_near =
+                    |side: Option<usize>, distance: i64| side.is_none_or(|side| i128::from(distance) <= side as i128);
                 expect_rule(
                     |of| KeyRanges::window(of, left, right),
                     |place, key| is_near(left, place - key) && is_near(right, key - place),
@@ -535,7 +525,7 @@ mod tests {
     #[test]
     fn prefixes_are_what_a_triangle_with_columns_says() -> Result<()> {
         for count in [0, 1, 3, 5, 100, usize::MAX] {
-            expect_rule(|of| KeyRanges::prefix(of, count), |place, key| key as usize < count || key <= place)?;
+            expect_rule(|of| KeyRanges::prefix(of, count), |place, key| (key as usize) < count || key <= place)?;
         }
         Ok(())
     }
