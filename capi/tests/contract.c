@@ -221,7 +221,7 @@ static void bad_options_and_masks(const varlen_fa_meta *meta) {
   SPOILED(c.mask.kind = VARLEN_FA_MASK_KIND_NONE, VARLEN_FA_STATUS_BAD_VALUE, "`mask.query_meta`");
   SPOILED(c.mask.query_meta = NULL, VARLEN_FA_STATUS_NULL_POINTER, "`mask.query_meta`");
   SPOILED(c.mask.kind = VARLEN_FA_MASK_KIND_VARLEN_CROSS, VARLEN_FA_STATUS_NULL_POINTER, "`mask.key_meta`");
-  SPOILED(c.mask.reserved[3] = 1, VARLEN_FA_STATUS_BAD_VALUE, "`mask.reserved`");
+  SPOILED(c.mask.reserved[2] = 1, VARLEN_FA_STATUS_BAD_VALUE, "`mask.reserved`");
   SPOILED(c.mask.query_meta = (const varlen_fa_meta *)device, VARLEN_FA_STATUS_BAD_HANDLE, "got a device handle");
   SPOILED(c.mask.query_meta = (const varlen_fa_meta *)&c, VARLEN_FA_STATUS_BAD_HANDLE, "never issued");
   varlen_fa_tensor bias = packed_tensor(q_data, 2, 3, 4);
@@ -724,7 +724,7 @@ static void documents(const varlen_fa_meta *plain) {
   static const uint32_t two_places[] = {1, 1, 2, 4, 0, 4};
   varlen_fa_meta *none = NULL;
   REFUSED(varlen_fa_meta_from_document_ids(two_places, 2, 3, &none), VARLEN_FA_STATUS_MASK_ROW,
-          "`document_ids`: row 1: expected the tokens of a document together, got document 4 in two places");
+          "`document_ids`: row 1: the tokens of a document together, got document 4 in two places");
   REFUSED(varlen_fa_meta_from_document_ids(NULL, 2, 3, &none), VARLEN_FA_STATUS_NULL_POINTER, "`document_ids`");
   REFUSED(varlen_fa_meta_from_document_ids(ids, 2, 3, NULL), VARLEN_FA_STATUS_NULL_POINTER, "`meta`");
   REFUSED(varlen_fa_meta_from_document_ids((const uint32_t *)((const char *)ids + 2), 1, 3, &none),
@@ -791,7 +791,7 @@ static void packed_ranges(void) {
 
   values[8].end = 13;
   REFUSED(varlen_fa_key_ranges_from_values(&of, values, TOTAL, &none), VARLEN_FA_STATUS_MASK_ROW,
-          "`values`: row 1: expected a range inside 0..12 for query 1, got 0..13");
+          "`values`: row 1: a range inside 0..12 for query 1, got 0..13");
   REFUSED(varlen_fa_key_ranges_from_values(&of, values, TOTAL - 1, &none), VARLEN_FA_STATUS_LENGTH, "`values`");
   of.cu_seqlens_k = NULL;
   REFUSED(varlen_fa_key_ranges_window(&of, -1, 0, &none), VARLEN_FA_STATUS_NULL_POINTER, "`of.cu_seqlens_k`");
@@ -882,7 +882,7 @@ static void bad_ranges(const varlen_fa_meta *meta) {
   values[SEQ + 3].first = 5;
   values[SEQ + 3].end = 4;
   REFUSED(varlen_fa_key_ranges_from_values(&of, values, TOKENS, &none), VARLEN_FA_STATUS_MASK_ROW,
-          "`values`: row 1: expected a range inside 0..12 for query 3, got 5..4");
+          "`values`: row 1: a range inside 0..12 for query 3, got 5..4");
   values[SEQ + 3].first = 0;
   values[SEQ + 3].end = SEQ + 1;
   REFUSED(varlen_fa_key_ranges_from_values(&of, values, TOKENS, &none), VARLEN_FA_STATUS_MASK_ROW, "got 0..13");
@@ -919,20 +919,6 @@ static void bad_ranges(const varlen_fa_meta *meta) {
   bias.data = NULL;
   SPOILED(c.mask.bias = &bias, VARLEN_FA_STATUS_NULL_POINTER, "`bias.data`");
   SPOILED((memset(&c.mask, 0, sizeof c.mask), c.mask.kind = VARLEN_FA_MASK_KIND_BIAS), VARLEN_FA_STATUS_NULL_POINTER, "`bias`");
-  /* Metadata that the device built takes neither. */
-  if (is_cpu) {
-    varlen_fa_device_meta *on_device = NULL;
-    OK(varlen_fa_device_meta_create(device, BATCH, SEQ, &on_device));
-    static float zero = 0.0f;
-    bias = tensor(&zero, 1, 1, 1, 1);
-    SPOILED((memset(&c.mask, 0, sizeof c.mask), c.mask.kind = VARLEN_FA_MASK_KIND_DEVICE_VARLEN,
-             c.mask.query_device_meta = on_device, c.mask.ranges = causal),
-            VARLEN_FA_STATUS_NOT_APPLICABLE, "key ranges need metadata that was built on the host");
-    SPOILED((memset(&c.mask, 0, sizeof c.mask), c.mask.kind = VARLEN_FA_MASK_KIND_DEVICE_VARLEN,
-             c.mask.query_device_meta = on_device, c.mask.bias = &bias),
-            VARLEN_FA_STATUS_NOT_APPLICABLE, "a bias needs metadata that was built on the host");
-    OK(varlen_fa_device_meta_free(on_device));
-  }
   OK(varlen_fa_key_ranges_free(causal));
   OK(varlen_fa_key_ranges_free(other));
 }
@@ -1014,6 +1000,23 @@ static void device_meta(const varlen_fa_meta *meta) {
   bad.memory = VARLEN_FA_MEMORY_CUDA;
   REFUSED(varlen_fa_device_meta_rebuild(on_device, &bad), VARLEN_FA_STATUS_DEVICE_MISMATCH, "`mask`");
   REFUSED(varlen_fa_device_meta_rebuild(on_device, NULL), VARLEN_FA_STATUS_NULL_POINTER, "`mask`");
+  /* On the CPU device it takes ranges and a bias, as that of the host does. */
+  static float bias_data[SEQ * SEQ], with_ranges[ELEMENTS];
+  varlen_fa_tensor bias = tensor(bias_data, 1, 1, SEQ, SEQ);
+  varlen_fa_key_ranges *causal = window(-1, 0);
+  fill(bias_data, SEQ * SEQ, 11);
+  call host = good_call(meta);
+  host.mask.ranges = causal;
+  host.mask.bias = &bias;
+  OK(run(&host));
+  memcpy(with_ranges, out_data, sizeof with_ranges);
+  host.mask = c.mask;
+  host.mask.ranges = causal;
+  host.mask.bias = &bias;
+  memset(out_data, 0xff, sizeof out_data);
+  OK(run(&host));
+  CHECK(memcmp(out_data, with_ranges, sizeof with_ranges) == 0);
+  OK(varlen_fa_key_ranges_free(causal));
   OK(run(&c)); /* as it was */
   CHECK(memcmp(out_data, expected, sizeof expected) == 0);
   OK(varlen_fa_device_meta_free(on_device));

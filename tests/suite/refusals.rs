@@ -356,7 +356,7 @@ fn documents(device: &Device) -> Result<()> {
     Ok(())
 }
 
-/// Ranges need metadata of the host: the error says so, whatever kernel the plan asks.
+/// Ranges need metadata of the host: the error says so, whatever kernel the plan asks. What the CPU device builds is that.
 fn ranges_with_metadata_of_the_device(device: &Device) -> Result<libtest_mimic::Completion> {
     if let Err(error) = DeviceVarlenMeta::new(device, 1, 1) {
         return Ok(libtest_mimic::Completion::ignored_with(error.to_string()));
@@ -366,6 +366,14 @@ fn ranges_with_metadata_of_the_device(device: &Device) -> Result<libtest_mimic::
     let ranges = KeyRanges::causal([2, 6, 5])?;
     let mask = AttentionMask::varlen_cross(&query, &key).with_ranges(&ranges);
     let call = Call { mask, ..stage.call() };
+    if device.capabilities().backend == BackendKind::Cpu {
+        // The first query comes before the first key and sees none; the others' rows are means of ones.
+        let out = download(&call.layer.forward(call.q, call.k, call.v, mask)?.out)?;
+        let one = narrow(1.0, DType::F16);
+        let expected = |at: usize| if at / 64 % 6 == 0 { 0 } else { one };
+        ensure!(out.iter().enumerate().all(|(at, &bits)| bits == expected(at)), "got {out:?}");
+        return Ok(libtest_mimic::Completion::Completed);
+    }
     let error = call.layer.forward(call.q, call.k, call.v, mask).err().context("it was computed")?;
     let Error::NotApplicable { argument: "kernel", why, .. } = &error else { anyhow::bail!("got {error:?}") };
     ensure!(why.contains("key ranges need metadata that was built on the host"), "got {why}");

@@ -769,10 +769,9 @@ fn forward(session: &mut Session, call: &Call, attend: &Attend, spec: &MaskSpec,
         && apart
         && mask_is_sound;
     let is_ok = status == varlen_fa_status::Ok;
-    // Options that force a path may not apply, and the device may know other limits. Metadata that it
-    // built takes no ranges and no bias, and that of documents no keys of another.
+    // Options that force a path may not apply, and the device may know other limits. Metadata of
+    // documents takes no keys of another.
     let applies = attend.options_are_plain()
-        && !(has_mask && kind >= 5 && (ranges.is_some() || has_bias))
         && !(has_mask && kind == 4 && session.has_documents);
     let expected = if !is_sound { Some(false) } else { Some(true).filter(|_| applies && !tensors.has_fault) };
     let written = if is_ok && is_sound { tensors.elements(3) } else { vec![] };
