@@ -443,7 +443,7 @@ class Fuzzer:
         elif kind == "bias":
             mask = vf.bias(added, ranges)
         elif kind == "documents":
-            mask = vf.varlen(lib.meta_from_document_ids(ids.tolist()), None, ranges, added)
+            mask = vf.varlen(lib.meta_from_document_ids(ids.tolist(), call.seq_k), None, ranges, added)
         else:
             make = self.device_meta if is_device else lambda call, keep: lib.meta(self.key_mask(call, keep))
             metas = [make(call, keep) for keep in ([key_keep] if is_self else [query_keep, key_keep])]

@@ -411,11 +411,12 @@ class Library:
     def meta_from_lengths(self, lengths, seq):
         return self.meta(self.key_mask_from_lengths(lengths, seq))
 
-    def meta_from_document_ids(self, rows):
-        """Metadata of several documents in each row: rows of as many numbers each, of which equal
-        ones see one another and 0 is a masked token."""
+    def meta_from_document_ids(self, rows, seq=None):
+        """Metadata of several documents in each row: rows of `seq` numbers each, of which equal
+        ones see one another and 0 is a masked token. None is the length of the first row."""
         rows = [list(row) for row in rows]
-        seq = len(rows[0]) if rows else 0
+        if seq is None:
+            seq = len(rows[0]) if rows else 0
         if any(len(row) != seq for row in rows):
             raise ValueError(f"expected rows of {seq} numbers, got {[len(row) for row in rows]}")
         ids = [number for row in rows for number in row]

@@ -718,6 +718,12 @@ static void documents(const varlen_fa_meta *plain) {
   RUNS_AS(c.mask.ranges = causal, &r);
   SPOILED((c.mask.kind = VARLEN_FA_MASK_KIND_VARLEN_CROSS, c.mask.key_meta = plain), VARLEN_FA_STATUS_NOT_APPLICABLE,
           "`mask`: metadata of documents in cross-attention");
+  varlen_fa_key_ranges *shorter = NULL;
+  varlen_fa_ranges_of of = padded_sizes();
+  of.seq_k = SEQ - 1;
+  OK(varlen_fa_key_ranges_window(&of, -1, 0, &shorter));
+  SPOILED(c.mask.ranges = shorter, VARLEN_FA_STATUS_MASK_SIZE, "`ranges`: expected ranges for [B, Sq, Sk] = [2, 12, 12]");
+  OK(varlen_fa_key_ranges_free(shorter));
   OK(varlen_fa_meta_free(meta));
   OK(varlen_fa_key_ranges_free(causal));
 

@@ -341,6 +341,17 @@ fn documents(device: &Device) -> Result<()> {
     expect(VarlenMeta::from_document_ids(2, 5, &two_places), &expected)?;
     expect(KeyRanges::from_document_ids(2, 5, &two_places), &expected)?;
 
+    // Ranges of other sizes beside documents of one's own.
+    let meta = VarlenMeta::from_document_ids(2, 6, &[1; 12])?;
+    let other = KeyRanges::causal([2, 6, 5])?;
+    let expected = Error::RangesSize {
+        argument: "ranges",
+        expected: "[B, Sq, Sk] = [2, 6, 6]".to_owned(),
+        got: "[B, Sq, Sk] = [2, 6, 5]".to_owned(),
+    };
+    let mask = AttentionMask::varlen(&meta).with_ranges(&other);
+    Call { k: stage.q.view(), v: stage.q.view(), mask, ..stage.call() }.is_refused(&expected)?;
+
     let of_documents = |seq| VarlenMeta::from_document_ids(2, seq, &vec![1; 2 * seq]);
     let plain = |seq| VarlenMeta::from_key_mask(&KeyMask::all(2, seq)?);
     let expected = Error::NotApplicable {
