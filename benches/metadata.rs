@@ -12,7 +12,7 @@ use std::time::Instant;
 use anyhow::Result;
 use clap::Parser;
 use serde::Serialize;
-use varlen_fa::{KeyMask, Run, VarlenMeta};
+use varlen_fa::{KeyMask, KeyRanges, RangesOf, Run, VarlenMeta};
 use varlen_fa_testkit::{Workload, WorkloadKind};
 
 use varlen_fa_harness::report::{Report, exit_code};
@@ -25,7 +25,7 @@ const WORKLOADS: [(&str, &str); 3] = [
     ("random p=0.5", "random:len=4352:p=0.5:batch=8"),
 ];
 
-/// Time what a request spends on the host: building a key mask, and building its metadata.
+/// Time what a request spends on the host: building a key mask, its metadata, and ranges of keys.
 #[derive(Debug, Parser)]
 #[command(name = "metadata", version)]
 struct Arguments {
@@ -53,7 +53,7 @@ fn run(arguments: &Arguments) -> Result<()> {
     let calls = arguments.reps.map_or(default, NonZeroUsize::get);
     let mut report = Report::new(arguments.json.as_deref())?;
     let [median, min, max] = ["median µs", "min µs", "max µs"];
-    writeln!(report.text, "{:<14} {:<24} {median:>10} {min:>10} {max:>10}   {calls} calls", "B 8, S 4352", "")?;
+    writeln!(report.text, "{:<14} {:<29} {median:>8} {min:>10} {max:>10}   {calls} calls", "B 8, S 4352", "")?;
 
     for (name, spec) in WORKLOADS {
         let workload = Workload::parse(spec)?;
@@ -72,7 +72,49 @@ fn run(arguments: &Arguments) -> Result<()> {
         }
         row("VarlenMeta::from_key_mask", time(calls, || VarlenMeta::from_key_mask(black_box(&mask)))?)?;
     }
-    Ok(())
+    time_ranges(&mut report, calls)
+}
+
+/// Documents of 1 to 200 tokens, with a masked token between some.
+fn document_ids([batch, seq]: [usize; 2]) -> Vec<u32> {
+    let mut ids = Vec::with_capacity(batch * seq);
+    let (mut id, mut length) = (0, 0);
+    while ids.len() < batch * seq {
+        id += 1;
+        length = (length * 37 + 11) % 200;
+        let number = if id % 5 == 0 { 0 } else { id };
+        ids.extend(std::iter::repeat_n(number, if number == 0 { 1 } else { length + 1 }));
+    }
+    // The last document of a row goes on in the next, as another one of the same number.
+    ids.truncate(batch * seq);
+    ids
+}
+
+fn time_ranges(report: &mut Report, calls: usize) -> Result<()> {
+    let [batch, seq] = [8, 4352];
+    let of = RangesOf::from([batch, seq, seq]);
+    let causal = KeyRanges::causal(of.clone())?;
+    let local = KeyRanges::window(of.clone(), Some(64), Some(64))?;
+    let own: Vec<[usize; 2]> = (0..batch * seq).map(|at| [at % 7 * 300, at % seq / 2 + 2100]).collect();
+    // Those of a request whose every token is a document of its own take longest.
+    let (ids, ones) = (document_ids([batch, seq]), (1..=(batch * seq) as u32).collect::<Vec<_>>());
+    let documents = KeyRanges::from_document_ids(batch, seq, &ids)?;
+
+    let mut row = |name, call, times| write_row(report, Record::new(name, call, [batch, seq], times));
+    row("ranges", "KeyRanges::causal", time(calls, || KeyRanges::causal(black_box(&of).clone()))?)?;
+    let window = || KeyRanges::window(black_box(&of).clone(), Some(64), Some(64));
+    row("ranges", "KeyRanges::window", time(calls, window)?)?;
+    row("ranges", "KeyRanges::prefix", time(calls, || KeyRanges::prefix(black_box(&of).clone(), 577))?)?;
+    row("ranges", "KeyRanges::from_ranges", time(calls, || KeyRanges::from_ranges(of.clone(), black_box(&own)))?)?;
+    for (name, ids) in [("documents", &ids), ("single tokens", &ones)] {
+        let ranges = || KeyRanges::from_document_ids(batch, seq, black_box(ids));
+        row(name, "KeyRanges::from_document_ids", time(calls, ranges)?)?;
+        let meta = || VarlenMeta::from_document_ids(batch, seq, black_box(ids));
+        row(name, "VarlenMeta::from_document_ids", time(calls, meta)?)?;
+    }
+    row("shared", "KeyRanges::intersect", time(calls, || black_box(&causal).intersect(&local))?)?;
+    row("own", "KeyRanges::intersect", time(calls, || black_box(&documents).intersect(&documents))?)?;
+    row("own, shared", "KeyRanges::intersect", time(calls, || black_box(&documents).intersect(&local))?)
 }
 
 /// Times each call alone. What it makes is dropped outside the time, since a request keeps it.
@@ -113,6 +155,6 @@ impl Record {
 
 fn write_row(report: &mut Report, record: Record) -> Result<()> {
     let Record { mask, call, median_us, min_us, max_us, .. } = record;
-    writeln!(report.text, "{mask:<14} {call:<26} {median_us:>8.2} {min_us:>10.2} {max_us:>10.2}")?;
+    writeln!(report.text, "{mask:<14} {call:<29} {median_us:>8.2} {min_us:>10.2} {max_us:>10.2}")?;
     report.json(&record)
 }

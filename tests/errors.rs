@@ -45,6 +45,10 @@ fn messages_name_the_argument_what_was_expected_and_what_came() {
             ["`runs`", "row 1: a range inside 0..4", "3..5"],
         ),
         (
+            Error::RangesSize { argument: "ranges", expected: owned("[2, 6, 5]"), got: owned("[2, 6, 6]") },
+            ["`ranges`", "ranges for [2, 6, 5]", "[2, 6, 6]"],
+        ),
+        (
             Error::CuSeqlens { argument: "cu_seqlens_q", expected: owned("a first value of 0"), got: owned("1") },
             ["`cu_seqlens_q`", "a first value of 0", "1"],
         ),

@@ -269,7 +269,7 @@ fn check<T: Element + Value>(
     set.attend(attention, mask)?;
     let out = set.out.to_vec::<T>()?;
     let [q, k, v] = host.each_ref().map(|values| values.par_iter().map(|value| value.to_f32()).collect::<Vec<_>>());
-    Ok((compare(problem, [&q, &k, &v], queries, &out, 0)?, out))
+    Ok((compare(problem, [&q, &k, &v], (queries, None), &out, 0)?, out))
 }
 
 fn random_values<T: Element>(seed: u64, len: usize) -> Vec<T> {

@@ -3,11 +3,11 @@
 
     differential_fuzzer.py [--device cpu|cuda|wgpu] [--minutes N | --calls N] [--seed N]
 
-A call is a pure function of its seed: a shape, an element type, strides, a mask, a scale, options,
-and sometimes a path or kernel that is forced. Calls have the seeds from --seed on, one after the
-other. What must not matter holds NaN: masked tokens, the gaps between rows, and outputs before they
-are written. A failure prints the call, its seed, and the line that repeats it, and the program
-exits with 1; with 77 if the device is absent.
+A call is a pure function of its seed: a shape, an element type, strides, a mask, ranges of keys, a
+bias, a scale, options, and sometimes a path or kernel that is forced. Calls have the seeds from
+--seed on, one after the other. What must not matter holds NaN: masked tokens, keys that no query
+sees, the gaps between rows, and outputs before they are written. A failure prints the call, its
+seed, and the line that repeats it, and the program exits with 1; with 77 if the device is absent.
 
 The tolerance is that of the project's tests: twice the error of the same computation done naively
 in the element type, and a floor (see `floor`). VARLEN_FA_LIBRARY names the library. On cuda,
@@ -176,10 +176,10 @@ class Strided:
         return values
 
 
-def attend(q, k, v, keep, bias, scale, dtype=None):
+def attend(q, k, v, keep, sees, bias, scale, dtype=None):
     """Attention in float64 or, with an element type, as a naive program computes it in that: sums in
-    float32, and scores, weights and outputs rounded. Shapes [H, Sq, D], [Hkv, Sk, D], keep [Sk], bias [H, Sq, Sk].
-    Returns the output and the logarithms of the sums."""
+    float32, and scores, weights and outputs rounded. Shapes [H, Sq, D], [Hkv, Sk, D], keep [Sk],
+    sees [Sq, Sk] or None, bias [H, Sq, Sk] or None. Returns the output and the logarithms of the sums."""
     wide = np.float64 if dtype is None else np.float32
     step = (lambda x: x) if dtype is None else (lambda x: round_to(dtype, x))
     group = q.shape[0] // k.shape[0]
@@ -188,6 +188,8 @@ def attend(q, k, v, keep, bias, scale, dtype=None):
     scores = step(wide(scale) * (q.astype(wide) @ k.transpose(0, 2, 1)))
     if bias is not None:
         scores = step(scores + bias[:, :, kept].astype(wide))
+    if sees is not None:
+        scores = np.where(sees[None][:, :, kept], scores, wide(-np.inf))
     if len(kept) == 0:
         return np.zeros(q.shape, wide), np.full(q.shape[:2], -np.inf)
     largest = scores.max(-1, keepdims=True)
@@ -284,7 +286,7 @@ class Fuzzer:
         info = self.device.info()
         self.dtypes = [dtype for dtype in NAMES if info.dtypes >> dtype & 1]
         self.kernels = [number for number in self.library.kernels.values() if number and info.kernels >> number & 1]
-        self.has_device_meta = name != "wgpu"
+        self.has_device_meta, self.builds_on_host = name != "wgpu", name == "cpu"
         self.about = f"{info.name.decode()}, {', '.join(NAMES[dtype] for dtype in self.dtypes)}"
 
     def run(self, seed):
@@ -329,12 +331,67 @@ class Fuzzer:
         self.target.synchronize()
         return meta
 
-    def options(self, call, paths):
+    def ranges(self, call, of, sizes):
+        """Ranges of a random rule for `of`, and which query sees which key, [Sq, Sk] for each of
+        the `sizes` of batch rows or sequences."""
+        rng, lib = call.rng, self.library
+        rule = str(rng.choice(["causal", "window", "prefix", "own", "both"]))
+        if rule == "both":
+            one, other = self.ranges(call, of, sizes), self.ranges(call, of, sizes)
+            return one[0].intersect(other[0]), [x & y for x, y in zip(one[1], other[1])]
+        # A query's own place, level with the keys at the end; and the keys.
+        places = [(np.arange(sq)[:, None] + sk - sq, np.arange(sk)[None]) for sq, sk in sizes]
+        if rule == "causal":
+            self.described += ", causal"
+            return lib.key_ranges_causal(of), [key <= place for place, key in places]
+        if rule == "window":
+            choices = [None, 0, 1, 5, 31, 64, 2**40]
+            left, right = (choices[rng.integers(0, len(choices))] for _ in range(2))
+            self.described += f", window ({left}, {right})"
+            limit = lambda side: 2**50 if side is None else side  # noqa: E731
+            sees = [(place - key <= limit(left)) & (key - place <= limit(right)) for place, key in places]
+            return lib.key_ranges_window(of, left, right), sees
+        if rule == "prefix":
+            count = int(rng.choice([0, 1, 9, 70, 2**40]))
+            self.described += f", prefix {count}"
+            return lib.key_ranges_prefix(of, count), [(key < count) | (key <= place) for place, key in places]
+        self.described += ", own ranges"
+        own = [np.sort(rng.integers(0, sk + 1, (sq, 2)), 1) for sq, sk in sizes]
+        values = [(int(first), int(end)) for each in own for first, end in each]
+        sees = [(key >= each[:, :1]) & (key < each[:, 1:]) for each, (_, key) in zip(own, places)]
+        return lib.key_ranges_from_values(of, values), sees
+
+    def documents(self, call):
+        """[B, S] numbers of documents, of which 0 is none."""
+        rng, seq = call.rng, call.seq_k
+        ids = np.zeros((call.batch, seq), np.uint32)
+        for row in ids:
+            edges = np.sort(rng.integers(0, seq + 1, int(rng.integers(0, 6))))
+            numbers = rng.permutation(len(edges) + 1)
+            for number, first, end in zip(numbers, [0, *edges], [*edges, seq]):
+                # Masked tokens lie between documents: one inside would make two of it.
+                row[first + int(rng.integers(0, 2)) : end] = number
+        return ids
+
+    def bias(self, call):
+        """A tensor that broadcasts to [B, H, Sq, Sk], what keeps its memory, and its values."""
+        rng, full = call.rng, (call.batch, call.heads, call.seq_q, call.seq_k)
+        rank = int(rng.integers(1, 5))
+        shape = tuple(1 if rng.random() < 0.3 else size for size in full[4 - rank :])
+        dtype = call.dtype if rng.random() < 0.5 else vf.F32
+        values = round_to(dtype, rng.standard_normal(shape))
+        values[rng.random(shape) < 0.1] = -np.inf
+        held = self.memory(dtype, narrow(dtype, values))
+        tensor = vf.tensor(held.address, shape, None, dtype, held.kind, values.size * vf.ELEMENT_BYTES[dtype])
+        self.described += f", bias {list(shape)}"
+        return tensor, held, np.broadcast_to(values, full)
+
+    def options(self, call, paths, ranges=None):
         rng = call.rng
         path = str(rng.choice(paths)) if rng.random() < 0.3 else "auto"
         kernel = int(rng.choice(self.kernels)) if rng.random() < 0.3 else "auto"
         self.described += f", path {path}, kernel {kernel}"
-        return self.library.options(call.given_scale, path, kernel)
+        return self.library.options(call.given_scale, path, kernel, ranges)
 
     def attempt(self, forced, function, *arguments, **named):
         """Calls; returns whether the call was done: a forced path or kernel may not apply."""
@@ -348,45 +405,56 @@ class Fuzzer:
 
     def forward(self, call):
         rng, lib = call.rng, self.library
-        kinds = ["none", "key", "bias", "varlen", "cross"] + ["device", "device-cross"] * self.has_device_meta
+        kinds = ["none", "key", "bias", "varlen", "cross", "documents"] + ["device", "device-cross"] * self.has_device_meta
         kind = str(rng.choice(kinds))
-        if kind in ("varlen", "device"):
+        is_self, is_device = kind in ("varlen", "documents", "device"), kind.startswith("device")
+        if is_self:
             call.seq_q = call.seq_k
         shape_q = (call.batch, call.seq_q, call.heads, call.dim)
         shape_k = (call.batch, call.seq_k, call.kv_heads, call.dim)
         q, k, v = call.normal(*shape_q), call.normal(*shape_k), call.normal(*shape_k)
-        key_keep = np.ones((call.batch, call.seq_k), bool) if kind in ("none", "bias") else call.keep(call.seq_k)
+        ids = self.documents(call) if kind == "documents" else None
+        if ids is not None:
+            key_keep = ids != 0
+        else:
+            key_keep = np.ones((call.batch, call.seq_k), bool) if kind in ("none", "bias") else call.keep(call.seq_k)
         query_keep = None
-        if kind in ("varlen", "device"):
+        if is_self:
             query_keep = key_keep
         elif kind.endswith("cross"):
             query_keep = call.keep(call.seq_q)
         self.described += f", mask {kind}, {int(key_keep.sum())} keys"
-        bias = held = None
+        ranges = added = held = bias = None
+        sees = np.ones((call.batch, call.seq_q, call.seq_k), bool)
+        # What a GPU built takes neither.
+        takes_more = not is_device or self.builds_on_host
+        if takes_more and rng.random() < 0.5:
+            of = (call.batch, call.seq_q, call.seq_k)
+            ranges, allowed = self.ranges(call, of, [of[1:]] * call.batch)
+            sees = np.array(allowed, bool).reshape(of)
+        if ids is not None:
+            sees = sees & (ids[:, :, None] == ids[:, None, :])
+        if kind == "bias" or takes_more and rng.random() < 0.2:
+            added, held, bias = self.bias(call)
         if kind == "none":
-            mask = None
+            mask = None if ranges is None and added is None else vf.none(ranges, added)
         elif kind == "key":
-            mask = vf.key(self.key_mask(call, key_keep))
+            mask = vf.key(self.key_mask(call, key_keep), ranges, added)
         elif kind == "bias":
-            full = (call.batch, call.heads, call.seq_q, call.seq_k)
-            rank = int(rng.integers(1, 5))
-            shape = tuple(1 if rng.random() < 0.3 else size for size in full[4 - rank :])
-            dtype = call.dtype if rng.random() < 0.5 else vf.F32
-            values = round_to(dtype, rng.standard_normal(shape))
-            values[rng.random(shape) < 0.1] = -np.inf
-            held = Host(dtype, narrow(dtype, values)) if self.memory is Host else self.memory(dtype, narrow(dtype, values))
-            mask = vf.bias(vf.tensor(held.address, shape, None, dtype, held.kind, values.size * vf.ELEMENT_BYTES[dtype]))
-            bias = np.broadcast_to(values, full)
-        elif kind in ("varlen", "cross"):
-            metas = [lib.meta(self.key_mask(call, keep)) for keep in ([key_keep] if kind == "varlen" else [query_keep, key_keep])]
-            mask = vf.varlen(*metas)
+            mask = vf.bias(added, ranges)
+        elif kind == "documents":
+            mask = vf.varlen(lib.meta_from_document_ids(ids.tolist(), call.seq_k), None, ranges, added)
         else:
-            metas = [self.device_meta(call, keep) for keep in ([key_keep] if kind == "device" else [query_keep, key_keep])]
-            mask = vf.varlen(*metas)
+            make = self.device_meta if is_device else lambda call, keep: lib.meta(self.key_mask(call, keep))
+            metas = [make(call, keep) for keep in ([key_keep] if is_self else [query_keep, key_keep])]
+            mask = vf.varlen(metas[0], metas[1] if len(metas) == 2 else None, ranges, added)
+        # What a query can see at all; and the keys that any query can.
+        sees &= key_keep[:, None]
+        used = (sees if query_keep is None else sees & query_keep[:, :, None]).any(1)
         tensors = [
             self.strided(call, shape_q, q, query_keep),
-            self.strided(call, shape_k, k, key_keep),
-            self.strided(call, shape_k, v, key_keep),
+            self.strided(call, shape_k, k, used),
+            self.strided(call, shape_k, v, used),
             self.strided(call, shape_q),
         ]
         options = self.options(call, ["dense", "fused", "packed"])
@@ -402,12 +470,12 @@ class Fuzzer:
             of = lambda x: x[b].transpose(1, 0, 2)  # noqa: B023, E731
             row_bias = None if bias is None else bias[b]
             for to, dtype in ((exact, None), (naive, call.dtype)):
-                out, _ = attend(of(q), of(k), of(v), key_keep[b], row_bias, call.scale, dtype)
+                out, _ = attend(of(q), of(k), of(v), key_keep[b], sees[b], row_bias, call.scale, dtype)
                 to[b] = out.transpose(1, 0, 2)
         if query_keep is not None:
             exact[~query_keep], naive[~query_keep] = 0, 0
             zeros("rows of masked queries", got[~query_keep])
-        zeros("rows without keys", got[~key_keep.any(1)])
+        zeros("rows without keys", got[~sees.any(2)])
         compare("out", got, exact, naive, floor(call.dtype, exact, q, k, v, call.scale, bias))
 
     def packed(self, call):
@@ -421,8 +489,11 @@ class Fuzzer:
         tensors = [self.strided(call, shape_q, q), self.strided(call, shape_k, k), self.strided(call, shape_k, v)]
         tensors.append(self.strided(call, shape_q))
         lse = Strided(rng, self.memory, vf.F32, (call.heads, total_q)) if rng.random() < 0.5 else None
-        options = self.options(call, ["auto"])
         sequences = [self.library.cu_seqlens([int(edge) for edge in each]) for each in edges]
+        ranges, sees = None, [None] * call.batch
+        if rng.random() < 0.5:
+            ranges, sees = self.ranges(call, sequences, list(zip(*lengths)))
+        options = self.options(call, ["auto"], ranges)
         arguments = [*(tensor.tensor() for tensor in tensors[:3]), *sequences, tensors[3].tensor()]
         lse_tensor = None if lse is None else lse.tensor()
         if not self.attempt(options.kernel != 0, self.target.varlen_attention, *arguments, lse_tensor, options):
@@ -435,7 +506,7 @@ class Fuzzer:
             of = lambda x, rows: x[rows].transpose(1, 0, 2)  # noqa: E731
             keep = np.ones(lengths[1][b], bool)
             for to, dtype in ((exact, None), (naive, call.dtype)):
-                out, log = attend(of(q, rows), of(k, keys), of(v, keys), keep, None, call.scale, dtype)
+                out, log = attend(of(q, rows), of(k, keys), of(v, keys), keep, sees[b], None, call.scale, dtype)
                 to[rows] = out.transpose(1, 0, 2)
                 if dtype is None:
                     sums[:, rows] = log

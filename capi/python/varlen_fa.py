@@ -83,6 +83,25 @@ class Run(Structure):
     _fields_ = [("row", c_uint64), ("start", c_uint64), ("end", c_uint64)]
 
 
+class KeyRange(Structure):
+    """varlen_fa_key_range"""
+
+    _fields_ = [("first", c_uint64), ("end", c_uint64)]
+
+
+class RangesOf(Structure):
+    """varlen_fa_ranges_of"""
+
+    _fields_ = [
+        ("batch", c_uint64),
+        ("seq_q", c_uint64),
+        ("seq_k", c_uint64),
+        ("cu_seqlens_q", c_void_p),
+        ("cu_seqlens_k", c_void_p),
+        ("reserved", c_uint64 * 4),
+    ]
+
+
 class AttentionMask(Structure):
     """varlen_fa_attention_mask"""
 
@@ -95,7 +114,8 @@ class AttentionMask(Structure):
         ("key_meta", c_void_p),
         ("query_device_meta", c_void_p),
         ("key_device_meta", c_void_p),
-        ("reserved", c_uint64 * 4),
+        ("ranges", c_void_p),
+        ("reserved", c_uint64 * 3),
     ]
 
 
@@ -107,7 +127,8 @@ class Options(Structure):
         ("softmax_scale", c_float),
         ("path", c_uint32),
         ("kernel", c_uint32),
-        ("reserved", c_uint64 * 4),
+        ("ranges", c_void_p),
+        ("reserved", c_uint64 * 3),
     ]
 
 
@@ -192,32 +213,53 @@ def mask_view(address, shape, strides, element_bytes, memory=HOST, size=None):
     return made
 
 
-def _mask(kind, keeps, **fields):
+def _mask(kind, keeps, ranges, added, **fields):
+    """A mask with ranges of keys and a tensor that is added to the scores, or None of either."""
     made = AttentionMask(kind=kind, **fields)
+    if ranges is not None:
+        made.ranges = ranges.handle
+    if added is not None:
+        made.bias = ctypes.pointer(added)
     # Keeps handles and descriptors alive as long as the mask.
-    made.keeps = keeps
+    made.keeps = [*keeps, ranges, added]
     return made
 
 
-def key(key_mask):
+def none(ranges=None, bias=None):
+    """Every key counts."""
+    return _mask(NONE, [], ranges, bias)
+
+
+def key(key_mask, ranges=None, bias=None):
     """Every query attends to the kept keys; rows of dropped queries are computed like any other."""
-    return _mask(KEY, [key_mask], key_mask=key_mask.handle)
+    return _mask(KEY, [key_mask], ranges, bias, key_mask=key_mask.handle)
 
 
-def bias(descriptor):
+def bias(descriptor, ranges=None):
     """The tensor is added to the scaled scores."""
-    return _mask(BIAS, [descriptor], bias=ctypes.pointer(descriptor))
+    return _mask(BIAS, [], ranges, descriptor)
 
 
-def varlen(meta, key_meta=None):
+def varlen(meta, key_meta=None, ranges=None, bias=None):
     """Attention among the valid tokens, or of valid queries to valid keys; other rows are zero.
-    Both are Meta, or both DeviceMeta."""
+    Both are Meta, or both DeviceMeta. `ranges` says which keys each query sees, and the tensor
+    `bias` is added to the scaled scores; a DeviceMeta of a GPU takes neither."""
     keys = None if key_meta is None else key_meta.handle
     if isinstance(meta, DeviceMeta):
         kind = DEVICE_VARLEN if key_meta is None else DEVICE_VARLEN_CROSS
-        return _mask(kind, [meta, key_meta], query_device_meta=meta.handle, key_device_meta=keys)
+        return _mask(
+            kind, [meta, key_meta], ranges, bias, query_device_meta=meta.handle, key_device_meta=keys
+        )
     kind = VARLEN if key_meta is None else VARLEN_CROSS
-    return _mask(kind, [meta, key_meta], query_meta=meta.handle, key_meta=keys)
+    return _mask(kind, [meta, key_meta], ranges, bias, query_meta=meta.handle, key_meta=keys)
+
+
+def _ranges_of(of):
+    """Sizes (B, Sq, Sk) of padded tensors, or the CuSeqlens of packed queries and keys."""
+    if len(of) == 2:
+        return RangesOf(cu_seqlens_q=of[0].handle, cu_seqlens_k=of[1].handle)
+    batch, seq_q, seq_k = of
+    return RangesOf(batch=batch, seq_q=seq_q, seq_k=seq_k)
 
 
 def default_path():
@@ -244,6 +286,7 @@ _FUNCTIONS = {
     "key_mask_from_runs": [POINTER(Run), c_uint64, c_uint64, c_uint64, _NEW],
     "key_mask_free": [_HANDLE],
     "meta_create": [_HANDLE, _NEW],
+    "meta_from_document_ids": [POINTER(c_uint32), c_uint64, c_uint64, _NEW],
     "meta_describe": [_HANDLE, POINTER(MetaInfo)],
     "meta_upload": [_HANDLE, _HANDLE],
     "meta_copy_indices": [_HANDLE, POINTER(c_uint32), c_uint64],
@@ -256,6 +299,11 @@ _FUNCTIONS = {
     "cu_seqlens_create": [POINTER(c_int32), c_uint64, _NEW],
     "cu_seqlens_from_meta": [_HANDLE, _NEW],
     "cu_seqlens_free": [_HANDLE],
+    "key_ranges_window": [POINTER(RangesOf), c_int64, c_int64, _NEW],
+    "key_ranges_prefix": [POINTER(RangesOf), c_uint64, _NEW],
+    "key_ranges_from_values": [POINTER(RangesOf), POINTER(KeyRange), c_uint64, _NEW],
+    "key_ranges_intersect": [_HANDLE, _HANDLE, _NEW],
+    "key_ranges_free": [_HANDLE],
     "forward": [_HANDLE, POINTER(Options), _TENSOR, _TENSOR, _TENSOR, POINTER(AttentionMask), _TENSOR, POINTER(Plan)],
     "warm_up": [
         _HANDLE, POINTER(Options), c_uint32, POINTER(c_uint64), POINTER(c_uint64), POINTER(AttentionMask), POINTER(Plan),
@@ -333,14 +381,19 @@ class Library:
         stream's context."""
         return self.make(Device, "device_open_cuda", context, stream)
 
-    def options(self, softmax_scale=None, path="auto", kernel="auto"):
-        """Options of an attention call; path and kernel by name or number."""
-        return Options(
+    def options(self, softmax_scale=None, path="auto", kernel="auto", ranges=None):
+        """Options of an attention call; path and kernel by name or number. `ranges` are for
+        `varlen_attention`: masks of other calls have their own."""
+        made = Options(
             has_softmax_scale=softmax_scale is not None,
             softmax_scale=0.0 if softmax_scale is None else softmax_scale,
             path=_number(self.paths, "path", path),
             kernel=_number(self.kernels, "kernel", kernel),
+            ranges=None if ranges is None else ranges.handle,
         )
+        # Keeps the handle alive as long as the options.
+        made.keeps = ranges
+        return made
 
     def key_mask_from_integers(self, address, element_bytes, batch, seq):
         return self.make(KeyMask, "key_mask_from_integers", address, element_bytes, batch, seq)
@@ -357,6 +410,40 @@ class Library:
 
     def meta_from_lengths(self, lengths, seq):
         return self.meta(self.key_mask_from_lengths(lengths, seq))
+
+    def meta_from_document_ids(self, rows, seq=None):
+        """Metadata of several documents in each row: rows of `seq` numbers each, of which equal
+        ones see one another and 0 is a masked token. None is the length of the first row."""
+        rows = [list(row) for row in rows]
+        if seq is None:
+            seq = len(rows[0]) if rows else 0
+        if any(len(row) != seq for row in rows):
+            raise ValueError(f"expected rows of {seq} numbers, got {[len(row) for row in rows]}")
+        ids = [number for row in rows for number in row]
+        return self.make(Meta, "meta_from_document_ids", (c_uint32 * len(ids))(*ids), len(rows), seq)
+
+    # In these, `of` is what ranges are made for: (B, Sq, Sk), or the CuSeqlens of packed queries
+    # and keys.
+
+    def key_ranges_window(self, of, left=None, right=None):
+        """Query i sees `left` keys before its own place and `right` keys after it; None is no
+        limit."""
+        sides = [-1 if side is None else side for side in (left, right)]
+        return self.make(KeyRanges, "key_ranges_window", byref(_ranges_of(of)), *sides)
+
+    def key_ranges_causal(self, of):
+        """Query i sees the keys up to its own place."""
+        return self.key_ranges_window(of, None, 0)
+
+    def key_ranges_prefix(self, of, count):
+        """Every query sees the first `count` keys, and the others up to its own place."""
+        return self.make(KeyRanges, "key_ranges_prefix", byref(_ranges_of(of)), count)
+
+    def key_ranges_from_values(self, of, values):
+        """A (first, end) for each query."""
+        values = [tuple(value) for value in values]
+        array = (KeyRange * len(values))(*values)
+        return self.make(KeyRanges, "key_ranges_from_values", byref(_ranges_of(of)), array, len(values))
 
     def cu_seqlens(self, values):
         return self.make(CuSeqlens, "cu_seqlens_create", (c_int32 * len(values))(*values), len(values))
@@ -394,6 +481,16 @@ class KeyMask(Handle):
 
 class CuSeqlens(Handle):
     _free = "cu_seqlens_free"
+
+
+class KeyRanges(Handle):
+    """Which keys each query sees."""
+
+    _free = "key_ranges_free"
+
+    def intersect(self, other):
+        """The keys that both allow."""
+        return self.library.make(KeyRanges, "key_ranges_intersect", self.handle, other.handle)
 
 
 class Meta(Handle):

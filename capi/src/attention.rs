@@ -56,11 +56,7 @@ pub unsafe extern "C" fn varlen_fa_forward(
         let mask = unsafe { Mask::read(&device, mask, Some(&out)) }?;
         let [q, k, v] = [Input::new(&device, &q)?, Input::new(&device, &k)?, Input::new(&device, &v)?];
         let mut output = Output::new(&device, &out)?;
-        if options.ranges.is_some() {
-            let expected = "NULL: the mask has ranges";
-            return Err(Failure::argument(varlen_fa_status::BadValue, "options.ranges", expected, "a handle"));
-        }
-        let layer = options.layer(&device);
+        let layer = options.layer(&device)?;
         let out = output.view_mut()?;
         let taken = mask.with(|mask| layer.forward_into(q.view(), k.view(), v.view(), mask, out))?;
         finish([output])?;
@@ -102,7 +98,12 @@ impl Options {
         Ok(Self { softmax_scale, path, kernel, ranges })
     }
 
-    pub fn layer(&self, device: &Device) -> MaskedAttention {
+    /// The layer that computes padded tensors, whose mask has the ranges.
+    pub fn layer(&self, device: &Device) -> Result<MaskedAttention> {
+        if self.ranges.is_some() {
+            let expected = "NULL: the mask has ranges";
+            return Err(Failure::argument(varlen_fa_status::BadValue, "options.ranges", expected, "a handle"));
+        }
         let mut layer = MaskedAttention::new(device);
         if let Some(scale) = self.softmax_scale {
             layer = layer.with_softmax_scale(scale);
@@ -113,7 +114,7 @@ impl Options {
         if let Some(kernel) = self.kernel {
             layer = layer.with_kernel(kernel);
         }
-        layer
+        Ok(layer)
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use varlen::{KeyRanges, RangesOf};
+use varlen::{Error, KeyRanges, RangesOf};
 
 use crate::arguments::{Name, Place, expect_zeros, read, reserve, size, slice};
 use crate::failure::{Failure, Result, guard};
@@ -111,9 +111,19 @@ pub unsafe extern "C" fn varlen_fa_key_ranges_from_values(
         for value in values {
             own.push([size(Name::of("values"), value.first)?, size(Name::of("values"), value.end)?]);
         }
-        place.put(handles::issue(KeyRanges::from_ranges(of, &own)?));
+        place.put(handles::issue(KeyRanges::from_ranges(of, &own).map_err(of_values)?));
         Ok(())
     })
+}
+
+/// An error about the caller's own ranges, which C calls `values`.
+fn of_values(error: Error) -> Failure {
+    let argument = "values";
+    match error {
+        Error::Length { expected, got, .. } => Error::Length { argument, expected, got }.into(),
+        Error::MaskRow { row, expected, got, .. } => Error::MaskRow { argument, row, expected, got }.into(),
+        other => other.into(),
+    }
 }
 
 /// Creates the ranges that both allow. They must be made for the same sizes.

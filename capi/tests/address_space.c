@@ -1,4 +1,4 @@
-/* Masks and metadata where memory runs out: OUT_OF_MEMORY, never an abort. Each call is made with
+/* Masks, metadata and ranges of keys where memory runs out: OUT_OF_MEMORY, never an abort. Each call is made with
  * 20 sizes of what is left of the address space. Exits with 77 where that cannot be limited. */
 #define _GNU_SOURCE
 #include <stdio.h>
@@ -27,6 +27,8 @@ static uint8_t flags[(1 << 18) * 16];
 static uint64_t lengths[1 << 18];
 static varlen_fa_run runs[1 << 18];
 static int32_t cu_seqlens[(1 << 18) + 1], copied[(1 << 18) * 16];
+static uint32_t documents[(1 << 18) * 16];
+static varlen_fa_key_range ranges[(1 << 18) * 16];
 static varlen_fa_device *device = NULL;
 static varlen_fa_key_mask *mask = NULL;
 
@@ -101,6 +103,57 @@ static varlen_fa_status cu_seqlens_create(void) {
   return status;
 }
 
+/* Documents of two tokens, of which each row numbers its own. */
+static varlen_fa_status meta_from_document_ids(void) {
+  varlen_fa_meta *made = NULL;
+  varlen_fa_status status = varlen_fa_meta_from_document_ids(documents, BATCH, SEQ, &made);
+  varlen_fa_meta_free(made);
+  return status;
+}
+
+static varlen_fa_ranges_of all_tokens(void) {
+  varlen_fa_ranges_of of = {0};
+  of.batch = 1;
+  of.seq_q = of.seq_k = TOKENS;
+  return of;
+}
+
+static varlen_fa_status key_ranges_window(void) {
+  varlen_fa_key_ranges *made = NULL;
+  varlen_fa_ranges_of of = all_tokens();
+  varlen_fa_status status = varlen_fa_key_ranges_window(&of, 3, 0, &made);
+  varlen_fa_key_ranges_free(made);
+  return status;
+}
+
+static varlen_fa_status key_ranges_prefix(void) {
+  varlen_fa_key_ranges *made = NULL;
+  varlen_fa_ranges_of of = all_tokens();
+  varlen_fa_status status = varlen_fa_key_ranges_prefix(&of, 3, &made);
+  varlen_fa_key_ranges_free(made);
+  return status;
+}
+
+static varlen_fa_status key_ranges_from_values(void) {
+  varlen_fa_key_ranges *made = NULL;
+  varlen_fa_ranges_of of = all_tokens();
+  varlen_fa_status status = varlen_fa_key_ranges_from_values(&of, ranges, TOKENS, &made);
+  varlen_fa_key_ranges_free(made);
+  return status;
+}
+
+static varlen_fa_status key_ranges_intersect(void) {
+  varlen_fa_key_ranges *one = NULL, *made = NULL;
+  varlen_fa_ranges_of of = all_tokens();
+  varlen_fa_status status = varlen_fa_key_ranges_window(&of, -1, 0, &one);
+  if (status == VARLEN_FA_STATUS_OK) {
+    status = varlen_fa_key_ranges_intersect(one, one, &made);
+  }
+  varlen_fa_key_ranges_free(one);
+  varlen_fa_key_ranges_free(made);
+  return status;
+}
+
 static varlen_fa_status device_meta(void) {
   varlen_fa_device_meta *made = NULL;
   varlen_fa_mask_view view = {0};
@@ -136,6 +189,11 @@ static const call CALLS[] = {
     {"meta_copy_cu_seqlens", meta_copy_cu_seqlens, 24 * MEBIBYTE},
     {"cu_seqlens_create", cu_seqlens_create, 2 * MEBIBYTE},
     {"device_meta", device_meta, 48 * MEBIBYTE},
+    {"meta_from_document_ids", meta_from_document_ids, 48 * MEBIBYTE},
+    {"key_ranges_window", key_ranges_window, 34 * MEBIBYTE},
+    {"key_ranges_prefix", key_ranges_prefix, 34 * MEBIBYTE},
+    {"key_ranges_from_values", key_ranges_from_values, 104 * MEBIBYTE},
+    {"key_ranges_intersect", key_ranges_intersect, 68 * MEBIBYTE},
 };
 
 /* Address space that the process has now, in bytes. */
@@ -174,6 +232,8 @@ int main(void) {
   }
   for (uint64_t at = 0; at < TOKENS; at++) {
     flags[at] = at % 2;
+    documents[at] = (uint32_t)(at / 2 % (SEQ / 2)) + 1;
+    ranges[at].end = at;
   }
   if (varlen_fa_device_open(VARLEN_FA_DEVICE_KIND_CPU, 0, &device) != VARLEN_FA_STATUS_OK ||
       varlen_fa_key_mask_from_integers(flags, VARLEN_FA_MASK_DTYPE_U8, BATCH, SEQ, &mask) != VARLEN_FA_STATUS_OK) {

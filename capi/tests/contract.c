@@ -16,6 +16,7 @@ enum { BATCH = 2, SEQ = 12, HEADS = 4, DIM = 16, TOKENS = BATCH * SEQ, ELEMENTS 
 _Static_assert(sizeof(void *) != 8 || (sizeof(varlen_fa_tensor) == 112 && sizeof(varlen_fa_mask_view) == 72), "size");
 _Static_assert(sizeof(void *) != 8 || (sizeof(varlen_fa_attention_mask) == 88 && sizeof(varlen_fa_plan) == 272), "size");
 _Static_assert(sizeof(varlen_fa_attention_options) == 48 && sizeof(varlen_fa_run) == 24, "size");
+_Static_assert(sizeof(varlen_fa_key_range) == 16 && (sizeof(void *) != 8 || sizeof(varlen_fa_ranges_of) == 72), "size");
 _Static_assert(sizeof(varlen_fa_device_info) == 440 && sizeof(varlen_fa_meta_info) == 64, "size");
 
 static int failures = 0;
@@ -220,7 +221,7 @@ static void bad_options_and_masks(const varlen_fa_meta *meta) {
   SPOILED(c.mask.kind = VARLEN_FA_MASK_KIND_NONE, VARLEN_FA_STATUS_BAD_VALUE, "`mask.query_meta`");
   SPOILED(c.mask.query_meta = NULL, VARLEN_FA_STATUS_NULL_POINTER, "`mask.query_meta`");
   SPOILED(c.mask.kind = VARLEN_FA_MASK_KIND_VARLEN_CROSS, VARLEN_FA_STATUS_NULL_POINTER, "`mask.key_meta`");
-  SPOILED(c.mask.reserved[3] = 1, VARLEN_FA_STATUS_BAD_VALUE, "`mask.reserved`");
+  SPOILED(c.mask.reserved[2] = 1, VARLEN_FA_STATUS_BAD_VALUE, "`mask.reserved`");
   SPOILED(c.mask.query_meta = (const varlen_fa_meta *)device, VARLEN_FA_STATUS_BAD_HANDLE, "got a device handle");
   SPOILED(c.mask.query_meta = (const varlen_fa_meta *)&c, VARLEN_FA_STATUS_BAD_HANDLE, "never issued");
   varlen_fa_tensor bias = packed_tensor(q_data, 2, 3, 4);
@@ -273,6 +274,7 @@ static void handles(void) {
   OK(varlen_fa_meta_free(NULL));
   OK(varlen_fa_device_meta_free(NULL));
   OK(varlen_fa_cu_seqlens_free(NULL));
+  OK(varlen_fa_key_ranges_free(NULL));
 
   varlen_fa_meta *meta = meta_of_lengths();
   varlen_fa_cu_seqlens *cu = NULL;
@@ -529,6 +531,404 @@ static void equal_masks(const varlen_fa_meta *meta) {
   OK(varlen_fa_forward(device, NULL, &nothing, &nothing, &nothing, NULL, &nothing, NULL));
 }
 
+/* Which keys a query sees, and what is added to its scores, in this test's own words. */
+typedef struct rule {
+  /* Valid tokens of each batch row: first <= token < end. */
+  int first[BATCH], end[BATCH];
+  /* Keys before and after a query's own place; -1 is no limit. */
+  int left, right;
+  /* Keys that every query sees. */
+  int prefix;
+  /* Whether rows of masked queries are zeros. */
+  int drops_queries;
+  const uint32_t *documents;
+  /* [SEQ, SEQ] */
+  const float *bias;
+} rule;
+
+static rule whole_rows(int left, int right) {
+  rule made = {{0, 0}, {SEQ, SEQ}, left, right, 0, 0, NULL, NULL};
+  return made;
+}
+
+static int sees(const rule *r, int b, int i, int j) {
+  if (j < r->first[b] || j >= r->end[b]) {
+    return 0;
+  }
+  if (r->documents != NULL && (r->documents[b * SEQ + i] == 0 || r->documents[b * SEQ + i] != r->documents[b * SEQ + j])) {
+    return 0;
+  }
+  return j < r->prefix || ((r->left < 0 || i - j <= r->left) && (r->right < 0 || j - i <= r->right));
+}
+
+/* The output is what a loop over pairs gives, in double. */
+static void expect_rule(int line, const rule *r) {
+  int wrong = 0, not_zero = 0;
+  for (int at = 0; at < TOKENS * HEADS; at++) {
+    int b = at / HEADS / SEQ, i = at / HEADS % SEQ, h = at % HEADS;
+    int is_masked = r->drops_queries && (i < r->first[b] || i >= r->end[b]);
+    double sum = 0.0, expected[DIM] = {0.0};
+    for (int j = 0; j < SEQ && !is_masked; j++) {
+      const int key = ((b * SEQ + j) * HEADS + h) * DIM;
+      double score = 0.0;
+      if (!sees(r, b, i, j)) {
+        continue;
+      }
+      for (int d = 0; d < DIM; d++) {
+        score += (double)q_data[at * DIM + d] * (double)k_data[key + d];
+      }
+      double weight = exp(score / 4.0 + (r->bias == NULL ? 0.0 : (double)r->bias[i * SEQ + j]));
+      sum += weight;
+      for (int d = 0; d < DIM; d++) {
+        expected[d] += weight * (double)v_data[key + d];
+      }
+    }
+    for (int d = 0; d < DIM; d++) {
+      float got = out_data[at * DIM + d];
+      not_zero += sum == 0.0 && (got != 0.0f || signbit(got));
+      wrong += !(fabs((double)got - (sum > 0.0 ? expected[d] / sum : 0.0)) < 1e-5);
+    }
+  }
+  if (wrong + not_zero > 0) {
+    char detail[96];
+    snprintf(detail, sizeof detail, "%d elements differ, %d of rows without keys are not +0.0", wrong, not_zero);
+    fail(line, "attention with ranges", detail);
+  }
+}
+
+#define RUNS_AS(change, r)                 \
+  do {                                     \
+    call c = good_call(meta);              \
+    change;                                \
+    memset(out_data, 0xff, sizeof out_data); \
+    OK(run(&c));                           \
+    expect_rule(__LINE__, (r));            \
+  } while (0)
+
+static varlen_fa_ranges_of padded_sizes(void) {
+  varlen_fa_ranges_of of = {0};
+  of.batch = BATCH;
+  of.seq_q = of.seq_k = SEQ;
+  return of;
+}
+
+static varlen_fa_key_ranges *window(int64_t left, int64_t right) {
+  varlen_fa_ranges_of of = padded_sizes();
+  varlen_fa_key_ranges *made = NULL;
+  OK(varlen_fa_key_ranges_window(&of, left, right, &made));
+  return made;
+}
+
+static void key_ranges_results(void) {
+  static float bias_data[SEQ * SEQ];
+  /* Padding on the left, and between. */
+  const varlen_fa_run runs[] = {{0, 5, SEQ}, {1, 1, SEQ}};
+  const rule padding = {{5, 1}, {SEQ, SEQ}, -1, -1, 0, 1, NULL, NULL};
+  varlen_fa_key_mask *mask = NULL;
+  varlen_fa_meta *meta = NULL;
+  varlen_fa_key_ranges *causal = window(-1, 0), *local = window(3, 2), *prefix = NULL, *own = NULL, *both = NULL;
+  varlen_fa_ranges_of of = padded_sizes();
+  varlen_fa_key_range values[TOKENS];
+  OK(varlen_fa_key_mask_from_runs(runs, 2, BATCH, SEQ, &mask));
+  OK(varlen_fa_meta_create(mask, &meta));
+  OK(varlen_fa_key_ranges_prefix(&of, 4, &prefix));
+  for (int at = 0; at < TOKENS; at++) {
+    int i = at % SEQ;
+    values[at].first = (uint64_t)(i > 3 ? i - 3 : 0);
+    values[at].end = (uint64_t)(i + 3 < SEQ ? i + 3 : SEQ);
+  }
+  OK(varlen_fa_key_ranges_from_values(&of, values, TOKENS, &own));
+  OK(varlen_fa_key_ranges_intersect(causal, local, &both));
+  fill(bias_data, SEQ * SEQ, 9);
+  varlen_fa_tensor bias = tensor(bias_data, 1, 1, SEQ, SEQ);
+
+  rule r = whole_rows(-1, 0);
+  RUNS_AS((memset(&c.mask, 0, sizeof c.mask), c.mask.ranges = causal), &r);
+  r = padding;
+  r.drops_queries = 0;
+  r.right = 0;
+  RUNS_AS((memset(&c.mask, 0, sizeof c.mask), c.mask.kind = VARLEN_FA_MASK_KIND_KEY, c.mask.key_mask = mask,
+           c.mask.ranges = causal), &r);
+  r = padding;
+  r.right = 0;
+  RUNS_AS(c.mask.ranges = causal, &r);
+  RUNS_AS((c.mask.ranges = causal, c.options.path = VARLEN_FA_PATH_DENSE), &r);
+  RUNS_AS((c.mask.ranges = causal, c.options.path = VARLEN_FA_PATH_PACKED), &r);
+  RUNS_AS((c.mask.ranges = causal, c.mask.kind = VARLEN_FA_MASK_KIND_VARLEN_CROSS, c.mask.key_meta = meta), &r);
+  r.prefix = 4;
+  RUNS_AS(c.mask.ranges = prefix, &r);
+  r = padding;
+  r.left = 3;
+  r.right = 2;
+  RUNS_AS(c.mask.ranges = local, &r);
+  RUNS_AS(c.mask.ranges = own, &r);
+  r.right = 0;
+  RUNS_AS(c.mask.ranges = both, &r);
+  r = padding;
+  r.bias = bias_data;
+  RUNS_AS(c.mask.bias = &bias, &r);
+  r.left = 3;
+  r.right = 2;
+  RUNS_AS((c.mask.bias = &bias, c.mask.ranges = local), &r);
+  r = whole_rows(-1, 0);
+  r.bias = bias_data;
+  RUNS_AS((memset(&c.mask, 0, sizeof c.mask), c.mask.kind = VARLEN_FA_MASK_KIND_BIAS, c.mask.bias = &bias,
+           c.mask.ranges = causal), &r);
+  RUNS_AS((memset(&c.mask, 0, sizeof c.mask), c.mask.bias = &bias, c.mask.ranges = causal), &r);
+
+  /* Ranges outlive the handles of what they were made of, and a call that was warmed up is the same. */
+  call c = good_call(meta);
+  c.mask.ranges = both;
+  const uint64_t shape[4] = {BATCH, SEQ, HEADS, DIM};
+  varlen_fa_plan warmed, plan;
+  OK(varlen_fa_warm_up(device, NULL, VARLEN_FA_DTYPE_F32, shape, shape, &c.mask, &warmed));
+  OK(varlen_fa_forward(device, NULL, &c.q, &c.k, &c.v, &c.mask, &c.out, &plan));
+  CHECK(strcmp(warmed.text, plan.text) == 0);
+  c.options.ranges = both;
+  REFUSED(varlen_fa_warm_up(device, &c.options, VARLEN_FA_DTYPE_F32, shape, shape, &c.mask, NULL), VARLEN_FA_STATUS_BAD_VALUE, "`options.ranges`");
+  memset(&c.mask, 0, sizeof c.mask);
+  c.mask.ranges = causal;
+  OK(varlen_fa_forward(device, NULL, &c.q, &c.k, &c.v, &c.mask, &c.out, &plan));
+  CHECK(plan.path == VARLEN_FA_PATH_DENSE && plan.reason == VARLEN_FA_REASON_KEY_RANGES);
+  CHECK(strcmp(varlen_fa_reason_name(plan.reason), "key-ranges") == 0);
+
+  OK(varlen_fa_key_mask_free(mask));
+  OK(varlen_fa_meta_free(meta));
+  OK(varlen_fa_key_ranges_free(causal));
+  OK(varlen_fa_key_ranges_free(local));
+  OK(varlen_fa_key_ranges_free(prefix));
+  OK(varlen_fa_key_ranges_free(own));
+  OK(varlen_fa_key_ranges_free(both));
+}
+
+static void documents(const varlen_fa_meta *plain) {
+  static const uint32_t ids[TOKENS] = {3, 3, 3, 0, 7, 7, 7, 7, 7, 0, 0, 1, 5, 5, 4, 4, 4, 4, 9, 0, 2, 2, 2, 2};
+  varlen_fa_meta *meta = NULL;
+  varlen_fa_meta_info info;
+  varlen_fa_key_ranges *causal = window(-1, 0);
+  OK(varlen_fa_meta_from_document_ids(ids, BATCH, SEQ, &meta));
+  OK(varlen_fa_meta_describe(meta, &info));
+  CHECK(info.batch == BATCH && info.seq == SEQ && info.total_valid == 20 && info.max_seqlen == 11);
+  rule r = whole_rows(-1, -1);
+  r.documents = ids;
+  RUNS_AS((void)0, &r);
+  RUNS_AS(c.options.path = VARLEN_FA_PATH_DENSE, &r);
+  RUNS_AS(c.options.path = VARLEN_FA_PATH_PACKED, &r);
+  r.right = 0;
+  RUNS_AS(c.mask.ranges = causal, &r);
+  SPOILED((c.mask.kind = VARLEN_FA_MASK_KIND_VARLEN_CROSS, c.mask.key_meta = plain), VARLEN_FA_STATUS_NOT_APPLICABLE,
+          "`mask`: metadata of documents in cross-attention");
+  varlen_fa_key_ranges *shorter = NULL;
+  varlen_fa_ranges_of of = padded_sizes();
+  of.seq_k = SEQ - 1;
+  OK(varlen_fa_key_ranges_window(&of, -1, 0, &shorter));
+  SPOILED(c.mask.ranges = shorter, VARLEN_FA_STATUS_MASK_SIZE, "`ranges`: expected ranges for [B, Sq, Sk] = [2, 12, 12]");
+  OK(varlen_fa_key_ranges_free(shorter));
+  OK(varlen_fa_meta_free(meta));
+  OK(varlen_fa_key_ranges_free(causal));
+
+  static const uint32_t two_places[] = {1, 1, 2, 4, 0, 4};
+  varlen_fa_meta *none = NULL;
+  REFUSED(varlen_fa_meta_from_document_ids(two_places, 2, 3, &none), VARLEN_FA_STATUS_MASK_ROW,
+          "`document_ids`: row 1: the tokens of a document together, got document 4 in two places");
+  REFUSED(varlen_fa_meta_from_document_ids(NULL, 2, 3, &none), VARLEN_FA_STATUS_NULL_POINTER, "`document_ids`");
+  REFUSED(varlen_fa_meta_from_document_ids(ids, 2, 3, NULL), VARLEN_FA_STATUS_NULL_POINTER, "`meta`");
+  REFUSED(varlen_fa_meta_from_document_ids((const uint32_t *)((const char *)ids + 2), 1, 3, &none),
+          VARLEN_FA_STATUS_MISALIGNED, "`document_ids`");
+  REFUSED(varlen_fa_meta_from_document_ids(ids, UINT64_MAX, 2, &none), VARLEN_FA_STATUS_TOO_LARGE, "`document_ids`");
+  REFUSED(varlen_fa_meta_from_document_ids(NULL, UINT64_MAX, 0, &none), VARLEN_FA_STATUS_TOO_LARGE, "batch");
+  CHECK(none == NULL);
+  OK(varlen_fa_meta_from_document_ids(NULL, 0, 3, &none));
+  OK(varlen_fa_meta_free(none));
+}
+
+/* Ranges of packed rows, in options: causal among the tokens of each sequence. */
+static void packed_ranges(void) {
+  const int32_t edges[] = {0, 7, TOTAL}, others[] = {0, 8, TOTAL}, three[] = {0, 7, 7, TOTAL};
+  static float lse[HEADS * TOTAL];
+  varlen_fa_tensor q = packed_tensor(q_data, TOTAL, HEADS, DIM), k = packed_tensor(k_data, TOTAL, HEADS, DIM);
+  varlen_fa_tensor v = packed_tensor(v_data, TOTAL, HEADS, DIM), out = packed_tensor(out_data, TOTAL, HEADS, DIM);
+  varlen_fa_tensor sums = packed_tensor(lse, 1, HEADS, TOTAL);
+  varlen_fa_cu_seqlens *cu = NULL, *other = NULL, *more = NULL;
+  varlen_fa_key_ranges *causal = NULL, *of_others = NULL, *of_padded = window(-1, 0), *none = NULL;
+  varlen_fa_attention_options options = {0};
+  varlen_fa_ranges_of of = {0};
+  varlen_fa_key_range values[TOTAL];
+  sums.rank = 2;
+  memmove(sums.shape, sums.shape + 1, 2 * sizeof sums.shape[0]);
+  memmove(sums.strides, sums.strides + 1, 2 * sizeof sums.strides[0]);
+  OK(varlen_fa_cu_seqlens_create(edges, 3, &cu));
+  OK(varlen_fa_cu_seqlens_create(others, 3, &other));
+  OK(varlen_fa_cu_seqlens_create(three, 4, &more));
+  of.cu_seqlens_q = of.cu_seqlens_k = cu;
+  OK(varlen_fa_key_ranges_window(&of, -1, 0, &causal));
+  options.ranges = causal;
+  for (int own = 0; own < 2; own++) {
+    memset(out_data, 0xff, sizeof out_data);
+    OK(varlen_fa_varlen_attention(device, &options, &q, &k, &v, cu, cu, &out, &sums, NULL));
+    for (int row = 0; row < TOTAL; row++) {
+      for (int h = 0; h < HEADS; h++) {
+        double sum = 0.0, expected[DIM] = {0.0};
+        for (int key = row < 7 ? 0 : 7; key <= row; key++) {
+          double score = 0.0;
+          for (int d = 0; d < DIM; d++) {
+            score += (double)q_data[(row * HEADS + h) * DIM + d] * (double)k_data[(key * HEADS + h) * DIM + d];
+          }
+          sum += exp(score / 4.0);
+          for (int d = 0; d < DIM; d++) {
+            expected[d] += exp(score / 4.0) * (double)v_data[(key * HEADS + h) * DIM + d];
+          }
+        }
+        CHECK(fabs((double)lse[h * TOTAL + row] - log(sum)) < 1e-5);
+        for (int d = 0; d < DIM; d++) {
+          CHECK(fabs((double)out_data[(row * HEADS + h) * DIM + d] - expected[d] / sum) < 1e-5);
+        }
+      }
+    }
+    /* The same from values, which count from the first key of a sequence. */
+    for (int row = 0; row < TOTAL; row++) {
+      values[row].first = 0;
+      values[row].end = (uint64_t)(row < 7 ? row : row - 7) + 1;
+    }
+    OK(varlen_fa_key_ranges_free(causal));
+    OK(varlen_fa_key_ranges_from_values(&of, values, TOTAL, &causal));
+    options.ranges = causal;
+  }
+
+  values[8].end = 13;
+  REFUSED(varlen_fa_key_ranges_from_values(&of, values, TOTAL, &none), VARLEN_FA_STATUS_MASK_ROW,
+          "`values`: row 1: a range inside 0..12 for query 1, got 0..13");
+  REFUSED(varlen_fa_key_ranges_from_values(&of, values, TOTAL - 1, &none), VARLEN_FA_STATUS_LENGTH, "`values`");
+  of.cu_seqlens_k = NULL;
+  REFUSED(varlen_fa_key_ranges_window(&of, -1, 0, &none), VARLEN_FA_STATUS_NULL_POINTER, "`of.cu_seqlens_k`");
+  of.cu_seqlens_k = more;
+  REFUSED(varlen_fa_key_ranges_window(&of, -1, 0, &none), VARLEN_FA_STATUS_CU_SEQLENS, "`cu_seqlens_k`: expected as many sequences");
+  of.cu_seqlens_k = (const varlen_fa_cu_seqlens *)causal;
+  REFUSED(varlen_fa_key_ranges_prefix(&of, 1, &none), VARLEN_FA_STATUS_BAD_HANDLE, "`of.cu_seqlens_k`: expected a cu_seqlens handle, got a key ranges handle");
+  of.cu_seqlens_k = cu;
+  of.batch = 2;
+  REFUSED(varlen_fa_key_ranges_window(&of, -1, 0, &none), VARLEN_FA_STATUS_BAD_VALUE, "`of.batch`: expected 0 with cu_seqlens, got 2");
+  of.batch = 0;
+  of.seq_k = 12;
+  REFUSED(varlen_fa_key_ranges_from_values(&of, values, 1, &none), VARLEN_FA_STATUS_BAD_VALUE, "`of.seq_k`: expected 0 with cu_seqlens, got 12");
+  of.seq_k = 0;
+  of.cu_seqlens_k = other;
+  OK(varlen_fa_key_ranges_window(&of, -1, 0, &of_others));
+  REFUSED(varlen_fa_key_ranges_intersect(causal, of_others, &none), VARLEN_FA_STATUS_MASK_SIZE, "`other`");
+  REFUSED(varlen_fa_key_ranges_intersect(causal, of_padded, &none), VARLEN_FA_STATUS_MASK_SIZE, "`other`");
+
+  memset(out_data, 0xa5, sizeof out_data);
+  memset(lse, 0xa5, sizeof lse);
+  const varlen_fa_key_ranges *const wrong[] = {of_others, of_padded};
+  for (int at = 0; at < 2; at++) {
+    options.ranges = wrong[at];
+    REFUSED(varlen_fa_varlen_attention(device, &options, &q, &k, &v, cu, cu, &out, &sums, NULL), VARLEN_FA_STATUS_MASK_SIZE,
+            "`ranges`: expected ranges for 2 packed sequences of 19 queries and 19 keys");
+  }
+  options.ranges = (const varlen_fa_key_ranges *)cu;
+  REFUSED(varlen_fa_varlen_attention(device, &options, &q, &k, &v, cu, cu, &out, &sums, NULL), VARLEN_FA_STATUS_BAD_HANDLE,
+          "`options.ranges`: expected a key ranges handle, got a cu_seqlens handle");
+  OK(varlen_fa_key_ranges_free(causal));
+  options.ranges = causal;
+  REFUSED(varlen_fa_varlen_attention(device, &options, &q, &k, &v, cu, cu, &out, &sums, NULL), VARLEN_FA_STATUS_BAD_HANDLE,
+          "`options.ranges`");
+  for (size_t at = 0; at < sizeof out_data; at++) {
+    CHECK(((unsigned char *)out_data)[at] == 0xa5);
+  }
+  for (size_t at = 0; at < sizeof lse; at++) {
+    CHECK(((unsigned char *)lse)[at] == 0xa5);
+  }
+  CHECK(none == NULL);
+
+  /* Ranges keep what they need of the sequences. */
+  of.cu_seqlens_k = cu;
+  OK(varlen_fa_key_ranges_window(&of, -1, 0, &causal));
+  OK(varlen_fa_cu_seqlens_free(other));
+  OK(varlen_fa_cu_seqlens_free(more));
+  of.cu_seqlens_k = other;
+  REFUSED(varlen_fa_key_ranges_window(&of, -1, 0, &none), VARLEN_FA_STATUS_BAD_HANDLE, "freed");
+  options.ranges = causal;
+  OK(varlen_fa_varlen_attention(device, &options, &q, &k, &v, cu, cu, &out, NULL, NULL));
+  OK(varlen_fa_cu_seqlens_free(cu));
+  OK(varlen_fa_key_ranges_free(causal));
+  OK(varlen_fa_key_ranges_free(of_others));
+  OK(varlen_fa_key_ranges_free(of_padded));
+}
+
+static void bad_ranges(const varlen_fa_meta *meta) {
+  const varlen_fa_ranges_of good = padded_sizes();
+  varlen_fa_ranges_of of = good;
+  varlen_fa_key_range values[TOKENS] = {{0, 0}};
+  varlen_fa_key_ranges *causal = window(-1, 0), *other = NULL, *freed = window(0, 0), *none = NULL;
+  OK(varlen_fa_key_ranges_free(freed));
+
+  REFUSED(varlen_fa_key_ranges_window(NULL, -1, 0, &none), VARLEN_FA_STATUS_NULL_POINTER, "`of`");
+  REFUSED(varlen_fa_key_ranges_window(&of, -1, 0, NULL), VARLEN_FA_STATUS_NULL_POINTER, "`ranges`");
+  REFUSED(varlen_fa_key_ranges_window((const varlen_fa_ranges_of *)(uintptr_t)0x100004, -1, 0, &none), VARLEN_FA_STATUS_MISALIGNED, "`of`");
+  REFUSED(varlen_fa_key_ranges_window(&of, -2, 0, &none), VARLEN_FA_STATUS_BAD_VALUE, "`left`: expected -1 for no limit, or a number of keys, got -2");
+  REFUSED(varlen_fa_key_ranges_window(&of, 0, INT64_MIN, &none), VARLEN_FA_STATUS_BAD_VALUE, "`right`");
+  REFUSED(varlen_fa_key_ranges_prefix(NULL, 1, &none), VARLEN_FA_STATUS_NULL_POINTER, "`of`");
+  REFUSED(varlen_fa_key_ranges_prefix(&of, 1, NULL), VARLEN_FA_STATUS_NULL_POINTER, "`ranges`");
+  of.reserved[2] = 1;
+  REFUSED(varlen_fa_key_ranges_window(&of, -1, 0, &none), VARLEN_FA_STATUS_BAD_VALUE, "`of.reserved`");
+  of = good;
+  of.batch = UINT64_MAX;
+  REFUSED(varlen_fa_key_ranges_window(&of, -1, 0, &none), VARLEN_FA_STATUS_TOO_LARGE, "queries of the ranges");
+  of = good;
+  of.seq_k = UINT64_C(1) << 31;
+  REFUSED(varlen_fa_key_ranges_prefix(&of, 1, &none), VARLEN_FA_STATUS_TOO_LARGE, "keys of the ranges");
+  of = good;
+  REFUSED(varlen_fa_key_ranges_from_values(NULL, values, TOKENS, &none), VARLEN_FA_STATUS_NULL_POINTER, "`of`");
+  REFUSED(varlen_fa_key_ranges_from_values(&of, NULL, TOKENS, &none), VARLEN_FA_STATUS_NULL_POINTER, "`values`");
+  REFUSED(varlen_fa_key_ranges_from_values(&of, values, TOKENS, NULL), VARLEN_FA_STATUS_NULL_POINTER, "`ranges`");
+  REFUSED(varlen_fa_key_ranges_from_values(&of, (varlen_fa_key_range *)((char *)values + 4), 1, &none), VARLEN_FA_STATUS_MISALIGNED, "`values`");
+  REFUSED(varlen_fa_key_ranges_from_values(&of, values, UINT64_MAX, &none), VARLEN_FA_STATUS_TOO_LARGE, "`values`");
+  REFUSED(varlen_fa_key_ranges_from_values(&of, values, 0, &none), VARLEN_FA_STATUS_LENGTH, "`values`: expected 24 elements, got 0");
+  REFUSED(varlen_fa_key_ranges_from_values(&of, values, TOKENS - 1, &none), VARLEN_FA_STATUS_LENGTH, "`values`: expected 24 elements, got 23");
+  values[SEQ + 3].first = 5;
+  values[SEQ + 3].end = 4;
+  REFUSED(varlen_fa_key_ranges_from_values(&of, values, TOKENS, &none), VARLEN_FA_STATUS_MASK_ROW,
+          "`values`: row 1: a range inside 0..12 for query 3, got 5..4");
+  values[SEQ + 3].first = 0;
+  values[SEQ + 3].end = SEQ + 1;
+  REFUSED(varlen_fa_key_ranges_from_values(&of, values, TOKENS, &none), VARLEN_FA_STATUS_MASK_ROW, "got 0..13");
+  values[SEQ + 3].end = UINT64_MAX;
+  REFUSED(varlen_fa_key_ranges_from_values(&of, values, TOKENS, &none), VARLEN_FA_STATUS_MASK_ROW, "got 0..18446744073709551615");
+
+  of.seq_k = SEQ - 1;
+  OK(varlen_fa_key_ranges_window(&of, INT64_MAX, INT64_MAX, &other));
+  REFUSED(varlen_fa_key_ranges_intersect(NULL, causal, &none), VARLEN_FA_STATUS_NULL_POINTER, "`one`");
+  REFUSED(varlen_fa_key_ranges_intersect(causal, NULL, &none), VARLEN_FA_STATUS_NULL_POINTER, "`other`");
+  REFUSED(varlen_fa_key_ranges_intersect(causal, causal, NULL), VARLEN_FA_STATUS_NULL_POINTER, "`ranges`");
+  REFUSED(varlen_fa_key_ranges_intersect(freed, causal, &none), VARLEN_FA_STATUS_BAD_HANDLE, "freed");
+  REFUSED(varlen_fa_key_ranges_intersect(causal, (const varlen_fa_key_ranges *)meta, &none), VARLEN_FA_STATUS_BAD_HANDLE,
+          "`other`: expected a key ranges handle, got a metadata handle");
+  REFUSED(varlen_fa_key_ranges_intersect(causal, other, &none), VARLEN_FA_STATUS_MASK_SIZE,
+          "`other`: expected ranges for [B, Sq, Sk] = [2, 12, 12], got ranges for [B, Sq, Sk] = [2, 12, 11]");
+  CHECK(none == NULL);
+  REFUSED(varlen_fa_key_ranges_free(freed), VARLEN_FA_STATUS_BAD_HANDLE, "freed");
+  REFUSED(varlen_fa_key_ranges_free((varlen_fa_key_ranges *)device), VARLEN_FA_STATUS_BAD_HANDLE, "got a device handle");
+  OK(varlen_fa_key_ranges_free(NULL));
+
+  SPOILED(c.options.ranges = causal, VARLEN_FA_STATUS_BAD_VALUE, "`options.ranges`: expected NULL: the mask has ranges");
+  SPOILED(c.options.ranges = freed, VARLEN_FA_STATUS_BAD_HANDLE, "`options.ranges`");
+  SPOILED(c.mask.ranges = other, VARLEN_FA_STATUS_MASK_SIZE, "`ranges`: expected ranges for [B, Sq, Sk] = [2, 12, 12]");
+  SPOILED((memset(&c.mask, 0, sizeof c.mask), c.mask.ranges = other), VARLEN_FA_STATUS_MASK_SIZE, "`ranges`");
+  SPOILED(c.mask.ranges = freed, VARLEN_FA_STATUS_BAD_HANDLE, "`mask.ranges`");
+  SPOILED(c.mask.ranges = (const varlen_fa_key_ranges *)meta, VARLEN_FA_STATUS_BAD_HANDLE, "`mask.ranges`: expected a key ranges handle, got a metadata handle");
+  SPOILED(c.mask.query_meta = (const varlen_fa_meta *)causal, VARLEN_FA_STATUS_BAD_HANDLE, "got a key ranges handle");
+  /* A bias beside metadata is checked like one of its own. */
+  varlen_fa_tensor bias = packed_tensor(q_data, 2, 3, 4);
+  SPOILED(c.mask.bias = &bias, VARLEN_FA_STATUS_BROADCAST, "bias");
+  bias = padded(out_data);
+  SPOILED(c.mask.bias = &bias, VARLEN_FA_STATUS_OVERLAP, "`out` may share memory with `bias`");
+  bias.data = NULL;
+  SPOILED(c.mask.bias = &bias, VARLEN_FA_STATUS_NULL_POINTER, "`bias.data`");
+  SPOILED((memset(&c.mask, 0, sizeof c.mask), c.mask.kind = VARLEN_FA_MASK_KIND_BIAS), VARLEN_FA_STATUS_NULL_POINTER, "`bias`");
+  OK(varlen_fa_key_ranges_free(causal));
+  OK(varlen_fa_key_ranges_free(other));
+}
+
 static void device_meta(const varlen_fa_meta *meta) {
   static float expected[ELEMENTS];
   static uint16_t columns[SEQ * 4];
@@ -606,6 +1006,23 @@ static void device_meta(const varlen_fa_meta *meta) {
   bad.memory = VARLEN_FA_MEMORY_CUDA;
   REFUSED(varlen_fa_device_meta_rebuild(on_device, &bad), VARLEN_FA_STATUS_DEVICE_MISMATCH, "`mask`");
   REFUSED(varlen_fa_device_meta_rebuild(on_device, NULL), VARLEN_FA_STATUS_NULL_POINTER, "`mask`");
+  /* On the CPU device it takes ranges and a bias, as that of the host does. */
+  static float bias_data[SEQ * SEQ], with_ranges[ELEMENTS];
+  varlen_fa_tensor bias = tensor(bias_data, 1, 1, SEQ, SEQ);
+  varlen_fa_key_ranges *causal = window(-1, 0);
+  fill(bias_data, SEQ * SEQ, 11);
+  call host = good_call(meta);
+  host.mask.ranges = causal;
+  host.mask.bias = &bias;
+  OK(run(&host));
+  memcpy(with_ranges, out_data, sizeof with_ranges);
+  host.mask = c.mask;
+  host.mask.ranges = causal;
+  host.mask.bias = &bias;
+  memset(out_data, 0xff, sizeof out_data);
+  OK(run(&host));
+  CHECK(memcmp(out_data, with_ranges, sizeof with_ranges) == 0);
+  OK(varlen_fa_key_ranges_free(causal));
   OK(run(&c)); /* as it was */
   CHECK(memcmp(out_data, expected, sizeof expected) == 0);
   OK(varlen_fa_device_meta_free(on_device));
@@ -697,6 +1114,10 @@ int main(int argc, char **argv) {
   primitives(meta);
   equal_masks(meta);
   device_meta(meta);
+  key_ranges_results();
+  documents(meta);
+  packed_ranges();
+  bad_ranges(meta);
   threads(meta);
   OK(varlen_fa_meta_free(meta));
   OK(varlen_fa_device_free(device));

@@ -123,14 +123,16 @@ def randoms(memory, dtype, count, seed):
     return memory(dtype, [generator.uniform(-1, 1) for _ in range(count)])
 
 
-def attend(q, k, v, valid, scale):
-    """Rows of one head, slowly: q, k, v are lists of rows, `valid` the keys that count."""
+def attend(q, k, v, valid, scale, sees=lambda i, j: True, added=lambda i, j: 0.0):
+    """Rows of one head, slowly: q, k, v are lists of rows, `valid` the keys that count. Query i
+    sees key j of them if `sees` says so, and `added` is added to its score."""
     out = []
-    for row in q:
-        scores = [scale * sum(a * b for a, b in zip(row, k[key])) for key in valid]
+    for i, row in enumerate(q):
+        keys = [key for key in valid if sees(i, key)]
+        scores = [scale * sum(a * b for a, b in zip(row, k[key])) + added(i, key) for key in keys]
         weights = [math.exp(score) for score in scores]
-        total = sum(weights)
-        out.append([sum(w * v[key][d] for w, key in zip(weights, valid)) / total for d in range(DIM)])
+        total = sum(weights) or 1.0
+        out.append([sum(w * v[key][d] for w, key in zip(weights, keys)) / total for d in range(DIM)])
     return out
 
 
@@ -168,10 +170,10 @@ class Stage:
         self.device.forward(self.q, self.k, self.v, self.out, mask, **others)
         return self.out_memory.values()
 
-    def expected(self, b, h, valid, scale=DIM**-0.5):
+    def expected(self, b, h, valid, scale=DIM**-0.5, **rules):
         values, shape, kv = self.qkv.values(), [BATCH, SEQ], h // (HEADS // KV_HEADS)
         of = lambda head: rows(values, shape, self.strides, b, head)
-        return attend(of(h), of(HEADS + kv), of(HEADS + KV_HEADS + kv), valid, scale)
+        return attend(of(h), of(HEADS + kv), of(HEADS + KV_HEADS + kv), valid, scale, **rules)
 
 
 class Attention(unittest.TestCase):
@@ -234,12 +236,112 @@ class Attention(unittest.TestCase):
             by_bias = stage.run(vf.bias(flat.tensor(shape, strides)))
             self.assertLess(furthest(by_bias, by_mask), TOLERANCES[DTYPE])
 
+    def check_rule(self, stage, got, valid, sees=lambda b, i, j: True, added=lambda i, j: 0.0, keeps=lambda b, i: True):
+        """Rows are those of `attend`; those of queries that `keeps` drops, or that see nothing, are
+        zeros."""
+        for b in range(BATCH):
+            for h in range(HEADS):
+                rule = lambda i, j: sees(b, i, j)  # noqa: B023
+                expected = stage.expected(b, h, valid[b], sees=rule, added=added)
+                for i in range(SEQ):
+                    start = ((b * SEQ + i) * HEADS + h) * DIM
+                    row = got[start : start + DIM]
+                    if not keeps(b, i) or not any(rule(i, j) for j in valid[b]):
+                        self.assertEqual(row, [0.0] * DIM)
+                        self.assertTrue(all(math.copysign(1, value) > 0 for value in row))
+                    else:
+                        self.assertLess(furthest(row, expected[i]), TOLERANCES[DTYPE])
+
+    # Padding on the left, and a row that is whole.
+    LEFT = [range(3, SEQ), range(SEQ)]
+
+    def left_padded(self):
+        return library.key_mask_from_runs([(b, keys.start, keys.stop) for b, keys in enumerate(self.LEFT)], BATCH, SEQ)
+
+    def rules(self):
+        """Ranges of every kind, each with what it means."""
+        of, lib = (BATCH, SEQ, SEQ), library
+        own = [(b + i) % 4 for b in range(BATCH) for i in range(SEQ)]
+        causal, local = lib.key_ranges_causal(of), lib.key_ranges_window(of, 2, 1)
+        return [
+            (causal, lambda b, i, j: j <= i),
+            (local, lambda b, i, j: i - 2 <= j <= i + 1),
+            (lib.key_ranges_window(of, left=0), lambda b, i, j: j >= i),
+            (lib.key_ranges_prefix(of, 4), lambda b, i, j: j < 4 or j <= i),
+            (causal.intersect(local), lambda b, i, j: i - 2 <= j <= i),
+            (
+                lib.key_ranges_from_values(of, [(first, first + 3 * (first % 2)) for first in own]),
+                lambda b, i, j: own[b * SEQ + i] % 2 == 1 and 0 <= j - own[b * SEQ + i] < 3,
+            ),
+        ]
+
+    def test_ranges_are_what_a_loop_gives(self):
+        stage, mask = self.stage(), self.left_padded()
+        meta = library.meta(mask)
+        keeps = lambda b, i: i in self.LEFT[b]
+        whole = [range(SEQ)] * BATCH
+        for ranges, sees in self.rules():
+            self.check_rule(stage, stage.run(vf.none(ranges)), whole, sees)
+            self.check_rule(stage, stage.run(vf.key(mask, ranges)), self.LEFT, sees)
+            self.check_rule(stage, stage.run(vf.varlen(meta, ranges=ranges)), self.LEFT, sees, keeps=keeps)
+            self.check_rule(stage, stage.run(vf.varlen(meta, meta, ranges)), self.LEFT, sees, keeps=keeps)
+
+    def test_bias_beside_metadata_and_ranges(self):
+        stage, mask = self.stage(), self.left_padded()
+        meta = library.meta(mask)
+        keeps = lambda b, i: i in self.LEFT[b]
+        flat = randoms(self.memory, vf.F32, SEQ * SEQ, 5)
+        values, tensor = flat.values(), flat.tensor([SEQ, SEQ])
+        added = lambda i, j: values[i * SEQ + j]
+        whole = [range(SEQ)] * BATCH
+        self.check_rule(stage, stage.run(vf.varlen(meta, bias=tensor)), self.LEFT, added=added, keeps=keeps)
+        self.check_rule(stage, stage.run(vf.key(mask, bias=tensor)), self.LEFT, added=added)
+        for ranges, sees in self.rules()[:2]:
+            self.check_rule(stage, stage.run(vf.varlen(meta, None, ranges, tensor)), self.LEFT, sees, added, keeps)
+            for made in [vf.bias(tensor, ranges), vf.none(ranges, tensor)]:
+                self.check_rule(stage, stage.run(made), whole, sees, added)
+
+    def test_documents(self):
+        stage = self.stage()
+        ids = [[1, 1, 2, 2, 2, 0, 3, 3, 0], [0, 9, 9, 9, 0, 0, 4, 5, 5]]
+        meta = library.meta_from_document_ids(ids)
+        self.assertEqual(meta.info().total_valid, 13)
+        valid = [[i for i, number in enumerate(row) if number] for row in ids]
+        same, keeps = lambda b, i, j: ids[b][i] == ids[b][j], lambda b, i: ids[b][i] != 0
+        self.check_rule(stage, stage.run(vf.varlen(meta)), valid, same, keeps=keeps)
+        causal = library.key_ranges_causal((BATCH, SEQ, SEQ))
+        sees = lambda b, i, j: same(b, i, j) and j <= i
+        self.check_rule(stage, stage.run(vf.varlen(meta, ranges=causal)), valid, sees, keeps=keeps)
+
+    def test_packed_rows_with_ranges(self):
+        q, k, v = (randoms(self.memory, DTYPE, TOTAL * HEADS * DIM, seed) for seed in (6, 7, 8))
+        out, lse = nans(self.memory, DTYPE, TOTAL * HEADS * DIM), nans(self.memory, vf.F32, HEADS * TOTAL)
+        cu = library.cu_seqlens([0, 5, TOTAL])
+        options = library.options(ranges=library.key_ranges_causal((cu, cu)))
+        tensors = [memory.tensor([TOTAL, HEADS, DIM]) for memory in (q, k, v)]
+        last = out.tensor([TOTAL, HEADS, DIM])
+        self.device.varlen_attention(*tensors, cu, cu, last, lse.tensor([HEADS, TOTAL]), options)
+        got, sums = out.values(), lse.values()
+        for h in range(HEADS):
+            of = lambda memory: [memory.values()[(row * HEADS + h) * DIM :][:DIM] for row in range(TOTAL)]  # noqa: B023
+            for first, end in [(0, 5), (5, TOTAL)]:
+                queries, keys, values = (of(memory)[first:end] for memory in (q, k, v))
+                expected = attend(queries, keys, values, range(end - first), DIM**-0.5, lambda i, j: j <= i)
+                for i, row in enumerate(expected):
+                    start = ((first + i) * HEADS + h) * DIM
+                    self.assertLess(furthest(got[start : start + DIM], row), TOLERANCES[DTYPE])
+                    scores = [sum(a * b for a, b in zip(queries[i], keys[j])) * DIM**-0.5 for j in range(i + 1)]
+                    log = math.log(sum(map(math.exp, scores)))
+                    self.assertLess(abs(sums[h * TOTAL + first + i] - log), TOLERANCES[DTYPE])
+
     def test_warm_up_takes_what_a_call_takes(self):
         stage, meta = self.stage(), library.meta_from_lengths(LENGTHS, SEQ)
         q, kv = [BATCH, SEQ, HEADS, DIM], [BATCH, SEQ, KV_HEADS, DIM]
         flat = self.memory(vf.F32, [0.0] * (BATCH * SEQ))
         key_mask = library.key_mask_from_lengths(LENGTHS, SEQ)
-        masks = [None, vf.key(key_mask), vf.varlen(meta), vf.bias(flat.tensor([BATCH, 1, 1, SEQ]))]
+        bias, causal = flat.tensor([BATCH, 1, 1, SEQ]), library.key_ranges_causal((BATCH, SEQ, SEQ))
+        masks = [None, vf.key(key_mask), vf.varlen(meta), vf.bias(bias), vf.none(causal), vf.varlen(meta, None, causal)]
+        masks.append(vf.varlen(meta, None, causal, bias))
         for mask in masks:
             for options in [None, library.options(softmax_scale=0.5)]:
                 warmed, plan = vf.Plan(), vf.Plan()
@@ -401,6 +503,33 @@ class Refusals(unittest.TestCase):
         self.refused("BAD_HANDLE", "never issued", lambda: library.call("meta_free", made_up))
         self.refused("BAD_HANDLE", "got a device handle", lambda: library.call("meta_free", device.handle))
 
+    def test_ranges(self):
+        stage, of, lib = Stage(), (BATCH, SEQ, SEQ), library
+        causal, cu = lib.key_ranges_causal(of), lib.cu_seqlens([0, 5, 14])
+        self.refused("BAD_VALUE", "`left`", lambda: lib.key_ranges_window(of, -2, 0))
+        self.refused("BAD_VALUE", "`right`", lambda: lib.key_ranges_window(of, 0, -9))
+        self.refused("TOO_LARGE", "queries of the ranges", lambda: lib.key_ranges_prefix((1, 1 << 31, 1), 2))
+        self.refused("LENGTH", "`values`: expected 18", lambda: lib.key_ranges_from_values(of, [(0, 1)] * 17))
+        self.refused("MASK_ROW", "row 1", lambda: lib.key_ranges_from_values(of, [(0, 9)] * 17 + [(0, 10)]))
+        self.refused("MASK_SIZE", "`other`", lambda: causal.intersect(lib.key_ranges_causal((BATCH, SEQ, 8))))
+        packed = lib.key_ranges_causal((cu, cu))
+        self.refused("MASK_SIZE", "`other`", lambda: causal.intersect(packed))
+        other = lib.key_ranges_causal((BATCH, SEQ, SEQ + 1))
+        for ranges in [packed, other]:
+            self.refused("MASK_SIZE", "`ranges`", lambda: stage.run(vf.none(ranges)))  # noqa: B023
+        in_options = lambda: stage.run(options=lib.options(ranges=causal))
+        self.refused("BAD_VALUE", "`options.ranges`", in_options)
+        self.refused("MASK_ROW", "row 1", lambda: lib.meta_from_document_ids([[1, 1, 2], [2, 1, 2]]))
+        with self.assertRaises(ValueError):
+            lib.meta_from_document_ids([[1, 1], [1]])
+        documents, plain = lib.meta_from_document_ids([[1] * SEQ] * BATCH), lib.meta_from_lengths(LENGTHS, SEQ)
+        self.refused("NOT_APPLICABLE", "documents", lambda: stage.run(vf.varlen(documents, plain)))
+        mask = vf.none(causal)
+        causal.free()
+        self.refused("BAD_HANDLE", "`mask.ranges`", lambda: stage.run(mask))
+        self.refused("BAD_HANDLE", "`one`", lambda: causal.intersect(causal))
+        self.assertTrue(all(math.isnan(value) for value in stage.out_memory.values()))
+
     def test_warm_up(self):
         q = [BATCH, SEQ, HEADS, DIM]
         self.refused("BAD_VALUE", "`dtype`", lambda: device.warm_up(99, q, q))
@@ -480,7 +609,8 @@ class Structs(unittest.TestCase):
     @unittest.skipIf(ctypes.sizeof(ctypes.c_void_p) != 8, "the sizes are those of 64-bit systems")
     def test_sizes_are_those_of_the_header(self):
         structs = [vf.Tensor, vf.MaskView, vf.AttentionMask, vf.Plan, vf.Options, vf.Run, vf.DeviceInfo, vf.MetaInfo]
-        self.assertEqual([ctypes.sizeof(struct) for struct in structs], [112, 72, 88, 272, 48, 24, 440, 64])
+        structs += [vf.KeyRange, vf.RangesOf]
+        self.assertEqual([ctypes.sizeof(struct) for struct in structs], [112, 72, 88, 272, 48, 24, 440, 64, 16, 72])
 
 
 def in_child(handle, meta, queue):

@@ -5,6 +5,7 @@
 
 mod layer;
 mod measure;
+mod seen_keys;
 
 use std::io::Write;
 use std::num::NonZeroUsize;
@@ -12,9 +13,11 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result, ensure};
 use clap::Parser;
+use serde::Serialize;
 use varlen_fa::{Config, Device, bf16, f16};
 
 use measure::{Measured, run};
+use seen_keys::SeenKeys;
 use varlen_fa_harness::arguments::{ElementType, Problem, ProblemArguments, workload_help};
 use varlen_fa_harness::record::Record;
 use varlen_fa_harness::report::{Report, exit_code};
@@ -29,16 +32,27 @@ const HARDWARE_DEFAULT: &str = "joint:text=512:image=1024:valid=37,211:heads=24:
 /// Run an attention layer shaped like Qwen-Image's under a key mask, dense against varlen, and check the results.
 ///
 /// Each step projects random hidden states to q, k and v (on the host), attends on the device with the key mask alone (dense) and
-/// with metadata that was built once (varlen), and projects the varlen result back. Fails if a sampled row is too far from
+/// with metadata that was built once (varlen), and projects the varlen result back. Both may be causal or have a window. Fails if a sampled row is too far from
 /// an f64 oracle, or if varlen leaves a masked row that is not exactly zero.
 #[derive(Debug, Parser)]
 #[command(name = "masked_attention", version, after_help = workload_help())]
 struct Arguments {
     #[command(flatten)]
     problem: ProblemArguments,
+    #[command(flatten)]
+    seen: SeenKeys,
     /// Steps of each workload; times are their median. On a GPU each step times enough calls back to back that the clock is up
     #[arg(long, value_name = "N", default_value = "3")]
     steps: NonZeroUsize,
+}
+
+/// One line of the JSON.
+#[derive(Debug, Serialize)]
+struct Line {
+    #[serde(flatten)]
+    record: Record,
+    /// Which keys a query sees.
+    keys: String,
 }
 
 fn main() -> ExitCode {
@@ -57,15 +71,16 @@ fn run_all(arguments: &Arguments) -> Result<()> {
     let mut failed = 0;
     for problem in &problems {
         let measured = match problem.element_type {
-            ElementType::F32 => run::<f32>(&device, problem, steps),
-            ElementType::F16 => run::<f16>(&device, problem, steps),
-            ElementType::Bf16 => run::<bf16>(&device, problem, steps),
+            ElementType::F32 => run::<f32>(&device, problem, &arguments.seen, steps),
+            ElementType::F16 => run::<f16>(&device, problem, &arguments.seen, steps),
+            ElementType::Bf16 => run::<bf16>(&device, problem, &arguments.seen, steps),
         }
         .with_context(|| format!("workload {}", problem.workload.name))?;
-        print_measured(&mut report.text, problem, &measured)?;
+        print_measured(&mut report.text, problem, &arguments.seen, &measured)?;
         let Measured { varlen, dense, masked_rows, .. } = &measured;
         let ms = (milliseconds(varlen.times.median), milliseconds(dense.times.median));
-        report.json(&Record::new(&device, problem, varlen.plan, ms, &varlen.comparison, masked_rows.is_ok()))?;
+        let record = Record::new(&device, problem, varlen.plan, ms, &varlen.comparison, masked_rows.is_ok());
+        report.json(&Line { record, keys: arguments.seen.to_string() })?;
         failed += usize::from(!measured.is_correct());
     }
     ensure!(failed == 0, "{failed} of {} workloads failed a check", problems.len());
@@ -85,7 +100,7 @@ fn print_device(text: &mut dyn Write, device: &Device) -> Result<()> {
     Ok(())
 }
 
-fn print_measured(text: &mut dyn Write, problem: &Problem, measured: &Measured) -> Result<()> {
+fn print_measured(text: &mut dyn Write, problem: &Problem, seen: &SeenKeys, measured: &Measured) -> Result<()> {
     let Measured { varlen, dense, .. } = measured;
     let (workload, dtype) = (&problem.workload, problem.element_type.precision());
     let (q, kv) = (problem.shape(), problem.kv_shape());
@@ -96,6 +111,7 @@ fn print_measured(text: &mut dyn Write, problem: &Problem, measured: &Measured) 
     writeln!(text, "\nworkload   {}", workload.name)?;
     writeln!(text, "tensors    {dtype}, q {q:?}, k and v {kv:?}: slices of one fused projection")?;
     writeln!(text, "metadata   {valid} of {tokens} tokens valid ({percent:.1}%), built once in {built:.0} µs")?;
+    writeln!(text, "keys       {seen}")?;
     writeln!(text, "varlen     {}", varlen.plan.with_estimate())?;
     writeln!(text, "dense      {}", dense.plan.with_estimate())?;
 
@@ -109,7 +125,7 @@ fn print_measured(text: &mut dyn Write, problem: &Problem, measured: &Measured) 
     // Writing zeros may be too quick for the device's clock.
     let speedup = if speedup.is_finite() { format!("{speedup:.2}x") } else { "-".to_owned() };
     let pairs = workload.batch as f64 * (workload.seq as f64).powi(2);
-    let valid_pairs = 100.0 * workload.valid_pairs() as f64 / pairs;
+    let valid_pairs = 100.0 * seen.valid_pairs(workload) as f64 / pairs;
     writeln!(text, "speed-up   {speedup:>12}   ({valid_pairs:.1}% of the query and key pairs are valid)")?;
 
     let rows = varlen.comparison.rows;

@@ -8,6 +8,7 @@ use varlen_fa::{AttentionMask, Device, Element, KeyMask, MaskedAttention, Plan, 
 use varlen_fa_testkit::{CompareError, Value, check_masked_rows_zero};
 
 use crate::layer::Layer;
+use crate::seen_keys::SeenKeys;
 use varlen_fa_harness::arguments::Problem;
 use varlen_fa_harness::check::{Comparison, Queries, compare};
 use varlen_fa_harness::progress::Progress;
@@ -27,7 +28,7 @@ pub struct Measured {
     pub dense: Call,
     /// Whether varlen's masked rows were exactly zero in every step.
     pub masked_rows: Result<(), CompareError>,
-    /// Time to build mask and metadata from the batch's `bool`s.
+    /// Time to build mask, metadata and ranges from the batch's `bool`s.
     pub meta_time: Duration,
 }
 
@@ -50,20 +51,27 @@ impl Measured {
 }
 
 /// Runs the layer on one workload.
-pub fn run<T: Element + Value>(device: &Device, problem: &Problem, steps: usize) -> Result<Measured> {
+pub fn run<T: Element + Value>(device: &Device, problem: &Problem, seen: &SeenKeys, steps: usize) -> Result<Measured> {
     let mut progress = Progress::new(steps + 1);
     progress.begin("preparing");
     let (batch, seq, keep) = (problem.workload.batch, problem.workload.seq, &problem.workload.mask);
     let start = Instant::now();
     let mask = KeyMask::from_bool(batch, seq, keep)?;
-    // Once per request: every layer and step uses the same metadata, and its one copy on the device.
+    // Once per request: every layer and step uses the same metadata and ranges, and their one copy on the device.
     let meta = VarlenMeta::from_key_mask(&mask)?;
+    let ranges = seen.ranges(&problem.workload)?;
     let meta_time = start.elapsed();
+    let sees = seen.booleans(&problem.workload)?;
+    let (mut by_meta, mut by_mask) = (AttentionMask::varlen(&meta), AttentionMask::key(&mask));
+    if let Some(ranges) = &ranges {
+        (by_meta, by_mask) = (by_meta.with_ranges(ranges), by_mask.with_ranges(ranges));
+    }
+    let sees = sees.as_deref();
 
     // The first calls come before the layer: what does not fit is refused before anything takes long.
     let mut qkv = Tensor::zeros(device, T::DTYPE, &fused_shape(problem))?;
-    let mut varlen = Caller::new(device, problem, &qkv, AttentionMask::varlen(&meta), Queries::Valid)?;
-    let mut dense = Caller::new(device, problem, &qkv, AttentionMask::key(&mask), Queries::All)?;
+    let mut varlen = Caller::new(device, problem, &qkv, by_meta, (Queries::Valid, sees))?;
+    let mut dense = Caller::new(device, problem, &qkv, by_mask, (Queries::All, sees))?;
     let mut layer = Layer::random(problem)?;
     progress.end();
 
@@ -89,6 +97,8 @@ struct Caller<'a> {
     attention: MaskedAttention,
     mask: AttentionMask<'a>,
     queries: Queries,
+    /// `[B, S, S]`: which keys each query sees.
+    sees: Option<&'a [bool]>,
     out: Tensor,
     plan: Plan,
     timings: Vec<Duration>,
@@ -103,7 +113,7 @@ impl<'a> Caller<'a> {
         problem: &Problem,
         qkv: &Tensor,
         mask: AttentionMask<'a>,
-        queries: Queries,
+        (queries, sees): (Queries, Option<&'a [bool]>),
     ) -> Result<Self> {
         let attention = MaskedAttention::new(device);
         let mut out = Tensor::zeros(device, qkv.dtype(), &problem.shape())?;
@@ -111,7 +121,8 @@ impl<'a> Caller<'a> {
         let plan = attention.forward_into(q, k, v, mask, &mut out)?;
         device.synchronize()?;
         let comparison = Comparison::default();
-        Ok(Self { device, attention, mask, queries, out, plan, timings: Vec::new(), by_device: false, comparison })
+        let timings = Vec::new();
+        Ok(Self { device, attention, mask, queries, sees, out, plan, timings, by_device: false, comparison })
     }
 
     /// Attends, takes the time, and compares with the oracle; gives the output.
@@ -126,7 +137,7 @@ impl<'a> Caller<'a> {
         self.out.write(&vec![T::from_f32(f32::NAN); problem.shape().iter().product()])?;
         self.time(heads_of(problem, qkv)?)?;
         let out = self.out.to_vec::<T>()?;
-        let comparison = compare(problem, [q, k, v], self.queries, &out, step as u64)?;
+        let comparison = compare(problem, [q, k, v], (self.queries, self.sees), &out, step as u64)?;
         self.comparison = merge(std::mem::take(&mut self.comparison), comparison);
         Ok(out)
     }

@@ -37,10 +37,11 @@ pub struct Comparison {
 }
 
 /// Compares an output `[B, S, H, D]` with the oracle's answer for `q`, `k` and `v`, already rounded to the working precision.
+/// `sees`, `[B, S, S]`, says which keys each query sees, all if it is `None`.
 pub fn compare<T: Element + Value>(
     problem: &Problem,
     [q, k, v]: [&[f32]; 3],
-    queries: Queries,
+    (queries, sees): (Queries, Option<&[bool]>),
     out: &[T],
     seed: u64,
 ) -> Result<Comparison> {
@@ -48,6 +49,7 @@ pub fn compare<T: Element + Value>(
     let oracle = Oracle::new(OracleProblem {
         key_keep: Some(keep),
         query_keep: (queries == Queries::Valid).then_some(keep),
+        sees,
         ..OracleProblem::new(problem.oracle_shape(), q, k, v)
     })?;
     let (precision, head_dim) = (problem.element_type.precision(), problem.head_dim);

@@ -214,27 +214,24 @@ impl KeyRanges {
         of.check()?;
         expect_length("document_ids", batch * seq, ids.len())?;
         let mut ranges = reserve(ids.len())?;
-        let mut seen: Vec<u32> = reserve(seq)?;
         for (row, ids) in ids.chunks_exact(seq.max(1)).enumerate() {
-            seen.clear();
-            let mut first = 0;
+            let (mut first, mut highest, mut ascend) = (0, 0, true);
             for document in ids.chunk_by(|a, b| a == b) {
-                let end = first + document.len();
-                let id = document.first().filter(|&&id| id != 0);
-                let range = if id.is_some() { [first as u32, end as u32] } else { [0, 0] };
-                ranges.extend(std::iter::repeat_n(range, document.len()));
+                let (id, end) = (document[0], first + document.len() as u32);
                 // Tokens of no document may lie anywhere.
-                seen.extend(id);
+                ascend &= id == 0 || id > highest;
+                highest = highest.max(id);
+                let range = if id == 0 { [0, 0] } else { [first, end] };
+                match document.len() {
+                    // Quicker than an iterator.
+                    1 => ranges.push(range),
+                    length => ranges.extend(std::iter::repeat_n(range, length)),
+                }
                 first = end;
             }
-            seen.sort_unstable();
-            if let Some(twice) = seen.windows(2).find(|pair| pair[0] == pair[1]) {
-                return Err(Error::MaskRow {
-                    argument: "document_ids",
-                    row,
-                    expected: "the tokens of a document together".to_owned(),
-                    got: format!("document {} in two places", twice[0]),
-                });
+            // Numbers that only ascend come once each.
+            if !ascend {
+                expect_documents_together(row, ids)?;
             }
         }
         Ok(Self::new(of, ranges, false))
@@ -251,20 +248,25 @@ impl KeyRanges {
         expect_length("ranges", of.total(), ranges.len())?;
         let mut checked = reserve(ranges.len())?;
         let mut rest = ranges;
-        for row in 0..of.batch() {
+        // Without queries there may be 2³¹ rows, of which none has a range.
+        let rows = if ranges.is_empty() { 0 } else { of.batch() };
+        for row in 0..rows {
             let Row { queries, keys } = of.row(row);
             let (own, later) = rest.split_at(queries);
-            for (i, &[first, end]) in own.iter().enumerate() {
-                if first > end || end > keys {
-                    return Err(Error::MaskRow {
-                        argument: "ranges",
-                        row,
-                        expected: format!("a range inside 0..{keys} for query {i}"),
-                        got: format!("{first}..{end}"),
-                    });
-                }
-                checked.push([first as u32, end as u32]);
+            let is_outside = |&[first, end]: &[usize; 2]| (first > end) | (end > keys);
+            // All of a row at once, which takes less time than one after another.
+            if own.iter().fold(false, |any, range| any | is_outside(range)) {
+                let mut outside = own.iter().enumerate().filter(|(_, range)| is_outside(range));
+                let (i, [first, end]) = outside.next().unwrap_or((0, &[0, 0]));
+                return Err(Error::MaskRow {
+                    argument: "ranges",
+                    row,
+                    expected: format!("a range inside 0..{keys} for query {i}"),
+                    got: format!("{first}..{end}"),
+                });
             }
+            // Both fit: `check` bounds the keys by i32::MAX.
+            checked.extend(own.iter().map(|range| range.map(|position| position as u32)));
             rest = later;
         }
         Ok(Self::new(of, checked, false))
@@ -292,7 +294,8 @@ impl KeyRanges {
         match self.0.is_shared == other.0.is_shared {
             true => ranges.extend(self.0.ranges.iter().copied().zip(other.0.ranges.iter().copied()).map(both)),
             false => {
-                for b in 0..self.0.of.batch() {
+                let rows = if count == 0 { 0 } else { self.0.of.batch() };
+                for b in 0..rows {
                     ranges.extend(self.row(b).iter().copied().zip(other.row(b).iter().copied()).map(both));
                 }
             }
@@ -430,9 +433,276 @@ impl KeyRanges {
     }
 }
 
+/// Checks that the tokens of each document of a row lie together.
+fn expect_documents_together(row: usize, ids: &[u32]) -> Result<()> {
+    let mut documents: Vec<u32> = reserve(ids.len())?;
+    documents.extend(ids.chunk_by(|a, b| a == b).filter_map(|document| document.first()).filter(|&&id| id != 0));
+    documents.sort_unstable();
+    match documents.windows(2).find(|pair| pair[0] == pair[1]) {
+        None => Ok(()),
+        Some(twice) => Err(Error::MaskRow {
+            argument: "document_ids",
+            row,
+            expected: "the tokens of a document together".to_owned(),
+            got: format!("document {} in two places", twice[0]),
+        }),
+    }
+}
+
 fn expect_length(argument: &'static str, expected: usize, got: usize) -> Result<()> {
     if expected == got {
         return Ok(());
     }
     Err(Error::Length { argument, expected, got })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SIZES: [[usize; 3]; 9] =
+        [[2, 5, 5], [1, 1, 1], [3, 4, 7], [2, 7, 4], [1, 1, 9], [2, 9, 1], [2, 0, 5], [2, 5, 0], [0, 5, 5]];
+
+    /// `[Sq][Sk]` of a batch row or sequence, by a rule for queries and keys that are level at the end.
+    fn naive([queries, keys]: [usize; 2], sees: impl Fn(i64, i64) -> bool) -> Vec<Vec<bool>> {
+        let place = |i: usize| i as i64 + keys as i64 - queries as i64;
+        (0..queries).map(|i| (0..keys).map(|j| sees(place(i), j as i64)).collect()).collect()
+    }
+
+    /// The same of ranges; none reaches past the keys or ends before it starts.
+    fn booleans(ranges: &[[u32; 2]], keys: usize) -> Vec<Vec<bool>> {
+        let row = |&[first, end]: &[u32; 2]| {
+            assert!(first <= end && end as usize <= keys, "{first}..{end} of {keys} keys");
+            (first..end).fold(vec![false; keys], |mut row, key| {
+                row[key as usize] = true;
+                row
+            })
+        };
+        ranges.iter().map(row).collect()
+    }
+
+    /// `[B, Sq, Sk]` sizes, and packed sequences of these sizes and of no tokens.
+    fn expect_rule(ranges: impl Fn(RangesOf) -> Result<KeyRanges>, sees: impl Fn(i64, i64) -> bool) -> Result<()> {
+        for [batch, seq_q, seq_k] in SIZES {
+            let made = ranges([batch, seq_q, seq_k].into())?;
+            let expected = naive([seq_q, seq_k], &sees);
+            for b in 0..batch {
+                assert_eq!(booleans(made.row(b), seq_k), expected, "[{batch}, {seq_q}, {seq_k}], row {b}");
+                assert!((0..seq_q).all(|i| made.of_token(b, i) == made.row(b)[i]));
+            }
+            assert!(made.row(batch).is_empty() && made.row(usize::MAX).is_empty());
+            let pairs = expected.iter().flatten().filter(|&&sees| sees).count() * batch;
+            assert_eq!(made.pairs(), pairs as u64, "[{batch}, {seq_q}, {seq_k}]");
+            assert_eq!(made.distinct_rows(), batch.min(1));
+        }
+        let [query, key] = [1, 2].map(|side| SIZES.map(|sizes| sizes[side]));
+        let (cu_q, cu_k) = (CuSeqlens::from_lengths(&query)?, CuSeqlens::from_lengths(&key)?);
+        let made = ranges((&cu_q, &cu_k).into())?;
+        for (b, (&queries, &keys)) in query.iter().zip(&key).enumerate() {
+            assert_eq!(booleans(made.row(b), keys), naive([queries, keys], &sees), "sequence {b}");
+            assert!((0..queries).all(|i| made.of_token(b, cu_q.rows(b).start + i) == made.row(b)[i]));
+        }
+        assert!(made.row(query.len()).is_empty());
+        assert_eq!((made.packed_rows().len(), made.distinct_rows()), (cu_q.total(), query.len()));
+        Ok(())
+    }
+
+    #[test]
+    fn causal_is_what_a_triangle_says() -> Result<()> {
+        expect_rule(KeyRanges::causal, |place, key| key <= place)
+    }
+
+    #[test]
+    fn windows_are_what_bands_say() -> Result<()> {
+        let sides = [None, Some(0), Some(1), Some(3), Some(100), Some(usize::MAX - 1), Some(usize::MAX)];
+        for left in sides {
+            for right in sides {
+                let is_near =
+                    |side: Option<usize>, distance: i64| side.is_none_or(|side| i128::from(distance) <= side as i128);
+                expect_rule(
+                    |of| KeyRanges::window(of, left, right),
+                    |place, key| is_near(left, place - key) && is_near(right, key - place),
+                )?;
+            }
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn prefixes_are_what_a_triangle_with_columns_says() -> Result<()> {
+        for count in [0, 1, 3, 5, 100, usize::MAX] {
+            expect_rule(|of| KeyRanges::prefix(of, count), |place, key| (key as usize) < count || key <= place)?;
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn documents_see_themselves() -> Result<()> {
+        let rows: [[u32; 7]; 5] = [
+            [1, 1, 2, 2, 2, 0, 3],
+            [0, 9, 0, 4, 4, 0, 0],
+            [7; 7],
+            [0; 7],
+            // Numbers need not ascend, and may be those of another row.
+            [u32::MAX, 3, 3, 2, 1, 9, 9],
+        ];
+        let ranges = KeyRanges::from_document_ids(rows.len(), 7, rows.as_flattened())?;
+        for (b, ids) in rows.iter().enumerate() {
+            let expected: Vec<Vec<bool>> =
+                ids.iter().map(|&own| ids.iter().map(|&id| own != 0 && id == own).collect()).collect();
+            assert_eq!(booleans(ranges.row(b), 7), expected, "{ids:?}");
+        }
+        assert_eq!(KeyRanges::from_document_ids(0, 7, &[])?.row(0), [[0_u32; 2]; 0]);
+        assert_eq!(KeyRanges::from_document_ids(3, 0, &[])?.row(2), [[0_u32; 2]; 0]);
+        Ok(())
+    }
+
+    #[test]
+    fn documents_in_two_places_and_other_lengths_are_refused() {
+        let two_places = |row, document| {
+            Some(Error::MaskRow {
+                argument: "document_ids",
+                row,
+                expected: "the tokens of a document together".to_owned(),
+                got: format!("document {document} in two places"),
+            })
+        };
+        let refused = |batch, seq, ids: &[u32]| KeyRanges::from_document_ids(batch, seq, ids).err();
+        assert_eq!(refused(2, 3, &[1, 1, 2, 5, 6, 5]), two_places(1, 5));
+        assert_eq!(refused(2, 3, &[4, 0, 4, 1, 2, 1]), two_places(0, 4));
+        assert_eq!(refused(1, 5, &[3, 2, 1, 2, 1]), two_places(0, 1));
+        let length = |got| Some(Error::Length { argument: "document_ids", expected: 6, got });
+        assert_eq!(refused(2, 3, &[1; 5]), length(5));
+        assert_eq!(refused(2, 3, &[1; 7]), length(7));
+        assert!(matches!(refused(usize::MAX, 2, &[]), Some(Error::TooLarge { .. })));
+    }
+
+    #[test]
+    fn own_ranges_are_kept_and_checked() -> Result<()> {
+        let own = [[0, 0], [1, 3], [3, 3], [0, 3]];
+        let ranges = KeyRanges::from_ranges([2, 2, 3], &own)?;
+        assert_eq!([ranges.row(0), ranges.row(1)].concat(), own.map(|range| range.map(|at| at as u32)));
+        assert_eq!((ranges.pairs(), ranges.distinct_rows(), ranges.of_token(1, 1)), (5, 2, [0, 3]));
+
+        let (cu_q, cu_k) = (CuSeqlens::from_lengths(&[1, 0, 2])?, CuSeqlens::from_lengths(&[3, 2, 4])?);
+        let packed = RangesOf::from((&cu_q, &cu_k));
+        let ranges = KeyRanges::from_ranges(packed.clone(), &[[1, 3], [2, 4], [0, 1]])?;
+        assert_eq!((ranges.row(0), ranges.row(1), ranges.row(2)), (&[[1, 3]][..], &[][..], &[[2, 4], [0, 1]][..]));
+
+        let outside = |row, expected: &str, got: &str| {
+            let (expected, got) = (expected.to_owned(), got.to_owned());
+            Some(Error::MaskRow { argument: "ranges", row, expected, got })
+        };
+        let refused = |of: RangesOf, own: &[[usize; 2]]| KeyRanges::from_ranges(of, own).err();
+        let expected = "a range inside 0..3 for query 1";
+        assert_eq!(refused([2, 2, 3].into(), &[[0, 3], [2, 1], [0, 0], [9, 9]]), outside(0, expected, "2..1"));
+        assert_eq!(refused([2, 2, 3].into(), &[[0, 3], [0, 0], [1, 1], [0, 4]]), outside(1, expected, "0..4"));
+        let got = format!("0..{}", usize::MAX);
+        assert_eq!(refused([1, 2, 3].into(), &[[0, 0], [0, usize::MAX]]), outside(0, expected, &got));
+        // A range that fits another sequence.
+        let expected = "a range inside 0..3 for query 0";
+        assert_eq!(refused(packed.clone(), &[[2, 4], [2, 4], [0, 1]]), outside(0, expected, "2..4"));
+        let length = |expected, got| Some(Error::Length { argument: "ranges", expected, got });
+        assert_eq!(refused(packed, &[[0, 0]; 4]), length(3, 4));
+        assert_eq!(refused([2, 2, 3].into(), &[]), length(4, 0));
+        Ok(())
+    }
+
+    /// Every pair of shared ranges and ranges of each row's own, against both masks at once.
+    #[test]
+    fn intersections_are_what_both_allow() -> Result<()> {
+        let of = [2, 4, 5];
+        let own = [[0, 5], [2, 2], [4, 5], [1, 4], [0, 0], [3, 5], [0, 2], [2, 3]];
+        let all = [
+            KeyRanges::causal(of)?,
+            KeyRanges::window(of, Some(1), Some(1))?,
+            KeyRanges::prefix(of, 3)?,
+            KeyRanges::from_ranges(of, &own)?,
+            KeyRanges::from_ranges(of, &[[1, 5]; 8])?,
+        ];
+        for one in &all {
+            for other in &all {
+                let both = one.intersect(other)?;
+                for b in 0..2 {
+                    let (x, y) = (booleans(one.row(b), 5), booleans(other.row(b), 5));
+                    let and = |(x, y): (&Vec<bool>, &Vec<bool>)| x.iter().zip(y).map(|(x, y)| x & y).collect();
+                    let expected: Vec<Vec<bool>> = x.iter().zip(&y).map(and).collect();
+                    assert_eq!(booleans(both.row(b), 5), expected, "{:?} and {:?}", one.row(b), other.row(b));
+                }
+                assert_eq!(both.distinct_rows(), one.distinct_rows().max(other.distinct_rows()));
+            }
+        }
+        let cu = CuSeqlens::from_lengths(&[2, 0, 3])?;
+        let [x, y] = [KeyRanges::causal((&cu, &cu))?, KeyRanges::window((&cu, &cu), Some(0), None)?];
+        assert_eq!(x.intersect(&y)?.packed_rows(), [[0, 1], [1, 2], [0, 1], [1, 2], [2, 3]]);
+        Ok(())
+    }
+
+    #[test]
+    fn ranges_for_other_sizes_do_not_intersect() -> Result<()> {
+        let (cu, other) = (CuSeqlens::from_lengths(&[2, 2])?, CuSeqlens::from_lengths(&[1, 3])?);
+        let padded = |sizes: [usize; 3]| RangesOf::from(sizes);
+        let all = [
+            (padded([2, 2, 2]), "[B, Sq, Sk] = [2, 2, 2]"),
+            (padded([2, 2, 3]), "[B, Sq, Sk] = [2, 2, 3]"),
+            (padded([2, 1, 2]), "[B, Sq, Sk] = [2, 1, 2]"),
+            (padded([1, 2, 2]), "[B, Sq, Sk] = [1, 2, 2]"),
+            (RangesOf::from((&cu, &cu)), "2 packed sequences of 4 queries and 4 keys"),
+            (RangesOf::from((&cu, &other)), "2 packed sequences of 4 queries and 4 keys"),
+        ];
+        for (a, (one, expected)) in all.iter().enumerate() {
+            for (b, (other, got)) in all.iter().enumerate() {
+                let (one, other) = (KeyRanges::causal(one.clone())?, KeyRanges::causal(other.clone())?);
+                let (expected, got) = ((*expected).to_owned(), (*got).to_owned());
+                let error = (a != b).then_some(Error::RangesSize { argument: "other", expected, got });
+                assert_eq!(one.intersect(&other).err(), error);
+            }
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn sizes_past_an_i32_are_refused() -> Result<()> {
+        let limit = i32::MAX as usize;
+        let refused = |of: [usize; 3]| match KeyRanges::causal(of) {
+            Err(Error::TooLarge { argument, .. }) => argument,
+            other => panic!("expected an error, got {:?}", other.map(|made| made.row(0).len())),
+        };
+        assert_eq!(refused([1, limit + 1, 1]), "queries of the ranges");
+        assert_eq!(refused([1, 1, limit + 1]), "keys of the ranges");
+        assert_eq!(refused([limit + 1, 0, 0]), "queries of the ranges");
+        assert_eq!(refused([usize::MAX, usize::MAX, usize::MAX]), "queries of the ranges");
+        assert_eq!(refused([65_536, 1, 32_768]), "keys of the ranges");
+        // The largest that fit.
+        assert_eq!(KeyRanges::window([1, 1, limit], Some(usize::MAX), Some(0))?.row(0), [[0, limit as u32]]);
+        assert_eq!(KeyRanges::window([1, 1, limit], Some(0), None)?.row(0), [[limit as u32 - 1, limit as u32]]);
+        let shared = KeyRanges::causal([limit, 0, 1])?;
+        let own = KeyRanges::from_ranges([limit, 0, 1], &[])?;
+        assert!(shared.intersect(&own)?.row(limit - 1).is_empty());
+        assert_eq!(KeyRanges::causal([limit, 1, 1])?.pairs(), limit as u64);
+        Ok(())
+    }
+
+    #[test]
+    fn packed_sides_have_as_many_sequences() -> Result<()> {
+        let (two, three) = (CuSeqlens::from_lengths(&[1, 2])?, CuSeqlens::from_lengths(&[1, 1, 1])?);
+        let expected = Error::CuSeqlens {
+            argument: "cu_seqlens_k",
+            expected: "as many sequences as cu_seqlens_q, 2".to_owned(),
+            got: "3".to_owned(),
+        };
+        assert_eq!(KeyRanges::causal((&two, &three)).err(), Some(expected));
+        Ok(())
+    }
+
+    /// Ranges of padded tensors, of the packed rows of their metadata: valid keys are numbered in order.
+    #[test]
+    fn packed_rows_of_padded_tensors() -> Result<()> {
+        use crate::mask::key_mask::KeyMask;
+        let meta = |bits: &[u8]| VarlenMeta::from_key_mask(&KeyMask::from_integers(2, 4, bits)?);
+        let (query, key) = (meta(&[1, 0, 1, 1, 0, 1, 0, 0])?, meta(&[0, 1, 1, 0, 1, 0, 0, 1])?);
+        let packed = KeyRanges::causal([2, 4, 4])?.of_packed_rows(&query, &key, false)?;
+        assert_eq!((packed.row(0), packed.row(1)), (&[[0, 0], [0, 2], [0, 2]][..], &[[0, 1]][..]));
+        packed.expect_packed(query.cu_seqlens(), key.cu_seqlens())
+    }
 }

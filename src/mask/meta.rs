@@ -322,6 +322,7 @@ impl VarlenMeta {
             (documents, None) => Ok(documents.clone()),
             (None, ranges) => Ok(ranges.cloned()),
             (Some(documents), Some(ranges)) => {
+                ranges.expect_padded(self.batch(), self.seq(), self.seq())?;
                 // Kept as long as the metadata: a captured graph may hold addresses of its copies.
                 let both = self.documents_within.get_or_make(ranges.id(), true, || documents.intersect(ranges))?;
                 Ok(Some(KeyRanges::clone(&both)))

@@ -6,11 +6,12 @@
 
 use anyhow::{Context, Result, ensure};
 use varlen_fa::{
-    AttentionMask, BackendKind, CuSeqlens, DType, Device, Error, Kernel, KeyMask, Layout, MaskedAttention, Path,
-    Tensor, TensorView, TensorViewMut, VarlenMeta, VarlenOptions, pack, pack_into, pack_qkv, pack_qkv_into,
-    scatter_to_padded, scatter_to_padded_into, varlen_attention, varlen_attention_into,
+    AttentionMask, BackendKind, CuSeqlens, DType, Device, DeviceVarlenMeta, Error, Kernel, KeyMask, KeyRanges, Layout,
+    MaskedAttention, Path, Tensor, TensorView, TensorViewMut, VarlenMeta, VarlenOptions, pack, pack_into, pack_qkv,
+    pack_qkv_into, scatter_to_padded, scatter_to_padded_into, varlen_attention, varlen_attention_into,
 };
 
+use super::call::device_meta;
 use super::memory::{download, narrow, sentinel, upload};
 use super::trials::Trials;
 
@@ -23,6 +24,9 @@ pub fn register(trials: &mut Trials) {
     trials.once("refusals/head_dims", head_dims);
     trials.once("refusals/element_types", element_types);
     trials.once("refusals/masks_of_another_size", masks_of_another_size);
+    trials.once("refusals/ranges_of_another_size", ranges_of_another_size);
+    trials.once("refusals/documents", documents);
+    trials.once("refusals/ranges_with_metadata_of_the_device", ranges_with_metadata_of_the_device);
     trials.once("refusals/biases", biases);
     trials.once("refusals/views_past_their_memory", views_past_their_memory);
     trials.once("refusals/inner_strides", inner_strides);
@@ -134,6 +138,8 @@ fn argument(error: &Error) -> &'static str {
         | Error::Overlap { argument, .. }
         | Error::SelfOverlap { argument, .. }
         | Error::MaskSize { argument, .. }
+        | Error::MaskRow { argument, .. }
+        | Error::RangesSize { argument, .. }
         | Error::CuSeqlens { argument, .. }
         | Error::TooLarge { argument, .. }
         | Error::DeviceMismatch { argument, .. }
@@ -277,6 +283,113 @@ fn masks_of_another_size(device: &Device) -> Result<()> {
     let (six, five) = (meta([2, 6])?, meta([2, 5])?);
     Call { mask: AttentionMask::varlen(&six), ..stage.call() }.is_refused(&size("key metadata", [2, 5], [2, 6]))?;
     Call { mask: AttentionMask::varlen(&five), ..stage.call() }.is_refused(&size("query metadata", [2, 6], [2, 5]))
+}
+
+fn ranges_of_another_size(device: &Device) -> Result<()> {
+    let stage = Stage::new(device)?;
+    let size = |expected: &str, got: &str| Error::RangesSize {
+        argument: "ranges",
+        expected: expected.to_owned(),
+        got: got.to_owned(),
+    };
+    let keys = KeyMask::from_lengths(5, &[3, 4])?;
+    let meta = |seq| VarlenMeta::from_key_mask(&KeyMask::from_lengths(seq, &[3, 4])?);
+    let (query, key) = (meta(6)?, meta(5)?);
+    let cross = AttentionMask::varlen_cross(&query, &key);
+    for mask in [AttentionMask::none(), AttentionMask::key(&keys), cross] {
+        for got in [[2, 5, 5], [2, 6, 6], [2, 6, 4], [1, 6, 5], [3, 6, 5], [2, 5, 6], [0, 6, 5]] {
+            let ranges = KeyRanges::causal(got)?;
+            let expected = size("[B, Sq, Sk] = [2, 6, 5]", &format!("[B, Sq, Sk] = {got:?}"));
+            Call { mask: mask.with_ranges(&ranges), ..stage.call() }.is_refused(&expected)?;
+        }
+        let (six, five) = (CuSeqlens::new(&[0, 6, 12])?, CuSeqlens::new(&[0, 5, 10])?);
+        let packed = KeyRanges::causal((&six, &five))?;
+        let expected = size("[B, Sq, Sk] = [2, 6, 5]", "2 packed sequences of 12 queries and 10 keys");
+        Call { mask: mask.with_ranges(&packed), ..stage.call() }.is_refused(&expected)?;
+    }
+
+    let (q, kv) = (stage.ones(&[7, 4, 16])?, stage.ones(&[9, 2, 16])?);
+    let (cu_q, cu_k) = (CuSeqlens::new(&[0, 3, 7])?, CuSeqlens::new(&[0, 9, 9])?);
+    let fits = "2 packed sequences of 7 queries and 9 keys";
+    // As many rows of each side, but other sequences.
+    let other = CuSeqlens::new(&[0, 4, 7])?;
+    for (ranges, got) in [
+        (KeyRanges::causal((&other, &cu_k))?, fits),
+        (KeyRanges::causal((&cu_q, &cu_q))?, "2 packed sequences of 7 queries and 7 keys"),
+        (KeyRanges::causal([2, 7, 9])?, "[B, Sq, Sk] = [2, 7, 9]"),
+    ] {
+        let options = VarlenOptions::default().with_ranges(&ranges);
+        let mut out = stage.untouched(&[7, 4, 16])?;
+        let views = [q.view(), kv.view(), kv.view()];
+        let refused = varlen_attention_into(device, views, &cu_q, &cu_k, options, &mut out, None);
+        expect(refused, &size(fits, got))?;
+        expect_untouched(&out)?;
+    }
+    Ok(())
+}
+
+/// Documents in two pieces, and documents of one side of cross-attention.
+fn documents(device: &Device) -> Result<()> {
+    let stage = Stage::new(device)?;
+    let expected = Error::MaskRow {
+        argument: "document_ids",
+        row: 1,
+        expected: "the tokens of a document together".to_owned(),
+        got: "document 2 in two places".to_owned(),
+    };
+    let two_places = [1, 1, 2, 2, 3, 2, 1, 2, 0, 0];
+    expect(VarlenMeta::from_document_ids(2, 5, &two_places), &expected)?;
+    expect(KeyRanges::from_document_ids(2, 5, &two_places), &expected)?;
+
+    // Ranges of other sizes beside documents of one's own.
+    let meta = VarlenMeta::from_document_ids(2, 6, &[1; 12])?;
+    let other = KeyRanges::causal([2, 6, 5])?;
+    let expected = Error::RangesSize {
+        argument: "ranges",
+        expected: "[B, Sq, Sk] = [2, 6, 6]".to_owned(),
+        got: "[B, Sq, Sk] = [2, 6, 5]".to_owned(),
+    };
+    let mask = AttentionMask::varlen(&meta).with_ranges(&other);
+    Call { k: stage.q.view(), v: stage.q.view(), mask, ..stage.call() }.is_refused(&expected)?;
+
+    let of_documents = |seq| VarlenMeta::from_document_ids(2, seq, &vec![1; 2 * seq]);
+    let plain = |seq| VarlenMeta::from_key_mask(&KeyMask::all(2, seq)?);
+    let expected = Error::NotApplicable {
+        argument: "mask",
+        got: "metadata of documents in cross-attention".to_owned(),
+        why: "documents are for self-attention; give cross-attention ranges of its own".to_owned(),
+    };
+    for (query, key) in
+        [(of_documents(6)?, plain(5)?), (plain(6)?, of_documents(5)?), (of_documents(6)?, of_documents(5)?)]
+    {
+        Call { mask: AttentionMask::varlen_cross(&query, &key), ..stage.call() }.is_refused(&expected)?;
+    }
+    Ok(())
+}
+
+/// Ranges need metadata of the host: the error says so, whatever kernel the plan asks. What the CPU device builds is that.
+fn ranges_with_metadata_of_the_device(device: &Device) -> Result<libtest_mimic::Completion> {
+    if let Err(error) = DeviceVarlenMeta::new(device, 1, 1) {
+        return Ok(libtest_mimic::Completion::ignored_with(error.to_string()));
+    }
+    let stage = Stage::new(device)?;
+    let (query, key) = (device_meta(device, 2, 6, &[true; 12])?, device_meta(device, 2, 5, &[true; 10])?);
+    let ranges = KeyRanges::causal([2, 6, 5])?;
+    let mask = AttentionMask::varlen_cross(&query, &key).with_ranges(&ranges);
+    let call = Call { mask, ..stage.call() };
+    if device.capabilities().backend == BackendKind::Cpu {
+        // The first query comes before the first key and sees none; the others' rows are means of ones.
+        let out = download(&call.layer.forward(call.q, call.k, call.v, mask)?.out)?;
+        let one = narrow(1.0, DType::F16);
+        let expected = |at: usize| if at / 64 % 6 == 0 { 0 } else { one };
+        ensure!(out.iter().enumerate().all(|(at, &bits)| bits == expected(at)), "got {out:?}");
+        return Ok(libtest_mimic::Completion::Completed);
+    }
+    let error = call.layer.forward(call.q, call.k, call.v, mask).err().context("it was computed")?;
+    let Error::NotApplicable { argument: "kernel", why, .. } = &error else { anyhow::bail!("got {error:?}") };
+    ensure!(why.contains("key ranges need metadata that was built on the host"), "got {why}");
+    call.is_refused(&error)?;
+    Ok(libtest_mimic::Completion::Completed)
 }
 
 fn biases(device: &Device) -> Result<()> {

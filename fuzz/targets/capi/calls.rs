@@ -9,10 +9,11 @@ use crate::session::{Handle, Kind, Ref, Session, Sizes};
 use crate::tensor::{F32, Fault, Size, Tensors, enum_of};
 use crate::types::{
     varlen_fa_attention_mask, varlen_fa_attention_options, varlen_fa_cu_seqlens, varlen_fa_device,
-    varlen_fa_device_info, varlen_fa_device_meta, varlen_fa_key_mask, varlen_fa_mask_view, varlen_fa_meta,
-    varlen_fa_meta_info, varlen_fa_plan, varlen_fa_run, varlen_fa_status, varlen_fa_tensor,
+    varlen_fa_device_info, varlen_fa_device_meta, varlen_fa_key_mask, varlen_fa_key_range, varlen_fa_key_ranges,
+    varlen_fa_mask_view, varlen_fa_meta, varlen_fa_meta_info, varlen_fa_plan, varlen_fa_ranges_of, varlen_fa_run,
+    varlen_fa_status, varlen_fa_tensor,
 };
-use crate::{attention, device, device_meta, masks, primitives};
+use crate::{attention, device, device_meta, key_ranges, masks, primitives};
 
 /// Masks of more tokens, up to the limit, would be built, and take their time and memory by right.
 const MAX_TOKENS: u64 = 1 << 15;
@@ -38,6 +39,38 @@ pub enum Call {
     VarlenAttention { attend: Attend, sequences: [Ref; 2], lse: bool },
     Pack(Move),
     Scatter(Move),
+    MetaFromDocuments { at: Spot, ids: Option<Vec<u8>>, batch: Size, seq: Size, place: At },
+    Window { of: RangesOf, sides: [Side; 2], place: At },
+    Prefix { of: RangesOf, count: Size, place: At },
+    RangesFromValues { of: RangesOf, at: Spot, values: Option<Vec<[u8; 2]>>, count: Option<Size>, place: At },
+    Intersect { ranges: [Ref; 2], place: At },
+}
+
+/// Keys before or after a query.
+#[derive(Debug, Clone, Copy, Arbitrary)]
+pub enum Side {
+    NoLimit,
+    Keys(u8),
+    Any(i64),
+}
+
+impl Side {
+    fn get(self) -> i64 {
+        match self {
+            Self::NoLimit => -1,
+            Self::Keys(count) => count.into(),
+            Self::Any(count) => count,
+        }
+    }
+}
+
+/// What ranges are made for: packed sequences, or sizes.
+#[derive(Debug, Arbitrary)]
+pub struct RangesOf {
+    sequences: Option<[Ref; 2]>,
+    sizes: [Size; 3],
+    stray: u8,
+    at: At,
 }
 
 /// A `[B, S]` mask in memory: of the metadata's size, but for the faults.
@@ -71,6 +104,7 @@ struct OptionsSpec {
     path: u8,
     kernel: u8,
     reserved: u8,
+    ranges: Option<Ref>,
     at: At,
 }
 
@@ -84,6 +118,9 @@ pub struct MaskSpec {
     /// Rank of the bias, and which of its dimensions are 1.
     bias: u8,
     bias_is_f32: bool,
+    /// A bias also where the kind asks for none.
+    has_bias: bool,
+    ranges: Option<Ref>,
     stray: u8,
 }
 
@@ -286,6 +323,130 @@ pub fn run(session: &mut Session, call: &Call) {
         Call::VarlenAttention { attend, sequences, lse } => varlen_attention(session, call, attend, *sequences, *lse),
         Call::Pack(tensors) => pack(session, call, tensors),
         Call::Scatter(tensors) => scatter(session, call, tensors),
+        Call::MetaFromDocuments { at, ids, batch, seq, place } => {
+            let (mut batch, mut seq) = not_between(batch.get(), seq.get());
+            let count = batch.saturating_mul(seq);
+            let (pointer, held) = session.array::<u32>(*at, count);
+            if held < count {
+                (batch, seq) = (batch.min(1), seq.min(held));
+            }
+            if let (Some(ids), Some(offset)) = (ids, session.offset_of(pointer)) {
+                session.arena.put(offset, ids.iter().map(|&id| u32::from(id % 4).to_ne_bytes()));
+            }
+            let mut slot = Slot::new(*place);
+            // SAFETY: as above.
+            let status = unsafe { masks::varlen_fa_meta_from_document_ids(pointer, batch, seq, slot.pointer()) };
+            let sizes = slot.result(status == varlen_fa_status::Ok).map_or(Sizes::default(), |meta| describe(meta).1);
+            session.has_documents |= session.made(call, status, &mut slot, Kind::Meta, sizes).is_some();
+        }
+        Call::Window { of, sides, place } => {
+            let (mut of, sizes) = of.made(session);
+            let mut slot = Slot::new(*place);
+            let [left, right] = sides.map(Side::get);
+            // SAFETY: as above.
+            let status = unsafe { key_ranges::varlen_fa_key_ranges_window(of.pointer(), left, right, slot.pointer()) };
+            let made = session.made(call, status, &mut slot, Kind::KeyRanges, sizes.unwrap_or_default());
+            let is_sound = sizes.is_some() && left.min(right) >= -1 && place.is_good();
+            assert_eq!(made.is_some(), is_sound, "{call:?}: {status:?}");
+        }
+        Call::Prefix { of, count, place } => {
+            let (mut of, sizes) = of.made(session);
+            let mut slot = Slot::new(*place);
+            // SAFETY: as above.
+            let status = unsafe { key_ranges::varlen_fa_key_ranges_prefix(of.pointer(), count.get(), slot.pointer()) };
+            let made = session.made(call, status, &mut slot, Kind::KeyRanges, sizes.unwrap_or_default());
+            assert_eq!(made.is_some(), sizes.is_some() && place.is_good(), "{call:?}: {status:?}");
+        }
+        Call::RangesFromValues { of, at, values, count, place } => {
+            let total = of.queries(session);
+            let (mut of, sizes) = of.made(session);
+            let (pointer, count) = session.array::<varlen_fa_key_range>(*at, count.map_or(total, Size::get));
+            if let (Some(values), Some(offset)) = (values, session.offset_of(pointer)) {
+                let bytes = values.iter().flatten().map(|&value| u64::from(value % 16).to_ne_bytes());
+                session.arena.put(offset, bytes);
+            }
+            let mut slot = Slot::new(*place);
+            // SAFETY: as above.
+            let status =
+                unsafe { key_ranges::varlen_fa_key_ranges_from_values(of.pointer(), pointer, count, slot.pointer()) };
+            let made = session.made(call, status, &mut slot, Kind::KeyRanges, sizes.unwrap_or_default());
+            let may_be = sizes.is_some() && count == total && place.is_good();
+            assert!(made.is_none() || may_be, "{call:?}: accepted");
+        }
+        Call::Intersect { ranges, place } => {
+            let [one, other] = ranges.map(|given| session.handle::<varlen_fa_key_ranges>(Kind::KeyRanges, given));
+            let mut slot = Slot::new(*place);
+            // SAFETY: as above.
+            let status =
+                unsafe { key_ranges::varlen_fa_key_ranges_intersect(one.pointer, other.pointer, slot.pointer()) };
+            let sizes = one.object.filter(|sizes| other.object.is_some_and(|other| other == *sizes));
+            let made = session.made(call, status, &mut slot, Kind::KeyRanges, sizes.unwrap_or_default());
+            let is_sound = sizes.is_some() && place.is_good();
+            // Packed ones may be of other sequences.
+            let is_known = !is_sound || sizes != Some(Sizes::PACKED);
+            assert!(made.is_some() == is_sound || !is_known, "{call:?}: {status:?}");
+        }
+    }
+}
+
+impl RangesOf {
+    /// B, Sq and Sk: small, or such that they must be refused.
+    fn padded(&self) -> [u64; 3] {
+        let [batch, seq_q, seq_k] = self.sizes.map(Size::get);
+        let is_between = |seq| (MAX_TOKENS..=i32::MAX as u64).contains(&tokens(batch, seq));
+        if is_between(seq_q) || is_between(seq_k) {
+            return [batch % 5, seq_q % 40, seq_k % 40];
+        }
+        [batch, seq_q, seq_k]
+    }
+
+    /// Queries of all rows.
+    fn queries(&self, session: &Session) -> u64 {
+        match self.sequences {
+            None => self.padded()[0].saturating_mul(self.padded()[1]),
+            Some([query, _]) => {
+                let query = session.handle::<varlen_fa_cu_seqlens>(Kind::CuSeqlens, query);
+                query.object.map_or(0, |sizes| sizes.total)
+            }
+        }
+    }
+
+    /// The struct, and the sizes of ranges for it, if the header allows it.
+    fn made(&self, session: &Session) -> (Slot<varlen_fa_ranges_of>, Option<Sizes>) {
+        let mut of = varlen_fa_ranges_of {
+            batch: 0,
+            seq_q: 0,
+            seq_k: 0,
+            cu_seqlens_q: null(),
+            cu_seqlens_k: null(),
+            reserved: [0; 4],
+        };
+        let mut sizes = None;
+        if let Some(sequences) = self.sequences {
+            let [query, key] = sequences.map(|given| session.handle(Kind::CuSeqlens, given));
+            (of.cu_seqlens_q, of.cu_seqlens_k) = (query.pointer, key.pointer);
+            let batch = |handle: Handle<varlen_fa_cu_seqlens>| handle.object.map(|sizes| sizes.batch);
+            if batch(query).is_some() && batch(query) == batch(key) {
+                sizes = Some(Sizes::PACKED);
+            } else if query.pointer.is_null() && key.pointer.is_null() {
+                // That is padded tensors of no size.
+                sizes = Some(Sizes::default());
+            }
+            if self.stray >= 248 {
+                of.seq_k = self.stray.into();
+                sizes = sizes.filter(|&sizes| sizes != Sizes::PACKED).map(|sizes| Sizes { total: of.seq_k, ..sizes });
+            }
+        } else {
+            let [batch, seq_q, seq_k] = self.padded();
+            (of.batch, of.seq_q, of.seq_k) = (batch, seq_q, seq_k);
+            let fits = |seq: u64| (u128::from(batch) * u128::from(seq)).max(batch.into()) <= i32::MAX as u128;
+            sizes = (fits(seq_q) && fits(seq_k)).then_some(Sizes { batch, seq: seq_q, total: seq_k });
+        }
+        if (240..248).contains(&self.stray) {
+            of.reserved[usize::from(self.stray % 4)] = 1;
+            sizes = None;
+        }
+        (Slot::of(of, self.at), sizes.filter(|_| self.at.is_good()))
     }
 }
 
@@ -297,6 +458,7 @@ pub fn free(kind: Kind, address: usize) -> varlen_fa_status {
         Kind::Meta => masks::varlen_fa_meta_free(without_provenance_mut(address)),
         Kind::CuSeqlens => masks::varlen_fa_cu_seqlens_free(without_provenance_mut(address)),
         Kind::DeviceMeta => device_meta::varlen_fa_device_meta_free(without_provenance_mut(address)),
+        Kind::KeyRanges => key_ranges::varlen_fa_key_ranges_free(without_provenance_mut(address)),
     }
 }
 
@@ -381,20 +543,20 @@ fn rebuild(session: &mut Session, call: &Call, meta: Ref, view: &View) {
 }
 
 impl OptionsSpec {
-    fn value(&self) -> varlen_fa_attention_options {
+    fn value(&self, ranges: *const varlen_fa_key_ranges) -> varlen_fa_attention_options {
         varlen_fa_attention_options {
             has_softmax_scale: among(self.has_scale, 2),
             softmax_scale: self.scale,
             path: enum_of(among(self.path, 5)),
             kernel: enum_of(among(self.kernel, 2)),
-            ranges: std::ptr::null(),
+            ranges,
             reserved: [u64::from(self.reserved >= 240), 0, 0],
         }
     }
 
     /// Whether the header allows the options; whether they apply to a call is the library's matter.
     fn is_sound(&self) -> bool {
-        let value = self.value();
+        let value = self.value(null());
         let scale = value.has_softmax_scale == 0 || (value.has_softmax_scale == 1 && self.scale.is_finite());
         let numbers = [(self.path, 5), (self.kernel, 2)].iter().all(|&(byte, count)| among(byte, count) < count.into());
         self.at.is_null() || (self.at.is_good() && scale && numbers && self.reserved < 240)
@@ -424,8 +586,17 @@ impl Attend {
         }
     }
 
-    fn options(&self) -> Option<Slot<varlen_fa_attention_options>> {
-        self.options.as_ref().map(|options| Slot::of(options.value(), options.at))
+    /// The struct, and its ranges, if it is one that is read.
+    fn options(
+        &self,
+        session: &Session,
+    ) -> (Option<Slot<varlen_fa_attention_options>>, Option<Handle<varlen_fa_key_ranges>>) {
+        let given = self.options.as_ref().and_then(|options| options.ranges);
+        let ranges = given.map(|given| session.handle::<varlen_fa_key_ranges>(Kind::KeyRanges, given));
+        let pointer = ranges.map_or(null(), |ranges| ranges.pointer.cast_const());
+        let slot = self.options.as_ref().map(|options| Slot::of(options.value(pointer), options.at));
+        let is_read = self.options.as_ref().is_some_and(|options| options.at.is_good());
+        (slot, ranges.filter(|ranges| is_read && !ranges.pointer.is_null()))
     }
 
     fn options_are_sound(&self) -> bool {
@@ -478,6 +649,8 @@ fn forward(session: &mut Session, call: &Call, attend: &Attend, spec: &MaskSpec,
         _ => Kind::Meta,
     };
     let handles = spec.handles.map(|given| session.handle::<()>(handle_kind, given));
+    let ranges = spec.ranges.map(|given| session.handle::<varlen_fa_key_ranges>(Kind::KeyRanges, given));
+    let ranges = ranges.filter(|ranges| !ranges.pointer.is_null());
     let mut shape = attend.shape();
     let (query, key) = match kind {
         1 => (None, handles[0].object),
@@ -497,6 +670,14 @@ fn forward(session: &mut Session, call: &Call, attend: &Attend, spec: &MaskSpec,
         shape.q[1] = u64::from(attend.sizes[1] % 10);
     }
     fit(&mut shape.k, key);
+    // The metadata's sizes come first.
+    let of = ranges
+        .and_then(|ranges| ranges.object)
+        .filter(|of| spec.fits && query.or(key).is_none() && of.batch < 4 && of.seq < 10 && of.total < 10);
+    if let Some(Sizes { batch, seq, total }) = of {
+        (shape.q[0], shape.q[1]) = (batch, seq);
+        (shape.k[0], shape.k[1]) = (batch, total);
+    }
     let [b, sq, h, _] = shape.q;
     let full = [b, sq, h, shape.k[1]];
     let bias_rank = usize::from(spec.bias % 4) + 1;
@@ -506,7 +687,7 @@ fn forward(session: &mut Session, call: &Call, attend: &Attend, spec: &MaskSpec,
     let bias_dtype = if spec.bias_is_f32 { F32 } else { shape.dtype };
     let (q, k, dtype, rows) = (&shape.q[..], &shape.k[..], shape.dtype, attend.rows);
     let mut all = vec![(q, dtype, rows[0]), (k, dtype, rows[1]), (k, dtype, rows[2]), (q, dtype, rows[3])];
-    if kind == 2 {
+    if kind == 2 || spec.has_bias {
         all.push((&bias, bias_dtype, 0));
     }
     let mut tensors = Tensors::new(&mut session.arena, &all);
@@ -525,7 +706,7 @@ fn forward(session: &mut Session, call: &Call, attend: &Attend, spec: &MaskSpec,
         key_meta: only(&[4], second).cast(),
         query_device_meta: only(&[5, 6], first).cast(),
         key_device_meta: only(&[6], second).cast(),
-        ranges: std::ptr::null(),
+        ranges: ranges.map_or(null(), |ranges| ranges.pointer.cast_const()),
         reserved: [0; 3],
     };
     match spec.stray {
@@ -539,7 +720,7 @@ fn forward(session: &mut Session, call: &Call, attend: &Attend, spec: &MaskSpec,
     let is_stray = matches!((spec.stray, kind), (240..=243, 0 | 2..) | (244..=247, ..=5) | (248.., _));
     let has_mask = !at.is_null();
     let mut mask_slot = Slot::of(mask, at);
-    let mut options = attend.options();
+    let (mut options, ranges_of_options) = attend.options(session);
     let mut plan = Slot::<varlen_fa_plan>::new(attend.plan);
     let [q, k, v, out] = [0, 1, 2, 3].map(|at| pointers[at]);
     // SAFETY: as in `run`.
@@ -556,16 +737,17 @@ fn forward(session: &mut Session, call: &Call, attend: &Attend, spec: &MaskSpec,
         )
     };
 
-    let with_mask = has_mask && kind > 0;
     let rank_is_sound = (0..4).all(|at| tensors.is_sound(at, 4));
-    let count = if with_mask && kind == 2 { 5 } else { 4 };
+    // NULL is no bias, but for masks that are one.
+    let has_bias = has_mask && (kind == 2 || pointers.get(4).is_some_and(|bias| !bias.is_null()));
+    let count = if has_bias { 5 } else { 4 };
     tensors.all.truncate(count);
     let apart = tensors.are_apart(&[3]);
     let mask_is_sound = match kind {
         _ if !has_mask => true,
         _ if !at.is_good() || is_stray => false,
-        0 => true,
-        2 => rank_is_sound && bias_is_sound(&tensors),
+        _ if has_bias && !(rank_is_sound && bias_is_sound(&tensors)) => false,
+        0 | 2 => true,
         _ => {
             let matches = |sizes: Option<Sizes>, at: usize| {
                 sizes.is_some_and(|sizes| tensors.shape(at, 4)[..2] == [sizes.batch, sizes.seq])
@@ -573,17 +755,25 @@ fn forward(session: &mut Session, call: &Call, attend: &Attend, spec: &MaskSpec,
             kind < 7 && matches(key, 1) && (kind == 1 || matches(query, 0))
         }
     };
+    let ranges_are_sound = ranges.filter(|_| has_mask).is_none_or(|ranges| {
+        let (q, k) = (tensors.shape(0, 4), tensors.shape(1, 4));
+        ranges.object.is_some_and(|of| [of.batch, of.seq, of.total] == [q[0], q[1], k[1]])
+    });
     let is_sound = device.object.is_some()
         && attend.options_are_sound()
+        && ranges_of_options.is_none()
         && attend.plan_is_sound()
         && rank_is_sound
+        && ranges_are_sound
         && attention_fits(&tensors, 2)
         && apart
         && mask_is_sound;
     let is_ok = status == varlen_fa_status::Ok;
-    // Options that force a path may not apply, and the device may know other limits.
-    let expected =
-        if !is_sound { Some(false) } else { Some(true).filter(|_| attend.options_are_plain() && !tensors.has_fault) };
+    // Options that force a path may not apply, and the device may know other limits. Metadata of
+    // documents takes no keys of another.
+    let applies = attend.options_are_plain()
+        && !(has_mask && kind == 4 && session.has_documents);
+    let expected = if !is_sound { Some(false) } else { Some(true).filter(|_| applies && !tensors.has_fault) };
     let written = if is_ok && is_sound { tensors.elements(3) } else { vec![] };
     session.judge(call, status, written, expected);
     plan.result(is_ok);
@@ -618,7 +808,7 @@ fn varlen_attention(session: &mut Session, call: &Call, attend: &Attend, sequenc
     tensors.spoil(&mut session.arena, &attend.faults);
     let mut slots = tensors.slots();
     let pointers: Vec<*mut varlen_fa_tensor> = slots.iter_mut().map(Slot::pointer).collect();
-    let mut options = attend.options();
+    let (mut options, ranges) = attend.options(session);
     let mut plan = Slot::<varlen_fa_plan>::new(attend.plan);
     // SAFETY: as in `run`.
     let status = unsafe {
@@ -661,10 +851,12 @@ fn varlen_attention(session: &mut Session, call: &Call, attend: &Attend, sequenc
         && attention_fits(&tensors, 1)
         && lse_is_sound
         && sequences_are_sound
+        && ranges.is_none_or(|ranges| ranges.object == Some(Sizes::PACKED))
         && tensors.are_apart(outputs);
     let is_ok = status == varlen_fa_status::Ok;
-    let expected =
-        if !is_sound { Some(false) } else { Some(true).filter(|_| attend.options_are_plain() && !tensors.has_fault) };
+    // Ranges may be those of other sequences.
+    let applies = attend.options_are_plain() && ranges.is_none();
+    let expected = if !is_sound { Some(false) } else { Some(true).filter(|_| applies && !tensors.has_fault) };
     let written =
         if is_ok && is_sound { outputs.iter().flat_map(|&at| tensors.elements(at)).collect() } else { vec![] };
     session.judge(call, status, written, expected);

@@ -2,7 +2,7 @@
 
 use std::ffi::CStr;
 use std::fmt::Debug;
-use std::ptr::{null_mut, without_provenance_mut};
+use std::ptr::{null, null_mut, without_provenance_mut};
 
 use arbitrary::Arbitrary;
 
@@ -10,8 +10,8 @@ use crate::calls;
 use crate::failure::varlen_fa_last_error;
 use crate::memory::{Arena, At, Slot};
 use crate::tensor::enum_of;
-use crate::types::varlen_fa_status;
-use crate::{device, device_meta, masks};
+use crate::types::{varlen_fa_ranges_of, varlen_fa_status};
+use crate::{device, device_meta, key_ranges, masks};
 
 /// What a handle is of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Arbitrary)]
@@ -21,6 +21,7 @@ pub enum Kind {
     Meta,
     CuSeqlens,
     DeviceMeta,
+    KeyRanges,
 }
 
 /// Which handle a call is given: mostly a live one of the right kind; else any that was issued,
@@ -32,12 +33,17 @@ pub struct Ref {
 }
 
 /// Sizes of what a handle stands for.
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Sizes {
     pub batch: u64,
     pub seq: u64,
-    /// Valid tokens; of cumulative lengths the last one. 0 where nobody asks.
+    /// Valid tokens; of cumulative lengths the last one; of ranges Sk. 0 where nobody asks.
     pub total: u64,
+}
+
+impl Sizes {
+    /// Of ranges of packed rows, which no padded tensor has.
+    pub const PACKED: Self = Self { batch: u64::MAX, seq: u64::MAX, total: u64::MAX };
 }
 
 #[derive(Debug)]
@@ -50,6 +56,8 @@ struct Issued {
 
 pub struct Session {
     pub arena: Arena,
+    /// Whether any metadata may be of documents.
+    pub has_documents: bool,
     issued: Vec<Issued>,
 }
 
@@ -63,7 +71,7 @@ pub struct Handle<H> {
 impl Session {
     /// A device, and a mask with all that is made from it.
     pub fn new(seed: u64, batch: u64, seq: u64) -> Self {
-        let mut session = Self { arena: Arena::new(seed), issued: Vec::new() };
+        let mut session = Self { arena: Arena::new(seed), has_documents: false, issued: Vec::new() };
         let mut slot = Slot::new(At::GOOD);
         // SAFETY: a place for a handle; as in the lines below, where arrays are as long as said.
         let status = unsafe { device::varlen_fa_device_open(enum_of(1), 0, slot.pointer()) };
@@ -81,7 +89,23 @@ impl Session {
         let mut slot = Slot::new(At::GOOD);
         // SAFETY: as above.
         let status = unsafe { masks::varlen_fa_cu_seqlens_from_meta(meta, slot.pointer()) };
-        session.made(&"setup", status, &mut slot, Kind::CuSeqlens, sizes).expect("cu_seqlens");
+        let cu = session.made(&"setup", status, &mut slot, Kind::CuSeqlens, sizes).expect("cu_seqlens");
+        let none = varlen_fa_ranges_of {
+            batch: 0,
+            seq_q: 0,
+            seq_k: 0,
+            cu_seqlens_q: null(),
+            cu_seqlens_k: null(),
+            reserved: [0; 4],
+        };
+        let padded = varlen_fa_ranges_of { batch, seq_q: seq, seq_k: seq, ..none };
+        let packed = varlen_fa_ranges_of { cu_seqlens_q: cu, cu_seqlens_k: cu, ..none };
+        for (of, sizes) in [(padded, Sizes { batch, seq, total: seq }), (packed, Sizes::PACKED)] {
+            let mut slot = Slot::new(At::GOOD);
+            // SAFETY: as above.
+            let status = unsafe { key_ranges::varlen_fa_key_ranges_window(&raw const of, -1, 0, slot.pointer()) };
+            session.made(&"setup", status, &mut slot, Kind::KeyRanges, sizes).expect("ranges");
+        }
         let mut slot = Slot::new(At::GOOD);
         // SAFETY: as above.
         let status = unsafe { device_meta::varlen_fa_device_meta_create(opened, batch, seq, slot.pointer()) };
