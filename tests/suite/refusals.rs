@@ -321,7 +321,7 @@ fn ranges_of_another_size(device: &Device) -> Result<()> {
         let options = VarlenOptions::default().with_ranges(&ranges);
         let mut out = stage.untouched(&[7, 4, 16])?;
         let views = [q.view(), kv.view(), kv.view()];
-        let refused = varlen_attention_into(device, views, &cu_q, &cu_k, options, &mut out, None);
+        let refused = varlen_attention_into(device, views, &cu_q, &cu_k, options, &mut out, None::<&mut Tensor>);
         expect(refused, &size(fits, got))?;
         expect_untouched(&out)?;
     }
