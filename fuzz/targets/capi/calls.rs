@@ -771,8 +771,7 @@ fn forward(session: &mut Session, call: &Call, attend: &Attend, spec: &MaskSpec,
     let is_ok = status == varlen_fa_status::Ok;
     // Options that force a path may not apply, and the device may know other limits. Metadata of
     // documents takes no keys of another.
-    let applies = attend.options_are_plain()
-        && !(has_mask && kind == 4 && session.has_documents);
+    let applies = attend.options_are_plain() && !(has_mask && kind == 4 && session.has_documents);
     let expected = if !is_sound { Some(false) } else { Some(true).filter(|_| applies && !tensors.has_fault) };
     let written = if is_ok && is_sound { tensors.elements(3) } else { vec![] };
     session.judge(call, status, written, expected);
