@@ -714,7 +714,7 @@ fn forward(session: &mut Session, call: &Call, attend: &Attend, spec: &MaskSpec,
         240..=243 if kind != 1 => mask.key_mask = without_provenance_mut::<()>(spec.stray.into()).cast(),
         244..=247 if kind < 6 => mask.key_device_meta = without_provenance_mut::<()>(spec.stray.into()).cast(),
         248..=251 => mask.reserved_word = 1,
-        252.. => mask.reserved[usize::from(spec.stray % 4)] = 1,
+        252.. => mask.reserved[usize::from(spec.stray % 3)] = 1,
         _ => {}
     }
     let is_stray = matches!((spec.stray, kind), (240..=243, 0 | 2..) | (244..=247, ..=5) | (248.., _));
@@ -771,8 +771,7 @@ fn forward(session: &mut Session, call: &Call, attend: &Attend, spec: &MaskSpec,
     let is_ok = status == varlen_fa_status::Ok;
     // Options that force a path may not apply, and the device may know other limits. Metadata of
     // documents takes no keys of another.
-    let applies = attend.options_are_plain()
-        && !(has_mask && kind == 4 && session.has_documents);
+    let applies = attend.options_are_plain() && !(has_mask && kind == 4 && session.has_documents);
     let expected = if !is_sound { Some(false) } else { Some(true).filter(|_| applies && !tensors.has_fault) };
     let written = if is_ok && is_sound { tensors.elements(3) } else { vec![] };
     session.judge(call, status, written, expected);

@@ -62,11 +62,20 @@ pub struct Session {
 }
 
 /// A handle argument, and what it stands for if it is live and of the right kind.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug)]
 pub struct Handle<H> {
     pub pointer: *mut H,
     pub object: Option<Sizes>,
 }
+
+// Derived ones would ask for a Copy of what the handle is of.
+impl<H> Clone for Handle<H> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<H> Copy for Handle<H> {}
 
 impl Session {
     /// A device, and a mask with all that is made from it.
