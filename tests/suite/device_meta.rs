@@ -9,6 +9,7 @@ use varlen_fa::{
 use varlen_fa_testkit::OracleShape;
 
 use super::call::{Call, Mask, device_meta};
+use super::check::Rules;
 use super::masks::{bernoulli, mask};
 use super::trials::{Trials, Variant};
 
@@ -100,7 +101,12 @@ fn rebuilt(variant: &Variant) -> Result<()> {
         memory.write(&keep.iter().map(|&keep| u8::from(keep)).collect::<Vec<_>>())?;
         meta.rebuild(memory.mask_view(MaskDType::U8, layout))?;
         let (_, bits) = call.run_as(variant, AttentionMask::varlen(&meta))?;
-        ensure!(bits == call.run(variant)?, "rebuild {seed}: other bits than with metadata from the host");
+        if variant.path == Some(Path::Dense) {
+            // A kernel may pass over dropped keys that the host knows of: its sums are in another order.
+            call.judge(&bits, &call.reference(usize::MAX)?, Rules::standard(variant.dtype))?;
+        } else {
+            ensure!(bits == call.run(variant)?, "rebuild {seed}: other bits than with metadata from the host");
+        }
     }
     Ok(())
 }
