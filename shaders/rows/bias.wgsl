@@ -10,9 +10,7 @@ fn biased(tile: Tile, row: u32, key: u32, score: f32) -> Biased {
     let dropped = bitcast<u32>(value) == 0xff800000u;
     // The smallest floats are a common stand-in for -inf. The factor log2(e) must not push them out
     // of f32's range.
-    let sum = score + max(value, -2.3e38) * LOG2_E;
-    // By a comparison that is false for NaN.
-    return Biased(select(sum, OVERFLOWED, sum < OVERFLOWED), !dropped);
+    return Biased(saturated(score + max(value, -2.3e38) * LOG2_E), !dropped);
 }
 
 // The sum of a row's weights, NaN if the scores of all its kept keys are below every f32. Where the

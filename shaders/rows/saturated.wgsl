@@ -3,8 +3,7 @@
 // no_bias.wgsl here too, and looks for a key that the row sees.
 
 fn biased(tile: Tile, row: u32, key: u32, score: f32) -> Biased {
-    // By a comparison that is false for NaN.
-    return Biased(select(score, OVERFLOWED, score < OVERFLOWED), true);
+    return Biased(saturated(score), true);
 }
 
 // The sum of a row's weights, NaN if the scores of all keys that it sees are below every f32.

@@ -52,6 +52,13 @@ struct Biased {
     kept: bool,
 }
 
+// OVERFLOWED for what is below it; NaN stays NaN. By bits, since compilers make a maximum of a
+// comparison and a selection, which drops NaN. The bits of negative numbers grow as they fall.
+fn saturated(score: f32) -> f32 {
+    let bits = bitcast<u32>(score);
+    return select(score, OVERFLOWED, bits > bitcast<u32>(OVERFLOWED) && bits <= 0xff800000u);
+}
+
 // NaN for any number. Of a constant, WGSL forbids it.
 fn nan_of(value: f32) -> f32 {
     return bitcast<f32>(bitcast<u32>(value) | 0x7fc00000u);

@@ -21,6 +21,7 @@ pub fn register(trials: &mut Trials) {
     trials.each_kernel_with_bias("bias/odd_lengths", odd_lengths);
     trials.each_kernel_with_bias("bias/lowest_finite_values", lowest_finite_values);
     trials.each_kernel_with_bias("bias/overflowing_scores", overflowing_scores);
+    trials.each_kernel_with_bias("bias/nan_of_a_key", nan_of_a_key);
 }
 
 /// `values`, of `shape`, read as PyTorch broadcasts it to `full`.
@@ -156,6 +157,26 @@ fn odd_lengths(variant: &Variant) -> Result<()> {
         let values = random::normal_rounded(5, 0, bias_shape.iter().product(), precision(variant.dtype));
         let call = Call::random(shape, Mask::None, variant.dtype, 5);
         check(variant, call, variant.dtype, &values, &bias_shape).with_context(|| format!("{seq_q} × {seq_k}"))?;
+    }
+    Ok(())
+}
+
+/// NaN in one key makes NaN of every row that the bias does not hide it from, and of no other.
+fn nan_of_a_key(variant: &Variant) -> Result<()> {
+    let [b, h, q, k] = FULL;
+    let at = 41;
+    let hides = |row: usize| row.is_multiple_of(2);
+    let values: Vec<f32> =
+        (0..q * k).map(|place| if place % k == at && hides(place / k) { f32::NEG_INFINITY } else { 0.5 }).collect();
+    let tensor = upload(&variant.device, DType::F32, &values.iter().map(|x| x.to_bits()).collect::<Vec<_>>(), &[q, k])?;
+    let mut call = call(variant);
+    let row = SHAPE.kv_heads * SHAPE.head_dim;
+    call.values[1][at * row..(at + 1) * row].fill(f32::NAN);
+    let (_, bits) = call.run_as(variant, AttentionMask::bias(tensor.view()))?;
+    for (place, out) in call.widen(&bits).chunks_exact(SHAPE.head_dim).enumerate() {
+        let (batch, query) = (place / h / q, place / h % q);
+        let is_nan = batch == 0 && !hides(query);
+        ensure!(out.iter().all(|x| x.is_nan() == is_nan), "query {query} of batch row {batch} of {b}: got {out:?}");
     }
     Ok(())
 }
