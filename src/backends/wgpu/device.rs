@@ -114,8 +114,8 @@ impl WgpuDevice {
     /// settings ask for is used unchecked.
     ///
     /// # Errors
-    /// [`Error::DeviceUnavailable`] if the portable kernel fails: nothing is left to compute with.
-    /// [`Error::DeviceLost`] if the device was lost meanwhile.
+    /// [`Error::DeviceUnavailable`](crate::Error::DeviceUnavailable) if the portable kernel fails: nothing is left to compute with.
+    /// [`Error::DeviceLost`](crate::Error::DeviceLost) if the device was lost meanwhile.
     async fn offer_kernels(&mut self, only: Option<Kernel>, reference: Subject<'_>) -> Result<()> {
         if let Some(kernel) = only {
             if kernel == Kernel::WgslCoop && self.coop.is_some() {
