@@ -50,7 +50,7 @@ done
 [ ${#steps[@]} -gt 0 ] || steps=(suite sanitizer bench)
 
 mkdir -p "${OUT:=$bundle/results}" && OUT=$(realpath "$OUT") || exit 2
-cd "$bundle" && mkdir -p programs && tar -xzf programs.tar.gz -C programs && cd programs || exit 2
+cd "$bundle" && mkdir -p programs && tar -xJf programs.tar.xz -C programs && cd programs || exit 2
 unset VARLEN_FA VARLEN_FA_DEVICE VARLEN_FA_KERNEL
 
 rows=()

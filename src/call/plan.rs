@@ -304,7 +304,8 @@ pub(crate) fn plan_padded(
         _ => reason,
     };
     let duration = |choice: Choice| Duration::from_nanos(choice.time as u64);
-    let other = choices.iter().copied().find(|choice| *choice != best);
+    // Of what this device runs: the model knows every kernel.
+    let other = choices.iter().copied().find(|choice| *choice != best && capabilities.kernels.contains(&choice.kernel));
     let other = other.map(|choice| (choice.path, choice.kernel, duration(choice)));
     let estimate = Some(Estimate { time: duration(best), other });
     Ok(Plan { path: best.path, kernel: best.kernel, reason, estimate })
@@ -457,7 +458,11 @@ mod tests {
             splits,
             max_heads: usize::MAX,
         };
-        let tilings = [tiling(Kernel::CudaSm80, 64, 2, false), tiling(Kernel::CudaSm90, 160, 1, true)];
+        let tilings = [
+            tiling(Kernel::CudaSm80, 64, 2, false),
+            tiling(Kernel::CudaSm90, 160, 1, true),
+            tiling(Kernel::CudaSm100, 128, 1, false),
+        ];
         Machine::new((9, 0), 132, tilings)
     }
 
@@ -506,6 +511,12 @@ mod tests {
             assert_eq!((slow.path, slow.kernel, slow.reason), (Path::Packed, Kernel::CudaSm80, Reason::PathForced));
             let other = slow.estimate.and_then(|estimate| estimate.other);
             assert_eq!(other.map(|(path, kernel, _)| (path, kernel)), Some((path, Kernel::CudaSm90)));
+
+            assert!(
+                plan.estimate
+                    .and_then(|estimate| estimate.other)
+                    .is_some_and(|(_, kernel, _)| kernels.contains(&kernel))
+            );
 
             // A forced kernel takes its own best path.
             let rows = plan_on(&device, &mask, Forced { kernel: Some(Kernel::CudaSm80), ..free })?;

@@ -14,9 +14,9 @@ use crate::workspace::{Workspace, cargo, run, stdout_of};
 /// Limit on the size of the bundle.
 const MAX_BYTES: u64 = 60_000_000;
 
-/// The programs, compressed: each one carries the library with all its kernels and shaders. run.sh
-/// unpacks it.
-const PROGRAMS: &str = "programs.tar.gz";
+/// The programs, compressed: each one carries the library with all its kernels and shaders, which xz
+/// finds again at its highest level. run.sh unpacks it.
+const PROGRAMS: &str = "programs.tar.xz";
 
 /// The C library's place among the programs.
 const C_LIBRARY: &str = "capi/libvarlen_fa.so";
@@ -53,7 +53,7 @@ pub fn build(workspace: &Workspace, out: Option<&Path>) -> Result<()> {
     }
     rows.push(vec![C_LIBRARY.to_owned(), add_c_library(workspace, &staging)?.to_string()]);
     let archive = out.join(PROGRAMS);
-    run(Command::new("tar").arg("-czf").arg(&archive).arg("-C").arg(&staging).arg("."))?;
+    run(Command::new("tar").env("XZ_OPT", "-9").arg("-cJf").arg(&archive).arg("-C").arg(&staging).arg("."))?;
     let script = out.join("run.sh");
     let source = workspace.root.join("scripts/gpu/run.sh");
     fs::copy(&source, &script).with_context(|| format!("cannot copy {} to {}", source.display(), script.display()))?;
