@@ -204,7 +204,7 @@ fn attention(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_
     }
     while first_key < tile.keys.end {
         let kept = kept_in(tile, first_key);
-        let all_see = seen_by_all(tile, first_key);
+        let all_see = seen_by_all(tile, first_key); // with ranges
         locate_values(tile, first_key, invocation, &fetched);
 
         // S = Q·Kᵀ
@@ -251,12 +251,14 @@ fn attention(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_
         for (var quad = 0u; quad < ROW_QUADS; quad++) { // unroll
             for (var i = 0u; i < QUAD; i++) { // unroll
                 let m = quad * 4u + i;
-                let seen = seen_by(tile, row_group + m * GROUPS);
+                let seen = seen_by(tile, row_group + m * GROUPS); // with ranges
                 row_kept[m] = lane_kept;
                 for (var n = 0u; n < QUAD; n++) { // unroll
                     let key = first_key + lane * 4u + n;
                     let score = biased(tile, row_group + m * GROUPS, key, scores[m][n] * params.score_scale);
-                    row_kept[m][n] = lane_kept[n] && score.kept && (all_see || (key >= seen.first && key < seen.end));
+                    let is_seen = all_see || (key >= seen.first && key < seen.end); // with ranges
+                    row_kept[m][n] = lane_kept[n] && score.kept && is_seen; // with ranges
+                    row_kept[m][n] = lane_kept[n] && score.kept; // without ranges
                     scores[m][n] = score.score;
                 }
                 scores[m] = select(vec4<f32>(LOWEST), scores[m], row_kept[m]);
@@ -333,32 +335,31 @@ fn attention(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_
                         v2[i] = keys[v_at + 2u * VALUE_COLUMNS];
                         v3[i] = keys[v_at + 3u * VALUE_COLUMNS];
                     }
-                    var sums = vec4<f32>(0.0);
-                    for (var i = 0u; i < VECS; i++) { // unroll
-                        sums += v0[i] + v1[i] + v2[i] + v3[i];
-                    }
-                    // A weight of 0 does not keep NaN and infinities from queries that do not see
-                    // the key.
-                    if !all_see && !all_finite(sums) {
-                        for (var m = 0u; m < ROWS; m++) { // unroll
-                            let p = rows[p_at + m * GROUPS * QUADS];
-                            for (var i = 0u; i < VECS; i++) { // unroll
-                                // The sum of the other branch, so that it is rounded in the same places.
-                                let u0 = unless_weightless(p.x, v0[i]);
-                                let u1 = unless_weightless(p.y, v1[i]);
-                                let u2 = unless_weightless(p.z, v2[i]);
-                                let u3 = unless_weightless(p.w, v3[i]);
-                                acc[m][block][i] = acc[m][block][i] + p.x * u0 + p.y * u1 + p.z * u2 + p.w * u3;
-                            }
-                        }
-                    } else {
+                    // A weight of 0 does not keep NaN and infinities from queries that do not see the
+                    // key. The sums are those of the other branch, rounded in the same places.
+                    var sums = vec4<f32>(0.0); // with ranges
+                    for (var i = 0u; i < VECS; i++) { // unroll // with ranges
+                        sums += v0[i] + v1[i] + v2[i] + v3[i]; // with ranges
+                    } // with ranges
+                    if !all_see && !all_finite(sums) { // with ranges
+                        for (var m = 0u; m < ROWS; m++) { // unroll // with ranges
+                            let p = rows[p_at + m * GROUPS * QUADS]; // with ranges
+                            for (var i = 0u; i < VECS; i++) { // unroll // with ranges
+                                let u0 = unless_weightless(p.x, v0[i]); // with ranges
+                                let u1 = unless_weightless(p.y, v1[i]); // with ranges
+                                let u2 = unless_weightless(p.z, v2[i]); // with ranges
+                                let u3 = unless_weightless(p.w, v3[i]); // with ranges
+                                acc[m][block][i] = acc[m][block][i] + p.x * u0 + p.y * u1 + p.z * u2 + p.w * u3; // with ranges
+                            } // with ranges
+                        } // with ranges
+                    } else { // with ranges
                         for (var m = 0u; m < ROWS; m++) { // unroll
                             let p = rows[p_at + m * GROUPS * QUADS];
                             for (var i = 0u; i < VECS; i++) { // unroll
                                 acc[m][block][i] = acc[m][block][i] + p.x * v0[i] + p.y * v1[i] + p.z * v2[i] + p.w * v3[i];
                             }
                         }
-                    }
+                    } // with ranges
                 }
             }
         }

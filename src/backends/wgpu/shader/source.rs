@@ -63,12 +63,16 @@ pub fn source(shader: Shader, params: ParamsIn) -> String {
     }
 }
 
+const WITH: &str = " // with ranges";
+const WITHOUT: &str = " // without ranges";
+
 /// Without the lines of the other variants: those marked `// without ranges`, or `// with ranges`.
 /// naga translates branches on constants too.
 fn of_ranges(source: &str, ranges: bool) -> String {
-    let others = if ranges { "// without ranges" } else { "// with ranges" };
+    let (own, others) = if ranges { (WITH, WITHOUT) } else { (WITHOUT, WITH) };
     let lines = source.lines().filter(|line| !line.ends_with(others));
-    lines.flat_map(|line| [line, "\n"]).collect()
+    // Other marks may stand before these.
+    lines.flat_map(|line| [line.strip_suffix(own).unwrap_or(line), "\n"]).collect()
 }
 
 /// Constants rather than overrides: they size private arrays, and branches on them must vanish
