@@ -78,9 +78,9 @@ for adapter in "${adapters[@]}"; do
     swiftshader)
       need libvulkan1 chromium
       run=(env VK_DRIVER_FILES="$swiftshader_icd" VK_ICD_FILENAMES="$swiftshader_icd")
-      # Its compiler takes minutes and gigabytes for a kernel with key ranges.
-      only+=(--skip ranges/)
-      echo "not run: key ranges, whose kernels its compiler takes minutes and gigabytes for" ;;
+      # Its compiler takes minutes and gigabytes for a kernel with key ranges or a bias.
+      only+=(--skip ranges/ --skip bias/)
+      echo "not run: key ranges and biases, whose kernels its compiler takes minutes and gigabytes for" ;;
     lavapipe-coop)
       scripts/vulkan/fetch_lavapipe.sh target/vulkan/lavapipe
       run=(target/vulkan/lavapipe/run)
