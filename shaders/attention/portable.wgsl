@@ -256,7 +256,7 @@ fn attention(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_
                 for (var n = 0u; n < QUAD; n++) { // unroll
                     let key = first_key + lane * 4u + n;
                     let score = biased(tile, row_group + m * GROUPS, key, scores[m][n] * params.score_scale);
-                    let is_seen = all_see || (key >= seen.first && key < seen.end); // with ranges
+                    let is_seen = all_see | ((key >= seen.first) & (key < seen.end)); // with ranges
                     row_kept[m][n] = lane_kept[n] && score.kept && is_seen; // with ranges
                     row_kept[m][n] = lane_kept[n] && score.kept; // without ranges
                     scores[m][n] = score.score;
