@@ -2,7 +2,10 @@
 
 // The natural logarithm of the sum of exp(score); -inf where there is no key.
 fn write_lse(tile: Tile, row: u32, row_max: f32, row_sum: f32) {
-    let value = bitcast<u32>((row_max + log2(row_sum)) * LN_2);
+    // By bits: not every device's logarithm or exponential of NaN is NaN. A largest score of infinity
+    // makes NaN of its row.
+    let is_nan = ((bitcast<u32>(row_sum) & 0x7fffffffu) > 0x7f800000u) | (bitcast<u32>(row_max) == 0x7f800000u);
+    let value = select(bitcast<u32>((row_max + log2(row_sum)) * LN_2), 0x7fc00000u, is_nan);
     let position = params.lse_offset + tile.head * params.lse_stride_h + (tile.first_row + row) * params.lse_stride_s;
     lse[position] = select(value, 0xff800000u, row_sum == 0.0);
 }
