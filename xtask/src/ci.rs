@@ -346,8 +346,8 @@ mod tests {
 
     #[test]
     fn variables_stand_before_the_program() {
-        let command = command(Path::new("/root"), "A=1 B=x=y folder/program --flag=2").unwrap();
-        assert_eq!(command.get_program(), "/root/folder/program");
+        let command = command(Path::new("/checkout"), "A=1 B=x=y folder/program --flag=2").unwrap();
+        assert_eq!(command.get_program(), "/checkout/folder/program");
         assert_eq!(command.get_args().collect::<Vec<_>>(), ["--flag=2"]);
         let variables: Vec<_> = command.get_envs().collect();
         assert_eq!(variables, [(OsStr::new("A"), Some(OsStr::new("1"))), (OsStr::new("B"), Some(OsStr::new("x=y")))]);
