@@ -11,7 +11,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 filters=("$@")
 [ ${#filters[@]} -gt 0 ] || filters=(cpu/cpu-tiled/fused/numerics cpu/cpu-tiled/dense/numerics cpu/cpu-tiled/key_mask
-  cpu/cpu-tiled/bias cpu/cpu-tiled/varlen_attention cpu/pack cpu/threads cpu/instruction_sets)
+  cpu/cpu-tiled/bias cpu/cpu-tiled/varlen_attention cpu/pack cpu/threads/ cpu/instruction_sets/)
 
 target=aarch64-unknown-linux-gnu
 packages="gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user-static"
