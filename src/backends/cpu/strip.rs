@@ -385,6 +385,8 @@ fn vectors_mut<S: RegisterTile, const W: usize>(panel: &mut [f32]) -> &mut [[S::
 
 #[cfg(test)]
 mod tests {
+    use half::bf16;
+
     use super::*;
     use crate::backends::cpu::operands::OneF32;
 
@@ -393,83 +395,124 @@ mod tests {
         ((i * 37 + j * 101 + 11) * 7919 % 1009) as f32 / 504.5 - 1.0
     }
 
-    /// Two key tiles, for every vector length and width of strip.
+    /// [`value`], or what a pair's element keeps of it.
+    fn element<O: Operand>(i: usize, j: usize) -> f32 {
+        if O::PER_WORD == 1 { value(i, j) } else { bf16::from_f32(value(i, j)).to_f32() }
+    }
+
+    /// A word of elements.
+    fn word<O: Operand>(element: impl Fn(usize) -> f32) -> f32 {
+        if O::PER_WORD == 1 {
+            return element(0);
+        }
+        let [low, high] = [0, 1].map(|at| u32::from(bf16::from_f32(element(at)).to_bits()));
+        f32::from_bits(low | high << 16)
+    }
+
+    /// Two key tiles, for every vector length and width of strip. Of the second one only a part counts;
+    /// what comes after it is NaN.
+    fn agrees_with_a_plain_softmax<O: Operand>(
+        processor: Processor,
+        operand: O,
+        dispatch: impl Fn((O, Step<'_>)),
+        tolerance: f64,
+    ) {
+        const DIM: usize = 24;
+        /// Keys of the tiles, and of their parts.
+        const LENS: [[usize; 2]; 2] = [[24, 24], [12, 9]];
+        const STRIDE: usize = 26;
+        let words = DIM / O::PER_WORD;
+        for queries in [1, 5, 48, 49, 70] {
+            let strips = Strips::new(processor, queries);
+            let lanes = strips.lanes();
+            let mut q = vec![0.0; lanes * words];
+            for strip in strips.ranges() {
+                let panel = &mut q[panel(&strip, words)];
+                for (d, row) in panel.chunks_exact_mut(strip.len()).enumerate() {
+                    row.iter_mut()
+                        .zip(strip.clone())
+                        .for_each(|(q, lane)| *q = word::<O>(|at| element::<O>(lane, d * O::PER_WORD + at)));
+                }
+            }
+            let (mut acc, mut max, mut sum) =
+                (vec![0.0; lanes * DIM], vec![f32::NEG_INFINITY; lanes], vec![0.0; lanes]);
+            let mut scores = vec![f32::NAN; STRIDE * strips.widest()];
+            let mut first = 0;
+            for [len, part] in LENS {
+                let mut keys = vec![f32::NAN; STRIDE * DIM];
+                let mut values = vec![f32::NAN; STRIDE * DIM];
+                let (block, columns) = (strips.block_keys(), strips.columns(DIM));
+                let of = |key: usize, i: usize, j: usize| if key < part { element::<O>(i, j) } else { f32::NAN };
+                for key in 0..len {
+                    for d in 0..words {
+                        keys[(key / block * words + d) * block + key % block] =
+                            word::<O>(|at| of(key, first + key + 1000, d * O::PER_WORD + at));
+                    }
+                }
+                for key in 0..len.div_ceil(O::PER_WORD) {
+                    for d in 0..DIM {
+                        values[columns.place(d, key, STRIDE)] = word::<O>(|at| {
+                            let key = key * O::PER_WORD + at;
+                            of(key, first + key + 2000, d)
+                        });
+                    }
+                }
+                for lanes in strips.ranges() {
+                    let step = Step {
+                        columns,
+                        lanes,
+                        head_dim: DIM,
+                        q: &q,
+                        acc: &mut acc,
+                        max: &mut max,
+                        sum: &mut sum,
+                        scores: &mut scores,
+                        tile: KeyTile {
+                            keys: &keys,
+                            values: &values,
+                            value_stride: STRIDE,
+                            len,
+                            part: 0..part,
+                            bias: None,
+                            seen: None,
+                            values_are_finite: part == len,
+                        },
+                        scale: 0.5,
+                    };
+                    dispatch((operand, step));
+                }
+                first += part;
+            }
+            processor.dispatch(Normalize { strips, head_dim: DIM, acc: &mut acc, sum: &sum });
+            for lane in 0..queries {
+                let weights: Vec<f64> = (0..first)
+                    .map(|key| {
+                        let dot = |d| f64::from(element::<O>(lane, d)) * f64::from(element::<O>(key + 1000, d));
+                        (0.5 * (0..DIM).map(dot).sum::<f64>()).exp()
+                    })
+                    .collect();
+                let total: f64 = weights.iter().sum();
+                let Some(strip) = strips.ranges().find(|strip| strip.contains(&lane)) else { unreachable!() };
+                for d in 0..DIM {
+                    let weighted = |key| weights[key] * f64::from(element::<O>(key + 2000, d));
+                    let want = (0..first).map(weighted).sum::<f64>() / total;
+                    let got = acc[panel(&strip, DIM)][d * strip.len() + lane - strip.start];
+                    assert!(
+                        (f64::from(got) - want).abs() < tolerance,
+                        "{processor:?} {queries} {lane} {d}: {got} {want}"
+                    );
+                }
+            }
+        }
+    }
+
     #[test]
     fn every_vector_length_agrees_with_a_plain_softmax() {
-        const DIM: usize = 24;
-        const LENS: [usize; 2] = [24, 11];
-        const STRIDE: usize = 26;
         for processor in Processor::all() {
-            for queries in [1, 5, 48, 49, 70] {
-                let strips = Strips::new(processor, queries);
-                let lanes = strips.lanes();
-                let mut q = vec![0.0; lanes * DIM];
-                for strip in strips.ranges() {
-                    let panel = &mut q[panel(&strip, DIM)];
-                    for (d, row) in panel.chunks_exact_mut(strip.len()).enumerate() {
-                        row.iter_mut().zip(strip.clone()).for_each(|(q, lane)| *q = value(lane, d));
-                    }
-                }
-                let (mut acc, mut max, mut sum) =
-                    (vec![0.0; lanes * DIM], vec![f32::NEG_INFINITY; lanes], vec![0.0; lanes]);
-                let mut scores = vec![f32::NAN; STRIDE * strips.widest()];
-                let mut first = 0;
-                for len in LENS {
-                    let mut keys = vec![f32::NAN; STRIDE * DIM];
-                    let mut values = vec![f32::NAN; STRIDE * DIM];
-                    let (block, columns) = (strips.block_keys(), strips.columns(DIM));
-                    for key in 0..len {
-                        for d in 0..DIM {
-                            keys[(key / block * DIM + d) * block + key % block] = value(first + key + 1000, d);
-                            values[columns.place(d, key, STRIDE)] = value(first + key + 2000, d);
-                        }
-                    }
-                    for lanes in strips.ranges() {
-                        let step = Step {
-                            columns,
-                            lanes,
-                            head_dim: DIM,
-                            q: &q,
-                            acc: &mut acc,
-                            max: &mut max,
-                            sum: &mut sum,
-                            scores: &mut scores,
-                            tile: KeyTile {
-                                keys: &keys,
-                                values: &values,
-                                value_stride: STRIDE,
-                                len,
-                                part: 0..len,
-                                bias: None,
-                                seen: None,
-                                values_are_finite: true,
-                            },
-                            scale: 0.5,
-                        };
-                        processor.dispatch((OneF32, step));
-                    }
-                    first += len;
-                }
-                processor.dispatch(Normalize { strips, head_dim: DIM, acc: &mut acc, sum: &sum });
-                for lane in 0..queries {
-                    let weights: Vec<f64> = (0..first)
-                        .map(|key| {
-                            let dot = |d| f64::from(value(lane, d)) * f64::from(value(key + 1000, d));
-                            (0.5 * (0..DIM).map(dot).sum::<f64>()).exp()
-                        })
-                        .collect();
-                    let total: f64 = weights.iter().sum();
-                    let Some(strip) = strips.ranges().find(|strip| strip.contains(&lane)) else { unreachable!() };
-                    for d in 0..DIM {
-                        let weighted = |key| weights[key] * f64::from(value(key + 2000, d));
-                        let want = (0..first).map(weighted).sum::<f64>() / total;
-                        let got = acc[panel(&strip, DIM)][d * strip.len() + lane - strip.start];
-                        assert!(
-                            (f64::from(got) - want).abs() < 2e-6,
-                            "{processor:?} {queries} {lane} {d}: {got} {want}"
-                        );
-                    }
-                }
+            agrees_with_a_plain_softmax(processor, OneF32, |step| processor.dispatch(step), 2e-6);
+            if let Some(pairs) = processor.bf16() {
+                // A weight is off by 2^-9 of its size at most.
+                agrees_with_a_plain_softmax(processor, pairs, |step| pairs.dispatch(step), 2f64.powi(-9));
             }
         }
     }
