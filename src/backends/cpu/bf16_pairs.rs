@@ -53,8 +53,8 @@ impl Operand for Bf16Pairs {
     ) {
         let whole = rows.len() / 2;
         for i in 0..whole {
-            let (low, high) = (weight(rows[2 * i][w]), weight(rows[2 * i + 1][w]));
-            rows[i][w] = self.0.pair::<S>(low, high);
+            let (low, high) = (rows[2 * i][w], rows[2 * i + 1][w]);
+            rows[i][w] = self.0.pair::<S>(weight(low), weight(high));
         }
         if rows.len() % 2 == 1 {
             rows[whole][w] = self.0.pair::<S>(weight(rows[2 * whole][w]), simd.splat_f32s(0.0));

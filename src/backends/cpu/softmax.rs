@@ -58,7 +58,7 @@ impl<S: Simd, const W: usize> Running<'_, S, W> {
         // A query all of whose scores so far are −∞, by its bias, has the maximum −∞; −∞ − −∞ would
         // be NaN where −∞ − 0 gives weight 0.
         let (zero, nothing) = (simd.splat_f32s(0.0), simd.splat_f32s(f32::NEG_INFINITY));
-        let (mut shift, mut factor, mut sum) = (max, max, [zero; W]);
+        let (mut shift, mut factor) = (max, max);
         for w in 0..W {
             shift[w] = simd.select_f32s(simd.equal_f32s(max[w], nothing), zero, max[w]);
             factor[w] = weight(simd, self.max[w], shift[w], scale);
@@ -66,6 +66,7 @@ impl<S: Simd, const W: usize> Running<'_, S, W> {
         for w in 0..W {
             // One vector after another: its constants and those of exp2 are as many as AVX2 has
             // registers.
+            let mut sum = zero;
             operand.weigh(
                 simd,
                 scores,
@@ -73,11 +74,11 @@ impl<S: Simd, const W: usize> Running<'_, S, W> {
                 #[inline(always)]
                 |score| {
                     let weight = weight(simd, score, shift[w], scale);
-                    sum[w] = simd.add_f32s(sum[w], weight);
+                    sum = simd.add_f32s(sum, weight);
                     weight
                 },
             );
-            self.sum[w] = simd.mul_add_e_f32s(self.sum[w], factor[w], sum[w]);
+            self.sum[w] = simd.mul_add_e_f32s(self.sum[w], factor[w], sum);
         }
         *self.max = max;
         factor
