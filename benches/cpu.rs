@@ -1,6 +1,6 @@
 //! How well the CPU device uses the processor: for each instruction set, operations in a second
-//! beside those of nothing but multiplications and additions in registers, and what softmax and
-//! conversions take.
+//! beside those of nothing but multiplications and additions in registers, what the softmax takes,
+//! and f16 and bf16 beside f32.
 //!
 //! ```text
 //! cargo bench --no-default-features --bench cpu
@@ -30,25 +30,32 @@ fn main() -> Result<()> {
     let pool = |threads| ThreadPoolBuilder::new().num_threads(threads).build();
     let (one, all) = (pool(1)?, pool(0)?);
     println!(
-        "GFLOP/s of one thread, and their share of the peak; times of one thread, and of all {}",
+        "GFLOP/s of one thread, and their share of the peak; times of f32, of one thread, and of all {}",
         all.current_num_threads()
     );
     for &isa in CpuIsa::ALL {
         let config = Config::default().with_device(DeviceChoice::Cpu).with_cpu_isa(Some(isa));
         let (Ok(device), Some(arch)) = (Device::with_config(config), arch(isa)) else { continue };
-        let mut peak = 0.0_f64;
+        let (mut peak, mut bf16_peak) = (0.0_f64, None);
         let mut lines = Vec::new();
         for shape in shapes {
             let mut best = Best::default();
             for _ in 0..rounds {
                 peak = peak.max(one.install(|| peak_gflops(arch)));
+                let bf16: Option<f64> = one.install(|| bf16_peak_gflops(isa));
+                bf16_peak = bf16.map(|bf16| bf16.max(bf16_peak.unwrap_or(0.0)));
                 best.round(&device, shape, &one, &all)?;
             }
             lines.push(best.line(shape));
         }
-        println!("\n{isa}: peak {peak:.1} GFLOP/s a thread");
-        for (gflops, line) in lines {
-            println!("  {line}  {gflops:6.1} GFLOP/s, {:3.0} %", 100.0 * gflops / peak);
+        print!("\n{isa}: peak {peak:.1} GFLOP/s a thread");
+        println!("{}", bf16_peak.map_or(String::new(), |peak| format!(", of products of bf16 {peak:.1}")));
+        for ([f32, bf16], line) in lines {
+            println!(
+                "  {line}; GFLOP/s: f32 {f32:.1}, {:.0} %, bf16 {bf16:.1}, {:.0} %",
+                100.0 * f32 / peak,
+                100.0 * bf16 / bf16_peak.unwrap_or(peak)
+            );
         }
     }
     Ok(())
@@ -83,23 +90,22 @@ impl Best {
         Ok(())
     }
 
-    /// GFLOP/s of one thread, and the line of the table.
+    /// GFLOP/s of one thread, of f32 and of bf16, and the line of the table.
     ///
     /// What does not grow with the head dimension, twice the time less the time of twice the
     /// dimension, is the softmax: maxima, exponentials, sums, and stores of scores.
-    fn line(&self, [b, s, h, d]: [usize; 4]) -> (f64, String) {
+    fn line(&self, [b, s, h, d]: [usize; 4]) -> ([f64; 2], String) {
         let seconds = self.f32.as_secs_f64();
-        let share = |extra: f64| 100.0 * extra / seconds;
-        let softmax = share(2.0 * seconds - self.double.as_secs_f64());
-        let conversion = |other: Duration| share(other.as_secs_f64() - seconds);
+        let softmax = 100.0 * (2.0 * seconds - self.double.as_secs_f64()) / seconds;
+        let speed = |other: Duration| seconds / other.as_secs_f64();
         let line = format!(
-            "B{b} S{s} {h}x{d}: {:7.2} ms, {:7.2} ms; softmax {softmax:.0} %, conversion of f16 {:+.0} %, of bf16 {:+.0} %;",
+            "B{b} S{s} {h}x{d}: {:.2} ms, {:.2} ms; softmax {softmax:.0} %, f16 {:.2}x as fast as f32, bf16 {:.2}x",
             1e3 * seconds,
             1e3 * self.all_threads.as_secs_f64(),
-            conversion(self.f16),
-            conversion(self.bf16),
+            speed(self.f16),
+            speed(self.bf16),
         );
-        ((4 * b * s * s * h * d) as f64 / seconds / 1e9, line)
+        ([self.f32, self.bf16].map(|time| (4 * b * s * s * h * d) as f64 / time.as_secs_f64() / 1e9), line)
     }
 }
 
@@ -126,7 +132,7 @@ fn time<T: Element>(device: &Device, shape: [usize; 4], convert: fn(f32) -> T) -
 fn arch(isa: CpuIsa) -> Option<pulp::Arch> {
     match isa {
         #[cfg(target_arch = "x86_64")]
-        CpuIsa::Avx512 => pulp::x86::V4::try_new().map(pulp::Arch::V4),
+        CpuIsa::Avx512 | CpuIsa::Avx512Bf16 => pulp::x86::V4::try_new().map(pulp::Arch::V4),
         #[cfg(target_arch = "x86_64")]
         CpuIsa::Avx2 => pulp::x86::V3::try_new().map(pulp::Arch::V3),
         #[cfg(target_arch = "aarch64")]
@@ -167,4 +173,43 @@ fn peak_gflops(arch: pulp::Arch) -> f64 {
     let seconds = started.elapsed().as_secs_f64();
     black_box(value);
     operations as f64 / seconds / 1e9
+}
+
+/// The same of products of bf16, where the instruction set has them.
+fn bf16_peak_gflops(isa: CpuIsa) -> Option<f64> {
+    const STEPS: usize = 200_000;
+    match isa {
+        #[cfg(target_arch = "x86_64")]
+        CpuIsa::Avx512Bf16 if std::arch::is_x86_feature_detected!("avx512bf16") => {
+            let started = Instant::now();
+            // SAFETY: the processor has AVX512-BF16, and AVX512-F with it.
+            let (operations, value) = unsafe { avx512_bf16_products(STEPS) };
+            let seconds = started.elapsed().as_secs_f64();
+            black_box(value);
+            Some(operations as f64 / seconds / 1e9)
+        }
+        _ => None,
+    }
+}
+
+/// Operations, and a value that depends on all of them.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bf16")]
+fn avx512_bf16_products(steps: usize) -> (usize, f32) {
+    use std::arch::x86_64::{
+        _mm512_add_ps, _mm512_cvtne2ps_pbh, _mm512_dpbf16_ps, _mm512_reduce_add_ps, _mm512_set1_ps,
+    };
+    /// Products of a vector: pairs for each f32.
+    const PRODUCTS: usize = 32;
+
+    let (one, half) = (_mm512_set1_ps(black_box(1.0)), _mm512_set1_ps(black_box(0.5)));
+    let (a, b) = (_mm512_cvtne2ps_pbh(one, half), _mm512_cvtne2ps_pbh(half, one));
+    let mut chains = [one; CHAINS];
+    for _ in 0..steps {
+        for chain in &mut chains {
+            *chain = _mm512_dpbf16_ps(*chain, a, b);
+        }
+    }
+    let sum = chains.into_iter().fold(one, |sum, chain| _mm512_add_ps(sum, chain));
+    (2 * steps * CHAINS * PRODUCTS, _mm512_reduce_add_ps(sum))
 }

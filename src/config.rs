@@ -67,6 +67,9 @@ impl fmt::Display for DeviceChoice {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum CpuIsa {
+    /// [`Avx512`](Self::Avx512) with AVX512-BF16. Products of bf16 tensors are those of bf16 numbers,
+    /// as on GPUs; f32 and f16 are as there.
+    Avx512Bf16,
     /// x86-64 with AVX-512 (F, BW, CD, DQ, VL).
     Avx512,
     /// x86-64 with AVX2 and FMA.
@@ -81,12 +84,14 @@ pub enum CpuIsa {
 
 impl CpuIsa {
     /// Every instruction set.
-    pub const ALL: &'static [Self] = &[Self::Avx512, Self::Avx2, Self::Neon, Self::Simd128, Self::Scalar];
+    pub const ALL: &'static [Self] =
+        &[Self::Avx512Bf16, Self::Avx512, Self::Avx2, Self::Neon, Self::Simd128, Self::Scalar];
 
-    /// `avx512`, `avx2`, `neon`, `simd128` or `scalar`.
+    /// `avx512bf16`, `avx512`, `avx2`, `neon`, `simd128` or `scalar`.
     #[must_use]
     pub const fn name(self) -> &'static str {
         match self {
+            Self::Avx512Bf16 => "avx512bf16",
             Self::Avx512 => "avx512",
             Self::Avx2 => "avx2",
             Self::Neon => "neon",

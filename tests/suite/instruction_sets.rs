@@ -4,7 +4,8 @@
 use anyhow::{Context, Result, ensure};
 use libtest_mimic::Completion;
 use varlen_fa::{
-    AttentionMask, Config, CpuIsa, Device, DeviceChoice, Error, KeyMask, MaskedAttention, Tensor, VarlenMeta,
+    AttentionMask, Config, CpuIsa, Device, DeviceChoice, Element, Error, KeyMask, MaskedAttention, Tensor, VarlenMeta,
+    bf16,
 };
 
 use super::trials::Trials;
@@ -27,7 +28,9 @@ pub fn register(trials: &mut Trials) {
     }
     trials.once("instruction_sets/there_is_one", there_is_one);
     trials.once("instruction_sets/share_memory", share_memory);
-    trials.once("threads/same_bits_for_any_number", same_bits_for_any_number);
+    trials.once("instruction_sets/bf16_below_the_normal_range", bf16_below_the_normal_range);
+    trials.once("threads/same_bits_for_any_number/f32", same_bits_for_any_number::<f32>);
+    trials.once("threads/same_bits_for_any_number/bf16", same_bits_for_any_number::<bf16>);
 }
 
 fn open(isa: CpuIsa) -> varlen_fa::Result<Device> {
@@ -76,12 +79,32 @@ fn share_memory(device: &Device) -> Result<()> {
     Ok(())
 }
 
+/// Numbers below 2⁻¹²⁶ may count as 0, by the instructions for products of bf16, but as nothing else:
+/// what stands beside them is exact.
+fn bf16_below_the_normal_range(_: &Device) -> Result<()> {
+    let (tiny, shape) = (2f32.powi(-130), [1, 6, 1, 16]);
+    let tensor = |device: &Device, even: f32, odd: f32| {
+        let values: Vec<bf16> = (0..6 * 16).map(|at| bf16::from_f32(if at % 2 == 0 { even } else { odd })).collect();
+        Tensor::from_slice(device, &values, &shape)
+    };
+    for device in CpuIsa::ALL.iter().filter_map(|&isa| open(isa).ok()) {
+        let (q, k, v) = (tensor(&device, tiny, 2.0)?, tensor(&device, tiny, tiny)?, tensor(&device, tiny, 3.0)?);
+        let out = MaskedAttention::new(&device).forward(&q, &k, &v, AttentionMask::none())?.out.to_vec::<bf16>()?;
+        let lowest = if adapter(&device).ends_with(CpuIsa::Avx512Bf16.name()) { 0.0 } else { tiny };
+        for pair in out.chunks(2) {
+            let [even, odd] = [pair[0].to_f32(), pair[1].to_f32()];
+            ensure!(odd == 3.0 && even >= lowest && even <= tiny, "{}: got {even:e}, {odd}", adapter(&device));
+        }
+    }
+    Ok(())
+}
+
 /// One thread, several and more than there are tasks: each takes other tiles of queries, and none
 /// may show.
-fn same_bits_for_any_number(device: &Device) -> Result<()> {
+fn same_bits_for_any_number<T: Element>(device: &Device) -> Result<()> {
     let shape = [2, 700, 6, 64];
-    let values: Vec<f32> =
-        (0..shape.iter().product()).map(|at: usize| (at * 7919 % 1009) as f32 / 504.5 - 1.0).collect();
+    let values: Vec<T> =
+        (0..shape.iter().product()).map(|at: usize| T::from_f32((at * 7919 % 1009) as f32 / 504.5 - 1.0)).collect();
     let x = Tensor::from_slice(device, &values, &shape)?;
     let key_value = Tensor::from_slice(device, &values[..2 * 700 * 2 * 64], &[2, 700, 2, 64])?;
     let meta = VarlenMeta::from_key_mask(&KeyMask::from_lengths(700, &[700, 333])?)?;
@@ -89,7 +112,7 @@ fn same_bits_for_any_number(device: &Device) -> Result<()> {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build()?;
         let layer = MaskedAttention::new(device);
         let attended = pool.install(|| layer.forward(&x, &key_value, &key_value, AttentionMask::varlen(&meta)))?;
-        Ok(attended.out.to_vec::<f32>()?.into_iter().map(f32::to_bits).collect())
+        Ok(attended.out.to_vec::<T>()?.into_iter().map(|value| value.to_f32().to_bits()).collect())
     };
     let expected = run(1)?;
     for threads in [2, 3, 7, 64] {

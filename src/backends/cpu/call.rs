@@ -2,12 +2,15 @@
 
 use std::ops::Range;
 
+use super::bf16_pairs::Bf16Pairs;
 use super::host::{HostInput, HostOutput};
 use super::isa::Processor;
 use super::needed_keys::{NeededKeys, Sequences};
+use super::operands::{OneF32, Operand};
 use super::rows::RowElement;
 use crate::call::op::{Attention, Input, Output, Rows, no_device_tables};
 use crate::call::problem::{AttentionProblem, AttentionShape};
+use crate::dtype::DType;
 use crate::error::Result;
 use crate::layout::Layout;
 use crate::mask::key_mask::KeyMask;
@@ -16,6 +19,8 @@ use crate::mask::key_mask::KeyMask;
 pub(super) struct Call<'a, T> {
     pub problem: &'a AttentionProblem,
     pub processor: Processor,
+    /// The operands of the products are pairs of bf16; else they are f32.
+    pub pairs: Option<Bf16Pairs>,
     pub q: HostInput<'a, T>,
     pub k: HostInput<'a, T>,
     pub v: HostInput<'a, T>,
@@ -91,6 +96,7 @@ impl<'a, T: RowElement> Call<'a, T> {
         Ok(Self {
             problem,
             processor,
+            pairs: processor.bf16().filter(|_| T::DTYPE == DType::Bf16),
             q: padded(q)?,
             k: padded(k)?,
             v: padded(v)?,
@@ -142,6 +148,11 @@ impl<'a, T: RowElement> Call<'a, T> {
             false => tokens.len().saturating_mul(count),
             true => (0..tokens.len()).map(|i| self.needed.of_query(batch, tokens.at(i), count).len()).sum(),
         }
+    }
+
+    /// Words of a row of the products' operands.
+    pub fn words_of_head(&self) -> usize {
+        self.shape().head_dim / if self.pairs.is_some() { Bf16Pairs::PER_WORD } else { OneF32::PER_WORD }
     }
 
     pub fn shape(&self) -> &AttentionShape {

@@ -1,12 +1,14 @@
 //! The CPU device: a real fallback for machines without a GPU.
 
 mod attention;
+mod bf16_pairs;
 mod call;
 mod copy;
 mod half_rows;
 mod host;
 mod isa;
 mod needed_keys;
+mod operands;
 mod rows;
 mod seen_keys;
 mod softmax;

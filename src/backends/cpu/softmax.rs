@@ -7,6 +7,8 @@
 
 use pulp::Simd;
 
+use super::operands::Operand;
+
 /// What a score below every f32 counts as where there is a bias. A bias of −∞ alone makes it −∞, so
 /// that keys which the bias hides are told from scores that overflow.
 pub(super) const OVERFLOWED: f32 = f32::MIN;
@@ -34,12 +36,18 @@ pub(super) struct Running<'a, S: Simd, const W: usize> {
 }
 
 impl<S: Simd, const W: usize> Running<'_, S, W> {
-    /// Turns the scores of one tile, `[keys]` rows of a strip, to weights relative to the new
-    /// maximum. Returns the factor for everything that was accumulated relative to the old one.
+    /// Turns the scores of one tile, `[keys]` rows of a strip, to words of weights relative to the
+    /// new maximum, in the first rows. Returns the factor for everything that was accumulated relative to the old one.
     ///
     /// `scale_log2` is positive: log₂e times the factor on the scores.
     #[inline(always)]
-    pub fn weigh(&mut self, simd: S, scores: &mut [[S::f32s; W]], scale_log2: f32) -> [S::f32s; W] {
+    pub fn weigh<O: Operand>(
+        &mut self,
+        simd: S,
+        operand: O,
+        scores: &mut [[S::f32s; W]],
+        scale_log2: f32,
+    ) -> [S::f32s; W] {
         let scale = simd.splat_f32s(scale_log2);
         let mut max = *self.max;
         for score in &*scores {
@@ -50,7 +58,7 @@ impl<S: Simd, const W: usize> Running<'_, S, W> {
         // A query all of whose scores so far are −∞, by its bias, has the maximum −∞; −∞ − −∞ would
         // be NaN where −∞ − 0 gives weight 0.
         let (zero, nothing) = (simd.splat_f32s(0.0), simd.splat_f32s(f32::NEG_INFINITY));
-        let (mut shift, mut factor, mut sum) = (max, max, [zero; W]);
+        let (mut shift, mut factor) = (max, max);
         for w in 0..W {
             shift[w] = simd.select_f32s(simd.equal_f32s(max[w], nothing), zero, max[w]);
             factor[w] = weight(simd, self.max[w], shift[w], scale);
@@ -58,11 +66,19 @@ impl<S: Simd, const W: usize> Running<'_, S, W> {
         for w in 0..W {
             // One vector after another: its constants and those of exp2 are as many as AVX2 has
             // registers.
-            for score in &mut *scores {
-                score[w] = weight(simd, score[w], shift[w], scale);
-                sum[w] = simd.add_f32s(sum[w], score[w]);
-            }
-            self.sum[w] = simd.mul_add_e_f32s(self.sum[w], factor[w], sum[w]);
+            let mut sum = zero;
+            operand.weigh(
+                simd,
+                scores,
+                w,
+                #[inline(always)]
+                |score| {
+                    let weight = weight(simd, score, shift[w], scale);
+                    sum = simd.add_f32s(sum, weight);
+                    weight
+                },
+            );
+            self.sum[w] = simd.mul_add_e_f32s(self.sum[w], factor[w], sum);
         }
         *self.max = max;
         factor

@@ -1,5 +1,6 @@
-//! The arithmetic: strips of queries against a tile of keys. Plain f32 panels come in; what element
-//! type and which rows of which tensor they came from is the business of `tiles`.
+//! The arithmetic: strips of queries against a tile of keys. Plain panels come in, of f32 or of pairs
+//! of 16-bit numbers (`operands`); what element type and which rows of which tensor they came from
+//! is the business of `tiles`.
 //!
 //! A *panel* is `[len][width]`, row-major, one query per column. A strip's panels are a few SIMD
 //! vectors wide. With queries in the lanes, both products take their second operand, elements of K
@@ -16,6 +17,7 @@
 use std::ops::Range;
 
 use super::isa::{AtWidth, Processor, RegisterTile, Vectorized};
+use super::operands::Operand;
 use super::softmax::{Running, biased};
 
 /// Head dimensions are multiples of 8, which is no multiple of 6: what is left over is one or two
@@ -116,13 +118,14 @@ pub(super) fn panel(lanes: &Range<usize>, len: usize) -> Range<usize> {
     lanes.start * len..lanes.end * len
 }
 
-/// One tile of keys and values, gathered.
+/// One tile of keys and values, gathered, in words of [`Operand::PER_WORD`] elements.
 #[derive(Debug, Clone)]
 pub(super) struct KeyTile<'a> {
-    /// Blocks `[head_dim][SCALARS]` of as many keys; the last one may have keys to spare, of any
-    /// value.
+    /// Blocks `[words of head_dim][SCALARS]` of as many keys; the last one may have keys to spare,
+    /// of any value.
     pub keys: &'a [f32],
-    /// Blocks `[value_stride][columns]`, of as many columns as [`ColumnBlocks`] says.
+    /// Blocks `[value_stride][columns]`, of as many columns as [`ColumnBlocks`] says. What lacks in
+    /// the last word of keys is 0.
     pub values: &'a [f32],
     pub value_stride: usize,
     pub len: usize,
@@ -148,7 +151,7 @@ pub(super) struct Step<'a> {
     pub columns: ColumnBlocks,
     pub lanes: Range<usize>,
     pub head_dim: usize,
-    /// Panels `[head_dim]`.
+    /// Panels `[words of head_dim]`.
     pub q: &'a [f32],
     /// Panels `[head_dim]`: the output so far, relative to `max`, not yet divided by `sum`.
     pub acc: &'a mut [f32],
@@ -161,28 +164,30 @@ pub(super) struct Step<'a> {
     pub scale: f32,
 }
 
-impl Vectorized for Step<'_> {
+impl<O: Operand> Vectorized for (O, Step<'_>) {
     type Output = ();
     #[inline(always)]
     fn run<S: RegisterTile>(self, simd: S) {
-        simd.run_at_width(self.lanes.len() / S::F32_LANES, self);
+        simd.run_at_width(self.1.lanes.len() / S::F32_LANES, self);
     }
 }
 
-impl AtWidth for Step<'_> {
+impl<O: Operand> AtWidth for (O, Step<'_>) {
     #[inline(always)]
     fn run<S: RegisterTile, const W: usize, const N: usize>(self, simd: S) {
-        let KeyTile { keys, values, value_stride, len, part, bias, seen, values_are_finite } = self.tile;
-        let (lanes, head_dim, columns) = (&self.lanes, self.head_dim, self.columns);
-        let q = vectors::<S, W>(&self.q[panel(lanes, head_dim)]);
-        let scores = vectors_mut::<S, W>(self.scores);
+        let (operand, step) = self;
+        let KeyTile { keys, values, value_stride, len, part, bias, seen, values_are_finite } = step.tile;
+        let (lanes, head_dim, columns) = (&step.lanes, step.head_dim, step.columns);
+        let words = head_dim / O::PER_WORD;
+        let q = vectors::<S, W>(&step.q[panel(lanes, words)]);
+        let scores = vectors_mut::<S, W>(step.scores);
         let (blocks, _) = scores.as_chunks_mut::<N>();
-        let keys = keys.chunks_exact(N * head_dim).skip(part.start / N);
+        let keys = keys.chunks_exact(N * words).skip(part.start / N);
         for (block, keys) in blocks[..part.len().div_ceil(N)].iter_mut().zip(keys) {
-            *block = product::<S, W, N>(simd, keys.as_chunks::<N>().0, q);
+            *block = product::<S, O, W, N>(simd, operand, keys.as_chunks::<N>().0, q);
         }
         let scores = &mut scores[..part.len()];
-        let mut scale = self.scale;
+        let mut scale = step.scale;
         if let Some(bias) = bias {
             let factor = simd.splat_f32s(scale);
             let bias = &vectors::<S, W>(&bias[panel(lanes, len)])[part.clone()];
@@ -193,7 +198,7 @@ impl AtWidth for Step<'_> {
             }
             scale = 1.0;
         }
-        let seen = seen.and_then(|limits| Seen::<S, W>::new(limits, part.start));
+        let mut seen = seen.and_then(|limits| Seen::<S, W>::new(limits, part.start));
         if let Some(seen) = &seen {
             let nothing = simd.splat_f32s(f32::NEG_INFINITY);
             for (i, score) in scores.iter_mut().enumerate() {
@@ -202,26 +207,40 @@ impl AtWidth for Step<'_> {
                 }
             }
         }
-        let [max] = vectors_mut::<S, W>(&mut self.max[lanes.clone()]) else { return };
-        let [sum] = vectors_mut::<S, W>(&mut self.sum[lanes.clone()]) else { return };
+        let [max] = vectors_mut::<S, W>(&mut step.max[lanes.clone()]) else { return };
+        let [sum] = vectors_mut::<S, W>(&mut step.sum[lanes.clone()]) else { return };
         let scale_log2 = (scale * std::f32::consts::LOG2_E).min(f32::MAX);
-        let factor = Running::<S, W> { max, sum }.weigh(simd, scores, scale_log2);
+        let factor = Running::<S, W> { max, sum }.weigh(simd, operand, scores, scale_log2);
+        let weights = &scores[..part.len().div_ceil(O::PER_WORD)];
 
         let (wide, narrow) =
-            vectors_mut::<S, W>(&mut self.acc[panel(lanes, head_dim)]).split_at_mut(columns.wide_columns());
+            vectors_mut::<S, W>(&mut step.acc[panel(lanes, head_dim)]).split_at_mut(columns.wide_columns());
         let (wide_values, narrow_values) = values.split_at(columns.wide_columns() * value_stride);
-        let values = Values { stride: value_stride, first: part.start };
+        let values = Values { stride: value_stride, first: part.start / O::PER_WORD };
+        let (start, end) = ([simd.splat_f32s(0.0); W], [simd.splat_f32s(part.end as f32); W]);
+        if part.end < len && !part.len().is_multiple_of(O::PER_WORD) {
+            // The last word has a value that is not of the part.
+            seen = seen.or(Some(Seen { firsts: &start, ends: &end, start: part.start }));
+        }
         let seen = seen.filter(|_| !values_are_finite);
         if let Some(seen) = &seen {
-            accumulate_seen::<S, W, N>(simd, scores, (wide_values, values), factor, wide, seen);
+            accumulate_seen::<S, O, W, N>(simd, operand, weights, (wide_values, values), factor, wide, seen);
         } else {
-            accumulate::<S, W, N>(simd, scores, (wide_values, values), factor, wide);
+            accumulate::<S, O, W, N>(simd, operand, weights, (wide_values, values), factor, wide);
         }
         if !N.is_multiple_of(NARROW) {
             if let Some(seen) = &seen {
-                accumulate_seen::<S, W, NARROW>(simd, scores, (narrow_values, values), factor, narrow, seen);
+                accumulate_seen::<S, O, W, NARROW>(
+                    simd,
+                    operand,
+                    weights,
+                    (narrow_values, values),
+                    factor,
+                    narrow,
+                    seen,
+                );
             } else {
-                accumulate::<S, W, NARROW>(simd, scores, (narrow_values, values), factor, narrow);
+                accumulate::<S, O, W, NARROW>(simd, operand, weights, (narrow_values, values), factor, narrow);
             }
         }
     }
@@ -260,22 +279,24 @@ impl<'a, S: RegisterTile, const W: usize> Seen<'a, S, W> {
 
 /// The sum over `i` of `scalars[i][n] · vectors[i][w]`.
 #[inline(always)]
-fn product<S: RegisterTile, const W: usize, const N: usize>(
+fn product<S: RegisterTile, O: Operand, const W: usize, const N: usize>(
     simd: S,
+    operand: O,
     scalars: &[[f32; N]],
     vectors: &[[S::f32s; W]],
 ) -> [[S::f32s; W]; N] {
     let mut sums = [[simd.splat_f32s(0.0); W]; N];
     for (scalars, vectors) in scalars.iter().zip(vectors) {
-        simd.add_products(&mut sums, scalars, vectors);
+        operand.add_products(simd, &mut sums, scalars, vectors);
     }
     sums
 }
 
 /// Adds the weighted sum of blocks of `N` columns of the values to what was accumulated before.
 #[inline(always)]
-fn accumulate<S: RegisterTile, const W: usize, const N: usize>(
+fn accumulate<S: RegisterTile, O: Operand, const W: usize, const N: usize>(
     simd: S,
+    operand: O,
     weights: &[[S::f32s; W]],
     (values, Values { stride, first }): (&[f32], Values),
     factor: [S::f32s; W],
@@ -283,7 +304,7 @@ fn accumulate<S: RegisterTile, const W: usize, const N: usize>(
 ) {
     let blocks = values.chunks_exact(N * stride);
     for (acc, values) in acc.as_chunks_mut::<N>().0.iter_mut().zip(blocks) {
-        let sums = product::<S, W, N>(simd, &values.as_chunks::<N>().0[first..], weights);
+        let sums = product::<S, O, W, N>(simd, operand, &values.as_chunks::<N>().0[first..], weights);
         for n in 0..N {
             for w in 0..W {
                 acc[n][w] = simd.mul_add_e_f32s(acc[n][w], factor[w], sums[n][w]);
@@ -295,8 +316,9 @@ fn accumulate<S: RegisterTile, const W: usize, const N: usize>(
 /// [`accumulate`] where a value may be NaN or infinite: times a weight of 0 it would reach queries
 /// that do not see its key.
 #[inline(always)]
-fn accumulate_seen<S: RegisterTile, const W: usize, const N: usize>(
+fn accumulate_seen<S: RegisterTile, O: Operand, const W: usize, const N: usize>(
     simd: S,
+    operand: O,
     weights: &[[S::f32s; W]],
     (values, Values { stride, first }): (&[f32], Values),
     factor: [S::f32s; W],
@@ -310,8 +332,13 @@ fn accumulate_seen<S: RegisterTile, const W: usize, const N: usize>(
             for w in 0..W {
                 let mut sum = zero;
                 for (i, (weight, value)) in weights.iter().zip(&values.as_chunks::<N>().0[first..]).enumerate() {
-                    let value = simd.select_f32s(seen.sees(simd, i, w), simd.splat_f32s(value[n]), zero);
-                    sum = simd.mul_add_e_f32s(weight[w], value, sum);
+                    let value = operand.keep(
+                        simd,
+                        simd.splat_f32s(value[n]),
+                        #[inline(always)]
+                        |element| seen.sees(simd, i * O::PER_WORD + element, w),
+                    );
+                    sum = operand.mul_add(simd, weight[w], value, sum);
                 }
                 acc[n][w] = simd.mul_add_e_f32s(acc[n][w], factor[w], sum);
             }
@@ -358,89 +385,134 @@ fn vectors_mut<S: RegisterTile, const W: usize>(panel: &mut [f32]) -> &mut [[S::
 
 #[cfg(test)]
 mod tests {
+    use half::bf16;
+
     use super::*;
+    use crate::backends::cpu::operands::OneF32;
 
     /// Not random, but without a pattern that a wrong index could keep.
     fn value(i: usize, j: usize) -> f32 {
         ((i * 37 + j * 101 + 11) * 7919 % 1009) as f32 / 504.5 - 1.0
     }
 
-    /// Two key tiles, for every vector length and width of strip.
-    #[test]
-    fn every_vector_length_agrees_with_a_plain_softmax() {
+    /// [`value`], or what a pair's element keeps of it.
+    fn element<O: Operand>(i: usize, j: usize) -> f32 {
+        if O::PER_WORD == 1 { value(i, j) } else { bf16::from_f32(value(i, j)).to_f32() }
+    }
+
+    /// A word of elements.
+    fn word<O: Operand>(element: impl Fn(usize) -> f32) -> f32 {
+        if O::PER_WORD == 1 {
+            return element(0);
+        }
+        let [low, high] = [0, 1].map(|at| u32::from(bf16::from_f32(element(at)).to_bits()));
+        f32::from_bits(low | high << 16)
+    }
+
+    /// Two key tiles, for every vector length and width of strip. Of the second one only a part counts;
+    /// what comes after it is NaN.
+    fn agrees_with_a_plain_softmax<O: Operand>(
+        processor: Processor,
+        operand: O,
+        dispatch: impl Fn((O, Step<'_>)),
+        tolerance: f64,
+    ) {
         const DIM: usize = 24;
-        const LENS: [usize; 2] = [24, 11];
+        /// Keys of the tiles, and of their parts.
+        const LENS: [[usize; 2]; 2] = [[24, 24], [12, 9]];
         const STRIDE: usize = 26;
-        for processor in Processor::all() {
-            for queries in [1, 5, 48, 49, 70] {
-                let strips = Strips::new(processor, queries);
-                let lanes = strips.lanes();
-                let mut q = vec![0.0; lanes * DIM];
-                for strip in strips.ranges() {
-                    let panel = &mut q[panel(&strip, DIM)];
-                    for (d, row) in panel.chunks_exact_mut(strip.len()).enumerate() {
-                        row.iter_mut().zip(strip.clone()).for_each(|(q, lane)| *q = value(lane, d));
+        let words = DIM / O::PER_WORD;
+        for queries in [1, 5, 48, 49, 70] {
+            let strips = Strips::new(processor, queries);
+            let lanes = strips.lanes();
+            let mut q = vec![0.0; lanes * words];
+            for strip in strips.ranges() {
+                let panel = &mut q[panel(&strip, words)];
+                for (d, row) in panel.chunks_exact_mut(strip.len()).enumerate() {
+                    row.iter_mut()
+                        .zip(strip.clone())
+                        .for_each(|(q, lane)| *q = word::<O>(|at| element::<O>(lane, d * O::PER_WORD + at)));
+                }
+            }
+            let (mut acc, mut max, mut sum) =
+                (vec![0.0; lanes * DIM], vec![f32::NEG_INFINITY; lanes], vec![0.0; lanes]);
+            let mut scores = vec![f32::NAN; STRIDE * strips.widest()];
+            let mut first = 0;
+            for [len, part] in LENS {
+                let mut keys = vec![f32::NAN; STRIDE * DIM];
+                let mut values = vec![f32::NAN; STRIDE * DIM];
+                let (block, columns) = (strips.block_keys(), strips.columns(DIM));
+                let of = |key: usize, i: usize, j: usize| if key < part { element::<O>(i, j) } else { f32::NAN };
+                for key in 0..len {
+                    for d in 0..words {
+                        keys[(key / block * words + d) * block + key % block] =
+                            word::<O>(|at| of(key, first + key + 1000, d * O::PER_WORD + at));
                     }
                 }
-                let (mut acc, mut max, mut sum) =
-                    (vec![0.0; lanes * DIM], vec![f32::NEG_INFINITY; lanes], vec![0.0; lanes]);
-                let mut scores = vec![f32::NAN; STRIDE * strips.widest()];
-                let mut first = 0;
-                for len in LENS {
-                    let mut keys = vec![f32::NAN; STRIDE * DIM];
-                    let mut values = vec![f32::NAN; STRIDE * DIM];
-                    let (block, columns) = (strips.block_keys(), strips.columns(DIM));
-                    for key in 0..len {
-                        for d in 0..DIM {
-                            keys[(key / block * DIM + d) * block + key % block] = value(first + key + 1000, d);
-                            values[columns.place(d, key, STRIDE)] = value(first + key + 2000, d);
-                        }
-                    }
-                    for lanes in strips.ranges() {
-                        processor.dispatch(Step {
-                            columns,
-                            lanes,
-                            head_dim: DIM,
-                            q: &q,
-                            acc: &mut acc,
-                            max: &mut max,
-                            sum: &mut sum,
-                            scores: &mut scores,
-                            tile: KeyTile {
-                                keys: &keys,
-                                values: &values,
-                                value_stride: STRIDE,
-                                len,
-                                part: 0..len,
-                                bias: None,
-                                seen: None,
-                                values_are_finite: true,
-                            },
-                            scale: 0.5,
+                for key in 0..len.div_ceil(O::PER_WORD) {
+                    for d in 0..DIM {
+                        values[columns.place(d, key, STRIDE)] = word::<O>(|at| {
+                            let key = key * O::PER_WORD + at;
+                            of(key, first + key + 2000, d)
                         });
                     }
-                    first += len;
                 }
-                processor.dispatch(Normalize { strips, head_dim: DIM, acc: &mut acc, sum: &sum });
-                for lane in 0..queries {
-                    let weights: Vec<f64> = (0..first)
-                        .map(|key| {
-                            let dot = |d| f64::from(value(lane, d)) * f64::from(value(key + 1000, d));
-                            (0.5 * (0..DIM).map(dot).sum::<f64>()).exp()
-                        })
-                        .collect();
-                    let total: f64 = weights.iter().sum();
-                    let Some(strip) = strips.ranges().find(|strip| strip.contains(&lane)) else { unreachable!() };
-                    for d in 0..DIM {
-                        let weighted = |key| weights[key] * f64::from(value(key + 2000, d));
-                        let want = (0..first).map(weighted).sum::<f64>() / total;
-                        let got = acc[panel(&strip, DIM)][d * strip.len() + lane - strip.start];
-                        assert!(
-                            (f64::from(got) - want).abs() < 2e-6,
-                            "{processor:?} {queries} {lane} {d}: {got} {want}"
-                        );
-                    }
+                for lanes in strips.ranges() {
+                    let step = Step {
+                        columns,
+                        lanes,
+                        head_dim: DIM,
+                        q: &q,
+                        acc: &mut acc,
+                        max: &mut max,
+                        sum: &mut sum,
+                        scores: &mut scores,
+                        tile: KeyTile {
+                            keys: &keys,
+                            values: &values,
+                            value_stride: STRIDE,
+                            len,
+                            part: 0..part,
+                            bias: None,
+                            seen: None,
+                            values_are_finite: part == len,
+                        },
+                        scale: 0.5,
+                    };
+                    dispatch((operand, step));
                 }
+                first += part;
+            }
+            processor.dispatch(Normalize { strips, head_dim: DIM, acc: &mut acc, sum: &sum });
+            for lane in 0..queries {
+                let weights: Vec<f64> = (0..first)
+                    .map(|key| {
+                        let dot = |d| f64::from(element::<O>(lane, d)) * f64::from(element::<O>(key + 1000, d));
+                        (0.5 * (0..DIM).map(dot).sum::<f64>()).exp()
+                    })
+                    .collect();
+                let total: f64 = weights.iter().sum();
+                let Some(strip) = strips.ranges().find(|strip| strip.contains(&lane)) else { unreachable!() };
+                for d in 0..DIM {
+                    let weighted = |key| weights[key] * f64::from(element::<O>(key + 2000, d));
+                    let want = (0..first).map(weighted).sum::<f64>() / total;
+                    let got = acc[panel(&strip, DIM)][d * strip.len() + lane - strip.start];
+                    assert!(
+                        (f64::from(got) - want).abs() < tolerance,
+                        "{processor:?} {queries} {lane} {d}: {got} {want}"
+                    );
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn every_vector_length_agrees_with_a_plain_softmax() {
+        for processor in Processor::all() {
+            agrees_with_a_plain_softmax(processor, OneF32, |step| processor.dispatch(step), 2e-6);
+            if let Some(pairs) = processor.bf16() {
+                // A weight is off by 2^-9 of its size at most.
+                agrees_with_a_plain_softmax(processor, pairs, |step| pairs.dispatch(step), 2f64.powi(-9));
             }
         }
     }

@@ -3,9 +3,11 @@
 
 use std::ops::{Deref, DerefMut, Range};
 
+use super::bf16_pairs;
 use super::call::{Bias, Call, Task};
 use super::host::{self, HostInput};
 use super::needed_keys::Tokens;
+use super::operands::OneF32;
 use super::rows::{RowElement, from_panel, prefetch, to_block, to_panel};
 use super::seen_keys::SeenKeys;
 use super::softmax::OVERFLOWED;
@@ -18,6 +20,9 @@ pub(super) const KEY_TILE: usize = 120;
 /// Rows of a block of V's columns: more than a tile's, so that blocks do not compete for the same
 /// sets of the cache.
 const VALUE_STRIDE: usize = KEY_TILE + 2;
+
+/// Words of 2 keys of a block of V's columns.
+const PAIR_STRIDE: usize = VALUE_STRIDE / 2;
 
 /// Buffers for the largest tile of a call. Panels and blocks are as `strip` describes them.
 pub(super) struct Tiles {
@@ -80,15 +85,26 @@ impl Tiles {
         if let Some(seen) = &mut self.seen {
             seen.start(strips, task.count, |lane| call.keys_of_query(task.batch, query.at(lane).0));
         }
+        let words = call.words_of_head();
         let Self { q, rows, converted, .. } = self;
         call.processor.vectorize(
             #[inline(always)]
             || {
                 for lanes in strips.ranges() {
-                    let rows = &mut rows[..lanes.len() * dim];
-                    for (lane, row) in lanes.clone().zip(rows.chunks_exact_mut(dim)) {
+                    let rows = &mut rows[..lanes.len() * words];
+                    for (lane, row) in lanes.clone().zip(rows.chunks_exact_mut(words)) {
                         if lane >= task.count {
                             row.fill(0.0);
+                            continue;
+                        }
+                        if call.pairs.is_some() {
+                            let scaled = &mut converted[..dim];
+                            T::widen_into(q_row(lane), scaled);
+                            scaled.iter_mut().for_each(
+                                #[inline(always)]
+                                |q| *q *= call.scale.queries,
+                            );
+                            T::narrow(scaled, bytemuck::cast_slice_mut(row));
                             continue;
                         }
                         let q = T::widen(q_row(lane), &mut converted[..dim]);
@@ -96,7 +112,7 @@ impl Tiles {
                             *to = q * call.scale.queries;
                         }
                     }
-                    to_panel(rows, dim, &mut q[panel(&lanes, dim)], lanes.len());
+                    to_panel(rows, words, &mut q[panel(&lanes, words)], lanes.len());
                 }
             },
         );
@@ -105,6 +121,9 @@ impl Tiles {
 
     /// Gathers a tile of the keys that take part, and their values.
     pub fn gather_keys<T: RowElement>(&mut self, call: &Call<'_, T>, task: &Task, strips: Strips, tile: Range<usize>) {
+        if call.pairs.is_some() {
+            return self.gather_pairs(call, task, tile);
+        }
         let dim = call.shape().head_dim;
         let tokens = call.keys.of(task.batch);
         let (k, v) = (call.k.batch_rows(task.batch), call.v.batch_rows(task.batch));
@@ -131,11 +150,50 @@ impl Tiles {
                     *values_are_finite &= seen.is_none() || are_finite(value);
                     let (wide_values, narrow_values) = value.split_at(columns.wide_columns());
                     if block == 8 {
-                        to_blocks::<8>(wide_values, wide, i);
+                        to_blocks::<8, VALUE_STRIDE>(wide_values, wide, i);
                     } else {
-                        to_blocks::<6>(wide_values, wide, i);
-                        to_blocks::<NARROW>(narrow_values, narrow, i);
+                        to_blocks::<6, VALUE_STRIDE>(wide_values, wide, i);
+                        to_blocks::<NARROW, VALUE_STRIDE>(narrow_values, narrow, i);
                     }
+                }
+            },
+        );
+    }
+
+    /// [`gather_keys`](Self::gather_keys) where a word is a pair of elements.
+    fn gather_pairs<T: RowElement>(&mut self, call: &Call<'_, T>, task: &Task, tile: Range<usize>) {
+        /// Keys and columns of a block, of every processor that has such products.
+        const BLOCK: usize = 8;
+        let dim = call.shape().head_dim;
+        let tokens = call.keys.of(task.batch);
+        let (k, v) = (call.k.batch_rows(task.batch), call.v.batch_rows(task.batch));
+        let Self { keys, values, rows, converted, seen, values_are_finite, .. } = self;
+        *values_are_finite = true;
+        call.processor.vectorize(
+            #[inline(always)]
+            || {
+                let blocks = keys.chunks_exact_mut(BLOCK * dim / 2).zip(tile.clone().step_by(BLOCK));
+                for (keys, first) in blocks {
+                    let mut scratch = rows.chunks_exact_mut(dim / 2);
+                    let rows: [&[f32]; BLOCK] = std::array::from_fn(
+                        #[inline(always)]
+                        |n| {
+                            let key = tokens.at((first + n).min(tile.end - 1));
+                            bf16_pairs::words(k.row(key, task.kv_head, dim), scratch.next().unwrap_or_default())
+                        },
+                    );
+                    to_block::<BLOCK>(rows, keys);
+                }
+                let pair = &mut converted[..dim];
+                for (i, low) in tile.clone().step_by(2).enumerate() {
+                    let value = |key| v.row(tokens.at(key), task.kv_head, dim);
+                    if low + 1 < tile.end {
+                        bf16_pairs::joined(value(low), value(low + 1), pair);
+                    } else {
+                        bf16_pairs::alone(value(low), pair);
+                    }
+                    *values_are_finite &= seen.is_none() || bf16_pairs::are_finite(pair);
+                    to_blocks::<BLOCK, PAIR_STRIDE>(pair, values, i);
                 }
             },
         );
@@ -217,7 +275,17 @@ impl Tiles {
                 Some(part_and_limits) => part_and_limits,
             },
         };
-        call.processor.dispatch(Step {
+        let tile = KeyTile {
+            keys: &self.keys,
+            values: &self.values,
+            value_stride: if call.pairs.is_some() { PAIR_STRIDE } else { VALUE_STRIDE },
+            len: tile.len(),
+            part,
+            bias: call.bias.as_ref().map(|_| &self.bias[..]),
+            seen,
+            values_are_finite: self.values_are_finite,
+        };
+        let step = Step {
             columns: strips.columns(head_dim),
             lanes,
             head_dim,
@@ -226,18 +294,13 @@ impl Tiles {
             max: &mut self.max,
             sum: &mut self.sum,
             scores: &mut self.scores,
-            tile: KeyTile {
-                keys: &self.keys,
-                values: &self.values,
-                value_stride: VALUE_STRIDE,
-                len: tile.len(),
-                part,
-                bias: call.bias.as_ref().map(|_| &self.bias[..]),
-                seen,
-                values_are_finite: self.values_are_finite,
-            },
+            tile,
             scale: call.scale.scores,
-        });
+        };
+        match call.pairs {
+            None => call.processor.dispatch((OneF32, step)),
+            Some(pairs) => pairs.dispatch((pairs, step)),
+        }
     }
 
     /// Writes the output of a task, after its last key, if it has any.
@@ -331,8 +394,8 @@ fn widened<'a, T: RowElement, const N: usize>(
 
 /// Row `i` of blocks of `N` columns of the values.
 #[inline(always)]
-fn to_blocks<const N: usize>(value: &[f32], blocks: &mut [f32], i: usize) {
-    for (block, value) in blocks.chunks_exact_mut(VALUE_STRIDE * N).zip(value.as_chunks::<N>().0) {
+fn to_blocks<const N: usize, const STRIDE: usize>(value: &[f32], blocks: &mut [f32], i: usize) {
+    for (block, value) in blocks.chunks_exact_mut(STRIDE * N).zip(value.as_chunks::<N>().0) {
         block.as_chunks_mut::<N>().0[i] = *value;
     }
 }
