@@ -224,7 +224,8 @@ impl MaskedAttention {
         if plan.path == Path::Zero {
             return execute(Op::Zero(out));
         }
-        let (rows, ranges, bias) = (mask.rows(plan.path), mask.ranges(), mask.bias(&problem));
+        let every_query = mask.every_query(plan.path, problem.shape.seq_q)?;
+        let (rows, ranges, bias) = (mask.rows(plan.path, every_query.as_deref()), mask.ranges(), mask.bias(&problem));
         let (q, k, v) = (q.input(), k.input(), v.input());
         execute(Op::Attention(Attention { problem: &problem, plan, q, k, v, out, lse: None, rows, ranges, bias }))
     }

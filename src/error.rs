@@ -158,7 +158,7 @@ pub enum Error {
         /// `[batch, sequence]` of the mask.
         got: [usize; 2],
     },
-    /// A length or a run of a mask reaches outside its row.
+    /// A length or a run of a mask reaches outside its row, or a value is none that masks have.
     #[error("`{argument}`: row {row}: {expected}, got {got}")]
     MaskRow {
         /// Name of the argument.

@@ -89,6 +89,8 @@ pub(crate) struct KernelTraits {
     pub(crate) has_fused_bias: bool,
     /// Whether it takes a range of keys for each query.
     has_ranges: bool,
+    /// Whether its dense path costs what a key mask keeps, so that the fused one has no advantage.
+    pub(crate) skips_dropped_keys: bool,
     /// Whether it writes packed output to its padded places itself, and zeros to the others.
     pub(crate) scatters: bool,
     /// Whether a packed call may have one padded side, on which every token is valid.
@@ -110,6 +112,7 @@ const ROWS: KernelTraits = KernelTraits {
     has_bias: true,
     has_fused_bias: false,
     has_ranges: false,
+    skips_dropped_keys: false,
     scatters: false,
     mixes_padded_and_packed: false,
 };
@@ -126,7 +129,14 @@ const TILE_LISTS: KernelTraits = KernelTraits {
 
 /// One row a kernel, in the order of the enum.
 const TABLE: &[KernelTraits; 6] = &[
-    KernelTraits { kernel: Kernel::CpuTiled, name: "cpu-tiled", has_fused_bias: true, has_ranges: true, ..ROWS },
+    KernelTraits {
+        kernel: Kernel::CpuTiled,
+        name: "cpu-tiled",
+        has_fused_bias: true,
+        has_ranges: true,
+        skips_dropped_keys: true,
+        ..ROWS
+    },
     KernelTraits {
         kernel: Kernel::WgslPortable,
         name: "wgsl-portable",

@@ -195,6 +195,27 @@ typedef uint32_t varlen_fa_mask_dtype;
 #endif // __STDC_VERSION__ >= 202311L
 #endif // __cplusplus
 
+// Element type of a tensor. 0 is not a value, so that a forgotten field is an error.
+enum varlen_fa_dtype
+#if defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+  : uint32_t
+#endif // defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+ {
+  // IEEE 754 binary32.
+  VARLEN_FA_DTYPE_F32 = 1,
+  // IEEE 754 binary16.
+  VARLEN_FA_DTYPE_F16 = 2,
+  // The upper 16 bits of a binary32.
+  VARLEN_FA_DTYPE_BF16 = 3,
+};
+#ifndef __cplusplus
+#if __STDC_VERSION__ >= 202311L
+typedef enum varlen_fa_dtype varlen_fa_dtype;
+#else
+typedef uint32_t varlen_fa_dtype;
+#endif // __STDC_VERSION__ >= 202311L
+#endif // __cplusplus
+
 // The memory that an address points to.
 enum varlen_fa_memory
 #if defined(__cplusplus) || __STDC_VERSION__ >= 202311L
@@ -271,27 +292,6 @@ enum varlen_fa_kernel
 typedef enum varlen_fa_kernel varlen_fa_kernel;
 #else
 typedef uint32_t varlen_fa_kernel;
-#endif // __STDC_VERSION__ >= 202311L
-#endif // __cplusplus
-
-// Element type of a tensor. 0 is not a value, so that a forgotten field is an error.
-enum varlen_fa_dtype
-#if defined(__cplusplus) || __STDC_VERSION__ >= 202311L
-  : uint32_t
-#endif // defined(__cplusplus) || __STDC_VERSION__ >= 202311L
- {
-  // IEEE 754 binary32.
-  VARLEN_FA_DTYPE_F32 = 1,
-  // IEEE 754 binary16.
-  VARLEN_FA_DTYPE_F16 = 2,
-  // The upper 16 bits of a binary32.
-  VARLEN_FA_DTYPE_BF16 = 3,
-};
-#ifndef __cplusplus
-#if __STDC_VERSION__ >= 202311L
-typedef enum varlen_fa_dtype varlen_fa_dtype;
-#else
-typedef uint32_t varlen_fa_dtype;
 #endif // __STDC_VERSION__ >= 202311L
 #endif // __cplusplus
 
@@ -728,6 +728,40 @@ varlen_fa_status varlen_fa_cu_seqlens_from_meta(const struct varlen_fa_meta *met
 
 // Frees cumulative sequence lengths; NULL is ignored.
 varlen_fa_status varlen_fa_cu_seqlens_free(struct varlen_fa_cu_seqlens *cu_seqlens);
+
+// Creates a key mask from [batch, seq] numbers in host memory that models add to scores, row-major:
+// 0 keeps the token, and anything from -1000 down drops it: -10000, the lowest number of a type,
+// -infinity. Other values are refused, for a mask is not a bias. The elements of a [B, 1, 1, S]
+// mask are the same in the same order.
+//
+// `mask`: the numbers, which are copied.
+// `dtype`: their type.
+// `key_mask`: receives the handle, to be given to varlen_fa_key_mask_free.
+varlen_fa_status varlen_fa_key_mask_from_additive(const void *mask,
+                                                  varlen_fa_dtype dtype,
+                                                  uint64_t batch,
+                                                  uint64_t seq,
+                                                  struct varlen_fa_key_mask **key_mask);
+
+// Creates a key mask from [batch, seq] integers in host memory, row-major, of which 1 keeps the
+// token and 0 drops it. Other values are refused.
+//
+// `mask`: the integers, which are copied.
+// `dtype`: their size.
+// `key_mask`: receives the handle, to be given to varlen_fa_key_mask_free.
+varlen_fa_status varlen_fa_key_mask_from_integers_strict(const void *mask,
+                                                         varlen_fa_mask_dtype dtype,
+                                                         uint64_t batch,
+                                                         uint64_t seq,
+                                                         struct varlen_fa_key_mask **key_mask);
+
+// Creates the key mask of `batch` rows that are all like the one row of a mask.
+//
+// `row`: a mask of one row, or of `batch` rows, of which this makes a copy.
+// `key_mask`: receives the handle, to be given to varlen_fa_key_mask_free.
+varlen_fa_status varlen_fa_key_mask_broadcast(const struct varlen_fa_key_mask *row,
+                                              uint64_t batch,
+                                              struct varlen_fa_key_mask **key_mask);
 
 // Creates ranges of a window: query i sees `left` keys before its own place and `right` keys after
 // it. -1 is no limit on that side, so left = -1 and right = 0 is a causal mask. Where queries and

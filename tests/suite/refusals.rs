@@ -503,12 +503,13 @@ fn forced_paths_and_kernels(device: &Device) -> Result<()> {
         ensure!(got == path.name() && !why.is_empty(), "{path}: got {error:?}");
         call.is_refused(&error)
     };
-    for mask in [AttentionMask::none(), AttentionMask::key(&keys), AttentionMask::bias(bias.view())] {
+    for mask in [AttentionMask::none(), AttentionMask::bias(bias.view())] {
         for path in [Path::Fused, Path::Packed, Path::Zero] {
             is_refused(path, mask)?;
         }
     }
     is_refused(Path::Zero, varlen)?;
+    is_refused(Path::Zero, AttentionMask::key(&keys))?;
     for &kernel in Kernel::ALL {
         if device.capabilities().kernels.contains(&kernel) {
             too_wide_for(kernel, &stage)?;
