@@ -8,7 +8,7 @@ use crate::dtype::DType;
 use crate::error::{Error, Result};
 
 /// The largest head dimension of any kernel.
-pub(crate) const MAX_HEAD_DIM: usize = 256;
+pub(crate) const MAX_HEAD_DIM: usize = 512;
 
 /// The kind of device that a kernel runs on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -121,6 +121,7 @@ const ROWS: KernelTraits = KernelTraits {
 const TILE_LISTS: KernelTraits = KernelTraits {
     backend: BackendKind::Cuda,
     dtypes: HALF_DTYPES,
+    max_head_dim: 256,
     min_efficient_head_dim: 33,
     padded: PaddedAccess::TileLists,
     has_bias: false,
@@ -149,6 +150,7 @@ const TABLE: &[KernelTraits; 6] = &[
         name: "wgsl-coop",
         backend: BackendKind::Wgpu,
         dtypes: HALF_DTYPES,
+        max_head_dim: 256,
         has_ranges: true,
         ..ROWS
     },
@@ -157,6 +159,7 @@ const TABLE: &[KernelTraits; 6] = &[
         name: "sm80",
         backend: BackendKind::Cuda,
         dtypes: HALF_DTYPES,
+        max_head_dim: 256,
         has_ranges: true,
         mixes_padded_and_packed: true,
         ..ROWS
@@ -203,7 +206,7 @@ impl Kernel {
         self.traits().dtypes
     }
 
-    /// The largest head dimension that it computes with.
+    /// The largest head dimension that it computes with; any from 1 on.
     #[must_use]
     pub const fn max_head_dim(self) -> usize {
         self.traits().max_head_dim

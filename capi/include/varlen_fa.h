@@ -91,7 +91,7 @@ enum varlen_fa_status
   VARLEN_FA_STATUS_BROADCAST = 12,
   // The number of query heads is not a multiple of the number of key/value heads.
   VARLEN_FA_STATUS_HEADS_NOT_DIVISIBLE = 13,
-  // The head dimension is not a multiple of 8 from 8 to 256.
+  // The head dimension is not from 1 to 512.
   VARLEN_FA_STATUS_HEAD_DIM = 14,
   // The device does not compute with this element type.
   VARLEN_FA_STATUS_UNSUPPORTED_DTYPE = 15,
@@ -826,7 +826,7 @@ varlen_fa_status varlen_fa_device_meta_free(struct varlen_fa_device_meta *meta);
 //
 // `device`: computes.
 // `options`: may be NULL.
-// `q`: [B, Sq, H, D]; D is a multiple of 8 from 8 to 256.
+// `q`: [B, Sq, H, D]; D is from 1 to 512.
 // `k`, `v`: [B, Sk, Hkv, D]; Hkv divides H, and query head h reads key/value head h / (H / Hkv).
 // `mask`: NULL for no mask.
 // `out`: [B, Sq, H, D] of q's element type, in memory that no input shares. Every element is

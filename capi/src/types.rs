@@ -34,7 +34,7 @@ pub enum varlen_fa_status {
     Broadcast = 12,
     /// The number of query heads is not a multiple of the number of key/value heads.
     HeadsNotDivisible = 13,
-    /// The head dimension is not a multiple of 8 from 8 to 256.
+    /// The head dimension is not from 1 to 512.
     HeadDim = 14,
     /// The device does not compute with this element type.
     UnsupportedDtype = 15,

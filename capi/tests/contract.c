@@ -181,7 +181,7 @@ static void bad_tensors(const varlen_fa_meta *meta) {
   SPOILED(c.out.strides[3] = 2; c.out.strides[2] = 0, VARLEN_FA_STATUS_INNER_STRIDE, "`out`");
   SPOILED(c.out.strides[0] = 0, VARLEN_FA_STATUS_SELF_OVERLAP, "`out`");
   SPOILED(c.q.shape[3] = 12, VARLEN_FA_STATUS_SHAPE, "`k`");
-  SPOILED(c.q.shape[3] = c.k.shape[3] = c.v.shape[3] = c.out.shape[3] = 12, VARLEN_FA_STATUS_HEAD_DIM, "got 12");
+  SPOILED(c.q.shape[3] = c.k.shape[3] = c.v.shape[3] = c.out.shape[3] = 0, VARLEN_FA_STATUS_HEAD_DIM, "got 0");
   SPOILED(c.k.shape[2] = c.v.shape[2] = 3, VARLEN_FA_STATUS_HEADS_NOT_DIVISIBLE, "num_heads = 4");
   SPOILED(c.out.shape[1] = 11, VARLEN_FA_STATUS_SHAPE, "`out`");
   SPOILED(c.q.shape[1] = c.k.shape[1] = c.v.shape[1] = c.out.shape[1] = 11, VARLEN_FA_STATUS_MASK_SIZE, "metadata");

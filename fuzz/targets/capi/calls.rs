@@ -622,7 +622,8 @@ struct Shape {
 impl Attend {
     fn shape(&self) -> Shape {
         let [batch, seq_q, seq_k, kv_heads, group, dim] = self.sizes.map(u64::from);
-        let (kv_heads, dim) = (kv_heads % 2 + 1, (dim % 4 + 1) * 8);
+        // Multiples of 8, and others.
+        let (kv_heads, dim) = (kv_heads % 2 + 1, if dim < 192 { (dim % 4 + 1) * 8 } else { dim - 191 });
         Shape {
             q: [batch % 4, seq_q % 10, kv_heads * (group % 2 + 1), dim],
             k: [batch % 4, seq_k % 10, kv_heads, dim],
@@ -668,8 +669,7 @@ fn attention_fits(tensors: &Tensors, outer: usize) -> bool {
         && k == v
         && heads_fit
         && dim == k[outer + 1]
-        && dim.is_multiple_of(8)
-        && (8..=256).contains(&dim)
+        && (1..=512).contains(&dim)
         && dtypes_agree
         && (outer == 1 || q[0] == k[0])
         && (0..4).all(|at| inner_is_contiguous(tensors, at, rank))
