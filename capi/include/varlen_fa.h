@@ -356,8 +356,7 @@ enum varlen_fa_reason
   VARLEN_FA_REASON_ALREADY_PACKED = 11,
   // The device built the metadata, so the plan cannot know the mask.
   VARLEN_FA_REASON_METADATA_ON_DEVICE = 12,
-  // Metadata was given, but its runs are so short that packing takes less time than the fused
-  // path.
+  // A mask was given whose runs are so short that packing takes less time than the fused path.
   VARLEN_FA_REASON_FRAGMENTED = 13,
   // Key ranges were given, and no mask of tokens.
   VARLEN_FA_REASON_KEY_RANGES = 14,

@@ -203,8 +203,7 @@ pub enum varlen_fa_reason {
     AlreadyPacked = 11,
     /// The device built the metadata, so the plan cannot know the mask.
     MetadataOnDevice = 12,
-    /// Metadata was given, but its runs are so short that packing takes less time than the fused
-    /// path.
+    /// A mask was given whose runs are so short that packing takes less time than the fused path.
     Fragmented = 13,
     /// Key ranges were given, and no mask of tokens.
     KeyRanges = 14,
