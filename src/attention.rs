@@ -24,8 +24,9 @@ pub struct Attended {
 /// Scaled dot-product attention over padded batches.
 ///
 /// Tensors are `[B, S, H, D]` views of any strides with the last dimension contiguous. `q` has H heads, `k` and `v` have Hkv,
-/// and Hkv divides H (grouped-query attention): query head `h` reads key/value head `h / (H / Hkv)`. D is a multiple of 8 from
-/// 8 to 256. Products accumulate in f32, and the softmax is f32.
+/// and Hkv divides H (grouped-query attention): query head `h` reads key/value head `h / (H / Hkv)`. D is any number
+/// from 1 to 512; [`Kernel::max_head_dim`] says what each kernel takes. Where D is no multiple of 8, GPUs work on copies whose
+/// rows zeros fill up. Products accumulate in f32, and the softmax is f32.
 ///
 /// ```
 /// use varlen_fa::{AttentionMask, Device, DeviceChoice, KeyMask, MaskedAttention, Tensor, VarlenMeta};
@@ -224,7 +225,8 @@ impl MaskedAttention {
         if plan.path == Path::Zero {
             return execute(Op::Zero(out));
         }
-        let (rows, ranges, bias) = (mask.rows(plan.path), mask.ranges(), mask.bias(&problem));
+        let every_query = mask.every_query(plan.path, problem.shape.seq_q)?;
+        let (rows, ranges, bias) = (mask.rows(plan.path, every_query.as_deref()), mask.ranges(), mask.bias(&problem));
         let (q, k, v) = (q.input(), k.input(), v.input());
         execute(Op::Attention(Attention { problem: &problem, plan, q, k, v, out, lse: None, rows, ranges, bias }))
     }

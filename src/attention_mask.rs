@@ -6,6 +6,7 @@ use crate::call::op::{DeviceTables, Input, Rows};
 use crate::call::plan::Path;
 use crate::call::problem::{AttentionProblem, DeviceMetaInfo, MaskInfo, TokenInfo};
 use crate::error::{Error, Result};
+use crate::mask::every_query::EveryQuery;
 use crate::mask::key_mask::KeyMask;
 use crate::mask::key_ranges::KeyRanges;
 use crate::mask::meta::VarlenMeta;
@@ -76,7 +77,8 @@ impl<'a> AttentionMask<'a> {
     }
 
     /// Every query attends to the kept keys of its batch row, `[B, Sk]`. Rows of dropped queries are computed like any other, as
-    /// PyTorch's SDPA does. NaN and Inf in dropped keys and values never matter.
+    /// PyTorch's SDPA does. NaN and Inf in dropped keys and values never matter. It costs what the mask keeps: keep the mask for
+    /// all calls of a request, since it keeps what devices are told of it.
     #[must_use]
     pub fn key(mask: &'a KeyMask) -> Self {
         Self { tokens: Tokens::Key(mask), ..Self::none() }
@@ -207,8 +209,20 @@ impl<'a> ResolvedMask<'a> {
         MaskInfo { tokens, ranges: self.ranges.as_ref(), bias: self.bias.as_ref().map(TensorView::info) }
     }
 
-    /// The rows of a launch on this path. On the dense path masks do the work of metadata, and masks that keep all are left out.
-    pub(crate) fn rows(&self, path: Path) -> Rows<'a> {
+    /// Metadata that stands for a key mask, where the path reads metadata.
+    pub(crate) fn every_query(&self, path: Path, seq_q: usize) -> Result<Option<Arc<EveryQuery>>> {
+        match self.tokens {
+            ResolvedTokens::Key(mask) if path != Path::Dense => mask.every_query(seq_q).map(Some),
+            _ => Ok(None),
+        }
+    }
+
+    /// The rows of a launch on this path, with what [`every_query`](Self::every_query) gave. On the dense path masks do the work
+    /// of metadata, and masks that keep all are left out.
+    pub(crate) fn rows<'r>(&'r self, path: Path, every_query: Option<&'r EveryQuery>) -> Rows<'r> {
+        if let Some(EveryQuery { query, key }) = every_query {
+            return Rows::Varlen { query, key };
+        }
         let (key_mask, zero_rows) = match self.tokens {
             ResolvedTokens::Varlen { query, key } if path != Path::Dense => return Rows::Varlen { query, key },
             ResolvedTokens::DeviceVarlen { query, key } => {

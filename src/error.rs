@@ -48,7 +48,7 @@ pub enum Error {
         num_kv_heads: usize,
     },
     /// The head dimension is not supported.
-    #[error("`q`: head_dim must be a multiple of 8 from 8 to 256, got {got}")]
+    #[error("`q`: head_dim must be from 1 to 512, got {got}")]
     HeadDim {
         /// Head dimension that came.
         got: usize,
@@ -158,7 +158,7 @@ pub enum Error {
         /// `[batch, sequence]` of the mask.
         got: [usize; 2],
     },
-    /// A length or a run of a mask reaches outside its row.
+    /// A length or a run of a mask reaches outside its row, or a value is none that masks have.
     #[error("`{argument}`: row {row}: {expected}, got {got}")]
     MaskRow {
         /// Name of the argument.

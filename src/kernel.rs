@@ -8,7 +8,7 @@ use crate::dtype::DType;
 use crate::error::{Error, Result};
 
 /// The largest head dimension of any kernel.
-pub(crate) const MAX_HEAD_DIM: usize = 256;
+pub(crate) const MAX_HEAD_DIM: usize = 512;
 
 /// The kind of device that a kernel runs on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -89,6 +89,8 @@ pub(crate) struct KernelTraits {
     pub(crate) has_fused_bias: bool,
     /// Whether it takes a range of keys for each query.
     has_ranges: bool,
+    /// Whether its dense path costs what a key mask keeps, so that the fused one has no advantage.
+    pub(crate) skips_dropped_keys: bool,
     /// Whether it writes packed output to its padded places itself, and zeros to the others.
     pub(crate) scatters: bool,
     /// Whether a packed call may have one padded side, on which every token is valid.
@@ -110,6 +112,7 @@ const ROWS: KernelTraits = KernelTraits {
     has_bias: true,
     has_fused_bias: false,
     has_ranges: false,
+    skips_dropped_keys: false,
     scatters: false,
     mixes_padded_and_packed: false,
 };
@@ -118,6 +121,7 @@ const ROWS: KernelTraits = KernelTraits {
 const TILE_LISTS: KernelTraits = KernelTraits {
     backend: BackendKind::Cuda,
     dtypes: HALF_DTYPES,
+    max_head_dim: 256,
     min_efficient_head_dim: 33,
     padded: PaddedAccess::TileLists,
     has_bias: false,
@@ -126,7 +130,14 @@ const TILE_LISTS: KernelTraits = KernelTraits {
 
 /// One row a kernel, in the order of the enum.
 const TABLE: &[KernelTraits; 6] = &[
-    KernelTraits { kernel: Kernel::CpuTiled, name: "cpu-tiled", has_fused_bias: true, has_ranges: true, ..ROWS },
+    KernelTraits {
+        kernel: Kernel::CpuTiled,
+        name: "cpu-tiled",
+        has_fused_bias: true,
+        has_ranges: true,
+        skips_dropped_keys: true,
+        ..ROWS
+    },
     KernelTraits {
         kernel: Kernel::WgslPortable,
         name: "wgsl-portable",
@@ -139,6 +150,7 @@ const TABLE: &[KernelTraits; 6] = &[
         name: "wgsl-coop",
         backend: BackendKind::Wgpu,
         dtypes: HALF_DTYPES,
+        max_head_dim: 256,
         has_ranges: true,
         ..ROWS
     },
@@ -147,6 +159,7 @@ const TABLE: &[KernelTraits; 6] = &[
         name: "sm80",
         backend: BackendKind::Cuda,
         dtypes: HALF_DTYPES,
+        max_head_dim: 256,
         has_ranges: true,
         mixes_padded_and_packed: true,
         ..ROWS
@@ -193,7 +206,7 @@ impl Kernel {
         self.traits().dtypes
     }
 
-    /// The largest head dimension that it computes with.
+    /// The largest head dimension that it computes with; any from 1 on.
     #[must_use]
     pub const fn max_head_dim(self) -> usize {
         self.traits().max_head_dim

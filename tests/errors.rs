@@ -15,7 +15,7 @@ fn messages_name_the_argument_what_was_expected_and_what_came() {
         (Error::Broadcast { expected: vec![2, 4, 6, 5], got: vec![3] }, ["`bias`", "[3]", "[2, 4, 6, 5]"]),
         (Error::HeadsNotDivisible { num_heads: 4, num_kv_heads: 3 }, ["`k`", "num_heads = 4", "3"]),
         (Error::HeadsNotDivisible { num_heads: 0, num_kv_heads: 0 }, ["`k`", "at least 1", "got 0"]),
-        (Error::HeadDim { got: 12 }, ["`q`", "multiple of 8 from 8 to 256", "12"]),
+        (Error::HeadDim { got: 513 }, ["`q`", "from 1 to 512", "513"]),
         (
             Error::UnsupportedDType {
                 argument: "q",

@@ -91,7 +91,7 @@ enum varlen_fa_status
   VARLEN_FA_STATUS_BROADCAST = 12,
   // The number of query heads is not a multiple of the number of key/value heads.
   VARLEN_FA_STATUS_HEADS_NOT_DIVISIBLE = 13,
-  // The head dimension is not a multiple of 8 from 8 to 256.
+  // The head dimension is not from 1 to 512.
   VARLEN_FA_STATUS_HEAD_DIM = 14,
   // The device does not compute with this element type.
   VARLEN_FA_STATUS_UNSUPPORTED_DTYPE = 15,
@@ -195,6 +195,27 @@ typedef uint32_t varlen_fa_mask_dtype;
 #endif // __STDC_VERSION__ >= 202311L
 #endif // __cplusplus
 
+// Element type of a tensor. 0 is not a value, so that a forgotten field is an error.
+enum varlen_fa_dtype
+#if defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+  : uint32_t
+#endif // defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+ {
+  // IEEE 754 binary32.
+  VARLEN_FA_DTYPE_F32 = 1,
+  // IEEE 754 binary16.
+  VARLEN_FA_DTYPE_F16 = 2,
+  // The upper 16 bits of a binary32.
+  VARLEN_FA_DTYPE_BF16 = 3,
+};
+#ifndef __cplusplus
+#if __STDC_VERSION__ >= 202311L
+typedef enum varlen_fa_dtype varlen_fa_dtype;
+#else
+typedef uint32_t varlen_fa_dtype;
+#endif // __STDC_VERSION__ >= 202311L
+#endif // __cplusplus
+
 // The memory that an address points to.
 enum varlen_fa_memory
 #if defined(__cplusplus) || __STDC_VERSION__ >= 202311L
@@ -274,27 +295,6 @@ typedef uint32_t varlen_fa_kernel;
 #endif // __STDC_VERSION__ >= 202311L
 #endif // __cplusplus
 
-// Element type of a tensor. 0 is not a value, so that a forgotten field is an error.
-enum varlen_fa_dtype
-#if defined(__cplusplus) || __STDC_VERSION__ >= 202311L
-  : uint32_t
-#endif // defined(__cplusplus) || __STDC_VERSION__ >= 202311L
- {
-  // IEEE 754 binary32.
-  VARLEN_FA_DTYPE_F32 = 1,
-  // IEEE 754 binary16.
-  VARLEN_FA_DTYPE_F16 = 2,
-  // The upper 16 bits of a binary32.
-  VARLEN_FA_DTYPE_BF16 = 3,
-};
-#ifndef __cplusplus
-#if __STDC_VERSION__ >= 202311L
-typedef enum varlen_fa_dtype varlen_fa_dtype;
-#else
-typedef uint32_t varlen_fa_dtype;
-#endif // __STDC_VERSION__ >= 202311L
-#endif // __cplusplus
-
 // How an attention mask is given.
 enum varlen_fa_mask_kind
 #if defined(__cplusplus) || __STDC_VERSION__ >= 202311L
@@ -356,8 +356,7 @@ enum varlen_fa_reason
   VARLEN_FA_REASON_ALREADY_PACKED = 11,
   // The device built the metadata, so the plan cannot know the mask.
   VARLEN_FA_REASON_METADATA_ON_DEVICE = 12,
-  // Metadata was given, but its runs are so short that packing takes less time than the fused
-  // path.
+  // A mask was given whose runs are so short that packing takes less time than the fused path.
   VARLEN_FA_REASON_FRAGMENTED = 13,
   // Key ranges were given, and no mask of tokens.
   VARLEN_FA_REASON_KEY_RANGES = 14,
@@ -729,6 +728,40 @@ varlen_fa_status varlen_fa_cu_seqlens_from_meta(const struct varlen_fa_meta *met
 // Frees cumulative sequence lengths; NULL is ignored.
 varlen_fa_status varlen_fa_cu_seqlens_free(struct varlen_fa_cu_seqlens *cu_seqlens);
 
+// Creates a key mask from [batch, seq] numbers in host memory that models add to scores, row-major:
+// 0 keeps the token, and anything from -1000 down drops it: -10000, the lowest number of a type,
+// -infinity. Other values are refused, for a mask is not a bias. The elements of a [B, 1, 1, S]
+// mask are the same in the same order.
+//
+// `mask`: the numbers, which are copied.
+// `dtype`: their type.
+// `key_mask`: receives the handle, to be given to varlen_fa_key_mask_free.
+varlen_fa_status varlen_fa_key_mask_from_additive(const void *mask,
+                                                  varlen_fa_dtype dtype,
+                                                  uint64_t batch,
+                                                  uint64_t seq,
+                                                  struct varlen_fa_key_mask **key_mask);
+
+// Creates a key mask from [batch, seq] integers in host memory, row-major, of which 1 keeps the
+// token and 0 drops it. Other values are refused.
+//
+// `mask`: the integers, which are copied.
+// `dtype`: their size.
+// `key_mask`: receives the handle, to be given to varlen_fa_key_mask_free.
+varlen_fa_status varlen_fa_key_mask_from_integers_strict(const void *mask,
+                                                         varlen_fa_mask_dtype dtype,
+                                                         uint64_t batch,
+                                                         uint64_t seq,
+                                                         struct varlen_fa_key_mask **key_mask);
+
+// Creates the key mask of `batch` rows that are all like the one row of a mask.
+//
+// `row`: a mask of one row, or of `batch` rows, of which this makes a copy.
+// `key_mask`: receives the handle, to be given to varlen_fa_key_mask_free.
+varlen_fa_status varlen_fa_key_mask_broadcast(const struct varlen_fa_key_mask *row,
+                                              uint64_t batch,
+                                              struct varlen_fa_key_mask **key_mask);
+
 // Creates ranges of a window: query i sees `left` keys before its own place and `right` keys after
 // it. -1 is no limit on that side, so left = -1 and right = 0 is a causal mask. Where queries and
 // keys differ in number, the place of query i is i + Sk - Sq.
@@ -792,7 +825,7 @@ varlen_fa_status varlen_fa_device_meta_free(struct varlen_fa_device_meta *meta);
 //
 // `device`: computes.
 // `options`: may be NULL.
-// `q`: [B, Sq, H, D]; D is a multiple of 8 from 8 to 256.
+// `q`: [B, Sq, H, D]; D is from 1 to 512.
 // `k`, `v`: [B, Sk, Hkv, D]; Hkv divides H, and query head h reads key/value head h / (H / Hkv).
 // `mask`: NULL for no mask.
 // `out`: [B, Sq, H, D] of q's element type, in memory that no input shares. Every element is

@@ -234,7 +234,7 @@ def zeros(what, values):
 class Call:
     """What one seed stands for, as far as both kinds of calls share it."""
 
-    def __init__(self, seed, dtypes):
+    def __init__(self, seed, dtypes, widest):
         self.rng = rng = np.random.default_rng(seed)
         self.dtype = int(rng.choice(dtypes))
         self.batch = int(rng.integers(0, 4)) if rng.random() < 0.3 else int(rng.integers(1, 4))
@@ -242,6 +242,9 @@ class Call:
         self.kv_heads = int(rng.integers(1, 4))
         self.heads = self.kv_heads * int(rng.integers(1, 4))
         self.dim = 8 * int(rng.choice([1, 2, 3, 4, 5, 8, 8, 9, 12, 16, 16, 17, 24, 32]))
+        if rng.random() < 0.2:
+            # Those that no kernel reads as they lie, and wide ones.
+            self.dim = min(int(rng.choice([1, 3, 7, 20, 59, 111, 257, 320, 511])), widest)
         default = 1 / math.sqrt(self.dim)
         self.given_scale = None if rng.random() < 0.6 else float(np.float32(rng.choice([0.0, 1.0, -0.5, default * 3, -2.0])))
         self.scale = default if self.given_scale is None else self.given_scale
@@ -287,11 +290,13 @@ class Fuzzer:
         self.dtypes = [dtype for dtype in NAMES if info.dtypes >> dtype & 1]
         self.kernels = [number for number in self.library.kernels.values() if number and info.kernels >> number & 1]
         self.has_device_meta, self.builds_on_host = name != "wgpu", name == "cpu"
+        # The largest head dimension of any of its kernels.
+        self.widest = 256 if name == "cuda" else 512
         self.about = f"{info.name.decode()}, {', '.join(NAMES[dtype] for dtype in self.dtypes)}"
 
     def run(self, seed):
         """One call. Returns what was called, for a failure's message."""
-        call = Call(seed, self.dtypes)
+        call = Call(seed, self.dtypes, self.widest)
         self.described = str(call)
         in_device_memory = self.cuda is not None and call.rng.random() < 0.5
         self.memory = self.cuda.memory if in_device_memory else Host

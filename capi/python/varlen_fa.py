@@ -21,6 +21,7 @@ A descriptor holds only an address: keep the memory alive while it is used. Ever
 documented in capi/include/varlen_fa.h.
 """
 
+import array
 import ctypes
 import os
 import sys
@@ -33,6 +34,8 @@ from pathlib import Path
 # varlen_fa_dtype, and the size of one element in bytes.
 F32, F16, BF16 = 1, 2, 3
 ELEMENT_BYTES = {F32: 4, F16: 2, BF16: 2}
+# The types of numbers by their letters in Python's buffers.
+_FLOATS = {"f": F32, "e": F16}
 # varlen_fa_memory.
 HOST, CUDA = 0, 1
 # varlen_fa_mask_kind.
@@ -282,6 +285,9 @@ _FUNCTIONS = {
     "device_synchronize": [_HANDLE],
     "device_free": [_HANDLE],
     "key_mask_from_integers": [c_void_p, c_uint32, c_uint64, c_uint64, _NEW],
+    "key_mask_from_integers_strict": [c_void_p, c_uint32, c_uint64, c_uint64, _NEW],
+    "key_mask_from_additive": [c_void_p, c_uint32, c_uint64, c_uint64, _NEW],
+    "key_mask_broadcast": [_HANDLE, c_uint64, _NEW],
     "key_mask_from_lengths": [POINTER(c_uint64), c_uint64, c_uint64, _NEW],
     "key_mask_from_runs": [POINTER(Run), c_uint64, c_uint64, c_uint64, _NEW],
     "key_mask_free": [_HANDLE],
@@ -398,6 +404,32 @@ class Library:
     def key_mask_from_integers(self, address, element_bytes, batch, seq):
         return self.make(KeyMask, "key_mask_from_integers", address, element_bytes, batch, seq)
 
+    def key_mask_from_array(self, values, batch=None, strict=False):
+        """A key mask from an array of any shape that masks have: [S], [B, S] or [B, 1, 1, S], a
+        NumPy array or any other object with a buffer. Booleans and integers keep what is not 0;
+        `strict` refuses integers other than 0 and 1. Floating-point numbers are those of an
+        additive mask: 0 keeps, and anything from -1000 down drops. One row is broadcast over
+        `batch` rows."""
+        view = memoryview(values)
+        shape = view.shape
+        if view.ndim == 0 or any(size != 1 for size in shape[1:-1]):
+            raise ValueError(f"expected a mask [S], [B, S] or [B, 1, 1, S], got {list(shape)}")
+        rows, seq = (shape[0] if view.ndim > 1 else 1), shape[-1]
+        # Without the mark of the byte order, and row-major whatever the strides are.
+        kind, data, bytes_of_one = view.format.lstrip("@=<"), view.tobytes(), view.itemsize
+        if kind == "d":
+            # What is lower than the numbers of f32 becomes -infinity.
+            data, kind = array.array("f", array.array("d", data)).tobytes(), "f"
+        memory = ctypes.create_string_buffer(data, max(len(data), 1))
+        if kind in _FLOATS:
+            made = self.make(KeyMask, "key_mask_from_additive", memory, _FLOATS[kind], rows, seq)
+        elif kind in "?bBhHiIlLqQ":
+            name = "key_mask_from_integers_strict" if strict else "key_mask_from_integers"
+            made = self.make(KeyMask, name, memory, bytes_of_one, rows, seq)
+        else:
+            raise ValueError(f"expected booleans, integers or floating-point numbers, got the format {view.format!r}")
+        return made if batch is None else made.broadcast(batch)
+
     def key_mask_from_lengths(self, lengths, seq):
         return self.make(KeyMask, "key_mask_from_lengths", (c_uint64 * len(lengths))(*lengths), len(lengths), seq)
 
@@ -477,6 +509,10 @@ class Handle:
 
 class KeyMask(Handle):
     _free = "key_mask_free"
+
+    def broadcast(self, batch):
+        """The mask of `batch` rows that are all like the one row of this mask."""
+        return self.library.make(KeyMask, "key_mask_broadcast", self.handle, batch)
 
 
 class CuSeqlens(Handle):

@@ -20,7 +20,7 @@ use crate::types::{
 ///
 /// `device`: computes.
 /// `options`: may be NULL.
-/// `q`: [B, Sq, H, D]; D is a multiple of 8 from 8 to 256.
+/// `q`: [B, Sq, H, D]; D is from 1 to 512.
 /// `k`, `v`: [B, Sk, Hkv, D]; Hkv divides H, and query head h reads key/value head h / (H / Hkv).
 /// `mask`: NULL for no mask.
 /// `out`: [B, Sq, H, D] of q's element type, in memory that no input shares. Every element is

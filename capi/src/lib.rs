@@ -18,6 +18,8 @@ mod device;
 
 mod masks;
 
+mod mask_values;
+
 mod key_ranges;
 
 mod device_meta;

@@ -34,7 +34,7 @@ pub enum varlen_fa_status {
     Broadcast = 12,
     /// The number of query heads is not a multiple of the number of key/value heads.
     HeadsNotDivisible = 13,
-    /// The head dimension is not a multiple of 8 from 8 to 256.
+    /// The head dimension is not from 1 to 512.
     HeadDim = 14,
     /// The device does not compute with this element type.
     UnsupportedDtype = 15,
@@ -203,8 +203,7 @@ pub enum varlen_fa_reason {
     AlreadyPacked = 11,
     /// The device built the metadata, so the plan cannot know the mask.
     MetadataOnDevice = 12,
-    /// Metadata was given, but its runs are so short that packing takes less time than the fused
-    /// path.
+    /// A mask was given whose runs are so short that packing takes less time than the fused path.
     Fragmented = 13,
     /// Key ranges were given, and no mask of tokens.
     KeyRanges = 14,

@@ -181,7 +181,7 @@ static void bad_tensors(const varlen_fa_meta *meta) {
   SPOILED(c.out.strides[3] = 2; c.out.strides[2] = 0, VARLEN_FA_STATUS_INNER_STRIDE, "`out`");
   SPOILED(c.out.strides[0] = 0, VARLEN_FA_STATUS_SELF_OVERLAP, "`out`");
   SPOILED(c.q.shape[3] = 12, VARLEN_FA_STATUS_SHAPE, "`k`");
-  SPOILED(c.q.shape[3] = c.k.shape[3] = c.v.shape[3] = c.out.shape[3] = 12, VARLEN_FA_STATUS_HEAD_DIM, "got 12");
+  SPOILED(c.q.shape[3] = c.k.shape[3] = c.v.shape[3] = c.out.shape[3] = 0, VARLEN_FA_STATUS_HEAD_DIM, "got 0");
   SPOILED(c.k.shape[2] = c.v.shape[2] = 3, VARLEN_FA_STATUS_HEADS_NOT_DIVISIBLE, "num_heads = 4");
   SPOILED(c.out.shape[1] = 11, VARLEN_FA_STATUS_SHAPE, "`out`");
   SPOILED(c.q.shape[1] = c.k.shape[1] = c.v.shape[1] = c.out.shape[1] = 11, VARLEN_FA_STATUS_MASK_SIZE, "metadata");
@@ -339,6 +339,44 @@ static void masks(void) {
   expect_same_tokens(__LINE__, mask);
   OK(varlen_fa_key_mask_from_integers(longs, VARLEN_FA_MASK_DTYPE_U64, BATCH, SEQ, &mask));
   expect_same_tokens(__LINE__, mask);
+  float numbers[TOKENS];
+  uint16_t halves[TOKENS], brains[TOKENS];
+  for (int at = 0; at < TOKENS; at++) {
+    int valid = (uint64_t)(at % SEQ) < lengths[at / SEQ];
+    bytes[at] = valid;
+    numbers[at] = valid ? -0.0f : at % 2 ? -10000.0f : -INFINITY;
+    halves[at] = valid ? 0 : 0xfbff;
+    brains[at] = valid ? 0x8000 : 0xff7f;
+  }
+  OK(varlen_fa_key_mask_from_additive(numbers, VARLEN_FA_DTYPE_F32, BATCH, SEQ, &mask));
+  expect_same_tokens(__LINE__, mask);
+  OK(varlen_fa_key_mask_from_additive(halves, VARLEN_FA_DTYPE_F16, BATCH, SEQ, &mask));
+  expect_same_tokens(__LINE__, mask);
+  OK(varlen_fa_key_mask_from_additive(brains, VARLEN_FA_DTYPE_BF16, BATCH, SEQ, &mask));
+  expect_same_tokens(__LINE__, mask);
+  OK(varlen_fa_key_mask_from_integers_strict(bytes, VARLEN_FA_MASK_DTYPE_U8, BATCH, SEQ, &mask));
+  expect_same_tokens(__LINE__, mask);
+  OK(varlen_fa_key_mask_from_integers_strict(bytes, VARLEN_FA_MASK_DTYPE_U8, BATCH, SEQ, &mask));
+  varlen_fa_key_mask *copy = NULL;
+  OK(varlen_fa_key_mask_broadcast(mask, BATCH, &copy));
+  expect_same_tokens(__LINE__, copy);
+  copy = NULL;
+  REFUSED(varlen_fa_key_mask_broadcast(mask, BATCH + 1, &copy), VARLEN_FA_STATUS_MASK_SIZE, "`mask`");
+  REFUSED(varlen_fa_key_mask_broadcast(NULL, BATCH, &copy), VARLEN_FA_STATUS_NULL_POINTER, "`row`");
+  CHECK(copy == NULL);
+  OK(varlen_fa_key_mask_free(mask));
+  // One row of seven tokens for both rows: those of the second row are not the lengths.
+  OK(varlen_fa_key_mask_from_integers_strict(bytes, VARLEN_FA_MASK_DTYPE_U8, 1, SEQ, &mask));
+  OK(varlen_fa_key_mask_broadcast(mask, BATCH, &copy));
+  OK(varlen_fa_key_mask_free(mask));
+  varlen_fa_meta *rows = NULL;
+  varlen_fa_meta_info info;
+  OK(varlen_fa_meta_create(copy, &rows));
+  OK(varlen_fa_meta_describe(rows, &info));
+  CHECK(info.batch == BATCH && info.total_valid == BATCH * 7);
+  OK(varlen_fa_meta_free(rows));
+  OK(varlen_fa_key_mask_free(copy));
+
   const varlen_fa_run runs[] = {{1, 4, 12}, {0, 0, 7}, {1, 0, 4}, {0, 3, 3}};
   OK(varlen_fa_key_mask_from_runs(runs, 4, BATCH, SEQ, &mask));
   expect_same_tokens(__LINE__, mask);
@@ -350,6 +388,13 @@ static void masks(void) {
   REFUSED(varlen_fa_key_mask_from_integers(bytes, 3, BATCH, SEQ, &mask), VARLEN_FA_STATUS_BAD_VALUE, "`dtype`");
   REFUSED(varlen_fa_key_mask_from_integers((char *)longs + 4, VARLEN_FA_MASK_DTYPE_U64, 1, 1, &mask), VARLEN_FA_STATUS_MISALIGNED, "`mask`");
   REFUSED(varlen_fa_key_mask_from_integers(bytes, VARLEN_FA_MASK_DTYPE_U8, UINT64_MAX, UINT64_MAX, &mask), VARLEN_FA_STATUS_TOO_LARGE, "`mask`");
+  numbers[SEQ + 2] = -2.5f;
+  bytes[1] = 255;
+  REFUSED(varlen_fa_key_mask_from_additive(numbers, VARLEN_FA_DTYPE_F32, BATCH, SEQ, &mask), VARLEN_FA_STATUS_MASK_ROW, "row 1: token 2");
+  REFUSED(varlen_fa_key_mask_from_additive(numbers, 4, BATCH, SEQ, &mask), VARLEN_FA_STATUS_BAD_VALUE, "`dtype`");
+  REFUSED(varlen_fa_key_mask_from_additive(NULL, VARLEN_FA_DTYPE_F32, BATCH, SEQ, &mask), VARLEN_FA_STATUS_NULL_POINTER, "`mask`");
+  REFUSED(varlen_fa_key_mask_from_integers_strict(bytes, VARLEN_FA_MASK_DTYPE_U8, BATCH, SEQ, &mask), VARLEN_FA_STATUS_MASK_ROW, "row 0: token 1");
+  REFUSED(varlen_fa_key_mask_from_integers_strict(bytes, 3, BATCH, SEQ, &mask), VARLEN_FA_STATUS_BAD_VALUE, "`dtype`");
   const uint64_t too_long[] = {3, SEQ + 1};
   REFUSED(varlen_fa_key_mask_from_lengths(too_long, 2, SEQ, &mask), VARLEN_FA_STATUS_MASK_ROW, "row 1");
   const varlen_fa_run outside[] = {{2, 0, 1}, {0, 3, 13}, {0, 5, 4}};

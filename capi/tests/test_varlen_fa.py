@@ -224,6 +224,39 @@ class Attention(unittest.TestCase):
             self.assertEqual(meta.indices(), [at for at, flag in enumerate(keep) if flag])
             self.assertEqual(meta.inv_indices(), [sum(keep[:at]) if flag else -1 for at, flag in enumerate(keep)])
 
+    def test_masks_of_any_shape(self):
+        stage = self.stage()
+        expected = stage.run(vf.varlen(library.meta_from_lengths(LENGTHS, SEQ)))
+        keep = [int(s < length) for length in LENGTHS for s in range(SEQ)]
+        shaped = lambda code, values, shape: memoryview(array.array(code, values)).cast("B").cast(code, shape)
+        masks = []
+        for shape in [[BATCH, SEQ], [BATCH, 1, 1, SEQ], [BATCH, 1, SEQ]]:
+            for lowest in [-math.inf, -1e4, -3e38]:
+                added = [0.0 if flag else lowest for flag in keep]
+                masks += [library.key_mask_from_array(shaped(code, added, shape)) for code in "fd"]
+            masks += [library.key_mask_from_array(shaped(code, keep, shape), strict=True) for code in "bBhiq"]
+            masks.append(library.key_mask_from_array(shaped("i", [-2 * flag for flag in keep], shape)))
+        # finfo.min of a double is below every f32.
+        masks.append(library.key_mask_from_array(shaped("d", [(1 - flag) * -1.7e308 for flag in keep], [BATCH, SEQ])))
+        for mask in masks:
+            self.assertEqual(stage.run(vf.varlen(library.meta(mask))), expected)
+        row = library.key_mask_from_array(array.array("B", keep[:SEQ]), batch=BATCH)
+        self.assertEqual(library.meta(row).cu_seqlens_values(), [0, LENGTHS[0], 2 * LENGTHS[0]])
+
+    def test_values_that_are_no_mask(self):
+        def refused(named, values, **others):
+            with self.assertRaises(vf.Error) as raised:
+                library.key_mask_from_array(values, **others)
+            self.assertEqual(raised.exception.status, "MASK_ROW")
+            self.assertIn(named, str(raised.exception))
+
+        refused("row 0: token 1", array.array("f", [0, -2.5, 0]))
+        refused("got 1", array.array("d", [1, 0]))
+        refused("token 2", array.array("b", [0, 1, 2]), strict=True)
+        for wrong in [array.array("u", "a"), memoryview(bytes(8)).cast("B", [2, 2, 2])]:
+            with self.assertRaises(ValueError):
+                library.key_mask_from_array(wrong)
+
     def test_key_mask_and_bias(self):
         stage = self.stage()
         by_mask = stage.run(vf.key(library.key_mask_from_lengths(LENGTHS, SEQ)))

@@ -34,7 +34,7 @@ struct Arguments {
     /// Attention heads
     #[arg(long, value_name = "N", default_value = "4")]
     heads: NonZeroUsize,
-    /// Elements of one head, a multiple of 8 from 8 to 256
+    /// Elements of one head, from 1 to 512
     #[arg(long, value_name = "N", default_value = "32")]
     head_dim: NonZeroUsize,
     /// Steps, one submission each; times are their median, after the first

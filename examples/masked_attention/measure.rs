@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use rayon::prelude::*;
-use varlen_fa::{AttentionMask, Device, Element, KeyMask, MaskedAttention, Plan, Tensor, TensorView, VarlenMeta};
+use varlen_fa::{AttentionMask, Device, Element, KeyMask, MaskedAttention, Path, Plan, Tensor, TensorView, VarlenMeta};
 use varlen_fa_testkit::{CompareError, Value, check_masked_rows_zero};
 
 use crate::layer::Layer;
@@ -115,7 +115,11 @@ impl<'a> Caller<'a> {
         mask: AttentionMask<'a>,
         (queries, sees): (Queries, Option<&'a [bool]>),
     ) -> Result<Self> {
-        let attention = MaskedAttention::new(device);
+        let mut attention = MaskedAttention::new(device);
+        if queries == Queries::All {
+            // What varlen is compared with.
+            attention = attention.with_path(Path::Dense);
+        }
         let mut out = Tensor::zeros(device, qkv.dtype(), &problem.shape())?;
         let [q, k, v] = heads_of(problem, qkv)?;
         let plan = attention.forward_into(q, k, v, mask, &mut out)?;

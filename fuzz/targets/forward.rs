@@ -79,7 +79,12 @@ fn run<T: Element>(input: &Input, precision: Precision, narrow: fn(f32) -> T, wi
         seq_k: usize::from(input.seq_k) % 160,
         heads: usize::from(input.kv_heads % 2 + 1) * usize::from(input.group % 3 + 1),
         kv_heads: usize::from(input.kv_heads % 2 + 1),
-        head_dim: (usize::from(input.head_dim) % 12 + 1) * 8,
+        // Multiples of 8, others, and the widest.
+        head_dim: match usize::from(input.head_dim) {
+            255 => 512,
+            any @ 128.. => any - 127,
+            few => (few % 12 + 1) * 8,
+        },
     };
     // Self-attention's metadata is of as many queries as keys.
     let shape = match input.mask {

@@ -17,6 +17,28 @@ enum Input {
     Runs { seq: u8, rows: Vec<Vec<(u8, u8)>> },
     All { batch: u32, seq: u32 },
     CuSeqlens { values: Vec<i32> },
+    Additive { batch: u8, seq: u8, values: Vec<Value>, rows: u8 },
+    Strict { batch: u8, seq: u8, values: Vec<i8> },
+}
+
+/// A value of an additive mask: mostly one that masks have.
+#[derive(Debug, Arbitrary)]
+enum Value {
+    Kept,
+    Dropped,
+    Infinite,
+    Any(f32),
+}
+
+impl Value {
+    fn get(&self) -> f32 {
+        match *self {
+            Self::Kept => 0.0,
+            Self::Dropped => -1e4,
+            Self::Infinite => f32::NEG_INFINITY,
+            Self::Any(value) => value,
+        }
+    }
 }
 
 /// The largest mask whose every token is read.
@@ -64,6 +86,25 @@ fn run(input: Input) {
             let mask = KeyMask::all(batch, seq);
             assert_eq!(mask.is_ok(), tokens <= i32::MAX as usize, "{mask:?}");
             check(mask.ok(), batch, seq, |_, _| true);
+        }
+        Input::Additive { batch, seq, values, rows } => {
+            let (batch, seq): (usize, usize) = (batch.into(), seq.into());
+            let values: Vec<f32> = values.iter().map(Value::get).collect();
+            let mask = KeyMask::from_additive(batch, seq, &values);
+            let is_sound = values.iter().all(|&value| value == 0.0 || value <= -1000.0);
+            assert_eq!(mask.is_ok(), values.len() == batch * seq && is_sound, "{mask:?}");
+            let Ok(mask) = mask else { return };
+            let (rows, broadcast) = (rows.into(), mask.broadcast(rows.into()));
+            assert_eq!(broadcast.is_ok(), batch == 1 || batch == rows, "{broadcast:?}");
+            check(broadcast.ok(), rows, seq, |row, token| values[row % batch * seq + token] == 0.0);
+            check(Some(mask), batch, seq, |row, token| values[row * seq + token] == 0.0);
+        }
+        Input::Strict { batch, seq, values } => {
+            let (batch, seq) = (batch.into(), seq.into());
+            let mask = KeyMask::from_integers_strict(batch, seq, &values);
+            let is_sound = values.iter().all(|value| [0, 1].contains(value));
+            assert_eq!(mask.is_ok(), values.len() == batch * seq && is_sound, "{mask:?}");
+            check(mask.ok(), batch, seq, |row, token| values[row * seq + token] == 1);
         }
         Input::CuSeqlens { values } => {
             let rises = values.first() == Some(&0) && values.is_sorted();

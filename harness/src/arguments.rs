@@ -31,7 +31,7 @@ pub struct ProblemArguments {
     /// Key and value heads, a divisor of the query heads [default: the workload's, or as many as query heads]
     #[arg(long, value_name = "N")]
     kv_heads: Option<NonZeroUsize>,
-    /// Elements of one head, a multiple of 8 from 8 to 256 [default: the workload's, or 128]
+    /// Elements of one head, from 1 to 512 [default: the workload's, or 128]
     #[arg(long, value_name = "N")]
     head_dim: Option<NonZeroUsize>,
     /// Also write one JSON object a line to FILE; `-` is standard output, and the text then goes to standard error

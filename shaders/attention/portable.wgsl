@@ -40,9 +40,8 @@ const CHUNK_WORDS: u32 = CHUNK / VECS_PER_WORD;
 const FETCHED_ROWS: u32 = INVOCATIONS / CHUNK_WORDS;
 const Q_FETCHES: u32 = TILE_ROWS / FETCHED_ROWS;
 const K_FETCHES: u32 = TILE_KEYS / FETCHED_ROWS;
-// Blocks of output columns, and the number of vec4s if each lane has one per block. With two, the
-// even columns come first.
-const BLOCKS: u32 = (COLUMNS + VECS * LANES - 1u) / (VECS * LANES);
+// The number of vec4s of a row if each lane has one per block of output columns. With two, the even
+// columns come first.
 const HALF: u32 = BLOCKS * LANES;
 // The columns, words and keys of a chunk of values.
 const VALUE_COLUMNS: u32 = VECS * HALF;

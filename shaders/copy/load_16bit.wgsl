@@ -6,6 +6,11 @@ fn load_half(element: u32) -> u32 {
     return (src[element >> 1u] >> ((element & 1u) * 16u)) & 0xffffu;
 }
 
-fn load_u32(element: u32) -> u32 {
-    return load_half(element) | (load_half(element + 1u) << 16u);
+// The elements of a u32, of which the head has `count`; what it has not is 0.
+fn load_u32(element: u32, count: u32) -> u32 {
+    let low = load_half(element);
+    if count == 1u {
+        return low;
+    }
+    return low | (load_half(element + 1u) << 16u);
 }

@@ -2,6 +2,6 @@
 
 const ELEMENTS_PER_U32: u32 = 1u;
 
-fn load_u32(element: u32) -> u32 {
+fn load_u32(element: u32, count: u32) -> u32 {
     return src[element];
 }

@@ -3,10 +3,31 @@
 
 use std::ops::Range;
 
+use crate::call::problem::{AttentionProblem, AttentionShape};
 use crate::layout::Layout;
 
 /// Kernels move words of this many bytes.
 pub(super) const WORD_BYTES: u64 = 16;
+
+/// Kernels read heads of a multiple of this many elements: whole words in every element type. Other heads are copied, and zeros
+/// fill them up.
+pub(super) const HEAD_DIM_STEP: usize = 8;
+
+/// The head dimension of the copies, which kernels compute with.
+pub(super) const fn filled_head_dim(head_dim: usize) -> usize {
+    head_dim.next_multiple_of(HEAD_DIM_STEP)
+}
+
+/// Whether heads are as kernels read them; nothing is if there are no heads.
+pub(super) fn has_filled_heads(layout: &Layout) -> bool {
+    layout.shape().last().is_some_and(|head_dim| head_dim.is_multiple_of(HEAD_DIM_STEP))
+}
+
+/// The same call on filled heads, in which zeros change no product; the scale stays.
+pub(super) fn with_filled_heads(problem: &AttentionProblem) -> AttentionProblem {
+    let shape = AttentionShape { head_dim: filled_head_dim(problem.shape.head_dim), ..problem.shape };
+    AttentionProblem { shape, ..problem.clone() }
+}
 
 /// The size of one row, `[H, D]`, in words.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -17,12 +38,12 @@ pub(super) struct RowShape {
 }
 
 impl RowShape {
-    /// `head_dim · element_bytes` is a multiple of [`WORD_BYTES`]: checked by `problem`.
+    /// Of filled heads.
     pub fn new(heads: usize, head_dim: usize, element_bytes: usize) -> Self {
-        Self { heads, head_words: head_dim * element_bytes / WORD_BYTES as usize }
+        Self { heads, head_words: filled_head_dim(head_dim) * element_bytes / WORD_BYTES as usize }
     }
 
-    /// The rows of a `[.., H, D]` tensor.
+    /// The rows of a `[.., H, D]` tensor, with filled heads.
     pub fn of(layout: &Layout, element_bytes: usize) -> Self {
         match *layout.shape() {
             [.., heads, head_dim] => Self::new(heads, head_dim, element_bytes),
@@ -93,6 +114,9 @@ mod tests {
         assert_eq!(row, RowShape { heads: 12, head_words: 9 });
         assert_eq!((row.words(), row.bytes()), (108, 1728));
         assert_eq!(RowShape::of(&Layout::contiguous(&[5, 3, 8])?, 4), RowShape::new(3, 8, 4));
+        // Heads that zeros fill up.
+        assert_eq!(RowShape::of(&Layout::contiguous(&[5, 3, 59])?, 2), RowShape::new(3, 64, 2));
+        assert_eq!(RowShape::new(2, 1, 4), RowShape { heads: 2, head_words: 2 });
         // More than 32 bits.
         let long = RowShape { heads: 1 << 20, head_words: 1 << 14 };
         assert_eq!(long.bytes(), 1 << 38);

@@ -227,6 +227,17 @@ pub(crate) struct Attention<'a> {
     pub bias: Option<Input<'a>>,
 }
 
+impl<'a> Attention<'a> {
+    /// The same call of another problem: kernels may compute with a larger head dimension than tensors have.
+    #[cfg(any(feature = "wgpu", all(feature = "cuda", not(target_arch = "wasm32"))))]
+    pub(crate) fn on<'p>(self, problem: &'p AttentionProblem) -> Attention<'p>
+    where
+        'a: 'p,
+    {
+        Attention { problem, ..self }
+    }
+}
+
 /// Work for a device. Every operand has passed the checks of `problem`.
 #[derive(Debug)]
 #[expect(clippy::large_enum_variant, reason = "made once a call and passed on by value, never stored")]

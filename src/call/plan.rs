@@ -111,7 +111,7 @@ pub enum Reason {
     NothingValid,
     /// Metadata was given, and the kernel reads the padded tensors directly.
     Fused,
-    /// Metadata was given, but packing takes less time than the fused path: runs are short, say.
+    /// A mask was given, but packing takes less time than the fused path: runs are short, say.
     Fragmented,
     /// Metadata was given that is in the device's memory, so the plan cannot know the mask.
     MetadataOnDevice,
@@ -134,7 +134,7 @@ impl fmt::Display for Reason {
             Self::AllValid => "every token is valid, so there is nothing to skip",
             Self::NothingValid => "no query or no key is valid, so the output is zeros",
             Self::Fused => "metadata was given and the kernel reads padded tensors directly",
-            Self::Fragmented => "metadata was given, and packing its rows takes less time than reading them in place",
+            Self::Fragmented => "packing the rows that count takes less time than reading them in place",
             Self::MetadataOnDevice => "the device built the metadata, so the plan cannot see it",
             Self::DenseForced => "dense attention is forced (VARLEN_FA=0)",
             Self::PathForced => "the caller forced this path",
@@ -269,11 +269,15 @@ pub(crate) fn plan_padded(
     let chosen = match mask.tokens {
         _ if problem.shape.seq_k == 0 => (Path::Zero, Reason::NothingValid),
         TokenInfo::Varlen { query, key } if query.is_empty() || key.is_empty() => (Path::Zero, Reason::NothingValid),
+        TokenInfo::Key(mask) if mask.is_empty() => (Path::Zero, Reason::NothingValid),
         TokenInfo::All | TokenInfo::Key(_) if mask.bias.is_some() => (Path::Dense, Reason::Bias),
         TokenInfo::All if mask.ranges.is_some() => (Path::Dense, Reason::KeyRanges),
         TokenInfo::All => (Path::Dense, Reason::NoMask),
         TokenInfo::Key(mask) if mask.is_all_kept() => (Path::Dense, Reason::KeyMaskKeepsAll),
-        TokenInfo::Key(_) => (Path::Dense, Reason::KeyMask),
+        TokenInfo::Key(_) if config.force_dense || preferred.traits().skips_dropped_keys => {
+            (Path::Dense, Reason::KeyMask)
+        }
+        TokenInfo::Key(_) => (Path::Fused, Reason::KeyMask),
         TokenInfo::Varlen { .. } | TokenInfo::DeviceVarlen { .. } if config.force_dense => {
             (Path::Dense, Reason::DenseForced)
         }
@@ -299,7 +303,7 @@ pub(crate) fn plan_padded(
     };
     let Some(best) = choices.iter().copied().find(may_take) else { return Ok(plan) };
     let reason = match (forced.path, best.path) {
-        (None, Path::Fused) => Reason::Fused,
+        (None, Path::Fused) if !matches!(mask.tokens, TokenInfo::Key(_)) => Reason::Fused,
         (None, Path::Packed) => Reason::Fragmented,
         _ => reason,
     };
@@ -311,8 +315,8 @@ pub(crate) fn plan_padded(
     Ok(Plan { path: best.path, kernel: best.kernel, reason, estimate })
 }
 
-/// The choices of a call on a path that the cost model knows: fused and packed by every kernel under metadata of the host, dense
-/// by every kernel where no key is dropped.
+/// The choices of a call on a path that the cost model knows: fused and packed by every kernel under a key mask or metadata of the
+/// host, dense by every kernel where no key is dropped.
 fn choices(
     problem: &AttentionProblem,
     mask: &MaskInfo<'_>,
@@ -333,6 +337,10 @@ fn choices(
     Ok(match (path, mask.tokens) {
         (Path::Dense, _) if keeps_all => Some(machine.dense_choices(problem).into()),
         (Path::Fused | Path::Packed, TokenInfo::Varlen { query, key }) => Some(machine.choices(problem, query, key)?),
+        (Path::Fused | Path::Packed, TokenInfo::Key(mask)) => {
+            let every = mask.every_query(problem.shape.seq_q)?;
+            Some(machine.choices(problem, &every.query, &every.key)?)
+        }
         _ => None,
     })
 }
@@ -379,11 +387,11 @@ fn pick_kernel(capabilities: &Capabilities, forced: Forced, needs: Needs) -> Res
 
 fn check_forced_path(path: Path, mask: &MaskInfo<'_>, kernel: Kernel) -> Result<Reason> {
     let is_on_device = matches!(mask.tokens, TokenInfo::DeviceVarlen { .. });
-    let is_varlen = is_on_device || matches!(mask.tokens, TokenInfo::Varlen { .. });
+    let is_masked = is_on_device || matches!(mask.tokens, TokenInfo::Varlen { .. } | TokenInfo::Key(_));
     let why = match path {
         Path::Dense => return Ok(Reason::PathForced),
         Path::Zero => "it follows from the metadata alone".to_owned(),
-        Path::Fused | Path::Packed if !is_varlen => "it needs AttentionMask::varlen".to_owned(),
+        Path::Fused | Path::Packed if !is_masked => "it needs AttentionMask::key or varlen".to_owned(),
         Path::Fused if is_on_device && kernel.works_by_tile_lists() => {
             format!("the fused path of kernel {kernel} needs metadata that was built on the host")
         }
@@ -437,10 +445,13 @@ mod tests {
     }
 
     fn plan_on(device: &Capabilities, mask: &MaskInfo<'_>, forced: Forced) -> Result<Plan> {
+        plan_padded(&problem(), mask, device, &Config::default(), forced)
+    }
+
+    fn problem() -> AttentionProblem {
         let shape =
             AttentionShape { batch: BATCH, seq_q: SEQ, seq_k: SEQ, num_heads: 24, num_kv_heads: 24, head_dim: 128 };
-        let problem = AttentionProblem { shape, dtype: DType::Bf16, softmax_scale: 1.0, bias: None };
-        plan_padded(&problem, mask, device, &Config::default(), forced)
+        AttentionProblem { shape, dtype: DType::Bf16, softmax_scale: 1.0, bias: None }
     }
 
     fn masked(tokens: TokenInfo<'_>) -> MaskInfo<'_> {
@@ -531,15 +542,42 @@ mod tests {
     #[test]
     fn dense_calls_have_an_estimate_where_no_key_is_dropped() -> Result<()> {
         let device = Capabilities { machine: hopper(), ..device(&[Kernel::CudaSm90, Kernel::CudaSm80]) };
-        let (all, half) = (KeyMask::all(BATCH, SEQ)?, KeyMask::from_lengths(SEQ, &[SEQ / 2; BATCH])?);
-        for (mask, has_estimate) in
-            [(TokenInfo::All, true), (TokenInfo::Key(&all), true), (TokenInfo::Key(&half), false)]
-                .map(|(tokens, has_estimate)| (masked(tokens), has_estimate))
-        {
+        let all = KeyMask::all(BATCH, SEQ)?;
+        for mask in [TokenInfo::All, TokenInfo::Key(&all)].map(masked) {
             let plan = plan_on(&device, &mask, Forced::default())?;
             assert_eq!((plan.path, plan.kernel), (Path::Dense, Kernel::CudaSm90), "{mask:?}");
-            assert_eq!(plan.estimate.is_some(), has_estimate, "{mask:?}");
+            assert!(plan.estimate.is_some(), "{mask:?}");
         }
+        Ok(())
+    }
+
+    #[test]
+    fn key_masks_take_the_paths_of_metadata() -> Result<()> {
+        let (half, short) = (KeyMask::from_lengths(SEQ, &[SEQ / 2; BATCH])?, meta(true)?);
+        let short = short.key_mask();
+        let plain = device(&[Kernel::WgslPortable]);
+        let modelled = Capabilities { machine: hopper(), ..device(&[Kernel::CudaSm90, Kernel::CudaSm80]) };
+        let free = Forced::default();
+        let outcome = |device: &Capabilities, mask, forced| {
+            plan_on(device, &masked(TokenInfo::Key(mask)), forced).map(|plan| (plan.path, plan.reason))
+        };
+        assert_eq!(outcome(&plain, &half, free)?, (Path::Fused, Reason::KeyMask));
+        assert_eq!(outcome(&modelled, &half, free)?, (Path::Fused, Reason::KeyMask));
+        assert!(plan_on(&modelled, &masked(TokenInfo::Key(&half)), free)?.estimate.is_some());
+        // Runs of one key: packed, or a kernel that gathers rows; never all of the keys.
+        let packed = outcome(&modelled, short, free)?;
+        assert!([(Path::Packed, Reason::Fragmented), (Path::Fused, Reason::KeyMask)].contains(&packed), "{packed:?}");
+        assert_eq!(outcome(&device(&[Kernel::CpuTiled]), short, free)?, (Path::Dense, Reason::KeyMask));
+        for path in [Path::Dense, Path::Fused, Path::Packed] {
+            let forced = Forced { path: Some(path), kernel: None };
+            assert_eq!(outcome(&plain, &half, forced)?, (path, Reason::PathForced));
+        }
+        let nothing = KeyMask::from_lengths(SEQ, &[0; BATCH])?;
+        assert_eq!(outcome(&plain, &nothing, free)?, (Path::Zero, Reason::NothingValid));
+        let dense = Config::default().with_force_dense(true);
+        let mask = masked(TokenInfo::Key(&half));
+        let plan = plan_padded(&problem(), &mask, &plain, &dense, free)?;
+        assert_eq!((plan.path, plan.reason), (Path::Dense, Reason::KeyMask));
         Ok(())
     }
 

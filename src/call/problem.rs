@@ -12,9 +12,6 @@ use crate::mask::key_mask::{KeyMask, check_token_count};
 use crate::mask::key_ranges::KeyRanges;
 use crate::mask::meta::{CuSeqlens, VarlenMeta};
 
-/// Head dimensions are multiples of this, so that rows are whole 16-byte words in every element type.
-pub(crate) const HEAD_DIM_STEP: usize = 8;
-
 /// The device of a call, as far as checks need it.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct DeviceInfo<'a> {
@@ -351,7 +348,7 @@ fn expect_shape(argument: &'static str, view: &ViewInfo<'_>, expected: &[usize])
 }
 
 fn expect_head_dim(got: usize) -> Result<()> {
-    if got == 0 || got > MAX_HEAD_DIM || !got.is_multiple_of(HEAD_DIM_STEP) {
+    if got == 0 || got > MAX_HEAD_DIM {
         return Err(Error::HeadDim { got });
     }
     Ok(())

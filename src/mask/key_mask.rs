@@ -1,5 +1,6 @@
 //! Key masks: which tokens of a padded batch are kept.
 
+use std::fmt::Display;
 use std::mem::replace;
 use std::ops::Range;
 use std::sync::Arc;
@@ -7,6 +8,7 @@ use std::sync::Arc;
 use crate::cache::DeviceCopies;
 use crate::error::{Error, Result};
 use crate::host_vec;
+use crate::mask::every_query::EveryQueryCache;
 
 /// Bits of one word of a mask.
 const WORD_BITS: usize = 64;
@@ -44,11 +46,13 @@ impl MaskDType {
 }
 
 /// An integer that can stand in a mask: zero drops the token, anything else keeps it.
-pub trait MaskInteger: sealed::Sealed + Copy {
+pub trait MaskInteger: sealed::Sealed + Copy + Display {
     /// The integer's size as a mask element of a device.
     const MASK_DTYPE: MaskDType;
     /// Whether the token is kept.
     fn keeps(self) -> bool;
+    /// Whether it is 0 or 1.
+    fn is_flag(self) -> bool;
 }
 
 macro_rules! mask_integer {
@@ -60,6 +64,11 @@ macro_rules! mask_integer {
             #[inline(always)]
             fn keeps(self) -> bool {
                 self != 0
+            }
+
+            #[inline(always)]
+            fn is_flag(self) -> bool {
+                self == 0 || self == 1
             }
         }
     )*};
@@ -100,6 +109,7 @@ pub struct KeyMask {
     /// `[B, ceil(S / 64)]`: bit `s % 64` of word `s / 64`; bits past S are 0. Clones share them.
     words: Arc<Vec<u64>>,
     copies: DeviceCopies,
+    every_query: EveryQueryCache,
 }
 
 /// Two masks are equal if they keep the same tokens.
@@ -273,7 +283,19 @@ impl KeyMask {
         &self.copies
     }
 
-    fn from_flags<T>(batch: usize, seq: usize, flags: &[T], keeps: impl Fn(&T) -> bool) -> Result<Self> {
+    pub(crate) fn every_query_cache(&self) -> &EveryQueryCache {
+        &self.every_query
+    }
+
+    /// The first row, `batch` times. The caller has checked the size.
+    pub(super) fn repeated(&self, batch: usize) -> Result<Self> {
+        let row = self.row_words(0);
+        let mut words = host_vec::reserve(batch * row.len())?;
+        (0..batch).for_each(|_| words.extend_from_slice(row));
+        Ok(Bits { batch, seq: self.seq, words }.into_mask())
+    }
+
+    pub(super) fn from_flags<T>(batch: usize, seq: usize, flags: &[T], keeps: impl Fn(&T) -> bool) -> Result<Self> {
         let expected = check_token_count("mask", batch, seq)?;
         if flags.len() != expected {
             return Err(Error::Length { argument: "mask", expected, got: flags.len() });
@@ -305,7 +327,8 @@ impl Bits {
 
     fn into_mask(self) -> KeyMask {
         let Self { batch, seq, words } = self;
-        KeyMask { batch, seq, words: Arc::new(words), copies: DeviceCopies::default() }
+        let (copies, every_query) = (DeviceCopies::default(), EveryQueryCache::default());
+        KeyMask { batch, seq, words: Arc::new(words), copies, every_query }
     }
 
     fn keep(&mut self, row: usize, range: Range<usize>) {

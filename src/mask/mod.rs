@@ -1,6 +1,8 @@
 //! Which tokens are valid, on the host: one bit a token, and the metadata made of it.
 
+pub(crate) mod every_query;
 pub(crate) mod key_mask;
 pub(crate) mod key_ranges;
+pub(crate) mod mask_values;
 pub(crate) mod meta;
 pub(crate) mod ranks;

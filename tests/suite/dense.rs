@@ -12,10 +12,13 @@ use super::trials::{Trials, Variant};
 
 pub fn register(trials: &mut Trials) {
     trials.each_kernel("key_mask/dropped_queries_are_computed", dropped_queries_are_computed);
+    trials.each_path("key_mask/dropped_queries_are_computed", dropped_queries_are_computed);
     trials.each_kernel("key_mask/rows_without_keys", rows_without_keys);
+    trials.each_path("key_mask/rows_without_keys", rows_without_keys);
     trials.each_kernel("key_mask/cross_attention", cross_attention);
     trials.each_kernel("key_mask/holes_and_single_keys", holes_and_single_keys);
     trials.each_kernel("key_mask/few_of_many_keys", few_of_many_keys);
+    trials.each_path("key_mask/few_of_many_keys", few_of_many_keys);
     trials.each_kernel("key_mask/keeps_all", keeps_all);
     trials.each_kernel("forced_dense/keeps_the_contract", forced_dense_keeps_the_contract);
 }

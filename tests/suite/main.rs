@@ -15,6 +15,7 @@
 
 #![allow(clippy::single_range_in_vec_init, reason = "one run of tokens is meant")]
 
+mod any_head_dim;
 mod bias;
 mod bindings;
 mod call;
@@ -75,6 +76,7 @@ const SHARED: &[Register] = &[
     ranges::register,
     device_meta::register,
     shapes::register,
+    any_head_dim::register,
     layouts::register,
     long_keys::register,
     numerics::register,

@@ -91,7 +91,7 @@ fn masks() -> Result<Vec<Vec<bool>>> {
 fn pack_bit_for_bit(device: &Device, dtype: DType) -> Result<()> {
     for keep in masks()? {
         let meta = meta_of(3, 50, &keep)?;
-        for (heads, dim) in [(1, 8), (3, 40), (4, 64), (2, 256)] {
+        for (heads, dim) in [(1, 8), (3, 40), (4, 64), (2, 256), (3, 1), (2, 59), (1, 511)] {
             let bits = awkward_bits(dtype, 2, 150 * heads * dim);
             let padded = upload(device, dtype, &bits, &[3, 50, heads, dim])?;
             let packed = pack(device, &padded, &meta)?;
@@ -177,7 +177,7 @@ fn pack_and_scatter_many_rows(device: &Device, dtype: DType) -> Result<()> {
 fn scatter_bit_for_bit(device: &Device, dtype: DType) -> Result<()> {
     for keep in masks()? {
         let meta = meta_of(3, 50, &keep)?;
-        for (heads, dim) in [(1, 8), (3, 40), (4, 64), (2, 256)] {
+        for (heads, dim) in [(1, 8), (3, 40), (4, 64), (2, 256), (3, 1), (2, 59), (1, 511)] {
             let bits = awkward_bits(dtype, 10, meta.total_valid() * heads * dim);
             let packed = upload(device, dtype, &bits, &[meta.total_valid(), heads, dim])?;
             // Memory that holds something else, if the device hands it out again.
@@ -250,40 +250,40 @@ impl Around {
 }
 
 fn pack_into_views(device: &Device, dtype: DType) -> Result<()> {
-    for keep in masks()? {
+    for (keep, dim) in masks()?.into_iter().zip([24, 24, 11, 11]) {
         let meta = meta_of(3, 50, &keep)?;
         let total = meta.total_valid();
-        let bits = [(4, 20), (2, 21), (2, 22)].map(|(heads, seed)| awkward_bits(dtype, seed, 150 * heads * 24));
-        let tensor = |at: usize, heads| upload(device, dtype, &bits[at], &[3, 50, heads, 24]);
+        let bits = [(4, 20), (2, 21), (2, 22)].map(|(heads, seed)| awkward_bits(dtype, seed, 150 * heads * dim));
+        let tensor = |at: usize, heads| upload(device, dtype, &bits[at], &[3, 50, heads, dim]);
         let (q, k, v) = (tensor(0, 4)?, tensor(1, 2)?, tensor(2, 2)?);
-        let around = |heads| Around::new(device, dtype, [total, heads, 24]);
+        let around = |heads| Around::new(device, dtype, [total, heads, dim]);
         let (mut packed_q, mut packed_k, mut packed_v) = (around(4)?, around(2)?, around(2)?);
         pack_qkv_into(device, &q, &k, &v, &meta, [packed_q.view()?, packed_k.view()?, packed_v.view()?])?;
         for ((packed, bits), heads) in [packed_q, packed_k, packed_v].iter().zip(&bits).zip([4, 2, 2]) {
-            ensure!(packed.read()? == gather(bits, &keep, heads * 24), "pack_qkv_into, {heads} heads");
+            ensure!(packed.read()? == gather(bits, &keep, heads * dim), "pack_qkv_into, {heads} heads");
         }
         let mut packed = around(4)?;
         pack_into(device, &q, &meta, packed.view()?)?;
-        ensure!(packed.read()? == gather(&bits[0], &keep, 4 * 24), "pack_into");
+        ensure!(packed.read()? == gather(&bits[0], &keep, 4 * dim), "pack_into");
     }
     Ok(())
 }
 
 fn scatter_into_views(device: &Device, dtype: DType) -> Result<()> {
-    for keep in masks()? {
+    for (keep, dim) in masks()?.into_iter().zip([40, 40, 13, 13]) {
         let meta = meta_of(3, 50, &keep)?;
-        let bits = awkward_bits(dtype, 23, meta.total_valid() * 2 * 40);
-        let packed = upload(device, dtype, &bits, &[meta.total_valid(), 2, 40])?;
+        let bits = awkward_bits(dtype, 23, meta.total_valid() * 2 * dim);
+        let packed = upload(device, dtype, &bits, &[meta.total_valid(), 2, dim])?;
         // Into the middle 2 of 5 heads, heads outside tokens.
-        let mut memory = upload(device, dtype, &vec![sentinel(dtype); 3 * 5 * 50 * 40], &[3, 5, 50, 40])?;
+        let mut memory = upload(device, dtype, &vec![sentinel(dtype); 3 * 5 * 50 * dim], &[3, 5, 50, dim])?;
         let view = memory.view_mut().slice(1, 2..4)?.permute(&[0, 2, 1, 3])?;
         scatter_to_padded_into(device, &packed, &meta, view)?;
-        let expected = spread(&bits, &keep, 2 * 40);
-        for (place, row) in download(&memory)?.chunks(40).enumerate() {
+        let expected = spread(&bits, &keep, 2 * dim);
+        for (place, row) in download(&memory)?.chunks(dim).enumerate() {
             let (batch, head, token) = (place / 250, place / 50 % 5, place % 50);
             if (2..4).contains(&head) {
-                let start = ((batch * 50 + token) * 2 + head - 2) * 40;
-                ensure!(*row == expected[start..start + 40], "batch row {batch}, head {head}, token {token}");
+                let start = ((batch * 50 + token) * 2 + head - 2) * dim;
+                ensure!(*row == expected[start..start + dim], "batch row {batch}, head {head}, token {token}");
             } else {
                 ensure!(row.iter().all(|&bits| bits == sentinel(dtype)), "head {head} was written");
             }

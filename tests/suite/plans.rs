@@ -1,7 +1,9 @@
 //! The path and reason that a call reports when nothing is forced.
 
 use anyhow::{Result, ensure};
-use varlen_fa::{AttentionMask, DType, Device, KeyMask, MaskedAttention, Path, Plan, Reason, Tensor, VarlenMeta};
+use varlen_fa::{
+    AttentionMask, BackendKind, DType, Device, KeyMask, MaskedAttention, Path, Plan, Reason, Tensor, VarlenMeta,
+};
 use varlen_fa_testkit::OracleShape;
 
 use super::call::{Call, Mask};
@@ -49,7 +51,14 @@ fn without_metadata(device: &Device) -> Result<()> {
     let (some, all) = (KeyMask::from_lengths(6, &[3, 6])?, KeyMask::all(2, 6)?);
     let bias = Tensor::zeros(device, DType::F32, &[6])?;
     expect(plan(device, AttentionMask::none())?, Path::Dense, Reason::NoMask)?;
-    expect(plan(device, AttentionMask::key(&some))?, Path::Dense, Reason::KeyMask)?;
+    let by_mask = plan(device, AttentionMask::key(&some))?;
+    match device.capabilities().backend {
+        BackendKind::Cpu => expect(by_mask, Path::Dense, Reason::KeyMask)?,
+        BackendKind::Wgpu => expect(by_mask, Path::Fused, Reason::KeyMask)?,
+        // By the cost model.
+        _ => ensure!(matches!(by_mask.path, Path::Fused | Path::Packed), "some keys dropped: got {by_mask}"),
+    }
+    expect(plan(device, AttentionMask::key(&KeyMask::from_lengths(6, &[0, 0])?))?, Path::Zero, Reason::NothingValid)?;
     expect(plan(device, AttentionMask::key(&all))?, Path::Dense, Reason::KeyMaskKeepsAll)?;
     expect(plan(device, AttentionMask::bias(bias.view()))?, Path::Dense, Reason::Bias)
 }

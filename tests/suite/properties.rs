@@ -169,7 +169,10 @@ fn random_call(head_dim: BoxedStrategy<usize>, kind: impl Strategy<Value = Kind>
 fn head_dim(variant: &Variant) -> BoxedStrategy<usize> {
     match few(&variant.device, variant.kernel) {
         Some(few) => prop::sample::select(few).boxed(),
-        None => prop_oneof![3 => 1_usize..=10, 1 => 11_usize..=32].prop_map(|eighths| 8 * eighths).boxed(),
+        None => {
+            let of_eights = prop_oneof![3 => 1_usize..=10, 1 => 11_usize..=32].prop_map(|eighths| 8 * eighths);
+            prop_oneof![3 => of_eights, 1 => 1_usize..=130].boxed()
+        }
     }
 }
 
@@ -186,7 +189,7 @@ fn tokens() -> impl Strategy<Value = Tokens> {
 fn placement() -> impl Strategy<Value = Placement> {
     let outer = Just([0, 1, 2]).prop_shuffle();
     let room = || (0_usize..=2, 0_usize..=2);
-    // The last dimension's room keeps rows on 16-byte boundaries.
+    // The last dimension's room keeps rows on 16-byte boundaries, where the head dimension is a multiple of 8.
     let room_in_row = (0_usize..=1, 0_usize..=2).prop_map(|(before, after)| (8 * before, 8 * after));
     (outer, room(), room(), room(), room_in_row).prop_map(|([a, b, c], batch, seq, heads, dim)| Placement {
         order: [a, b, c, 3],

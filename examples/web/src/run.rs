@@ -3,7 +3,7 @@
 use anyhow::{Context, Result, bail};
 use varlen_fa::wgpu::{BufferDescriptor, BufferUsages};
 use varlen_fa::{
-    AttentionMask, Config, Device, DeviceChoice, DeviceMemory, Element, KeyMask, Layout, MaskedAttention, Tensor,
+    AttentionMask, Config, Device, DeviceChoice, DeviceMemory, Element, KeyMask, Layout, MaskedAttention, Path, Tensor,
     TensorView, VarlenMeta, bf16, f16,
 };
 use varlen_fa_testkit::random::normal_rounded;
@@ -51,8 +51,10 @@ async fn run_in<T: Element + Value>(device: &Device, workload: &Workload, precis
     let upload = |i: usize| Tensor::from_slice(device, &host[i], &shapes[i]);
     let qkv = [upload(0)?, upload(1)?, upload(2)?];
 
-    let (varlen, out, by_device) = timed(device, &qkv, AttentionMask::varlen(&meta), shape).await?;
-    let (dense, _, _) = timed(device, &qkv, AttentionMask::key(&mask), shape).await?;
+    let layer = MaskedAttention::new(device);
+    let (varlen, out, by_device) = timed(&layer, &qkv, AttentionMask::varlen(&meta), shape).await?;
+    let every_row = layer.with_path(Path::Dense);
+    let (dense, _, _) = timed(&every_row, &qkv, AttentionMask::key(&mask), shape).await?;
     let out = out.to_vec_async::<T>().await?;
     let recorded = recorded(device, &host, shapes, &meta).await?;
 
@@ -96,12 +98,12 @@ async fn run_in<T: Element + Value>(device: &Device, workload: &Workload, precis
 
 /// Times some calls; gives the output too, and whether the adapter measured.
 async fn timed(
-    device: &Device,
+    layer: &MaskedAttention,
     [q, k, v]: &[Tensor; 3],
     mask: AttentionMask<'_>,
     shape: [usize; 4],
 ) -> Result<(Timed, Tensor, bool)> {
-    let layer = MaskedAttention::new(device);
+    let device = layer.device();
     let mut out = Tensor::zeros(device, q.dtype(), &shape)?;
     // Compiles the shaders and uploads the metadata.
     let plan = layer.forward_into(q, k, v, mask, &mut out)?;

@@ -13,7 +13,7 @@ use crate::types::{
     varlen_fa_mask_view, varlen_fa_meta, varlen_fa_meta_info, varlen_fa_plan, varlen_fa_ranges_of, varlen_fa_run,
     varlen_fa_status, varlen_fa_tensor,
 };
-use crate::{attention, device, device_meta, key_ranges, masks, primitives};
+use crate::{attention, device, device_meta, key_ranges, mask_values, masks, primitives};
 
 /// Masks of more tokens, up to the limit, would be built, and take their time and memory by right.
 const MAX_TOKENS: u64 = 1 << 15;
@@ -44,6 +44,8 @@ pub enum Call {
     Prefix { of: RangesOf, count: Size, place: At },
     RangesFromValues { of: RangesOf, at: Spot, values: Option<Vec<[u8; 2]>>, count: Option<Size>, place: At },
     Intersect { ranges: [Ref; 2], place: At },
+    MaskFromValues { at: Spot, element: u8, is_additive: bool, batch: Size, seq: Size, place: At },
+    Broadcast { mask: Ref, batch: Size, place: At },
 }
 
 /// Keys before or after a query.
@@ -220,6 +222,39 @@ pub fn run(session: &mut Session, call: &Call) {
             };
             session.made(call, status, &mut slot, Kind::KeyMask, Sizes { batch, seq, total: 0 });
         }
+        // Numbers that happen to be in memory: most are refused.
+        Call::MaskFromValues { at, element, is_additive, batch, seq, place } => {
+            let element = among(*element, 4);
+            let (mut batch, mut seq) = not_between(batch.get(), seq.get());
+            let count = batch.saturating_mul(seq);
+            let (element, bytes) = match (is_additive, element) {
+                (true, F32) => (F32, 4),
+                (true, element) => (element, 2),
+                (false, element) => (1 << element.min(5), 1_u64 << element.min(3)),
+            };
+            let (pointer, held) = match bytes {
+                2 => session.array::<u16>(*at, count).cast_first(),
+                4 => session.array::<u32>(*at, count).cast_first(),
+                8 => session.array::<u64>(*at, count).cast_first(),
+                _ => session.array::<u8>(*at, count).cast_first(),
+            };
+            if held < count {
+                (batch, seq) = (batch.min(1), seq.min(held));
+            }
+            let (mask, mut slot) = (pointer.cast(), Slot::new(*place));
+            let status = match is_additive {
+                // SAFETY: as above.
+                true => unsafe {
+                    mask_values::varlen_fa_key_mask_from_additive(mask, enum_of(element), batch, seq, slot.pointer())
+                },
+                // SAFETY: as above.
+                false => unsafe {
+                    let element = enum_of(element);
+                    mask_values::varlen_fa_key_mask_from_integers_strict(mask, element, batch, seq, slot.pointer())
+                },
+            };
+            session.made(call, status, &mut slot, Kind::KeyMask, Sizes { batch, seq, total: 0 });
+        }
         Call::MaskFromLengths { at, lengths, batch, seq, place } => {
             let (batch, seq) = not_between(batch.get(), seq.get());
             let (pointer, mut batch) = session.array::<u64>(*at, batch);
@@ -243,6 +278,15 @@ pub fn run(session: &mut Session, call: &Call) {
             let mut slot = Slot::new(*place);
             // SAFETY: as above.
             let status = unsafe { masks::varlen_fa_key_mask_from_runs(pointer, count, batch, seq, slot.pointer()) };
+            session.made(call, status, &mut slot, Kind::KeyMask, Sizes { batch, seq, total: 0 });
+        }
+        Call::Broadcast { mask, batch, place } => {
+            let handle: Handle<varlen_fa_key_mask> = session.handle(Kind::KeyMask, *mask);
+            let seq = handle.object.map_or(1, |sizes| sizes.seq);
+            let (batch, _) = not_between(batch.get(), seq);
+            let mut slot = Slot::new(*place);
+            // SAFETY: as above.
+            let status = unsafe { mask_values::varlen_fa_key_mask_broadcast(handle.pointer, batch, slot.pointer()) };
             session.made(call, status, &mut slot, Kind::KeyMask, Sizes { batch, seq, total: 0 });
         }
         Call::Meta { mask, place } => {
@@ -578,7 +622,8 @@ struct Shape {
 impl Attend {
     fn shape(&self) -> Shape {
         let [batch, seq_q, seq_k, kv_heads, group, dim] = self.sizes.map(u64::from);
-        let (kv_heads, dim) = (kv_heads % 2 + 1, (dim % 4 + 1) * 8);
+        // Multiples of 8, and others.
+        let (kv_heads, dim) = (kv_heads % 2 + 1, if dim < 192 { (dim % 4 + 1) * 8 } else { dim - 191 });
         Shape {
             q: [batch % 4, seq_q % 10, kv_heads * (group % 2 + 1), dim],
             k: [batch % 4, seq_k % 10, kv_heads, dim],
@@ -624,8 +669,7 @@ fn attention_fits(tensors: &Tensors, outer: usize) -> bool {
         && k == v
         && heads_fit
         && dim == k[outer + 1]
-        && dim.is_multiple_of(8)
-        && (8..=256).contains(&dim)
+        && (1..=512).contains(&dim)
         && dtypes_agree
         && (outer == 1 || q[0] == k[0])
         && (0..4).all(|at| inner_is_contiguous(tensors, at, rank))

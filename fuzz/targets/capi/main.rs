@@ -34,6 +34,8 @@ mod failure;
 mod handles;
 #[path = "../../../capi/src/key_ranges.rs"]
 mod key_ranges;
+#[path = "../../../capi/src/mask_values.rs"]
+mod mask_values;
 #[path = "../../../capi/src/masks.rs"]
 mod masks;
 #[path = "../../../capi/src/names.rs"]

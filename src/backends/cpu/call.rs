@@ -8,6 +8,7 @@ use super::isa::Processor;
 use super::needed_keys::{NeededKeys, Sequences};
 use super::operands::{OneF32, Operand};
 use super::rows::RowElement;
+use super::tiles::tile_columns;
 use crate::call::op::{Attention, Input, Output, Rows, no_device_tables};
 use crate::call::problem::{AttentionProblem, AttentionShape};
 use crate::dtype::DType;
@@ -96,7 +97,10 @@ impl<'a, T: RowElement> Call<'a, T> {
         Ok(Self {
             problem,
             processor,
-            pairs: processor.bf16().filter(|_| T::DTYPE == DType::Bf16),
+            // Rows of other widths are made wider as f32.
+            pairs: processor
+                .bf16()
+                .filter(|_| T::DTYPE == DType::Bf16 && problem.shape.head_dim == tile_columns(problem.shape.head_dim)),
             q: padded(q)?,
             k: padded(k)?,
             v: padded(v)?,
@@ -152,7 +156,7 @@ impl<'a, T: RowElement> Call<'a, T> {
 
     /// Words of a row of the products' operands.
     pub fn words_of_head(&self) -> usize {
-        self.shape().head_dim / if self.pairs.is_some() { Bf16Pairs::PER_WORD } else { OneF32::PER_WORD }
+        tile_columns(self.shape().head_dim) / if self.pairs.is_some() { Bf16Pairs::PER_WORD } else { OneF32::PER_WORD }
     }
 
     pub fn shape(&self) -> &AttentionShape {

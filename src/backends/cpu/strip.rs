@@ -20,7 +20,7 @@ use super::isa::{AtWidth, Processor, RegisterTile, Vectorized};
 use super::operands::Operand;
 use super::softmax::{Running, biased};
 
-/// Head dimensions are multiples of 8, which is no multiple of 6: what is left over is one or two
+/// Tiles have a multiple of 8 columns, which is no multiple of 6: what is left over is one or two
 /// blocks of as many columns.
 pub(super) const NARROW: usize = 4;
 
@@ -33,7 +33,8 @@ pub(super) struct ColumnBlocks {
 }
 
 impl ColumnBlocks {
-    /// As many wide ones as leave a multiple of [`NARROW`]; `head_dim` is a multiple of 8.
+    /// As many wide ones as leave a multiple of [`NARROW`]; `head_dim`, the columns of a tile, is a
+    /// multiple of 8.
     fn new(head_dim: usize, scalars: usize) -> Self {
         let most = head_dim / scalars;
         let wide = (0..=most).rev().find(|wide| (head_dim - wide * scalars).is_multiple_of(NARROW)).unwrap_or(0);

@@ -47,7 +47,7 @@ pub(super) struct Tiles {
 impl Tiles {
     /// For up to `queries` queries and `keys` keys at a time.
     pub fn new<T: RowElement>(call: &Call<'_, T>, queries: usize, keys: usize) -> Result<Self> {
-        let dim = call.shape().head_dim;
+        let dim = tile_columns(call.shape().head_dim);
         let strips = Strips::new(call.processor, queries);
         let (lanes, strip) = (strips.lanes(), strips.widest());
         let block = strips.block_keys();
@@ -70,7 +70,8 @@ impl Tiles {
 
     /// Gathers the queries of a task, before its first key.
     pub fn start<T: RowElement>(&mut self, call: &Call<'_, T>, task: &Task) -> Strips {
-        let dim = call.shape().head_dim;
+        let head_dim = call.shape().head_dim;
+        let dim = tile_columns(head_dim);
         let strips = Strips::new(call.processor, task.count);
         self.acc[..strips.lanes() * dim].fill(0.0);
         self.max[..strips.lanes()].fill(f32::NEG_INFINITY);
@@ -79,7 +80,7 @@ impl Tiles {
         let q_rows = call.q.batch_rows(task.batch);
         let q_row = |lane| {
             let (token, head) = query.at(lane);
-            q_rows.row(token, head, dim)
+            q_rows.row(token, head, head_dim)
         };
         (0..task.count).for_each(|lane| prefetch(q_row(lane)));
         if let Some(seen) = &mut self.seen {
@@ -107,7 +108,7 @@ impl Tiles {
                             T::narrow(scaled, bytemuck::cast_slice_mut(row));
                             continue;
                         }
-                        let q = T::widen(q_row(lane), &mut converted[..dim]);
+                        let q = widened_row(q_row(lane), &mut converted[..dim]);
                         for (to, q) in row.iter_mut().zip(q) {
                             *to = q * call.scale.queries;
                         }
@@ -124,7 +125,8 @@ impl Tiles {
         if call.pairs.is_some() {
             return self.gather_pairs(call, task, tile);
         }
-        let dim = call.shape().head_dim;
+        let head_dim = call.shape().head_dim;
+        let dim = tile_columns(head_dim);
         let tokens = call.keys.of(task.batch);
         let (k, v) = (call.k.batch_rows(task.batch), call.v.batch_rows(task.batch));
         let (block, columns) = (strips.block_keys(), strips.columns(dim));
@@ -138,7 +140,7 @@ impl Tiles {
                 for (keys, first) in blocks {
                     // Places that are left over hold the tile's last key again; its scores there
                     // are not used.
-                    let key = |n: usize| k.row(tokens.at((first + n).min(tile.end - 1)), task.kv_head, dim);
+                    let key = |n: usize| k.row(tokens.at((first + n).min(tile.end - 1)), task.kv_head, head_dim);
                     if block == 8 {
                         to_block::<8>(widened(key, rows, dim), keys);
                     } else {
@@ -146,7 +148,8 @@ impl Tiles {
                     }
                 }
                 for (i, from) in tile.enumerate() {
-                    let value = T::widen(v.row(tokens.at(from), task.kv_head, dim), &mut converted[..dim]);
+                    let value = v.row(tokens.at(from), task.kv_head, head_dim);
+                    let value = widened_row(value, &mut converted[..dim]);
                     *values_are_finite &= seen.is_none() || are_finite(value);
                     let (wide_values, narrow_values) = value.split_at(columns.wide_columns());
                     if block == 8 {
@@ -267,7 +270,7 @@ impl Tiles {
         (strip, lanes): (usize, Range<usize>),
         tile: Range<usize>,
     ) {
-        let head_dim = call.shape().head_dim;
+        let head_dim = tile_columns(call.shape().head_dim);
         let (part, seen) = match &mut self.seen {
             None => (0..tile.len(), None),
             Some(seen) => match seen.of_strip(strip, &lanes, &tile, strips.block_keys()) {
@@ -305,7 +308,8 @@ impl Tiles {
 
     /// Writes the output of a task, after its last key, if it has any.
     pub fn finish<T: RowElement>(&mut self, call: &Call<'_, T>, task: &Task, strips: Strips, has_keys: bool) {
-        let dim = call.shape().head_dim;
+        let head_dim = call.shape().head_dim;
+        let dim = tile_columns(head_dim);
         self.spread_overflow(has_keys, call.bias.is_some());
         let query = Query::of(call, task);
         let out = call.out.batch_rows(task.batch);
@@ -323,8 +327,8 @@ impl Tiles {
                             // SAFETY: tasks share no queries, rows of the output do not overlap
                             // (checked by problem), and rows of masked queries are not asked for
                             // here.
-                            let out = unsafe { out.row(token, head, dim) };
-                            T::narrow(row, out);
+                            let out = unsafe { out.row(token, head, head_dim) };
+                            T::narrow(&row[..head_dim], out);
                         }
                     }
                 }
@@ -381,6 +385,23 @@ fn are_finite(row: &[f32]) -> bool {
     row.iter().fold(0, |largest, x| largest.max(x.abs().to_bits())) < f32::INFINITY.to_bits()
 }
 
+/// Columns of a tile: the head dimension, made a multiple of 8 by columns of zeros.
+pub(super) fn tile_columns(head_dim: usize) -> usize {
+    head_dim.next_multiple_of(2 * NARROW)
+}
+
+/// A row as f32, as wide as a tile: itself, or converted or copied to `scratch`, which is as wide.
+#[inline(always)]
+fn widened_row<'a, T: RowElement>(row: &'a [T], scratch: &'a mut [f32]) -> &'a [f32] {
+    if row.len() == scratch.len() {
+        return T::widen(row, scratch);
+    }
+    let (columns, rest) = scratch.split_at_mut(row.len());
+    T::widen_into(row, columns);
+    rest.fill(0.0);
+    scratch
+}
+
 /// `N` rows as f32; `scratch` holds those that were converted.
 #[inline(always)]
 fn widened<'a, T: RowElement, const N: usize>(
@@ -389,7 +410,7 @@ fn widened<'a, T: RowElement, const N: usize>(
     dim: usize,
 ) -> [&'a [f32]; N] {
     let mut scratch = scratch.chunks_exact_mut(dim);
-    std::array::from_fn(|n| T::widen(row(n), scratch.next().unwrap_or_default()))
+    std::array::from_fn(|n| widened_row(row(n), scratch.next().unwrap_or_default()))
 }
 
 /// Row `i` of blocks of `N` columns of the values.

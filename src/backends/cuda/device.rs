@@ -253,7 +253,7 @@ impl Backend for CudaDevice {
         let launcher = &self.launcher;
         let _current = launcher.context.enter()?;
         match op {
-            Op::Attention(attention) => attention::attend(launcher, &attention),
+            Op::Attention(attention) => attention::attend(launcher, attention),
             Op::Pack { pairs, meta } => copy::pack(launcher, &pairs, meta),
             Op::Scatter { packed, padded, meta } => copy::scatter(launcher, &packed, &padded, meta),
             Op::Zero(out) => copy::zero(launcher, &out),

@@ -3,7 +3,7 @@
 
 use std::ops::Range;
 
-use crate::backends::rows::{RowShape, WORD_BYTES, head_ranges};
+use crate::backends::rows::{RowShape, WORD_BYTES, head_ranges, with_filled_heads};
 use crate::call::op::{Attention, Rows, no_device_tables};
 use crate::call::plan::Path;
 use crate::error::{Error, Result};
@@ -27,9 +27,12 @@ pub(super) fn record(
     context: &Context,
     algorithm: Algorithm,
     pace: &Pace,
-    attention: &Attention<'_>,
+    attention: Attention<'_>,
     launches: &mut Launches<'_>,
 ) -> Result<()> {
+    // Tensors keep their layouts: placing them says which are copied.
+    let filled = with_filled_heads(attention.problem);
+    let attention = &attention.on(&filled);
     let shader = shader_for(attention, algorithm);
     launches.announce(shader, Work::of(attention, algorithm)?, pace.limit(shader));
     let call = Call { context, attention, algorithm, shader };
@@ -126,8 +129,10 @@ impl Call<'_> {
         launches: &mut Launches<'_>,
         scratch: &mut Vec<wgpu::Buffer>,
     ) -> Result<Tensors> {
+        // The output first: one that is refused is refused before anything is copied.
+        let out = out.place_output(range, launches, scratch)?;
         let mut place = |input: &Operand<'_>| input.place_input(self.context, range, launches, scratch);
-        Ok(Tensors { q: place(q)?, k: place(k)?, v: place(v)?, out: out.place_output(range)? })
+        Ok(Tensors { q: place(q)?, k: place(k)?, v: place(v)?, out })
     }
 
     /// One launch on all batch rows, or one for each range of them that fits the bindings.
@@ -146,7 +151,7 @@ impl Call<'_> {
         }
         let operands = self.operands(FirstDim::Batch, FirstDim::Batch)?;
         let bias = self.attention.bias.as_ref();
-        let bias = bias.map(|bias| Operand::input(context, "bias", bias, FirstDim::Batch)).transpose()?;
+        let bias = bias.map(|bias| Operand::input(context, "bias", bias, FirstDim::BatchOfElements)).transpose()?;
         let (key_bits, key_words) = self.mask_window(key_mask)?;
         let (row_bits, row_words) = self.mask_window(zero_rows)?;
         let ranges = Ranges::dense(context, self.attention.ranges, self.tile_rows())?;
@@ -160,7 +165,9 @@ impl Call<'_> {
             let (ranges_window, params) = ranges.bind(params, 0)?;
             let windows = [key_bits.clone(), row_bits.clone(), bias_window, ranges_window];
             let groups = [tiles as u32, range.len() as u32];
+            let out = tensors.out.clone();
             self.push((tensors, windows.to_vec()), params, groups, ranges.most_keys(shape.seq_k), launches);
+            operands.out.finish_output(&range, &out, launches)?;
             launches.give_back(scratch);
         }
         Ok(())
@@ -198,8 +205,10 @@ impl Call<'_> {
             let mut scratch = Vec::new();
             let tensors = self.place(&operands, &range, launches, &mut scratch)?;
             let (q_row_base, k_row_base) = (query.rows(range.start).start, key.rows(range.start).start);
+            let out = tensors.out.clone();
             let sequences = Sequences { query, key, ranges: &ranges, range, q_row_base, k_row_base };
             self.push_packed(tensors, &sequences, launches)?;
+            operands.out.finish_output(&sequences.range, &out, launches)?;
             launches.give_back(scratch);
         }
         Ok(())
@@ -241,7 +250,9 @@ impl Call<'_> {
             let (ranges_window, params) = ranges.bind(params, tiles.of(&range).start - first_tile)?;
             let keys = ranges.most_keys(longest(key.cu_seqlens(), &range));
             let windows = vec![tiles_window, query_window, key_window, ranges_window];
+            let out = tensors.out.clone();
             self.push((tensors, windows), params, groups, keys, launches);
+            operands.out.finish_output(&range, &out, launches)?;
             launches.give_back(scratch);
         }
         Ok(())
@@ -284,8 +295,9 @@ impl Call<'_> {
                 k_row_base: packed_rows(key.cu_seqlens(), &range).start,
             };
             self.push_packed(Tensors { q, k, v, out: out.clone() }, &sequences, launches)?;
-            let padded = operands.out.place_output(&range)?;
+            let padded = operands.out.place_output(&range, launches, &mut scratch)?;
             move_placed(context, Move::Scatter, (&out, &padded), q_row, (query, &range), launches)?;
+            operands.out.finish_output(&range, &padded, launches)?;
             launches.give_back(scratch);
         }
         Ok(())

@@ -42,8 +42,9 @@ pub(super) fn move_rows(
     for range in split_batch(context.max_binding_bytes, meta.batch(), &[from, to], |_| 0)? {
         let mut scratch = Vec::new();
         let src = from.place_input(context, &range, launches, &mut scratch)?;
-        let dst = to.place_output(&range)?;
+        let dst = to.place_output(&range, launches, &mut scratch)?;
         move_placed(context, way, (&src, &dst), row, (meta, &range), launches)?;
+        to.finish_output(&range, &dst, launches)?;
         launches.give_back(scratch);
     }
     Ok(())
@@ -118,16 +119,19 @@ pub(super) fn zero(context: &Context, out: &Output<'_>, launches: &mut Launches<
     let to = Operand::output(context, "out", out, FirstDim::Batch)?;
     let row = row_shape(&to);
     for range in split_batch(context.max_binding_bytes, batch, &[to], |_| 0)? {
-        let dst = to.place_output(&range)?;
+        let mut scratch = Vec::new();
+        let dst = to.place_output(&range, launches, &mut scratch)?;
         let rows = range.len() * seq;
         let params = CopyParams { rows: rows as u32, seq: seq as u32, ..params(row, &dst, &dst) };
         launches.push(Launch {
             shader: Shader::ZeroRows,
             params: bytemuck::bytes_of(&params).to_vec(),
-            windows: vec![dst.window],
+            windows: vec![dst.window.clone()],
             groups: groups_for(rows as u64 * row.words()),
             operations: 0,
         });
+        to.finish_output(&range, &dst, launches)?;
+        launches.give_back(scratch);
     }
     Ok(())
 }

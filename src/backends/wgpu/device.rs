@@ -5,10 +5,10 @@ use std::sync::Arc;
 
 use wgpu::{BufferUsages, DeviceType, Features};
 
+use crate::backends::rows::HEAD_DIM_STEP;
 use crate::cache::DeviceId;
 use crate::call::op::{Attention, Backend, Instant, Later, Op, Sink, Source, Storage, Timing, no_device_tables};
 use crate::call::plan::Capabilities;
-use crate::call::problem::HEAD_DIM_STEP;
 use crate::call::self_check::Subject;
 use crate::config::Config;
 use crate::error::Result;
@@ -183,7 +183,7 @@ impl WgpuDevice {
         let mut launches = Launches::new(&context.allocator);
         match op {
             Op::Attention(call) => {
-                attention::record(context, self.algorithm(&call), &self.pace, &call, &mut launches)?;
+                attention::record(context, self.algorithm(&call), &self.pace, call, &mut launches)?;
             }
             Op::Pack { pairs, meta } => {
                 for (from, to) in &pairs {

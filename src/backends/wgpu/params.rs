@@ -76,8 +76,8 @@ params! {
         src_offset: u32, src_stride_b: u32, src_stride_s: u32, src_stride_h: u32,
         dst_offset: u32, dst_stride_b: u32, dst_stride_s: u32, dst_stride_h: u32,
         rows: u32, heads: u32,
-        /// Words (or u32s, see the shader) of one head of one row.
-        head_words: u32,
+        /// Words (or u32s, see the shader) of one head of one row, and its elements where zeros fill them up.
+        head_words: u32, head_dim: u32,
         /// Tokens of a batch row.
         seq: u32,
         /// First row of the launch in the index list.

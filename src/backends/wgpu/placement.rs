@@ -3,7 +3,7 @@
 
 use std::ops::Range;
 
-use crate::backends::rows::{RowShape, WORD_BYTES, misaligned_by, row_strides};
+use crate::backends::rows::{RowShape, WORD_BYTES, has_filled_heads, misaligned_by, row_strides};
 use crate::call::op::{Input, Output};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
@@ -23,6 +23,8 @@ use super::shader::Shader;
 pub(super) enum FirstDim<'a> {
     /// `[B, S, H, D]`: the batch row.
     Batch,
+    /// The same of a tensor whose elements shaders read one by one, wherever they lie.
+    BatchOfElements,
     /// `[total, H, D]`: the packed row.
     PackedRow(&'a CuSeqlens),
 }
@@ -78,7 +80,7 @@ impl<'a> Operand<'a> {
     /// The part of the tensor that belongs to a range of batch rows.
     fn part(&self, range: &Range<usize>) -> Result<Layout> {
         let rows = match self.first_dim {
-            FirstDim::Batch => range.clone(),
+            FirstDim::Batch | FirstDim::BatchOfElements => range.clone(),
             FirstDim::PackedRow(cu_seqlens) => packed_rows(cu_seqlens, range),
         };
         self.layout.slice(0, rows)
@@ -102,11 +104,24 @@ impl<'a> Operand<'a> {
         misaligned_by(0, &self.layout, self.dtype.size())
     }
 
+    /// Whether kernels read or write the tensor where it lies, not a copy with filled heads whose rows start at words.
+    fn is_in_place(&self) -> bool {
+        has_filled_heads(&self.layout) && self.misaligned_by().is_none()
+    }
+
+    /// Bytes of a copy of a part.
+    fn copy_bytes(&self, part: &Layout) -> u64 {
+        let (row, shape) = (RowShape::of(part, self.dtype.size()), part.shape());
+        let rows = shape.iter().take(shape.len().saturating_sub(2)).map(|&size| size as u64);
+        rows.product::<u64>() * row.bytes()
+    }
+
     /// Bytes of the largest binding that a range of batch rows needs of this tensor.
     fn binding_bytes(&self, range: &Range<usize>) -> Result<u64> {
         let part = self.part(range)?;
         let window = self.window_bytes(&part);
-        let copy = if self.misaligned_by().is_some() { self.bytes_of(part.numel() as u64) } else { 0 };
+        let is_copied = !matches!(self.first_dim, FirstDim::BatchOfElements) && !self.is_in_place();
+        let copy = if is_copied { self.copy_bytes(&part) } else { 0 };
         Ok((window.end - window.start).max(copy))
     }
 
@@ -144,16 +159,44 @@ impl<'a> Operand<'a> {
         }
     }
 
-    /// The binding of a part to write.
-    pub fn place_output(&self, range: &Range<usize>) -> Result<Placed> {
+    /// The binding of a part to write. Heads that are not filled are written to scratch first:
+    /// after the launch that writes, [`finish_output`](Self::finish_output) copies them.
+    pub fn place_output(
+        &self,
+        range: &Range<usize>,
+        launches: &mut Launches<'_>,
+        scratch: &mut Vec<wgpu::Buffer>,
+    ) -> Result<Placed> {
+        let part = self.part(range)?;
+        if !has_filled_heads(&self.layout) {
+            let copy = launches.take_scratch(self.copy_bytes(&part).max(WORD_BYTES))?;
+            let placed = Copied::of(self, &part)?.placed(&copy);
+            scratch.push(copy);
+            return Ok(placed);
+        }
         match self.misaligned_by() {
-            None => Ok(self.place_aligned(&self.part(range)?)),
+            None => Ok(self.place_aligned(&part)),
             Some(got) => Err(Error::Misaligned { argument: self.name, expected: WORD_BYTES, got }),
         }
     }
 
-    /// The binding of a part to read. A view whose rows do not start at words is first copied to
-    /// scratch whose rows do.
+    /// Copies what was written to [`place_output`](Self::place_output)'s scratch, if there is any.
+    pub fn finish_output(&self, range: &Range<usize>, written: &Placed, launches: &mut Launches<'_>) -> Result<()> {
+        let part = self.part(range)?;
+        if has_filled_heads(&self.layout) || part.numel() == 0 {
+            return Ok(());
+        }
+        let copied = Copied::of(self, &part)?;
+        let (window, dst_offset) = self.place_elements(range)?;
+        let [dst_stride_b, dst_stride_s, dst_stride_h] = copied.strides;
+        let params = CopyParams { dst_offset, dst_stride_b, dst_stride_s, dst_stride_h, ..copied.params() };
+        let shader = Shader::NarrowRows { element_bytes: self.dtype.size() };
+        launches.push(copied.launch(shader, params, vec![written.window.clone(), window]));
+        Ok(())
+    }
+
+    /// The binding of a part to read. A view whose rows do not start at words, or whose heads are
+    /// not filled, is first copied to scratch whose rows and heads do and are.
     pub fn place_input(
         &self,
         context: &Context,
@@ -166,10 +209,10 @@ impl<'a> Operand<'a> {
             // Its buffer may be smaller than one word.
             return Ok(Placed { window: context.unused_read(), offset: 0, stride_b: 0, stride_s: 0, stride_h: 0 });
         }
-        if self.misaligned_by().is_none() {
+        if self.is_in_place() {
             return Ok(self.place_aligned(&part));
         }
-        let copy = launches.take_scratch(self.bytes_of(part.numel() as u64))?;
+        let copy = launches.take_scratch(self.copy_bytes(&part))?;
         let placed = self.copy_aligned(range, &part, &copy, launches)?;
         scratch.push(copy);
         Ok(placed)
@@ -183,37 +226,72 @@ impl<'a> Operand<'a> {
         copy: &wgpu::Buffer,
         launches: &mut Launches<'_>,
     ) -> Result<Placed> {
+        let copied = Copied::of(self, part)?;
+        let (window, src_offset) = self.place_elements(range)?;
+        let [src_stride_b, src_stride_s, src_stride_h] = copied.strides;
+        let params = CopyParams { src_offset, src_stride_b, src_stride_s, src_stride_h, ..copied.params() };
+        let shader = Shader::AlignRows { element_bytes: self.dtype.size() };
+        launches.push(copied.launch(shader, params, vec![window, Window::whole(copy)]));
+        Ok(copied.placed(copy))
+    }
+}
+
+/// A copy of a part, row after row with filled heads.
+struct Copied {
+    /// Rows of all batch rows, and tokens of one of them.
+    rows: usize,
+    seq: usize,
+    row: RowShape,
+    head_dim: usize,
+    /// Of the part, in elements: batch row, token, head.
+    strides: [u32; 3],
+}
+
+impl Copied {
+    fn of(operand: &Operand<'_>, part: &Layout) -> Result<Self> {
         let (batch, seq, heads, head_dim) = match *part.shape() {
             [batch, seq, heads, head_dim] => (batch, seq, heads, head_dim),
             [seq, heads, head_dim] => (1, seq, heads, head_dim),
-            _ => return Err(Error::Rank { argument: self.name, expected: "3 or 4", got: part.rank() }),
+            _ => return Err(Error::Rank { argument: operand.name, expected: "3 or 4", got: part.rank() }),
         };
-        let (window, src_offset) = self.place_elements(range)?;
         // All fit: a binding is below 2 GiB.
-        let [src_stride_b, src_stride_s, src_stride_h] = row_strides(part).map(|stride| stride as u32);
-        let element_bytes = self.dtype.size();
-        let head_u32s = head_dim * element_bytes / 4;
-        let params = CopyParams {
-            src_offset,
-            src_stride_b,
-            src_stride_s,
-            src_stride_h,
-            rows: (batch * seq) as u32,
-            heads: heads as u32,
-            head_words: head_u32s as u32,
-            seq: seq as u32,
+        let strides = row_strides(part).map(|stride| stride as u32);
+        let row = RowShape::new(heads, head_dim, operand.dtype.size());
+        Ok(Self { rows: batch * seq, seq, row, head_dim, strides })
+    }
+
+    /// u32s of a head.
+    fn head_u32s(&self) -> usize {
+        self.row.head_words * (WORD_BYTES as usize / size_of::<u32>())
+    }
+
+    /// Without the place of the part.
+    fn params(&self) -> CopyParams {
+        // All fit: a binding is below 2 GiB.
+        CopyParams {
+            rows: self.rows as u32,
+            heads: self.row.heads as u32,
+            head_words: self.head_u32s() as u32,
+            head_dim: self.head_dim as u32,
+            seq: self.seq as u32,
             ..Default::default()
-        };
-        launches.push(Launch {
-            shader: Shader::AlignRows { element_bytes },
+        }
+    }
+
+    fn launch(&self, shader: Shader, params: CopyParams, windows: Vec<Window>) -> Launch {
+        Launch {
+            shader,
             params: bytemuck::bytes_of(&params).to_vec(),
-            windows: vec![window, Window::whole(copy)],
-            groups: groups_for((batch * seq * heads * head_u32s) as u64),
+            windows,
+            groups: groups_for((self.rows * self.row.heads * self.head_u32s()) as u64),
             operations: 0,
-        });
-        let row = RowShape::new(heads, head_dim, element_bytes);
-        let placed = Placed::packed(row, copy);
-        Ok(Placed { stride_b: placed.stride_s.wrapping_mul(seq as u32), ..placed })
+        }
+    }
+
+    /// Where the copy lies in its buffer.
+    fn placed(&self, copy: &wgpu::Buffer) -> Placed {
+        let placed = Placed::packed(self.row, copy);
+        Placed { stride_b: placed.stride_s.wrapping_mul(self.seq as u32), ..placed }
     }
 }
 

@@ -24,6 +24,7 @@ use crate::backends::cuda::launcher::Launcher;
 use crate::backends::cuda::tensors::key_ranges::PlacedRanges;
 use crate::backends::cuda::tensors::metadata::{self, Tables};
 use crate::backends::cuda::tensors::placement::{Operand, place_input, place_input_for_maps};
+use crate::backends::rows::with_filled_heads;
 use crate::call::op::{Attention, DeviceTables, Rows};
 use crate::call::plan::Path;
 use crate::error::Result;
@@ -33,10 +34,18 @@ use call::{PackedRows, Tensors};
 use packing::Packing;
 
 /// Launches a call.
-pub fn attend(launcher: &Launcher, attention: &Attention<'_>) -> Result<()> {
+pub fn attend(launcher: &Launcher, attention: Attention<'_>) -> Result<()> {
+    // Tensors keep their layouts: placing them says which are copied.
+    let filled = with_filled_heads(attention.problem);
+    let attention = &attention.on(&filled);
     // Lives until the last launch, which keeps its memory.
     let mut scratch = Vec::new();
     let tensors = place(launcher, attention, &mut scratch)?;
+    launch(launcher, attention, tensors)?;
+    Operand::output(launcher, "out", &attention.out)?.finish_output(launcher, &tensors.out)
+}
+
+fn launch(launcher: &Launcher, attention: &Attention<'_>, tensors: Tensors) -> Result<()> {
     match &attention.rows {
         Rows::Dense { key_mask, zero_rows } if by_tile_lists(attention) => {
             by_tile_lists::dense(launcher, attention, &tensors, *key_mask, *zero_rows)
@@ -55,7 +64,7 @@ fn by_tile_lists(attention: &Attention<'_>) -> bool {
 /// Finds the tensors; inputs that the kernel cannot read where they lie are copied to scratch.
 fn place(launcher: &Launcher, attention: &Attention<'_>, scratch: &mut Vec<CudaBuffer>) -> Result<Tensors> {
     // The output first: one that is refused is refused before anything is launched.
-    let out = Operand::output(launcher, "out", &attention.out)?.place_output()?;
+    let out = Operand::output(launcher, "out", &attention.out)?.place_output(launcher, scratch)?;
     let place_input = if by_tile_lists(attention) { place_input_for_maps } else { place_input };
     let mut place = |name, input| place_input(launcher, &Operand::input(launcher, name, input)?, scratch);
     let (q, k, v) = (place("q", &attention.q)?, place("k", &attention.k)?, place("v", &attention.v)?);

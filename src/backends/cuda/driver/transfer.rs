@@ -25,6 +25,14 @@ pub struct Rectangle {
     pub to_pitch: u64,
 }
 
+impl Rectangle {
+    /// The copy in the other direction.
+    pub fn reversed(self) -> Self {
+        let Self { from, to, from_pitch, to_pitch, .. } = self;
+        Self { from: to, to: from, from_pitch: to_pitch, to_pitch: from_pitch, ..self }
+    }
+}
+
 /// Copies host bytes to the device. They may change as soon as this returns.
 ///
 /// # Safety

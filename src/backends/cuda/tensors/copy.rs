@@ -23,24 +23,30 @@ const MAX_BLOCKS: usize = i32::MAX as usize;
 pub fn pack(launcher: &Launcher, pairs: &[(Input<'_>, Output<'_>)], meta: &VarlenMeta) -> Result<()> {
     let (mut scratch, mut tensors) = (Vec::new(), Vec::with_capacity(pairs.len()));
     // Outputs first: one that is refused is refused before anything is launched.
-    let outputs = pairs.iter().map(|(_, to)| Operand::output(launcher, "packed", to)?.place_output());
-    for ((from, _), packed) in pairs.iter().zip(outputs.collect::<Result<Vec<_>>>()?) {
+    let outputs = pairs.iter().map(|(_, to)| {
+        let to = Operand::output(launcher, "packed", to)?;
+        Ok((to, to.place_output(launcher, &mut scratch)?))
+    });
+    let outputs = outputs.collect::<Result<Vec<_>>>()?;
+    for ((from, _), (_, packed)) in pairs.iter().zip(&outputs) {
         let from = Operand::input(launcher, "padded", from)?;
         let padded = place_input(launcher, &from, &mut scratch)?;
-        tensors.push(row_tensor(row_shape(&from), &padded, &packed));
+        tensors.push(row_tensor(row_shape(&from), &padded, packed));
     }
     let tables = metadata::host_tables(launcher, meta)?;
-    tensors.chunks(MAX_PACK_TENSORS).try_for_each(|tensors| launch_pack(launcher, tensors, &tables))
+    tensors.chunks(MAX_PACK_TENSORS).try_for_each(|tensors| launch_pack(launcher, tensors, &tables))?;
+    outputs.iter().try_for_each(|(to, packed)| to.finish_output(launcher, packed))
 }
 
 /// Copies packed rows to the valid rows of the padded output, and writes zeros to the others.
 pub fn scatter(launcher: &Launcher, packed: &Input<'_>, padded: &Output<'_>, meta: &VarlenMeta) -> Result<()> {
     let to = Operand::output(launcher, "padded", padded)?;
-    let padded = to.place_output()?;
     let mut scratch = Vec::new();
+    let placed = to.place_output(launcher, &mut scratch)?;
     let packed = place_input(launcher, &Operand::input(launcher, "packed", packed)?, &mut scratch)?;
     let tables = metadata::host_tables(launcher, meta)?;
-    launch_scatter(launcher, &row_tensor(row_shape(&to), &padded, &packed), &tables)
+    launch_scatter(launcher, &row_tensor(row_shape(&to), &placed, &packed), &tables)?;
+    to.finish_output(launcher, &placed)
 }
 
 /// Writes zeros to every element of a view: of any shape and offset if it is contiguous, of
@@ -69,7 +75,8 @@ fn zero_rows(launcher: &Launcher, to: &Operand<'_>) -> Result<()> {
     let batch_rows = (i32::MAX as usize / seq).max(1);
     for first in (0..batch).step_by(batch_rows) {
         let part = Operand { layout: to.layout.slice(0, first..batch.min(first + batch_rows))?, ..*to };
-        let padded = part.place_output()?;
+        let mut scratch = Vec::new();
+        let padded = part.place_output(launcher, &mut scratch)?;
         let batch = part.layout.shape()[0];
         let params = ScatterParams {
             tensor: row_tensor(row, &padded, &padded),
@@ -81,6 +88,7 @@ fn zero_rows(launcher: &Launcher, to: &Operand<'_>) -> Result<()> {
         // SAFETY: the view lies inside its buffer (checked by problem), its rows start at words
         // (placement), and without `inv_indices` nothing is read.
         unsafe { launcher.launch(function, row_grid(batch * seq), ROW_COPY_THREADS, &params) }?;
+        part.finish_output(launcher, &padded)?;
     }
     Ok(())
 }

@@ -1,11 +1,11 @@
-//! Where the tensors of an operation lie, and aligned copies of inputs whose rows do not start at
-//! words.
+//! Where the tensors of an operation lie, aligned copies of inputs whose rows do not start at words,
+//! and copies of tensors whose heads are not whole words: zeros fill those up.
 
 use crate::backends::cuda::driver::memory::CudaBuffer;
 use crate::backends::cuda::driver::transfer;
 use crate::backends::cuda::kernels::params::Strides;
 use crate::backends::cuda::launcher::Launcher;
-use crate::backends::rows::{WORD_BYTES, misaligned_by, row_strides};
+use crate::backends::rows::{WORD_BYTES, filled_head_dim, has_filled_heads, misaligned_by, row_strides};
 use crate::call::op::{Input, Output};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
@@ -90,12 +90,54 @@ impl<'a> Operand<'a> {
         Placed { address: self.address(), strides: strides(&self.layout), element_bytes: self.dtype.size() as u64 }
     }
 
-    /// Where to write.
-    pub fn place_output(&self) -> Result<Placed> {
+    /// Where to write. Heads that are not filled are written to scratch first: after the launch that
+    /// writes, [`finish_output`](Self::finish_output) copies them.
+    pub fn place_output(&self, launcher: &Launcher, scratch: &mut Vec<CudaBuffer>) -> Result<Placed> {
+        if !has_filled_heads(&self.layout) {
+            let copy = launcher.scratch(self.bytes(self.filled()?.numel() as u64))?;
+            let placed = self.in_copy(&copy)?;
+            scratch.push(copy);
+            return Ok(placed);
+        }
         match self.misaligned_by() {
             None => Ok(self.placed()),
             Some(got) => Err(Error::Misaligned { argument: self.name, expected: WORD_BYTES, got }),
         }
+    }
+
+    /// Copies what was written to [`place_output`](Self::place_output)'s scratch, if there is any.
+    pub fn finish_output(&self, launcher: &Launcher, written: &Placed) -> Result<()> {
+        if has_filled_heads(&self.layout) || self.layout.numel() == 0 {
+            return Ok(());
+        }
+        for rectangle in self.strided_copy().rectangles(self.address(), written.address) {
+            let back = rectangle.reversed();
+            // SAFETY: the rectangles cover the view, which lies inside its buffer, shares no memory
+            // with other tensors and does not overlap itself (checked by problem), and lie inside the
+            // scratch.
+            unsafe { transfer::copy(&launcher.context, &back) }?;
+        }
+        Ok(())
+    }
+
+    /// The shape of a copy, whose heads zeros fill up.
+    fn filled(&self) -> Result<Layout> {
+        let mut shape = self.layout.shape().to_vec();
+        if let Some(head_dim) = shape.last_mut() {
+            *head_dim = filled_head_dim(*head_dim);
+        }
+        Layout::contiguous(&shape)
+    }
+
+    /// The copy between the view and a copy of it.
+    fn strided_copy(&self) -> StridedCopy {
+        let head_dim = self.layout.shape().last().copied().unwrap_or_default();
+        StridedCopy::new(&self.layout, self.dtype.size() as u64, self.bytes(filled_head_dim(head_dim) as u64))
+    }
+
+    fn in_copy(&self, copy: &CudaBuffer) -> Result<Placed> {
+        let strides = strides(&self.filled()?);
+        Ok(Placed { address: copy.address(), strides, element_bytes: self.dtype.size() as u64 })
     }
 }
 
@@ -105,12 +147,13 @@ fn strides(layout: &Layout) -> Strides {
     Strides { batch, token, head }
 }
 
-/// Where to read. A view whose rows do not start at words is first copied to scratch, which must
-/// live until the launch.
+/// Where to read. A view whose rows do not start at words, or whose heads are not filled, is first
+/// copied to scratch, which must live until the launch.
 pub fn place_input(launcher: &Launcher, operand: &Operand<'_>, scratch: &mut Vec<CudaBuffer>) -> Result<Placed> {
+    let is_filled = operand.layout.numel() == 0 || has_filled_heads(&operand.layout);
     match operand.misaligned_by() {
-        None => Ok(operand.placed()),
-        Some(_) => place_copy(launcher, operand, scratch),
+        None if is_filled => Ok(operand.placed()),
+        _ => place_copy(launcher, operand, scratch),
     }
 }
 
@@ -128,15 +171,18 @@ pub fn place_input_for_maps(
 }
 
 fn place_copy(launcher: &Launcher, operand: &Operand<'_>, scratch: &mut Vec<CudaBuffer>) -> Result<Placed> {
-    let (layout, element_bytes) = (&operand.layout, operand.dtype.size() as u64);
-    let copy = launcher.scratch(operand.bytes(layout.numel() as u64))?;
-    for rectangle in StridedCopy::new(layout, element_bytes).rectangles(operand.address(), copy.address()) {
+    let bytes = operand.bytes(operand.filled()?.numel() as u64);
+    let copy = launcher.scratch(bytes)?;
+    if !has_filled_heads(&operand.layout) {
+        // SAFETY: the whole scratch, which is new.
+        unsafe { transfer::fill(&launcher.context, copy.address(), 0, bytes) }?;
+    }
+    for rectangle in operand.strided_copy().rectangles(operand.address(), copy.address()) {
         // SAFETY: the rectangles cover the view, which lies inside its buffer (checked by problem),
-        // and the scratch, which is as large.
+        // and lie inside the scratch.
         unsafe { transfer::copy(&launcher.context, &rectangle) }?;
     }
-    let row_major = Layout::contiguous(layout.shape())?;
-    let placed = Placed { address: copy.address(), strides: strides(&row_major), element_bytes };
+    let placed = operand.in_copy(&copy)?;
     scratch.push(copy);
     Ok(placed)
 }

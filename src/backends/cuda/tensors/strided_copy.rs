@@ -1,4 +1,4 @@
-//! A copy of a strided view to row-major memory as few rectangles.
+//! A copy of a strided view to row-major memory, or back, as few rectangles.
 
 use crate::backends::cuda::driver::transfer::Rectangle;
 use crate::layout::Layout;
@@ -25,17 +25,18 @@ pub struct StridedCopy {
 }
 
 impl StridedCopy {
-    /// For a view that is not empty and whose last dimension is contiguous.
-    pub fn new(layout: &Layout, element_bytes: u64) -> Self {
+    /// For a view that is not empty and whose last dimension is contiguous. In the row-major memory
+    /// that dimension takes `to_width` bytes, of which those past the view's stay as they are.
+    pub fn new(layout: &Layout, element_bytes: u64, to_width: u64) -> Self {
         let dims = layout.shape().iter().zip(layout.strides());
         let mut dims = dims.map(|(&size, &stride)| (size as u64, stride * element_bytes)).rev();
         let mut width = dims.next().map_or(1, |(size, _)| size) * element_bytes;
         let mut steps: Vec<Step> = Vec::new();
-        let mut to = width;
+        let (is_dense, mut to) = (to_width == width, to_width);
         for (count, from) in dims.filter(|&(count, _)| count > 1) {
             // A dimension that continues the one inside it becomes part of that.
             match steps.last_mut() {
-                None if from == width => width *= count,
+                None if is_dense && from == width => width *= count,
                 Some(inner) if from == inner.from * inner.count => inner.count *= count,
                 _ => steps.push(Step { count, from, to }),
             }
@@ -70,9 +71,16 @@ mod tests {
 
     /// Runs a copy on host memory; returns the result and the number of rectangles.
     fn run(layout: &Layout, memory: &[u8], element_bytes: u64) -> (Vec<u8>, usize) {
-        let mut copied = vec![0xff; layout.numel() * element_bytes as usize];
+        let width = layout.shape().last().map_or(1, |&size| size as u64) * element_bytes;
+        run_to(layout, memory, element_bytes, width)
+    }
+
+    /// The same to rows of `to_width` bytes.
+    fn run_to(layout: &Layout, memory: &[u8], element_bytes: u64, to_width: u64) -> (Vec<u8>, usize) {
+        let heads = layout.numel() / layout.shape().last().copied().unwrap_or(1);
+        let mut copied = vec![0xff; heads * to_width as usize];
         let rectangles: Vec<_> =
-            StridedCopy::new(layout, element_bytes).rectangles(layout.offset() * element_bytes, 0).collect();
+            StridedCopy::new(layout, element_bytes, to_width).rectangles(layout.offset() * element_bytes, 0).collect();
         for Rectangle { from, to, width, rows, from_pitch, to_pitch } in &rectangles {
             for row in 0..*rows {
                 let (from, to) = ((from + row * from_pitch) as usize, (to + row * to_pitch) as usize);
@@ -112,8 +120,17 @@ mod tests {
             let layout = Layout::strided(shape, strides, offset)?;
             for element_bytes in [2, 4] {
                 let (copied, rectangles) = run(&layout, &memory, element_bytes);
-                assert_eq!(copied, naive(&layout, &memory, element_bytes as usize), "{layout:?}");
+                let expected = naive(&layout, &memory, element_bytes as usize);
+                assert_eq!(copied, expected, "{layout:?}");
                 assert!(rectangles <= most, "{layout:?}: {rectangles} rectangles");
+                // Wider rows, whose ends are left alone.
+                let width = shape.last().map_or(0, |&size| size as u64 * element_bytes);
+                let (copied, rectangles) = run_to(&layout, &memory, element_bytes, width + 6);
+                let wide = copied.chunks((width + 6) as usize).map(|row| row.split_at(width as usize));
+                let (rows, ends): (Vec<_>, Vec<_>) = wide.unzip();
+                assert_eq!(rows.concat(), expected, "{layout:?}");
+                assert!(ends.concat().iter().all(|&byte| byte == 0xff), "{layout:?}");
+                assert!(rectangles <= 8, "{layout:?}: {rectangles} rectangles");
             }
         }
         Ok(())
@@ -122,7 +139,7 @@ mod tests {
     #[test]
     fn steps_past_the_largest_pitch_are_rectangles_of_their_own() -> Result<()> {
         let layout = Layout::strided(&[3, 8], &[1 << 31, 1], 1)?;
-        let rectangles: Vec<_> = StridedCopy::new(&layout, 2).rectangles(2, 0).collect();
+        let rectangles: Vec<_> = StridedCopy::new(&layout, 2, 16).rectangles(2, 0).collect();
         let far = |row: u64| Rectangle {
             from: 2 + (row << 32),
             to: row * 16,

@@ -112,6 +112,10 @@ fn snippets(shader: Shader) -> Vec<&'static str> {
                 if element_bytes == 2 { snippet!("copy/load_16bit.wgsl") } else { snippet!("copy/load_32bit.wgsl") };
             copy(&[load, snippet!("copy/align_rows.wgsl")])
         }
+        Shader::NarrowRows { element_bytes: 2 } => {
+            copy(&[snippet!("copy/store_16bit.wgsl"), snippet!("copy/narrow_rows.wgsl")])
+        }
+        Shader::NarrowRows { .. } => copy(&[snippet!("copy/store_32bit.wgsl"), snippet!("copy/narrow_rows.wgsl")]),
     }
 }
 

@@ -9,6 +9,8 @@ use naga::valid::{Capabilities, ModuleInfo, ValidationFlags, Validator};
 const DTYPES: [DType; 3] = [DType::F32, DType::F16, DType::Bf16];
 /// The least and the greatest, powers of two, and those whose last chunk of 64 is not full.
 const HEAD_DIMS: [usize; 10] = [8, 16, 32, 64, 72, 96, 128, 136, 192, 256];
+/// Those of the portable kernel alone: with the blocks of 512 columns.
+const WIDE_HEAD_DIMS: [usize; 3] = [264, 384, 512];
 
 const COOP_TILES: [CoopTile; 3] = [
     CoopTile { shape: 16, subgroup_size: 32, subgroups: 8, keys: 32 },
@@ -35,6 +37,8 @@ fn every_variant() -> Vec<Shader> {
         Shader::ZeroRows,
         Shader::AlignRows { element_bytes: 2 },
         Shader::AlignRows { element_bytes: 4 },
+        Shader::NarrowRows { element_bytes: 2 },
+        Shader::NarrowRows { element_bytes: 4 },
     ];
     copies.into_iter().chain(portable_variants().map(Shader::Attention)).collect()
 }
@@ -64,7 +68,8 @@ fn attention_variants(algorithm: Algorithm, dtype: DType) -> Vec<AttentionShader
             move |&rows| [false, true].map(|ranges| AttentionShader { algorithm, dtype, head_dim, rows, ranges });
         rows.iter().flat_map(of_rows)
     };
-    HEAD_DIMS.into_iter().flat_map(of_width).collect()
+    let wide = WIDE_HEAD_DIMS.into_iter().filter(|_| algorithm == Algorithm::Portable);
+    HEAD_DIMS.into_iter().chain(wide).flat_map(of_width).collect()
 }
 
 fn parse(shader: Shader) -> (naga::Module, ModuleInfo) {

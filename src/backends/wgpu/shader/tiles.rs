@@ -29,6 +29,7 @@ impl Algorithm {
                 vec![
                     ("ROWS", format!("{}u", tile.rows)),
                     ("VECS", format!("{}u", tile.vecs)),
+                    ("BLOCKS", format!("{}u", tile.blocks)),
                     ("AHEAD", tile.fetches_ahead.to_string()),
                     ("TILE_ROWS", format!("{}u", tile.tile_rows())),
                     ("TILE_KEYS", format!("{}u", PortableTile::KEYS)),
@@ -116,14 +117,15 @@ impl PortableTile {
     /// Keys of a step.
     const KEYS: u32 = 64;
 
-    /// Scores and output of an invocation take 48 to 96 registers. Chunks are fetched ahead where
-    /// that was measured to be faster (docs/log/wgsl.md).
+    /// Scores and output of an invocation take 48 to 96 registers, and 160 past 256 columns. Chunks
+    /// are fetched ahead where that was measured to be faster (docs/log/wgsl.md).
     const fn of(head_dim: usize) -> Self {
         let vecs = if head_dim <= 64 { 1 } else { 2 };
         Self {
             rows: if head_dim <= 128 { 8 } else { 4 },
             vecs,
-            blocks: (head_dim as u32).div_ceil(64 * vecs),
+            // A power of two, so that a chunk of values has whole rows.
+            blocks: (head_dim as u32).div_ceil(64 * vecs).next_power_of_two(),
             fetches_ahead: head_dim > 64,
         }
     }

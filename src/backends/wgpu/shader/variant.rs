@@ -17,6 +17,7 @@ pub enum Shader {
     ScatterRows,
     ZeroRows,
     AlignRows { element_bytes: usize },
+    NarrowRows { element_bytes: usize },
 }
 
 /// A variant of attention.
@@ -68,6 +69,7 @@ impl Shader {
             Self::ScatterRows => "scatter_rows",
             Self::ZeroRows => "zero_rows",
             Self::AlignRows { .. } => "align_rows",
+            Self::NarrowRows { .. } => "narrow_rows",
         }
     }
 
@@ -75,7 +77,9 @@ impl Shader {
     pub const fn params_bytes(self) -> u32 {
         let bytes = match self {
             Self::Attention(_) => size_of::<AttentionParams>(),
-            Self::PackRows | Self::ScatterRows | Self::ZeroRows | Self::AlignRows { .. } => size_of::<CopyParams>(),
+            Self::PackRows | Self::ScatterRows | Self::ZeroRows | Self::AlignRows { .. } | Self::NarrowRows { .. } => {
+                size_of::<CopyParams>()
+            }
         };
         bytes as u32
     }
@@ -89,6 +93,7 @@ impl Shader {
             Self::ScatterRows => bindings::SCATTER_ROWS,
             Self::ZeroRows => bindings::ZERO_ROWS,
             Self::AlignRows { .. } => bindings::ALIGN_ROWS,
+            Self::NarrowRows { .. } => bindings::NARROW_ROWS,
         }
     }
 }
