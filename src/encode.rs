@@ -2,6 +2,7 @@
 
 use crate::attention::MaskedAttention;
 use crate::attention_mask::AttentionMask;
+use crate::attention_outputs::AttentionOutputs;
 use crate::backends::wgpu::Recorder;
 use crate::call::plan::Plan;
 use crate::device::Device;
@@ -36,12 +37,15 @@ impl MaskedAttention {
         k: impl Into<TensorView<'a>>,
         v: impl Into<TensorView<'a>>,
         mask: AttentionMask<'_>,
-        out: impl Into<TensorViewMut<'o>>,
+        out: impl Into<AttentionOutputs<'o>>,
     ) -> Result<Plan> {
-        let (recorder, q, k, v, out) = (recorder.into(), q.into(), k.into(), v.into(), out.into());
+        let (mut recorder, q, k, v, outputs) = (recorder.into(), q.into(), k.into(), v.into(), out.into());
         let backend = self.device().wgpu_backend()?;
-        let (problem, plan, mask) = self.prepare(&q, &k, &v, mask, &out.info())?;
-        self.launch(problem, plan, [q, k, v], mask, out, |op| backend.encode(op, recorder))?;
+        let (problem, plan, mask) = {
+            let (out, lse) = outputs.infos();
+            self.prepare(&q, &k, &v, mask, (&out, lse.as_ref()))?
+        };
+        self.launch(problem, plan, [q, k, v], mask, outputs, |op| backend.encode(op, recorder.reborrow()))?;
         Ok(plan)
     }
 }

@@ -20,6 +20,7 @@
 
 mod attention;
 mod attention_mask;
+mod attention_outputs;
 mod backends;
 mod cache;
 mod call;
@@ -34,6 +35,7 @@ mod host_vec;
 mod kernel;
 mod layout;
 mod mask;
+mod merge;
 mod primitives;
 mod process;
 mod tensor;
@@ -74,6 +76,7 @@ pub use half::{bf16, f16};
 
 pub use crate::attention::{Attended, MaskedAttention};
 pub use crate::attention_mask::{AttentionMask, Metadata};
+pub use crate::attention_outputs::AttentionOutputs;
 #[cfg(feature = "wgpu")]
 pub use crate::backends::wgpu::Recorder;
 pub use crate::call::cost::Tiling;
@@ -90,6 +93,7 @@ pub use crate::layout::Layout;
 pub use crate::mask::key_mask::{KeyMask, MaskDType, MaskInteger, Run};
 pub use crate::mask::key_ranges::{KeyRanges, RangesOf};
 pub use crate::mask::meta::{CuSeqlens, VarlenMeta};
+pub use crate::merge::{MergedAttention, merge_attention, merge_attention_into};
 pub use crate::primitives::{
     PackedAttended, VarlenOptions, pack, pack_into, pack_qkv, pack_qkv_into, scatter_to_padded, scatter_to_padded_into,
     varlen_attention, varlen_attention_into,
