@@ -8,6 +8,7 @@ use crate::call::plan::Plan;
 use crate::device::Device;
 use crate::error::Result;
 use crate::mask::meta::VarlenMeta;
+use crate::merge::merge;
 use crate::primitives::{pack_all, scatter};
 use crate::tensor::{TensorView, TensorViewMut};
 
@@ -82,4 +83,24 @@ pub fn encode_scatter<'r, 'a, 'o>(
 ) -> Result<()> {
     let (recorder, backend) = (recorder.into(), device.wgpu_backend()?);
     scatter(device, packed.into(), meta, padded.into(), |op| backend.encode(op, recorder))
+}
+
+/// Records the merge of attention over two parts of the keys. See [`MaskedAttention::encode_into`] for when it runs, and
+/// [`merge_attention`](crate::merge_attention) for what it does.
+///
+/// # Errors
+/// As [`merge_attention_into`](crate::merge_attention_into); [`Error::DeviceKind`](crate::Error::DeviceKind) if `device` is not
+/// a wgpu device.
+pub fn encode_merge_attention<'r, 'a, 'o>(
+    device: &Device,
+    recorder: impl Into<Recorder<'r>>,
+    out1: impl Into<TensorView<'a>>,
+    lse1: impl Into<TensorView<'a>>,
+    out2: impl Into<TensorView<'a>>,
+    lse2: impl Into<TensorView<'a>>,
+    outputs: impl Into<AttentionOutputs<'o>>,
+) -> Result<()> {
+    let (recorder, backend) = (recorder.into(), device.wgpu_backend()?);
+    let parts = [out1.into(), lse1.into(), out2.into(), lse2.into()];
+    merge(device, parts, outputs.into(), |op| backend.encode(op, recorder))
 }

@@ -86,7 +86,7 @@ pub use crate::config::{Config, CpuIsa, DeviceChoice};
 pub use crate::device::{Device, DeviceReport};
 pub use crate::dtype::{DType, Element};
 #[cfg(feature = "wgpu")]
-pub use crate::encode::{encode_pack, encode_scatter};
+pub use crate::encode::{encode_merge_attention, encode_pack, encode_scatter};
 pub use crate::error::{Error, Result};
 pub use crate::kernel::{BackendKind, Kernel};
 pub use crate::layout::Layout;

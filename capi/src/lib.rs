@@ -26,6 +26,8 @@ mod attention;
 
 mod primitives;
 
+mod merge;
+
 mod warm_up;
 
 mod names;
