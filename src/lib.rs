@@ -50,6 +50,11 @@ pub use ::wgpu;
 #[doc = include_str!("../README.md")]
 struct Readme;
 
+/// Compiles the page on the log-sum-exp.
+#[cfg(doctest)]
+#[doc = include_str!("../docs/log-sum-exp.md")]
+struct LogSumExp;
+
 /// Compiles the program of the page on external CUDA handles.
 #[cfg(all(doctest, feature = "cuda"))]
 #[doc = include_str!("../docs/external-cuda.md")]
