@@ -1,6 +1,7 @@
 //! The layer: [`MaskedAttention`].
 
 use crate::attention_mask::{AttentionMask, ResolvedMask};
+use crate::attention_outputs::AttentionOutputs;
 use crate::call::op::{Attention, Op};
 use crate::call::plan::{Forced, Path, Plan, plan_padded};
 use crate::call::problem::{AttentionProblem, AttentionViews, ViewInfo};
@@ -19,6 +20,8 @@ pub struct Attended {
     pub out: Tensor,
     /// Path and kernel that were taken, and why.
     pub plan: Plan,
+    /// `[B, H, Sq]` f32, if [`MaskedAttention::with_lse`] asked for it.
+    pub lse: Option<Tensor>,
 }
 
 /// Scaled dot-product attention over padded batches.
@@ -51,19 +54,28 @@ pub struct MaskedAttention {
     device: Device,
     softmax_scale: Option<f32>,
     forced: Forced,
+    return_lse: bool,
 }
 
 impl MaskedAttention {
     /// A layer on a device, with `softmax_scale` 1/√D.
     #[must_use]
     pub fn new(device: &Device) -> Self {
-        Self { device: device.clone(), softmax_scale: None, forced: Forced::default() }
+        Self { device: device.clone(), softmax_scale: None, forced: Forced::default(), return_lse: false }
     }
 
     /// The factor on `q·kᵀ` before the softmax; any finite number.
     #[must_use]
     pub fn with_softmax_scale(mut self, softmax_scale: f32) -> Self {
         self.softmax_scale = Some(softmax_scale);
+        self
+    }
+
+    /// [`forward`](Self::forward) returns the log-sum-exp of every row too: the natural logarithm of the sum of `exp(score)`, −∞
+    /// for a query that sees no key or is masked, NaN where the row of the output is.
+    #[must_use]
+    pub fn with_lse(mut self) -> Self {
+        self.return_lse = true;
         self
     }
 
@@ -105,20 +117,32 @@ impl MaskedAttention {
         mask: AttentionMask<'_>,
     ) -> Result<Attended> {
         let (q, k, v) = (q.into(), k.into(), v.into());
-        // Checked against an output that has yet to be made, so that a call that does not fit allocates nothing.
-        let future_out = ViewInfo {
-            layout: Layout::contiguous(q.shape())?,
-            dtype: q.dtype(),
+        // Checked against outputs that have yet to be made, so that a call that does not fit allocates nothing.
+        let out_info = self.future_output(q.dtype(), q.shape())?;
+        let lse_shape = match (self.return_lse, q.shape()) {
+            (true, &[batch, seq, heads, _]) => Some([batch, heads, seq]),
+            _ => None,
+        };
+        let lse_info = lse_shape.map(|shape| self.future_output(DType::F32, &shape)).transpose()?;
+        let (problem, plan, mask) = self.prepare(&q, &k, &v, mask, (&out_info, lse_info.as_ref()))?;
+        let mut out = Tensor::uninit(&self.device, q.dtype(), q.shape())?;
+        let mut lse = lse_shape.map(|shape| Tensor::uninit(&self.device, DType::F32, &shape)).transpose()?;
+        let outputs = AttentionOutputs { out: out.view_mut(), lse: lse.as_mut().map(Tensor::view_mut) };
+        self.launch(problem, plan, [q, k, v], mask, outputs, |op| self.device.backend()?.execute(op))?;
+        Ok(Attended { out, plan, lse })
+    }
+
+    /// An output of this device that has yet to be made.
+    fn future_output(&self, dtype: DType, shape: &[usize]) -> Result<ViewInfo<'_>> {
+        Ok(ViewInfo {
+            layout: Layout::contiguous(shape)?,
+            dtype,
             device: self.device.info().id,
             device_name: self.device.name(),
             memory_bytes: u64::MAX,
             space: u64::MAX,
             touched: 0..0,
-        };
-        let (problem, plan, mask) = self.prepare(&q, &k, &v, mask, &future_out)?;
-        let mut out = Tensor::uninit(&self.device, q.dtype(), q.shape())?;
-        self.launch(problem, plan, [q, k, v], mask, out.view_mut(), |op| self.device.backend()?.execute(op))?;
-        Ok(Attended { out, plan })
+        })
     }
 
     /// Makes the device ready for calls of this kind, so that the first of them takes no longer than the others: compiles their
@@ -172,21 +196,26 @@ impl MaskedAttention {
     }
 
     /// Attention into memory of the caller: `out` is a `[B, Sq, H, D]` view that shares no memory with the inputs. Every element
-    /// of the view is written, and nothing else.
+    /// of the view is written, and nothing else. [`AttentionOutputs`] with an `lse`, `[B, H, Sq]` f32, have the log-sum-exp written
+    /// too; they alone say so, [`with_lse`](Self::with_lse) does not count here.
     ///
     /// # Errors
-    /// As [`forward`](Self::forward); [`Error::Overlap`](crate::Error::Overlap) if `out` shares memory with an input.
+    /// As [`forward`](Self::forward); [`Error::Overlap`](crate::Error::Overlap) if an output shares memory with an input or the
+    /// other output.
     pub fn forward_into<'a, 'o>(
         &self,
         q: impl Into<TensorView<'a>>,
         k: impl Into<TensorView<'a>>,
         v: impl Into<TensorView<'a>>,
         mask: AttentionMask<'_>,
-        out: impl Into<TensorViewMut<'o>>,
+        out: impl Into<AttentionOutputs<'o>>,
     ) -> Result<Plan> {
-        let (q, k, v, out) = (q.into(), k.into(), v.into(), out.into());
-        let (problem, plan, mask) = self.prepare(&q, &k, &v, mask, &out.info())?;
-        self.launch(problem, plan, [q, k, v], mask, out, |op| self.device.backend()?.execute(op))?;
+        let (q, k, v, outputs) = (q.into(), k.into(), v.into(), out.into());
+        let (problem, plan, mask) = {
+            let (out, lse) = outputs.infos();
+            self.prepare(&q, &k, &v, mask, (&out, lse.as_ref()))?
+        };
+        self.launch(problem, plan, [q, k, v], mask, outputs, |op| self.device.backend()?.execute(op))?;
         Ok(plan)
     }
 
@@ -197,37 +226,38 @@ impl MaskedAttention {
         k: &TensorView<'_>,
         v: &TensorView<'_>,
         mask: AttentionMask<'m>,
-        out: &ViewInfo<'_>,
+        (out, lse): (&ViewInfo<'_>, Option<&ViewInfo<'_>>),
     ) -> Result<(AttentionProblem, Plan, ResolvedMask<'m>)> {
         let resolved = mask.resolve()?;
         let (q, k, v, mask) = (q.info(), k.info(), v.info(), resolved.info());
-        let views = AttentionViews { q: &q, k: &k, v: &v, out };
+        let views = AttentionViews { q: &q, k: &k, v: &v, out, lse };
         let problem = AttentionProblem::padded(self.device.info(), &views, &mask, self.softmax_scale)?;
         let plan = plan_padded(&problem, &mask, self.device.capabilities(), &self.device.config(), self.forced)?;
         log::debug!("{} {:?}: {}", problem.dtype, problem.shape, plan.with_estimate());
         Ok((problem, plan, resolved))
     }
 
-    /// Hands the operation of a checked call to `execute`, unless there is nothing to write.
+    /// Hands the operations of a checked call to `execute`, unless there is nothing to write.
     pub(crate) fn launch(
         &self,
         problem: AttentionProblem,
         plan: Plan,
         [q, k, v]: [TensorView<'_>; 3],
         mask: ResolvedMask<'_>,
-        out: TensorViewMut<'_>,
-        execute: impl FnOnce(Op<'_>) -> Result<()>,
+        AttentionOutputs { out, lse }: AttentionOutputs<'_>,
+        mut execute: impl FnMut(Op<'_>) -> Result<()>,
     ) -> Result<()> {
-        let out = out.output();
+        let (out, lse) = (out.output(), lse.map(TensorViewMut::output));
         if out.layout.numel() == 0 {
             return Ok(());
         }
         if plan.path == Path::Zero {
-            return execute(Op::Zero(out));
+            execute(Op::Zero(out))?;
+            return lse.map_or(Ok(()), |lse| execute(Op::NoKeys(lse)));
         }
         let every_query = mask.every_query(plan.path, problem.shape.seq_q)?;
         let (rows, ranges, bias) = (mask.rows(plan.path, every_query.as_deref()), mask.ranges(), mask.bias(&problem));
         let (q, k, v) = (q.input(), k.input(), v.input());
-        execute(Op::Attention(Attention { problem: &problem, plan, q, k, v, out, lse: None, rows, ranges, bias }))
+        execute(Op::Attention(Attention { problem: &problem, plan, q, k, v, out, lse, rows, ranges, bias }))
     }
 }

@@ -2,11 +2,13 @@
 
 use crate::attention::MaskedAttention;
 use crate::attention_mask::AttentionMask;
+use crate::attention_outputs::AttentionOutputs;
 use crate::backends::wgpu::Recorder;
 use crate::call::plan::Plan;
 use crate::device::Device;
 use crate::error::Result;
 use crate::mask::meta::VarlenMeta;
+use crate::merge::merge;
 use crate::primitives::{pack_all, scatter};
 use crate::tensor::{TensorView, TensorViewMut};
 
@@ -36,12 +38,15 @@ impl MaskedAttention {
         k: impl Into<TensorView<'a>>,
         v: impl Into<TensorView<'a>>,
         mask: AttentionMask<'_>,
-        out: impl Into<TensorViewMut<'o>>,
+        out: impl Into<AttentionOutputs<'o>>,
     ) -> Result<Plan> {
-        let (recorder, q, k, v, out) = (recorder.into(), q.into(), k.into(), v.into(), out.into());
+        let (mut recorder, q, k, v, outputs) = (recorder.into(), q.into(), k.into(), v.into(), out.into());
         let backend = self.device().wgpu_backend()?;
-        let (problem, plan, mask) = self.prepare(&q, &k, &v, mask, &out.info())?;
-        self.launch(problem, plan, [q, k, v], mask, out, |op| backend.encode(op, recorder))?;
+        let (problem, plan, mask) = {
+            let (out, lse) = outputs.infos();
+            self.prepare(&q, &k, &v, mask, (&out, lse.as_ref()))?
+        };
+        self.launch(problem, plan, [q, k, v], mask, outputs, |op| backend.encode(op, recorder.reborrow()))?;
         Ok(plan)
     }
 }
@@ -78,4 +83,24 @@ pub fn encode_scatter<'r, 'a, 'o>(
 ) -> Result<()> {
     let (recorder, backend) = (recorder.into(), device.wgpu_backend()?);
     scatter(device, packed.into(), meta, padded.into(), |op| backend.encode(op, recorder))
+}
+
+/// Records the merge of attention over two parts of the keys. See [`MaskedAttention::encode_into`] for when it runs, and
+/// [`merge_attention`](crate::merge_attention) for what it does.
+///
+/// # Errors
+/// As [`merge_attention_into`](crate::merge_attention_into); [`Error::DeviceKind`](crate::Error::DeviceKind) if `device` is not
+/// a wgpu device.
+pub fn encode_merge_attention<'r, 'a, 'o>(
+    device: &Device,
+    recorder: impl Into<Recorder<'r>>,
+    out1: impl Into<TensorView<'a>>,
+    lse1: impl Into<TensorView<'a>>,
+    out2: impl Into<TensorView<'a>>,
+    lse2: impl Into<TensorView<'a>>,
+    outputs: impl Into<AttentionOutputs<'o>>,
+) -> Result<()> {
+    let (recorder, backend) = (recorder.into(), device.wgpu_backend()?);
+    let parts = [out1.into(), lse1.into(), out2.into(), lse2.into()];
+    merge(device, parts, outputs.into(), |op| backend.encode(op, recorder))
 }

@@ -20,6 +20,7 @@
 
 mod attention;
 mod attention_mask;
+mod attention_outputs;
 mod backends;
 mod cache;
 mod call;
@@ -34,6 +35,7 @@ mod host_vec;
 mod kernel;
 mod layout;
 mod mask;
+mod merge;
 mod primitives;
 mod process;
 mod tensor;
@@ -47,6 +49,11 @@ pub use ::wgpu;
 #[cfg(doctest)]
 #[doc = include_str!("../README.md")]
 struct Readme;
+
+/// Compiles the page on the log-sum-exp.
+#[cfg(doctest)]
+#[doc = include_str!("../docs/log-sum-exp.md")]
+struct LogSumExp;
 
 /// Compiles the program of the page on external CUDA handles.
 #[cfg(all(doctest, feature = "cuda"))]
@@ -74,6 +81,7 @@ pub use half::{bf16, f16};
 
 pub use crate::attention::{Attended, MaskedAttention};
 pub use crate::attention_mask::{AttentionMask, Metadata};
+pub use crate::attention_outputs::AttentionOutputs;
 #[cfg(feature = "wgpu")]
 pub use crate::backends::wgpu::Recorder;
 pub use crate::call::cost::Tiling;
@@ -83,13 +91,14 @@ pub use crate::config::{Config, CpuIsa, DeviceChoice};
 pub use crate::device::{Device, DeviceReport};
 pub use crate::dtype::{DType, Element};
 #[cfg(feature = "wgpu")]
-pub use crate::encode::{encode_pack, encode_scatter};
+pub use crate::encode::{encode_merge_attention, encode_pack, encode_scatter};
 pub use crate::error::{Error, Result};
 pub use crate::kernel::{BackendKind, Kernel};
 pub use crate::layout::Layout;
 pub use crate::mask::key_mask::{KeyMask, MaskDType, MaskInteger, Run};
 pub use crate::mask::key_ranges::{KeyRanges, RangesOf};
 pub use crate::mask::meta::{CuSeqlens, VarlenMeta};
+pub use crate::merge::{MergedAttention, merge_attention, merge_attention_into};
 pub use crate::primitives::{
     PackedAttended, VarlenOptions, pack, pack_into, pack_qkv, pack_qkv_into, scatter_to_padded, scatter_to_padded_into,
     varlen_attention, varlen_attention_into,

@@ -260,10 +260,9 @@ pub fn varlen_attention_into<'a, 'o, 'l>(
     let (problem, plan) = {
         let (q, k, v, out) = (q.info(), k.info(), v.info(), out.info());
         let lse = lse.as_ref().map(TensorViewMut::info);
-        let views = AttentionViews { q: &q, k: &k, v: &v, out: &out };
+        let views = AttentionViews { q: &q, k: &k, v: &v, out: &out, lse: lse.as_ref() };
         let cu_seqlens = (cu_seqlens_q, cu_seqlens_k);
-        let problem =
-            AttentionProblem::packed(device.info(), &views, lse.as_ref(), cu_seqlens, ranges, options.softmax_scale)?;
+        let problem = AttentionProblem::packed(device.info(), &views, cu_seqlens, ranges, options.softmax_scale)?;
         let plan = plan_packed(&problem, ranges, device.capabilities(), Forced { path: None, kernel: options.kernel })?;
         log::debug!("{} {:?}: {plan}", problem.dtype, problem.shape);
         (problem, plan)

@@ -840,6 +840,22 @@ varlen_fa_status varlen_fa_forward(const struct varlen_fa_device *device,
                                    const struct varlen_fa_tensor *out,
                                    struct varlen_fa_plan *plan);
 
+// varlen_fa_forward, and the log-sum-exp of every row.
+//
+// `lse`: [B, H, Sq] f32, receives ln(sum of exp(score)) of each row: -inf for a query that sees no
+// key or is masked, NaN where the row of `out` is. Its last dimension is contiguous. NULL for none.
+//
+// Outputs share no memory with one another or with an input.
+varlen_fa_status varlen_fa_forward_with_lse(const struct varlen_fa_device *device,
+                                            const struct varlen_fa_attention_options *options,
+                                            const struct varlen_fa_tensor *q,
+                                            const struct varlen_fa_tensor *k,
+                                            const struct varlen_fa_tensor *v,
+                                            const struct varlen_fa_attention_mask *mask,
+                                            const struct varlen_fa_tensor *out,
+                                            const struct varlen_fa_tensor *lse,
+                                            struct varlen_fa_plan *plan);
+
 // Copies the valid rows of padded tensors to packed tensors, bit for bit, in one launch.
 //
 // `q`: [B, S, H, D]. `k`, `v`: [B, S, Hkv, D].
@@ -889,6 +905,25 @@ varlen_fa_status varlen_fa_scatter_to_padded(const struct varlen_fa_device *devi
                                              const struct varlen_fa_tensor *packed,
                                              const struct varlen_fa_meta *meta,
                                              const struct varlen_fa_tensor *padded);
+
+// Attention over all keys from attention over two parts of them, which share no key. With
+// m = max(lse1, lse2) and w = exp(lse - m) of each part it is
+// out = (w1 out1 + w2 out2) / (w1 + w2) and lse = m + ln(w1 + w2).
+//
+// `out1`, `out2`: what attention over each part gave, [B, S, H, D], or [total, H, D] of packed rows.
+// `lse1`, `lse2`: their log-sum-exps, [B, H, S] or [H, total] f32. A part that saw no key, -inf,
+// does not count.
+// `out`: of the shape and element type of the parts; +0.0 where neither saw a key.
+// `lse`: of the shape of the parts' log-sum-exps, -inf where neither saw a key; may be NULL.
+//
+// Outputs share no memory with one another or with an input.
+varlen_fa_status varlen_fa_merge_attention(const struct varlen_fa_device *device,
+                                           const struct varlen_fa_tensor *out1,
+                                           const struct varlen_fa_tensor *lse1,
+                                           const struct varlen_fa_tensor *out2,
+                                           const struct varlen_fa_tensor *lse2,
+                                           const struct varlen_fa_tensor *out,
+                                           const struct varlen_fa_tensor *lse);
 
 // Makes the device ready for calls of varlen_fa_forward of this kind, so that the first of them
 // takes no longer than the others: compiles their shaders and uploads the metadata. It runs one

@@ -129,6 +129,16 @@ class CudaMemory(Host):
         return read
 
 
+def compare_lse(got, sums, q, k, scale, bias):
+    """The log-sum-exp against its exact value; `bias` is the largest that was added."""
+    got, empty = got.astype(np.float64), np.isneginf(sums)
+    if not np.isneginf(got[empty]).all():
+        raise Wrong("lse: expected -inf for rows without keys")
+    # A sum in f32 of rounded scores: relative to its own size and to the scores'.
+    score = abs(scale) * np.linalg.norm(q, axis=-1).max(initial=0) * np.linalg.norm(k, axis=-1).max(initial=0) + bias
+    compare("lse", got[~empty], sums[~empty], sums[~empty], 1e-5 + 8 * 2.0**-23 * float(score))
+
+
 class Strided:
     """A tensor of any strides: gaps behind rows, dimensions in any order but for the last."""
 
@@ -466,22 +476,32 @@ class Fuzzer:
         plan = vf.Plan()
         forced = options.path != 0 or options.kernel != 0
         views = [tensor.tensor() for tensor in tensors]
-        if not self.attempt(forced, self.target.forward, *views, mask, options, plan):
+        lse = Strided(rng, self.memory, vf.F32, (call.batch, call.heads, call.seq_q)) if rng.random() < 0.3 else None
+        wanted = None if lse is None else lse.tensor()
+        if not self.attempt(forced, self.target.forward, *views, mask, options, plan, wanted):
             return
         self.described += f": {plan}"
         got = tensors[3].read()
         exact, naive = np.zeros(shape_q), np.zeros(shape_q, np.float32)
+        sums = np.zeros((call.batch, call.heads, call.seq_q))
         for b in range(call.batch):
             of = lambda x: x[b].transpose(1, 0, 2)  # noqa: B023, E731
             row_bias = None if bias is None else bias[b]
             for to, dtype in ((exact, None), (naive, call.dtype)):
-                out, _ = attend(of(q), of(k), of(v), key_keep[b], sees[b], row_bias, call.scale, dtype)
+                out, log = attend(of(q), of(k), of(v), key_keep[b], sees[b], row_bias, call.scale, dtype)
                 to[b] = out.transpose(1, 0, 2)
+                if dtype is None:
+                    sums[b] = log
         if query_keep is not None:
             exact[~query_keep], naive[~query_keep] = 0, 0
             zeros("rows of masked queries", got[~query_keep])
         zeros("rows without keys", got[~sees.any(2)])
         compare("out", got, exact, naive, floor(call.dtype, exact, q, k, v, call.scale, bias))
+        if lse is not None:
+            if query_keep is not None:
+                sums[~np.broadcast_to(query_keep[:, None], sums.shape)] = -np.inf
+            most = 0 if bias is None else np.abs(bias[np.isfinite(bias)]).max(initial=0)
+            compare_lse(lse.read(), sums, q, k, call.scale, most)
 
     def packed(self, call):
         rng = call.rng
@@ -517,13 +537,7 @@ class Fuzzer:
                     sums[:, rows] = log
         compare("out", got, exact, naive, floor(call.dtype, exact, q, k, v, call.scale, None))
         if lse is not None:
-            got = lse.read().astype(np.float64)
-            empty = np.isneginf(sums)
-            if not np.isneginf(got[empty]).all():
-                raise Wrong("lse: expected -inf for rows without keys")
-            # A sum in f32 of rounded scores: relative to its own size and to the scores'.
-            score = abs(call.scale) * np.linalg.norm(q, axis=-1).max(initial=0) * np.linalg.norm(k, axis=-1).max(initial=0)
-            compare("lse", got[~empty], sums[~empty], sums[~empty], 1e-5 + 8 * 2.0**-23 * float(score))
+            compare_lse(lse.read(), sums, q, k, call.scale, 0)
 
     def moved(self, call):
         """Rows packed and scattered, bit for bit."""

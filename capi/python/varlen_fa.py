@@ -311,6 +311,10 @@ _FUNCTIONS = {
     "key_ranges_intersect": [_HANDLE, _HANDLE, _NEW],
     "key_ranges_free": [_HANDLE],
     "forward": [_HANDLE, POINTER(Options), _TENSOR, _TENSOR, _TENSOR, POINTER(AttentionMask), _TENSOR, POINTER(Plan)],
+    "forward_with_lse": [
+        _HANDLE, POINTER(Options), _TENSOR, _TENSOR, _TENSOR, POINTER(AttentionMask), _TENSOR, _TENSOR, POINTER(Plan),
+    ],
+    "merge_attention": [_HANDLE, _TENSOR, _TENSOR, _TENSOR, _TENSOR, _TENSOR, _TENSOR],
     "warm_up": [
         _HANDLE, POINTER(Options), c_uint32, POINTER(c_uint64), POINTER(c_uint64), POINTER(AttentionMask), POINTER(Plan),
     ],
@@ -586,10 +590,18 @@ class Device(Handle):
     def device_meta(self, batch, seq):
         return self.library.make(DeviceMeta, "device_meta_create", self.handle, batch, seq)
 
-    def forward(self, q, k, v, out, mask=None, options=None, plan=None):
-        self.library.call(
-            "forward", self.handle, _at(options), _at(q), _at(k), _at(v), _at(mask), _at(out), _at(plan)
-        )
+    def forward(self, q, k, v, out, mask=None, options=None, plan=None, lse=None):
+        """`lse`, `[B, H, Sq]` f32, receives the log-sum-exp of every row."""
+        before = [self.handle, _at(options), _at(q), _at(k), _at(v), _at(mask), _at(out)]
+        if lse is None:
+            self.library.call("forward", *before, _at(plan))
+        else:
+            self.library.call("forward_with_lse", *before, _at(lse), _at(plan))
+
+    def merge_attention(self, out1, lse1, out2, lse2, out, lse=None):
+        """Attention over all keys from attention over two parts of them and its log-sum-exps."""
+        parts = [byref(out1), byref(lse1), byref(out2), byref(lse2)]
+        self.library.call("merge_attention", self.handle, *parts, byref(out), _at(lse))
 
     def warm_up(self, dtype, q_shape, kv_shape, mask=None, options=None, plan=None):
         """Makes the device ready for calls of `forward` with such tensors and such a mask."""

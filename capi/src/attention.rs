@@ -1,8 +1,9 @@
 //! The layer.
 
+use std::ptr;
 use std::sync::Arc;
 
-use varlen::{Device, Kernel, KeyRanges, MaskedAttention, Path, Plan};
+use varlen::{AttentionOutputs, Device, Kernel, KeyRanges, MaskedAttention, Path, Plan};
 
 use crate::arguments::{Name, Place, choose, expect_zeros, read_optional, text};
 use crate::attention_mask::Mask;
@@ -37,32 +38,76 @@ pub unsafe extern "C" fn varlen_fa_forward(
     out: *const varlen_fa_tensor,
     plan: *mut varlen_fa_plan,
 ) -> varlen_fa_status {
-    guard(|| {
-        let device = handles::get(Name::of("device"), device)?;
-        // SAFETY: the caller obeys the header's rules for pointers; as in the lines below.
-        let place = unsafe { Place::optional(Name::of("plan"), plan) }?;
-        // SAFETY: as above.
-        let options = unsafe { Options::read(options) }?;
-        // SAFETY: as above.
-        let q = unsafe { Described::new("q", q) }?;
-        // SAFETY: as above.
-        let k = unsafe { Described::new("k", k) }?;
-        // SAFETY: as above.
-        let v = unsafe { Described::new("v", v) }?;
-        // SAFETY: as above.
-        let out = unsafe { Described::new("out", out) }?;
-        expect_apart(&[&out], &[&q, &k, &v])?;
-        // SAFETY: as above.
-        let mask = unsafe { Mask::read(&device, mask, Some(&out)) }?;
-        let [q, k, v] = [Input::new(&device, &q)?, Input::new(&device, &k)?, Input::new(&device, &v)?];
-        let mut output = Output::new(&device, &out)?;
-        let layer = options.layer(&device)?;
-        let out = output.view_mut()?;
-        let taken = mask.with(|mask| layer.forward_into(q.view(), k.view(), v.view(), mask, out))?;
-        finish([output])?;
-        put_plan(place, &taken);
-        Ok(())
-    })
+    // SAFETY: the caller obeys the header's rules for pointers.
+    guard(|| unsafe { forward(device, options, [q, k, v], mask, [out, ptr::null()], plan) })
+}
+
+/// varlen_fa_forward, and the log-sum-exp of every row.
+///
+/// `lse`: [B, H, Sq] f32, receives ln(sum of exp(score)) of each row: -inf for a query that sees no
+/// key or is masked, NaN where the row of `out` is. Its last dimension is contiguous. NULL for none.
+///
+/// Outputs share no memory with one another or with an input.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn varlen_fa_forward_with_lse(
+    device: *const varlen_fa_device,
+    options: *const varlen_fa_attention_options,
+    q: *const varlen_fa_tensor,
+    k: *const varlen_fa_tensor,
+    v: *const varlen_fa_tensor,
+    mask: *const varlen_fa_attention_mask,
+    out: *const varlen_fa_tensor,
+    lse: *const varlen_fa_tensor,
+    plan: *mut varlen_fa_plan,
+) -> varlen_fa_status {
+    // SAFETY: the caller obeys the header's rules for pointers.
+    guard(|| unsafe { forward(device, options, [q, k, v], mask, [out, lse], plan) })
+}
+
+/// # Safety
+/// The header's rules for pointers.
+unsafe fn forward(
+    device: *const varlen_fa_device,
+    options: *const varlen_fa_attention_options,
+    [q, k, v]: [*const varlen_fa_tensor; 3],
+    mask: *const varlen_fa_attention_mask,
+    [out, lse]: [*const varlen_fa_tensor; 2],
+    plan: *mut varlen_fa_plan,
+) -> Result<()> {
+    let device = handles::get(Name::of("device"), device)?;
+    // SAFETY: by this function's contract; as in the lines below.
+    let place = unsafe { Place::optional(Name::of("plan"), plan) }?;
+    // SAFETY: as above.
+    let options = unsafe { Options::read(options) }?;
+    // SAFETY: as above.
+    let q = unsafe { Described::new("q", q) }?;
+    // SAFETY: as above.
+    let k = unsafe { Described::new("k", k) }?;
+    // SAFETY: as above.
+    let v = unsafe { Described::new("v", v) }?;
+    // SAFETY: as above.
+    let out = unsafe { Described::new("out", out) }?;
+    // SAFETY: as above.
+    let lse = unsafe { Described::optional("lse", lse) }?;
+    let described: Vec<_> = [&out].into_iter().chain(&lse).collect();
+    expect_apart(&described, &[&q, &k, &v])?;
+    // SAFETY: as above.
+    let mask = unsafe { Mask::read(&device, mask, &described) }?;
+    let [q, k, v] = [Input::new(&device, &q)?, Input::new(&device, &k)?, Input::new(&device, &v)?];
+    let mut output = Output::new(&device, &out)?;
+    let mut lse = lse.map(|lse| Output::new(&device, &lse)).transpose()?;
+    let layer = options.layer(&device)?;
+    let mut outputs = AttentionOutputs::new(output.view_mut()?);
+    if let Some(lse) = &mut lse {
+        outputs = outputs.with_lse(lse.view_mut()?);
+    }
+    let taken = mask.with(|mask| layer.forward_into(q.view(), k.view(), v.view(), mask, outputs))?;
+    match lse {
+        Some(lse) => finish([output, lse])?,
+        None => finish([output])?,
+    }
+    put_plan(place, &taken);
+    Ok(())
 }
 
 /// Checked options.

@@ -35,7 +35,7 @@ enum Tokens {
 }
 
 impl<'a> Mask<'a> {
-    /// Reads the mask; a bias must not overlap `out`, if there is one.
+    /// Reads the mask; a bias must overlap no output.
     ///
     /// # Safety
     /// `mask` is null, misaligned, or points to a mask that C initialised, whose bias obeys
@@ -43,7 +43,7 @@ impl<'a> Mask<'a> {
     pub unsafe fn read(
         device: &Device,
         mask: *const varlen_fa_attention_mask,
-        out: Option<&Described<'_>>,
+        outputs: &[&Described<'_>],
     ) -> Result<Self> {
         // SAFETY: by this function's contract.
         let Some(mask) = unsafe { read_optional(Name::of("mask"), mask) }? else {
@@ -54,9 +54,7 @@ impl<'a> Mask<'a> {
         if kind == varlen_fa_mask_kind::Bias || !mask.bias.is_null() {
             // SAFETY: by this function's contract.
             let described = unsafe { Described::new("bias", mask.bias) }?;
-            if let Some(out) = out {
-                expect_apart(&[out], &[&described])?;
-            }
+            expect_apart(outputs, &[&described])?;
             bias = Some(Input::of_any_strides(device, &described)?);
         }
         let ranges = key_ranges::optional(Name::of("mask.ranges"), mask.ranges)?;

@@ -28,6 +28,8 @@ mod attention;
 
 mod primitives;
 
+mod merge;
+
 mod warm_up;
 
 mod names;

@@ -50,7 +50,7 @@ pub unsafe extern "C" fn varlen_fa_warm_up(
         // SAFETY: as above.
         let kv_shape = unsafe { shape("kv_shape", kv_shape) }?;
         // SAFETY: as above.
-        let mask = unsafe { Mask::read(&device, mask, None) }?;
+        let mask = unsafe { Mask::read(&device, mask, &[]) }?;
         let layer = options.layer(&device)?;
         let taken = mask.with(|mask| layer.warm_up(dtype, &q_shape, &kv_shape, mask))?;
         put_plan(place, &taken);

@@ -414,6 +414,53 @@ static void masks(void) {
   CHECK(cu == NULL);
 }
 
+/* Attention over the first five keys and over the others, merged, is attention over all; its
+ * log-sum-exp is checked in double. */
+static void log_sum_exp_and_merge(const varlen_fa_meta *meta) {
+  static float outs[3][ELEMENTS], lses[3][BATCH * HEADS * SEQ], whole[ELEMENTS];
+  const varlen_fa_run runs[2][BATCH] = {{{0, 0, 5}, {1, 0, 5}}, {{0, 5, 7}, {1, 5, SEQ}}};
+  varlen_fa_tensor q = padded(q_data), k = padded(k_data), v = padded(v_data), to = padded(whole);
+  varlen_fa_tensor out[3], lse[3];
+  varlen_fa_attention_mask mask = varlen(meta);
+  for (int part = 0; part < 3; part++) {
+    out[part] = padded(outs[part]);
+    lse[part] = packed_tensor(lses[part], BATCH, HEADS, SEQ);
+  }
+  for (int part = 0; part < 2; part++) {
+    varlen_fa_key_mask *kept = NULL;
+    varlen_fa_meta *keys = NULL;
+    OK(varlen_fa_key_mask_from_runs(runs[part], 2, BATCH, SEQ, &kept));
+    OK(varlen_fa_meta_create(kept, &keys));
+    mask.key_meta = keys;
+    OK(varlen_fa_forward_with_lse(device, NULL, &q, &k, &v, &mask, &out[part], &lse[part], NULL));
+    OK(varlen_fa_meta_free(keys));
+    OK(varlen_fa_key_mask_free(kept));
+  }
+  OK(varlen_fa_merge_attention(device, &out[0], &lse[0], &out[1], &lse[1], &out[2], &lse[2]));
+  mask = varlen(meta);
+  OK(varlen_fa_forward_with_lse(device, NULL, &q, &k, &v, &mask, &to, NULL, NULL));
+  for (int at = 0; at < ELEMENTS; at++) CHECK(fabsf(outs[2][at] - whole[at]) < 1e-5f);
+  for (int at = 0; at < BATCH * HEADS * SEQ; at++) {
+    const int b = at / SEQ / HEADS, h = at / SEQ % HEADS, s = at % SEQ, length = (int)lengths[b];
+    double sum = 0.0;
+    for (int key = 0; s < length && key < length; key++) {
+      double score = 0.0;
+      for (int d = 0; d < DIM; d++) {
+        score += (double)q_data[((b * SEQ + s) * HEADS + h) * DIM + d] * (double)k_data[((b * SEQ + key) * HEADS + h) * DIM + d];
+      }
+      sum += exp(score / 4.0);
+    }
+    CHECK(s < length ? fabs((double)lses[2][at] - log(sum)) < 1e-5 : lses[2][at] == -INFINITY);
+  }
+
+  REFUSED(varlen_fa_forward_with_lse(device, NULL, &q, &k, &v, &mask, &to, &to, NULL), VARLEN_FA_STATUS_OVERLAP, "`out` may share memory with `lse`");
+  REFUSED(varlen_fa_forward_with_lse(device, NULL, &q, &k, &v, &mask, &to, &out[0], NULL), VARLEN_FA_STATUS_SHAPE, "`lse`");
+  REFUSED(varlen_fa_merge_attention(device, &out[0], &lse[0], &out[1], &lse[1], &out[0], NULL), VARLEN_FA_STATUS_OVERLAP, "`out` may share memory with `out1`");
+  REFUSED(varlen_fa_merge_attention(device, &out[0], &out[0], &out[1], &lse[1], &out[2], NULL), VARLEN_FA_STATUS_SHAPE, "`lse1`");
+  REFUSED(varlen_fa_merge_attention(device, NULL, &lse[0], &out[1], &lse[1], &out[2], NULL), VARLEN_FA_STATUS_NULL_POINTER, "`out1`");
+  OK(varlen_fa_merge_attention(device, &out[0], &lse[0], &out[1], &lse[1], &out[2], NULL));
+}
+
 /* pack, attention over packed rows and scatter give what the packed path gives, bit for bit; lse is
  * checked in double. */
 static void primitives(const varlen_fa_meta *meta) {
@@ -1157,6 +1204,7 @@ int main(int argc, char **argv) {
   handles();
   masks();
   primitives(meta);
+  log_sum_exp_and_merge(meta);
   equal_masks(meta);
   device_meta(meta);
   key_ranges_results();

@@ -426,6 +426,33 @@ class Attention(unittest.TestCase):
                 total = sum(math.exp(sum(a * b for a, b in zip(row, key)) / 4) for key in keys)
                 self.assertLess(abs(sums[h * TOTAL] - math.log(total)), 1e-4)
 
+    def test_lse_and_merge(self):
+        meta = library.meta_from_lengths(LENGTHS, SEQ)
+        rest = library.key_mask_from_runs([(0, 3, LENGTHS[0]), (1, 0, LENGTHS[1])], BATCH, SEQ)
+        first, second = library.meta_from_lengths([3, 0], SEQ), library.meta(rest)
+        for dtype in DTYPES:
+            stage, tolerance = self.stage(dtype), TOLERANCES[dtype]
+            shape, sizes = [BATCH, SEQ, HEADS, DIM], [BATCH, HEADS, SEQ]
+            parts = []
+            for keys in [first, second]:
+                lse = nans(self.memory, vf.F32, BATCH * HEADS * SEQ)
+                stage.run(vf.varlen(meta, keys), lse=lse.tensor(sizes))
+                out = self.memory(dtype, stage.out_memory.values())
+                parts += [out, lse]
+            views = [part.tensor(sizes if at % 2 else shape) for at, part in enumerate(parts)]
+            out, lse = nans(self.memory, dtype, BATCH * SEQ * HEADS * DIM), nans(self.memory, vf.F32, BATCH * HEADS * SEQ)
+            self.device.merge_attention(*views, out.tensor(shape), lse.tensor(sizes))
+            self.check(stage, out.values(), 2 * tolerance)
+            whole = nans(self.memory, vf.F32, BATCH * HEADS * SEQ)
+            stage.run(vf.varlen(meta), lse=whole.tensor(sizes))
+            for at, (merged, direct) in enumerate(zip(lse.values(), whole.values())):
+                if at % SEQ < LENGTHS[at // SEQ // HEADS]:
+                    self.assertLess(abs(merged - direct), 1e-4)
+                else:
+                    self.assertEqual((merged, direct), (-math.inf, -math.inf))
+            with self.assertRaisesRegex(vf.Error, "`lse2`"):
+                self.device.merge_attention(*views[:3], views[0], out.tensor(shape))
+
     def test_device_metadata(self):
         if device_name == "wgpu":
             with self.assertRaises(vf.Error) as caught:

@@ -7,7 +7,7 @@ use std::sync::OnceLock;
 
 use arbitrary::Arbitrary;
 use libfuzzer_sys::fuzz_target;
-use varlen_fa::{AttentionMask, Config, Device, DeviceChoice, Element, KeyMask, Layout, MaskedAttention};
+use varlen_fa::{AttentionMask, AttentionOutputs, Config, Device, DeviceChoice, Element, KeyMask, Layout, MaskedAttention};
 use varlen_fa::{TensorView, TensorViewMut, VarlenMeta, bf16, f16};
 use varlen_fa_testkit::{Oracle, OracleProblem, OracleShape, Precision, check_field_rule, naive_low_precision, random};
 
@@ -28,6 +28,8 @@ struct Input {
     gaps: [u8; 4],
     /// Heads outside of the sequence, as in `[B, H, S, D]`.
     heads_first: [bool; 4],
+    /// Whether to ask for the log-sum-exp.
+    lse: bool,
 }
 
 #[derive(Debug, Arbitrary)]
@@ -148,13 +150,18 @@ fn run<T: Element>(input: &Input, precision: Precision, narrow: fn(f32) -> T, wi
     if let Some(scale) = scale {
         attention = attention.with_softmax_scale(scale);
     }
+    let mut lse = vec![f32::NAN; batch * heads * seq_q];
+    let mut outputs = AttentionOutputs::new(TensorViewMut::from_host_strided(&mut out, out_layout));
+    if input.lse {
+        outputs = outputs.with_lse(TensorViewMut::from_host(&mut lse, &[batch, heads, seq_q]).expect("as long"));
+    }
     let plan = attention
         .forward_into(
             TensorView::from_host_strided(&q_memory, q_layout),
             TensorView::from_host_strided(&k_memory, k_layout),
             TensorView::from_host_strided(&v_memory, v_layout),
             mask,
-            TensorViewMut::from_host_strided(&mut out, out_layout),
+            outputs,
         )
         .expect("a sound call");
 
@@ -171,6 +178,10 @@ fn run<T: Element>(input: &Input, precision: Precision, narrow: fn(f32) -> T, wi
         for (row, values) in got.chunks(heads * head_dim).enumerate().filter(|&(row, _)| !keep[row]) {
             assert!(values.iter().all(|value| value.to_bits() == 0), "row {row} is masked and not +0.0");
         }
+    }
+    for (got, expected) in lse.into_iter().map(f64::from).zip(oracle.lse_all()).filter(|_| input.lse) {
+        let is_near = (got - expected).abs() <= 1e-4 + 1e-5 * expected.abs();
+        assert!(got == expected || is_near, "{case}: lse {got}, expected {expected}");
     }
     let mut written: Vec<bool> = vec![false; out.len()];
     positions(&out_layout, shapes[0]).for_each(|at| written[at] = true);

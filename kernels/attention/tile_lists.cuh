@@ -66,7 +66,7 @@ __device__ inline void write_zero_spans(const TileListParams& params, int thread
             *reinterpret_cast<uint4*>(out + index / chunks * params.out_strides.token + index % chunks * 8) = uint4{0, 0, 0, 0};
         }
         if (params.lse != nullptr) {
-            float* const lse = params.lse + head * params.lse_head_stride + static_cast<int64_t>(span.batch) * params.seq_q + span.first_query;
+            float* const lse = params.lse + span.batch * params.lse_batch_stride + head * params.lse_head_stride + span.first_query;
             for (int row = thread; row < span.rows; row += threads) lse[row] = -INFINITY;
         }
     }

@@ -29,7 +29,7 @@ constexpr int SM100_THREADS = 512;
 constexpr int WARPGROUP_THREADS = 128;
 // Stages of keys and values in shared memory, sm80 and sm90.
 constexpr int STAGES = 2;
-// Threads of a block of `pack_rows` and `scatter_rows`.
+// Threads of a block of `pack_rows`, `scatter_rows`, `scatter_lse` and `merge_*`.
 constexpr int ROW_COPY_THREADS = 256;
 // The most tensors that one launch of `pack_rows` packs.
 constexpr int MAX_PACK_TENSORS = 3;
@@ -57,7 +57,8 @@ struct AttentionParams {
     const void* k;
     const void* v;
     void* out;
-    // `[H, total_q]` f32, natural logarithm; null where it is not wanted.
+    // `[B, H, Sq]`, or `[H, total_q]` of packed rows: f32, natural logarithm; null where it is not
+    // wanted.
     float* lse;
     // `[B + 1]` each; null for padded tensors.
     const int32_t* cu_seqlens_q;
@@ -90,8 +91,10 @@ struct AttentionParams {
     float score_scale;
     // 1 if the bias is f32, 0 if it has the type of q.
     int32_t bias_is_f32;
+    // 0 for packed rows.
+    int64_t lse_batch_stride;
 };
-static_assert(sizeof(AttentionParams) == 256);
+static_assert(sizeof(AttentionParams) == 264);
 static_assert(offsetof(AttentionParams, q) == 0);
 static_assert(offsetof(AttentionParams, k) == 8);
 static_assert(offsetof(AttentionParams, v) == 16);
@@ -117,6 +120,7 @@ static_assert(offsetof(AttentionParams, key_words) == 240);
 static_assert(offsetof(AttentionParams, row_words) == 244);
 static_assert(offsetof(AttentionParams, score_scale) == 248);
 static_assert(offsetof(AttentionParams, bias_is_f32) == 252);
+static_assert(offsetof(AttentionParams, lse_batch_stride) == 256);
 
 // Which rows of padded tensors the fused form takes: the tables that pack and scatter go by.
 // The call's `cu_seqlens` are set.
@@ -142,9 +146,9 @@ struct FusedAttentionParams {
     AttentionParams attention;
     RowLists lists;
 };
-static_assert(sizeof(FusedAttentionParams) == 288);
+static_assert(sizeof(FusedAttentionParams) == 296);
 static_assert(offsetof(FusedAttentionParams, attention) == 0);
-static_assert(offsetof(FusedAttentionParams, lists) == 256);
+static_assert(offsetof(FusedAttentionParams, lists) == 264);
 
 // Which keys each query sees: keys `first` ≤ j < `end` of its batch row or sequence, counted as
 // the call's keys are. In the fused form those are the listed keys.
@@ -166,10 +170,10 @@ struct RangedAttentionParams {
     RowLists lists;
     KeyRangeParams ranges;
 };
-static_assert(sizeof(RangedAttentionParams) == 304);
+static_assert(sizeof(RangedAttentionParams) == 312);
 static_assert(offsetof(RangedAttentionParams, attention) == 0);
-static_assert(offsetof(RangedAttentionParams, lists) == 256);
-static_assert(offsetof(RangedAttentionParams, ranges) == 288);
+static_assert(offsetof(RangedAttentionParams, lists) == 264);
+static_assert(offsetof(RangedAttentionParams, ranges) == 296);
 
 // What the kernels with tile lists are given: `TileListParams::form`.
 enum TileListForm : int32_t {
@@ -228,8 +232,8 @@ struct TileListParams {
     ptx::TensorMap v_group_map;
     ptx::TensorMap out_map;
     void* out;
-    // `[H, total_q]` f32, natural logarithm; null where it is not wanted. Padded tensors:
-    // `[H, B·Sq]`.
+    // `[B, H, Sq]`, or `[H, total_q]` of packed rows: f32, natural logarithm; null where it is not
+    // wanted.
     float* lse;
     // `[sequences + 1]` each, if packed.
     const int32_t* cu_seqlens_q;
@@ -276,7 +280,9 @@ struct TileListParams {
     uint32_t* parts_done;
     int32_t split_from;
     int32_t parts;
-    int32_t unused[10];
+    // 0 for packed rows.
+    int64_t lse_batch_stride;
+    int32_t unused[8];
 };
 static_assert(sizeof(TileListParams) == 1024);
 static_assert(offsetof(TileListParams, q_map) == 0);
@@ -317,7 +323,8 @@ static_assert(offsetof(TileListParams, part_chunks) == 960);
 static_assert(offsetof(TileListParams, parts_done) == 968);
 static_assert(offsetof(TileListParams, split_from) == 976);
 static_assert(offsetof(TileListParams, parts) == 980);
-static_assert(offsetof(TileListParams, unused) == 984);
+static_assert(offsetof(TileListParams, lse_batch_stride) == 984);
+static_assert(offsetof(TileListParams, unused) == 992);
 
 // A tensor to pack or scatter. Rows move as 16-byte words: H heads of `head_words` words each.
 // All strides count words.
@@ -371,6 +378,80 @@ static_assert(offsetof(ScatterParams, tensor) == 0);
 static_assert(offsetof(ScatterParams, inv_indices) == 64);
 static_assert(offsetof(ScatterParams, batch) == 72);
 static_assert(offsetof(ScatterParams, seq) == 76);
+
+// Parameters of `scatter_lse`.
+struct ScatterLseParams {
+    // `[H, total]`, read.
+    const float* packed;
+    // `[B, H, S]`, written.
+    float* padded;
+    // `[B·S]` packed row of each token, negative where it is masked; null writes −∞ everywhere.
+    const int32_t* inv_indices;
+    int64_t packed_head_stride;
+    int64_t batch_stride;
+    int64_t head_stride;
+    int32_t batch;
+    int32_t seq;
+    int32_t heads;
+    int32_t unused;
+};
+static_assert(sizeof(ScatterLseParams) == 64);
+static_assert(offsetof(ScatterLseParams, packed) == 0);
+static_assert(offsetof(ScatterLseParams, padded) == 8);
+static_assert(offsetof(ScatterLseParams, inv_indices) == 16);
+static_assert(offsetof(ScatterLseParams, packed_head_stride) == 24);
+static_assert(offsetof(ScatterLseParams, batch_stride) == 32);
+static_assert(offsetof(ScatterLseParams, head_stride) == 40);
+static_assert(offsetof(ScatterLseParams, batch) == 48);
+static_assert(offsetof(ScatterLseParams, seq) == 52);
+static_assert(offsetof(ScatterLseParams, heads) == 56);
+static_assert(offsetof(ScatterLseParams, unused) == 60);
+
+// Parameters of `merge_*`: two parts of attention, and what they make. Outputs are
+// `[B, S, H, D]`, their strides in 16-byte words; log-sum-exps `[B, H, S]` f32.
+struct MergeParams {
+    const void* out1;
+    const float* lse1;
+    const void* out2;
+    const float* lse2;
+    void* out;
+    // Null where it is not wanted.
+    float* lse;
+    Strides out1_strides;
+    Strides out2_strides;
+    Strides out_strides;
+    int64_t lse1_batch_stride;
+    int64_t lse1_head_stride;
+    int64_t lse2_batch_stride;
+    int64_t lse2_head_stride;
+    int64_t lse_batch_stride;
+    int64_t lse_head_stride;
+    int32_t batch;
+    int32_t seq;
+    int32_t heads;
+    // Words of one head of one row.
+    int32_t head_words;
+};
+static_assert(sizeof(MergeParams) == 184);
+static_assert(offsetof(MergeParams, out1) == 0);
+static_assert(offsetof(MergeParams, lse1) == 8);
+static_assert(offsetof(MergeParams, out2) == 16);
+static_assert(offsetof(MergeParams, lse2) == 24);
+static_assert(offsetof(MergeParams, out) == 32);
+static_assert(offsetof(MergeParams, lse) == 40);
+static_assert(offsetof(MergeParams, out1_strides) == 48);
+static_assert(offsetof(MergeParams, out2_strides) == 72);
+static_assert(offsetof(MergeParams, out_strides) == 96);
+static_assert(offsetof(MergeParams, lse1_batch_stride) == 120);
+static_assert(offsetof(MergeParams, lse1_head_stride) == 128);
+static_assert(offsetof(MergeParams, lse2_batch_stride) == 136);
+static_assert(offsetof(MergeParams, lse2_head_stride) == 144);
+static_assert(offsetof(MergeParams, lse_batch_stride) == 152);
+static_assert(offsetof(MergeParams, lse_head_stride) == 160);
+static_assert(offsetof(MergeParams, batch) == 168);
+static_assert(offsetof(MergeParams, seq) == 172);
+static_assert(offsetof(MergeParams, heads) == 176);
+static_assert(offsetof(MergeParams, head_words) == 180);
 
 // Parameters of the metadata kernels. The tables are those of `VarlenMeta`.
 struct MetadataParams {

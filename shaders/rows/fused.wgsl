@@ -38,9 +38,8 @@ fn key_list(tile: Tile) -> u32 {
     return params.key_tokens_offset + tile.batch * (params.seq_k + 1u);
 }
 
-fn query_row(tile: Tile, row: u32) -> u32 {
-    let list = params.query_tokens_offset + tile.batch * (params.seq_q + 1u);
-    return query_tokens[list + 1u + tile.first_row + row];
+fn lse_row(tile: Tile, row: u32) -> u32 {
+    return query_row(tile, row);
 }
 
 fn key_row(tile: Tile, key: u32) -> u32 {

@@ -35,6 +35,10 @@ fn key_row(tile: Tile, key: u32) -> u32 {
     return key;
 }
 
+fn lse_row(tile: Tile, row: u32) -> u32 {
+    return tile.first_row + row;
+}
+
 fn row_is_kept(tile: Tile, row: u32) -> bool {
     return true;
 }

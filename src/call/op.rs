@@ -218,7 +218,8 @@ pub(crate) struct Attention<'a> {
     pub k: Input<'a>,
     pub v: Input<'a>,
     pub out: Output<'a>,
-    /// `[H, total_q]` f32, natural logarithm; only with [`Rows::Packed`].
+    /// The log-sum-exp of every row, f32 and natural logarithm: `[H, total_q]` with [`Rows::Packed`], else `[B, H, Sq]`. −∞
+    /// for a row without a key, and where the output's row is masked.
     pub lse: Option<Output<'a>>,
     pub rows: Rows<'a>,
     /// Which of the keys that count each query sees; with all but [`Rows::DeviceVarlen`].
@@ -238,9 +239,23 @@ impl<'a> Attention<'a> {
     }
 }
 
+/// Attention over some of the keys: its output, `[B, S, H, D]`, and its log-sum-exp, `[B, H, S]` f32.
+#[derive(Debug)]
+pub(crate) struct MergePart<'a> {
+    pub out: Input<'a>,
+    pub lse: Input<'a>,
+}
+
+/// Attention over the keys of both parts. All tensors are padded ones.
+#[derive(Debug)]
+pub(crate) struct Merge<'a> {
+    pub parts: [MergePart<'a>; 2],
+    pub out: Output<'a>,
+    pub lse: Option<Output<'a>>,
+}
+
 /// Work for a device. Every operand has passed the checks of `problem`.
 #[derive(Debug)]
-#[expect(clippy::large_enum_variant, reason = "made once a call and passed on by value, never stored")]
 pub(crate) enum Op<'a> {
     Attention(Attention<'a>),
     /// Copies the valid rows of each padded input to its packed output.
@@ -256,6 +271,9 @@ pub(crate) enum Op<'a> {
     },
     /// Writes zeros to every element of the view, and to nothing else.
     Zero(Output<'a>),
+    /// Writes the log-sum-exp of rows without keys, −∞, to every element of a `[B, H, S]` f32 view, and to nothing else.
+    NoKeys(Output<'a>),
+    Merge(Merge<'a>),
     /// Builds the metadata of a mask in tables of [`Backend::alloc_metadata`].
     Metadata {
         mask: MaskInput<'a>,

@@ -70,6 +70,8 @@ pub(crate) struct AttentionViews<'a> {
     pub k: &'a ViewInfo<'a>,
     pub v: &'a ViewInfo<'a>,
     pub out: &'a ViewInfo<'a>,
+    /// `[B, H, Sq]` f32, or `[H, total_q]` of packed rows.
+    pub lse: Option<&'a ViewInfo<'a>>,
 }
 
 /// The mask of a padded attention call.
@@ -141,6 +143,7 @@ impl AttentionProblem {
         expect_shape("out", views.out, &[batch, seq_q, num_heads, head_dim])?;
         let shape = AttentionShape { batch, seq_q, seq_k, num_heads, num_kv_heads, head_dim };
         let softmax_scale = check_attention(device, views, &shape, softmax_scale)?;
+        check_lse(device, views, &[batch, num_heads, seq_q])?;
         match &mask.tokens {
             TokenInfo::All => {}
             TokenInfo::Key(mask) => expect_mask("mask", mask, batch, seq_k)?,
@@ -165,15 +168,17 @@ impl AttentionProblem {
             expect_device("bias", view, device)?;
             expect_in_bounds("bias", view)?;
             expect_apart("out", views.out, "bias", view)?;
+            if let Some(lse) = views.lse {
+                expect_apart("lse", lse, "bias", view)?;
+            }
         }
         Ok(Self { shape, dtype: views.q.dtype, softmax_scale, bias })
     }
 
-    /// Checks a call on packed rows `[total, H, D]`; `lse` is `[H, total_q]` f32.
+    /// Checks a call on packed rows `[total, H, D]`.
     pub(crate) fn packed(
         device: DeviceInfo<'_>,
         views: &AttentionViews<'_>,
-        lse: Option<&ViewInfo<'_>>,
         (cu_seqlens_q, cu_seqlens_k): (&CuSeqlens, &CuSeqlens),
         ranges: Option<&KeyRanges>,
         softmax_scale: Option<f32>,
@@ -198,14 +203,7 @@ impl AttentionProblem {
         let batch = cu_seqlens_q.batch();
         let shape = AttentionShape { batch, seq_q: total_q, seq_k: total_k, num_heads, num_kv_heads, head_dim };
         let softmax_scale = check_attention(device, views, &shape, softmax_scale)?;
-        if let Some(lse) = lse {
-            expect_shape("lse", lse, &[num_heads, total_q])?;
-            expect_dtype("lse", lse, DType::F32)?;
-            expect_output("lse", lse, device)?;
-            for (other, view) in [("q", views.q), ("k", views.k), ("v", views.v), ("out", views.out)] {
-                expect_apart("lse", lse, other, view)?;
-            }
-        }
+        check_lse(device, views, &[num_heads, total_q])?;
         Ok(Self { shape, dtype: views.q.dtype, softmax_scale, bias: None })
     }
 }
@@ -305,7 +303,7 @@ fn check_attention(
     shape: &AttentionShape,
     softmax_scale: Option<f32>,
 ) -> Result<f32> {
-    let AttentionViews { q, k, v, out } = *views;
+    let AttentionViews { q, k, v, out, .. } = *views;
     let AttentionShape { num_heads, num_kv_heads, head_dim, .. } = *shape;
     if num_kv_heads == 0 || !num_heads.is_multiple_of(num_kv_heads) {
         return Err(Error::HeadsNotDivisible { num_heads, num_kv_heads });
@@ -327,6 +325,74 @@ fn check_attention(
         None => Ok(1.0 / (head_dim as f32).sqrt()),
         Some(scale) if scale.is_finite() => Ok(scale),
         Some(got) => Err(Error::SoftmaxScale { got }),
+    }
+}
+
+/// The checks of the log-sum-exp, if it is asked for.
+fn check_lse(device: DeviceInfo<'_>, views: &AttentionViews<'_>, shape: &[usize]) -> Result<()> {
+    let Some(lse) = views.lse else { return Ok(()) };
+    expect_shape("lse", lse, shape)?;
+    expect_dtype("lse", lse, DType::F32)?;
+    expect_output("lse", lse, device)?;
+    for (other, view) in [("q", views.q), ("k", views.k), ("v", views.v), ("out", views.out)] {
+        expect_apart("lse", lse, other, view)?;
+    }
+    Ok(())
+}
+
+/// The tensors of a merge: two parts, each the output and the log-sum-exp of attention over some of the keys, and where the
+/// attention over all of them goes.
+#[derive(Debug)]
+pub(crate) struct MergeViews<'a> {
+    pub parts: [(&'static str, ViewInfo<'a>); 4],
+    pub out: ViewInfo<'a>,
+    pub lse: Option<ViewInfo<'a>>,
+}
+
+/// Checks a merge of parts, in the order out1, lse1, out2, lse2: `[B, S, H, D]` with `[B, H, S]`, or `[total, H, D]` with
+/// `[H, total]`.
+pub(crate) fn check_merge(device: DeviceInfo<'_>, views: &MergeViews<'_>) -> Result<()> {
+    let MergeViews { parts, out, lse } = views;
+    let (name, first) = &parts[0];
+    let (shape, lse_shape) = (first.layout.shape(), lse_shape(name, first.layout.shape())?);
+    expect_head_dim(shape[shape.len() - 1])?;
+    // Every device merges every element type.
+    expect_count(name, shape)?;
+    // Kernels count rows of one head in 32 bits.
+    expect_count(name, &[first.layout.numel() / (shape[shape.len() - 1] * shape[shape.len() - 2]).max(1)])?;
+    for (at, (name, view)) in parts.iter().enumerate() {
+        match at % 2 {
+            0 => {
+                expect_shape(name, view, shape)?;
+                expect_dtype(name, view, first.dtype)?;
+            }
+            _ => {
+                expect_shape(name, view, &lse_shape)?;
+                expect_dtype(name, view, DType::F32)?;
+            }
+        }
+        expect_input(name, view, device)?;
+    }
+    expect_shape("out", out, shape)?;
+    expect_dtype("out", out, first.dtype)?;
+    expect_output("out", out, device)?;
+    for (name, view) in parts {
+        expect_apart("out", out, name, view)?;
+    }
+    let Some(lse) = lse else { return Ok(()) };
+    expect_shape("lse", lse, &lse_shape)?;
+    expect_dtype("lse", lse, DType::F32)?;
+    expect_output("lse", lse, device)?;
+    parts.iter().try_for_each(|(name, view)| expect_apart("lse", lse, name, view))?;
+    expect_apart("lse", lse, "out", out)
+}
+
+/// The shape of the log-sum-exp that belongs to an output.
+pub(crate) fn lse_shape(argument: &'static str, out: &[usize]) -> Result<Vec<usize>> {
+    match *out {
+        [batch, seq, heads, _] => Ok(vec![batch, heads, seq]),
+        [total, heads, _] => Ok(vec![heads, total]),
+        _ => Err(Error::Rank { argument, expected: "4: [B, S, H, D], or 3: [total, H, D]", got: out.len() }),
     }
 }
 

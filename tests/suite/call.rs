@@ -2,8 +2,8 @@
 
 use anyhow::{Context, Result, ensure};
 use varlen_fa::{
-    AttentionMask, DType, Device, DeviceMemory, DeviceVarlenMeta, KeyMask, Layout, MaskDType, Path, Plan, RangesOf,
-    Reason, Tensor, TensorView, VarlenMeta,
+    AttentionMask, AttentionOutputs, DType, Device, DeviceMemory, DeviceVarlenMeta, KeyMask, Layout, MaskDType, Path,
+    Plan, RangesOf, Reason, Tensor, TensorView, TensorViewMut, VarlenMeta,
 };
 use varlen_fa_testkit::{OracleShape, random};
 
@@ -143,16 +143,21 @@ impl Call {
     /// Everything that must not matter holds NaN or infinities: masked rows, the memory around the tensors, and the output
     /// before it is written.
     pub fn run(&self, variant: &Variant) -> Result<Vec<u32>> {
+        self.under_mask(variant, |mask| self.run_as(variant, mask))
+    }
+
+    /// What `run` gives under the call's own mask and ranges; the plan must be the variant's.
+    pub fn under_mask<T>(&self, variant: &Variant, run: impl Fn(AttentionMask<'_>) -> Result<(Plan, T)>) -> Result<T> {
         let OracleShape { batch, seq_q, seq_k, .. } = self.shape;
         let key_mask = |seq, keep: &[bool]| KeyMask::from_bool(batch, seq, keep);
         let meta = |seq, keep: &[bool]| VarlenMeta::from_key_mask(&key_mask(seq, keep)?);
         let of = RangesOf::from([batch, seq_q, seq_k]);
         let ranges = self.rule.as_ref().map(|rule| rule.ranges(&of)).transpose()?;
         let run = |mask: AttentionMask<'_>| match &ranges {
-            Some(ranges) => self.run_as(variant, mask.with_ranges(ranges)),
-            None => self.run_as(variant, mask),
+            Some(ranges) => run(mask.with_ranges(ranges)),
+            None => run(mask),
         };
-        let (plan, bits) = match &self.mask {
+        let (plan, result) = match &self.mask {
             Mask::None => run(AttentionMask::none())?,
             Mask::Key(keep) => run(AttentionMask::key(&key_mask(seq_k, keep)?))?,
             Mask::Varlen(keep) => run(AttentionMask::varlen(&meta(seq_k, keep)?))?,
@@ -181,11 +186,21 @@ impl Call {
             None if matches!(self.mask, Mask::Key(_)) => {}
             None => ensure!(matches!(plan.path, Path::Dense | Path::Zero), "expected a dense call, got {plan}"),
         }
-        Ok(bits)
+        Ok(result)
     }
 
     /// The same with the mask in the layer's own form.
     pub fn run_as(&self, variant: &Variant, mask: AttentionMask<'_>) -> Result<(Plan, Vec<u32>)> {
+        self.run_with(variant, mask, None)
+    }
+
+    /// The same with a `[B, H, Sq]` view that receives the log-sum-exp.
+    pub fn run_with(
+        &self,
+        variant: &Variant,
+        mask: AttentionMask<'_>,
+        lse: Option<TensorViewMut<'_>>,
+    ) -> Result<(Plan, Vec<u32>)> {
         let device = &variant.device;
         let shapes = tensor_shapes(self.shape);
         let mut layer = variant.layer();
@@ -200,7 +215,10 @@ impl Call {
         let [q, k, v] = [view(0)?, view(1)?, view(2)?];
 
         let mut out = self.output_memory(device)?;
-        let into = self.output.view_mut(out.view_mut(), self.output_shape())?;
+        let mut into = AttentionOutputs::new(self.output.view_mut(out.view_mut(), self.output_shape())?);
+        if let Some(lse) = lse {
+            into = into.with_lse(lse);
+        }
         let plan = layer.forward_into(q, k, v, mask, into).context("forward_into")?;
         Ok((plan, self.read_output(&out)?))
     }

@@ -76,15 +76,7 @@ impl Call {
     /// The answer for all rows, or for a sample if there are more than `limit`.
     pub fn reference(&self, limit: usize) -> Result<Reference> {
         let sees = self.sees();
-        let problem = OracleProblem::new(self.shape, &self.values[0], &self.values[1], &self.values[2]);
-        let oracle = Oracle::new(OracleProblem {
-            softmax_scale: self.scale.map_or(problem.softmax_scale, f64::from),
-            key_keep: self.mask.key_keep(),
-            query_keep: self.mask.query_keep(),
-            sees: sees.as_deref(),
-            bias: self.bias.as_deref(),
-            ..problem
-        })?;
+        let oracle = self.oracle(sees.as_deref())?;
         let shape = oracle.output_shape();
         let rows = oracle.sample_rows(1, limit);
         let answers = oracle.attend_rows(&rows)?;
@@ -94,6 +86,24 @@ impl Call {
         let offsets = rows.iter().map(|&row| oracle.output_offset(row)).collect();
         let is_whole = rows.len() == shape[..3].iter().product();
         Ok(Reference { rows, offsets, is_whole, is_empty, expected, low_precision })
+    }
+
+    /// The log-sum-exp of every row, `[B, H, Sq]`.
+    pub fn reference_lse(&self) -> Result<Vec<f64>> {
+        let sees = self.sees();
+        Ok(self.oracle(sees.as_deref())?.lse_all())
+    }
+
+    fn oracle<'a>(&'a self, sees: Option<&'a [bool]>) -> Result<Oracle<'a>> {
+        let problem = OracleProblem::new(self.shape, &self.values[0], &self.values[1], &self.values[2]);
+        Ok(Oracle::new(OracleProblem {
+            softmax_scale: self.scale.map_or(problem.softmax_scale, f64::from),
+            key_keep: self.mask.key_keep(),
+            query_keep: self.mask.query_keep(),
+            sees,
+            bias: self.bias.as_deref(),
+            ..problem
+        })?)
     }
 
     /// Judges an output of which the rows of some queries, given by batch row and position, must be NaN throughout. The others

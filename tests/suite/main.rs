@@ -40,8 +40,10 @@ mod limits;
 mod long_keys;
 #[cfg(feature = "wgpu")]
 mod long_work;
+mod lse;
 mod masks;
 mod memory;
+mod merge;
 mod numerics;
 mod packed;
 mod placement;
@@ -81,6 +83,8 @@ const SHARED: &[Register] = &[
     long_keys::register,
     numerics::register,
     bias::register,
+    lse::register,
+    merge::register,
     dense::register,
     packed::register,
     tensors::register,

@@ -341,7 +341,7 @@ impl Packed {
         Some(self.lengths_q.iter().zip(&self.lengths_k).flat_map(of_sequence).collect())
     }
 
-    fn tensors(&self, device: &Device) -> Result<[Tensor; 3]> {
+    pub fn tensors(&self, device: &Device) -> Result<[Tensor; 3]> {
         let [q, k, v] = [0, 1, 2].map(|input| {
             let bits: Vec<u32> = self.values[input].iter().map(|&value| narrow(value, self.dtype)).collect();
             upload(device, self.dtype, &bits, &self.shapes()[input])
@@ -378,7 +378,7 @@ impl Packed {
     }
 
     /// Judges an output and its log-sum-exp; rows without keys are +0.0 and −∞.
-    fn judge(&self, out: &Tensor, lse: Option<&Tensor>, rules: Rules) -> Result<()> {
+    pub fn judge(&self, out: &Tensor, lse: Option<&Tensor>, rules: Rules) -> Result<()> {
         let [total_q, heads, dim] = self.shapes()[0];
         let answer = self.answer()?;
         ensure!(out.shape() == [total_q, heads, dim] && out.dtype() == self.dtype, "got {out:?}");

@@ -35,7 +35,7 @@ struct Source {
 }
 
 /// A row for each fatbin; the library's `module.rs` loads them by these names.
-const SOURCES: [Source; 5] = [
+const SOURCES: [Source; 6] = [
     Source {
         name: "attention_sm80",
         path: "attention/sm80/attention.cu",
@@ -55,6 +55,7 @@ const SOURCES: [Source; 5] = [
         spill_bytes: 176,
     },
     Source { name: "attention_sm100", path: "attention/sm100/attention.cu", target: Target::SM100, spill_bytes: 48 },
+    Source { name: "lse", path: "rows/lse.cu", target: Target::EVERY, spill_bytes: 0 },
     Source { name: "metadata", path: "rows/metadata.cu", target: Target::EVERY, spill_bytes: 0 },
     Source { name: "pack", path: "rows/pack.cu", target: Target::EVERY, spill_bytes: 0 },
 ];

@@ -213,7 +213,7 @@ struct SoftmaxWarpgroup {
         if (row % GROUP_ROWS >= group.rows) return;
         const bool zero = softmax.sum == 0.0f || (group.kept >> (row % GROUP_ROWS) & 1) == 0;
         const float lse = zero ? -INFINITY : (softmax.finite_reference() * scale + log2f(softmax.sum)) * LN_2;
-        block.params.lse[rows.head * block.params.lse_head_stride + static_cast<int64_t>(rows.batch) * block.params.seq_q + group.first_row +
+        block.params.lse[rows.batch * block.params.lse_batch_stride + rows.head * block.params.lse_head_stride + group.first_row +
                          row % GROUP_ROWS] = lse;
     }
 };

@@ -95,6 +95,11 @@ __device__ inline void accumulate(float (&acc)[M_TILES][O_TILES][4], const float
     }
 }
 
+// The place of the log-sum-exp of a query of this block's batch row, or of a packed row.
+__device__ inline float& lse_at(const AttentionParams& params, const BlockRows& rows, int query) {
+    return params.lse[rows.batch * params.lse_batch_stride + rows.head * params.lse_head_stride + query];
+}
+
 // Writes zeros to the masked rows among the TILE_M rows of the padded output from `first_query` on.
 template <typename T, int TILE_M, int THREADS>
 __device__ inline void zero_masked_rows(const AttentionParams& params, const RowLists& lists, const BlockRows& rows) {
@@ -108,6 +113,7 @@ __device__ inline void zero_masked_rows(const AttentionParams& params, const Row
         for (; masked != 0; masked &= masked - 1) {
             T* row = out + (first_row + __ffs(masked) - 1) * params.out_strides.token;
             if (lane < params.head_dim / 8) *reinterpret_cast<uint4*>(row) = make_uint4(0, 0, 0, 0);
+            if (lane == 0 && params.lse != nullptr) lse_at(params, rows, first_row + __ffs(masked) - 1) = -INFINITY;
         }
     }
 }
@@ -342,9 +348,10 @@ __device__ inline void attention(const AttentionParams& params, const RowLists& 
                 const float high = zero ? 0.0f : acc[m][o][2 * half + 1] * inverse;
                 *reinterpret_cast<uint32_t*>(shared + TileQ::offset(row, o) + lane % 4 * 4) = ptx::pack_pair<T>(low, high);
             }
-            if (!FUSED && params.lse != nullptr && lane % 4 == 0 && row < tile_rows) {
-                const float lse = sum == 0.0f ? -INFINITY : (softmax.finite_max(m, half) * scale + log2f(sum)) * LN_2;
-                params.lse[rows.head * params.lse_head_stride + rows.q_base + rows.first_query + row] = lse;
+            if (params.lse != nullptr && lane % 4 == 0 && row < tile_rows) {
+                const float lse = zero ? -INFINITY : (softmax.finite_max(m, half) * scale + log2f(sum)) * LN_2;
+                const int query = FUSED ? static_cast<int>(query_list[row]) - rows.batch * params.seq_q : rows.q_base + rows.first_query + row;
+                lse_at(params, rows, query) = lse;
             }
         }
     }

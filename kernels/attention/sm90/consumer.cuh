@@ -408,7 +408,7 @@ private:
             inverse[half] = zero[half] ? 0.0f : __fdividef(1.0f, sum);
             if (params.lse != nullptr && lane % 4 == 0 && row < mine.rows) {
                 const float lse = zero[half] ? -INFINITY : sums.log2_sum[half] * LN_2;
-                params.lse[mine.head * params.lse_head_stride + static_cast<int64_t>(mine.batch) * params.seq_q + mine.first_row + row] = lse;
+                params.lse[mine.batch * params.lse_batch_stride + mine.head * params.lse_head_stride + mine.first_row + row] = lse;
             }
         }
         // Four matrices of 8 rows x 8 columns at a time: upper and lower rows of two chunks.

@@ -28,6 +28,7 @@ use super::call::{Call, Task};
 use super::copy::{self, PackedScratch};
 use super::host;
 use super::isa::Processor;
+use super::lse;
 use super::rows::RowElement;
 use super::threads::{Team, Threads};
 use super::tiles::{KEY_TILE, Tiles};
@@ -71,7 +72,7 @@ fn attend_packed(
     query: &VarlenMeta,
     key: &VarlenMeta,
 ) -> Result<()> {
-    let Attention { problem, plan, q, k, v, out, ranges, .. } = attention;
+    let Attention { problem, plan, q, k, v, out, lse, ranges, .. } = attention;
     let ranges = ranges.map(|ranges| ranges.of_packed_rows(query, key, false)).transpose()?;
     let ranges = ranges.as_deref();
     let q = PackedScratch::pack(q, query, threads)?;
@@ -80,10 +81,15 @@ fn attend_packed(
     let mut packed_out = PackedScratch::like(&q)?;
     let rows = Rows::Packed { query: query.cu_seqlens(), key: key.cu_seqlens() };
     let (q, k, v) = (q.input(), k.input(), v.input());
-    let out_of_rows = packed_out.output();
-    let attention = Attention { problem, plan, q, k, v, out: out_of_rows, lse: None, rows, ranges, bias: None };
+    let mut packed_lse = lse.as_ref().map(|_| PackedScratch::lse(query, problem.shape.num_heads)).transpose()?;
+    let (out_of_rows, lse_of_rows) = (packed_out.output(), packed_lse.as_mut().map(PackedScratch::output));
+    let attention = Attention { problem, plan, q, k, v, out: out_of_rows, lse: lse_of_rows, rows, ranges, bias: None };
     attend(attention, processor, threads)?;
-    copy::scatter(packed_out.input(), out, query, threads)
+    copy::scatter(packed_out.input(), out, query, threads)?;
+    if let (Some(packed), Some(padded)) = (packed_lse, lse) {
+        lse::scatter(packed.input(), padded, query)?;
+    }
+    Ok(())
 }
 
 impl<T: RowElement> Call<'_, T> {
@@ -153,6 +159,7 @@ impl<T: RowElement> Call<'_, T> {
                 // problem), and no task has been started.
                 let row = unsafe { self.out.row(&[b, token, h], head_dim) };
                 row.fill(T::zeroed());
+                self.write_lse([b, h, token], f32::NEG_INFINITY);
             }
         };
         team.for_each(batch * seq, ZERO_TOKENS, zero_token);

@@ -26,7 +26,8 @@ pub(super) struct Call<'a, T> {
     pub k: HostInput<'a, T>,
     pub v: HostInput<'a, T>,
     pub out: HostOutput<'a, T>,
-    pub lse: Option<HostOutput<'a, f32>>,
+    /// `[B, H, Sq]`, as the others.
+    lse: Option<HostOutput<'a, f32>>,
     pub bias: Option<Bias<'a, T>>,
     pub queries: Sequences<'a>,
     pub keys: Sequences<'a>,
@@ -105,7 +106,7 @@ impl<'a, T: RowElement> Call<'a, T> {
             k: padded(k)?,
             v: padded(v)?,
             out: HostOutput::new(Output { layout: with_batch(out.layout)?, ..out })?,
-            lse: lse.map(HostOutput::new).transpose()?,
+            lse: lse.map(|lse| HostOutput::new(Output { layout: lse_with_batch(lse.layout)?, ..lse })).transpose()?,
             bias,
             queries,
             keys,
@@ -162,6 +163,19 @@ impl<'a, T: RowElement> Call<'a, T> {
     pub fn shape(&self) -> &AttentionShape {
         &self.problem.shape
     }
+
+    /// Whether the log-sum-exp is asked for.
+    pub fn has_lse(&self) -> bool {
+        self.lse.is_some()
+    }
+
+    /// Writes the log-sum-exp of the row of a batch row, head and token, if it is asked for.
+    pub fn write_lse(&self, position: [usize; 3], value: f32) {
+        let Some(lse) = &self.lse else { return };
+        // SAFETY: elements of the output do not overlap (checked by problem); each is written by
+        // the task that has the row, or before the tasks if the row is masked.
+        unsafe { lse.row(&position, 1) }.fill(value);
+    }
 }
 
 /// A layout of rank 3, packed rows, as one of rank 4 whose batch index does not matter.
@@ -170,6 +184,14 @@ fn with_batch(layout: Layout) -> Result<Layout> {
         (&[total, heads, dim], &[row, head, inner]) => {
             Layout::strided(&[1, total, heads, dim], &[0, row, head, inner], layout.offset())
         }
+        _ => Ok(layout),
+    }
+}
+
+/// A layout of rank 2, of the log-sum-exp of packed rows, as one of rank 3.
+fn lse_with_batch(layout: Layout) -> Result<Layout> {
+    match (layout.shape(), layout.strides()) {
+        (&[heads, total], &[head, row]) => Layout::strided(&[1, heads, total], &[0, head, row], layout.offset()),
         _ => Ok(layout),
     }
 }

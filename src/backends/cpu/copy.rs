@@ -55,6 +55,11 @@ impl PackedScratch {
         Self::zeros(other.layout, other.dtype)
     }
 
+    /// The log-sum-exp of the valid rows, `[H, total_valid]`.
+    pub fn lse(meta: &VarlenMeta, heads: usize) -> Result<Self> {
+        Self::zeros(Layout::contiguous(&[heads, meta.total_valid()])?, DType::F32)
+    }
+
     fn zeros(layout: Layout, dtype: DType) -> Result<Self> {
         let words = host::alloc_words(layout.numel() as u64 * dtype.size() as u64)?;
         Ok(Self { words, layout, dtype })
@@ -147,6 +152,6 @@ fn zero_elements<T: Pod + Send + Sync>(to: Output<'_>, threads: &Threads) -> Res
 }
 
 /// Threads that are worth to wake for `rows` of so many bytes.
-fn worth(rows: usize, bytes: usize) -> usize {
+pub(super) fn worth(rows: usize, bytes: usize) -> usize {
     rows.saturating_mul(bytes) / BYTES_OF_A_THREAD
 }

@@ -7,6 +7,7 @@ mod copy;
 mod half_rows;
 mod host;
 mod isa;
+mod lse;
 mod needed_keys;
 mod operands;
 mod rows;
@@ -138,6 +139,8 @@ impl Backend for CpuDevice {
             }
             Op::Scatter { packed, padded, meta } => copy::scatter(packed, padded, meta, &self.threads),
             Op::Zero(out) => copy::zero(out, &self.threads),
+            Op::NoKeys(lse) => lse::no_keys(lse),
+            Op::Merge(merge) => lse::merge(merge, &self.threads),
             Op::Metadata { .. } => Err(no_device_tables(NAME)),
         }
     }

@@ -334,14 +334,18 @@ impl Tiles {
                 }
             },
         );
-        let Some(lse) = &call.lse else { return };
+        if !call.has_lse() {
+            return;
+        }
+        // Where there is a bias, it and the scale are in the scores already.
+        let scale = if call.bias.is_some() { 1.0 } else { f64::from(call.scale.scores) };
         for (lane, (&max, &sum)) in max.iter().zip(sum.iter()).enumerate().take(task.count) {
             let (token, head) = query.at(lane);
-            // SAFETY: tasks share no queries, and elements of the output do not overlap (checked by
-            // problem).
-            let lse = unsafe { lse.row(&[head, token], 1) };
-            // In f64, so that the sum is rounded once. Without a key it is −∞ + ln 0 = −∞.
-            lse.fill((f64::from(max) * f64::from(call.scale.scores) + f64::from(sum).ln()) as f32);
+            if call.query_mask.is_none_or(|mask| mask.keeps(task.batch, token)) {
+                // In f64, so that the sum is rounded once. Without a key it is −∞ + ln 0 = −∞.
+                let lse = (f64::from(max) * scale + f64::from(sum).ln()) as f32;
+                call.write_lse([task.batch, head, token], lse);
+            }
         }
     }
 

@@ -28,7 +28,7 @@ use super::driver::timer::Timers;
 use super::kernels::module::{AttentionImages, KERNELS_CUDA, Modules};
 use super::kernels::tiles::tilings;
 use super::launcher::Launcher;
-use super::tensors::{copy, metadata};
+use super::tensors::{copy, lse, metadata};
 use super::trust::{self, TrialDevice};
 
 /// A CUDA device. Launches go to one stream, in the order of the calls, from any thread.
@@ -257,6 +257,8 @@ impl Backend for CudaDevice {
             Op::Pack { pairs, meta } => copy::pack(launcher, &pairs, meta),
             Op::Scatter { packed, padded, meta } => copy::scatter(launcher, &packed, &padded, meta),
             Op::Zero(out) => copy::zero(launcher, &out),
+            Op::NoKeys(lse) => lse::no_keys(launcher, &lse),
+            Op::Merge(merge) => lse::merge(launcher, &merge),
             Op::Metadata { mask, tables } => metadata::build(launcher, &mask, &tables),
         }
     }

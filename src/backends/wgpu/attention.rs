@@ -14,6 +14,7 @@ use super::context::Context;
 use super::copy::{Move, move_placed};
 use super::dispatch::{BINDING_ALIGNMENT, MAX_GROUPS, Window};
 use super::launches::{AttentionLaunch, Launches};
+use super::lse::{PlacedLse, scatter_lse};
 use super::metadata::{cu_seqlens, fused_tiles, longest, mask_bits, packed_rows, packed_tiles, token_lists};
 use super::pace::Pace;
 use super::params::AttentionParams;
@@ -55,9 +56,10 @@ fn shader_for(attention: &Attention<'_>, algorithm: Algorithm) -> Shader {
             bias: attention.bias.as_ref().map(|bias| bias.dtype),
         },
         Rows::Varlen { .. } if attention.plan.path == Path::Fused => AttentionRows::Fused,
-        _ => AttentionRows::Packed { lse: attention.lse.is_some() },
+        _ => AttentionRows::Packed,
     };
-    Shader::Attention(AttentionShader { algorithm, dtype, head_dim, rows, ranges: attention.ranges.is_some() })
+    let (ranges, lse) = (attention.ranges.is_some(), attention.lse.is_some());
+    Shader::Attention(AttentionShader { algorithm, dtype, head_dim, rows, ranges, lse })
 }
 
 fn too_large(argument: &'static str, limit_name: &'static str, limit: u64, got: u64) -> Error {
@@ -154,16 +156,28 @@ impl Call<'_> {
         let bias = bias.map(|bias| Operand::input(context, "bias", bias, FirstDim::BatchOfElements)).transpose()?;
         let (key_bits, key_words) = self.mask_window(key_mask)?;
         let (row_bits, row_words) = self.mask_window(zero_rows)?;
-        let ranges = Ranges::dense(context, self.attention.ranges, self.tile_rows())?;
-        let bound: Vec<_> = operands.all().into_iter().chain(bias).collect();
+        let lse = self.lse()?;
+        // Beside the lse, rows that are zeros are told by their ranges.
+        let kept = zero_rows.filter(|_| lse.is_some());
+        let ranges = match kept {
+            None => Ranges::dense(context, self.attention.ranges, self.tile_rows())?,
+            Some(kept) => Ranges::dense_kept(context, self.attention.ranges, kept, self.tile_rows())?,
+        };
+        let bound: Vec<_> = operands.all().into_iter().chain(bias).chain(lse).collect();
         for range in split_batch(context.max_binding_bytes, shape.batch, &bound, |_| 0)? {
             let mut scratch = Vec::new();
             let tensors = self.place(&operands, &range, launches, &mut scratch)?;
             let params = self.params(&tensors);
             let params = AttentionParams { batch_base: range.start as u32, key_words, row_words, ..params };
             let (bias_window, params) = self.place_bias(bias.as_ref(), &range, params)?;
+            let (lse_window, params) = self.bind_lse(lse.map(|lse| PlacedLse::of(&lse, &range)).transpose()?, params);
             let (ranges_window, params) = ranges.bind(params, 0)?;
-            let windows = [key_bits.clone(), row_bits.clone(), bias_window, ranges_window];
+            let (key_bits, row_bits) = (key_bits.clone(), row_bits.clone());
+            let windows = match (lse, self.attention.ranges) {
+                (None, _) => [key_bits, row_bits, bias_window, ranges_window],
+                (Some(_), None) => [lse_window, key_bits, row_bits, bias_window],
+                (Some(_), Some(_)) => [lse_window, key_bits, bias_window, ranges_window],
+            };
             let groups = [tiles as u32, range.len() as u32];
             let out = tensors.out.clone();
             self.push((tensors, windows.to_vec()), params, groups, ranges.most_keys(shape.seq_k), launches);
@@ -201,13 +215,20 @@ impl Call<'_> {
     fn packed(&self, query: &CuSeqlens, key: &CuSeqlens, launches: &mut Launches<'_>) -> Result<()> {
         let ranges = Ranges::packed(self.context, self.attention.ranges, query, self.tile_rows())?;
         let operands = self.operands(FirstDim::PackedRow(query), FirstDim::PackedRow(key))?;
+        // `[H, total_q]`: bound whole, by its heads.
+        let lse = self.lse()?.map(|lse| PlacedLse::of(&lse, &(0..self.attention.problem.shape.num_heads)));
+        let lse = lse.transpose()?;
+        let (limit, got) = (self.context.max_binding_bytes, lse.as_ref().map_or(0, |lse| lse.window.size));
+        if got > limit {
+            return Err(too_large("lse", "max_storage_buffer_binding_size (bytes)", limit, got));
+        }
         for range in split_batch(self.context.max_binding_bytes, query.batch(), &operands.all(), |_| 0)? {
             let mut scratch = Vec::new();
             let tensors = self.place(&operands, &range, launches, &mut scratch)?;
             let (q_row_base, k_row_base) = (query.rows(range.start).start, key.rows(range.start).start);
             let out = tensors.out.clone();
             let sequences = Sequences { query, key, ranges: &ranges, range, q_row_base, k_row_base };
-            self.push_packed(tensors, &sequences, launches)?;
+            self.push_packed(tensors, &sequences, lse.clone(), launches)?;
             operands.out.finish_output(&sequences.range, &out, launches)?;
             launches.give_back(scratch);
         }
@@ -221,12 +242,14 @@ impl Call<'_> {
         let operands = self.operands(FirstDim::Batch, FirstDim::Batch)?;
         let (query_tokens, key_tokens) = (token_lists(context, query)?, token_lists(context, key)?);
         let tiles = fused_tiles(context, query, self.tile_rows())?;
-        let ranges = Ranges::fused(context, self.attention.ranges, query, key, self.tile_rows())?;
+        let lse = self.lse()?;
+        let ranges = Ranges::fused(context, self.attention.ranges, query, key, (self.tile_rows(), lse.is_some()))?;
+        let bound: Vec<_> = operands.all().into_iter().chain(lse).collect();
         let list_bytes = |range: &Range<usize>| {
             let lists = [query_tokens.bytes(range), key_tokens.bytes(range), tiles.bytes(range)];
             lists.into_iter().map(|bytes| bytes.end - bytes.start + BINDING_ALIGNMENT).max().unwrap_or(0)
         };
-        for range in split_batch(context.max_binding_bytes, shape.batch, &operands.all(), list_bytes)? {
+        for range in split_batch(context.max_binding_bytes, shape.batch, &bound, list_bytes)? {
             let count = tiles.of(&range).len();
             if count == 0 {
                 continue;
@@ -242,16 +265,24 @@ impl Call<'_> {
                 first_tile,
                 end_tile: first_tile + count as u32,
                 grid_width: groups[0],
-                query_tokens_offset: query_skipped / 4,
+                query_tokens_offset: match (lse, self.attention.ranges) {
+                    (Some(_), Some(_)) => ranges.queries_offset(),
+                    _ => query_skipped / 4,
+                },
                 key_tokens_offset: key_skipped / 4,
                 ..self.params(&tensors)
             };
             // The ranges of tiles are bound whole.
             let (ranges_window, params) = ranges.bind(params, tiles.of(&range).start - first_tile)?;
             let keys = ranges.most_keys(longest(key.cu_seqlens(), &range));
-            let windows = vec![tiles_window, query_window, key_window, ranges_window];
+            let (lse_window, params) = self.bind_lse(lse.map(|lse| PlacedLse::of(&lse, &range)).transpose()?, params);
+            let windows = match (lse, self.attention.ranges) {
+                (None, _) => [tiles_window, query_window, key_window, ranges_window],
+                (Some(_), None) => [lse_window, tiles_window, query_window, key_window],
+                (Some(_), Some(_)) => [lse_window, tiles_window, key_window, ranges_window],
+            };
             let out = tensors.out.clone();
-            self.push((tensors, windows), params, groups, keys, launches);
+            self.push((tensors, windows.to_vec()), params, groups, keys, launches);
             operands.out.finish_output(&range, &out, launches)?;
             launches.give_back(scratch);
         }
@@ -265,13 +296,15 @@ impl Call<'_> {
         let ranges = self.attention.ranges.map(|ranges| ranges.of_packed_rows(query, key, false)).transpose()?;
         let ranges = Ranges::packed(context, ranges.as_deref(), query.cu_seqlens(), self.tile_rows())?;
         let operands = self.operands(FirstDim::Batch, FirstDim::Batch)?;
+        let lse = self.lse()?;
+        let bound: Vec<_> = operands.all().into_iter().chain(lse).collect();
         let row = |heads: usize| RowShape::new(heads, shape.head_dim, self.attention.problem.dtype.size());
         let (q_row, kv_row) = (row(shape.num_heads), row(shape.num_kv_heads));
         let bytes = |row: RowShape, meta: &VarlenMeta, range: &Range<usize>| {
             packed_rows(meta.cu_seqlens(), range).len() as u64 * row.bytes()
         };
         let scratch_bytes = |range: &Range<usize>| bytes(q_row, query, range).max(bytes(kv_row, key, range));
-        for range in split_batch(context.max_binding_bytes, shape.batch, &operands.all(), scratch_bytes)? {
+        for range in split_batch(context.max_binding_bytes, shape.batch, &bound, scratch_bytes)? {
             let mut scratch = Vec::new();
             let mut pack = |operand: &Operand<'_>, row: RowShape, meta: &VarlenMeta| -> Result<Placed> {
                 let src = operand.place_input(context, &range, launches, &mut scratch)?;
@@ -294,16 +327,35 @@ impl Call<'_> {
                 q_row_base: packed_rows(query.cu_seqlens(), &range).start,
                 k_row_base: packed_rows(key.cu_seqlens(), &range).start,
             };
-            self.push_packed(Tensors { q, k, v, out: out.clone() }, &sequences, launches)?;
-            let padded = operands.out.place_output(&range, launches, &mut scratch)?;
-            move_placed(context, Move::Scatter, (&out, &padded), q_row, (query, &range), launches)?;
-            operands.out.finish_output(&range, &padded, launches)?;
+            let packed_lse = match lse {
+                None => None,
+                Some(_) => {
+                    let rows = packed_rows(query.cu_seqlens(), &range);
+                    let buffer = launches.take_scratch(4 * (shape.num_heads * rows.len()) as u64)?;
+                    scratch.push(buffer.clone());
+                    Some(PlacedLse::of_packed_rows(&buffer, rows))
+                }
+            };
+            self.push_packed(Tensors { q, k, v, out: out.clone() }, &sequences, packed_lse.clone(), launches)?;
+            let padded_out = operands.out.place_output(&range, launches, &mut scratch)?;
+            move_placed(context, Move::Scatter, (&out, &padded_out), q_row, (query, &range), launches)?;
+            operands.out.finish_output(&range, &padded_out, launches)?;
+            if let (Some(packed), Some(padded)) = (packed_lse, lse) {
+                let padded = PlacedLse::of(&padded, &range)?;
+                scatter_lse(context, (packed, padded), shape.num_heads, (query, &range), launches)?;
+            }
             launches.give_back(scratch);
         }
         Ok(())
     }
 
-    fn push_packed(&self, tensors: Tensors, sequences: &Sequences<'_>, launches: &mut Launches<'_>) -> Result<()> {
+    fn push_packed(
+        &self,
+        tensors: Tensors,
+        sequences: &Sequences<'_>,
+        lse: Option<PlacedLse>,
+        launches: &mut Launches<'_>,
+    ) -> Result<()> {
         let tiles = packed_tiles(self.context, sequences.query, self.tile_rows())?;
         let of_range = tiles.of(&sequences.range);
         if of_range.is_empty() {
@@ -318,7 +370,7 @@ impl Call<'_> {
             k_row_base: sequences.k_row_base as u32,
             ..self.params(&tensors)
         };
-        let (lse_window, params) = self.place_lse(params)?;
+        let (lse_window, params) = self.bind_lse(lse, params);
         let (ranges_window, params) = sequences.ranges.bind(params, 0)?;
         let key_rows = Window::whole(&cu_seqlens(self.context, sequences.key)?.0);
         let windows = vec![lse_window, Window::whole(&tiles.buffer), key_rows, ranges_window];
@@ -327,17 +379,19 @@ impl Call<'_> {
         Ok(())
     }
 
-    /// The binding of the lse, if it is written, and the parameters with its place.
-    fn place_lse(&self, params: AttentionParams) -> Result<(Window, AttentionParams)> {
-        let Some(lse) = &self.attention.lse else { return Ok((self.context.unused_write(), params)) };
-        let lse = Operand::output(self.context, "lse", lse, FirstDim::Batch)?;
-        let (window, lse_offset) = lse.place_elements(&(0..self.attention.problem.shape.num_heads))?;
-        let limit = self.context.max_binding_bytes;
-        if window.size > limit {
-            return Err(too_large("lse", "max_storage_buffer_binding_size (bytes)", limit, window.size));
-        }
-        let [lse_stride_h, lse_stride_s] = [0, 1].map(|dim| lse.layout.strides()[dim] as u32);
-        Ok((window, AttentionParams { lse_offset, lse_stride_h, lse_stride_s, ..params }))
+    /// The log-sum-exp, if it is written.
+    fn lse(&self) -> Result<Option<Operand<'_>>> {
+        let lse = self.attention.lse.as_ref();
+        lse.map(|lse| Operand::output(self.context, "lse", lse, FirstDim::Batch)).transpose()
+    }
+
+    /// The binding of the log-sum-exp, if it is written, and the parameters with its place.
+    fn bind_lse(&self, lse: Option<PlacedLse>, params: AttentionParams) -> (Window, AttentionParams) {
+        let Some(PlacedLse { window, offset, stride_b, stride_h, stride_s }) = lse else {
+            return (self.context.unused_write(), params);
+        };
+        let (lse_offset, lse_stride_b, lse_stride_h, lse_stride_s) = (offset, stride_b, stride_h, stride_s);
+        (window, AttentionParams { lse_offset, lse_stride_b, lse_stride_h, lse_stride_s, ..params })
     }
 
     /// Adds a launch on tensors and, after them, other windows, in which a tile meets `keys` keys

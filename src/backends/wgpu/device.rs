@@ -28,7 +28,7 @@ use super::shader::Algorithm;
 use super::timer::Timer;
 use super::transfer::COPY_ALIGNMENT;
 use super::trust::{Defendant, VERDICTS};
-use super::{adapter, attention, copy, external, metadata, transfer, wait};
+use super::{adapter, attention, copy, external, lse, metadata, transfer, wait};
 
 /// A wgpu device with its queue, and what was compiled and allocated on it.
 #[derive(Debug)]
@@ -194,6 +194,8 @@ impl WgpuDevice {
                 copy::move_rows(context, Move::Scatter, &packed, &padded, meta, &mut launches)?;
             }
             Op::Zero(out) => copy::zero(context, &out, &mut launches)?,
+            Op::NoKeys(lse) => lse::no_keys(context, &lse, &mut launches)?,
+            Op::Merge(merge) => lse::merge(context, &merge, &mut launches)?,
             Op::Metadata { .. } => return Err(no_device_tables(&context.name)),
         }
         Ok(launches)

@@ -154,7 +154,7 @@ pub(super) fn longest(cu_seqlens: &CuSeqlens, sequences: &Range<usize>) -> usize
 // All numbers below fit a u32: KeyMask bounds batch · seq by i32::MAX, CuSeqlens rows and
 // sequences.
 
-fn list_tokens(meta: &VarlenMeta) -> Result<Vec<u32>> {
+pub(super) fn list_tokens(meta: &VarlenMeta) -> Result<Vec<u32>> {
     let mut lists = host_vec::reserve(meta.batch() * (1 + meta.seq()))?;
     for row in 0..meta.batch() {
         lists.push(meta.cu_seqlens().rows(row).len() as u32);

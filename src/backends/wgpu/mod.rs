@@ -14,6 +14,7 @@ mod external;
 mod fault;
 mod launcher;
 mod launches;
+mod lse;
 mod metadata;
 mod pace;
 mod params;

@@ -29,7 +29,7 @@ params! {
         v_offset: u32, v_stride_b: u32, v_stride_s: u32, v_stride_h: u32,
         out_offset: u32, out_stride_b: u32, out_stride_s: u32, out_stride_h: u32,
         bias_offset: u32, bias_stride_b: u32, bias_stride_h: u32, bias_stride_q: u32, bias_stride_k: u32,
-        lse_offset: u32, lse_stride_h: u32, lse_stride_s: u32,
+        lse_offset: u32, lse_stride_b: u32, lse_stride_h: u32, lse_stride_s: u32,
         seq_q: u32, seq_k: u32,
         /// Query heads of one key/value head.
         group_size: u32,
@@ -43,7 +43,8 @@ params! {
         first_tile: u32, end_tile: u32, grid_width: u32,
         /// First packed rows of the bindings of q and of k and v.
         q_row_base: u32, k_row_base: u32,
-        /// u32s before the token lists of the first batch row of the launch.
+        /// u32s before the token lists of the first batch row of the launch; ranges before the queries
+        /// that stand behind them.
         query_tokens_offset: u32, key_tokens_offset: u32,
         /// Ranges of keys before those of the next batch row; ranges before those of tiles; tiles before
         /// those of the next batch row.
@@ -64,7 +65,8 @@ impl AttentionParams {
             v_offset: self.v_offset + kv_heads * self.v_stride_h,
             out_offset: self.out_offset + heads * self.out_stride_h,
             bias_offset: self.bias_offset + heads * self.bias_stride_h,
-            lse_offset: self.lse_offset + heads * self.lse_stride_h,
+            // Counts from rows that may lie before the binding: the sum of the kernel lies in it.
+            lse_offset: self.lse_offset.wrapping_add(heads * self.lse_stride_h),
             ..self
         }
     }
@@ -86,5 +88,25 @@ params! {
         batch_base: u32,
         /// First packed row of the packed tensor's binding.
         row_base: u32,
+    }
+}
+
+params! {
+    /// Parameters of the shader that merges attention over parts of the keys. Offsets and strides of
+    /// outputs are in words of 16 bytes, those of log-sum-exps in elements.
+    MergeParams {
+        out1_offset: u32, out1_stride_b: u32, out1_stride_s: u32, out1_stride_h: u32,
+        out2_offset: u32, out2_stride_b: u32, out2_stride_s: u32, out2_stride_h: u32,
+        out_offset: u32, out_stride_b: u32, out_stride_s: u32, out_stride_h: u32,
+        lse1_offset: u32, lse1_stride_b: u32, lse1_stride_h: u32, lse1_stride_s: u32,
+        lse2_offset: u32, lse2_stride_b: u32, lse2_stride_h: u32, lse2_stride_s: u32,
+        lse_offset: u32, lse_stride_b: u32, lse_stride_h: u32, lse_stride_s: u32,
+        /// Tokens of the launch, and of a batch row.
+        rows: u32, seq: u32,
+        heads: u32,
+        /// Words of one head of one row.
+        head_words: u32,
+        /// 1 if the log-sum-exp is written.
+        has_lse: u32,
     }
 }

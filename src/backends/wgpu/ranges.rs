@@ -8,15 +8,17 @@
 
 use std::sync::Arc;
 
+use crate::cache::DeviceCopies;
 use crate::error::{Error, Result};
 use crate::fifo_cache::FifoCache;
 use crate::host_vec::reserve;
+use crate::mask::key_mask::KeyMask;
 use crate::mask::key_ranges::KeyRanges;
 use crate::mask::meta::{CuSeqlens, VarlenMeta};
 
 use super::context::Context;
 use super::dispatch::Window;
-use super::metadata::{rows_of_fused_tiles, rows_of_packed_tiles};
+use super::metadata::{list_tokens, rows_of_fused_tiles, rows_of_packed_tiles};
 use super::params::AttentionParams;
 use super::transfer::uploaded;
 
@@ -35,36 +37,57 @@ struct RangesCopy {
     unions_offset: u32,
     /// Tiles before those of the next batch row.
     unions_stride: u32,
+    /// Ranges before the queries, where they stand behind them.
+    queries_offset: u32,
     /// Keys from the first to the last that some query of a tile sees, of the tile with the most.
     most_keys: usize,
 }
 
-/// Which list of tiles: ids of the metadata of the fused path, and the rows of a tile.
-type Key = (Option<[u64; 2]>, usize);
+/// Which list of tiles: ids of the metadata of the fused path, or of the ranges where they are kept
+/// with a mask; the rows of a tile; whether the queries stand behind the ranges.
+type Key = (Option<[u64; 2]>, usize, bool);
 
 impl<'a> Ranges<'a> {
     /// Of every row of padded tensors.
     pub fn dense(context: &'a Context, ranges: Option<&KeyRanges>, tile_rows: usize) -> Result<Self> {
-        Self::new(context, ranges, (None, tile_rows), |ranges| {
+        let copies = ranges.map(KeyRanges::copies);
+        Self::new(context, ranges.zip(copies), (None, tile_rows, false), |ranges| {
             let rows = ranges.distinct_rows();
-            let tiles = (0..rows).flat_map(|b| ranges.row(b).chunks(tile_rows)).map(of_tile);
-            let seq_q = if rows == 0 { 0 } else { ranges.row(0).len() };
-            let lists = Lists::new((0..rows).flat_map(|b| ranges.row(b)).copied(), rows * seq_q, tiles)?;
-            let strides = if rows > 1 { [seq_q, seq_q.div_ceil(tile_rows)] } else { [0, 0] };
-            Ok((lists, strides))
+            of_padded((0..rows).map(|b| ranges.row(b)), rows, tile_rows)
+        })
+    }
+
+    /// The same, with empty ranges for the rows that a mask drops.
+    pub fn dense_kept(
+        context: &'a Context,
+        ranges: Option<&KeyRanges>,
+        kept: &KeyMask,
+        tile_rows: usize,
+    ) -> Result<Self> {
+        let with_copies = ranges.map(|ranges| (ranges, kept.copies()));
+        let key = (ranges.map(|ranges| [ranges.id(); 2]), tile_rows, false);
+        Self::new(context, with_copies, key, |ranges| {
+            let (batch, seq) = (kept.batch(), kept.seq());
+            let mut hidden = reserve(batch * seq)?;
+            for b in 0..batch {
+                let seen = |(s, &range): (usize, &[u32; 2])| if kept.keeps(b, s) { range } else { [0, 0] };
+                hidden.extend(ranges.row(b).iter().enumerate().map(seen));
+            }
+            of_padded(hidden.chunks(seq.max(1)), batch, tile_rows)
         })
     }
 
     /// Of the kept queries of padded tensors in the order of their lists; keys are numbered in the
-    /// order of theirs.
+    /// order of theirs. With `lists_queries` the lists of all queries stand behind.
     pub fn fused(
         context: &'a Context,
         ranges: Option<&KeyRanges>,
         query: &VarlenMeta,
         key: &VarlenMeta,
-        tile_rows: usize,
+        (tile_rows, lists_queries): (usize, bool),
     ) -> Result<Self> {
-        Self::new(context, ranges, (Some([query.id(), key.id()]), tile_rows), |ranges| {
+        let with_copies = ranges.map(|ranges| (ranges, ranges.copies()));
+        Self::new(context, with_copies, (Some([query.id(), key.id()]), tile_rows, lists_queries), |ranges| {
             let numbered = ranges.of_packed_rows(query, key, false)?;
             let of_row = |b: usize| {
                 let kept = numbered.row(b);
@@ -72,7 +95,11 @@ impl<'a> Ranges<'a> {
             };
             let tiles = rows_of_fused_tiles(query, tile_rows).map(|rows| of_tile(&numbered.packed_rows()[rows]));
             let count = query.batch() * query.seq();
-            Ok((Lists::new((0..query.batch()).flat_map(of_row), count, tiles)?, [query.seq(), 0]))
+            let mut lists = Lists::new((0..query.batch()).flat_map(of_row), count, tiles)?;
+            if lists_queries {
+                lists.add_queries(&list_tokens(query)?, query.seq())?;
+            }
+            Ok((lists, [query.seq(), 0]))
         })
     }
 
@@ -83,7 +110,8 @@ impl<'a> Ranges<'a> {
         query: &CuSeqlens,
         tile_rows: usize,
     ) -> Result<Self> {
-        Self::new(context, ranges, (None, tile_rows), |ranges| {
+        let copies = ranges.map(KeyRanges::copies);
+        Self::new(context, ranges.zip(copies), (None, tile_rows, false), |ranges| {
             let rows = ranges.packed_rows();
             let tiles = rows_of_packed_tiles(query, tile_rows).map(|tile| of_tile(&rows[tile]));
             Ok((Lists::new(rows.iter().copied(), rows.len(), tiles)?, [0, 0]))
@@ -92,21 +120,22 @@ impl<'a> Ranges<'a> {
 
     fn new(
         context: &'a Context,
-        ranges: Option<&KeyRanges>,
+        ranges: Option<(&KeyRanges, &DeviceCopies)>,
         key: Key,
         make: impl FnOnce(&KeyRanges) -> Result<(Lists, [usize; 2])>,
     ) -> Result<Self> {
-        let Some(ranges) = ranges else { return Ok(Self { context, copy: None }) };
+        let Some((ranges, copies)) = ranges else { return Ok(Self { context, copy: None }) };
         // One value of each type is kept, so all lists are in one.
-        let copies = ranges.copies().get_or_make(context.id, || Ok(FifoCache::<Key, RangesCopy>::default()))?;
+        let copies = copies.get_or_make(context.id, || Ok(FifoCache::<Key, RangesCopy>::default()))?;
         let copy = copies.get_or_make(key, false, || {
             // All numbers fit a u32: ranges are of at most i32::MAX queries.
-            let (Lists { both, unions_offset }, strides) = make(ranges)?;
+            let (Lists { all, unions_offset, queries_offset }, strides) = make(ranges)?;
             let of_tile = |some_and_all: &[[u32; 2]]| (some_and_all[0][1] - some_and_all[0][0]) as usize;
-            let most_keys = both[unions_offset..].chunks_exact(2).map(of_tile).max().unwrap_or(0);
+            let most_keys = all[unions_offset..queries_offset].chunks_exact(2).map(of_tile).max().unwrap_or(0);
             let [row_stride, unions_stride] = strides.map(|stride| stride as u32);
-            let buffer = uploaded(context, "ranges", bytemuck::cast_slice(&both))?;
-            Ok(RangesCopy { buffer, row_stride, unions_offset: unions_offset as u32, unions_stride, most_keys })
+            let buffer = uploaded(context, "ranges", bytemuck::cast_slice(&all))?;
+            let [unions_offset, queries_offset] = [unions_offset, queries_offset].map(|offset| offset as u32);
+            Ok(RangesCopy { buffer, row_stride, unions_offset, unions_stride, queries_offset, most_keys })
         })?;
         let (limit, got) = (context.max_binding_bytes, copy.buffer.size());
         if got > limit {
@@ -119,6 +148,11 @@ impl<'a> Ranges<'a> {
     /// Keys that a tile meets at most, of `keys`.
     pub fn most_keys(&self, keys: usize) -> usize {
         self.copy.as_ref().map_or(keys, |copy| copy.most_keys.min(keys))
+    }
+
+    /// Ranges before the queries that stand behind them.
+    pub fn queries_offset(&self) -> u32 {
+        self.copy.as_ref().map_or(0, |copy| copy.queries_offset)
     }
 
     /// The binding, and the parameters with its places; the launch's first tile is number
@@ -134,10 +168,11 @@ impl<'a> Ranges<'a> {
     }
 }
 
-/// Ranges, and those of tiles behind them.
+/// Ranges, those of tiles behind them, and perhaps queries behind those.
 struct Lists {
-    both: Vec<[u32; 2]>,
+    all: Vec<[u32; 2]>,
     unions_offset: usize,
+    queries_offset: usize,
 }
 
 impl Lists {
@@ -147,14 +182,38 @@ impl Lists {
         tiles: impl Iterator<Item = [[u32; 2]; 2]>,
     ) -> Result<Self> {
         // A tile has a row at least.
-        let mut both = reserve(3 * count + 1)?;
-        both.extend(ranges);
-        let unions_offset = both.len();
-        both.extend(tiles.flatten());
+        let mut all = reserve(3 * count + 1)?;
+        all.extend(ranges);
+        let unions_offset = all.len();
+        all.extend(tiles.flatten());
+        let queries_offset = all.len();
         // A binding is never empty.
-        both.push([0, 0]);
-        Ok(Self { both, unions_offset })
+        all.push([0, 0]);
+        Ok(Self { all, unions_offset, queries_offset })
     }
+
+    /// Puts the queries of token lists, `[B, 1 + S]`, behind the others, each in the place of a range.
+    fn add_queries(&mut self, lists: &[u32], seq: usize) -> Result<()> {
+        let mut all = reserve(self.queries_offset + lists.len())?;
+        all.extend_from_slice(&self.all[..self.queries_offset]);
+        all.extend(lists.chunks_exact(1 + seq).flat_map(|list| &list[1..]).map(|&token| [token, 0]));
+        self.all = all;
+        Ok(())
+    }
+}
+
+/// The lists of all rows of padded tensors, and the strides of rows and of tiles between batch rows:
+/// 0 if there is one row for all.
+fn of_padded<'r>(
+    rows: impl Iterator<Item = &'r [[u32; 2]]> + Clone,
+    count: usize,
+    tile_rows: usize,
+) -> Result<(Lists, [usize; 2])> {
+    let tiles = rows.clone().flat_map(|row| row.chunks(tile_rows)).map(of_tile);
+    let seq_q = rows.clone().next().map_or(0, <[_]>::len);
+    let lists = Lists::new(rows.flatten().copied(), count * seq_q, tiles)?;
+    let strides = if count > 1 { [seq_q, seq_q.div_ceil(tile_rows)] } else { [0, 0] };
+    Ok((lists, strides))
 }
 
 /// What some query of a tile sees, and what all see; empty ranges for none.

@@ -27,6 +27,16 @@ impl<'a> From<&'a mut wgpu::ComputePass<'_>> for Recorder<'a> {
     }
 }
 
+impl Recorder<'_> {
+    /// The same encoder or pass, for a call of several operations.
+    pub(crate) fn reborrow(&mut self) -> Recorder<'_> {
+        Recorder(match &mut self.0 {
+            Target::Encoder(encoder) => Target::Encoder(encoder),
+            Target::Pass(pass) => Target::Pass(&mut **pass),
+        })
+    }
+}
+
 impl fmt::Debug for Recorder<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self.0 {

@@ -3,9 +3,11 @@
 use anyhow::{Context, Result, ensure};
 use varlen_fa::wgpu;
 use varlen_fa::{
-    AttentionMask, DType, Device, DeviceMemory, Error, KeyMask, MaskedAttention, Path, TensorView, VarlenMeta,
-    encode_pack, encode_scatter, pack, scatter_to_padded,
+    AttentionMask, AttentionOutputs, DType, Device, DeviceMemory, Error, KeyMask, MaskedAttention, Path, Tensor,
+    TensorView, VarlenMeta, encode_merge_attention, encode_pack, encode_scatter, merge_attention, pack,
+    scatter_to_padded,
 };
+use varlen_fa_testkit::random;
 
 use super::super::memory::{download, narrow, sentinel, upload};
 use super::super::trials::Trials;
@@ -18,6 +20,7 @@ pub fn register(trials: &mut Trials) {
     trials.once("external_wgpu/submitted_after_everything_was_dropped", submitted_after_everything_was_dropped);
     trials.once("external_wgpu/many_ranges_in_one_call", many_ranges_in_one_call);
     trials.once("external_wgpu/pack_and_scatter", pack_and_scatter);
+    trials.once("external_wgpu/lse_and_merge", lse_and_merge);
     trials.once("external_wgpu/nothing_runs_before_the_submission", nothing_runs_before_the_submission);
     trials.once("external_wgpu/an_encoder_of_another_device", an_encoder_of_another_device);
     trials.once("external_wgpu/an_encoder_with_an_open_pass", an_encoder_with_an_open_pass);
@@ -57,6 +60,43 @@ fn encoded_calls_give_the_same_bits(own: &Device, dtype: DType) -> Result<()> {
                 ensure!(tensors.output(&application)? == expected, "{place}: other bits");
             }
         }
+    }
+    application.expect_quiet()
+}
+
+/// Recorded calls write the log-sum-exp that launched ones give, and so does a recorded merge of them.
+fn lse_and_merge(own: &Device) -> Result<()> {
+    let application = Application::new(own)?;
+    let device = application.attach()?;
+    let layer = MaskedAttention::new(&device).with_lse();
+    let bits: Vec<u32> = random::normal(91, 2 * 40 * 3 * 32).into_iter().map(f32::to_bits).collect();
+    let x = upload(&device, DType::F32, &bits, &[2, 40, 3, 32])?;
+    let meta = |lengths: [usize; 2]| VarlenMeta::from_key_mask(&KeyMask::from_lengths(40, &lengths)?);
+    let all = meta([40, 40])?;
+    // The last has no key at all: nothing is computed.
+    for lengths in [[40, 0], [17, 33], [0, 0]] {
+        let keys = meta(lengths)?;
+        let mask = AttentionMask::varlen_cross(&all, &keys);
+        let launched = layer.forward(&x, &x, &x, mask)?;
+        let lse = launched.lse.context("lse was asked for")?;
+        let expected = merge_attention(&device, &launched.out, &lse, &launched.out, &lse)?;
+        let mut outs = [Tensor::zeros(&device, DType::F32, x.shape())?, Tensor::zeros(&device, DType::F32, x.shape())?];
+        let mut lses =
+            [Tensor::zeros(&device, DType::F32, &[2, 3, 40])?, Tensor::zeros(&device, DType::F32, &[2, 3, 40])?];
+        let mut encoder = application.encoder();
+        let outputs = AttentionOutputs::new(&mut outs[0]).with_lse(&mut lses[0]);
+        layer.encode_into(&mut encoder, &x, &x, &x, mask, outputs)?;
+        {
+            let ([out, merged_out], [lse, merged_lse]) = (&mut outs, &mut lses);
+            let outputs = AttentionOutputs::new(merged_out).with_lse(merged_lse);
+            let mut pass = encoder.begin_compute_pass(&Default::default());
+            encode_merge_attention(&device, &mut pass, &*out, &*lse, &*out, &*lse, outputs)?;
+        }
+        application.queue.submit([encoder.finish()]);
+        ensure!(download(&outs[0])? == download(&launched.out)?, "{}: the output differs", launched.plan);
+        ensure!(download(&lses[0])? == download(&lse)?, "{}: the lse differs", launched.plan);
+        ensure!(download(&outs[1])? == download(&expected.out)?, "{}: the merged output differs", launched.plan);
+        ensure!(download(&lses[1])? == download(&expected.lse)?, "{}: the merged lse differs", launched.plan);
     }
     application.expect_quiet()
 }

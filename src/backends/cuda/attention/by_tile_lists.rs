@@ -101,7 +101,6 @@ pub fn fused(
 /// Packed rows.
 pub fn packed(launcher: &Launcher, attention: &Attention<'_>, tensors: &Tensors, rows: &PackedRows<'_>) -> Result<()> {
     let call = Call::new(launcher, attention, tensors)?;
-    let (lse, lse_head_stride) = rows.lse.unwrap_or_default();
     let mut params = TileListParams {
         form: TileListForm::Packed as i32,
         // Fits: batches are counted in an i32.
@@ -109,8 +108,6 @@ pub fn packed(launcher: &Launcher, attention: &Attention<'_>, tensors: &Tensors,
         cu_seqlens_q: rows.cu_seqlens_q.unwrap_or_default(),
         cu_seqlens_k: rows.cu_seqlens_k.unwrap_or_default(),
         order: rows.batch_order.unwrap_or_default(),
-        lse,
-        lse_head_stride,
         ..call.params()
     };
     let mut zero_items = 0;
@@ -159,9 +156,13 @@ impl<'a> Call<'a> {
     /// The parameters that every form has.
     fn params(&self) -> TileListParams {
         let shape = self.attention.problem.shape;
+        let lse = self.tensors.lse.unwrap_or_default();
         TileListParams {
             out: self.tensors.out.address,
             out_strides: self.tensors.out.strides,
+            lse: lse.address,
+            lse_batch_stride: lse.batch_stride,
+            lse_head_stride: lse.head_stride,
             // All fit: checked by problem.
             heads: shape.num_heads as i32,
             group_size: shape.group_size() as i32,

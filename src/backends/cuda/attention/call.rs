@@ -1,6 +1,7 @@
 //! What the launches of every attention kernel share: placed tensors, packed rows, the scale.
 
 use crate::backends::cuda::tensors::key_ranges::PlacedRanges;
+use crate::backends::cuda::tensors::lse::PlacedLse;
 use crate::backends::cuda::tensors::metadata::Tables;
 use crate::backends::cuda::tensors::placement::Placed;
 use crate::call::problem::AttentionProblem;
@@ -13,6 +14,8 @@ pub struct Tensors {
     pub k: Placed,
     pub v: Placed,
     pub out: Placed,
+    /// Where the log-sum-exp goes, if it is wanted.
+    pub lse: Option<PlacedLse>,
 }
 
 /// Where packed rows lie. A side without `cu_seqlens` is padded, with a batch row for each
@@ -32,8 +35,6 @@ pub struct PackedRows<'a> {
     pub max_queries: usize,
     /// Lengths of the sequences, queries and keys, where the host knows them.
     pub lengths: Option<[&'a CuSeqlens; 2]>,
-    /// Address of `[H, total_q]` f32, and elements from head to head.
-    pub lse: Option<(u64, i64)>,
     /// Which keys each query sees; only for kernels that take ranges.
     pub ranges: Option<PlacedRanges>,
     /// The queries' tables if the output is padded: the kernel scatters its rows and writes zeros

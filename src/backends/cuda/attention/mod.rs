@@ -22,6 +22,7 @@ mod tile_lists;
 use crate::backends::cuda::driver::memory::CudaBuffer;
 use crate::backends::cuda::launcher::Launcher;
 use crate::backends::cuda::tensors::key_ranges::PlacedRanges;
+use crate::backends::cuda::tensors::lse::PlacedLse;
 use crate::backends::cuda::tensors::metadata::{self, Tables};
 use crate::backends::cuda::tensors::placement::{Operand, place_input, place_input_for_maps};
 use crate::backends::rows::with_filled_heads;
@@ -63,12 +64,13 @@ fn by_tile_lists(attention: &Attention<'_>) -> bool {
 
 /// Finds the tensors; inputs that the kernel cannot read where they lie are copied to scratch.
 fn place(launcher: &Launcher, attention: &Attention<'_>, scratch: &mut Vec<CudaBuffer>) -> Result<Tensors> {
-    // The output first: one that is refused is refused before anything is launched.
+    // The outputs first: one that is refused is refused before anything is launched.
     let out = Operand::output(launcher, "out", &attention.out)?.place_output(launcher, scratch)?;
+    let lse = attention.lse.as_ref().map(|lse| PlacedLse::of(&Operand::output(launcher, "lse", lse)?)).transpose()?;
     let place_input = if by_tile_lists(attention) { place_input_for_maps } else { place_input };
     let mut place = |name, input| place_input(launcher, &Operand::input(launcher, name, input)?, scratch);
     let (q, k, v) = (place("q", &attention.q)?, place("k", &attention.k)?, place("v", &attention.v)?);
-    Ok(Tensors { q, k, v, out })
+    Ok(Tensors { q, k, v, out, lse })
 }
 
 /// A call whose tensors the application has packed.
@@ -81,7 +83,7 @@ fn packed_call(
 ) -> Result<()> {
     let query_rows = metadata::cu_seqlens(launcher, query)?;
     let key_rows = metadata::cu_seqlens(launcher, key)?;
-    let mut rows = PackedRows {
+    let rows = PackedRows {
         cu_seqlens_q: Some(query_rows.address()),
         cu_seqlens_k: Some(key_rows.address()),
         batch_order: Some(key_rows.order()),
@@ -90,16 +92,9 @@ fn packed_call(
         keys: key.total(),
         max_queries: query.max_seqlen(),
         lengths: Some([query, key]),
-        lse: None,
         ranges: attention.ranges.map(|ranges| PlacedRanges::packed(launcher, ranges)).transpose()?,
         scatters: None,
     };
-    if let Some(lse) = &attention.lse {
-        let lse = Operand::output(launcher, "lse", lse)?;
-        // Its last dimension, tokens, is contiguous: checked by problem, as for every output.
-        let head_stride = lse.layout.strides().first().map_or(0, |&stride| stride as i64);
-        rows.lse = Some((lse.address(), head_stride));
-    }
     packed(launcher, attention, tensors, &rows)
 }
 

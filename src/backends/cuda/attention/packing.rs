@@ -6,6 +6,7 @@ use crate::backends::cuda::kernels::params::RowTensor;
 use crate::backends::cuda::launcher::Launcher;
 use crate::backends::cuda::tensors::copy::{launch_pack, launch_scatter, row_tensor};
 use crate::backends::cuda::tensors::key_ranges::PlacedRanges;
+use crate::backends::cuda::tensors::lse::{PlacedLse, scatter_lse};
 use crate::backends::cuda::tensors::metadata::Tables;
 use crate::backends::cuda::tensors::placement::Placed;
 use crate::backends::rows::RowShape;
@@ -56,6 +57,18 @@ impl Side {
         Placed::packed(address, self.row.heads, self.head_dim, self.dtype)
     }
 
+    /// The same of the log-sum-exp, `[H, n]` f32.
+    fn lse_bytes(&self) -> u64 {
+        (4 * (self.tables.packed_rows * self.row.heads) as u64).next_multiple_of(PART_ALIGNMENT)
+    }
+
+    fn take_lse(&self, free: &mut u64) -> PlacedLse {
+        let address = *free;
+        *free += self.lse_bytes();
+        // Fits: rows are counted in an i32.
+        PlacedLse { address, batch_stride: 0, head_stride: self.tables.packed_rows as i64 }
+    }
+
     fn pair(&self, padded: &Placed, packed: &Placed) -> RowTensor {
         row_tensor(self.row, padded, packed)
     }
@@ -68,7 +81,7 @@ pub struct Packing {
     keys: Side,
     /// The kernel writes to the padded output itself.
     kernel_scatters: bool,
-    padded_out: Placed,
+    padded: Tensors,
     tensors: Tensors,
     /// Lives until the last launch, which keeps its memory.
     _scratch: CudaBuffer,
@@ -87,18 +100,20 @@ impl Packing {
         let keys = Side::new(attention, key, shape.num_kv_heads);
         let kernel_scatters = attention.plan.kernel.traits().scatters;
         let query_tensors = if kernel_scatters { 1 } else { 2 };
-        let scratch = launcher.scratch(query_tensors * queries.packed_bytes() + 2 * keys.packed_bytes())?;
+        let lse_bytes = if padded.lse.is_some() && queries.is_packed { queries.lse_bytes() } else { 0 };
+        let scratch = launcher.scratch(query_tensors * queries.packed_bytes() + 2 * keys.packed_bytes() + lse_bytes)?;
         let (mut free, mut tensors) = (scratch.address(), padded);
         if queries.is_packed {
             tensors.q = queries.take(&mut free);
             if !kernel_scatters {
                 tensors.out = queries.take(&mut free);
             }
+            tensors.lse = padded.lse.map(|_| queries.take_lse(&mut free));
         }
         if keys.is_packed {
             (tensors.k, tensors.v) = (keys.take(&mut free), keys.take(&mut free));
         }
-        let packing = Self { queries, keys, kernel_scatters, padded_out: padded.out, tensors, _scratch: scratch };
+        let packing = Self { queries, keys, kernel_scatters, padded, tensors, _scratch: scratch };
         packing.pack(launcher, &padded)?;
         Ok(packing)
     }
@@ -142,7 +157,6 @@ impl Packing {
             keys: key.packed_rows,
             max_queries: query.max_seqlen,
             lengths,
-            lse: None,
             ranges: match queries.is_packed {
                 true => ranges,
                 false => ranges.map(|ranges| ranges.with_padded_queries(query.seq)),
@@ -151,12 +165,19 @@ impl Packing {
         }
     }
 
-    /// Scatters the packed output to its padded places, unless the kernel has done so.
+    /// Scatters the packed output to its padded places, unless the kernel has done so, and the
+    /// log-sum-exp.
     pub fn scatter(&self, launcher: &Launcher) -> Result<()> {
-        if !self.queries.is_packed || self.kernel_scatters {
+        let Self { queries, padded, tensors, .. } = self;
+        if !queries.is_packed {
             return Ok(());
         }
-        let out = self.queries.pair(&self.padded_out, &self.tensors.out);
-        launch_scatter(launcher, &out, &self.queries.tables)
+        if !self.kernel_scatters {
+            launch_scatter(launcher, &queries.pair(&padded.out, &tensors.out), &queries.tables)?;
+        }
+        match (&tensors.lse, &padded.lse) {
+            (Some(packed), Some(padded)) => scatter_lse(launcher, [packed, padded], queries.row.heads, &queries.tables),
+            _ => Ok(()),
+        }
     }
 }

@@ -176,13 +176,10 @@ fn by_lists(
 
 /// Packed rows.
 pub fn packed(launcher: &Launcher, attention: &Attention<'_>, tensors: &Tensors, rows: &PackedRows<'_>) -> Result<()> {
-    let (lse, lse_head_stride) = rows.lse.unwrap_or_default();
     let params = AttentionParams {
         cu_seqlens_q: rows.cu_seqlens_q.unwrap_or_default(),
         cu_seqlens_k: rows.cu_seqlens_k.unwrap_or_default(),
         batch_order: order_in_one_launch(rows.batch_order.unwrap_or_default(), rows.batch),
-        lse,
-        lse_head_stride,
         ..params(attention, tensors)
     };
     let extent = Extent { batch: rows.batch, max_queries: rows.max_queries };
@@ -249,8 +246,9 @@ fn order_in_one_launch(batch_order: u64, batch: usize) -> u64 {
 }
 
 /// Parameters of a dense call without a mask.
-fn params(attention: &Attention<'_>, Tensors { q, k, v, out }: &Tensors) -> AttentionParams {
+fn params(attention: &Attention<'_>, Tensors { q, k, v, out, lse }: &Tensors) -> AttentionParams {
     let shape = attention.problem.shape;
+    let lse = lse.unwrap_or_default();
     AttentionParams {
         q: q.address,
         k: k.address,
@@ -266,6 +264,9 @@ fn params(attention: &Attention<'_>, Tensors { q, k, v, out }: &Tensors) -> Atte
         group_size: shape.group_size() as i32,
         head_dim: shape.head_dim as i32,
         score_scale: score_scale(attention.problem),
+        lse: lse.address,
+        lse_batch_stride: lse.batch_stride,
+        lse_head_stride: lse.head_stride,
         ..Default::default()
     }
 }

@@ -36,6 +36,7 @@ type Image = &'static Aligned<[u8]>;
 static ATTENTION_SM80: Image = &Aligned(*include_bytes!("../../../../kernels/prebuilt/attention_sm80.fatbin"));
 static ATTENTION_SM90: Image = &Aligned(*include_bytes!("../../../../kernels/prebuilt/attention_sm90.fatbin"));
 static ATTENTION_SM100: Image = &Aligned(*include_bytes!("../../../../kernels/prebuilt/attention_sm100.fatbin"));
+static LSE: Image = &Aligned(*include_bytes!("../../../../kernels/prebuilt/lse.fatbin"));
 static METADATA: Image = &Aligned(*include_bytes!("../../../../kernels/prebuilt/metadata.fatbin"));
 static PACK: Image = &Aligned(*include_bytes!("../../../../kernels/prebuilt/pack.fatbin"));
 
@@ -110,6 +111,10 @@ pub fn set_emulated_sm100(fatbin: &[u8]) -> bool {
 pub enum Entry {
     Pack,
     Scatter,
+    ScatterLse,
+    Merge {
+        dtype: DType,
+    },
     MetadataCount,
     MetadataScan,
     MetadataIndex,
@@ -130,6 +135,7 @@ pub enum Entry {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Home {
     Pack,
+    Lse,
     Metadata,
     Attention(Kernel),
 }
@@ -138,6 +144,7 @@ impl Entry {
     fn home(self) -> Home {
         match self {
             Self::Pack | Self::Scatter => Home::Pack,
+            Self::ScatterLse | Self::Merge { .. } => Home::Lse,
             Self::MetadataCount | Self::MetadataScan | Self::MetadataIndex => Home::Metadata,
             Self::Attention { .. } => Home::Attention(Kernel::CudaSm80),
             Self::AttentionByLists { tile, .. } => Home::Attention(tile.kernel),
@@ -148,6 +155,8 @@ impl Entry {
         match self {
             Self::Pack => "pack_rows".to_owned(),
             Self::Scatter => "scatter_rows".to_owned(),
+            Self::ScatterLse => "scatter_lse".to_owned(),
+            Self::Merge { dtype } => format!("merge_{dtype}"),
             Self::MetadataCount => "metadata_count".to_owned(),
             Self::MetadataScan => "metadata_scan".to_owned(),
             Self::MetadataIndex => "metadata_index".to_owned(),
@@ -172,6 +181,7 @@ impl Entry {
 pub struct Modules {
     /// Those that run there.
     attention: Vec<(Kernel, CUmodule)>,
+    lse: CUmodule,
     metadata: CUmodule,
     pack: CUmodule,
     functions: Mutex<HashMap<Entry, Function>>,
@@ -185,9 +195,10 @@ unsafe impl Sync for Modules {}
 
 impl fmt::Debug for Modules {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { attention, metadata, pack, .. } = self;
+        let Self { attention, lse, metadata, pack, .. } = self;
         let mut modules = f.debug_struct("Modules");
-        modules.field("attention", attention).field("metadata", metadata).field("pack", pack).finish_non_exhaustive()
+        modules.field("attention", attention).field("lse", lse);
+        modules.field("metadata", metadata).field("pack", pack).finish_non_exhaustive()
     }
 }
 
@@ -220,7 +231,7 @@ impl Modules {
             // SAFETY: the image is a whole, aligned fatbin, whose header says how long it is.
             unsafe { module::load_data(image.0.as_ptr().cast::<c_void>()) }
         };
-        let (metadata, pack) = (load(METADATA)?, load(PACK)?);
+        let (lse, metadata, pack) = (load(LSE)?, load(METADATA)?, load(PACK)?);
         let mut attention = vec![];
         for &(kernel, image) in &images.0 {
             match load(image) {
@@ -232,7 +243,7 @@ impl Modules {
                 Err(error) => log::debug!("kernel {kernel} is not loaded: {error}"),
             }
         }
-        Ok(Self { attention, metadata, pack, functions: Mutex::default() })
+        Ok(Self { attention, lse, metadata, pack, functions: Mutex::default() })
     }
 
     /// A function; the context that the modules were loaded into is current.
@@ -253,6 +264,7 @@ impl Modules {
         let (name, shared_bytes) = (entry.name(), entry.shared_bytes());
         let module = match entry.home() {
             Home::Pack => Some(self.pack),
+            Home::Lse => Some(self.lse),
             Home::Metadata => Some(self.metadata),
             // Planned only where it is loaded.
             Home::Attention(kernel) => {
@@ -296,7 +308,7 @@ mod tests {
 
     #[test]
     fn images_are_fatbins_at_aligned_addresses() {
-        for image in [ATTENTION_SM80, ATTENTION_SM90, ATTENTION_SM100, METADATA, PACK] {
+        for image in [ATTENTION_SM80, ATTENTION_SM90, ATTENTION_SM100, LSE, METADATA, PACK] {
             assert_eq!(image.0[..4], 0xba55_ed50_u32.to_le_bytes());
             assert!((image.0.as_ptr() as usize).is_multiple_of(16));
         }
@@ -335,7 +347,8 @@ mod tests {
             })
         });
         let others = [Entry::Pack, Entry::Scatter, Entry::MetadataCount, Entry::MetadataScan, Entry::MetadataIndex];
-        others.into_iter().chain(attention)
+        let lse = [DType::F32, DType::F16, DType::Bf16].map(|dtype| Entry::Merge { dtype });
+        others.into_iter().chain(lse).chain([Entry::ScatterLse]).chain(attention)
     }
 
     #[test]
@@ -344,6 +357,7 @@ mod tests {
         for entry in entries() {
             let fatbin = match entry.home() {
                 Home::Pack => "pack".to_owned(),
+                Home::Lse => "lse".to_owned(),
                 Home::Metadata => "metadata".to_owned(),
                 Home::Attention(kernel) => format!("attention_{kernel}"),
             };

@@ -164,7 +164,7 @@ constants! {
     WARPGROUP_THREADS: u32 = 128;
     /// Stages of keys and values in shared memory, sm80 and sm90.
     STAGES: u32 = 2;
-    /// Threads of a block of `pack_rows` and `scatter_rows`.
+    /// Threads of a block of `pack_rows`, `scatter_rows`, `scatter_lse` and `merge_*`.
     ROW_COPY_THREADS: u32 = 256;
     /// The most tensors that one launch of `pack_rows` packs.
     MAX_PACK_TENSORS: usize = 3;
@@ -194,7 +194,8 @@ shared_struct! {
         k: *const c_void,
         v: *const c_void,
         out: *mut c_void,
-        /// `[H, total_q]` f32, natural logarithm; null where it is not wanted.
+        /// `[B, H, Sq]`, or `[H, total_q]` of packed rows: f32, natural logarithm; null where it is not
+        /// wanted.
         lse: *mut f32,
         /// `[B + 1]` each; null for padded tensors.
         cu_seqlens_q: *const i32,
@@ -227,6 +228,8 @@ shared_struct! {
         score_scale: f32,
         /// 1 if the bias is f32, 0 if it has the type of q.
         bias_is_f32: i32,
+        /// 0 for packed rows.
+        lse_batch_stride: i64,
     }
 }
 
@@ -330,8 +333,8 @@ shared_struct! {
         v_group_map: TensorMap,
         out_map: TensorMap,
         out: *mut c_void,
-        /// `[H, total_q]` f32, natural logarithm; null where it is not wanted. Padded tensors:
-        /// `[H, B·Sq]`.
+        /// `[B, H, Sq]`, or `[H, total_q]` of packed rows: f32, natural logarithm; null where it is not
+        /// wanted.
         lse: *mut f32,
         /// `[sequences + 1]` each, if packed.
         cu_seqlens_q: *const i32,
@@ -378,7 +381,9 @@ shared_struct! {
         parts_done: *mut u32,
         split_from: i32,
         parts: i32,
-        unused: [i32; 10],
+        /// 0 for packed rows.
+        lse_batch_stride: i64,
+        unused: [i32; 8],
     }
 }
 
@@ -419,6 +424,53 @@ shared_struct! {
         inv_indices: *const i32,
         batch: i32,
         seq: i32,
+    }
+}
+
+shared_struct! {
+    /// Parameters of `scatter_lse`.
+    ScatterLseParams {
+        /// `[H, total]`, read.
+        packed: *const f32,
+        /// `[B, H, S]`, written.
+        padded: *mut f32,
+        /// `[B·S]` packed row of each token, negative where it is masked; null writes −∞ everywhere.
+        inv_indices: *const i32,
+        packed_head_stride: i64,
+        batch_stride: i64,
+        head_stride: i64,
+        batch: i32,
+        seq: i32,
+        heads: i32,
+        unused: i32,
+    }
+}
+
+shared_struct! {
+    /// Parameters of `merge_*`: two parts of attention, and what they make. Outputs are
+    /// `[B, S, H, D]`, their strides in 16-byte words; log-sum-exps `[B, H, S]` f32.
+    MergeParams {
+        out1: *const c_void,
+        lse1: *const f32,
+        out2: *const c_void,
+        lse2: *const f32,
+        out: *mut c_void,
+        /// Null where it is not wanted.
+        lse: *mut f32,
+        out1_strides: Strides,
+        out2_strides: Strides,
+        out_strides: Strides,
+        lse1_batch_stride: i64,
+        lse1_head_stride: i64,
+        lse2_batch_stride: i64,
+        lse2_head_stride: i64,
+        lse_batch_stride: i64,
+        lse_head_stride: i64,
+        batch: i32,
+        seq: i32,
+        heads: i32,
+        /// Words of one head of one row.
+        head_words: i32,
     }
 }
 
@@ -480,6 +532,8 @@ pub fn header() -> String {
         RowTensor::text(),
         PackParams::text(),
         ScatterParams::text(),
+        ScatterLseParams::text(),
+        MergeParams::text(),
         MetadataParams::text(),
     ];
     items.join("\n")
@@ -502,6 +556,7 @@ impl AttentionParams {
             key_bits: moved(self.key_bits, i64::from(self.key_words) * 4),
             row_bits: moved(self.row_bits, i64::from(self.row_words) * 4),
             bias: moved(self.bias, self.bias_strides[0] * bias_bytes),
+            lse: moved(self.lse, self.lse_batch_stride * 4),
             ..*self
         }
     }
@@ -581,6 +636,8 @@ static_assert(offsetof(RowLists, unused) == 28);
             out: 2000,
             key_bits: 3000,
             bias: 4000,
+            lse: 5000,
+            lse_batch_stride: 6,
             q_strides: Strides { batch: 10, ..Default::default() },
             out_strides: Strides { batch: 20, ..Default::default() },
             bias_strides: [5, 0, 0, 1],
@@ -590,7 +647,7 @@ static_assert(offsetof(RowLists, unused) == 28);
         };
         let moved = padded.after_batch_rows(3);
         assert_eq!((moved.q, moved.out, moved.key_bits, moved.bias), (1060, 2120, 3024, 4060));
-        assert_eq!((moved.row_bits, moved.cu_seqlens_q, moved.lse), (0, 0, 0));
+        assert_eq!((moved.row_bits, moved.cu_seqlens_q, moved.lse), (0, 0, 5072));
         let packed = AttentionParams { q: 1000, cu_seqlens_q: 500, lse: 700, ..Default::default() };
         let moved = packed.after_batch_rows(3);
         assert_eq!((moved.q, moved.cu_seqlens_q, moved.lse), (1000, 512, 700));

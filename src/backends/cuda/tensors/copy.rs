@@ -159,6 +159,6 @@ fn has_no_words(tensor: &RowTensor) -> bool {
 }
 
 /// Blocks for this many rows of one tensor.
-fn row_grid(rows: usize) -> [u32; 3] {
+pub fn row_grid(rows: usize) -> [u32; 3] {
     [rows.div_ceil(BLOCK_ROWS).clamp(1, MAX_BLOCKS) as u32, 1, 1]
 }

@@ -7,10 +7,12 @@
 //! | `tensor_map` | tensors as they are described to the copy engine (TMA) |
 //! | `metadata` | copies of masks and metadata, and tables that the device builds |
 //! | `key_ranges` | copies of key ranges |
+//! | `lse` | where a log-sum-exp lies, launches that write it, and what it merges |
 //! | `copy` | launches that move rows: pack, scatter, zero |
 
 pub mod copy;
 pub mod key_ranges;
+pub mod lse;
 pub mod metadata;
 pub mod placement;
 mod strided_copy;

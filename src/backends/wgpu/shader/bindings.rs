@@ -36,6 +36,28 @@ pub(super) const ATTENTION_DENSE: &[Binding] = &[
     reads("bias", "u32"),
     reads("ranges", RANGE),
 ];
+/// With the log-sum-exp there is one binding too few for all: those that ranges take the place of are
+/// missing where there are ranges.
+pub(super) const ATTENTION_DENSE_LSE: &[Binding] = &[
+    reads("q", WORD),
+    reads("k", WORD),
+    reads("v", WORD),
+    writes("out", WORD),
+    writes("lse", "u32"),
+    reads("key_bits", "u32"),
+    reads("row_bits", "u32"),
+    reads("bias", "u32"),
+];
+pub(super) const ATTENTION_DENSE_LSE_RANGES: &[Binding] = &[
+    reads("q", WORD),
+    reads("k", WORD),
+    reads("v", WORD),
+    writes("out", WORD),
+    writes("lse", "u32"),
+    reads("key_bits", "u32"),
+    reads("bias", "u32"),
+    reads("ranges", RANGE),
+];
 pub(super) const ATTENTION_PACKED: &[Binding] = &[
     reads("q", WORD),
     reads("k", WORD),
@@ -56,9 +78,39 @@ pub(super) const ATTENTION_FUSED: &[Binding] = &[
     reads("key_tokens", "u32"),
     reads("ranges", RANGE),
 ];
+pub(super) const ATTENTION_FUSED_LSE: &[Binding] = &[
+    reads("q", WORD),
+    reads("k", WORD),
+    reads("v", WORD),
+    writes("out", WORD),
+    writes("lse", "u32"),
+    reads("tiles", WORD),
+    reads("query_tokens", "u32"),
+    reads("key_tokens", "u32"),
+];
+pub(super) const ATTENTION_FUSED_LSE_RANGES: &[Binding] = &[
+    reads("q", WORD),
+    reads("k", WORD),
+    reads("v", WORD),
+    writes("out", WORD),
+    writes("lse", "u32"),
+    reads("tiles", WORD),
+    reads("key_tokens", "u32"),
+    reads("ranges", RANGE),
+];
 pub(super) const PACK_ROWS: &[Binding] = &[reads("src", WORD), writes("dst", WORD), reads("indices", "u32")];
 pub(super) const SCATTER_ROWS: &[Binding] = &[reads("src", WORD), writes("dst", WORD), reads("inv_indices", "i32")];
 pub(super) const ZERO_ROWS: &[Binding] = &[writes("dst", WORD)];
 pub(super) const ALIGN_ROWS: &[Binding] = &[reads("src", "u32"), writes("dst", "u32")];
 /// Invocations may write halves of one u32.
 pub(super) const NARROW_ROWS: &[Binding] = &[reads("src", "u32"), writes("dst", "atomic<u32>")];
+pub(super) const SCATTER_LSE: &[Binding] = &[reads("src", "u32"), writes("dst", "u32"), reads("inv_indices", "i32")];
+pub(super) const NO_KEYS: &[Binding] = &[writes("dst", "u32")];
+pub(super) const MERGE: &[Binding] = &[
+    reads("out1", WORD),
+    reads("lse1", "u32"),
+    reads("out2", WORD),
+    reads("lse2", "u32"),
+    writes("out", WORD),
+    writes("lse", "u32"),
+];

@@ -4,7 +4,7 @@ use std::fmt::Write;
 
 use crate::dtype::DType;
 
-use super::super::params::{AttentionParams, CopyParams};
+use super::super::params::{AttentionParams, CopyParams, MergeParams};
 use super::bindings::Binding;
 use super::tiles::Algorithm;
 use super::unroll::unrolled;
@@ -40,6 +40,7 @@ pub fn source(shader: Shader, params: ParamsIn) -> String {
     });
     source.push_str(match shader {
         Shader::Attention(_) => AttentionParams::WGSL,
+        Shader::Merge { .. } => MergeParams::WGSL,
         _ => CopyParams::WGSL,
     });
     source.push_str(params.declaration());
@@ -86,9 +87,6 @@ fn constants(shader: Shader) -> Vec<(&'static str, String)> {
         ("KEY_MASK", rows.has_key_mask().to_string()),
         ("BIAS", rows.bias().is_some().to_string()),
     ];
-    if let AttentionRows::Dense { zero_rows, .. } = rows {
-        constants.push(("ZERO_ROWS", zero_rows.to_string()));
-    }
     constants.extend(algorithm.constants(head_dim));
     constants
 }
@@ -116,23 +114,38 @@ fn snippets(shader: Shader) -> Vec<&'static str> {
             copy(&[snippet!("copy/store_16bit.wgsl"), snippet!("copy/narrow_rows.wgsl")])
         }
         Shader::NarrowRows { .. } => copy(&[snippet!("copy/store_32bit.wgsl"), snippet!("copy/narrow_rows.wgsl")]),
+        Shader::ScatterLse => vec![snippet!("copy/scatter_lse.wgsl")],
+        Shader::NoKeys => vec![snippet!("copy/no_keys.wgsl")],
+        Shader::Merge { dtype } => [elements(dtype), &[snippet!("merge/merge.wgsl")]].concat(),
     }
 }
 
-fn attention_snippets(AttentionShader { algorithm, dtype, rows, ranges, .. }: AttentionShader) -> Vec<&'static str> {
-    let mut snippets = Vec::new();
-    // How words become numbers, and numbers words.
-    snippets.extend(match dtype {
-        DType::F32 => [snippet!("elements/f32.wgsl")].as_slice(),
+/// How words become numbers, and numbers words.
+fn elements(dtype: DType) -> &'static [&'static str] {
+    match dtype {
+        DType::F32 => &[snippet!("elements/f32.wgsl")],
         DType::F16 => &[snippet!("elements/f16.wgsl"), snippet!("elements/pairs.wgsl")],
         DType::Bf16 => &[snippet!("elements/bf16.wgsl"), snippet!("elements/pairs.wgsl")],
-    });
+    }
+}
+
+fn attention_snippets(shader: AttentionShader) -> Vec<&'static str> {
+    let AttentionShader { algorithm, dtype, rows, ranges, lse, .. } = shader;
+    let mut snippets = elements(dtype).to_vec();
     // Where tiles lie.
     snippets.push(snippet!("rows/tile.wgsl"));
     snippets.extend(match rows {
         AttentionRows::Dense { .. } => [snippet!("rows/dense.wgsl")].as_slice(),
         AttentionRows::Fused => &[snippet!("rows/tile_list.wgsl"), snippet!("rows/fused.wgsl")],
-        AttentionRows::Packed { .. } => &[snippet!("rows/tile_list.wgsl"), snippet!("rows/packed.wgsl")],
+        AttentionRows::Packed => &[snippet!("rows/tile_list.wgsl"), snippet!("rows/packed.wgsl")],
+    });
+    snippets.extend(match rows {
+        AttentionRows::Dense { zero_rows: false, .. } => Some(snippet!("rows/every_row.wgsl")),
+        AttentionRows::Dense { .. } if lse && ranges => Some(snippet!("rows/seeing_rows.wgsl")),
+        AttentionRows::Dense { .. } => Some(snippet!("rows/kept_rows.wgsl")),
+        AttentionRows::Fused if lse && ranges => Some(snippet!("rows/query_list_in_ranges.wgsl")),
+        AttentionRows::Fused => Some(snippet!("rows/query_list.wgsl")),
+        AttentionRows::Packed => None,
     });
     // What they meet, what is added, and what is written beside the output.
     snippets.push(snippet!("rows/key_range.wgsl"));
@@ -146,7 +159,7 @@ fn attention_snippets(AttentionShader { algorithm, dtype, rows, ranges, .. }: At
         Some(DType::F16) => &[snippet!("rows/bias.wgsl"), snippet!("elements/bias_f16.wgsl")],
         Some(DType::Bf16) => &[snippet!("rows/bias.wgsl"), snippet!("elements/bias_bf16.wgsl")],
     });
-    snippets.push(if rows.has_lse() { snippet!("rows/lse.wgsl") } else { snippet!("rows/no_lse.wgsl") });
+    snippets.push(if lse { snippet!("rows/lse.wgsl") } else { snippet!("rows/no_lse.wgsl") });
     // The kernel.
     match algorithm {
         Algorithm::Portable => snippets.push(snippet!("attention/portable.wgsl")),

@@ -39,8 +39,11 @@ fn every_variant() -> Vec<Shader> {
         Shader::AlignRows { element_bytes: 4 },
         Shader::NarrowRows { element_bytes: 2 },
         Shader::NarrowRows { element_bytes: 4 },
+        Shader::ScatterLse,
+        Shader::NoKeys,
     ];
-    copies.into_iter().chain(portable_variants().map(Shader::Attention)).collect()
+    let merges = DTYPES.map(|dtype| Shader::Merge { dtype });
+    copies.into_iter().chain(merges).chain(portable_variants().map(Shader::Attention)).collect()
 }
 
 fn portable_variants() -> impl Iterator<Item = AttentionShader> {
@@ -61,11 +64,18 @@ fn attention_variants(algorithm: Algorithm, dtype: DType) -> Vec<AttentionShader
         zero_rows: masks,
         bias: Some(bias),
     });
-    let packed = [false, true].map(|lse| AttentionRows::Packed { lse });
-    let rows = [&dense[..], &biased, &packed, &[AttentionRows::Fused]].concat();
+    let rows = [&dense[..], &biased, &[AttentionRows::Packed, AttentionRows::Fused]].concat();
     let of_width = |head_dim| {
-        let of_rows =
-            move |&rows| [false, true].map(|ranges| AttentionShader { algorithm, dtype, head_dim, rows, ranges });
+        let of_rows = move |&rows| {
+            [(false, false), (false, true), (true, false), (true, true)].map(|(ranges, lse)| AttentionShader {
+                algorithm,
+                dtype,
+                head_dim,
+                rows,
+                ranges,
+                lse,
+            })
+        };
         rows.iter().flat_map(of_rows)
     };
     let wide = WIDE_HEAD_DIMS.into_iter().filter(|_| algorithm == Algorithm::Portable);

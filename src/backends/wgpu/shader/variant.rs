@@ -2,7 +2,7 @@
 
 use crate::dtype::DType;
 
-use super::super::params::{AttentionParams, CopyParams};
+use super::super::params::{AttentionParams, CopyParams, MergeParams};
 use super::bindings::{self, Binding};
 use super::tiles::Algorithm;
 
@@ -18,6 +18,9 @@ pub enum Shader {
     ZeroRows,
     AlignRows { element_bytes: usize },
     NarrowRows { element_bytes: usize },
+    ScatterLse,
+    NoKeys,
+    Merge { dtype: DType },
 }
 
 /// A variant of attention.
@@ -29,9 +32,11 @@ pub struct AttentionShader {
     pub rows: AttentionRows,
     /// Whether each query has a range of keys.
     pub ranges: bool,
+    /// Whether the log-sum-exp is written.
+    pub lse: bool,
 }
 
-/// Where tiles lie, and what is masked, added or written beside the output.
+/// Where tiles lie, and what is masked or added.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum AttentionRows {
     /// Padded tensors, every query row.
@@ -39,7 +44,7 @@ pub enum AttentionRows {
     /// Padded tensors, kept queries and keys by lists.
     Fused,
     /// Packed rows.
-    Packed { lse: bool },
+    Packed,
 }
 
 impl AttentionRows {
@@ -47,15 +52,25 @@ impl AttentionRows {
         matches!(self, Self::Dense { key_mask: true, .. })
     }
 
-    pub fn has_lse(self) -> bool {
-        matches!(self, Self::Packed { lse: true })
-    }
-
     /// Element type of the bias.
     pub fn bias(self) -> Option<DType> {
         match self {
             Self::Dense { bias, .. } => bias,
-            Self::Fused | Self::Packed { .. } => None,
+            Self::Fused | Self::Packed => None,
+        }
+    }
+}
+
+impl AttentionShader {
+    fn bindings(self) -> &'static [Binding] {
+        match (self.rows, self.lse, self.ranges) {
+            (AttentionRows::Dense { .. }, false, _) => bindings::ATTENTION_DENSE,
+            (AttentionRows::Dense { .. }, true, false) => bindings::ATTENTION_DENSE_LSE,
+            (AttentionRows::Dense { .. }, true, true) => bindings::ATTENTION_DENSE_LSE_RANGES,
+            (AttentionRows::Fused, false, _) => bindings::ATTENTION_FUSED,
+            (AttentionRows::Fused, true, false) => bindings::ATTENTION_FUSED_LSE,
+            (AttentionRows::Fused, true, true) => bindings::ATTENTION_FUSED_LSE_RANGES,
+            (AttentionRows::Packed, ..) => bindings::ATTENTION_PACKED,
         }
     }
 }
@@ -70,6 +85,9 @@ impl Shader {
             Self::ZeroRows => "zero_rows",
             Self::AlignRows { .. } => "align_rows",
             Self::NarrowRows { .. } => "narrow_rows",
+            Self::ScatterLse => "scatter_lse",
+            Self::NoKeys => "no_keys",
+            Self::Merge { .. } => "merge",
         }
     }
 
@@ -77,23 +95,23 @@ impl Shader {
     pub const fn params_bytes(self) -> u32 {
         let bytes = match self {
             Self::Attention(_) => size_of::<AttentionParams>(),
-            Self::PackRows | Self::ScatterRows | Self::ZeroRows | Self::AlignRows { .. } | Self::NarrowRows { .. } => {
-                size_of::<CopyParams>()
-            }
+            Self::Merge { .. } => size_of::<MergeParams>(),
+            _ => size_of::<CopyParams>(),
         };
         bytes as u32
     }
 
     pub fn bindings(self) -> &'static [Binding] {
         match self {
-            Self::Attention(AttentionShader { rows: AttentionRows::Dense { .. }, .. }) => bindings::ATTENTION_DENSE,
-            Self::Attention(AttentionShader { rows: AttentionRows::Fused, .. }) => bindings::ATTENTION_FUSED,
-            Self::Attention(AttentionShader { rows: AttentionRows::Packed { .. }, .. }) => bindings::ATTENTION_PACKED,
+            Self::Attention(attention) => attention.bindings(),
             Self::PackRows => bindings::PACK_ROWS,
             Self::ScatterRows => bindings::SCATTER_ROWS,
             Self::ZeroRows => bindings::ZERO_ROWS,
             Self::AlignRows { .. } => bindings::ALIGN_ROWS,
             Self::NarrowRows { .. } => bindings::NARROW_ROWS,
+            Self::ScatterLse => bindings::SCATTER_LSE,
+            Self::NoKeys => bindings::NO_KEYS,
+            Self::Merge { .. } => bindings::MERGE,
         }
     }
 }
