@@ -164,7 +164,7 @@ const TABLE: &[KernelTraits; 6] = &[
         mixes_padded_and_packed: true,
         ..ROWS
     },
-    KernelTraits { kernel: Kernel::CudaSm90, name: "sm90", scatters: true, ..TILE_LISTS },
+    KernelTraits { kernel: Kernel::CudaSm90, name: "sm90", has_ranges: true, scatters: true, ..TILE_LISTS },
     KernelTraits { kernel: Kernel::CudaSm100, name: "sm100", max_head_dim: 128, ..TILE_LISTS },
 ];
 

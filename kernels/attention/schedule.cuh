@@ -19,6 +19,31 @@ struct Work {
     int part;
 };
 
+// The work of a call with key ranges. Query tiles then differ in length, so the host deals them out
+// (src/backends/cuda/attention/range_tiles.rs). Called by all lanes of one warp together.
+class DealtWork {
+public:
+    // The entry of `range_tiles` that `next` gave.
+    int tile;
+
+    __device__ DealtWork(const TileListParams& params) : tile(0), params(params), at(blockIdx.x) {}
+
+    // False when nothing is left.
+    __device__ bool next(Work& work) {
+        const int4 item = __ldg(reinterpret_cast<const int4*>(params.range_work) + at);
+        tile = item.x;
+        if (tile < 0) return false;
+        const RangeTile& of = params.range_tiles[tile];
+        work = {of.group, item.y, of.tile, item.z};
+        at += gridDim.x;
+        return true;
+    }
+
+private:
+    const TileListParams& params;
+    int at;
+};
+
 // Called by all lanes of one warp together, each lane holding one of 32 groups.
 template <int TILE_M>
 class Schedule {

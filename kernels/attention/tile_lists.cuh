@@ -24,6 +24,18 @@
 // zeros. A batch row's masked tiles come first.
 //
 // Dense and packed calls need no lists.
+//
+// Key ranges. With one range of keys for each query, `range_tiles` says which key tiles each query
+// tile needs: those that hold what some of its queries see. It is made for each pair of query tile
+// and batch row (or sequence), once for all heads, by src/backends/cuda/attention/range_tiles.rs:
+//
+//   keys some queries see     ·····░░░░░░████████████████████░░░░░░░░░·······
+//   all queries               ·····░░░░░░████████████████████░░░░░░░░░·······
+//   tiles of keys in a row         [left |inner|inner|inner|right|right]        from left to right
+//   order of work                  4     5     6     7     3     2              1: masked tiles of the lists
+//
+// Without lists the tiles start at the first key that some query sees. Inner tiles need no mask.
+// `range_work` says which block computes which of them for which head.
 #pragma once
 #include "../common/params.cuh"
 

@@ -215,6 +215,49 @@ static_assert(offsetof(ZeroSpan, first_query) == 4);
 static_assert(offsetof(ZeroSpan, rows) == 8);
 static_assert(offsetof(ZeroSpan, unused) == 12);
 
+// Which key tiles a query tile needs where the call has key ranges (`attention/tile_lists.cuh`).
+struct RangeTile {
+    // As in `Work`: the entry of `batches`, sequence or batch row, and the query tile in it.
+    int32_t group;
+    int32_t tile;
+    // Masked tiles of the group's `key_tiles`, counted from its first.
+    int32_t first_masked;
+    int32_t masked;
+    // Without lists: where tile 0 starts, counted as ranges count keys.
+    int32_t first_key;
+    // Tiles of keys in a row: entries of the group's `key_tiles`, or tiles from `first_key` on.
+    // Every query of the tile sees all of the inner ones.
+    int32_t first;
+    int32_t inner_first;
+    int32_t inner_end;
+    int32_t end;
+};
+static_assert(sizeof(RangeTile) == 36);
+static_assert(offsetof(RangeTile, group) == 0);
+static_assert(offsetof(RangeTile, tile) == 4);
+static_assert(offsetof(RangeTile, first_masked) == 8);
+static_assert(offsetof(RangeTile, masked) == 12);
+static_assert(offsetof(RangeTile, first_key) == 16);
+static_assert(offsetof(RangeTile, first) == 20);
+static_assert(offsetof(RangeTile, inner_first) == 24);
+static_assert(offsetof(RangeTile, inner_end) == 28);
+static_assert(offsetof(RangeTile, end) == 32);
+
+// What a block does next where the call has key ranges.
+struct RangeWork {
+    // The entry of `range_tiles`; negative where the block has no more work.
+    int32_t tile;
+    int32_t head;
+    // `Work::part`.
+    int32_t part;
+    int32_t unused;
+};
+static_assert(sizeof(RangeWork) == 16);
+static_assert(offsetof(RangeWork, tile) == 0);
+static_assert(offsetof(RangeWork, head) == 4);
+static_assert(offsetof(RangeWork, part) == 8);
+static_assert(offsetof(RangeWork, unused) == 12);
+
 static_assert(sizeof(ptx::TensorMap) == 128 && alignof(ptx::TensorMap) == 64);
 
 // Parameters of the attention kernels with tile lists, sm90 and sm100. Strides are in
@@ -282,7 +325,11 @@ struct TileListParams {
     int32_t parts;
     // 0 for packed rows.
     int64_t lse_batch_stride;
-    int32_t unused[8];
+    // Null without key ranges. Otherwise, which keys each query sees; what each query tile needs;
+    // and the work, entry by entry: the first of each block, the second of each, and so on.
+    KeyRangeParams ranges;
+    const RangeTile* range_tiles;
+    const RangeWork* range_work;
 };
 static_assert(sizeof(TileListParams) == 1024);
 static_assert(offsetof(TileListParams, q_map) == 0);
@@ -324,7 +371,9 @@ static_assert(offsetof(TileListParams, parts_done) == 968);
 static_assert(offsetof(TileListParams, split_from) == 976);
 static_assert(offsetof(TileListParams, parts) == 980);
 static_assert(offsetof(TileListParams, lse_batch_stride) == 984);
-static_assert(offsetof(TileListParams, unused) == 992);
+static_assert(offsetof(TileListParams, ranges) == 992);
+static_assert(offsetof(TileListParams, range_tiles) == 1008);
+static_assert(offsetof(TileListParams, range_work) == 1016);
 
 // A tensor to pack or scatter. Rows move as 16-byte words: H heads of `head_words` words each.
 // All strides count words.

@@ -9,6 +9,8 @@
 //!   packed      attention + for each copy, launch + rows read and written / rate
 //! ```
 //!
+//! With key ranges a query tile has the key tiles of what its queries see, and the blocks share the items out evenly.
+//!
 //! The constants are in `chips`. Everything else follows from the runs of the metadata and from the tiles of the kernels, so the
 //! model knows of waves that are not full, of tiles that are mostly holes, and of batches that are too small for a GPU.
 //! `benches/peers/cost_model.py` has the same formulas, to fit the constants.
@@ -22,6 +24,7 @@ use crate::call::problem::AttentionProblem;
 use crate::error::Result;
 use crate::kernel::Kernel;
 use crate::mask::key_mask::Run;
+use crate::mask::key_ranges::KeyRanges;
 use crate::mask::meta::{GROUP_ROWS, VarlenMeta};
 
 /// How a CUDA kernel cuts calls into tiles.
@@ -86,8 +89,8 @@ const ZERO_SPAN_ROWS: usize = 64;
 /// Choices of one kind of call that are kept with the metadata.
 const CAPACITY: usize = 16;
 
-/// Which call the choices are of: the key's metadata, heads, kv heads, head dimension.
-type CallKey = (u64, [usize; 3]);
+/// Which call the choices are of: the key's metadata, the ranges, heads, kv heads, head dimension.
+type CallKey = (u64, Option<u64>, [usize; 3]);
 
 /// Kept with the query's metadata.
 #[derive(Debug, Default)]
@@ -120,17 +123,24 @@ impl Machine {
     }
 
     /// The choices of a call under metadata, the quickest first. Kept with the metadata.
-    pub fn choices(&self, problem: &AttentionProblem, query: &VarlenMeta, key: &VarlenMeta) -> Result<Arc<[Choice]>> {
+    pub fn choices(
+        &self,
+        problem: &AttentionProblem,
+        query: &VarlenMeta,
+        key: &VarlenMeta,
+        ranges: Option<&KeyRanges>,
+    ) -> Result<Arc<[Choice]>> {
         let shape = problem.shape;
         let known = query.copies().get_or_make(self.id, || Ok(Known::default()))?;
         // A panic leaves the entries as they were: they are only pushed whole.
         let mut known = known.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let call = (key.id(), [shape.num_heads, shape.num_kv_heads, shape.head_dim]);
+        let call = (key.id(), ranges.map(KeyRanges::id), [shape.num_heads, shape.num_kv_heads, shape.head_dim]);
         if let Some((_, choices)) = known.iter().find(|(of, _)| *of == call) {
             return Ok(Arc::clone(choices));
         }
         let paths = [Path::Fused, Path::Packed];
-        let choices: Arc<[Choice]> = self.estimates(problem, Some((query, key)), &paths).into();
+        let listed = ranges.map(|ranges| ranges.of_packed_rows(query, key, false)).transpose()?;
+        let choices: Arc<[Choice]> = self.estimates(problem, Some((query, key)), listed.as_deref(), &paths).into();
         if known.len() >= CAPACITY {
             known.remove(0);
         }
@@ -140,13 +150,14 @@ impl Machine {
 
     /// The choices of a call in which every token is valid, the quickest first.
     pub fn dense_choices(&self, problem: &AttentionProblem) -> Vec<Choice> {
-        self.estimates(problem, None, &[Path::Dense])
+        self.estimates(problem, None, None, &[Path::Dense])
     }
 
     fn estimates(
         &self,
         problem: &AttentionProblem,
         metas: Option<(&VarlenMeta, &VarlenMeta)>,
+        ranges: Option<&KeyRanges>,
         paths: &[Path],
     ) -> Vec<Choice> {
         let shape = problem.shape;
@@ -157,7 +168,7 @@ impl Machine {
             };
             let Some((tiling, cost)) = self.tilings.iter().find(|(tiling, _)| fits(tiling)) else { continue };
             for &path in paths {
-                let call = Call { machine: self, tiling, cost, problem, metas, path };
+                let call = Call { machine: self, tiling, cost, problem, metas, ranges, path };
                 choices.push(Choice { path, kernel, time: call.time() });
             }
         }
@@ -175,6 +186,8 @@ struct Call<'a> {
     problem: &'a AttentionProblem,
     /// `None` where every token is valid.
     metas: Option<(&'a VarlenMeta, &'a VarlenMeta)>,
+    /// Of the valid rows.
+    ranges: Option<&'a KeyRanges>,
     path: Path,
 }
 
@@ -242,8 +255,10 @@ impl Call<'_> {
             if is_fused && !by_lists {
                 idle += blocks.saturating_sub(items.count);
             }
-            if items.count > 0 {
-                all.push(items);
+            match self.ranges {
+                Some(ranges) => all.extend(self.seen_items(items, ranges.row(row))),
+                None if items.count > 0 => all.push(items),
+                None => {}
             }
         }
         all.sort_by_key(|items| std::cmp::Reverse(items.steps));
@@ -266,6 +281,22 @@ impl Call<'_> {
         Items { count, steps, time: self.item() + keys_time }
     }
 
+    /// The same with the ranges of the row's queries: each query tile steps over what its queries see.
+    fn seen_items(&self, items: Items, ranges: &[[u32; 2]]) -> Vec<Items> {
+        let heads = self.problem.shape.num_heads;
+        let tiles = items.count.checked_div(heads).unwrap_or(0);
+        let step = (items.time - self.item()) / items.steps.max(1) as f64;
+        // The first and the last steps are masked.
+        let masked = self.cost.masked - self.cost.step;
+        let of_tile = |queries: &[[u32; 2]]| {
+            let seen = queries.iter().filter(|[first, end]| first < end);
+            let (first, end) = seen.fold((u32::MAX, 0), |(a, b), &[first, end]| (a.min(first), b.max(end)));
+            let steps = (end.saturating_sub(first) as usize).div_ceil(self.tiling.keys).min(items.steps);
+            Items { count: heads, steps, time: self.item() + steps as f64 * step + steps.min(2) as f64 * masked }
+        };
+        ranges.chunks(ranges.len().div_ceil(tiles.max(1)).max(1)).take(tiles).map(of_tile).collect()
+    }
+
     /// Steps over keys in a row, or over those that sm80 gathers, and their time.
     fn whole_keys(&self, keys: usize) -> (usize, f64) {
         let steps = keys.div_ceil(self.tiling.keys);
@@ -286,6 +317,11 @@ impl Call<'_> {
     /// The time of the slowest block. Block b of those that run at once takes items b, b + blocks, ...
     fn busy(&self, items: &[Items], idle: usize) -> f64 {
         let blocks = self.machine.multiprocessors * self.tiling.blocks;
+        if self.ranges.is_some() {
+            let all: f64 = items.iter().map(|items| items.count as f64 * items.time).sum();
+            let longest = items.iter().map(|items| items.time).fold(0.0, f64::max);
+            return longest.max(all / blocks as f64);
+        }
         let (mut time, mut before) = (0.0, 0);
         for of_rows in items {
             // The first block takes every item whose number is a multiple of `blocks`, and no block has longer ones.
@@ -467,7 +503,7 @@ mod tests {
     /// Nanoseconds of one choice.
     fn time(machine: &Machine, seq: usize, rows: &[Vec<Range<usize>>], choice: (Path, Kernel)) -> Result<f64> {
         let meta = meta(seq, rows)?;
-        let choices = machine.choices(&problem(rows.len(), seq, 24), &meta, &meta)?;
+        let choices = machine.choices(&problem(rows.len(), seq, 24), &meta, &meta, None)?;
         Ok(choices.iter().find(|found| (found.path, found.kernel) == choice).map_or(f64::NAN, |found| found.time))
     }
 
@@ -533,15 +569,38 @@ mod tests {
     fn choices_are_kept_with_the_metadata_and_are_of_their_call() -> Result<()> {
         let machine = machine(132);
         let meta = meta(256, &[vec![0..200]])?;
-        let of = |heads| machine.choices(&problem(1, 256, heads), &meta, &meta);
+        let of = |heads| machine.choices(&problem(1, 256, heads), &meta, &meta, None);
         let (first, again) = (of(8)?, of(8)?);
         assert!(Arc::ptr_eq(&first, &again));
         assert!(first.is_sorted_by_key(|choice| choice.time) && first.len() == ALL.len());
         assert!(of(800)?[0].time > first[0].time);
         // Too many heads for a launch: no choice. And a device does not use another one's.
         assert!(of(1001)?.is_empty());
-        let other = Machine::new((9, 0), 132, tilings()).map(|other| other.choices(&problem(1, 256, 8), &meta, &meta));
+        let other =
+            Machine::new((9, 0), 132, tilings()).map(|other| other.choices(&problem(1, 256, 8), &meta, &meta, None));
         assert!(other.is_some_and(|choices| choices.is_ok_and(|choices| !Arc::ptr_eq(&choices, &first))));
+        Ok(())
+    }
+
+    #[test]
+    fn ranges_cost_what_their_queries_see() -> Result<()> {
+        let machine = machine(132);
+        let of = [2, 8192, 8192];
+        let meta = meta(8192, &[vec![0..8192], vec![2000..8192]])?;
+        let (causal, window) = (KeyRanges::causal(of)?, KeyRanges::window(of, Some(200), Some(0))?);
+        let all = KeyRanges::window(of, None, None)?;
+        let [without, all, causal, window] = [None, Some(&all), Some(&causal), Some(&window)]
+            .map(|ranges| machine.choices(&problem(2, 8192, 24), &meta, &meta, ranges));
+        let (without, all, causal, window) = (without?, all?, causal?, window?);
+        for &(path, kernel) in &ALL {
+            let [without, all, causal, window] = [&without, &all, &causal, &window].map(|choices| {
+                let found = choices.iter().find(|choice| (choice.path, choice.kernel) == (path, kernel));
+                found.map_or(f64::NAN, |choice| choice.time)
+            });
+            assert!((all / without - 1.0).abs() < 0.05, "{path} by {kernel}: {all} of {without} ns");
+            assert!((causal / without - 0.53).abs() < 0.05, "{path} by {kernel}: {causal} of {without} ns");
+            assert!(window < 0.2 * without, "{path} by {kernel}: {window} of {without} ns");
+        }
         Ok(())
     }
 
@@ -611,7 +670,7 @@ mod tests {
                 head_dim: case.head_dim,
             };
             let problem = AttentionProblem { shape, dtype: DType::Bf16, softmax_scale: 1.0, bias: None };
-            let mut choices = machine.choices(&problem, &query, key)?.to_vec();
+            let mut choices = machine.choices(&problem, &query, key, None)?.to_vec();
             choices.extend(machine.dense_choices(&problem));
             for (name, &expected) in &case.times {
                 let found = choices.iter().find(|choice| format!("{} by {}", choice.path, choice.kernel) == *name);

@@ -296,7 +296,8 @@ pub(crate) fn plan_padded(
     let plan = Plan { path, kernel: preferred, reason, estimate: None };
     let Some(choices) = choices(problem, mask, capabilities, path)? else { return Ok(plan) };
     let may_take = |choice: &Choice| {
-        let is_free = forced == Forced::default();
+        // The model knows how many tiles ranges leave, but not the speed of each kernel's form with ranges.
+        let is_free = forced == Forced::default() && mask.ranges.is_none();
         let is_kernel =
             choice.kernel == preferred || is_free && is_suited(choice.kernel, preferred, capabilities, needs);
         is_kernel && forced.path.is_none_or(|path| choice.path == path)
@@ -316,7 +317,7 @@ pub(crate) fn plan_padded(
 }
 
 /// The choices of a call on a path that the cost model knows: fused and packed by every kernel under a key mask or metadata of the
-/// host, dense by every kernel where no key is dropped.
+/// host, dense by every kernel where no key is dropped and there are no ranges.
 fn choices(
     problem: &AttentionProblem,
     mask: &MaskInfo<'_>,
@@ -324,8 +325,8 @@ fn choices(
     path: Path,
 ) -> Result<Option<Arc<[Choice]>>> {
     let Some(machine) = &capabilities.machine else { return Ok(None) };
-    // The model knows neither the tiles that ranges leave nor what a bias costs.
-    if mask.bias.is_some() || mask.ranges.is_some() {
+    // The model does not know what a bias costs.
+    if mask.bias.is_some() {
         return Ok(None);
     }
     let keeps_all = match mask.tokens {
@@ -335,11 +336,13 @@ fn choices(
         TokenInfo::DeviceVarlen { .. } => false,
     };
     Ok(match (path, mask.tokens) {
-        (Path::Dense, _) if keeps_all => Some(machine.dense_choices(problem).into()),
-        (Path::Fused | Path::Packed, TokenInfo::Varlen { query, key }) => Some(machine.choices(problem, query, key)?),
-        (Path::Fused | Path::Packed, TokenInfo::Key(mask)) => {
-            let every = mask.every_query(problem.shape.seq_q)?;
-            Some(machine.choices(problem, &every.query, &every.key)?)
+        (Path::Dense, _) if keeps_all && mask.ranges.is_none() => Some(machine.dense_choices(problem).into()),
+        (Path::Fused | Path::Packed, TokenInfo::Varlen { query, key }) => {
+            Some(machine.choices(problem, query, key, mask.ranges)?)
+        }
+        (Path::Fused | Path::Packed, TokenInfo::Key(keys)) => {
+            let every = keys.every_query(problem.shape.seq_q)?;
+            Some(machine.choices(problem, &every.query, &every.key, mask.ranges)?)
         }
         _ => None,
     })
@@ -586,10 +589,10 @@ mod tests {
         let ranges = KeyRanges::causal([BATCH, SEQ, SEQ])?;
         let meta = meta(true)?;
         let mask = MaskInfo { ranges: Some(&ranges), ..masked(TokenInfo::Varlen { query: &meta, key: &meta }) };
-        let both = [Kernel::CudaSm90, Kernel::CudaSm80];
+        let both = [Kernel::CudaSm100, Kernel::CudaSm80];
         let got = plan(&both, &mask, Forced::default())?;
         assert_eq!((got.kernel, got.path), (Kernel::CudaSm80, Path::Fused));
-        let forced = Forced { path: None, kernel: Some(Kernel::CudaSm90) };
+        let forced = Forced { path: None, kernel: Some(Kernel::CudaSm100) };
         for refused in [plan(&both, &mask, forced), plan(&both[..1], &mask, Forced::default())].map(Result::err) {
             assert!(
                 matches!(&refused, Some(Error::NotApplicable { argument: "kernel", why, .. })

@@ -290,11 +290,23 @@ fn nan_reaches_only_queries_that_see_it(variant: &Variant) -> Result<()> {
             call.judge(&clean, &reference, Rules::standard(variant.dtype))?;
             for (query, (got, clean)) in bits.chunks_exact(width).zip(clean.chunks_exact(width)).enumerate() {
                 let sees = keep[at] && rule.sees(0, query, at, [seq, seq]);
-                ensure!(sees || got == clean, "query {query} changed with key {at}: {rule:?}");
+                let is_same = got.iter().zip(clean).all(|(&got, &clean)| is_same(variant, &call, got, clean));
+                ensure!(sees || is_same, "query {query} changed with key {at}: {rule:?}");
             }
         }
     }
     Ok(())
+}
+
+/// Whether an element is what it is without a NaN elsewhere. Kernels with tile lists compute a block again, by another softmax, where
+/// it holds NaN: that may differ by the rounding of probabilities.
+fn is_same(variant: &Variant, call: &Call, got: u32, clean: u32) -> bool {
+    if got == clean || !variant.kernel.works_by_tile_lists() {
+        return got == clean;
+    }
+    let (got, clean) = (call.widen(&[got])[0], call.widen(&[clean])[0]);
+    let rounding = if variant.dtype == DType::F16 { 2f32.powi(-9) } else { 2f32.powi(-6) };
+    (got - clean).abs() <= rounding * clean.abs().max(1.0)
 }
 
 /// One element of one value is infinite or NaN: in queries that see it, that element is; all else is what it is without it. With
@@ -321,9 +333,10 @@ fn one_infinite_value(variant: &Variant) -> Result<()> {
                     let query = place / (2 * 40);
                     let sees = keep[query] && keep[at] && rule.sees(0, query, at, [seq, seq]);
                     let is_hit = !call.widen(&[got])[0].is_finite();
+                    let is_same = is_same(variant, &call, got, clean);
                     let is_right = match sees && place % (2 * 40) == column {
-                        true => is_hit || (scale.is_some() && got == clean),
-                        false => got == clean,
+                        true => is_hit || (scale.is_some() && is_same),
+                        false => is_same,
                     };
                     ensure!(is_right, "element {place}, query {query}: {got:#x}, {clean:#x} without {value}: {rule:?}");
                 }
@@ -387,7 +400,10 @@ fn no_mask_and_key_masks(variant: &Variant) -> Result<()> {
 }
 
 /// A bias, ranges and metadata at once, on every path that adds a bias.
-fn with_bias(variant: &Variant) -> Result<()> {
+fn with_bias(variant: &Variant) -> Result<Completion> {
+    if !variant.kernel.has_bias() {
+        return Ok(Completion::ignored_with("the kernel adds no bias"));
+    }
     let (batch, seq) = (2, 90);
     let shape = OracleShape { batch, seq_q: seq, seq_k: seq, heads: 2, kv_heads: 2, head_dim: 32 };
     let keep = bernoulli(9, batch * seq, 0.7)?;
@@ -418,7 +434,7 @@ fn with_bias(variant: &Variant) -> Result<()> {
                 .with_context(|| format!("{plan} {rule:?}"))?;
         }
     }
-    Ok(())
+    Ok(Completion::Completed)
 }
 
 /// Ranges of packed rows count from the first key of each sequence.

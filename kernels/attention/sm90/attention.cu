@@ -77,14 +77,17 @@ __device__ inline void attention(const TileListParams& params) {
     }
 }
 
-// attention_sm90_{f16, bf16}_d{head_dim}_w{warpgroups}
+// attention_sm90_{f16, bf16}_d{head_dim}_w{warpgroups}, and the same with key ranges: .._ranged
 #define VARLEN_FA_ENTRY(NAME, THREADS, ...)                                                                              \
     extern "C" __global__ void __launch_bounds__(THREADS, 1) NAME(const __grid_constant__ TileListParams params) { \
         attention<Shape<__VA_ARGS__>>(params);                                                                           \
     }
-#define VARLEN_FA_ENTRIES(D, WARPGROUPS, ...)                                                                                        \
-    VARLEN_FA_ENTRY(attention_sm90_f16_d##D##_w##WARPGROUPS, (WARPGROUPS + 1) * 128, __half, D, WARPGROUPS, __VA_ARGS__)             \
-    VARLEN_FA_ENTRY(attention_sm90_bf16_d##D##_w##WARPGROUPS, (WARPGROUPS + 1) * 128, __nv_bfloat16, D, WARPGROUPS, __VA_ARGS__)
+#define VARLEN_FA_TYPES(NAME, D, WARPGROUPS, ...)                                                                                       \
+    VARLEN_FA_ENTRY(attention_sm90_f16_##NAME, (WARPGROUPS + 1) * 128, __half, D, WARPGROUPS, __VA_ARGS__)                              \
+    VARLEN_FA_ENTRY(attention_sm90_bf16_##NAME, (WARPGROUPS + 1) * 128, __nv_bfloat16, D, WARPGROUPS, __VA_ARGS__)
+#define VARLEN_FA_ENTRIES(D, WARPGROUPS, ...)                                  \
+    VARLEN_FA_TYPES(d##D##_w##WARPGROUPS, D, WARPGROUPS, __VA_ARGS__)          \
+    VARLEN_FA_TYPES(d##D##_w##WARPGROUPS##_ranged, D, WARPGROUPS, __VA_ARGS__, true)
 VARLEN_FA_SM90_TILES(VARLEN_FA_ENTRIES)
 
 }  // namespace sm90

@@ -1,6 +1,8 @@
 // A block of the sm90 kernel: its warps, its shared memory, and what its producer tells its
 // consumers.
 #pragma once
+#include <type_traits>
+
 #include "../../common/params.cuh"
 #include "../../common/shared_tile.cuh"
 #include "../../ptx/warpgroup.cuh"
@@ -19,6 +21,8 @@ constexpr int BARRIER_WARPGROUP = 4;
 constexpr int BARRIER_END = 7;
 constexpr int BARRIER_END_COPIES = 8;
 constexpr int BARRIER_END_ZEROING = 9;
+// All consumers, about the values of a key tile.
+constexpr int BARRIER_VALUES = 10;
 
 // What consumers know of a query tile.
 struct TileRows {
@@ -43,9 +47,24 @@ struct TileKeys {
     uint32_t kept[6];
 };
 
-template <typename T_, int D_, int WARPGROUPS_, int TILE_N_, int QUERY_TILES_>
+// The same where queries see ranges of keys.
+struct RangedTileRows : TileRows {
+    // Whether every key tile is masked, and they come from right to left.
+    int32_t descends;
+};
+
+struct RangedTileKeys : TileKeys {
+    // For masked tiles: the first key of each group, counted as ranges count keys.
+    int32_t first_keys[12];
+};
+
+template <typename T_, int D_, int WARPGROUPS_, int TILE_N_, int QUERY_TILES_, bool RANGED_ = false>
 struct Shape {
     using T = T_;
+    // Whether each query sees a range of keys.
+    static constexpr bool RANGED = RANGED_;
+    using Rows = std::conditional_t<RANGED, RangedTileRows, TileRows>;
+    using Keys = std::conditional_t<RANGED, RangedTileKeys, TileKeys>;
     static constexpr int D = D_;
     static constexpr int WARPGROUPS = WARPGROUPS_;
     static constexpr int TILE_M = WARPGROUPS * SM90_WARPGROUP_ROWS;
@@ -69,8 +88,8 @@ struct Shape {
     static constexpr int K = Q + QUERY_TILES * TileQ::BYTES;
     static constexpr int V = K + STAGES * TileKV::BYTES;
     static constexpr int ROWS_INFO = V + STAGES * TileKV::BYTES;
-    static constexpr int KEYS_INFO = ROWS_INFO + 2 * sizeof(TileRows);
-    static constexpr int BARRIERS = KEYS_INFO + STAGES * sizeof(TileKeys);
+    static constexpr int KEYS_INFO = ROWS_INFO + 2 * sizeof(Rows);
+    static constexpr int BARRIERS = KEYS_INFO + STAGES * sizeof(Keys);
     static constexpr int FULL_Q = BARRIERS;
     static constexpr int EMPTY_Q = FULL_Q + 8 * QUERY_TILES * WARPGROUPS;
     static constexpr int FULL_K = EMPTY_Q + 8 * QUERY_TILES * WARPGROUPS;

@@ -8,6 +8,7 @@
 #include "../../ptx/wgmma.cuh"
 #include "block.cuh"
 #include "softmax.cuh"
+#include "unseen.cuh"
 
 namespace sm90 {
 
@@ -111,8 +112,8 @@ struct Consumer {
         }
     }
 
-    __device__ const TileKeys& keys_info(int stage) const {
-        return reinterpret_cast<const TileKeys*>(shared + S::KEYS_INFO)[stage];
+    __device__ const typename S::Keys& keys_info(int stage) const {
+        return reinterpret_cast<const typename S::Keys*>(shared + S::KEYS_INFO)[stage];
     }
 
     __device__ void mask(float (&scores)[N / 8][4], int stage) const {
@@ -123,6 +124,13 @@ struct Consumer {
 #pragma unroll
                 for (int i = 0; i < 4; ++i) scores[tile][i] = -scores[tile][i];
             }
+        }
+        if constexpr (S::RANGED) {
+            const auto& keys = keys_info(stage);
+            seen.hide_others(scores, keys);
+            // No row sees keys past the end of its sequence, and other tiles of keys in a row are
+            // kept as a whole.
+            if (keys.has_masked_values == 0) return;
         }
 #pragma unroll
         for (int word = 0; word < (N + 31) / 32; ++word) {
@@ -187,8 +195,8 @@ struct Consumer {
     }
 
 private:
-    __device__ const TileRows& rows_info(int work_index) const {
-        return reinterpret_cast<const TileRows*>(shared + S::ROWS_INFO)[work_index % 2];
+    __device__ const typename S::Rows& rows_info(int work_index) const {
+        return reinterpret_cast<const typename S::Rows*>(shared + S::ROWS_INFO)[work_index % 2];
     }
 
     // `TileRows::part`, read where it is needed, since registers are scarce.
@@ -203,6 +211,7 @@ private:
         key_tiles = ptx::uniform(rows.key_tiles);
         masked_tiles = ptx::uniform(rows.masked_tiles);
         // The tile's groups are filled from the first on.
+        if constexpr (S::RANGED) descends = ptx::uniform(rows.descends) != 0;
         has_rows = ptx::uniform(rows.groups[warpgroup * 4].rows) > 0;
         return key_tiles >= 0;
     }
@@ -228,17 +237,62 @@ private:
             }
             arrive(S::EMPTY_K + 8 * state.stage());
             ptx::mbarrier_wait(base + S::FULL_V + 8 * state.stage(), state.parity());
+            if constexpr (S::RANGED) {
+                if (is_in_order && i < masked_tiles) take_out_nonfinite<S>(value_tile(state.stage()), [] {});
+            }
             arrive(S::EMPTY_V + 8 * state.stage());
+        }
+    }
+
+    __device__ unsigned char* value_tile(int stage) const { return shared + S::V + stage * S::TileKV::BYTES; }
+
+    // With key ranges: finds what this warp's rows see.
+    __device__ void read_ranges() {
+        seen.read(params.ranges, rows_info(work_index), warpgroup);
+    }
+
+    // With key ranges: whether this warpgroup sees a key of a masked tile, which it waits for.
+    __device__ bool sees_tile(KeysState state) const {
+        ptx::mbarrier_wait(base + S::FULL_K + 8 * state.stage(), state.parity());
+        return seen.template some_see<N>(keys_info(state.stage()));
+    }
+
+    // Keeps pace with the other warpgroups at a tile that this one does not see.
+    __device__ void pass_tile(KeysState state) const {
+        ptx::mbarrier_wait(base + S::FULL_K + 8 * state.stage(), state.parity());
+        wait_turn();
+        give_turn();
+        arrive(S::EMPTY_K + 8 * state.stage());
+        ptx::mbarrier_wait(base + S::FULL_V + 8 * state.stage(), state.parity());
+        arrive(S::EMPTY_V + 8 * state.stage());
+    }
+
+    // With key ranges: whether a row's sums may hold values that it does not see. Rows that see
+    // nothing are right without a sum.
+    __device__ void doubt(RowSums& sums, const float (&acc)[D / 8][4]) const {
+        float zero[2] = {0.0f, 0.0f};
+#pragma unroll
+        for (int tile = 0; tile < D / 8; ++tile) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) zero[i / 2] = __fmaf_rn(acc[tile][i], 0.0f, zero[i / 2]);
+        }
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            sums.out_of_range[half] = seen.has_keys(half) && (sums.out_of_range[half] || zero[half] != 0.0f);
         }
     }
 
     // The scores of a tile are issued before the product of the tile before.
     __device__ void attend(float (&acc)[D / 8][4], RowSums& sums) {
         WarpgroupSoftmax softmax(fabsf(params.score_scale));
+        if constexpr (S::RANGED) read_ranges();
         const Matrix q = queries(work_index);
         KeysState state = this->state;
         const uint32_t last_masked = state.count + max(masked_tiles, 1) - 1;
-        const uint32_t last = state.count + key_tiles - 1;
+        uint32_t last = state.count + key_tiles - 1;
+        if constexpr (S::RANGED) {
+            for (; state.count != last_masked && !sees_tile(state); ++state.count) pass_tile(state);
+        }
         uint32_t probs[N / 16][4];
         float scores[N / 8][4];
         ptx::mbarrier_wait(base + S::FULL_K + 8 * state.stage(), state.parity());
@@ -251,7 +305,16 @@ private:
         softmax.raise_max(scores);
         softmax.exponentiate(scores);
         pack(probs, scores);
-        for (; state.count != last_masked; ++state.count) step<true>(acc, probs, softmax, q, state);
+        for (; state.count != last_masked; ++state.count) {
+            if constexpr (S::RANGED) {
+                // Nor does it see those further to the left.
+                if (descends && !sees_tile({state.count + 1})) {
+                    last = state.count;
+                    break;
+                }
+            }
+            step<true>(acc, probs, softmax, q, state);
+        }
         for (; state.count != last; ++state.count) step<false>(acc, probs, softmax, q, state);
         const Matrix v = values(state.stage());
         ptx::mbarrier_wait(base + S::FULL_V + 8 * state.stage(), state.parity());
@@ -261,6 +324,10 @@ private:
         arrive(S::EMPTY_V + 8 * state.stage());
         softmax.finish();
         sums.read_from(softmax);
+        if constexpr (S::RANGED) {
+            doubt(sums, acc);
+            for (++state.count; state.count != this->state.count + key_tiles; ++state.count) pass_tile(state);
+        }
     }
 
     // The product of a key tile, and the probabilities of the next one.
@@ -295,6 +362,10 @@ private:
     // Scores, softmax and product one after the other, with the exact softmax.
     __device__ void attend_exactly(float (&acc)[D / 8][4], RowSums& sums) {
         ExactSoftmax softmax(fabsf(params.score_scale));
+        if constexpr (S::RANGED) {
+            read_ranges();
+            sees_some[0] = sees_some[1] = masked_tiles != key_tiles;
+        }
         const Matrix q = queries(work_index);
         KeysState state = this->state;
         const uint32_t masked_end = state.count + masked_tiles;
@@ -303,6 +374,11 @@ private:
         for (; state.count != masked_end; ++state.count) step_exactly<true>(acc, softmax, q, state);
         for (; state.count != end; ++state.count) step_exactly<false>(acc, softmax, q, state);
         softmax.finish();
+        if constexpr (S::RANGED) {
+            for (int half = 0; half < 2; ++half) {
+                if (!sees_some[half]) softmax.row_max[half] = -INFINITY;
+            }
+        }
         if (part() >= 0) sums.is_whole = merge_parts(acc, softmax);
         softmax.spread_overflow();
         sums.read_from(softmax);
@@ -320,12 +396,19 @@ private:
         ptx::wgmma_wait<0>();
         ptx::pin_registers(scores);
         if constexpr (IS_MASKED) mask(scores, stage);
-        arrive(S::EMPTY_K + 8 * stage);
+        if constexpr (!(IS_MASKED && S::RANGED)) arrive(S::EMPTY_K + 8 * stage);
         softmax.raise_max(scores);
         softmax.exponentiate(scores);
         rescale(acc, softmax.factor);
         pack(probs, scores);
         ptx::mbarrier_wait(base + S::FULL_V + 8 * stage, state.parity());
+        if constexpr (IS_MASKED && S::RANGED) {
+            const auto& keys = keys_info(stage);
+            for (int half = 0; half < 2; ++half) sees_some[half] |= seen.template sees_some<N>(half, keys);
+            unsigned char* const tile = value_tile(stage);
+            take_out_nonfinite<S>(tile, [&] { add_nonfinite<S>(acc, tile, keys, seen); });
+            arrive(S::EMPTY_K + 8 * stage);
+        }
         issue_output(acc, probs, v);
         ptx::wgmma_wait<0>();
         ptx::pin_registers(acc);
@@ -485,6 +568,10 @@ private:
     int masked_tiles = 0;
     bool has_rows = false;
     bool is_stored = false;
+    // With key ranges: `RangedTileRows::descends`; what this warp's rows see; and whether this lane's rows saw a kept key.
+    bool descends = false;
+    SeenByRows seen;
+    bool sees_some[2];
 };
 
 }  // namespace sm90

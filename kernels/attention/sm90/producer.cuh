@@ -25,6 +25,10 @@ struct Producer {
     // Tiles before this one need their scores changed: for keys that are not kept, or for a
     // negative scale.
     int masked_end;
+    // With key ranges: the entry of `range_tiles`; and 32 key tiles from `window` on, one a lane.
+    int range_tile;
+    int window;
+    int lane_tile;
 
     __device__ Producer(const TileListParams& params, unsigned char* shared, uint32_t base)
         : params(params), shared(shared), base(base), lane(threadIdx.x % 32) {}
@@ -33,9 +37,10 @@ struct Producer {
         KeysState state;
         int work_index = 0;
         for (bool is_exact = false;; is_exact = true) {
-            Schedule<S::TILE_M> schedule(params);
+            std::conditional_t<S::RANGED, DealtWork, Schedule<S::TILE_M>> schedule(params);
             Work work;
             for (; schedule.next(work) && !(is_exact && work.part >= 0); ++work_index) {
+                if constexpr (S::RANGED) range_tile = schedule.tile;
                 const RowGroup group = find(work);
                 int tile = first_tile < end_tile ? tile_at(first_tile) : 0;
                 if (first_tile < end_tile) load_keys(first_tile, tile, state);
@@ -63,7 +68,9 @@ struct Producer {
 
 private:
     // There are two, since one warpgroup may be at the next query tile already.
-    __device__ TileRows& rows_info(int work_index) const { return reinterpret_cast<TileRows*>(shared + S::ROWS_INFO)[work_index % 2]; }
+    __device__ typename S::Rows& rows_info(int work_index) const {
+        return reinterpret_cast<typename S::Rows*>(shared + S::ROWS_INFO)[work_index % 2];
+    }
 
     // Waits until a warpgroup has given back the place of its queries.
     __device__ void wait_for_room(int work_index, int warpgroup) const {
@@ -74,6 +81,12 @@ private:
     __device__ RowGroup find(const Work& work) {
         kv_head = work.head / params.group_size;
         const RowGroup group = tiles.find(params, work, lane);
+        if constexpr (S::RANGED) {
+            const RangeTile& seen = params.range_tiles[range_tile];
+            tiles.count = seen.masked + seen.end - seen.first;
+            tiles.masked = tiles.count - (seen.inner_end - seen.inner_first);
+            window = -32;
+        }
         masked_end = params.score_scale < 0.0f ? tiles.count : tiles.masked;
         first_tile = 0;
         end_tile = tiles.count;
@@ -97,7 +110,7 @@ private:
             const uint32_t full = base + S::full_q(work_index, warpgroup);
             if (S::QUERY_TILES == 1) wait_for_room(work_index, warpgroup);
             if (warpgroup == 0) {
-                TileRows& rows = rows_info(work_index);
+                auto& rows = rows_info(work_index);
                 if (lane < S::TILE_M / GROUP_ROWS) rows.groups[lane] = group;
                 if (lane == 0) {
                     rows.key_tiles = end_tile - first_tile;
@@ -106,6 +119,10 @@ private:
                     rows.batch = tiles.batch;
                     rows.head = work.head;
                     rows.clips = params.form != FORM_PACKED;
+                    if constexpr (S::RANGED) {
+                        const RangeTile& seen = params.range_tiles[range_tile];
+                        rows.descends = seen.masked == 0 && seen.inner_first == seen.inner_end;
+                    }
                 }
                 __syncwarp();
             }
@@ -120,11 +137,42 @@ private:
 
     // Key tile i: its first key in the tensor, or ~ its number among the masked tiles of the lists.
     // Without lists the last tile comes first, since it may be masked.
-    __device__ int tile_at(int i) const {
+    __device__ int tile_at(int i) {
+        if constexpr (S::RANGED) {
+            if (i - window >= 32) {
+                window = i;
+                lane_tile = seen_tile(i + lane);
+            }
+            return __shfl_sync(0xffffffff, lane_tile, i - window);
+        }
         return params.form == FORM_FUSED ? tiles.list[i] : tiles.first_key + (tiles.count - 1 - i) * S::TILE_N;
     }
 
+    // The same by the query tile's ranges: masked tiles of the lists; tiles that only some queries
+    // see, from right to left; and those that all see.
+    __device__ int seen_tile(int i) const {
+        const RangeTile& seen = params.range_tiles[range_tile];
+        if (i >= tiles.count) return 0;
+        if (i < seen.masked) return tiles.list[seen.first_masked + i];
+        i -= seen.masked;
+        const int right = seen.end - seen.inner_end;
+        const int left = seen.inner_first - seen.first;
+        int at;
+        if (i < right) {
+            at = seen.end - 1 - i;
+        } else if (i < right + left) {
+            at = seen.inner_first - 1 - (i - right);
+        } else {
+            at = seen.inner_first + (i - right - left);
+        }
+        return params.form == FORM_FUSED ? tiles.list[at] : tiles.first_key + seen.first_key + at * S::TILE_N;
+    }
+
     __device__ bool has_masked_values(int i, int tile) const {
+        if constexpr (S::RANGED) {
+            if (params.form == FORM_PACKED) return i < masked_end && tile - tiles.first_key + S::TILE_N > tiles.keys;
+            return tile < 0;
+        }
         return params.form == FORM_FUSED ? tile < 0 : params.form == FORM_PACKED && i == 0 && tiles.keys % S::TILE_N != 0;
     }
 
@@ -135,10 +183,18 @@ private:
     __device__ void load_keys(int i, int tile, KeysState state) const {
         const uint32_t full = base + S::FULL_K + 8 * state.stage();
         ptx::mbarrier_wait(base + S::EMPTY_K + 8 * state.stage(), state.parity() ^ 1);
-        auto& info = reinterpret_cast<TileKeys*>(shared + S::KEYS_INFO)[state.stage()];
+        auto& info = reinterpret_cast<typename S::Keys*>(shared + S::KEYS_INFO)[state.stage()];
         if (i < masked_end) {
             const uint32_t kept = tiles.kept_keys(params, tile, tile - tiles.first_key, lane);
             if (lane < (S::TILE_N + 31) / 32) info.kept[lane] = kept;
+            if constexpr (S::RANGED) {
+                constexpr int GROUPS = S::TILE_N / GROUP_ROWS;
+                if (lane < GROUPS) {
+                    const bool is_listed = params.form == FORM_FUSED && tile < 0;
+                    info.first_keys[lane] =
+                        is_listed ? params.key_groups[~tile * GROUPS + lane] : tile - tiles.first_key + lane * GROUP_ROWS;
+                }
+            }
         }
         if (lane == 0) info.has_masked_values = has_masked_values(i, tile);
         __syncwarp();
@@ -167,7 +223,7 @@ __device__ inline void zero_masked_values(unsigned char* shared, uint32_t base) 
     bool is_exact = false;
     for (int work_index = 0;; ++work_index) {
         ptx::mbarrier_wait(base + S::full_q(work_index, 0), S::parity_q(work_index));
-        const int key_tiles = reinterpret_cast<const TileRows*>(shared + S::ROWS_INFO)[work_index % 2].key_tiles;
+        const int key_tiles = reinterpret_cast<const typename S::Rows*>(shared + S::ROWS_INFO)[work_index % 2].key_tiles;
         __syncwarp();
         if (lane == 0) ptx::mbarrier_arrive(base + S::empty_q(work_index, 0));
         if (key_tiles < 0) {
@@ -176,7 +232,7 @@ __device__ inline void zero_masked_values(unsigned char* shared, uint32_t base) 
         }
         for (int i = 0; i < key_tiles; ++i, ++state.count) {
             ptx::mbarrier_wait(base + S::FULL_K + 8 * state.stage(), state.parity());
-            const auto& info = reinterpret_cast<const TileKeys*>(shared + S::KEYS_INFO)[state.stage()];
+            const auto& info = reinterpret_cast<const typename S::Keys*>(shared + S::KEYS_INFO)[state.stage()];
             const bool has_masked_values = info.has_masked_values;
             const uint32_t kept = lane < (S::TILE_N + 31) / 32 && has_masked_values ? info.kept[lane] : 0;
             __syncwarp();

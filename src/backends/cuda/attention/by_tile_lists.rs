@@ -1,5 +1,6 @@
 //! Launches of the sm90 and the sm100 kernel, which take the same parameters: dense, on packed
-//! rows, and on padded tensors by tile lists (`tile_lists`).
+//! rows, and on padded tensors by tile lists (`tile_lists`); each also with key ranges
+//! (`range_tiles`).
 
 use std::sync::Arc;
 
@@ -9,6 +10,7 @@ use crate::backends::cuda::kernels::module::Entry;
 use crate::backends::cuda::kernels::params::{TileListForm, TileListParams};
 use crate::backends::cuda::kernels::tiles::ListTile;
 use crate::backends::cuda::launcher::Launcher;
+use crate::backends::cuda::tensors::key_ranges::PlacedRanges;
 use crate::backends::cuda::tensors::metadata;
 use crate::backends::cuda::tensors::tensor_map::MappedTensor;
 use crate::call::op::Attention;
@@ -16,33 +18,52 @@ use crate::call::problem::AttentionShape;
 use crate::error::{Error, Result};
 use crate::fifo_cache::FifoCache;
 use crate::mask::key_mask::KeyMask;
+use crate::mask::key_ranges::KeyRanges;
 use crate::mask::meta::{GROUP_ROWS, VarlenMeta};
 
 use super::call::{PackedRows, Tensors, score_scale};
 use super::dense_metas::DenseMeta;
+use super::range_tiles::{Deal, DealtWork, RangeTiles};
 use super::split::Split;
 use super::tile_lists::TileLists;
 
 /// Rows of a padded output whose zeros are enough work for a block.
 const ZEROED_ROWS: usize = 256;
 
-/// Tile lists on the device.
+/// Tile lists, and their copies on the device.
 #[derive(Debug)]
 struct ListsCopy {
+    lists: TileLists,
     batches: CudaBuffer,
     query_groups: CudaBuffer,
     key_tiles: CudaBuffer,
     key_groups: CudaBuffer,
     zero_spans: CudaBuffer,
-    batch_count: usize,
-    zero_span_count: usize,
-    query_tiles: usize,
-    /// Key tiles of the batch row with the fewest.
-    fewest_key_tiles: usize,
 }
 
 /// Kept with the query's metadata, by the id of the key's metadata and the tile.
 type ListsCopies = FifoCache<(u64, ListTile), ListsCopy>;
+
+/// The work of a call with key ranges, on the device.
+#[derive(Debug)]
+struct WorkCopy {
+    tiles: CudaBuffer,
+    work: CudaBuffer,
+    blocks: usize,
+    split: Split,
+}
+
+/// Kept with the ranges, by the ids of the metadata of queries and keys (0 without lists) and what
+/// the work is dealt out for.
+type WorkCopies = FifoCache<([u64; 2], Deal), WorkCopy>;
+
+/// The key ranges of a call, and whose lists its tiles come from.
+#[derive(Clone, Copy)]
+struct Ranged<'a> {
+    placed: &'a PlacedRanges,
+    tiles: &'a dyn Fn(&KeyRanges) -> RangeTiles,
+    metas: [u64; 2],
+}
 
 /// The extent of a launch: of its tensors, and of its work.
 #[derive(Debug, Clone, Copy)]
@@ -119,6 +140,13 @@ pub fn packed(launcher: &Launcher, attention: &Attention<'_>, tensors: &Tensors,
         params.inv_indices = if query.is_all_valid { 0 } else { query.inv_indices };
         zero_items = padded_rows.div_ceil(ZEROED_ROWS);
     }
+    let tile = call.tile;
+    // The host knows the lengths of every call with ranges: checked by plan.
+    let of_keys = rows.lengths.map(|[_, key]| move |ranges: &KeyRanges| RangeTiles::packed(ranges, key, tile));
+    let ranged = match (&rows.ranges, &of_keys) {
+        (Some(placed), Some(tiles)) => Some(Ranged { placed, tiles, metas: [0; 2] }),
+        _ => None,
+    };
     let (tiles, fewest_key_tiles) = packed_tiles(call.tile, rows);
     // Packed tensors have no batch rows: all of their rows are tokens.
     let extent = Extent {
@@ -129,7 +157,7 @@ pub fn packed(launcher: &Launcher, attention: &Attention<'_>, tensors: &Tensors,
         fewest_key_tiles,
         zero_items,
     };
-    call.launch(params, &extent)
+    call.launch(params, &extent, ranged)
 }
 
 /// Query tiles of all sequences, and key tiles of the sequence with the fewest that has queries. If
@@ -192,7 +220,14 @@ impl<'a> Call<'a> {
             fewest_key_tiles: seq_k.div_ceil(self.tile.keys as usize),
             zero_items: 0,
         };
-        self.launch(params, &extent)
+        let placed = self.placed_ranges()?;
+        let tiles = |ranges: &KeyRanges| RangeTiles::padded(ranges, batch, seq_k, self.tile);
+        self.launch(params, &extent, placed.as_ref().map(|placed| Ranged { placed, tiles: &tiles, metas: [0; 2] }))
+    }
+
+    /// The call's ranges, of every query of padded tensors.
+    fn placed_ranges(&self) -> Result<Option<PlacedRanges>> {
+        self.attention.ranges.map(|ranges| PlacedRanges::padded(self.launcher, ranges)).transpose()
     }
 
     /// Padded tensors by the lists of their metadata. The masks are of keys, and of query rows that
@@ -202,23 +237,24 @@ impl<'a> Call<'a> {
         (query, key): (&VarlenMeta, &VarlenMeta),
         (key_mask, row_mask): (&KeyMask, Option<&KeyMask>),
     ) -> Result<()> {
-        let lists = self.lists(query, key)?;
+        let copy = self.lists(query, key)?;
+        let lists = &copy.lists;
         let key_bits = metadata::mask_bits(self.launcher, key_mask)?;
         let row_bits = row_mask.map(|mask| metadata::mask_bits(self.launcher, mask)).transpose()?;
         let params = TileListParams {
             form: TileListForm::Fused as i32,
             // All fit: there are at most as many as tokens.
-            groups: lists.batch_count as i32,
-            zero_span_count: lists.zero_span_count as i32,
+            groups: lists.batches.len() as i32,
+            zero_span_count: lists.zero_spans.len() as i32,
             key_bits: key_bits.buffer.address(),
             key_words: key_bits.row_words as i32,
             row_bits: row_bits.as_ref().map_or(0, |bits| bits.buffer.address()),
             row_words: row_bits.as_ref().map_or(0, |bits| bits.row_words as i32),
-            batches: lists.batches.address(),
-            query_groups: lists.query_groups.address(),
-            key_tiles: lists.key_tiles.address(),
-            key_groups: lists.key_groups.address(),
-            zero_spans: lists.zero_spans.address(),
+            batches: copy.batches.address(),
+            query_groups: copy.query_groups.address(),
+            key_tiles: copy.key_tiles.address(),
+            key_groups: copy.key_groups.address(),
+            zero_spans: copy.zero_spans.address(),
             ..self.padded_params()
         };
         let AttentionShape { batch, seq_q, seq_k, num_heads, .. } = self.attention.problem.shape;
@@ -226,11 +262,15 @@ impl<'a> Call<'a> {
             batch,
             queries: seq_q,
             keys: seq_k,
-            items: lists.query_tiles * num_heads,
-            fewest_key_tiles: lists.fewest_key_tiles,
-            zero_items: lists.zero_span_count * num_heads,
+            items: lists.query_tiles() * num_heads,
+            // The last batch row in the order of work.
+            fewest_key_tiles: lists.batches.last().map_or(0, |batch| batch.key_tiles as usize),
+            zero_items: lists.zero_spans.len() * num_heads,
         };
-        self.launch(params, &extent)
+        let placed = self.placed_ranges()?;
+        let tiles = |ranges: &KeyRanges| RangeTiles::listed(ranges, lists, query, key, self.tile);
+        let metas = [query.id(), key.id()];
+        self.launch(params, &extent, placed.as_ref().map(|placed| Ranged { placed, tiles: &tiles, metas }))
     }
 
     /// The lists on the device, made and uploaded if they are not there yet.
@@ -245,32 +285,63 @@ impl<'a> Call<'a> {
                 key_tiles: launcher.uploaded(bytemuck::cast_slice(&lists.key_tiles))?,
                 key_groups: launcher.uploaded(bytemuck::cast_slice(&lists.key_groups))?,
                 zero_spans: launcher.uploaded(bytemuck::cast_slice(&lists.zero_spans))?,
-                batch_count: lists.batches.len(),
-                zero_span_count: lists.zero_spans.len(),
-                query_tiles: lists.query_tiles(),
-                // The last batch row in the order of work.
-                fewest_key_tiles: lists.batches.last().map_or(0, |batch| batch.key_tiles as usize),
+                lists,
             })
         })
     }
 
-    fn launch(&self, mut params: TileListParams, extent: &Extent) -> Result<()> {
+    /// The work of a call with key ranges, dealt out and uploaded if it is not there yet. Only with
+    /// `splits` are query tiles split.
+    fn work(&self, ranged: &Ranged<'_>, zero_items: usize, splits: bool) -> Result<Arc<WorkCopy>> {
+        let Self { launcher, tile, .. } = *self;
+        let shape = self.attention.problem.shape;
+        let deal = Deal {
+            tile,
+            heads: shape.num_heads,
+            group_size: shape.group_size(),
+            head_dim: shape.head_dim,
+            multiprocessors: launcher.multiprocessors,
+            zero_items,
+            splits,
+        };
+        let ranges = &ranged.placed.ranges;
+        let copies = ranges.copies().get_or_make(launcher.id, || Ok(WorkCopies::default()))?;
+        copies.get_or_make((ranged.metas, deal), launcher.context.is_captured()?, || {
+            let tiles = (ranged.tiles)(ranges);
+            let DealtWork { work, blocks, split } = tiles.deal(deal);
+            Ok(WorkCopy {
+                tiles: launcher.uploaded(bytemuck::cast_slice(&tiles.tiles))?,
+                work: launcher.uploaded(bytemuck::cast_slice(&work))?,
+                blocks,
+                split,
+            })
+        })
+    }
+
+    fn launch(&self, mut params: TileListParams, extent: &Extent, ranged: Option<Ranged<'_>>) -> Result<()> {
         let &Extent { items, zero_items, .. } = extent;
         if items + zero_items == 0 {
             return Ok(());
         }
         self.describe_tensors(extent, &mut params)?;
         let (launcher, tile) = (self.launcher, self.tile);
-        let function = launcher.function(Entry::AttentionByLists { dtype: self.attention.problem.dtype, tile })?;
+        let dtype = self.attention.problem.dtype;
+        let function = launcher.function(Entry::AttentionByLists { dtype, tile, has_ranges: ranged.is_some() })?;
         // The scratch lives until the launch, which keeps its memory.
-        let (split, _scratch) = self.split(extent, &mut params)?;
-        // As many blocks as run at once; each takes one item after the other. Fits: a chip has few
-        // multiprocessors.
-        let blocks = split.work_items().max(zero_items).min(launcher.multiprocessors) as u32;
+        let (blocks, _scratch) = match &ranged {
+            Some(ranged) => self.deal_out(extent, &mut params, ranged)?,
+            None => {
+                let (split, scratch) = self.split(extent, &mut params)?;
+                // As many blocks as run at once; each takes one item after the other.
+                (split.work_items().max(zero_items).min(launcher.multiprocessors), scratch)
+            }
+        };
+        // Fits: a chip has few multiprocessors.
+        let blocks = blocks as u32;
         // SAFETY: the tensors have the problem's shape and lie inside their buffers, those of
         // packed rows as `cu_seqlens` says (checked by problem; scratch is made so), and their rows
         // start at words (placement). Lists, masks and `cu_seqlens` have the problem's batch rows
-        // and sequence lengths. The output shares no memory with them (checked by problem).
+        // and sequence lengths, ranges its queries, and work ends in each block's column. The output shares no memory with them (checked by problem).
         unsafe { launcher.launch(function, [blocks, 1, 1], tile.threads, &params) }
     }
 
@@ -294,6 +365,31 @@ impl<'a> Call<'a> {
         params.k_group_map = encode(of_keys(tensors.k), group)?;
         params.v_group_map = encode(of_keys(tensors.v), group)?;
         Ok(())
+    }
+
+    /// How the query tiles of a call with key ranges are shared out, which the parameters then say:
+    /// among how many blocks, and scratch for the parts of split ones.
+    fn deal_out(
+        &self,
+        extent: &Extent,
+        params: &mut TileListParams,
+        ranged: &Ranged<'_>,
+    ) -> Result<(usize, Option<CudaBuffer>)> {
+        let mut copy = self.work(ranged, extent.zero_items, true)?;
+        let mut scratch = None;
+        if copy.split.parts > 1 {
+            match self.parts_scratch(&copy.split, params) {
+                Ok(made) => scratch = Some(made),
+                // Without parts it takes longer, but no memory.
+                Err(Error::OutOfMemory { .. }) => copy = self.work(ranged, extent.zero_items, false)?,
+                Err(error) => return Err(error),
+            }
+        }
+        params.ranges = ranged.placed.params();
+        (params.range_tiles, params.range_work) = (copy.tiles.address(), copy.work.address());
+        // Fits: a query tile has few parts.
+        params.parts = copy.split.parts as i32;
+        Ok((copy.blocks, scratch))
     }
 
     /// How query tiles are shared out, which the parameters then say, and scratch for the parts of

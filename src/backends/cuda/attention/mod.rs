@@ -8,6 +8,7 @@
 //! | `by_tile_lists` | launches of the sm90 and sm100 kernels, which read padded tensors by tile lists |
 //! | `tile_lists` | how tile lists are made from metadata |
 //! | `dense_metas` | metadata that stands for the masks of dense calls |
+//! | `range_tiles` | the same for calls with key ranges, and how their work is dealt out |
 //! | `split` | how query tiles are shared out among blocks |
 //! | `fifo_cache` | the cache that tile lists are kept in |
 
@@ -15,6 +16,7 @@ mod by_tile_lists;
 mod call;
 mod dense_metas;
 mod packing;
+mod range_tiles;
 mod sm80;
 mod split;
 mod tile_lists;

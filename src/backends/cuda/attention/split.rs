@@ -35,10 +35,8 @@ impl Split {
                 return item_cycles(fewest_steps);
             }
             let rounds = (tail * parts).div_ceil(multiprocessors);
-            // Parts are computed by the exact softmax, in order; each is written, and all of a
-            // query tile are read by one block.
-            let part_cycles = item_cycles(fewest_steps.div_ceil(parts)) * 9 / 8 + 5000;
-            LAUNCH_CYCLES + rounds * part_cycles + parts * 2500
+            // All of a query tile are read by one block.
+            LAUNCH_CYCLES + rounds * part_cycles(fewest_steps, parts) + parts * 2500
         };
         let most = if tail == 0 { 1 } else { (fewest_steps / MIN_PART_STEPS).clamp(1, MAX_PARTS) };
         match (1..=most).min_by_key(|&parts| cycles(parts)) {
@@ -71,8 +69,14 @@ impl Split {
 
 /// An estimate of the cycles of a query tile, fitted to measurements at head dimension 128 on an
 /// H100: a step for each key tile, and its start and end.
-const fn item_cycles(steps: usize) -> usize {
+pub const fn item_cycles(steps: usize) -> usize {
     steps * 3300 + 7000
+}
+
+/// The same of one of the parts of a query tile, which are computed by the exact softmax, in order;
+/// each is written.
+pub const fn part_cycles(steps: usize, parts: usize) -> usize {
+    item_cycles(steps.div_ceil(parts)) * 9 / 8 + 5000
 }
 
 #[cfg(test)]

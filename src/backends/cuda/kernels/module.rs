@@ -128,6 +128,8 @@ pub enum Entry {
     AttentionByLists {
         dtype: DType,
         tile: ListTile,
+        /// Whether each query sees a range of keys.
+        has_ranges: bool,
     },
 }
 
@@ -163,7 +165,9 @@ impl Entry {
             Self::Attention { dtype, tile, form } => {
                 format!("attention_{}_{dtype}_{}", Kernel::CudaSm80, tile.name(form))
             }
-            Self::AttentionByLists { dtype, tile } => format!("attention_{}_{dtype}_{}", tile.kernel, tile.name()),
+            Self::AttentionByLists { dtype, tile, has_ranges } => {
+                format!("attention_{}_{dtype}_{}", tile.kernel, tile.name(has_ranges))
+            }
         }
     }
 
@@ -340,8 +344,15 @@ mod tests {
                 let rows = FormSm80::ALL
                     .into_iter()
                     .filter_map(move |form| Tile::of(head_dim).map(|tile| Entry::Attention { dtype, tile, form }));
-                let lists = ATTENTION.iter().filter_map(move |row| {
-                    ListTile::of(row.kernel, head_dim).map(|tile| Entry::AttentionByLists { dtype, tile })
+                let lists = ATTENTION.iter().flat_map(move |row| {
+                    let forms: &[bool] = if row.kernel.has_ranges() { &[false, true] } else { &[false] };
+                    forms.iter().filter_map(move |&has_ranges| {
+                        ListTile::of(row.kernel, head_dim).map(|tile| Entry::AttentionByLists {
+                            dtype,
+                            tile,
+                            has_ranges,
+                        })
+                    })
                 });
                 rows.chain(lists)
             })

@@ -312,6 +312,38 @@ shared_struct! {
     }
 }
 
+shared_struct! {
+    /// Which key tiles a query tile needs where the call has key ranges (`attention/tile_lists.cuh`).
+    RangeTile {
+        /// As in `Work`: the entry of `batches`, sequence or batch row, and the query tile in it.
+        group: i32,
+        tile: i32,
+        /// Masked tiles of the group's `key_tiles`, counted from its first.
+        first_masked: i32,
+        masked: i32,
+        /// Without lists: where tile 0 starts, counted as ranges count keys.
+        first_key: i32,
+        /// Tiles of keys in a row: entries of the group's `key_tiles`, or tiles from `first_key` on.
+        /// Every query of the tile sees all of the inner ones.
+        first: i32,
+        inner_first: i32,
+        inner_end: i32,
+        end: i32,
+    }
+}
+
+shared_struct! {
+    /// What a block does next where the call has key ranges.
+    RangeWork {
+        /// The entry of `range_tiles`; negative where the block has no more work.
+        tile: i32,
+        head: i32,
+        /// `Work::part`.
+        part: i32,
+        unused: i32,
+    }
+}
+
 /// A `CUtensorMap`: what the copy engine is told of a tensor. `ptx::TensorMap` in the kernels.
 #[repr(C, align(64))]
 #[derive(Debug, Clone, Copy, Default, PartialEq, Pod, Zeroable)]
@@ -383,7 +415,11 @@ shared_struct! {
         parts: i32,
         /// 0 for packed rows.
         lse_batch_stride: i64,
-        unused: [i32; 8],
+        /// Null without key ranges. Otherwise, which keys each query sees; what each query tile needs;
+        /// and the work, entry by entry: the first of each block, the second of each, and so on.
+        ranges: KeyRangeParams,
+        range_tiles: *const RangeTile,
+        range_work: *const RangeWork,
     }
 }
 
@@ -527,6 +563,8 @@ pub fn header() -> String {
         TileListForm::text(),
         BatchTiles::text(),
         ZeroSpan::text(),
+        RangeTile::text(),
+        RangeWork::text(),
         tensor_map,
         TileListParams::text(),
         RowTensor::text(),

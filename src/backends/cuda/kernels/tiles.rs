@@ -205,9 +205,10 @@ impl ListTile {
     }
 
     /// The end of the kernel's name, after the element type.
-    pub fn name(self) -> String {
+    pub fn name(self, has_ranges: bool) -> String {
         let Self { width, splitting_warpgroups, .. } = self;
-        splitting_warpgroups.map_or_else(|| format!("d{width}"), |warpgroups| format!("d{width}_w{warpgroups}"))
+        let warpgroups = splitting_warpgroups.map_or_else(String::new, |warpgroups| format!("_w{warpgroups}"));
+        format!("d{width}{warpgroups}{}", if has_ranges { "_ranged" } else { "" })
     }
 
     const fn assert_fits(self) {
@@ -364,7 +365,7 @@ mod tests {
             let found = tile.map(|tile| (tile.rows, tile.keys, tile.threads, tile.panel(), tile.shared_bytes));
             let tile_bytes = 128 * head_dim as u32 * 2;
             assert_eq!(found, Some((256, 128, 512, panel, (3 + 2 * stages) * tile_bytes + 3072)), "{head_dim}");
-            assert_eq!(tile.map(ListTile::name), Some(format!("d{head_dim}")));
+            assert_eq!(tile.map(|tile| tile.name(false)), Some(format!("d{head_dim}")));
         }
     }
 
@@ -374,7 +375,8 @@ mod tests {
         let tile = ListTile::of(Kernel::CudaSm90, 128);
         let found = tile.map(|tile| (tile.rows, tile.keys, tile.threads, tile.panel(), tile.shared_bytes));
         assert_eq!(found, Some((128, 160, 384, 64, (2 * 128 + 4 * 160) * 256 + 1024)));
-        assert_eq!(tile.map(ListTile::name).as_deref(), Some("d128_w2"));
+        assert_eq!(tile.map(|tile| tile.name(false)).as_deref(), Some("d128_w2"));
+        assert_eq!(tile.map(|tile| tile.name(true)).as_deref(), Some("d128_w2_ranged"));
         assert_eq!(tile.map(ListTile::part_bytes), Some(256 * 17 * 16));
         assert_eq!(tile.map(ListTile::part_count_bytes), Some(8));
     }

@@ -16,6 +16,8 @@ struct RangesCopy(CudaBuffer);
 /// Where a launch finds its ranges. Holds them: those of lists may be evicted at any time.
 #[derive(Debug, Clone)]
 pub struct PlacedRanges {
+    /// Those on the host.
+    pub ranges: KeyRanges,
     copy: Arc<RangesCopy>,
     row_stride: i64,
 }
@@ -25,12 +27,12 @@ impl PlacedRanges {
     pub fn padded(launcher: &Launcher, ranges: &KeyRanges) -> Result<Self> {
         let stride = if ranges.distinct_rows() > 1 { ranges.row(0).len() } else { 0 };
         // Fits: ranges are of at most i32::MAX queries.
-        Ok(Self { copy: copy(launcher, ranges)?, row_stride: stride as i64 })
+        Ok(Self { ranges: ranges.clone(), copy: copy(launcher, ranges)?, row_stride: stride as i64 })
     }
 
     /// Of packed rows.
     pub fn packed(launcher: &Launcher, ranges: &KeyRanges) -> Result<Self> {
-        Ok(Self { copy: copy(launcher, ranges)?, row_stride: 0 })
+        Ok(Self { ranges: ranges.clone(), copy: copy(launcher, ranges)?, row_stride: 0 })
     }
 
     /// Of the valid queries of padded tensors, one after another; the valid keys of a row are

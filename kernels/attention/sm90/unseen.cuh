@@ -1,0 +1,157 @@
+// Key ranges in a consumer warp of the sm90 kernel: keys that some queries of a tile see and others
+// do not. Their scores are -inf where they are not seen, and the fast softmax needs no more as long
+// as values are finite. A weight of 0 times NaN is NaN, so rows that come out as NaN are computed
+// again by the exact softmax, in whose masked tiles values that are NaN or infinite are taken out
+// and added by ordinary arithmetic to the rows that see them.
+#pragma once
+#include "../../ptx/tma.cuh"
+#include "../../ptx/warpgroup.cuh"
+#include "../nonfinite.cuh"
+#include "block.cuh"
+
+namespace sm90 {
+
+// What this lane's two rows see; what all rows of the warp see; and what some row of the warpgroup
+// sees.
+struct SeenByRows {
+    int2 row[2];
+    int all_first;
+    int all_end;
+    int some_first;
+    int some_end;
+
+    // For a warp of a warpgroup. Rows that do not exist count as seeing everything where all rows
+    // count, and nothing where some do.
+    __device__ void read(const KeyRangeParams& params, const TileRows& tile, int warpgroup) {
+        const int lane = threadIdx.x % 32;
+        // Fits: the queries of all batch rows are counted in an int.
+        const int first_query = static_cast<int>(tile.batch * params.row_stride);
+        const auto range = [&](const RowGroup& group, int at, int2 otherwise) {
+            if (at >= group.rows) return otherwise;
+            return __ldg(reinterpret_cast<const int2*>(params.ranges) + (first_query + group.first_row + at));
+        };
+        const RowGroup& of_warp = tile.groups[threadIdx.x / 32 - 4];
+        some_first = INT32_MAX;
+        some_end = 0;
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            row[half] = range(of_warp, half * 8 + lane / 4, make_int2(0, INT32_MAX));
+            const int at = half * 32 + lane;
+            const int2 other = range(tile.groups[warpgroup * 4 + at / GROUP_ROWS], at % GROUP_ROWS, make_int2(0, 0));
+            if (other.x < other.y) {
+                some_first = min(some_first, other.x);
+                some_end = max(some_end, other.y);
+            }
+        }
+        all_first = __reduce_max_sync(0xffffffff, max(row[0].x, row[1].x));
+        all_end = __reduce_min_sync(0xffffffff, min(row[0].y, row[1].y));
+        some_first = __reduce_min_sync(0xffffffff, some_first);
+        some_end = __reduce_max_sync(0xffffffff, some_end);
+    }
+
+    // Whether some row of the warpgroup may see a key of a tile of N keys.
+    template <int N>
+    __device__ bool some_see(const RangedTileKeys& keys) const {
+        const int first = keys.first_keys[min(threadIdx.x % 32, N / GROUP_ROWS - 1)];
+        const bool sees = first < some_end && first + static_cast<int>(GROUP_ROWS) > some_first;
+        return ptx::uniform(static_cast<int>(__any_sync(0xffffffff, sees))) != 0;
+    }
+
+    __device__ bool has_keys(int half) const { return row[half].x < row[half].y; }
+
+    __device__ bool sees(int half, int key) const { return row[half].x <= key && key < row[half].y; }
+
+    // Whether one of this lane's rows sees a kept key of a tile of N keys.
+    template <int N>
+    __device__ bool sees_some(int half, const RangedTileKeys& keys) const {
+        uint32_t seen = 0;
+#pragma unroll
+        for (int group = 0; group < N / GROUP_ROWS; ++group) {
+            const uint32_t kept = keys.kept[group / 2] >> (group % 2 * GROUP_ROWS) & 0xffff;
+            const int first = keys.first_keys[group];
+            seen |= kept & below(row[half].y - first) & ~below(row[half].x - first);
+        }
+        return seen != 0;
+    }
+
+    // Scores of keys that a row does not see become -inf.
+    template <int TILES>
+    __device__ void hide_others(float (&scores)[TILES][4], const RangedTileKeys& keys) const {
+#pragma unroll
+        for (int group = 0; group < TILES / 2; ++group) {
+            const int first = keys.first_keys[group];
+            if (all_first <= first && first + static_cast<int>(GROUP_ROWS) <= all_end) continue;
+            const int own = first + threadIdx.x % 4 * 2;
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const int seen_first = row[half].x - own;
+                const int seen_end = row[half].y - own;
+#pragma unroll
+                for (int at = 0; at < 4; ++at) {
+                    const int key = at / 2 * 8 + at % 2;
+                    // Selected: a score may be NaN.
+                    if (key < seen_first || key >= seen_end) scores[2 * group + at / 2][2 * half + at % 2] = -INFINITY;
+                }
+            }
+        }
+    }
+
+private:
+    // Of 16 bits, those below the n-th.
+    __device__ static uint32_t below(int n) { return n <= 0 ? 0 : n >= 16 ? 0xffff : (1u << n) - 1; }
+};
+
+// Takes the values of a tile that are NaN or infinite out of it, and adds them to the rows of `acc`
+// that see them, whatever their weights, which are above 0. Called by all consumers of a block; a
+// warpgroup without rows has nothing to add to.
+template <typename S, typename Add>
+__device__ inline void take_out_nonfinite(unsigned char* tile, Add add) {
+    using T = typename S::T;
+    constexpr int BYTES = S::TileKV::BYTES;
+    const int thread = threadIdx.x - WARPGROUP;
+    uint32_t found = 0;
+#pragma unroll 4
+    for (int at = thread * 16; at < BYTES; at += S::CONSUMERS * 16) {
+        const uint4 words = *reinterpret_cast<const uint4*>(tile + at);
+        found |= nonfinite<T>(words.x) | nonfinite<T>(words.y) | nonfinite<T>(words.z) | nonfinite<T>(words.w);
+    }
+    if (!ptx::barrier_or(BARRIER_VALUES, S::CONSUMERS, found != 0)) return;
+    add();
+    // Every warp has added what it sees.
+    ptx::barrier_sync(BARRIER_VALUES, S::CONSUMERS);
+#pragma unroll 1
+    for (int at = thread * 4; at < BYTES; at += S::CONSUMERS * 4) {
+        uint32_t& pair = *reinterpret_cast<uint32_t*>(tile + at);
+        const uint32_t signs = nonfinite<T>(pair);
+        // A sign bit becomes all bits of its half.
+        if (signs != 0) pair &= ~((signs >> 15) * 0xffff);
+    }
+    ptx::fence_async_proxy();
+    ptx::barrier_sync(BARRIER_VALUES, S::CONSUMERS);
+}
+
+// Adds the values of a tile that are NaN or infinite to this lane's rows.
+template <typename S>
+__device__ inline void add_nonfinite(float (&acc)[S::D / 8][4], const unsigned char* tile, const RangedTileKeys& keys, const SeenByRows& seen) {
+    using T = typename S::T;
+    const int lane = threadIdx.x % 32;
+#pragma unroll 1
+    for (int row = 0; row < S::TILE_N; ++row) {
+        const int key = keys.first_keys[row / GROUP_ROWS] + row % GROUP_ROWS;
+        const bool sees[2] = {seen.sees(0, key), seen.sees(1, key)};
+#pragma unroll
+        for (int chunk = 0; chunk < S::D / 8; ++chunk) {
+            const uint32_t pair = *reinterpret_cast<const uint32_t*>(tile + S::TileKV::offset(row, chunk) + lane % 4 * 4);
+            const uint32_t signs = nonfinite<T>(pair);
+            if (signs == 0) continue;
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                if (!sees[half]) continue;
+                if (signs & 0x8000) acc[chunk][2 * half] += Pair<T>::low(pair);
+                if (signs & 0x80000000) acc[chunk][2 * half + 1] += Pair<T>::high(pair);
+            }
+        }
+    }
+}
+
+}  // namespace sm90
