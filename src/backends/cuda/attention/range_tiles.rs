@@ -404,14 +404,16 @@ mod tests {
             let row = lists.map_or(group, |lists| lists.batches[group].batch as usize);
             let visited = visited(of_tile, lists.map(|lists| (lists, group)), tile);
             assert_eq!(visited.len(), of_tile.steps());
+            // How often the tiles hold each key, and the keys of inner tiles.
+            let mut times = vec![0; 2048];
+            visited.iter().flat_map(|(keys, _)| keys).for_each(|&key| times[key] += 1);
+            let inner = || visited.iter().filter(|(_, is_inner)| *is_inner).flat_map(|(keys, _)| keys);
+            assert!(inner().all(|&key| is_kept(row, key)));
+            let (least, most) = (inner().min().copied(), inner().max().copied());
             for (query, [first, end]) in queries_of(of_tile) {
-                for key in (first as usize..end as usize).filter(|&key| is_kept(row, key)) {
-                    let times = visited.iter().filter(|(keys, _)| keys.contains(&key)).count();
-                    assert_eq!(times, 1, "row {row}, query {query}, key {key}: {of_tile:?}");
-                }
-                for (keys, _) in visited.iter().filter(|(_, is_inner)| *is_inner) {
-                    assert!(keys.iter().all(|&key| key >= first as usize && key < end as usize && is_kept(row, key)));
-                }
+                let mut own = (first as usize..end as usize).filter(|&key| is_kept(row, key));
+                assert!(own.all(|key| times[key] == 1), "row {row}, query {query}: {of_tile:?}");
+                assert!(least.is_none_or(|key| key >= first as usize) && most.is_none_or(|key| key < end as usize));
             }
         }
     }
