@@ -431,6 +431,7 @@ static void log_sum_exp_and_merge(const varlen_fa_meta *meta) {
     varlen_fa_meta *keys = NULL;
     OK(varlen_fa_key_mask_from_runs(runs[part], 2, BATCH, SEQ, &kept));
     OK(varlen_fa_meta_create(kept, &keys));
+    mask.kind = VARLEN_FA_MASK_KIND_VARLEN_CROSS;
     mask.key_meta = keys;
     OK(varlen_fa_forward_with_lse(device, NULL, &q, &k, &v, &mask, &out[part], &lse[part], NULL));
     OK(varlen_fa_meta_free(keys));
