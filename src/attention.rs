@@ -225,7 +225,9 @@ impl MaskedAttention {
             return execute(Op::Zero(out));
         }
         let (rows, ranges, bias) = (mask.rows(plan.path), mask.ranges(), mask.bias(&problem));
+        let modifiers = mask.modifiers();
         let (q, k, v) = (q.input(), k.input(), v.input());
-        execute(Op::Attention(Attention { problem: &problem, plan, q, k, v, out, lse: None, rows, ranges, bias }))
+        let lse = None;
+        execute(Op::Attention(Attention { problem: &problem, plan, q, k, v, out, lse, rows, ranges, modifiers, bias }))
     }
 }

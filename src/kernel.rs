@@ -6,6 +6,7 @@ use std::str::FromStr;
 
 use crate::dtype::DType;
 use crate::error::{Error, Result};
+use crate::score_modifiers::ModifierSet;
 
 /// The largest head dimension of any kernel.
 pub(crate) const MAX_HEAD_DIM: usize = 256;
@@ -89,6 +90,8 @@ pub(crate) struct KernelTraits {
     pub(crate) has_fused_bias: bool,
     /// Whether it takes a range of keys for each query.
     has_ranges: bool,
+    /// What it does to scores beside their scale and a bias.
+    modifiers: ModifierSet,
     /// Whether it writes packed output to its padded places itself, and zeros to the others.
     pub(crate) scatters: bool,
     /// Whether a packed call may have one padded side, on which every token is valid.
@@ -110,6 +113,7 @@ const ROWS: KernelTraits = KernelTraits {
     has_bias: true,
     has_fused_bias: false,
     has_ranges: false,
+    modifiers: ModifierSet { softcap: false, alibi: false, sinks: false },
     scatters: false,
     mixes_padded_and_packed: false,
 };
@@ -126,7 +130,14 @@ const TILE_LISTS: KernelTraits = KernelTraits {
 
 /// One row a kernel, in the order of the enum.
 const TABLE: &[KernelTraits; 6] = &[
-    KernelTraits { kernel: Kernel::CpuTiled, name: "cpu-tiled", has_fused_bias: true, has_ranges: true, ..ROWS },
+    KernelTraits {
+        kernel: Kernel::CpuTiled,
+        name: "cpu-tiled",
+        has_fused_bias: true,
+        has_ranges: true,
+        modifiers: ModifierSet::ALL,
+        ..ROWS
+    },
     KernelTraits {
         kernel: Kernel::WgslPortable,
         name: "wgsl-portable",
@@ -209,6 +220,24 @@ impl Kernel {
     #[must_use]
     pub const fn has_ranges(self) -> bool {
         self.traits().has_ranges
+    }
+
+    /// Whether it caps scores: [`ScoreModifiers::with_softcap`](crate::ScoreModifiers::with_softcap).
+    #[must_use]
+    pub const fn has_softcap(self) -> bool {
+        self.traits().modifiers.softcap
+    }
+
+    /// Whether it takes distances times slopes from scores: [`ScoreModifiers::with_alibi`](crate::ScoreModifiers::with_alibi).
+    #[must_use]
+    pub const fn has_alibi(self) -> bool {
+        self.traits().modifiers.alibi
+    }
+
+    /// Whether it has attention sinks: [`ScoreModifiers::with_sinks`](crate::ScoreModifiers::with_sinks).
+    #[must_use]
+    pub const fn has_sinks(self) -> bool {
+        self.traits().modifiers.sinks
     }
 
     /// Whether it reads padded tensors through tile lists that the host builds. Such a kernel runs neither fused nor dense with

@@ -41,6 +41,7 @@ mod long_keys;
 mod long_work;
 mod masks;
 mod memory;
+mod modifiers;
 mod numerics;
 mod packed;
 mod placement;
@@ -79,6 +80,7 @@ const SHARED: &[Register] = &[
     long_keys::register,
     numerics::register,
     bias::register,
+    modifiers::register,
     dense::register,
     packed::register,
     tensors::register,

@@ -71,7 +71,7 @@ fn attend_packed(
     query: &VarlenMeta,
     key: &VarlenMeta,
 ) -> Result<()> {
-    let Attention { problem, plan, q, k, v, out, ranges, .. } = attention;
+    let Attention { problem, plan, q, k, v, out, ranges, modifiers, .. } = attention;
     let ranges = ranges.map(|ranges| ranges.of_packed_rows(query, key, false)).transpose()?;
     let ranges = ranges.as_deref();
     let q = PackedScratch::pack(q, query, threads)?;
@@ -81,7 +81,8 @@ fn attend_packed(
     let rows = Rows::Packed { query: query.cu_seqlens(), key: key.cu_seqlens() };
     let (q, k, v) = (q.input(), k.input(), v.input());
     let out_of_rows = packed_out.output();
-    let attention = Attention { problem, plan, q, k, v, out: out_of_rows, lse: None, rows, ranges, bias: None };
+    let (out_of_rows, lse, bias) = (out_of_rows, None, None);
+    let attention = Attention { problem, plan, q, k, v, out: out_of_rows, lse, rows, ranges, modifiers, bias };
     attend(attention, processor, threads)?;
     copy::scatter(packed_out.input(), out, query, threads)
 }

@@ -9,6 +9,7 @@ mod isa;
 mod needed_keys;
 mod rows;
 mod seen_keys;
+mod softcap;
 mod softmax;
 mod strip;
 mod threads;

@@ -16,6 +16,7 @@
 use std::ops::Range;
 
 use super::isa::{AtWidth, Processor, RegisterTile, Vectorized};
+use super::softcap::{Softcap, capped};
 use super::softmax::{Running, biased};
 
 /// Head dimensions are multiples of 8, which is no multiple of 6: what is left over is one or two
@@ -159,6 +160,8 @@ pub(super) struct Step<'a> {
     pub tile: KeyTile<'a>,
     /// The factor on the scores, positive.
     pub scale: f32,
+    /// Takes the place of the factor.
+    pub softcap: Option<Softcap>,
 }
 
 impl Vectorized for Step<'_> {
@@ -183,6 +186,14 @@ impl AtWidth for Step<'_> {
         }
         let scores = &mut scores[..part.len()];
         let mut scale = self.scale;
+        if let Some(softcap) = self.softcap {
+            for score in scores.iter_mut() {
+                for score in score {
+                    *score = capped(simd, *score, softcap);
+                }
+            }
+            scale = 1.0;
+        }
         if let Some(bias) = bias {
             let factor = simd.splat_f32s(scale);
             let bias = &vectors::<S, W>(&bias[panel(lanes, len)])[part.clone()];
@@ -417,6 +428,7 @@ mod tests {
                                 values_are_finite: true,
                             },
                             scale: 0.5,
+                            softcap: None,
                         });
                     }
                     first += len;
