@@ -143,6 +143,7 @@ const TABLE: &[KernelTraits; 6] = &[
         name: "wgsl-portable",
         backend: BackendKind::Wgpu,
         has_ranges: true,
+        modifiers: ModifierSet::ALL,
         ..ROWS
     },
     KernelTraits {
@@ -151,6 +152,7 @@ const TABLE: &[KernelTraits; 6] = &[
         backend: BackendKind::Wgpu,
         dtypes: HALF_DTYPES,
         has_ranges: true,
+        modifiers: ModifierSet::ALL,
         ..ROWS
     },
     KernelTraits {

@@ -29,15 +29,10 @@ use crate::error::{Error, Result};
 #[derive(Debug, Clone, Default)]
 pub struct ScoreModifiers {
     softcap: f32,
-    heads: Option<Arc<Heads>>,
-}
-
-/// The values of heads.
-#[derive(Debug, Default)]
-struct Heads {
-    slopes: Option<Vec<f32>>,
-    sinks: Option<Vec<f32>>,
-    copies: DeviceCopies,
+    slopes: Option<Arc<[f32]>>,
+    sinks: Option<Arc<[f32]>>,
+    /// Of the values of heads, and of the cap on some devices.
+    copies: Arc<DeviceCopies>,
 }
 
 /// Which modifiers there are.
@@ -70,6 +65,7 @@ impl ScoreModifiers {
     #[must_use]
     pub fn with_softcap(mut self, softcap: f32) -> Self {
         self.softcap = softcap;
+        self.copies = Arc::default();
         self
     }
 
@@ -78,8 +74,8 @@ impl ScoreModifiers {
     /// one-sided form.
     #[must_use]
     pub fn with_alibi(mut self, slopes: &[f32]) -> Self {
-        let sinks = self.heads.as_ref().and_then(|heads| heads.sinks.clone());
-        self.heads = Some(Arc::new(Heads { slopes: Some(slopes.to_vec()), sinks, copies: DeviceCopies::default() }));
+        self.slopes = Some(slopes.into());
+        self.copies = Arc::default();
         self
     }
 
@@ -87,8 +83,8 @@ impl ScoreModifiers {
     /// weight from the keys. A sink of −∞ takes none. A query that sees no key gives zeros all the same.
     #[must_use]
     pub fn with_sinks(mut self, sinks: &[f32]) -> Self {
-        let slopes = self.heads.as_ref().and_then(|heads| heads.slopes.clone());
-        self.heads = Some(Arc::new(Heads { slopes, sinks: Some(sinks.to_vec()), copies: DeviceCopies::default() }));
+        self.sinks = Some(sinks.into());
+        self.copies = Arc::default();
         self
     }
 
@@ -101,13 +97,13 @@ impl ScoreModifiers {
     /// The ALiBi slope of each query head.
     #[must_use]
     pub fn alibi(&self) -> Option<&[f32]> {
-        self.heads.as_ref()?.slopes.as_deref()
+        self.slopes.as_deref()
     }
 
     /// The sink of each query head.
     #[must_use]
     pub fn sinks(&self) -> Option<&[f32]> {
-        self.heads.as_ref()?.sinks.as_deref()
+        self.sinks.as_deref()
     }
 
     /// Which there are.
@@ -132,7 +128,11 @@ impl ScoreModifiers {
         {
             let Some(values) = values else { continue };
             if values.len() != num_heads {
-                return refuse(argument, format!("a number for each of {num_heads} query heads"), values.len().to_string());
+                return refuse(
+                    argument,
+                    format!("a number for each of {num_heads} query heads"),
+                    values.len().to_string(),
+                );
             }
             if let Some(head) = values.iter().position(|&value| !is_good(value)) {
                 return refuse(argument, expected.to_owned(), format!("{} for head {head}", values[head]));
@@ -150,24 +150,17 @@ impl ScoreModifiers {
 
 #[cfg(any(feature = "wgpu", all(feature = "cuda", not(target_arch = "wasm32"))))]
 impl ScoreModifiers {
-    /// The soft cap in units of base 2; 0 if there is none.
-    pub(crate) fn softcap_log2(&self) -> f32 {
-        in_log2(self.softcap)
+    /// What GPU kernels read of a head, in units of base 2: slope, sink, soft cap, and one number that is not used. The slope is 0 where
+    /// there are none, and the sink −∞.
+    pub(crate) fn of_head(&self, head: usize) -> [f32; 4] {
+        let of = |values: Option<&[f32]>| values.and_then(|values| values.get(head)).copied().map(in_log2);
+        let (slope, sink) = (of(self.alibi()), of(self.sinks()));
+        [slope.unwrap_or(0.0), sink.unwrap_or(f32::NEG_INFINITY), in_log2(self.softcap), 0.0]
     }
 
-    /// The values of each head as GPU kernels read them, in units of base 2: slope, sink, and two that are not used. Slopes are 0 where
-    /// there are none, and sinks −∞.
-    pub(crate) fn head_table(&self) -> Vec<[f32; 4]> {
-        let (slopes, sinks) = (self.alibi(), self.sinks());
-        let count = slopes.or(sinks).map_or(0, <[f32]>::len);
-        let slope = |head: usize| slopes.map_or(0.0, |slopes| in_log2(slopes[head]));
-        let sink = |head: usize| sinks.map_or(f32::NEG_INFINITY, |sinks| in_log2(sinks[head]));
-        (0..count).map(|head| [slope(head), sink(head), 0.0, 0.0]).collect()
-    }
-
-    /// The devices' copies of [`head_table`](Self::head_table), where there are values of heads.
-    pub(crate) fn copies(&self) -> Option<&DeviceCopies> {
-        Some(&self.heads.as_ref()?.copies)
+    /// What devices keep of the modifiers.
+    pub(crate) fn copies(&self) -> &DeviceCopies {
+        &self.copies
     }
 }
 

@@ -1,6 +1,7 @@
 //! Every variant against naga: valid, translated, and inside the default limits.
 
 use crate::dtype::DType;
+use crate::score_modifiers::ModifierSet;
 
 use super::*;
 use naga::back::{hlsl, msl, spv};
@@ -60,8 +61,12 @@ fn attention_variants(algorithm: Algorithm, dtype: DType) -> Vec<AttentionShader
     let packed = [false, true].map(|lse| AttentionRows::Packed { lse });
     let rows = [&dense[..], &biased, &packed, &[AttentionRows::Fused]].concat();
     let of_width = |head_dim| {
-        let of_rows =
-            move |&rows| [false, true].map(|ranges| AttentionShader { algorithm, dtype, head_dim, rows, ranges });
+        let of_rows = move |&rows| {
+            let modifiers = [ModifierSet::default(), ModifierSet::ALL];
+            [false, true].into_iter().flat_map(move |ranges| {
+                modifiers.map(|modifiers| AttentionShader { algorithm, dtype, head_dim, rows, ranges, modifiers })
+            })
+        };
         rows.iter().flat_map(of_rows)
     };
     HEAD_DIMS.into_iter().flat_map(of_width).collect()

@@ -1,6 +1,7 @@
 //! What a shader variant is chosen by.
 
 use crate::dtype::DType;
+use crate::score_modifiers::ModifierSet;
 
 use super::super::params::{AttentionParams, CopyParams};
 use super::bindings::{self, Binding};
@@ -28,6 +29,8 @@ pub struct AttentionShader {
     pub rows: AttentionRows,
     /// Whether each query has a range of keys.
     pub ranges: bool,
+    /// What happens to the scores beside their scale and a bias.
+    pub modifiers: ModifierSet,
 }
 
 /// Where tiles lie, and what is masked, added or written beside the output.
@@ -78,6 +81,11 @@ impl Shader {
             Self::PackRows | Self::ScatterRows | Self::ZeroRows | Self::AlignRows { .. } => size_of::<CopyParams>(),
         };
         bytes as u32
+    }
+
+    /// Whether a uniform buffer with values of heads follows the storage buffers.
+    pub fn has_head_table(self) -> bool {
+        matches!(self, Self::Attention(AttentionShader { modifiers, .. }) if !modifiers.is_empty())
     }
 
     pub fn bindings(self) -> &'static [Binding] {
