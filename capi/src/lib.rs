@@ -25,6 +25,7 @@ mod device_meta;
 mod attention;
 
 mod primitives;
+mod score_modifiers;
 
 mod warm_up;
 
