@@ -320,7 +320,8 @@ class Attention(unittest.TestCase):
         # A cap so small that all scores are equal, and sinks that take half of the weight then.
         equal = stage.run(vf.varlen(meta, modifiers=library.score_modifiers(1e-6)))
         sinks = [math.log(SEQ)] * HEADS
-        half = stage.run(vf.key(library.key_mask_from_lengths([SEQ] * BATCH, SEQ), None, None, library.score_modifiers(1e-6, None, sinks)))
+        whole_mask = library.key_mask_from_lengths([SEQ] * BATCH, SEQ)
+        half = stage.run(vf.key(whole_mask, None, None, library.score_modifiers(1e-6, None, sinks)))
         mean = stage.run(vf.none(None, None, library.score_modifiers(1e-6)))
         self.assertLess(furthest(half, [value / 2 for value in mean]), TOLERANCES[DTYPE])
         row = SEQ * HEADS * DIM
