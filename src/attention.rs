@@ -257,7 +257,8 @@ impl MaskedAttention {
         }
         let every_query = mask.every_query(plan.path, problem.shape.seq_q)?;
         let (rows, ranges, bias) = (mask.rows(plan.path, every_query.as_deref()), mask.ranges(), mask.bias(&problem));
+        let modifiers = mask.modifiers();
         let (q, k, v) = (q.input(), k.input(), v.input());
-        execute(Op::Attention(Attention { problem: &problem, plan, q, k, v, out, lse, rows, ranges, bias }))
+        execute(Op::Attention(Attention { problem: &problem, plan, q, k, v, out, lse, rows, ranges, modifiers, bias }))
     }
 }

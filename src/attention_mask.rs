@@ -10,6 +10,7 @@ use crate::mask::every_query::EveryQuery;
 use crate::mask::key_mask::KeyMask;
 use crate::mask::key_ranges::KeyRanges;
 use crate::mask::meta::VarlenMeta;
+use crate::score_modifiers::ScoreModifiers;
 use crate::tensor::TensorView;
 use crate::tensor::device_meta::DeviceVarlenMeta;
 
@@ -29,6 +30,7 @@ use crate::tensor::device_meta::DeviceVarlenMeta;
 pub struct AttentionMask<'a> {
     tokens: Tokens<'a>,
     ranges: Option<&'a KeyRanges>,
+    modifiers: Option<&'a ScoreModifiers>,
     bias: Option<TensorView<'a>>,
 }
 
@@ -73,7 +75,7 @@ impl<'a> AttentionMask<'a> {
     /// Every query attends to every key.
     #[must_use]
     pub fn none() -> Self {
-        Self { tokens: Tokens::All, ranges: None, bias: None }
+        Self { tokens: Tokens::All, ranges: None, modifiers: None, bias: None }
     }
 
     /// Every query attends to the kept keys of its batch row, `[B, Sk]`. Rows of dropped queries are computed like any other, as
@@ -109,6 +111,13 @@ impl<'a> AttentionMask<'a> {
         self
     }
 
+    /// What else happens to the scores: a soft cap, ALiBi, attention sinks. A cap and ALiBi come before the bias.
+    #[must_use]
+    pub fn with_modifiers(mut self, modifiers: &'a ScoreModifiers) -> Self {
+        self.modifiers = Some(modifiers);
+        self
+    }
+
     /// A floating-point tensor that is added to the scaled scores, broadcast over `[B, H, Sq, Sk]`; of the tensors' element
     /// type or f32. A row whose every entry is −∞ gives zeros. −∞ hides a score, NaN and +∞ included, but not the value: 0 · NaN is
     /// NaN. Drop keys by a mask where padding may hold anything.
@@ -132,7 +141,12 @@ impl<'a> AttentionMask<'a> {
             }
             _ => self.ranges.cloned(),
         };
-        Ok(ResolvedMask { tokens, ranges, bias: self.bias })
+        Ok(ResolvedMask {
+            tokens,
+            ranges,
+            modifiers: self.modifiers.filter(|modifiers| !modifiers.set().is_empty()),
+            bias: self.bias,
+        })
     }
 }
 
@@ -186,6 +200,7 @@ pub(crate) struct DeviceSide<'a> {
 pub(crate) struct ResolvedMask<'a> {
     tokens: ResolvedTokens<'a>,
     ranges: Option<KeyRanges>,
+    modifiers: Option<&'a ScoreModifiers>,
     bias: Option<TensorView<'a>>,
 }
 
@@ -206,7 +221,12 @@ impl<'a> ResolvedMask<'a> {
             ResolvedTokens::Varlen { query, key } => TokenInfo::Varlen { query, key },
             ResolvedTokens::DeviceVarlen { query, key } => TokenInfo::DeviceVarlen { query: query.info, key: key.info },
         };
-        MaskInfo { tokens, ranges: self.ranges.as_ref(), bias: self.bias.as_ref().map(TensorView::info) }
+        MaskInfo {
+            tokens,
+            ranges: self.ranges.as_ref(),
+            modifiers: self.modifiers,
+            bias: self.bias.as_ref().map(TensorView::info),
+        }
     }
 
     /// Metadata that stands for a key mask, where the path reads metadata.
@@ -239,6 +259,11 @@ impl<'a> ResolvedMask<'a> {
     /// The bias of a launch.
     pub(crate) fn bias(&self, problem: &AttentionProblem) -> Option<Input<'a>> {
         Some(self.bias?.with_layout(problem.bias?).input())
+    }
+
+    /// The score modifiers of a launch.
+    pub(crate) fn modifiers(&self) -> Option<&'a ScoreModifiers> {
+        self.modifiers
     }
 
     /// The ranges of a launch.

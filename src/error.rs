@@ -196,6 +196,16 @@ pub enum Error {
         /// Scale that came.
         got: f32,
     },
+    /// A score modifier has a value that means nothing, or not one value a query head.
+    #[error("`{argument}`: expected {expected}, got {got}")]
+    ScoreModifier {
+        /// `softcap`, `alibi` or `sinks`.
+        argument: &'static str,
+        /// What it may be.
+        expected: String,
+        /// What came.
+        got: String,
+    },
     /// A size does not fit the integers or the limits that hold it.
     #[error("`{argument}`: {limit_name} allows {limit}, got {got}")]
     TooLarge {

@@ -6,6 +6,7 @@ use std::str::FromStr;
 
 use crate::dtype::DType;
 use crate::error::{Error, Result};
+use crate::score_modifiers::ModifierSet;
 
 /// The largest head dimension of any kernel.
 pub(crate) const MAX_HEAD_DIM: usize = 512;
@@ -91,6 +92,8 @@ pub(crate) struct KernelTraits {
     has_ranges: bool,
     /// Whether its dense path costs what a key mask keeps, so that the fused one has no advantage.
     pub(crate) skips_dropped_keys: bool,
+    /// What it does to scores beside their scale and a bias.
+    modifiers: ModifierSet,
     /// Whether it writes packed output to its padded places itself, and zeros to the others.
     pub(crate) scatters: bool,
     /// Whether a packed call may have one padded side, on which every token is valid.
@@ -113,6 +116,7 @@ const ROWS: KernelTraits = KernelTraits {
     has_fused_bias: false,
     has_ranges: false,
     skips_dropped_keys: false,
+    modifiers: ModifierSet { softcap: false, alibi: false, sinks: false },
     scatters: false,
     mixes_padded_and_packed: false,
 };
@@ -136,6 +140,7 @@ const TABLE: &[KernelTraits; 6] = &[
         has_fused_bias: true,
         has_ranges: true,
         skips_dropped_keys: true,
+        modifiers: ModifierSet::ALL,
         ..ROWS
     },
     KernelTraits {
@@ -143,6 +148,7 @@ const TABLE: &[KernelTraits; 6] = &[
         name: "wgsl-portable",
         backend: BackendKind::Wgpu,
         has_ranges: true,
+        modifiers: ModifierSet::ALL,
         ..ROWS
     },
     KernelTraits {
@@ -152,6 +158,7 @@ const TABLE: &[KernelTraits; 6] = &[
         dtypes: HALF_DTYPES,
         max_head_dim: 256,
         has_ranges: true,
+        modifiers: ModifierSet::ALL,
         ..ROWS
     },
     KernelTraits {
@@ -222,6 +229,24 @@ impl Kernel {
     #[must_use]
     pub const fn has_ranges(self) -> bool {
         self.traits().has_ranges
+    }
+
+    /// Whether it caps scores: [`ScoreModifiers::with_softcap`](crate::ScoreModifiers::with_softcap).
+    #[must_use]
+    pub const fn has_softcap(self) -> bool {
+        self.traits().modifiers.softcap
+    }
+
+    /// Whether it takes distances times slopes from scores: [`ScoreModifiers::with_alibi`](crate::ScoreModifiers::with_alibi).
+    #[must_use]
+    pub const fn has_alibi(self) -> bool {
+        self.traits().modifiers.alibi
+    }
+
+    /// Whether it has attention sinks: [`ScoreModifiers::with_sinks`](crate::ScoreModifiers::with_sinks).
+    #[must_use]
+    pub const fn has_sinks(self) -> bool {
+        self.traits().modifiers.sinks
     }
 
     /// Whether it reads padded tensors through tile lists that the host builds. Such a kernel runs neither fused nor dense with

@@ -38,6 +38,7 @@ mod mask;
 mod merge;
 mod primitives;
 mod process;
+mod score_modifiers;
 mod tensor;
 
 /// The rayon whose pools [`Device::from_thread_pool`] takes; its major version is part of this crate's API.
@@ -103,6 +104,7 @@ pub use crate::primitives::{
     PackedAttended, VarlenOptions, pack, pack_into, pack_qkv, pack_qkv_into, scatter_to_padded, scatter_to_padded_into,
     varlen_attention, varlen_attention_into,
 };
+pub use crate::score_modifiers::{ScoreModifiers, alibi_slopes};
 pub use crate::tensor::device_meta::{DeviceVarlenMeta, MaskView};
 pub use crate::tensor::memory::DeviceMemory;
 pub use crate::tensor::{Tensor, TensorView, TensorViewMut};

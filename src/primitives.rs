@@ -9,6 +9,7 @@ use crate::error::{Error, Result};
 use crate::kernel::Kernel;
 use crate::mask::key_ranges::KeyRanges;
 use crate::mask::meta::{CuSeqlens, VarlenMeta};
+use crate::score_modifiers::ScoreModifiers;
 use crate::tensor::{Tensor, TensorView, TensorViewMut};
 
 /// Copies the valid rows of a padded `[B, S, H, D]` tensor to a packed `[total_valid, H, D]` one, bit for bit.
@@ -166,7 +167,7 @@ pub struct PackedAttended {
     /// `[total_q, H, D]`, of the element type of `q`.
     pub out: Tensor,
     /// `[H, total_q]` f32: the natural logarithm of the sum of `exp(score)` of each row, −∞ for a row with no key, NaN
-    /// where the row of `out` is.
+    /// where the row of `out` is. With attention sinks the sum has the sink too, also for a row with no key.
     pub lse: Option<Tensor>,
 }
 
@@ -182,6 +183,8 @@ pub struct VarlenOptions<'a> {
     pub kernel: Option<Kernel>,
     /// Which keys of its sequence each query sees; all if there are none.
     pub ranges: Option<&'a KeyRanges>,
+    /// What else happens to the scores; nothing if there are none.
+    pub modifiers: Option<&'a ScoreModifiers>,
 }
 
 impl<'a> VarlenOptions<'a> {
@@ -203,6 +206,13 @@ impl<'a> VarlenOptions<'a> {
     #[must_use]
     pub fn with_ranges(mut self, ranges: &'a KeyRanges) -> Self {
         self.ranges = Some(ranges);
+        self
+    }
+
+    /// With these score modifiers. ALiBi counts positions of each sequence.
+    #[must_use]
+    pub fn with_modifiers(mut self, modifiers: &'a ScoreModifiers) -> Self {
+        self.modifiers = Some(modifiers);
         self
     }
 
@@ -257,13 +267,16 @@ pub fn varlen_attention_into<'a, 'o, 'l>(
 ) -> Result<Plan> {
     let (q, k, v, out, lse) = (q.into(), k.into(), v.into(), out.into(), lse.map(Into::into));
     let ranges = options.ranges;
+    let modifiers = options.modifiers.filter(|modifiers| !modifiers.set().is_empty());
+    let on_scores = (ranges, modifiers);
     let (problem, plan) = {
         let (q, k, v, out) = (q.info(), k.info(), v.info(), out.info());
         let lse = lse.as_ref().map(TensorViewMut::info);
         let views = AttentionViews { q: &q, k: &k, v: &v, out: &out, lse: lse.as_ref() };
         let cu_seqlens = (cu_seqlens_q, cu_seqlens_k);
-        let problem = AttentionProblem::packed(device.info(), &views, cu_seqlens, ranges, options.softmax_scale)?;
-        let plan = plan_packed(&problem, ranges, device.capabilities(), Forced { path: None, kernel: options.kernel })?;
+        let problem = AttentionProblem::packed(device.info(), &views, cu_seqlens, on_scores, options.softmax_scale)?;
+        let plan =
+            plan_packed(&problem, on_scores, device.capabilities(), Forced { path: None, kernel: options.kernel })?;
         log::debug!("{} {:?}: {plan}", problem.dtype, problem.shape);
         (problem, plan)
     };
@@ -271,7 +284,7 @@ pub fn varlen_attention_into<'a, 'o, 'l>(
     if out.layout.numel() > 0 {
         let rows = Rows::Packed { query: cu_seqlens_q, key: cu_seqlens_k };
         let (q, k, v) = (q.input(), k.input(), v.input());
-        let attention = Attention { problem: &problem, plan, q, k, v, out, lse, rows, ranges, bias: None };
+        let attention = Attention { problem: &problem, plan, q, k, v, out, lse, rows, ranges, modifiers, bias: None };
         device.backend()?.execute(Op::Attention(attention))?;
     }
     Ok(plan)

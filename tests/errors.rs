@@ -54,6 +54,10 @@ fn messages_name_the_argument_what_was_expected_and_what_came() {
         ),
         (Error::SoftmaxScale { got: f32::INFINITY }, ["`softmax_scale`", "finite", "inf"]),
         (
+            Error::ScoreModifier { argument: "softcap", expected: owned("a finite number"), got: owned("-1") },
+            ["`softcap`", "a finite number", "-1"],
+        ),
+        (
             Error::TooLarge { argument: "shape", limit_name: "max_buffer_size", limit: 8, got: 9 },
             ["`shape`", "max_buffer_size allows 8", "9"],
         ),

@@ -8,6 +8,7 @@ use varlen_fa::{
     AttentionMask, Device, Element, Kernel, KeyMask, MaskedAttention, Path, Plan, Tensor, VarlenMeta, VarlenOptions,
     pack_qkv, scatter_to_padded, varlen_attention,
 };
+use varlen_fa_testkit::oracle::Modifiers;
 use varlen_fa_testkit::{CompareError, Value, check_masked_rows_zero};
 
 use varlen_fa_harness::arguments::Problem;
@@ -271,7 +272,7 @@ fn check<T: Element + Value>(
     set.attend(attention, mask)?;
     let out = set.out.to_vec::<T>()?;
     let [q, k, v] = host.each_ref().map(|values| values.par_iter().map(|value| value.to_f32()).collect::<Vec<_>>());
-    Ok((compare(problem, [&q, &k, &v], (queries, None), &out, 0)?, out))
+    Ok((compare(problem, [&q, &k, &v], (queries, None, Modifiers::default()), &out, 0)?, out))
 }
 
 fn random_values<T: Element>(seed: u64, len: usize) -> Vec<T> {

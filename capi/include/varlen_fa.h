@@ -123,6 +123,8 @@ enum varlen_fa_status
   VARLEN_FA_STATUS_DEVICE_MISMATCH = 28,
   // The forced path or kernel cannot compute this call on this device.
   VARLEN_FA_STATUS_NOT_APPLICABLE = 29,
+  // A soft cap, ALiBi slopes or attention sinks are no good numbers, or not one a query head.
+  VARLEN_FA_STATUS_SCORE_MODIFIER = 30,
   // An argument is wrong in a way that has no number in this header.
   VARLEN_FA_STATUS_REFUSED = 99,
   // The requested device is unavailable.
@@ -393,6 +395,10 @@ typedef struct varlen_fa_key_ranges varlen_fa_key_ranges;
 // all layers and steps: it keeps a copy on each device that used it.
 typedef struct varlen_fa_meta varlen_fa_meta;
 
+// What happens to scores: a soft cap, ALiBi, attention sinks. Create it once for each layer of a
+// model: it keeps a copy on each device that used it.
+typedef struct varlen_fa_score_modifiers varlen_fa_score_modifiers;
+
 // What a device is and can do.
 typedef struct varlen_fa_device_info {
   // Where it computes; never AUTO.
@@ -494,8 +500,11 @@ typedef struct varlen_fa_attention_options {
   // For varlen_fa_varlen_attention: made for its sequences, each query sees the keys of its range.
   // NULL for none, and for other calls, whose mask has ranges.
   const struct varlen_fa_key_ranges *ranges;
+  // For varlen_fa_varlen_attention: what else happens to the scores. NULL for nothing, and for
+  // other calls, whose mask has modifiers.
+  const struct varlen_fa_score_modifiers *modifiers;
   // 0.
-  uint64_t reserved[3];
+  uint64_t reserved[2];
 } varlen_fa_attention_options;
 
 // A tensor in external memory.
@@ -551,8 +560,10 @@ typedef struct varlen_fa_attention_mask {
   const struct varlen_fa_device_meta *key_device_meta;
   // Made for [B, Sq, Sk]: each query sees the keys of its range that count. NULL for none.
   const struct varlen_fa_key_ranges *ranges;
+  // What else happens to the scores; they go with every kind. NULL for nothing.
+  const struct varlen_fa_score_modifiers *modifiers;
   // 0.
-  uint64_t reserved[3];
+  uint64_t reserved[2];
 } varlen_fa_attention_mask;
 
 // What was decided for a call.
@@ -924,6 +935,24 @@ varlen_fa_status varlen_fa_merge_attention(const struct varlen_fa_device *device
                                            const struct varlen_fa_tensor *lse2,
                                            const struct varlen_fa_tensor *out,
                                            const struct varlen_fa_tensor *lse);
+// Creates score modifiers, for `num_heads` query heads. Their values are checked by the calls that
+// use them.
+//
+// `softcap`: scores become softcap * tanh(score / softcap), after the softmax scale; 0 for no cap.
+// `alibi`: the slope of each query head, whose product with the distance of query and key,
+// |i + Sk - Sq - j|, is taken from the score; NULL for none.
+// `sinks`: one more score of each query head, without a value, that takes weight from the keys;
+// NULL for none.
+// Both arrays lie in host memory and are copied; a bias is added after the cap and ALiBi.
+// `modifiers`: receives the handle, to be given to varlen_fa_score_modifiers_free.
+varlen_fa_status varlen_fa_score_modifiers_create(float softcap,
+                                                  const float *alibi,
+                                                  const float *sinks,
+                                                  uint64_t num_heads,
+                                                  struct varlen_fa_score_modifiers **modifiers);
+
+// Frees score modifiers; NULL is ignored.
+varlen_fa_status varlen_fa_score_modifiers_free(struct varlen_fa_score_modifiers *modifiers);
 
 // Makes the device ready for calls of varlen_fa_forward of this kind, so that the first of them
 // takes no longer than the others: compiles their shaders and uploads the metadata. It runs one

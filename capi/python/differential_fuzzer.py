@@ -4,7 +4,7 @@
     differential_fuzzer.py [--device cpu|cuda|wgpu] [--minutes N | --calls N] [--seed N]
 
 A call is a pure function of its seed: a shape, an element type, strides, a mask, ranges of keys, a
-bias, a scale, options, and sometimes a path or kernel that is forced. Calls have the seeds from
+bias, score modifiers, a scale, options, and sometimes a path or kernel that is forced. Calls have the seeds from
 --seed on, one after the other. What must not matter holds NaN: masked tokens, keys that no query
 sees, the gaps between rows, and outputs before they are written. A failure prints the call, its
 seed, and the line that repeats it, and the program exits with 1; with 77 if the device is absent.
@@ -186,7 +186,42 @@ class Strided:
         return values
 
 
-def attend(q, k, v, keep, sees, bias, scale, dtype=None):
+class Modifiers:
+    """A soft cap, 0 for none, and [H] slopes and sinks, or None of either."""
+
+    def __init__(self, softcap=0.0, slopes=None, sinks=None):
+        self.softcap, self.slopes, self.sinks = softcap, slopes, sinks
+
+    def capped(self, scores):
+        return scores if self.softcap == 0 else self.softcap * np.tanh(scores / self.softcap)
+
+    def alibi(self, queries, keys):
+        """What is added to the scores, [H, queries, keys]."""
+        if self.slopes is None:
+            return 0.0
+        level = np.arange(queries)[:, None] + keys - queries
+        return -np.asarray(self.slopes, np.float64)[:, None, None] * np.abs(level - np.arange(keys)[None])
+
+    def sink(self, heads):
+        """[H, 1, 1]"""
+        values = np.full(heads, -np.inf) if self.sinks is None else np.asarray(self.sinks, np.float64)
+        return values[:, None, None]
+
+    def handle(self, library):
+        return library.score_modifiers(self.softcap, self.slopes, self.sinks)
+
+    @property
+    def largest(self):
+        """What is at most added to a score: rows have a few hundred keys."""
+        slope = 0.0 if self.slopes is None else float(np.abs(self.slopes).max(initial=0))
+        sink = 0.0 if self.sinks is None else float(np.abs(np.asarray(self.sinks)[np.isfinite(self.sinks)]).max(initial=0))
+        return 400 * slope + sink
+
+    def __str__(self):
+        return f"softcap {self.softcap}, slopes {self.slopes}, sinks {self.sinks}"
+
+
+def attend(q, k, v, keep, sees, bias, scale, modifiers, dtype=None):
     """Attention in float64 or, with an element type, as a naive program computes it in that: sums in
     float32, and scores, weights and outputs rounded. Shapes [H, Sq, D], [Hkv, Sk, D], keep [Sk],
     sees [Sq, Sk] or None, bias [H, Sq, Sk] or None. Returns the output and the logarithms of the sums."""
@@ -196,29 +231,33 @@ def attend(q, k, v, keep, sees, bias, scale, dtype=None):
     kept = np.flatnonzero(keep)
     k, v = np.repeat(k[:, kept], group, 0).astype(wide), np.repeat(v[:, kept], group, 0).astype(wide)
     scores = step(wide(scale) * (q.astype(wide) @ k.transpose(0, 2, 1)))
+    scores = step(modifiers.capped(scores).astype(wide))
+    if modifiers.slopes is not None:
+        scores = step((scores + modifiers.alibi(q.shape[1], len(keep))[:, :, kept]).astype(wide))
     if bias is not None:
         scores = step(scores + bias[:, :, kept].astype(wide))
     if sees is not None:
         scores = np.where(sees[None][:, :, kept], scores, wide(-np.inf))
+    sink = step(modifiers.sink(q.shape[0]).astype(wide))
     if len(kept) == 0:
-        return np.zeros(q.shape, wide), np.full(q.shape[:2], -np.inf)
-    largest = scores.max(-1, keepdims=True)
+        return np.zeros(q.shape, wide), np.broadcast_to(sink[..., 0], q.shape[:2]).astype(np.float64)
+    largest = np.maximum(scores.max(-1, keepdims=True), sink)
     finite = np.isfinite(largest)
     weights = np.where(finite, np.exp(scores - np.where(finite, largest, 0)), 0)
-    sums = weights.sum(-1, keepdims=True)
+    sums = weights.sum(-1, keepdims=True) + np.where(finite, np.exp(sink - np.where(finite, largest, 0)), 0)
     with np.errstate(divide="ignore"):
         lse = (np.where(finite, largest, 0) + np.log(sums))[..., 0]
     return step(step(weights / np.where(sums > 0, sums, 1)) @ v), lse
 
 
-def floor(dtype, exact, q, k, v, scale, bias):
+def floor(dtype, exact, q, k, v, scale, bias, modifiers):
     """What twice the naive run's error leaves out: two roundings of the output (or 1e-5 in f32) of
     the largest reference; and the rounding of a score in f32, which grows with the score, moves its
     key's weight by that share, and comes in another order than the naive run's."""
     rounding = 1e-5 if dtype == vf.F32 else 2 * ROUNDING[dtype]
     norm = lambda x: float(np.sqrt((x.astype(np.float64) ** 2).sum(-1).max(initial=0)))  # noqa: E731
     finite = np.abs(bias[np.isfinite(bias)]).max(initial=0) if bias is not None else 0
-    score = abs(scale) * norm(q) * norm(k) + float(finite)
+    score = abs(scale) * norm(q) * norm(k) + float(finite) + modifiers.largest
     largest = np.abs(exact).max(initial=0)
     return rounding * float(largest) + 4 * 2.0**-23 * score * float(np.abs(v).max(initial=0))
 
@@ -401,12 +440,27 @@ class Fuzzer:
         self.described += f", bias {list(shape)}"
         return tensor, held, np.broadcast_to(values, full)
 
-    def options(self, call, paths, ranges=None):
+    def modifiers(self, call):
+        """Random modifiers, and their handle; None for none of them."""
+        rng, heads = call.rng, call.heads
+        if rng.random() < 0.6:
+            return Modifiers(), None
+        softcap = float(np.float32(rng.choice([0.0, 0.3, 5.0, 50.0])))
+        numbers = lambda scale: [float(x) for x in (rng.standard_normal(heads) * scale).astype(np.float32)]  # noqa: E731
+        slopes = numbers(0.2) if rng.random() < 0.5 else None
+        sinks = numbers(3.0) if rng.random() < 0.5 else None
+        if sinks is not None and rng.random() < 0.3:
+            sinks[0] = -math.inf
+        made = Modifiers(softcap, slopes, sinks)
+        self.described += f", {made}"
+        return made, made.handle(self.library)
+
+    def options(self, call, paths, ranges=None, modifiers=None):
         rng = call.rng
         path = str(rng.choice(paths)) if rng.random() < 0.3 else "auto"
         kernel = int(rng.choice(self.kernels)) if rng.random() < 0.3 else "auto"
         self.described += f", path {path}, kernel {kernel}"
-        return self.library.options(call.given_scale, path, kernel, ranges)
+        return self.library.options(call.given_scale, path, kernel, ranges, modifiers)
 
     def attempt(self, forced, function, *arguments, **named):
         """Calls; returns whether the call was done: a forced path or kernel may not apply."""
@@ -451,18 +505,20 @@ class Fuzzer:
             sees = sees & (ids[:, :, None] == ids[:, None, :])
         if kind == "bias" or takes_more and rng.random() < 0.2:
             added, held, bias = self.bias(call)
+        modifiers, handle = self.modifiers(call)
+        more = (ranges, added, handle)
         if kind == "none":
-            mask = None if ranges is None and added is None else vf.none(ranges, added)
+            mask = None if more == (None, None, None) else vf.none(*more)
         elif kind == "key":
-            mask = vf.key(self.key_mask(call, key_keep), ranges, added)
+            mask = vf.key(self.key_mask(call, key_keep), *more)
         elif kind == "bias":
-            mask = vf.bias(added, ranges)
+            mask = vf.bias(added, ranges, handle)
         elif kind == "documents":
-            mask = vf.varlen(lib.meta_from_document_ids(ids.tolist(), call.seq_k), None, ranges, added)
+            mask = vf.varlen(lib.meta_from_document_ids(ids.tolist(), call.seq_k), None, *more)
         else:
             make = self.device_meta if is_device else lambda call, keep: lib.meta(self.key_mask(call, keep))
             metas = [make(call, keep) for keep in ([key_keep] if is_self else [query_keep, key_keep])]
-            mask = vf.varlen(metas[0], metas[1] if len(metas) == 2 else None, ranges, added)
+            mask = vf.varlen(metas[0], metas[1] if len(metas) == 2 else None, *more)
         # What a query can see at all; and the keys that any query can.
         sees &= key_keep[:, None]
         used = (sees if query_keep is None else sees & query_keep[:, :, None]).any(1)
@@ -488,7 +544,7 @@ class Fuzzer:
             of = lambda x: x[b].transpose(1, 0, 2)  # noqa: B023, E731
             row_bias = None if bias is None else bias[b]
             for to, dtype in ((exact, None), (naive, call.dtype)):
-                out, log = attend(of(q), of(k), of(v), key_keep[b], sees[b], row_bias, call.scale, dtype)
+                out, log = attend(of(q), of(k), of(v), key_keep[b], sees[b], row_bias, call.scale, modifiers, dtype)
                 to[b] = out.transpose(1, 0, 2)
                 if dtype is None:
                     sums[b] = log
@@ -496,12 +552,12 @@ class Fuzzer:
             exact[~query_keep], naive[~query_keep] = 0, 0
             zeros("rows of masked queries", got[~query_keep])
         zeros("rows without keys", got[~sees.any(2)])
-        compare("out", got, exact, naive, floor(call.dtype, exact, q, k, v, call.scale, bias))
+        compare("out", got, exact, naive, floor(call.dtype, exact, q, k, v, call.scale, bias, modifiers))
         if lse is not None:
             if query_keep is not None:
                 sums[~np.broadcast_to(query_keep[:, None], sums.shape)] = -np.inf
             most = 0 if bias is None else np.abs(bias[np.isfinite(bias)]).max(initial=0)
-            compare_lse(lse.read(), sums, q, k, call.scale, most)
+            compare_lse(lse.read(), sums, q, k, call.scale, most + modifiers.largest)
 
     def packed(self, call):
         rng = call.rng
@@ -518,7 +574,8 @@ class Fuzzer:
         ranges, sees = None, [None] * call.batch
         if rng.random() < 0.5:
             ranges, sees = self.ranges(call, sequences, list(zip(*lengths)))
-        options = self.options(call, ["auto"], ranges)
+        modifiers, handle = self.modifiers(call)
+        options = self.options(call, ["auto"], ranges, handle)
         arguments = [*(tensor.tensor() for tensor in tensors[:3]), *sequences, tensors[3].tensor()]
         lse_tensor = None if lse is None else lse.tensor()
         if not self.attempt(options.kernel != 0, self.target.varlen_attention, *arguments, lse_tensor, options):
@@ -531,13 +588,13 @@ class Fuzzer:
             of = lambda x, rows: x[rows].transpose(1, 0, 2)  # noqa: E731
             keep = np.ones(lengths[1][b], bool)
             for to, dtype in ((exact, None), (naive, call.dtype)):
-                out, log = attend(of(q, rows), of(k, keys), of(v, keys), keep, sees[b], None, call.scale, dtype)
+                out, log = attend(of(q, rows), of(k, keys), of(v, keys), keep, sees[b], None, call.scale, modifiers, dtype)
                 to[rows] = out.transpose(1, 0, 2)
                 if dtype is None:
                     sums[:, rows] = log
-        compare("out", got, exact, naive, floor(call.dtype, exact, q, k, v, call.scale, None))
+        compare("out", got, exact, naive, floor(call.dtype, exact, q, k, v, call.scale, None, modifiers))
         if lse is not None:
-            compare_lse(lse.read(), sums, q, k, call.scale, 0)
+            compare_lse(lse.read(), sums, q, k, call.scale, modifiers.largest)
 
     def moved(self, call):
         """Rows packed and scattered, bit for bit."""

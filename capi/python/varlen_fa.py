@@ -118,7 +118,8 @@ class AttentionMask(Structure):
         ("query_device_meta", c_void_p),
         ("key_device_meta", c_void_p),
         ("ranges", c_void_p),
-        ("reserved", c_uint64 * 3),
+        ("modifiers", c_void_p),
+        ("reserved", c_uint64 * 2),
     ]
 
 
@@ -131,7 +132,8 @@ class Options(Structure):
         ("path", c_uint32),
         ("kernel", c_uint32),
         ("ranges", c_void_p),
-        ("reserved", c_uint64 * 3),
+        ("modifiers", c_void_p),
+        ("reserved", c_uint64 * 2),
     ]
 
 
@@ -216,45 +218,49 @@ def mask_view(address, shape, strides, element_bytes, memory=HOST, size=None):
     return made
 
 
-def _mask(kind, keeps, ranges, added, **fields):
-    """A mask with ranges of keys and a tensor that is added to the scores, or None of either."""
+def _mask(kind, keeps, ranges, added, modifiers, **fields):
+    """A mask with ranges of keys, a tensor that is added to the scores, and score modifiers, or None
+    of each."""
     made = AttentionMask(kind=kind, **fields)
+    if modifiers is not None:
+        made.modifiers = modifiers.handle
     if ranges is not None:
         made.ranges = ranges.handle
     if added is not None:
         made.bias = ctypes.pointer(added)
     # Keeps handles and descriptors alive as long as the mask.
-    made.keeps = [*keeps, ranges, added]
+    made.keeps = [*keeps, ranges, added, modifiers]
     return made
 
 
-def none(ranges=None, bias=None):
+def none(ranges=None, bias=None, modifiers=None):
     """Every key counts."""
-    return _mask(NONE, [], ranges, bias)
+    return _mask(NONE, [], ranges, bias, modifiers)
 
 
-def key(key_mask, ranges=None, bias=None):
+def key(key_mask, ranges=None, bias=None, modifiers=None):
     """Every query attends to the kept keys; rows of dropped queries are computed like any other."""
-    return _mask(KEY, [key_mask], ranges, bias, key_mask=key_mask.handle)
+    return _mask(KEY, [key_mask], ranges, bias, modifiers, key_mask=key_mask.handle)
 
 
-def bias(descriptor, ranges=None):
+def bias(descriptor, ranges=None, modifiers=None):
     """The tensor is added to the scaled scores."""
-    return _mask(BIAS, [], ranges, descriptor)
+    return _mask(BIAS, [], ranges, descriptor, modifiers)
 
 
-def varlen(meta, key_meta=None, ranges=None, bias=None):
+def varlen(meta, key_meta=None, ranges=None, bias=None, modifiers=None):
     """Attention among the valid tokens, or of valid queries to valid keys; other rows are zero.
     Both are Meta, or both DeviceMeta. `ranges` says which keys each query sees, and the tensor
-    `bias` is added to the scaled scores; a DeviceMeta of a GPU takes neither."""
+    `bias` is added to the scaled scores; a DeviceMeta of a GPU takes neither. `modifiers` say what else
+    happens to the scores."""
     keys = None if key_meta is None else key_meta.handle
     if isinstance(meta, DeviceMeta):
         kind = DEVICE_VARLEN if key_meta is None else DEVICE_VARLEN_CROSS
         return _mask(
-            kind, [meta, key_meta], ranges, bias, query_device_meta=meta.handle, key_device_meta=keys
+            kind, [meta, key_meta], ranges, bias, modifiers, query_device_meta=meta.handle, key_device_meta=keys
         )
     kind = VARLEN if key_meta is None else VARLEN_CROSS
-    return _mask(kind, [meta, key_meta], ranges, bias, query_meta=meta.handle, key_meta=keys)
+    return _mask(kind, [meta, key_meta], ranges, bias, modifiers, query_meta=meta.handle, key_meta=keys)
 
 
 def _ranges_of(of):
@@ -310,6 +316,8 @@ _FUNCTIONS = {
     "key_ranges_from_values": [POINTER(RangesOf), POINTER(KeyRange), c_uint64, _NEW],
     "key_ranges_intersect": [_HANDLE, _HANDLE, _NEW],
     "key_ranges_free": [_HANDLE],
+    "score_modifiers_create": [c_float, POINTER(c_float), POINTER(c_float), c_uint64, _NEW],
+    "score_modifiers_free": [_HANDLE],
     "forward": [_HANDLE, POINTER(Options), _TENSOR, _TENSOR, _TENSOR, POINTER(AttentionMask), _TENSOR, POINTER(Plan)],
     "forward_with_lse": [
         _HANDLE, POINTER(Options), _TENSOR, _TENSOR, _TENSOR, POINTER(AttentionMask), _TENSOR, _TENSOR, POINTER(Plan),
@@ -391,18 +399,19 @@ class Library:
         stream's context."""
         return self.make(Device, "device_open_cuda", context, stream)
 
-    def options(self, softmax_scale=None, path="auto", kernel="auto", ranges=None):
-        """Options of an attention call; path and kernel by name or number. `ranges` are for
-        `varlen_attention`: masks of other calls have their own."""
+    def options(self, softmax_scale=None, path="auto", kernel="auto", ranges=None, modifiers=None):
+        """Options of an attention call; path and kernel by name or number. `ranges` and `modifiers`
+        are for `varlen_attention`: masks of other calls have their own."""
         made = Options(
             has_softmax_scale=softmax_scale is not None,
             softmax_scale=0.0 if softmax_scale is None else softmax_scale,
             path=_number(self.paths, "path", path),
             kernel=_number(self.kernels, "kernel", kernel),
             ranges=None if ranges is None else ranges.handle,
+            modifiers=None if modifiers is None else modifiers.handle,
         )
-        # Keeps the handle alive as long as the options.
-        made.keeps = ranges
+        # Keeps the handles alive as long as the options.
+        made.keeps = [ranges, modifiers]
         return made
 
     def key_mask_from_integers(self, address, element_bytes, batch, seq):
@@ -481,6 +490,16 @@ class Library:
         array = (KeyRange * len(values))(*values)
         return self.make(KeyRanges, "key_ranges_from_values", byref(_ranges_of(of)), array, len(values))
 
+    def score_modifiers(self, softcap=0.0, alibi=None, sinks=None):
+        """A soft cap, 0 for none, and for each query head an ALiBi slope and a sink, None for none."""
+        lists = [None if values is None else list(values) for values in (alibi, sinks)]
+        counts = {len(values) for values in lists if values is not None}
+        if len(counts) > 1:
+            raise ValueError(f"expected as many slopes as sinks, got {sorted(counts)}")
+        count = max(counts, default=0)
+        arrays = [None if values is None else (c_float * max(count, 1))(*values) for values in lists]
+        return self.make(ScoreModifiers, "score_modifiers_create", softcap, *arrays, count)
+
     def cu_seqlens(self, values):
         return self.make(CuSeqlens, "cu_seqlens_create", (c_int32 * len(values))(*values), len(values))
 
@@ -531,6 +550,12 @@ class KeyRanges(Handle):
     def intersect(self, other):
         """The keys that both allow."""
         return self.library.make(KeyRanges, "key_ranges_intersect", self.handle, other.handle)
+
+
+class ScoreModifiers(Handle):
+    """What happens to scores: a soft cap, ALiBi, attention sinks."""
+
+    _free = "score_modifiers_free"
 
 
 class Meta(Handle):

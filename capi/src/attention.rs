@@ -3,7 +3,7 @@
 use std::ptr;
 use std::sync::Arc;
 
-use varlen::{AttentionOutputs, Device, Kernel, KeyRanges, MaskedAttention, Path, Plan};
+use varlen::{AttentionOutputs, Device, Kernel, KeyRanges, MaskedAttention, Path, Plan, ScoreModifiers};
 
 use crate::arguments::{Name, Place, choose, expect_zeros, read_optional, text};
 use crate::attention_mask::Mask;
@@ -11,6 +11,7 @@ use crate::failure::{Failure, Result, guard};
 use crate::handles;
 use crate::key_ranges;
 use crate::names::value_of;
+use crate::score_modifiers;
 use crate::tensors::{Described, Input, Output, expect_apart, finish};
 use crate::types::{
     varlen_fa_attention_mask, varlen_fa_attention_options, varlen_fa_device, varlen_fa_kernel, varlen_fa_path,
@@ -117,6 +118,7 @@ pub(crate) struct Options {
     pub path: Option<Path>,
     pub kernel: Option<Kernel>,
     pub ranges: Option<Arc<KeyRanges>>,
+    pub modifiers: Option<Arc<ScoreModifiers>>,
 }
 
 impl Options {
@@ -140,14 +142,19 @@ impl Options {
         let path = choose(name.field("path"), options.path)?.meaning;
         let kernel = choose(name.field("kernel"), options.kernel)?.meaning;
         let ranges = key_ranges::optional(name.field("ranges"), options.ranges)?;
-        Ok(Self { softmax_scale, path, kernel, ranges })
+        let modifiers = score_modifiers::optional(name.field("modifiers"), options.modifiers)?;
+        Ok(Self { softmax_scale, path, kernel, ranges, modifiers })
     }
 
-    /// The layer that computes padded tensors, whose mask has the ranges.
+    /// The layer that computes padded tensors, whose mask has ranges and modifiers.
     pub fn layer(&self, device: &Device) -> Result<MaskedAttention> {
         if self.ranges.is_some() {
             let expected = "NULL: the mask has ranges";
             return Err(Failure::argument(varlen_fa_status::BadValue, "options.ranges", expected, "a handle"));
+        }
+        if self.modifiers.is_some() {
+            let expected = "NULL: the mask has modifiers";
+            return Err(Failure::argument(varlen_fa_status::BadValue, "options.modifiers", expected, "a handle"));
         }
         let mut layer = MaskedAttention::new(device);
         if let Some(scale) = self.softmax_scale {

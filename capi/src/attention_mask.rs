@@ -2,13 +2,14 @@
 
 use std::sync::{Arc, RwLockReadGuard};
 
-use varlen::{AttentionMask, Device, DeviceVarlenMeta, KeyMask, KeyRanges, Metadata, VarlenMeta};
+use varlen::{AttentionMask, Device, DeviceVarlenMeta, KeyMask, KeyRanges, Metadata, ScoreModifiers, VarlenMeta};
 
 use crate::arguments::{Name, choose, expect_zeros, read_optional};
 use crate::device_meta::DeviceMeta;
 use crate::failure::{Failure, Result};
 use crate::handles;
 use crate::key_ranges;
+use crate::score_modifiers;
 use crate::tensors::{Described, Input, expect_apart};
 use crate::types::{
     varlen_fa_attention_mask, varlen_fa_device_meta, varlen_fa_mask_kind, varlen_fa_meta, varlen_fa_status,
@@ -19,6 +20,7 @@ use crate::types::{
 pub(crate) struct Mask<'a> {
     tokens: Tokens,
     ranges: Option<Arc<KeyRanges>>,
+    modifiers: Option<Arc<ScoreModifiers>>,
     bias: Option<Input<'a>>,
 }
 
@@ -47,7 +49,7 @@ impl<'a> Mask<'a> {
     ) -> Result<Self> {
         // SAFETY: by this function's contract.
         let Some(mask) = unsafe { read_optional(Name::of("mask"), mask) }? else {
-            return Ok(Self { tokens: Tokens::All, ranges: None, bias: None });
+            return Ok(Self { tokens: Tokens::All, ranges: None, modifiers: None, bias: None });
         };
         let kind = checked_kind(&mask)?;
         let mut bias = None;
@@ -58,29 +60,29 @@ impl<'a> Mask<'a> {
             bias = Some(Input::of_any_strides(device, &described)?);
         }
         let ranges = key_ranges::optional(Name::of("mask.ranges"), mask.ranges)?;
-        Ok(Self { tokens: Tokens::read(kind, &mask)?, ranges, bias })
+        let modifiers = score_modifiers::optional(Name::of("mask.modifiers"), mask.modifiers)?;
+        Ok(Self { tokens: Tokens::read(kind, &mask)?, ranges, modifiers, bias })
     }
 
     /// Calls `attend` with the mask. Device metadata is locked meanwhile, so that no thread
     /// rebuilds it.
     pub fn with<R>(&self, attend: impl FnOnce(AttentionMask<'_>) -> R) -> R {
-        self.tokens.with(|tokens| attend(joined(tokens, self.ranges.as_deref(), self.bias.as_ref())))
+        self.tokens.with(|tokens| attend(self.joined(tokens)))
     }
-}
 
-/// A mask of tokens with ranges and a bias.
-fn joined<'m>(
-    mut mask: AttentionMask<'m>,
-    ranges: Option<&'m KeyRanges>,
-    bias: Option<&'m Input<'_>>,
-) -> AttentionMask<'m> {
-    if let Some(ranges) = ranges {
-        mask = mask.with_ranges(ranges);
+    /// A mask of tokens with ranges, modifiers and a bias.
+    fn joined<'m>(&'m self, mut mask: AttentionMask<'m>) -> AttentionMask<'m> {
+        if let Some(ranges) = &self.ranges {
+            mask = mask.with_ranges(ranges);
+        }
+        if let Some(modifiers) = &self.modifiers {
+            mask = mask.with_modifiers(modifiers);
+        }
+        if let Some(bias) = &self.bias {
+            mask = mask.with_bias(bias.view());
+        }
+        mask
     }
-    if let Some(bias) = bias {
-        mask = mask.with_bias(bias.view());
-    }
-    mask
 }
 
 impl Tokens {

@@ -13,7 +13,8 @@ use crate::types::varlen_fa_status;
 
 /// The low bits of a handle are its kind; the rest counts up, so that no number is issued twice.
 const KIND_BITS: u32 = 4;
-const KINDS: [&str; 7] = ["", "device", "key mask", "metadata", "cu_seqlens", "device metadata", "key ranges"];
+const KINDS: [&str; 8] =
+    ["", "device", "key mask", "metadata", "cu_seqlens", "device metadata", "key ranges", "score modifiers"];
 
 static NEXT: AtomicUsize = AtomicUsize::new(1);
 
@@ -70,6 +71,7 @@ mod forks {
         hold::<varlen_fa_cu_seqlens>,
         hold::<varlen_fa_device_meta>,
         hold::<varlen_fa_key_ranges>,
+        hold::<varlen_fa_score_modifiers>,
     ];
 
     thread_local! {

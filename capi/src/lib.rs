@@ -27,6 +27,7 @@ mod device_meta;
 mod attention;
 
 mod primitives;
+mod score_modifiers;
 
 mod merge;
 

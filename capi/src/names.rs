@@ -158,6 +158,7 @@ table!(varlen_fa_status {
     Environment: c"ENVIRONMENT",
     DeviceMismatch: c"DEVICE_MISMATCH",
     NotApplicable: c"NOT_APPLICABLE",
+    ScoreModifier: c"SCORE_MODIFIER",
     Refused: c"REFUSED",
     DeviceUnavailable: c"DEVICE_UNAVAILABLE",
     OutOfMemory: c"OUT_OF_MEMORY",

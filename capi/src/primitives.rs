@@ -113,6 +113,7 @@ pub unsafe extern "C" fn varlen_fa_varlen_attention(
         varlen_options.softmax_scale = options.softmax_scale;
         varlen_options.kernel = options.kernel;
         varlen_options.ranges = options.ranges.as_deref();
+        varlen_options.modifiers = options.modifiers.as_deref();
         let taken = varlen_attention_into(
             &device,
             [q.view(), k.view(), v.view()],

@@ -66,6 +66,8 @@ pub enum varlen_fa_status {
     DeviceMismatch = 28,
     /// The forced path or kernel cannot compute this call on this device.
     NotApplicable = 29,
+    /// A soft cap, ALiBi slopes or attention sinks are no good numbers, or not one a query head.
+    ScoreModifier = 30,
     /// An argument is wrong in a way that has no number in this header.
     Refused = 99,
     /// The requested device is unavailable.
@@ -269,6 +271,12 @@ pub struct varlen_fa_key_ranges {
     _private: (),
 }
 
+/// What happens to scores: a soft cap, ALiBi, attention sinks. Create it once for each layer of a
+/// model: it keeps a copy on each device that used it.
+pub struct varlen_fa_score_modifiers {
+    _private: (),
+}
+
 /// A tensor in external memory.
 ///
 /// Element [b, s, h, d] of a [B, S, H, D] tensor lies at `data` + b*strides[0] + s*strides[1] +
@@ -388,8 +396,10 @@ pub struct varlen_fa_attention_mask {
     pub key_device_meta: *const varlen_fa_device_meta,
     /// Made for [B, Sq, Sk]: each query sees the keys of its range that count. NULL for none.
     pub ranges: *const varlen_fa_key_ranges,
+    /// What else happens to the scores; they go with every kind. NULL for nothing.
+    pub modifiers: *const varlen_fa_score_modifiers,
     /// 0.
-    pub reserved: [u64; 3],
+    pub reserved: [u64; 2],
 }
 
 /// Options of an attention call. All zeros, or a NULL struct, means the defaults.
@@ -407,8 +417,11 @@ pub struct varlen_fa_attention_options {
     /// For varlen_fa_varlen_attention: made for its sequences, each query sees the keys of its range.
     /// NULL for none, and for other calls, whose mask has ranges.
     pub ranges: *const varlen_fa_key_ranges,
+    /// For varlen_fa_varlen_attention: what else happens to the scores. NULL for nothing, and for
+    /// other calls, whose mask has modifiers.
+    pub modifiers: *const varlen_fa_score_modifiers,
     /// 0.
-    pub reserved: [u64; 3],
+    pub reserved: [u64; 2],
 }
 
 /// What was decided for a call.

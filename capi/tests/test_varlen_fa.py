@@ -334,6 +334,32 @@ class Attention(unittest.TestCase):
             for made in [vf.bias(tensor, ranges), vf.none(ranges, tensor)]:
                 self.check_rule(stage, stage.run(made), whole, sees, added)
 
+    def test_score_modifiers(self):
+        stage, mask = self.stage(), self.left_padded()
+        meta = library.meta(mask)
+        keeps = lambda b, i: i in self.LEFT[b]
+        slopes = [0.5] * HEADS
+        linear, whole = library.score_modifiers(alibi=slopes), [range(SEQ)] * BATCH
+        distance = lambda i, j: -0.5 * abs(i - j)
+        for ranges, sees in [(None, lambda b, i, j: True), *self.rules()[:2]]:
+            self.check_rule(stage, stage.run(vf.none(ranges, None, linear)), whole, sees, distance)
+            self.check_rule(stage, stage.run(vf.key(mask, ranges, None, linear)), self.LEFT, sees, distance)
+            got = stage.run(vf.varlen(meta, None, ranges, None, linear))
+            self.check_rule(stage, got, self.LEFT, sees, distance, keeps)
+        # A cap so large that it changes nothing, and sinks that take no weight.
+        plain = stage.run(vf.varlen(meta))
+        for modifiers in [library.score_modifiers(1e6), library.score_modifiers(sinks=[-math.inf] * HEADS)]:
+            self.assertLess(furthest(stage.run(vf.varlen(meta, modifiers=modifiers)), plain), TOLERANCES[DTYPE])
+        # A cap so small that all scores are equal, and sinks that take half of the weight then.
+        equal = stage.run(vf.varlen(meta, modifiers=library.score_modifiers(1e-6)))
+        sinks = [math.log(SEQ)] * HEADS
+        whole_mask = library.key_mask_from_lengths([SEQ] * BATCH, SEQ)
+        half = stage.run(vf.key(whole_mask, None, None, library.score_modifiers(1e-6, None, sinks)))
+        mean = stage.run(vf.none(None, None, library.score_modifiers(1e-6)))
+        self.assertLess(furthest(half, [value / 2 for value in mean]), TOLERANCES[DTYPE])
+        row = SEQ * HEADS * DIM
+        self.assertLess(furthest(equal[row:], mean[row:]), TOLERANCES[DTYPE])
+
     def test_documents(self):
         stage = self.stage()
         ids = [[1, 1, 2, 2, 2, 0, 3, 3, 0], [0, 9, 9, 9, 0, 0, 4, 5, 5]]
@@ -562,6 +588,25 @@ class Refusals(unittest.TestCase):
         made_up = ctypes.c_void_p(0x7FFF00001230)
         self.refused("BAD_HANDLE", "never issued", lambda: library.call("meta_free", made_up))
         self.refused("BAD_HANDLE", "got a device handle", lambda: library.call("meta_free", device.handle))
+
+    def test_score_modifiers(self):
+        stage, lib = Stage(), library
+        for argument, given in [
+            ("softcap", {"softcap": -1.0}),
+            ("softcap", {"softcap": math.nan}),
+            ("alibi", {"alibi": [0.5] * (HEADS + 1)}),
+            ("sinks", {"sinks": [math.inf] * HEADS}),
+        ]:
+            mask = vf.none(modifiers=lib.score_modifiers(**given))
+            self.refused("SCORE_MODIFIER", f"`{argument}`", lambda: stage.run(mask))  # noqa: B023
+        with self.assertRaises(ValueError):
+            lib.score_modifiers(alibi=[1.0], sinks=[1.0, 2.0])
+        modifiers = lib.score_modifiers(2.0)
+        in_options = lambda: stage.run(options=lib.options(modifiers=modifiers))
+        self.refused("BAD_VALUE", "`options.modifiers`", in_options)
+        mask = vf.none(modifiers=modifiers)
+        modifiers.free()
+        self.refused("BAD_HANDLE", "`mask.modifiers`", lambda: stage.run(mask))
 
     def test_ranges(self):
         stage, of, lib = Stage(), (BATCH, SEQ, SEQ), library

@@ -5,6 +5,7 @@
 
 mod layer;
 mod measure;
+mod scores;
 mod seen_keys;
 
 use std::io::Write;
@@ -17,6 +18,7 @@ use serde::Serialize;
 use varlen_fa::{Config, Device, bf16, f16};
 
 use measure::{Measured, run};
+use scores::Scores;
 use seen_keys::SeenKeys;
 use varlen_fa_harness::arguments::{ElementType, Problem, ProblemArguments, workload_help};
 use varlen_fa_harness::record::Record;
@@ -32,7 +34,8 @@ const HARDWARE_DEFAULT: &str = "joint:text=512:image=1024:valid=37,211:heads=24:
 /// Run an attention layer shaped like Qwen-Image's under a key mask, dense against varlen, and check the results.
 ///
 /// Each step projects random hidden states to q, k and v (on the host), attends on the device with the key mask alone (dense) and
-/// with metadata that was built once (varlen), and projects the varlen result back. Both may be causal or have a window. Fails if a sampled row is too far from
+/// with metadata that was built once (varlen), and projects the varlen result back. Both may be causal or have
+/// a window, a soft cap and ALiBi. Fails if a sampled row is too far from
 /// an f64 oracle, or if varlen leaves a masked row that is not exactly zero.
 #[derive(Debug, Parser)]
 #[command(name = "masked_attention", version, after_help = workload_help())]
@@ -41,6 +44,8 @@ struct Arguments {
     problem: ProblemArguments,
     #[command(flatten)]
     seen: SeenKeys,
+    #[command(flatten)]
+    scores: Scores,
     /// Steps of each workload; times are their median. On a GPU each step times enough calls back to back that the clock is up
     #[arg(long, value_name = "N", default_value = "3")]
     steps: NonZeroUsize,
@@ -53,6 +58,8 @@ struct Line {
     record: Record,
     /// Which keys a query sees.
     keys: String,
+    /// What happens to scores.
+    scores: String,
 }
 
 fn main() -> ExitCode {
@@ -69,18 +76,20 @@ fn run_all(arguments: &Arguments) -> Result<()> {
     let steps = arguments.steps.get();
     print_device(&mut report.text, &device)?;
     let mut failed = 0;
+    let mask = (&arguments.seen, &arguments.scores);
     for problem in &problems {
         let measured = match problem.element_type {
-            ElementType::F32 => run::<f32>(&device, problem, &arguments.seen, steps),
-            ElementType::F16 => run::<f16>(&device, problem, &arguments.seen, steps),
-            ElementType::Bf16 => run::<bf16>(&device, problem, &arguments.seen, steps),
+            ElementType::F32 => run::<f32>(&device, problem, mask, steps),
+            ElementType::F16 => run::<f16>(&device, problem, mask, steps),
+            ElementType::Bf16 => run::<bf16>(&device, problem, mask, steps),
         }
         .with_context(|| format!("workload {}", problem.workload.name))?;
-        print_measured(&mut report.text, problem, &arguments.seen, &measured)?;
+        print_measured(&mut report.text, problem, mask, &measured)?;
         let Measured { varlen, dense, masked_rows, .. } = &measured;
         let ms = (milliseconds(varlen.times.median), milliseconds(dense.times.median));
         let record = Record::new(&device, problem, varlen.plan, ms, &varlen.comparison, masked_rows.is_ok());
-        report.json(&Line { record, keys: arguments.seen.to_string() })?;
+        let (keys, scores) = (arguments.seen.to_string(), arguments.scores.to_string());
+        report.json(&Line { record, keys, scores })?;
         failed += usize::from(!measured.is_correct());
     }
     ensure!(failed == 0, "{failed} of {} workloads failed a check", problems.len());
@@ -100,7 +109,12 @@ fn print_device(text: &mut dyn Write, device: &Device) -> Result<()> {
     Ok(())
 }
 
-fn print_measured(text: &mut dyn Write, problem: &Problem, seen: &SeenKeys, measured: &Measured) -> Result<()> {
+fn print_measured(
+    text: &mut dyn Write,
+    problem: &Problem,
+    (seen, scores): (&SeenKeys, &Scores),
+    measured: &Measured,
+) -> Result<()> {
     let Measured { varlen, dense, .. } = measured;
     let (workload, dtype) = (&problem.workload, problem.element_type.precision());
     let (q, kv) = (problem.shape(), problem.kv_shape());
@@ -112,6 +126,7 @@ fn print_measured(text: &mut dyn Write, problem: &Problem, seen: &SeenKeys, meas
     writeln!(text, "tensors    {dtype}, q {q:?}, k and v {kv:?}: slices of one fused projection")?;
     writeln!(text, "metadata   {valid} of {tokens} tokens valid ({percent:.1}%), built once in {built:.0} µs")?;
     writeln!(text, "keys       {seen}")?;
+    writeln!(text, "scores     {scores}")?;
     writeln!(text, "varlen     {}", varlen.plan.with_estimate())?;
     writeln!(text, "dense      {}", dense.plan.with_estimate())?;
 

@@ -5,9 +5,11 @@ use std::time::{Duration, Instant};
 use anyhow::Result;
 use rayon::prelude::*;
 use varlen_fa::{AttentionMask, Device, Element, KeyMask, MaskedAttention, Path, Plan, Tensor, TensorView, VarlenMeta};
+use varlen_fa_testkit::oracle::Modifiers;
 use varlen_fa_testkit::{CompareError, Value, check_masked_rows_zero};
 
 use crate::layer::Layer;
+use crate::scores::Scores;
 use crate::seen_keys::SeenKeys;
 use varlen_fa_harness::arguments::Problem;
 use varlen_fa_harness::check::{Comparison, Queries, compare};
@@ -51,7 +53,12 @@ impl Measured {
 }
 
 /// Runs the layer on one workload.
-pub fn run<T: Element + Value>(device: &Device, problem: &Problem, seen: &SeenKeys, steps: usize) -> Result<Measured> {
+pub fn run<T: Element + Value>(
+    device: &Device,
+    problem: &Problem,
+    (seen, scores): (&SeenKeys, &Scores),
+    steps: usize,
+) -> Result<Measured> {
     let mut progress = Progress::new(steps + 1);
     progress.begin("preparing");
     let (batch, seq, keep) = (problem.workload.batch, problem.workload.seq, &problem.workload.mask);
@@ -66,12 +73,16 @@ pub fn run<T: Element + Value>(device: &Device, problem: &Problem, seen: &SeenKe
     if let Some(ranges) = &ranges {
         (by_meta, by_mask) = (by_meta.with_ranges(ranges), by_mask.with_ranges(ranges));
     }
-    let sees = sees.as_deref();
+    // Once per layer of a model.
+    let modifiers = scores.modifiers(problem.heads);
+    (by_meta, by_mask) = (by_meta.with_modifiers(&modifiers), by_mask.with_modifiers(&modifiers));
+    let slopes = scores.slopes(problem.heads);
+    let (sees, modified) = (sees.as_deref(), scores.of_oracle(slopes.as_deref()));
 
     // The first calls come before the layer: what does not fit is refused before anything takes long.
     let mut qkv = Tensor::zeros(device, T::DTYPE, &fused_shape(problem))?;
-    let mut varlen = Caller::new(device, problem, &qkv, by_meta, (Queries::Valid, sees))?;
-    let mut dense = Caller::new(device, problem, &qkv, by_mask, (Queries::All, sees))?;
+    let mut varlen = Caller::new(device, problem, &qkv, by_meta, (Queries::Valid, sees, modified))?;
+    let mut dense = Caller::new(device, problem, &qkv, by_mask, (Queries::All, sees, modified))?;
     let mut layer = Layer::random(problem)?;
     progress.end();
 
@@ -96,9 +107,8 @@ struct Caller<'a> {
     device: &'a Device,
     attention: MaskedAttention,
     mask: AttentionMask<'a>,
-    queries: Queries,
-    /// `[B, S, S]`: which keys each query sees.
-    sees: Option<&'a [bool]>,
+    /// What the oracle is told beside the mask: `[B, S, S]` says which keys each query sees.
+    told: (Queries, Option<&'a [bool]>, Modifiers<'a>),
     out: Tensor,
     plan: Plan,
     timings: Vec<Duration>,
@@ -113,10 +123,10 @@ impl<'a> Caller<'a> {
         problem: &Problem,
         qkv: &Tensor,
         mask: AttentionMask<'a>,
-        (queries, sees): (Queries, Option<&'a [bool]>),
+        told: (Queries, Option<&'a [bool]>, Modifiers<'a>),
     ) -> Result<Self> {
         let mut attention = MaskedAttention::new(device);
-        if queries == Queries::All {
+        if told.0 == Queries::All {
             // What varlen is compared with.
             attention = attention.with_path(Path::Dense);
         }
@@ -126,7 +136,7 @@ impl<'a> Caller<'a> {
         device.synchronize()?;
         let comparison = Comparison::default();
         let timings = Vec::new();
-        Ok(Self { device, attention, mask, queries, sees, out, plan, timings, by_device: false, comparison })
+        Ok(Self { device, attention, mask, told, out, plan, timings, by_device: false, comparison })
     }
 
     /// Attends, takes the time, and compares with the oracle; gives the output.
@@ -141,7 +151,7 @@ impl<'a> Caller<'a> {
         self.out.write(&vec![T::from_f32(f32::NAN); problem.shape().iter().product()])?;
         self.time(heads_of(problem, qkv)?)?;
         let out = self.out.to_vec::<T>()?;
-        let comparison = compare(problem, [q, k, v], (self.queries, self.sees), &out, step as u64)?;
+        let comparison = compare(problem, [q, k, v], self.told, &out, step as u64)?;
         self.comparison = merge(std::mem::take(&mut self.comparison), comparison);
         Ok(out)
     }

@@ -8,7 +8,8 @@ use std::sync::OnceLock;
 use arbitrary::Arbitrary;
 use libfuzzer_sys::fuzz_target;
 use varlen_fa::{AttentionMask, AttentionOutputs, Config, Device, DeviceChoice, Element, KeyMask, Layout, MaskedAttention};
-use varlen_fa::{TensorView, TensorViewMut, VarlenMeta, bf16, f16};
+use varlen_fa::{ScoreModifiers, TensorView, TensorViewMut, VarlenMeta, bf16, f16};
+use varlen_fa_testkit::oracle::Modifiers;
 use varlen_fa_testkit::{Oracle, OracleProblem, OracleShape, Precision, check_field_rule, naive_low_precision, random};
 
 #[derive(Debug, Arbitrary)]
@@ -24,6 +25,7 @@ struct Input {
     dtype: Type,
     mask: Mask,
     force_dense: bool,
+    modifiers: Modifying,
     /// Elements between rows of q, k, v and the output, in steps of 8.
     gaps: [u8; 4],
     /// Heads outside of the sequence, as in `[B, H, S, D]`.
@@ -37,6 +39,17 @@ enum Scale {
     Default,
     Zero,
     Of(i8),
+}
+
+/// Soft cap, slopes and sinks, of which a few heads have one each.
+#[derive(Debug, Arbitrary)]
+struct Modifying {
+    /// In units of 1/8.
+    softcap: Option<u8>,
+    /// In units of 1/64.
+    slopes: Option<[i8; 6]>,
+    /// In units of 1/4; the lowest is −∞.
+    sinks: Option<[i8; 6]>,
 }
 
 #[derive(Debug, Clone, Copy, Arbitrary)]
@@ -115,6 +128,20 @@ fn run<T: Element>(input: &Input, precision: Precision, narrow: fn(f32) -> T, wi
         Scale::Of(sixteenths) => Some(f32::from(sixteenths) / 16.0),
     };
 
+    let softcap = input.modifiers.softcap.map_or(0.0, |eighths| f32::from(eighths) / 8.0);
+    let of_heads = |values: &Option<[i8; 6]>, unit: f32| -> Option<Vec<f32>> {
+        let value = |value: i8| if unit == 0.25 && value == i8::MIN { f32::NEG_INFINITY } else { f32::from(value) * unit };
+        values.map(|values| values[..heads].iter().map(|&each| value(each)).collect())
+    };
+    let (slopes, sinks) = (of_heads(&input.modifiers.slopes, 1.0 / 64.0), of_heads(&input.modifiers.sinks, 0.25));
+    let mut modifiers = ScoreModifiers::new().with_softcap(softcap);
+    if let Some(slopes) = &slopes {
+        modifiers = modifiers.with_alibi(slopes);
+    }
+    if let Some(sinks) = &sinks {
+        modifiers = modifiers.with_sinks(sinks);
+    }
+
     let placed = |at: usize, values: &[f32], shape, keep: Option<&[bool]>| {
         let layout = layout(shape, usize::from(input.gaps[at] % 4) * 8, input.heads_first[at]);
         (memory(&layout, shape, values, keep, narrow), layout)
@@ -146,6 +173,7 @@ fn run<T: Element>(input: &Input, precision: Precision, narrow: fn(f32) -> T, wi
             AttentionMask::varlen_cross(&query_meta, &key_meta)
         }
     };
+    let mask = mask.with_modifiers(&modifiers);
     let mut attention = layer(input.force_dense);
     if let Some(scale) = scale {
         attention = attention.with_softmax_scale(scale);
@@ -168,6 +196,11 @@ fn run<T: Element>(input: &Input, precision: Precision, narrow: fn(f32) -> T, wi
     let mut problem = OracleProblem::new(shape, &q, &k, &v);
     problem.softmax_scale = scale.map_or(problem.softmax_scale, f64::from);
     (problem.query_keep, problem.key_keep) = (query_keep.as_deref(), key_keep.as_deref());
+    problem.modifiers = Modifiers {
+        softcap: (softcap != 0.0).then_some(f64::from(softcap)),
+        slopes: slopes.as_deref(),
+        sinks: sinks.as_deref(),
+    };
     let oracle = Oracle::new(problem).expect("a sound problem");
     let got: Vec<f32> = positions(&out_layout, shapes[0]).map(|at| widen(out[at])).collect();
     let case = plan.to_string();

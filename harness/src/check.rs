@@ -2,6 +2,7 @@
 
 use anyhow::Result;
 use varlen_fa::Element;
+use varlen_fa_testkit::oracle::Modifiers;
 use varlen_fa_testkit::{
     ErrorStats, Oracle, OracleProblem, Precision, Value, check_field_rule, check_relative, naive_low_precision_rows,
 };
@@ -37,11 +38,11 @@ pub struct Comparison {
 }
 
 /// Compares an output `[B, S, H, D]` with the oracle's answer for `q`, `k` and `v`, already rounded to the working precision.
-/// `sees`, `[B, S, S]`, says which keys each query sees, all if it is `None`.
+/// `sees`, `[B, S, S]`, says which keys each query sees, all if it is `None`; `modifiers`, what else happens to the scores.
 pub fn compare<T: Element + Value>(
     problem: &Problem,
     [q, k, v]: [&[f32]; 3],
-    (queries, sees): (Queries, Option<&[bool]>),
+    (queries, sees, modifiers): (Queries, Option<&[bool]>, Modifiers<'_>),
     out: &[T],
     seed: u64,
 ) -> Result<Comparison> {
@@ -50,6 +51,7 @@ pub fn compare<T: Element + Value>(
         key_keep: Some(keep),
         query_keep: (queries == Queries::Valid).then_some(keep),
         sees,
+        modifiers,
         ..OracleProblem::new(problem.oracle_shape(), q, k, v)
     })?;
     let (precision, head_dim) = (problem.element_type.precision(), problem.head_dim);

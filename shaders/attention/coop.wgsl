@@ -215,7 +215,9 @@ fn write_zeros(tile: Tile, invocation: u32) {
         out[tile.out + query_row(tile, i / HEAD_WORDS) * params.out_stride_s + i % HEAD_WORDS] = vec4<u32>(0u);
     }
     for (var row = invocation; row < tile.rows; row += INVOCATIONS) {
-        write_lse(tile, row, LOWEST, 0.0);
+        write_lse(tile, row, LOWEST, 0.0); // without modifiers
+        let sunk = with_sink(tile, LOWEST, 0.0); // with modifiers
+        write_lse(tile, row, sunk.row_max, sunk.row_sum); // with modifiers
     }
 }
 
@@ -341,6 +343,9 @@ fn attention(
                 for (var i = 0u; i < QUADS; i++) { // unroll
                     let quad = i * LANES + lane_in_row;
                     row_scores[i] = scores[scores_row + quad] * score_scale;
+                    for (var n = 0u; n < 4u; n++) { // with modifiers
+                        row_scores[i][n] = modified(tile, row, step.first_key + quad * 4u + n, row_scores[i][n]); // with modifiers
+                    } // with modifiers
                     if BIAS {
                         for (var n = 0u; n < 4u; n++) {
                             let score = biased(tile, row, step.first_key + quad * 4u + n, row_scores[i][n]);
@@ -468,7 +473,8 @@ fn attention(
             // Small values need not be exact while the tensor has others that are not small, or
             // while scores do not depend on them.
             let is_inside = all(magnitudes <= limits) && (v_bits == 0u || magnitudes.z >= 0.015625)
-                && abs(params.score_scale) <= 4.0;
+                && abs(params.score_scale) <= 4.0; // without modifiers
+                && abs(params.score_scale) * scale_of_factor(tile) <= 4.0; // with modifiers
             if !is_inside {
                 factors = Factors(factor_for(q_bits), factor_for(k_bits), factor_for(v_bits));
                 continue;
@@ -483,7 +489,11 @@ fn attention(
         row_sum = spread_overflow(row_sum == 0.0 && sees_a_key(tile, own_keys), base, row_sum); // with ranges
         // Selected, not multiplied: a dropped row may hold NaN.
         let is_zero = row_sum == 0.0 || !row_is_kept(tile, row);
-        let inverse_sum = 1.0 / row_sum;
+        let sunk = with_sink(tile, base, row_sum); // with modifiers
+        base = sunk.row_max; // with modifiers
+        row_sum = sunk.row_sum; // with modifiers
+        let inverse_sum = 1.0 / row_sum; // without modifiers
+        let inverse_sum = sunk.factor / row_sum; // with modifiers
         let inverse_factor = inverse(factors.v);
         let own_out = tile.out + query_row(tile, min(row, tile.rows - 1u)) * params.out_stride_s;
         for (var slice = 0u; slice < SLICES; slice++) { // unroll

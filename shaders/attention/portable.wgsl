@@ -254,7 +254,9 @@ fn attention(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_
                 row_kept[m] = lane_kept;
                 for (var n = 0u; n < QUAD; n++) { // unroll
                     let key = first_key + lane * 4u + n;
-                    let score = biased(tile, row_group + m * GROUPS, key, scores[m][n] * params.score_scale);
+                    let score = biased(tile, row_group + m * GROUPS, key, scores[m][n] * params.score_scale); // without modifiers
+                    let scaled = modified(tile, row_group + m * GROUPS, key, scores[m][n] * params.score_scale); // with modifiers
+                    let score = biased(tile, row_group + m * GROUPS, key, scaled); // with modifiers
                     let is_seen = all_see | ((key >= seen.first) & (key < seen.end)); // with ranges
                     row_kept[m][n] = lane_kept[n] && score.kept && is_seen; // with ranges
                     row_kept[m][n] = lane_kept[n] && score.kept; // without ranges
@@ -384,8 +386,12 @@ fn attention(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_
             row_sum[quad][i] = spread_overflow(has_keys, row_max[quad][i], row_sum[quad][i]);
             // Selected, not multiplied: a dropped row may hold NaN.
             let is_zero = row_sum[quad][i] == 0.0 || !row_is_kept(tile, min(row, tile.rows - 1u));
+            let sunk = with_sink(tile, row_max[quad][i], row_sum[quad][i]); // with modifiers
+            row_max[quad][i] = sunk.row_max; // with modifiers
+            row_sum[quad][i] = sunk.row_sum; // with modifiers
             for (var block = 0u; block < BLOCKS; block++) { // unroll
                 for (var vec = 0u; vec < VECS; vec++) { // unroll
+                    acc[m][block][vec] *= sunk.factor; // with modifiers
                     acc[m][block][vec] = select(acc[m][block][vec] / row_sum[quad][i], vec4<f32>(0.0), is_zero);
                 }
             }

@@ -16,6 +16,7 @@ fn locate(workgroup: vec3<u32>) -> Tile {
     tile.ranges_at = (params.batch_base + group.y) * params.ranges_stride + first;
     tile.union_at = (params.batch_base + group.y) * params.unions_stride + group.x;
     find_keys(&tile, params.seq_k);
+    tile.level = i32(params.seq_k) - i32(params.seq_q) + i32(first); // with modifiers
     tile.head = group.z;
     let kv_head = group.z / params.group_size;
     tile.q = params.q_offset + group.y * params.q_stride_b + first * params.q_stride_s + group.z * params.q_stride_h;

@@ -24,6 +24,7 @@ fn locate(workgroup: vec3<u32>) -> Tile {
     tile.ranges_at = entry.z * params.ranges_stride + entry.x;
     tile.union_at = of_list.at;
     find_keys(&tile, select(key_tokens[key_list(tile)], 0u, entry.w == 1u));
+    tile.level = i32(params.seq_k) - i32(params.seq_q); // with modifiers
     tile.head = group.z;
     let kv_head = group.z / params.group_size;
     tile.q = params.q_offset + tile.batch * params.q_stride_b + group.z * params.q_stride_h;

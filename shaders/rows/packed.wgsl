@@ -1,4 +1,5 @@
-// Packed rows. A tile of the list is [first row, rows, sequence, unused] and belongs to one
+// Packed rows. A tile of the list is [first row, rows, sequence, rows from the
+// first to the sequence's end] and belongs to one
 // sequence. Its keys are rows cu_seqlens_k[sequence] .. cu_seqlens_k[sequence + 1] - 1.
 //
 //   q, out   [ s0 s0 s0 s0 s0 | s1 s1 | s2 s2 s2 s2 s2 s2 s2 ]
@@ -16,6 +17,7 @@ fn locate(workgroup: vec3<u32>) -> Tile {
     tile.ranges_at = entry.x;
     tile.union_at = of_list.at;
     find_keys(&tile, cu_seqlens_k[entry.z + 1u] - first_key);
+    tile.level = i32(cu_seqlens_k[entry.z + 1u] - first_key) - i32(entry.w); // with modifiers
     tile.head = group.z;
     let kv_head = group.z / params.group_size;
     let row = entry.x - params.q_row_base;

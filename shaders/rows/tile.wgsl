@@ -35,6 +35,8 @@ struct Tile {
     keys: KeyRange,
     // The keys that all of its queries see, where they see different ones.
     shared_keys: KeyRange,
+    // The position of a key minus that of the query level with it. // with modifiers
+    level: i32, // with modifiers
     q: u32,
     k: u32,
     v: u32,

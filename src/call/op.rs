@@ -23,6 +23,7 @@ use crate::mask::key_mask::KeyMask;
 use crate::mask::key_ranges::KeyRanges;
 use crate::mask::meta::{CuSeqlens, VarlenMeta};
 use crate::process::OfProcess;
+use crate::score_modifiers::ScoreModifiers;
 
 /// A result that a browser gives later, and any other place at once.
 pub(crate) type Later<'a, T> = Pin<Box<dyn Future<Output = Result<T>> + Send + 'a>>;
@@ -209,7 +210,7 @@ pub(crate) enum MetadataPlace {
     Nowhere,
 }
 
-/// One attention call: `out = softmax(q·kᵀ·scale + bias) · v`, head by head.
+/// One attention call: `out = softmax(q·kᵀ·scale + bias) · v`, head by head, where scores may be modified.
 #[derive(Debug)]
 pub(crate) struct Attention<'a> {
     pub problem: &'a AttentionProblem,
@@ -224,6 +225,8 @@ pub(crate) struct Attention<'a> {
     pub rows: Rows<'a>,
     /// Which of the keys that count each query sees; with all but [`Rows::DeviceVarlen`].
     pub ranges: Option<&'a KeyRanges>,
+    /// What else happens to the scores; not none of all.
+    pub modifiers: Option<&'a ScoreModifiers>,
     /// Added to the scaled scores, laid out as `problem.bias`; not with packed rows.
     pub bias: Option<Input<'a>>,
 }

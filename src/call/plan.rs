@@ -11,6 +11,7 @@ use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::kernel::{BackendKind, Kernel};
 use crate::mask::key_ranges::KeyRanges;
+use crate::score_modifiers::{ModifierSet, ScoreModifiers};
 
 /// How a call is computed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -52,6 +53,7 @@ struct Needs {
     head_dim: usize,
     bias: bool,
     ranges: bool,
+    modifiers: ModifierSet,
     /// Metadata in tables of the device.
     device_tables: bool,
     /// The dense path.
@@ -65,6 +67,7 @@ impl Needs {
             head_dim: problem.shape.head_dim,
             bias: mask.bias.is_some(),
             ranges: mask.ranges.is_some(),
+            modifiers: mask.modifiers.map(ScoreModifiers::set).unwrap_or_default(),
             device_tables: matches!(mask.tokens, TokenInfo::DeviceVarlen { .. }),
             dense,
         }
@@ -74,13 +77,16 @@ impl Needs {
 impl Kernel {
     /// Why it cannot compute a call, if it cannot.
     fn refuses(self, needs: Needs) -> Option<&'static str> {
-        let Needs { dtype, head_dim, bias, ranges, device_tables, dense } = needs;
+        let Needs { dtype, head_dim, bias, ranges, modifiers, device_tables, dense } = needs;
         let refusals = [
             (!self.dtypes().contains(&dtype), "it computes with f16 and bf16 alone"),
             (head_dim > self.max_head_dim(), "its tiles are not as wide as the head dimension"),
             (bias && !self.has_bias(), "it adds no bias"),
             (bias && device_tables, "a bias needs metadata that was built on the host"),
             (ranges && !self.has_ranges(), "it takes no key ranges"),
+            (modifiers.softcap && !self.has_softcap(), "it does not cap scores"),
+            (modifiers.alibi && !self.has_alibi(), "it has no ALiBi"),
+            (modifiers.sinks && !self.has_sinks(), "it has no attention sinks"),
             (ranges && device_tables, "key ranges need metadata that was built on the host"),
             (
                 device_tables && dense && self.works_by_tile_lists(),
@@ -324,8 +330,8 @@ fn choices(
     path: Path,
 ) -> Result<Option<Arc<[Choice]>>> {
     let Some(machine) = &capabilities.machine else { return Ok(None) };
-    // The model knows neither the tiles that ranges leave nor what a bias costs.
-    if mask.bias.is_some() || mask.ranges.is_some() {
+    // The model knows neither the tiles that ranges leave nor what is done to scores.
+    if mask.bias.is_some() || mask.ranges.is_some() || mask.modifiers.is_some() {
         return Ok(None);
     }
     let keeps_all = match mask.tokens {
@@ -355,11 +361,11 @@ fn is_suited(kernel: Kernel, preferred: Kernel, capabilities: &Capabilities, nee
 /// Plans a call on packed rows.
 pub(crate) fn plan_packed(
     problem: &AttentionProblem,
-    ranges: Option<&KeyRanges>,
+    (ranges, modifiers): (Option<&KeyRanges>, Option<&ScoreModifiers>),
     capabilities: &Capabilities,
     forced: Forced,
 ) -> Result<Plan> {
-    let mask = MaskInfo { tokens: TokenInfo::All, ranges, bias: None };
+    let mask = MaskInfo { tokens: TokenInfo::All, ranges, modifiers, bias: None };
     let kernel = pick_kernel(capabilities, forced, Needs::new(problem, &mask, false))?;
     Ok(Plan { path: Path::Packed, kernel, reason: Reason::AlreadyPacked, estimate: None })
 }
@@ -399,6 +405,9 @@ fn check_forced_path(path: Path, mask: &MaskInfo<'_>, kernel: Kernel) -> Result<
             format!("kernel {kernel} adds a bias on the dense path alone")
         }
         Path::Packed if mask.bias.is_some() => "packed rows take no bias".to_owned(),
+        Path::Packed if mask.modifiers.is_some_and(|modifiers| modifiers.set().alibi) => {
+            "packed rows have lost the positions that ALiBi counts in".to_owned()
+        }
         Path::Fused | Path::Packed => return Ok(Reason::PathForced),
     };
     Err(not_applicable("path", path.name(), why))
@@ -455,7 +464,7 @@ mod tests {
     }
 
     fn masked(tokens: TokenInfo<'_>) -> MaskInfo<'_> {
-        MaskInfo { tokens, ranges: None, bias: None }
+        MaskInfo { tokens, ranges: None, modifiers: None, bias: None }
     }
 
     /// Every kernel's tiles at head dimension 128, on a chip of 132 multiprocessors.

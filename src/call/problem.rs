@@ -11,6 +11,7 @@ use crate::layout::Layout;
 use crate::mask::key_mask::{KeyMask, check_token_count};
 use crate::mask::key_ranges::KeyRanges;
 use crate::mask::meta::{CuSeqlens, VarlenMeta};
+use crate::score_modifiers::ScoreModifiers;
 
 /// The device of a call, as far as checks need it.
 #[derive(Debug, Clone, Copy)]
@@ -79,6 +80,7 @@ pub(crate) struct AttentionViews<'a> {
 pub(crate) struct MaskInfo<'a> {
     pub tokens: TokenInfo<'a>,
     pub ranges: Option<&'a KeyRanges>,
+    pub modifiers: Option<&'a ScoreModifiers>,
     pub bias: Option<ViewInfo<'a>>,
 }
 
@@ -159,6 +161,7 @@ impl AttentionProblem {
         if let Some(ranges) = mask.ranges {
             ranges.expect_padded(batch, seq_q, seq_k)?;
         }
+        mask.modifiers.map_or(Ok(()), |modifiers| modifiers.check(num_heads))?;
         let mut bias = None;
         if let Some(view) = &mask.bias {
             bias = Some(broadcast_bias(view, [batch, num_heads, seq_q, seq_k])?);
@@ -180,7 +183,7 @@ impl AttentionProblem {
         device: DeviceInfo<'_>,
         views: &AttentionViews<'_>,
         (cu_seqlens_q, cu_seqlens_k): (&CuSeqlens, &CuSeqlens),
-        ranges: Option<&KeyRanges>,
+        (ranges, modifiers): (Option<&KeyRanges>, Option<&ScoreModifiers>),
         softmax_scale: Option<f32>,
     ) -> Result<Self> {
         let [total_q, num_heads, head_dim] = sizes("q", views.q, "3: [total_q, H, D]")?;
@@ -200,6 +203,7 @@ impl AttentionProblem {
         if let Some(ranges) = ranges {
             ranges.expect_packed(cu_seqlens_q, cu_seqlens_k)?;
         }
+        modifiers.map_or(Ok(()), |modifiers| modifiers.check(num_heads))?;
         let batch = cu_seqlens_q.batch();
         let shape = AttentionShape { batch, seq_q: total_q, seq_k: total_k, num_heads, num_kv_heads, head_dim };
         let softmax_scale = check_attention(device, views, &shape, softmax_scale)?;

@@ -317,6 +317,7 @@ impl<'a> Bench<'a> {
             lse: None,
             rows,
             ranges: None,
+            modifiers: None,
             bias: None,
         }))?;
         device.download_async(self.out.source(), bytemuck::cast_slice_mut(&mut bits)).await?;

@@ -6,9 +6,9 @@ use crate::precision::Precision;
 
 /// Attention as PyTorch's math path computes it in `precision`, `[batch, seq_q, heads, head_dim]`.
 ///
-/// Sums run in f32; the scores, the biased scores, the softmax and the output are each rounded to `precision`, since each
+/// Sums run in f32; the scores, the capped and the biased scores, the softmax and the output are each rounded to `precision`, since each
 /// is a tensor there. The scale is applied before the one rounding of the scores, where PyTorch rounds scaled q and k
-/// as well: this yardstick is the stricter one. Mask, bias and rows without keys are read as by the oracle.
+/// as well: this yardstick is the stricter one. Mask, modifiers, bias and rows without keys are read as by the oracle.
 pub fn naive_low_precision(oracle: &Oracle<'_>, precision: Precision) -> Vec<f32> {
     let shape = oracle.output_shape();
     let mut out = vec![0.0; shape.iter().product()];
@@ -41,9 +41,10 @@ fn attend(oracle: &Oracle<'_>, precision: Precision, at: RowIndex, out: &mut [f3
     let (q, dim, scale) = (oracle.query(at), problem.shape.head_dim, problem.softmax_scale as f32);
     let mut keys: Vec<(usize, f32)> = oracle
         .kept_keys(at)
-        .map(|(start, bias)| {
+        .map(|(start, bias, alibi)| {
             let score = precision.round(scale * dot(q, &problem.k[start..start + dim]));
-            (start, precision.round(score + bias))
+            let capped = precision.round(problem.modifiers.capped(f64::from(score)) as f32);
+            (start, precision.round(precision.round(capped + alibi as f32) + bias))
         })
         .collect();
     // `f32::max` passes over NaN, so look for it first.
@@ -54,7 +55,9 @@ fn attend(oracle: &Oracle<'_>, precision: Precision, at: RowIndex, out: &mut [f3
     if max == f32::NEG_INFINITY {
         return;
     }
-    let mut sum = 0.0;
+    let sink = precision.round(problem.modifiers.sink(at.head) as f32);
+    let max = max.max(sink);
+    let mut sum = (sink - max).exp();
     for (_, score) in &mut keys {
         *score = (*score - max).exp();
         sum += *score;

@@ -4,11 +4,13 @@
 //! skipped before anything of theirs is read, so NaN there cannot matter.
 
 mod error;
+mod modifiers;
 mod packed;
 mod row;
 mod sample;
 
 pub use error::OracleError;
+pub use modifiers::Modifiers;
 pub use packed::{PackedOutput, PackedProblem, attend_packed};
 pub use row::AttendedRow;
 
@@ -61,13 +63,16 @@ pub struct OracleProblem<'a> {
     pub sees: Option<&'a [bool]>,
     /// `[batch, heads, seq_q, seq_k]`, added to the scaled scores; -inf drops the key like the mask does.
     pub bias: Option<&'a [f32]>,
+    /// What else happens to the scores.
+    pub modifiers: Modifiers<'a>,
 }
 
 impl<'a> OracleProblem<'a> {
-    /// A problem without mask or bias, scaled by `1 / sqrt(head_dim)`; set the other fields as needed.
+    /// A problem without mask, bias or modifiers, scaled by `1 / sqrt(head_dim)`; set the other fields as needed.
     pub fn new(shape: OracleShape, q: &'a [f32], k: &'a [f32], v: &'a [f32]) -> Self {
         let softmax_scale = 1.0 / (shape.head_dim as f64).sqrt();
-        Self { shape, softmax_scale, q, k, v, key_keep: None, query_keep: None, sees: None, bias: None }
+        let modifiers = Modifiers::default();
+        Self { shape, softmax_scale, q, k, v, key_keep: None, query_keep: None, sees: None, bias: None, modifiers }
     }
 }
 
@@ -115,6 +120,7 @@ impl<'a> Oracle<'a> {
         if let Some(bias) = problem.bias {
             check_len("bias", &[batch, heads, seq_q, seq_k], bias.len())?;
         }
+        problem.modifiers.check(heads)?;
         let keeps = |b: usize, j: usize| problem.key_keep.is_none_or(|keep| keep[b * seq_k + j]);
         let kept = (0..batch).map(|b| (0..seq_k).filter(|&j| keeps(b, j)).collect()).collect();
         Ok(Self { problem, kept })
@@ -205,8 +211,9 @@ impl<'a> Oracle<'a> {
         &self.problem.q[start..start + self.problem.shape.head_dim]
     }
 
-    /// For each kept key that row `at` sees: where it starts in `k` and `v`, and its bias. Keys under a bias of -inf are left out.
-    pub(crate) fn kept_keys(&self, at: RowIndex) -> impl Iterator<Item = (usize, f32)> {
+    /// For each kept key that row `at` sees: where it starts in `k` and `v`, its bias, and what ALiBi adds. Keys under a bias of
+    /// -inf are left out.
+    pub(crate) fn kept_keys(&self, at: RowIndex) -> impl Iterator<Item = (usize, f32, f64)> {
         let OracleShape { seq_q, seq_k, heads, kv_heads, head_dim, .. } = self.problem.shape;
         let kv_head = at.head / (heads / kv_heads);
         let bias_row = ((at.batch * heads + at.head) * seq_q + at.query) * seq_k;
@@ -216,17 +223,19 @@ impl<'a> Oracle<'a> {
             .filter(move |&&j| self.problem.sees.is_none_or(|sees| sees[seen_row + j]))
             .map(move |&j| {
                 let start = ((at.batch * seq_k + j) * kv_heads + kv_head) * head_dim;
-                (start, self.problem.bias.map_or(0.0, |bias| bias[bias_row + j]))
+                let alibi = self.problem.modifiers.alibi(at.head, [at.query, j], [seq_q, seq_k]);
+                (start, self.problem.bias.map_or(0.0, |bias| bias[bias_row + j]), alibi)
             })
-            .filter(|&(_, bias)| bias != f32::NEG_INFINITY)
+            .filter(|&(_, bias, _)| bias != f32::NEG_INFINITY)
     }
 
     fn row(&self, at: RowIndex) -> AttendedRow {
         if !self.query_kept(at.batch, at.query) {
             return AttendedRow::without_keys(self.problem.shape.head_dim);
         }
-        let keys = self.kept_keys(at).map(|(start, bias)| (start, f64::from(bias)));
-        row::attend(self.query(at), self.problem.k, self.problem.v, self.problem.softmax_scale, keys)
+        let keys = self.kept_keys(at).map(|(start, bias, alibi)| (start, alibi + f64::from(bias)));
+        let OracleProblem { k, v, softmax_scale, modifiers, .. } = self.problem;
+        row::attend(self.query(at), k, v, softmax_scale, (&modifiers, at.head), keys)
     }
 }
 
@@ -273,6 +282,37 @@ mod tests {
         let oracle = Oracle::new(OracleProblem { key_keep: Some(&keep), ..problem }).unwrap();
         close(&oracle.attend_all(), &[0.0, -4.0, 0.0, -4.0]);
         close(&oracle.lse_all(), &[0.0, 0.0]);
+    }
+
+    #[test]
+    fn modifiers_by_hand() {
+        // Scores [ln 3, 0] as above; one more score of ln 4 leaves the keys 3/8 and 1/8.
+        let shape = OracleShape::self_attention(1, 2, 1, 2);
+        let (q, k, v) = ([1.0, 0.0, 0.0, 0.0], [1.0, 5.0, 0.0, 7.0], [4.0, 8.0, 0.0, -4.0]);
+        let problem = OracleProblem { softmax_scale: 3f64.ln(), ..OracleProblem::new(shape, &q, &k, &v) };
+        let with = |modifiers| Oracle::new(OracleProblem { modifiers, ..problem }).unwrap();
+        let near = |got: &[f64], expected: &[f64]| {
+            let is_near = got.iter().zip(expected).all(|(got, expected)| (got - expected).abs() < 1e-6);
+            assert!(is_near && got.len() == expected.len(), "{got:?} {expected:?}");
+        };
+        let sinks = [4f32.ln()];
+        let sunk = with(Modifiers { sinks: Some(&sinks), ..Modifiers::default() });
+        near(&sunk.attend_all(), &[1.5, 2.5, 4.0 / 6.0, 4.0 / 6.0]);
+        near(&sunk.lse_all(), &[8f64.ln(), 6f64.ln()]);
+        // Without a key, the sink alone.
+        let dropped = OracleProblem { key_keep: Some(&[false; 2]), ..*sunk.problem() };
+        near(&Oracle::new(dropped).unwrap().attend_all(), &[0.0; 4]);
+        near(&Oracle::new(dropped).unwrap().lse_all(), &[f64::from(sinks[0]); 2]);
+        // A distance of 1 costs ln 3: query 0 has scores [ln 3, −ln 3], query 1 [−ln 3, 0].
+        let slopes = [3f32.ln()];
+        let linear = with(Modifiers { slopes: Some(&slopes), ..Modifiers::default() });
+        near(&linear.attend_all(), &[3.6, 6.8, 1.0, -1.0]);
+        // A cap of 1e-9 makes all scores equal, and one of 1e9 none different.
+        near(&with(Modifiers { softcap: Some(1e-9), ..Modifiers::default() }).attend_all(), &[2.0; 4]);
+        near(&with(Modifiers { softcap: Some(1e9), ..Modifiers::default() }).attend_all(), &[3.0, 5.0, 2.0, 2.0]);
+        let short = Modifiers { sinks: Some(&[]), ..Modifiers::default() };
+        let refused = Oracle::new(OracleProblem { modifiers: short, ..problem }).unwrap_err();
+        assert_eq!(refused.to_string(), "sinks: expected 1 elements ([1]), got 0");
     }
 
     #[test]

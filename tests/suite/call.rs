@@ -8,6 +8,7 @@ use varlen_fa::{
 use varlen_fa_testkit::{OracleShape, random};
 
 use super::memory::{download, narrow, poison, precision, sentinel, upload, widen};
+use super::modifiers::Modifying;
 use super::placement::Placement;
 use super::ranges::Rule;
 use super::trials::Variant;
@@ -87,6 +88,8 @@ pub struct Call {
     pub mask: Mask,
     /// Which keys each query sees; all if there is none.
     pub rule: Option<Rule>,
+    /// What else happens to the scores.
+    pub modifying: Modifying,
     /// `[B, H, Sq, Sk]` for the oracle; whoever sets it gives the layer its own form of it.
     pub bias: Option<Vec<f32>>,
     /// q, k and v, row-major, values that `dtype` holds exactly.
@@ -126,6 +129,7 @@ impl Call {
             scale: None,
             mask,
             rule: None,
+            modifying: Modifying::default(),
             bias: None,
             values,
             inputs: Inputs::Apart([Placement::CONTIGUOUS; 3]),
@@ -153,9 +157,13 @@ impl Call {
         let meta = |seq, keep: &[bool]| VarlenMeta::from_key_mask(&key_mask(seq, keep)?);
         let of = RangesOf::from([batch, seq_q, seq_k]);
         let ranges = self.rule.as_ref().map(|rule| rule.ranges(&of)).transpose()?;
-        let run = |mask: AttentionMask<'_>| match &ranges {
-            Some(ranges) => run(mask.with_ranges(ranges)),
-            None => run(mask),
+        let modifiers = self.modifying.modifiers();
+        let run = |mask: AttentionMask<'_>| {
+            let mask = mask.with_modifiers(&modifiers);
+            match &ranges {
+                Some(ranges) => run(mask.with_ranges(ranges)),
+                None => run(mask),
+            }
         };
         let (plan, result) = match &self.mask {
             Mask::None => run(AttentionMask::none())?,

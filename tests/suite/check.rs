@@ -80,7 +80,7 @@ impl Call {
         let shape = oracle.output_shape();
         let rows = oracle.sample_rows(1, limit);
         let answers = oracle.attend_rows(&rows)?;
-        let is_empty = answers.iter().map(|row| row.lse == f64::NEG_INFINITY).collect();
+        let is_empty = answers.iter().map(|row| !row.sees_keys).collect();
         let expected = answers.into_iter().flat_map(|row| row.out).collect();
         let low_precision = naive_low_precision_rows(&oracle, precision(self.dtype), &rows)?;
         let offsets = rows.iter().map(|&row| oracle.output_offset(row)).collect();
@@ -102,6 +102,7 @@ impl Call {
             query_keep: self.mask.query_keep(),
             sees,
             bias: self.bias.as_deref(),
+            modifiers: self.modifying.of_oracle(),
             ..problem
         })?)
     }

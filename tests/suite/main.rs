@@ -44,6 +44,7 @@ mod lse;
 mod masks;
 mod memory;
 mod merge;
+mod modifiers;
 mod numerics;
 mod packed;
 mod placement;
@@ -85,6 +86,7 @@ const SHARED: &[Register] = &[
     bias::register,
     lse::register,
     merge::register,
+    modifiers::register,
     dense::register,
     packed::register,
     tensors::register,

@@ -14,6 +14,7 @@ use varlen_fa_testkit::{
 use super::check::{Rules, Yardsticks};
 use super::masks::{LENGTHS, mask};
 use super::memory::{download, narrow, poison, precision, sentinel, upload, widen};
+use super::modifiers::Modifying;
 use super::placement::Placement;
 use super::ranges::Rule;
 use super::trials::{Trials, Variant};
@@ -300,6 +301,8 @@ pub struct Packed {
     scale: Option<f32>,
     /// Which keys of its sequence each query sees; all if there is none.
     pub rule: Option<Rule>,
+    /// What else happens to the scores.
+    pub modifying: Modifying,
     lengths_q: Vec<usize>,
     lengths_k: Vec<usize>,
     values: [Vec<f32>; 3],
@@ -312,7 +315,8 @@ impl Packed {
         let lens = [total_q * heads * dim, total_k * kv_heads * dim, total_k * kv_heads * dim];
         let values = [0, 1, 2].map(|input| random::normal_rounded(13, input as u64, lens[input], precision(dtype)));
         let (lengths_q, lengths_k) = (lengths_q.to_vec(), lengths_k.to_vec());
-        Self { heads, kv_heads, dim, scale: None, rule: None, lengths_q, lengths_k, values, dtype }
+        let (scale, rule, modifying) = (None, None, Modifying::default());
+        Self { heads, kv_heads, dim, scale, rule, modifying, lengths_q, lengths_k, values, dtype }
     }
 
     fn shapes(&self) -> [[usize; 3]; 3] {
@@ -374,6 +378,7 @@ impl Packed {
             k: &self.values[1],
             v: &self.values[2],
             sees: self.sees().as_deref(),
+            modifiers: self.modifying.of_oracle(),
         })?)
     }
 
@@ -390,6 +395,7 @@ impl Packed {
         }
         let lse_of = |row: usize, head: usize| answer.lse[head * total_q + row];
         for (at, values) in got.chunks(dim).enumerate() {
+            // A sink is the log-sum-exp of a row without keys.
             let has_keys = lse_of(at / heads, at % heads) != f64::NEG_INFINITY;
             ensure!(
                 has_keys || values.iter().all(|value| value.to_bits() == 0),
@@ -423,6 +429,8 @@ impl Packed {
         if let Some(ranges) = &ranges {
             options = options.with_ranges(ranges);
         }
+        let modifiers = self.modifying.modifiers();
+        options = options.with_modifiers(&modifiers);
         let attended = varlen_attention(&variant.device, [&q, &k, &v], &cu_q, &cu_k, options)?;
         let lse = attended.lse.context("lse was asked for")?;
         self.judge(&attended.out, Some(&lse), rules)

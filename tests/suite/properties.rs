@@ -5,14 +5,15 @@ use std::env;
 use anyhow::{Context, Result, anyhow};
 use proptest::prelude::*;
 use proptest::test_runner::{Config, RngAlgorithm, TestCaseError, TestError, TestRng, TestRunner};
-use varlen_fa::{BackendKind, Device};
+use varlen_fa::{BackendKind, Device, alibi_slopes};
 use varlen_fa_testkit::{OracleShape, random};
 
 use super::call::{Call, Inputs, Mask};
 use super::check::Rules;
 use super::head_dims::{explain, few};
+use super::modifiers::Modifying;
 use super::placement::Placement;
-use super::trials::{Trials, Variant};
+use super::trials::{Trials, Variant, has_modifiers};
 
 pub fn register(trials: &mut Trials) {
     explain(trials.device(), "properties");
@@ -97,6 +98,8 @@ struct Random {
     query: Tokens,
     key: Tokens,
     scale: Option<f32>,
+    /// Soft cap, how many times the published slopes, and the sink of the first head.
+    modifiers: (Option<f32>, Option<f32>, Option<f32>),
     is_fused_qkv: bool,
     placements: [Placement; 4],
     seed: u64,
@@ -119,6 +122,9 @@ impl Random {
         };
         let mut call = Call::random(shape, mask, variant.dtype, self.seed);
         call.scale = self.scale;
+        if has_modifiers(&variant.kernel) {
+            call.modifying = self.modifying(shape.heads).on(variant.path);
+        }
         let [q, k, v, out] = self.placements;
         call.inputs = if self.is_fused_qkv { Inputs::FusedQkv } else { Inputs::Apart([q, k, v]) };
         call.output = out;
@@ -128,6 +134,17 @@ impl Random {
             rules.yardsticks = None;
         }
         call.check_by(variant, rules)
+    }
+}
+
+impl Random {
+    fn modifying(&self, heads: usize) -> Modifying {
+        let (softcap, slope, sink) = self.modifiers;
+        Modifying {
+            softcap: softcap.unwrap_or(0.0),
+            slopes: slope.map(|slope| alibi_slopes(heads).iter().map(|published| published * slope).collect()),
+            sinks: sink.map(|sink| (0..heads).map(|head| sink - head as f32).collect()),
+        }
     }
 }
 
@@ -150,19 +167,26 @@ fn random_call(head_dim: BoxedStrategy<usize>, kind: impl Strategy<Value = Kind>
         head_dim,
     });
     let scale = prop_oneof![3 => Just(None), 1 => (-0.3_f32..0.3).prop_map(Some)];
+    let modifiers = (maybe(0.05_f32..40.0), maybe(0.1_f32..4.0), maybe(-4.0_f32..6.0));
     let placements = [placement(), placement(), placement(), placement()];
-    (shape, kind, tokens(), tokens(), scale, any::<bool>(), placements, 0_u64..1000).prop_map(
-        |(shape, kind, query, key, scale, is_fused_qkv, placements, seed)| Random {
+    (shape, kind, tokens(), tokens(), scale, modifiers, any::<bool>(), placements, 0_u64..1000).prop_map(
+        |(shape, kind, query, key, scale, modifiers, is_fused_qkv, placements, seed)| Random {
             shape,
             kind,
             query,
             key,
             scale,
+            modifiers,
             is_fused_qkv,
             placements,
             seed,
         },
     )
+}
+
+/// None in two of three draws.
+fn maybe<S: Strategy>(value: S) -> impl Strategy<Value = Option<S::Value>> {
+    prop::option::weighted(1.0 / 3.0, value)
 }
 
 /// Mostly small: the sizes between tiles matter more than the large ones.

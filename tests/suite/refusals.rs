@@ -7,8 +7,9 @@
 use anyhow::{Context, Result, ensure};
 use varlen_fa::{
     AttentionMask, BackendKind, CuSeqlens, DType, Device, DeviceVarlenMeta, Error, Kernel, KeyMask, KeyRanges, Layout,
-    MaskedAttention, Path, Tensor, TensorView, TensorViewMut, VarlenMeta, VarlenOptions, pack, pack_into, pack_qkv,
-    pack_qkv_into, scatter_to_padded, scatter_to_padded_into, varlen_attention, varlen_attention_into,
+    MaskedAttention, Path, ScoreModifiers, Tensor, TensorView, TensorViewMut, VarlenMeta, VarlenOptions, pack,
+    pack_into, pack_qkv, pack_qkv_into, scatter_to_padded, scatter_to_padded_into, varlen_attention,
+    varlen_attention_into,
 };
 
 use super::call::device_meta;
@@ -31,6 +32,7 @@ pub fn register(trials: &mut Trials) {
     trials.once("refusals/views_past_their_memory", views_past_their_memory);
     trials.once("refusals/inner_strides", inner_strides);
     trials.once("refusals/outputs_over_themselves", outputs_over_themselves);
+    trials.once("refusals/score_modifiers", score_modifiers);
     trials.once("refusals/softmax_scales", softmax_scales);
     trials.once("refusals/forced_paths_and_kernels", forced_paths_and_kernels);
     trials.once("refusals/pack_and_scatter", pack_and_scatter);
@@ -141,6 +143,7 @@ fn argument(error: &Error) -> &'static str {
         | Error::MaskRow { argument, .. }
         | Error::RangesSize { argument, .. }
         | Error::CuSeqlens { argument, .. }
+        | Error::ScoreModifier { argument, .. }
         | Error::TooLarge { argument, .. }
         | Error::DeviceMismatch { argument, .. }
         | Error::NotApplicable { argument, .. } => argument,
@@ -484,6 +487,26 @@ fn softmax_scales(device: &Device) -> Result<()> {
     ensure!(matches!(&error, Some(Error::SoftmaxScale { got }) if got.is_nan()), "got {error:?}");
     ensure!(error.is_some_and(|error| error.to_string().contains("`softmax_scale`")));
     expect_untouched(&out)
+}
+
+fn score_modifiers(device: &Device) -> Result<()> {
+    let stage = Stage::new(device)?;
+    let refused = |modifiers: ScoreModifiers, argument, expected: &str, got: &str| {
+        let Call { layer, q, k, v, mask } = stage.call();
+        let expected = Error::ScoreModifier { argument, expected: expected.to_owned(), got: got.to_owned() };
+        Call { layer, q, k, v, mask: mask.with_modifiers(&modifiers) }.is_refused(&expected)
+    };
+    let none = ScoreModifiers::new;
+    for (softcap, got) in [(-1.0, "-1"), (f32::INFINITY, "inf"), (f32::NAN, "NaN")] {
+        refused(none().with_softcap(softcap), "softcap", "a finite number, 0 for none or more", got)?;
+    }
+    let heads = format!("a number for each of {} query heads", Q[2]);
+    refused(none().with_alibi(&[0.5]), "alibi", &heads, "1")?;
+    refused(none().with_sinks(&[]), "sinks", &heads, "0")?;
+    let mut values = [0.5; Q[2]];
+    values[1] = f32::INFINITY;
+    refused(none().with_alibi(&values), "alibi", "finite numbers", "inf for head 1")?;
+    refused(none().with_sinks(&values), "sinks", "finite numbers or −∞", "inf for head 1")
 }
 
 fn forced_paths_and_kernels(device: &Device) -> Result<()> {

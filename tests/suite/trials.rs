@@ -156,6 +156,30 @@ impl Trials {
         }
     }
 
+    /// One trial for each kernel that has every score modifier, and each element type.
+    pub fn each_kernel_with_modifiers<R: Outcome>(
+        &mut self,
+        test: &str,
+        run: impl Fn(&Variant) -> Result<R> + Copy + Send + 'static,
+    ) {
+        for kernel in self.device.capabilities().kernels.clone().into_iter().filter(has_modifiers) {
+            self.variants(self.device.capabilities().dtypes, test, kernel, None, run);
+        }
+    }
+
+    /// The same for each path that metadata can take.
+    pub fn each_path_with_modifiers<R: Outcome>(
+        &mut self,
+        test: &str,
+        run: impl Fn(&Variant) -> Result<R> + Copy + Send + 'static,
+    ) {
+        for kernel in self.device.capabilities().kernels.clone().into_iter().filter(has_modifiers) {
+            for path in PATHS_OF_METADATA {
+                self.variants(self.device.capabilities().dtypes, test, kernel, Some(path), run);
+            }
+        }
+    }
+
     /// One trial for each kernel, each path that metadata can take, and each element type.
     pub fn each_path<R: Outcome>(&mut self, test: &str, run: impl Fn(&Variant) -> Result<R> + Copy + Send + 'static) {
         self.each_path_of(self.device.capabilities().dtypes, test, run);
@@ -227,6 +251,11 @@ impl Trials {
         let before = [backend].into_iter().chain(self.label).chain(parts.iter().copied());
         before.chain([test]).chain(dtype.map(DType::name)).collect::<Vec<_>>().join("/")
     }
+}
+
+/// Whether a kernel has every score modifier.
+pub fn has_modifiers(kernel: &Kernel) -> bool {
+    kernel.has_softcap() && kernel.has_alibi() && kernel.has_sinks()
 }
 
 fn completion<R: Outcome>(result: Result<R>) -> Result<Completion, Failed> {

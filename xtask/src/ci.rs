@@ -152,6 +152,8 @@ const STEPS: &[Step] = &[
             "cargo run --release --example masked_attention -- --device cpu --window 64,64",
             "cargo run --release --example masked_attention -- --device wgpu --causal --window 64,-1",
             "VARLEN_FA=0 cargo run --release --example masked_attention -- --device cpu --causal --window 64,64",
+            "cargo run --release --example masked_attention -- --device cpu --softcap 30 --alibi",
+            "cargo run --release --example masked_attention -- --device wgpu --softcap 30 --alibi --causal",
             "cargo run --release --example external_wgpu",
             "VARLEN_FA=0 cargo run --release --example external_wgpu",
             "cargo run --release --example external_cuda",

@@ -72,7 +72,7 @@ fn attend_packed(
     query: &VarlenMeta,
     key: &VarlenMeta,
 ) -> Result<()> {
-    let Attention { problem, plan, q, k, v, out, lse, ranges, .. } = attention;
+    let Attention { problem, plan, q, k, v, out, lse, ranges, modifiers, .. } = attention;
     let ranges = ranges.map(|ranges| ranges.of_packed_rows(query, key, false)).transpose()?;
     let ranges = ranges.as_deref();
     let q = PackedScratch::pack(q, query, threads)?;
@@ -83,7 +83,8 @@ fn attend_packed(
     let (q, k, v) = (q.input(), k.input(), v.input());
     let mut packed_lse = lse.as_ref().map(|_| PackedScratch::lse(query, problem.shape.num_heads)).transpose()?;
     let (out_of_rows, lse_of_rows) = (packed_out.output(), packed_lse.as_mut().map(PackedScratch::output));
-    let attention = Attention { problem, plan, q, k, v, out: out_of_rows, lse: lse_of_rows, rows, ranges, bias: None };
+    let attention =
+        Attention { problem, plan, q, k, v, out: out_of_rows, lse: lse_of_rows, rows, ranges, modifiers, bias: None };
     attend(attention, processor, threads)?;
     copy::scatter(packed_out.input(), out, query, threads)?;
     if let (Some(packed), Some(padded)) = (packed_lse, lse) {

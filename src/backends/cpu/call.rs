@@ -8,6 +8,7 @@ use super::isa::Processor;
 use super::needed_keys::{NeededKeys, Sequences};
 use super::operands::{OneF32, Operand};
 use super::rows::RowElement;
+use super::softcap::Softcap;
 use super::tiles::tile_columns;
 use crate::call::op::{Attention, Input, Output, Rows, no_device_tables};
 use crate::call::problem::{AttentionProblem, AttentionShape};
@@ -15,6 +16,7 @@ use crate::dtype::DType;
 use crate::error::Result;
 use crate::layout::Layout;
 use crate::mask::key_mask::KeyMask;
+use crate::score_modifiers::ScoreModifiers;
 
 /// A call whose tensors are all `[B, S, H, D]`; packed ones have a batch dimension of stride 0.
 pub(super) struct Call<'a, T> {
@@ -29,6 +31,11 @@ pub(super) struct Call<'a, T> {
     /// `[B, H, Sq]`, as the others.
     lse: Option<HostOutput<'a, f32>>,
     pub bias: Option<Bias<'a, T>>,
+    pub softcap: Option<Softcap>,
+    /// ALiBi slopes of the query heads.
+    pub slopes: Option<&'a [f32]>,
+    /// Attention sinks of the query heads.
+    pub sinks: Option<&'a [f32]>,
     pub queries: Sequences<'a>,
     pub keys: Sequences<'a>,
     needed: NeededKeys<'a>,
@@ -76,7 +83,7 @@ pub(super) struct Task {
 
 impl<'a, T: RowElement> Call<'a, T> {
     pub fn new(attention: Attention<'a>, processor: Processor) -> Result<Self> {
-        let Attention { problem, q, k, v, out, lse, rows, ranges, bias, .. } = attention;
+        let Attention { problem, q, k, v, out, lse, rows, ranges, modifiers, bias, .. } = attention;
         let AttentionShape { seq_q, seq_k, .. } = problem.shape;
         let (queries, keys, query_mask, key_mask) = match rows {
             Rows::Dense { key_mask, zero_rows } => {
@@ -94,6 +101,10 @@ impl<'a, T: RowElement> Call<'a, T> {
             Some(bias) if bias.dtype == T::DTYPE => Some(Bias::Same(HostInput::new(bias)?)),
             Some(bias) => Some(Bias::F32(HostInput::new(bias)?)),
         };
+        let scale = Scale::new(problem.softmax_scale);
+        let softcap = modifiers.filter(|modifiers| modifiers.set().softcap);
+        let softcap = softcap
+            .map(|modifiers| Softcap { cap: modifiers.softcap(), factor: modifiers.softcap_factor(scale.scores) });
         let padded = |input: Input<'a>| HostInput::new(Input { layout: with_batch(input.layout)?, ..input });
         Ok(Self {
             problem,
@@ -108,11 +119,14 @@ impl<'a, T: RowElement> Call<'a, T> {
             out: HostOutput::new(Output { layout: with_batch(out.layout)?, ..out })?,
             lse: lse.map(|lse| HostOutput::new(Output { layout: lse_with_batch(lse.layout)?, ..lse })).transpose()?,
             bias,
+            softcap,
+            slopes: modifiers.and_then(ScoreModifiers::alibi),
+            sinks: modifiers.and_then(ScoreModifiers::sinks),
             queries,
             keys,
             needed: NeededKeys::new(ranges, key_mask)?,
             query_mask,
-            scale: Scale::new(problem.softmax_scale),
+            scale,
         })
     }
 
@@ -158,6 +172,27 @@ impl<'a, T: RowElement> Call<'a, T> {
     /// Words of a row of the products' operands.
     pub fn words_of_head(&self) -> usize {
         tile_columns(self.shape().head_dim) / if self.pairs.is_some() { Bf16Pairs::PER_WORD } else { OneF32::PER_WORD }
+    }
+
+    /// Whether something is added to scores.
+    pub fn adds_to_scores(&self) -> bool {
+        self.bias.is_some() || self.slopes.is_some()
+    }
+
+    /// The factor between the running maximum of scores and scores.
+    pub fn scale_of_max(&self) -> f32 {
+        if self.softcap.is_some() || self.adds_to_scores() { 1.0 } else { self.scale.scores }
+    }
+
+    /// What the position of a key is ahead of that of the query level with it, by their tokens.
+    pub fn level(&self, batch: usize) -> i64 {
+        let AttentionShape { seq_q, seq_k, .. } = *self.shape();
+        match (&self.queries, &self.keys) {
+            (Sequences::Packed(query), Sequences::Packed(key)) => {
+                key.rows(batch).end as i64 - query.rows(batch).end as i64
+            }
+            _ => seq_k as i64 - seq_q as i64,
+        }
     }
 
     pub fn shape(&self) -> &AttentionShape {

@@ -12,6 +12,7 @@ mod needed_keys;
 mod operands;
 mod rows;
 mod seen_keys;
+mod softcap;
 mod softmax;
 mod strip;
 mod threads;

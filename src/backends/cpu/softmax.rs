@@ -14,7 +14,7 @@ use super::operands::Operand;
 pub(super) const OVERFLOWED: f32 = f32::MIN;
 /// Lower biases but −∞ count as this one, so that the lowest floats, a common stand-in for −∞, do
 /// not make scores overflow.
-const LOWEST_BIAS: f32 = -3.3e38;
+pub(super) const LOWEST_BIAS: f32 = -3.3e38;
 
 /// A score times a positive factor, and the bias: −∞ where the bias is, else [`OVERFLOWED`] or more,
 /// or NaN.

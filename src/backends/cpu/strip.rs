@@ -18,6 +18,7 @@ use std::ops::Range;
 
 use super::isa::{AtWidth, Processor, RegisterTile, Vectorized};
 use super::operands::Operand;
+use super::softcap::{Softcap, capped};
 use super::softmax::{Running, biased};
 
 /// Tiles have a multiple of 8 columns, which is no multiple of 6: what is left over is one or two
@@ -163,6 +164,8 @@ pub(super) struct Step<'a> {
     pub tile: KeyTile<'a>,
     /// The factor on the scores, positive.
     pub scale: f32,
+    /// Takes the place of the factor.
+    pub softcap: Option<Softcap>,
 }
 
 impl<O: Operand> Vectorized for (O, Step<'_>) {
@@ -189,6 +192,14 @@ impl<O: Operand> AtWidth for (O, Step<'_>) {
         }
         let scores = &mut scores[..part.len()];
         let mut scale = step.scale;
+        if let Some(softcap) = step.softcap {
+            for score in scores.iter_mut() {
+                for score in score {
+                    *score = capped(simd, *score, softcap);
+                }
+            }
+            scale = 1.0;
+        }
         if let Some(bias) = bias {
             let factor = simd.splat_f32s(scale);
             let bias = &vectors::<S, W>(&bias[panel(lanes, len)])[part.clone()];
@@ -479,6 +490,7 @@ mod tests {
                             values_are_finite: part == len,
                         },
                         scale: 0.5,
+                        softcap: None,
                     };
                     dispatch((operand, step));
                 }

@@ -10,7 +10,7 @@ use super::needed_keys::Tokens;
 use super::operands::OneF32;
 use super::rows::{RowElement, from_panel, prefetch, to_block, to_panel};
 use super::seen_keys::SeenKeys;
-use super::softmax::OVERFLOWED;
+use super::softmax::{LOWEST_BIAS, OVERFLOWED};
 use super::strip::{KeyTile, NARROW, Normalize, Step, Strips, panel};
 use crate::error::Result;
 
@@ -60,7 +60,7 @@ impl Tiles {
             keys: zeros(padded_keys * dim)?,
             values: zeros(dim * VALUE_STRIDE)?,
             scores: zeros(padded_keys * strip)?,
-            bias: zeros(if call.bias.is_some() { keys * lanes } else { 0 })?,
+            bias: zeros(if call.adds_to_scores() { keys * lanes } else { 0 })?,
             rows: zeros(strip.max(block) * dim.max(keys))?,
             converted: zeros(dim.max(keys))?,
             seen: if call.queries_differ() { Some(SeenKeys::new(lanes, strip)?) } else { None },
@@ -214,27 +214,29 @@ impl Tiles {
         }
     }
 
-    /// Gathers the bias of the task's queries for a tile of keys, if there is one.
+    /// Gathers what is added to the scores of the task's queries and a tile of keys, if anything is: the bias and ALiBi.
     pub fn gather_bias<T: RowElement>(&mut self, call: &Call<'_, T>, task: &Task, strips: Strips, tile: Range<usize>) {
         let query = Query::of(call, task);
         match &call.bias {
-            None => {}
-            Some(Bias::Same(bias)) => self.gather_bias_of(call, bias, &query, strips, tile),
-            Some(Bias::F32(bias)) => self.gather_bias_of(call, bias, &query, strips, tile),
+            None if call.slopes.is_none() => {}
+            None => self.gather_bias_of::<T, f32>(call, None, &query, strips, tile),
+            Some(Bias::Same(bias)) => self.gather_bias_of(call, Some(bias), &query, strips, tile),
+            Some(Bias::F32(bias)) => self.gather_bias_of(call, Some(bias), &query, strips, tile),
         }
     }
 
     fn gather_bias_of<T: RowElement, E: RowElement>(
         &mut self,
         call: &Call<'_, T>,
-        bias: &HostInput<'_, E>,
+        bias: Option<&HostInput<'_, E>>,
         query: &Query<'_>,
         strips: Strips,
         tile: Range<usize>,
     ) {
         let len = tile.len();
         let tokens = call.keys.of(query.task.batch);
-        let is_contiguous = bias.layout.strides().last() == Some(&1) && tokens.is_range();
+        let is_contiguous = bias.is_some_and(|bias| bias.layout.strides().last() == Some(&1)) && tokens.is_range();
+        let level = call.level(query.task.batch);
         let Self { bias: panels, rows, converted, .. } = self;
         call.processor.vectorize(
             #[inline(always)]
@@ -248,6 +250,17 @@ impl Tiles {
                         }
                         let (token, head) = query.at(lane);
                         let at = |key| [query.task.batch, head, token, tokens.at(key)];
+                        let Some(bias) = bias else {
+                            row.fill(0.0);
+                            add_alibi(
+                                call.slopes,
+                                head,
+                                row,
+                                token as i64 + level,
+                                tile.clone().map(|key| tokens.at(key)),
+                            );
+                            continue;
+                        };
                         if is_contiguous {
                             row.copy_from_slice(E::widen(bias.row(&at(tile.start), len), &mut converted[..len]));
                         } else {
@@ -255,6 +268,7 @@ impl Tiles {
                                 *to = bias.at(&at(key)).to_f32();
                             }
                         }
+                        add_alibi(call.slopes, head, row, token as i64 + level, tile.clone().map(|key| tokens.at(key)));
                     }
                     to_panel(rows, len, &mut panels[panel(&lanes, len)], lanes.len());
                 }
@@ -299,6 +313,7 @@ impl Tiles {
             scores: &mut self.scores,
             tile,
             scale: call.scale.scores,
+            softcap: call.softcap,
         };
         match call.pairs {
             None => call.processor.dispatch((OneF32, step)),
@@ -310,8 +325,9 @@ impl Tiles {
     pub fn finish<T: RowElement>(&mut self, call: &Call<'_, T>, task: &Task, strips: Strips, has_keys: bool) {
         let head_dim = call.shape().head_dim;
         let dim = tile_columns(head_dim);
-        self.spread_overflow(has_keys, call.bias.is_some());
+        self.spread_overflow(has_keys, call.adds_to_scores());
         let query = Query::of(call, task);
+        self.add_sinks(call, strips, task.count, |lane| query.at(lane).1);
         let out = call.out.batch_rows(task.batch);
         let Self { acc, max, sum, rows, .. } = self;
         call.processor.dispatch(Normalize { strips, head_dim: dim, acc, sum });
@@ -349,6 +365,36 @@ impl Tiles {
         }
     }
 
+    /// Adds the sinks' weights to the sums of `count` queries, each of a head.
+    fn add_sinks<T: RowElement>(
+        &mut self,
+        call: &Call<'_, T>,
+        strips: Strips,
+        count: usize,
+        head: impl Fn(usize) -> usize,
+    ) {
+        let Some(sinks) = call.sinks else { return };
+        let (dim, scale) = (tile_columns(call.shape().head_dim), f64::from(call.scale_of_max()));
+        for lanes in strips.ranges() {
+            let acc = &mut self.acc[panel(&lanes, dim)];
+            for lane in lanes.start..lanes.end.min(count) {
+                let (max, sum) = (&mut self.max[lane], &mut self.sum[lane]);
+                let above = f64::from(sinks[head(lane)]) - f64::from(*max) * scale;
+                if above <= 0.0 {
+                    *sum = (f64::from(*sum) + above.exp()) as f32;
+                } else if above > 0.0 {
+                    // The sink is the largest score now. Without another one, nothing was added up.
+                    let factor = (-above).exp() as f32;
+                    for acc in acc.iter_mut().skip(lane - lanes.start).step_by(lanes.len()) {
+                        *acc = if factor == 0.0 { 0.0 } else { *acc * factor };
+                    }
+                    *max = (f64::from(sinks[head(lane)]) / scale) as f32;
+                    *sum = *sum * factor + 1.0;
+                }
+            }
+        }
+    }
+
     /// Makes rows NaN all of whose kept scores are below every f32. The sum of weights says so: the
     /// largest score has weight 1 if it is a number, so a sum of 0 is one of −∞ alone. With a bias,
     /// those are the rows that it hides, and overflow is a number of its own.
@@ -359,6 +405,19 @@ impl Tiles {
                 *sum = f32::NAN;
             }
         }
+    }
+}
+
+/// Takes the distance of a query, which is level with the position `level` of the keys, times the
+/// slope of its head from a row, which has an element for each of the keys.
+#[inline(always)]
+fn add_alibi(slopes: Option<&[f32]>, head: usize, row: &mut [f32], level: i64, keys: impl Iterator<Item = usize>) {
+    let Some(slopes) = slopes else { return };
+    for (to, key) in row.iter_mut().zip(keys) {
+        let distance = (level - key as i64).unsigned_abs() as f32;
+        let sum = *to + (-slopes[head] * distance).clamp(LOWEST_BIAS, -LOWEST_BIAS);
+        // −∞ is a bias that hides the key, and no sum.
+        *to = if sum == f32::NEG_INFINITY && *to != sum { f32::MIN } else { sum };
     }
 }
 

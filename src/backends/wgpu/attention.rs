@@ -9,10 +9,12 @@ use crate::call::plan::Path;
 use crate::error::{Error, Result};
 use crate::mask::key_mask::KeyMask;
 use crate::mask::meta::{CuSeqlens, VarlenMeta};
+use crate::score_modifiers::ScoreModifiers;
 
 use super::context::Context;
 use super::copy::{Move, move_placed};
 use super::dispatch::{BINDING_ALIGNMENT, MAX_GROUPS, Window};
+use super::head_table::head_table;
 use super::launches::{AttentionLaunch, Launches};
 use super::lse::{PlacedLse, scatter_lse};
 use super::metadata::{cu_seqlens, fused_tiles, longest, mask_bits, packed_rows, packed_tiles, token_lists};
@@ -36,7 +38,8 @@ pub(super) fn record(
     let attention = &attention.on(&filled);
     let shader = shader_for(attention, algorithm);
     launches.announce(shader, Work::of(attention, algorithm)?, pace.limit(shader));
-    let call = Call { context, attention, algorithm, shader };
+    let heads = attention.modifiers.map(|modifiers| head_table(context, modifiers, attention.problem)).transpose()?;
+    let call = Call { context, attention, algorithm, shader, heads };
     match &attention.rows {
         Rows::Dense { key_mask, zero_rows } => call.dense(*key_mask, *zero_rows, launches),
         Rows::Packed { query, key } => call.packed(query, key, launches),
@@ -59,7 +62,8 @@ fn shader_for(attention: &Attention<'_>, algorithm: Algorithm) -> Shader {
         _ => AttentionRows::Packed,
     };
     let (ranges, lse) = (attention.ranges.is_some(), attention.lse.is_some());
-    Shader::Attention(AttentionShader { algorithm, dtype, head_dim, rows, ranges, lse })
+    let modifiers = attention.modifiers.map(ScoreModifiers::set).unwrap_or_default();
+    Shader::Attention(AttentionShader { algorithm, dtype, head_dim, rows, ranges, lse, modifiers })
 }
 
 fn too_large(argument: &'static str, limit_name: &'static str, limit: u64, got: u64) -> Error {
@@ -72,6 +76,8 @@ struct Call<'a> {
     attention: &'a Attention<'a>,
     algorithm: Algorithm,
     shader: Shader,
+    /// Values of heads, where scores are modified.
+    heads: Option<Window>,
 }
 
 /// The tensors of a call.
@@ -406,6 +412,7 @@ impl Call<'_> {
     ) {
         let shape = self.attention.problem.shape;
         let windows: Vec<_> = [q.window, k.window, v.window, out.window].into_iter().chain(others).collect();
+        let windows = [windows, self.heads.iter().cloned().collect()].concat();
         for heads in head_ranges(shape.num_heads, shape.group_size(), MAX_GROUPS) {
             launches.push_attention(AttentionLaunch {
                 shader: self.shader,
@@ -440,9 +447,18 @@ impl Call<'_> {
             seq_q: shape.seq_q as u32,
             seq_k: shape.seq_k as u32,
             group_size: shape.group_size() as u32,
-            score_scale: self.attention.problem.score_scale(),
+            score_scale: score_scale(self.attention),
             ..Default::default()
         }
+    }
+}
+
+/// What `q·k` is multiplied by: the softmax scale in units of base 2, or the factor under a soft cap.
+fn score_scale(attention: &Attention<'_>) -> f32 {
+    let problem = attention.problem;
+    match attention.modifiers.filter(|modifiers| modifiers.set().softcap) {
+        Some(modifiers) => modifiers.softcap_factor(problem.softmax_scale),
+        None => problem.score_scale(),
     }
 }
 

@@ -41,7 +41,7 @@ pub(super) struct Launch {
     pub shader: Shader,
     /// The shader's parameter struct; at most [`BINDING_ALIGNMENT`] bytes.
     pub params: Vec<u8>,
-    /// In the order of the shader's bindings.
+    /// In the order of the shader's bindings; a table of heads follows them.
     pub windows: Vec<Window>,
     pub groups: [u32; 3],
     /// Floating-point operations, at most; 0 for shaders that move rows.

@@ -274,7 +274,8 @@ impl Launcher {
     }
 }
 
-/// Parameters at binding 0 if they are in a buffer, then the shader's storage buffers.
+/// Parameters at binding 0 if they are in a buffer, then the shader's storage buffers and its table
+/// of heads.
 fn bind_group_layout(context: &Context, shader: Shader, params_in: ParamsIn) -> wgpu::BindGroupLayout {
     let entry = |(binding, ty)| wgpu::BindGroupLayoutEntry {
         binding,
@@ -284,7 +285,8 @@ fn bind_group_layout(context: &Context, shader: Shader, params_in: ParamsIn) -> 
     };
     let storage = shader.bindings().iter().map(|binding| BufferBindingType::Storage { read_only: !binding.writes });
     let params = (params_in == ParamsIn::Uniform).then_some((0, BufferBindingType::Uniform));
-    let entries: Vec<_> = params.into_iter().chain((1..).zip(storage)).map(entry).collect();
+    let heads = shader.has_head_table().then_some(BufferBindingType::Uniform);
+    let entries: Vec<_> = params.into_iter().chain((1..).zip(storage.chain(heads))).map(entry).collect();
     let label = Some(shader.entry_point());
     context.device.create_bind_group_layout(&wgpu::BindGroupLayoutDescriptor { label, entries: &entries })
 }

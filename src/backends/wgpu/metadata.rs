@@ -19,7 +19,8 @@ use super::transfer::uploaded;
 pub(super) struct CuSeqlensCopy(pub wgpu::Buffer);
 
 /// Query tiles, in the order of the sequences or batch rows. Tiles of packed rows are kept with
-/// their `CuSeqlens`, each as `[first row, rows, sequence, 0]`. Tiles of padded rows are kept
+/// their `CuSeqlens`, each as `[first row, rows, sequence, rows from the
+/// first to the sequence's end]`. Tiles of padded rows are kept
 /// with their `VarlenMeta`, each as `[first, rows, batch row, is dropped]`, where `first` counts
 /// in the batch row's [`TokenLists`].
 #[derive(Debug, Clone)]
@@ -177,7 +178,8 @@ fn cut_packed(cu_seqlens: &CuSeqlens, tile_rows: usize) -> Result<(Vec<[u32; 4]>
     first.push(0);
     for sequence in 0..cu_seqlens.batch() {
         let rows = cu_seqlens.rows(sequence);
-        let tile = |row: usize| [row as u32, tile_rows.min(rows.end - row) as u32, sequence as u32, 0];
+        let tile =
+            |row: usize| [row as u32, tile_rows.min(rows.end - row) as u32, sequence as u32, (rows.end - row) as u32];
         tiles.extend(rows.clone().step_by(tile_rows).map(tile));
         first.push(tiles.len() as u32);
     }

@@ -12,6 +12,7 @@ mod device;
 mod dispatch;
 mod external;
 mod fault;
+mod head_table;
 mod launcher;
 mod launches;
 mod lse;

@@ -1,6 +1,7 @@
 //! The oracle of packed rows: sequences one after another, told apart by cumulative lengths.
 
 use super::error::{OracleError, check_heads, check_len, check_positive, check_scale};
+use super::modifiers::Modifiers;
 use super::row;
 use crate::parallel::fill_rows;
 
@@ -28,6 +29,8 @@ pub struct PackedProblem<'a> {
     pub v: &'a [f32],
     /// For each packed row of the queries, whether it sees each key of its sequence.
     pub sees: Option<&'a [Vec<bool>]>,
+    /// What else happens to the scores; positions count from the start of each sequence.
+    pub modifiers: Modifiers<'a>,
 }
 
 /// The answer to a [`PackedProblem`].
@@ -35,7 +38,7 @@ pub struct PackedProblem<'a> {
 pub struct PackedOutput {
     /// `[total_q, heads, head_dim]`.
     pub out: Vec<f64>,
-    /// `[heads, total_q]`: the log-sum-exp of each row; -inf where its sequence has no key.
+    /// `[heads, total_q]`: the log-sum-exp of each row; -inf where its sequence has no key and its head no sink.
     pub lse: Vec<f64>,
 }
 
@@ -44,7 +47,7 @@ pub struct PackedOutput {
 /// # Errors
 /// [`OracleError`] names the argument, what was expected and what came.
 pub fn attend_packed(problem: &PackedProblem<'_>) -> Result<PackedOutput, OracleError> {
-    let &PackedProblem { heads, kv_heads, head_dim, softmax_scale, q, k, v, .. } = problem;
+    let &PackedProblem { heads, kv_heads, head_dim, softmax_scale, q, k, v, modifiers, .. } = problem;
     check_heads(heads, kv_heads)?;
     check_positive("head_dim", head_dim)?;
     check_scale(softmax_scale)?;
@@ -63,6 +66,7 @@ pub fn attend_packed(problem: &PackedProblem<'_>) -> Result<PackedOutput, Oracle
     check_len("k", &[total_k, kv_heads, head_dim], k.len())?;
     check_len("v", &[total_k, kv_heads, head_dim], v.len())?;
 
+    modifiers.check(heads)?;
     if let Some(sees) = problem.sees {
         check_len("sees", &[total_q], sees.len())?;
     }
@@ -75,8 +79,12 @@ pub fn attend_packed(problem: &PackedProblem<'_>) -> Result<PackedOutput, Oracle
         let first = keys[sequence];
         let kept = (first..keys[sequence + 1])
             .filter(|key| problem.sees.is_none_or(|sees| sees[token][key - first]))
-            .map(|key| ((key * kv_heads + kv_head) * head_dim, 0.0));
-        answer[0] = row::attend(&q[index * head_dim..][..head_dim], k, v, softmax_scale, kept);
+            .map(|key| {
+                let place = [token - queries[sequence], key - first];
+                let counts = [&queries, &keys].map(|starts| starts[sequence + 1] - starts[sequence]);
+                ((key * kv_heads + kv_head) * head_dim, modifiers.alibi(head, place, counts))
+            });
+        answer[0] = row::attend(&q[index * head_dim..][..head_dim], k, v, softmax_scale, (&modifiers, head), kept);
     });
     let lse = (0..heads).flat_map(|head| rows.iter().skip(head).step_by(heads).map(|row| row.lse)).collect();
     Ok(PackedOutput { out: rows.into_iter().flat_map(|row| row.out).collect(), lse })
@@ -122,6 +130,7 @@ mod tests {
             k: &k,
             v: &v,
             sees: None,
+            modifiers: Modifiers::default(),
         };
         let packed = attend_packed(&problem).unwrap();
         let mut expected = Vec::new();
@@ -161,6 +170,7 @@ mod tests {
             k: &[],
             v: &[],
             sees: None,
+            modifiers: Modifiers::default(),
         };
         assert_eq!(attend_packed(&problem), Ok(PackedOutput { out: vec![], lse: vec![] }));
     }
@@ -186,6 +196,7 @@ mod tests {
             k: &one,
             v: &one,
             sees: None,
+            modifiers: Modifiers::default(),
         };
         let message = attend_packed(&problem).unwrap_err().to_string();
         assert_eq!(message, "cu_seqlens_k: expected 2 entries, as in cu_seqlens_q, got 3 entries");

@@ -3,7 +3,9 @@
 use std::fmt::Write;
 
 use crate::dtype::DType;
+use crate::score_modifiers::ModifierSet;
 
+use super::super::head_table::MAX_HEADS;
 use super::super::params::{AttentionParams, CopyParams, MergeParams};
 use super::bindings::Binding;
 use super::tiles::Algorithm;
@@ -49,6 +51,10 @@ pub fn source(shader: Shader, params: ParamsIn) -> String {
         // Writing to a String does not fail.
         let _ = writeln!(source, "@group(0) @binding({slot}) var<storage, {access}> {name}: array<{element}>;");
     }
+    if shader.has_head_table() {
+        let slot = shader.bindings().len() + 1;
+        let _ = writeln!(source, "@group(0) @binding({slot}) var<uniform> heads: Heads;");
+    }
     for (name, value) in constants(shader) {
         let _ = writeln!(source, "const {name} = {value};");
     }
@@ -57,29 +63,28 @@ pub fn source(shader: Shader, params: ParamsIn) -> String {
         source.push_str(snippet);
     }
     match shader {
-        Shader::Attention(AttentionShader { algorithm, dtype, head_dim, ranges, .. }) => {
-            unrolled(&of_ranges(&source, ranges), &algorithm.unrolled_loops(dtype, head_dim))
+        Shader::Attention(AttentionShader { algorithm, dtype, head_dim, ranges, modifiers, .. }) => {
+            let of_modifiers = of_variant(&source, "modifiers", !modifiers.is_empty());
+            unrolled(&of_variant(&of_modifiers, "ranges", ranges), &algorithm.unrolled_loops(dtype, head_dim))
         }
         _ => source,
     }
 }
 
-const WITH: &str = " // with ranges";
-const WITHOUT: &str = " // without ranges";
-
-/// Without the lines of the other variants: those marked `// without ranges`, or `// with ranges`.
-/// naga translates branches on constants too.
-fn of_ranges(source: &str, ranges: bool) -> String {
-    let (own, others) = if ranges { (WITH, WITHOUT) } else { (WITHOUT, WITH) };
-    let lines = source.lines().filter(|line| !line.ends_with(others));
+/// Without the lines of the other variants: with `ranges`, say, those marked `// without ranges`,
+/// else those marked `// with ranges`. naga translates branches on constants too.
+fn of_variant(source: &str, what: &str, has_it: bool) -> String {
+    let [with, without] = ["with", "without"].map(|word| format!(" // {word} {what}"));
+    let (own, others) = if has_it { (with, without) } else { (without, with) };
+    let lines = source.lines().filter(|line| !line.ends_with(&others));
     // Other marks may stand before these.
-    lines.flat_map(|line| [line.strip_suffix(own).unwrap_or(line), "\n"]).collect()
+    lines.flat_map(|line| [line.strip_suffix(&own).unwrap_or(line), "\n"]).collect()
 }
 
 /// Constants rather than overrides: they size private arrays, and branches on them must vanish
 /// before translation.
 fn constants(shader: Shader) -> Vec<(&'static str, String)> {
-    let Shader::Attention(AttentionShader { algorithm, head_dim, rows, .. }) = shader else {
+    let Shader::Attention(AttentionShader { algorithm, head_dim, rows, modifiers, .. }) = shader else {
         return vec![("INVOCATIONS", format!("{INVOCATIONS}u"))];
     };
     let mut constants = vec![
@@ -87,6 +92,12 @@ fn constants(shader: Shader) -> Vec<(&'static str, String)> {
         ("KEY_MASK", rows.has_key_mask().to_string()),
         ("BIAS", rows.bias().is_some().to_string()),
     ];
+    if !modifiers.is_empty() {
+        let ModifierSet { softcap, alibi, sinks } = modifiers;
+        let named = [("SOFTCAP", softcap), ("ALIBI", alibi), ("SINKS", sinks)];
+        constants.extend(named.map(|(name, has_it)| (name, has_it.to_string())));
+        constants.push(("MAX_HEADS", format!("{MAX_HEADS}u")));
+    }
     constants.extend(algorithm.constants(head_dim));
     constants
 }
@@ -130,7 +141,7 @@ fn elements(dtype: DType) -> &'static [&'static str] {
 }
 
 fn attention_snippets(shader: AttentionShader) -> Vec<&'static str> {
-    let AttentionShader { algorithm, dtype, rows, ranges, lse, .. } = shader;
+    let AttentionShader { algorithm, dtype, rows, ranges, lse, modifiers, .. } = shader;
     let mut snippets = elements(dtype).to_vec();
     // Where tiles lie.
     snippets.push(snippet!("rows/tile.wgsl"));
@@ -153,13 +164,16 @@ fn attention_snippets(shader: AttentionShader) -> Vec<&'static str> {
     snippets.push(if rows.has_key_mask() { snippet!("rows/key_mask.wgsl") } else { snippet!("rows/no_key_mask.wgsl") });
     snippets.extend(match rows.bias() {
         // The kernel on matrices looks for keys that a row sees instead.
-        None if ranges && algorithm == Algorithm::Portable => [snippet!("rows/saturated.wgsl")].as_slice(),
+        None if (ranges || !modifiers.is_empty()) && algorithm == Algorithm::Portable => {
+            [snippet!("rows/saturated.wgsl")].as_slice()
+        }
         None => &[snippet!("rows/no_bias.wgsl")],
         Some(DType::F32) => &[snippet!("rows/bias.wgsl"), snippet!("elements/bias_f32.wgsl")],
         Some(DType::F16) => &[snippet!("rows/bias.wgsl"), snippet!("elements/bias_f16.wgsl")],
         Some(DType::Bf16) => &[snippet!("rows/bias.wgsl"), snippet!("elements/bias_bf16.wgsl")],
     });
     snippets.push(if lse { snippet!("rows/lse.wgsl") } else { snippet!("rows/no_lse.wgsl") });
+    snippets.extend((!modifiers.is_empty()).then_some(snippet!("scores/modifiers.wgsl")));
     // The kernel.
     match algorithm {
         Algorithm::Portable => snippets.push(snippet!("attention/portable.wgsl")),

@@ -1,6 +1,7 @@
 //! Every variant against naga: valid, translated, and inside the default limits.
 
 use crate::dtype::DType;
+use crate::score_modifiers::ModifierSet;
 
 use super::*;
 use naga::back::{hlsl, msl, spv};
@@ -67,13 +68,10 @@ fn attention_variants(algorithm: Algorithm, dtype: DType) -> Vec<AttentionShader
     let rows = [&dense[..], &biased, &[AttentionRows::Packed, AttentionRows::Fused]].concat();
     let of_width = |head_dim| {
         let of_rows = move |&rows| {
-            [(false, false), (false, true), (true, false), (true, true)].map(|(ranges, lse)| AttentionShader {
-                algorithm,
-                dtype,
-                head_dim,
-                rows,
-                ranges,
-                lse,
+            let modifiers = [ModifierSet::default(), ModifierSet::ALL];
+            let of = [(false, false), (false, true), (true, false), (true, true)];
+            of.into_iter().flat_map(move |(ranges, lse)| {
+                modifiers.map(|modifiers| AttentionShader { algorithm, dtype, head_dim, rows, ranges, lse, modifiers })
             })
         };
         rows.iter().flat_map(of_rows)

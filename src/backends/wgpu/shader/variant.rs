@@ -1,6 +1,7 @@
 //! What a shader variant is chosen by.
 
 use crate::dtype::DType;
+use crate::score_modifiers::ModifierSet;
 
 use super::super::params::{AttentionParams, CopyParams, MergeParams};
 use super::bindings::{self, Binding};
@@ -34,6 +35,8 @@ pub struct AttentionShader {
     pub ranges: bool,
     /// Whether the log-sum-exp is written.
     pub lse: bool,
+    /// What happens to the scores beside their scale and a bias.
+    pub modifiers: ModifierSet,
 }
 
 /// Where tiles lie, and what is masked or added.
@@ -99,6 +102,11 @@ impl Shader {
             _ => size_of::<CopyParams>(),
         };
         bytes as u32
+    }
+
+    /// Whether a uniform buffer with values of heads follows the storage buffers.
+    pub fn has_head_table(self) -> bool {
+        matches!(self, Self::Attention(AttentionShader { modifiers, .. }) if !modifiers.is_empty())
     }
 
     pub fn bindings(self) -> &'static [Binding] {
