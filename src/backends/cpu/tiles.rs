@@ -298,7 +298,7 @@ impl Tiles {
             value_stride: if call.pairs.is_some() { PAIR_STRIDE } else { VALUE_STRIDE },
             len: tile.len(),
             part,
-            bias: call.bias.as_ref().map(|_| &self.bias[..]),
+            bias: call.adds_to_scores().then_some(&self.bias[..]),
             seen,
             values_are_finite: self.values_are_finite,
         };
@@ -354,7 +354,7 @@ impl Tiles {
             return;
         }
         // Where there is a bias, it and the scale are in the scores already.
-        let scale = if call.bias.is_some() { 1.0 } else { f64::from(call.scale.scores) };
+        let scale = f64::from(call.scale_of_max());
         for (lane, (&max, &sum)) in max.iter().zip(sum.iter()).enumerate().take(task.count) {
             let (token, head) = query.at(lane);
             if call.query_mask.is_none_or(|mask| mask.keeps(task.batch, token)) {
