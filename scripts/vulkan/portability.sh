@@ -85,7 +85,7 @@ for adapter in "${adapters[@]}"; do
       # other adapters.
       if [ -z "$full" ]; then
         # Trials of many head dimensions have as many kernels compiled, which takes it minutes.
-        many_kernels=(nan_reaches_only_queries heads_times_dim_not_a_power_of_two)
+        many_kernels=(nan_reaches_only_queries heads_times_dim_not_a_power_of_two any_head_dim)
         only=(wgpu/wgsl-coop/fused/)
         for word in "${many_kernels[@]}"; do only+=(--skip "$word"); done
         echo "not run, without --full: kernels other than wgsl-coop, paths other than fused, and ${many_kernels[*]}"
