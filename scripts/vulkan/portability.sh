@@ -84,8 +84,9 @@ for adapter in "${adapters[@]}"; do
       # It compiles a kernel on matrices in seconds to a minute; other kernels are the same on the
       # other adapters.
       if [ -z "$full" ]; then
-        # Trials of many head dimensions have as many kernels compiled, which takes it minutes.
-        many_kernels=(nan_reaches_only_queries heads_times_dim_not_a_power_of_two)
+        # Each variant of the kernel takes it a minute. What trials of many head dimensions, of the
+        # log-sum-exp and of bf16 test beside that, the portable kernel has in common with this one.
+        many_kernels=(nan_reaches_only_queries heads_times_dim_not_a_power_of_two any_head_dim lse/ /bf16)
         only=(wgpu/wgsl-coop/fused/)
         for word in "${many_kernels[@]}"; do only+=(--skip "$word"); done
         echo "not run, without --full: kernels other than wgsl-coop, paths other than fused, and ${many_kernels[*]}"

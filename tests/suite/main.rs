@@ -8,7 +8,7 @@
 //! |---|---|
 //! | `VARLEN_FA_TEST_REQUIRE` | `cpu,wgpu,cuda` or some of them: devices whose absence is a failure |
 //! | `VARLEN_FA_TEST_LIMITS` | `webgpu`: wgpu devices have WebGPU's default limits and no optional feature |
-//! | `VARLEN_FA_TEST_CASES` | number of cases of each property test (64, or 16 on an emulated GPU) |
+//! | `VARLEN_FA_TEST_CASES` | number of cases of each property test (64, or 8 on an emulated GPU) |
 //! | `VARLEN_FA_TEST_SEED` | seed of the property tests (0) |
 //!
 //! The answers come from `varlen-fa-testkit`, whose f64 oracle shares no code with the library.

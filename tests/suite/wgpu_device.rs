@@ -88,7 +88,7 @@ fn warm_up_leaves_nothing_to_compile(device: &Device) -> Result<()> {
         for with_meta in [false, true] {
             let warm_up = |(key_mask, q, kv): &(KeyMask, [usize; 4], [usize; 4])| {
                 let meta = VarlenMeta::from_key_mask(key_mask)?;
-                let mask = if with_meta { AttentionMask::varlen(&meta) } else { AttentionMask::key(key_mask) };
+                let mask = if with_meta { AttentionMask::varlen(&meta) } else { AttentionMask::none() };
                 Ok(layer.warm_up(dtype, q, kv, mask)?)
             };
             let (plan, compiled) = count_compiled(|| warm_up(&small))?;
@@ -97,7 +97,7 @@ fn warm_up_leaves_nothing_to_compile(device: &Device) -> Result<()> {
             let [q, kv] = [q_shape, kv_shape].map(|shape| Tensor::zeros(&device, dtype, &shape));
             let (q, kv) = (q?, kv?);
             let meta = VarlenMeta::from_key_mask(&large.0)?;
-            let mask = if with_meta { AttentionMask::varlen(&meta) } else { AttentionMask::key(&large.0) };
+            let mask = if with_meta { AttentionMask::varlen(&meta) } else { AttentionMask::none() };
             let (called, compiled) = count_compiled(|| Ok(layer.forward(&q, &kv, &kv, mask)?.plan))?;
             ensure!(called == plan, "warm_up takes {plan}, forward {called}");
             ensure!(compiled == 0, "{compiled} shaders compiled after warming up, {dtype}, {plan}");

@@ -20,6 +20,7 @@
 //! so results are the same bit for bit whichever thread computes it, in whichever tile.
 
 use std::cmp::Reverse;
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use half::{bf16, f16};
@@ -103,17 +104,28 @@ impl<T: RowElement> Call<'_, T> {
         // Each worker takes one task after another, the longest ones first, so that none waits for
         // a share that was dealt out before.
         let next = AtomicUsize::new(0);
-        let take = || tasks.get(next.fetch_add(1, Ordering::Relaxed));
-        let work = || {
-            let Some(first) = take() else { return Ok(()) };
-            let mut tiles = Tiles::new(self, queries, keys.min(KEY_TILE))?;
-            self.attend_tile(first, &mut tiles);
-            while let Some(task) = take() {
+        let is_left = || next.load(Ordering::Relaxed) < tasks.len();
+        let no_memory = OnceLock::new();
+        team.run(|| {
+            if !is_left() {
+                return;
+            }
+            let mut tiles = match Tiles::new(self, queries, keys.min(KEY_TILE)) {
+                Ok(tiles) => tiles,
+                // The others do the work, if one of them has memory; else the first error is told.
+                Err(error) => {
+                    let _ = no_memory.set(error);
+                    return;
+                }
+            };
+            while let Some(task) = tasks.get(next.fetch_add(1, Ordering::Relaxed)) {
                 self.attend_tile(task, &mut tiles);
             }
-            Ok(())
-        };
-        team.run(work)
+        });
+        match no_memory.into_inner() {
+            Some(error) if is_left() => Err(error),
+            _ => Ok(()),
+        }
     }
 
     /// Threads that the call is worth.

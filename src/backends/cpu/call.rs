@@ -9,7 +9,7 @@ use super::needed_keys::{NeededKeys, Sequences};
 use super::operands::{OneF32, Operand};
 use super::rows::RowElement;
 use super::softcap::Softcap;
-use super::tiles::tile_columns;
+use super::strip::tile_columns;
 use crate::call::op::{Attention, Input, Output, Rows, no_device_tables};
 use crate::call::problem::{AttentionProblem, AttentionShape};
 use crate::dtype::DType;

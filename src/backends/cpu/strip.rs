@@ -25,6 +25,11 @@ use super::softmax::{Running, biased};
 /// blocks of as many columns.
 pub(super) const NARROW: usize = 4;
 
+/// Columns of a tile: the head dimension, made a multiple of 8 by columns of zeros.
+pub(super) fn tile_columns(head_dim: usize) -> usize {
+    head_dim.next_multiple_of(2 * NARROW)
+}
+
 /// Blocks of columns of the values: wide ones of `scalars` columns, then narrow ones of [`NARROW`].
 #[derive(Debug, Clone, Copy)]
 pub(super) struct ColumnBlocks {

@@ -11,7 +11,7 @@ use super::operands::OneF32;
 use super::rows::{RowElement, from_panel, prefetch, to_block, to_panel};
 use super::seen_keys::SeenKeys;
 use super::softmax::{LOWEST_BIAS, OVERFLOWED};
-use super::strip::{KeyTile, NARROW, Normalize, Step, Strips, panel};
+use super::strip::{KeyTile, NARROW, Normalize, Step, Strips, panel, tile_columns};
 use crate::error::Result;
 
 /// Keys of a tile: few enough that a strip's scores stay in the first-level cache, and the tile's K
@@ -446,11 +446,6 @@ impl<'a> Query<'a> {
 fn are_finite(row: &[f32]) -> bool {
     // On bits, since the compiler makes SIMD code of it.
     row.iter().fold(0, |largest, x| largest.max(x.abs().to_bits())) < f32::INFINITY.to_bits()
-}
-
-/// Columns of a tile: the head dimension, made a multiple of 8 by columns of zeros.
-pub(super) fn tile_columns(head_dim: usize) -> usize {
-    head_dim.next_multiple_of(2 * NARROW)
 }
 
 /// A row as f32, as wide as a tile: itself, or converted or copied to `scratch`, which is as wide.
