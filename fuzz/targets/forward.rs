@@ -136,10 +136,10 @@ fn run<T: Element>(input: &Input, precision: Precision, narrow: fn(f32) -> T, wi
     let (slopes, sinks) = (of_heads(&input.modifiers.slopes, 1.0 / 64.0), of_heads(&input.modifiers.sinks, 0.25));
     let mut modifiers = ScoreModifiers::new().with_softcap(softcap);
     if let Some(slopes) = &slopes {
-        modifiers = modifiers.with_alibi(slopes);
+        modifiers = modifiers.with_alibi(slopes.as_slice());
     }
     if let Some(sinks) = &sinks {
-        modifiers = modifiers.with_sinks(sinks);
+        modifiers = modifiers.with_sinks(sinks.as_slice());
     }
 
     let placed = |at: usize, values: &[f32], shape, keep: Option<&[bool]>| {

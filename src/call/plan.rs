@@ -610,6 +610,45 @@ mod tests {
     }
 
     #[test]
+    fn modifiers_go_to_the_first_kernel_that_has_them() -> Result<()> {
+        let meta = meta(true)?;
+        let plain = masked(TokenInfo::Varlen { query: &meta, key: &meta });
+        let none = ScoreModifiers::new();
+        let with = |modifiers| MaskInfo { modifiers: Some(modifiers), ..plain };
+        let free = Forced::default();
+        let both = [Kernel::CudaSm90, Kernel::WgslPortable];
+        assert_eq!(plan(&both, &with(&none), free)?.kernel, Kernel::CudaSm90);
+        let lacking = [
+            (none.clone().with_softcap(1.0), "does not cap scores"),
+            (none.clone().with_alibi([0.5; 24]), "has no ALiBi"),
+            (none.clone().with_sinks([0.5; 24]), "has no attention sinks"),
+        ];
+        for (modifiers, why_not) in &lacking {
+            assert_eq!(plan(&both, &with(modifiers), free)?.kernel, Kernel::WgslPortable);
+            let forced = Forced { path: None, kernel: Some(Kernel::CudaSm90) };
+            for refused in [plan(&both, &with(modifiers), forced), plan(&both[..1], &with(modifiers), free)] {
+                let refused = refused.err();
+                assert!(
+                    matches!(&refused, Some(Error::NotApplicable { argument: "kernel", why, .. }) if why.contains(why_not)),
+                    "{refused:?}"
+                );
+            }
+        }
+        // Short runs, which a cost model would pack: not with modifiers, which it does not know, and never with ALiBi.
+        let hopper = Capabilities { machine: hopper(), ..device(&Kernel::ALL[..]) };
+        let packed = Forced { path: Some(Path::Packed), kernel: None };
+        for (modifiers, _) in &lacking {
+            assert_eq!(plan_on(&hopper, &with(modifiers), free)?.path, Path::Fused);
+            let forced = plan_on(&hopper, &with(modifiers), packed);
+            match modifiers.alibi() {
+                None => assert_eq!(forced?.path, Path::Packed),
+                Some(_) => assert!(matches!(forced.err(), Some(Error::NotApplicable { argument: "path", .. }))),
+            }
+        }
+        Ok(())
+    }
+
+    #[test]
     fn metadata_of_the_device_is_used_in_place_where_rows_are_gathered() -> Result<()> {
         let meta = DeviceMetaInfo { device: DeviceId::unique(), device_name: "cuda", size: [BATCH, SEQ] };
         let mask = masked(TokenInfo::DeviceVarlen { query: meta, key: meta });

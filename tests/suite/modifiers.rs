@@ -49,10 +49,10 @@ impl Modifying {
     pub fn modifiers(&self) -> ScoreModifiers {
         let mut modifiers = ScoreModifiers::new().with_softcap(self.softcap);
         if let Some(slopes) = &self.slopes {
-            modifiers = modifiers.with_alibi(slopes);
+            modifiers = modifiers.with_alibi(slopes.as_slice());
         }
         if let Some(sinks) = &self.sinks {
-            modifiers = modifiers.with_sinks(sinks);
+            modifiers = modifiers.with_sinks(sinks.as_slice());
         }
         modifiers
     }
@@ -342,7 +342,7 @@ fn none_of_them(variant: &Variant) -> Result<()> {
     let (with_plan, with) = call.run_as(variant, AttentionMask::varlen(&meta).with_modifiers(&none))?;
     ensure!(plan == with_plan && with == without, "{plan}, {with_plan}");
     // A sink of −∞ takes no weight.
-    let nothing = ScoreModifiers::new().with_sinks(&[f32::NEG_INFINITY; 2]);
+    let nothing = ScoreModifiers::new().with_sinks([f32::NEG_INFINITY; 2]);
     let (_, with) = call.run_as(variant, AttentionMask::varlen(&meta).with_modifiers(&nothing))?;
     call.judge(&with, &call.reference(usize::MAX)?, Rules::standard(variant.dtype))
 }

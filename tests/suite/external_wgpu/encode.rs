@@ -3,9 +3,9 @@
 use anyhow::{Context, Result, ensure};
 use varlen_fa::wgpu;
 use varlen_fa::{
-    AttentionMask, AttentionOutputs, DType, Device, DeviceMemory, Error, KeyMask, MaskedAttention, Path, Tensor,
-    TensorView, VarlenMeta, encode_merge_attention, encode_pack, encode_scatter, merge_attention, pack,
-    scatter_to_padded,
+    AttentionMask, AttentionOutputs, DType, Device, DeviceMemory, Error, KeyMask, MaskedAttention, Path,
+    ScoreModifiers, Tensor, TensorView, VarlenMeta, alibi_slopes, encode_merge_attention, encode_pack, encode_scatter,
+    merge_attention, pack, scatter_to_padded,
 };
 use varlen_fa_testkit::random;
 
@@ -21,6 +21,7 @@ pub fn register(trials: &mut Trials) {
     trials.once("external_wgpu/many_ranges_in_one_call", many_ranges_in_one_call);
     trials.once("external_wgpu/pack_and_scatter", pack_and_scatter);
     trials.once("external_wgpu/lse_and_merge", lse_and_merge);
+    trials.once("external_wgpu/score_modifiers", score_modifiers);
     trials.once("external_wgpu/nothing_runs_before_the_submission", nothing_runs_before_the_submission);
     trials.once("external_wgpu/an_encoder_of_another_device", an_encoder_of_another_device);
     trials.once("external_wgpu/an_encoder_with_an_open_pass", an_encoder_with_an_open_pass);
@@ -98,6 +99,33 @@ fn lse_and_merge(own: &Device) -> Result<()> {
         ensure!(download(&outs[1])? == download(&expected.out)?, "{}: the merged output differs", launched.plan);
         ensure!(download(&lses[1])? == download(&expected.lse)?, "{}: the merged lse differs", launched.plan);
     }
+    application.expect_quiet()
+}
+
+/// Two layers of a model in one submission, each with its own modifiers: each finds its own.
+fn score_modifiers(own: &Device) -> Result<()> {
+    let application = Application::new(own)?;
+    let device = application.attach()?;
+    let layer = MaskedAttention::new(&device);
+    let bits: Vec<u32> = random::normal(92, 2 * 40 * 3 * 32).into_iter().map(f32::to_bits).collect();
+    let x = upload(&device, DType::F32, &bits, &[2, 40, 3, 32])?;
+    let meta = VarlenMeta::from_key_mask(&KeyMask::from_lengths(40, &[40, 23])?)?;
+    let layers = [
+        ScoreModifiers::new().with_softcap(2.0).with_sinks([0.0, 1.0, -1.0]),
+        ScoreModifiers::new().with_softcap(0.5).with_alibi(alibi_slopes(3)),
+    ];
+    let mut outs = [Tensor::zeros(&device, DType::F32, x.shape())?, Tensor::zeros(&device, DType::F32, x.shape())?];
+    let mut encoder = application.encoder();
+    for (modifiers, out) in layers.iter().zip(&mut outs) {
+        let mask = AttentionMask::varlen(&meta).with_modifiers(modifiers);
+        layer.encode_into(&mut encoder, &x, &x, &x, mask, out)?;
+    }
+    application.queue.submit([encoder.finish()]);
+    for (modifiers, out) in layers.iter().zip(&outs) {
+        let launched = layer.forward(&x, &x, &x, AttentionMask::varlen(&meta).with_modifiers(modifiers))?;
+        ensure!(download(out)? == download(&launched.out)?, "{modifiers:?}: the output differs");
+    }
+    ensure!(download(&outs[0])? != download(&outs[1])?, "the modifiers change nothing");
     application.expect_quiet()
 }
 
