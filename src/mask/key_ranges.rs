@@ -17,7 +17,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use crate::cache::DeviceCopies;
 use crate::error::{Error, Result};
 use crate::fifo_cache::FifoCache;
-use crate::host_vec::reserve;
+use crate::host_vec::{reserve, zeroed};
 use crate::mask::key_mask::check_token_count;
 use crate::mask::meta::{CuSeqlens, VarlenMeta};
 use crate::mask::ranks::Ranks;
@@ -163,6 +163,9 @@ struct Ranges {
     copies: DeviceCopies,
 }
 
+/// Places after the last range that [`write_documents`] writes too.
+const SPARE: usize = 4;
+
 impl KeyRanges {
     /// Query i sees the keys up to its own place. Where queries and keys differ in number, the last query sees the last key, as in
     /// flash-attention: `j <= i + Sk - Sq`.
@@ -213,27 +216,14 @@ impl KeyRanges {
         let of = RangesOf::from([batch, seq, seq]);
         of.check()?;
         expect_length("document_ids", batch * seq, ids.len())?;
-        let mut ranges = reserve(ids.len())?;
+        let mut ranges = zeroed(ids.len() + SPARE)?;
         for (row, ids) in ids.chunks_exact(seq.max(1)).enumerate() {
-            let (mut first, mut highest, mut ascend) = (0, 0, true);
-            for document in ids.chunk_by(|a, b| a == b) {
-                let (id, end) = (document[0], first + document.len() as u32);
-                // Tokens of no document may lie anywhere.
-                ascend &= id == 0 || id > highest;
-                highest = highest.max(id);
-                let range = if id == 0 { [0, 0] } else { [first, end] };
-                match document.len() {
-                    // Quicker than an iterator.
-                    1 => ranges.push(range),
-                    length => ranges.extend(std::iter::repeat_n(range, length)),
-                }
-                first = end;
-            }
             // Numbers that only ascend come once each.
-            if !ascend {
+            if !write_documents(ids, &mut ranges[row * seq..]) {
                 expect_documents_together(row, ids)?;
             }
         }
+        ranges.truncate(ids.len());
         Ok(Self::new(of, ranges, false))
     }
 
@@ -433,6 +423,51 @@ impl KeyRanges {
     }
 }
 
+/// Writes the range of each token of a row, document by document, and says whether the numbers of
+/// the documents only ascend. Tokens of no document, which are numbered 0, may lie anywhere.
+///
+/// `ranges` has [`SPARE`] places more than the row has tokens.
+fn write_documents(ids: &[u32], ranges: &mut [[u32; 2]]) -> bool {
+    /// Tokens that are looked at together, and documents of one token that make it worth a try.
+    const TOGETHER: usize = 16;
+    const SINGLE: usize = 8;
+    let (mut at, mut highest, mut ascend, mut single) = (0, 0, true, 0);
+    while at < ids.len() {
+        if single == SINGLE {
+            single = 0;
+            // Each a document of one token, if each has a larger number than the one before.
+            while let Some(next) = ids[at..].first_chunk::<{ TOGETHER + 1 }>() {
+                if !next.iter().zip(&next[1..]).fold(next[0] > highest, |all, (a, b)| all & (a < b)) {
+                    break;
+                }
+                for (range, first) in ranges[at..at + TOGETHER].iter_mut().zip(at as u32..) {
+                    *range = [first, first + 1];
+                }
+                highest = next[TOGETHER - 1];
+                at += TOGETHER;
+            }
+            continue;
+        }
+        let id = ids[at];
+        let mut end = at + 1;
+        while ids.get(end) == Some(&id) {
+            end += 1;
+        }
+        // Both fit: tokens are bounded by i32::MAX.
+        let range = if id == 0 { [0, 0] } else { [at as u32, end as u32] };
+        // A fixed number takes less time; what is past the document is written again.
+        ranges[at..at + SPARE].fill(range);
+        if end - at > SPARE {
+            ranges[at + SPARE..end].fill(range);
+        }
+        single = if end - at == 1 { single + 1 } else { 0 };
+        ascend &= id == 0 || id > highest;
+        highest = highest.max(id);
+        at = end;
+    }
+    ascend
+}
+
 /// Checks that the tokens of each document of a row lie together.
 fn expect_documents_together(row: usize, ids: &[u32]) -> Result<()> {
     let mut documents: Vec<u32> = reserve(ids.len())?;
@@ -554,6 +589,35 @@ mod tests {
         }
         assert_eq!(KeyRanges::from_document_ids(0, 7, &[])?.row(0), [[0_u32; 2]; 0]);
         assert_eq!(KeyRanges::from_document_ids(3, 0, &[])?.row(2), [[0_u32; 2]; 0]);
+        Ok(())
+    }
+
+    /// Rows of many documents of one token, which are added together, beside longer ones.
+    #[test]
+    fn short_documents_see_themselves() -> Result<()> {
+        let steps = |step: fn(u32) -> u32| (0..60).map(step).collect::<Vec<_>>();
+        let rows = [
+            steps(|at| at + 1),
+            steps(|at| at),
+            steps(|at| 60 - at),
+            steps(|at| at - at / 6 - u32::from(at % 6 == 5) + 1),
+            steps(|at| if at % 19 == 18 { 0 } else { at + 1 }),
+            steps(|at| if at < 30 { at + 100 } else { at }),
+            steps(|at| if at < 25 { at + 1 } else { 26 }),
+            steps(|at| at.max(21)),
+        ];
+        for ids in &rows {
+            let ranges = KeyRanges::from_document_ids(1, ids.len(), ids)?;
+            let expected: Vec<Vec<bool>> =
+                ids.iter().map(|&own| ids.iter().map(|&id| own != 0 && id == own).collect()).collect();
+            assert_eq!(booleans(ranges.row(0), ids.len()), expected, "{ids:?}");
+        }
+        // The second piece follows, lies in, or ends many documents of one token.
+        for at in [5, 20, 21, 22, 59] {
+            let mut ids = rows[0].clone();
+            ids[at] = 3;
+            assert!(matches!(KeyRanges::from_document_ids(1, 60, &ids), Err(Error::MaskRow { row: 0, .. })), "{at}");
+        }
         Ok(())
     }
 
