@@ -48,6 +48,7 @@ mod numerics;
 mod packed;
 mod placement;
 mod plans;
+mod prepare_qk;
 mod presence;
 mod properties;
 mod ranges;
@@ -85,6 +86,7 @@ const SHARED: &[Register] = &[
     bias::register,
     lse::register,
     merge::register,
+    prepare_qk::register,
     dense::register,
     packed::register,
     tensors::register,
