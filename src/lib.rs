@@ -51,6 +51,11 @@ pub use ::wgpu;
 #[doc = include_str!("../README.md")]
 struct Readme;
 
+/// Compiles the page on QK-norm and rotary embedding.
+#[cfg(doctest)]
+#[doc = include_str!("../docs/joint-layer.md")]
+struct JointLayer;
+
 /// Compiles the page on the log-sum-exp.
 #[cfg(doctest)]
 #[doc = include_str!("../docs/log-sum-exp.md")]

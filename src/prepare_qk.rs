@@ -4,8 +4,8 @@ use std::sync::Arc;
 
 use crate::call::op::Op;
 use crate::call::prepare_qk::{
-    HeadNorm, HeadRotary, PrepareQk, PrepareSegment, PreparedRows, RotaryPairing, RowsInfo, SEGMENT_NAMES, SegmentInfo,
-    check_prepare_qk, is_same,
+    HeadNorm, HeadRotary, MAX_SEGMENTS, PrepareQk, PrepareSegment, PreparedRows, RotaryPairing, RowsInfo,
+    SEGMENT_NAMES, SegmentInfo, check_prepare_qk, is_same,
 };
 use crate::device::Device;
 use crate::error::Result;
@@ -51,6 +51,9 @@ pub struct Rotary<'a> {
 pub struct TokenMask<'a>(Option<&'a KeyMask>);
 
 impl<'a> QkSegment<'a> {
+    /// Segments that one call takes, at most.
+    pub const MAX: usize = MAX_SEGMENTS;
+
     /// q and k that are replaced by what comes out.
     pub fn in_place(q: impl Into<TensorViewMut<'a>>, k: impl Into<TensorViewMut<'a>>) -> Self {
         Self::of([None, None], [q.into(), k.into()])

@@ -64,6 +64,7 @@ fn status_of(error: &Error) -> varlen_fa_status {
         Error::MaskRow { .. } => Status::MaskRow,
         Error::CuSeqlens { .. } => Status::CuSeqlens,
         Error::SoftmaxScale { .. } => Status::SoftmaxScale,
+        Error::SegmentCount { .. } | Error::Eps { .. } | Error::RotaryDim { .. } => Status::BadValue,
         Error::TooLarge { .. } => Status::TooLarge,
         Error::Environment { .. } => Status::Environment,
         Error::DeviceMismatch { .. } => Status::DeviceMismatch,

@@ -30,6 +30,8 @@ mod primitives;
 
 mod merge;
 
+mod prepare_qk;
+
 mod warm_up;
 
 mod names;

@@ -444,6 +444,17 @@ fn long(device: &Device) -> Result<()> {
     Ok(())
 }
 
+/// Nine batch rows, of which some have no token, with tables of their own.
+pub fn many_batch_rows(device: &Device) -> Result<()> {
+    for dtype in DTYPES {
+        let mut spec = Spec::new(dtype, [8, 2], 64, &[3, 13]);
+        (spec.batch, spec.batched, spec.place) = (9, true, 1);
+        spec.keep = Some((0..9 * 16).map(|at| !(3..5).contains(&(at / 16)) && at % 5 != 2).collect());
+        check(device, &spec).with_context(|| format!("{spec:?}"))?;
+    }
+    Ok(())
+}
+
 fn nan_stays_in_its_head(device: &Device) -> Result<()> {
     let weight = Tensor::from_slice(device, &[1.0_f32; 16], &[16])?;
     for dtype in DTYPES {
