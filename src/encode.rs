@@ -9,6 +9,7 @@ use crate::device::Device;
 use crate::error::Result;
 use crate::mask::meta::VarlenMeta;
 use crate::merge::merge;
+use crate::prepare_qk::{QkSegment, TokenMask, prepare};
 use crate::primitives::{pack_all, scatter};
 use crate::tensor::{TensorView, TensorViewMut};
 
@@ -83,6 +84,21 @@ pub fn encode_scatter<'r, 'a, 'o>(
 ) -> Result<()> {
     let (recorder, backend) = (recorder.into(), device.wgpu_backend()?);
     scatter(device, packed.into(), meta, padded.into(), |op| backend.encode(op, recorder))
+}
+
+/// Records QK-norm and rotary embedding. See [`MaskedAttention::encode_into`] for when it runs, and
+/// [`prepare_qk`](crate::prepare_qk()) for what it does.
+///
+/// # Errors
+/// As [`prepare_qk`](crate::prepare_qk()); [`Error::DeviceKind`](crate::Error::DeviceKind) if `device` is not a wgpu device.
+pub fn encode_prepare_qk<'r, 'a>(
+    device: &Device,
+    recorder: impl Into<Recorder<'r>>,
+    segments: impl IntoIterator<Item = QkSegment<'a>>,
+    mask: impl Into<TokenMask<'a>>,
+) -> Result<()> {
+    let (recorder, backend) = (recorder.into(), device.wgpu_backend()?);
+    prepare(device, segments.into_iter().collect(), mask.into(), |op| backend.encode(op, recorder))
 }
 
 /// Records the merge of attention over two parts of the keys. See [`MaskedAttention::encode_into`] for when it runs, and

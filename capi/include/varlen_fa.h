@@ -373,6 +373,25 @@ typedef uint32_t varlen_fa_reason;
 #endif // __STDC_VERSION__ >= 202311L
 #endif // __cplusplus
 
+// Which elements of a head rotate together.
+enum varlen_fa_rotary_pairing
+#if defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+  : uint32_t
+#endif // defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+ {
+  // Elements 2i and 2i + 1, as in Qwen-Image and Flux.
+  VARLEN_FA_ROTARY_PAIRING_INTERLEAVED = 1,
+  // Elements i and i + R/2, as in Llama and ModernBERT.
+  VARLEN_FA_ROTARY_PAIRING_HALVES = 2,
+};
+#ifndef __cplusplus
+#if __STDC_VERSION__ >= 202311L
+typedef enum varlen_fa_rotary_pairing varlen_fa_rotary_pairing;
+#else
+typedef uint32_t varlen_fa_rotary_pairing;
+#endif // __STDC_VERSION__ >= 202311L
+#endif // __cplusplus
+
 // Cumulative sequence lengths of packed rows: sequence b is rows cu_seqlens[b] to cu_seqlens[b +
 // 1].
 typedef struct varlen_fa_cu_seqlens varlen_fa_cu_seqlens;
@@ -582,6 +601,33 @@ typedef struct varlen_fa_plan {
   // 0.
   uint64_t reserved[2];
 } varlen_fa_plan;
+
+// Tokens whose q and k lie together: the text or the image of a joint layer. Start from zeros, as
+// with a tensor.
+typedef struct varlen_fa_qk_segment {
+  // [B, S, H, D].
+  const struct varlen_fa_tensor *q;
+  // [B, S, Hkv, D].
+  const struct varlen_fa_tensor *k;
+  // As `q`. NULL, or `q`'s own elements, to replace `q`; then `k` is replaced too.
+  const struct varlen_fa_tensor *q_out;
+  // As `k`. NULL, or `k`'s own elements, to replace `k`; then `q` is replaced too.
+  const struct varlen_fa_tensor *k_out;
+  // Weight of q's norm: [D], f32 or of q's element type. NULL with `k_weight` for no norm.
+  const struct varlen_fa_tensor *q_weight;
+  // Weight of k's norm.
+  const struct varlen_fa_tensor *k_weight;
+  // Cosines: [S, R/2] or [B, S, R/2], f32 or of q's element type. NULL with `sin` for no rotation.
+  const struct varlen_fa_tensor *cos;
+  // Sines, as `cos`.
+  const struct varlen_fa_tensor *sin;
+  // Added to the mean of squares: finite and not negative; 0 without a norm.
+  float eps;
+  // Which elements are pairs; 0 without a rotation.
+  varlen_fa_rotary_pairing pairing;
+  // 0.
+  uint64_t reserved[4];
+} varlen_fa_qk_segment;
 
 #ifdef __cplusplus
 extern "C" {
@@ -953,6 +999,23 @@ varlen_fa_status varlen_fa_score_modifiers_create(float softcap,
 
 // Frees score modifiers; NULL is ignored.
 varlen_fa_status varlen_fa_score_modifiers_free(struct varlen_fa_score_modifiers *modifiers);
+
+// QK-norm and rotary embedding of 1 to 8 segments in one call: each head of q and k is normalised,
+// x * weight / sqrt(mean(x^2) + eps), then rotated: of a pair (a, b) of its first R elements comes
+// (a cos - b sin, b cos + a sin). All in f32, and rounded once.
+//
+// `segments`: `count` of them. They agree in B, H, Hkv, D and element type.
+// `key_mask`, `meta`: which tokens count, of [B, S] over the segments one after another; at most one
+// of them, NULL for every token. Rows of the others are neither read nor written. Give the metadata
+// that attention gets, and no key mask where attention computes every query.
+//
+// Outputs share no memory with one another or with an input, but for the input that they replace.
+// CUDA devices have no kernel for it yet: NOT_APPLICABLE.
+varlen_fa_status varlen_fa_prepare_qk(const struct varlen_fa_device *device,
+                                      const struct varlen_fa_qk_segment *segments,
+                                      uint64_t count,
+                                      const struct varlen_fa_key_mask *key_mask,
+                                      const struct varlen_fa_meta *meta);
 
 // Makes the device ready for calls of varlen_fa_forward of this kind, so that the first of them
 // takes no longer than the others: compiles their shaders and uploads the metadata. It runs one

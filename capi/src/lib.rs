@@ -31,6 +31,8 @@ mod score_modifiers;
 
 mod merge;
 
+mod prepare_qk;
+
 mod warm_up;
 
 mod names;

@@ -5,6 +5,7 @@ pub(crate) mod chips;
 pub(crate) mod cost;
 pub(crate) mod op;
 pub(crate) mod plan;
+pub(crate) mod prepare_qk;
 pub(crate) mod problem;
 // Only GPUs have kernels to check. The tests of the check need none.
 #[cfg(any(feature = "cuda", feature = "wgpu", test))]

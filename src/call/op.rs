@@ -15,6 +15,7 @@ pub(crate) use web_time::Instant;
 
 use crate::cache::DeviceId;
 use crate::call::plan::{Capabilities, Plan};
+use crate::call::prepare_qk::PrepareQk;
 use crate::call::problem::AttentionProblem;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
@@ -116,6 +117,13 @@ fn owned_by<'a, B: DeviceBuffer>(buffer: &'a dyn DeviceBuffer, id: DeviceId, nam
 /// Tables of a device, where a device was given them that builds none.
 pub(crate) fn no_device_tables(device: &str) -> Error {
     let why = "it does not build metadata itself; build VarlenMeta on the host".to_owned();
+    Error::NotApplicable { argument: "device", got: device.to_owned(), why }
+}
+
+/// A device without kernels of [`Op::PrepareQk`].
+#[cfg_attr(not(feature = "cuda"), expect(dead_code, reason = "only CUDA devices have none"))]
+pub(crate) fn no_prepare_qk(device: &str) -> Error {
+    let why = "it has no kernel that normalises and rotates q and k yet; CPU and wgpu devices have one".to_owned();
     Error::NotApplicable { argument: "device", got: device.to_owned(), why }
 }
 
@@ -277,6 +285,7 @@ pub(crate) enum Op<'a> {
     /// Writes the log-sum-exp of rows without keys, −∞, to every element of a `[B, H, S]` f32 view, and to nothing else.
     NoKeys(Output<'a>),
     Merge(Merge<'a>),
+    PrepareQk(PrepareQk<'a>),
     /// Builds the metadata of a mask in tables of [`Backend::alloc_metadata`].
     Metadata {
         mask: MaskInput<'a>,

@@ -13,6 +13,7 @@ use super::limits;
 use super::masks::mask;
 use super::memory::{download, narrow, upload};
 use super::placement::Placement;
+use super::prepare_qk;
 use super::trials::{Trials, Variant};
 
 /// Bytes of a binding here: two batch rows of [`SHAPE`] in f32, four in 16 bits, and not a whole batch.
@@ -29,6 +30,7 @@ pub fn register(trials: &mut Trials) {
     trials.each_kernel("bindings/packed_rows_are_split", packed_rows_are_split);
     trials.each_dtype("bindings/pack_and_scatter_are_split", pack_and_scatter_are_split);
     trials.each_kernel("bindings/a_batch_row_must_fit", a_batch_row_must_fit);
+    trials.once("bindings/prepare_qk_is_split", |device| prepare_qk::many_batch_rows(&small(device)?));
 }
 
 /// A device of the same adapter with small bindings.

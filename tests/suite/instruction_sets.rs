@@ -9,12 +9,18 @@ use varlen_fa::{
 };
 
 use super::trials::Trials;
-use super::{Register, bias, dense, masks, numerics, packed};
+use super::{Register, bias, dense, masks, numerics, packed, prepare_qk};
 
 /// What each set's own code computes: products, softmax, conversions, gathering by lists and by
 /// ranges.
-const OF_EACH_SET: &[Register] =
-    &[numerics::register, dense::register, packed::register, masks::register, bias::register];
+const OF_EACH_SET: &[Register] = &[
+    numerics::register,
+    dense::register,
+    packed::register,
+    masks::register,
+    bias::register,
+    prepare_qk::register_kernels,
+];
 
 pub fn register(trials: &mut Trials) {
     let best = trials.device().clone();

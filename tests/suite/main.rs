@@ -49,6 +49,7 @@ mod numerics;
 mod packed;
 mod placement;
 mod plans;
+mod prepare_qk;
 mod presence;
 mod properties;
 mod ranges;
@@ -87,6 +88,7 @@ const SHARED: &[Register] = &[
     lse::register,
     merge::register,
     modifiers::register,
+    prepare_qk::register,
     dense::register,
     packed::register,
     tensors::register,

@@ -10,6 +10,7 @@ mod isa;
 mod lse;
 mod needed_keys;
 mod operands;
+mod prepare_qk;
 mod rows;
 mod seen_keys;
 mod softcap;
@@ -142,6 +143,7 @@ impl Backend for CpuDevice {
             Op::Zero(out) => copy::zero(out, &self.threads),
             Op::NoKeys(lse) => lse::no_keys(lse),
             Op::Merge(merge) => lse::merge(merge, &self.threads),
+            Op::PrepareQk(call) => prepare_qk::prepare_qk(call, self.processor, &self.threads),
             Op::Metadata { .. } => Err(no_device_tables(NAME)),
         }
     }

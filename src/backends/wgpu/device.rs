@@ -28,7 +28,7 @@ use super::shader::Algorithm;
 use super::timer::Timer;
 use super::transfer::COPY_ALIGNMENT;
 use super::trust::{Defendant, VERDICTS};
-use super::{adapter, attention, copy, external, lse, metadata, transfer, wait};
+use super::{adapter, attention, copy, external, lse, metadata, prepare_qk, transfer, wait};
 
 /// A wgpu device with its queue, and what was compiled and allocated on it.
 #[derive(Debug)]
@@ -196,6 +196,7 @@ impl WgpuDevice {
             Op::Zero(out) => copy::zero(context, &out, &mut launches)?,
             Op::NoKeys(lse) => lse::no_keys(context, &lse, &mut launches)?,
             Op::Merge(merge) => lse::merge(context, &merge, &mut launches)?,
+            Op::PrepareQk(call) => prepare_qk::prepare_qk(context, &call, &mut launches)?,
             Op::Metadata { .. } => return Err(no_device_tables(&context.name)),
         }
         Ok(launches)

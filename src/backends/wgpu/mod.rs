@@ -20,6 +20,7 @@ mod metadata;
 mod pace;
 mod params;
 mod placement;
+mod prepare_qk;
 mod ranges;
 mod recorder;
 mod shader;

@@ -3,9 +3,10 @@
 use anyhow::{Context, Result, ensure};
 use varlen_fa::wgpu;
 use varlen_fa::{
-    AttentionMask, AttentionOutputs, DType, Device, DeviceMemory, Error, KeyMask, MaskedAttention, Path,
-    ScoreModifiers, Tensor, TensorView, VarlenMeta, alibi_slopes, encode_merge_attention, encode_pack, encode_scatter,
-    merge_attention, pack, scatter_to_padded,
+    AttentionMask, AttentionOutputs, DType, Device, DeviceMemory, Error, KeyMask, Layout, MaskedAttention, Path,
+    QkNorm, QkSegment, Rotary, RotaryPairing, ScoreModifiers, Tensor, TensorView, VarlenMeta, alibi_slopes,
+    encode_merge_attention, encode_pack, encode_prepare_qk, encode_scatter, merge_attention, pack, prepare_qk,
+    scatter_to_padded,
 };
 use varlen_fa_testkit::random;
 
@@ -22,6 +23,7 @@ pub fn register(trials: &mut Trials) {
     trials.once("external_wgpu/pack_and_scatter", pack_and_scatter);
     trials.once("external_wgpu/lse_and_merge", lse_and_merge);
     trials.once("external_wgpu/score_modifiers", score_modifiers);
+    trials.once("external_wgpu/prepare_qk_of_a_fused_projection", prepare_qk_of_a_fused_projection);
     trials.once("external_wgpu/nothing_runs_before_the_submission", nothing_runs_before_the_submission);
     trials.once("external_wgpu/an_encoder_of_another_device", an_encoder_of_another_device);
     trials.once("external_wgpu/an_encoder_with_an_open_pass", an_encoder_with_an_open_pass);
@@ -126,6 +128,69 @@ fn score_modifiers(own: &Device) -> Result<()> {
         ensure!(download(out)? == download(&launched.out)?, "{modifiers:?}: the output differs");
     }
     ensure!(download(&outs[0])? != download(&outs[1])?, "the modifiers change nothing");
+    application.expect_quiet()
+}
+
+/// Recorded: q and k replaced in one buffer of the application's, between which v stays. The same bits as launched ones in
+/// buffers of their own.
+fn prepare_qk_of_a_fused_projection(own: &Device) -> Result<()> {
+    let application = Application::new(own)?;
+    let device = application.attach()?;
+    let (heads, kv_heads, dim) = (3, 2, 16);
+    let fused = [2, 9, heads + 2 * kv_heads, dim];
+    let mask = KeyMask::from_lengths(9, &[9, 4])?;
+    for dtype in [DType::F32, DType::F16, DType::Bf16] {
+        let values = random::normal(92, fused.iter().product());
+        let before: Vec<u32> = values.into_iter().map(|value| narrow(value, dtype)).collect();
+        let numbers = |seed: u64, shape: &[usize]| {
+            let values = random::normal(seed, shape.iter().product());
+            upload(&device, DType::F32, &values.into_iter().map(f32::to_bits).collect::<Vec<_>>(), shape)
+        };
+        let (weight, tables) = (numbers(93, &[dim])?, numbers(94, &[9, 5])?);
+        let whole = Layout::contiguous(&fused)?;
+        let layouts = [whole.slice(2, 0..heads)?, whole.slice(2, heads..heads + kv_heads)?];
+        let mut expected = [upload(&device, dtype, &before, &fused)?, upload(&device, dtype, &before, &fused)?];
+        {
+            let [q, k] = &mut expected;
+            let (q, k) = (q.view_mut().with_layout(layouts[0]), k.view_mut().with_layout(layouts[1]));
+            let segment = QkSegment::in_place(q, k)
+                .with_norm(QkNorm::new(&weight, &weight, 1e-6))
+                .with_rotary(Rotary::new(&tables, &tables, RotaryPairing::Halves));
+            prepare_qk(&device, [segment], &mask)?;
+        }
+        let buffer = application.buffer(READABLE, &bytes(&before, dtype))?;
+        let mut memories =
+            [DeviceMemory::from_wgpu(&device, buffer.clone())?, DeviceMemory::from_wgpu(&device, buffer.clone())?];
+        let mut encoder = application.encoder();
+        {
+            let [q, k] = &mut memories;
+            let segment = QkSegment::in_place(q.view_mut(dtype, layouts[0]), k.view_mut(dtype, layouts[1]))
+                .with_norm(QkNorm::new(&weight, &weight, 1e-6))
+                .with_rotary(Rotary::new(&tables, &tables, RotaryPairing::Halves));
+            encode_prepare_qk(&device, &mut encoder, [segment], &mask)?;
+        }
+        ensure!(bits(&application.read(&buffer)?, dtype) == before, "{dtype}: it ran before the submission");
+        application.queue.submit([encoder.finish()]);
+        let after = bits(&application.read(&buffer)?, dtype);
+        let [q, k] = [download(&expected[0])?, download(&expected[1])?];
+        for (at, &found) in after.iter().enumerate() {
+            let head = at / dim % fused[2];
+            let of = if head < heads {
+                &q
+            } else if head < heads + kv_heads {
+                &k
+            } else {
+                &before
+            };
+            ensure!(found == of[at], "{dtype}: element {at} of head {head}");
+        }
+        ensure!(q != before && k != before, "{dtype}: nothing was done");
+        // One that takes another's place does not.
+        let [q, k] = &mut memories;
+        let segment = QkSegment::in_place(q.view_mut(dtype, layouts[0]), k.view_mut(dtype, layouts[0].slice(2, 0..2)?));
+        let error = prepare_qk(&device, [segment], &mask).err();
+        ensure!(matches!(error, Some(Error::Overlap { .. })), "got {error:?}");
+    }
     application.expect_quiet()
 }
 

@@ -106,6 +106,22 @@ pub(super) const ALIGN_ROWS: &[Binding] = &[reads("src", "u32"), writes("dst", "
 pub(super) const NARROW_ROWS: &[Binding] = &[reads("src", "u32"), writes("dst", "atomic<u32>")];
 pub(super) const SCATTER_LSE: &[Binding] = &[reads("src", "u32"), writes("dst", "u32"), reads("inv_indices", "i32")];
 pub(super) const NO_KEYS: &[Binding] = &[writes("dst", "u32")];
+pub(super) const PREPARE_QK: &[Binding] = &[
+    reads("src", "u32"),
+    writes("dst", "u32"),
+    reads("weight", "u32"),
+    reads("cos_table", "u32"),
+    reads("sin_table", "u32"),
+    reads("kept_bits", "u32"),
+];
+pub(super) const PREPARE_QK_ODD: &[Binding] = &[
+    reads("src", "u32"),
+    writes("dst", "atomic<u32>"),
+    reads("weight", "u32"),
+    reads("cos_table", "u32"),
+    reads("sin_table", "u32"),
+    reads("kept_bits", "u32"),
+];
 pub(super) const MERGE: &[Binding] = &[
     reads("out1", WORD),
     reads("lse1", "u32"),

@@ -3,7 +3,7 @@
 use crate::dtype::DType;
 use crate::score_modifiers::ModifierSet;
 
-use super::super::params::{AttentionParams, CopyParams, MergeParams};
+use super::super::params::{AttentionParams, CopyParams, MergeParams, PrepareQkParams};
 use super::bindings::{self, Binding};
 use super::tiles::Algorithm;
 
@@ -22,6 +22,24 @@ pub enum Shader {
     ScatterLse,
     NoKeys,
     Merge { dtype: DType },
+    PrepareQk(PrepareQkShader),
+}
+
+/// A variant of norm and rotary embedding.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct PrepareQkShader {
+    pub dtype: DType,
+    pub in_place: bool,
+    /// Whether heads of 16-bit elements start or end inside a u32.
+    pub odd: bool,
+}
+
+impl PrepareQkShader {
+    fn bindings(self) -> &'static [Binding] {
+        let all = if self.odd { bindings::PREPARE_QK_ODD } else { bindings::PREPARE_QK };
+        // The source comes first.
+        if self.in_place { &all[1..] } else { all }
+    }
 }
 
 /// A variant of attention.
@@ -91,6 +109,7 @@ impl Shader {
             Self::ScatterLse => "scatter_lse",
             Self::NoKeys => "no_keys",
             Self::Merge { .. } => "merge",
+            Self::PrepareQk(_) => "prepare_qk",
         }
     }
 
@@ -99,6 +118,7 @@ impl Shader {
         let bytes = match self {
             Self::Attention(_) => size_of::<AttentionParams>(),
             Self::Merge { .. } => size_of::<MergeParams>(),
+            Self::PrepareQk(_) => size_of::<PrepareQkParams>(),
             _ => size_of::<CopyParams>(),
         };
         bytes as u32
@@ -120,6 +140,7 @@ impl Shader {
             Self::ScatterLse => bindings::SCATTER_LSE,
             Self::NoKeys => bindings::NO_KEYS,
             Self::Merge { .. } => bindings::MERGE,
+            Self::PrepareQk(prepare_qk) => prepare_qk.bindings(),
         }
     }
 }
