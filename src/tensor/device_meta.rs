@@ -122,6 +122,12 @@ impl DeviceVarlenMeta {
     /// [`Error::MaskSize`] if the mask is not of the size that the metadata was made for, [`Error::DeviceMismatch`] if it is
     /// another device's, [`Error::BufferTooSmall`] or [`Error::Misaligned`] if it does not fit its memory; nothing is built then.
     pub fn rebuild(&mut self, mask: MaskView<'_>) -> Result<()> {
+        let device = self.device.clone();
+        self.rebuild_by(mask, |op| device.backend()?.execute(op))
+    }
+
+    /// The same by launches that `execute` takes.
+    pub(crate) fn rebuild_by(&mut self, mask: MaskView<'_>, execute: impl FnOnce(Op<'_>) -> Result<()>) -> Result<()> {
         check_device_mask(self.device.info(), &mask.info(), [self.batch, self.seq])?;
         match &mut self.tables {
             Tables::Host(meta) => {
@@ -131,7 +137,7 @@ impl DeviceVarlenMeta {
             }
             Tables::Device(storage) => {
                 let tables = DeviceTables { memory: storage.source(), batch: self.batch, seq: self.seq };
-                self.device.backend()?.execute(Op::Metadata { mask: mask.input(), tables })
+                execute(Op::Metadata { mask: mask.input(), tables })
             }
         }
     }

@@ -4,11 +4,11 @@ use std::fmt::Write;
 
 use crate::dtype::DType;
 
-use super::super::params::{AttentionParams, CopyParams, MergeParams};
+use super::super::params::{AttentionParams, CopyParams, MergeParams, MetadataParams};
 use super::bindings::Binding;
 use super::tiles::Algorithm;
 use super::unroll::unrolled;
-use super::variant::{AttentionRows, AttentionShader, INVOCATIONS, Shader};
+use super::variant::{AttentionRows, AttentionShader, INVOCATIONS, MetadataStep, Shader};
 
 /// How a shader gets its parameters.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -41,6 +41,7 @@ pub fn source(shader: Shader, params: ParamsIn) -> String {
     source.push_str(match shader {
         Shader::Attention(_) => AttentionParams::WGSL,
         Shader::Merge { .. } => MergeParams::WGSL,
+        Shader::Metadata(_) => MetadataParams::WGSL,
         _ => CopyParams::WGSL,
     });
     source.push_str(params.declaration());
@@ -117,6 +118,17 @@ fn snippets(shader: Shader) -> Vec<&'static str> {
         Shader::ScatterLse => vec![snippet!("copy/scatter_lse.wgsl")],
         Shader::NoKeys => vec![snippet!("copy/no_keys.wgsl")],
         Shader::Merge { dtype } => [elements(dtype), &[snippet!("merge/merge.wgsl")]].concat(),
+        Shader::Metadata(step) => metadata_snippets(step).to_vec(),
+    }
+}
+
+fn metadata_snippets(step: MetadataStep) -> &'static [&'static str] {
+    match step {
+        MetadataStep::Bits => &[snippet!("metadata/scan.wgsl"), snippet!("metadata/bits.wgsl")],
+        MetadataStep::Blocks => &[snippet!("metadata/scan.wgsl"), snippet!("metadata/blocks.wgsl")],
+        MetadataStep::Starts => &[snippet!("metadata/scan.wgsl"), snippet!("metadata/starts.wgsl")],
+        MetadataStep::Lists => &[snippet!("metadata/lists.wgsl")],
+        MetadataStep::Tiles => &[snippet!("metadata/tiles.wgsl")],
     }
 }
 

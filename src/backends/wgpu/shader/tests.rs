@@ -43,7 +43,14 @@ fn every_variant() -> Vec<Shader> {
         Shader::NoKeys,
     ];
     let merges = DTYPES.map(|dtype| Shader::Merge { dtype });
-    copies.into_iter().chain(merges).chain(portable_variants().map(Shader::Attention)).collect()
+    let steps =
+        [MetadataStep::Bits, MetadataStep::Blocks, MetadataStep::Starts, MetadataStep::Lists, MetadataStep::Tiles];
+    copies
+        .into_iter()
+        .chain(merges)
+        .chain(steps.map(Shader::Metadata))
+        .chain(portable_variants().map(Shader::Attention))
+        .collect()
 }
 
 fn portable_variants() -> impl Iterator<Item = AttentionShader> {

@@ -2,11 +2,11 @@
 
 use crate::dtype::DType;
 
-use super::super::params::{AttentionParams, CopyParams, MergeParams};
+use super::super::params::{AttentionParams, CopyParams, MergeParams, MetadataParams};
 use super::bindings::{self, Binding};
 use super::tiles::Algorithm;
 
-/// Invocations of a workgroup of the shaders that move rows.
+/// Invocations of a workgroup of the shaders that move rows or build metadata.
 pub const INVOCATIONS: usize = 256;
 
 /// One compute pipeline.
@@ -21,6 +21,17 @@ pub enum Shader {
     ScatterLse,
     NoKeys,
     Merge { dtype: DType },
+    Metadata(MetadataStep),
+}
+
+/// A step of building metadata: see `shaders/metadata/scan.wgsl`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum MetadataStep {
+    Bits,
+    Blocks,
+    Starts,
+    Lists,
+    Tiles,
 }
 
 /// A variant of attention.
@@ -88,6 +99,11 @@ impl Shader {
             Self::ScatterLse => "scatter_lse",
             Self::NoKeys => "no_keys",
             Self::Merge { .. } => "merge",
+            Self::Metadata(MetadataStep::Bits) => "metadata_bits",
+            Self::Metadata(MetadataStep::Blocks) => "metadata_blocks",
+            Self::Metadata(MetadataStep::Starts) => "metadata_starts",
+            Self::Metadata(MetadataStep::Lists) => "metadata_lists",
+            Self::Metadata(MetadataStep::Tiles) => "metadata_tiles",
         }
     }
 
@@ -96,6 +112,7 @@ impl Shader {
         let bytes = match self {
             Self::Attention(_) => size_of::<AttentionParams>(),
             Self::Merge { .. } => size_of::<MergeParams>(),
+            Self::Metadata(_) => size_of::<MetadataParams>(),
             _ => size_of::<CopyParams>(),
         };
         bytes as u32
@@ -112,6 +129,11 @@ impl Shader {
             Self::ScatterLse => bindings::SCATTER_LSE,
             Self::NoKeys => bindings::NO_KEYS,
             Self::Merge { .. } => bindings::MERGE,
+            Self::Metadata(MetadataStep::Bits) => bindings::METADATA_BITS,
+            Self::Metadata(MetadataStep::Blocks) => bindings::METADATA_BLOCKS,
+            Self::Metadata(MetadataStep::Starts) => bindings::METADATA_STARTS,
+            Self::Metadata(MetadataStep::Lists) => bindings::METADATA_LISTS,
+            Self::Metadata(MetadataStep::Tiles) => bindings::METADATA_TILES,
         }
     }
 }
