@@ -92,24 +92,24 @@ impl DeviceMeta {
         tile_rows: impl IntoIterator<Item = usize>,
     ) -> Result<Self> {
         let row_words = seq.div_ceil(u32::BITS as usize);
-        let table = |label, words: usize| {
-            let bytes = 4 * words as u64;
-            let (limit_name, limit) =
-                ("a metadata table in max_storage_buffer_binding_size (bytes)", context.max_binding_bytes);
+        let table = |label, rows: usize, words_of_row: usize| {
+            let bytes = (rows as u64).saturating_mul(words_of_row as u64).saturating_mul(4);
+            let limit_name = "a metadata table in max_storage_buffer_binding_size (bytes)";
+            let limit = context.max_binding_bytes;
             if bytes > limit {
                 return Err(Error::TooLarge { argument: "mask", limit_name, limit, got: bytes });
             }
             context.allocator.storage(label, bytes)
         };
         let tiles_of = |label, tiles_of_row: usize| {
-            let buffer = table(label, batch * tiles_of_row * (WORD_BYTES as usize / 4))?;
+            let buffer = table(label, batch, tiles_of_row * (WORD_BYTES as usize / 4))?;
             let mut first = host_vec::reserve(batch + 1)?;
             // All fit: a binding is below 2 GiB.
             first.extend((0..=batch).map(|row| (row * tiles_of_row) as u32));
             Ok(Tiles::new(buffer, first))
         };
         // The largest first: what is too large allocates nothing.
-        let lists = table("token_lists", batch * (1 + seq))?;
+        let lists = table("token_lists", batch, seq.saturating_add(1))?;
         let mut tiles = Vec::new();
         for rows in tile_rows {
             let of_row = seq.div_ceil(rows);
@@ -122,16 +122,16 @@ impl DeviceMeta {
             device_name: Arc::clone(&context.name),
             batch,
             seq,
-            bits: table("mask", batch * row_words)?,
+            bits: table("mask", batch, row_words)?,
             // Fits: a row has at most i32::MAX bits.
             row_words: row_words as u32,
-            cu_seqlens: table("cu_seqlens", batch + 1)?,
-            indices: table("indices", batch * seq)?,
-            inv_indices: table("inv_indices", batch * seq)?,
+            cu_seqlens: table("cu_seqlens", batch + 1, 1)?,
+            indices: table("indices", batch, seq)?,
+            inv_indices: table("inv_indices", batch, seq)?,
             token_lists: Arc::new(TokenLists::new(lists, seq)),
             tiles,
-            block_sums: table("block_sums", (batch * row_words).div_ceil(INVOCATIONS))?,
-            word_starts: table("word_starts", batch * row_words)?,
+            block_sums: table("block_sums", (batch * row_words).div_ceil(INVOCATIONS), 1)?,
+            word_starts: table("word_starts", batch, row_words)?,
         })
     }
 
