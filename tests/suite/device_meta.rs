@@ -1,6 +1,6 @@
 //! Metadata that the device builds of a mask in its own memory.
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Result, bail, ensure};
 use libtest_mimic::Completion;
 use varlen_fa::{
     AttentionMask, BackendKind, DType, Device, DeviceMemory, DeviceVarlenMeta, Error, Layout, MaskDType, Path, Reason,
@@ -30,11 +30,7 @@ pub fn register(trials: &mut Trials) {
     trials.once("device_meta/no_token_at_all", no_token_at_all);
     trials.once("device_meta/plan", plan);
     if backend == BackendKind::Wgpu {
-        trials.each_path_of_device_meta_in(
-            &[DType::F32],
-            "device_meta/more_words_than_one_scan",
-            more_words_than_one_scan,
-        );
+        trials.once("device_meta/more_words_than_one_scan", more_words_than_one_scan);
     }
 }
 
@@ -85,19 +81,26 @@ fn more_rows_than_are_ordered(variant: &Variant) -> Result<()> {
     Call::random(shape, Mask::Device(bernoulli(5, batch * seq, 0.5)?), variant.dtype, 10).check(variant)
 }
 
-/// WGSL kernels scan 256 blocks of 256 words of 32 tokens at a time; here are a few more, of short rows and of a long one.
-fn more_words_than_one_scan(variant: &Variant) -> Result<Completion> {
-    if variant.path == Some(Path::Dense) {
-        return Ok(Completion::ignored_with("the dense path reads the bits alone, and computes every query"));
-    }
+/// wgpu devices scan 256 blocks of 256 words of 32 tokens at a time; here are a few more, of short rows and of a long one.
+/// The packed path, which reads most tables, gives what it gives with metadata from the host.
+fn more_words_than_one_scan(device: &Device) -> Result<()> {
+    let variant = Variant {
+        device: device.clone(),
+        kernel: device.capabilities().kernels[0],
+        path: Some(Path::Packed),
+        dtype: DType::F16,
+    };
     for (batch, seq) in [(33_000, 33), (1, 300_000)] {
-        let shape = OracleShape { batch, seq_q: seq, seq_k: seq, heads: 1, kv_heads: 1, head_dim: 8 };
         let keep =
             mask(batch, seq, |row, token| (row * seq + token) % 1009 == 7 || row + 1 == batch && token + 3 > seq);
-        let call = Call::random(shape, Mask::Device(keep), variant.dtype, 13);
-        call.check(variant).with_context(|| format!("[{batch}, {seq}]"))?;
+        let shape = OracleShape { batch, seq_q: seq, seq_k: seq, heads: 1, kv_heads: 1, head_dim: 8 };
+        let mut call = Call::random(shape, Mask::Varlen(keep.clone()), variant.dtype, 13);
+        let expected = call.run(&variant)?;
+        ensure!(expected.iter().any(|&bits| bits != 0), "the output is all zeros: nothing was tested");
+        call.mask = Mask::Device(keep);
+        ensure!(call.run(&variant)? == expected, "[{batch}, {seq}]: other bits than with metadata from the host");
     }
-    Ok(Completion::Completed)
+    Ok(())
 }
 
 /// The same metadata, filled again, gives what metadata from the host gives.
