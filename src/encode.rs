@@ -11,6 +11,7 @@ use crate::mask::meta::VarlenMeta;
 use crate::merge::merge;
 use crate::prepare_qk::{QkSegment, TokenMask, prepare};
 use crate::primitives::{pack_all, scatter};
+use crate::tensor::device_meta::{DeviceVarlenMeta, MaskView};
 use crate::tensor::{TensorView, TensorViewMut};
 
 impl MaskedAttention {
@@ -49,6 +50,21 @@ impl MaskedAttention {
         };
         self.launch(problem, plan, [q, k, v], mask, outputs, |op| backend.encode(op, recorder.reborrow()))?;
         Ok(plan)
+    }
+}
+
+impl DeviceVarlenMeta {
+    /// Records that the metadata of a mask is built anew, without a submission and without a wait; [`rebuild`](Self::rebuild)
+    /// otherwise. See [`MaskedAttention::encode_into`] for when it runs. Calls see the metadata that the device has when they run:
+    /// those recorded or launched before and submitted earlier as it was, later ones as it is then.
+    ///
+    /// # Errors
+    /// As [`rebuild`](Self::rebuild); [`Error::DeviceKind`](crate::Error::DeviceKind) if the metadata's device is not a wgpu
+    /// device.
+    pub fn encode_rebuild<'r>(&mut self, recorder: impl Into<Recorder<'r>>, mask: MaskView<'_>) -> Result<()> {
+        let device = self.device().clone();
+        let (recorder, backend) = (recorder.into(), device.wgpu_backend()?);
+        self.rebuild_by(mask, |op| backend.encode(op, recorder))
     }
 }
 

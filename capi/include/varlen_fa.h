@@ -859,7 +859,7 @@ varlen_fa_status varlen_fa_key_ranges_intersect(const struct varlen_fa_key_range
 varlen_fa_status varlen_fa_key_ranges_free(struct varlen_fa_key_ranges *ranges);
 
 // Allocates device memory for the metadata of [batch, seq] masks. No token is valid until
-// varlen_fa_device_meta_rebuild. CUDA devices and the CPU device support it.
+// varlen_fa_device_meta_rebuild.
 //
 // `meta`: receives the handle, to be given to varlen_fa_device_meta_free.
 varlen_fa_status varlen_fa_device_meta_create(const struct varlen_fa_device *device,
@@ -871,7 +871,8 @@ varlen_fa_status varlen_fa_device_meta_create(const struct varlen_fa_device *dev
 // and the call does not wait. Earlier calls still use the metadata as it was. In a captured CUDA
 // graph, each replay rebuilds it from what the mask holds then.
 //
-// `mask`: of the size that the metadata was created for; on the CPU device, in host memory.
+// `mask`: of the size that the metadata was created for; in host memory, or on CUDA devices in CUDA
+// memory.
 varlen_fa_status varlen_fa_device_meta_rebuild(const struct varlen_fa_device_meta *meta,
                                                const struct varlen_fa_mask_view *mask);
 

@@ -612,9 +612,11 @@ mod tests {
     #[test]
     fn modifiers_go_to_the_first_kernel_that_has_them() -> Result<()> {
         let meta = meta(true)?;
-        let plain = masked(TokenInfo::Varlen { query: &meta, key: &meta });
         let none = ScoreModifiers::new();
-        let with = |modifiers| MaskInfo { modifiers: Some(modifiers), ..plain };
+        let with = |modifiers| MaskInfo {
+            modifiers: Some(modifiers),
+            ..masked(TokenInfo::Varlen { query: &meta, key: &meta })
+        };
         let free = Forced::default();
         let both = [Kernel::CudaSm90, Kernel::WgslPortable];
         assert_eq!(plan(&both, &with(&none), free)?.kernel, Kernel::CudaSm90);
@@ -635,7 +637,7 @@ mod tests {
             }
         }
         // Short runs, which a cost model would pack: not with modifiers, which it does not know, and never with ALiBi.
-        let hopper = Capabilities { machine: hopper(), ..device(&Kernel::ALL[..]) };
+        let hopper = Capabilities { machine: hopper(), ..device(Kernel::ALL) };
         let packed = Forced { path: Some(Path::Packed), kernel: None };
         for (modifiers, _) in &lacking {
             assert_eq!(plan_on(&hopper, &with(modifiers), free)?.path, Path::Fused);

@@ -191,6 +191,16 @@ impl Trials {
         test: &str,
         run: impl Fn(&Variant) -> Result<R> + Copy + Send + 'static,
     ) {
+        self.each_path_of_device_meta_in(self.device.capabilities().dtypes, test, run);
+    }
+
+    /// The same for some element types.
+    pub fn each_path_of_device_meta_in<R: Outcome>(
+        &mut self,
+        dtypes: &[DType],
+        test: &str,
+        run: impl Fn(&Variant) -> Result<R> + Copy + Send + 'static,
+    ) {
         for kernel in self.device.capabilities().kernels.clone() {
             let paths: &[Path] = match kernel.works_by_tile_lists() {
                 // The other paths need metadata on the host.
@@ -198,7 +208,7 @@ impl Trials {
                 false => &PATHS_OF_METADATA,
             };
             for &path in paths {
-                self.variants(self.device.capabilities().dtypes, test, kernel, Some(path), run);
+                self.variants(dtypes, test, kernel, Some(path), run);
             }
         }
     }

@@ -139,3 +139,18 @@ params! {
         has_lse: u32,
     }
 }
+
+params! {
+    /// Parameters of the shaders that build metadata.
+    MetadataParams {
+        /// Where the mask lies in its binding, in elements.
+        mask_offset: u32, mask_stride_b: u32, mask_stride_s: u32,
+        /// Bytes of an element, and the bits of its first u32 that belong to it.
+        mask_bytes: u32, mask_low: u32,
+        batch: u32, seq: u32,
+        /// u32s of one row of bits, of all of them, and blocks of those.
+        row_words: u32, words: u32, blocks: u32,
+        /// Rows of a query tile.
+        tile_rows: u32,
+    }
+}

@@ -3,10 +3,10 @@
 use anyhow::{Context, Result, ensure};
 use varlen_fa::wgpu;
 use varlen_fa::{
-    AttentionMask, AttentionOutputs, DType, Device, DeviceMemory, Error, KeyMask, Layout, MaskedAttention, Path,
-    QkNorm, QkSegment, Rotary, RotaryPairing, ScoreModifiers, Tensor, TensorView, VarlenMeta, alibi_slopes,
-    encode_merge_attention, encode_pack, encode_prepare_qk, encode_scatter, merge_attention, pack, prepare_qk,
-    scatter_to_padded,
+    AttentionMask, AttentionOutputs, DType, Device, DeviceChoice, DeviceMemory, DeviceVarlenMeta, Error, KeyMask,
+    Layout, MaskDType, MaskView, MaskedAttention, Path, QkNorm, QkSegment, Rotary, RotaryPairing, ScoreModifiers,
+    Tensor, TensorView, VarlenMeta, alibi_slopes, encode_merge_attention, encode_pack, encode_prepare_qk,
+    encode_scatter, merge_attention, pack, prepare_qk, scatter_to_padded,
 };
 use varlen_fa_testkit::random;
 
@@ -24,6 +24,7 @@ pub fn register(trials: &mut Trials) {
     trials.once("external_wgpu/lse_and_merge", lse_and_merge);
     trials.once("external_wgpu/score_modifiers", score_modifiers);
     trials.once("external_wgpu/prepare_qk_of_a_fused_projection", prepare_qk_of_a_fused_projection);
+    trials.once("external_wgpu/metadata_of_a_mask_that_changes", metadata_of_a_mask_that_changes);
     trials.once("external_wgpu/nothing_runs_before_the_submission", nothing_runs_before_the_submission);
     trials.once("external_wgpu/an_encoder_of_another_device", an_encoder_of_another_device);
     trials.once("external_wgpu/an_encoder_with_an_open_pass", an_encoder_with_an_open_pass);
@@ -405,6 +406,78 @@ fn pack_and_scatter(own: &Device) -> Result<()> {
     application.queue.submit([encoder.finish()]);
     ensure!(bits(&application.read(&packed_buffer)?, case.dtype) == expected[0], "packed rows");
     ensure!(bits(&application.read(&back_buffer)?, case.dtype) == expected[1], "padded rows");
+    application.expect_quiet()
+}
+
+/// Commands of one encoder write a mask, build its metadata, compute with it, and all that again with another mask: each call
+/// sees its own. The first row of the second mask is empty.
+fn metadata_of_a_mask_that_changes(own: &Device) -> Result<()> {
+    let application = Application::new(own)?;
+    let device = application.attach()?;
+    let case = Case::new(DType::F16, 40)?;
+    let [batch, seq, ..] = case.out_shape();
+    let layout = Layout::contiguous(&[batch, seq])?;
+    // Masked tokens of the case hold NaN: both masks keep some of the others.
+    let tokens = || (0..batch).flat_map(|row| (0..seq).map(move |token| (row, token)));
+    let kept = |case: &Case, row, token| case.mask.keeps(row, token);
+    let masks = [
+        tokens().map(|(row, token)| kept(&case, row, token)).collect::<Vec<_>>(),
+        tokens().map(|(row, token)| row > 0 && token % 3 != 0 && kept(&case, row, token)).collect(),
+    ];
+    let as_bytes = |keep: &[bool]| keep.iter().map(|&keep| u8::from(keep) << 7).collect::<Vec<_>>();
+    let sources = [0, 1].map(|at| application.buffer(wgpu::BufferUsages::COPY_SRC, &as_bytes(&masks[at])));
+    let [first, second] = sources;
+    let sources = [first?, second?];
+    let buffer =
+        application.buffer(wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_DST, &as_bytes(&masks[1]))?;
+    let memory = DeviceMemory::from_wgpu(&device, buffer.clone())?;
+    let mut meta = DeviceVarlenMeta::new(&device, batch, seq)?;
+    for (path, into_pass) in [(Path::Fused, false), (Path::Fused, true), (Path::Packed, false), (Path::Dense, true)] {
+        let place = format!("{path}, into a pass: {into_pass}");
+        let layer = portable(&device).with_path(path);
+        let mut stages = Vec::new();
+        let mut encoder = application.encoder();
+        for (keep, source) in masks.iter().zip(&sources) {
+            let host = VarlenMeta::from_key_mask(&KeyMask::from_bool(batch, seq, keep)?)?;
+            let expected = case.expected_by(&portable(own).with_path(path), AttentionMask::varlen(&host))?;
+            let mut tensors = InPlace::new(&application, &device, &case, 0, 0)?;
+            encoder.copy_buffer_to_buffer(source, 0, &buffer, 0, buffer.size());
+            let mask = memory.mask_view(MaskDType::U8, layout);
+            let ([q, k, v], out) = tensors.call();
+            if into_pass {
+                let mut pass = encoder.begin_compute_pass(&Default::default());
+                meta.encode_rebuild(&mut pass, mask)?;
+                layer.encode_into(&mut pass, q, k, v, AttentionMask::varlen(&meta), out)?;
+            } else {
+                meta.encode_rebuild(&mut encoder, mask)?;
+                layer.encode_into(&mut encoder, q, k, v, AttentionMask::varlen(&meta), out)?;
+            }
+            stages.push((tensors, expected));
+        }
+        for (tensors, _) in &stages {
+            tensors.expect_untouched(&application).with_context(|| format!("{place}, before the submission"))?;
+        }
+        application.queue.submit([encoder.finish()]);
+        for (at, (tensors, expected)) in stages.iter().enumerate() {
+            ensure!(tensors.output(&application)? == *expected, "{place}, mask {at}: other bits");
+        }
+    }
+
+    let error = {
+        buffer.destroy();
+        meta.encode_rebuild(&mut application.encoder(), memory.mask_view(MaskDType::U8, layout)).err()
+    };
+    ensure!(
+        matches!(&error, Some(Error::BufferUnusable { argument: "mask", .. })),
+        "a mask that was destroyed: {error:?}"
+    );
+    let cpu = Device::with_config(own.config().with_device(DeviceChoice::Cpu))?;
+    let mask = MaskView::from_host(&[1_u8; 6], 2, 3)?;
+    let error = DeviceVarlenMeta::new(&cpu, 2, 3)?.encode_rebuild(&mut application.encoder(), mask).err();
+    ensure!(
+        matches!(&error, Some(Error::DeviceKind { argument: "device", .. })),
+        "metadata of the CPU device: {error:?}"
+    );
     application.expect_quiet()
 }
 

@@ -130,3 +130,18 @@ pub(super) const MERGE: &[Binding] = &[
     writes("out", WORD),
     writes("lse", "u32"),
 ];
+pub(super) const METADATA_BITS: &[Binding] =
+    &[reads("mask", "u32"), writes("bits", "u32"), writes("block_sums", "u32")];
+pub(super) const METADATA_BLOCKS: &[Binding] = &[writes("block_sums", "u32"), writes("cu_seqlens", "u32")];
+pub(super) const METADATA_STARTS: &[Binding] =
+    &[reads("bits", "u32"), reads("block_sums", "u32"), writes("word_starts", "u32"), writes("cu_seqlens", "u32")];
+pub(super) const METADATA_LISTS: &[Binding] = &[
+    reads("bits", "u32"),
+    reads("word_starts", "u32"),
+    reads("cu_seqlens", "u32"),
+    writes("indices", "u32"),
+    writes("inv_indices", "i32"),
+    writes("token_lists", "u32"),
+];
+pub(super) const METADATA_TILES: &[Binding] =
+    &[reads("cu_seqlens", "u32"), writes("packed_tiles", WORD), writes("fused_tiles", WORD)];

@@ -6,11 +6,11 @@ use crate::dtype::DType;
 use crate::score_modifiers::ModifierSet;
 
 use super::super::head_table::MAX_HEADS;
-use super::super::params::{AttentionParams, CopyParams, MergeParams, PrepareQkParams};
+use super::super::params::{AttentionParams, CopyParams, MergeParams, MetadataParams, PrepareQkParams};
 use super::bindings::Binding;
 use super::tiles::Algorithm;
 use super::unroll::unrolled;
-use super::variant::{AttentionRows, AttentionShader, INVOCATIONS, PrepareQkShader, Shader};
+use super::variant::{AttentionRows, AttentionShader, INVOCATIONS, MetadataStep, PrepareQkShader, Shader};
 
 /// How a shader gets its parameters.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -44,6 +44,7 @@ pub fn source(shader: Shader, params: ParamsIn) -> String {
         Shader::Attention(_) => AttentionParams::WGSL,
         Shader::Merge { .. } => MergeParams::WGSL,
         Shader::PrepareQk(_) => PrepareQkParams::WGSL,
+        Shader::Metadata(_) => MetadataParams::WGSL,
         _ => CopyParams::WGSL,
     });
     source.push_str(params.declaration());
@@ -130,6 +131,17 @@ fn snippets(shader: Shader) -> Vec<&'static str> {
         Shader::NoKeys => vec![snippet!("copy/no_keys.wgsl")],
         Shader::Merge { dtype } => [elements(dtype), &[snippet!("merge/merge.wgsl")]].concat(),
         Shader::PrepareQk(prepare_qk) => prepare_qk_snippets(prepare_qk),
+        Shader::Metadata(step) => metadata_snippets(step).to_vec(),
+    }
+}
+
+fn metadata_snippets(step: MetadataStep) -> &'static [&'static str] {
+    match step {
+        MetadataStep::Bits => &[snippet!("metadata/scan.wgsl"), snippet!("metadata/bits.wgsl")],
+        MetadataStep::Blocks => &[snippet!("metadata/scan.wgsl"), snippet!("metadata/blocks.wgsl")],
+        MetadataStep::Starts => &[snippet!("metadata/scan.wgsl"), snippet!("metadata/starts.wgsl")],
+        MetadataStep::Lists => &[snippet!("metadata/lists.wgsl")],
+        MetadataStep::Tiles => &[snippet!("metadata/tiles.wgsl")],
     }
 }
 

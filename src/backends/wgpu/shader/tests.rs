@@ -50,7 +50,15 @@ fn every_variant() -> Vec<Shader> {
             [false, true].map(|in_place| Shader::PrepareQk(PrepareQkShader { dtype, in_place, odd }))
         })
     });
-    copies.into_iter().chain(merges).chain(prepared).chain(portable_variants().map(Shader::Attention)).collect()
+    let steps =
+        [MetadataStep::Bits, MetadataStep::Blocks, MetadataStep::Starts, MetadataStep::Lists, MetadataStep::Tiles];
+    copies
+        .into_iter()
+        .chain(merges)
+        .chain(prepared)
+        .chain(steps.map(Shader::Metadata))
+        .chain(portable_variants().map(Shader::Attention))
+        .collect()
 }
 
 fn portable_variants() -> impl Iterator<Item = AttentionShader> {
