@@ -149,12 +149,13 @@ impl<T: RowElement> Call<'_, T> {
             let tile = queries.div_ceil(queries.div_ceil(most)).next_multiple_of(QUERY_STEP);
             for first in (0..queries).step_by(tile) {
                 let count = tile.min(queries - first);
-                let pairs = count * self.needed_keys(batch, &(first..first + count)).len();
-                tasks.extend((0..num_kv_heads).map(|kv_head| Task { batch, kv_head, first, count, pairs }));
+                let keys = self.needed_keys(batch, &(first..first + count));
+                let task = |kv_head| Task { batch, kv_head, first, count, keys: keys.clone() };
+                tasks.extend((0..num_kv_heads).map(task));
             }
         }
         // Tasks that share keys stay together.
-        tasks.sort_unstable_by_key(|task| (Reverse(task.pairs), task.batch, task.kv_head, task.first));
+        tasks.sort_unstable_by_key(|task| (Reverse(task.pairs()), task.batch, task.kv_head, task.first));
         Ok(tasks)
     }
 
@@ -179,7 +180,7 @@ impl<T: RowElement> Call<'_, T> {
     }
 
     fn attend_tile(&self, task: &Task, tiles: &mut Tiles) {
-        let needed = self.needed_keys(task.batch, &(task.first..task.first + task.count));
+        let needed = &task.keys;
         let strips = tiles.start(self, task);
         for first in needed.clone().step_by(KEY_TILE) {
             let tile = first..needed.end.min(first + KEY_TILE);

@@ -71,14 +71,21 @@ impl Scale {
 
 /// A query tile: queries `first..first + count` of one batch row and key/value head. They are
 /// numbered token by token, the query heads of the group side by side.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub(super) struct Task {
     pub batch: usize,
     pub kv_head: usize,
     pub first: usize,
     pub count: usize,
+    /// What the queries need of the keys that take part, as [`Call::needed_keys`] says.
+    pub keys: Range<usize>,
+}
+
+impl Task {
     /// Pairs of query and key.
-    pub pairs: usize,
+    pub fn pairs(&self) -> usize {
+        self.count * self.keys.len()
+    }
 }
 
 impl<'a, T: RowElement> Call<'a, T> {

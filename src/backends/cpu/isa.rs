@@ -33,6 +33,8 @@ use crate::config::CpuIsa;
 pub(super) trait RegisterTile: Simd {
     /// SIMD vectors of queries of the widest strip.
     const VECTORS: usize;
+    /// Those of the narrowest strip whose products are as fast, as far as that was measured.
+    const FEWEST_VECTORS: usize;
     /// Scalars of a product: keys, or columns of the values.
     const SCALARS: usize;
 
@@ -107,7 +109,7 @@ impl Processor {
 }
 
 macro_rules! instruction_sets {
-    ($($(#[$present:meta])* $isa:ident: $simd:ty, $detect:expr, $vectorize:expr, [$($width:literal),*] x $scalars:literal
+    ($($(#[$present:meta])* $isa:ident: $simd:ty, $detect:expr, $vectorize:expr, [$($width:literal),*] x $scalars:literal, from $fewest:literal
         $({ $($own:tt)* })?;)*) => {
         /// Vectors of f32 that this processor has.
         #[derive(Debug, Clone, Copy)]
@@ -117,6 +119,7 @@ macro_rules! instruction_sets {
 
         $($(#[$present])* impl RegisterTile for $simd {
             const VECTORS: usize = [$($width),*].len();
+            const FEWEST_VECTORS: usize = $fewest;
             const SCALARS: usize = $scalars;
 
             #[inline(always)]
@@ -165,11 +168,11 @@ macro_rules! instruction_sets {
 
 instruction_sets! {
     #[cfg(target_arch = "x86_64")]
-    Avx512: pulp::x86::V4, pulp::x86::V4::try_new(), |simd: pulp::x86::V4, work| simd.vectorize(work), [1, 2, 3] x 8;
+    Avx512: pulp::x86::V4, pulp::x86::V4::try_new(), |simd: pulp::x86::V4, work| simd.vectorize(work), [1, 2, 3] x 8, from 1;
     #[cfg(any(target_arch = "x86", target_arch = "x86_64"))]
-    Avx2: pulp::x86::V3, pulp::x86::V3::try_new(), |simd: pulp::x86::V3, work| simd.vectorize(work), [1, 2] x 6;
+    Avx2: pulp::x86::V3, pulp::x86::V3::try_new(), |simd: pulp::x86::V3, work| simd.vectorize(work), [1, 2] x 6, from 2;
     #[cfg(target_arch = "aarch64")]
-    Neon: pulp::aarch64::Neon, pulp::aarch64::Neon::try_new(), |simd: pulp::aarch64::Neon, work| simd.vectorize(work), [1, 2, 3] x 8 {
+    Neon: pulp::aarch64::Neon, pulp::aarch64::Neon::try_new(), |simd: pulp::aarch64::Neon, work| simd.vectorize(work), [1, 2, 3] x 8, from 3 {
         /// Four scalars a register, each of which a multiplication takes from there.
         #[inline(always)]
         fn add_products<const W: usize, const N: usize>(
@@ -193,8 +196,8 @@ instruction_sets! {
         }
     };
     #[cfg(target_arch = "wasm32")]
-    Simd128: pulp::wasm::Simd128, pulp::wasm::Simd128::try_new(), |simd: pulp::wasm::Simd128, work| simd.vectorize(work), [1, 2, 3] x 8;
-    Scalar: pulp::Scalar, Some(pulp::Scalar::new()), run_scalar, [1, 2] x 6;
+    Simd128: pulp::wasm::Simd128, pulp::wasm::Simd128::try_new(), |simd: pulp::wasm::Simd128, work| simd.vectorize(work), [1, 2, 3] x 8, from 3;
+    Scalar: pulp::Scalar, Some(pulp::Scalar::new()), run_scalar, [1, 2] x 6, from 2;
 }
 
 #[inline(always)]

@@ -48,7 +48,7 @@ impl Tiles {
     /// For up to `queries` queries and `keys` keys at a time.
     pub fn new<T: RowElement>(call: &Call<'_, T>, queries: usize, keys: usize) -> Result<Self> {
         let dim = tile_columns(call.shape().head_dim);
-        let strips = Strips::new(call.processor, queries);
+        let strips = Strips::new(call.processor, queries, call.queries_differ());
         let (lanes, strip) = (strips.lanes(), strips.widest());
         let block = strips.block_keys();
         let padded_keys = keys.next_multiple_of(block);
@@ -72,7 +72,7 @@ impl Tiles {
     pub fn start<T: RowElement>(&mut self, call: &Call<'_, T>, task: &Task) -> Strips {
         let head_dim = call.shape().head_dim;
         let dim = tile_columns(head_dim);
-        let strips = Strips::new(call.processor, task.count);
+        let strips = Strips::new(call.processor, task.count, call.queries_differ());
         self.acc[..strips.lanes() * dim].fill(0.0);
         self.max[..strips.lanes()].fill(f32::NEG_INFINITY);
         self.sum[..strips.lanes()].fill(0.0);
@@ -84,7 +84,18 @@ impl Tiles {
         };
         (0..task.count).for_each(|lane| prefetch(q_row(lane)));
         if let Some(seen) = &mut self.seen {
-            seen.start(strips, task.count, |lane| call.keys_of_query(task.batch, query.at(lane).0));
+            // Bits are counted.
+            call.processor.vectorize(
+                #[inline(always)]
+                || {
+                    seen.start(
+                        strips,
+                        task.count,
+                        #[inline(always)]
+                        |lane| call.keys_of_query(task.batch, query.at(lane).0),
+                    )
+                },
+            );
         }
         let words = call.words_of_head();
         let Self { q, rows, converted, .. } = self;
