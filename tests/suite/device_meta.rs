@@ -11,13 +11,13 @@ use varlen_fa_testkit::OracleShape;
 use super::call::{Call, Mask, device_meta};
 use super::check::Rules;
 use super::masks::{bernoulli, mask};
-use super::trials::{Trials, Variant};
+use super::trials::{Trials, Variant, is_emulated_gpu};
 
 pub fn register(trials: &mut Trials) {
     let capabilities = trials.device().capabilities();
     let (backend, dtypes) = (capabilities.backend, capabilities.dtypes);
     // Metadata does not depend on the element type, and an emulated GPU compiles each kernel slowly.
-    let some = if capabilities.is_software && backend != BackendKind::Cpu { &dtypes[..1] } else { dtypes };
+    let some = if is_emulated_gpu(trials.device()) { &dtypes[..1] } else { dtypes };
     trials.each_path_of_device_meta("device_meta/masks", masks);
     trials.each_path_of_device_meta_in(some, "device_meta/cross", cross);
     trials.each_path_of_device_meta_in(some, "device_meta/rows_longer_than_a_chunk", rows_longer_than_a_chunk);
