@@ -93,7 +93,7 @@ impl Tiles {
                         task.count,
                         #[inline(always)]
                         |lane| call.keys_of_query(task.batch, query.at(lane).0),
-                    )
+                    );
                 },
             );
         }
