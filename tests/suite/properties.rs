@@ -5,7 +5,7 @@ use std::env;
 use anyhow::{Context, Result, anyhow};
 use proptest::prelude::*;
 use proptest::test_runner::{Config, RngAlgorithm, TestCaseError, TestError, TestRng, TestRunner};
-use varlen_fa::{BackendKind, Device, alibi_slopes};
+use varlen_fa::{Device, alibi_slopes};
 use varlen_fa_testkit::{OracleShape, random};
 
 use super::call::{Call, Inputs, Mask};
