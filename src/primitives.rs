@@ -7,8 +7,9 @@ use crate::device::Device;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::kernel::Kernel;
+use crate::mask::cu_seqlens::CuSeqlens;
 use crate::mask::key_ranges::KeyRanges;
-use crate::mask::meta::{CuSeqlens, VarlenMeta};
+use crate::mask::meta::VarlenMeta;
 use crate::tensor::{Tensor, TensorView, TensorViewMut};
 
 /// Copies the valid rows of a padded `[B, S, H, D]` tensor to a packed `[total_valid, H, D]` one, bit for bit.

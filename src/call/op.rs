@@ -18,10 +18,12 @@ use crate::call::plan::{Capabilities, Plan};
 use crate::call::problem::AttentionProblem;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
+use crate::kernel::BackendKind;
 use crate::layout::Layout;
+use crate::mask::cu_seqlens::CuSeqlens;
 use crate::mask::key_mask::KeyMask;
 use crate::mask::key_ranges::KeyRanges;
-use crate::mask::meta::{CuSeqlens, VarlenMeta};
+use crate::mask::meta::VarlenMeta;
 use crate::process::OfProcess;
 
 /// A result that a browser gives later, and any other place at once.
@@ -92,7 +94,7 @@ impl<'a> Source<'a> {
     pub(crate) fn owned_by<B: DeviceBuffer>(self, id: DeviceId, name: &str) -> Result<&'a B> {
         match self {
             Self::Device(buffer) => owned_by(buffer, id, name),
-            Self::Host(_) => Err(foreign_memory(name, "cpu")),
+            Self::Host(_) => Err(foreign_memory(name, BackendKind::Cpu.name())),
         }
     }
 }
@@ -102,7 +104,7 @@ impl<'a> Sink<'a> {
     pub(crate) fn owned_by<B: DeviceBuffer>(&self, id: DeviceId, name: &str) -> Result<&'a B> {
         match self {
             Self::Device(buffer) => owned_by(*buffer, id, name),
-            Self::Host(_) => Err(foreign_memory(name, "cpu")),
+            Self::Host(_) => Err(foreign_memory(name, BackendKind::Cpu.name())),
         }
     }
 }

@@ -31,14 +31,16 @@ use std::{
 use half::{bf16, f16};
 
 use crate::call::op::{Attention, Backend, Input, Op, Output, Rows, Storage};
-use crate::call::plan::{Path, Plan, Reason};
+use crate::call::path::Path;
+use crate::call::plan::{Plan, Reason};
 use crate::call::problem::{AttentionProblem, AttentionShape};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::kernel::Kernel;
 use crate::layout::Layout;
+use crate::mask::cu_seqlens::CuSeqlens;
 use crate::mask::key_mask::KeyMask;
-use crate::mask::meta::{CuSeqlens, VarlenMeta};
+use crate::mask::meta::VarlenMeta;
 
 const BATCH: usize = 3;
 const QUERIES: usize = 133;

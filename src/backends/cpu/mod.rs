@@ -10,6 +10,7 @@ mod isa;
 mod lse;
 mod needed_keys;
 mod operands;
+mod processor;
 mod rows;
 mod seen_keys;
 mod softmax;
@@ -23,7 +24,7 @@ use std::sync::Arc;
 
 use rayon::ThreadPool;
 
-use self::isa::Processor;
+use self::processor::Processor;
 use self::threads::Threads;
 use crate::cache::DeviceId;
 use crate::call::op::{Backend, Instant, MetadataPlace, Op, Sink, Source, Storage, Timing, no_device_tables};
@@ -33,8 +34,6 @@ use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::kernel::{BackendKind, Kernel};
 use crate::mask::meta::VarlenMeta;
-
-const NAME: &str = BackendKind::Cpu.name();
 
 /// The host's processor and memory. All in a process share their memory, whatever their instruction
 /// set and threads; launches return when the work is done.
@@ -104,7 +103,7 @@ impl Backend for CpuDevice {
     }
 
     fn name(&self) -> &str {
-        NAME
+        host::NAME
     }
 
     fn capabilities(&self) -> &Capabilities {
@@ -141,7 +140,7 @@ impl Backend for CpuDevice {
             Op::Zero(out) => copy::zero(out, &self.threads),
             Op::NoKeys(lse) => lse::no_keys(lse),
             Op::Merge(merge) => lse::merge(merge, &self.threads),
-            Op::Metadata { .. } => Err(no_device_tables(NAME)),
+            Op::Metadata { .. } => Err(no_device_tables(host::NAME)),
         }
     }
 

@@ -16,8 +16,9 @@
 
 use std::ops::Range;
 
-use super::isa::{AtWidth, Processor, RegisterTile, Vectorized};
+use super::isa::{AtWidth, RegisterTile, Vectorized};
 use super::operands::Operand;
+use super::processor::Processor;
 use super::softmax::{Running, biased};
 
 /// Tiles have a multiple of 8 columns, which is no multiple of 6: what is left over is one or two

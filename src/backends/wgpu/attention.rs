@@ -5,10 +5,11 @@ use std::ops::Range;
 
 use crate::backends::rows::{RowShape, WORD_BYTES, head_ranges, with_filled_heads};
 use crate::call::op::{Attention, Rows, no_device_tables};
-use crate::call::plan::Path;
+use crate::call::path::Path;
 use crate::error::{Error, Result};
+use crate::mask::cu_seqlens::CuSeqlens;
 use crate::mask::key_mask::KeyMask;
-use crate::mask::meta::{CuSeqlens, VarlenMeta};
+use crate::mask::meta::VarlenMeta;
 
 use super::context::Context;
 use super::copy::{Move, move_placed};

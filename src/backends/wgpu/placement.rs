@@ -8,7 +8,7 @@ use crate::call::op::{Input, Output};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::layout::Layout;
-use crate::mask::meta::CuSeqlens;
+use crate::mask::cu_seqlens::CuSeqlens;
 
 use super::buffer::WgpuBuffer;
 use super::context::Context;
