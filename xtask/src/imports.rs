@@ -157,7 +157,7 @@ struct Reader<'a> {
 
 impl Reader<'_> {
     /// A path from the root, if it leads to the package's own files.
-    fn from_root(&self, path: &[String]) -> Option<Module> {
+    fn rooted(&self, path: &[String]) -> Option<Module> {
         let (first, rest) = path.split_first()?;
         let named = || self.names.last()?.get(first);
         match first.as_str() {
@@ -188,7 +188,7 @@ impl Reader<'_> {
                 let mut leaves = Vec::new();
                 flatten(&item.tree, &mut Vec::new(), &mut leaves);
                 for (path, name) in leaves {
-                    let Some(path) = self.from_root(&path) else { continue };
+                    let Some(path) = self.rooted(&path) else { continue };
                     if !matches!(item.vis, Visibility::Inherited) {
                         self.file.passed_on.insert(name, path);
                     } else if self.modules.contains(&path) {
@@ -243,7 +243,7 @@ impl<'ast> Visit<'ast> for Reader<'_> {
     fn visit_path(&mut self, path: &'ast syn::Path) {
         let parts: Vec<String> = path.segments.iter().map(|part| part.ident.to_string()).collect();
         if parts.len() > 1
-            && let Some(path) = self.from_root(&parts)
+            && let Some(path) = self.rooted(&parts)
         {
             self.file.uses.insert(path);
         }
