@@ -402,6 +402,14 @@ pub enum Error {
     },
 }
 
+/// Checks a slice's number of elements.
+pub(crate) fn expect_length(argument: &'static str, expected: usize, got: usize) -> Result<()> {
+    if expected == got {
+        return Ok(());
+    }
+    Err(Error::Length { argument, expected, got })
+}
+
 /// What the number of key/value heads must be. 0 is wrong whatever it would have to divide.
 fn kv_heads_rule(num_heads: usize, num_kv_heads: usize) -> String {
     match num_kv_heads {

@@ -93,7 +93,8 @@ pub use crate::attention_outputs::AttentionOutputs;
 pub use crate::backends::wgpu::Recorder;
 pub use crate::call::cost::Tiling;
 pub use crate::call::op::Timing;
-pub use crate::call::plan::{Capabilities, Estimate, Path, Plan, Reason};
+pub use crate::call::path::Path;
+pub use crate::call::plan::{Capabilities, Estimate, Plan, Reason};
 pub use crate::call::prepare_qk::RotaryPairing;
 pub use crate::config::{Config, CpuIsa, DeviceChoice};
 pub use crate::device::{Device, DeviceReport};
@@ -103,9 +104,10 @@ pub use crate::encode::{encode_merge_attention, encode_pack, encode_prepare_qk, 
 pub use crate::error::{Error, Result};
 pub use crate::kernel::{BackendKind, Kernel};
 pub use crate::layout::Layout;
+pub use crate::mask::cu_seqlens::CuSeqlens;
 pub use crate::mask::key_mask::{KeyMask, MaskDType, MaskInteger, Run};
 pub use crate::mask::key_ranges::{KeyRanges, RangesOf};
-pub use crate::mask::meta::{CuSeqlens, VarlenMeta};
+pub use crate::mask::meta::VarlenMeta;
 pub use crate::merge::{MergedAttention, merge_attention, merge_attention_into};
 pub use crate::prepare_qk::{QkNorm, QkSegment, Rotary, TokenMask, prepare_qk};
 pub use crate::primitives::{

@@ -26,6 +26,7 @@ mod device_meta;
 
 mod attention;
 
+mod outputs;
 mod primitives;
 mod score_modifiers;
 

@@ -3,7 +3,9 @@
 pub(crate) mod chips;
 #[cfg_attr(not(any(feature = "cuda", test)), expect(dead_code, reason = "only CUDA devices have a cost model"))]
 pub(crate) mod cost;
+pub(crate) mod memory;
 pub(crate) mod op;
+pub(crate) mod path;
 pub(crate) mod plan;
 pub(crate) mod prepare_qk;
 pub(crate) mod problem;

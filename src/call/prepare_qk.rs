@@ -1,6 +1,6 @@
 //! Norm and rotary embedding of q and k: the operation as backends take it, and its checks.
 
-use super::op::{Input, Output};
+use super::memory::{Input, Output};
 use super::problem::{
     DeviceInfo, ViewInfo, expect_apart, expect_count, expect_dtype, expect_head_dim, expect_input, expect_mask,
     expect_output, expect_shape, sizes,

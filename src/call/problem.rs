@@ -8,9 +8,10 @@ use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::kernel::MAX_HEAD_DIM;
 use crate::layout::Layout;
+use crate::mask::cu_seqlens::CuSeqlens;
 use crate::mask::key_mask::{KeyMask, check_token_count};
 use crate::mask::key_ranges::KeyRanges;
-use crate::mask::meta::{CuSeqlens, VarlenMeta};
+use crate::mask::meta::VarlenMeta;
 use crate::score_modifiers::ScoreModifiers;
 
 /// The device of a call, as far as checks need it.

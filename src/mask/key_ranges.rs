@@ -15,12 +15,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::cache::DeviceCopies;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, expect_length};
 use crate::fifo_cache::FifoCache;
 use crate::host_vec::{reserve, zeroed};
+use crate::mask::cu_seqlens::CuSeqlens;
 use crate::mask::key_mask::check_token_count;
-use crate::mask::meta::{CuSeqlens, VarlenMeta};
-use crate::mask::ranks::Ranks;
 
 /// The queries and keys that ranges are made for.
 #[derive(Debug, Clone)]
@@ -346,25 +345,6 @@ impl KeyRanges {
         }
     }
 
-    /// The ranges of the packed rows of padded tensors, among which the valid keys of a row are numbered in order. Made once for
-    /// each pair of metadata.
-    ///
-    /// `pin` keeps them from being evicted: a captured graph may hold the addresses of their copy.
-    pub(crate) fn of_packed_rows(&self, query: &VarlenMeta, key: &VarlenMeta, pin: bool) -> Result<Arc<Self>> {
-        self.0.packed.get_or_make([query.id(), key.id()], pin, || {
-            let ranks = Ranks::new(key.key_mask())?;
-            let mut ranges = reserve(query.total_valid())?;
-            for b in 0..query.batch() {
-                let own = self.row(b);
-                for run in query.runs(b) {
-                    let numbers = |range: &[u32; 2]| range.map(|position| ranks.of(b, position));
-                    ranges.extend(own[run.start as usize..run.end()].iter().map(numbers));
-                }
-            }
-            Ok(Self::new(RangesOf::from((query.cu_seqlens(), key.cu_seqlens())), ranges, false))
-        })
-    }
-
     /// Checks that the ranges are for padded tensors of this size.
     pub(crate) fn expect_padded(&self, batch: usize, seq_q: usize, seq_k: usize) -> Result<()> {
         self.expect(&RangesOf::Padded { batch, seq_q, seq_k })
@@ -391,7 +371,12 @@ impl KeyRanges {
         &self.0.copies
     }
 
-    fn new(of: RangesOf, ranges: Vec<[u32; 2]>, is_shared: bool) -> Self {
+    /// Ranges of packed rows that were made of these, by the ids of the metadata of queries and keys.
+    pub(super) fn packed(&self) -> &FifoCache<[u64; 2], Self> {
+        &self.0.packed
+    }
+
+    pub(super) fn new(of: RangesOf, ranges: Vec<[u32; 2]>, is_shared: bool) -> Self {
         static NEXT_ID: AtomicU64 = AtomicU64::new(0);
         let id = NEXT_ID.fetch_add(1, Ordering::Relaxed);
         Self(Arc::new(Ranges {
@@ -482,13 +467,6 @@ fn expect_documents_together(row: usize, ids: &[u32]) -> Result<()> {
             got: format!("document {} in two places", twice[0]),
         }),
     }
-}
-
-fn expect_length(argument: &'static str, expected: usize, got: usize) -> Result<()> {
-    if expected == got {
-        return Ok(());
-    }
-    Err(Error::Length { argument, expected, got })
 }
 
 #[cfg(test)]
@@ -757,16 +735,5 @@ mod tests {
         };
         assert_eq!(KeyRanges::causal((&two, &three)).err(), Some(expected));
         Ok(())
-    }
-
-    /// Ranges of padded tensors, of the packed rows of their metadata: valid keys are numbered in order.
-    #[test]
-    fn packed_rows_of_padded_tensors() -> Result<()> {
-        use crate::mask::key_mask::KeyMask;
-        let meta = |bits: &[u8]| VarlenMeta::from_key_mask(&KeyMask::from_integers(2, 4, bits)?);
-        let (query, key) = (meta(&[1, 0, 1, 1, 0, 1, 0, 0])?, meta(&[0, 1, 1, 0, 1, 0, 0, 1])?);
-        let packed = KeyRanges::causal([2, 4, 4])?.of_packed_rows(&query, &key, false)?;
-        assert_eq!((packed.row(0), packed.row(1)), (&[[0, 0], [0, 2], [0, 2]][..], &[[0, 1]][..]));
-        packed.expect_packed(query.cu_seqlens(), key.cu_seqlens())
     }
 }

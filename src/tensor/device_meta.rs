@@ -1,11 +1,13 @@
 //! Metadata of a mask that is on the device already: built there, without waiting for the host.
 
 use crate::cache::DeviceId;
-use crate::call::op::{DeviceTables, MaskInput, MetadataPlace, Op, Source, Storage, foreign_memory, no_device_tables};
+use crate::call::memory::{Source, Storage, foreign_memory};
+use crate::call::op::{DeviceTables, MaskInput, MetadataPlace, Op, no_device_tables};
 use crate::call::problem::{DeviceMaskInfo, DeviceMetaInfo, check_device_mask};
 use crate::device::Device;
-use crate::error::{Error, Result};
+use crate::error::{Result, expect_length};
 use crate::host_vec;
+use crate::kernel::BackendKind;
 use crate::layout::Layout;
 use crate::mask::key_mask::{KeyMask, MaskDType, MaskInteger, check_token_count};
 use crate::mask::meta::VarlenMeta;
@@ -26,9 +28,7 @@ impl<'a> MaskView<'a> {
     /// [`Error::Length`] if `data` has not `batch · seq` elements; [`Error::TooLarge`].
     pub fn from_host<T: MaskInteger>(data: &'a [T], batch: usize, seq: usize) -> Result<Self> {
         let layout = Layout::contiguous(&[batch, seq])?;
-        if data.len() != layout.numel() {
-            return Err(Error::Length { argument: "mask", expected: layout.numel(), got: data.len() });
-        }
+        expect_length("mask", layout.numel(), data.len())?;
         Ok(Self { memory: Source::Host(bytemuck::cast_slice(data)), layout, dtype: T::MASK_DTYPE })
     }
 
@@ -41,7 +41,7 @@ impl<'a> MaskView<'a> {
 
     fn info(&self) -> DeviceMaskInfo<'_> {
         let (device, device_name, memory_bytes) = match self.memory {
-            Source::Host(bytes) => (DeviceId::CPU, "cpu", bytes.len() as u64),
+            Source::Host(bytes) => (DeviceId::CPU, BackendKind::Cpu.name(), bytes.len() as u64),
             Source::Device(buffer) => (buffer.device(), buffer.device_name(), buffer.size()),
         };
         let (layout, element_bytes) = (self.layout, self.dtype.size());
@@ -190,7 +190,7 @@ impl DeviceVarlenMeta {
 /// A mask in host memory, in bits.
 fn host_mask(mask: &MaskView<'_>, batch: usize, seq: usize) -> Result<KeyMask> {
     let Source::Host(bytes) = mask.memory else {
-        return Err(foreign_memory("cpu", "another device"));
+        return Err(foreign_memory(BackendKind::Cpu.name(), "another device"));
     };
     let (size, strides, offset) = (mask.dtype.size(), mask.layout.strides(), mask.layout.offset());
     let mut keep = host_vec::reserve(batch * seq)?;
@@ -208,6 +208,7 @@ fn host_mask(mask: &MaskView<'_>, batch: usize, seq: usize) -> Result<KeyMask> {
 mod tests {
     use super::*;
     use crate::config::DeviceChoice;
+    use crate::error::Error;
 
     #[test]
     fn masks_of_every_type_and_stride_are_read() -> Result<()> {

@@ -8,8 +8,8 @@ use varlen_fa::{
     bf16,
 };
 
-use super::trials::Trials;
-use super::{Register, bias, dense, masks, numerics, packed, prepare_qk};
+use super::trials::{Register, Trials};
+use super::{bias, dense, masks, numerics, packed, prepare_qk};
 
 /// What each set's own code computes: products, softmax, conversions, gathering by lists and by
 /// ranges.

@@ -11,7 +11,7 @@ use super::call::{Call, Mask};
 use super::check::Rules;
 use super::masks::{bernoulli, mask};
 use super::memory::{download, sentinel, upload};
-use super::ranges::Rule;
+use super::rule::Rule;
 use super::trials::{Trials, Variant};
 
 pub fn register(trials: &mut Trials) {

@@ -45,6 +45,7 @@ mod masks;
 mod memory;
 mod merge;
 mod modifiers;
+mod modifying;
 mod numerics;
 mod packed;
 mod placement;
@@ -55,6 +56,7 @@ mod properties;
 mod ranges;
 mod refusals;
 mod repeats;
+mod rule;
 mod shapes;
 mod tensors;
 mod threads;
@@ -67,10 +69,7 @@ use std::process::ExitCode;
 use libtest_mimic::{Arguments, Failed, Trial};
 use varlen_fa::{BackendKind, Device};
 
-use self::trials::Trials;
-
-/// Adds the trials of one file.
-type Register = fn(&mut Trials);
+use self::trials::{Register, Trials};
 
 /// What every device passes.
 const SHARED: &[Register] = &[

@@ -3,15 +3,15 @@
 use anyhow::{Context, Result, ensure};
 use libtest_mimic::Completion;
 use varlen_fa::{AttentionMask, DType, Error, KeyMask, Path, RangesOf, ScoreModifiers, VarlenMeta, alibi_slopes};
-use varlen_fa_testkit::oracle::Modifiers;
 use varlen_fa_testkit::{OracleShape, random};
 
 use super::call::{Call, Mask};
 use super::check::Rules;
 use super::masks::{LENGTHS, bernoulli, mask};
 use super::memory::upload;
+use super::modifying::Modifying;
 use super::packed::Packed;
-use super::ranges::Rule;
+use super::rule::Rule;
 use super::trials::{Trials, Variant, is_emulated_gpu};
 
 pub fn register(trials: &mut Trials) {
@@ -31,45 +31,6 @@ pub fn register(trials: &mut Trials) {
     trials.each_kernel_with_modifiers("modifiers/packed_rows", packed_rows);
     trials.each_kernel_with_modifiers("modifiers/packed_path_and_alibi", packed_path_and_alibi);
     trials.each_kernel_with_modifiers("modifiers/device_metadata", device_metadata);
-}
-
-/// Modifiers in the tests' own form.
-#[derive(Debug, Clone, Default)]
-pub struct Modifying {
-    /// 0 for none.
-    pub softcap: f32,
-    /// `[H]`
-    pub slopes: Option<Vec<f32>>,
-    /// `[H]`
-    pub sinks: Option<Vec<f32>>,
-}
-
-impl Modifying {
-    /// The library's form.
-    pub fn modifiers(&self) -> ScoreModifiers {
-        let mut modifiers = ScoreModifiers::new().with_softcap(self.softcap);
-        if let Some(slopes) = &self.slopes {
-            modifiers = modifiers.with_alibi(slopes.as_slice());
-        }
-        if let Some(sinks) = &self.sinks {
-            modifiers = modifiers.with_sinks(sinks.as_slice());
-        }
-        modifiers
-    }
-
-    /// The oracle's form.
-    pub fn of_oracle(&self) -> Modifiers<'_> {
-        Modifiers {
-            softcap: (self.softcap != 0.0).then_some(f64::from(self.softcap)),
-            slopes: self.slopes.as_deref(),
-            sinks: self.sinks.as_deref(),
-        }
-    }
-
-    /// What a path that packs padded rows takes of it.
-    pub fn on(self, path: Option<Path>) -> Self {
-        Self { slopes: self.slopes.filter(|_| path != Some(Path::Packed)), ..self }
-    }
 }
 
 /// Each modifier alone, small and large, and several together, for as many heads.

@@ -11,7 +11,7 @@ use varlen_fa_testkit::{OracleShape, random};
 use super::call::{Call, Inputs, Mask};
 use super::check::Rules;
 use super::head_dims::{explain, few};
-use super::modifiers::Modifying;
+use super::modifying::Modifying;
 use super::placement::Placement;
 use super::trials::{Trials, Variant, has_modifiers, is_emulated_gpu};
 

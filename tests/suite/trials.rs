@@ -36,6 +36,9 @@ impl Variant {
     }
 }
 
+/// Adds the trials of one file.
+pub type Register = fn(&mut Trials);
+
 /// What a test returns: nothing, or that it could not run here and why.
 pub trait Outcome: 'static {
     /// The harness's word for it.
@@ -70,7 +73,7 @@ impl Trials {
     }
 
     /// Adds trials on another device of the same kind, with a label that follows the kind in their names.
-    pub fn add_on(&mut self, label: &'static str, device: Device, registers: &[super::Register]) {
+    pub fn add_on(&mut self, label: &'static str, device: Device, registers: &[Register]) {
         let mut others = Self { device, label: Some(label), list: Vec::new() };
         registers.iter().for_each(|register| register(&mut others));
         self.list.append(&mut others.list);

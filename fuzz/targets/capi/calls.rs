@@ -158,14 +158,19 @@ impl Session {
     /// An array of `count` elements, for a call that reads or writes it; the count is cut to what
     /// the memory holds, unless the call must refuse it unseen.
     fn array<T>(&mut self, at: Spot, count: u64) -> (*mut T, u64) {
+        let (pointer, count) = self.array_of(at, [size_of::<T>(), align_of::<T>()], count);
+        (pointer.cast(), count)
+    }
+
+    /// The same of elements of this size and alignment.
+    fn array_of(&mut self, at: Spot, [size, align]: [usize; 2], count: u64) -> (*mut u8, u64) {
         let pointer = at.pointer(&mut self.arena);
-        let bytes = u128::from(count) * size_of::<T>() as u128;
-        let is_wild = bytes + pointer.addr() as u128 > isize::MAX as u128;
+        let is_wild = u128::from(count) * size as u128 + pointer.addr() as u128 > isize::MAX as u128;
         let owned = self.arena.owned(pointer.addr());
-        if is_wild || owned == 0 || !pointer.addr().is_multiple_of(align_of::<T>()) {
-            return (pointer.cast(), count);
+        if is_wild || owned == 0 || !pointer.addr().is_multiple_of(align) {
+            return (pointer, count);
         }
-        (pointer.cast(), count.min(owned / size_of::<T>() as u64))
+        (pointer, count.min(owned / size as u64))
     }
 
     fn offset_of<T>(&mut self, pointer: *mut T) -> Option<usize> {
@@ -206,12 +211,8 @@ pub fn run(session: &mut Session, call: &Call) {
             let element = if *element < 240 { 1 << (element % 4) } else { u32::from(*element) };
             let (mut batch, mut seq) = not_between(batch.get(), seq.get());
             let count = batch.saturating_mul(seq);
-            let (pointer, held) = match element {
-                2 => session.array::<u16>(*at, count).cast_first(),
-                4 => session.array::<u32>(*at, count).cast_first(),
-                8 => session.array::<u64>(*at, count).cast_first(),
-                _ => session.array::<u8>(*at, count).cast_first(),
-            };
+            let size = if matches!(element, 2 | 4 | 8) { element as usize } else { 1 };
+            let (pointer, held) = session.array_of(*at, [size; 2], count);
             if held < count {
                 (batch, seq) = (batch.min(1), seq.min(held));
             }
@@ -227,17 +228,12 @@ pub fn run(session: &mut Session, call: &Call) {
             let element = among(*element, 4);
             let (mut batch, mut seq) = not_between(batch.get(), seq.get());
             let count = batch.saturating_mul(seq);
-            let (element, bytes) = match (is_additive, element) {
+            let (element, size) = match (is_additive, element) {
                 (true, F32) => (F32, 4),
                 (true, element) => (element, 2),
-                (false, element) => (1 << element.min(5), 1_u64 << element.min(3)),
+                (false, element) => (1 << element.min(5), 1 << element.min(3)),
             };
-            let (pointer, held) = match bytes {
-                2 => session.array::<u16>(*at, count).cast_first(),
-                4 => session.array::<u32>(*at, count).cast_first(),
-                8 => session.array::<u64>(*at, count).cast_first(),
-                _ => session.array::<u8>(*at, count).cast_first(),
-            };
+            let (pointer, held) = session.array_of(*at, [size; 2], count);
             if held < count {
                 (batch, seq) = (batch.min(1), seq.min(held));
             }
@@ -503,16 +499,6 @@ pub fn free(kind: Kind, address: usize) -> varlen_fa_status {
         Kind::CuSeqlens => masks::varlen_fa_cu_seqlens_free(without_provenance_mut(address)),
         Kind::DeviceMeta => device_meta::varlen_fa_device_meta_free(without_provenance_mut(address)),
         Kind::KeyRanges => key_ranges::varlen_fa_key_ranges_free(without_provenance_mut(address)),
-    }
-}
-
-trait CastFirst {
-    fn cast_first(self) -> (*mut u8, u64);
-}
-
-impl<T> CastFirst for (*mut T, u64) {
-    fn cast_first(self) -> (*mut u8, u64) {
-        (self.0.cast(), self.1)
     }
 }
 

@@ -40,6 +40,8 @@ mod mask_values;
 mod masks;
 #[path = "../../../capi/src/names.rs"]
 mod names;
+#[path = "../../../capi/src/outputs.rs"]
+mod outputs;
 #[path = "../../../capi/src/primitives.rs"]
 mod primitives;
 #[path = "../../../capi/src/tensors.rs"]

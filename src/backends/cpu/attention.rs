@@ -27,17 +27,17 @@ use half::{bf16, f16};
 
 use super::call::{Call, Task};
 use super::copy::{self, PackedScratch};
-use super::host;
-use super::isa::Processor;
 use super::lse;
+use super::processor::Processor;
 use super::rows::RowElement;
 use super::threads::{Team, Threads};
 use super::tiles::{KEY_TILE, Tiles};
 use crate::call::op::{Attention, Rows};
-use crate::call::plan::Path;
+use crate::call::path::Path;
 use crate::call::problem::AttentionShape;
 use crate::dtype::DType;
 use crate::error::Result;
+use crate::host_vec;
 use crate::mask::meta::VarlenMeta;
 
 /// Queries of a task, at most, and how many such tasks each worker should have: the more queries,
@@ -142,7 +142,7 @@ impl<T: RowElement> Call<'_, T> {
         let count = |tile| (0..batch).map(|b| queries(b).div_ceil(tile)).sum::<usize>() * num_kv_heads;
         let enough = |&(tile, per_worker): &(usize, usize)| workers == 1 || count(tile) >= workers * per_worker;
         let most = QUERY_TILES.into_iter().find(enough).map_or(QUERY_STEP, |(tile, _)| tile);
-        let mut tasks = host::reserve(count(most))?;
+        let mut tasks = host_vec::reserve(count(most))?;
         for batch in (0..batch).filter(|&b| queries(b) > 0) {
             let queries = queries(batch);
             // As many tiles as tiles of the largest size would be, but of about the same size.

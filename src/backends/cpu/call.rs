@@ -3,14 +3,15 @@
 use std::ops::Range;
 
 use super::bf16_pairs::Bf16Pairs;
-use super::host::{HostInput, HostOutput};
-use super::isa::Processor;
+use super::host::{HostInput, HostOutput, NAME};
 use super::needed_keys::{NeededKeys, Sequences};
 use super::operands::{OneF32, Operand};
+use super::processor::Processor;
 use super::rows::RowElement;
 use super::softcap::Softcap;
 use super::strip::tile_columns;
-use crate::call::op::{Attention, Input, Output, Rows, no_device_tables};
+use crate::call::memory::{Input, Output};
+use crate::call::op::{Attention, Rows, no_device_tables};
 use crate::call::problem::{AttentionProblem, AttentionShape};
 use crate::dtype::DType;
 use crate::error::Result;
@@ -101,7 +102,7 @@ impl<'a, T: RowElement> Call<'a, T> {
                 (Sequences::valid(query)?, Sequences::valid(key)?, Some(query.key_mask()), Some(key.key_mask()))
             }
             Rows::Packed { query, key } => (Sequences::Packed(query), Sequences::Packed(key), None, None),
-            Rows::DeviceVarlen { .. } => return Err(no_device_tables(super::NAME)),
+            Rows::DeviceVarlen { .. } => return Err(no_device_tables(NAME)),
         };
         let bias = match bias {
             None => None,

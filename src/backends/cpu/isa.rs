@@ -22,11 +22,11 @@
 //!                                           24 sums + 3 + 2 = 29
 //! ```
 //!
-//! Instructions for products of bf16 come on top of a row of the table (`bf16_pairs`).
+//! Instructions for products of bf16 come on top of a row of the table (`bf16_pairs`); a processor
+//! has both (`processor`).
 
 use pulp::Simd;
 
-use super::bf16_pairs::Bf16Pairs;
 use crate::config::CpuIsa;
 
 /// An instruction set's vectors, and its tile of sums.
@@ -69,45 +69,6 @@ pub(super) trait Vectorized {
     fn run<S: RegisterTile>(self, simd: S) -> Self::Output;
 }
 
-/// An instruction set that this processor has.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Processor {
-    vectors: Vectors,
-    bf16: Option<Bf16Pairs>,
-}
-
-impl Processor {
-    /// Every instruction set of this processor, the best one first. The last one is part of every
-    /// processor.
-    pub fn all() -> impl Iterator<Item = Self> {
-        Vectors::all().flat_map(|vectors| {
-            let bf16 = Bf16Pairs::of(vectors);
-            bf16.map(|bf16| Self { vectors, bf16: Some(bf16) }).into_iter().chain([Self { vectors, bf16: None }])
-        })
-    }
-
-    pub fn isa(self) -> CpuIsa {
-        self.bf16.map_or(self.vectors.isa(), Bf16Pairs::isa)
-    }
-
-    /// The instructions for products of bf16, if it has them.
-    pub fn bf16(self) -> Option<Bf16Pairs> {
-        self.bf16
-    }
-
-    /// Runs the work, compiled for the instruction set's vectors.
-    #[inline(always)]
-    pub fn dispatch<W: Vectorized>(self, work: W) -> W::Output {
-        self.vectors.dispatch(work)
-    }
-
-    /// Runs a loop that the compiler makes SIMD code of.
-    #[inline(always)]
-    pub fn vectorize<R>(self, work: impl FnOnce() -> R) -> R {
-        self.vectors.vectorize(work)
-    }
-}
-
 macro_rules! instruction_sets {
     ($($(#[$present:meta])* $isa:ident: $simd:ty, $detect:expr, $vectorize:expr, [$($width:literal),*] x $scalars:literal, from $fewest:literal
         $({ $($own:tt)* })?;)*) => {
@@ -136,11 +97,11 @@ macro_rules! instruction_sets {
         impl Vectors {
             /// All of this processor, the best ones first. The last ones are part of every
             /// processor.
-            fn all() -> impl Iterator<Item = Self> {
+            pub fn all() -> impl Iterator<Item = Self> {
                 [$($(#[$present])* $detect.map(Self::$isa),)*].into_iter().flatten()
             }
 
-            fn isa(self) -> CpuIsa {
+            pub fn isa(self) -> CpuIsa {
                 match self {
                     $($(#[$present])* Self::$isa(_) => CpuIsa::$isa,)*
                 }
@@ -148,7 +109,7 @@ macro_rules! instruction_sets {
 
             /// Runs the work, compiled for them.
             #[inline(always)]
-            fn dispatch<W: Vectorized>(self, work: W) -> W::Output {
+            pub fn dispatch<W: Vectorized>(self, work: W) -> W::Output {
                 match self {
                     $($(#[$present])* Self::$isa(simd) => {
                         $vectorize(simd, #[inline(always)] || work.run(simd))
@@ -157,7 +118,7 @@ macro_rules! instruction_sets {
             }
 
             #[inline(always)]
-            fn vectorize<R>(self, work: impl FnOnce() -> R) -> R {
+            pub fn vectorize<R>(self, work: impl FnOnce() -> R) -> R {
                 match self {
                     $($(#[$present])* Self::$isa(simd) => $vectorize(simd, work),)*
                 }

@@ -4,14 +4,15 @@
 use half::{bf16, f16};
 
 use super::copy::worth;
-use super::host::{self, HostInput, HostOutput};
-use super::isa::Processor;
+use super::host::{HostInput, HostOutput};
+use super::processor::Processor;
 use super::rows::RowElement;
 use super::threads::Threads;
-use crate::call::op::Input;
+use crate::call::memory::Input;
 use crate::call::prepare_qk::{HeadNorm, HeadRotary, PrepareQk, PrepareSegment, PreparedRows, RotaryPairing};
 use crate::dtype::DType;
 use crate::error::Result;
+use crate::host_vec;
 use crate::kernel::MAX_HEAD_DIM;
 
 /// Tokens of one task.
@@ -29,7 +30,7 @@ pub(super) fn prepare_qk(call: PrepareQk<'_>, processor: Processor, threads: &Th
 
 fn prepare_elements<T: RowElement>(call: PrepareQk<'_>, processor: Processor, threads: &Threads) -> Result<()> {
     let mask = call.mask;
-    let mut segments = host::reserve(call.segments.len())?;
+    let mut segments = host_vec::reserve(call.segments.len())?;
     let (mut tokens, mut bytes) = (0, 0);
     for segment in call.segments {
         let segment = Segment::<T>::new(segment, tokens)?;
@@ -187,7 +188,7 @@ impl<'a, T: RowElement> Rows<'a, T> {
 impl Norm {
     fn new<T: RowElement>(weight: Input<'_>, eps: f32) -> Result<Self> {
         let len = weight.layout.numel();
-        let mut wide = host::reserve(len)?;
+        let mut wide = host_vec::reserve(len)?;
         wide.resize(len, 0.0);
         match Numbers::<T>::new(weight)? {
             Numbers::Same(weight) => T::widen_into(weight.row(&[], len), &mut wide),

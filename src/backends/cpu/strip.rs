@@ -16,8 +16,9 @@
 
 use std::ops::Range;
 
-use super::isa::{AtWidth, Processor, RegisterTile, Vectorized};
+use super::isa::{AtWidth, RegisterTile, Vectorized};
 use super::operands::Operand;
+use super::processor::Processor;
 use super::softcap::{Softcap, capped};
 use super::softmax::{Running, biased};
 

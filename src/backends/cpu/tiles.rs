@@ -5,7 +5,7 @@ use std::ops::{Deref, DerefMut, Range};
 
 use super::bf16_pairs;
 use super::call::{Bias, Call, Task};
-use super::host::{self, HostInput};
+use super::host::HostInput;
 use super::needed_keys::Tokens;
 use super::operands::OneF32;
 use super::rows::{RowElement, from_panel, prefetch, to_block, to_panel};
@@ -13,6 +13,7 @@ use super::seen_keys::SeenKeys;
 use super::softmax::{LOWEST_BIAS, OVERFLOWED};
 use super::strip::{KeyTile, NARROW, Normalize, Step, Strips, panel, tile_columns};
 use crate::error::Result;
+use crate::host_vec;
 
 /// Keys of a tile: few enough that a strip's scores stay in the first-level cache, and the tile's K
 /// and V in the second; whole blocks of 6 and of 8 keys.
@@ -518,7 +519,7 @@ impl DerefMut for Floats {
 /// `len` zeros, and what fills the last cache line.
 fn zeros(len: usize) -> Result<Floats> {
     let count = len.div_ceil(size_of::<Line>() / size_of::<f32>());
-    let mut lines = host::reserve(count)?;
+    let mut lines = host_vec::reserve(count)?;
     lines.resize(count, Line([0.0; 16]));
     Ok(Floats(lines))
 }

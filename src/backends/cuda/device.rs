@@ -10,7 +10,8 @@ use cudarc::driver::sys::CUresult;
 
 use crate::cache::DeviceId;
 use crate::call::cost::Machine;
-use crate::call::op::{Backend, MetadataPlace, Op, Sink, Source, Storage, Timing, no_prepare_qk};
+use crate::call::memory::{Sink, Source, Storage};
+use crate::call::op::{Backend, MetadataPlace, Op, Timing, no_prepare_qk};
 use crate::call::plan::Capabilities;
 use crate::config::DeviceChoice;
 use crate::dtype::DType;

@@ -5,9 +5,9 @@ use std::ops::Range;
 
 use crate::backends::rows::{RowShape, WORD_BYTES, head_ranges, with_filled_heads};
 use crate::call::op::{Attention, Rows};
-use crate::call::plan::Path;
+use crate::call::path::Path;
 use crate::error::{Error, Result};
-use crate::mask::meta::CuSeqlens;
+use crate::mask::cu_seqlens::CuSeqlens;
 use crate::score_modifiers::ScoreModifiers;
 
 use super::context::Context;

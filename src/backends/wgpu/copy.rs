@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use crate::backends::rows::RowShape;
-use crate::call::op::{DeviceBuffer, Input, Output};
+use crate::call::memory::{DeviceBuffer, Input, Output};
 use crate::error::{Error, Result};
 use crate::mask::meta::VarlenMeta;
 

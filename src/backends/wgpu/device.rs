@@ -8,7 +8,8 @@ use wgpu::{BufferUsages, DeviceType, Features};
 
 use crate::backends::rows::HEAD_DIM_STEP;
 use crate::cache::DeviceId;
-use crate::call::op::{Attention, Backend, Instant, Later, MetadataPlace, Op, Sink, Source, Storage, Timing};
+use crate::call::memory::{Sink, Source, Storage};
+use crate::call::op::{Attention, Backend, Instant, Later, MetadataPlace, Op, Timing};
 use crate::call::plan::Capabilities;
 use crate::call::self_check::Subject;
 use crate::config::Config;

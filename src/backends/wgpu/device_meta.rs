@@ -10,7 +10,8 @@ use std::sync::Arc;
 
 use crate::backends::rows::WORD_BYTES;
 use crate::cache::DeviceId;
-use crate::call::op::{DeviceBuffer, MaskInput};
+use crate::call::memory::DeviceBuffer;
+use crate::call::op::MaskInput;
 use crate::error::{Error, Result};
 use crate::host_vec;
 

@@ -3,7 +3,8 @@
 use std::ops::Range;
 
 use crate::backends::rows::RowShape;
-use crate::call::op::{Merge, MergePart, Output};
+use crate::call::memory::Output;
+use crate::call::op::{Merge, MergePart};
 use crate::error::Result;
 
 use super::context::Context;

@@ -1,7 +1,7 @@
 //! Launches that normalise and rotate q and k: one for each of the two and each segment. One of both
 //! would bind nine buffers where q and k are copied; so q and k may also lie in one buffer.
 
-use crate::call::op::{Input, Output};
+use crate::call::memory::{Input, Output};
 use crate::call::prepare_qk::{HeadRotary, PrepareQk, PrepareSegment, PreparedRows, RotaryPairing};
 use crate::dtype::DType;
 use crate::error::Result;

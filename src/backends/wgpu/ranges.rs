@@ -12,9 +12,10 @@ use crate::cache::DeviceCopies;
 use crate::error::{Error, Result};
 use crate::fifo_cache::FifoCache;
 use crate::host_vec::reserve;
+use crate::mask::cu_seqlens::CuSeqlens;
 use crate::mask::key_mask::KeyMask;
 use crate::mask::key_ranges::KeyRanges;
-use crate::mask::meta::{CuSeqlens, VarlenMeta};
+use crate::mask::meta::VarlenMeta;
 
 use super::context::Context;
 use super::dispatch::Window;

@@ -7,8 +7,9 @@ use std::sync::Arc;
 use crate::backends::rows::RowShape;
 use crate::call::op::DeviceTables;
 use crate::error::Result;
+use crate::mask::cu_seqlens::CuSeqlens;
 use crate::mask::key_mask::KeyMask;
-use crate::mask::meta::{CuSeqlens, VarlenMeta};
+use crate::mask::meta::VarlenMeta;
 
 use super::context::Context;
 use super::device_meta::DeviceMeta;

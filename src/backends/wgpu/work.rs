@@ -2,7 +2,7 @@
 
 use crate::call::op::{Attention, Rows};
 use crate::error::Result;
-use crate::mask::meta::CuSeqlens;
+use crate::mask::cu_seqlens::CuSeqlens;
 
 use super::shader::Algorithm;
 
