@@ -34,7 +34,6 @@ pub(crate) fn no_device_tables(device: &str) -> Error {
 }
 
 /// A device without kernels of [`Op::PrepareQk`].
-#[cfg_attr(not(feature = "cuda"), expect(dead_code, reason = "only CUDA devices have none"))]
 pub(crate) fn no_prepare_qk(device: &str) -> Error {
     let why = "it has no kernel that normalises and rotates q and k yet; CPU and wgpu devices have one".to_owned();
     Error::NotApplicable { argument: "device", got: device.to_owned(), why }
