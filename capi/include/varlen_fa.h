@@ -964,24 +964,6 @@ varlen_fa_status varlen_fa_scatter_to_padded(const struct varlen_fa_device *devi
                                              const struct varlen_fa_meta *meta,
                                              const struct varlen_fa_tensor *padded);
 
-// Attention over all keys from attention over two parts of them, which share no key. With
-// m = max(lse1, lse2) and w = exp(lse - m) of each part it is
-// out = (w1 out1 + w2 out2) / (w1 + w2) and lse = m + ln(w1 + w2).
-//
-// `out1`, `out2`: what attention over each part gave, [B, S, H, D], or [total, H, D] of packed rows.
-// `lse1`, `lse2`: their log-sum-exps, [B, H, S] or [H, total] f32. A part that saw no key, -inf,
-// does not count.
-// `out`: of the shape and element type of the parts; +0.0 where neither saw a key.
-// `lse`: of the shape of the parts' log-sum-exps, -inf where neither saw a key; may be NULL.
-//
-// Outputs share no memory with one another or with an input.
-varlen_fa_status varlen_fa_merge_attention(const struct varlen_fa_device *device,
-                                           const struct varlen_fa_tensor *out1,
-                                           const struct varlen_fa_tensor *lse1,
-                                           const struct varlen_fa_tensor *out2,
-                                           const struct varlen_fa_tensor *lse2,
-                                           const struct varlen_fa_tensor *out,
-                                           const struct varlen_fa_tensor *lse);
 // Creates score modifiers, for `num_heads` query heads. Their values are checked by the calls that
 // use them.
 //
@@ -1000,6 +982,25 @@ varlen_fa_status varlen_fa_score_modifiers_create(float softcap,
 
 // Frees score modifiers; NULL is ignored.
 varlen_fa_status varlen_fa_score_modifiers_free(struct varlen_fa_score_modifiers *modifiers);
+
+// Attention over all keys from attention over two parts of them, which share no key. With
+// m = max(lse1, lse2) and w = exp(lse - m) of each part it is
+// out = (w1 out1 + w2 out2) / (w1 + w2) and lse = m + ln(w1 + w2).
+//
+// `out1`, `out2`: what attention over each part gave, [B, S, H, D], or [total, H, D] of packed rows.
+// `lse1`, `lse2`: their log-sum-exps, [B, H, S] or [H, total] f32. A part that saw no key, -inf,
+// does not count.
+// `out`: of the shape and element type of the parts; +0.0 where neither saw a key.
+// `lse`: of the shape of the parts' log-sum-exps, -inf where neither saw a key; may be NULL.
+//
+// Outputs share no memory with one another or with an input.
+varlen_fa_status varlen_fa_merge_attention(const struct varlen_fa_device *device,
+                                           const struct varlen_fa_tensor *out1,
+                                           const struct varlen_fa_tensor *lse1,
+                                           const struct varlen_fa_tensor *out2,
+                                           const struct varlen_fa_tensor *lse2,
+                                           const struct varlen_fa_tensor *out,
+                                           const struct varlen_fa_tensor *lse);
 
 // QK-norm and rotary embedding of 1 to 8 segments in one call: each head of q and k is normalised,
 // x * weight / sqrt(mean(x^2) + eps), then rotated: of a pair (a, b) of its first R elements comes
