@@ -15,7 +15,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::cache::DeviceCopies;
-use crate::error::{Error, Result, expect_length};
+use crate::error::{Error, Result};
 use crate::fifo_cache::FifoCache;
 use crate::host_vec::reserve;
 use crate::mask::cu_seqlens::CuSeqlens;
@@ -211,7 +211,7 @@ impl KeyRanges {
     pub fn from_document_ids(batch: usize, seq: usize, ids: &[u32]) -> Result<Self> {
         let of = RangesOf::from([batch, seq, seq]);
         of.check()?;
-        expect_length("document_ids", batch * seq, ids.len())?;
+        Error::expect_length("document_ids", batch * seq, ids.len())?;
         let mut ranges = reserve(ids.len())?;
         for (row, ids) in ids.chunks_exact(seq.max(1)).enumerate() {
             let (mut first, mut highest, mut ascend) = (0, 0, true);
@@ -244,7 +244,7 @@ impl KeyRanges {
     pub fn from_ranges(of: impl Into<RangesOf>, ranges: &[[usize; 2]]) -> Result<Self> {
         let of = of.into();
         of.check()?;
-        expect_length("ranges", of.total(), ranges.len())?;
+        Error::expect_length("ranges", of.total(), ranges.len())?;
         let mut checked = reserve(ranges.len())?;
         let mut rest = ranges;
         // Without queries there may be 2³¹ rows, of which none has a range.
