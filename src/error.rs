@@ -402,12 +402,14 @@ pub enum Error {
     },
 }
 
-/// Checks a slice's number of elements.
-pub(crate) fn expect_length(argument: &'static str, expected: usize, got: usize) -> Result<()> {
-    if expected == got {
-        return Ok(());
+impl Error {
+    /// Checks a slice's number of elements.
+    pub(crate) fn expect_length(argument: &'static str, expected: usize, got: usize) -> Result<()> {
+        if expected == got {
+            return Ok(());
+        }
+        Err(Self::Length { argument, expected, got })
     }
-    Err(Error::Length { argument, expected, got })
 }
 
 /// What the number of key/value heads must be. 0 is wrong whatever it would have to divide.

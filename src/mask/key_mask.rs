@@ -6,7 +6,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use crate::cache::DeviceCopies;
-use crate::error::{Error, Result, expect_length};
+use crate::error::{Error, Result};
 use crate::host_vec;
 
 /// Bits of one word of a mask.
@@ -291,7 +291,7 @@ impl KeyMask {
 
     pub(super) fn from_flags<T>(batch: usize, seq: usize, flags: &[T], keeps: impl Fn(&T) -> bool) -> Result<Self> {
         let expected = check_token_count("mask", batch, seq)?;
-        expect_length("mask", expected, flags.len())?;
+        Error::expect_length("mask", expected, flags.len())?;
         let mut words = host_vec::reserve(batch * seq.div_ceil(WORD_BITS))?;
         for row in flags.chunks_exact(seq.max(1)) {
             words.extend(row.chunks(WORD_BITS).map(|chunk| {

@@ -15,7 +15,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::cache::DeviceCopies;
-use crate::error::{Error, Result, expect_length};
+use crate::error::{Error, Result};
 use crate::fifo_cache::FifoCache;
 use crate::host_vec::{reserve, zeroed};
 use crate::mask::cu_seqlens::CuSeqlens;
@@ -214,7 +214,7 @@ impl KeyRanges {
     pub fn from_document_ids(batch: usize, seq: usize, ids: &[u32]) -> Result<Self> {
         let of = RangesOf::from([batch, seq, seq]);
         of.check()?;
-        expect_length("document_ids", batch * seq, ids.len())?;
+        Error::expect_length("document_ids", batch * seq, ids.len())?;
         let mut ranges = zeroed(ids.len() + SPARE)?;
         for (row, ids) in ids.chunks_exact(seq.max(1)).enumerate() {
             // Numbers that only ascend come once each.
@@ -234,7 +234,7 @@ impl KeyRanges {
     pub fn from_ranges(of: impl Into<RangesOf>, ranges: &[[usize; 2]]) -> Result<Self> {
         let of = of.into();
         of.check()?;
-        expect_length("ranges", of.total(), ranges.len())?;
+        Error::expect_length("ranges", of.total(), ranges.len())?;
         let mut checked = reserve(ranges.len())?;
         let mut rest = ranges;
         // Without queries there may be 2³¹ rows, of which none has a range.

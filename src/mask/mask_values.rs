@@ -4,7 +4,7 @@
 use std::fmt::Display;
 
 use crate::dtype::Element;
-use crate::error::{Error, Result, expect_length};
+use crate::error::{Error, Result};
 use crate::mask::key_mask::{KeyMask, MaskInteger, check_token_count};
 
 impl KeyMask {
@@ -82,7 +82,7 @@ fn expect_sound<T, Shown: Display>(
     shown: impl Fn(&T) -> Shown,
 ) -> Result<()> {
     let expected = check_token_count("mask", batch, seq)?;
-    expect_length("mask", expected, values.len())?;
+    Error::expect_length("mask", expected, values.len())?;
     // The whole mask at once, which takes less time than looking for the first.
     if values.iter().fold(true, |all, value| all & is_sound(value)) {
         return Ok(());

@@ -59,7 +59,7 @@ impl VarlenMeta {
     /// Builds the metadata of a mask.
     ///
     /// # Errors
-    /// [`Error::OutOfMemory`].
+    /// [`Error::OutOfMemory`](crate::Error::OutOfMemory).
     pub fn from_key_mask(mask: &KeyMask) -> Result<Self> {
         let batch = mask.batch();
         // Without a valid token both are zeros, which take no memory until they are read.
@@ -145,7 +145,7 @@ impl VarlenMeta {
     /// `[total_valid]`: flat positions `b·S + s` of the valid tokens, ascending. Made at the first call.
     ///
     /// # Errors
-    /// [`Error::OutOfMemory`].
+    /// [`Error::OutOfMemory`](crate::Error::OutOfMemory).
     pub fn indices(&self) -> Result<&[u32]> {
         get_or_make(&self.indices, || {
             let mut indices = host_vec::reserve(self.total_valid())?;
@@ -158,7 +158,7 @@ impl VarlenMeta {
     /// `[B·S]`: the packed row of each token, −1 where it is masked. Made at the first call.
     ///
     /// # Errors
-    /// [`Error::OutOfMemory`].
+    /// [`Error::OutOfMemory`](crate::Error::OutOfMemory).
     pub fn inv_indices(&self) -> Result<&[i32]> {
         get_or_make(&self.inv_indices, || {
             let mut inv_indices = host_vec::filled(-1, self.batch() * self.seq())?;

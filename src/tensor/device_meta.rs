@@ -5,7 +5,7 @@ use crate::call::memory::{Source, Storage, foreign_memory};
 use crate::call::op::{DeviceTables, MaskInput, MetadataPlace, Op, no_device_tables};
 use crate::call::problem::{DeviceMaskInfo, DeviceMetaInfo, check_device_mask};
 use crate::device::Device;
-use crate::error::{Result, expect_length};
+use crate::error::{Error, Result};
 use crate::host_vec;
 use crate::kernel::BackendKind;
 use crate::layout::Layout;
@@ -28,7 +28,7 @@ impl<'a> MaskView<'a> {
     /// [`Error::Length`] if `data` has not `batch · seq` elements; [`Error::TooLarge`].
     pub fn from_host<T: MaskInteger>(data: &'a [T], batch: usize, seq: usize) -> Result<Self> {
         let layout = Layout::contiguous(&[batch, seq])?;
-        expect_length("mask", layout.numel(), data.len())?;
+        Error::expect_length("mask", layout.numel(), data.len())?;
         Ok(Self { memory: Source::Host(bytemuck::cast_slice(data)), layout, dtype: T::MASK_DTYPE })
     }
 
@@ -208,7 +208,6 @@ fn host_mask(mask: &MaskView<'_>, batch: usize, seq: usize) -> Result<KeyMask> {
 mod tests {
     use super::*;
     use crate::config::DeviceChoice;
-    use crate::error::Error;
 
     #[test]
     fn masks_of_every_type_and_stride_are_read() -> Result<()> {

@@ -10,7 +10,7 @@ use crate::call::memory::Storage;
 use crate::call::op::Op;
 use crate::device::Device;
 use crate::dtype::{DType, Element};
-use crate::error::{Error, Result, expect_length};
+use crate::error::{Error, Result};
 use crate::host_vec;
 use crate::layout::Layout;
 
@@ -40,7 +40,7 @@ impl Tensor {
     /// # Errors
     /// [`Error::Length`] if `data` has not as many elements as the shape, and those of [`zeros`](Self::zeros).
     pub fn from_slice<T: Element>(device: &Device, data: &[T], shape: &[usize]) -> Result<Self> {
-        expect_length("data", Layout::contiguous(shape)?.numel(), data.len())?;
+        Error::expect_length("data", Layout::contiguous(shape)?.numel(), data.len())?;
         let mut tensor = Self::uninit(device, T::DTYPE, shape)?;
         let sink = tensor.view_mut().memory;
         device.backend()?.upload(sink, bytemuck::cast_slice(data))?;
@@ -122,7 +122,7 @@ impl Tensor {
         if T::DTYPE != self.dtype {
             return Err(Error::DTypeMismatch { argument: "data", expected: self.dtype, got: T::DTYPE });
         }
-        expect_length("data", self.layout.numel(), data.len())?;
+        Error::expect_length("data", self.layout.numel(), data.len())?;
         let device = self.device.clone();
         device.backend()?.upload(self.view_mut().memory, bytemuck::cast_slice(data))
     }

@@ -6,7 +6,7 @@ use crate::cache::DeviceId;
 use crate::call::memory::{DeviceBuffer, Input, Output, Sink, Source};
 use crate::call::problem::ViewInfo;
 use crate::dtype::{DType, Element};
-use crate::error::{Result, expect_length};
+use crate::error::{Error, Result};
 use crate::kernel::BackendKind;
 use crate::layout::Layout;
 
@@ -80,7 +80,7 @@ impl<'a> TensorView<'a> {
     /// [`Error::Length`] if `data` has not as many elements as the shape; [`Error::Rank`] or [`Error::TooLarge`].
     pub fn from_host<T: Element>(data: &'a [T], shape: &[usize]) -> Result<Self> {
         let layout = Layout::contiguous(shape)?;
-        expect_length("data", layout.numel(), data.len())?;
+        Error::expect_length("data", layout.numel(), data.len())?;
         Ok(Self::from_host_strided(data, layout))
     }
 
@@ -123,7 +123,7 @@ impl<'a> TensorViewMut<'a> {
     /// [`Error::Length`] if `data` has not as many elements as the shape; [`Error::Rank`] or [`Error::TooLarge`].
     pub fn from_host<T: Element>(data: &'a mut [T], shape: &[usize]) -> Result<Self> {
         let layout = Layout::contiguous(shape)?;
-        expect_length("data", layout.numel(), data.len())?;
+        Error::expect_length("data", layout.numel(), data.len())?;
         Ok(Self::from_host_strided(data, layout))
     }
 
