@@ -580,7 +580,8 @@ impl OptionsSpec {
             path: enum_of(among(self.path, 5)),
             kernel: enum_of(among(self.kernel, 2)),
             ranges,
-            reserved: [u64::from(self.reserved >= 240), 0, 0],
+            modifiers: null(),
+            reserved: [u64::from(self.reserved >= 240), 0],
         }
     }
 
@@ -737,14 +738,15 @@ fn forward(session: &mut Session, call: &Call, attend: &Attend, spec: &MaskSpec,
         query_device_meta: only(&[5, 6], first).cast(),
         key_device_meta: only(&[6], second).cast(),
         ranges: ranges.map_or(null(), |ranges| ranges.pointer.cast_const()),
-        reserved: [0; 3],
+        modifiers: null(),
+        reserved: [0; 2],
     };
     match spec.stray {
         // A handle that the kind does not use, or reserved space that is not 0.
         240..=243 if kind != 1 => mask.key_mask = without_provenance_mut::<()>(spec.stray.into()).cast(),
         244..=247 if kind < 6 => mask.key_device_meta = without_provenance_mut::<()>(spec.stray.into()).cast(),
         248..=251 => mask.reserved_word = 1,
-        252.. => mask.reserved[usize::from(spec.stray % 3)] = 1,
+        252.. => mask.reserved[usize::from(spec.stray % 2)] = 1,
         _ => {}
     }
     let is_stray = matches!((spec.stray, kind), (240..=243, 0 | 2..) | (244..=247, ..=5) | (248.., _));

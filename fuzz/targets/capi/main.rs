@@ -42,8 +42,12 @@ mod masks;
 mod names;
 #[path = "../../../capi/src/outputs.rs"]
 mod outputs;
+#[path = "../../../capi/src/prepare_qk.rs"]
+mod prepare_qk;
 #[path = "../../../capi/src/primitives.rs"]
 mod primitives;
+#[path = "../../../capi/src/score_modifiers.rs"]
+mod score_modifiers;
 #[path = "../../../capi/src/tensors.rs"]
 mod tensors;
 #[path = "../../../capi/src/types.rs"]
