@@ -5,18 +5,17 @@
 //! ```
 
 use std::io::Write;
-use std::num::NonZeroUsize;
 use std::process::ExitCode;
 
 use anyhow::Result;
 use clap::Parser;
 use serde::Serialize;
-use varlen_fa::{AttentionMask, Device, Element, KeyMask, MaskedAttention, Path, Tensor, bf16, f16};
+use varlen_fa::{AttentionMask, Device, Element, KeyMask, MaskedAttention, Path, bf16, f16};
 
-use varlen_fa_harness::arguments::{ElementType, Problem, ProblemArguments, workload_help};
-use varlen_fa_harness::random::standard_normal;
+use varlen_fa_harness::arguments::{ElementType, Problem, ProblemArguments, RoundArguments, workload_help};
+use varlen_fa_harness::random::tensor;
 use varlen_fa_harness::report::{Report, exit_code};
-use varlen_fa_harness::times::{Times, milliseconds};
+use varlen_fa_harness::times::{in_turns, milliseconds};
 
 /// Padding at the end, and kept keys that are neighbours by chance.
 const DEFAULTS: [&str; 2] =
@@ -29,12 +28,8 @@ const SMOKE: &str = "prefix:len=40:valid=40,24:heads=2:dim=16";
 struct Arguments {
     #[command(flatten)]
     problem: ProblemArguments,
-    /// Rounds, each of which times every row once; medians are printed
-    #[arg(long, value_name = "N", default_value = "7")]
-    rounds: NonZeroUsize,
-    /// `cargo bench` passes it.
-    #[arg(long, hide = true)]
-    bench: bool,
+    #[command(flatten)]
+    rounds: RoundArguments,
 }
 
 /// One line of the JSON.
@@ -56,11 +51,7 @@ fn main() -> ExitCode {
 
 fn run(arguments: &Arguments) -> Result<()> {
     let device = arguments.problem.open_device()?;
-    // `cargo test` runs benches too, without `--bench`: there it is enough that they work.
-    let (defaults, rounds) = match arguments.bench {
-        true => (&DEFAULTS[..], arguments.rounds.get()),
-        false => (&[SMOKE][..], 1),
-    };
+    let (defaults, rounds) = arguments.rounds.of_run(&DEFAULTS, &[SMOKE]);
     let mut report = Report::new(arguments.problem.json.as_deref())?;
     writeln!(report.text, "{}, {rounds} rounds", device.capabilities())?;
     for problem in arguments.problem.problems(&device, defaults)? {
@@ -75,10 +66,7 @@ fn run(arguments: &Arguments) -> Result<()> {
 
 fn time<T: Element>(device: &Device, problem: &Problem, rounds: usize, report: &mut Report) -> Result<()> {
     let (shape, kv_shape) = (problem.shape(), problem.kv_shape());
-    let tensor = |seed, shape: [usize; 4]| -> Result<Tensor> {
-        let values: Vec<T> = standard_normal(seed, shape.iter().product()).into_iter().map(T::from_f32).collect();
-        Ok(Tensor::from_slice(device, &values, &shape)?)
-    };
+    let tensor = |seed, shape: [usize; 4]| tensor::<T>(device, seed, &shape);
     let (q, k, v) = (tensor(1, shape)?, tensor(2, kv_shape)?, tensor(3, kv_shape)?);
     let mut out = tensor(4, shape)?;
     let mask = KeyMask::from_bool(shape[0], shape[1], &problem.workload.mask)?;
@@ -91,25 +79,16 @@ fn time<T: Element>(device: &Device, problem: &Problem, rounds: usize, report: &
         ("  fused", by(Path::Fused), masked),
         ("  packed", by(Path::Packed), masked),
     ];
-    let mut plans = rows.each_ref().map(|_| String::new());
-    let mut times = rows.each_ref().map(|_| Vec::with_capacity(rounds));
-    // Round 0 warms up.
-    for round in 0..=rounds {
-        for (((_, attention, mask), times), plan) in rows.iter().zip(&mut times).zip(&mut plans) {
-            let (taken, timing) = device.time(|| attention.forward_into(&q, &k, &v, *mask, &mut out))?;
-            device.synchronize()?;
-            *plan = taken.to_string();
-            if round > 0 {
-                times.push(timing.duration);
-            }
-        }
-    }
+    let timed = in_turns(device, rounds, rows.len(), |row| {
+        let (_, attention, mask) = &rows[row];
+        attention.forward_into(&q, &k, &v, *mask, &mut out)
+    })?;
     let (kept, keys) = (mask.total_kept(), mask.batch() * mask.seq());
     let share = 100.0 * kept as f64 / keys.max(1) as f64;
     writeln!(report.text, "\n{shape:?} {}, {share:.1} % of the keys kept", T::DTYPE)?;
-    let full = milliseconds(Times::of(times[0].clone()).median);
-    for (((row, ..), times), plan) in rows.iter().zip(times).zip(plans) {
-        let median_ms = milliseconds(Times::of(times).median);
+    let full = milliseconds(timed[0].1.median);
+    for ((row, ..), (plan, times)) in rows.iter().zip(timed) {
+        let (plan, median_ms) = (plan.to_string(), milliseconds(times.median));
         let time_ratio = median_ms / full;
         writeln!(report.text, "  {row:<10} {median_ms:>9.3} ms   {:>5.1} %   {plan}", 100.0 * time_ratio)?;
         let device = device.capabilities().to_string();

@@ -96,8 +96,10 @@ fn time_ranges(report: &mut Report, calls: usize) -> Result<()> {
     let causal = KeyRanges::causal(of.clone())?;
     let local = KeyRanges::window(of.clone(), Some(64), Some(64))?;
     let own: Vec<[usize; 2]> = (0..batch * seq).map(|at| [at % 7 * 300, at % seq / 2 + 2100]).collect();
-    // Those of a request whose every token is a document of its own take longest.
-    let (ids, ones) = (document_ids([batch, seq]), (1..=(batch * seq) as u32).collect::<Vec<_>>());
+    let ids = document_ids([batch, seq]);
+    let ones: Vec<u32> = (1..=(batch * seq) as u32).collect();
+    // The worst to be told apart: after every four documents of one token, one of two.
+    let mixed: Vec<u32> = (0..(batch * seq) as u32).map(|at| at - at / 6 - u32::from(at % 6 == 5) + 1).collect();
     let documents = KeyRanges::from_document_ids(batch, seq, &ids)?;
 
     let mut row = |name, call, times| write_row(report, Record::new(name, call, [batch, seq], times));
@@ -106,7 +108,7 @@ fn time_ranges(report: &mut Report, calls: usize) -> Result<()> {
     row("ranges", "KeyRanges::window", time(calls, window)?)?;
     row("ranges", "KeyRanges::prefix", time(calls, || KeyRanges::prefix(black_box(&of).clone(), 577))?)?;
     row("ranges", "KeyRanges::from_ranges", time(calls, || KeyRanges::from_ranges(of.clone(), black_box(&own)))?)?;
-    for (name, ids) in [("documents", &ids), ("single tokens", &ones)] {
+    for (name, ids) in [("documents", &ids), ("single tokens", &ones), ("1 or 2 tokens", &mixed)] {
         let ranges = || KeyRanges::from_document_ids(batch, seq, black_box(ids));
         row(name, "KeyRanges::from_document_ids", time(calls, ranges)?)?;
         let meta = || VarlenMeta::from_document_ids(batch, seq, black_box(ids));

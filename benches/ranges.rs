@@ -5,18 +5,17 @@
 //! ```
 
 use std::io::Write;
-use std::num::NonZeroUsize;
 use std::process::ExitCode;
 
 use anyhow::Result;
 use clap::Parser;
 use serde::Serialize;
-use varlen_fa::{AttentionMask, Device, Element, KeyMask, KeyRanges, MaskedAttention, Tensor, VarlenMeta, bf16, f16};
+use varlen_fa::{AttentionMask, Device, Element, KeyMask, KeyRanges, MaskedAttention, VarlenMeta, bf16, f16};
 
-use varlen_fa_harness::arguments::{ElementType, Problem, ProblemArguments, workload_help};
-use varlen_fa_harness::random::standard_normal;
+use varlen_fa_harness::arguments::{ElementType, Problem, ProblemArguments, RoundArguments, workload_help};
+use varlen_fa_harness::random::tensor;
 use varlen_fa_harness::report::{Report, exit_code};
-use varlen_fa_harness::times::{Times, milliseconds};
+use varlen_fa_harness::times::{in_turns, milliseconds};
 
 /// Padded batches: 12 heads of 64 elements, as encoders have.
 const DEFAULTS: [&str; 2] =
@@ -29,15 +28,11 @@ const SMOKE: &str = "prefix:len=40:valid=40,24:heads=2:dim=16";
 struct Arguments {
     #[command(flatten)]
     problem: ProblemArguments,
-    /// Rounds, each of which times every row once; medians are printed
-    #[arg(long, value_name = "N", default_value = "7")]
-    rounds: NonZeroUsize,
+    #[command(flatten)]
+    rounds: RoundArguments,
     /// Keys that windows have on either side
     #[arg(long, value_name = "N", default_value = "64")]
     window: usize,
-    /// `cargo bench` passes it.
-    #[arg(long, hide = true)]
-    bench: bool,
 }
 
 /// One line of the JSON.
@@ -61,11 +56,7 @@ fn main() -> ExitCode {
 
 fn run(arguments: &Arguments) -> Result<()> {
     let device = arguments.problem.open_device()?;
-    // `cargo test` runs benches too, without `--bench`: there it is enough that they work.
-    let (defaults, rounds) = match arguments.bench {
-        true => (&DEFAULTS[..], arguments.rounds.get()),
-        false => (&[SMOKE][..], 1),
-    };
+    let (defaults, rounds) = arguments.rounds.of_run(&DEFAULTS, &[SMOKE]);
     let mut report = Report::new(arguments.problem.json.as_deref())?;
     writeln!(report.text, "{}, {rounds} rounds", device.capabilities())?;
     for problem in arguments.problem.problems(&device, defaults)? {
@@ -87,10 +78,7 @@ fn time<T: Element>(
 ) -> Result<()> {
     let (shape, kv_shape) = (problem.shape(), problem.kv_shape());
     let [batch, seq, heads, _] = shape;
-    let tensor = |seed, shape: [usize; 4]| -> Result<Tensor> {
-        let values: Vec<T> = standard_normal(seed, shape.iter().product()).into_iter().map(T::from_f32).collect();
-        Ok(Tensor::from_slice(device, &values, &shape)?)
-    };
+    let tensor = |seed, shape: [usize; 4]| tensor::<T>(device, seed, &shape);
     let (q, k, v) = (tensor(1, shape)?, tensor(2, kv_shape)?, tensor(3, kv_shape)?);
     let mut out = tensor(4, shape)?;
     let mask = KeyMask::from_bool(batch, seq, &problem.workload.mask)?;
@@ -103,26 +91,16 @@ fn time<T: Element>(
         ("causal window", Some(KeyRanges::window(size, Some(window), Some(0))?)),
     ];
     let attention = MaskedAttention::new(device);
-    let mut plan = String::new();
-    let mut times = rows.each_ref().map(|_| Vec::with_capacity(rounds));
-    // Round 0 warms up.
-    for round in 0..=rounds {
-        for ((_, ranges), times) in rows.iter().zip(&mut times) {
-            let mask = AttentionMask::varlen(&meta);
-            let mask = ranges.as_ref().map_or(mask, |ranges| mask.with_ranges(ranges));
-            let (taken, timing) = device.time(|| attention.forward_into(&q, &k, &v, mask, &mut out))?;
-            device.synchronize()?;
-            plan = taken.to_string();
-            if round > 0 {
-                times.push(timing.duration);
-            }
-        }
-    }
+    let timed = in_turns(device, rounds, rows.len(), |row| {
+        let mask = AttentionMask::varlen(&meta);
+        let mask = rows[row].1.as_ref().map_or(mask, |ranges| mask.with_ranges(ranges));
+        attention.forward_into(&q, &k, &v, mask, &mut out)
+    })?;
     writeln!(report.text, "\n{shape:?} {}, {} valid, window {window} on either side", T::DTYPE, meta.total_valid())?;
-    let full = milliseconds(Times::of(times[0].clone()).median);
+    let full = milliseconds(timed[0].1.median);
     let pairs = |ranges: Option<&KeyRanges>| -> f64 { pairs(&mask, ranges) as f64 * heads as f64 };
-    for ((name, ranges), times) in rows.iter().zip(times) {
-        let median_ms = milliseconds(Times::of(times).median);
+    for ((name, ranges), (plan, times)) in rows.iter().zip(timed) {
+        let median_ms = milliseconds(times.median);
         let (time_ratio, work_ratio) = (median_ms / full, pairs(ranges.as_ref()) / pairs(None));
         writeln!(
             report.text,
@@ -135,7 +113,7 @@ fn time<T: Element>(
             workload: shape,
             valid: meta.total_valid(),
             ranges: name,
-            plan: plan.clone(),
+            plan: plan.to_string(),
             median_ms,
             time_ratio,
             work_ratio,

@@ -3,7 +3,8 @@
 use crate::attention_mask::{AttentionMask, ResolvedMask};
 use crate::attention_outputs::AttentionOutputs;
 use crate::call::op::{Attention, Op};
-use crate::call::plan::{Forced, Path, Plan, plan_padded};
+use crate::call::path::Path;
+use crate::call::plan::{Forced, Plan, plan_padded};
 use crate::call::problem::{AttentionProblem, AttentionViews, ViewInfo};
 use crate::device::Device;
 use crate::dtype::DType;

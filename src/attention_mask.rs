@@ -2,8 +2,9 @@
 
 use std::sync::Arc;
 
-use crate::call::op::{DeviceTables, Input, Rows};
-use crate::call::plan::Path;
+use crate::call::memory::Input;
+use crate::call::op::{DeviceTables, Rows};
+use crate::call::path::Path;
 use crate::call::problem::{AttentionProblem, DeviceMetaInfo, MaskInfo, TokenInfo};
 use crate::error::{Error, Result};
 use crate::mask::every_query::EveryQuery;

@@ -9,7 +9,9 @@ use crate::device::Device;
 use crate::error::Result;
 use crate::mask::meta::VarlenMeta;
 use crate::merge::merge;
+use crate::prepare_qk::{QkSegment, TokenMask, prepare};
 use crate::primitives::{pack_all, scatter};
+use crate::tensor::device_meta::{DeviceVarlenMeta, MaskView};
 use crate::tensor::{TensorView, TensorViewMut};
 
 impl MaskedAttention {
@@ -51,6 +53,21 @@ impl MaskedAttention {
     }
 }
 
+impl DeviceVarlenMeta {
+    /// Records that the metadata of a mask is built anew, without a submission and without a wait; [`rebuild`](Self::rebuild)
+    /// otherwise. See [`MaskedAttention::encode_into`] for when it runs. Calls see the metadata that the device has when they run:
+    /// those recorded or launched before and submitted earlier as it was, later ones as it is then.
+    ///
+    /// # Errors
+    /// As [`rebuild`](Self::rebuild); [`Error::DeviceKind`](crate::Error::DeviceKind) if the metadata's device is not a wgpu
+    /// device.
+    pub fn encode_rebuild<'r>(&mut self, recorder: impl Into<Recorder<'r>>, mask: MaskView<'_>) -> Result<()> {
+        let device = self.device().clone();
+        let (recorder, backend) = (recorder.into(), device.wgpu_backend()?);
+        self.rebuild_by(mask, |op| backend.encode(op, recorder))
+    }
+}
+
 /// Records a copy of the valid rows of a padded `[B, S, H, D]` tensor to a packed `[total_valid, H, D]` one. See
 /// [`MaskedAttention::encode_into`] for when it runs, and [`pack`](crate::pack()) for what it does.
 ///
@@ -83,6 +100,21 @@ pub fn encode_scatter<'r, 'a, 'o>(
 ) -> Result<()> {
     let (recorder, backend) = (recorder.into(), device.wgpu_backend()?);
     scatter(device, packed.into(), meta, padded.into(), |op| backend.encode(op, recorder))
+}
+
+/// Records QK-norm and rotary embedding. See [`MaskedAttention::encode_into`] for when it runs, and
+/// [`prepare_qk`](crate::prepare_qk()) for what it does.
+///
+/// # Errors
+/// As [`prepare_qk`](crate::prepare_qk()); [`Error::DeviceKind`](crate::Error::DeviceKind) if `device` is not a wgpu device.
+pub fn encode_prepare_qk<'r, 'a>(
+    device: &Device,
+    recorder: impl Into<Recorder<'r>>,
+    segments: impl IntoIterator<Item = QkSegment<'a>>,
+    mask: impl Into<TokenMask<'a>>,
+) -> Result<()> {
+    let (recorder, backend) = (recorder.into(), device.wgpu_backend()?);
+    prepare(device, segments.into_iter().collect(), mask.into(), |op| backend.encode(op, recorder))
 }
 
 /// Records the merge of attention over two parts of the keys. See [`MaskedAttention::encode_into`] for when it runs, and

@@ -53,6 +53,35 @@ pub enum Error {
         /// Head dimension that came.
         got: usize,
     },
+    /// A call has no segment, or too many.
+    #[error("`segments`: expected 1 to {limit} segments, got {got}")]
+    SegmentCount {
+        /// The most that a call takes.
+        limit: usize,
+        /// Segments that came.
+        got: usize,
+    },
+    /// A norm's `eps` is negative or no number.
+    #[error("`{argument}`: must be finite and not negative, got {got}")]
+    Eps {
+        /// Name of the argument.
+        argument: &'static str,
+        /// Value that came.
+        got: f32,
+    },
+    /// More elements of a head would rotate than it has.
+    #[error(
+        "`{argument}`: [S, R/2] or [B, S, R/2] tables rotate R elements of a head, an even number of at most \
+         head_dim = {head_dim}, got R = {got}"
+    )]
+    RotaryDim {
+        /// Name of the argument.
+        argument: &'static str,
+        /// Elements of a head.
+        head_dim: usize,
+        /// Elements that the tables would rotate.
+        got: usize,
+    },
     /// The device cannot compute with this element type.
     #[error("`{argument}`: element type {got} is not supported by device {device}, which takes {expected:?}")]
     UnsupportedDType {
@@ -371,6 +400,16 @@ pub enum Error {
         /// What the device said.
         why: String,
     },
+}
+
+impl Error {
+    /// Checks a slice's number of elements.
+    pub(crate) fn expect_length(argument: &'static str, expected: usize, got: usize) -> Result<()> {
+        if expected == got {
+            return Ok(());
+        }
+        Err(Self::Length { argument, expected, got })
+    }
 }
 
 /// What the number of key/value heads must be. 0 is wrong whatever it would have to divide.

@@ -152,6 +152,45 @@ impl Layout {
         false
     }
 
+    /// Whether this and another layout of the same memory, neither of which overlaps itself, share no position because they
+    /// take turns: q and k in one fused projection, or parts of one tensor along a dimension. Both have the same strides. False
+    /// where that cannot be told easily.
+    pub(crate) fn interleaves(&self, other: &Self) -> bool {
+        let (low, high) = if self.offset <= other.offset { (self, other) } else { (other, self) };
+        if low.rank != high.rank || low.numel() == 0 || high.numel() == 0 {
+            return low.numel() == 0 || high.numel() == 0;
+        }
+        let distance = high.offset - low.offset;
+        // Of the dimensions with smaller strides than the distance, the lower one ends before the upper one starts.
+        let (mut reach_low, mut reach) = (0_u64, distance);
+        let mut outer = [(0_u64, 0_usize); MAX_RANK];
+        let mut count = 0;
+        for ((low_size, low_stride), (high_size, high_stride)) in low.dims().zip(high.dims()) {
+            let stride = if low_size > 1 { low_stride } else { high_stride };
+            if low_size > 1 && high_size > 1 && low_stride != high_stride {
+                return false;
+            }
+            if low_size.max(high_size) == 1 {
+                continue;
+            }
+            if stride <= distance {
+                reach_low += stride * (low_size as u64 - 1);
+                reach += stride * (high_size as u64 - 1);
+            } else {
+                outer[count] = (stride, low_size.max(high_size));
+                count += 1;
+            }
+        }
+        let outer = &mut outer[..count];
+        outer.sort_unstable();
+        reach_low < distance
+            && outer.iter().all(|&(stride, size)| {
+                let steps_over = stride > reach;
+                reach = reach.saturating_add(stride.saturating_mul(size as u64 - 1));
+                steps_over
+            })
+    }
+
     /// The view with its dimensions in another order: dimension `i` of the result is dimension `order[i]` of this one.
     ///
     /// # Errors
@@ -219,6 +258,50 @@ mod tests {
             assert!(!layout.self_overlaps() && layout.is_contiguous(), "{layout:?}");
             assert_eq!((layout.numel(), layout.end()), (0, 3));
         }
+        Ok(())
+    }
+
+    #[test]
+    fn layouts_that_take_turns_share_no_position() -> Result<()> {
+        let fused = Layout::contiguous(&[2, 5, 12, 8])?;
+        let (q, k, v) = (fused.slice(2, 0..6)?, fused.slice(2, 6..9)?, fused.slice(2, 9..12)?);
+        assert!(q.interleaves(&k) && k.interleaves(&q) && q.interleaves(&v) && v.interleaves(&k));
+        assert!(!q.interleaves(&fused) && !q.interleaves(&q) && !q.interleaves(&fused.slice(2, 5..9)?));
+        let (text, image) = (fused.slice(1, 0..2)?, fused.slice(1, 2..5)?);
+        assert!(text.interleaves(&image) && image.interleaves(&text) && !text.interleaves(&fused.slice(1, 1..5)?));
+        // Of one batch row and one head, whose strides do not count.
+        let [first, second] = [0, 9].map(|offset| Layout::strided(&[1, 5, 1, 8], &[offset, 24, 3, 1], offset));
+        assert!(first?.interleaves(&second?));
+        // With other strides: not told.
+        assert!(!q.interleaves(&Layout::strided(&[2, 5, 3, 8], &[960, 96, 16, 1], 48)?));
+        // By every pair of positions.
+        let positions = |layout: &Layout| -> std::collections::HashSet<u64> {
+            let (shape, strides) = (layout.shape().to_vec(), layout.strides().to_vec());
+            let all = shape.iter().product::<usize>();
+            let at = |mut rest: usize| {
+                let mut position = layout.offset();
+                for (&size, &stride) in shape.iter().zip(&strides).rev() {
+                    position += (rest % size) as u64 * stride;
+                    rest /= size;
+                }
+                position
+            };
+            (0..all).map(at).collect()
+        };
+        let mut told = 0;
+        for (sizes, stride) in [([2, 3], 4), ([3, 2], 5), ([1, 4], 9), ([2, 1], 2)] {
+            for offset in 0..24 {
+                for others in [[2, 3], [1, 2], [3, 4]] {
+                    let low = Layout::strided(&[sizes[0], sizes[1], 2], &[20, stride, 1], 3)?;
+                    let high = Layout::strided(&[others[0], others[1], 2], &[20, stride, 1], offset)?;
+                    if !low.self_overlaps() && !high.self_overlaps() && low.interleaves(&high) {
+                        told += 1;
+                        assert!(positions(&low).is_disjoint(&positions(&high)), "{low:?}, {high:?}");
+                    }
+                }
+            }
+        }
+        assert!(told > 20, "{told}");
         Ok(())
     }
 

@@ -36,6 +36,7 @@ mod kernel;
 mod layout;
 mod mask;
 mod merge;
+mod prepare_qk;
 mod primitives;
 mod process;
 mod score_modifiers;
@@ -50,6 +51,11 @@ pub use ::wgpu;
 #[cfg(doctest)]
 #[doc = include_str!("../README.md")]
 struct Readme;
+
+/// Compiles the page on QK-norm and rotary embedding.
+#[cfg(doctest)]
+#[doc = include_str!("../docs/joint-layer.md")]
+struct JointLayer;
 
 /// Compiles the page on the log-sum-exp.
 #[cfg(doctest)]
@@ -87,19 +93,23 @@ pub use crate::attention_outputs::AttentionOutputs;
 pub use crate::backends::wgpu::Recorder;
 pub use crate::call::cost::Tiling;
 pub use crate::call::op::Timing;
-pub use crate::call::plan::{Capabilities, Estimate, Path, Plan, Reason};
+pub use crate::call::path::Path;
+pub use crate::call::plan::{Capabilities, Estimate, Plan, Reason};
+pub use crate::call::prepare_qk::RotaryPairing;
 pub use crate::config::{Config, CpuIsa, DeviceChoice};
 pub use crate::device::{Device, DeviceReport};
 pub use crate::dtype::{DType, Element};
 #[cfg(feature = "wgpu")]
-pub use crate::encode::{encode_merge_attention, encode_pack, encode_scatter};
+pub use crate::encode::{encode_merge_attention, encode_pack, encode_prepare_qk, encode_scatter};
 pub use crate::error::{Error, Result};
 pub use crate::kernel::{BackendKind, Kernel};
 pub use crate::layout::Layout;
+pub use crate::mask::cu_seqlens::CuSeqlens;
 pub use crate::mask::key_mask::{KeyMask, MaskDType, MaskInteger, Run};
 pub use crate::mask::key_ranges::{KeyRanges, RangesOf};
-pub use crate::mask::meta::{CuSeqlens, VarlenMeta};
+pub use crate::mask::meta::VarlenMeta;
 pub use crate::merge::{MergedAttention, merge_attention, merge_attention_into};
+pub use crate::prepare_qk::{QkNorm, QkSegment, Rotary, TokenMask, prepare_qk};
 pub use crate::primitives::{
     PackedAttended, VarlenOptions, pack, pack_into, pack_qkv, pack_qkv_into, scatter_to_padded, scatter_to_padded_into,
     varlen_attention, varlen_attention_into,

@@ -1,7 +1,8 @@
 //! Attention over all keys from attention over parts of them: [`merge_attention`].
 
 use crate::attention_outputs::AttentionOutputs;
-use crate::call::op::{Input, Merge, MergePart, Op, Output};
+use crate::call::memory::{Input, Output};
+use crate::call::op::{Merge, MergePart, Op};
 use crate::call::problem::{MergeViews, check_merge, lse_shape};
 use crate::device::Device;
 use crate::dtype::DType;

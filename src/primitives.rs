@@ -7,8 +7,9 @@ use crate::device::Device;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::kernel::Kernel;
+use crate::mask::cu_seqlens::CuSeqlens;
 use crate::mask::key_ranges::KeyRanges;
-use crate::mask::meta::{CuSeqlens, VarlenMeta};
+use crate::mask::meta::VarlenMeta;
 use crate::score_modifiers::ScoreModifiers;
 use crate::tensor::{Tensor, TensorView, TensorViewMut};
 

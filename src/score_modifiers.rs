@@ -23,14 +23,14 @@ use crate::error::{Error, Result};
 /// ```
 /// use varlen_fa::{AttentionMask, ScoreModifiers, alibi_slopes};
 ///
-/// let modifiers = ScoreModifiers::new().with_softcap(50.0).with_alibi(&alibi_slopes(8));
+/// let modifiers = ScoreModifiers::new().with_softcap(50.0).with_alibi(alibi_slopes(8));
 /// let _ = AttentionMask::none().with_modifiers(&modifiers);
 /// ```
 #[derive(Debug, Clone, Default)]
 pub struct ScoreModifiers {
     softcap: f32,
-    slopes: Option<Arc<[f32]>>,
-    sinks: Option<Arc<[f32]>>,
+    slopes: Option<Arc<Vec<f32>>>,
+    sinks: Option<Arc<Vec<f32>>>,
     /// Of the values of heads, and of the cap on some devices.
     copies: Arc<DeviceCopies>,
 }
@@ -73,8 +73,8 @@ impl ScoreModifiers {
     /// from the score. One slope for each query head, `[H]`; [`alibi_slopes`] has the published ones. With causal ranges this is the
     /// one-sided form.
     #[must_use]
-    pub fn with_alibi(mut self, slopes: &[f32]) -> Self {
-        self.slopes = Some(slopes.into());
+    pub fn with_alibi(mut self, slopes: impl Into<Vec<f32>>) -> Self {
+        self.slopes = Some(Arc::new(slopes.into()));
         self.copies = Arc::default();
         self
     }
@@ -82,8 +82,8 @@ impl ScoreModifiers {
     /// Attention sinks (Xiao et al., 2023), as gpt-oss has them: each query head has one more score, `[H]`, without a value. It takes
     /// weight from the keys. A sink of −∞ takes none. A query that sees no key gives zeros all the same.
     #[must_use]
-    pub fn with_sinks(mut self, sinks: &[f32]) -> Self {
-        self.sinks = Some(sinks.into());
+    pub fn with_sinks(mut self, sinks: impl Into<Vec<f32>>) -> Self {
+        self.sinks = Some(Arc::new(sinks.into()));
         self.copies = Arc::default();
         self
     }
@@ -97,13 +97,13 @@ impl ScoreModifiers {
     /// The ALiBi slope of each query head.
     #[must_use]
     pub fn alibi(&self) -> Option<&[f32]> {
-        self.slopes.as_deref()
+        self.slopes.as_deref().map(Vec::as_slice)
     }
 
     /// The sink of each query head.
     #[must_use]
     pub fn sinks(&self) -> Option<&[f32]> {
-        self.sinks.as_deref()
+        self.sinks.as_deref().map(Vec::as_slice)
     }
 
     /// Which there are.
@@ -206,9 +206,9 @@ mod tests {
             assert_eq!(argument(&none().with_alibi(bad)), Some("alibi"), "{bad:?}");
         }
         for bad in [&[1.0][..], &[], &[1.0, f32::NAN], &[f32::INFINITY, 0.0]] {
-            assert_eq!(argument(&none().with_alibi(&[1.0, 2.0]).with_sinks(bad)), Some("sinks"), "{bad:?}");
+            assert_eq!(argument(&none().with_alibi([1.0, 2.0]).with_sinks(bad)), Some("sinks"), "{bad:?}");
         }
-        for good in [none(), none().with_softcap(1e-3).with_alibi(&[-1.0, 0.5]).with_sinks(&[f32::NEG_INFINITY, 9e9])] {
+        for good in [none(), none().with_softcap(1e-3).with_alibi([-1.0, 0.5]).with_sinks([f32::NEG_INFINITY, 9e9])] {
             assert_eq!(good.check(2), Ok(()));
         }
     }

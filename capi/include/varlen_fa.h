@@ -373,6 +373,25 @@ typedef uint32_t varlen_fa_reason;
 #endif // __STDC_VERSION__ >= 202311L
 #endif // __cplusplus
 
+// Which elements of a head rotate together.
+enum varlen_fa_rotary_pairing
+#if defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+  : uint32_t
+#endif // defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+ {
+  // Elements 2i and 2i + 1, as in Qwen-Image and Flux.
+  VARLEN_FA_ROTARY_PAIRING_INTERLEAVED = 1,
+  // Elements i and i + R/2, as in Llama and ModernBERT.
+  VARLEN_FA_ROTARY_PAIRING_HALVES = 2,
+};
+#ifndef __cplusplus
+#if __STDC_VERSION__ >= 202311L
+typedef enum varlen_fa_rotary_pairing varlen_fa_rotary_pairing;
+#else
+typedef uint32_t varlen_fa_rotary_pairing;
+#endif // __STDC_VERSION__ >= 202311L
+#endif // __cplusplus
+
 // Cumulative sequence lengths of packed rows: sequence b is rows cu_seqlens[b] to cu_seqlens[b +
 // 1].
 typedef struct varlen_fa_cu_seqlens varlen_fa_cu_seqlens;
@@ -582,6 +601,33 @@ typedef struct varlen_fa_plan {
   // 0.
   uint64_t reserved[2];
 } varlen_fa_plan;
+
+// Tokens whose q and k lie together: the text or the image of a joint layer. Start from zeros, as
+// with a tensor.
+typedef struct varlen_fa_qk_segment {
+  // [B, S, H, D].
+  const struct varlen_fa_tensor *q;
+  // [B, S, Hkv, D].
+  const struct varlen_fa_tensor *k;
+  // As `q`. NULL, or `q`'s own elements, to replace `q`; then `k` is replaced too.
+  const struct varlen_fa_tensor *q_out;
+  // As `k`. NULL, or `k`'s own elements, to replace `k`; then `q` is replaced too.
+  const struct varlen_fa_tensor *k_out;
+  // Weight of q's norm: [D], f32 or of q's element type. NULL with `k_weight` for no norm.
+  const struct varlen_fa_tensor *q_weight;
+  // Weight of k's norm.
+  const struct varlen_fa_tensor *k_weight;
+  // Cosines: [S, R/2] or [B, S, R/2], f32 or of q's element type. NULL with `sin` for no rotation.
+  const struct varlen_fa_tensor *cos;
+  // Sines, as `cos`.
+  const struct varlen_fa_tensor *sin;
+  // Added to the mean of squares: finite and not negative; 0 without a norm.
+  float eps;
+  // Which elements are pairs; 0 without a rotation.
+  varlen_fa_rotary_pairing pairing;
+  // 0.
+  uint64_t reserved[4];
+} varlen_fa_qk_segment;
 
 #ifdef __cplusplus
 extern "C" {
@@ -813,7 +859,7 @@ varlen_fa_status varlen_fa_key_ranges_intersect(const struct varlen_fa_key_range
 varlen_fa_status varlen_fa_key_ranges_free(struct varlen_fa_key_ranges *ranges);
 
 // Allocates device memory for the metadata of [batch, seq] masks. No token is valid until
-// varlen_fa_device_meta_rebuild. CUDA devices and the CPU device support it.
+// varlen_fa_device_meta_rebuild.
 //
 // `meta`: receives the handle, to be given to varlen_fa_device_meta_free.
 varlen_fa_status varlen_fa_device_meta_create(const struct varlen_fa_device *device,
@@ -825,7 +871,8 @@ varlen_fa_status varlen_fa_device_meta_create(const struct varlen_fa_device *dev
 // and the call does not wait. Earlier calls still use the metadata as it was. In a captured CUDA
 // graph, each replay rebuilds it from what the mask holds then.
 //
-// `mask`: of the size that the metadata was created for; on the CPU device, in host memory.
+// `mask`: of the size that the metadata was created for; in host memory, or on CUDA devices in CUDA
+// memory.
 varlen_fa_status varlen_fa_device_meta_rebuild(const struct varlen_fa_device_meta *meta,
                                                const struct varlen_fa_mask_view *mask);
 
@@ -917,24 +964,6 @@ varlen_fa_status varlen_fa_scatter_to_padded(const struct varlen_fa_device *devi
                                              const struct varlen_fa_meta *meta,
                                              const struct varlen_fa_tensor *padded);
 
-// Attention over all keys from attention over two parts of them, which share no key. With
-// m = max(lse1, lse2) and w = exp(lse - m) of each part it is
-// out = (w1 out1 + w2 out2) / (w1 + w2) and lse = m + ln(w1 + w2).
-//
-// `out1`, `out2`: what attention over each part gave, [B, S, H, D], or [total, H, D] of packed rows.
-// `lse1`, `lse2`: their log-sum-exps, [B, H, S] or [H, total] f32. A part that saw no key, -inf,
-// does not count.
-// `out`: of the shape and element type of the parts; +0.0 where neither saw a key.
-// `lse`: of the shape of the parts' log-sum-exps, -inf where neither saw a key; may be NULL.
-//
-// Outputs share no memory with one another or with an input.
-varlen_fa_status varlen_fa_merge_attention(const struct varlen_fa_device *device,
-                                           const struct varlen_fa_tensor *out1,
-                                           const struct varlen_fa_tensor *lse1,
-                                           const struct varlen_fa_tensor *out2,
-                                           const struct varlen_fa_tensor *lse2,
-                                           const struct varlen_fa_tensor *out,
-                                           const struct varlen_fa_tensor *lse);
 // Creates score modifiers, for `num_heads` query heads. Their values are checked by the calls that
 // use them.
 //
@@ -953,6 +982,42 @@ varlen_fa_status varlen_fa_score_modifiers_create(float softcap,
 
 // Frees score modifiers; NULL is ignored.
 varlen_fa_status varlen_fa_score_modifiers_free(struct varlen_fa_score_modifiers *modifiers);
+
+// Attention over all keys from attention over two parts of them, which share no key. With
+// m = max(lse1, lse2) and w = exp(lse - m) of each part it is
+// out = (w1 out1 + w2 out2) / (w1 + w2) and lse = m + ln(w1 + w2).
+//
+// `out1`, `out2`: what attention over each part gave, [B, S, H, D], or [total, H, D] of packed rows.
+// `lse1`, `lse2`: their log-sum-exps, [B, H, S] or [H, total] f32. A part that saw no key, -inf,
+// does not count.
+// `out`: of the shape and element type of the parts; +0.0 where neither saw a key.
+// `lse`: of the shape of the parts' log-sum-exps, -inf where neither saw a key; may be NULL.
+//
+// Outputs share no memory with one another or with an input.
+varlen_fa_status varlen_fa_merge_attention(const struct varlen_fa_device *device,
+                                           const struct varlen_fa_tensor *out1,
+                                           const struct varlen_fa_tensor *lse1,
+                                           const struct varlen_fa_tensor *out2,
+                                           const struct varlen_fa_tensor *lse2,
+                                           const struct varlen_fa_tensor *out,
+                                           const struct varlen_fa_tensor *lse);
+
+// QK-norm and rotary embedding of 1 to 8 segments in one call: each head of q and k is normalised,
+// x * weight / sqrt(mean(x^2) + eps), then rotated: of a pair (a, b) of its first R elements comes
+// (a cos - b sin, b cos + a sin). All in f32, and rounded once.
+//
+// `segments`: `count` of them. They agree in B, H, Hkv, D and element type.
+// `key_mask`, `meta`: which tokens count, of [B, S] over the segments one after another; at most one
+// of them, NULL for every token. Rows of the others are neither read nor written. Give the metadata
+// that attention gets, and no key mask where attention computes every query.
+//
+// Outputs share no memory with one another or with an input, but for the input that they replace.
+// CUDA devices have no kernel for it yet: NOT_APPLICABLE.
+varlen_fa_status varlen_fa_prepare_qk(const struct varlen_fa_device *device,
+                                      const struct varlen_fa_qk_segment *segments,
+                                      uint64_t count,
+                                      const struct varlen_fa_key_mask *key_mask,
+                                      const struct varlen_fa_meta *meta);
 
 // Makes the device ready for calls of varlen_fa_forward of this kind, so that the first of them
 // takes no longer than the others: compiles their shaders and uploads the metadata. It runs one

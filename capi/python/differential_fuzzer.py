@@ -338,7 +338,7 @@ class Fuzzer:
         info = self.device.info()
         self.dtypes = [dtype for dtype in NAMES if info.dtypes >> dtype & 1]
         self.kernels = [number for number in self.library.kernels.values() if number and info.kernels >> number & 1]
-        self.has_device_meta, self.builds_on_host = name != "wgpu", name == "cpu"
+        self.builds_on_host = name == "cpu"
         # The largest head dimension of any of its kernels.
         self.widest = 256 if name == "cuda" else 512
         self.about = f"{info.name.decode()}, {', '.join(NAMES[dtype] for dtype in self.dtypes)}"
@@ -474,7 +474,7 @@ class Fuzzer:
 
     def forward(self, call):
         rng, lib = call.rng, self.library
-        kinds = ["none", "key", "bias", "varlen", "cross", "documents"] + ["device", "device-cross"] * self.has_device_meta
+        kinds = ["none", "key", "bias", "varlen", "cross", "documents", "device", "device-cross"]
         kind = str(rng.choice(kinds))
         is_self, is_device = kind in ("varlen", "documents", "device"), kind.startswith("device")
         if is_self:

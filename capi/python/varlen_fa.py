@@ -40,6 +40,8 @@ _FLOATS = {"f": F32, "e": F16}
 HOST, CUDA = 0, 1
 # varlen_fa_mask_kind.
 NONE, KEY, BIAS, VARLEN, VARLEN_CROSS, DEVICE_VARLEN, DEVICE_VARLEN_CROSS = range(7)
+# varlen_fa_rotary_pairing.
+INTERLEAVED, HALVES = 1, 2
 
 
 class Error(Exception):
@@ -120,6 +122,24 @@ class AttentionMask(Structure):
         ("ranges", c_void_p),
         ("modifiers", c_void_p),
         ("reserved", c_uint64 * 2),
+    ]
+
+
+class QkSegment(Structure):
+    """varlen_fa_qk_segment"""
+
+    _fields_ = [
+        ("q", POINTER(Tensor)),
+        ("k", POINTER(Tensor)),
+        ("q_out", POINTER(Tensor)),
+        ("k_out", POINTER(Tensor)),
+        ("q_weight", POINTER(Tensor)),
+        ("k_weight", POINTER(Tensor)),
+        ("cos", POINTER(Tensor)),
+        ("sin", POINTER(Tensor)),
+        ("eps", c_float),
+        ("pairing", c_uint32),
+        ("reserved", c_uint64 * 4),
     ]
 
 
@@ -263,6 +283,23 @@ def varlen(meta, key_meta=None, ranges=None, bias=None, modifiers=None):
     return _mask(kind, [meta, key_meta], ranges, bias, modifiers, query_meta=meta.handle, key_meta=keys)
 
 
+def qk_segment(q, k, q_out=None, k_out=None, norm=None, rotary=None):
+    """q and k of a text or an image, to be replaced or with outputs. `norm` is a weight for q, one
+    for k and epsilon; `rotary` cosines, sines and INTERLEAVED or HALVES."""
+    made = QkSegment(q=ctypes.pointer(q), k=ctypes.pointer(k))
+    if q_out is not None:
+        made.q_out = ctypes.pointer(q_out)
+    if k_out is not None:
+        made.k_out = ctypes.pointer(k_out)
+    if norm is not None:
+        q_weight, k_weight, made.eps = norm
+        made.q_weight, made.k_weight = ctypes.pointer(q_weight), ctypes.pointer(k_weight)
+    if rotary is not None:
+        cos, sin, made.pairing = rotary
+        made.cos, made.sin = ctypes.pointer(cos), ctypes.pointer(sin)
+    return made
+
+
 def _ranges_of(of):
     """Sizes (B, Sq, Sk) of padded tensors, or the CuSeqlens of packed queries and keys."""
     if len(of) == 2:
@@ -323,6 +360,7 @@ _FUNCTIONS = {
         _HANDLE, POINTER(Options), _TENSOR, _TENSOR, _TENSOR, POINTER(AttentionMask), _TENSOR, _TENSOR, POINTER(Plan),
     ],
     "merge_attention": [_HANDLE, _TENSOR, _TENSOR, _TENSOR, _TENSOR, _TENSOR, _TENSOR],
+    "prepare_qk": [_HANDLE, POINTER(QkSegment), c_uint64, _HANDLE, _HANDLE],
     "warm_up": [
         _HANDLE, POINTER(Options), c_uint32, POINTER(c_uint64), POINTER(c_uint64), POINTER(AttentionMask), POINTER(Plan),
     ],
@@ -627,6 +665,12 @@ class Device(Handle):
         """Attention over all keys from attention over two parts of them and its log-sum-exps."""
         parts = [byref(out1), byref(lse1), byref(out2), byref(lse2)]
         self.library.call("merge_attention", self.handle, *parts, byref(out), _at(lse))
+
+    def prepare_qk(self, segments, key_mask=None, meta=None):
+        """Norm and rotary embedding of q and k, of 1 to 8 of `qk_segment`. Rows of tokens that the
+        key mask or the metadata does not keep stay as they are."""
+        mask = [None if handle is None else handle.handle for handle in [key_mask, meta]]
+        self.library.call("prepare_qk", self.handle, (QkSegment * len(segments))(*segments), len(segments), *mask)
 
     def warm_up(self, dtype, q_shape, kv_shape, mask=None, options=None, plan=None):
         """Makes the device ready for calls of `forward` with such tensors and such a mask."""

@@ -3,7 +3,7 @@
 use std::ptr;
 use std::sync::Arc;
 
-use varlen::{AttentionOutputs, Device, Kernel, KeyRanges, MaskedAttention, Path, Plan, ScoreModifiers};
+use varlen::{Device, Kernel, KeyRanges, MaskedAttention, Path, Plan, ScoreModifiers};
 
 use crate::arguments::{Name, Place, choose, expect_zeros, read_optional, text};
 use crate::attention_mask::Mask;
@@ -11,8 +11,9 @@ use crate::failure::{Failure, Result, guard};
 use crate::handles;
 use crate::key_ranges;
 use crate::names::value_of;
+use crate::outputs::Outputs;
 use crate::score_modifiers;
-use crate::tensors::{Described, Input, Output, expect_apart, finish};
+use crate::tensors::{Described, Input, expect_apart};
 use crate::types::{
     varlen_fa_attention_mask, varlen_fa_attention_options, varlen_fa_device, varlen_fa_kernel, varlen_fa_path,
     varlen_fa_plan, varlen_fa_reason, varlen_fa_status, varlen_fa_tensor,
@@ -95,18 +96,11 @@ unsafe fn forward(
     // SAFETY: as above.
     let mask = unsafe { Mask::read(&device, mask, &described) }?;
     let [q, k, v] = [Input::new(&device, &q)?, Input::new(&device, &k)?, Input::new(&device, &v)?];
-    let mut output = Output::new(&device, &out)?;
-    let mut lse = lse.map(|lse| Output::new(&device, &lse)).transpose()?;
+    let mut outputs = Outputs::new(&device, &out, lse.as_ref())?;
     let layer = options.layer(&device)?;
-    let mut outputs = AttentionOutputs::new(output.view_mut()?);
-    if let Some(lse) = &mut lse {
-        outputs = outputs.with_lse(lse.view_mut()?);
-    }
-    let taken = mask.with(|mask| layer.forward_into(q.view(), k.view(), v.view(), mask, outputs))?;
-    match lse {
-        Some(lse) => finish([output, lse])?,
-        None => finish([output])?,
-    }
+    let written = outputs.of_attention()?;
+    let taken = mask.with(|mask| layer.forward_into(q.view(), k.view(), v.view(), mask, written))?;
+    outputs.finish()?;
     put_plan(place, &taken);
     Ok(())
 }

@@ -23,7 +23,7 @@ impl DeviceMeta {
 }
 
 /// Allocates device memory for the metadata of [batch, seq] masks. No token is valid until
-/// varlen_fa_device_meta_rebuild. CUDA devices and the CPU device support it.
+/// varlen_fa_device_meta_rebuild.
 ///
 /// `meta`: receives the handle, to be given to varlen_fa_device_meta_free.
 #[unsafe(no_mangle)]
@@ -47,7 +47,8 @@ pub unsafe extern "C" fn varlen_fa_device_meta_create(
 /// and the call does not wait. Earlier calls still use the metadata as it was. In a captured CUDA
 /// graph, each replay rebuilds it from what the mask holds then.
 ///
-/// `mask`: of the size that the metadata was created for; on the CPU device, in host memory.
+/// `mask`: of the size that the metadata was created for; in host memory, or on CUDA devices in CUDA
+/// memory.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn varlen_fa_device_meta_rebuild(
     meta: *const varlen_fa_device_meta,

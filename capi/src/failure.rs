@@ -65,6 +65,7 @@ fn status_of(error: &Error) -> varlen_fa_status {
         Error::CuSeqlens { .. } => Status::CuSeqlens,
         Error::SoftmaxScale { .. } => Status::SoftmaxScale,
         Error::ScoreModifier { .. } => Status::ScoreModifier,
+        Error::SegmentCount { .. } | Error::Eps { .. } | Error::RotaryDim { .. } => Status::BadValue,
         Error::TooLarge { .. } => Status::TooLarge,
         Error::Environment { .. } => Status::Environment,
         Error::DeviceMismatch { .. } => Status::DeviceMismatch,

@@ -26,10 +26,13 @@ mod device_meta;
 
 mod attention;
 
+mod outputs;
 mod primitives;
 mod score_modifiers;
 
 mod merge;
+
+mod prepare_qk;
 
 mod warm_up;
 

@@ -3,11 +3,12 @@
 use std::ffi::c_void;
 use std::mem::MaybeUninit;
 
-use varlen::{Element, KeyMask, MaskInteger, bf16, f16};
+use varlen::{Element, KeyMask, bf16, f16};
 
 use crate::arguments::{Name, Place, choose, size, slice};
 use crate::failure::{Result, guard};
 use crate::handles;
+use crate::masks::integers;
 use crate::types::{varlen_fa_dtype, varlen_fa_key_mask, varlen_fa_mask_dtype, varlen_fa_status};
 
 /// Creates a key mask from [batch, seq] numbers in host memory that models add to scores, row-major:
@@ -60,17 +61,8 @@ pub unsafe extern "C" fn varlen_fa_key_mask_from_integers_strict(
     guard(|| {
         // SAFETY: the caller obeys the header's rules for pointers.
         let place = unsafe { Place::new(Name::of("key_mask"), key_mask) }?;
-        let made = match choose(Name::of("dtype"), dtype)?.value {
-            // SAFETY: by the header, `batch * seq` integers of this size that nobody writes; as in
-            // the lines below.
-            varlen_fa_mask_dtype::U8 => unsafe { strict::<u8>(mask, batch, seq) },
-            // SAFETY: as above.
-            varlen_fa_mask_dtype::U16 => unsafe { strict::<u16>(mask, batch, seq) },
-            // SAFETY: as above.
-            varlen_fa_mask_dtype::U32 => unsafe { strict::<u32>(mask, batch, seq) },
-            // SAFETY: as above.
-            varlen_fa_mask_dtype::U64 => unsafe { strict::<u64>(mask, batch, seq) },
-        }?;
+        // SAFETY: by the header, `batch * seq` integers of this size that nobody writes.
+        let made = unsafe { integers(mask, dtype, batch, seq, true) }?;
         place.put(handles::issue(made));
         Ok(())
     })
@@ -101,12 +93,4 @@ unsafe fn additive<T: Element>(mask: *const c_void, batch: u64, seq: u64) -> Res
     // SAFETY: by this function's contract.
     let values = unsafe { slice(Name::of("mask"), mask.cast::<T>(), batch.saturating_mul(seq)) }?;
     Ok(KeyMask::from_additive(size(Name::of("batch"), batch)?, size(Name::of("seq"), seq)?, values)?)
-}
-
-/// # Safety
-/// As [`slice`], with `batch * seq` elements.
-unsafe fn strict<T: MaskInteger>(mask: *const c_void, batch: u64, seq: u64) -> Result<KeyMask> {
-    // SAFETY: by this function's contract.
-    let values = unsafe { slice(Name::of("mask"), mask.cast::<T>(), batch.saturating_mul(seq)) }?;
-    Ok(KeyMask::from_integers_strict(size(Name::of("batch"), batch)?, size(Name::of("seq"), seq)?, values)?)
 }

@@ -51,29 +51,43 @@ pub unsafe extern "C" fn varlen_fa_key_mask_from_integers(
     guard(|| {
         // SAFETY: the caller obeys the header's rules for pointers.
         let place = unsafe { Place::new(Name::of("key_mask"), key_mask) }?;
-        let made = match choose(Name::of("dtype"), dtype)?.value {
-            // SAFETY: by the header, `batch * seq` integers of this size that nobody writes; as in
-            // the lines below.
-            varlen_fa_mask_dtype::U8 => unsafe { integers::<u8>(mask, batch, seq) },
-            // SAFETY: as above.
-            varlen_fa_mask_dtype::U16 => unsafe { integers::<u16>(mask, batch, seq) },
-            // SAFETY: as above.
-            varlen_fa_mask_dtype::U32 => unsafe { integers::<u32>(mask, batch, seq) },
-            // SAFETY: as above.
-            varlen_fa_mask_dtype::U64 => unsafe { integers::<u64>(mask, batch, seq) },
-        }?;
+        // SAFETY: by the header, `batch * seq` integers of this size that nobody writes.
+        let made = unsafe { integers(mask, dtype, batch, seq, false) }?;
         place.put(handles::issue(made));
         Ok(())
     })
 }
 
+/// The mask of integers of any size; where it is strict, values other than 0 and 1 are refused.
+///
+/// # Safety
+/// As [`slice`], with `batch * seq` elements of the size.
+pub(crate) unsafe fn integers(
+    mask: *const c_void,
+    dtype: MaybeUninit<varlen_fa_mask_dtype>,
+    batch: u64,
+    seq: u64,
+    is_strict: bool,
+) -> Result<KeyMask> {
+    match choose(Name::of("dtype"), dtype)?.value {
+        // SAFETY: by this function's contract; as in the lines below.
+        varlen_fa_mask_dtype::U8 => unsafe { integers_of::<u8>(mask, batch, seq, is_strict) },
+        // SAFETY: as above.
+        varlen_fa_mask_dtype::U16 => unsafe { integers_of::<u16>(mask, batch, seq, is_strict) },
+        // SAFETY: as above.
+        varlen_fa_mask_dtype::U32 => unsafe { integers_of::<u32>(mask, batch, seq, is_strict) },
+        // SAFETY: as above.
+        varlen_fa_mask_dtype::U64 => unsafe { integers_of::<u64>(mask, batch, seq, is_strict) },
+    }
+}
+
 /// # Safety
 /// As [`slice`], with `batch * seq` elements.
-unsafe fn integers<T: MaskInteger>(mask: *const c_void, batch: u64, seq: u64) -> Result<KeyMask> {
-    let count = batch.saturating_mul(seq);
+unsafe fn integers_of<T: MaskInteger>(mask: *const c_void, batch: u64, seq: u64, is_strict: bool) -> Result<KeyMask> {
     // SAFETY: by this function's contract.
-    let values = unsafe { slice(Name::of("mask"), mask.cast::<T>(), count) }?;
-    Ok(KeyMask::from_integers(size(Name::of("batch"), batch)?, size(Name::of("seq"), seq)?, values)?)
+    let values = unsafe { slice(Name::of("mask"), mask.cast::<T>(), batch.saturating_mul(seq)) }?;
+    let make = if is_strict { KeyMask::from_integers_strict::<T> } else { KeyMask::from_integers::<T> };
+    Ok(make(size(Name::of("batch"), batch)?, size(Name::of("seq"), seq)?, values)?)
 }
 
 /// Creates a key mask that keeps the first lengths[b] tokens of batch row b.

@@ -1,11 +1,12 @@
 //! Attention over all keys from attention over parts of them.
 
-use varlen::{AttentionOutputs, merge_attention_into};
+use varlen::merge_attention_into;
 
 use crate::arguments::Name;
 use crate::failure::guard;
 use crate::handles;
-use crate::tensors::{Described, Input, Output, expect_apart, finish};
+use crate::outputs::Outputs;
+use crate::tensors::{Described, Input, expect_apart};
 use crate::types::{varlen_fa_device, varlen_fa_status, varlen_fa_tensor};
 
 /// Attention over all keys from attention over two parts of them, which share no key. With
@@ -47,16 +48,9 @@ pub unsafe extern "C" fn varlen_fa_merge_attention(
         expect_apart(&described, &[&out1, &lse1, &out2, &lse2])?;
         let [out1, lse1] = [Input::new(&device, &out1)?, Input::new(&device, &lse1)?];
         let [out2, lse2] = [Input::new(&device, &out2)?, Input::new(&device, &lse2)?];
-        let mut output = Output::new(&device, &out)?;
-        let mut lse = lse.map(|lse| Output::new(&device, &lse)).transpose()?;
-        let mut outputs = AttentionOutputs::new(output.view_mut()?);
-        if let Some(lse) = &mut lse {
-            outputs = outputs.with_lse(lse.view_mut()?);
-        }
-        merge_attention_into(&device, out1.view(), lse1.view(), out2.view(), lse2.view(), outputs)?;
-        match lse {
-            Some(lse) => finish([output, lse]),
-            None => finish([output]),
-        }
+        let mut outputs = Outputs::new(&device, &out, lse.as_ref())?;
+        let [out1, lse1, out2, lse2] = [out1.view(), lse1.view(), out2.view(), lse2.view()];
+        merge_attention_into(&device, out1, lse1, out2, lse2, outputs.of_attention()?)?;
+        outputs.finish()
     })
 }

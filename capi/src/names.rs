@@ -8,11 +8,11 @@ use std::ffi::{CStr, c_char};
 use std::fmt::Debug;
 use std::mem::MaybeUninit;
 
-use varlen::{BackendKind, DType, Kernel, MaskDType, Path, Reason};
+use varlen::{BackendKind, DType, Kernel, MaskDType, Path, Reason, RotaryPairing};
 
 use crate::types::{
     varlen_fa_device_kind, varlen_fa_dtype, varlen_fa_kernel, varlen_fa_mask_dtype, varlen_fa_mask_kind,
-    varlen_fa_memory, varlen_fa_path, varlen_fa_reason, varlen_fa_status,
+    varlen_fa_memory, varlen_fa_path, varlen_fa_reason, varlen_fa_rotary_pairing, varlen_fa_status,
 };
 
 /// An enum of the header. Values without a row (UNLISTED) are never accepted from C.
@@ -107,6 +107,7 @@ table!(varlen_fa_dtype: DType { F32, F16, Bf16 });
 table!(varlen_fa_path: Option<Path> { Dense, Fused, Packed, Zero });
 table!(varlen_fa_kernel: Option<Kernel> { CpuTiled, WgslPortable, WgslCoop, CudaSm80, CudaSm90, CudaSm100 });
 table!(varlen_fa_mask_dtype: MaskDType { U8: c"8 bits", U16: c"16 bits", U32: c"32 bits", U64: c"64 bits" });
+table!(varlen_fa_rotary_pairing: RotaryPairing { Interleaved: c"interleaved", Halves: c"halves" });
 table!(varlen_fa_memory { Host: c"host", Cuda: c"cuda" });
 table!(varlen_fa_mask_kind {
     None: c"none",
@@ -260,6 +261,7 @@ mod tests {
         check::<varlen_fa_kernel>("varlen_fa_kernel");
         check::<varlen_fa_mask_dtype>("varlen_fa_mask_dtype");
         check::<varlen_fa_memory>("varlen_fa_memory");
+        check::<varlen_fa_rotary_pairing>("varlen_fa_rotary_pairing");
         let kinds = check::<varlen_fa_mask_kind>("varlen_fa_mask_kind");
         let reasons = check::<varlen_fa_reason>("varlen_fa_reason");
         let statuses = check::<varlen_fa_status>("varlen_fa_status");

@@ -6,6 +6,7 @@ use crate::arguments::{Name, Place};
 use crate::attention::{Options, put_plan};
 use crate::failure::{Failure, guard};
 use crate::handles;
+use crate::outputs::Outputs;
 use crate::tensors::{Described, Input, Output, expect_apart, finish};
 use crate::types::{
     varlen_fa_attention_options, varlen_fa_cu_seqlens, varlen_fa_device, varlen_fa_meta, varlen_fa_plan,
@@ -102,13 +103,11 @@ pub unsafe extern "C" fn varlen_fa_varlen_attention(
             let expected = "AUTO, since the rows are packed already";
             return Err(Failure::argument(varlen_fa_status::NotApplicable, "options.path", expected, path));
         }
-        match &lse {
-            Some(lse) => expect_apart(&[&out, lse], &[&q, &k, &v])?,
-            None => expect_apart(&[&out], &[&q, &k, &v])?,
-        }
+        let described: Vec<_> = [&out].into_iter().chain(&lse).collect();
+        expect_apart(&described, &[&q, &k, &v])?;
         let [q, k, v] = [Input::new(&device, &q)?, Input::new(&device, &k)?, Input::new(&device, &v)?];
-        let mut out = Output::new(&device, &out)?;
-        let mut lse = lse.map(|lse| Output::new(&device, &lse)).transpose()?;
+        let mut outputs = Outputs::new(&device, &out, lse.as_ref())?;
+        let (out, lse) = outputs.views()?;
         let mut varlen_options = VarlenOptions::default();
         varlen_options.softmax_scale = options.softmax_scale;
         varlen_options.kernel = options.kernel;
@@ -120,13 +119,10 @@ pub unsafe extern "C" fn varlen_fa_varlen_attention(
             cu_seqlens_q.cu_seqlens(),
             cu_seqlens_k.cu_seqlens(),
             varlen_options,
-            out.view_mut()?,
-            lse.as_mut().map(Output::view_mut).transpose()?,
+            out,
+            lse,
         )?;
-        match lse {
-            Some(lse) => finish([out, lse])?,
-            None => finish([out])?,
-        }
+        outputs.finish()?;
         put_plan(place, &taken);
         Ok(())
     })

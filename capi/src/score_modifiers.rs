@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use varlen::ScoreModifiers;
 
-use crate::arguments::{Name, Place, slice};
+use crate::arguments::{Name, Place, reserve, slice};
 use crate::failure::{Result, guard};
 use crate::handles::{self, handle};
 use crate::types::{varlen_fa_score_modifiers, varlen_fa_status};
@@ -35,15 +35,21 @@ pub unsafe extern "C" fn varlen_fa_score_modifiers_create(
         let mut made = ScoreModifiers::new().with_softcap(softcap);
         if !alibi.is_null() {
             // SAFETY: by the header, `num_heads` numbers that nobody writes.
-            made = made.with_alibi(unsafe { slice(Name::of("alibi"), alibi, num_heads) }?);
+            made = made.with_alibi(copy(unsafe { slice(Name::of("alibi"), alibi, num_heads) }?)?);
         }
         if !sinks.is_null() {
             // SAFETY: by the header, `num_heads` numbers that nobody writes.
-            made = made.with_sinks(unsafe { slice(Name::of("sinks"), sinks, num_heads) }?);
+            made = made.with_sinks(copy(unsafe { slice(Name::of("sinks"), sinks, num_heads) }?)?);
         }
         place.put(handles::issue(made));
         Ok(())
     })
+}
+
+fn copy(values: &[f32]) -> Result<Vec<f32>> {
+    let mut copied = reserve(values.len())?;
+    copied.extend_from_slice(values);
+    Ok(copied)
 }
 
 /// Frees score modifiers; NULL is ignored.

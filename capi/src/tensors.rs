@@ -117,6 +117,14 @@ impl<'a> Described<'a> {
         }
     }
 
+    /// Whether both describe the same elements.
+    pub fn is_same(&self, other: &Described<'_>) -> bool {
+        self.data == other.data
+            && self.memory == other.memory
+            && self.dtype == other.dtype
+            && self.layout == other.layout
+    }
+
     /// The external CUDA memory, as memory of the device that computes.
     fn cuda_memory(&self, device: &Device) -> Result<DeviceMemory> {
         // SAFETY: by the contract of `new`, memory of the device that stays valid until the work is
@@ -240,6 +248,19 @@ impl<'a> Output<'a> {
         Ok(Self::Staged { memory, described: *described })
     }
 
+    /// An output of which the device may leave parts as they are, or read them.
+    pub fn holding(device: &Device, described: &Described<'a>) -> Result<Self> {
+        let mut output = Self::new(device, described)?;
+        if let Self::Staged { memory, .. } = &mut output {
+            let (layout, size) = (&described.layout, described.dtype.size());
+            let mut rows = bytes_of(layout.numel() * size)?;
+            let host = described.host_bytes();
+            for_each_row(layout, size, |strided, dense| rows[dense].copy_from_slice(&host[strided]));
+            memory.write(&rows)?;
+        }
+        Ok(output)
+    }
+
     pub fn view_mut(&mut self) -> Result<TensorViewMut<'_>> {
         match self {
             Self::Host(described) => Ok(match described.dtype {
@@ -278,9 +299,9 @@ impl<'a> Output<'a> {
 }
 
 /// Fetches every output before it stores any, so that a failure leaves all host memory as it was.
-pub(crate) fn finish<const N: usize>(outputs: [Output<'_>; N]) -> Result<()> {
-    let mut fetched = Vec::with_capacity(N);
-    for output in &outputs {
+pub(crate) fn finish<'a, O: AsRef<[Output<'a>]> + IntoIterator<Item = Output<'a>>>(outputs: O) -> Result<()> {
+    let mut fetched = Vec::with_capacity(outputs.as_ref().len());
+    for output in outputs.as_ref() {
         fetched.push(output.fetch()?);
     }
     for (output, rows) in outputs.into_iter().zip(fetched) {

@@ -237,6 +237,16 @@ pub enum varlen_fa_mask_kind {
     DeviceVarlenCross = 6,
 }
 
+/// Which elements of a head rotate together.
+#[repr(u32)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum varlen_fa_rotary_pairing {
+    /// Elements 2i and 2i + 1, as in Qwen-Image and Flux.
+    Interleaved = 1,
+    /// Elements i and i + R/2, as in Llama and ModernBERT.
+    Halves = 2,
+}
+
 /// A device. Handles are numbers in the form of pointers; they do not point to memory.
 pub struct varlen_fa_device {
     _private: (),
@@ -400,6 +410,35 @@ pub struct varlen_fa_attention_mask {
     pub modifiers: *const varlen_fa_score_modifiers,
     /// 0.
     pub reserved: [u64; 2],
+}
+
+/// Tokens whose q and k lie together: the text or the image of a joint layer. Start from zeros, as
+/// with a tensor.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct varlen_fa_qk_segment {
+    /// [B, S, H, D].
+    pub q: *const varlen_fa_tensor,
+    /// [B, S, Hkv, D].
+    pub k: *const varlen_fa_tensor,
+    /// As `q`. NULL, or `q`'s own elements, to replace `q`; then `k` is replaced too.
+    pub q_out: *const varlen_fa_tensor,
+    /// As `k`. NULL, or `k`'s own elements, to replace `k`; then `q` is replaced too.
+    pub k_out: *const varlen_fa_tensor,
+    /// Weight of q's norm: [D], f32 or of q's element type. NULL with `k_weight` for no norm.
+    pub q_weight: *const varlen_fa_tensor,
+    /// Weight of k's norm.
+    pub k_weight: *const varlen_fa_tensor,
+    /// Cosines: [S, R/2] or [B, S, R/2], f32 or of q's element type. NULL with `sin` for no rotation.
+    pub cos: *const varlen_fa_tensor,
+    /// Sines, as `cos`.
+    pub sin: *const varlen_fa_tensor,
+    /// Added to the mean of squares: finite and not negative; 0 without a norm.
+    pub eps: f32,
+    /// Which elements are pairs; 0 without a rotation.
+    pub pairing: MaybeUninit<varlen_fa_rotary_pairing>,
+    /// 0.
+    pub reserved: [u64; 4],
 }
 
 /// Options of an attention call. All zeros, or a NULL struct, means the defaults.

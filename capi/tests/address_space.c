@@ -1,5 +1,5 @@
-/* Masks, metadata and ranges of keys where memory runs out: OUT_OF_MEMORY, never an abort. Each call is made with
- * 20 sizes of what is left of the address space. Exits with 77 where that cannot be limited. */
+/* Masks, metadata, ranges of keys and score modifiers where memory runs out: OUT_OF_MEMORY, never an abort. Each
+ * call is made with 20 sizes of what is left of the address space. Exits with 77 where that cannot be limited. */
 #define _GNU_SOURCE
 #include <stdio.h>
 
@@ -29,6 +29,7 @@ static varlen_fa_run runs[1 << 18];
 static int32_t cu_seqlens[(1 << 18) + 1], copied[(1 << 18) * 16];
 static uint32_t documents[(1 << 18) * 16];
 static varlen_fa_key_range ranges[(1 << 18) * 16];
+static float values[(1 << 18) * 16];
 static varlen_fa_device *device = NULL;
 static varlen_fa_key_mask *mask = NULL;
 
@@ -154,6 +155,13 @@ static varlen_fa_status key_ranges_intersect(void) {
   return status;
 }
 
+static varlen_fa_status score_modifiers(void) {
+  varlen_fa_score_modifiers *made = NULL;
+  varlen_fa_status status = varlen_fa_score_modifiers_create(0.0f, values, values, TOKENS, &made);
+  varlen_fa_score_modifiers_free(made);
+  return status;
+}
+
 static varlen_fa_status device_meta(void) {
   varlen_fa_device_meta *made = NULL;
   varlen_fa_mask_view view = {0};
@@ -194,6 +202,7 @@ static const call CALLS[] = {
     {"key_ranges_prefix", key_ranges_prefix, 34 * MEBIBYTE},
     {"key_ranges_from_values", key_ranges_from_values, 104 * MEBIBYTE},
     {"key_ranges_intersect", key_ranges_intersect, 68 * MEBIBYTE},
+    {"score_modifiers", score_modifiers, 34 * MEBIBYTE},
 };
 
 /* Address space that the process has now, in bytes. */

@@ -17,6 +17,7 @@ _Static_assert(sizeof(void *) != 8 || (sizeof(varlen_fa_tensor) == 112 && sizeof
 _Static_assert(sizeof(void *) != 8 || (sizeof(varlen_fa_attention_mask) == 88 && sizeof(varlen_fa_plan) == 272), "size");
 _Static_assert(sizeof(varlen_fa_attention_options) == 48 && sizeof(varlen_fa_run) == 24, "size");
 _Static_assert(sizeof(varlen_fa_key_range) == 16 && (sizeof(void *) != 8 || sizeof(varlen_fa_ranges_of) == 72), "size");
+_Static_assert(sizeof(void *) != 8 || sizeof(varlen_fa_qk_segment) == 104, "size");
 _Static_assert(sizeof(varlen_fa_device_info) == 440 && sizeof(varlen_fa_meta_info) == 64, "size");
 
 static int failures = 0;
@@ -460,6 +461,115 @@ static void log_sum_exp_and_merge(const varlen_fa_meta *meta) {
   REFUSED(varlen_fa_merge_attention(device, &out[0], &out[0], &out[1], &lse[1], &out[2], NULL), VARLEN_FA_STATUS_SHAPE, "`lse1`");
   REFUSED(varlen_fa_merge_attention(device, NULL, &lse[0], &out[1], &lse[1], &out[2], NULL), VARLEN_FA_STATUS_NULL_POINTER, "`out1`");
   OK(varlen_fa_merge_attention(device, &out[0], &lse[0], &out[1], &lse[1], &out[2], NULL));
+}
+
+/* Two segments, one replaced and one not, against double; masked rows stay as they are. */
+static void prepare_qk(void) {
+  enum { TEXT = 3, HALF = 5 };
+  static float text[2][BATCH * TEXT * HEADS * DIM], image[2][ELEMENTS], out[2][ELEMENTS], before[BATCH * TEXT * HEADS * DIM];
+  static float weight[DIM], cosines[TEXT * HALF], sines[TEXT * HALF];
+  const uint64_t kept[BATCH] = {2, TEXT + SEQ};
+  varlen_fa_qk_segment segments[2] = {0}, bad[2];
+  varlen_fa_tensor tensors[2][2], outs[2], w = packed_tensor(weight, 1, 1, DIM), tables[2];
+  varlen_fa_key_mask *mask = NULL;
+  varlen_fa_meta *meta = NULL;
+  for (int i = 0; i < 2; i++) {
+    fill(text[i], BATCH * TEXT * HEADS * DIM, 7);
+    fill(image[i], ELEMENTS, 8 + (unsigned)i);
+    memset(out[i], 0xff, sizeof out[i]);
+    tensors[0][i] = tensor(text[i], BATCH, TEXT, HEADS, DIM);
+    tensors[1][i] = padded(image[i]);
+    outs[i] = padded(out[i]);
+    tables[i] = packed_tensor(i ? sines : cosines, 1, TEXT, HALF);
+    tables[i].rank = 2;
+    memmove(tables[i].shape, tables[i].shape + 1, 2 * sizeof w.shape[0]);
+    memmove(tables[i].strides, tables[i].strides + 1, 2 * sizeof w.strides[0]);
+  }
+  memcpy(before, text[0], sizeof before);
+  w.rank = 1;
+  w.shape[0] = DIM;
+  w.strides[0] = 1;
+  for (int d = 0; d < DIM; d++) weight[d] = 0.5f + 0.1f * (float)d;
+  for (int at = 0; at < TEXT * HALF; at++) {
+    cosines[at] = cosf(0.7f * (float)at);
+    sines[at] = sinf(0.7f * (float)at);
+  }
+  segments[0].q = &tensors[0][0];
+  segments[0].k = &tensors[0][1];
+  segments[0].q_weight = segments[0].k_weight = &w;
+  segments[0].eps = 1e-6f;
+  segments[0].cos = &tables[0];
+  segments[0].sin = &tables[1];
+  segments[0].pairing = VARLEN_FA_ROTARY_PAIRING_HALVES;
+  segments[1].q = &tensors[1][0];
+  segments[1].k = &tensors[1][1];
+  segments[1].q_out = &outs[0];
+  segments[1].k_out = &outs[1];
+  OK(varlen_fa_key_mask_from_lengths(kept, BATCH, TEXT + SEQ, &mask));
+  OK(varlen_fa_meta_create(mask, &meta));
+
+  memcpy(bad, segments, sizeof bad);
+  REFUSED(varlen_fa_prepare_qk(device, segments, 0, NULL, NULL), VARLEN_FA_STATUS_BAD_VALUE, "`segments`: expected 1 to 8 segments, got 0");
+  REFUSED(varlen_fa_prepare_qk(device, segments, 9, NULL, NULL), VARLEN_FA_STATUS_BAD_VALUE, "`segments`: expected 1 to 8 segments, got 9");
+  REFUSED(varlen_fa_prepare_qk(device, NULL, 1, NULL, NULL), VARLEN_FA_STATUS_NULL_POINTER, "`segments`");
+  REFUSED(varlen_fa_prepare_qk(device, segments, 2, mask, meta), VARLEN_FA_STATUS_BAD_VALUE, "`meta`");
+  REFUSED(varlen_fa_prepare_qk(device, segments, 1, mask, NULL), VARLEN_FA_STATUS_MASK_SIZE, "`mask`");
+  bad[1].k = NULL;
+  REFUSED(varlen_fa_prepare_qk(device, bad, 2, mask, NULL), VARLEN_FA_STATUS_NULL_POINTER, "`segments[1].k`");
+  bad[1].k = &tensors[1][1];
+  bad[1].k_out = NULL;
+  REFUSED(varlen_fa_prepare_qk(device, bad, 2, mask, NULL), VARLEN_FA_STATUS_BAD_VALUE, "`segments[1].k_out`");
+  bad[1].k_out = &outs[0];
+  REFUSED(varlen_fa_prepare_qk(device, bad, 2, mask, NULL), VARLEN_FA_STATUS_OVERLAP, "`segments[1].q_out` may share memory with `segments[1].k_out`");
+  bad[1].k_out = &tensors[1][0];
+  REFUSED(varlen_fa_prepare_qk(device, bad, 2, mask, NULL), VARLEN_FA_STATUS_OVERLAP, "`segments[1].k_out` may share memory with `segments[1].q`");
+  bad[1] = segments[1];
+  bad[0].k_weight = NULL;
+  REFUSED(varlen_fa_prepare_qk(device, bad, 2, mask, NULL), VARLEN_FA_STATUS_NULL_POINTER, "`segments[0].k_weight`");
+  bad[0] = segments[0];
+  bad[0].eps = -1.0f;
+  REFUSED(varlen_fa_prepare_qk(device, bad, 2, mask, NULL), VARLEN_FA_STATUS_BAD_VALUE, "`segments[0].eps`");
+  bad[0] = segments[0];
+  bad[0].sin = NULL;
+  REFUSED(varlen_fa_prepare_qk(device, bad, 2, mask, NULL), VARLEN_FA_STATUS_NULL_POINTER, "`segments[0].sin`");
+  bad[0] = segments[0];
+  bad[0].pairing = (varlen_fa_rotary_pairing)0;
+  REFUSED(varlen_fa_prepare_qk(device, bad, 2, mask, NULL), VARLEN_FA_STATUS_BAD_VALUE, "`segments[0].pairing`");
+  bad[0] = segments[0];
+  bad[0].reserved[3] = 1;
+  REFUSED(varlen_fa_prepare_qk(device, bad, 2, mask, NULL), VARLEN_FA_STATUS_BAD_VALUE, "`segments[0].reserved`");
+  CHECK(memcmp(before, text[0], sizeof before) == 0);
+
+  /* An output that is its input's own memory is the input replaced. */
+  segments[0].q_out = &tensors[0][0];
+  segments[0].k_out = &tensors[0][1];
+  OK(varlen_fa_prepare_qk(device, segments, 2, NULL, meta));
+  for (int row = 0; row < BATCH * TEXT * HEADS; row++) {
+    const int b = row / HEADS / TEXT, s = row / HEADS % TEXT;
+    const float *x = before + row * DIM;
+    double expected[DIM], power = 0.0;
+    for (int d = 0; d < DIM; d++) power += (double)x[d] * (double)x[d];
+    for (int d = 0; d < DIM; d++) expected[d] = (double)x[d] * (double)weight[d] / sqrt(power / DIM + 1e-6);
+    for (int i = 0; i < HALF; i++) {
+      const double first = expected[i], second = expected[HALF + i];
+      const double cosine = (double)cosines[s * HALF + i], sine = (double)sines[s * HALF + i];
+      expected[i] = first * cosine - second * sine;
+      expected[HALF + i] = second * cosine + first * sine;
+    }
+    for (int d = 0; d < DIM; d++) {
+      const float found = text[0][row * DIM + d];
+      CHECK(b == 0 && s >= 2 ? memcmp(&found, x + d, sizeof found) == 0 : fabs((double)found - expected[d]) < 1e-5);
+    }
+  }
+  CHECK(memcmp(text[0], text[1], sizeof before) == 0);
+  /* Without norm and rotation, and of the second batch row alone. */
+  for (int i = 0; i < 2; i++) {
+    const int first = SEQ * HEADS * DIM;
+    for (int at = 0; at < first; at++) CHECK(out[i][at] != out[i][at]);
+    CHECK(memcmp(out[i] + first, image[i] + first, (size_t)(ELEMENTS - first) * sizeof(float)) == 0);
+  }
+  OK(varlen_fa_key_mask_free(mask));
+  OK(varlen_fa_meta_free(meta));
 }
 
 /* pack, attention over packed rows and scatter give what the packed path gives, bit for bit; lse is
@@ -1026,11 +1136,6 @@ static void device_meta(const varlen_fa_meta *meta) {
   static float expected[ELEMENTS];
   static uint16_t columns[SEQ * 4];
   varlen_fa_device_meta *on_device = NULL;
-  if (!is_cpu) {
-    REFUSED(varlen_fa_device_meta_create(device, BATCH, SEQ, &on_device), VARLEN_FA_STATUS_NOT_APPLICABLE, "metadata");
-    CHECK(on_device == NULL);
-    return;
-  }
   call c = good_call(meta);
   OK(run(&c));
   memcpy(expected, out_data, sizeof expected);
@@ -1099,7 +1204,7 @@ static void device_meta(const varlen_fa_meta *meta) {
   bad.memory = VARLEN_FA_MEMORY_CUDA;
   REFUSED(varlen_fa_device_meta_rebuild(on_device, &bad), VARLEN_FA_STATUS_DEVICE_MISMATCH, "`mask`");
   REFUSED(varlen_fa_device_meta_rebuild(on_device, NULL), VARLEN_FA_STATUS_NULL_POINTER, "`mask`");
-  /* On the CPU device it takes ranges and a bias, as that of the host does. */
+  /* On the CPU device it takes ranges and a bias, as that of the host does; on GPUs it does not. */
   static float bias_data[SEQ * SEQ], with_ranges[ELEMENTS];
   varlen_fa_tensor bias = tensor(bias_data, 1, 1, SEQ, SEQ);
   varlen_fa_key_ranges *causal = window(-1, 0);
@@ -1113,8 +1218,12 @@ static void device_meta(const varlen_fa_meta *meta) {
   host.mask.ranges = causal;
   host.mask.bias = &bias;
   memset(out_data, 0xff, sizeof out_data);
-  OK(run(&host));
-  CHECK(memcmp(out_data, with_ranges, sizeof with_ranges) == 0);
+  if (is_cpu) {
+    OK(run(&host));
+    CHECK(memcmp(out_data, with_ranges, sizeof with_ranges) == 0);
+  } else {
+    REFUSED(run(&host), VARLEN_FA_STATUS_NOT_APPLICABLE, "built on the host");
+  }
   OK(varlen_fa_key_ranges_free(causal));
   OK(run(&c)); /* as it was */
   CHECK(memcmp(out_data, expected, sizeof expected) == 0);
@@ -1206,6 +1315,7 @@ int main(int argc, char **argv) {
   masks();
   primitives(meta);
   log_sum_exp_and_merge(meta);
+  prepare_qk();
   equal_masks(meta);
   device_meta(meta);
   key_ranges_results();

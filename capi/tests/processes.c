@@ -3,6 +3,9 @@
  * and the reason, if the test cannot run here. */
 #define _GNU_SOURCE
 #define _DARWIN_C_SOURCE
+#ifdef __linux__
+#include <malloc.h>
+#endif
 #include <pthread.h>
 #include <signal.h>
 #include <stdint.h>
@@ -258,6 +261,10 @@ static unsigned long address_space(void) {
 static unsigned long room = 0;
 
 static int calls_in_the_room(void) {
+#ifdef __GLIBC__
+  /* Each arena takes 64 MiB of the room, or none: which of them it is depends on the moment. */
+  mallopt(M_ARENA_MAX, 1);
+#endif
   limit(RLIMIT_AS, address_space() + room);
   open_device("cpu", 64);
   return calls_are_right();

@@ -479,12 +479,56 @@ class Attention(unittest.TestCase):
             with self.assertRaisesRegex(vf.Error, "`lse2`"):
                 self.device.merge_attention(*views[:3], views[0], out.tensor(shape))
 
+    def test_prepare_qk(self):
+        meta = library.meta_from_lengths([3, SEQ], SEQ)
+        lengths, half, eps = [4, SEQ - 4], 6, 1e-5
+        heads = {"q": HEADS, "k": KV_HEADS}
+        for number, dtype in enumerate(DTYPES):
+            pairing = [vf.INTERLEAVED, vf.HALVES][number % 2]
+            weights = {name: randoms(self.memory, vf.F32, DIM, 30 + at) for at, name in enumerate(heads)}
+            parts, segments = [], []
+            for at, length in enumerate(lengths):
+                angles = [0.3 * (s + 1) * (i + 1) for s in range(length) for i in range(half)]
+                cos, sin = (self.memory(dtype, [of(angle) for angle in angles]) for of in [math.cos, math.sin])
+                x = {name: randoms(self.memory, dtype, BATCH * length * h * DIM, 40 + at) for name, h in heads.items()}
+                out = {name: nans(self.memory, dtype, BATCH * length * h * DIM) for name, h in heads.items()}
+                shape = lambda name: [BATCH, length, heads[name], DIM]
+                views = [x[name].tensor(shape(name)) for name in heads]
+                # The second segment is replaced.
+                if at == 0:
+                    views += [out[name].tensor(shape(name)) for name in heads]
+                rotary = cos.tensor([length, half]), sin.tensor([length, half]), pairing
+                norm = *(weights[name].tensor([DIM]) for name in heads), eps
+                segments.append(vf.qk_segment(*views, norm=norm, rotary=rotary))
+                before = {name: x[name].values() for name in heads}
+                parts.append((length, before, out if at == 0 else x, x, cos, sin))
+            if device_name == "cuda":
+                with self.assertRaises(vf.Error) as caught:
+                    self.device.prepare_qk(segments, meta=meta)
+                self.assertEqual(caught.exception.status, "NOT_APPLICABLE")
+                return
+            self.device.prepare_qk(segments, meta=meta)
+            for at, (length, before, out, _, cos, sin) in enumerate(parts):
+                cos, sin = cos.values(), sin.values()
+                for name, h in heads.items():
+                    got = out[name].values()
+                    for row in range(BATCH * length * h):
+                        b, s = row // h // length, row // h % length
+                        x, found = before[name][row * DIM :][:DIM], got[row * DIM :][:DIM]
+                        if b == 0 and s + sum(lengths[:at]) >= 3:
+                            self.assertTrue(all(map(math.isnan, found)) if at == 0 else found == x, (at, name, row))
+                            continue
+                        root = math.sqrt(sum(value * value for value in x) / DIM + eps)
+                        expected = [value / root * weight for value, weight in zip(x, weights[name].values())]
+                        for i in range(half):
+                            a, other = (2 * i, 2 * i + 1) if pairing == vf.INTERLEAVED else (i, half + i)
+                            turned = complex(expected[a], expected[other]) * complex(cos[s * half + i], sin[s * half + i])
+                            expected[a], expected[other] = turned.real, turned.imag
+                        self.assertLess(furthest(found, expected), TOLERANCES[dtype], (at, name, row))
+            with self.assertRaisesRegex(vf.Error, "`mask`"):
+                self.device.prepare_qk(segments[:1], meta=meta)
+
     def test_device_metadata(self):
-        if device_name == "wgpu":
-            with self.assertRaises(vf.Error) as caught:
-                self.device.device_meta(BATCH, SEQ)
-            self.assertEqual(caught.exception.status, "NOT_APPLICABLE")
-            return
         stage = self.stage()
         meta = self.device.device_meta(BATCH, SEQ)
         self.assertEqual(set(stage.run(vf.varlen(meta))), {0.0})

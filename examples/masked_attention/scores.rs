@@ -21,7 +21,7 @@ impl Scores {
     /// The library's form of it.
     pub fn modifiers(&self, heads: usize) -> ScoreModifiers {
         let modifiers = ScoreModifiers::new().with_softcap(self.softcap);
-        if self.alibi { modifiers.with_alibi(&alibi_slopes(heads)) } else { modifiers }
+        if self.alibi { modifiers.with_alibi(alibi_slopes(heads)) } else { modifiers }
     }
 
     /// The slopes of the heads, in this program's own words; none without ALiBi.

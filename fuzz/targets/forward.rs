@@ -7,7 +7,9 @@ use std::sync::OnceLock;
 
 use arbitrary::Arbitrary;
 use libfuzzer_sys::fuzz_target;
-use varlen_fa::{AttentionMask, AttentionOutputs, Config, Device, DeviceChoice, Element, KeyMask, Layout, MaskedAttention};
+use varlen_fa::{
+    AttentionMask, AttentionOutputs, Config, Device, DeviceChoice, Element, KeyMask, Layout, MaskedAttention,
+};
 use varlen_fa::{ScoreModifiers, TensorView, TensorViewMut, VarlenMeta, bf16, f16};
 use varlen_fa_testkit::oracle::Modifiers;
 use varlen_fa_testkit::{Oracle, OracleProblem, OracleShape, Precision, check_field_rule, naive_low_precision, random};
@@ -130,16 +132,17 @@ fn run<T: Element>(input: &Input, precision: Precision, narrow: fn(f32) -> T, wi
 
     let softcap = input.modifiers.softcap.map_or(0.0, |eighths| f32::from(eighths) / 8.0);
     let of_heads = |values: &Option<[i8; 6]>, unit: f32| -> Option<Vec<f32>> {
-        let value = |value: i8| if unit == 0.25 && value == i8::MIN { f32::NEG_INFINITY } else { f32::from(value) * unit };
+        let value =
+            |value: i8| if unit == 0.25 && value == i8::MIN { f32::NEG_INFINITY } else { f32::from(value) * unit };
         values.map(|values| values[..heads].iter().map(|&each| value(each)).collect())
     };
     let (slopes, sinks) = (of_heads(&input.modifiers.slopes, 1.0 / 64.0), of_heads(&input.modifiers.sinks, 0.25));
     let mut modifiers = ScoreModifiers::new().with_softcap(softcap);
     if let Some(slopes) = &slopes {
-        modifiers = modifiers.with_alibi(slopes);
+        modifiers = modifiers.with_alibi(slopes.as_slice());
     }
     if let Some(sinks) = &sinks {
-        modifiers = modifiers.with_sinks(sinks);
+        modifiers = modifiers.with_sinks(sinks.as_slice());
     }
 
     let placed = |at: usize, values: &[f32], shape, keep: Option<&[bool]>| {

@@ -39,6 +39,25 @@ pub struct ProblemArguments {
     pub json: Option<PathBuf>,
 }
 
+/// How often a bench times what it compares.
+#[derive(Debug, Args)]
+pub struct RoundArguments {
+    /// Rounds, each of which times every row once; medians are printed
+    #[arg(long, value_name = "N", default_value = "7")]
+    rounds: NonZeroUsize,
+    /// `cargo bench` passes it.
+    #[arg(long, hide = true)]
+    bench: bool,
+}
+
+impl RoundArguments {
+    /// The workloads and the number of rounds. `cargo test` runs benches too, without `--bench`: there it is enough that they
+    /// work.
+    pub fn of_run<'a>(&self, defaults: &'a [&'a str], smoke: &'a [&'a str]) -> (&'a [&'a str], usize) {
+        if self.bench { (defaults, self.rounds.get()) } else { (smoke, 1) }
+    }
+}
+
 /// The end of the `--help` text.
 pub fn workload_help() -> String {
     let names = NAMED.map(|(name, _)| name).join(", ");

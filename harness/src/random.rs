@@ -1,6 +1,7 @@
 //! Seeded inputs, made on every core.
 
 use rayon::prelude::*;
+use varlen_fa::{Device, Element, Result, Tensor};
 use varlen_fa_testkit::random::normal_stream;
 
 /// Values that one task makes, from a stream of their own, so that the result does not depend on the number of cores.
@@ -13,4 +14,10 @@ pub fn standard_normal(seed: u64, len: usize) -> Vec<f32> {
         chunk.copy_from_slice(&normal_stream(seed, index as u64, chunk.len()));
     });
     values
+}
+
+/// A tensor of standard normal values.
+pub fn tensor<T: Element>(device: &Device, seed: u64, shape: &[usize]) -> Result<Tensor> {
+    let values: Vec<T> = standard_normal(seed, shape.iter().product()).into_iter().map(T::from_f32).collect();
+    Tensor::from_slice(device, &values, shape)
 }

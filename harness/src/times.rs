@@ -1,6 +1,8 @@
-//! Repeated timings in three numbers.
+//! Repeated timings, in turns, and in three numbers.
 
 use std::time::Duration;
+
+use varlen_fa::{Device, Result};
 
 /// Median and extremes of repeated timings.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -21,6 +23,31 @@ impl Times {
         let (last, half) = (timings.len().saturating_sub(1), timings.len() / 2);
         Self { median: (at(last / 2) + at(half)) / 2, min: at(0), max: at(last) }
     }
+}
+
+/// Times calls in turns, each of `calls` once a round by its number, after a round that warms up. Returns what each call gave
+/// last, and its times.
+pub fn in_turns<T>(
+    device: &Device,
+    rounds: usize,
+    calls: usize,
+    mut call: impl FnMut(usize) -> Result<T>,
+) -> Result<Vec<(T, Times)>> {
+    let mut rows = Vec::with_capacity(calls);
+    for _ in 0..=rounds {
+        for number in 0..calls {
+            let (given, timing) = device.time(|| call(number))?;
+            device.synchronize()?;
+            match rows.get_mut(number) {
+                None => rows.push((given, Vec::with_capacity(rounds))),
+                Some((last, timings)) => {
+                    *last = given;
+                    timings.push(timing.duration);
+                }
+            }
+        }
+    }
+    Ok(rows.into_iter().map(|(given, timings)| (given, Times::of(timings))).collect())
 }
 
 /// The duration as a number of milliseconds.

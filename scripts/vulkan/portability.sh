@@ -23,11 +23,12 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 
 # Sizes of real models, and grids past 65,535 workgroups.
-REAL_SIZES=(prod_c2 c8_prod all_valid_b4 workgroups many_sequences more_than_2_31_elements more_heads_than_a_grid)
+REAL_SIZES=(prod_c2 c8_prod all_valid_b4 workgroups many_sequences more_than_2_31_elements more_heads_than_a_grid
+  more_words_than_one_scan)
 # The same many times over: random masks, every head dimension, many threads, key ranges of many sizes.
 REPEATED=(properties/ same_bits every_head_dim every_fourth_head_dim calls_from_many_threads many_ranges
   ranges/every_tile_width ranges/lengths_around_tiles ranges/windows_around_tiles ranges/more_queries
-  ranges/random ranges/one_infinite_value)
+  ranges/random ranges/one_infinite_value modifiers/every_tile_width modifiers/lengths_around_tiles)
 # Refusals on the host, which no adapter changes.
 SETTLED_BY_LAVAPIPE=(external_wgpu/refusals)
 
@@ -84,8 +85,11 @@ for adapter in "${adapters[@]}"; do
       # It compiles a kernel on matrices in seconds to a minute; other kernels are the same on the
       # other adapters.
       if [ -z "$full" ]; then
-        # Trials of many head dimensions have as many kernels compiled, which takes it minutes.
-        many_kernels=(nan_reaches_only_queries heads_times_dim_not_a_power_of_two)
+        # Each variant of the kernel takes it a minute. What trials of many head dimensions, of the
+        # log-sum-exp and of bf16 test beside that, the portable kernel has in common with this one. Of
+        # score modifiers, all of them together are tested.
+        many_kernels=(nan_reaches_only_queries heads_times_dim_not_a_power_of_two any_head_dim lse/ /bf16
+          modifiers/with_ranges modifiers/long_rows modifiers/scores_beyond modifiers/none)
         only=(wgpu/wgsl-coop/fused/)
         for word in "${many_kernels[@]}"; do only+=(--skip "$word"); done
         echo "not run, without --full: kernels other than wgsl-coop, paths other than fused, and ${many_kernels[*]}"

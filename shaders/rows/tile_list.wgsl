@@ -2,7 +2,8 @@
 // z.
 
 struct Listed {
-    // Whether the list is as long as that. The last tile stands in for those past its end.
+    // Whether the list is as long as that, and its tile has rows: devices build lists with empty
+    // places (metadata/tiles.wgsl). The last tile stands in for those past the end.
     exists: bool,
     // The tile's place in the list.
     at: u32,
@@ -13,5 +14,6 @@ struct Listed {
 fn listed(group: vec3<u32>) -> Listed {
     let at = params.first_tile + group.x + group.y * params.grid_width;
     let place = min(at, params.end_tile - 1u);
-    return Listed(at < params.end_tile, place, tiles[place]);
+    let entry = tiles[place];
+    return Listed(at < params.end_tile && entry.y > 0u, place, entry);
 }

@@ -19,7 +19,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::cache::DeviceId;
 use crate::call::chips::{Chip, TileCost};
-use crate::call::plan::Path;
+use crate::call::path::Path;
 use crate::call::problem::AttentionProblem;
 use crate::error::Result;
 use crate::kernel::Kernel;

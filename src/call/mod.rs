@@ -3,8 +3,11 @@
 pub(crate) mod chips;
 #[cfg_attr(not(any(feature = "cuda", test)), expect(dead_code, reason = "only CUDA devices have a cost model"))]
 pub(crate) mod cost;
+pub(crate) mod memory;
 pub(crate) mod op;
+pub(crate) mod path;
 pub(crate) mod plan;
+pub(crate) mod prepare_qk;
 pub(crate) mod problem;
 // Only GPUs have kernels to check. The tests of the check need none.
 #[cfg(any(feature = "cuda", feature = "wgpu", test))]

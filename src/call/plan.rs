@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::call::cost::{Choice, Machine, Tiling};
+use crate::call::path::Path;
 use crate::call::problem::{AttentionProblem, MaskInfo, TokenInfo};
 use crate::config::Config;
 use crate::dtype::DType;
@@ -12,39 +13,6 @@ use crate::error::{Error, Result};
 use crate::kernel::{BackendKind, Kernel};
 use crate::mask::key_ranges::KeyRanges;
 use crate::score_modifiers::{ModifierSet, ScoreModifiers};
-
-/// How a call is computed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-#[non_exhaustive]
-pub enum Path {
-    /// Every query against every key of the padded tensors, masked keys dropped from the softmax.
-    Dense,
-    /// One pass over the padded tensors that skips what is masked and writes the padded, zero-filled output.
-    Fused,
-    /// Pack, varlen attention on the packed rows, scatter with zeros.
-    Packed,
-    /// Zeros only: no query or no key is valid.
-    Zero,
-}
-
-impl Path {
-    /// The path's name: `dense`, `fused`, `packed` or `zero`.
-    #[must_use]
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::Dense => "dense",
-            Self::Fused => "fused",
-            Self::Packed => "packed",
-            Self::Zero => "zero",
-        }
-    }
-}
-
-impl fmt::Display for Path {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.name())
-    }
-}
 
 /// What a call asks of a kernel.
 #[derive(Debug, Clone, Copy)]
@@ -608,6 +576,47 @@ mod tests {
                     if why.contains("takes no key ranges")),
                 "{refused:?}"
             );
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn modifiers_go_to_the_first_kernel_that_has_them() -> Result<()> {
+        let meta = meta(true)?;
+        let none = ScoreModifiers::new();
+        let with = |modifiers| MaskInfo {
+            modifiers: Some(modifiers),
+            ..masked(TokenInfo::Varlen { query: &meta, key: &meta })
+        };
+        let free = Forced::default();
+        let both = [Kernel::CudaSm90, Kernel::WgslPortable];
+        assert_eq!(plan(&both, &with(&none), free)?.kernel, Kernel::CudaSm90);
+        let lacking = [
+            (none.clone().with_softcap(1.0), "does not cap scores"),
+            (none.clone().with_alibi([0.5; 24]), "has no ALiBi"),
+            (none.clone().with_sinks([0.5; 24]), "has no attention sinks"),
+        ];
+        for (modifiers, why_not) in &lacking {
+            assert_eq!(plan(&both, &with(modifiers), free)?.kernel, Kernel::WgslPortable);
+            let forced = Forced { path: None, kernel: Some(Kernel::CudaSm90) };
+            for refused in [plan(&both, &with(modifiers), forced), plan(&both[..1], &with(modifiers), free)] {
+                let refused = refused.err();
+                assert!(
+                    matches!(&refused, Some(Error::NotApplicable { argument: "kernel", why, .. }) if why.contains(why_not)),
+                    "{refused:?}"
+                );
+            }
+        }
+        // Short runs, which a cost model would pack: not with modifiers, which it does not know, and never with ALiBi.
+        let hopper = Capabilities { machine: hopper(), ..device(Kernel::ALL) };
+        let packed = Forced { path: Some(Path::Packed), kernel: None };
+        for (modifiers, _) in &lacking {
+            assert_eq!(plan_on(&hopper, &with(modifiers), free)?.path, Path::Fused);
+            let forced = plan_on(&hopper, &with(modifiers), packed);
+            match modifiers.alibi() {
+                None => assert_eq!(forced?.path, Path::Packed),
+                Some(_) => assert!(matches!(forced.err(), Some(Error::NotApplicable { argument: "path", .. }))),
+            }
         }
         Ok(())
     }

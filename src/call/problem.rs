@@ -8,9 +8,10 @@ use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::kernel::MAX_HEAD_DIM;
 use crate::layout::Layout;
+use crate::mask::cu_seqlens::CuSeqlens;
 use crate::mask::key_mask::{KeyMask, check_token_count};
 use crate::mask::key_ranges::KeyRanges;
-use crate::mask::meta::{CuSeqlens, VarlenMeta};
+use crate::mask::meta::VarlenMeta;
 use crate::score_modifiers::ScoreModifiers;
 
 /// The device of a call, as far as checks need it.
@@ -400,7 +401,7 @@ pub(crate) fn lse_shape(argument: &'static str, out: &[usize]) -> Result<Vec<usi
     }
 }
 
-fn sizes<const RANK: usize>(
+pub(super) fn sizes<const RANK: usize>(
     argument: &'static str,
     view: &ViewInfo<'_>,
     expected: &'static str,
@@ -409,7 +410,7 @@ fn sizes<const RANK: usize>(
     shape.try_into().map_err(|_| Error::Rank { argument, expected, got: shape.len() })
 }
 
-fn expect_shape(argument: &'static str, view: &ViewInfo<'_>, expected: &[usize]) -> Result<()> {
+pub(super) fn expect_shape(argument: &'static str, view: &ViewInfo<'_>, expected: &[usize]) -> Result<()> {
     let got = view.layout.shape();
     if got == expected {
         return Ok(());
@@ -417,14 +418,14 @@ fn expect_shape(argument: &'static str, view: &ViewInfo<'_>, expected: &[usize])
     Err(Error::Shape { argument, expected: expected.to_vec(), got: got.to_vec() })
 }
 
-fn expect_head_dim(got: usize) -> Result<()> {
+pub(super) fn expect_head_dim(got: usize) -> Result<()> {
     if got == 0 || got > MAX_HEAD_DIM {
         return Err(Error::HeadDim { got });
     }
     Ok(())
 }
 
-fn expect_dtype(argument: &'static str, view: &ViewInfo<'_>, expected: DType) -> Result<()> {
+pub(super) fn expect_dtype(argument: &'static str, view: &ViewInfo<'_>, expected: DType) -> Result<()> {
     if view.dtype == expected {
         return Ok(());
     }
@@ -444,7 +445,7 @@ fn expect_supported(argument: &'static str, view: &ViewInfo<'_>, device: DeviceI
 }
 
 /// Batch rows, tokens and heads are counted in 32 bits by every kernel.
-fn expect_count(argument: &'static str, shape: &[usize]) -> Result<()> {
+pub(super) fn expect_count(argument: &'static str, shape: &[usize]) -> Result<()> {
     let limit = i32::MAX as u64;
     match shape.iter().map(|&size| size as u64).find(|&size| size > limit) {
         Some(got) => Err(Error::TooLarge { argument, limit_name: "an i32 of each dimension", limit, got }),
@@ -467,7 +468,7 @@ fn expect_in_bounds(argument: &'static str, view: &ViewInfo<'_>) -> Result<()> {
     Err(Error::BufferTooSmall { argument, expected, got: view.memory_bytes })
 }
 
-fn expect_input(argument: &'static str, view: &ViewInfo<'_>, device: DeviceInfo<'_>) -> Result<()> {
+pub(super) fn expect_input(argument: &'static str, view: &ViewInfo<'_>, device: DeviceInfo<'_>) -> Result<()> {
     expect_device(argument, view, device)?;
     if let (Some(&got), Some(&size)) = (view.layout.strides().last(), view.layout.shape().last())
         && got != 1
@@ -479,7 +480,7 @@ fn expect_input(argument: &'static str, view: &ViewInfo<'_>, device: DeviceInfo<
     expect_in_bounds(argument, view)
 }
 
-fn expect_output(argument: &'static str, view: &ViewInfo<'_>, device: DeviceInfo<'_>) -> Result<()> {
+pub(super) fn expect_output(argument: &'static str, view: &ViewInfo<'_>, device: DeviceInfo<'_>) -> Result<()> {
     expect_input(argument, view, device)?;
     if view.layout.self_overlaps() {
         return Err(Error::SelfOverlap {
@@ -492,7 +493,7 @@ fn expect_output(argument: &'static str, view: &ViewInfo<'_>, device: DeviceInfo
 }
 
 /// Views that interleave without sharing an element count as overlapping: telling them apart would cost more than it gives.
-fn expect_apart(
+pub(super) fn expect_apart(
     argument: &'static str,
     output: &ViewInfo<'_>,
     other: &'static str,
@@ -505,7 +506,7 @@ fn expect_apart(
     Ok(())
 }
 
-fn expect_mask(argument: &'static str, mask: &KeyMask, batch: usize, seq: usize) -> Result<()> {
+pub(super) fn expect_mask(argument: &'static str, mask: &KeyMask, batch: usize, seq: usize) -> Result<()> {
     let got = [mask.batch(), mask.seq()];
     if got == [batch, seq] {
         return Ok(());

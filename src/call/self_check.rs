@@ -30,15 +30,18 @@ use std::{
 
 use half::{bf16, f16};
 
-use crate::call::op::{Attention, Backend, Input, Op, Output, Rows, Storage};
-use crate::call::plan::{Path, Plan, Reason};
+use crate::call::memory::{Input, Output, Storage};
+use crate::call::op::{Attention, Backend, Op, Rows};
+use crate::call::path::Path;
+use crate::call::plan::{Plan, Reason};
 use crate::call::problem::{AttentionProblem, AttentionShape};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::kernel::Kernel;
 use crate::layout::Layout;
+use crate::mask::cu_seqlens::CuSeqlens;
 use crate::mask::key_mask::KeyMask;
-use crate::mask::meta::{CuSeqlens, VarlenMeta};
+use crate::mask::meta::VarlenMeta;
 
 const BATCH: usize = 3;
 const QUERIES: usize = 133;
@@ -401,7 +404,8 @@ pub(crate) mod tests {
     use super::*;
     use crate::backends::cpu::CpuDevice;
     use crate::cache::DeviceId;
-    use crate::call::op::{Sink, Source, Timing};
+    use crate::call::memory::{Sink, Source};
+    use crate::call::op::Timing;
     use crate::call::plan::Capabilities;
     use crate::error::Error;
 

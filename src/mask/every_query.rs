@@ -3,6 +3,7 @@
 
 use std::sync::Arc;
 
+use crate::cache::DeviceId;
 use crate::error::Result;
 use crate::fifo_cache::FifoCache;
 use crate::mask::key_mask::KeyMask;
@@ -17,21 +18,16 @@ pub(crate) struct EveryQuery {
     pub key: VarlenMeta,
 }
 
-/// Kept with the mask, by the number of queries. A clone of a mask starts without any: metadata holds a clone of its mask.
-#[derive(Debug, Default)]
-pub(crate) struct EveryQueryCache(FifoCache<usize, EveryQuery>);
-
-impl Clone for EveryQueryCache {
-    fn clone(&self) -> Self {
-        Self::default()
-    }
-}
+/// Kept with the mask, by the number of queries.
+type ByQueries = FifoCache<usize, EveryQuery>;
 
 impl KeyMask {
     /// The metadata of calls with `seq_q` queries in each batch row; made at the first of them, and kept as long as the mask: a
     /// captured graph may hold addresses of its copies.
     pub(crate) fn every_query(&self, seq_q: usize) -> Result<Arc<EveryQuery>> {
-        self.every_query_cache().0.get_or_make(seq_q, true, || {
+        // Among the mask's copies, as that of the host: a mask cannot name what holds a mask. A clone of it starts without any.
+        let made = self.copies().get_or_make(DeviceId::CPU, || Ok(ByQueries::default()))?;
+        made.get_or_make(seq_q, true, || {
             let query = VarlenMeta::from_key_mask(&Self::all(self.batch(), seq_q)?)?;
             Ok(EveryQuery { query, key: VarlenMeta::from_key_mask(self)? })
         })

@@ -8,7 +8,6 @@ use std::sync::Arc;
 use crate::cache::DeviceCopies;
 use crate::error::{Error, Result};
 use crate::host_vec;
-use crate::mask::every_query::EveryQueryCache;
 
 /// Bits of one word of a mask.
 const WORD_BITS: usize = 64;
@@ -109,7 +108,6 @@ pub struct KeyMask {
     /// `[B, ceil(S / 64)]`: bit `s % 64` of word `s / 64`; bits past S are 0. Clones share them.
     words: Arc<Vec<u64>>,
     copies: DeviceCopies,
-    every_query: EveryQueryCache,
 }
 
 /// Two masks are equal if they keep the same tokens.
@@ -283,10 +281,6 @@ impl KeyMask {
         &self.copies
     }
 
-    pub(crate) fn every_query_cache(&self) -> &EveryQueryCache {
-        &self.every_query
-    }
-
     /// The first row, `batch` times. The caller has checked the size.
     pub(super) fn repeated(&self, batch: usize) -> Result<Self> {
         let row = self.row_words(0);
@@ -297,9 +291,7 @@ impl KeyMask {
 
     pub(super) fn from_flags<T>(batch: usize, seq: usize, flags: &[T], keeps: impl Fn(&T) -> bool) -> Result<Self> {
         let expected = check_token_count("mask", batch, seq)?;
-        if flags.len() != expected {
-            return Err(Error::Length { argument: "mask", expected, got: flags.len() });
-        }
+        Error::expect_length("mask", expected, flags.len())?;
         let mut words = host_vec::reserve(batch * seq.div_ceil(WORD_BITS))?;
         for row in flags.chunks_exact(seq.max(1)) {
             words.extend(row.chunks(WORD_BITS).map(|chunk| {
@@ -327,8 +319,7 @@ impl Bits {
 
     fn into_mask(self) -> KeyMask {
         let Self { batch, seq, words } = self;
-        let (copies, every_query) = (DeviceCopies::default(), EveryQueryCache::default());
-        KeyMask { batch, seq, words: Arc::new(words), copies, every_query }
+        KeyMask { batch, seq, words: Arc::new(words), copies: DeviceCopies::default() }
     }
 
     fn keep(&mut self, row: usize, range: Range<usize>) {

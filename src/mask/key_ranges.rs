@@ -17,10 +17,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use crate::cache::DeviceCopies;
 use crate::error::{Error, Result};
 use crate::fifo_cache::FifoCache;
-use crate::host_vec::reserve;
+use crate::host_vec::{reserve, zeroed};
+use crate::mask::cu_seqlens::CuSeqlens;
 use crate::mask::key_mask::check_token_count;
-use crate::mask::meta::{CuSeqlens, VarlenMeta};
-use crate::mask::ranks::Ranks;
 
 /// The queries and keys that ranges are made for.
 #[derive(Debug, Clone)]
@@ -163,6 +162,9 @@ struct Ranges {
     copies: DeviceCopies,
 }
 
+/// Places after the last range that [`write_documents`] writes too.
+const SPARE: usize = 4;
+
 impl KeyRanges {
     /// Query i sees the keys up to its own place. Where queries and keys differ in number, the last query sees the last key, as in
     /// flash-attention: `j <= i + Sk - Sq`.
@@ -212,28 +214,15 @@ impl KeyRanges {
     pub fn from_document_ids(batch: usize, seq: usize, ids: &[u32]) -> Result<Self> {
         let of = RangesOf::from([batch, seq, seq]);
         of.check()?;
-        expect_length("document_ids", batch * seq, ids.len())?;
-        let mut ranges = reserve(ids.len())?;
+        Error::expect_length("document_ids", batch * seq, ids.len())?;
+        let mut ranges = zeroed(ids.len() + SPARE)?;
         for (row, ids) in ids.chunks_exact(seq.max(1)).enumerate() {
-            let (mut first, mut highest, mut ascend) = (0, 0, true);
-            for document in ids.chunk_by(|a, b| a == b) {
-                let (id, end) = (document[0], first + document.len() as u32);
-                // Tokens of no document may lie anywhere.
-                ascend &= id == 0 || id > highest;
-                highest = highest.max(id);
-                let range = if id == 0 { [0, 0] } else { [first, end] };
-                match document.len() {
-                    // Quicker than an iterator.
-                    1 => ranges.push(range),
-                    length => ranges.extend(std::iter::repeat_n(range, length)),
-                }
-                first = end;
-            }
             // Numbers that only ascend come once each.
-            if !ascend {
+            if !write_documents(ids, &mut ranges[row * seq..]) {
                 expect_documents_together(row, ids)?;
             }
         }
+        ranges.truncate(ids.len());
         Ok(Self::new(of, ranges, false))
     }
 
@@ -245,7 +234,7 @@ impl KeyRanges {
     pub fn from_ranges(of: impl Into<RangesOf>, ranges: &[[usize; 2]]) -> Result<Self> {
         let of = of.into();
         of.check()?;
-        expect_length("ranges", of.total(), ranges.len())?;
+        Error::expect_length("ranges", of.total(), ranges.len())?;
         let mut checked = reserve(ranges.len())?;
         let mut rest = ranges;
         // Without queries there may be 2³¹ rows, of which none has a range.
@@ -356,25 +345,6 @@ impl KeyRanges {
         }
     }
 
-    /// The ranges of the packed rows of padded tensors, among which the valid keys of a row are numbered in order. Made once for
-    /// each pair of metadata.
-    ///
-    /// `pin` keeps them from being evicted: a captured graph may hold the addresses of their copy.
-    pub(crate) fn of_packed_rows(&self, query: &VarlenMeta, key: &VarlenMeta, pin: bool) -> Result<Arc<Self>> {
-        self.0.packed.get_or_make([query.id(), key.id()], pin, || {
-            let ranks = Ranks::new(key.key_mask())?;
-            let mut ranges = reserve(query.total_valid())?;
-            for b in 0..query.batch() {
-                let own = self.row(b);
-                for run in query.runs(b) {
-                    let numbers = |range: &[u32; 2]| range.map(|position| ranks.of(b, position));
-                    ranges.extend(own[run.start as usize..run.end()].iter().map(numbers));
-                }
-            }
-            Ok(Self::new(RangesOf::from((query.cu_seqlens(), key.cu_seqlens())), ranges, false))
-        })
-    }
-
     /// Checks that the ranges are for padded tensors of this size.
     pub(crate) fn expect_padded(&self, batch: usize, seq_q: usize, seq_k: usize) -> Result<()> {
         self.expect(&RangesOf::Padded { batch, seq_q, seq_k })
@@ -401,7 +371,12 @@ impl KeyRanges {
         &self.0.copies
     }
 
-    fn new(of: RangesOf, ranges: Vec<[u32; 2]>, is_shared: bool) -> Self {
+    /// Ranges of packed rows that were made of these, by the ids of the metadata of queries and keys.
+    pub(super) fn packed(&self) -> &FifoCache<[u64; 2], Self> {
+        &self.0.packed
+    }
+
+    pub(super) fn new(of: RangesOf, ranges: Vec<[u32; 2]>, is_shared: bool) -> Self {
         static NEXT_ID: AtomicU64 = AtomicU64::new(0);
         let id = NEXT_ID.fetch_add(1, Ordering::Relaxed);
         Self(Arc::new(Ranges {
@@ -433,6 +408,51 @@ impl KeyRanges {
     }
 }
 
+/// Writes the range of each token of a row, document by document, and says whether the numbers of
+/// the documents only ascend. Tokens of no document, which are numbered 0, may lie anywhere.
+///
+/// `ranges` has [`SPARE`] places more than the row has tokens.
+fn write_documents(ids: &[u32], ranges: &mut [[u32; 2]]) -> bool {
+    /// Tokens that are looked at together, and documents of one token that make it worth a try.
+    const TOGETHER: usize = 16;
+    const SINGLE: usize = 8;
+    let (mut at, mut highest, mut ascend, mut single) = (0, 0, true, 0);
+    while at < ids.len() {
+        if single == SINGLE {
+            single = 0;
+            // Each a document of one token, if each has a larger number than the one before.
+            while let Some(next) = ids[at..].first_chunk::<{ TOGETHER + 1 }>() {
+                if !next.iter().zip(&next[1..]).fold(next[0] > highest, |all, (a, b)| all & (a < b)) {
+                    break;
+                }
+                for (range, first) in ranges[at..at + TOGETHER].iter_mut().zip(at as u32..) {
+                    *range = [first, first + 1];
+                }
+                highest = next[TOGETHER - 1];
+                at += TOGETHER;
+            }
+            continue;
+        }
+        let id = ids[at];
+        let mut end = at + 1;
+        while ids.get(end) == Some(&id) {
+            end += 1;
+        }
+        // Both fit: tokens are bounded by i32::MAX.
+        let range = if id == 0 { [0, 0] } else { [at as u32, end as u32] };
+        // A fixed number takes less time; what is past the document is written again.
+        ranges[at..at + SPARE].fill(range);
+        if end - at > SPARE {
+            ranges[at + SPARE..end].fill(range);
+        }
+        single = if end - at == 1 { single + 1 } else { 0 };
+        ascend &= id == 0 || id > highest;
+        highest = highest.max(id);
+        at = end;
+    }
+    ascend
+}
+
 /// Checks that the tokens of each document of a row lie together.
 fn expect_documents_together(row: usize, ids: &[u32]) -> Result<()> {
     let mut documents: Vec<u32> = reserve(ids.len())?;
@@ -447,13 +467,6 @@ fn expect_documents_together(row: usize, ids: &[u32]) -> Result<()> {
             got: format!("document {} in two places", twice[0]),
         }),
     }
-}
-
-fn expect_length(argument: &'static str, expected: usize, got: usize) -> Result<()> {
-    if expected == got {
-        return Ok(());
-    }
-    Err(Error::Length { argument, expected, got })
 }
 
 #[cfg(test)]
@@ -554,6 +567,35 @@ mod tests {
         }
         assert_eq!(KeyRanges::from_document_ids(0, 7, &[])?.row(0), [[0_u32; 2]; 0]);
         assert_eq!(KeyRanges::from_document_ids(3, 0, &[])?.row(2), [[0_u32; 2]; 0]);
+        Ok(())
+    }
+
+    /// Rows of many documents of one token, which are added together, beside longer ones.
+    #[test]
+    fn short_documents_see_themselves() -> Result<()> {
+        let steps = |step: fn(u32) -> u32| (0..60).map(step).collect::<Vec<_>>();
+        let rows = [
+            steps(|at| at + 1),
+            steps(|at| at),
+            steps(|at| 60 - at),
+            steps(|at| at - at / 6 - u32::from(at % 6 == 5) + 1),
+            steps(|at| if at % 19 == 18 { 0 } else { at + 1 }),
+            steps(|at| if at < 30 { at + 100 } else { at }),
+            steps(|at| if at < 25 { at + 1 } else { 26 }),
+            steps(|at| at.max(21)),
+        ];
+        for ids in &rows {
+            let ranges = KeyRanges::from_document_ids(1, ids.len(), ids)?;
+            let expected: Vec<Vec<bool>> =
+                ids.iter().map(|&own| ids.iter().map(|&id| own != 0 && id == own).collect()).collect();
+            assert_eq!(booleans(ranges.row(0), ids.len()), expected, "{ids:?}");
+        }
+        // The second piece follows, lies in, or ends many documents of one token.
+        for at in [5, 20, 21, 22, 59] {
+            let mut ids = rows[0].clone();
+            ids[at] = 3;
+            assert!(matches!(KeyRanges::from_document_ids(1, 60, &ids), Err(Error::MaskRow { row: 0, .. })), "{at}");
+        }
         Ok(())
     }
 
@@ -693,16 +735,5 @@ mod tests {
         };
         assert_eq!(KeyRanges::causal((&two, &three)).err(), Some(expected));
         Ok(())
-    }
-
-    /// Ranges of padded tensors, of the packed rows of their metadata: valid keys are numbered in order.
-    #[test]
-    fn packed_rows_of_padded_tensors() -> Result<()> {
-        use crate::mask::key_mask::KeyMask;
-        let meta = |bits: &[u8]| VarlenMeta::from_key_mask(&KeyMask::from_integers(2, 4, bits)?);
-        let (query, key) = (meta(&[1, 0, 1, 1, 0, 1, 0, 0])?, meta(&[0, 1, 1, 0, 1, 0, 0, 1])?);
-        let packed = KeyRanges::causal([2, 4, 4])?.of_packed_rows(&query, &key, false)?;
-        assert_eq!((packed.row(0), packed.row(1)), (&[[0, 0], [0, 2], [0, 2]][..], &[[0, 1]][..]));
-        packed.expect_packed(query.cu_seqlens(), key.cu_seqlens())
     }
 }

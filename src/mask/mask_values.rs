@@ -82,9 +82,7 @@ fn expect_sound<T, Shown: Display>(
     shown: impl Fn(&T) -> Shown,
 ) -> Result<()> {
     let expected = check_token_count("mask", batch, seq)?;
-    if values.len() != expected {
-        return Err(Error::Length { argument: "mask", expected, got: values.len() });
-    }
+    Error::expect_length("mask", expected, values.len())?;
     // The whole mask at once, which takes less time than looking for the first.
     if values.iter().fold(true, |all, value| all & is_sound(value)) {
         return Ok(());

@@ -1,11 +1,13 @@
 //! Metadata of a mask that is on the device already: built there, without waiting for the host.
 
 use crate::cache::DeviceId;
-use crate::call::op::{DeviceTables, MaskInput, MetadataPlace, Op, Source, Storage, foreign_memory, no_device_tables};
+use crate::call::memory::{Source, Storage, foreign_memory};
+use crate::call::op::{DeviceTables, MaskInput, MetadataPlace, Op, no_device_tables};
 use crate::call::problem::{DeviceMaskInfo, DeviceMetaInfo, check_device_mask};
 use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::host_vec;
+use crate::kernel::BackendKind;
 use crate::layout::Layout;
 use crate::mask::key_mask::{KeyMask, MaskDType, MaskInteger, check_token_count};
 use crate::mask::meta::VarlenMeta;
@@ -26,9 +28,7 @@ impl<'a> MaskView<'a> {
     /// [`Error::Length`] if `data` has not `batch · seq` elements; [`Error::TooLarge`].
     pub fn from_host<T: MaskInteger>(data: &'a [T], batch: usize, seq: usize) -> Result<Self> {
         let layout = Layout::contiguous(&[batch, seq])?;
-        if data.len() != layout.numel() {
-            return Err(Error::Length { argument: "mask", expected: layout.numel(), got: data.len() });
-        }
+        Error::expect_length("mask", layout.numel(), data.len())?;
         Ok(Self { memory: Source::Host(bytemuck::cast_slice(data)), layout, dtype: T::MASK_DTYPE })
     }
 
@@ -41,7 +41,7 @@ impl<'a> MaskView<'a> {
 
     fn info(&self) -> DeviceMaskInfo<'_> {
         let (device, device_name, memory_bytes) = match self.memory {
-            Source::Host(bytes) => (DeviceId::CPU, "cpu", bytes.len() as u64),
+            Source::Host(bytes) => (DeviceId::CPU, BackendKind::Cpu.name(), bytes.len() as u64),
             Source::Device(buffer) => (buffer.device(), buffer.device_name(), buffer.size()),
         };
         let (layout, element_bytes) = (self.layout, self.dtype.size());
@@ -64,14 +64,15 @@ impl DeviceMemory {
 /// What [`VarlenMeta`] is, built on the device from a mask that is there already.
 ///
 /// Nothing is downloaded and nobody waits: launches that use it are sized for `B·S` valid tokens, and kernels read the true
-/// number where the device has it. So [`rebuild`](Self::rebuild) and the calls that use the metadata may be captured in a CUDA graph, whose
-/// replays then follow whatever the mask holds. The price is a plan that cannot know the mask: the shortcuts for batches that
-/// are all valid or all masked are not taken, and a kernel whose work in place needs the host's lists
-/// ([`Kernel::CudaSm90`](crate::Kernel::CudaSm90)) packs, through scratch as large as the padded tensors. Where the host has the
-/// mask, [`VarlenMeta`] is the better choice.
+/// number where the device has it. So [`rebuild`](Self::rebuild) and the calls that use the metadata may be captured in a CUDA
+/// graph, whose replays then follow whatever the mask holds. On wgpu devices `encode_rebuild` and
+/// `MaskedAttention::encode_into` record both into the application's commands. The price is a plan that cannot know the mask: the
+/// shortcuts for batches that are all valid or all masked are not taken, and a kernel whose work in place needs the host's
+/// lists ([`Kernel::CudaSm90`](crate::Kernel::CudaSm90)) packs, through scratch as large as the padded tensors. Where the host
+/// has the mask, [`VarlenMeta`] is the better choice.
 ///
-/// On the CPU device the mask is in host memory, and the one builder of [`VarlenMeta`] is used. Devices of wgpu have no such builder
-/// yet.
+/// It takes neither key ranges nor a bias on GPUs. On the CPU device the mask is in host memory, and the one builder of
+/// [`VarlenMeta`] is used.
 ///
 /// ```
 /// use varlen_fa::{AttentionMask, Device, DeviceChoice, DeviceVarlenMeta, MaskView, MaskedAttention, Tensor};
@@ -105,6 +106,7 @@ impl DeviceVarlenMeta {
     ///
     /// # Errors
     /// [`Error::NotApplicable`] on devices that cannot build metadata, [`Error::TooLarge`] if `batch · seq` does not fit an `i32`,
+    /// or on wgpu devices if a table does not fit a binding (the largest has 4 bytes for each of `batch · (seq + 1)`),
     /// [`Error::OutOfMemory`], [`Error::DeviceLost`].
     pub fn new(device: &Device, batch: usize, seq: usize) -> Result<Self> {
         check_token_count("mask", batch, seq)?;
@@ -120,8 +122,15 @@ impl DeviceVarlenMeta {
     ///
     /// # Errors
     /// [`Error::MaskSize`] if the mask is not of the size that the metadata was made for, [`Error::DeviceMismatch`] if it is
-    /// another device's, [`Error::BufferTooSmall`] or [`Error::Misaligned`] if it does not fit its memory; nothing is built then.
+    /// another device's, [`Error::BufferTooSmall`] or [`Error::Misaligned`] if it does not fit its memory, [`Error::TooLarge`] if
+    /// it does not fit one binding of a wgpu device; nothing is built then.
     pub fn rebuild(&mut self, mask: MaskView<'_>) -> Result<()> {
+        let device = self.device.clone();
+        self.rebuild_by(mask, |op| device.backend()?.execute(op))
+    }
+
+    /// The same by launches that `execute` takes.
+    pub(crate) fn rebuild_by(&mut self, mask: MaskView<'_>, execute: impl FnOnce(Op<'_>) -> Result<()>) -> Result<()> {
         check_device_mask(self.device.info(), &mask.info(), [self.batch, self.seq])?;
         match &mut self.tables {
             Tables::Host(meta) => {
@@ -131,7 +140,7 @@ impl DeviceVarlenMeta {
             }
             Tables::Device(storage) => {
                 let tables = DeviceTables { memory: storage.source(), batch: self.batch, seq: self.seq };
-                self.device.backend()?.execute(Op::Metadata { mask: mask.input(), tables })
+                execute(Op::Metadata { mask: mask.input(), tables })
             }
         }
     }
@@ -181,7 +190,7 @@ impl DeviceVarlenMeta {
 /// A mask in host memory, in bits.
 fn host_mask(mask: &MaskView<'_>, batch: usize, seq: usize) -> Result<KeyMask> {
     let Source::Host(bytes) = mask.memory else {
-        return Err(foreign_memory("cpu", "another device"));
+        return Err(foreign_memory(BackendKind::Cpu.name(), "another device"));
     };
     let (size, strides, offset) = (mask.dtype.size(), mask.layout.strides(), mask.layout.offset());
     let mut keep = host_vec::reserve(batch * seq)?;

@@ -2,7 +2,7 @@
 
 use bytemuck::Pod;
 
-use crate::call::op::{Sink, Source, Storage};
+use crate::call::memory::{Sink, Source, Storage};
 use crate::device::Device;
 use crate::dtype::DType;
 use crate::error::Result;

@@ -6,14 +6,13 @@ mod view;
 
 pub use view::{TensorView, TensorViewMut};
 
-use crate::call::op::{Op, Storage};
+use crate::call::memory::Storage;
+use crate::call::op::Op;
 use crate::device::Device;
 use crate::dtype::{DType, Element};
 use crate::error::{Error, Result};
 use crate::host_vec;
 use crate::layout::Layout;
-
-use view::expect_length;
 
 /// A tensor that owns its memory on a device; row-major.
 #[derive(Debug)]
@@ -41,7 +40,7 @@ impl Tensor {
     /// # Errors
     /// [`Error::Length`] if `data` has not as many elements as the shape, and those of [`zeros`](Self::zeros).
     pub fn from_slice<T: Element>(device: &Device, data: &[T], shape: &[usize]) -> Result<Self> {
-        expect_length("data", data.len(), &Layout::contiguous(shape)?)?;
+        Error::expect_length("data", Layout::contiguous(shape)?.numel(), data.len())?;
         let mut tensor = Self::uninit(device, T::DTYPE, shape)?;
         let sink = tensor.view_mut().memory;
         device.backend()?.upload(sink, bytemuck::cast_slice(data))?;
@@ -123,8 +122,20 @@ impl Tensor {
         if T::DTYPE != self.dtype {
             return Err(Error::DTypeMismatch { argument: "data", expected: self.dtype, got: T::DTYPE });
         }
-        expect_length("data", data.len(), &self.layout)?;
+        Error::expect_length("data", self.layout.numel(), data.len())?;
         let device = self.device.clone();
         device.backend()?.upload(self.view_mut().memory, bytemuck::cast_slice(data))
+    }
+}
+
+impl<'a> From<&'a Tensor> for TensorView<'a> {
+    fn from(tensor: &'a Tensor) -> Self {
+        tensor.view()
+    }
+}
+
+impl<'a> From<&'a mut Tensor> for TensorViewMut<'a> {
+    fn from(tensor: &'a mut Tensor) -> Self {
+        tensor.view_mut()
     }
 }

@@ -3,14 +3,12 @@
 use std::ops::Range;
 
 use crate::cache::DeviceId;
-use crate::call::op::{DeviceBuffer, Input, Output, Sink, Source};
+use crate::call::memory::{DeviceBuffer, Input, Output, Sink, Source};
 use crate::call::problem::ViewInfo;
 use crate::dtype::{DType, Element};
 use crate::error::{Error, Result};
 use crate::kernel::BackendKind;
 use crate::layout::Layout;
-
-use super::Tensor;
 
 /// Host memory is one address space; memory of other devices lies in others.
 const HOST_SPACE: u64 = 0;
@@ -64,7 +62,7 @@ macro_rules! layout_of_view {
 layout_of_view!(TensorView);
 layout_of_view!(TensorViewMut);
 
-/// A borrowed tensor to read: all or part of a [`Tensor`], or host memory of the caller (CPU device).
+/// A borrowed tensor to read: all or part of a [`Tensor`](crate::Tensor), or host memory of the caller (CPU device).
 ///
 /// Any strides are allowed, except that attention wants the last dimension contiguous: a slice of a fused QKV projection or a
 /// permuted `[B, H, S, D]` tensor needs no copy.
@@ -82,7 +80,7 @@ impl<'a> TensorView<'a> {
     /// [`Error::Length`] if `data` has not as many elements as the shape; [`Error::Rank`] or [`Error::TooLarge`].
     pub fn from_host<T: Element>(data: &'a [T], shape: &[usize]) -> Result<Self> {
         let layout = Layout::contiguous(shape)?;
-        expect_length("data", data.len(), &layout)?;
+        Error::expect_length("data", layout.numel(), data.len())?;
         Ok(Self::from_host_strided(data, layout))
     }
 
@@ -110,12 +108,6 @@ impl<'a> TensorView<'a> {
     }
 }
 
-impl<'a> From<&'a Tensor> for TensorView<'a> {
-    fn from(tensor: &'a Tensor) -> Self {
-        tensor.view()
-    }
-}
-
 /// A borrowed tensor to write.
 #[derive(Debug)]
 pub struct TensorViewMut<'a> {
@@ -131,7 +123,7 @@ impl<'a> TensorViewMut<'a> {
     /// [`Error::Length`] if `data` has not as many elements as the shape; [`Error::Rank`] or [`Error::TooLarge`].
     pub fn from_host<T: Element>(data: &'a mut [T], shape: &[usize]) -> Result<Self> {
         let layout = Layout::contiguous(shape)?;
-        expect_length("data", data.len(), &layout)?;
+        Error::expect_length("data", layout.numel(), data.len())?;
         Ok(Self::from_host_strided(data, layout))
     }
 
@@ -156,12 +148,6 @@ impl<'a> TensorViewMut<'a> {
             Sink::Device(buffer) => Whole::Device(*buffer),
         };
         view_info(whole, self.layout, self.dtype)
-    }
-}
-
-impl<'a> From<&'a mut Tensor> for TensorViewMut<'a> {
-    fn from(tensor: &'a mut Tensor) -> Self {
-        tensor.view_mut()
     }
 }
 
@@ -198,13 +184,4 @@ fn view_info(whole: Whole<'_>, layout: Layout, dtype: DType) -> ViewInfo<'_> {
             touched: buffer.touched(layout.offset() * size..layout.end() * size),
         },
     }
-}
-
-/// The data has as many elements as the layout.
-pub(super) fn expect_length(argument: &'static str, got: usize, layout: &Layout) -> Result<()> {
-    let expected = layout.numel();
-    if got == expected {
-        return Ok(());
-    }
-    Err(Error::Length { argument, expected, got })
 }

@@ -29,8 +29,8 @@ pub use compare::{
 };
 pub use low_precision::{naive_low_precision, naive_low_precision_rows};
 pub use oracle::{
-    AttendedRow, Modifiers, Oracle, OracleError, OracleProblem, OracleShape, PackedOutput, PackedProblem, RowIndex,
-    attend_packed,
+    AttendedRow, Modifiers, Oracle, OracleError, OracleProblem, OracleShape, PackedOutput, PackedProblem, Pairs,
+    RowIndex, Turn, attend_packed, prepared_head,
 };
 pub use precision::Precision;
 pub use workload::{Workload, WorkloadError, WorkloadKind};

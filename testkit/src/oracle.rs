@@ -6,12 +6,14 @@
 mod error;
 mod modifiers;
 mod packed;
+mod prepared;
 mod row;
 mod sample;
 
 pub use error::OracleError;
 pub use modifiers::Modifiers;
 pub use packed::{PackedOutput, PackedProblem, attend_packed};
+pub use prepared::{Pairs, Turn, prepared_head};
 pub use row::AttendedRow;
 
 use crate::parallel::fill_rows;

@@ -17,6 +17,7 @@ mod fields;
 mod named;
 
 pub use error::WorkloadError;
+pub use fields::MAX_MASK;
 pub use named::NAMED;
 
 use std::fmt;
@@ -24,9 +25,6 @@ use std::str::FromStr;
 
 use crate::random::bernoulli_mask;
 use fields::Fields;
-
-/// The most mask entries (`batch × seq`) that a SPEC may ask for: 1 GiB of them.
-pub const MAX_MASK: usize = 1 << 30;
 
 /// How a workload's mask is laid out.
 #[derive(Clone, Debug, PartialEq)]

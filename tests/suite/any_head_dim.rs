@@ -8,7 +8,7 @@ use super::call::{Call, Inputs, Mask};
 use super::head_dims::{explain, few};
 use super::packed::Packed;
 use super::placement::Placement;
-use super::ranges::Rule;
+use super::rule::Rule;
 use super::trials::{Trials, Variant};
 
 pub fn register(trials: &mut Trials) {

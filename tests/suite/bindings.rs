@@ -2,8 +2,8 @@
 
 use anyhow::{Context, Result, ensure};
 use varlen_fa::{
-    AttentionMask, BackendKind, Config, CuSeqlens, DType, Device, DeviceChoice, Error, KeyMask, VarlenMeta,
-    VarlenOptions, pack, scatter_to_padded, varlen_attention,
+    AttentionMask, BackendKind, Config, CuSeqlens, DType, Device, DeviceChoice, DeviceMemory, DeviceVarlenMeta, Error,
+    KeyMask, Layout, MaskDType, Path, VarlenMeta, VarlenOptions, pack, scatter_to_padded, varlen_attention,
 };
 use varlen_fa_testkit::OracleShape;
 
@@ -13,6 +13,7 @@ use super::limits;
 use super::masks::mask;
 use super::memory::{download, narrow, upload};
 use super::placement::Placement;
+use super::prepare_qk;
 use super::trials::{Trials, Variant};
 
 /// Bytes of a binding here: two batch rows of [`SHAPE`] in f32, four in 16 bits, and not a whole batch.
@@ -29,6 +30,9 @@ pub fn register(trials: &mut Trials) {
     trials.each_kernel("bindings/packed_rows_are_split", packed_rows_are_split);
     trials.each_dtype("bindings/pack_and_scatter_are_split", pack_and_scatter_are_split);
     trials.each_kernel("bindings/a_batch_row_must_fit", a_batch_row_must_fit);
+    trials.once("bindings/prepare_qk_is_split", |device| prepare_qk::many_batch_rows(&small(device)?));
+    trials.each_path_of_device_meta_in(&[DType::F32], "bindings/metadata_of_the_device", metadata_of_the_device);
+    trials.once("bindings/tables_of_the_device_must_fit", tables_of_the_device_must_fit);
 }
 
 /// A device of the same adapter with small bindings.
@@ -147,4 +151,39 @@ fn a_batch_row_must_fit(variant: &Variant) -> Result<()> {
     ensure!((*limit, *got) == (BINDING, bytes), "got {error:?}");
     ensure!(limit_name.contains("max_storage_buffer_binding_size"), "got {error:?}");
     Ok(())
+}
+
+/// Split like any other, but on the packed path: only the device knows where the packed rows of a part start.
+fn metadata_of_the_device(variant: &Variant) -> Result<()> {
+    let variant = on_small(variant)?;
+    let outcome = Call::random(SHAPE, Mask::Device(keep()), variant.dtype, 9).check(&variant);
+    if variant.path != Some(Path::Packed) {
+        return outcome;
+    }
+    let error = outcome.err().context("144 rows of 512 elements fit into 64 KiB")?;
+    let Some(Error::TooLarge { argument: "q", limit_name, limit: BINDING, got: 294_912 }) = error.downcast_ref() else {
+        anyhow::bail!("expected TooLarge for q, got {error:?}");
+    };
+    ensure!(limit_name.contains("metadata of the device"), "got {error:?}");
+    Ok(())
+}
+
+fn tables_of_the_device_must_fit(device: &Device) -> Result<()> {
+    let device = small(device)?;
+    let error = DeviceVarlenMeta::new(&device, 2, 20_000).err().context("40,002 words fit into 64 KiB")?;
+    ensure!(
+        matches!(error, Error::TooLarge { argument: "mask", limit: BINDING, got: 160_008, .. }),
+        "metadata that is too large: {error:?}"
+    );
+    // The tables fit, and this mask does not.
+    let mut meta = DeviceVarlenMeta::new(&device, 2, 6000)?;
+    let mut memory = DeviceMemory::alloc(&device, 96_000)?;
+    memory.write(&[0xff_u8; 96_000])?;
+    let layout = Layout::contiguous(&[2, 6000])?;
+    let error = meta.rebuild(memory.mask_view(MaskDType::U64, layout)).err().context("96,000 bytes fit into 64 KiB")?;
+    ensure!(
+        matches!(error, Error::TooLarge { argument: "mask", limit: BINDING, got: 96_000, .. }),
+        "a mask that is too large: {error:?}"
+    );
+    Ok(meta.rebuild(memory.mask_view(MaskDType::U32, layout))?)
 }

@@ -8,9 +8,9 @@ use varlen_fa::{
 use varlen_fa_testkit::{OracleShape, random};
 
 use super::memory::{download, narrow, poison, precision, sentinel, upload, widen};
-use super::modifiers::Modifying;
+use super::modifying::Modifying;
 use super::placement::Placement;
-use super::ranges::Rule;
+use super::rule::Rule;
 use super::trials::Variant;
 
 /// Which tokens count, as plain booleans.

@@ -8,13 +8,19 @@ use varlen_fa::{
     bf16,
 };
 
-use super::trials::Trials;
-use super::{Register, bias, dense, masks, numerics, packed};
+use super::trials::{Register, Trials};
+use super::{bias, dense, masks, numerics, packed, prepare_qk};
 
 /// What each set's own code computes: products, softmax, conversions, gathering by lists and by
 /// ranges.
-const OF_EACH_SET: &[Register] =
-    &[numerics::register, dense::register, packed::register, masks::register, bias::register];
+const OF_EACH_SET: &[Register] = &[
+    numerics::register,
+    dense::register,
+    packed::register,
+    masks::register,
+    bias::register,
+    prepare_qk::register_kernels,
+];
 
 pub fn register(trials: &mut Trials) {
     let best = trials.device().clone();

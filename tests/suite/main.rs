@@ -8,7 +8,7 @@
 //! |---|---|
 //! | `VARLEN_FA_TEST_REQUIRE` | `cpu,wgpu,cuda` or some of them: devices whose absence is a failure |
 //! | `VARLEN_FA_TEST_LIMITS` | `webgpu`: wgpu devices have WebGPU's default limits and no optional feature |
-//! | `VARLEN_FA_TEST_CASES` | number of cases of each property test (64, or 16 on an emulated GPU) |
+//! | `VARLEN_FA_TEST_CASES` | number of cases of each property test (64, or 8 on an emulated GPU) |
 //! | `VARLEN_FA_TEST_SEED` | seed of the property tests (0) |
 //!
 //! The answers come from `varlen-fa-testkit`, whose f64 oracle shares no code with the library.
@@ -45,15 +45,18 @@ mod masks;
 mod memory;
 mod merge;
 mod modifiers;
+mod modifying;
 mod numerics;
 mod packed;
 mod placement;
 mod plans;
+mod prepare_qk;
 mod presence;
 mod properties;
 mod ranges;
 mod refusals;
 mod repeats;
+mod rule;
 mod shapes;
 mod tensors;
 mod threads;
@@ -66,10 +69,7 @@ use std::process::ExitCode;
 use libtest_mimic::{Arguments, Failed, Trial};
 use varlen_fa::{BackendKind, Device};
 
-use self::trials::Trials;
-
-/// Adds the trials of one file.
-type Register = fn(&mut Trials);
+use self::trials::{Register, Trials};
 
 /// What every device passes.
 const SHARED: &[Register] = &[
@@ -87,6 +87,7 @@ const SHARED: &[Register] = &[
     lse::register,
     merge::register,
     modifiers::register,
+    prepare_qk::register,
     dense::register,
     packed::register,
     tensors::register,

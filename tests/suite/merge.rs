@@ -154,7 +154,7 @@ fn merge_parts(device: &Device, dtype: DType, shape: [usize; 4], parts: &[Part; 
 
 fn formula(device: &Device) -> Result<()> {
     for dtype in DTYPES {
-        for shape in [[3, 50, 4, 64], [1, 1, 1, 8], [2, 129, 3, 40], [1, 700, 2, 256]] {
+        for shape in [[3, 50, 4, 64], [1, 1, 1, 8], [2, 129, 3, 40], [1, 700, 2, 256], [2, 21, 3, 5], [1, 9, 2, 111]] {
             let [_, seq, heads, dim] = shape;
             let parts = [Part::random(shape, dtype, 62), Part::random(shape, dtype, 64)];
             let (out, lse) = merge_parts(device, dtype, shape, &parts)?;
@@ -329,8 +329,8 @@ fn refusals(device: &Device) -> Result<()> {
             Error::Rank { argument: "out1", expected: "4: [B, S, H, D], or 3: [total, H, D]", got: 2 },
         ),
         (
-            merge_attention(device, out1.view().slice(3, 0..4)?, &lse1, out2.view().slice(3, 0..4)?, &lse2),
-            Error::HeadDim { got: 4 },
+            merge_attention(device, out1.view().slice(3, 0..0)?, &lse1, out2.view().slice(3, 0..0)?, &lse2),
+            Error::HeadDim { got: 0 },
         ),
     ];
     for (result, expected) in refused {

@@ -14,9 +14,9 @@ use varlen_fa_testkit::{
 use super::check::{Rules, Yardsticks};
 use super::masks::{LENGTHS, mask};
 use super::memory::{download, narrow, poison, precision, sentinel, upload, widen};
-use super::modifiers::Modifying;
+use super::modifying::Modifying;
 use super::placement::Placement;
-use super::ranges::Rule;
+use super::rule::Rule;
 use super::trials::{Trials, Variant};
 
 pub fn register(trials: &mut Trials) {

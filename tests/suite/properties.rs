@@ -5,15 +5,15 @@ use std::env;
 use anyhow::{Context, Result, anyhow};
 use proptest::prelude::*;
 use proptest::test_runner::{Config, RngAlgorithm, TestCaseError, TestError, TestRng, TestRunner};
-use varlen_fa::{BackendKind, Device, alibi_slopes};
+use varlen_fa::{Device, alibi_slopes};
 use varlen_fa_testkit::{OracleShape, random};
 
 use super::call::{Call, Inputs, Mask};
 use super::check::Rules;
 use super::head_dims::{explain, few};
-use super::modifiers::Modifying;
+use super::modifying::Modifying;
 use super::placement::Placement;
-use super::trials::{Trials, Variant, has_modifiers};
+use super::trials::{Trials, Variant, has_modifiers, is_emulated_gpu};
 
 pub fn register(trials: &mut Trials) {
     explain(trials.device(), "properties");
@@ -29,9 +29,7 @@ fn variable(name: &str, default: u64) -> Result<u64> {
 }
 
 fn cases(device: &Device) -> Result<u32> {
-    let capabilities = device.capabilities();
-    let is_emulated_gpu = capabilities.is_software && capabilities.backend != BackendKind::Cpu;
-    Ok(u32::try_from(variable("VARLEN_FA_TEST_CASES", if is_emulated_gpu { 16 } else { 64 })?)?)
+    Ok(u32::try_from(variable("VARLEN_FA_TEST_CASES", if is_emulated_gpu(device) { 8 } else { 64 })?)?)
 }
 
 /// Runs random calls on one variant, and names the smallest that fails.

@@ -27,19 +27,19 @@ pub fn register(trials: &mut Trials) {
     trials.each_kernel("shapes/sizes_of_nothing_without_metadata", sizes_of_nothing_without_metadata);
 }
 
-/// A GPU compiles a shader for each head dimension and element type, which takes an emulated one a second: there bf16, whose
-/// shaders are those of f16 but for the conversion, runs every fourth.
+/// A GPU compiles a shader for each head dimension and element type, which takes an emulated one a second: there f16 and bf16,
+/// whose shaders are those of f32 but for the conversion, run every fourth.
 fn register_head_dims(trials: &mut Trials) {
     let capabilities = trials.device().capabilities().clone();
     if !capabilities.is_software || capabilities.backend == BackendKind::Cpu {
         trials.each_path("shapes/every_head_dim", |variant| head_dims(variant, 8));
         return;
     }
-    eprintln!("shapes/every_head_dim: every fourth in bf16, since {capabilities} is emulated");
+    eprintln!("shapes/every_head_dim: every fourth in f16 and bf16, since {capabilities} is emulated");
     explain(trials.device(), "shapes/every_head_dim");
-    let (bf16, others): (Vec<_>, Vec<_>) = capabilities.dtypes.iter().partition(|&&dtype| dtype == DType::Bf16);
-    trials.each_path_of(&others, "shapes/every_head_dim", |variant| head_dims(variant, 8));
-    trials.each_path_of(&bf16, "shapes/every_fourth_head_dim", |variant| head_dims(variant, 32));
+    let (f32, halves): (Vec<_>, Vec<_>) = capabilities.dtypes.iter().partition(|&&dtype| dtype == DType::F32);
+    trials.each_path_of(&f32, "shapes/every_head_dim", |variant| head_dims(variant, 8));
+    trials.each_path_of(&halves, "shapes/every_fourth_head_dim", |variant| head_dims(variant, 32));
 }
 
 fn head_dims(variant: &Variant, step: usize) -> Result<()> {

@@ -8,8 +8,8 @@ use anyhow::{Result, ensure};
 use varlen_fa::rayon::{ThreadPool, ThreadPoolBuilder};
 use varlen_fa::{AttentionMask, Config, Device, DeviceChoice, MaskedAttention, Tensor};
 
-use super::trials::Trials;
-use super::{Register, dense, masks, packed};
+use super::trials::{Register, Trials};
+use super::{dense, masks, packed};
 
 /// Dense, fused and packed.
 const OF_EACH_NUMBER: &[Register] = &[dense::register, packed::register, masks::register];

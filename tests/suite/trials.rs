@@ -4,7 +4,7 @@ use std::sync::{PoisonError, RwLock};
 
 use anyhow::Result;
 use libtest_mimic::{Completion, Failed, Trial};
-use varlen_fa::{DType, Device, Kernel, MaskedAttention, Path};
+use varlen_fa::{BackendKind, DType, Device, Kernel, MaskedAttention, Path};
 
 /// Trials that fill the device's memory run alone; every other one holds this for reading.
 static MEMORY: RwLock<()> = RwLock::new(());
@@ -35,6 +35,9 @@ impl Variant {
         }
     }
 }
+
+/// Adds the trials of one file.
+pub type Register = fn(&mut Trials);
 
 /// What a test returns: nothing, or that it could not run here and why.
 pub trait Outcome: 'static {
@@ -70,7 +73,7 @@ impl Trials {
     }
 
     /// Adds trials on another device of the same kind, with a label that follows the kind in their names.
-    pub fn add_on(&mut self, label: &'static str, device: Device, registers: &[super::Register]) {
+    pub fn add_on(&mut self, label: &'static str, device: Device, registers: &[Register]) {
         let mut others = Self { device, label: Some(label), list: Vec::new() };
         registers.iter().for_each(|register| register(&mut others));
         self.list.append(&mut others.list);
@@ -163,8 +166,13 @@ impl Trials {
         run: impl Fn(&Variant) -> Result<R> + Copy + Send + 'static,
     ) {
         for kernel in self.device.capabilities().kernels.clone().into_iter().filter(has_modifiers) {
-            self.variants(self.device.capabilities().dtypes, test, kernel, None, run);
+            self.variants(self.dtypes_of_modifiers(kernel), test, kernel, None, run);
         }
+    }
+
+    /// Modifiers do not depend on the element type, and an emulated GPU compiles each kernel slowly.
+    fn dtypes_of_modifiers(&self, kernel: Kernel) -> &'static [DType] {
+        if is_emulated_gpu(&self.device) { &kernel.dtypes()[..1] } else { self.device.capabilities().dtypes }
     }
 
     /// The same for each path that metadata can take.
@@ -175,7 +183,7 @@ impl Trials {
     ) {
         for kernel in self.device.capabilities().kernels.clone().into_iter().filter(has_modifiers) {
             for path in PATHS_OF_METADATA {
-                self.variants(self.device.capabilities().dtypes, test, kernel, Some(path), run);
+                self.variants(self.dtypes_of_modifiers(kernel), test, kernel, Some(path), run);
             }
         }
     }
@@ -191,6 +199,16 @@ impl Trials {
         test: &str,
         run: impl Fn(&Variant) -> Result<R> + Copy + Send + 'static,
     ) {
+        self.each_path_of_device_meta_in(self.device.capabilities().dtypes, test, run);
+    }
+
+    /// The same for some element types.
+    pub fn each_path_of_device_meta_in<R: Outcome>(
+        &mut self,
+        dtypes: &[DType],
+        test: &str,
+        run: impl Fn(&Variant) -> Result<R> + Copy + Send + 'static,
+    ) {
         for kernel in self.device.capabilities().kernels.clone() {
             let paths: &[Path] = match kernel.works_by_tile_lists() {
                 // The other paths need metadata on the host.
@@ -198,7 +216,7 @@ impl Trials {
                 false => &PATHS_OF_METADATA,
             };
             for &path in paths {
-                self.variants(self.device.capabilities().dtypes, test, kernel, Some(path), run);
+                self.variants(dtypes, test, kernel, Some(path), run);
             }
         }
     }
@@ -251,6 +269,11 @@ impl Trials {
         let before = [backend].into_iter().chain(self.label).chain(parts.iter().copied());
         before.chain([test]).chain(dtype.map(DType::name)).collect::<Vec<_>>().join("/")
     }
+}
+
+/// Whether the device is a GPU that a processor emulates: compilers of such take seconds for each kernel.
+pub fn is_emulated_gpu(device: &Device) -> bool {
+    device.capabilities().is_software && device.capabilities().backend != BackendKind::Cpu
 }
 
 /// Whether a kernel has every score modifier.

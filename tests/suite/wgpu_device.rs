@@ -2,8 +2,9 @@
 
 use anyhow::{Context, Result, ensure};
 use varlen_fa::{
-    AttentionMask, CuSeqlens, DType, Device, DeviceChoice, Error, KeyMask, MaskedAttention, Tensor, VarlenMeta,
-    VarlenOptions, f16, pack, pack_qkv, scatter_to_padded, varlen_attention,
+    AttentionMask, CuSeqlens, DType, Device, DeviceChoice, DeviceMemory, DeviceVarlenMeta, Error, KeyMask, Layout,
+    MaskDType, MaskedAttention, Tensor, VarlenMeta, VarlenOptions, f16, pack, pack_qkv, scatter_to_padded,
+    varlen_attention,
 };
 
 use super::dispatches::count_compiled;
@@ -34,6 +35,10 @@ fn a_lost_device_is_an_error(device: &Device) -> Result<()> {
     let packed = pack(&device, &x, &meta)?;
     let layer = MaskedAttention::new(&device);
     layer.forward_into(&x, &x, &x, AttentionMask::varlen(&meta), &mut out)?;
+    let mut built = DeviceVarlenMeta::new(&device, 2, 6)?;
+    let mask = DeviceMemory::alloc(&device, 12)?;
+    let mask_view = mask.mask_view(MaskDType::U8, Layout::contiguous(&[2, 6])?);
+    built.rebuild(mask_view)?;
     device.synchronize()?;
 
     device.wgpu().context("no handles")?.0.destroy();
@@ -62,6 +67,8 @@ fn a_lost_device_is_an_error(device: &Device) -> Result<()> {
             "forward_into, zeros alone",
             layer.forward_into(&x, &x, &x, AttentionMask::varlen(&nothing), &mut out).map(drop),
         ),
+        ("DeviceVarlenMeta::new", DeviceVarlenMeta::new(&device, 2, 6).map(drop)),
+        ("DeviceVarlenMeta::rebuild", built.rebuild(mask_view)),
         ("pack", pack(&device, &x, &meta).map(drop)),
         ("pack_qkv", pack_qkv(&device, &x, &x, &x, &meta).map(drop)),
         ("scatter_to_padded", scatter_to_padded(&device, &packed, &meta).map(drop)),
@@ -88,7 +95,7 @@ fn warm_up_leaves_nothing_to_compile(device: &Device) -> Result<()> {
         for with_meta in [false, true] {
             let warm_up = |(key_mask, q, kv): &(KeyMask, [usize; 4], [usize; 4])| {
                 let meta = VarlenMeta::from_key_mask(key_mask)?;
-                let mask = if with_meta { AttentionMask::varlen(&meta) } else { AttentionMask::key(key_mask) };
+                let mask = if with_meta { AttentionMask::varlen(&meta) } else { AttentionMask::none() };
                 Ok(layer.warm_up(dtype, q, kv, mask)?)
             };
             let (plan, compiled) = count_compiled(|| warm_up(&small))?;
@@ -97,7 +104,7 @@ fn warm_up_leaves_nothing_to_compile(device: &Device) -> Result<()> {
             let [q, kv] = [q_shape, kv_shape].map(|shape| Tensor::zeros(&device, dtype, &shape));
             let (q, kv) = (q?, kv?);
             let meta = VarlenMeta::from_key_mask(&large.0)?;
-            let mask = if with_meta { AttentionMask::varlen(&meta) } else { AttentionMask::key(&large.0) };
+            let mask = if with_meta { AttentionMask::varlen(&meta) } else { AttentionMask::none() };
             let (called, compiled) = count_compiled(|| Ok(layer.forward(&q, &kv, &kv, mask)?.plan))?;
             ensure!(called == plan, "warm_up takes {plan}, forward {called}");
             ensure!(compiled == 0, "{compiled} shaders compiled after warming up, {dtype}, {plan}");

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 
 use crate::workspace::{Workspace, capture, cargo, run};
-use crate::{header, kernels, pages, table};
+use crate::{header, imports, kernels, pages, table};
 
 /// One step of CI.
 struct Step {
@@ -62,6 +62,12 @@ const STEPS: &[Step] = &[
         about: "links in *.md lead somewhere; pages keep to their length and width",
         variables: &[],
         work: Function(|workspace| pages::check(workspace).map(|()| Outcome::Passed)),
+    },
+    Step {
+        name: "imports",
+        about: "files import one another in no circle, and the library's rooms only from below",
+        variables: &[],
+        work: Function(|workspace| imports::check(workspace).map(|()| Outcome::Passed)),
     },
     Step {
         name: "dependencies",

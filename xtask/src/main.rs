@@ -4,6 +4,7 @@ mod bundle;
 mod ci;
 mod compiler;
 mod header;
+mod imports;
 mod kernels;
 mod manifest;
 mod pages;

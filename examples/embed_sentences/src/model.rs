@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
 use rayon::prelude::*;
@@ -10,21 +10,9 @@ use safetensors::{Dtype, SafeTensors};
 use serde::Deserialize;
 
 use crate::attention::{BatchMask, SelfAttention};
+use crate::model_files::require_file;
 use crate::ops::{LayerNorm, Linear, add, gelu, mean_pool};
 use crate::tokens::Batch;
-
-/// The path of a model file; an error that says how to get it where it is missing.
-pub fn require_file(model_dir: &Path, name: &str) -> Result<PathBuf> {
-    let path = model_dir.join(name);
-    if path.is_file() {
-        return Ok(path);
-    }
-    let dir = model_dir.display();
-    if model_dir.is_dir() {
-        bail!("the model folder {dir} has no file {name}; `scripts/fetch_minilm.sh {dir}` downloads it");
-    }
-    bail!("there is no model folder {dir}; `scripts/fetch_minilm.sh {dir}` downloads the model (84 MB) into it");
-}
 
 /// What `config.json` says of the model.
 #[derive(Clone, Debug, Deserialize)]

@@ -5,7 +5,7 @@ use std::path::Path;
 use anyhow::{Context, Result, anyhow};
 use tokenizers::{Tokenizer, TruncationParams};
 
-use crate::model::require_file;
+use crate::model_files::require_file;
 
 /// The model's WordPiece tokenizer, set to add `[CLS]` and `[SEP]`, to truncate at the model's limit and never to pad.
 #[derive(Debug)]

@@ -158,14 +158,19 @@ impl Session {
     /// An array of `count` elements, for a call that reads or writes it; the count is cut to what
     /// the memory holds, unless the call must refuse it unseen.
     fn array<T>(&mut self, at: Spot, count: u64) -> (*mut T, u64) {
+        let (pointer, count) = self.array_of(at, [size_of::<T>(), align_of::<T>()], count);
+        (pointer.cast(), count)
+    }
+
+    /// The same of elements of this size and alignment.
+    fn array_of(&mut self, at: Spot, [size, align]: [usize; 2], count: u64) -> (*mut u8, u64) {
         let pointer = at.pointer(&mut self.arena);
-        let bytes = u128::from(count) * size_of::<T>() as u128;
-        let is_wild = bytes + pointer.addr() as u128 > isize::MAX as u128;
+        let is_wild = u128::from(count) * size as u128 + pointer.addr() as u128 > isize::MAX as u128;
         let owned = self.arena.owned(pointer.addr());
-        if is_wild || owned == 0 || !pointer.addr().is_multiple_of(align_of::<T>()) {
-            return (pointer.cast(), count);
+        if is_wild || owned == 0 || !pointer.addr().is_multiple_of(align) {
+            return (pointer, count);
         }
-        (pointer.cast(), count.min(owned / size_of::<T>() as u64))
+        (pointer, count.min(owned / size as u64))
     }
 
     fn offset_of<T>(&mut self, pointer: *mut T) -> Option<usize> {
@@ -206,12 +211,8 @@ pub fn run(session: &mut Session, call: &Call) {
             let element = if *element < 240 { 1 << (element % 4) } else { u32::from(*element) };
             let (mut batch, mut seq) = not_between(batch.get(), seq.get());
             let count = batch.saturating_mul(seq);
-            let (pointer, held) = match element {
-                2 => session.array::<u16>(*at, count).cast_first(),
-                4 => session.array::<u32>(*at, count).cast_first(),
-                8 => session.array::<u64>(*at, count).cast_first(),
-                _ => session.array::<u8>(*at, count).cast_first(),
-            };
+            let size = if matches!(element, 2 | 4 | 8) { element as usize } else { 1 };
+            let (pointer, held) = session.array_of(*at, [size; 2], count);
             if held < count {
                 (batch, seq) = (batch.min(1), seq.min(held));
             }
@@ -227,17 +228,12 @@ pub fn run(session: &mut Session, call: &Call) {
             let element = among(*element, 4);
             let (mut batch, mut seq) = not_between(batch.get(), seq.get());
             let count = batch.saturating_mul(seq);
-            let (element, bytes) = match (is_additive, element) {
+            let (element, size) = match (is_additive, element) {
                 (true, F32) => (F32, 4),
                 (true, element) => (element, 2),
-                (false, element) => (1 << element.min(5), 1_u64 << element.min(3)),
+                (false, element) => (1 << element.min(5), 1 << element.min(3)),
             };
-            let (pointer, held) = match bytes {
-                2 => session.array::<u16>(*at, count).cast_first(),
-                4 => session.array::<u32>(*at, count).cast_first(),
-                8 => session.array::<u64>(*at, count).cast_first(),
-                _ => session.array::<u8>(*at, count).cast_first(),
-            };
+            let (pointer, held) = session.array_of(*at, [size; 2], count);
             if held < count {
                 (batch, seq) = (batch.min(1), seq.min(held));
             }
@@ -506,16 +502,6 @@ pub fn free(kind: Kind, address: usize) -> varlen_fa_status {
     }
 }
 
-trait CastFirst {
-    fn cast_first(self) -> (*mut u8, u64);
-}
-
-impl<T> CastFirst for (*mut T, u64) {
-    fn cast_first(self) -> (*mut u8, u64) {
-        (self.0.cast(), self.1)
-    }
-}
-
 /// What live metadata says of itself.
 fn describe(meta: *const varlen_fa_meta) -> (varlen_fa_status, Sizes) {
     let mut slot = Slot::<varlen_fa_meta_info>::new(At::GOOD);
@@ -594,7 +580,8 @@ impl OptionsSpec {
             path: enum_of(among(self.path, 5)),
             kernel: enum_of(among(self.kernel, 2)),
             ranges,
-            reserved: [u64::from(self.reserved >= 240), 0, 0],
+            modifiers: null(),
+            reserved: [u64::from(self.reserved >= 240), 0],
         }
     }
 
@@ -751,14 +738,15 @@ fn forward(session: &mut Session, call: &Call, attend: &Attend, spec: &MaskSpec,
         query_device_meta: only(&[5, 6], first).cast(),
         key_device_meta: only(&[6], second).cast(),
         ranges: ranges.map_or(null(), |ranges| ranges.pointer.cast_const()),
-        reserved: [0; 3],
+        modifiers: null(),
+        reserved: [0; 2],
     };
     match spec.stray {
         // A handle that the kind does not use, or reserved space that is not 0.
         240..=243 if kind != 1 => mask.key_mask = without_provenance_mut::<()>(spec.stray.into()).cast(),
         244..=247 if kind < 6 => mask.key_device_meta = without_provenance_mut::<()>(spec.stray.into()).cast(),
         248..=251 => mask.reserved_word = 1,
-        252.. => mask.reserved[usize::from(spec.stray % 3)] = 1,
+        252.. => mask.reserved[usize::from(spec.stray % 2)] = 1,
         _ => {}
     }
     let is_stray = matches!((spec.stray, kind), (240..=243, 0 | 2..) | (244..=247, ..=5) | (248.., _));

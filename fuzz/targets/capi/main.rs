@@ -40,8 +40,14 @@ mod mask_values;
 mod masks;
 #[path = "../../../capi/src/names.rs"]
 mod names;
+#[path = "../../../capi/src/outputs.rs"]
+mod outputs;
+#[path = "../../../capi/src/prepare_qk.rs"]
+mod prepare_qk;
 #[path = "../../../capi/src/primitives.rs"]
 mod primitives;
+#[path = "../../../capi/src/score_modifiers.rs"]
+mod score_modifiers;
 #[path = "../../../capi/src/tensors.rs"]
 mod tensors;
 #[path = "../../../capi/src/types.rs"]

@@ -20,23 +20,24 @@
 //! so results are the same bit for bit whichever thread computes it, in whichever tile.
 
 use std::cmp::Reverse;
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use half::{bf16, f16};
 
 use super::call::{Call, Task};
 use super::copy::{self, PackedScratch};
-use super::host;
-use super::isa::Processor;
 use super::lse;
+use super::processor::Processor;
 use super::rows::RowElement;
 use super::threads::{Team, Threads};
 use super::tiles::{KEY_TILE, Tiles};
 use crate::call::op::{Attention, Rows};
-use crate::call::plan::Path;
+use crate::call::path::Path;
 use crate::call::problem::AttentionShape;
 use crate::dtype::DType;
 use crate::error::Result;
+use crate::host_vec;
 use crate::mask::meta::VarlenMeta;
 
 /// Queries of a task, at most, and how many such tasks each worker should have: the more queries,
@@ -103,17 +104,28 @@ impl<T: RowElement> Call<'_, T> {
         // Each worker takes one task after another, the longest ones first, so that none waits for
         // a share that was dealt out before.
         let next = AtomicUsize::new(0);
-        let take = || tasks.get(next.fetch_add(1, Ordering::Relaxed));
-        let work = || {
-            let Some(first) = take() else { return Ok(()) };
-            let mut tiles = Tiles::new(self, queries, keys.min(KEY_TILE))?;
-            self.attend_tile(first, &mut tiles);
-            while let Some(task) = take() {
+        let is_left = || next.load(Ordering::Relaxed) < tasks.len();
+        let no_memory = OnceLock::new();
+        team.run(|| {
+            if !is_left() {
+                return;
+            }
+            let mut tiles = match Tiles::new(self, queries, keys.min(KEY_TILE)) {
+                Ok(tiles) => tiles,
+                // The others do the work, if one of them has memory; else the first error is told.
+                Err(error) => {
+                    let _ = no_memory.set(error);
+                    return;
+                }
+            };
+            while let Some(task) = tasks.get(next.fetch_add(1, Ordering::Relaxed)) {
                 self.attend_tile(task, &mut tiles);
             }
-            Ok(())
-        };
-        team.run(work)
+        });
+        match no_memory.into_inner() {
+            Some(error) if is_left() => Err(error),
+            _ => Ok(()),
+        }
     }
 
     /// Threads that the call is worth.
@@ -130,19 +142,20 @@ impl<T: RowElement> Call<'_, T> {
         let count = |tile| (0..batch).map(|b| queries(b).div_ceil(tile)).sum::<usize>() * num_kv_heads;
         let enough = |&(tile, per_worker): &(usize, usize)| workers == 1 || count(tile) >= workers * per_worker;
         let most = QUERY_TILES.into_iter().find(enough).map_or(QUERY_STEP, |(tile, _)| tile);
-        let mut tasks = host::reserve(count(most))?;
+        let mut tasks = host_vec::reserve(count(most))?;
         for batch in (0..batch).filter(|&b| queries(b) > 0) {
             let queries = queries(batch);
             // As many tiles as tiles of the largest size would be, but of about the same size.
             let tile = queries.div_ceil(queries.div_ceil(most)).next_multiple_of(QUERY_STEP);
             for first in (0..queries).step_by(tile) {
                 let count = tile.min(queries - first);
-                let pairs = count * self.needed_keys(batch, &(first..first + count)).len();
-                tasks.extend((0..num_kv_heads).map(|kv_head| Task { batch, kv_head, first, count, pairs }));
+                let keys = self.needed_keys(batch, &(first..first + count));
+                let task = |kv_head| Task { batch, kv_head, first, count, keys: keys.clone() };
+                tasks.extend((0..num_kv_heads).map(task));
             }
         }
         // Tasks that share keys stay together.
-        tasks.sort_unstable_by_key(|task| (Reverse(task.pairs), task.batch, task.kv_head, task.first));
+        tasks.sort_unstable_by_key(|task| (Reverse(task.pairs()), task.batch, task.kv_head, task.first));
         Ok(tasks)
     }
 
@@ -167,7 +180,7 @@ impl<T: RowElement> Call<'_, T> {
     }
 
     fn attend_tile(&self, task: &Task, tiles: &mut Tiles) {
-        let needed = self.needed_keys(task.batch, &(task.first..task.first + task.count));
+        let needed = &task.keys;
         let strips = tiles.start(self, task);
         for first in needed.clone().step_by(KEY_TILE) {
             let tile = first..needed.end.min(first + KEY_TILE);

@@ -241,7 +241,8 @@ mod processor {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::backends::cpu::isa::{Processor, RegisterTile};
+    use crate::backends::cpu::isa::RegisterTile;
+    use crate::backends::cpu::processor::Processor;
 
     #[test]
     fn words_are_neighbours_wherever_a_row_begins() {

@@ -3,14 +3,15 @@
 use std::ops::Range;
 
 use super::bf16_pairs::Bf16Pairs;
-use super::host::{HostInput, HostOutput};
-use super::isa::Processor;
+use super::host::{HostInput, HostOutput, NAME};
 use super::needed_keys::{NeededKeys, Sequences};
 use super::operands::{OneF32, Operand};
+use super::processor::Processor;
 use super::rows::RowElement;
 use super::softcap::Softcap;
-use super::tiles::tile_columns;
-use crate::call::op::{Attention, Input, Output, Rows, no_device_tables};
+use super::strip::tile_columns;
+use crate::call::memory::{Input, Output};
+use crate::call::op::{Attention, Rows, no_device_tables};
 use crate::call::problem::{AttentionProblem, AttentionShape};
 use crate::dtype::DType;
 use crate::error::Result;
@@ -71,14 +72,21 @@ impl Scale {
 
 /// A query tile: queries `first..first + count` of one batch row and key/value head. They are
 /// numbered token by token, the query heads of the group side by side.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub(super) struct Task {
     pub batch: usize,
     pub kv_head: usize,
     pub first: usize,
     pub count: usize,
+    /// What the queries need of the keys that take part, as [`Call::needed_keys`] says.
+    pub keys: Range<usize>,
+}
+
+impl Task {
     /// Pairs of query and key.
-    pub pairs: usize,
+    pub fn pairs(&self) -> usize {
+        self.count * self.keys.len()
+    }
 }
 
 impl<'a, T: RowElement> Call<'a, T> {
@@ -94,7 +102,7 @@ impl<'a, T: RowElement> Call<'a, T> {
                 (Sequences::valid(query)?, Sequences::valid(key)?, Some(query.key_mask()), Some(key.key_mask()))
             }
             Rows::Packed { query, key } => (Sequences::Packed(query), Sequences::Packed(key), None, None),
-            Rows::DeviceVarlen { .. } => return Err(no_device_tables(super::NAME)),
+            Rows::DeviceVarlen { .. } => return Err(no_device_tables(NAME)),
         };
         let bias = match bias {
             None => None,

@@ -4,7 +4,7 @@ use bytemuck::Pod;
 
 use super::host::{self, HostInput, HostOutput};
 use super::threads::Threads;
-use crate::call::op::{Input, Output, Sink, Source};
+use crate::call::memory::{Input, Output, Sink, Source};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::layout::{Layout, MAX_RANK};

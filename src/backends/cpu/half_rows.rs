@@ -43,6 +43,7 @@ mod x86 {
 
     use super::{HalfFloatSliceExt, STEP, f16};
 
+    #[inline]
     #[target_feature(enable = "avx,f16c")]
     pub fn widen(from: &[f16], to: &mut [f32]) {
         let (from, rest) = from.as_chunks::<STEP>();
@@ -51,9 +52,12 @@ mod x86 {
             let wide: __m256 = _mm256_cvtph_ps(bytemuck::cast::<_, __m128i>(from));
             *to = bytemuck::cast(wide);
         }
-        rest.convert_to_f32_slice(to_rest);
+        if !rest.is_empty() {
+            rest.convert_to_f32_slice(to_rest);
+        }
     }
 
+    #[inline]
     #[target_feature(enable = "avx,f16c")]
     pub fn narrow(from: &[f32], to: &mut [f16]) {
         let (from, rest) = from.as_chunks::<STEP>();
@@ -62,7 +66,9 @@ mod x86 {
             let narrow = _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(bytemuck::cast::<_, __m256>(from));
             *to = bytemuck::cast(narrow);
         }
-        to_rest.convert_from_f32_slice(rest);
+        if !rest.is_empty() {
+            to_rest.convert_from_f32_slice(rest);
+        }
     }
 }
 

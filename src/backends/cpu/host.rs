@@ -4,11 +4,14 @@ use std::marker::PhantomData;
 
 use bytemuck::Pod;
 
-use crate::call::op::{Input, Output, Sink, Source, foreign_memory};
+use crate::call::memory::{Input, Output, Sink, Source, foreign_memory};
 use crate::error::{Error, Result};
+use crate::host_vec::reserve;
+use crate::kernel::BackendKind;
 use crate::layout::Layout;
 
-pub(super) use crate::host_vec::reserve;
+/// The name of the device.
+pub(super) const NAME: &str = BackendKind::Cpu.name();
 
 /// Zeroed words for `bytes` bytes.
 pub(super) fn alloc_words(bytes: u64) -> Result<Vec<u64>> {
@@ -21,14 +24,14 @@ pub(super) fn alloc_words(bytes: u64) -> Result<Vec<u64>> {
 pub(super) fn source_bytes(source: Source<'_>) -> Result<&[u8]> {
     match source {
         Source::Host(bytes) => Ok(bytes),
-        Source::Device(buffer) => Err(foreign_memory(super::NAME, buffer.device_name())),
+        Source::Device(buffer) => Err(foreign_memory(NAME, buffer.device_name())),
     }
 }
 
 pub(super) fn sink_bytes(sink: Sink<'_>) -> Result<&mut [u8]> {
     match sink {
         Sink::Host(bytes) => Ok(bytes),
-        Sink::Device(buffer) => Err(foreign_memory(super::NAME, buffer.device_name())),
+        Sink::Device(buffer) => Err(foreign_memory(NAME, buffer.device_name())),
     }
 }
 

@@ -22,17 +22,19 @@
 //!                                           24 sums + 3 + 2 = 29
 //! ```
 //!
-//! Instructions for products of bf16 come on top of a row of the table (`bf16_pairs`).
+//! Instructions for products of bf16 come on top of a row of the table (`bf16_pairs`); a processor
+//! has both (`processor`).
 
 use pulp::Simd;
 
-use super::bf16_pairs::Bf16Pairs;
 use crate::config::CpuIsa;
 
 /// An instruction set's vectors, and its tile of sums.
 pub(super) trait RegisterTile: Simd {
     /// SIMD vectors of queries of the widest strip.
     const VECTORS: usize;
+    /// Those of the narrowest strip whose products are as fast, as far as that was measured.
+    const FEWEST_VECTORS: usize;
     /// Scalars of a product: keys, or columns of the values.
     const SCALARS: usize;
 
@@ -67,47 +69,8 @@ pub(super) trait Vectorized {
     fn run<S: RegisterTile>(self, simd: S) -> Self::Output;
 }
 
-/// An instruction set that this processor has.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Processor {
-    vectors: Vectors,
-    bf16: Option<Bf16Pairs>,
-}
-
-impl Processor {
-    /// Every instruction set of this processor, the best one first. The last one is part of every
-    /// processor.
-    pub fn all() -> impl Iterator<Item = Self> {
-        Vectors::all().flat_map(|vectors| {
-            let bf16 = Bf16Pairs::of(vectors);
-            bf16.map(|bf16| Self { vectors, bf16: Some(bf16) }).into_iter().chain([Self { vectors, bf16: None }])
-        })
-    }
-
-    pub fn isa(self) -> CpuIsa {
-        self.bf16.map_or(self.vectors.isa(), Bf16Pairs::isa)
-    }
-
-    /// The instructions for products of bf16, if it has them.
-    pub fn bf16(self) -> Option<Bf16Pairs> {
-        self.bf16
-    }
-
-    /// Runs the work, compiled for the instruction set's vectors.
-    #[inline(always)]
-    pub fn dispatch<W: Vectorized>(self, work: W) -> W::Output {
-        self.vectors.dispatch(work)
-    }
-
-    /// Runs a loop that the compiler makes SIMD code of.
-    #[inline(always)]
-    pub fn vectorize<R>(self, work: impl FnOnce() -> R) -> R {
-        self.vectors.vectorize(work)
-    }
-}
-
 macro_rules! instruction_sets {
-    ($($(#[$present:meta])* $isa:ident: $simd:ty, $detect:expr, $vectorize:expr, [$($width:literal),*] x $scalars:literal
+    ($($(#[$present:meta])* $isa:ident: $simd:ty, $detect:expr, $vectorize:expr, [$($width:literal),*] x $scalars:literal, from $fewest:literal
         $({ $($own:tt)* })?;)*) => {
         /// Vectors of f32 that this processor has.
         #[derive(Debug, Clone, Copy)]
@@ -117,6 +80,7 @@ macro_rules! instruction_sets {
 
         $($(#[$present])* impl RegisterTile for $simd {
             const VECTORS: usize = [$($width),*].len();
+            const FEWEST_VECTORS: usize = $fewest;
             const SCALARS: usize = $scalars;
 
             #[inline(always)]
@@ -133,11 +97,11 @@ macro_rules! instruction_sets {
         impl Vectors {
             /// All of this processor, the best ones first. The last ones are part of every
             /// processor.
-            fn all() -> impl Iterator<Item = Self> {
+            pub fn all() -> impl Iterator<Item = Self> {
                 [$($(#[$present])* $detect.map(Self::$isa),)*].into_iter().flatten()
             }
 
-            fn isa(self) -> CpuIsa {
+            pub fn isa(self) -> CpuIsa {
                 match self {
                     $($(#[$present])* Self::$isa(_) => CpuIsa::$isa,)*
                 }
@@ -145,7 +109,7 @@ macro_rules! instruction_sets {
 
             /// Runs the work, compiled for them.
             #[inline(always)]
-            fn dispatch<W: Vectorized>(self, work: W) -> W::Output {
+            pub fn dispatch<W: Vectorized>(self, work: W) -> W::Output {
                 match self {
                     $($(#[$present])* Self::$isa(simd) => {
                         $vectorize(simd, #[inline(always)] || work.run(simd))
@@ -154,7 +118,7 @@ macro_rules! instruction_sets {
             }
 
             #[inline(always)]
-            fn vectorize<R>(self, work: impl FnOnce() -> R) -> R {
+            pub fn vectorize<R>(self, work: impl FnOnce() -> R) -> R {
                 match self {
                     $($(#[$present])* Self::$isa(simd) => $vectorize(simd, work),)*
                 }
@@ -165,11 +129,11 @@ macro_rules! instruction_sets {
 
 instruction_sets! {
     #[cfg(target_arch = "x86_64")]
-    Avx512: pulp::x86::V4, pulp::x86::V4::try_new(), |simd: pulp::x86::V4, work| simd.vectorize(work), [1, 2, 3] x 8;
+    Avx512: pulp::x86::V4, pulp::x86::V4::try_new(), |simd: pulp::x86::V4, work| simd.vectorize(work), [1, 2, 3] x 8, from 1;
     #[cfg(any(target_arch = "x86", target_arch = "x86_64"))]
-    Avx2: pulp::x86::V3, pulp::x86::V3::try_new(), |simd: pulp::x86::V3, work| simd.vectorize(work), [1, 2] x 6;
+    Avx2: pulp::x86::V3, pulp::x86::V3::try_new(), |simd: pulp::x86::V3, work| simd.vectorize(work), [1, 2] x 6, from 2;
     #[cfg(target_arch = "aarch64")]
-    Neon: pulp::aarch64::Neon, pulp::aarch64::Neon::try_new(), |simd: pulp::aarch64::Neon, work| simd.vectorize(work), [1, 2, 3] x 8 {
+    Neon: pulp::aarch64::Neon, pulp::aarch64::Neon::try_new(), |simd: pulp::aarch64::Neon, work| simd.vectorize(work), [1, 2, 3] x 8, from 3 {
         /// Four scalars a register, each of which a multiplication takes from there.
         #[inline(always)]
         fn add_products<const W: usize, const N: usize>(
@@ -193,8 +157,8 @@ instruction_sets! {
         }
     };
     #[cfg(target_arch = "wasm32")]
-    Simd128: pulp::wasm::Simd128, pulp::wasm::Simd128::try_new(), |simd: pulp::wasm::Simd128, work| simd.vectorize(work), [1, 2, 3] x 8;
-    Scalar: pulp::Scalar, Some(pulp::Scalar::new()), run_scalar, [1, 2] x 6;
+    Simd128: pulp::wasm::Simd128, pulp::wasm::Simd128::try_new(), |simd: pulp::wasm::Simd128, work| simd.vectorize(work), [1, 2, 3] x 8, from 3;
+    Scalar: pulp::Scalar, Some(pulp::Scalar::new()), run_scalar, [1, 2] x 6, from 2;
 }
 
 #[inline(always)]

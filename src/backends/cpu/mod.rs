@@ -10,6 +10,8 @@ mod isa;
 mod lse;
 mod needed_keys;
 mod operands;
+mod prepare_qk;
+mod processor;
 mod rows;
 mod seen_keys;
 mod softcap;
@@ -24,18 +26,17 @@ use std::sync::Arc;
 
 use rayon::ThreadPool;
 
-use self::isa::Processor;
+use self::processor::Processor;
 use self::threads::Threads;
 use crate::cache::DeviceId;
-use crate::call::op::{Backend, Instant, MetadataPlace, Op, Sink, Source, Storage, Timing, no_device_tables};
+use crate::call::memory::{Sink, Source, Storage};
+use crate::call::op::{Backend, Instant, MetadataPlace, Op, Timing, no_device_tables};
 use crate::call::plan::Capabilities;
 use crate::config::CpuIsa;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::kernel::{BackendKind, Kernel};
 use crate::mask::meta::VarlenMeta;
-
-const NAME: &str = BackendKind::Cpu.name();
 
 /// The host's processor and memory. All in a process share their memory, whatever their instruction
 /// set and threads; launches return when the work is done.
@@ -105,7 +106,7 @@ impl Backend for CpuDevice {
     }
 
     fn name(&self) -> &str {
-        NAME
+        host::NAME
     }
 
     fn capabilities(&self) -> &Capabilities {
@@ -142,7 +143,8 @@ impl Backend for CpuDevice {
             Op::Zero(out) => copy::zero(out, &self.threads),
             Op::NoKeys(lse) => lse::no_keys(lse),
             Op::Merge(merge) => lse::merge(merge, &self.threads),
-            Op::Metadata { .. } => Err(no_device_tables(NAME)),
+            Op::PrepareQk(call) => prepare_qk::prepare_qk(call, self.processor, &self.threads),
+            Op::Metadata { .. } => Err(no_device_tables(host::NAME)),
         }
     }
 

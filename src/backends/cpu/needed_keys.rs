@@ -13,11 +13,12 @@
 
 use std::ops::Range;
 
-use super::host;
 use crate::error::Result;
+use crate::host_vec;
+use crate::mask::cu_seqlens::CuSeqlens;
 use crate::mask::key_mask::KeyMask;
 use crate::mask::key_ranges::KeyRanges;
-use crate::mask::meta::{CuSeqlens, VarlenMeta};
+use crate::mask::meta::VarlenMeta;
 use crate::mask::ranks::Ranks;
 
 /// Which tokens of each batch row take part.
@@ -65,8 +66,8 @@ pub(super) struct KeptTokens {
 
 impl KeptTokens {
     fn of(mask: &KeyMask) -> Result<Self> {
-        let mut tokens = host::reserve(mask.total_kept())?;
-        let mut rows = host::reserve(mask.batch() + 1)?;
+        let mut tokens = host_vec::reserve(mask.total_kept())?;
+        let mut rows = host_vec::reserve(mask.batch() + 1)?;
         rows.push(0);
         for b in 0..mask.batch() {
             mask.runs(b).for_each(|run| tokens.extend(run.start..run.start + run.len));

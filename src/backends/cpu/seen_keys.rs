@@ -10,9 +10,9 @@
 
 use std::ops::Range;
 
-use super::host;
 use super::strip::{Limits, Strips};
 use crate::error::Result;
+use crate::host_vec;
 
 /// The keys of each query of a tile of queries, numbered among those that take part.
 pub(super) struct SeenKeys {
@@ -29,10 +29,10 @@ impl SeenKeys {
     /// For as many lanes, in strips of at most `widest`.
     pub fn new(lanes: usize, widest: usize) -> Result<Self> {
         Ok(Self {
-            lanes: host::reserve(lanes)?,
-            strips: host::reserve(lanes)?,
-            firsts: host::reserve(widest)?,
-            ends: host::reserve(widest)?,
+            lanes: host_vec::reserve(lanes)?,
+            strips: host_vec::reserve(lanes)?,
+            firsts: host_vec::reserve(widest)?,
+            ends: host_vec::reserve(widest)?,
         })
     }
 

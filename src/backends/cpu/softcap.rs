@@ -45,7 +45,8 @@ fn tanh<S: Simd>(simd: S, x: S::f32s) -> S::f32s {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::backends::cpu::isa::{Processor, RegisterTile, Vectorized};
+    use crate::backends::cpu::isa::{RegisterTile, Vectorized};
+    use crate::backends::cpu::processor::Processor;
 
     struct Tanh<'a>(&'a mut [f32]);
 

@@ -143,7 +143,8 @@ fn at_least<S: Simd>(simd: S, least: f32, x: S::f32s) -> S::f32s {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::backends::cpu::isa::{Processor, RegisterTile, Vectorized};
+    use crate::backends::cpu::isa::{RegisterTile, Vectorized};
+    use crate::backends::cpu::processor::Processor;
 
     struct Exp2<'a>(&'a mut [f32]);
 

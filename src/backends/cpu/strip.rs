@@ -16,14 +16,20 @@
 
 use std::ops::Range;
 
-use super::isa::{AtWidth, Processor, RegisterTile, Vectorized};
+use super::isa::{AtWidth, RegisterTile, Vectorized};
 use super::operands::Operand;
+use super::processor::Processor;
 use super::softcap::{Softcap, capped};
 use super::softmax::{Running, biased};
 
 /// Tiles have a multiple of 8 columns, which is no multiple of 6: what is left over is one or two
 /// blocks of as many columns.
 pub(super) const NARROW: usize = 4;
+
+/// Columns of a tile: the head dimension, made a multiple of 8 by columns of zeros.
+pub(super) fn tile_columns(head_dim: usize) -> usize {
+    head_dim.next_multiple_of(2 * NARROW)
+}
 
 /// Blocks of columns of the values: wide ones of `scalars` columns, then narrow ones of [`NARROW`].
 #[derive(Debug, Clone, Copy)]
@@ -69,22 +75,25 @@ pub(super) struct Strips {
     scalars: usize,
 }
 
-/// No strips, of the processor's vectors.
+/// No strips, of the processor's vectors, and the fewest of them.
 struct NoStrips;
 
 impl Vectorized for NoStrips {
-    type Output = Strips;
+    type Output = (Strips, usize);
     #[inline(always)]
-    fn run<S: RegisterTile>(self, _: S) -> Strips {
-        Strips { lanes: 0, vector: S::F32_LANES, vectors: S::VECTORS, scalars: S::SCALARS }
+    fn run<S: RegisterTile>(self, _: S) -> Self::Output {
+        let none = Strips { lanes: 0, vector: S::F32_LANES, vectors: S::VECTORS, scalars: S::SCALARS };
+        (none, S::FEWEST_VECTORS)
     }
 }
 
 impl Strips {
-    /// For `queries` queries; the last vector may have lanes to spare.
-    pub fn new(processor: Processor, queries: usize) -> Self {
-        let none = processor.dispatch(NoStrips);
-        Self { lanes: queries.next_multiple_of(none.vector), ..none }
+    /// For `queries` queries; the last vector may have lanes to spare. Where queries see different
+    /// keys, narrow strips compute fewer keys that only some of their queries see.
+    pub fn new(processor: Processor, queries: usize, queries_differ: bool) -> Self {
+        let (none, fewest) = processor.dispatch(NoStrips);
+        let vectors = if queries_differ { fewest } else { none.vectors };
+        Self { lanes: queries.next_multiple_of(none.vector), vectors, ..none }
     }
 
     pub fn lanes(self) -> usize {
@@ -434,8 +443,9 @@ mod tests {
         const LENS: [[usize; 2]; 2] = [[24, 24], [12, 9]];
         const STRIDE: usize = 26;
         let words = DIM / O::PER_WORD;
-        for queries in [1, 5, 48, 49, 70] {
-            let strips = Strips::new(processor, queries);
+        for (queries, differ) in [1, 5, 48, 49, 70].into_iter().flat_map(|queries| [(queries, false), (queries, true)])
+        {
+            let strips = Strips::new(processor, queries, differ);
             let lanes = strips.lanes();
             let mut q = vec![0.0; lanes * words];
             for strip in strips.ranges() {
@@ -533,8 +543,8 @@ mod tests {
     #[test]
     fn strips_cover_the_lanes_evenly() {
         for processor in Processor::all() {
-            for queries in 0..300 {
-                let strips = Strips::new(processor, queries);
+            for (queries, differ) in (0..300).flat_map(|queries| [(queries, false), (queries, true)]) {
+                let strips = Strips::new(processor, queries, differ);
                 let mut end = 0;
                 for lanes in strips.ranges() {
                     assert_eq!((lanes.start, lanes.len() % strips.vector), (end, 0));

@@ -13,12 +13,17 @@ use rayon::prelude::*;
 use rayon::{ThreadBuilder, ThreadPool, ThreadPoolBuilder};
 
 use crate::config::Config;
-use crate::error::Result;
 use crate::process::{self, OfProcess};
 
-/// Address space that is free before a thread is started, in bytes: its stack, and what the
-/// standard library takes beside it in the new thread, where there is no way to fail.
-const ROOM_OF_A_THREAD: usize = 4 << 20;
+/// Address space that is free before a thread is started, in bytes: its stack, what the standard
+/// library and rayon take beside it in the new thread, where there is no way to fail, and what
+/// the application needs. More than 32 MiB: a smaller block, once freed, makes glibc keep blocks
+/// of its size for the thread that freed them.
+const ROOM_OF_A_THREAD: usize = 36 << 20;
+
+/// What is free beside that for each thread, in bytes: its tiles of a call of usual size. More
+/// threads than have memory for their work are of no use.
+const ROOM_OF_WORK: usize = 1 << 20;
 
 /// Where a device's calls may run.
 #[derive(Debug)]
@@ -101,9 +106,9 @@ impl<'a> Team<'a> {
         self.count
     }
 
-    /// Does `work` once on each thread, and returns the first error.
-    pub fn run(&self, work: impl Fn() -> Result<()> + Sync) -> Result<()> {
-        let all = || (0..self.count).into_par_iter().with_max_len(1).try_for_each(|_| work());
+    /// Does `work` once on each thread.
+    pub fn run(&self, work: impl Fn() + Sync) {
+        let all = || (0..self.count).into_par_iter().with_max_len(1).for_each(|_| work());
         match self.pool {
             None => work(),
             Some(Pool::Callers) => all(),
@@ -186,13 +191,18 @@ fn start(number: usize) -> Option<ThreadPool> {
         let place = places.next().ok_or_else(|| std::io::Error::other("more workers than threads"))?;
         place.send(worker).map_err(|_| std::io::Error::other("a thread has ended"))
     });
-    pool.build().inspect_err(|error| log::warn!("the CPU device works without threads: {error}")).ok()
+    let pool = pool.build().inspect_err(|error| log::warn!("the CPU device works without threads: {error}")).ok()?;
+    // What a worker takes as it begins, it takes without a way to fail: all have it before the
+    // first of them takes memory for its work.
+    pool.broadcast(|_| ());
+    Some(pool)
 }
 
 /// A thread that waits to become a worker.
 fn start_one(index: usize) -> std::io::Result<mpsc::Sender<ThreadBuilder>> {
     // A thread for which there is a stack but nothing beside it would end the process.
-    Vec::<u8>::new().try_reserve_exact(ROOM_OF_A_THREAD).map_err(std::io::Error::other)?;
+    let room = ROOM_OF_A_THREAD + (index + 1) * ROOM_OF_WORK;
+    Vec::<u8>::new().try_reserve_exact(room).map_err(std::io::Error::other)?;
     let (place, given) = mpsc::channel::<ThreadBuilder>();
     let (is_up, up) = mpsc::channel();
     thread::Builder::new().name(format!("varlen-fa-{index}")).spawn(move || {

@@ -5,14 +5,15 @@ use std::ops::{Deref, DerefMut, Range};
 
 use super::bf16_pairs;
 use super::call::{Bias, Call, Task};
-use super::host::{self, HostInput};
+use super::host::HostInput;
 use super::needed_keys::Tokens;
 use super::operands::OneF32;
 use super::rows::{RowElement, from_panel, prefetch, to_block, to_panel};
 use super::seen_keys::SeenKeys;
 use super::softmax::{LOWEST_BIAS, OVERFLOWED};
-use super::strip::{KeyTile, NARROW, Normalize, Step, Strips, panel};
+use super::strip::{KeyTile, NARROW, Normalize, Step, Strips, panel, tile_columns};
 use crate::error::Result;
+use crate::host_vec;
 
 /// Keys of a tile: few enough that a strip's scores stay in the first-level cache, and the tile's K
 /// and V in the second; whole blocks of 6 and of 8 keys.
@@ -48,7 +49,7 @@ impl Tiles {
     /// For up to `queries` queries and `keys` keys at a time.
     pub fn new<T: RowElement>(call: &Call<'_, T>, queries: usize, keys: usize) -> Result<Self> {
         let dim = tile_columns(call.shape().head_dim);
-        let strips = Strips::new(call.processor, queries);
+        let strips = Strips::new(call.processor, queries, call.queries_differ());
         let (lanes, strip) = (strips.lanes(), strips.widest());
         let block = strips.block_keys();
         let padded_keys = keys.next_multiple_of(block);
@@ -72,7 +73,7 @@ impl Tiles {
     pub fn start<T: RowElement>(&mut self, call: &Call<'_, T>, task: &Task) -> Strips {
         let head_dim = call.shape().head_dim;
         let dim = tile_columns(head_dim);
-        let strips = Strips::new(call.processor, task.count);
+        let strips = Strips::new(call.processor, task.count, call.queries_differ());
         self.acc[..strips.lanes() * dim].fill(0.0);
         self.max[..strips.lanes()].fill(f32::NEG_INFINITY);
         self.sum[..strips.lanes()].fill(0.0);
@@ -84,7 +85,18 @@ impl Tiles {
         };
         (0..task.count).for_each(|lane| prefetch(q_row(lane)));
         if let Some(seen) = &mut self.seen {
-            seen.start(strips, task.count, |lane| call.keys_of_query(task.batch, query.at(lane).0));
+            // Bits are counted.
+            call.processor.vectorize(
+                #[inline(always)]
+                || {
+                    seen.start(
+                        strips,
+                        task.count,
+                        #[inline(always)]
+                        |lane| call.keys_of_query(task.batch, query.at(lane).0),
+                    );
+                },
+            );
         }
         let words = call.words_of_head();
         let Self { q, rows, converted, .. } = self;
@@ -298,7 +310,7 @@ impl Tiles {
             value_stride: if call.pairs.is_some() { PAIR_STRIDE } else { VALUE_STRIDE },
             len: tile.len(),
             part,
-            bias: call.bias.as_ref().map(|_| &self.bias[..]),
+            bias: call.adds_to_scores().then_some(&self.bias[..]),
             seen,
             values_are_finite: self.values_are_finite,
         };
@@ -354,7 +366,7 @@ impl Tiles {
             return;
         }
         // Where there is a bias, it and the scale are in the scores already.
-        let scale = if call.bias.is_some() { 1.0 } else { f64::from(call.scale.scores) };
+        let scale = f64::from(call.scale_of_max());
         for (lane, (&max, &sum)) in max.iter().zip(sum.iter()).enumerate().take(task.count) {
             let (token, head) = query.at(lane);
             if call.query_mask.is_none_or(|mask| mask.keeps(task.batch, token)) {
@@ -448,11 +460,6 @@ fn are_finite(row: &[f32]) -> bool {
     row.iter().fold(0, |largest, x| largest.max(x.abs().to_bits())) < f32::INFINITY.to_bits()
 }
 
-/// Columns of a tile: the head dimension, made a multiple of 8 by columns of zeros.
-pub(super) fn tile_columns(head_dim: usize) -> usize {
-    head_dim.next_multiple_of(2 * NARROW)
-}
-
 /// A row as f32, as wide as a tile: itself, or converted or copied to `scratch`, which is as wide.
 #[inline(always)]
 fn widened_row<'a, T: RowElement>(row: &'a [T], scratch: &'a mut [f32]) -> &'a [f32] {
@@ -512,7 +519,7 @@ impl DerefMut for Floats {
 /// `len` zeros, and what fills the last cache line.
 fn zeros(len: usize) -> Result<Floats> {
     let count = len.div_ceil(size_of::<Line>() / size_of::<f32>());
-    let mut lines = host::reserve(count)?;
+    let mut lines = host_vec::reserve(count)?;
     lines.resize(count, Line([0.0; 16]));
     Ok(Floats(lines))
 }

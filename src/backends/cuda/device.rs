@@ -10,7 +10,8 @@ use cudarc::driver::sys::CUresult;
 
 use crate::cache::DeviceId;
 use crate::call::cost::Machine;
-use crate::call::op::{Backend, MetadataPlace, Op, Sink, Source, Storage, Timing};
+use crate::call::memory::{Sink, Source, Storage};
+use crate::call::op::{Backend, MetadataPlace, Op, Timing, no_prepare_qk};
 use crate::call::plan::Capabilities;
 use crate::config::DeviceChoice;
 use crate::dtype::DType;
@@ -259,6 +260,7 @@ impl Backend for CudaDevice {
             Op::Zero(out) => copy::zero(launcher, &out),
             Op::NoKeys(lse) => lse::no_keys(launcher, &lse),
             Op::Merge(merge) => lse::merge(launcher, &merge),
+            Op::PrepareQk(_) => Err(no_prepare_qk(self.name())),
             Op::Metadata { mask, tables } => metadata::build(launcher, &mask, &tables),
         }
     }

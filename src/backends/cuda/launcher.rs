@@ -5,7 +5,7 @@ use std::sync::Arc;
 use bytemuck::Pod;
 
 use crate::cache::DeviceId;
-use crate::call::op::{Sink, Source};
+use crate::call::memory::{Sink, Source};
 use crate::error::{Error, Result};
 
 use super::driver::context::Context;

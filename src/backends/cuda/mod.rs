@@ -27,7 +27,8 @@ pub(crate) use kernels::tiles::tilings;
 use std::ffi::c_void;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use crate::call::op::{Backend, Storage, foreign_memory};
+use crate::call::memory::{Storage, foreign_memory};
+use crate::call::op::Backend;
 use crate::error::Result;
 use crate::kernel::Kernel;
 

@@ -4,11 +4,10 @@
 use std::ops::Range;
 
 use crate::backends::rows::{RowShape, WORD_BYTES, head_ranges, with_filled_heads};
-use crate::call::op::{Attention, Rows, no_device_tables};
-use crate::call::plan::Path;
+use crate::call::op::{Attention, Rows};
+use crate::call::path::Path;
 use crate::error::{Error, Result};
-use crate::mask::key_mask::KeyMask;
-use crate::mask::meta::{CuSeqlens, VarlenMeta};
+use crate::mask::cu_seqlens::CuSeqlens;
 use crate::score_modifiers::ScoreModifiers;
 
 use super::context::Context;
@@ -17,12 +16,12 @@ use super::dispatch::{BINDING_ALIGNMENT, MAX_GROUPS, Window};
 use super::head_table::head_table;
 use super::launches::{AttentionLaunch, Launches};
 use super::lse::{PlacedLse, scatter_lse};
-use super::metadata::{cu_seqlens, fused_tiles, longest, mask_bits, packed_rows, packed_tiles, token_lists};
 use super::pace::Pace;
 use super::params::AttentionParams;
 use super::placement::{FirstDim, Operand, Placed, split_batch};
 use super::ranges::Ranges;
 use super::shader::{Algorithm, AttentionRows, AttentionShader, Shader};
+use super::sides::{Kept, Sequences, Side};
 use super::work::{Work, group_operations};
 
 /// Makes a call into launches.
@@ -41,11 +40,14 @@ pub(super) fn record(
     let heads = attention.modifiers.map(|modifiers| head_table(context, modifiers, attention.problem)).transpose()?;
     let call = Call { context, attention, algorithm, shader, heads };
     match &attention.rows {
-        Rows::Dense { key_mask, zero_rows } => call.dense(*key_mask, *zero_rows, launches),
+        Rows::Dense { key_mask, zero_rows } => {
+            call.dense(key_mask.map(Kept::Host), zero_rows.map(Kept::Host), launches)
+        }
         Rows::Packed { query, key } => call.packed(query, key, launches),
-        Rows::Varlen { query, key } if attention.plan.path == Path::Fused => call.fused(query, key, launches),
-        Rows::Varlen { query, key } => call.packed_path(query, key, launches),
-        Rows::DeviceVarlen { .. } => Err(no_device_tables(&context.name)),
+        Rows::Varlen { query, key } => call.varlen(Side::Host(query), Side::Host(key), launches),
+        Rows::DeviceVarlen { query, key } => {
+            call.varlen(Side::device(context, query)?, Side::device(context, key)?, launches)
+        }
     }
 }
 
@@ -58,7 +60,10 @@ fn shader_for(attention: &Attention<'_>, algorithm: Algorithm) -> Shader {
             zero_rows: zero_rows.is_some(),
             bias: attention.bias.as_ref().map(|bias| bias.dtype),
         },
-        Rows::Varlen { .. } if attention.plan.path == Path::Fused => AttentionRows::Fused,
+        Rows::DeviceVarlen { .. } if attention.plan.path == Path::Dense => {
+            AttentionRows::Dense { key_mask: true, zero_rows: true, bias: None }
+        }
+        Rows::Varlen { .. } | Rows::DeviceVarlen { .. } if attention.plan.path == Path::Fused => AttentionRows::Fused,
         _ => AttentionRows::Packed,
     };
     let (ranges, lse) = (attention.ranges.is_some(), attention.lse.is_some());
@@ -103,9 +108,9 @@ struct Tensors {
 }
 
 /// The sequences of one launch on packed rows.
-struct Sequences<'a> {
-    query: &'a CuSeqlens,
-    key: &'a CuSeqlens,
+struct PackedRows<'a> {
+    query: Sequences<'a>,
+    key: Sequences<'a>,
     ranges: &'a Ranges<'a>,
     range: Range<usize>,
     /// Packed rows at which the placed tensors start.
@@ -143,11 +148,19 @@ impl Call<'_> {
         Ok(Tensors { q: place(q)?, k: place(k)?, v: place(v)?, out })
     }
 
+    fn varlen(&self, query: Side<'_>, key: Side<'_>, launches: &mut Launches<'_>) -> Result<()> {
+        match self.attention.plan.path {
+            Path::Dense => self.dense(Some(key.kept()), Some(query.kept()), launches),
+            Path::Fused => self.fused(query, key, launches),
+            _ => self.packed_path(query, key, launches),
+        }
+    }
+
     /// One launch on all batch rows, or one for each range of them that fits the bindings.
     fn dense(
         &self,
-        key_mask: Option<&KeyMask>,
-        zero_rows: Option<&KeyMask>,
+        key_mask: Option<Kept<'_>>,
+        zero_rows: Option<Kept<'_>>,
         launches: &mut Launches<'_>,
     ) -> Result<()> {
         let (context, shape) = (self.context, self.attention.problem.shape);
@@ -166,8 +179,8 @@ impl Call<'_> {
         // Beside the lse, rows that are zeros are told by their ranges.
         let kept = zero_rows.filter(|_| lse.is_some());
         let ranges = match kept {
-            None => Ranges::dense(context, self.attention.ranges, self.tile_rows())?,
-            Some(kept) => Ranges::dense_kept(context, self.attention.ranges, kept, self.tile_rows())?,
+            Some(Kept::Host(kept)) => Ranges::dense_kept(context, self.attention.ranges, kept, self.tile_rows())?,
+            _ => Ranges::dense(context, self.attention.ranges, self.tile_rows())?,
         };
         let bound: Vec<_> = operands.all().into_iter().chain(bias).chain(lse).collect();
         for range in split_batch(context.max_binding_bytes, shape.batch, &bound, |_| 0)? {
@@ -194,10 +207,8 @@ impl Call<'_> {
     }
 
     /// The binding of a mask, if there is one, and the u32s of one of its rows.
-    fn mask_window(&self, mask: Option<&KeyMask>) -> Result<(Window, u32)> {
-        let Some(mask) = mask else { return Ok((self.context.unused_read(), 0)) };
-        let bits = mask_bits(self.context, mask)?;
-        Ok((Window::whole(&bits.buffer), bits.row_words))
+    fn mask_window(&self, mask: Option<Kept<'_>>) -> Result<(Window, u32)> {
+        mask.map_or_else(|| Ok((self.context.unused_read(), 0)), |mask| mask.bits(self.context))
     }
 
     /// The binding of the bias, if there is one, and the parameters with its place.
@@ -233,7 +244,8 @@ impl Call<'_> {
             let tensors = self.place(&operands, &range, launches, &mut scratch)?;
             let (q_row_base, k_row_base) = (query.rows(range.start).start, key.rows(range.start).start);
             let out = tensors.out.clone();
-            let sequences = Sequences { query, key, ranges: &ranges, range, q_row_base, k_row_base };
+            let (query, key) = (Sequences::Host(query), Sequences::Host(key));
+            let sequences = PackedRows { query, key, ranges: &ranges, range, q_row_base, k_row_base };
             self.push_packed(tensors, &sequences, lse.clone(), launches)?;
             operands.out.finish_output(&sequences.range, &out, launches)?;
             launches.give_back(scratch);
@@ -243,13 +255,18 @@ impl Call<'_> {
 
     /// One launch on the padded tensors by lists of tokens, or one for each range of batch rows
     /// that fits the bindings.
-    fn fused(&self, query: &VarlenMeta, key: &VarlenMeta, launches: &mut Launches<'_>) -> Result<()> {
+    fn fused(&self, query: Side<'_>, key: Side<'_>, launches: &mut Launches<'_>) -> Result<()> {
         let (context, shape) = (self.context, self.attention.problem.shape);
         let operands = self.operands(FirstDim::Batch, FirstDim::Batch)?;
-        let (query_tokens, key_tokens) = (token_lists(context, query)?, token_lists(context, key)?);
-        let tiles = fused_tiles(context, query, self.tile_rows())?;
+        let (query_tokens, key_tokens) = (query.token_lists(context)?, key.token_lists(context)?);
+        let tiles = query.fused_tiles(context, self.tile_rows())?;
         let lse = self.lse()?;
-        let ranges = Ranges::fused(context, self.attention.ranges, query, key, (self.tile_rows(), lse.is_some()))?;
+        let ranges = match (query, key) {
+            (Side::Host(query), Side::Host(key)) => {
+                Ranges::fused(context, self.attention.ranges, query, key, (self.tile_rows(), lse.is_some()))?
+            }
+            _ => Ranges::none(context),
+        };
         let bound: Vec<_> = operands.all().into_iter().chain(lse).collect();
         let list_bytes = |range: &Range<usize>| {
             let lists = [query_tokens.bytes(range), key_tokens.bytes(range), tiles.bytes(range)];
@@ -280,7 +297,7 @@ impl Call<'_> {
             };
             // The ranges of tiles are bound whole.
             let (ranges_window, params) = ranges.bind(params, tiles.of(&range).start - first_tile)?;
-            let keys = ranges.most_keys(longest(key.cu_seqlens(), &range));
+            let keys = ranges.most_keys(key.sequences().longest(&range));
             let (lse_window, params) = self.bind_lse(lse.map(|lse| PlacedLse::of(&lse, &range)).transpose()?, params);
             let windows = match (lse, self.attention.ranges) {
                 (None, _) => [tiles_window, query_window, key_window, ranges_window],
@@ -297,24 +314,31 @@ impl Call<'_> {
 
     /// Pack, attention on the packed rows, scatter: a range of batch rows at a time, through
     /// scratch.
-    fn packed_path(&self, query: &VarlenMeta, key: &VarlenMeta, launches: &mut Launches<'_>) -> Result<()> {
+    fn packed_path(&self, query: Side<'_>, key: Side<'_>, launches: &mut Launches<'_>) -> Result<()> {
         let (context, shape) = (self.context, self.attention.problem.shape);
-        let ranges = self.attention.ranges.map(|ranges| ranges.of_packed_rows(query, key, false)).transpose()?;
-        let ranges = Ranges::packed(context, ranges.as_deref(), query.cu_seqlens(), self.tile_rows())?;
+        let ranges = match (self.attention.ranges, query, key) {
+            (Some(ranges), Side::Host(query), Side::Host(key)) => {
+                let ranges = ranges.of_packed_rows(query, key, false)?;
+                Ranges::packed(context, Some(&ranges), query.cu_seqlens(), self.tile_rows())?
+            }
+            _ => Ranges::none(context),
+        };
         let operands = self.operands(FirstDim::Batch, FirstDim::Batch)?;
         let lse = self.lse()?;
         let bound: Vec<_> = operands.all().into_iter().chain(lse).collect();
         let row = |heads: usize| RowShape::new(heads, shape.head_dim, self.attention.problem.dtype.size());
         let (q_row, kv_row) = (row(shape.num_heads), row(shape.num_kv_heads));
-        let bytes = |row: RowShape, meta: &VarlenMeta, range: &Range<usize>| {
-            packed_rows(meta.cu_seqlens(), range).len() as u64 * row.bytes()
+        let scratch_bytes =
+            |range: &Range<usize>| query.packed_bytes(q_row, range).max(key.packed_bytes(kv_row, range));
+        let batch_ranges = match query {
+            Side::Host(_) => split_batch(context.max_binding_bytes, shape.batch, &bound, scratch_bytes)?,
+            Side::Device(_) => self.one_range(&bound, scratch_bytes)?,
         };
-        let scratch_bytes = |range: &Range<usize>| bytes(q_row, query, range).max(bytes(kv_row, key, range));
-        for range in split_batch(context.max_binding_bytes, shape.batch, &bound, scratch_bytes)? {
+        for range in batch_ranges {
             let mut scratch = Vec::new();
-            let mut pack = |operand: &Operand<'_>, row: RowShape, meta: &VarlenMeta| -> Result<Placed> {
+            let mut pack = |operand: &Operand<'_>, row: RowShape, meta: Side<'_>| -> Result<Placed> {
                 let src = operand.place_input(context, &range, launches, &mut scratch)?;
-                let buffer = launches.take_scratch(bytes(row, meta, &range))?;
+                let buffer = launches.take_scratch(meta.packed_bytes(row, &range))?;
                 let dst = Placed::packed(row, &buffer);
                 scratch.push(buffer);
                 move_placed(context, Move::Pack, (&src, &dst), row, (meta, &range), launches)?;
@@ -322,21 +346,22 @@ impl Call<'_> {
             };
             let q = pack(&operands.q, q_row, query)?;
             let (k, v) = (pack(&operands.k, kv_row, key)?, pack(&operands.v, kv_row, key)?);
-            let buffer = launches.take_scratch(bytes(q_row, query, &range))?;
+            let buffer = launches.take_scratch(query.packed_bytes(q_row, &range))?;
             let out = Placed::packed(q_row, &buffer);
             scratch.push(buffer);
-            let sequences = Sequences {
-                query: query.cu_seqlens(),
-                key: key.cu_seqlens(),
+            let (query_rows, key_rows) = (query.sequences(), key.sequences());
+            let sequences = PackedRows {
+                query: query_rows,
+                key: key_rows,
                 ranges: &ranges,
                 range: range.clone(),
-                q_row_base: packed_rows(query.cu_seqlens(), &range).start,
-                k_row_base: packed_rows(key.cu_seqlens(), &range).start,
+                q_row_base: query_rows.packed_rows(&range).start,
+                k_row_base: key_rows.packed_rows(&range).start,
             };
             let packed_lse = match lse {
                 None => None,
                 Some(_) => {
-                    let rows = packed_rows(query.cu_seqlens(), &range);
+                    let rows = query_rows.packed_rows(&range);
                     let buffer = launches.take_scratch(4 * (shape.num_heads * rows.len()) as u64)?;
                     scratch.push(buffer.clone());
                     Some(PlacedLse::of_packed_rows(&buffer, rows))
@@ -355,14 +380,35 @@ impl Call<'_> {
         Ok(())
     }
 
+    /// The range of all batch rows: of a smaller one only the device knows where its packed rows
+    /// start.
+    fn one_range(
+        &self,
+        bound: &[Operand<'_>],
+        scratch_bytes: impl Fn(&Range<usize>) -> u64,
+    ) -> Result<Vec<Range<usize>>> {
+        let (limit, batch) = (self.context.max_binding_bytes, self.attention.problem.shape.batch);
+        let got = scratch_bytes(&(0..batch));
+        if got > limit {
+            let limit_name = "rows packed by metadata of the device, in max_storage_buffer_binding_size (bytes)";
+            return Err(too_large("q", limit_name, limit, got));
+        }
+        let ranges = split_batch(limit, batch, bound, scratch_bytes)?;
+        if ranges.len() > 1 {
+            let limit_name = "batch rows packed by metadata of the device, for which every tensor fits a binding";
+            return Err(too_large("q", limit_name, ranges[0].len() as u64, batch as u64));
+        }
+        Ok(ranges)
+    }
+
     fn push_packed(
         &self,
         tensors: Tensors,
-        sequences: &Sequences<'_>,
+        sequences: &PackedRows<'_>,
         lse: Option<PlacedLse>,
         launches: &mut Launches<'_>,
     ) -> Result<()> {
-        let tiles = packed_tiles(self.context, sequences.query, self.tile_rows())?;
+        let tiles = sequences.query.packed_tiles(self.context, self.tile_rows())?;
         let of_range = tiles.of(&sequences.range);
         if of_range.is_empty() {
             return Ok(());
@@ -378,9 +424,9 @@ impl Call<'_> {
         };
         let (lse_window, params) = self.bind_lse(lse, params);
         let (ranges_window, params) = sequences.ranges.bind(params, 0)?;
-        let key_rows = Window::whole(&cu_seqlens(self.context, sequences.key)?.0);
+        let key_rows = sequences.key.cu_seqlens(self.context)?;
         let windows = vec![lse_window, Window::whole(&tiles.buffer), key_rows, ranges_window];
-        let keys = sequences.ranges.most_keys(longest(sequences.key, &sequences.range));
+        let keys = sequences.ranges.most_keys(sequences.key.longest(&sequences.range));
         self.push((tensors, windows), params, groups, keys, launches);
         Ok(())
     }

@@ -11,7 +11,7 @@ use wgpu::BufferUsages;
 
 use crate::backends::rows::WORD_BYTES;
 use crate::cache::DeviceId;
-use crate::call::op::DeviceBuffer;
+use crate::call::memory::DeviceBuffer;
 use crate::error::{Error, Result};
 
 use super::fault::Faults;

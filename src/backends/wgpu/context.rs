@@ -37,7 +37,7 @@ impl Context {
         Ok(Self { id, name: Arc::clone(name), device, queue, faults, allocator, max_binding_bytes, unused })
     }
 
-    /// For a binding that nobody reads.
+    /// Zeros, which nobody overwrites: for a binding that nobody reads.
     pub fn unused_read(&self) -> Window {
         Window::whole(&self.unused[0])
     }

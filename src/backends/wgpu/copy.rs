@@ -3,18 +3,18 @@
 use std::ops::Range;
 
 use crate::backends::rows::RowShape;
-use crate::call::op::{DeviceBuffer, Input, Output};
+use crate::call::memory::{DeviceBuffer, Input, Output};
 use crate::error::{Error, Result};
 use crate::mask::meta::VarlenMeta;
 
 use super::buffer::WgpuBuffer;
 use super::context::Context;
-use super::dispatch::{Launch, Window, groups_for};
+use super::dispatch::{Launch, groups_for};
 use super::launches::Launches;
-use super::metadata::{indices, inv_indices, packed_rows};
 use super::params::CopyParams;
 use super::placement::{FirstDim, Operand, Placed, split_batch};
 use super::shader::Shader;
+use super::sides::Side;
 
 /// Which way rows are moved.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -43,7 +43,7 @@ pub(super) fn move_rows(
         let mut scratch = Vec::new();
         let src = from.place_input(context, &range, launches, &mut scratch)?;
         let dst = to.place_output(&range, launches, &mut scratch)?;
-        move_placed(context, way, (&src, &dst), row, (meta, &range), launches)?;
+        move_placed(context, way, (&src, &dst), row, (Side::Host(meta), &range), launches)?;
         to.finish_output(&range, &dst, launches)?;
         launches.give_back(scratch);
     }
@@ -56,10 +56,10 @@ pub(super) fn move_placed(
     way: Move,
     (src, dst): (&Placed, &Placed),
     row: RowShape,
-    (meta, range): (&VarlenMeta, &Range<usize>),
+    (meta, range): (Side<'_>, &Range<usize>),
     launches: &mut Launches<'_>,
 ) -> Result<()> {
-    let packed = packed_rows(meta.cu_seqlens(), range);
+    let packed = meta.sequences().packed_rows(range);
     let (rows, row_base) = match way {
         Move::Pack => (packed, 0),
         Move::Scatter => (range.start * meta.seq()..range.end * meta.seq(), packed.start),
@@ -68,8 +68,8 @@ pub(super) fn move_placed(
         return Ok(());
     }
     let (shader, list) = match way {
-        Move::Pack => (Shader::PackRows, Window::whole(&indices(context, meta)?.0)),
-        Move::Scatter => (Shader::ScatterRows, Window::whole(&inv_indices(context, meta)?.0)),
+        Move::Pack => (Shader::PackRows, meta.indices(context)?),
+        Move::Scatter => (Shader::ScatterRows, meta.inv_indices(context)?),
     };
     let params = CopyParams {
         rows: rows.len() as u32,

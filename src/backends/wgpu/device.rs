@@ -1,13 +1,15 @@
 //! The wgpu device: opening it, and what it does with each operation.
 
 use std::any::Any;
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use wgpu::{BufferUsages, DeviceType, Features};
 
 use crate::backends::rows::HEAD_DIM_STEP;
 use crate::cache::DeviceId;
-use crate::call::op::{Attention, Backend, Instant, Later, Op, Sink, Source, Storage, Timing, no_device_tables};
+use crate::call::memory::{Sink, Source, Storage};
+use crate::call::op::{Attention, Backend, Instant, Later, MetadataPlace, Op, Timing};
 use crate::call::plan::Capabilities;
 use crate::call::self_check::Subject;
 use crate::config::Config;
@@ -19,6 +21,7 @@ use super::buffer::WgpuBuffer;
 use super::context::Context;
 use super::coop::Coop;
 use super::copy::Move;
+use super::device_meta::DeviceMeta;
 use super::fault::Faults;
 use super::launcher::Launcher;
 use super::launches::Launches;
@@ -28,7 +31,7 @@ use super::shader::Algorithm;
 use super::timer::Timer;
 use super::transfer::COPY_ALIGNMENT;
 use super::trust::{Defendant, VERDICTS};
-use super::{adapter, attention, copy, external, lse, metadata, transfer, wait};
+use super::{adapter, attention, copy, external, lse, metadata, prepare_qk, transfer, wait};
 
 /// A wgpu device with its queue, and what was compiled and allocated on it.
 #[derive(Debug)]
@@ -196,7 +199,11 @@ impl WgpuDevice {
             Op::Zero(out) => copy::zero(context, &out, &mut launches)?,
             Op::NoKeys(lse) => lse::no_keys(context, &lse, &mut launches)?,
             Op::Merge(merge) => lse::merge(context, &merge, &mut launches)?,
-            Op::Metadata { .. } => return Err(no_device_tables(&context.name)),
+            Op::PrepareQk(call) => prepare_qk::prepare_qk(context, &call, &mut launches)?,
+            Op::Metadata { mask, tables } => {
+                let tables: &DeviceMeta = tables.memory.owned_by(context.id, &context.name)?;
+                tables.build(context, &mask, &mut launches)?;
+            }
         }
         Ok(launches)
     }
@@ -206,6 +213,18 @@ impl WgpuDevice {
             (Kernel::WgslCoop, Some(coop)) => Algorithm::Coop(coop.tile(attention.problem.shape.head_dim)),
             _ => Algorithm::Portable,
         }
+    }
+
+    /// Rows of every tile that a call may want.
+    fn tile_rows(&self) -> BTreeSet<usize> {
+        let head_dims = (HEAD_DIM_STEP..=MAX_HEAD_DIM).step_by(HEAD_DIM_STEP);
+        head_dims
+            .flat_map(|head_dim| {
+                let coop = self.coop.map(|coop| Algorithm::Coop(coop.tile(head_dim)));
+                let algorithms = coop.into_iter().chain([Algorithm::Portable]);
+                algorithms.map(move |algorithm| algorithm.tile_rows(head_dim))
+            })
+            .collect()
     }
 
     /// The buffer of a source that the host may copy from.
@@ -247,6 +266,18 @@ impl Backend for WgpuDevice {
         Ok(Storage::device(self.context.allocator.tensor(bytes)?))
     }
 
+    fn metadata_place(&self) -> MetadataPlace {
+        MetadataPlace::Device
+    }
+
+    fn alloc_metadata(&self, batch: usize, seq: usize) -> Result<Storage> {
+        let meta = DeviceMeta::alloc(&self.context, batch, seq, self.tile_rows())?;
+        let mut launches = Launches::new(&self.context.allocator);
+        meta.build_empty(&self.context, &mut launches);
+        self.launcher.submit(&self.context, &launches, &self.timer, &self.pace)?;
+        Ok(Storage::device(meta))
+    }
+
     fn upload(&self, to: Sink<'_>, bytes: &[u8]) -> Result<()> {
         let buffer: &WgpuBuffer = to.owned_by(self.context.id, &self.context.name)?;
         buffer.expect_usage("memory", BufferUsages::COPY_DST)?;
@@ -277,13 +308,9 @@ impl Backend for WgpuDevice {
         metadata::inv_indices(context, meta)?;
         metadata::cu_seqlens(context, meta.cu_seqlens())?;
         metadata::token_lists(context, meta)?;
-        // Every tile size that a call may want; each is made once.
-        for head_dim in (HEAD_DIM_STEP..=MAX_HEAD_DIM).step_by(HEAD_DIM_STEP) {
-            let coop = self.coop.map(|coop| Algorithm::Coop(coop.tile(head_dim)));
-            for algorithm in coop.into_iter().chain([Algorithm::Portable]) {
-                metadata::packed_tiles(context, meta.cu_seqlens(), algorithm.tile_rows(head_dim))?;
-                metadata::fused_tiles(context, meta, algorithm.tile_rows(head_dim))?;
-            }
+        for tile_rows in self.tile_rows() {
+            metadata::packed_tiles(context, meta.cu_seqlens(), tile_rows)?;
+            metadata::fused_tiles(context, meta, tile_rows)?;
         }
         // What dense paths use instead.
         metadata::mask_bits(context, meta.key_mask()).map(drop)

@@ -242,7 +242,8 @@ impl Launcher {
         // index below its dimension, and `problem` checked that such sums stay inside each view.
         // `Window`s cover the views' batch rows from the offset that the parameters count from.
         // Index lists come from `VarlenMeta` and `CuSeqlens`, whose constructors keep them inside
-        // the tensors, and `problem` compared their sizes with the tensors'. A token list names
+        // the tensors, or from shaders that write every element of every list, whatever the mask
+        // holds; `problem` compared their sizes with the tensors'. A token list names
         // each of the S tokens of its batch row once, and kernels read it only for rows and keys
         // that their tile has. Positions in private and workgroup arrays are bounded by
         // constants, and so are the matrices that are loaded from workgroup arrays and stored to

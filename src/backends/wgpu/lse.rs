@@ -3,17 +3,17 @@
 use std::ops::Range;
 
 use crate::backends::rows::RowShape;
-use crate::call::op::{Merge, MergePart, Output};
+use crate::call::memory::Output;
+use crate::call::op::{Merge, MergePart};
 use crate::error::Result;
-use crate::mask::meta::VarlenMeta;
 
 use super::context::Context;
 use super::dispatch::{Launch, Window, groups_for};
 use super::launches::Launches;
-use super::metadata::inv_indices;
 use super::params::{CopyParams, MergeParams};
 use super::placement::{FirstDim, Operand, Placed, split_batch};
 use super::shader::Shader;
+use super::sides::Side;
 
 /// Where a log-sum-exp lies in a binding, in elements.
 #[derive(Debug, Clone)]
@@ -56,10 +56,10 @@ pub(super) fn scatter_lse(
     context: &Context,
     (packed, padded): (PlacedLse, PlacedLse),
     heads: usize,
-    (meta, range): (&VarlenMeta, &Range<usize>),
+    (meta, range): (Side<'_>, &Range<usize>),
     launches: &mut Launches<'_>,
 ) -> Result<()> {
-    let list = Window::whole(&inv_indices(context, meta)?.0);
+    let list = meta.inv_indices(context)?;
     let params = CopyParams {
         src_offset: packed.offset,
         src_stride_h: packed.stride_h,

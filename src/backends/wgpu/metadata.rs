@@ -8,8 +8,9 @@ use crate::backends::rows::WORD_BYTES;
 use crate::cache::{DeviceCopies, DeviceId};
 use crate::error::Result;
 use crate::host_vec;
+use crate::mask::cu_seqlens::CuSeqlens;
 use crate::mask::key_mask::KeyMask;
-use crate::mask::meta::{CuSeqlens, VarlenMeta};
+use crate::mask::meta::VarlenMeta;
 
 use super::context::Context;
 use super::transfer::uploaded;
@@ -43,6 +44,11 @@ pub(super) struct TokenLists {
 }
 
 impl TokenLists {
+    /// Lists of rows of `seq` tokens.
+    pub fn new(buffer: wgpu::Buffer, seq: usize) -> Self {
+        Self { buffer, row_bytes: 4 * (1 + seq as u64) }
+    }
+
     /// Where the lists of a range of batch rows lie.
     pub fn bytes(&self, rows: &Range<usize>) -> Range<u64> {
         rows.start as u64 * self.row_bytes..rows.end as u64 * self.row_bytes
@@ -50,6 +56,11 @@ impl TokenLists {
 }
 
 impl Tiles {
+    /// Tiles of which those of sequence `b` are `first[b]..first[b + 1]`.
+    pub fn new(buffer: wgpu::Buffer, first: Vec<u32>) -> Self {
+        Self { buffer, first: Arc::new(first) }
+    }
+
     /// Where the tiles of a range of sequences lie.
     pub fn bytes(&self, sequences: &Range<usize>) -> Range<u64> {
         let Range { start, end } = self.of(sequences);
@@ -83,7 +94,7 @@ pub(super) fn cu_seqlens(context: &Context, cu_seqlens: &CuSeqlens) -> Result<Ar
 pub(super) fn token_lists(context: &Context, meta: &VarlenMeta) -> Result<Arc<TokenLists>> {
     meta.copies().get_or_make(context.id, || {
         let buffer = uploaded(context, "token_lists", bytemuck::cast_slice(&list_tokens(meta)?))?;
-        Ok(TokenLists { buffer, row_bytes: 4 * (1 + meta.seq() as u64) })
+        Ok(TokenLists::new(buffer, meta.seq()))
     })
 }
 
@@ -105,7 +116,7 @@ fn kept_tiles(
 ) -> Result<Tiles> {
     let upload = || {
         let (tiles, first) = make()?;
-        Ok(Tiles { buffer: uploaded(context, "tiles", bytemuck::cast_slice(&tiles))?, first: Arc::new(first) })
+        Ok(Tiles::new(uploaded(context, "tiles", bytemuck::cast_slice(&tiles))?, first))
     };
     fn of_rows<const ROWS: usize>(
         copies: &DeviceCopies,

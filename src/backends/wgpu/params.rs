@@ -92,6 +92,35 @@ params! {
 }
 
 params! {
+    /// Parameters of the shader that normalises and rotates heads. Offsets and strides are in elements.
+    PrepareQkParams {
+        src_offset: u32, src_stride_b: u32, src_stride_s: u32, src_stride_h: u32,
+        dst_offset: u32, dst_stride_b: u32, dst_stride_s: u32, dst_stride_h: u32,
+        weight_offset: u32,
+        cos_offset: u32, cos_stride_b: u32, cos_stride_s: u32,
+        sin_offset: u32, sin_stride_b: u32, sin_stride_s: u32,
+        /// Tokens of the launch, and of a batch row.
+        rows: u32, seq: u32,
+        heads: u32, head_dim: u32,
+        /// Invocations of a head.
+        lanes: u32,
+        /// Columns of the tables; 0 without a rotation.
+        half: u32,
+        /// 1 if elements 2i and 2i + 1 are a pair, 0 if i and i + half.
+        is_interleaved: u32,
+        /// Elements of a u32 of the weight and of the tables, as a power of two.
+        weight_shift: u32, table_shift: u32,
+        /// 1 if there is a weight.
+        has_norm: u32,
+        eps: f32,
+        /// 1 if there is a mask; u32s of one of its rows.
+        has_mask: u32, mask_words: u32,
+        /// The mask's place of the first token, and the first batch row of the launch.
+        first_token: u32, batch_base: u32,
+    }
+}
+
+params! {
     /// Parameters of the shader that merges attention over parts of the keys. Offsets and strides of
     /// outputs are in words of 16 bytes, those of log-sum-exps in elements.
     MergeParams {
@@ -108,5 +137,20 @@ params! {
         head_words: u32,
         /// 1 if the log-sum-exp is written.
         has_lse: u32,
+    }
+}
+
+params! {
+    /// Parameters of the shaders that build metadata.
+    MetadataParams {
+        /// Where the mask lies in its binding, in elements.
+        mask_offset: u32, mask_stride_b: u32, mask_stride_s: u32,
+        /// Bytes of an element, and the bits of its first u32 that belong to it.
+        mask_bytes: u32, mask_low: u32,
+        batch: u32, seq: u32,
+        /// u32s of one row of bits, of all of them, and blocks of those.
+        row_words: u32, words: u32, blocks: u32,
+        /// Rows of a query tile.
+        tile_rows: u32,
     }
 }

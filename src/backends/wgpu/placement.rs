@@ -4,11 +4,11 @@
 use std::ops::Range;
 
 use crate::backends::rows::{RowShape, WORD_BYTES, has_filled_heads, misaligned_by, row_strides};
-use crate::call::op::{Input, Output};
+use crate::call::memory::{Input, Output};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::layout::Layout;
-use crate::mask::meta::CuSeqlens;
+use crate::mask::cu_seqlens::CuSeqlens;
 
 use super::buffer::WgpuBuffer;
 use super::context::Context;

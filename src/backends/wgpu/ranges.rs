@@ -12,9 +12,10 @@ use crate::cache::DeviceCopies;
 use crate::error::{Error, Result};
 use crate::fifo_cache::FifoCache;
 use crate::host_vec::reserve;
+use crate::mask::cu_seqlens::CuSeqlens;
 use crate::mask::key_mask::KeyMask;
 use crate::mask::key_ranges::KeyRanges;
-use crate::mask::meta::{CuSeqlens, VarlenMeta};
+use crate::mask::meta::VarlenMeta;
 
 use super::context::Context;
 use super::dispatch::Window;
@@ -48,6 +49,11 @@ struct RangesCopy {
 type Key = (Option<[u64; 2]>, usize, bool);
 
 impl<'a> Ranges<'a> {
+    /// Of a call without ranges.
+    pub fn none(context: &'a Context) -> Self {
+        Self { context, copy: None }
+    }
+
     /// Of every row of padded tensors.
     pub fn dense(context: &'a Context, ranges: Option<&KeyRanges>, tile_rows: usize) -> Result<Self> {
         let copies = ranges.map(KeyRanges::copies);
@@ -124,7 +130,7 @@ impl<'a> Ranges<'a> {
         key: Key,
         make: impl FnOnce(&KeyRanges) -> Result<(Lists, [usize; 2])>,
     ) -> Result<Self> {
-        let Some((ranges, copies)) = ranges else { return Ok(Self { context, copy: None }) };
+        let Some((ranges, copies)) = ranges else { return Ok(Self::none(context)) };
         // One value of each type is kept, so all lists are in one.
         let copies = copies.get_or_make(context.id, || Ok(FifoCache::<Key, RangesCopy>::default()))?;
         let copy = copies.get_or_make(key, false, || {

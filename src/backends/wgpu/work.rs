@@ -2,7 +2,7 @@
 
 use crate::call::op::{Attention, Rows};
 use crate::error::Result;
-use crate::mask::meta::CuSeqlens;
+use crate::mask::cu_seqlens::CuSeqlens;
 
 use super::shader::Algorithm;
 
@@ -36,7 +36,11 @@ impl Work {
             Rows::Dense { .. } => of_sequence(shape.seq_q, shape.seq_k).times(shape.batch as u64),
             Rows::Varlen { query, key } => of_sequences(query.cu_seqlens(), key.cu_seqlens()),
             Rows::Packed { query, key } => of_sequences(query, key),
-            Rows::DeviceVarlen { .. } => Self::default(),
+            // Only the device knows what is valid: at most every token.
+            Rows::DeviceVarlen { .. } => {
+                let most = of_sequence(shape.seq_q, shape.seq_k).times(shape.batch as u64);
+                Self { operations: 0, ..most }
+            }
         };
         let Some(ranges) = attention.ranges else { return Ok(whole) };
         // What says how fast a device is must not be more than it does; what is cut into pieces, not

@@ -2,9 +2,11 @@
 
 use std::str::FromStr;
 
-use super::MAX_MASK;
 use super::error::WorkloadError;
 use super::named::NAMED;
+
+/// The most mask entries (`batch × seq`) that a SPEC may ask for: 1 GiB of them.
+pub const MAX_MASK: usize = 1 << 30;
 
 /// The kinds, and the keys that only they have.
 const KINDS: [(&str, &[&str]); 3] =

@@ -3,9 +3,10 @@
 use anyhow::{Context, Result, ensure};
 use varlen_fa::wgpu;
 use varlen_fa::{
-    AttentionMask, AttentionOutputs, DType, Device, DeviceMemory, Error, KeyMask, MaskedAttention, Path, Tensor,
-    TensorView, VarlenMeta, encode_merge_attention, encode_pack, encode_scatter, merge_attention, pack,
-    scatter_to_padded,
+    AttentionMask, AttentionOutputs, DType, Device, DeviceChoice, DeviceMemory, DeviceVarlenMeta, Error, KeyMask,
+    Layout, MaskDType, MaskView, MaskedAttention, Path, QkNorm, QkSegment, Rotary, RotaryPairing, ScoreModifiers,
+    Tensor, TensorView, VarlenMeta, alibi_slopes, encode_merge_attention, encode_pack, encode_prepare_qk,
+    encode_scatter, merge_attention, pack, prepare_qk, scatter_to_padded,
 };
 use varlen_fa_testkit::random;
 
@@ -21,6 +22,9 @@ pub fn register(trials: &mut Trials) {
     trials.once("external_wgpu/many_ranges_in_one_call", many_ranges_in_one_call);
     trials.once("external_wgpu/pack_and_scatter", pack_and_scatter);
     trials.once("external_wgpu/lse_and_merge", lse_and_merge);
+    trials.once("external_wgpu/score_modifiers", score_modifiers);
+    trials.once("external_wgpu/prepare_qk_of_a_fused_projection", prepare_qk_of_a_fused_projection);
+    trials.once("external_wgpu/metadata_of_a_mask_that_changes", metadata_of_a_mask_that_changes);
     trials.once("external_wgpu/nothing_runs_before_the_submission", nothing_runs_before_the_submission);
     trials.once("external_wgpu/an_encoder_of_another_device", an_encoder_of_another_device);
     trials.once("external_wgpu/an_encoder_with_an_open_pass", an_encoder_with_an_open_pass);
@@ -97,6 +101,96 @@ fn lse_and_merge(own: &Device) -> Result<()> {
         ensure!(download(&lses[0])? == download(&lse)?, "{}: the lse differs", launched.plan);
         ensure!(download(&outs[1])? == download(&expected.out)?, "{}: the merged output differs", launched.plan);
         ensure!(download(&lses[1])? == download(&expected.lse)?, "{}: the merged lse differs", launched.plan);
+    }
+    application.expect_quiet()
+}
+
+/// Two layers of a model in one submission, each with its own modifiers: each finds its own.
+fn score_modifiers(own: &Device) -> Result<()> {
+    let application = Application::new(own)?;
+    let device = application.attach()?;
+    let layer = MaskedAttention::new(&device);
+    let bits: Vec<u32> = random::normal(92, 2 * 40 * 3 * 32).into_iter().map(f32::to_bits).collect();
+    let x = upload(&device, DType::F32, &bits, &[2, 40, 3, 32])?;
+    let meta = VarlenMeta::from_key_mask(&KeyMask::from_lengths(40, &[40, 23])?)?;
+    let layers = [
+        ScoreModifiers::new().with_softcap(2.0).with_sinks([0.0, 1.0, -1.0]),
+        ScoreModifiers::new().with_softcap(0.5).with_alibi(alibi_slopes(3)),
+    ];
+    let mut outs = [Tensor::zeros(&device, DType::F32, x.shape())?, Tensor::zeros(&device, DType::F32, x.shape())?];
+    let mut encoder = application.encoder();
+    for (modifiers, out) in layers.iter().zip(&mut outs) {
+        let mask = AttentionMask::varlen(&meta).with_modifiers(modifiers);
+        layer.encode_into(&mut encoder, &x, &x, &x, mask, out)?;
+    }
+    application.queue.submit([encoder.finish()]);
+    for (modifiers, out) in layers.iter().zip(&outs) {
+        let launched = layer.forward(&x, &x, &x, AttentionMask::varlen(&meta).with_modifiers(modifiers))?;
+        ensure!(download(out)? == download(&launched.out)?, "{modifiers:?}: the output differs");
+    }
+    ensure!(download(&outs[0])? != download(&outs[1])?, "the modifiers change nothing");
+    application.expect_quiet()
+}
+
+/// Recorded: q and k replaced in one buffer of the application's, between which v stays. The same bits as launched ones in
+/// buffers of their own.
+fn prepare_qk_of_a_fused_projection(own: &Device) -> Result<()> {
+    let application = Application::new(own)?;
+    let device = application.attach()?;
+    let (heads, kv_heads, dim) = (3, 2, 16);
+    let fused = [2, 9, heads + 2 * kv_heads, dim];
+    let mask = KeyMask::from_lengths(9, &[9, 4])?;
+    for dtype in [DType::F32, DType::F16, DType::Bf16] {
+        let values = random::normal(92, fused.iter().product());
+        let before: Vec<u32> = values.into_iter().map(|value| narrow(value, dtype)).collect();
+        let numbers = |seed: u64, shape: &[usize]| {
+            let values = random::normal(seed, shape.iter().product());
+            upload(&device, DType::F32, &values.into_iter().map(f32::to_bits).collect::<Vec<_>>(), shape)
+        };
+        let (weight, tables) = (numbers(93, &[dim])?, numbers(94, &[9, 5])?);
+        let whole = Layout::contiguous(&fused)?;
+        let layouts = [whole.slice(2, 0..heads)?, whole.slice(2, heads..heads + kv_heads)?];
+        let mut expected = [upload(&device, dtype, &before, &fused)?, upload(&device, dtype, &before, &fused)?];
+        {
+            let [q, k] = &mut expected;
+            let (q, k) = (q.view_mut().with_layout(layouts[0]), k.view_mut().with_layout(layouts[1]));
+            let segment = QkSegment::in_place(q, k)
+                .with_norm(QkNorm::new(&weight, &weight, 1e-6))
+                .with_rotary(Rotary::new(&tables, &tables, RotaryPairing::Halves));
+            prepare_qk(&device, [segment], &mask)?;
+        }
+        let buffer = application.buffer(READABLE, &bytes(&before, dtype))?;
+        let mut memories =
+            [DeviceMemory::from_wgpu(&device, buffer.clone())?, DeviceMemory::from_wgpu(&device, buffer.clone())?];
+        let mut encoder = application.encoder();
+        {
+            let [q, k] = &mut memories;
+            let segment = QkSegment::in_place(q.view_mut(dtype, layouts[0]), k.view_mut(dtype, layouts[1]))
+                .with_norm(QkNorm::new(&weight, &weight, 1e-6))
+                .with_rotary(Rotary::new(&tables, &tables, RotaryPairing::Halves));
+            encode_prepare_qk(&device, &mut encoder, [segment], &mask)?;
+        }
+        ensure!(bits(&application.read(&buffer)?, dtype) == before, "{dtype}: it ran before the submission");
+        application.queue.submit([encoder.finish()]);
+        let after = bits(&application.read(&buffer)?, dtype);
+        let [q, k] = [download(&expected[0])?, download(&expected[1])?];
+        for (at, &found) in after.iter().enumerate() {
+            let head = at / dim % fused[2];
+            let of = if head < heads {
+                &q
+            } else if head < heads + kv_heads {
+                &k
+            } else {
+                &before
+            };
+            ensure!(found == of[at], "{dtype}: element {at} of head {head}");
+        }
+        ensure!(q != before && k != before, "{dtype}: nothing was done");
+        // One that takes another's place does not.
+        let [q, k] = &mut memories;
+        let segment = QkSegment::in_place(q.view_mut(dtype, layouts[0]), k.view_mut(dtype, layouts[0].slice(2, 0..2)?));
+        let error = prepare_qk(&device, [segment], &mask).err();
+        ensure!(matches!(error, Some(Error::Overlap { .. })), "got {error:?}");
     }
     application.expect_quiet()
 }
@@ -312,6 +406,78 @@ fn pack_and_scatter(own: &Device) -> Result<()> {
     application.queue.submit([encoder.finish()]);
     ensure!(bits(&application.read(&packed_buffer)?, case.dtype) == expected[0], "packed rows");
     ensure!(bits(&application.read(&back_buffer)?, case.dtype) == expected[1], "padded rows");
+    application.expect_quiet()
+}
+
+/// Commands of one encoder write a mask, build its metadata, compute with it, and all that again with another mask: each call
+/// sees its own. The first row of the second mask is empty.
+fn metadata_of_a_mask_that_changes(own: &Device) -> Result<()> {
+    let application = Application::new(own)?;
+    let device = application.attach()?;
+    let case = Case::new(DType::F16, 40)?;
+    let [batch, seq, ..] = case.out_shape();
+    let layout = Layout::contiguous(&[batch, seq])?;
+    // Masked tokens of the case hold NaN: both masks keep some of the others.
+    let tokens = || (0..batch).flat_map(|row| (0..seq).map(move |token| (row, token)));
+    let kept = |case: &Case, row, token| case.mask.keeps(row, token);
+    let masks = [
+        tokens().map(|(row, token)| kept(&case, row, token)).collect::<Vec<_>>(),
+        tokens().map(|(row, token)| row > 0 && token % 3 != 0 && kept(&case, row, token)).collect(),
+    ];
+    let as_bytes = |keep: &[bool]| keep.iter().map(|&keep| u8::from(keep) << 7).collect::<Vec<_>>();
+    let sources = [0, 1].map(|at| application.buffer(wgpu::BufferUsages::COPY_SRC, &as_bytes(&masks[at])));
+    let [first, second] = sources;
+    let sources = [first?, second?];
+    let buffer =
+        application.buffer(wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_DST, &as_bytes(&masks[1]))?;
+    let memory = DeviceMemory::from_wgpu(&device, buffer.clone())?;
+    let mut meta = DeviceVarlenMeta::new(&device, batch, seq)?;
+    for (path, into_pass) in [(Path::Fused, false), (Path::Fused, true), (Path::Packed, false), (Path::Dense, true)] {
+        let place = format!("{path}, into a pass: {into_pass}");
+        let layer = portable(&device).with_path(path);
+        let mut stages = Vec::new();
+        let mut encoder = application.encoder();
+        for (keep, source) in masks.iter().zip(&sources) {
+            let host = VarlenMeta::from_key_mask(&KeyMask::from_bool(batch, seq, keep)?)?;
+            let expected = case.expected_by(&portable(own).with_path(path), AttentionMask::varlen(&host))?;
+            let mut tensors = InPlace::new(&application, &device, &case, 0, 0)?;
+            encoder.copy_buffer_to_buffer(source, 0, &buffer, 0, buffer.size());
+            let mask = memory.mask_view(MaskDType::U8, layout);
+            let ([q, k, v], out) = tensors.call();
+            if into_pass {
+                let mut pass = encoder.begin_compute_pass(&Default::default());
+                meta.encode_rebuild(&mut pass, mask)?;
+                layer.encode_into(&mut pass, q, k, v, AttentionMask::varlen(&meta), out)?;
+            } else {
+                meta.encode_rebuild(&mut encoder, mask)?;
+                layer.encode_into(&mut encoder, q, k, v, AttentionMask::varlen(&meta), out)?;
+            }
+            stages.push((tensors, expected));
+        }
+        for (tensors, _) in &stages {
+            tensors.expect_untouched(&application).with_context(|| format!("{place}, before the submission"))?;
+        }
+        application.queue.submit([encoder.finish()]);
+        for (at, (tensors, expected)) in stages.iter().enumerate() {
+            ensure!(tensors.output(&application)? == *expected, "{place}, mask {at}: other bits");
+        }
+    }
+
+    let error = {
+        buffer.destroy();
+        meta.encode_rebuild(&mut application.encoder(), memory.mask_view(MaskDType::U8, layout)).err()
+    };
+    ensure!(
+        matches!(&error, Some(Error::BufferUnusable { argument: "mask", .. })),
+        "a mask that was destroyed: {error:?}"
+    );
+    let cpu = Device::with_config(own.config().with_device(DeviceChoice::Cpu))?;
+    let mask = MaskView::from_host(&[1_u8; 6], 2, 3)?;
+    let error = DeviceVarlenMeta::new(&cpu, 2, 3)?.encode_rebuild(&mut application.encoder(), mask).err();
+    ensure!(
+        matches!(&error, Some(Error::DeviceKind { argument: "device", .. })),
+        "metadata of the CPU device: {error:?}"
+    );
     application.expect_quiet()
 }
 

@@ -5,7 +5,7 @@ use crate::backends::cuda::tensors::lse::PlacedLse;
 use crate::backends::cuda::tensors::metadata::Tables;
 use crate::backends::cuda::tensors::placement::Placed;
 use crate::call::problem::AttentionProblem;
-use crate::mask::meta::CuSeqlens;
+use crate::mask::cu_seqlens::CuSeqlens;
 
 /// Placed tensors of one launch.
 #[derive(Debug, Clone, Copy)]

@@ -29,9 +29,10 @@ use crate::backends::cuda::tensors::metadata::{self, Tables};
 use crate::backends::cuda::tensors::placement::{Operand, place_input, place_input_for_maps};
 use crate::backends::rows::with_filled_heads;
 use crate::call::op::{Attention, DeviceTables, Rows};
-use crate::call::plan::Path;
+use crate::call::path::Path;
 use crate::error::Result;
-use crate::mask::meta::{CuSeqlens, VarlenMeta};
+use crate::mask::cu_seqlens::CuSeqlens;
+use crate::mask::meta::VarlenMeta;
 
 use call::{PackedRows, Tensors};
 use packing::Packing;

@@ -13,7 +13,7 @@ use crate::backends::rows::RowShape;
 use crate::call::op::Attention;
 use crate::dtype::DType;
 use crate::error::Result;
-use crate::mask::meta::CuSeqlens;
+use crate::mask::cu_seqlens::CuSeqlens;
 
 use super::call::{PackedRows, Tensors};
 

@@ -13,8 +13,9 @@ use std::ops::Range;
 
 use crate::backends::cuda::kernels::params::{ELEMENT_BYTES, RangeTile, RangeWork};
 use crate::backends::cuda::kernels::tiles::ListTile;
+use crate::mask::cu_seqlens::CuSeqlens;
 use crate::mask::key_ranges::KeyRanges;
-use crate::mask::meta::{CuSeqlens, GROUP_ROWS, VarlenMeta};
+use crate::mask::meta::{GROUP_ROWS, VarlenMeta};
 
 use super::split::{self, Split};
 use super::tile_lists::TileLists;

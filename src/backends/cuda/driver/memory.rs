@@ -9,7 +9,7 @@ use std::sync::Arc;
 use cudarc::driver::sys::CUdeviceptr;
 
 use crate::cache::DeviceId;
-use crate::call::op::DeviceBuffer;
+use crate::call::memory::DeviceBuffer;
 use crate::error::{Error, Result};
 
 use super::alloc::{self, Allocation};

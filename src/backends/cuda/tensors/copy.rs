@@ -7,7 +7,7 @@ use crate::backends::cuda::kernels::params::{
 };
 use crate::backends::cuda::launcher::Launcher;
 use crate::backends::rows::RowShape;
-use crate::call::op::{Input, Output};
+use crate::call::memory::{Input, Output};
 use crate::error::{Error, Result};
 use crate::mask::meta::VarlenMeta;
 

@@ -5,7 +5,8 @@ use crate::backends::cuda::kernels::module::Entry;
 use crate::backends::cuda::kernels::params::{MergeParams, ROW_COPY_THREADS, ScatterLseParams};
 use crate::backends::cuda::launcher::Launcher;
 use crate::backends::rows::RowShape;
-use crate::call::op::{Merge, MergePart, Output};
+use crate::call::memory::Output;
+use crate::call::op::{Merge, MergePart};
 use crate::error::Result;
 
 use super::copy::row_grid;

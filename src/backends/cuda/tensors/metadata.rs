@@ -12,8 +12,9 @@ use crate::backends::metadata::{Indices, InvIndices, MaskBits};
 use crate::call::op::{DeviceTables, MaskInput};
 use crate::error::{Error, Result};
 use crate::host_vec;
+use crate::mask::cu_seqlens::CuSeqlens;
 use crate::mask::key_mask::KeyMask;
-use crate::mask::meta::{CuSeqlens, VarlenMeta};
+use crate::mask::meta::VarlenMeta;
 
 /// Tables in one buffer start at multiples of this, as buffers do.
 const TABLE_ALIGNMENT: u64 = 256;

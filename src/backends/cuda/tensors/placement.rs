@@ -6,7 +6,7 @@ use crate::backends::cuda::driver::transfer;
 use crate::backends::cuda::kernels::params::Strides;
 use crate::backends::cuda::launcher::Launcher;
 use crate::backends::rows::{WORD_BYTES, filled_head_dim, has_filled_heads, misaligned_by, row_strides};
-use crate::call::op::{Input, Output};
+use crate::call::memory::{Input, Output};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::layout::Layout;

@@ -26,78 +26,32 @@ const WORD: &str = "vec4<u32>";
 /// First and end of a range of keys.
 const RANGE: &str = "vec2<u32>";
 
-pub(super) const ATTENTION_DENSE: &[Binding] = &[
-    reads("q", WORD),
-    reads("k", WORD),
-    reads("v", WORD),
-    writes("out", WORD),
-    reads("key_bits", "u32"),
-    reads("row_bits", "u32"),
-    reads("bias", "u32"),
-    reads("ranges", RANGE),
-];
+const LSE: Binding = writes("lse", "u32");
+const KEY_BITS: Binding = reads("key_bits", "u32");
+const ROW_BITS: Binding = reads("row_bits", "u32");
+const BIAS: Binding = reads("bias", "u32");
+const RANGES: Binding = reads("ranges", RANGE);
+const TILES: Binding = reads("tiles", WORD);
+const QUERY_TOKENS: Binding = reads("query_tokens", "u32");
+const KEY_TOKENS: Binding = reads("key_tokens", "u32");
+const CU_SEQLENS_K: Binding = reads("cu_seqlens_k", "u32");
+
+/// The tensors, and what else a form of attention has.
+macro_rules! attention {
+    ($($more:expr),*) => {
+        &[reads("q", WORD), reads("k", WORD), reads("v", WORD), writes("out", WORD), $($more),*]
+    };
+}
+
+pub(super) const ATTENTION_DENSE: &[Binding] = attention![KEY_BITS, ROW_BITS, BIAS, RANGES];
 /// With the log-sum-exp there is one binding too few for all: those that ranges take the place of are
 /// missing where there are ranges.
-pub(super) const ATTENTION_DENSE_LSE: &[Binding] = &[
-    reads("q", WORD),
-    reads("k", WORD),
-    reads("v", WORD),
-    writes("out", WORD),
-    writes("lse", "u32"),
-    reads("key_bits", "u32"),
-    reads("row_bits", "u32"),
-    reads("bias", "u32"),
-];
-pub(super) const ATTENTION_DENSE_LSE_RANGES: &[Binding] = &[
-    reads("q", WORD),
-    reads("k", WORD),
-    reads("v", WORD),
-    writes("out", WORD),
-    writes("lse", "u32"),
-    reads("key_bits", "u32"),
-    reads("bias", "u32"),
-    reads("ranges", RANGE),
-];
-pub(super) const ATTENTION_PACKED: &[Binding] = &[
-    reads("q", WORD),
-    reads("k", WORD),
-    reads("v", WORD),
-    writes("out", WORD),
-    writes("lse", "u32"),
-    reads("tiles", WORD),
-    reads("cu_seqlens_k", "u32"),
-    reads("ranges", RANGE),
-];
-pub(super) const ATTENTION_FUSED: &[Binding] = &[
-    reads("q", WORD),
-    reads("k", WORD),
-    reads("v", WORD),
-    writes("out", WORD),
-    reads("tiles", WORD),
-    reads("query_tokens", "u32"),
-    reads("key_tokens", "u32"),
-    reads("ranges", RANGE),
-];
-pub(super) const ATTENTION_FUSED_LSE: &[Binding] = &[
-    reads("q", WORD),
-    reads("k", WORD),
-    reads("v", WORD),
-    writes("out", WORD),
-    writes("lse", "u32"),
-    reads("tiles", WORD),
-    reads("query_tokens", "u32"),
-    reads("key_tokens", "u32"),
-];
-pub(super) const ATTENTION_FUSED_LSE_RANGES: &[Binding] = &[
-    reads("q", WORD),
-    reads("k", WORD),
-    reads("v", WORD),
-    writes("out", WORD),
-    writes("lse", "u32"),
-    reads("tiles", WORD),
-    reads("key_tokens", "u32"),
-    reads("ranges", RANGE),
-];
+pub(super) const ATTENTION_DENSE_LSE: &[Binding] = attention![LSE, KEY_BITS, ROW_BITS, BIAS];
+pub(super) const ATTENTION_DENSE_LSE_RANGES: &[Binding] = attention![LSE, KEY_BITS, BIAS, RANGES];
+pub(super) const ATTENTION_PACKED: &[Binding] = attention![LSE, TILES, CU_SEQLENS_K, RANGES];
+pub(super) const ATTENTION_FUSED: &[Binding] = attention![TILES, QUERY_TOKENS, KEY_TOKENS, RANGES];
+pub(super) const ATTENTION_FUSED_LSE: &[Binding] = attention![LSE, TILES, QUERY_TOKENS, KEY_TOKENS];
+pub(super) const ATTENTION_FUSED_LSE_RANGES: &[Binding] = attention![LSE, TILES, KEY_TOKENS, RANGES];
 pub(super) const PACK_ROWS: &[Binding] = &[reads("src", WORD), writes("dst", WORD), reads("indices", "u32")];
 pub(super) const SCATTER_ROWS: &[Binding] = &[reads("src", WORD), writes("dst", WORD), reads("inv_indices", "i32")];
 pub(super) const ZERO_ROWS: &[Binding] = &[writes("dst", WORD)];
@@ -106,6 +60,22 @@ pub(super) const ALIGN_ROWS: &[Binding] = &[reads("src", "u32"), writes("dst", "
 pub(super) const NARROW_ROWS: &[Binding] = &[reads("src", "u32"), writes("dst", "atomic<u32>")];
 pub(super) const SCATTER_LSE: &[Binding] = &[reads("src", "u32"), writes("dst", "u32"), reads("inv_indices", "i32")];
 pub(super) const NO_KEYS: &[Binding] = &[writes("dst", "u32")];
+pub(super) const PREPARE_QK: &[Binding] = &[
+    reads("src", "u32"),
+    writes("dst", "u32"),
+    reads("weight", "u32"),
+    reads("cos_table", "u32"),
+    reads("sin_table", "u32"),
+    reads("kept_bits", "u32"),
+];
+pub(super) const PREPARE_QK_ODD: &[Binding] = &[
+    reads("src", "u32"),
+    writes("dst", "atomic<u32>"),
+    reads("weight", "u32"),
+    reads("cos_table", "u32"),
+    reads("sin_table", "u32"),
+    reads("kept_bits", "u32"),
+];
 pub(super) const MERGE: &[Binding] = &[
     reads("out1", WORD),
     reads("lse1", "u32"),
@@ -114,3 +84,18 @@ pub(super) const MERGE: &[Binding] = &[
     writes("out", WORD),
     writes("lse", "u32"),
 ];
+pub(super) const METADATA_BITS: &[Binding] =
+    &[reads("mask", "u32"), writes("bits", "u32"), writes("block_sums", "u32")];
+pub(super) const METADATA_BLOCKS: &[Binding] = &[writes("block_sums", "u32"), writes("cu_seqlens", "u32")];
+pub(super) const METADATA_STARTS: &[Binding] =
+    &[reads("bits", "u32"), reads("block_sums", "u32"), writes("word_starts", "u32"), writes("cu_seqlens", "u32")];
+pub(super) const METADATA_LISTS: &[Binding] = &[
+    reads("bits", "u32"),
+    reads("word_starts", "u32"),
+    reads("cu_seqlens", "u32"),
+    writes("indices", "u32"),
+    writes("inv_indices", "i32"),
+    writes("token_lists", "u32"),
+];
+pub(super) const METADATA_TILES: &[Binding] =
+    &[reads("cu_seqlens", "u32"), writes("packed_tiles", WORD), writes("fused_tiles", WORD)];

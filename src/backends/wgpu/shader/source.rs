@@ -6,11 +6,11 @@ use crate::dtype::DType;
 use crate::score_modifiers::ModifierSet;
 
 use super::super::head_table::MAX_HEADS;
-use super::super::params::{AttentionParams, CopyParams, MergeParams};
+use super::super::params::{AttentionParams, CopyParams, MergeParams, MetadataParams, PrepareQkParams};
 use super::bindings::Binding;
 use super::tiles::Algorithm;
 use super::unroll::unrolled;
-use super::variant::{AttentionRows, AttentionShader, INVOCATIONS, Shader};
+use super::variant::{AttentionRows, AttentionShader, INVOCATIONS, MetadataStep, PrepareQkShader, Shader};
 
 /// How a shader gets its parameters.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -43,6 +43,8 @@ pub fn source(shader: Shader, params: ParamsIn) -> String {
     source.push_str(match shader {
         Shader::Attention(_) => AttentionParams::WGSL,
         Shader::Merge { .. } => MergeParams::WGSL,
+        Shader::PrepareQk(_) => PrepareQkParams::WGSL,
+        Shader::Metadata(_) => MetadataParams::WGSL,
         _ => CopyParams::WGSL,
     });
     source.push_str(params.declaration());
@@ -128,6 +130,18 @@ fn snippets(shader: Shader) -> Vec<&'static str> {
         Shader::ScatterLse => vec![snippet!("copy/scatter_lse.wgsl")],
         Shader::NoKeys => vec![snippet!("copy/no_keys.wgsl")],
         Shader::Merge { dtype } => [elements(dtype), &[snippet!("merge/merge.wgsl")]].concat(),
+        Shader::PrepareQk(prepare_qk) => prepare_qk_snippets(prepare_qk),
+        Shader::Metadata(step) => metadata_snippets(step).to_vec(),
+    }
+}
+
+fn metadata_snippets(step: MetadataStep) -> &'static [&'static str] {
+    match step {
+        MetadataStep::Bits => &[snippet!("metadata/scan.wgsl"), snippet!("metadata/bits.wgsl")],
+        MetadataStep::Blocks => &[snippet!("metadata/scan.wgsl"), snippet!("metadata/blocks.wgsl")],
+        MetadataStep::Starts => &[snippet!("metadata/scan.wgsl"), snippet!("metadata/starts.wgsl")],
+        MetadataStep::Lists => &[snippet!("metadata/lists.wgsl")],
+        MetadataStep::Tiles => &[snippet!("metadata/tiles.wgsl")],
     }
 }
 
@@ -138,6 +152,24 @@ fn elements(dtype: DType) -> &'static [&'static str] {
         DType::F16 => &[snippet!("elements/f16.wgsl"), snippet!("elements/pairs.wgsl")],
         DType::Bf16 => &[snippet!("elements/bf16.wgsl"), snippet!("elements/pairs.wgsl")],
     }
+}
+
+fn prepare_qk_snippets(PrepareQkShader { dtype, in_place, odd }: PrepareQkShader) -> Vec<&'static str> {
+    let mut snippets = elements(dtype).to_vec();
+    snippets.extend([
+        match (in_place, odd) {
+            (false, _) => snippet!("prepare_qk/source_other.wgsl"),
+            (true, false) => snippet!("prepare_qk/source_in_place.wgsl"),
+            (true, true) => snippet!("prepare_qk/source_in_place_odd.wgsl"),
+        },
+        match (dtype, odd) {
+            (DType::F32, _) => snippet!("prepare_qk/elements_32bit.wgsl"),
+            (_, false) => snippet!("prepare_qk/elements_16bit.wgsl"),
+            (_, true) => snippet!("prepare_qk/elements_16bit_odd.wgsl"),
+        },
+        snippet!("prepare_qk/prepare_qk.wgsl"),
+    ]);
+    snippets
 }
 
 fn attention_snippets(shader: AttentionShader) -> Vec<&'static str> {

@@ -44,7 +44,21 @@ fn every_variant() -> Vec<Shader> {
         Shader::NoKeys,
     ];
     let merges = DTYPES.map(|dtype| Shader::Merge { dtype });
-    copies.into_iter().chain(merges).chain(portable_variants().map(Shader::Attention)).collect()
+    let prepared = DTYPES.into_iter().flat_map(|dtype| {
+        let odd = [false, true].into_iter().filter(move |odd| !odd || dtype != DType::F32);
+        odd.flat_map(move |odd| {
+            [false, true].map(|in_place| Shader::PrepareQk(PrepareQkShader { dtype, in_place, odd }))
+        })
+    });
+    let steps =
+        [MetadataStep::Bits, MetadataStep::Blocks, MetadataStep::Starts, MetadataStep::Lists, MetadataStep::Tiles];
+    copies
+        .into_iter()
+        .chain(merges)
+        .chain(prepared)
+        .chain(steps.map(Shader::Metadata))
+        .chain(portable_variants().map(Shader::Attention))
+        .collect()
 }
 
 fn portable_variants() -> impl Iterator<Item = AttentionShader> {

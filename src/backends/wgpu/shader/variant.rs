@@ -3,11 +3,11 @@
 use crate::dtype::DType;
 use crate::score_modifiers::ModifierSet;
 
-use super::super::params::{AttentionParams, CopyParams, MergeParams};
+use super::super::params::{AttentionParams, CopyParams, MergeParams, MetadataParams, PrepareQkParams};
 use super::bindings::{self, Binding};
 use super::tiles::Algorithm;
 
-/// Invocations of a workgroup of the shaders that move rows.
+/// Invocations of a workgroup of the shaders that move rows or build metadata.
 pub const INVOCATIONS: usize = 256;
 
 /// One compute pipeline.
@@ -22,6 +22,35 @@ pub enum Shader {
     ScatterLse,
     NoKeys,
     Merge { dtype: DType },
+    PrepareQk(PrepareQkShader),
+    Metadata(MetadataStep),
+}
+
+/// A variant of norm and rotary embedding.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct PrepareQkShader {
+    pub dtype: DType,
+    pub in_place: bool,
+    /// Whether heads of 16-bit elements start or end inside a u32.
+    pub odd: bool,
+}
+
+impl PrepareQkShader {
+    fn bindings(self) -> &'static [Binding] {
+        let all = if self.odd { bindings::PREPARE_QK_ODD } else { bindings::PREPARE_QK };
+        // The source comes first.
+        if self.in_place { &all[1..] } else { all }
+    }
+}
+
+/// A step of building metadata: see `shaders/metadata/scan.wgsl`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum MetadataStep {
+    Bits,
+    Blocks,
+    Starts,
+    Lists,
+    Tiles,
 }
 
 /// A variant of attention.
@@ -91,6 +120,12 @@ impl Shader {
             Self::ScatterLse => "scatter_lse",
             Self::NoKeys => "no_keys",
             Self::Merge { .. } => "merge",
+            Self::PrepareQk(_) => "prepare_qk",
+            Self::Metadata(MetadataStep::Bits) => "metadata_bits",
+            Self::Metadata(MetadataStep::Blocks) => "metadata_blocks",
+            Self::Metadata(MetadataStep::Starts) => "metadata_starts",
+            Self::Metadata(MetadataStep::Lists) => "metadata_lists",
+            Self::Metadata(MetadataStep::Tiles) => "metadata_tiles",
         }
     }
 
@@ -99,6 +134,8 @@ impl Shader {
         let bytes = match self {
             Self::Attention(_) => size_of::<AttentionParams>(),
             Self::Merge { .. } => size_of::<MergeParams>(),
+            Self::PrepareQk(_) => size_of::<PrepareQkParams>(),
+            Self::Metadata(_) => size_of::<MetadataParams>(),
             _ => size_of::<CopyParams>(),
         };
         bytes as u32
@@ -120,6 +157,12 @@ impl Shader {
             Self::ScatterLse => bindings::SCATTER_LSE,
             Self::NoKeys => bindings::NO_KEYS,
             Self::Merge { .. } => bindings::MERGE,
+            Self::PrepareQk(prepare_qk) => prepare_qk.bindings(),
+            Self::Metadata(MetadataStep::Bits) => bindings::METADATA_BITS,
+            Self::Metadata(MetadataStep::Blocks) => bindings::METADATA_BLOCKS,
+            Self::Metadata(MetadataStep::Starts) => bindings::METADATA_STARTS,
+            Self::Metadata(MetadataStep::Lists) => bindings::METADATA_LISTS,
+            Self::Metadata(MetadataStep::Tiles) => bindings::METADATA_TILES,
         }
     }
 }

@@ -1,0 +1,189 @@
+//! Times QK-norm and rotary embedding of a text and an image beside a copy of the same rows, in turns on one device.
+//!
+//! ```text
+//! cargo bench --bench prepare_qk -- --device cpu
+//! ```
+
+use std::io::Write;
+use std::num::NonZeroUsize;
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::Parser;
+use serde::Serialize;
+use varlen_fa::{
+    BackendKind, Device, Element, KeyMask, QkNorm, QkSegment, Rotary, RotaryPairing, Tensor, VarlenMeta, bf16, f16,
+    pack_into, prepare_qk,
+};
+
+use varlen_fa_harness::arguments::{ElementType, Problem, ProblemArguments, workload_help};
+use varlen_fa_harness::random::standard_normal;
+use varlen_fa_harness::report::{Report, exit_code};
+use varlen_fa_harness::times::{Times, milliseconds};
+use varlen_fa_testkit::WorkloadKind;
+
+/// Qwen-Image at 1024², and a fourth of it.
+const DEFAULTS: [&str; 2] = ["joint:text=512:image=4096:valid=512", "joint:text=256:image=1024:valid=37,211"];
+const SMOKE: &str = "joint:text=5:image=20:valid=3,5:heads=2:dim=16";
+
+/// Time QK-norm and rotary embedding against a copy of q and k.
+#[derive(Debug, Parser)]
+#[command(name = "prepare_qk", version, after_help = workload_help())]
+struct Arguments {
+    #[command(flatten)]
+    problem: ProblemArguments,
+    /// Rounds, each of which times every row once; the best are printed
+    #[arg(long, value_name = "N", default_value = "15")]
+    rounds: NonZeroUsize,
+    /// `cargo bench` passes it.
+    #[arg(long, hide = true)]
+    bench: bool,
+}
+
+/// One line of the JSON.
+#[derive(Debug, Serialize)]
+struct Record<'a> {
+    device: String,
+    workload: [usize; 4],
+    valid: usize,
+    row: &'a str,
+    best_ms: f64,
+    gigabytes_per_second: f64,
+    /// Of the copy's bandwidth.
+    share: f64,
+}
+
+fn main() -> ExitCode {
+    exit_code(run(&Arguments::parse()))
+}
+
+fn run(arguments: &Arguments) -> Result<()> {
+    let device = arguments.problem.open_device()?;
+    // `cargo test` runs benches too, without `--bench`: there it is enough that they work.
+    let (defaults, rounds) = match arguments.bench {
+        true => (&DEFAULTS[..], arguments.rounds.get()),
+        false => (&[SMOKE][..], 1),
+    };
+    let mut report = Report::new(arguments.problem.json.as_deref())?;
+    writeln!(report.text, "{}, {rounds} rounds", device.capabilities())?;
+    if device.capabilities().backend == BackendKind::Cuda {
+        writeln!(report.text, "nothing to time: CUDA devices have no kernel of prepare_qk yet")?;
+        return Ok(());
+    }
+    for problem in arguments.problem.problems(&device, defaults)? {
+        match problem.element_type {
+            ElementType::F32 => time::<f32>(&device, &problem, rounds, &mut report)?,
+            ElementType::F16 => time::<f16>(&device, &problem, rounds, &mut report)?,
+            ElementType::Bf16 => time::<bf16>(&device, &problem, rounds, &mut report)?,
+        }
+    }
+    Ok(())
+}
+
+/// q and k of a segment, their outputs, and its tables.
+struct Segment {
+    tensors: [Tensor; 2],
+    outputs: [Tensor; 2],
+    tables: [Tensor; 2],
+}
+
+impl Segment {
+    fn new<T: Element>(device: &Device, problem: &Problem, seq: usize, seed: u64) -> Result<Self> {
+        let tensor = |seed, heads| {
+            let shape = [problem.workload.batch, seq, heads, problem.head_dim];
+            let values: Vec<T> = standard_normal(seed, shape.iter().product()).into_iter().map(T::from_f32).collect();
+            Tensor::from_slice(device, &values, &shape)
+        };
+        let half = problem.head_dim / 2;
+        let angles = standard_normal(seed + 4, seq * half);
+        let table = |of: fn(f32) -> f32| {
+            Tensor::from_slice(device, &angles.iter().map(|&angle| of(angle)).collect::<Vec<_>>(), &[seq, half])
+        };
+        Ok(Self {
+            tensors: [tensor(seed, problem.heads)?, tensor(seed + 1, problem.kv_heads)?],
+            outputs: [tensor(seed + 2, problem.heads)?, tensor(seed + 3, problem.kv_heads)?],
+            tables: [table(f32::cos)?, table(f32::sin)?],
+        })
+    }
+
+    fn call<'a>(&'a mut self, weights: &'a [Tensor; 2], pairing: RotaryPairing, in_place: bool) -> QkSegment<'a> {
+        let Self { tensors: [q, k], outputs: [q_out, k_out], tables: [cos, sin] } = self;
+        let segment = if in_place { QkSegment::in_place(q, k) } else { QkSegment::copied(&*q, &*k, q_out, k_out) };
+        let [q_weight, k_weight] = weights;
+        segment.with_norm(QkNorm::new(q_weight, k_weight, 1e-6)).with_rotary(Rotary::new(&*cos, &*sin, pairing))
+    }
+}
+
+fn time<T: Element>(device: &Device, problem: &Problem, rounds: usize, report: &mut Report) -> Result<()> {
+    let shape @ [batch, seq, heads, dim] = problem.shape();
+    let text = match problem.workload.kind {
+        WorkloadKind::Joint { text, .. } => text,
+        _ => 0,
+    };
+    let mask = KeyMask::from_bool(batch, seq, &problem.workload.mask)?;
+    let meta = VarlenMeta::from_key_mask(&mask)?;
+    let mut segments =
+        [Segment::new::<T>(device, problem, text, 1)?, Segment::new::<T>(device, problem, seq - text, 11)?];
+    let weight = || Tensor::from_slice(device, &standard_normal(21, dim), &[dim]);
+    let weights = [weight()?, weight()?];
+    // What is copied: q and k of all tokens, and where their valid rows go.
+    let whole = Segment::new::<T>(device, problem, seq, 31)?;
+    let rows = meta.total_valid();
+    let packed = |heads| Tensor::zeros(device, T::DTYPE, &[rows, heads, dim]);
+    let mut packed = [packed(heads)?, packed(problem.kv_heads)?];
+
+    let calls = [
+        ("copy", None),
+        ("in place, interleaved", Some((RotaryPairing::Interleaved, true))),
+        ("in place, halves", Some((RotaryPairing::Halves, true))),
+        ("copied, interleaved", Some((RotaryPairing::Interleaved, false))),
+        ("copied, halves", Some((RotaryPairing::Halves, false))),
+    ];
+    let mut times = calls.map(|_| Vec::with_capacity(rounds));
+    // Round 0 warms up.
+    for round in 0..=rounds {
+        for ((_, call), times) in calls.iter().zip(&mut times) {
+            let ((), timing) = device.time(|| match *call {
+                None => {
+                    whole.tensors.iter().zip(&mut packed).try_for_each(|(from, to)| pack_into(device, from, &meta, to))
+                }
+                Some((pairing, in_place)) => {
+                    let calls = segments.iter_mut().map(|segment| segment.call(&weights, pairing, in_place));
+                    prepare_qk(device, calls, &meta)
+                }
+            })?;
+            if round > 0 {
+                times.push(timing.duration);
+            }
+        }
+    }
+    writeln!(report.text, "\n{shape:?} {}, {rows} of {} tokens valid", T::DTYPE, batch * seq)?;
+    // Rows are read and written; a batch shares the tables.
+    let row_bytes = 2 * rows * (heads + problem.kv_heads) * dim * T::DTYPE.size();
+    let table_bytes = seq * dim * size_of::<f32>();
+    let mut of_copy = 0.0;
+    for ((row, call), times) in calls.iter().zip(times) {
+        let best_ms = milliseconds(Times::of(times).min);
+        let bytes = row_bytes + if call.is_some() { table_bytes } else { 0 };
+        let gigabytes_per_second = bytes as f64 / best_ms / 1e6;
+        if call.is_none() {
+            of_copy = gigabytes_per_second;
+        }
+        let share = gigabytes_per_second / of_copy;
+        writeln!(
+            report.text,
+            "  {row:<22} {best_ms:>9.3} ms   {gigabytes_per_second:>7.1} GB/s   {:>5.1} % of the copy's",
+            100.0 * share
+        )?;
+        report.json(&Record {
+            device: device.capabilities().to_string(),
+            workload: shape,
+            valid: rows,
+            row,
+            best_ms,
+            gigabytes_per_second,
+            share,
+        })?;
+    }
+    Ok(())
+}
