@@ -5,7 +5,7 @@ use std::ptr::{null, null_mut, without_provenance_mut};
 use arbitrary::Arbitrary;
 
 use crate::memory::{ARENA_BYTES, At, Slot, Spot};
-use crate::session::{Handle, Kind, Ref, Session, Sizes};
+use crate::session::{Handle, Kind, Ref, Session, Sizes, free};
 use crate::tensor::{F32, Fault, Size, Tensors, enum_of};
 use crate::types::{
     varlen_fa_attention_mask, varlen_fa_attention_options, varlen_fa_cu_seqlens, varlen_fa_device,
@@ -487,18 +487,6 @@ impl RangesOf {
             sizes = None;
         }
         (Slot::of(of, self.at), sizes.filter(|_| self.at.is_good()))
-    }
-}
-
-/// Frees a handle with the function of its kind.
-pub fn free(kind: Kind, address: usize) -> varlen_fa_status {
-    match kind {
-        Kind::Device => device::varlen_fa_device_free(without_provenance_mut(address)),
-        Kind::KeyMask => masks::varlen_fa_key_mask_free(without_provenance_mut(address)),
-        Kind::Meta => masks::varlen_fa_meta_free(without_provenance_mut(address)),
-        Kind::CuSeqlens => masks::varlen_fa_cu_seqlens_free(without_provenance_mut(address)),
-        Kind::DeviceMeta => device_meta::varlen_fa_device_meta_free(without_provenance_mut(address)),
-        Kind::KeyRanges => key_ranges::varlen_fa_key_ranges_free(without_provenance_mut(address)),
     }
 }
 
