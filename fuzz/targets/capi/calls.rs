@@ -814,8 +814,9 @@ fn varlen_attention(session: &mut Session, call: &Call, attend: &Attend, sequenc
     let device: Handle<varlen_fa_device> = session.handle(Kind::Device, attend.device);
     let handles = sequences.map(|given| session.handle::<varlen_fa_cu_seqlens>(Kind::CuSeqlens, given));
     let mut shape = attend.shape();
-    // As many rows as the sequences have, if the memory holds them.
-    let total = |at: usize| handles[at].object.map_or(3, |sizes| sizes.total).min(40);
+    // As many rows as the sequences have, if the memory holds them: of the widest tensors it does
+    // (4 heads of 64 elements and a gap of 24, f32) up to 30.
+    let total = |at: usize| handles[at].object.map_or(3, |sizes| sizes.total).min(30);
     (shape.q[1], shape.k[1]) = (total(0), total(1));
     let lse = [shape.q[2], shape.q[1]];
     let (q, k, dtype, rows) = (&shape.q[1..], &shape.k[1..], shape.dtype, attend.rows);
