@@ -80,7 +80,7 @@ struct Input {
 fuzz_target!(|input: Input| {
     let mut session = Session::new(input.seed, u64::from(input.batch % 4), u64::from(input.seq % 10));
     for call in input.calls.iter().take(MAX_CALLS) {
-        session.run(call);
+        calls::run(&mut session, call);
     }
     session.end();
 });
