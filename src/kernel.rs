@@ -161,6 +161,7 @@ const TABLE: &[KernelTraits; 6] = &[
         backend: BackendKind::Cuda,
         dtypes: HALF_DTYPES,
         has_ranges: true,
+        modifiers: ModifierSet::ALL,
         mixes_padded_and_packed: true,
         ..ROWS
     },

@@ -7,11 +7,13 @@
 //! | `tensor_map` | tensors as they are described to the copy engine (TMA) |
 //! | `metadata` | copies of masks and metadata, and tables that the device builds |
 //! | `key_ranges` | copies of key ranges |
+//! | `score_modifiers` | copies of what heads do to scores |
 //! | `copy` | launches that move rows: pack, scatter, zero |
 
 pub mod copy;
 pub mod key_ranges;
 pub mod metadata;
 pub mod placement;
+pub mod score_modifiers;
 mod strided_copy;
 pub mod tensor_map;
