@@ -168,6 +168,7 @@ const TABLE: &[KernelTraits; 6] = &[
         dtypes: HALF_DTYPES,
         max_head_dim: 256,
         has_ranges: true,
+        modifiers: ModifierSet::ALL,
         mixes_padded_and_packed: true,
         ..ROWS
     },

@@ -175,6 +175,30 @@ static_assert(offsetof(RangedAttentionParams, attention) == 0);
 static_assert(offsetof(RangedAttentionParams, lists) == 264);
 static_assert(offsetof(RangedAttentionParams, ranges) == 296);
 
+// What happens to scores beside their scale and a bias.
+struct ScoreModifierParams {
+    // Slope and sink of each query head, in units of base 2, and two numbers that are not used;
+    // null if no head has either. A sink of -inf is none.
+    const float4* heads;
+    // The soft cap in units of base 2; 0 for none.
+    float softcap;
+    // With a soft cap, what a product is multiplied by before the hyperbolic tangent.
+    float softcap_factor;
+};
+static_assert(sizeof(ScoreModifierParams) == 16);
+static_assert(offsetof(ScoreModifierParams, heads) == 0);
+static_assert(offsetof(ScoreModifierParams, softcap) == 8);
+static_assert(offsetof(ScoreModifierParams, softcap_factor) == 12);
+
+// Parameters of the forms of the sm80 attention kernels with score modifiers.
+struct ModifiedAttentionParams {
+    RangedAttentionParams ranged;
+    ScoreModifierParams modifiers;
+};
+static_assert(sizeof(ModifiedAttentionParams) == 328);
+static_assert(offsetof(ModifiedAttentionParams, ranged) == 0);
+static_assert(offsetof(ModifiedAttentionParams, modifiers) == 312);
+
 // What the kernels with tile lists are given: `TileListParams::form`.
 enum TileListForm : int32_t {
     // Padded tensors without a mask; `groups` is the number of batch rows.

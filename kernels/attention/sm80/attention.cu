@@ -12,7 +12,7 @@
 // Keys and values of the next step are copied to shared memory while this step is computed. There
 // is one barrier a step.
 //
-// One kernel in five forms. Each masks the end of the last key tile:
+// One kernel in seven forms. Each masks the end of the last key tile:
 //   PLAIN    padded tensors (grid z = batch row) or packed ones (z = sequence, cu_seqlens set)
 //   MASKED   padded tensors with a key mask, a bias and rows to be written as zeros
 //   FUSED    the valid rows of padded tensors. A copy to shared memory takes a row from anywhere, so tiles are made of the
@@ -26,6 +26,7 @@
 //                 key tiles that none of its queries sees, and masks scores in tiles that not all of
 //                 them see whole
 //   FUSED_RANGED  the same for FUSED, with rows to be written as zeros where every query is listed
+//   MODIFIED, FUSED_MODIFIED  what the forms with ranges compute, or without any, with score modifiers
 #include "../../common/math.cuh"
 #include "../../common/params.cuh"
 #include "../../common/shared_tile.cuh"
@@ -33,6 +34,7 @@
 #include "../../ptx/mma.cuh"
 #include "../key_range.cuh"
 #include "mask.cuh"
+#include "modifiers.cuh"
 #include "seqlen.cuh"
 #include "softmax.cuh"
 #include "tiles.h"
@@ -118,13 +120,15 @@ __device__ inline void zero_masked_rows(const AttentionParams& params, const Row
     }
 }
 
-enum class Form { PLAIN, MASKED, FUSED, RANGED, FUSED_RANGED };
+enum class Form { PLAIN, MASKED, FUSED, RANGED, FUSED_RANGED, MODIFIED, FUSED_MODIFIED };
 
 template <typename T, int D, int TILE_M, int TILE_N, int WARPS, Form FORM>
-__device__ inline void attention(const AttentionParams& params, const RowLists& lists, const KeyRangeParams& ranges) {
-    constexpr bool RANGED = FORM == Form::RANGED || FORM == Form::FUSED_RANGED;
-    constexpr bool MASKED = FORM == Form::MASKED || FORM == Form::RANGED;
-    constexpr bool FUSED = FORM == Form::FUSED || FORM == Form::FUSED_RANGED;
+__device__ inline void attention(const AttentionParams& params, const RowLists& lists, const KeyRangeParams& ranges,
+                                 [[maybe_unused]] const ScoreModifierParams& modifier_params) {
+    constexpr bool MODIFIED = FORM == Form::MODIFIED || FORM == Form::FUSED_MODIFIED;
+    constexpr bool RANGED = MODIFIED || FORM == Form::RANGED || FORM == Form::FUSED_RANGED;
+    constexpr bool MASKED = FORM == Form::MASKED || FORM == Form::RANGED || FORM == Form::MODIFIED;
+    constexpr bool FUSED = FORM == Form::FUSED || FORM == Form::FUSED_RANGED || FORM == Form::FUSED_MODIFIED;
     constexpr int THREADS = WARPS * 32;
     constexpr int M_TILES = TILE_M / WARPS / 16;
     constexpr int N_TILES = TILE_N / 8;
@@ -230,9 +234,27 @@ __device__ inline void attention(const AttentionParams& params, const RowLists& 
     float acc[M_TILES][O_TILES][4] = {};
     OnlineSoftmax<M_TILES> softmax;
     // Whether scores are scaled one by one, since something is added to them or keys are dropped.
-    const bool scales_scores = MASKED && (!RANGED || params.bias != nullptr || params.key_bits != nullptr);
+    const bool scales_scores = MODIFIED || (MASKED && (!RANGED || params.bias != nullptr || params.key_bits != nullptr));
     // The maximum is taken before scaling, so the sign of the scale goes to the scores.
     const float scale = scales_scores ? 1.0f : fabsf(params.score_scale);
+    [[maybe_unused]] const auto modifiers = [&] {
+        if constexpr (MODIFIED) {
+            return HeadModifiers(modifier_params, rows.head);
+        } else {
+            return 0;
+        }
+    }();
+    // How far a key is from a row of the warp's. The last query is level with the last key.
+    [[maybe_unused]] const auto distance = [&](int row, int key) {
+        if constexpr (FUSED) {
+            // Flat positions in the batch. The list of keys in shared memory may be the next one.
+            const int query = static_cast<int>(query_list[warp_row + row]) - rows.batch * params.seq_q;
+            const int at = static_cast<int>(__ldg(lists.indices_k + rows.k_base + min(key, rows.keys - 1)));
+            return query + params.seq_k - params.seq_q - (at - rows.batch * params.seq_k);
+        } else {
+            return rows.first_query + warp_row + row + rows.keys - rows.queries - key;
+        }
+    };
     // What a row of the warp's sees.
     [[maybe_unused]] const auto seen_by = [&](int row) {
         if constexpr (RANGED) return range.by(warp_row + row);
@@ -271,12 +293,21 @@ __device__ inline void attention(const AttentionParams& params, const RowLists& 
         }
         float scores[M_TILES][N_TILES][4] = {};
         scores_of<T, M_TILES, N_TILES, TileQ, TileKV>(scores, q_shared, stage, warp_row);
-        if (scales_scores) {
+        if constexpr (FORM == Form::FUSED_MODIFIED) {
+            for_each_score(scores, [&](float& score, int row, int key) {
+                score = modifiers.score(score, params.score_scale, [&] { return distance(row, first_key + key); });
+                if (score < OVERFLOWED) score = OVERFLOWED;
+            });
+        } else if (scales_scores) {
             for_each_score(scores, [&](float& score, int row, int key) {
                 const int query = min(rows.first_query + warp_row + row, rows.queries - 1);
                 const int at = min(first_key + key, rows.keys - 1);
                 // Comparisons with OVERFLOWED are false for NaN.
-                score *= params.score_scale;
+                if constexpr (MODIFIED) {
+                    score = modifiers.score(score, params.score_scale, [&] { return distance(row, at); });
+                } else {
+                    score *= params.score_scale;
+                }
                 if (params.bias != nullptr) {
                     const int64_t position = rows.batch * params.bias_strides[0] + rows.head * params.bias_strides[1] +
                                              query * params.bias_strides[2] + at * params.bias_strides[3];
@@ -336,11 +367,20 @@ __device__ inline void attention(const AttentionParams& params, const RowLists& 
             }
             if (overflows) sum = NAN;
             bool zero = sum == 0.0f;
+            [[maybe_unused]] bool is_masked = false;
             if constexpr (MASKED || RANGED) {
                 const int query = min(rows.first_query + row, rows.queries - 1);
-                zero = zero || (params.row_bits != nullptr && !bit_at(params.row_bits, params.row_words, rows.batch, query));
+                is_masked = params.row_bits != nullptr && !bit_at(params.row_bits, params.row_words, rows.batch, query);
+                zero = zero || is_masked;
             }
-            const float inverse = zero ? 0.0f : 1.0f / sum;
+            float factor = 1.0f;
+            bool is_nothing = zero;
+            if constexpr (MODIFIED) {
+                factor = modifiers.add_sink(softmax.row_max[m][half], sum);
+                // A sink is the log-sum-exp of a row without keys.
+                is_nothing = is_masked || sum == 0.0f;
+            }
+            const float inverse = zero ? 0.0f : factor / sum;
 #pragma unroll
             for (int o = 0; o < O_TILES; ++o) {
                 // Selected, not multiplied: a masked row may hold NaN.
@@ -349,7 +389,7 @@ __device__ inline void attention(const AttentionParams& params, const RowLists& 
                 *reinterpret_cast<uint32_t*>(shared + TileQ::offset(row, o) + lane % 4 * 4) = ptx::pack_pair<T>(low, high);
             }
             if (params.lse != nullptr && lane % 4 == 0 && row < tile_rows) {
-                const float lse = zero ? -INFINITY : (softmax.finite_max(m, half) * scale + log2f(sum)) * LN_2;
+                const float lse = is_nothing ? -INFINITY : (softmax.finite_max(m, half) * scale + log2f(sum)) * LN_2;
                 const int query = FUSED ? static_cast<int>(query_list[row]) - rows.batch * params.seq_q : rows.q_base + rows.first_query + row;
                 lse_at(params, rows, query) = lse;
             }
@@ -371,22 +411,30 @@ __device__ inline void attention(const AttentionParams& params, const RowLists& 
 
 // Blocks that a multiprocessor holds at once. At 64 columns a third block hides more latency than
 // its registers cost.
-constexpr int blocks(int d, int warps, Form form) { return d == 64 && form != Form::MASKED && form != Form::RANGED ? 3 : 8 / warps; }
+constexpr int blocks(int d, int warps, Form form) {
+    const bool has_spare_registers = form == Form::PLAIN || form == Form::FUSED || form == Form::FUSED_RANGED;
+    return d == 64 && has_spare_registers ? 3 : 8 / warps;
+}
 
 #define VARLEN_FA_ENTRY(NAME, T, D, M, N, WARPS, FORM)                                       \
     extern "C" __global__ void __launch_bounds__(WARPS * 32, blocks(D, WARPS, FORM))           \
         NAME(const __grid_constant__ AttentionParams params) {                               \
-        attention<T, D, M, N, WARPS, FORM>(params, RowLists{}, KeyRangeParams{});                              \
+        attention<T, D, M, N, WARPS, FORM>(params, RowLists{}, KeyRangeParams{}, ScoreModifierParams{});       \
     }
 #define VARLEN_FA_FUSED_ENTRY(NAME, T, D, M, N, WARPS)                                          \
     extern "C" __global__ void __launch_bounds__(WARPS * 32, blocks(D, WARPS, Form::FUSED))       \
         NAME(const __grid_constant__ FusedAttentionParams params) {                             \
-        attention<T, D, M, N, WARPS, Form::FUSED>(params.attention, params.lists, KeyRangeParams{}); \
+        attention<T, D, M, N, WARPS, Form::FUSED>(params.attention, params.lists, KeyRangeParams{}, ScoreModifierParams{}); \
     }
 #define VARLEN_FA_RANGED_ENTRY(NAME, T, D, M, N, WARPS, FORM)                                   \
     extern "C" __global__ void __launch_bounds__(WARPS * 32, blocks(D, WARPS, FORM))              \
         NAME(const __grid_constant__ RangedAttentionParams params) {                            \
-        attention<T, D, M, N, WARPS, FORM>(params.attention, params.lists, params.ranges);      \
+        attention<T, D, M, N, WARPS, FORM>(params.attention, params.lists, params.ranges, ScoreModifierParams{}); \
+    }
+#define VARLEN_FA_MODIFIED_ENTRY(NAME, T, D, M, N, WARPS, FORM)                                 \
+    extern "C" __global__ void __launch_bounds__(WARPS * 32, blocks(D, WARPS, FORM))              \
+        NAME(const __grid_constant__ ModifiedAttentionParams params) {                          \
+        attention<T, D, M, N, WARPS, FORM>(params.ranged.attention, params.ranged.lists, params.ranged.ranges, params.modifiers); \
     }
 #define VARLEN_FA_ENTRIES(D, M, N, N_MASKED, WARPS)                                                     \
     VARLEN_FA_ENTRY(attention_sm80_f16_d##D, __half, D, M, N, WARPS, Form::PLAIN)                       \
@@ -398,7 +446,11 @@ constexpr int blocks(int d, int warps, Form form) { return d == 64 && form != Fo
     VARLEN_FA_RANGED_ENTRY(attention_sm80_f16_d##D##_ranged, __half, D, M, N_MASKED, WARPS, Form::RANGED) \
     VARLEN_FA_RANGED_ENTRY(attention_sm80_bf16_d##D##_ranged, __nv_bfloat16, D, M, N_MASKED, WARPS, Form::RANGED) \
     VARLEN_FA_RANGED_ENTRY(attention_sm80_f16_d##D##_fused_ranged, __half, D, M, N, WARPS, Form::FUSED_RANGED) \
-    VARLEN_FA_RANGED_ENTRY(attention_sm80_bf16_d##D##_fused_ranged, __nv_bfloat16, D, M, N, WARPS, Form::FUSED_RANGED)
+    VARLEN_FA_RANGED_ENTRY(attention_sm80_bf16_d##D##_fused_ranged, __nv_bfloat16, D, M, N, WARPS, Form::FUSED_RANGED) \
+    VARLEN_FA_MODIFIED_ENTRY(attention_sm80_f16_d##D##_modified, __half, D, M, N_MASKED, WARPS, Form::MODIFIED) \
+    VARLEN_FA_MODIFIED_ENTRY(attention_sm80_bf16_d##D##_modified, __nv_bfloat16, D, M, N_MASKED, WARPS, Form::MODIFIED) \
+    VARLEN_FA_MODIFIED_ENTRY(attention_sm80_f16_d##D##_fused_modified, __half, D, M, N, WARPS, Form::FUSED_MODIFIED) \
+    VARLEN_FA_MODIFIED_ENTRY(attention_sm80_bf16_d##D##_fused_modified, __nv_bfloat16, D, M, N, WARPS, Form::FUSED_MODIFIED)
 VARLEN_FA_SM80_TILES(VARLEN_FA_ENTRIES)
 
 }  // namespace sm80

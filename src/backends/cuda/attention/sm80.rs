@@ -4,13 +4,14 @@ use bytemuck::Pod;
 
 use crate::backends::cuda::kernels::module::Entry;
 use crate::backends::cuda::kernels::params::{
-    AttentionParams, FusedAttentionParams, KeyRangeParams, RangedAttentionParams, RowLists,
+    AttentionParams, FusedAttentionParams, KeyRangeParams, ModifiedAttentionParams, RangedAttentionParams, RowLists,
 };
 use crate::backends::cuda::kernels::tiles::{FormSm80, MAX_GRID, Tile};
 use crate::backends::cuda::launcher::Launcher;
 use crate::backends::cuda::tensors::key_ranges::PlacedRanges;
 use crate::backends::cuda::tensors::metadata::{self, Tables};
 use crate::backends::cuda::tensors::placement::Operand;
+use crate::backends::cuda::tensors::score_modifiers::PlacedModifiers;
 use crate::backends::rows::head_ranges;
 use crate::call::op::{Attention, DeviceTables};
 use crate::call::problem::AttentionShape;
@@ -58,9 +59,9 @@ pub fn dense(
     }
     let is_masked = params.key_bits != 0 || params.row_bits != 0 || params.bias != 0;
     let extent = Extent { batch: shape.batch, max_queries: shape.seq_q };
-    if let Some(ranges) = attention.ranges {
-        let ranges = PlacedRanges::padded(launcher, ranges)?;
-        return launch_ranged(launcher, attention, &extent, &params, &ranges);
+    let ranges = attention.ranges.map(|ranges| PlacedRanges::padded(launcher, ranges)).transpose()?;
+    if ranges.is_some() || attention.modifiers.is_some() {
+        return launch_ranged(launcher, attention, &extent, &params, ranges.as_ref());
     }
     let form = if is_masked { FormSm80::Masked } else { FormSm80::Plain };
     launch(launcher, attention, form, &extent, |batch, head| params.after_batch_rows(batch).after_heads(head))
@@ -109,6 +110,9 @@ pub fn dense_with_tables(
     (params.row_bits, params.row_words) = metadata::device_bits(launcher, query)?;
     (params.key_bits, params.key_words) = metadata::device_bits(launcher, key)?;
     let extent = Extent { batch: query.batch, max_queries: query.seq };
+    if attention.modifiers.is_some() {
+        return launch_ranged(launcher, attention, &extent, &params, None);
+    }
     launch(launcher, attention, FormSm80::Masked, &extent, |batch, head| {
         params.after_batch_rows(batch).after_heads(head)
     })
@@ -163,11 +167,21 @@ fn by_lists(
     // Lists hold positions in the whole batch, so tensors are not moved by batch rows. Fits:
     // batch · seq does.
     let lists_from = |batch| RowLists { first_batch: batch as i32, ..lists };
-    match ranges {
-        Some(ranges) => launch(launcher, attention, FormSm80::FusedRanged, &extent, |batch, head| {
-            RangedAttentionParams { attention: params.after_heads(head), lists: lists_from(batch), ranges }
-        }),
-        None => launch(launcher, attention, FormSm80::Fused, &extent, |batch, head| FusedAttentionParams {
+    let ranged = |ranges| {
+        move |batch, head| RangedAttentionParams {
+            attention: params.after_heads(head),
+            lists: lists_from(batch),
+            ranges,
+        }
+    };
+    let modifiers = PlacedModifiers::of(launcher, attention)?;
+    match (&modifiers, ranges) {
+        (Some(modifiers), _) => {
+            let ranged = ranged(ranges.unwrap_or_default());
+            launch(launcher, attention, FormSm80::FusedModified, &extent, modified(modifiers, ranged))
+        }
+        (None, Some(ranges)) => launch(launcher, attention, FormSm80::FusedRanged, &extent, ranged(ranges)),
+        (None, None) => launch(launcher, attention, FormSm80::Fused, &extent, |batch, head| FusedAttentionParams {
             attention: params.after_heads(head),
             lists: lists_from(batch),
         }),
@@ -183,28 +197,41 @@ pub fn packed(launcher: &Launcher, attention: &Attention<'_>, tensors: &Tensors,
         ..params(attention, tensors)
     };
     let extent = Extent { batch: rows.batch, max_queries: rows.max_queries };
-    if let Some(ranges) = &rows.ranges {
-        return launch_ranged(launcher, attention, &extent, &params, ranges);
+    if rows.ranges.is_some() || attention.modifiers.is_some() {
+        return launch_ranged(launcher, attention, &extent, &params, rows.ranges.as_ref());
     }
     launch(launcher, attention, FormSm80::Plain, &extent, |batch, head| {
         params.after_batch_rows(batch).after_heads(head)
     })
 }
 
-/// Launches padded or packed rows with key ranges.
+/// Launches padded or packed rows with key ranges, score modifiers or both.
 fn launch_ranged(
     launcher: &Launcher,
     attention: &Attention<'_>,
     extent: &Extent,
     params: &AttentionParams,
-    ranges: &PlacedRanges,
+    ranges: Option<&PlacedRanges>,
 ) -> Result<()> {
-    let ranges = ranges.params();
-    launch(launcher, attention, FormSm80::Ranged, extent, |batch, head| RangedAttentionParams {
+    let ranges = ranges.map(PlacedRanges::params).unwrap_or_default();
+    let ranged = |batch, head| RangedAttentionParams {
         attention: params.after_batch_rows(batch).after_heads(head),
         lists: RowLists::default(),
         ranges: ranges.after_batch_rows(batch),
-    })
+    };
+    match &PlacedModifiers::of(launcher, attention)? {
+        Some(modifiers) => launch(launcher, attention, FormSm80::Modified, extent, modified(modifiers, ranged)),
+        None => launch(launcher, attention, FormSm80::Ranged, extent, ranged),
+    }
+}
+
+/// The parameters of a form with score modifiers, from those of its form with ranges.
+fn modified(
+    modifiers: &PlacedModifiers,
+    ranged: impl Fn(usize, usize) -> RangedAttentionParams,
+) -> impl Fn(usize, usize) -> ModifiedAttentionParams {
+    let modifiers = modifiers.params();
+    move |batch, head| ModifiedAttentionParams { ranged: ranged(batch, head), modifiers: modifiers.after_heads(head) }
 }
 
 /// Launches a call, in parts if a grid does not hold its batch or its heads. `params` are those of

@@ -278,6 +278,27 @@ shared_struct! {
     }
 }
 
+shared_struct! {
+    /// What happens to scores beside their scale and a bias.
+    ScoreModifierParams {
+        /// Slope and sink of each query head, in units of base 2, and two numbers that are not used;
+        /// null if no head has either. A sink of -inf is none.
+        heads: *const Float4,
+        /// The soft cap in units of base 2; 0 for none.
+        softcap: f32,
+        /// With a soft cap, what a product is multiplied by before the hyperbolic tangent.
+        softcap_factor: f32,
+    }
+}
+
+shared_struct! {
+    /// Parameters of the forms of the sm80 attention kernels with score modifiers.
+    ModifiedAttentionParams {
+        ranged: RangedAttentionParams,
+        modifiers: ScoreModifierParams,
+    }
+}
+
 shared_enum! {
     /// What the kernels with tile lists are given: `TileListParams::form`.
     TileListForm {
@@ -560,6 +581,8 @@ pub fn header() -> String {
         FusedAttentionParams::text(),
         KeyRangeParams::text(),
         RangedAttentionParams::text(),
+        ScoreModifierParams::text(),
+        ModifiedAttentionParams::text(),
         TileListForm::text(),
         BatchTiles::text(),
         ZeroSpan::text(),
@@ -621,6 +644,14 @@ impl KeyRangeParams {
     pub fn after_batch_rows(&self, rows: usize) -> Self {
         let range_bytes = 2 * size_of::<u32>() as i64;
         Self { ranges: moved(self.ranges, rows as i64 * self.row_stride * range_bytes), ..*self }
+    }
+}
+
+impl ScoreModifierParams {
+    /// The values of the same call without its first `heads` query heads.
+    pub fn after_heads(&self, heads: usize) -> Self {
+        let value_bytes = 4 * size_of::<f32>() as i64;
+        Self { heads: moved(self.heads, heads as i64 * value_bytes), ..*self }
     }
 }
 

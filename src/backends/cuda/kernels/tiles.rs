@@ -44,12 +44,17 @@ pub enum FormSm80 {
     Ranged,
     /// What `Fused` computes with key ranges, and rows to be written as zeros.
     FusedRanged,
+    /// What `Ranged` computes with score modifiers, whether or not there are ranges.
+    Modified,
+    /// What `FusedRanged` computes with score modifiers, whether or not there are ranges.
+    FusedModified,
 }
 
 impl FormSm80 {
     /// Every form.
     #[cfg(test)]
-    pub const ALL: [Self; 5] = [Self::Plain, Self::Masked, Self::Fused, Self::Ranged, Self::FusedRanged];
+    pub const ALL: [Self; 7] =
+        [Self::Plain, Self::Masked, Self::Fused, Self::Ranged, Self::FusedRanged, Self::Modified, Self::FusedModified];
 
     /// The end of the kernel's name.
     const fn suffix(self) -> &'static str {
@@ -59,6 +64,8 @@ impl FormSm80 {
             Self::Fused => "_fused",
             Self::Ranged => "_ranged",
             Self::FusedRanged => "_fused_ranged",
+            Self::Modified => "_modified",
+            Self::FusedModified => "_fused_modified",
         }
     }
 }
@@ -87,8 +94,10 @@ impl Tile {
     pub const fn shared_bytes(self, form: FormSm80) -> u32 {
         let (keys, lists) = match form {
             FormSm80::Plain => (self.keys, 0),
-            FormSm80::Masked | FormSm80::Ranged => (self.keys_masked, 0),
-            FormSm80::Fused | FormSm80::FusedRanged => (self.keys, self.rows + Self::KEY_LISTS * self.keys),
+            FormSm80::Masked | FormSm80::Ranged | FormSm80::Modified => (self.keys_masked, 0),
+            FormSm80::Fused | FormSm80::FusedRanged | FormSm80::FusedModified => {
+                (self.keys, self.rows + Self::KEY_LISTS * self.keys)
+            }
         };
         (self.rows + STAGES * STAGE_TENSORS * keys) * self.width * ELEMENT_BYTES + lists * Self::LIST_ENTRY_BYTES
     }

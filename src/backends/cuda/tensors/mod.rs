@@ -8,6 +8,7 @@
 //! | `metadata` | copies of masks and metadata, and tables that the device builds |
 //! | `key_ranges` | copies of key ranges |
 //! | `lse` | where a log-sum-exp lies, launches that write it, and what it merges |
+//! | `score_modifiers` | copies of what heads do to scores |
 //! | `copy` | launches that move rows: pack, scatter, zero |
 
 pub mod copy;
@@ -15,5 +16,6 @@ pub mod key_ranges;
 pub mod lse;
 pub mod metadata;
 pub mod placement;
+pub mod score_modifiers;
 mod strided_copy;
 pub mod tensor_map;
