@@ -117,4 +117,4 @@ pub use crate::primitives::{
 pub use crate::score_modifiers::{ScoreModifiers, alibi_slopes};
 pub use crate::tensor::device_meta::{DeviceVarlenMeta, MaskView};
 pub use crate::tensor::memory::DeviceMemory;
-pub use crate::tensor::{Tensor, TensorView, TensorViewMut};
+pub use crate::tensor::{Segments, SegmentsMut, Tensor, TensorView, TensorViewMut};

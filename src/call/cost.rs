@@ -457,7 +457,7 @@ mod tests {
     fn problem(batch: usize, seq: usize, heads: usize) -> AttentionProblem {
         let shape =
             AttentionShape { batch, seq_q: seq, seq_k: seq, num_heads: heads, num_kv_heads: heads, head_dim: 128 };
-        AttentionProblem { shape, dtype: DType::Bf16, softmax_scale: 1.0, bias: None }
+        AttentionProblem { shape, dtype: DType::Bf16, softmax_scale: 1.0, bias: None, has_segments: false }
     }
 
     fn meta(seq: usize, rows: &[Vec<Range<usize>>]) -> Result<VarlenMeta> {
@@ -610,7 +610,8 @@ mod tests {
                 num_kv_heads: case.kv_heads,
                 head_dim: case.head_dim,
             };
-            let problem = AttentionProblem { shape, dtype: DType::Bf16, softmax_scale: 1.0, bias: None };
+            let problem =
+                AttentionProblem { shape, dtype: DType::Bf16, softmax_scale: 1.0, bias: None, has_segments: false };
             let mut choices = machine.choices(&problem, &query, key)?.to_vec();
             choices.extend(machine.dense_choices(&problem));
             for (name, &expected) in &case.times {
