@@ -161,6 +161,7 @@ const TABLE: &[KernelTraits; 6] = &[
         kernel: Kernel::WgslPortable,
         name: "wgsl-portable",
         backend: BackendKind::Wgpu,
+        segments: SegmentAccess::Copied,
         has_ranges: true,
         modifiers: ModifierSet::ALL,
         ..ROWS
@@ -169,6 +170,7 @@ const TABLE: &[KernelTraits; 6] = &[
         kernel: Kernel::WgslCoop,
         name: "wgsl-coop",
         backend: BackendKind::Wgpu,
+        segments: SegmentAccess::Copied,
         dtypes: HALF_DTYPES,
         max_head_dim: 256,
         has_ranges: true,
