@@ -10,9 +10,9 @@ fn narrow_rows(@builtin(global_invocation_id) id: vec3<u32>, @builtin(num_workgr
         if first < params.head_dim {
             let element = params.dst_offset + (at.row / params.seq) * params.dst_stride_b
                 + (at.row % params.seq) * params.dst_stride_s + at.head * params.dst_stride_h + first;
-            let from = params.src_offset + (at.row / params.seq) * params.src_stride_b
+            let place = params.src_offset + (at.row / params.seq) * params.src_stride_b
                 + (at.row % params.seq) * params.src_stride_s + at.head * params.head_words + at.word;
-            store_elements(element, src[from], min(params.head_dim - first, ELEMENTS_PER_U32));
+            store_elements(element, src[place], min(params.head_dim - first, ELEMENTS_PER_U32));
         }
     }
 }
