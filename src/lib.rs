@@ -52,7 +52,7 @@ pub use ::wgpu;
 #[doc = include_str!("../README.md")]
 struct Readme;
 
-/// Compiles the page on QK-norm and rotary embedding.
+/// Compiles the page on joint layers.
 #[cfg(doctest)]
 #[doc = include_str!("../docs/joint-layer.md")]
 struct JointLayer;
