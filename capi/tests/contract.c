@@ -471,14 +471,14 @@ static void segments_of_attention(const varlen_fa_meta *meta) {
   varlen_fa_segments x = {0}, out = {0}, bad;
   varlen_fa_attention_mask mask = {0};
   varlen_fa_plan plan = {0};
-  const int lengths[2] = {TEXT, IMAGE};
+  const int length[2] = {TEXT, IMAGE};
   fill(whole[0], ELEMENTS, 11);
   for (int part = 0; part < 2; part++) {
-    const size_t row = (size_t)lengths[part] * TOKEN * sizeof(float);
+    const size_t row = (size_t)length[part] * TOKEN * sizeof(float);
     for (int b = 0; b < BATCH; b++)
-      memcpy(parts[0][part] + b * lengths[part] * TOKEN, whole[0] + (b * SEQ + part * TEXT) * TOKEN, row);
+      memcpy(parts[0][part] + b * length[part] * TOKEN, whole[0] + (b * SEQ + part * TEXT) * TOKEN, row);
     memset(parts[1][part], 0xff, sizeof parts[1][part]);
-    for (int i = 0; i < 2; i++) tensors[i][part] = tensor(parts[i][part], BATCH, (uint64_t)lengths[part], HEADS, DIM);
+    for (int i = 0; i < 2; i++) tensors[i][part] = tensor(parts[i][part], BATCH, (uint64_t)length[part], HEADS, DIM);
   }
   mask.kind = VARLEN_FA_MASK_KIND_VARLEN;
   mask.query_meta = meta;
@@ -522,7 +522,7 @@ static void segments_of_attention(const varlen_fa_meta *meta) {
   OK(varlen_fa_forward_segments(device, NULL, &x, &x, &x, &mask, &out, NULL, &plan));
   for (int part = 0; part < 2; part++)
     for (int b = 0; b < BATCH; b++)
-      CHECK(memcmp(parts[1][part] + b * lengths[part] * TOKEN, whole[1] + (b * SEQ + part * TEXT) * TOKEN, (size_t)lengths[part] * TOKEN * sizeof(float)) == 0);
+      CHECK(memcmp(parts[1][part] + b * length[part] * TOKEN, whole[1] + (b * SEQ + part * TEXT) * TOKEN, (size_t)length[part] * TOKEN * sizeof(float)) == 0);
   /* One segment is the tensor itself. */
   memset(whole[1], 0xff, sizeof whole[1]);
   bad = x;

@@ -172,7 +172,7 @@ impl Call {
     }
 
     /// Judges the call on whole tensors, and compares those on segments with it, bit by bit.
-    fn check_segments(&self, variant: &Variant, numbers: &[usize]) -> Result<()> {
+    pub fn check_segments(&self, variant: &Variant, numbers: &[usize]) -> Result<()> {
         let whole = self.run(variant)?;
         self.judge(&whole, &self.reference(usize::MAX)?, Rules::standard(self.dtype))?;
         for cuts in numbers.iter().map(|&count| Cuts::of(self, count)) {
