@@ -115,7 +115,8 @@ impl<T: Pod> BatchRows<&HostOutput<'_, T>> {
     }
 }
 
-/// `[B, S, H, D]` in segments along S. The first one, which is the only one of most calls, is found by a comparison.
+/// `[B, S, H, D]` in segments along S. The first one, which is the only one of most calls, is found
+/// by a comparison.
 #[derive(Debug)]
 pub(super) struct InSegments<H> {
     first: H,
@@ -161,7 +162,8 @@ impl<H> InSegments<H> {
         Ok(Self { first, first_len, rest })
     }
 
-    /// The segment of a token that the first does not have: the last one that starts at it or before; empty ones start there too.
+    /// The segment of a token that the first does not have, and the token's place in it: the last one
+    /// that starts at it or before. Empty ones that start there too come earlier.
     #[cold]
     #[inline(never)]
     fn later(&self, token: usize) -> (&H, usize) {

@@ -9,14 +9,15 @@
 
 use std::ops::Range;
 
-use super::context::Context;
-use super::launches::Launches;
-use super::placement::{FirstDim, Operand, Placed, SegmentPlace};
 use crate::backends::rows::WORD_BYTES;
 use crate::call::memory::{Input, Output};
 use crate::call::segments::{Role, Segmented};
 use crate::error::Result;
 use crate::layout::Layout;
+
+use super::context::Context;
+use super::launches::Launches;
+use super::placement::{FirstDim, Operand, Placed, SegmentPlace};
 
 /// A tensor of an attention call.
 #[derive(Debug)]
