@@ -483,19 +483,24 @@ mod tests {
     fn segments_go_to_kernels_that_take_them() -> Result<()> {
         let problem = AttentionProblem { has_segments: true, ..problem() };
         let mask = MaskInfo { tokens: TokenInfo::All, ranges: None, modifiers: None, bias: None };
-        let planned = |kernels: &[Kernel], forced| {
-            plan_padded(&problem, &mask, &device(kernels), &Config::default(), forced)
-        };
+        let planned =
+            |kernels: &[Kernel], forced| plan_padded(&problem, &mask, &device(kernels), &Config::default(), forced);
         for kernels in [&[Kernel::CudaSm90, Kernel::CudaSm80][..], &[Kernel::CudaSm100]] {
             let Err(error) = planned(kernels, Forced::default()) else { panic!("{kernels:?} take segments") };
-            assert!(matches!(&error, Error::NotApplicable { why, .. } if why.contains("it takes no segments yet")), "{error}");
+            assert!(
+                matches!(&error, Error::NotApplicable { why, .. } if why.contains("it takes no segments yet")),
+                "{error}"
+            );
         }
         // Copies are no reason to take another kernel.
         let kernels = [Kernel::WgslCoop, Kernel::WgslPortable];
         for forced in [Forced::default(), Forced { kernel: Some(Kernel::WgslPortable), ..Forced::default() }] {
             let plan = planned(&kernels, forced)?;
             assert_eq!((plan.kernel, plan.copies_segments), (forced.kernel.unwrap_or(kernels[0]), true));
-            assert!(plan.to_string().ends_with("; segments are copied, since the kernel takes whole tensors"), "{plan}");
+            assert!(
+                plan.to_string().ends_with("; segments are copied, since the kernel takes whole tensors"),
+                "{plan}"
+            );
         }
         let plan = planned(&[Kernel::CpuTiled], Forced::default())?;
         assert!(!plan.copies_segments && !plan.to_string().contains("segments"), "{plan}");
