@@ -131,12 +131,14 @@ fn time<T: Element>(
     let mut taken = Duration::MAX;
     for _ in 0..2 {
         let [q, k, v] = inputs.each_ref().map(|segments| -> Result<Vec<_>, _> {
-            let view = |(data, &length): (&'_ Vec<T>, _)| TensorView::from_host(data, &[batch, length, heads, dim]);
-            segments.iter().zip(lengths).map(view).collect()
+            let views = segments.iter().zip(lengths);
+            let views = views.map(|(data, &length)| TensorView::from_host(data, &[batch, length, heads, dim]));
+            views.collect()
         });
         let (q, k, v): (Vec<_>, Vec<_>, Vec<_>) = (q?, k?, v?);
-        let view = |(data, &length)| TensorViewMut::from_host(data, &[batch, length, heads, dim]);
-        let into = out.iter_mut().zip(lengths).map(view).collect::<Result<Vec<_>, _>>()?;
+        let views = out.iter_mut().zip(lengths);
+        let views = views.map(|(data, &length)| TensorViewMut::from_host(data, &[batch, length, heads, dim]));
+        let into = views.collect::<Result<Vec<_>, _>>()?;
         let started = Instant::now();
         MaskedAttention::new(device).forward_into(q, k, v, AttentionMask::none(), AttentionOutputs::new(into))?;
         taken = started.elapsed();
