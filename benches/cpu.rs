@@ -1,6 +1,6 @@
 //! How well the CPU device uses the processor: for each instruction set, operations in a second
 //! beside those of nothing but multiplications and additions in registers, what the softmax takes,
-//! and f16 and bf16 beside f32.
+//! f16 and bf16 beside f32, and text and image in segments beside one tensor.
 //!
 //! ```text
 //! cargo bench --no-default-features --bench cpu
@@ -13,7 +13,8 @@ use anyhow::Result;
 use pulp::{Simd, WithSimd};
 use rayon::{ThreadPool, ThreadPoolBuilder};
 use varlen_fa::{
-    AttentionMask, Config, CpuIsa, Device, DeviceChoice, Element, MaskedAttention, TensorView, TensorViewMut, bf16, f16,
+    AttentionMask, AttentionOutputs, Config, CpuIsa, Device, DeviceChoice, Element, MaskedAttention, TensorView,
+    TensorViewMut, bf16, f16,
 };
 
 /// Rounds, each of which times everything once; the best of all is printed.
@@ -69,12 +70,14 @@ struct Best {
     /// The same with twice the head dimension.
     double: Duration,
     all_threads: Duration,
+    /// In two segments, of f32 on one thread.
+    segments: Duration,
 }
 
 impl Default for Best {
     fn default() -> Self {
         let never = Duration::MAX;
-        Self { f32: never, f16: never, bf16: never, double: never, all_threads: never }
+        Self { f32: never, f16: never, bf16: never, double: never, all_threads: never, segments: never }
     }
 }
 
@@ -82,11 +85,12 @@ impl Best {
     fn round(&mut self, device: &Device, shape: [usize; 4], one: &ThreadPool, all: &ThreadPool) -> Result<()> {
         let [b, s, h, d] = shape;
         let keep = |best: &mut Duration, time: Duration| *best = time.min(*best);
-        keep(&mut self.f32, one.install(|| time::<f32>(device, shape, |x| x))?);
-        keep(&mut self.f16, one.install(|| time::<f16>(device, shape, f16::from_f32))?);
-        keep(&mut self.bf16, one.install(|| time::<bf16>(device, shape, bf16::from_f32))?);
-        keep(&mut self.double, one.install(|| time::<f32>(device, [b, s, h, 2 * d], |x| x))?);
-        keep(&mut self.all_threads, all.install(|| time::<f32>(device, shape, |x| x))?);
+        keep(&mut self.f32, one.install(|| time::<f32>(device, shape, &[s], |x| x))?);
+        keep(&mut self.segments, one.install(|| time::<f32>(device, shape, &[s / 8, s - s / 8], |x| x))?);
+        keep(&mut self.f16, one.install(|| time::<f16>(device, shape, &[s], f16::from_f32))?);
+        keep(&mut self.bf16, one.install(|| time::<bf16>(device, shape, &[s], bf16::from_f32))?);
+        keep(&mut self.double, one.install(|| time::<f32>(device, [b, s, h, 2 * d], &[s], |x| x))?);
+        keep(&mut self.all_threads, all.install(|| time::<f32>(device, shape, &[s], |x| x))?);
         Ok(())
     }
 
@@ -99,30 +103,44 @@ impl Best {
         let softmax = 100.0 * (2.0 * seconds - self.double.as_secs_f64()) / seconds;
         let speed = |other: Duration| seconds / other.as_secs_f64();
         let line = format!(
-            "B{b} S{s} {h}x{d}: {:.2} ms, {:.2} ms; softmax {softmax:.0} %, f16 {:.2}x as fast as f32, bf16 {:.2}x",
+            "B{b} S{s} {h}x{d}: {:.2} ms, {:.2} ms; softmax {softmax:.0} %, f16 {:.2}x as fast as f32, bf16 {:.2}x, segments {:.2}x",
             1e3 * seconds,
             1e3 * self.all_threads.as_secs_f64(),
             speed(self.f16),
             speed(self.bf16),
+            speed(self.segments),
         );
         ([self.f32, self.bf16].map(|time| (4 * b * s * s * h * d) as f64 / time.as_secs_f64() / 1e9), line)
     }
 }
 
-/// One call, after one that is not timed.
-fn time<T: Element>(device: &Device, shape: [usize; 4], convert: fn(f32) -> T) -> Result<Duration> {
-    let len: usize = shape.iter().product();
-    let values = |first: usize| -> Vec<T> {
-        (first..first + len).map(|i| convert((i * 7919 % 1009) as f32 / 504.5 - 1.0)).collect()
+/// One call on tensors in segments of these lengths, after one that is not timed.
+fn time<T: Element>(
+    device: &Device,
+    [batch, _, heads, dim]: [usize; 4],
+    lengths: &[usize],
+    convert: fn(f32) -> T,
+) -> Result<Duration> {
+    let values = |first: usize| -> Vec<Vec<T>> {
+        let value = |i: usize| convert((i * 7919 % 1009) as f32 / 504.5 - 1.0);
+        let segment = |&length: &usize| (first..first + batch * length * heads * dim).map(value).collect();
+        lengths.iter().map(segment).collect()
     };
-    let (q, k, v) = (values(0), values(1), values(2));
+    let inputs = [values(0), values(1), values(2)];
     let mut out = values(3);
     let mut taken = Duration::MAX;
     for _ in 0..2 {
-        let [q, k, v] = [&q, &k, &v].map(|x| TensorView::from_host(x, &shape));
-        let into = TensorViewMut::from_host(&mut out, &shape)?;
+        let [q, k, v] = inputs.each_ref().map(|segments| -> Result<Vec<_>, _> {
+            let views = segments.iter().zip(lengths);
+            let views = views.map(|(data, &length)| TensorView::from_host(data, &[batch, length, heads, dim]));
+            views.collect()
+        });
+        let (q, k, v): (Vec<_>, Vec<_>, Vec<_>) = (q?, k?, v?);
+        let views = out.iter_mut().zip(lengths);
+        let views = views.map(|(data, &length)| TensorViewMut::from_host(data, &[batch, length, heads, dim]));
+        let into = views.collect::<Result<Vec<_>, _>>()?;
         let started = Instant::now();
-        MaskedAttention::new(device).forward_into(q?, k?, v?, AttentionMask::none(), into)?;
+        MaskedAttention::new(device).forward_into(q, k, v, AttentionMask::none(), AttentionOutputs::new(into))?;
         taken = started.elapsed();
     }
     Ok(taken)

@@ -6,12 +6,13 @@ use crate::call::op::{Attention, Op};
 use crate::call::path::Path;
 use crate::call::plan::{Forced, Plan, plan_padded};
 use crate::call::problem::{AttentionProblem, AttentionViews, ViewInfo};
+use crate::call::segments::Segmented;
 use crate::device::Device;
 use crate::dtype::DType;
 use crate::error::Result;
 use crate::kernel::Kernel;
 use crate::layout::Layout;
-use crate::tensor::{Tensor, TensorView, TensorViewMut};
+use crate::tensor::{Segments, Tensor, TensorViewMut};
 
 /// What [`MaskedAttention::forward`] returns.
 #[derive(Debug)]
@@ -102,7 +103,8 @@ impl MaskedAttention {
         &self.device
     }
 
-    /// Attention into a new `[B, Sq, H, D]` tensor.
+    /// Attention into a new `[B, Sq, H, D]` tensor. `q`, `k` and `v` are tensors, or [`Segments`] of them, each cut as it likes; the
+    /// mask is over all segments, one after another.
     ///
     /// Scores are f32. A row is NaN if a score that it keeps is NaN or +∞, or if all of them are −∞; it is zeros only if the mask
     /// leaves it no key.
@@ -112,24 +114,25 @@ impl MaskedAttention {
     /// launched then. [`Error::OutOfMemory`](crate::Error::OutOfMemory) and the device's own failures otherwise.
     pub fn forward<'a>(
         &self,
-        q: impl Into<TensorView<'a>>,
-        k: impl Into<TensorView<'a>>,
-        v: impl Into<TensorView<'a>>,
+        q: impl Into<Segments<'a>>,
+        k: impl Into<Segments<'a>>,
+        v: impl Into<Segments<'a>>,
         mask: AttentionMask<'_>,
     ) -> Result<Attended> {
-        let (q, k, v) = (q.into(), k.into(), v.into());
+        let inputs = [q.into(), k.into(), v.into()];
+        let (shape, dtype) = inputs[0].joint("q")?;
         // Checked against outputs that have yet to be made, so that a call that does not fit allocates nothing.
-        let out_info = self.future_output(q.dtype(), q.shape())?;
-        let lse_shape = match (self.return_lse, q.shape()) {
+        let out_info = Segmented::One(self.future_output(dtype, &shape)?);
+        let lse_shape = match (self.return_lse, &shape[..]) {
             (true, &[batch, seq, heads, _]) => Some([batch, heads, seq]),
             _ => None,
         };
         let lse_info = lse_shape.map(|shape| self.future_output(DType::F32, &shape)).transpose()?;
-        let (problem, plan, mask) = self.prepare(&q, &k, &v, mask, (&out_info, lse_info.as_ref()))?;
-        let mut out = Tensor::uninit(&self.device, q.dtype(), q.shape())?;
+        let (problem, plan, mask) = self.prepare(&inputs, mask, (&out_info, lse_info.as_ref()))?;
+        let mut out = Tensor::uninit(&self.device, dtype, &shape)?;
         let mut lse = lse_shape.map(|shape| Tensor::uninit(&self.device, DType::F32, &shape)).transpose()?;
-        let outputs = AttentionOutputs { out: out.view_mut(), lse: lse.as_mut().map(Tensor::view_mut) };
-        self.launch(problem, plan, [q, k, v], mask, outputs, |op| self.device.backend()?.execute(op))?;
+        let outputs = AttentionOutputs { out: (&mut out).into(), lse: lse.as_mut().map(Tensor::view_mut) };
+        self.launch(problem, plan, inputs, mask, outputs, |op| self.device.backend()?.execute(op))?;
         Ok(Attended { out, plan, lse })
     }
 
@@ -196,8 +199,8 @@ impl MaskedAttention {
         self.forward(&q, &k, &v, mask)
     }
 
-    /// Attention into memory of the caller: `out` is a `[B, Sq, H, D]` view that shares no memory with the inputs. Every element
-    /// of the view is written, and nothing else. [`AttentionOutputs`] with an `lse`, `[B, H, Sq]` f32, have the log-sum-exp written
+    /// Attention into memory of the caller: `out` is a `[B, Sq, H, D]` view, or [`SegmentsMut`](crate::SegmentsMut), that shares no
+    /// memory with the inputs. Every element of the view is written, and nothing else. [`AttentionOutputs`] with an `lse`, `[B, H, Sq]` f32, have the log-sum-exp written
     /// too; they alone say so, [`with_lse`](Self::with_lse) does not count here.
     ///
     /// # Errors
@@ -205,33 +208,31 @@ impl MaskedAttention {
     /// other output.
     pub fn forward_into<'a, 'o>(
         &self,
-        q: impl Into<TensorView<'a>>,
-        k: impl Into<TensorView<'a>>,
-        v: impl Into<TensorView<'a>>,
+        q: impl Into<Segments<'a>>,
+        k: impl Into<Segments<'a>>,
+        v: impl Into<Segments<'a>>,
         mask: AttentionMask<'_>,
         out: impl Into<AttentionOutputs<'o>>,
     ) -> Result<Plan> {
-        let (q, k, v, outputs) = (q.into(), k.into(), v.into(), out.into());
+        let (inputs, outputs) = ([q.into(), k.into(), v.into()], out.into());
         let (problem, plan, mask) = {
             let (out, lse) = outputs.infos();
-            self.prepare(&q, &k, &v, mask, (&out, lse.as_ref()))?
+            self.prepare(&inputs, mask, (&out, lse.as_ref()))?
         };
-        self.launch(problem, plan, [q, k, v], mask, outputs, |op| self.device.backend()?.execute(op))?;
+        self.launch(problem, plan, inputs, mask, outputs, |op| self.device.backend()?.execute(op))?;
         Ok(plan)
     }
 
     /// Checks and plans a call. The mask is resolved once, for both and for the launch.
     pub(crate) fn prepare<'m>(
         &self,
-        q: &TensorView<'_>,
-        k: &TensorView<'_>,
-        v: &TensorView<'_>,
+        inputs: &[Segments<'_>; 3],
         mask: AttentionMask<'m>,
-        (out, lse): (&ViewInfo<'_>, Option<&ViewInfo<'_>>),
+        (out, lse): (&Segmented<ViewInfo<'_>>, Option<&ViewInfo<'_>>),
     ) -> Result<(AttentionProblem, Plan, ResolvedMask<'m>)> {
         let resolved = mask.resolve()?;
-        let (q, k, v, mask) = (q.info(), k.info(), v.info(), resolved.info());
-        let views = AttentionViews { q: &q, k: &k, v: &v, out, lse };
+        let ([q, k, v], mask) = (inputs.each_ref().map(Segments::infos), resolved.info());
+        let views = AttentionViews { q: q.as_slice(), k: k.as_slice(), v: v.as_slice(), out: out.as_slice(), lse };
         let problem = AttentionProblem::padded(self.device.info(), &views, &mask, self.softmax_scale)?;
         let plan = plan_padded(&problem, &mask, self.device.capabilities(), &self.device.config(), self.forced)?;
         log::debug!("{} {:?}: {}", problem.dtype, problem.shape, plan.with_estimate());
@@ -243,23 +244,26 @@ impl MaskedAttention {
         &self,
         problem: AttentionProblem,
         plan: Plan,
-        [q, k, v]: [TensorView<'_>; 3],
+        inputs: [Segments<'_>; 3],
         mask: ResolvedMask<'_>,
         AttentionOutputs { out, lse }: AttentionOutputs<'_>,
         mut execute: impl FnMut(Op<'_>) -> Result<()>,
     ) -> Result<()> {
-        let (out, lse) = (out.output(), lse.map(TensorViewMut::output));
-        if out.layout.numel() == 0 {
+        let (out, lse) = (out.outputs(), lse.map(TensorViewMut::output));
+        if out.iter().all(|segment| segment.layout.numel() == 0) {
             return Ok(());
         }
         if plan.path == Path::Zero {
-            execute(Op::Zero(out))?;
+            out.try_for_each(|segment| match segment.layout.numel() {
+                0 => Ok(()),
+                _ => execute(Op::Zero(segment)),
+            })?;
             return lse.map_or(Ok(()), |lse| execute(Op::NoKeys(lse)));
         }
         let every_query = mask.every_query(plan.path, problem.shape.seq_q)?;
         let (rows, ranges, bias) = (mask.rows(plan.path, every_query.as_deref()), mask.ranges(), mask.bias(&problem));
         let modifiers = mask.modifiers();
-        let (q, k, v) = (q.input(), k.input(), v.input());
+        let [q, k, v] = inputs.map(Segments::inputs);
         execute(Op::Attention(Attention { problem: &problem, plan, q, k, v, out, lse, rows, ranges, modifiers, bias }))
     }
 }

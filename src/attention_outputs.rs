@@ -1,10 +1,11 @@
 //! Where an attention call writes: [`AttentionOutputs`].
 
 use crate::call::problem::ViewInfo;
-use crate::tensor::{Tensor, TensorViewMut};
+use crate::call::segments::Segmented;
+use crate::tensor::{SegmentsMut, Tensor, TensorViewMut};
 
 /// Memory of the caller that an attention call writes: the output, and the log-sum-exp of every row if it is wanted. An output
-/// alone, a [`TensorViewMut`] or a `&mut Tensor`, converts to it.
+/// alone, a [`TensorViewMut`], a `&mut Tensor` or [`SegmentsMut`], converts to it.
 ///
 /// ```
 /// use varlen_fa::{AttentionMask, AttentionOutputs, DType, Device, DeviceChoice, MaskedAttention, Tensor};
@@ -19,17 +20,17 @@ use crate::tensor::{Tensor, TensorViewMut};
 /// ```
 #[derive(Debug)]
 pub struct AttentionOutputs<'a> {
-    pub(crate) out: TensorViewMut<'a>,
+    pub(crate) out: SegmentsMut<'a>,
     pub(crate) lse: Option<TensorViewMut<'a>>,
 }
 
 impl<'a> AttentionOutputs<'a> {
-    /// The output alone, `[B, Sq, H, D]` of the element type of `q`.
-    pub fn new(out: impl Into<TensorViewMut<'a>>) -> Self {
+    /// The output alone, `[B, Sq, H, D]` of the element type of `q`, in one segment or several, whatever the segments of `q`.
+    pub fn new(out: impl Into<SegmentsMut<'a>>) -> Self {
         Self { out: out.into(), lse: None }
     }
 
-    /// With the log-sum-exp, `[B, H, Sq]` f32: the natural logarithm of the sum of `exp(score)` of each row, −∞ for a query that
+    /// With the log-sum-exp, `[B, H, Sq]` f32 over all segments: the natural logarithm of the sum of `exp(score)` of each row, −∞ for a query that
     /// sees no key or is masked, NaN where the row of the output is. The last dimension is contiguous.
     #[must_use]
     pub fn with_lse(mut self, lse: impl Into<TensorViewMut<'a>>) -> Self {
@@ -37,8 +38,20 @@ impl<'a> AttentionOutputs<'a> {
         self
     }
 
-    pub(crate) fn infos(&self) -> (ViewInfo<'_>, Option<ViewInfo<'_>>) {
-        (self.out.info(), self.lse.as_ref().map(TensorViewMut::info))
+    pub(crate) fn infos(&self) -> (Segmented<ViewInfo<'_>>, Option<ViewInfo<'_>>) {
+        (self.out.infos(), self.lse.as_ref().map(TensorViewMut::info))
+    }
+}
+
+impl<'a> From<SegmentsMut<'a>> for AttentionOutputs<'a> {
+    fn from(out: SegmentsMut<'a>) -> Self {
+        Self::new(out)
+    }
+}
+
+impl<'a, T: Into<TensorViewMut<'a>>, const N: usize> From<[T; N]> for AttentionOutputs<'a> {
+    fn from(out: [T; N]) -> Self {
+        Self::new(out)
     }
 }
 

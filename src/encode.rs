@@ -12,7 +12,7 @@ use crate::merge::merge;
 use crate::prepare_qk::{QkSegment, TokenMask, prepare};
 use crate::primitives::{pack_all, scatter};
 use crate::tensor::device_meta::{DeviceVarlenMeta, MaskView};
-use crate::tensor::{TensorView, TensorViewMut};
+use crate::tensor::{Segments, TensorView, TensorViewMut};
 
 impl MaskedAttention {
     /// Records attention into a command encoder or a compute pass of the application, without a submission and without a wait;
@@ -36,19 +36,19 @@ impl MaskedAttention {
     pub fn encode_into<'r, 'a, 'o>(
         &self,
         recorder: impl Into<Recorder<'r>>,
-        q: impl Into<TensorView<'a>>,
-        k: impl Into<TensorView<'a>>,
-        v: impl Into<TensorView<'a>>,
+        q: impl Into<Segments<'a>>,
+        k: impl Into<Segments<'a>>,
+        v: impl Into<Segments<'a>>,
         mask: AttentionMask<'_>,
         out: impl Into<AttentionOutputs<'o>>,
     ) -> Result<Plan> {
-        let (mut recorder, q, k, v, outputs) = (recorder.into(), q.into(), k.into(), v.into(), out.into());
+        let (mut recorder, inputs, outputs) = (recorder.into(), [q.into(), k.into(), v.into()], out.into());
         let backend = self.device().wgpu_backend()?;
         let (problem, plan, mask) = {
             let (out, lse) = outputs.infos();
-            self.prepare(&q, &k, &v, mask, (&out, lse.as_ref()))?
+            self.prepare(&inputs, mask, (&out, lse.as_ref()))?
         };
-        self.launch(problem, plan, [q, k, v], mask, outputs, |op| backend.encode(op, recorder.reborrow()))?;
+        self.launch(problem, plan, inputs, mask, outputs, |op| backend.encode(op, recorder.reborrow()))?;
         Ok(plan)
     }
 }

@@ -53,10 +53,12 @@ pub enum Error {
         /// Head dimension that came.
         got: usize,
     },
-    /// A call has no segment, or too many.
-    #[error("`segments`: expected 1 to {limit} segments, got {got}")]
+    /// A call or one of its tensors has no segment, or too many.
+    #[error("`{argument}`: expected 1 to {limit} segments, got {got}")]
     SegmentCount {
-        /// The most that a call takes.
+        /// Name of the argument.
+        argument: &'static str,
+        /// The most that it may have.
         limit: usize,
         /// Segments that came.
         got: usize,

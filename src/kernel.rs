@@ -71,6 +71,17 @@ pub(crate) enum PaddedAccess {
     TileLists,
 }
 
+/// What a kernel does with q, k, v or an output that come in several segments.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum SegmentAccess {
+    /// It reads and writes them where they lie.
+    InPlace,
+    /// Its device copies them to one tensor, and the output back.
+    Copied,
+    /// It takes none.
+    Refused,
+}
+
 /// What one kernel can do: a row of the table.
 #[derive(Debug)]
 pub(crate) struct KernelTraits {
@@ -84,6 +95,7 @@ pub(crate) struct KernelTraits {
     /// them if there is one.
     min_efficient_head_dim: usize,
     padded: PaddedAccess,
+    pub(crate) segments: SegmentAccess,
     /// Whether it adds a bias to the scores of padded tensors, all rows of which it computes.
     has_bias: bool,
     /// Whether it adds a bias on the fused path too.
@@ -112,6 +124,7 @@ const ROWS: KernelTraits = KernelTraits {
     max_head_dim: MAX_HEAD_DIM,
     min_efficient_head_dim: 0,
     padded: PaddedAccess::Rows,
+    segments: SegmentAccess::Refused,
     has_bias: true,
     has_fused_bias: false,
     has_ranges: false,
@@ -137,6 +150,7 @@ const TABLE: &[KernelTraits; 6] = &[
     KernelTraits {
         kernel: Kernel::CpuTiled,
         name: "cpu-tiled",
+        segments: SegmentAccess::InPlace,
         has_fused_bias: true,
         has_ranges: true,
         skips_dropped_keys: true,
@@ -147,6 +161,7 @@ const TABLE: &[KernelTraits; 6] = &[
         kernel: Kernel::WgslPortable,
         name: "wgsl-portable",
         backend: BackendKind::Wgpu,
+        segments: SegmentAccess::Copied,
         has_ranges: true,
         modifiers: ModifierSet::ALL,
         ..ROWS
@@ -155,6 +170,7 @@ const TABLE: &[KernelTraits; 6] = &[
         kernel: Kernel::WgslCoop,
         name: "wgsl-coop",
         backend: BackendKind::Wgpu,
+        segments: SegmentAccess::Copied,
         dtypes: HALF_DTYPES,
         max_head_dim: 256,
         has_ranges: true,
@@ -230,6 +246,12 @@ impl Kernel {
     #[must_use]
     pub const fn has_ranges(self) -> bool {
         self.traits().has_ranges
+    }
+
+    /// Whether it takes q, k, v and the output in several segments, [`Segments`](crate::Segments).
+    #[must_use]
+    pub const fn has_segments(self) -> bool {
+        !matches!(self.traits().segments, SegmentAccess::Refused)
     }
 
     /// Whether it caps scores: [`ScoreModifiers::with_softcap`](crate::ScoreModifiers::with_softcap).

@@ -52,7 +52,7 @@ pub use ::wgpu;
 #[doc = include_str!("../README.md")]
 struct Readme;
 
-/// Compiles the page on QK-norm and rotary embedding.
+/// Compiles the page on joint layers.
 #[cfg(doctest)]
 #[doc = include_str!("../docs/joint-layer.md")]
 struct JointLayer;
@@ -117,4 +117,4 @@ pub use crate::primitives::{
 pub use crate::score_modifiers::{ScoreModifiers, alibi_slopes};
 pub use crate::tensor::device_meta::{DeviceVarlenMeta, MaskView};
 pub use crate::tensor::memory::DeviceMemory;
-pub use crate::tensor::{Tensor, TensorView, TensorViewMut};
+pub use crate::tensor::{Segments, SegmentsMut, Tensor, TensorView, TensorViewMut};

@@ -4,6 +4,7 @@ use crate::attention_outputs::AttentionOutputs;
 use crate::call::memory::{Input, Output};
 use crate::call::op::{Merge, MergePart, Op};
 use crate::call::problem::{MergeViews, check_merge, lse_shape};
+use crate::call::segments::Segmented;
 use crate::device::Device;
 use crate::dtype::DType;
 use crate::error::Result;
@@ -93,11 +94,11 @@ pub(crate) fn merge(
 ) -> Result<()> {
     {
         let [out1, lse1, out2, lse2] = parts.each_ref().map(TensorView::info);
-        let (out, lse) = outputs.infos();
+        let (out, lse) = (outputs.out.one("out")?.info(), outputs.lse.as_ref().map(TensorViewMut::info));
         let parts = [("out1", out1), ("lse1", lse1), ("out2", out2), ("lse2", lse2)];
         check_merge(device.info(), &MergeViews { parts, out, lse })?;
     }
-    let out = outputs.out.output();
+    let Segmented::One(out) = outputs.out.outputs() else { return Ok(()) };
     if out.layout.numel() == 0 {
         return Ok(());
     }

@@ -4,9 +4,10 @@ use std::sync::Arc;
 
 use crate::call::op::Op;
 use crate::call::prepare_qk::{
-    HeadNorm, HeadRotary, MAX_SEGMENTS, PrepareQk, PrepareSegment, PreparedRows, RotaryPairing, RowsInfo,
-    SEGMENT_NAMES, SegmentInfo, check_prepare_qk, is_same,
+    HeadNorm, HeadRotary, PrepareQk, PrepareSegment, PreparedRows, RotaryPairing, RowsInfo, SegmentInfo,
+    check_prepare_qk, is_same,
 };
+use crate::call::segments::{MAX_SEGMENTS, SEGMENT_NAMES};
 use crate::device::Device;
 use crate::error::Result;
 use crate::layout::Layout;

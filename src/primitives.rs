@@ -1,8 +1,11 @@
 //! What the packed path is made of, for calls of their own: pack, attention on packed rows, scatter.
 
+use std::slice;
+
 use crate::call::op::{Attention, Op, Rows};
 use crate::call::plan::{Forced, Plan, plan_packed};
 use crate::call::problem::{AttentionProblem, AttentionViews, PackViews, check_pack, check_scatter};
+use crate::call::segments::Segmented;
 use crate::device::Device;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
@@ -273,7 +276,8 @@ pub fn varlen_attention_into<'a, 'o, 'l>(
     let (problem, plan) = {
         let (q, k, v, out) = (q.info(), k.info(), v.info(), out.info());
         let lse = lse.as_ref().map(TensorViewMut::info);
-        let views = AttentionViews { q: &q, k: &k, v: &v, out: &out, lse: lse.as_ref() };
+        let [q, k, v, out] = [&q, &k, &v, &out].map(slice::from_ref);
+        let views = AttentionViews { q, k, v, out, lse: lse.as_ref() };
         let cu_seqlens = (cu_seqlens_q, cu_seqlens_k);
         let problem = AttentionProblem::packed(device.info(), &views, cu_seqlens, on_scores, options.softmax_scale)?;
         let plan =
@@ -284,7 +288,8 @@ pub fn varlen_attention_into<'a, 'o, 'l>(
     let (out, lse) = (out.output(), lse.map(TensorViewMut::output));
     if out.layout.numel() > 0 {
         let rows = Rows::Packed { query: cu_seqlens_q, key: cu_seqlens_k };
-        let (q, k, v) = (q.input(), k.input(), v.input());
+        let [q, k, v] = [q, k, v].map(|tensor| Segmented::One(tensor.input()));
+        let out = Segmented::One(out);
         let attention = Attention { problem: &problem, plan, q, k, v, out, lse, rows, ranges, modifiers, bias: None };
         device.backend()?.execute(Op::Attention(attention))?;
     }

@@ -602,6 +602,18 @@ typedef struct varlen_fa_plan {
   uint64_t reserved[2];
 } varlen_fa_plan;
 
+// A tensor [B, S, H, D] in segments [B, S_i, H, D] that follow one another along S, each in memory
+// of its own and with strides of its own: the text and the image of a joint layer. Start from zeros,
+// as with a tensor.
+typedef struct varlen_fa_segments {
+  // The segments, in order. Any may be empty.
+  const struct varlen_fa_tensor *tensors;
+  // How many there are, 1 to 8.
+  uint64_t count;
+  // 0.
+  uint64_t reserved[2];
+} varlen_fa_segments;
+
 // Tokens whose q and k lie together: the text or the image of a joint layer. Start from zeros, as
 // with a tensor.
 typedef struct varlen_fa_qk_segment {
@@ -911,6 +923,25 @@ varlen_fa_status varlen_fa_forward_with_lse(const struct varlen_fa_device *devic
                                             const struct varlen_fa_tensor *v,
                                             const struct varlen_fa_attention_mask *mask,
                                             const struct varlen_fa_tensor *out,
+                                            const struct varlen_fa_tensor *lse,
+                                            struct varlen_fa_plan *plan);
+
+// varlen_fa_forward_with_lse on tensors in segments along S, which then need not be concatenated.
+//
+// `q`, `k`, `v`, `out`: each cut as it likes. Lengths add up to Sq and to Sk; B, H or Hkv, D and the
+// element type are the same in all segments. The mask is over all segments, one after another, and so
+// is `lse`: one tensor, or NULL.
+//
+// The result is that of the call on whole tensors, bit for bit. Messages name a segment as in
+// `segments[1].k`. CPU devices read and write segments where they lie, wgpu devices copy them; CUDA
+// devices take none yet: NOT_APPLICABLE.
+varlen_fa_status varlen_fa_forward_segments(const struct varlen_fa_device *device,
+                                            const struct varlen_fa_attention_options *options,
+                                            const struct varlen_fa_segments *q,
+                                            const struct varlen_fa_segments *k,
+                                            const struct varlen_fa_segments *v,
+                                            const struct varlen_fa_attention_mask *mask,
+                                            const struct varlen_fa_segments *out,
                                             const struct varlen_fa_tensor *lse,
                                             struct varlen_fa_plan *plan);
 

@@ -82,6 +82,12 @@ class MaskView(Structure):
     ]
 
 
+class Segments(Structure):
+    """varlen_fa_segments"""
+
+    _fields_ = [("tensors", POINTER(Tensor)), ("count", c_uint64), ("reserved", c_uint64 * 2)]
+
+
 class Run(Structure):
     """varlen_fa_run"""
 
@@ -300,6 +306,12 @@ def qk_segment(q, k, q_out=None, k_out=None, norm=None, rotary=None):
     return made
 
 
+def _segments(tensors):
+    """A list of tensors, or one of them, as segments."""
+    tensors = [tensors] if isinstance(tensors, Tensor) else list(tensors)
+    return Segments(tensors=(Tensor * len(tensors))(*tensors), count=len(tensors))
+
+
 def _ranges_of(of):
     """Sizes (B, Sq, Sk) of padded tensors, or the CuSeqlens of packed queries and keys."""
     if len(of) == 2:
@@ -320,6 +332,7 @@ _ENUMS = ["status", "device_kind", "dtype", "path", "kernel", "reason"]
 _HANDLE = c_void_p
 _NEW = POINTER(c_void_p)
 _TENSOR = POINTER(Tensor)
+_SEGMENTS = POINTER(Segments)
 _FUNCTIONS = {
     "device_open": [c_uint32, c_uint32, _NEW],
     "device_open_cpu": [c_uint32, _NEW],
@@ -358,6 +371,10 @@ _FUNCTIONS = {
     "forward": [_HANDLE, POINTER(Options), _TENSOR, _TENSOR, _TENSOR, POINTER(AttentionMask), _TENSOR, POINTER(Plan)],
     "forward_with_lse": [
         _HANDLE, POINTER(Options), _TENSOR, _TENSOR, _TENSOR, POINTER(AttentionMask), _TENSOR, _TENSOR, POINTER(Plan),
+    ],
+    "forward_segments": [
+        _HANDLE, POINTER(Options), _SEGMENTS, _SEGMENTS, _SEGMENTS, POINTER(AttentionMask), _SEGMENTS, _TENSOR,
+        POINTER(Plan),
     ],
     "merge_attention": [_HANDLE, _TENSOR, _TENSOR, _TENSOR, _TENSOR, _TENSOR, _TENSOR],
     "prepare_qk": [_HANDLE, POINTER(QkSegment), c_uint64, _HANDLE, _HANDLE],
@@ -654,7 +671,14 @@ class Device(Handle):
         return self.library.make(DeviceMeta, "device_meta_create", self.handle, batch, seq)
 
     def forward(self, q, k, v, out, mask=None, options=None, plan=None, lse=None):
-        """`lse`, `[B, H, Sq]` f32, receives the log-sum-exp of every row."""
+        """`q`, `k`, `v` and `out` are tensors, or lists of 1 to 8 segments that follow one another
+        along S, each cut as it likes. `lse`, `[B, H, Sq]` f32, receives the log-sum-exp of every
+        row."""
+        if not all(tensor is None or isinstance(tensor, Tensor) for tensor in [q, k, v, out]):
+            q, k, v, out = map(_segments, [q, k, v, out])
+            before = [self.handle, _at(options), byref(q), byref(k), byref(v), _at(mask), byref(out)]
+            self.library.call("forward_segments", *before, _at(lse), _at(plan))
+            return
         before = [self.handle, _at(options), _at(q), _at(k), _at(v), _at(mask), _at(out)]
         if lse is None:
             self.library.call("forward", *before, _at(plan))

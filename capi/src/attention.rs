@@ -13,10 +13,11 @@ use crate::key_ranges;
 use crate::names::value_of;
 use crate::outputs::Outputs;
 use crate::score_modifiers;
-use crate::tensors::{Described, Input, expect_apart};
+use crate::segments::{self, List, views};
+use crate::tensors::{Described, expect_apart};
 use crate::types::{
     varlen_fa_attention_mask, varlen_fa_attention_options, varlen_fa_device, varlen_fa_kernel, varlen_fa_path,
-    varlen_fa_plan, varlen_fa_reason, varlen_fa_status, varlen_fa_tensor,
+    varlen_fa_plan, varlen_fa_reason, varlen_fa_segments, varlen_fa_status, varlen_fa_tensor,
 };
 
 /// Scaled dot-product attention over padded tensors, into external memory.
@@ -41,7 +42,7 @@ pub unsafe extern "C" fn varlen_fa_forward(
     plan: *mut varlen_fa_plan,
 ) -> varlen_fa_status {
     // SAFETY: the caller obeys the header's rules for pointers.
-    guard(|| unsafe { forward(device, options, [q, k, v], mask, [out, ptr::null()], plan) })
+    guard(|| unsafe { forward_whole(device, options, [q, k, v], mask, [out, ptr::null()], plan) })
 }
 
 /// varlen_fa_forward, and the log-sum-exp of every row.
@@ -63,12 +64,47 @@ pub unsafe extern "C" fn varlen_fa_forward_with_lse(
     plan: *mut varlen_fa_plan,
 ) -> varlen_fa_status {
     // SAFETY: the caller obeys the header's rules for pointers.
-    guard(|| unsafe { forward(device, options, [q, k, v], mask, [out, lse], plan) })
+    guard(|| unsafe { forward_whole(device, options, [q, k, v], mask, [out, lse], plan) })
+}
+
+/// varlen_fa_forward_with_lse on tensors in segments along S, which then need not be concatenated.
+///
+/// `q`, `k`, `v`, `out`: each cut as it likes. Lengths add up to Sq and to Sk; B, H or Hkv, D and the
+/// element type are the same in all segments. The mask is over all segments, one after another, and so
+/// is `lse`: one tensor, or NULL.
+///
+/// The result is that of the call on whole tensors, bit for bit. Messages name a segment as in
+/// `segments[1].k`. CPU devices read and write segments where they lie, wgpu devices copy them; CUDA
+/// devices take none yet: NOT_APPLICABLE.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn varlen_fa_forward_segments(
+    device: *const varlen_fa_device,
+    options: *const varlen_fa_attention_options,
+    q: *const varlen_fa_segments,
+    k: *const varlen_fa_segments,
+    v: *const varlen_fa_segments,
+    mask: *const varlen_fa_attention_mask,
+    out: *const varlen_fa_segments,
+    lse: *const varlen_fa_tensor,
+    plan: *mut varlen_fa_plan,
+) -> varlen_fa_status {
+    guard(|| {
+        // SAFETY: the caller obeys the header's rules for pointers; as in the lines below.
+        let q = || unsafe { segments::parts(&segments::Q, q) };
+        // SAFETY: as above.
+        let k = || unsafe { segments::parts(&segments::K, k) };
+        // SAFETY: as above.
+        let v = || unsafe { segments::parts(&segments::V, v) };
+        // SAFETY: as above.
+        let out = || unsafe { segments::parts(&segments::OUT, out) };
+        // SAFETY: as above.
+        unsafe { forward(device, options, || Ok(([q()?, k()?, v()?], out()?)), mask, lse, plan) }
+    })
 }
 
 /// # Safety
 /// The header's rules for pointers.
-unsafe fn forward(
+unsafe fn forward_whole(
     device: *const varlen_fa_device,
     options: *const varlen_fa_attention_options,
     [q, k, v]: [*const varlen_fa_tensor; 3],
@@ -76,30 +112,48 @@ unsafe fn forward(
     [out, lse]: [*const varlen_fa_tensor; 2],
     plan: *mut varlen_fa_plan,
 ) -> Result<()> {
+    // SAFETY: by this function's contract; as in the lines below.
+    let q = || unsafe { segments::whole(&segments::Q, q) };
+    // SAFETY: as above.
+    let k = || unsafe { segments::whole(&segments::K, k) };
+    // SAFETY: as above.
+    let v = || unsafe { segments::whole(&segments::V, v) };
+    // SAFETY: as above.
+    let out = || unsafe { segments::whole(&segments::OUT, out) };
+    // SAFETY: as above.
+    unsafe { forward(device, options, || Ok(([q()?, k()?, v()?], out()?)), mask, lse, plan) }
+}
+
+/// The call on q, k, v and the output, which `tensors` reads after the options.
+///
+/// # Safety
+/// The header's rules for pointers.
+unsafe fn forward<'a>(
+    device: *const varlen_fa_device,
+    options: *const varlen_fa_attention_options,
+    tensors: impl FnOnce() -> Result<([List<Described<'a>>; 3], List<Described<'a>>)>,
+    mask: *const varlen_fa_attention_mask,
+    lse: *const varlen_fa_tensor,
+    plan: *mut varlen_fa_plan,
+) -> Result<()> {
     let device = handles::get(Name::of("device"), device)?;
     // SAFETY: by this function's contract; as in the lines below.
     let place = unsafe { Place::optional(Name::of("plan"), plan) }?;
     // SAFETY: as above.
     let options = unsafe { Options::read(options) }?;
-    // SAFETY: as above.
-    let q = unsafe { Described::new("q", q) }?;
-    // SAFETY: as above.
-    let k = unsafe { Described::new("k", k) }?;
-    // SAFETY: as above.
-    let v = unsafe { Described::new("v", v) }?;
-    // SAFETY: as above.
-    let out = unsafe { Described::new("out", out) }?;
+    let (inputs, out) = tensors()?;
     // SAFETY: as above.
     let lse = unsafe { Described::optional("lse", lse) }?;
-    let described: Vec<_> = [&out].into_iter().chain(&lse).collect();
-    expect_apart(&described, &[&q, &k, &v])?;
+    let described: Vec<_> = out.as_slice().iter().chain(&lse).collect();
+    expect_apart(&described, &inputs.iter().flat_map(List::as_slice).collect::<Vec<_>>())?;
     // SAFETY: as above.
     let mask = unsafe { Mask::read(&device, mask, &described) }?;
-    let [q, k, v] = [Input::new(&device, &q)?, Input::new(&device, &k)?, Input::new(&device, &v)?];
+    let [q, k, v] = inputs;
+    let [q, k, v] = [segments::inputs(&device, &q)?, segments::inputs(&device, &k)?, segments::inputs(&device, &v)?];
     let mut outputs = Outputs::new(&device, &out, lse.as_ref())?;
     let layer = options.layer(&device)?;
     let written = outputs.of_attention()?;
-    let taken = mask.with(|mask| layer.forward_into(q.view(), k.view(), v.view(), mask, written))?;
+    let taken = mask.with(|mask| layer.forward_into(views(&q), views(&k), views(&v), mask, written))?;
     outputs.finish()?;
     put_plan(place, &taken);
     Ok(())

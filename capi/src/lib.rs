@@ -43,5 +43,6 @@ mod attention_mask;
 mod cuda;
 mod handles;
 mod pipeline_cache;
+mod segments;
 mod tensors;
 mod types;

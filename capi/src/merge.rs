@@ -6,6 +6,7 @@ use crate::arguments::Name;
 use crate::failure::guard;
 use crate::handles;
 use crate::outputs::Outputs;
+use crate::segments::List;
 use crate::tensors::{Described, Input, expect_apart};
 use crate::types::{varlen_fa_device, varlen_fa_status, varlen_fa_tensor};
 
@@ -44,7 +45,8 @@ pub unsafe extern "C" fn varlen_fa_merge_attention(
         let out = unsafe { Described::new("out", out) }?;
         // SAFETY: as above.
         let lse = unsafe { Described::optional("lse", lse) }?;
-        let described: Vec<_> = [&out].into_iter().chain(&lse).collect();
+        let out = List::One(out);
+        let described: Vec<_> = out.as_slice().iter().chain(&lse).collect();
         expect_apart(&described, &[&out1, &lse1, &out2, &lse2])?;
         let [out1, lse1] = [Input::new(&device, &out1)?, Input::new(&device, &lse1)?];
         let [out2, lse2] = [Input::new(&device, &out2)?, Input::new(&device, &lse2)?];

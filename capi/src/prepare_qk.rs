@@ -35,7 +35,7 @@ pub unsafe extern "C" fn varlen_fa_prepare_qk(
         let limit = QkSegment::MAX;
         if count == 0 || count > limit as u64 {
             let got = usize::try_from(count).unwrap_or(usize::MAX);
-            return Err(Error::SegmentCount { limit, got }.into());
+            return Err(Error::SegmentCount { argument: "segments", limit, got }.into());
         }
         // SAFETY: the caller obeys the header's rules for pointers.
         let segments = unsafe { slice(Name::of("segments"), segments, count) }?;

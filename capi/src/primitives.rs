@@ -7,6 +7,7 @@ use crate::attention::{Options, put_plan};
 use crate::failure::{Failure, guard};
 use crate::handles;
 use crate::outputs::Outputs;
+use crate::segments::List;
 use crate::tensors::{Described, Input, Output, expect_apart, finish};
 use crate::types::{
     varlen_fa_attention_options, varlen_fa_cu_seqlens, varlen_fa_device, varlen_fa_meta, varlen_fa_plan,
@@ -103,7 +104,8 @@ pub unsafe extern "C" fn varlen_fa_varlen_attention(
             let expected = "AUTO, since the rows are packed already";
             return Err(Failure::argument(varlen_fa_status::NotApplicable, "options.path", expected, path));
         }
-        let described: Vec<_> = [&out].into_iter().chain(&lse).collect();
+        let out = List::One(out);
+        let described: Vec<_> = out.as_slice().iter().chain(&lse).collect();
         expect_apart(&described, &[&q, &k, &v])?;
         let [q, k, v] = [Input::new(&device, &q)?, Input::new(&device, &k)?, Input::new(&device, &v)?];
         let mut outputs = Outputs::new(&device, &out, lse.as_ref())?;

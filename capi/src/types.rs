@@ -319,6 +319,20 @@ pub struct varlen_fa_tensor {
     pub reserved: [u64; 2],
 }
 
+/// A tensor [B, S, H, D] in segments [B, S_i, H, D] that follow one another along S, each in memory
+/// of its own and with strides of its own: the text and the image of a joint layer. Start from zeros,
+/// as with a tensor.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct varlen_fa_segments {
+    /// The segments, in order. Any may be empty.
+    pub tensors: *const varlen_fa_tensor,
+    /// How many there are, 1 to 8.
+    pub count: u64,
+    /// 0.
+    pub reserved: [u64; 2],
+}
+
 /// A [B, S] mask in external memory. Start from zeros, as with a tensor.
 #[repr(C)]
 #[derive(Clone, Copy)]

@@ -463,6 +463,75 @@ static void log_sum_exp_and_merge(const varlen_fa_meta *meta) {
   OK(varlen_fa_merge_attention(device, &out[0], &lse[0], &out[1], &lse[1], &out[2], NULL));
 }
 
+/* Tensors in segments give the bits of whole ones; messages name segment and argument. */
+static void segments_of_attention(const varlen_fa_meta *meta) {
+  enum { TEXT = 2, IMAGE = SEQ - TEXT, TOKEN = HEADS * DIM };
+  static float whole[2][ELEMENTS], parts[2][2][ELEMENTS];
+  varlen_fa_tensor tensors[2][2], many[9] = {0};
+  varlen_fa_segments x = {0}, out = {0}, bad;
+  varlen_fa_attention_mask mask = {0};
+  varlen_fa_plan plan = {0};
+  const int length[2] = {TEXT, IMAGE};
+  fill(whole[0], ELEMENTS, 11);
+  for (int part = 0; part < 2; part++) {
+    const size_t row = (size_t)length[part] * TOKEN * sizeof(float);
+    for (int b = 0; b < BATCH; b++)
+      memcpy(parts[0][part] + b * length[part] * TOKEN, whole[0] + (b * SEQ + part * TEXT) * TOKEN, row);
+    memset(parts[1][part], 0xff, sizeof parts[1][part]);
+    for (int i = 0; i < 2; i++) tensors[i][part] = tensor(parts[i][part], BATCH, (uint64_t)length[part], HEADS, DIM);
+  }
+  mask.kind = VARLEN_FA_MASK_KIND_VARLEN;
+  mask.query_meta = meta;
+  x.tensors = tensors[0];
+  out.tensors = tensors[1];
+  x.count = out.count = 2;
+  const varlen_fa_tensor one = padded(whole[0]), written = padded(whole[1]);
+
+  bad = x;
+  bad.count = 0;
+  REFUSED(varlen_fa_forward_segments(device, NULL, &bad, &x, &x, &mask, &out, NULL, NULL), VARLEN_FA_STATUS_BAD_VALUE, "`q`: expected 1 to 8 segments, got 0");
+  bad.tensors = many;
+  bad.count = 9;
+  REFUSED(varlen_fa_forward_segments(device, NULL, &x, &x, &x, &mask, &bad, NULL, NULL), VARLEN_FA_STATUS_BAD_VALUE, "`out`: expected 1 to 8 segments, got 9");
+  bad = x;
+  bad.tensors = NULL;
+  REFUSED(varlen_fa_forward_segments(device, NULL, &x, &bad, &x, &mask, &out, NULL, NULL), VARLEN_FA_STATUS_NULL_POINTER, "`k.tensors`");
+  REFUSED(varlen_fa_forward_segments(device, NULL, &x, &x, NULL, &mask, &out, NULL, NULL), VARLEN_FA_STATUS_NULL_POINTER, "`v`");
+  bad = x;
+  bad.reserved[1] = 1;
+  REFUSED(varlen_fa_forward_segments(device, NULL, &x, &x, &bad, &mask, &out, NULL, NULL), VARLEN_FA_STATUS_BAD_VALUE, "`v.reserved`");
+  bad = x;
+  bad.tensors = many;
+  many[0] = tensors[0][0];
+  many[1] = tensors[0][1];
+  many[1].shape[0] = 1;
+  REFUSED(varlen_fa_forward_segments(device, NULL, &x, &bad, &x, &mask, &out, NULL, NULL), VARLEN_FA_STATUS_SHAPE, "`segments[1].k`");
+  many[1] = tensors[0][1];
+  many[1].rank = 5;
+  REFUSED(varlen_fa_forward_segments(device, NULL, &x, &bad, &x, &mask, &out, NULL, NULL), VARLEN_FA_STATUS_RANK, "`segments[1].k.rank`");
+  bad = out;
+  bad.tensors = tensors[0];
+  REFUSED(varlen_fa_forward_segments(device, NULL, &x, &x, &x, &mask, &bad, NULL, NULL), VARLEN_FA_STATUS_OVERLAP, "`segments[0].out`");
+  bad = x;
+  bad.count = 1;
+  REFUSED(varlen_fa_forward_segments(device, NULL, &bad, &bad, &bad, &mask, &out, NULL, NULL), VARLEN_FA_STATUS_SHAPE, "`out`");
+  for (int part = 0; part < 2; part++)
+    for (int at = 0; at < ELEMENTS; at++) CHECK(parts[1][part][at] != parts[1][part][at]);
+
+  OK(varlen_fa_forward(device, NULL, &one, &one, &one, &mask, &written, NULL));
+  OK(varlen_fa_forward_segments(device, NULL, &x, &x, &x, &mask, &out, NULL, &plan));
+  for (int part = 0; part < 2; part++)
+    for (int b = 0; b < BATCH; b++)
+      CHECK(memcmp(parts[1][part] + b * length[part] * TOKEN, whole[1] + (b * SEQ + part * TEXT) * TOKEN, (size_t)length[part] * TOKEN * sizeof(float)) == 0);
+  /* One segment is the tensor itself. */
+  memset(whole[1], 0xff, sizeof whole[1]);
+  bad = x;
+  bad.tensors = &written;
+  bad.count = 1;
+  OK(varlen_fa_forward_segments(device, NULL, &x, &x, &x, &mask, &bad, NULL, &plan));
+  CHECK(memcmp(parts[1][0], whole[1], (size_t)TEXT * TOKEN * sizeof(float)) == 0);
+}
+
 /* Two segments, one replaced and one not, against double; masked rows stay as they are. */
 static void prepare_qk(void) {
   enum { TEXT = 3, HALF = 5 };
@@ -1315,6 +1384,7 @@ int main(int argc, char **argv) {
   masks();
   primitives(meta);
   log_sum_exp_and_merge(meta);
+  segments_of_attention(meta);
   prepare_qk();
   equal_masks(meta);
   device_meta(meta);

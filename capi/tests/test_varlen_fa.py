@@ -479,6 +479,55 @@ class Attention(unittest.TestCase):
             with self.assertRaisesRegex(vf.Error, "`lse2`"):
                 self.device.merge_attention(*views[:3], views[0], out.tensor(shape))
 
+    def test_segments(self):
+        """The bits of the call on whole tensors, of tensors that are cut differently."""
+        token = {"q": HEADS * DIM, "k": KV_HEADS * DIM, "v": KV_HEADS * DIM, "out": HEADS * DIM}
+        cuts = {"q": [4, 0, SEQ - 4], "k": [1, SEQ - 1], "v": [SEQ], "out": [SEQ - 2, 2]}
+        meta = library.meta_from_lengths(LENGTHS, SEQ)
+        for dtype in DTYPES:
+            whole = {name: randoms(self.memory, dtype, BATCH * SEQ * size, 50) for name, size in token.items()}
+            tensors, memories = {}, {}
+            for name, size in token.items():
+                heads = size // DIM
+                values = whole[name].values()
+                memories[name], tensors[name], first = [], [], 0
+                for length in cuts[name]:
+                    rows = [values[(b * SEQ + first) * size :][: length * size] for b in range(BATCH)]
+                    memory = self.memory(dtype, [value for row in rows for value in row] or [0.0])
+                    tensor = memory.tensor([BATCH, length, heads, DIM])
+                    memories[name].append((first, length, memory))
+                    tensors[name].append(tensor)
+                    first += length
+            shape = lambda name: [BATCH, SEQ, token[name] // DIM, DIM]
+            q, k, v, out = (whole[name].tensor(shape(name)) for name in token)
+            plan = vf.Plan()
+            if device_name == "cuda":
+                with self.assertRaises(vf.Error) as caught:
+                    self.device.forward(*tensors.values(), mask=vf.varlen(meta))
+                self.assertEqual(caught.exception.status, "NOT_APPLICABLE")
+                return
+            lses = [self.memory(vf.F32, [0.0] * (BATCH * HEADS * SEQ)) for _ in range(2)]
+            lse, lse_of_segments = (lse.tensor([BATCH, HEADS, SEQ]) for lse in lses)
+            self.device.forward(q, k, v, out, mask=vf.varlen(meta), lse=lse)
+            self.device.forward(*tensors.values(), mask=vf.varlen(meta), lse=lse_of_segments, plan=plan)
+            self.assertEqual(*(lse.values() for lse in lses))
+            self.assertEqual("segments are copied" in str(plan), device_name == "wgpu", str(plan))
+            expected = whole["out"].values()
+            for first, length, memory in memories["out"]:
+                got, size = memory.values(), token["out"]
+                for b in range(BATCH):
+                    rows = expected[(b * SEQ + first) * size :][: length * size]
+                    self.assertEqual(got[b * length * size :][: length * size], rows, (first, b))
+            # One of them may be a whole tensor.
+            self.device.forward(q, tensors["k"], v, out, mask=vf.varlen(meta))
+            self.assertEqual(whole["out"].values(), expected)
+            with self.assertRaisesRegex(vf.Error, r"`k`: expected 1 to 8 segments, got 9"):
+                self.device.forward(q, tensors["k"][:1] * 9, v, out)
+            with self.assertRaisesRegex(vf.Error, r"`segments\[1\].q`: expected shape"):
+                self.device.forward([tensors["q"][0], tensors["k"][1]], k, v, out)
+            with self.assertRaisesRegex(vf.Error, r"`segments\[1\].out` may share memory with `q`"):
+                self.device.forward(q, k, v, [tensors["out"][0], q])
+
     def test_prepare_qk(self):
         meta = library.meta_from_lengths([3, SEQ], SEQ)
         lengths, half, eps = [4, SEQ - 4], 6, 1e-5

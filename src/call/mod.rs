@@ -9,6 +9,7 @@ pub(crate) mod path;
 pub(crate) mod plan;
 pub(crate) mod prepare_qk;
 pub(crate) mod problem;
+pub(crate) mod segments;
 // Only GPUs have kernels to check. The tests of the check need none.
 #[cfg(any(feature = "cuda", feature = "wgpu", test))]
 pub(crate) mod self_check;

@@ -16,6 +16,7 @@ use crate::call::memory::{Input, Output, Sink, Source, Storage};
 use crate::call::plan::{Capabilities, Plan};
 use crate::call::prepare_qk::PrepareQk;
 use crate::call::problem::AttentionProblem;
+use crate::call::segments::Segmented;
 use crate::error::{Error, Result};
 use crate::layout::Layout;
 use crate::mask::cu_seqlens::CuSeqlens;
@@ -85,10 +86,10 @@ pub(crate) enum MetadataPlace {
 pub(crate) struct Attention<'a> {
     pub problem: &'a AttentionProblem,
     pub plan: Plan,
-    pub q: Input<'a>,
-    pub k: Input<'a>,
-    pub v: Input<'a>,
-    pub out: Output<'a>,
+    pub q: Segmented<Input<'a>>,
+    pub k: Segmented<Input<'a>>,
+    pub v: Segmented<Input<'a>>,
+    pub out: Segmented<Output<'a>>,
     /// The log-sum-exp of every row, f32 and natural logarithm: `[H, total_q]` with [`Rows::Packed`], else `[B, H, Sq]`. −∞
     /// for a row without a key, and where the output's row is masked.
     pub lse: Option<Output<'a>>,

@@ -10,7 +10,7 @@ use crate::call::problem::{AttentionProblem, MaskInfo, TokenInfo};
 use crate::config::Config;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::kernel::{BackendKind, Kernel};
+use crate::kernel::{BackendKind, Kernel, SegmentAccess};
 use crate::mask::key_ranges::KeyRanges;
 use crate::score_modifiers::{ModifierSet, ScoreModifiers};
 
@@ -22,6 +22,7 @@ struct Needs {
     bias: bool,
     ranges: bool,
     modifiers: ModifierSet,
+    segments: bool,
     /// Metadata in tables of the device.
     device_tables: bool,
     /// The dense path.
@@ -36,6 +37,7 @@ impl Needs {
             bias: mask.bias.is_some(),
             ranges: mask.ranges.is_some(),
             modifiers: mask.modifiers.map(ScoreModifiers::set).unwrap_or_default(),
+            segments: problem.has_segments,
             device_tables: matches!(mask.tokens, TokenInfo::DeviceVarlen { .. }),
             dense,
         }
@@ -45,13 +47,17 @@ impl Needs {
 impl Kernel {
     /// Why it cannot compute a call, if it cannot.
     fn refuses(self, needs: Needs) -> Option<&'static str> {
-        let Needs { dtype, head_dim, bias, ranges, modifiers, device_tables, dense } = needs;
+        let Needs { dtype, head_dim, bias, ranges, modifiers, segments, device_tables, dense } = needs;
         let refusals = [
             (!self.dtypes().contains(&dtype), "it computes with f16 and bf16 alone"),
             (head_dim > self.max_head_dim(), "its tiles are not as wide as the head dimension"),
             (bias && !self.has_bias(), "it adds no bias"),
             (bias && device_tables, "a bias needs metadata that was built on the host"),
             (ranges && !self.has_ranges(), "it takes no key ranges"),
+            (
+                segments && !self.has_segments(),
+                "it takes no segments yet; give it one tensor of q, of k, of v and of out",
+            ),
             (modifiers.softcap && !self.has_softcap(), "it does not cap scores"),
             (modifiers.alibi && !self.has_alibi(), "it has no ALiBi"),
             (modifiers.sinks && !self.has_sinks(), "it has no attention sinks"),
@@ -127,6 +133,9 @@ pub struct Plan {
     pub kernel: Kernel,
     /// Why.
     pub reason: Reason,
+    /// Whether the device copies [`Segments`](crate::Segments) to one tensor first, or the output from one afterwards, since the
+    /// kernel does not take them where they lie.
+    pub copies_segments: bool,
     /// How long that takes by the cost model, where the device has one and the host knows the mask.
     pub estimate: Option<Estimate>,
 }
@@ -135,9 +144,13 @@ pub struct Plan {
 impl fmt::Display for Plan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.path {
-            Path::Zero => write!(f, "{}: {}", self.path, self.reason),
-            path => write!(f, "{path} by {}: {}", self.kernel, self.reason),
+            Path::Zero => write!(f, "{}: {}", self.path, self.reason)?,
+            path => write!(f, "{path} by {}: {}", self.kernel, self.reason)?,
         }
+        if self.copies_segments {
+            f.write_str("; segments are copied, since the kernel takes whole tensors")?;
+        }
+        Ok(())
     }
 }
 
@@ -267,7 +280,12 @@ pub(crate) fn plan_padded(
         None => chosen,
         Some(path) => (path, check_forced_path(path, mask, preferred)?),
     };
-    let plan = Plan { path, kernel: preferred, reason, estimate: None };
+    let plan_of = |path, kernel: Kernel, reason, estimate| {
+        let is_copied = path != Path::Zero && problem.has_segments;
+        let copies_segments = is_copied && kernel.traits().segments == SegmentAccess::Copied;
+        Plan { path, kernel, reason, copies_segments, estimate }
+    };
+    let plan = plan_of(path, preferred, reason, None);
     let Some(choices) = choices(problem, mask, capabilities, path)? else { return Ok(plan) };
     let may_take = |choice: &Choice| {
         // The model knows how many tiles ranges leave, but not the speed of each kernel's form with ranges.
@@ -287,7 +305,7 @@ pub(crate) fn plan_padded(
     let other = choices.iter().copied().find(|choice| *choice != best && capabilities.kernels.contains(&choice.kernel));
     let other = other.map(|choice| (choice.path, choice.kernel, duration(choice)));
     let estimate = Some(Estimate { time: duration(best), other });
-    Ok(Plan { path: best.path, kernel: best.kernel, reason, estimate })
+    Ok(plan_of(best.path, best.kernel, reason, estimate))
 }
 
 /// The choices of a call on a path that the cost model knows: fused and packed by every kernel under a key mask or metadata of the
@@ -338,7 +356,7 @@ pub(crate) fn plan_packed(
 ) -> Result<Plan> {
     let mask = MaskInfo { tokens: TokenInfo::All, ranges, modifiers, bias: None };
     let kernel = pick_kernel(capabilities, forced, Needs::new(problem, &mask, false))?;
-    Ok(Plan { path: Path::Packed, kernel, reason: Reason::AlreadyPacked, estimate: None })
+    Ok(Plan { path: Path::Packed, kernel, reason: Reason::AlreadyPacked, copies_segments: false, estimate: None })
 }
 
 fn pick_kernel(capabilities: &Capabilities, forced: Forced, needs: Needs) -> Result<Kernel> {
@@ -431,7 +449,7 @@ mod tests {
     fn problem() -> AttentionProblem {
         let shape =
             AttentionShape { batch: BATCH, seq_q: SEQ, seq_k: SEQ, num_heads: 24, num_kv_heads: 24, head_dim: 128 };
-        AttentionProblem { shape, dtype: DType::Bf16, softmax_scale: 1.0, bias: None }
+        AttentionProblem { shape, dtype: DType::Bf16, softmax_scale: 1.0, bias: None, has_segments: false }
     }
 
     fn masked(tokens: TokenInfo<'_>) -> MaskInfo<'_> {
@@ -462,6 +480,34 @@ mod tests {
         let is_valid = |at: usize| if is_fragmented { at.is_multiple_of(2) } else { at % SEQ >= SEQ / 2 };
         let keep: Vec<bool> = (0..BATCH * SEQ).map(is_valid).collect();
         VarlenMeta::from_key_mask(&KeyMask::from_bool(BATCH, SEQ, &keep)?)
+    }
+
+    #[test]
+    fn segments_go_to_kernels_that_take_them() -> Result<()> {
+        let problem = AttentionProblem { has_segments: true, ..problem() };
+        let mask = MaskInfo { tokens: TokenInfo::All, ranges: None, modifiers: None, bias: None };
+        let planned =
+            |kernels: &[Kernel], forced| plan_padded(&problem, &mask, &device(kernels), &Config::default(), forced);
+        for kernels in [&[Kernel::CudaSm90, Kernel::CudaSm80][..], &[Kernel::CudaSm100]] {
+            let Err(error) = planned(kernels, Forced::default()) else { panic!("{kernels:?} take segments") };
+            assert!(
+                matches!(&error, Error::NotApplicable { why, .. } if why.contains("it takes no segments yet")),
+                "{error}"
+            );
+        }
+        // Copies are no reason to take another kernel.
+        let kernels = [Kernel::WgslCoop, Kernel::WgslPortable];
+        for forced in [Forced::default(), Forced { kernel: Some(Kernel::WgslPortable), ..Forced::default() }] {
+            let plan = planned(&kernels, forced)?;
+            assert_eq!((plan.kernel, plan.copies_segments), (forced.kernel.unwrap_or(kernels[0]), true));
+            assert!(
+                plan.to_string().ends_with("; segments are copied, since the kernel takes whole tensors"),
+                "{plan}"
+            );
+        }
+        let plan = planned(&[Kernel::CpuTiled], Forced::default())?;
+        assert!(!plan.copies_segments && !plan.to_string().contains("segments"), "{plan}");
+        Ok(())
     }
 
     #[test]

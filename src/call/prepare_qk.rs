@@ -3,15 +3,13 @@
 use super::memory::{Input, Output};
 use super::problem::{
     DeviceInfo, ViewInfo, expect_apart, expect_count, expect_dtype, expect_head_dim, expect_input, expect_mask,
-    expect_output, expect_shape, sizes,
+    expect_output, expect_outputs_apart, expect_shape, sizes,
 };
+use super::segments::{MAX_SEGMENTS, SEGMENT_NAMES, SegmentNames};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::layout::Layout;
 use crate::mask::key_mask::{KeyMask, check_token_count};
-
-/// Segments of one call.
-pub(crate) const MAX_SEGMENTS: usize = 8;
 
 /// Which elements of a head rotate together.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -80,38 +78,6 @@ pub(crate) struct PrepareQk<'a> {
     pub mask: Option<&'a KeyMask>,
 }
 
-/// What errors call the arguments of a segment.
-#[derive(Debug)]
-pub(crate) struct SegmentNames {
-    pub q: &'static str,
-    pub k: &'static str,
-    pub q_out: &'static str,
-    pub k_out: &'static str,
-    pub q_weight: &'static str,
-    pub k_weight: &'static str,
-    pub eps: &'static str,
-    pub cos: &'static str,
-    pub sin: &'static str,
-}
-
-macro_rules! segment_names {
-    ($($index:literal)*) => {
-        /// Of each segment.
-        pub(crate) static SEGMENT_NAMES: [SegmentNames; MAX_SEGMENTS] = [$(SegmentNames {
-            q: concat!("segments[", $index, "].q"),
-            k: concat!("segments[", $index, "].k"),
-            q_out: concat!("segments[", $index, "].q_out"),
-            k_out: concat!("segments[", $index, "].k_out"),
-            q_weight: concat!("segments[", $index, "].q_weight"),
-            k_weight: concat!("segments[", $index, "].k_weight"),
-            eps: concat!("segments[", $index, "].eps"),
-            cos: concat!("segments[", $index, "].cos"),
-            sin: concat!("segments[", $index, "].sin"),
-        }),*];
-    };
-}
-segment_names!(0 1 2 3 4 5 6 7);
-
 /// q or k of a segment, without its memory.
 #[derive(Debug)]
 pub(crate) struct RowsInfo<'a> {
@@ -145,7 +111,7 @@ pub(crate) fn check_prepare_qk(
     mask: Option<&KeyMask>,
 ) -> Result<()> {
     let Some(first) = segments.first().filter(|_| segments.len() <= MAX_SEGMENTS) else {
-        return Err(Error::SegmentCount { limit: MAX_SEGMENTS, got: segments.len() });
+        return Err(Error::SegmentCount { argument: "segments", limit: MAX_SEGMENTS, got: segments.len() });
     };
     let [batch, _, heads, head_dim] = sizes(SEGMENT_NAMES[0].q, first.q.source(), "4: [B, S, H, D]")?;
     let [_, _, kv_heads, _] = sizes(SEGMENT_NAMES[0].k, first.k.source(), "4: [B, S, Hkv, D]")?;
@@ -257,23 +223,10 @@ fn check_outputs(segments: &[SegmentInfo<'_>]) -> Result<()> {
             }
         }
         for (other, later, _) in &outputs[at + 1..] {
-            // Of one fused projection, or of one joint tensor, each after the other.
-            if !(is_of_same_memory(output, later) && output.layout.interleaves(&later.layout)) {
-                expect_apart(name, output, other, later)?;
-            }
+            expect_outputs_apart(name, output, other, later)?;
         }
     }
     Ok(())
-}
-
-/// Whether the layouts of both views count from one address.
-fn is_of_same_memory(a: &ViewInfo<'_>, b: &ViewInfo<'_>) -> bool {
-    // Where a whole buffer counts as touched, it does from 0 on.
-    let base = |view: &ViewInfo<'_>| {
-        let offset = view.layout.offset() * view.dtype.size() as u64;
-        view.touched.start.saturating_sub(offset)
-    };
-    a.space == b.space && base(a) == base(b) && a.memory_bytes == b.memory_bytes
 }
 
 /// Whether both views are of the same elements.

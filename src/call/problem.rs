@@ -3,6 +3,7 @@
 
 use std::ops::Range;
 
+use super::segments::{MAX_SEGMENTS, Role};
 use crate::cache::DeviceId;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
@@ -63,15 +64,17 @@ pub(crate) struct AttentionProblem {
     pub softmax_scale: f32,
     /// The bias as a `[B, H, Sq, Sk]` view; broadcast dimensions have stride 0.
     pub bias: Option<Layout>,
+    /// Whether q, k, v or the output come in several segments.
+    pub has_segments: bool,
 }
 
-/// The tensors of an attention call.
+/// The tensors of an attention call, each in segments.
 #[derive(Debug)]
 pub(crate) struct AttentionViews<'a> {
-    pub q: &'a ViewInfo<'a>,
-    pub k: &'a ViewInfo<'a>,
-    pub v: &'a ViewInfo<'a>,
-    pub out: &'a ViewInfo<'a>,
+    pub q: &'a [ViewInfo<'a>],
+    pub k: &'a [ViewInfo<'a>],
+    pub v: &'a [ViewInfo<'a>],
+    pub out: &'a [ViewInfo<'a>],
     /// `[B, H, Sq]` f32, or `[H, total_q]` of packed rows.
     pub lse: Option<&'a ViewInfo<'a>>,
 }
@@ -136,14 +139,15 @@ impl AttentionProblem {
         mask: &MaskInfo<'_>,
         softmax_scale: Option<f32>,
     ) -> Result<Self> {
-        let [batch, seq_q, num_heads, head_dim] = sizes("q", views.q, "4: [B, S, H, D]")?;
-        let [_, seq_k, num_kv_heads, _] = sizes("k", views.k, "4: [B, S, Hkv, D]")?;
+        let [batch, seq_q, num_heads, head_dim] = joint_sizes(Role::Q, views.q, "4: [B, S, H, D]")?;
+        let [_, seq_k, num_kv_heads, _] = joint_sizes(Role::K, views.k, "4: [B, S, Hkv, D]")?;
         // Whatever the mask: kernels count tokens of the whole batch in 32 bits.
         check_token_count("q", batch, seq_q)?;
         check_token_count("k", batch, seq_k)?;
-        expect_shape("k", views.k, &[batch, seq_k, num_kv_heads, head_dim])?;
-        expect_shape("v", views.v, &[batch, seq_k, num_kv_heads, head_dim])?;
-        expect_shape("out", views.out, &[batch, seq_q, num_heads, head_dim])?;
+        expect_joint_shape(Role::Q, views.q, [batch, seq_q, num_heads, head_dim])?;
+        expect_joint_shape(Role::K, views.k, [batch, seq_k, num_kv_heads, head_dim])?;
+        expect_joint_shape(Role::V, views.v, [batch, seq_k, num_kv_heads, head_dim])?;
+        expect_joint_shape(Role::Out, views.out, [batch, seq_q, num_heads, head_dim])?;
         let shape = AttentionShape { batch, seq_q, seq_k, num_heads, num_kv_heads, head_dim };
         let softmax_scale = check_attention(device, views, &shape, softmax_scale)?;
         check_lse(device, views, &[batch, num_heads, seq_q])?;
@@ -176,20 +180,24 @@ impl AttentionProblem {
         let mut bias = None;
         if let Some(view) = &mask.bias {
             bias = Some(broadcast_bias(view, [batch, num_heads, seq_q, seq_k])?);
-            if view.dtype != DType::F32 && view.dtype != views.q.dtype {
-                return Err(Error::DTypeMismatch { argument: "bias", expected: views.q.dtype, got: view.dtype });
+            let dtype = views.dtype();
+            if view.dtype != DType::F32 && view.dtype != dtype {
+                return Err(Error::DTypeMismatch { argument: "bias", expected: dtype, got: view.dtype });
             }
             expect_device("bias", view, device)?;
             expect_in_bounds("bias", view)?;
-            expect_apart("out", views.out, "bias", view)?;
+            for (out_name, out) in named(Role::Out, views.out) {
+                expect_apart(out_name, out, "bias", view)?;
+            }
             if let Some(lse) = views.lse {
                 expect_apart("lse", lse, "bias", view)?;
             }
         }
-        Ok(Self { shape, dtype: views.q.dtype, softmax_scale, bias })
+        let has_segments = [views.q, views.k, views.v, views.out].iter().any(|segments| segments.len() != 1);
+        Ok(Self { shape, dtype: views.dtype(), softmax_scale, bias, has_segments })
     }
 
-    /// Checks a call on packed rows `[total, H, D]`.
+    /// Checks a call on packed rows `[total, H, D]`, which come in one segment.
     pub(crate) fn packed(
         device: DeviceInfo<'_>,
         views: &AttentionViews<'_>,
@@ -197,11 +205,12 @@ impl AttentionProblem {
         (ranges, modifiers): (Option<&KeyRanges>, Option<&ScoreModifiers>),
         softmax_scale: Option<f32>,
     ) -> Result<Self> {
-        let [total_q, num_heads, head_dim] = sizes("q", views.q, "3: [total_q, H, D]")?;
-        let [total_k, num_kv_heads, _] = sizes("k", views.k, "3: [total_k, Hkv, D]")?;
-        expect_shape("k", views.k, &[total_k, num_kv_heads, head_dim])?;
-        expect_shape("v", views.v, &[total_k, num_kv_heads, head_dim])?;
-        expect_shape("out", views.out, &[total_q, num_heads, head_dim])?;
+        let [q, k, v, out] = [views.q, views.k, views.v, views.out].map(|segments| &segments[0]);
+        let [total_q, num_heads, head_dim] = sizes("q", q, "3: [total_q, H, D]")?;
+        let [total_k, num_kv_heads, _] = sizes("k", k, "3: [total_k, Hkv, D]")?;
+        expect_shape("k", k, &[total_k, num_kv_heads, head_dim])?;
+        expect_shape("v", v, &[total_k, num_kv_heads, head_dim])?;
+        expect_shape("out", out, &[total_q, num_heads, head_dim])?;
         expect_total("cu_seqlens_q", cu_seqlens_q, total_q)?;
         expect_total("cu_seqlens_k", cu_seqlens_k, total_k)?;
         if cu_seqlens_k.batch() != cu_seqlens_q.batch() {
@@ -219,8 +228,60 @@ impl AttentionProblem {
         let shape = AttentionShape { batch, seq_q: total_q, seq_k: total_k, num_heads, num_kv_heads, head_dim };
         let softmax_scale = check_attention(device, views, &shape, softmax_scale)?;
         check_lse(device, views, &[num_heads, total_q])?;
-        Ok(Self { shape, dtype: views.q.dtype, softmax_scale, bias: None })
+        Ok(Self { shape, dtype: views.dtype(), softmax_scale, bias: None, has_segments: false })
     }
+}
+
+impl<'a> AttentionViews<'a> {
+    /// Of all tensors, once they are checked; there is a segment then.
+    fn dtype(&self) -> DType {
+        self.q.first().map_or(DType::F32, |first| first.dtype)
+    }
+
+    /// The segments of the inputs, and what errors call them.
+    fn inputs(&self) -> impl Iterator<Item = (&'static str, &'a ViewInfo<'a>)> + use<'a> {
+        named(Role::Q, self.q).chain(named(Role::K, self.k)).chain(named(Role::V, self.v))
+    }
+}
+
+/// The segments of a tensor, and what errors call them.
+fn named<'a>(
+    role: Role,
+    segments: &'a [ViewInfo<'a>],
+) -> impl Iterator<Item = (&'static str, &'a ViewInfo<'a>)> + use<'a> {
+    let name = move |(index, segment)| (role.segment_name(index, segments.len()), segment);
+    segments.iter().enumerate().map(name)
+}
+
+/// The sizes of a tensor in segments of rank 4: those of the first one, and S of all.
+fn joint_sizes(role: Role, segments: &[ViewInfo<'_>], expected: &'static str) -> Result<[usize; 4]> {
+    let Some(first) = segments.first().filter(|_| segments.len() <= MAX_SEGMENTS) else {
+        return Err(Error::SegmentCount { argument: role.name(), limit: MAX_SEGMENTS, got: segments.len() });
+    };
+    let [batch, _, heads, head_dim] = sizes(role.segment_name(0, segments.len()), first, expected)?;
+    let mut joint = 0_usize;
+    for (name, segment) in named(role, segments) {
+        let [_, seq, ..] = sizes::<4>(name, segment, expected)?;
+        joint = joint.saturating_add(seq);
+    }
+    Ok([batch, joint, heads, head_dim])
+}
+
+/// Checks a tensor in segments: their lengths add up, and all else is as expected.
+fn expect_joint_shape(role: Role, segments: &[ViewInfo<'_>], expected: [usize; 4]) -> Result<()> {
+    let [batch, seq, heads, head_dim] = expected;
+    if let [one] = segments {
+        return expect_shape(role.name(), one, &expected);
+    }
+    let [_, got, ..] = joint_sizes(role, segments, "4: [B, S, H, D]")?;
+    for (name, segment) in named(role, segments) {
+        expect_shape(name, segment, &[batch, segment.layout.shape()[1], heads, head_dim])?;
+    }
+    if got == seq {
+        return Ok(());
+    }
+    let got = vec![batch, got, heads, head_dim];
+    Err(Error::Shape { argument: role.name(), expected: expected.to_vec(), got })
 }
 
 /// One tensor of a pack: its padded and its packed form, and what the caller knows them as.
@@ -318,23 +379,32 @@ fn check_attention(
     shape: &AttentionShape,
     softmax_scale: Option<f32>,
 ) -> Result<f32> {
-    let AttentionViews { q, k, v, out, .. } = *views;
     let AttentionShape { num_heads, num_kv_heads, head_dim, .. } = *shape;
     if num_kv_heads == 0 || !num_heads.is_multiple_of(num_kv_heads) {
         return Err(Error::HeadsNotDivisible { num_heads, num_kv_heads });
     }
     expect_head_dim(head_dim)?;
-    expect_supported("q", q, device)?;
-    for (name, view) in [("k", k), ("v", v), ("out", out)] {
-        expect_dtype(name, view, q.dtype)?;
+    let outputs = || named(Role::Out, views.out);
+    if let Some((name, first)) = views.inputs().next() {
+        expect_supported(name, first, device)?;
     }
-    for (name, view) in [("q", q), ("k", k), ("v", v)] {
+    for (name, view) in views.inputs().chain(outputs()) {
+        expect_dtype(name, view, views.dtype())?;
+    }
+    for (name, view) in views.inputs() {
         expect_input(name, view, device)?;
         expect_count(name, view.layout.shape())?;
     }
-    expect_output("out", out, device)?;
-    for (name, view) in [("q", q), ("k", k), ("v", v)] {
-        expect_apart("out", out, name, view)?;
+    for (name, view) in outputs() {
+        expect_output(name, view, device)?;
+    }
+    for (at, (out_name, out)) in outputs().enumerate() {
+        for (name, view) in views.inputs() {
+            expect_apart(out_name, out, name, view)?;
+        }
+        for (name, later) in outputs().skip(at + 1) {
+            expect_outputs_apart(out_name, out, name, later)?;
+        }
     }
     match softmax_scale {
         None => Ok(1.0 / (head_dim as f32).sqrt()),
@@ -349,7 +419,7 @@ fn check_lse(device: DeviceInfo<'_>, views: &AttentionViews<'_>, shape: &[usize]
     expect_shape("lse", lse, shape)?;
     expect_dtype("lse", lse, DType::F32)?;
     expect_output("lse", lse, device)?;
-    for (other, view) in [("q", views.q), ("k", views.k), ("v", views.v), ("out", views.out)] {
+    for (other, view) in views.inputs().chain(named(Role::Out, views.out)) {
         expect_apart("lse", lse, other, view)?;
     }
     Ok(())
@@ -514,6 +584,30 @@ pub(super) fn expect_apart(
         return Err(Error::Overlap { argument, other });
     }
     Ok(())
+}
+
+/// Outputs of one call may take turns in one memory: those of one fused projection, or of one joint
+/// tensor, each after the other.
+pub(super) fn expect_outputs_apart(
+    argument: &'static str,
+    output: &ViewInfo<'_>,
+    other: &'static str,
+    later: &ViewInfo<'_>,
+) -> Result<()> {
+    if is_of_same_memory(output, later) && output.layout.interleaves(&later.layout) {
+        return Ok(());
+    }
+    expect_apart(argument, output, other, later)
+}
+
+/// Whether the layouts of both views count from one address.
+fn is_of_same_memory(a: &ViewInfo<'_>, b: &ViewInfo<'_>) -> bool {
+    // Where a whole buffer counts as touched, it does from 0 on.
+    let base = |view: &ViewInfo<'_>| {
+        let offset = view.layout.offset() * view.dtype.size() as u64;
+        view.touched.start.saturating_sub(offset)
+    };
+    a.space == b.space && base(a) == base(b) && a.memory_bytes == b.memory_bytes
 }
 
 pub(super) fn expect_mask(argument: &'static str, mask: &KeyMask, batch: usize, seq: usize) -> Result<()> {

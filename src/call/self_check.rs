@@ -35,6 +35,7 @@ use crate::call::op::{Attention, Backend, Op, Rows};
 use crate::call::path::Path;
 use crate::call::plan::{Plan, Reason};
 use crate::call::problem::{AttentionProblem, AttentionShape};
+use crate::call::segments::Segmented;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::kernel::Kernel;
@@ -309,14 +310,21 @@ impl<'a> Bench<'a> {
             dtype,
             softmax_scale: 1.0 / (head_dim as f32).sqrt(),
             bias: None,
+            has_segments: false,
         };
         device.execute(Op::Attention(Attention {
             problem: &problem,
-            plan: Plan { path: form.path(), kernel, reason: Reason::PathForced, estimate: None },
-            q: Input { memory: self.q.source(), layout: of_queries, dtype },
-            k: Input { memory: self.k.source(), layout: of_keys, dtype },
-            v: Input { memory: self.v.source(), layout: of_keys, dtype },
-            out: Output { memory: self.out.sink(), layout: of_queries, dtype },
+            plan: Plan {
+                path: form.path(),
+                kernel,
+                reason: Reason::PathForced,
+                copies_segments: false,
+                estimate: None,
+            },
+            q: Segmented::One(Input { memory: self.q.source(), layout: of_queries, dtype }),
+            k: Segmented::One(Input { memory: self.k.source(), layout: of_keys, dtype }),
+            v: Segmented::One(Input { memory: self.v.source(), layout: of_keys, dtype }),
+            out: Segmented::One(Output { memory: self.out.sink(), layout: of_queries, dtype }),
             lse: None,
             rows,
             ranges: None,
@@ -486,8 +494,10 @@ pub(crate) mod tests {
                 Lie::Scale => problem.softmax_scale *= 1.25,
                 Lie::None | Lie::Element | Lie::GrowingRow | Lie::MaskedRow => {}
             }
-            let Output { memory: Sink::Host(bytes), layout, dtype } = attention.out else { unreachable!() };
-            let out = Output { memory: Sink::Host(&mut *bytes), layout, dtype };
+            let Segmented::One(Output { memory: Sink::Host(bytes), layout, dtype }) = attention.out else {
+                unreachable!()
+            };
+            let out = Segmented::One(Output { memory: Sink::Host(&mut *bytes), layout, dtype });
             self.honest.execute(Op::Attention(Attention { problem: &problem, out, ..attention }))?;
             let (form, token) = (self.case.form, HEADS * problem.shape.head_dim);
             let bits: &mut [u16] = bytemuck::cast_slice_mut(&mut bytes[..2 * layout.numel()]);

@@ -2,8 +2,10 @@
 
 pub(crate) mod device_meta;
 pub(crate) mod memory;
+mod segments;
 mod view;
 
+pub use segments::{Segments, SegmentsMut};
 pub use view::{TensorView, TensorViewMut};
 
 use crate::call::memory::Storage;

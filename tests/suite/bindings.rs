@@ -71,7 +71,9 @@ fn strided_batches_are_split(variant: &Variant) -> Result<()> {
     call.inputs = Inputs::FusedQkv;
     call.check(&variant).context("fused QKV")?;
     call.inputs = Inputs::Apart([Placement::HEADS_OUTSIDE, Placement::ROOM_AROUND, Placement::HEADS_OUTSIDE]);
-    call.check(&variant)
+    call.check(&variant)?;
+    // Copies of all segments fit a binding too.
+    Call::random(shape, Mask::Varlen(keep()), variant.dtype, 10).check_segments(&variant, &[3]).context("segments")
 }
 
 fn dense_calls_are_split(variant: &Variant) -> Result<()> {

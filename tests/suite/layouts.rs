@@ -112,7 +112,7 @@ fn dense_calls(variant: &Variant) -> Result<()> {
 }
 
 /// Views whose rows start in the middle of a word, each row at another place in it: an odd offset, odd strides.
-const ODD: [Placement; 3] = [
+pub const ODD: [Placement; 3] = [
     Placement { order: [0, 1, 2, 3], margin: [(0, 0), (1, 0), (0, 0), (1, 2)] },
     Placement { order: [0, 2, 1, 3], margin: [(0, 1), (0, 0), (1, 1), (3, 0)] },
     Placement { order: [1, 0, 2, 3], margin: [(1, 0), (0, 0), (0, 1), (2, 5)] },

@@ -37,13 +37,14 @@ const SHAPE: OracleShape = OracleShape { batch: 3, seq_q: 75, seq_k: 75, heads: 
 type Outputs = (Vec<u32>, Vec<f32>);
 
 /// `[B, H, S]` f32 inside memory whose every other element must keep its bits.
-struct LseMemory {
+pub struct LseMemory {
     memory: Tensor,
     shape: [usize; 3],
 }
 
 impl LseMemory {
-    fn new(device: &Device, shape: [usize; 3]) -> Result<Self> {
+    /// All of it the sentinel.
+    pub fn new(device: &Device, shape: [usize; 3]) -> Result<Self> {
         let [batch, heads, seq] = shape;
         let holder = [batch + 1, heads + 2, seq + 5];
         let bits = vec![sentinel(DType::F32); holder.iter().product()];
@@ -51,13 +52,14 @@ impl LseMemory {
     }
 
     /// Rows start beside words of 16 bytes.
-    fn view(&mut self) -> Result<TensorViewMut<'_>> {
+    pub fn view(&mut self) -> Result<TensorViewMut<'_>> {
         let [batch, heads, seq] = self.shape;
         let view = self.memory.view_mut().slice(0, 1..1 + batch)?;
         Ok(view.slice(1, 1..1 + heads)?.slice(2, 3..3 + seq)?)
     }
 
-    fn read(&self) -> Result<Vec<f32>> {
+    /// The values; an error if anything around them was written.
+    pub fn read(&self) -> Result<Vec<f32>> {
         let [batch, heads, seq] = self.shape;
         let mut values = Vec::with_capacity(batch * heads * seq);
         for (row, bits) in download(&self.memory)?.chunks(seq + 5).enumerate() {

@@ -57,6 +57,7 @@ mod ranges;
 mod refusals;
 mod repeats;
 mod rule;
+mod segments;
 mod shapes;
 mod tensors;
 mod threads;
@@ -81,6 +82,7 @@ const SHARED: &[Register] = &[
     shapes::register,
     any_head_dim::register,
     layouts::register,
+    segments::register,
     long_keys::register,
     numerics::register,
     bias::register,

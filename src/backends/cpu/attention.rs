@@ -35,6 +35,7 @@ use super::tiles::{KEY_TILE, Tiles};
 use crate::call::op::{Attention, Rows};
 use crate::call::path::Path;
 use crate::call::problem::AttentionShape;
+use crate::call::segments::Segmented;
 use crate::dtype::DType;
 use crate::error::Result;
 use crate::host_vec;
@@ -83,7 +84,9 @@ fn attend_packed(
     let rows = Rows::Packed { query: query.cu_seqlens(), key: key.cu_seqlens() };
     let (q, k, v) = (q.input(), k.input(), v.input());
     let mut packed_lse = lse.as_ref().map(|_| PackedScratch::lse(query, problem.shape.num_heads)).transpose()?;
-    let (out_of_rows, lse_of_rows) = (packed_out.output(), packed_lse.as_mut().map(PackedScratch::output));
+    let [q, k, v] = [q, k, v].map(Segmented::One);
+    let (out_of_rows, lse_of_rows) =
+        (Segmented::One(packed_out.output()), packed_lse.as_mut().map(PackedScratch::output));
     let attention =
         Attention { problem, plan, q, k, v, out: out_of_rows, lse: lse_of_rows, rows, ranges, modifiers, bias: None };
     attend(attention, processor, threads)?;
@@ -168,10 +171,11 @@ impl<T: RowElement> Call<'_, T> {
             if kept.keeps(b, token) {
                 return;
             }
+            let out = self.out.batch_rows(b);
             for h in 0..num_heads {
                 // SAFETY: each row is visited once, rows of the output do not overlap (checked by
                 // problem), and no task has been started.
-                let row = unsafe { self.out.row(&[b, token, h], head_dim) };
+                let row = unsafe { out.row(token, h, head_dim) };
                 row.fill(T::zeroed());
                 self.write_lse([b, h, token], f32::NEG_INFINITY);
             }

@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use super::bf16_pairs::Bf16Pairs;
-use super::host::{HostInput, HostOutput, NAME};
+use super::host::{HostInput, HostOutput, InputSegments, NAME, OutputSegments};
 use super::needed_keys::{NeededKeys, Sequences};
 use super::operands::{OneF32, Operand};
 use super::processor::Processor;
@@ -13,6 +13,7 @@ use super::strip::tile_columns;
 use crate::call::memory::{Input, Output};
 use crate::call::op::{Attention, Rows, no_device_tables};
 use crate::call::problem::{AttentionProblem, AttentionShape};
+use crate::call::segments::Segmented;
 use crate::dtype::DType;
 use crate::error::Result;
 use crate::layout::Layout;
@@ -25,10 +26,10 @@ pub(super) struct Call<'a, T> {
     pub processor: Processor,
     /// The operands of the products are pairs of bf16; else they are f32.
     pub pairs: Option<Bf16Pairs>,
-    pub q: HostInput<'a, T>,
-    pub k: HostInput<'a, T>,
-    pub v: HostInput<'a, T>,
-    pub out: HostOutput<'a, T>,
+    pub q: InputSegments<'a, T>,
+    pub k: InputSegments<'a, T>,
+    pub v: InputSegments<'a, T>,
+    pub out: OutputSegments<'a, T>,
     /// `[B, H, Sq]`, as the others.
     lse: Option<HostOutput<'a, f32>>,
     pub bias: Option<Bias<'a, T>>,
@@ -113,7 +114,9 @@ impl<'a, T: RowElement> Call<'a, T> {
         let softcap = modifiers.filter(|modifiers| modifiers.set().softcap);
         let softcap = softcap
             .map(|modifiers| Softcap { cap: modifiers.softcap(), factor: modifiers.softcap_factor(scale.scores) });
-        let padded = |input: Input<'a>| HostInput::new(Input { layout: with_batch(input.layout)?, ..input });
+        let padded = |input: Segmented<Input<'a>>| {
+            InputSegments::inputs(input.try_map(|input| Ok(Input { layout: with_batch(input.layout)?, ..input }))?)
+        };
         Ok(Self {
             problem,
             processor,
@@ -124,7 +127,7 @@ impl<'a, T: RowElement> Call<'a, T> {
             q: padded(q)?,
             k: padded(k)?,
             v: padded(v)?,
-            out: HostOutput::new(Output { layout: with_batch(out.layout)?, ..out })?,
+            out: OutputSegments::outputs(out.try_map(|out| Ok(Output { layout: with_batch(out.layout)?, ..out }))?)?,
             lse: lse.map(|lse| HostOutput::new(Output { layout: lse_with_batch(lse.layout)?, ..lse })).transpose()?,
             bias,
             softcap,

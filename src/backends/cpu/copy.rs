@@ -2,9 +2,10 @@
 
 use bytemuck::Pod;
 
-use super::host::{self, HostInput, HostOutput};
+use super::host::{self, HostInput, HostOutput, InputSegments, OutputSegments};
 use super::threads::Threads;
 use crate::call::memory::{Input, Output, Sink, Source};
+use crate::call::segments::Segmented;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::layout::{Layout, MAX_RANK};
@@ -15,16 +16,16 @@ const ROWS_PER_TASK: usize = 64;
 /// Bytes to copy for which it is worth to wake a thread.
 const BYTES_OF_A_THREAD: usize = 1 << 18;
 
-/// Padded `[B, S, H, D]` to packed `[total_valid, H, D]`.
-pub(super) fn pack(from: Input<'_>, to: Output<'_>, meta: &VarlenMeta, threads: &Threads) -> Result<()> {
-    match from.dtype {
+/// Padded `[B, S, H, D]`, in segments, to packed `[total_valid, H, D]`.
+pub(super) fn pack(from: Segmented<Input<'_>>, to: Output<'_>, meta: &VarlenMeta, threads: &Threads) -> Result<()> {
+    match to.dtype {
         DType::F32 => pack_elements::<u32>(from, to, meta, threads),
         DType::F16 | DType::Bf16 => pack_elements::<u16>(from, to, meta, threads),
     }
 }
 
-/// Packed `[total_valid, H, D]` to padded `[B, S, H, D]`, zeros elsewhere.
-pub(super) fn scatter(from: Input<'_>, to: Output<'_>, meta: &VarlenMeta, threads: &Threads) -> Result<()> {
+/// Packed `[total_valid, H, D]` to padded `[B, S, H, D]`, in segments; zeros elsewhere.
+pub(super) fn scatter(from: Input<'_>, to: Segmented<Output<'_>>, meta: &VarlenMeta, threads: &Threads) -> Result<()> {
     match from.dtype {
         DType::F32 => scatter_elements::<u32>(from, to, meta, threads),
         DType::F16 | DType::Bf16 => scatter_elements::<u16>(from, to, meta, threads),
@@ -40,12 +41,13 @@ pub(super) struct PackedScratch {
 
 impl PackedScratch {
     /// The valid rows of a padded tensor.
-    pub fn pack(padded: Input<'_>, meta: &VarlenMeta, threads: &Threads) -> Result<Self> {
-        let &[_, _, heads, dim] = padded.layout.shape() else {
-            let got = padded.layout.rank();
-            return Err(Error::Rank { argument: "padded", expected: "4: [B, S, H, D]", got });
+    pub fn pack(padded: Segmented<Input<'_>>, meta: &VarlenMeta, threads: &Threads) -> Result<Self> {
+        let (shape, dtype) =
+            padded.iter().next().map_or((&[][..], DType::F32), |first| (first.layout.shape(), first.dtype));
+        let &[_, _, heads, dim] = shape else {
+            return Err(Error::Rank { argument: "padded", expected: "4: [B, S, H, D]", got: shape.len() });
         };
-        let mut packed = Self::zeros(Layout::contiguous(&[meta.total_valid(), heads, dim])?, padded.dtype)?;
+        let mut packed = Self::zeros(Layout::contiguous(&[meta.total_valid(), heads, dim])?, dtype)?;
         pack(padded, packed.output(), meta, threads)?;
         Ok(packed)
     }
@@ -83,23 +85,24 @@ pub(super) fn zero(to: Output<'_>, threads: &Threads) -> Result<()> {
 }
 
 fn pack_elements<T: Pod + Send + Sync>(
-    from: Input<'_>,
+    from: Segmented<Input<'_>>,
     to: Output<'_>,
     meta: &VarlenMeta,
     threads: &Threads,
 ) -> Result<()> {
-    let (from, to) = (HostInput::<T>::new(from)?, HostOutput::<T>::new(to)?);
-    let &[_, seq, heads, dim] = from.layout.shape() else { return Ok(()) };
+    let (from, to, seq) = (InputSegments::<T>::inputs(from)?, HostOutput::<T>::new(to)?, meta.seq());
+    let &[_, heads, dim] = to.layout.shape() else { return Ok(()) };
     let indices = meta.indices()?;
     let team = threads.team(worth(indices.len(), heads * dim * size_of::<T>()));
     team.for_each(indices.len(), ROWS_PER_TASK, |packed| {
         let flat = indices[packed];
         let (b, s) = (flat as usize / seq, flat as usize % seq);
+        let rows = from.batch_rows(b);
         for h in 0..heads {
             // SAFETY: each packed row is visited once, and rows of the output do not overlap
             // (checked by problem).
             let row = unsafe { to.row(&[packed, h], dim) };
-            row.copy_from_slice(from.row(&[b, s, h], dim));
+            row.copy_from_slice(rows.row(s, h, dim));
         }
     });
     Ok(())
@@ -107,20 +110,21 @@ fn pack_elements<T: Pod + Send + Sync>(
 
 fn scatter_elements<T: Pod + Send + Sync>(
     from: Input<'_>,
-    to: Output<'_>,
+    to: Segmented<Output<'_>>,
     meta: &VarlenMeta,
     threads: &Threads,
 ) -> Result<()> {
-    let (from, to) = (HostInput::<T>::new(from)?, HostOutput::<T>::new(to)?);
-    let &[_, seq, heads, dim] = to.layout.shape() else { return Ok(()) };
+    let (from, to, seq) = (HostInput::<T>::new(from)?, OutputSegments::<T>::outputs(to)?, meta.seq());
+    let &[_, heads, dim] = from.layout.shape() else { return Ok(()) };
     let inv_indices = meta.inv_indices()?;
     let team = threads.team(worth(inv_indices.len(), heads * dim * size_of::<T>()));
     team.for_each(inv_indices.len(), ROWS_PER_TASK, |flat| {
         let packed = inv_indices[flat];
+        let rows = to.batch_rows(flat / seq);
         for h in 0..heads {
             // SAFETY: each padded row is visited once, and rows of the output do not overlap
             // (checked by problem).
-            let row = unsafe { to.row(&[flat / seq, flat % seq, h], dim) };
+            let row = unsafe { rows.row(flat % seq, h, dim) };
             match usize::try_from(packed) {
                 Ok(packed) => row.copy_from_slice(from.row(&[packed, h], dim)),
                 Err(_) => row.fill(T::zeroed()),

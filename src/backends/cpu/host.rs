@@ -5,6 +5,7 @@ use std::marker::PhantomData;
 use bytemuck::Pod;
 
 use crate::call::memory::{Input, Output, Sink, Source, foreign_memory};
+use crate::call::segments::{MAX_SEGMENTS, Segmented};
 use crate::error::{Error, Result};
 use crate::host_vec::reserve;
 use crate::kernel::BackendKind;
@@ -111,6 +112,126 @@ impl<T: Pod> BatchRows<&HostOutput<'_, T>> {
     pub unsafe fn row(&self, token: usize, head: usize, len: usize) -> &mut [T] {
         // SAFETY: the caller's promise.
         unsafe { self.data.elements(self.offsets.at(token, head), len) }
+    }
+}
+
+/// `[B, S, H, D]` in segments along S. The first one, which is the only one of most calls, is found
+/// by a comparison.
+#[derive(Debug)]
+pub(super) struct InSegments<H> {
+    first: H,
+    /// Tokens of the first one; all there can be if there are no others.
+    first_len: usize,
+    rest: Vec<Segment<H>>,
+}
+
+/// One of the segments that follow the first.
+#[derive(Debug)]
+struct Segment<H> {
+    view: H,
+    /// Tokens of all segments before it.
+    start: usize,
+}
+
+pub(super) type InputSegments<'a, T> = InSegments<HostInput<'a, T>>;
+pub(super) type OutputSegments<'a, T> = InSegments<HostOutput<'a, T>>;
+
+impl<H> InSegments<H> {
+    fn new<V>(
+        views: Segmented<V>,
+        layout: impl Fn(&V) -> &Layout,
+        mut host: impl FnMut(V) -> Result<H>,
+    ) -> Result<Self> {
+        let several = match views {
+            Segmented::One(view) => return Ok(Self { first: host(view)?, first_len: usize::MAX, rest: Vec::new() }),
+            Segmented::Several(several) => several,
+        };
+        let mut start = 0;
+        let mut segments = Vec::with_capacity(several.len());
+        for view in several {
+            let len = layout(&view).shape().get(1).copied().unwrap_or(0);
+            // Tokens are counted in an i32 (checked by problem).
+            segments.push((Segment { view: host(view)?, start }, len));
+            start += len;
+        }
+        let mut segments = segments.into_iter();
+        let Some((Segment { view: first, .. }, first_len)) = segments.next() else {
+            return Err(Error::SegmentCount { argument: "segments", limit: MAX_SEGMENTS, got: 0 });
+        };
+        let rest = segments.map(|(segment, _)| segment).collect();
+        Ok(Self { first, first_len, rest })
+    }
+
+    /// The segment of a token that the first does not have, and the token's place in it: the last one
+    /// that starts at it or before. Empty ones that start there too come earlier.
+    #[cold]
+    #[inline(never)]
+    fn later(&self, token: usize) -> (&H, usize) {
+        let found = self.rest.iter().rev().find(|segment| segment.start <= token);
+        found.map_or((&self.first, token), |segment| (&segment.view, token - segment.start))
+    }
+}
+
+impl<'a, T: Pod> InputSegments<'a, T> {
+    pub fn inputs(segments: Segmented<Input<'a>>) -> Result<Self> {
+        Self::new(segments, |segment| &segment.layout, HostInput::new)
+    }
+
+    /// The rows of one batch row.
+    #[inline(always)]
+    pub fn batch_rows(&self, batch: usize) -> SegmentRows<'_, HostInput<'a, T>, &'a [T]> {
+        SegmentRows { first: self.first.batch_rows(batch), first_len: self.first_len, all: self, batch }
+    }
+}
+
+impl<'a, T: Pod> OutputSegments<'a, T> {
+    pub fn outputs(segments: Segmented<Output<'a>>) -> Result<Self> {
+        Self::new(segments, |segment| &segment.layout, HostOutput::new)
+    }
+
+    /// The rows of one batch row.
+    #[inline(always)]
+    pub fn batch_rows(&self, batch: usize) -> SegmentRows<'_, HostOutput<'a, T>, &HostOutput<'a, T>> {
+        SegmentRows { first: self.first.batch_rows(batch), first_len: self.first_len, all: self, batch }
+    }
+}
+
+/// The rows of one batch row, of whichever segment.
+#[derive(Debug)]
+pub(super) struct SegmentRows<'s, H, D> {
+    first: BatchRows<D>,
+    first_len: usize,
+    all: &'s InSegments<H>,
+    batch: usize,
+}
+
+impl<'a, T: Pod> SegmentRows<'_, HostInput<'a, T>, &'a [T]> {
+    #[inline(always)]
+    pub fn row(&self, token: usize, head: usize, len: usize) -> &'a [T] {
+        if token < self.first_len { self.first.row(token, head, len) } else { self.later_row(token, head, len) }
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn later_row(&self, token: usize, head: usize, len: usize) -> &'a [T] {
+        let (segment, token) = self.all.later(token);
+        segment.row(&[self.batch, token, head], len)
+    }
+}
+
+impl<'s, T: Pod> SegmentRows<'s, HostOutput<'_, T>, &'s HostOutput<'_, T>> {
+    /// # Safety
+    /// As [`HostOutput::row`].
+    #[inline(always)]
+    #[expect(clippy::mut_from_ref, reason = "as HostOutput::row")]
+    pub unsafe fn row(&self, token: usize, head: usize, len: usize) -> &mut [T] {
+        if token < self.first_len {
+            // SAFETY: the caller's promise.
+            return unsafe { self.first.row(token, head, len) };
+        }
+        let (segment, token) = self.all.later(token);
+        // SAFETY: the caller's promise.
+        unsafe { segment.row(&[self.batch, token, head], len) }
     }
 }
 

@@ -32,6 +32,7 @@ use crate::cache::DeviceId;
 use crate::call::memory::{Sink, Source, Storage};
 use crate::call::op::{Backend, Instant, MetadataPlace, Op, Timing, no_device_tables};
 use crate::call::plan::Capabilities;
+use crate::call::segments::Segmented;
 use crate::config::CpuIsa;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
@@ -137,9 +138,9 @@ impl Backend for CpuDevice {
         match op {
             Op::Attention(attention) => attention::attend(attention, self.processor, &self.threads),
             Op::Pack { pairs, meta } => {
-                pairs.into_iter().try_for_each(|(from, to)| copy::pack(from, to, meta, &self.threads))
+                pairs.into_iter().try_for_each(|(from, to)| copy::pack(Segmented::One(from), to, meta, &self.threads))
             }
-            Op::Scatter { packed, padded, meta } => copy::scatter(packed, padded, meta, &self.threads),
+            Op::Scatter { packed, padded, meta } => copy::scatter(packed, Segmented::One(padded), meta, &self.threads),
             Op::Zero(out) => copy::zero(out, &self.threads),
             Op::NoKeys(lse) => lse::no_keys(lse),
             Op::Merge(merge) => lse::merge(merge, &self.threads),

@@ -6,6 +6,7 @@ use std::ops::Range;
 use crate::backends::rows::{RowShape, WORD_BYTES, head_ranges, with_filled_heads};
 use crate::call::op::{Attention, Rows};
 use crate::call::path::Path;
+use crate::call::segments::Role;
 use crate::error::{Error, Result};
 use crate::mask::cu_seqlens::CuSeqlens;
 use crate::score_modifiers::ScoreModifiers;
@@ -20,6 +21,7 @@ use super::pace::Pace;
 use super::params::AttentionParams;
 use super::placement::{FirstDim, Operand, Placed, split_batch};
 use super::ranges::Ranges;
+use super::segments::Segments;
 use super::shader::{Algorithm, AttentionRows, AttentionShader, Shader};
 use super::sides::{Kept, Sequences, Side};
 use super::work::{Work, group_operations};
@@ -87,15 +89,15 @@ struct Call<'a> {
 
 /// The tensors of a call.
 struct Operands<'a> {
-    q: Operand<'a>,
-    k: Operand<'a>,
-    v: Operand<'a>,
-    out: Operand<'a>,
+    q: Segments<'a>,
+    k: Segments<'a>,
+    v: Segments<'a>,
+    out: Segments<'a>,
 }
 
 impl<'a> Operands<'a> {
-    fn all(&self) -> [Operand<'a>; 4] {
-        [self.q, self.k, self.v, self.out]
+    fn all(&self) -> impl Iterator<Item = Operand<'a>> {
+        [&self.q, &self.k, &self.v, &self.out].into_iter().flat_map(Segments::operands)
     }
 }
 
@@ -126,10 +128,10 @@ impl Call<'_> {
     fn operands<'b>(&'b self, query_dim: FirstDim<'b>, key_dim: FirstDim<'b>) -> Result<Operands<'b>> {
         let Attention { q, k, v, out, .. } = self.attention;
         Ok(Operands {
-            q: Operand::input(self.context, "q", q, query_dim)?,
-            k: Operand::input(self.context, "k", k, key_dim)?,
-            v: Operand::input(self.context, "v", v, key_dim)?,
-            out: Operand::output(self.context, "out", out, query_dim)?,
+            q: Segments::input(self.context, Role::Q, q, query_dim)?,
+            k: Segments::input(self.context, Role::K, k, key_dim)?,
+            v: Segments::input(self.context, Role::V, v, key_dim)?,
+            out: Segments::output(self.context, Role::Out, out, query_dim)?,
         })
     }
 
@@ -144,7 +146,7 @@ impl Call<'_> {
     ) -> Result<Tensors> {
         // The output first: one that is refused is refused before anything is copied.
         let out = out.place_output(range, launches, scratch)?;
-        let mut place = |input: &Operand<'_>| input.place_input(self.context, range, launches, scratch);
+        let mut place = |input: &Segments<'_>| input.place_input(self.context, range, launches, scratch);
         Ok(Tensors { q: place(q)?, k: place(k)?, v: place(v)?, out })
     }
 
@@ -182,7 +184,7 @@ impl Call<'_> {
             Some(Kept::Host(kept)) => Ranges::dense_kept(context, self.attention.ranges, kept, self.tile_rows())?,
             _ => Ranges::dense(context, self.attention.ranges, self.tile_rows())?,
         };
-        let bound: Vec<_> = operands.all().into_iter().chain(bias).chain(lse).collect();
+        let bound: Vec<_> = operands.all().chain(bias).chain(lse).collect();
         for range in split_batch(context.max_binding_bytes, shape.batch, &bound, |_| 0)? {
             let mut scratch = Vec::new();
             let tensors = self.place(&operands, &range, launches, &mut scratch)?;
@@ -234,7 +236,8 @@ impl Call<'_> {
         if got > limit {
             return Err(too_large("lse", "max_storage_buffer_binding_size (bytes)", limit, got));
         }
-        for range in split_batch(self.context.max_binding_bytes, query.batch(), &operands.all(), |_| 0)? {
+        let bound: Vec<_> = operands.all().collect();
+        for range in split_batch(self.context.max_binding_bytes, query.batch(), &bound, |_| 0)? {
             let mut scratch = Vec::new();
             let tensors = self.place(&operands, &range, launches, &mut scratch)?;
             let (q_row_base, k_row_base) = (query.rows(range.start).start, key.rows(range.start).start);
@@ -262,7 +265,7 @@ impl Call<'_> {
             }
             _ => Ranges::none(context),
         };
-        let bound: Vec<_> = operands.all().into_iter().chain(lse).collect();
+        let bound: Vec<_> = operands.all().chain(lse).collect();
         let list_bytes = |range: &Range<usize>| {
             let lists = [query_tokens.bytes(range), key_tokens.bytes(range), tiles.bytes(range)];
             lists.into_iter().map(|bytes| bytes.end - bytes.start + BINDING_ALIGNMENT).max().unwrap_or(0)
@@ -320,7 +323,7 @@ impl Call<'_> {
         };
         let operands = self.operands(FirstDim::Batch, FirstDim::Batch)?;
         let lse = self.lse()?;
-        let bound: Vec<_> = operands.all().into_iter().chain(lse).collect();
+        let bound: Vec<_> = operands.all().chain(lse).collect();
         let row = |heads: usize| RowShape::new(heads, shape.head_dim, self.attention.problem.dtype.size());
         let (q_row, kv_row) = (row(shape.num_heads), row(shape.num_kv_heads));
         let scratch_bytes =
@@ -331,7 +334,7 @@ impl Call<'_> {
         };
         for range in batch_ranges {
             let mut scratch = Vec::new();
-            let mut pack = |operand: &Operand<'_>, row: RowShape, meta: Side<'_>| -> Result<Placed> {
+            let mut pack = |operand: &Segments<'_>, row: RowShape, meta: Side<'_>| -> Result<Placed> {
                 let src = operand.place_input(context, &range, launches, &mut scratch)?;
                 let buffer = launches.take_scratch(meta.packed_bytes(row, &range))?;
                 let dst = Placed::packed(row, &buffer);

@@ -37,6 +37,16 @@ pub(super) struct Operand<'a> {
     pub layout: Layout,
     pub dtype: DType,
     first_dim: FirstDim<'a>,
+    /// Of a tensor that comes in several segments.
+    segment: Option<SegmentPlace>,
+}
+
+/// Where the tokens of a segment lie among those of all segments.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct SegmentPlace {
+    pub first: usize,
+    /// Tokens of all segments.
+    pub joint_seq: usize,
 }
 
 /// Where a tensor lies in a binding, in words of 16 bytes.
@@ -51,6 +61,11 @@ pub(super) struct Placed {
 }
 
 impl Placed {
+    /// The binding of a tensor without elements.
+    pub fn nothing(context: &Context) -> Self {
+        Self { window: context.unused_read(), offset: 0, stride_b: 0, stride_s: 0, stride_h: 0 }
+    }
+
     /// A packed tensor at the start of a buffer.
     pub fn packed(row: RowShape, buffer: &wgpu::Buffer) -> Self {
         Self {
@@ -68,13 +83,18 @@ impl<'a> Operand<'a> {
     pub fn input(context: &Context, name: &'static str, input: &Input<'a>, first_dim: FirstDim<'a>) -> Result<Self> {
         let buffer: &WgpuBuffer = input.memory.owned_by(context.id, &context.name)?;
         buffer.expect_unmapped(name)?;
-        Ok(Self { name, buffer, layout: input.layout, dtype: input.dtype, first_dim })
+        Ok(Self { name, buffer, layout: input.layout, dtype: input.dtype, first_dim, segment: None })
     }
 
     pub fn output(context: &Context, name: &'static str, output: &Output<'a>, first_dim: FirstDim<'a>) -> Result<Self> {
         let buffer: &WgpuBuffer = output.memory.owned_by(context.id, &context.name)?;
         buffer.expect_unmapped(name)?;
-        Ok(Self { name, buffer, layout: output.layout, dtype: output.dtype, first_dim })
+        Ok(Self { name, buffer, layout: output.layout, dtype: output.dtype, first_dim, segment: None })
+    }
+
+    /// The same as one of several segments.
+    pub fn in_segment(self, segment: SegmentPlace) -> Self {
+        Self { segment: Some(segment), ..self }
     }
 
     /// The part of the tensor that belongs to a range of batch rows.
@@ -106,14 +126,27 @@ impl<'a> Operand<'a> {
 
     /// Whether kernels read or write the tensor where it lies, not a copy with filled heads whose rows start at words.
     fn is_in_place(&self) -> bool {
-        has_filled_heads(&self.layout) && self.misaligned_by().is_none()
+        self.segment.is_none() && has_filled_heads(&self.layout) && self.misaligned_by().is_none()
     }
 
-    /// Bytes of a copy of a part.
+    /// Bytes of a copy of a part, with those of the other segments.
     fn copy_bytes(&self, part: &Layout) -> u64 {
         let (row, shape) = (RowShape::of(part, self.dtype.size()), part.shape());
-        let rows = shape.iter().take(shape.len().saturating_sub(2)).map(|&size| size as u64);
-        rows.product::<u64>() * row.bytes()
+        let rows = match (self.segment, shape) {
+            (Some(segment), [batch, ..]) => *batch as u64 * segment.joint_seq as u64,
+            _ => shape.iter().take(shape.len().saturating_sub(2)).map(|&size| size as u64).product(),
+        };
+        rows * row.bytes()
+    }
+
+    /// Bytes of a copy of all segments.
+    pub fn joint_bytes(&self, range: &Range<usize>) -> Result<u64> {
+        Ok(self.copy_bytes(&self.part(range)?))
+    }
+
+    /// Where all segments lie in a copy.
+    pub fn joint(&self, range: &Range<usize>, copy: &wgpu::Buffer) -> Result<Placed> {
+        Ok(Copied::of(self, &self.part(range)?)?.placed(copy))
     }
 
     /// Bytes of the largest binding that a range of batch rows needs of this tensor.
@@ -183,13 +216,16 @@ impl<'a> Operand<'a> {
     /// Copies what was written to [`place_output`](Self::place_output)'s scratch, if there is any.
     pub fn finish_output(&self, range: &Range<usize>, written: &Placed, launches: &mut Launches<'_>) -> Result<()> {
         let part = self.part(range)?;
-        if has_filled_heads(&self.layout) || part.numel() == 0 {
+        let is_written = self.segment.is_none() && has_filled_heads(&self.layout);
+        if is_written || part.numel() == 0 {
             return Ok(());
         }
         let copied = Copied::of(self, &part)?;
         let (window, dst_offset) = self.place_elements(range)?;
         let [dst_stride_b, dst_stride_s, dst_stride_h] = copied.strides;
-        let params = CopyParams { dst_offset, dst_stride_b, dst_stride_s, dst_stride_h, ..copied.params() };
+        let [src_offset, src_stride_b, src_stride_s] = copied.place_in_copy();
+        let to = CopyParams { dst_offset, dst_stride_b, dst_stride_s, dst_stride_h, ..copied.params() };
+        let params = CopyParams { src_offset, src_stride_b, src_stride_s, ..to };
         let shader = Shader::NarrowRows { element_bytes: self.dtype.size() };
         launches.push(copied.launch(shader, params, vec![written.window.clone(), window]));
         Ok(())
@@ -207,40 +243,38 @@ impl<'a> Operand<'a> {
         let part = self.part(range)?;
         if part.numel() == 0 {
             // Its buffer may be smaller than one word.
-            return Ok(Placed { window: context.unused_read(), offset: 0, stride_b: 0, stride_s: 0, stride_h: 0 });
+            return Ok(Placed::nothing(context));
         }
         if self.is_in_place() {
             return Ok(self.place_aligned(&part));
         }
         let copy = launches.take_scratch(self.copy_bytes(&part))?;
-        let placed = self.copy_aligned(range, &part, &copy, launches)?;
+        self.copy_input(range, &copy, launches)?;
+        let placed = self.joint(range, &copy)?;
         scratch.push(copy);
         Ok(placed)
     }
 
-    /// Copies a part to a buffer, row after row.
-    fn copy_aligned(
-        &self,
-        range: &Range<usize>,
-        part: &Layout,
-        copy: &wgpu::Buffer,
-        launches: &mut Launches<'_>,
-    ) -> Result<Placed> {
-        let copied = Copied::of(self, part)?;
+    /// Copies a part that has elements to its place in a buffer, row after row.
+    pub fn copy_input(&self, range: &Range<usize>, copy: &wgpu::Buffer, launches: &mut Launches<'_>) -> Result<()> {
+        let copied = Copied::of(self, &self.part(range)?)?;
         let (window, src_offset) = self.place_elements(range)?;
         let [src_stride_b, src_stride_s, src_stride_h] = copied.strides;
-        let params = CopyParams { src_offset, src_stride_b, src_stride_s, src_stride_h, ..copied.params() };
+        let [dst_offset, dst_stride_b, dst_stride_s] = copied.place_in_copy();
+        let from = CopyParams { src_offset, src_stride_b, src_stride_s, src_stride_h, ..copied.params() };
+        let params = CopyParams { dst_offset, dst_stride_b, dst_stride_s, ..from };
         let shader = Shader::AlignRows { element_bytes: self.dtype.size() };
         launches.push(copied.launch(shader, params, vec![window, Window::whole(copy)]));
-        Ok(copied.placed(copy))
+        Ok(())
     }
 }
 
-/// A copy of a part, row after row with filled heads.
+/// A copy of a part, row after row with filled heads, at its place among all segments.
 struct Copied {
     /// Rows of all batch rows, and tokens of one of them.
     rows: usize,
     seq: usize,
+    segment: SegmentPlace,
     row: RowShape,
     head_dim: usize,
     /// Of the part, in elements: batch row, token, head.
@@ -257,12 +291,20 @@ impl Copied {
         // All fit: a binding is below 2 GiB.
         let strides = row_strides(part).map(|stride| stride as u32);
         let row = RowShape::new(heads, head_dim, operand.dtype.size());
-        Ok(Self { rows: batch * seq, seq, row, head_dim, strides })
+        let segment = operand.segment.unwrap_or(SegmentPlace { first: 0, joint_seq: seq });
+        Ok(Self { rows: batch * seq, seq, segment, row, head_dim, strides })
     }
 
     /// u32s of a head.
     fn head_u32s(&self) -> usize {
         self.row.head_words * (WORD_BYTES as usize / size_of::<u32>())
+    }
+
+    /// Offset of the first row in the copy, and strides of batch row and token, in u32s.
+    fn place_in_copy(&self) -> [u32; 3] {
+        let (SegmentPlace { first, joint_seq }, row) = (self.segment, self.row.heads * self.head_u32s());
+        // All fit where they are stepped over: a binding is below 2 GiB.
+        [first * row, joint_seq * row, row].map(|count| count as u32)
     }
 
     /// Without the place of the part.
@@ -291,7 +333,7 @@ impl Copied {
     /// Where the copy lies in its buffer.
     fn placed(&self, copy: &wgpu::Buffer) -> Placed {
         let placed = Placed::packed(self.row, copy);
-        Placed { stride_b: placed.stride_s.wrapping_mul(self.seq as u32), ..placed }
+        Placed { stride_b: placed.stride_s.wrapping_mul(self.segment.joint_seq as u32), ..placed }
     }
 }
 

@@ -22,6 +22,7 @@ pub fn register(trials: &mut Trials) {
     trials.once("external_wgpu/many_ranges_in_one_call", many_ranges_in_one_call);
     trials.once("external_wgpu/pack_and_scatter", pack_and_scatter);
     trials.once("external_wgpu/lse_and_merge", lse_and_merge);
+    trials.once("external_wgpu/segments", segments);
     trials.once("external_wgpu/score_modifiers", score_modifiers);
     trials.once("external_wgpu/prepare_qk_of_a_fused_projection", prepare_qk_of_a_fused_projection);
     trials.once("external_wgpu/metadata_of_a_mask_that_changes", metadata_of_a_mask_that_changes);
@@ -378,6 +379,38 @@ fn many_ranges_in_one_call(own: &Device) -> Result<()> {
     layer.encode_into(&mut encoder, &x, &x, &x, AttentionMask::varlen(&meta), &mut out)?;
     application.queue.submit([encoder.finish()]);
     ensure!(download(&out)? == expected, "encode_into");
+    application.expect_quiet()
+}
+
+/// Two recorded calls on text and image, parts of one buffer. The second reads what the first writes, in one submission.
+fn segments(own: &Device) -> Result<()> {
+    let application = Application::new(own)?;
+    let device = application.attach()?;
+    let (batch, lengths, heads, dim) = (2, [7, 33], 3, 32);
+    let seq: usize = lengths.iter().sum();
+    let layer = MaskedAttention::new(&device);
+    let meta = VarlenMeta::from_key_mask(&KeyMask::from_lengths(seq, &[40, 21])?)?;
+    let mask = AttentionMask::varlen(&meta);
+    let bits: Vec<u32> = random::normal(92, batch * seq * heads * dim).into_iter().map(f32::to_bits).collect();
+    let x = upload(&device, DType::F32, &bits, &[batch, seq, heads, dim])?;
+    let first = layer.forward(&x, &x, &x, mask)?.out;
+    let expected = download(&layer.forward(&first, &x, &x, mask)?.out)?;
+
+    let bytes = bits.len() as u64 * 4;
+    let mut memory = DeviceMemory::alloc(&device, bytes)?;
+    memory.write(&bits)?;
+    let joint = Layout::contiguous(&[batch, seq, heads, dim])?;
+    let parts = [joint.slice(1, 0..lengths[0])?, joint.slice(1, lengths[0]..seq)?];
+    let x = parts.map(|part| memory.view(DType::F32, part));
+    let part = |length| Tensor::zeros(&device, DType::F32, &[batch, length, heads, dim]);
+    let (mut text, mut image) = (part(lengths[0])?, part(lengths[1])?);
+    let mut out = Tensor::zeros(&device, DType::F32, &[batch, seq, heads, dim])?;
+    let mut encoder = application.encoder();
+    let plan = layer.encode_into(&mut encoder, x, x, x, mask, [&mut text, &mut image])?;
+    ensure!(plan.copies_segments && plan.to_string().contains("segments are copied"), "{plan}");
+    layer.encode_into(&mut encoder, [&text, &image], x, x, mask, &mut out)?;
+    application.queue.submit([encoder.finish()]);
+    ensure!(download(&out)? == expected, "other bits");
     application.expect_quiet()
 }
 

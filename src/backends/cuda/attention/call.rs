@@ -61,8 +61,9 @@ mod tests {
     #[test]
     fn a_scale_is_finite_and_not_zero() {
         let shape = AttentionShape { batch: 1, seq_q: 1, seq_k: 1, num_heads: 1, num_kv_heads: 1, head_dim: 8 };
-        let score_scale =
-            |softmax_scale| score_scale(&AttentionProblem { shape, dtype: DType::F16, softmax_scale, bias: None });
+        let score_scale = |softmax_scale| {
+            score_scale(&AttentionProblem { shape, dtype: DType::F16, softmax_scale, bias: None, has_segments: false })
+        };
         assert_eq!(score_scale(1.0), LOG2_E);
         assert_eq!(score_scale(-0.25), -0.25 * LOG2_E);
         assert_eq!(score_scale(0.0), f32::MIN_POSITIVE);

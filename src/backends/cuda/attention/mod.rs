@@ -30,6 +30,7 @@ use crate::backends::cuda::tensors::placement::{Operand, place_input, place_inpu
 use crate::backends::rows::with_filled_heads;
 use crate::call::op::{Attention, DeviceTables, Rows};
 use crate::call::path::Path;
+use crate::call::segments::Segmented;
 use crate::error::Result;
 use crate::mask::cu_seqlens::CuSeqlens;
 use crate::mask::meta::VarlenMeta;
@@ -46,7 +47,7 @@ pub fn attend(launcher: &Launcher, attention: Attention<'_>) -> Result<()> {
     let mut scratch = Vec::new();
     let tensors = place(launcher, attention, &mut scratch)?;
     launch(launcher, attention, tensors)?;
-    Operand::output(launcher, "out", &attention.out)?.finish_output(launcher, &tensors.out)
+    Operand::output(launcher, "out", attention.out.whole("out")?)?.finish_output(launcher, &tensors.out)
 }
 
 fn launch(launcher: &Launcher, attention: &Attention<'_>, tensors: Tensors) -> Result<()> {
@@ -68,10 +69,13 @@ fn by_tile_lists(attention: &Attention<'_>) -> bool {
 /// Finds the tensors; inputs that the kernel cannot read where they lie are copied to scratch.
 fn place(launcher: &Launcher, attention: &Attention<'_>, scratch: &mut Vec<CudaBuffer>) -> Result<Tensors> {
     // The outputs first: one that is refused is refused before anything is launched.
-    let out = Operand::output(launcher, "out", &attention.out)?.place_output(launcher, scratch)?;
+    let out = Operand::output(launcher, "out", attention.out.whole("out")?)?.place_output(launcher, scratch)?;
     let lse = attention.lse.as_ref().map(|lse| PlacedLse::of(&Operand::output(launcher, "lse", lse)?)).transpose()?;
     let place_input = if by_tile_lists(attention) { place_input_for_maps } else { place_input };
-    let mut place = |name, input| place_input(launcher, &Operand::input(launcher, name, input)?, scratch);
+    // The plan gives these kernels no segments.
+    let mut place = |name, input: &Segmented<_>| {
+        place_input(launcher, &Operand::input(launcher, name, input.whole(name)?)?, scratch)
+    };
     let (q, k, v) = (place("q", &attention.q)?, place("k", &attention.k)?, place("v", &attention.v)?);
     Ok(Tensors { q, k, v, out, lse })
 }
