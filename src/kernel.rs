@@ -78,8 +78,6 @@ pub(crate) enum SegmentAccess {
     InPlace,
     /// Its device copies them to one tensor, and the output back.
     Copied,
-    /// It takes none.
-    Refused,
 }
 
 /// What one kernel can do: a row of the table.
@@ -124,7 +122,7 @@ const ROWS: KernelTraits = KernelTraits {
     max_head_dim: MAX_HEAD_DIM,
     min_efficient_head_dim: 0,
     padded: PaddedAccess::Rows,
-    segments: SegmentAccess::Refused,
+    segments: SegmentAccess::Copied,
     has_bias: true,
     has_fused_bias: false,
     has_ranges: false,
@@ -161,7 +159,6 @@ const TABLE: &[KernelTraits; 6] = &[
         kernel: Kernel::WgslPortable,
         name: "wgsl-portable",
         backend: BackendKind::Wgpu,
-        segments: SegmentAccess::Copied,
         has_ranges: true,
         modifiers: ModifierSet::ALL,
         ..ROWS
@@ -170,7 +167,6 @@ const TABLE: &[KernelTraits; 6] = &[
         kernel: Kernel::WgslCoop,
         name: "wgsl-coop",
         backend: BackendKind::Wgpu,
-        segments: SegmentAccess::Copied,
         dtypes: HALF_DTYPES,
         max_head_dim: 256,
         has_ranges: true,
@@ -246,12 +242,6 @@ impl Kernel {
     #[must_use]
     pub const fn has_ranges(self) -> bool {
         self.traits().has_ranges
-    }
-
-    /// Whether it takes q, k, v and the output in several segments, [`Segments`](crate::Segments).
-    #[must_use]
-    pub const fn has_segments(self) -> bool {
-        !matches!(self.traits().segments, SegmentAccess::Refused)
     }
 
     /// Whether it caps scores: [`ScoreModifiers::with_softcap`](crate::ScoreModifiers::with_softcap).

@@ -933,8 +933,7 @@ varlen_fa_status varlen_fa_forward_with_lse(const struct varlen_fa_device *devic
 // is `lse`: one tensor, or NULL.
 //
 // The result is that of the call on whole tensors, bit for bit. Messages name a segment as in
-// `segments[1].k`. CPU devices read and write segments where they lie, wgpu devices copy them; CUDA
-// devices take none yet: NOT_APPLICABLE.
+// `segments[1].k`. CPU devices read and write segments where they lie, other devices copy them.
 varlen_fa_status varlen_fa_forward_segments(const struct varlen_fa_device *device,
                                             const struct varlen_fa_attention_options *options,
                                             const struct varlen_fa_segments *q,

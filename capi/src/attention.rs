@@ -74,8 +74,7 @@ pub unsafe extern "C" fn varlen_fa_forward_with_lse(
 /// is `lse`: one tensor, or NULL.
 ///
 /// The result is that of the call on whole tensors, bit for bit. Messages name a segment as in
-/// `segments[1].k`. CPU devices read and write segments where they lie, wgpu devices copy them; CUDA
-/// devices take none yet: NOT_APPLICABLE.
+/// `segments[1].k`. CPU devices read and write segments where they lie, other devices copy them.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn varlen_fa_forward_segments(
     device: *const varlen_fa_device,

@@ -22,7 +22,6 @@ struct Needs {
     bias: bool,
     ranges: bool,
     modifiers: ModifierSet,
-    segments: bool,
     /// Metadata in tables of the device.
     device_tables: bool,
     /// The dense path.
@@ -37,7 +36,6 @@ impl Needs {
             bias: mask.bias.is_some(),
             ranges: mask.ranges.is_some(),
             modifiers: mask.modifiers.map(ScoreModifiers::set).unwrap_or_default(),
-            segments: problem.has_segments,
             device_tables: matches!(mask.tokens, TokenInfo::DeviceVarlen { .. }),
             dense,
         }
@@ -47,17 +45,13 @@ impl Needs {
 impl Kernel {
     /// Why it cannot compute a call, if it cannot.
     fn refuses(self, needs: Needs) -> Option<&'static str> {
-        let Needs { dtype, head_dim, bias, ranges, modifiers, segments, device_tables, dense } = needs;
+        let Needs { dtype, head_dim, bias, ranges, modifiers, device_tables, dense } = needs;
         let refusals = [
             (!self.dtypes().contains(&dtype), "it computes with f16 and bf16 alone"),
             (head_dim > self.max_head_dim(), "its tiles are not as wide as the head dimension"),
             (bias && !self.has_bias(), "it adds no bias"),
             (bias && device_tables, "a bias needs metadata that was built on the host"),
             (ranges && !self.has_ranges(), "it takes no key ranges"),
-            (
-                segments && !self.has_segments(),
-                "it takes no segments yet; give it one tensor of q, of k, of v and of out",
-            ),
             (modifiers.softcap && !self.has_softcap(), "it does not cap scores"),
             (modifiers.alibi && !self.has_alibi(), "it has no ALiBi"),
             (modifiers.sinks && !self.has_sinks(), "it has no attention sinks"),
@@ -483,18 +477,11 @@ mod tests {
     }
 
     #[test]
-    fn segments_go_to_kernels_that_take_them() -> Result<()> {
+    fn a_plan_says_where_segments_are_copied() -> Result<()> {
         let problem = AttentionProblem { has_segments: true, ..problem() };
         let mask = MaskInfo { tokens: TokenInfo::All, ranges: None, modifiers: None, bias: None };
         let planned =
             |kernels: &[Kernel], forced| plan_padded(&problem, &mask, &device(kernels), &Config::default(), forced);
-        for kernels in [&[Kernel::CudaSm90, Kernel::CudaSm80][..], &[Kernel::CudaSm100]] {
-            let Err(error) = planned(kernels, Forced::default()) else { panic!("{kernels:?} take segments") };
-            assert!(
-                matches!(&error, Error::NotApplicable { why, .. } if why.contains("it takes no segments yet")),
-                "{error}"
-            );
-        }
         // Copies are no reason to take another kernel.
         let kernels = [Kernel::WgslCoop, Kernel::WgslPortable];
         for forced in [Forced::default(), Forced { kernel: Some(Kernel::WgslPortable), ..Forced::default() }] {

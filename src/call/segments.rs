@@ -23,11 +23,15 @@ impl<T> Segmented<T> {
         }
     }
 
+    pub fn len(&self) -> usize {
+        self.as_slice().len()
+    }
+
     pub fn iter(&self) -> std::slice::Iter<'_, T> {
         self.as_slice().iter()
     }
 
-    /// The tensor, where no segments are taken.
+    /// The tensor, where a call takes no segments.
     ///
     /// # Errors
     /// [`Error::SegmentCount`] if there are several.

@@ -20,10 +20,6 @@ use super::trials::{Trials, Variant, is_emulated_gpu};
 
 pub fn register(trials: &mut Trials) {
     trials.once("segments/refusals", refusals);
-    if !trials.device().capabilities().kernels.iter().any(|kernel| kernel.has_segments()) {
-        trials.once("segments/no_kernel_takes_them", no_kernel_takes_them);
-        return;
-    }
     let of_first = &trials.device().capabilities().dtypes[..1];
     let dtypes = if is_emulated_gpu(trials.device()) { of_first } else { trials.device().capabilities().dtypes };
     trials.each_path("segments/numbers_and_lengths", numbers_and_lengths);
@@ -453,15 +449,5 @@ fn overlaps(device: &Device) -> Result<()> {
     let outside = varlen_fa::Layout::strided(&[1, 4, 1, 8], &[32, 8, 8, 1], 8)?;
     let error = layer.forward([x.view(), x.view().with_layout(outside)], &*x, &*x, AttentionMask::none()).err();
     ensure!(matches!(error, Some(Error::BufferTooSmall { argument: "segments[1].q", .. })), "got {error:?}");
-    Ok(())
-}
-
-fn no_kernel_takes_them(device: &Device) -> Result<()> {
-    let dtype = device.capabilities().dtypes[0];
-    let tensors = [3, 5].map(|seq| Tensor::zeros(device, dtype, &[2, seq, 4, 32]));
-    let [Ok(text), Ok(image)] = &tensors else { anyhow::bail!("no tensors: {tensors:?}") };
-    let x = [text, image];
-    let error = MaskedAttention::new(device).forward(x, x, x, AttentionMask::none()).err();
-    ensure!(matches!(&error, Some(Error::NotApplicable { why, .. }) if why.contains("segments")), "got {error:?}");
     Ok(())
 }

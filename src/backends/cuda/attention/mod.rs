@@ -27,10 +27,11 @@ use crate::backends::cuda::tensors::key_ranges::PlacedRanges;
 use crate::backends::cuda::tensors::lse::PlacedLse;
 use crate::backends::cuda::tensors::metadata::{self, Tables};
 use crate::backends::cuda::tensors::placement::{Operand, place_input, place_input_for_maps};
+use crate::backends::cuda::tensors::segments::Segments;
 use crate::backends::rows::with_filled_heads;
 use crate::call::op::{Attention, DeviceTables, Rows};
 use crate::call::path::Path;
-use crate::call::segments::Segmented;
+use crate::call::segments::{Role, Segmented};
 use crate::error::Result;
 use crate::mask::cu_seqlens::CuSeqlens;
 use crate::mask::meta::VarlenMeta;
@@ -47,7 +48,7 @@ pub fn attend(launcher: &Launcher, attention: Attention<'_>) -> Result<()> {
     let mut scratch = Vec::new();
     let tensors = place(launcher, attention, &mut scratch)?;
     launch(launcher, attention, tensors)?;
-    Operand::output(launcher, "out", attention.out.whole("out")?)?.finish_output(launcher, &tensors.out)
+    Segments::output(launcher, Role::Out, &attention.out)?.finish_output(launcher, &tensors.out)
 }
 
 fn launch(launcher: &Launcher, attention: &Attention<'_>, tensors: Tensors) -> Result<()> {
@@ -69,14 +70,13 @@ fn by_tile_lists(attention: &Attention<'_>) -> bool {
 /// Finds the tensors; inputs that the kernel cannot read where they lie are copied to scratch.
 fn place(launcher: &Launcher, attention: &Attention<'_>, scratch: &mut Vec<CudaBuffer>) -> Result<Tensors> {
     // The outputs first: one that is refused is refused before anything is launched.
-    let out = Operand::output(launcher, "out", attention.out.whole("out")?)?.place_output(launcher, scratch)?;
+    let out = Segments::output(launcher, Role::Out, &attention.out)?.place_output(launcher, scratch)?;
     let lse = attention.lse.as_ref().map(|lse| PlacedLse::of(&Operand::output(launcher, "lse", lse)?)).transpose()?;
-    let place_input = if by_tile_lists(attention) { place_input_for_maps } else { place_input };
-    // The plan gives these kernels no segments.
-    let mut place = |name, input: &Segmented<_>| {
-        place_input(launcher, &Operand::input(launcher, name, input.whole(name)?)?, scratch)
+    let place_one = if by_tile_lists(attention) { place_input_for_maps } else { place_input };
+    let mut place = |role, inputs: &Segmented<_>| {
+        Segments::input(launcher, role, inputs)?.place_input(launcher, scratch, place_one)
     };
-    let (q, k, v) = (place("q", &attention.q)?, place("k", &attention.k)?, place("v", &attention.v)?);
+    let (q, k, v) = (place(Role::Q, &attention.q)?, place(Role::K, &attention.k)?, place(Role::V, &attention.v)?);
     Ok(Tensors { q, k, v, out, lse })
 }
 

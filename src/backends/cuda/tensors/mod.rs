@@ -4,6 +4,7 @@
 //! |---|---|
 //! | `strided_copy` | a copy of a strided view as few rectangles |
 //! | `placement` | where tensors lie, and aligned copies of inputs whose rows do not start at words |
+//! | `segments` | tensors that come in parts along S, put together |
 //! | `tensor_map` | tensors as they are described to the copy engine (TMA) |
 //! | `metadata` | copies of masks and metadata, and tables that the device builds |
 //! | `key_ranges` | copies of key ranges |
@@ -17,5 +18,6 @@ pub mod lse;
 pub mod metadata;
 pub mod placement;
 pub mod score_modifiers;
+pub mod segments;
 mod strided_copy;
 pub mod tensor_map;

@@ -40,6 +40,13 @@ impl Placed {
         Self { address, strides, element_bytes: dtype.size() as u64 }
     }
 
+    /// The same without its first tokens.
+    pub fn after_tokens(&self, tokens: usize) -> Self {
+        // Fits: the tokens lie in memory. Strides are not negative.
+        let bytes = tokens as u64 * self.strides.token.unsigned_abs() * self.element_bytes;
+        Self { address: self.address + bytes, ..*self }
+    }
+
     /// The strides in words.
     pub fn word_strides(&self) -> Strides {
         let words = |elements: i64| elements * self.element_bytes as i64 / WORD_BYTES as i64;
@@ -94,10 +101,7 @@ impl<'a> Operand<'a> {
     /// writes, [`finish_output`](Self::finish_output) copies them.
     pub fn place_output(&self, launcher: &Launcher, scratch: &mut Vec<CudaBuffer>) -> Result<Placed> {
         if !has_filled_heads(&self.layout) {
-            let copy = launcher.scratch(self.bytes(self.filled()?.numel() as u64))?;
-            let placed = self.in_copy(&copy)?;
-            scratch.push(copy);
-            return Ok(placed);
+            return self.place_scratch(launcher, self.layout.shape(), scratch);
         }
         match self.misaligned_by() {
             None => Ok(self.placed()),
@@ -110,7 +114,12 @@ impl<'a> Operand<'a> {
         if has_filled_heads(&self.layout) || self.layout.numel() == 0 {
             return Ok(());
         }
-        for rectangle in self.strided_copy().rectangles(self.address(), written.address) {
+        self.copy_from(launcher, written)
+    }
+
+    /// Copies from scratch to the view, which has elements.
+    pub fn copy_from(&self, launcher: &Launcher, written: &Placed) -> Result<()> {
+        for rectangle in self.strided_copy(written).rectangles(self.address(), written.address) {
             let back = rectangle.reversed();
             // SAFETY: the rectangles cover the view, which lies inside its buffer, shares no memory
             // with other tensors and does not overlap itself (checked by problem), and lie inside the
@@ -120,24 +129,42 @@ impl<'a> Operand<'a> {
         Ok(())
     }
 
-    /// The shape of a copy, whose heads zeros fill up.
-    fn filled(&self) -> Result<Layout> {
-        let mut shape = self.layout.shape().to_vec();
+    /// Copies the view, which has elements, to scratch.
+    pub fn copy_to(&self, launcher: &Launcher, copy: &Placed) -> Result<()> {
+        for rectangle in self.strided_copy(copy).rectangles(self.address(), copy.address) {
+            // SAFETY: the rectangles cover the view, which lies inside its buffer (checked by problem),
+            // and lie inside the scratch.
+            unsafe { transfer::copy(&launcher.context, &rectangle) }?;
+        }
+        Ok(())
+    }
+
+    /// Scratch for a row-major tensor of a shape; zeros fill up its heads, if they are not filled. It
+    /// must live until the launch.
+    pub fn place_scratch(&self, launcher: &Launcher, shape: &[usize], scratch: &mut Vec<CudaBuffer>) -> Result<Placed> {
+        let mut shape = shape.to_vec();
         if let Some(head_dim) = shape.last_mut() {
             *head_dim = filled_head_dim(*head_dim);
         }
-        Layout::contiguous(&shape)
+        let filled = Layout::contiguous(&shape)?;
+        let bytes = self.bytes(filled.numel() as u64);
+        let copy = launcher.scratch(bytes)?;
+        if !has_filled_heads(&self.layout) {
+            // SAFETY: the whole scratch, which is new.
+            unsafe { transfer::fill(&launcher.context, copy.address(), 0, bytes) }?;
+        }
+        let placed =
+            Placed { address: copy.address(), strides: strides(&filled), element_bytes: self.dtype.size() as u64 };
+        scratch.push(copy);
+        Ok(placed)
     }
 
-    /// The copy between the view and a copy of it.
-    fn strided_copy(&self) -> StridedCopy {
-        let head_dim = self.layout.shape().last().copied().unwrap_or_default();
-        StridedCopy::new(&self.layout, self.dtype.size() as u64, self.bytes(filled_head_dim(head_dim) as u64))
-    }
-
-    fn in_copy(&self, copy: &CudaBuffer) -> Result<Placed> {
-        let strides = strides(&self.filled()?);
-        Ok(Placed { address: copy.address(), strides, element_bytes: self.dtype.size() as u64 })
+    /// The copy between the view and scratch.
+    fn strided_copy(&self, copy: &Placed) -> StridedCopy {
+        let Strides { batch, token, head } = copy.strides;
+        // Not negative.
+        let steps = [batch, token, head, 1].map(i64::unsigned_abs);
+        StridedCopy::new(&self.layout, &steps[4 - self.layout.rank()..], self.dtype.size() as u64)
     }
 }
 
@@ -171,18 +198,7 @@ pub fn place_input_for_maps(
 }
 
 fn place_copy(launcher: &Launcher, operand: &Operand<'_>, scratch: &mut Vec<CudaBuffer>) -> Result<Placed> {
-    let bytes = operand.bytes(operand.filled()?.numel() as u64);
-    let copy = launcher.scratch(bytes)?;
-    if !has_filled_heads(&operand.layout) {
-        // SAFETY: the whole scratch, which is new.
-        unsafe { transfer::fill(&launcher.context, copy.address(), 0, bytes) }?;
-    }
-    for rectangle in operand.strided_copy().rectangles(operand.address(), copy.address()) {
-        // SAFETY: the rectangles cover the view, which lies inside its buffer (checked by problem),
-        // and lie inside the scratch.
-        unsafe { transfer::copy(&launcher.context, &rectangle) }?;
-    }
-    let placed = operand.in_copy(&copy)?;
-    scratch.push(copy);
+    let placed = operand.place_scratch(launcher, operand.layout.shape(), scratch)?;
+    operand.copy_to(launcher, &placed)?;
     Ok(placed)
 }

@@ -1,4 +1,4 @@
-//! A copy of a strided view to row-major memory, or back, as few rectangles.
+//! A copy of a strided view to another one, mostly row-major memory, or back, as few rectangles.
 
 use crate::backends::cuda::driver::transfer::Rectangle;
 use crate::layout::Layout;
@@ -15,7 +15,7 @@ struct Step {
     to: u64,
 }
 
-/// A copy of a strided view to row-major memory as few rectangles.
+/// A copy of a strided view to another one as few rectangles.
 #[derive(Debug)]
 pub struct StridedCopy {
     width: u64,
@@ -25,22 +25,24 @@ pub struct StridedCopy {
 }
 
 impl StridedCopy {
-    /// For a view that is not empty and whose last dimension is contiguous. In the row-major memory
-    /// that dimension takes `to_width` bytes, of which those past the view's stay as they are.
-    pub fn new(layout: &Layout, element_bytes: u64, to_width: u64) -> Self {
-        let dims = layout.shape().iter().zip(layout.strides());
-        let mut dims = dims.map(|(&size, &stride)| (size as u64, stride * element_bytes)).rev();
-        let mut width = dims.next().map_or(1, |(size, _)| size) * element_bytes;
+    /// For a view that is not empty and whose last dimension is contiguous, as in the other view,
+    /// whose strides are `to_strides`. Both have the view's shape: what else the other one's rows
+    /// hold stays as it is.
+    pub fn new(layout: &Layout, to_strides: &[u64], element_bytes: u64) -> Self {
+        let dims = layout.shape().iter().zip(layout.strides()).zip(to_strides);
+        let bytes = |stride: u64| stride * element_bytes;
+        let mut dims = dims.map(|((&size, &from), &to)| (size as u64, bytes(from), bytes(to))).rev();
+        let mut width = dims.next().map_or(1, |(size, ..)| size) * element_bytes;
         let mut steps: Vec<Step> = Vec::new();
-        let (is_dense, mut to) = (to_width == width, to_width);
-        for (count, from) in dims.filter(|&(count, _)| count > 1) {
+        for (count, from, to) in dims.filter(|&(count, ..)| count > 1) {
             // A dimension that continues the one inside it becomes part of that.
             match steps.last_mut() {
-                None if is_dense && from == width => width *= count,
-                Some(inner) if from == inner.from * inner.count => inner.count *= count,
+                None if [from, to] == [width; 2] => width *= count,
+                Some(inner) if [from, to] == [inner.from, inner.to].map(|step| step * inner.count) => {
+                    inner.count *= count;
+                }
                 _ => steps.push(Step { count, from, to }),
             }
-            to *= count;
         }
         // The driver copies rows that do not overlap and are not too far apart.
         let fits = |step: &Step| step.from >= width && step.from <= MAX_PITCH && step.to <= MAX_PITCH;
@@ -79,8 +81,9 @@ mod tests {
     fn run_to(layout: &Layout, memory: &[u8], element_bytes: u64, to_width: u64) -> (Vec<u8>, usize) {
         let heads = layout.numel() / layout.shape().last().copied().unwrap_or(1);
         let mut copied = vec![0xff; heads * to_width as usize];
-        let rectangles: Vec<_> =
-            StridedCopy::new(layout, element_bytes, to_width).rectangles(layout.offset() * element_bytes, 0).collect();
+        let to_strides = row_major(layout.shape(), to_width / element_bytes);
+        let copy = StridedCopy::new(layout, &to_strides, element_bytes);
+        let rectangles: Vec<_> = copy.rectangles(layout.offset() * element_bytes, 0).collect();
         for Rectangle { from, to, width, rows, from_pitch, to_pitch } in &rectangles {
             for row in 0..*rows {
                 let (from, to) = ((from + row * from_pitch) as usize, (to + row * to_pitch) as usize);
@@ -88,6 +91,17 @@ mod tests {
             }
         }
         (copied, rectangles.len())
+    }
+
+    /// The strides of a row-major tensor with so many elements from one head to the next.
+    fn row_major(shape: &[usize], width: u64) -> Vec<u64> {
+        let mut strides = vec![1; shape.len()];
+        let mut step = width;
+        for dim in (0..shape.len() - 1).rev() {
+            strides[dim] = step;
+            step *= shape[dim] as u64;
+        }
+        strides
     }
 
     fn naive(layout: &Layout, memory: &[u8], element_bytes: usize) -> Vec<u8> {
@@ -125,8 +139,9 @@ mod tests {
                 assert!(rectangles <= most, "{layout:?}: {rectangles} rectangles");
                 // Wider rows, whose ends are left alone.
                 let width = shape.last().map_or(0, |&size| size as u64 * element_bytes);
-                let (copied, rectangles) = run_to(&layout, &memory, element_bytes, width + 6);
-                let wide = copied.chunks((width + 6) as usize).map(|row| row.split_at(width as usize));
+                let gap = 3 * element_bytes;
+                let (copied, rectangles) = run_to(&layout, &memory, element_bytes, width + gap);
+                let wide = copied.chunks((width + gap) as usize).map(|row| row.split_at(width as usize));
                 let (rows, ends): (Vec<_>, Vec<_>) = wide.unzip();
                 assert_eq!(rows.concat(), expected, "{layout:?}");
                 assert!(ends.concat().iter().all(|&byte| byte == 0xff), "{layout:?}");
@@ -139,7 +154,7 @@ mod tests {
     #[test]
     fn steps_past_the_largest_pitch_are_rectangles_of_their_own() -> Result<()> {
         let layout = Layout::strided(&[3, 8], &[1 << 31, 1], 1)?;
-        let rectangles: Vec<_> = StridedCopy::new(&layout, 2, 16).rectangles(2, 0).collect();
+        let rectangles: Vec<_> = StridedCopy::new(&layout, &[8, 1], 2).rectangles(2, 0).collect();
         let far = |row: u64| Rectangle {
             from: 2 + (row << 32),
             to: row * 16,
