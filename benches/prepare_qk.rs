@@ -57,10 +57,6 @@ fn run(arguments: &Arguments) -> Result<()> {
     let (defaults, rounds) = arguments.rounds.of_run(&DEFAULTS, &[SMOKE]);
     let mut report = Report::new(arguments.problem.json.as_deref())?;
     writeln!(report.text, "{}, {rounds} rounds", device.capabilities())?;
-    if device.capabilities().backend == BackendKind::Cuda {
-        writeln!(report.text, "nothing to time: CUDA devices have no kernel of prepare_qk yet")?;
-        return Ok(());
-    }
     for problem in arguments.problem.problems(&device, defaults)? {
         match problem.element_type {
             ElementType::F32 => time::<f32>(&device, &problem, rounds, &mut report)?,

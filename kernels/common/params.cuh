@@ -29,10 +29,14 @@ constexpr int SM100_THREADS = 512;
 constexpr int WARPGROUP_THREADS = 128;
 // Stages of keys and values in shared memory, sm80 and sm90.
 constexpr int STAGES = 2;
-// Threads of a block of `pack_rows`, `scatter_rows`, `scatter_lse` and `merge_*`.
+// Threads of a block of `pack_rows`, `scatter_rows`, `scatter_lse`, `merge_*` and `prepare_qk_*`.
 constexpr int ROW_COPY_THREADS = 256;
 // The most tensors that one launch of `pack_rows` packs.
 constexpr int MAX_PACK_TENSORS = 3;
+// The most tensors that one launch of `prepare_qk_*` prepares: q and k of 8 segments.
+constexpr int MAX_PREPARED_TENSORS = 16;
+// Heads of a token that the same lanes of `prepare_qk_*` take, half as many of wide heads.
+constexpr int PREPARED_HEADS = 4;
 // Threads of a block of `metadata_count` and `metadata_index`.
 constexpr int METADATA_THREADS = 256;
 // Threads of the one block of `metadata_scan`.
@@ -525,6 +529,86 @@ static_assert(offsetof(MergeParams, batch) == 168);
 static_assert(offsetof(MergeParams, seq) == 172);
 static_assert(offsetof(MergeParams, heads) == 176);
 static_assert(offsetof(MergeParams, head_words) == 180);
+
+// q or k of a segment, `[B, S, H, D]`, for `prepare_qk_*`. Strides are in elements.
+struct PreparedRows {
+    const void* from;
+    void* to;
+    // `[D]`; null without a norm.
+    const void* weight;
+    // `[B, S, half]` each; not read if `half` is 0.
+    const void* cos;
+    const void* sin;
+    Strides from_strides;
+    Strides to_strides;
+    int64_t cos_batch_stride;
+    int64_t cos_token_stride;
+    int64_t sin_batch_stride;
+    int64_t sin_token_stride;
+    // B · S.
+    int32_t rows;
+    int32_t seq;
+    int32_t heads;
+    // Pairs of elements of a head that rotate.
+    int32_t half;
+    // The place of the segment's first token in the mask.
+    int32_t first_token;
+    // Blocks of the tensors before this one.
+    int32_t first_block;
+    float eps;
+    // 1 if elements 2i and 2i + 1 are a pair, 0 if i and i + half are.
+    int32_t is_interleaved;
+    // 1 if they are f32, 0 if they have the call's element type.
+    int32_t weight_is_f32;
+    int32_t table_is_f32;
+    // 1 if every head, read and written, is 16-byte words.
+    int32_t has_words;
+    int32_t unused;
+};
+static_assert(sizeof(PreparedRows) == 168);
+static_assert(offsetof(PreparedRows, from) == 0);
+static_assert(offsetof(PreparedRows, to) == 8);
+static_assert(offsetof(PreparedRows, weight) == 16);
+static_assert(offsetof(PreparedRows, cos) == 24);
+static_assert(offsetof(PreparedRows, sin) == 32);
+static_assert(offsetof(PreparedRows, from_strides) == 40);
+static_assert(offsetof(PreparedRows, to_strides) == 64);
+static_assert(offsetof(PreparedRows, cos_batch_stride) == 88);
+static_assert(offsetof(PreparedRows, cos_token_stride) == 96);
+static_assert(offsetof(PreparedRows, sin_batch_stride) == 104);
+static_assert(offsetof(PreparedRows, sin_token_stride) == 112);
+static_assert(offsetof(PreparedRows, rows) == 120);
+static_assert(offsetof(PreparedRows, seq) == 124);
+static_assert(offsetof(PreparedRows, heads) == 128);
+static_assert(offsetof(PreparedRows, half) == 132);
+static_assert(offsetof(PreparedRows, first_token) == 136);
+static_assert(offsetof(PreparedRows, first_block) == 140);
+static_assert(offsetof(PreparedRows, eps) == 144);
+static_assert(offsetof(PreparedRows, is_interleaved) == 148);
+static_assert(offsetof(PreparedRows, weight_is_f32) == 152);
+static_assert(offsetof(PreparedRows, table_is_f32) == 156);
+static_assert(offsetof(PreparedRows, has_words) == 160);
+static_assert(offsetof(PreparedRows, unused) == 164);
+
+// Parameters of `prepare_qk_*`.
+struct PrepareQkParams {
+    PreparedRows tensors[16];
+    // `[B, mask_words]` bits of the tokens of all segments; null keeps all.
+    const uint32_t* kept_bits;
+    int32_t mask_words;
+    // Of `tensors`.
+    int32_t count;
+    int32_t head_dim;
+    // Of a warp, for each head: a power of two.
+    int32_t lanes;
+};
+static_assert(sizeof(PrepareQkParams) == 2712);
+static_assert(offsetof(PrepareQkParams, tensors) == 0);
+static_assert(offsetof(PrepareQkParams, kept_bits) == 2688);
+static_assert(offsetof(PrepareQkParams, mask_words) == 2696);
+static_assert(offsetof(PrepareQkParams, count) == 2700);
+static_assert(offsetof(PrepareQkParams, head_dim) == 2704);
+static_assert(offsetof(PrepareQkParams, lanes) == 2708);
 
 // Parameters of the metadata kernels. The tables are those of `VarlenMeta`.
 struct MetadataParams {

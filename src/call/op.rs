@@ -34,12 +34,6 @@ pub(crate) fn no_device_tables(device: &str) -> Error {
     Error::NotApplicable { argument: "device", got: device.to_owned(), why }
 }
 
-/// A device without kernels of [`Op::PrepareQk`].
-pub(crate) fn no_prepare_qk(device: &str) -> Error {
-    let why = "it has no kernel that normalises and rotates q and k yet; CPU and wgpu devices have one".to_owned();
-    Error::NotApplicable { argument: "device", got: device.to_owned(), why }
-}
-
 /// Which queries meet which keys, and where they lie.
 #[derive(Debug)]
 pub(crate) enum Rows<'a> {

@@ -15,10 +15,6 @@ const EPS: f32 = 1e-6;
 
 pub fn register(trials: &mut Trials) {
     trials.once("prepare_qk/refusals", refusals);
-    if trials.device().capabilities().backend == BackendKind::Cuda {
-        trials.once("prepare_qk/has_no_kernel_here", has_no_kernel_here);
-        return;
-    }
     register_kernels(trials);
 }
 
@@ -519,15 +515,6 @@ fn one_segment_has_more_than_another(device: &Device) -> Result<()> {
             }
         }
     }
-    Ok(())
-}
-
-fn has_no_kernel_here(device: &Device) -> Result<()> {
-    let mut tensors =
-        [Tensor::zeros(device, DType::F16, &[1, 2, 1, 8])?, Tensor::zeros(device, DType::F16, &[1, 2, 1, 8])?];
-    let [q, k] = &mut tensors;
-    let error = prepare_qk(device, [QkSegment::in_place(q, k)], TokenMask::all()).err();
-    ensure!(matches!(error, Some(Error::NotApplicable { argument: "device", .. })), "got {error:?}");
     Ok(())
 }
 

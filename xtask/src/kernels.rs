@@ -35,7 +35,7 @@ struct Source {
 }
 
 /// A row for each fatbin; the library's `module.rs` loads them by these names.
-const SOURCES: [Source; 6] = [
+const SOURCES: [Source; 7] = [
     Source {
         name: "attention_sm80",
         path: "attention/sm80/attention.cu",
@@ -43,8 +43,9 @@ const SOURCES: [Source; 6] = [
         // A few pointers. The fragments at head dimension 128 fill the register file, and the
         // compiler puts load addresses aside that it reads back once a tile; keeping them in shared
         // memory instead ended the spills and cost 3 to 5% on an H200.
-        // Key ranges add a few more at head dimension 64, where three blocks share the registers.
-        spill_bytes: 64,
+        // Key ranges add a few more at head dimension 64, where three blocks share the registers, and
+        // score modifiers at 128.
+        spill_bytes: 112,
     },
     Source {
         name: "attention_sm90",
@@ -58,6 +59,7 @@ const SOURCES: [Source; 6] = [
     Source { name: "attention_sm100", path: "attention/sm100/attention.cu", target: Target::SM100, spill_bytes: 48 },
     Source { name: "lse", path: "rows/lse.cu", target: Target::EVERY, spill_bytes: 0 },
     Source { name: "metadata", path: "rows/metadata.cu", target: Target::EVERY, spill_bytes: 0 },
+    Source { name: "prepare_qk", path: "rows/prepare_qk.cu", target: Target::EVERY, spill_bytes: 0 },
     Source { name: "pack", path: "rows/pack.cu", target: Target::EVERY, spill_bytes: 0 },
 ];
 

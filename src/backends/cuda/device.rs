@@ -11,7 +11,7 @@ use cudarc::driver::sys::CUresult;
 use crate::cache::DeviceId;
 use crate::call::cost::Machine;
 use crate::call::memory::{Sink, Source, Storage};
-use crate::call::op::{Backend, MetadataPlace, Op, Timing, no_prepare_qk};
+use crate::call::op::{Backend, MetadataPlace, Op, Timing};
 use crate::call::plan::Capabilities;
 use crate::config::DeviceChoice;
 use crate::dtype::DType;
@@ -29,7 +29,7 @@ use super::driver::timer::Timers;
 use super::kernels::module::{AttentionImages, KERNELS_CUDA, Modules};
 use super::kernels::tiles::tilings;
 use super::launcher::Launcher;
-use super::tensors::{copy, lse, metadata};
+use super::tensors::{copy, lse, metadata, prepare_qk};
 use super::trust::{self, TrialDevice};
 
 /// A CUDA device. Launches go to one stream, in the order of the calls, from any thread.
@@ -260,7 +260,7 @@ impl Backend for CudaDevice {
             Op::Zero(out) => copy::zero(launcher, &out),
             Op::NoKeys(lse) => lse::no_keys(launcher, &lse),
             Op::Merge(merge) => lse::merge(launcher, &merge),
-            Op::PrepareQk(_) => Err(no_prepare_qk(self.name())),
+            Op::PrepareQk(call) => prepare_qk::prepare_qk(launcher, &call),
             Op::Metadata { mask, tables } => metadata::build(launcher, &mask, &tables),
         }
     }

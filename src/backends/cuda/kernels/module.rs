@@ -38,6 +38,7 @@ static ATTENTION_SM90: Image = &Aligned(*include_bytes!("../../../../kernels/pre
 static ATTENTION_SM100: Image = &Aligned(*include_bytes!("../../../../kernels/prebuilt/attention_sm100.fatbin"));
 static LSE: Image = &Aligned(*include_bytes!("../../../../kernels/prebuilt/lse.fatbin"));
 static METADATA: Image = &Aligned(*include_bytes!("../../../../kernels/prebuilt/metadata.fatbin"));
+static PREPARE_QK: Image = &Aligned(*include_bytes!("../../../../kernels/prebuilt/prepare_qk.fatbin"));
 static PACK: Image = &Aligned(*include_bytes!("../../../../kernels/prebuilt/pack.fatbin"));
 
 /// Where an attention kernel's code is, and what runs it.
@@ -115,6 +116,11 @@ pub enum Entry {
     Merge {
         dtype: DType,
     },
+    PrepareQk {
+        dtype: DType,
+        /// Whether heads have more than 256 elements.
+        is_wide: bool,
+    },
     MetadataCount,
     MetadataScan,
     MetadataIndex,
@@ -139,6 +145,7 @@ enum Home {
     Pack,
     Lse,
     Metadata,
+    PrepareQk,
     Attention(Kernel),
 }
 
@@ -148,6 +155,7 @@ impl Entry {
             Self::Pack | Self::Scatter => Home::Pack,
             Self::ScatterLse | Self::Merge { .. } => Home::Lse,
             Self::MetadataCount | Self::MetadataScan | Self::MetadataIndex => Home::Metadata,
+            Self::PrepareQk { .. } => Home::PrepareQk,
             Self::Attention { .. } => Home::Attention(Kernel::CudaSm80),
             Self::AttentionByLists { tile, .. } => Home::Attention(tile.kernel),
         }
@@ -159,6 +167,7 @@ impl Entry {
             Self::Scatter => "scatter_rows".to_owned(),
             Self::ScatterLse => "scatter_lse".to_owned(),
             Self::Merge { dtype } => format!("merge_{dtype}"),
+            Self::PrepareQk { dtype, is_wide } => format!("prepare_qk_{dtype}{}", if is_wide { "_wide" } else { "" }),
             Self::MetadataCount => "metadata_count".to_owned(),
             Self::MetadataScan => "metadata_scan".to_owned(),
             Self::MetadataIndex => "metadata_index".to_owned(),
@@ -188,6 +197,7 @@ pub struct Modules {
     lse: CUmodule,
     metadata: CUmodule,
     pack: CUmodule,
+    prepare_qk: CUmodule,
     functions: Mutex<HashMap<Entry, Function>>,
 }
 
@@ -199,10 +209,10 @@ unsafe impl Sync for Modules {}
 
 impl fmt::Debug for Modules {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { attention, lse, metadata, pack, .. } = self;
+        let Self { attention, lse, metadata, pack, prepare_qk, .. } = self;
         let mut modules = f.debug_struct("Modules");
         modules.field("attention", attention).field("lse", lse);
-        modules.field("metadata", metadata).field("pack", pack).finish_non_exhaustive()
+        modules.field("metadata", metadata).field("pack", pack).field("prepare_qk", prepare_qk).finish_non_exhaustive()
     }
 }
 
@@ -235,7 +245,7 @@ impl Modules {
             // SAFETY: the image is a whole, aligned fatbin, whose header says how long it is.
             unsafe { module::load_data(image.0.as_ptr().cast::<c_void>()) }
         };
-        let (lse, metadata, pack) = (load(LSE)?, load(METADATA)?, load(PACK)?);
+        let (lse, metadata, pack, prepare_qk) = (load(LSE)?, load(METADATA)?, load(PACK)?, load(PREPARE_QK)?);
         let mut attention = vec![];
         for &(kernel, image) in &images.0 {
             match load(image) {
@@ -247,7 +257,7 @@ impl Modules {
                 Err(error) => log::debug!("kernel {kernel} is not loaded: {error}"),
             }
         }
-        Ok(Self { attention, lse, metadata, pack, functions: Mutex::default() })
+        Ok(Self { attention, lse, metadata, pack, prepare_qk, functions: Mutex::default() })
     }
 
     /// A function; the context that the modules were loaded into is current.
@@ -270,6 +280,7 @@ impl Modules {
             Home::Pack => Some(self.pack),
             Home::Lse => Some(self.lse),
             Home::Metadata => Some(self.metadata),
+            Home::PrepareQk => Some(self.prepare_qk),
             // Planned only where it is loaded.
             Home::Attention(kernel) => {
                 self.attention.iter().find_map(|&(loaded, module)| (loaded == kernel).then_some(module))
@@ -312,7 +323,7 @@ mod tests {
 
     #[test]
     fn images_are_fatbins_at_aligned_addresses() {
-        for image in [ATTENTION_SM80, ATTENTION_SM90, ATTENTION_SM100, LSE, METADATA, PACK] {
+        for image in [ATTENTION_SM80, ATTENTION_SM90, ATTENTION_SM100, LSE, METADATA, PACK, PREPARE_QK] {
             assert_eq!(image.0[..4], 0xba55_ed50_u32.to_le_bytes());
             assert!((image.0.as_ptr() as usize).is_multiple_of(16));
         }

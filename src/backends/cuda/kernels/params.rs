@@ -164,10 +164,14 @@ constants! {
     WARPGROUP_THREADS: u32 = 128;
     /// Stages of keys and values in shared memory, sm80 and sm90.
     STAGES: u32 = 2;
-    /// Threads of a block of `pack_rows`, `scatter_rows`, `scatter_lse` and `merge_*`.
+    /// Threads of a block of `pack_rows`, `scatter_rows`, `scatter_lse`, `merge_*` and `prepare_qk_*`.
     ROW_COPY_THREADS: u32 = 256;
     /// The most tensors that one launch of `pack_rows` packs.
     MAX_PACK_TENSORS: usize = 3;
+    /// The most tensors that one launch of `prepare_qk_*` prepares: q and k of 8 segments.
+    MAX_PREPARED_TENSORS: usize = 16;
+    /// Heads of a token that the same lanes of `prepare_qk_*` take, half as many of wide heads.
+    PREPARED_HEADS: u32 = 4;
     /// Threads of a block of `metadata_count` and `metadata_index`.
     METADATA_THREADS: u32 = 256;
     /// Threads of the one block of `metadata_scan`.
@@ -532,6 +536,59 @@ shared_struct! {
 }
 
 shared_struct! {
+    /// q or k of a segment, `[B, S, H, D]`, for `prepare_qk_*`. Strides are in elements.
+    PreparedRows {
+        from: *const c_void,
+        to: *mut c_void,
+        /// `[D]`; null without a norm.
+        weight: *const c_void,
+        /// `[B, S, half]` each; not read if `half` is 0.
+        cos: *const c_void,
+        sin: *const c_void,
+        from_strides: Strides,
+        to_strides: Strides,
+        cos_batch_stride: i64,
+        cos_token_stride: i64,
+        sin_batch_stride: i64,
+        sin_token_stride: i64,
+        /// B · S.
+        rows: i32,
+        seq: i32,
+        heads: i32,
+        /// Pairs of elements of a head that rotate.
+        half: i32,
+        /// The place of the segment's first token in the mask.
+        first_token: i32,
+        /// Blocks of the tensors before this one.
+        first_block: i32,
+        eps: f32,
+        /// 1 if elements 2i and 2i + 1 are a pair, 0 if i and i + half are.
+        is_interleaved: i32,
+        /// 1 if they are f32, 0 if they have the call's element type.
+        weight_is_f32: i32,
+        table_is_f32: i32,
+        /// 1 if every head, read and written, is 16-byte words.
+        has_words: i32,
+        unused: i32,
+    }
+}
+
+shared_struct! {
+    /// Parameters of `prepare_qk_*`.
+    PrepareQkParams {
+        tensors: [PreparedRows; MAX_PREPARED_TENSORS],
+        /// `[B, mask_words]` bits of the tokens of all segments; null keeps all.
+        kept_bits: *const u32,
+        mask_words: i32,
+        /// Of `tensors`.
+        count: i32,
+        head_dim: i32,
+        /// Of a warp, for each head: a power of two.
+        lanes: i32,
+    }
+}
+
+shared_struct! {
     /// Parameters of the metadata kernels. The tables are those of `VarlenMeta`.
     MetadataParams {
         /// `[B, S]` integers of `mask_bytes` bytes each; any that is not 0 keeps its token. Strides
@@ -595,6 +652,8 @@ pub fn header() -> String {
         ScatterParams::text(),
         ScatterLseParams::text(),
         MergeParams::text(),
+        PreparedRows::text(),
+        PrepareQkParams::text(),
         MetadataParams::text(),
     ];
     items.join("\n")

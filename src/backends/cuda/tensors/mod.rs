@@ -10,6 +10,7 @@
 //! | `key_ranges` | copies of key ranges |
 //! | `lse` | where a log-sum-exp lies, launches that write it, and what it merges |
 //! | `score_modifiers` | copies of what heads do to scores |
+//! | `prepare_qk` | the launch that normalises and rotates q and k |
 //! | `copy` | launches that move rows: pack, scatter, zero |
 
 pub mod copy;
@@ -17,6 +18,7 @@ pub mod key_ranges;
 pub mod lse;
 pub mod metadata;
 pub mod placement;
+pub mod prepare_qk;
 pub mod score_modifiers;
 pub mod segments;
 mod strided_copy;

@@ -168,7 +168,8 @@ impl<'a> Operand<'a> {
     }
 }
 
-fn strides(layout: &Layout) -> Strides {
+/// The strides of a tensor's rows.
+pub fn strides(layout: &Layout) -> Strides {
     // Every stride fits: layouts end below an eighth of the range.
     let [batch, token, head] = row_strides(layout).map(|stride| stride as i64);
     Strides { batch, token, head }
