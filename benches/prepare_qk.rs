@@ -11,8 +11,8 @@ use anyhow::Result;
 use clap::Parser;
 use serde::Serialize;
 use varlen_fa::{
-    BackendKind, Device, Element, KeyMask, QkNorm, QkSegment, Rotary, RotaryPairing, Tensor, VarlenMeta, bf16, f16,
-    pack_into, prepare_qk,
+    Device, Element, KeyMask, QkNorm, QkSegment, Rotary, RotaryPairing, Tensor, VarlenMeta, bf16, f16, pack_into,
+    prepare_qk,
 };
 
 use varlen_fa_harness::arguments::{ElementType, Problem, ProblemArguments, RoundArguments, workload_help};

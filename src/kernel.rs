@@ -76,6 +76,8 @@ pub(crate) enum PaddedAccess {
 pub(crate) enum SegmentAccess {
     /// It reads and writes them where they lie.
     InPlace,
+    /// So on the fused path, if [`Cuts`](crate::call::segments::Cuts) are few; elsewhere copied.
+    InPlaceFused,
     /// Its device copies them to one tensor, and the output back.
     Copied,
 }
@@ -184,7 +186,14 @@ const TABLE: &[KernelTraits; 6] = &[
         mixes_padded_and_packed: true,
         ..ROWS
     },
-    KernelTraits { kernel: Kernel::CudaSm90, name: "sm90", has_ranges: true, scatters: true, ..TILE_LISTS },
+    KernelTraits {
+        kernel: Kernel::CudaSm90,
+        name: "sm90",
+        segments: SegmentAccess::InPlaceFused,
+        has_ranges: true,
+        scatters: true,
+        ..TILE_LISTS
+    },
     KernelTraits { kernel: Kernel::CudaSm100, name: "sm100", max_head_dim: 128, ..TILE_LISTS },
 ];
 

@@ -145,12 +145,18 @@ struct KeyTiles {
     // Which keys of a tile are kept: the bits of keys 32 · lane and on. Without lists, `before`
     // keys of the sequence are before the tile.
     __device__ uint32_t kept_keys(const TileListParams& params, int tile, int before, int lane) const {
+        return kept_keys(params, tile, before, lane, [](int) { return GROUP_ROWS; });
+    }
+
+    // The same where `rows_of` says how many rows of a group from a first one on are the group's.
+    template <typename Rows>
+    __device__ uint32_t kept_keys(const TileListParams& params, int tile, int before, int lane, Rows rows_of) const {
         uint32_t kept = 0xffffffff;
         if (params.form == FORM_FUSED && tile < 0) {
             kept = 0;
             if (lane < KEY_GROUPS) {
                 const int first = params.key_groups[~tile * KEY_GROUPS + lane];
-                kept = group_bits(params.key_bits, params.key_words, batch, first);
+                kept = group_bits(params.key_bits, params.key_words, batch, first) & ((1u << rows_of(first)) - 1);
             }
             const uint32_t even = __shfl_sync(0xffffffff, kept, 2 * lane % 32);
             const uint32_t odd = __shfl_sync(0xffffffff, kept, (2 * lane + 1) % 32);

@@ -47,6 +47,13 @@ struct RowGroup {
     uint32_t kept;
 };
 
+// Where a row of the output is.
+struct PlacedRows {
+    void* start;
+    const Strides& strides;
+    int row;
+};
+
 // Where in the ring of stages a tile is, by the number of tiles before it.
 template <int STAGES>
 struct PipelineState {
@@ -65,21 +72,28 @@ __device__ inline uint32_t group_bits(const uint32_t* bits, int words, int64_t r
     return __funnelshift_r(low, high, first % 32) & 0xffff;
 }
 
-// Writes zeros to the rows that no group covers. Called by threads with nothing else to do.
-template <typename T>
-__device__ inline void write_zero_spans(const TileListParams& params, int thread, int threads) {
+// Writes zeros to the rows that no group covers. Called by threads with nothing else to do. `output`
+// says where the output from a row on is: with strides, and the row as it is counted there.
+template <typename T, typename Output>
+__device__ inline void write_zero_spans(const TileListParams& params, int thread, int threads, Output output) {
     const int chunks = params.head_dim / 8;
     for (int item = blockIdx.x; item < params.zero_span_count * params.heads; item += gridDim.x) {
         const ZeroSpan span = params.zero_spans[item / params.heads];
         const int head = item % params.heads;
-        T* const out = static_cast<T*>(params.out) + span.batch * params.out_strides.batch + span.first_query * params.out_strides.token +
-                       head * params.out_strides.head;
+        const PlacedRows rows = output(span.first_query);
+        T* const out =
+            static_cast<T*>(rows.start) + span.batch * rows.strides.batch + rows.row * rows.strides.token + head * rows.strides.head;
         for (int index = thread; index < span.rows * chunks; index += threads) {
-            *reinterpret_cast<uint4*>(out + index / chunks * params.out_strides.token + index % chunks * 8) = uint4{0, 0, 0, 0};
+            *reinterpret_cast<uint4*>(out + index / chunks * rows.strides.token + index % chunks * 8) = uint4{0, 0, 0, 0};
         }
         if (params.lse != nullptr) {
             float* const lse = params.lse + span.batch * params.lse_batch_stride + head * params.lse_head_stride + span.first_query;
             for (int row = thread; row < span.rows; row += threads) lse[row] = -INFINITY;
         }
     }
+}
+
+template <typename T>
+__device__ inline void write_zero_spans(const TileListParams& params, int thread, int threads) {
+    write_zero_spans<T>(params, thread, threads, [&](int row) { return PlacedRows{params.out, params.out_strides, row}; });
 }

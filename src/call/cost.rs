@@ -462,6 +462,7 @@ pub(crate) fn key_tiles(runs: &[Run], keys: usize) -> (usize, usize) {
 #[cfg(test)]
 #[expect(clippy::single_range_in_vec_init, reason = "a row may have one run")]
 mod tests {
+    use crate::call::segments::Cuts;
     use std::ops::Range;
 
     use super::*;
@@ -493,7 +494,7 @@ mod tests {
     fn problem(batch: usize, seq: usize, heads: usize) -> AttentionProblem {
         let shape =
             AttentionShape { batch, seq_q: seq, seq_k: seq, num_heads: heads, num_kv_heads: heads, head_dim: 128 };
-        AttentionProblem { shape, dtype: DType::Bf16, softmax_scale: 1.0, bias: None, has_segments: false }
+        AttentionProblem { shape, dtype: DType::Bf16, softmax_scale: 1.0, bias: None, cuts: Cuts::None }
     }
 
     fn meta(seq: usize, rows: &[Vec<Range<usize>>]) -> Result<VarlenMeta> {

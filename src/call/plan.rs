@@ -7,6 +7,7 @@ use std::time::Duration;
 use crate::call::cost::{Choice, Machine, Tiling};
 use crate::call::path::Path;
 use crate::call::problem::{AttentionProblem, MaskInfo, TokenInfo};
+use crate::call::segments::Cuts;
 use crate::config::Config;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
@@ -247,6 +248,9 @@ pub(crate) fn plan_padded(
     let needs = Needs::new(problem, mask, is_dense);
     let preferred = pick_kernel(capabilities, forced, needs)?;
     let fuses = mask.bias.is_none() || preferred.traits().has_fused_bias;
+    // Without a copy, where the dense path needs one.
+    let fuses_segments =
+        fuses && problem.cuts == Cuts::Few && preferred.traits().segments == SegmentAccess::InPlaceFused;
     let chosen = match mask.tokens {
         _ if problem.shape.seq_k == 0 => (Path::Zero, Reason::NothingValid),
         TokenInfo::Varlen { query, key } if query.is_empty() || key.is_empty() => (Path::Zero, Reason::NothingValid),
@@ -264,7 +268,7 @@ pub(crate) fn plan_padded(
         }
         TokenInfo::DeviceVarlen { .. } if !preferred.works_by_tile_lists() => (Path::Fused, Reason::Fused),
         TokenInfo::DeviceVarlen { .. } => (Path::Packed, Reason::MetadataOnDevice),
-        TokenInfo::Varlen { query, key } if query.is_all_valid() && key.is_all_valid() => {
+        TokenInfo::Varlen { query, key } if query.is_all_valid() && key.is_all_valid() && !fuses_segments => {
             (Path::Dense, Reason::AllValid)
         }
         TokenInfo::Varlen { .. } if !fuses => (Path::Dense, Reason::Bias),
@@ -275,15 +279,20 @@ pub(crate) fn plan_padded(
         Some(path) => (path, check_forced_path(path, mask, preferred)?),
     };
     let plan_of = |path, kernel: Kernel, reason, estimate| {
-        let is_copied = path != Path::Zero && problem.has_segments;
-        let copies_segments = is_copied && kernel.traits().segments == SegmentAccess::Copied;
+        let is_in_place = match kernel.traits().segments {
+            SegmentAccess::InPlace => true,
+            SegmentAccess::InPlaceFused => path == Path::Fused && problem.cuts == Cuts::Few,
+            SegmentAccess::Copied => false,
+        };
+        let copies_segments = path != Path::Zero && problem.cuts != Cuts::None && !is_in_place;
         Plan { path, kernel, reason, copies_segments, estimate }
     };
     let plan = plan_of(path, preferred, reason, None);
     let Some(choices) = choices(problem, mask, capabilities, path)? else { return Ok(plan) };
     let may_take = |choice: &Choice| {
         // The model knows how many tiles ranges leave, but not the speed of each kernel's form with ranges.
-        let is_free = forced == Forced::default() && mask.ranges.is_none();
+        // Nor does it know copies of segments.
+        let is_free = forced == Forced::default() && mask.ranges.is_none() && problem.cuts == Cuts::None;
         let is_kernel =
             choice.kernel == preferred || is_free && is_suited(choice.kernel, preferred, capabilities, needs);
         is_kernel && forced.path.is_none_or(|path| choice.path == path)
@@ -443,7 +452,7 @@ mod tests {
     fn problem() -> AttentionProblem {
         let shape =
             AttentionShape { batch: BATCH, seq_q: SEQ, seq_k: SEQ, num_heads: 24, num_kv_heads: 24, head_dim: 128 };
-        AttentionProblem { shape, dtype: DType::Bf16, softmax_scale: 1.0, bias: None, has_segments: false }
+        AttentionProblem { shape, dtype: DType::Bf16, softmax_scale: 1.0, bias: None, cuts: Cuts::None }
     }
 
     fn masked(tokens: TokenInfo<'_>) -> MaskInfo<'_> {
@@ -478,7 +487,7 @@ mod tests {
 
     #[test]
     fn a_plan_says_where_segments_are_copied() -> Result<()> {
-        let problem = AttentionProblem { has_segments: true, ..problem() };
+        let problem = AttentionProblem { cuts: Cuts::Few, ..problem() };
         let mask = MaskInfo { tokens: TokenInfo::All, ranges: None, modifiers: None, bias: None };
         let planned =
             |kernels: &[Kernel], forced| plan_padded(&problem, &mask, &device(kernels), &Config::default(), forced);
@@ -494,6 +503,17 @@ mod tests {
         }
         let plan = planned(&[Kernel::CpuTiled], Forced::default())?;
         assert!(!plan.copies_segments && !plan.to_string().contains("segments"), "{plan}");
+        // sm90 has maps of them, as many as its lists may be cut for.
+        let meta = meta(false)?;
+        for (path, cuts, copies) in
+            [(Path::Fused, Cuts::Few, false), (Path::Fused, Cuts::Many, true), (Path::Dense, Cuts::Few, true)]
+        {
+            let problem = AttentionProblem { cuts, ..problem.clone() };
+            let mask = masked(TokenInfo::Varlen { query: &meta, key: &meta });
+            let forced = Forced { path: Some(path), ..Forced::default() };
+            let plan = plan_padded(&problem, &mask, &device(&[Kernel::CudaSm90]), &Config::default(), forced)?;
+            assert_eq!((plan.path, plan.copies_segments), (path, copies), "{plan}");
+        }
         Ok(())
     }
 

@@ -3,7 +3,7 @@
 
 use std::ops::Range;
 
-use super::segments::{MAX_SEGMENTS, Role};
+use super::segments::{Cuts, MAX_SEGMENTS, Role};
 use crate::cache::DeviceId;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
@@ -65,7 +65,7 @@ pub(crate) struct AttentionProblem {
     /// The bias as a `[B, H, Sq, Sk]` view; broadcast dimensions have stride 0.
     pub bias: Option<Layout>,
     /// Whether q, k, v or the output come in several segments.
-    pub has_segments: bool,
+    pub cuts: Cuts,
 }
 
 /// The tensors of an attention call, each in segments.
@@ -193,8 +193,7 @@ impl AttentionProblem {
                 expect_apart("lse", lse, "bias", view)?;
             }
         }
-        let has_segments = [views.q, views.k, views.v, views.out].iter().any(|segments| segments.len() != 1);
-        Ok(Self { shape, dtype: views.dtype(), softmax_scale, bias, has_segments })
+        Ok(Self { shape, dtype: views.dtype(), softmax_scale, bias, cuts: views.cuts() })
     }
 
     /// Checks a call on packed rows `[total, H, D]`, which come in one segment.
@@ -228,7 +227,7 @@ impl AttentionProblem {
         let shape = AttentionShape { batch, seq_q: total_q, seq_k: total_k, num_heads, num_kv_heads, head_dim };
         let softmax_scale = check_attention(device, views, &shape, softmax_scale)?;
         check_lse(device, views, &[num_heads, total_q])?;
-        Ok(Self { shape, dtype: views.dtype(), softmax_scale, bias: None, has_segments: false })
+        Ok(Self { shape, dtype: views.dtype(), softmax_scale, bias: None, cuts: Cuts::None })
     }
 }
 
@@ -236,6 +235,15 @@ impl<'a> AttentionViews<'a> {
     /// Of all tensors, once they are checked; there is a segment then.
     fn dtype(&self) -> DType {
         self.q.first().map_or(DType::F32, |first| first.dtype)
+    }
+
+    /// Of tensors that are checked.
+    fn cuts(&self) -> Cuts {
+        let lengths = |segments: &[ViewInfo<'_>]| -> Vec<usize> {
+            segments.iter().map(|segment| segment.layout.shape()[1]).collect()
+        };
+        let [q, k, v, out] = [self.q, self.k, self.v, self.out].map(lengths);
+        Cuts::of([[&q, &out], [&k, &v]])
     }
 
     /// The segments of the inputs, and what errors call them.

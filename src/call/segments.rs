@@ -82,6 +82,47 @@ impl<T> FromIterator<T> for Segmented<T> {
     }
 }
 
+/// How the tensors of a call are cut.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Cuts {
+    /// Each is one segment.
+    None,
+    /// q and the output together into at most [`MAX_SEGMENTS`] pieces, and k and v.
+    Few,
+    /// Into more, since they are cut at different places.
+    Many,
+}
+
+impl Cuts {
+    /// By the lengths of segments: pairs of tensors that have the same tokens.
+    pub fn of(pairs: [[&[usize]; 2]; 2]) -> Self {
+        if pairs.iter().flatten().all(|lengths| lengths.len() == 1) {
+            return Self::None;
+        }
+        let is_few = |pair: &[&[usize]; 2]| common_ends(*pair).len() <= MAX_SEGMENTS;
+        if pairs.iter().all(is_few) { Self::Few } else { Self::Many }
+    }
+}
+
+/// The ends of the pieces, counted over all, into which two tensors of the same tokens are cut
+/// together. No piece is empty.
+pub(crate) fn common_ends(pair: [&[usize]; 2]) -> Vec<usize> {
+    let ends_of = |lengths: &[usize]| {
+        let mut end = 0;
+        lengths
+            .iter()
+            .map(|length| {
+                end += length;
+                end
+            })
+            .collect::<Vec<_>>()
+    };
+    let mut ends: Vec<usize> = pair.into_iter().flat_map(ends_of).filter(|&end| end > 0).collect();
+    ends.sort_unstable();
+    ends.dedup();
+    ends
+}
+
 /// A tensor of an attention call that may come in segments.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Role {
@@ -149,3 +190,21 @@ macro_rules! segment_names {
     };
 }
 segment_names!(0 1 2 3 4 5 6 7);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tensors_that_are_cut_at_different_places_are_cut_at_all_of_them() {
+        assert_eq!(common_ends([&[3, 5], &[8]]), [3, 8]);
+        assert_eq!(common_ends([&[0, 3, 0, 5], &[4, 4, 0]]), [3, 4, 8]);
+        assert_eq!(common_ends([&[0], &[0, 0]]), [0; 0]);
+        let ones = [1; MAX_SEGMENTS];
+        assert_eq!(Cuts::of([[&[8], &[8]], [&[9], &[9]]]), Cuts::None);
+        assert_eq!(Cuts::of([[&[8], &ones], [&[9], &[9]]]), Cuts::Few);
+        assert_eq!(Cuts::of([[&ones, &ones], [&[4, 5], &[4, 5]]]), Cuts::Few);
+        assert_eq!(Cuts::of([[&[8], &[8]], [&[3, 2, 2, 2], &[1, 3, 2, 2, 1]]]), Cuts::Few);
+        assert_eq!(Cuts::of([[&[8], &[8]], [&[3, 2, 2, 2, 2], &[1, 3, 2, 2, 2, 1]]]), Cuts::Many);
+    }
+}

@@ -35,7 +35,7 @@ use crate::call::op::{Attention, Backend, Op, Rows};
 use crate::call::path::Path;
 use crate::call::plan::{Plan, Reason};
 use crate::call::problem::{AttentionProblem, AttentionShape};
-use crate::call::segments::Segmented;
+use crate::call::segments::{Cuts, Segmented};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::kernel::Kernel;
@@ -310,7 +310,7 @@ impl<'a> Bench<'a> {
             dtype,
             softmax_scale: 1.0 / (head_dim as f32).sqrt(),
             bias: None,
-            has_segments: false,
+            cuts: Cuts::None,
         };
         device.execute(Op::Attention(Attention {
             problem: &problem,

@@ -2,8 +2,8 @@
 
 use anyhow::{Context, Result, ensure};
 use varlen_fa::{
-    BackendKind, DType, Device, Error, KeyMask, Layout, QkNorm, QkSegment, Rotary, RotaryPairing, Tensor, TokenMask,
-    VarlenMeta, prepare_qk,
+    DType, Device, Error, KeyMask, Layout, QkNorm, QkSegment, Rotary, RotaryPairing, Tensor, TokenMask, VarlenMeta,
+    prepare_qk,
 };
 use varlen_fa_testkit::{Pairs, Turn, prepared_head, random};
 

@@ -35,8 +35,9 @@
 
 namespace sm90 {
 
+// `segments` is null without segments.
 template <typename S>
-__device__ inline void attention(const TileListParams& params) {
+__device__ inline void attention(const TileListParams& params, const SegmentTable* segments) {
     extern __shared__ __align__(1024) unsigned char shared[];
     const uint32_t base = ptx::uniform(ptx::shared_address(shared));
     const int warp = ptx::uniform(threadIdx.x / 32);
@@ -64,30 +65,45 @@ __device__ inline void attention(const TileListParams& params) {
     if (warp < 4) {
         ptx::release_registers<S::PRODUCER_REGISTERS>();
         if (warp == 0) {
-            Producer<S>(params, shared, base).run();
+            Producer<S>(params, segments, shared, base).run();
         } else if (warp == 1 && params.form != FORM_DENSE) {
             zero_masked_values<S>(shared, base);
         } else if (warp >= 2) {
-            write_zero_spans<typename S::T>(params, threadIdx.x - 64, 64);
+            if constexpr (S::SEGMENTED) {
+                write_zero_spans<typename S::T>(params, threadIdx.x - 64, 64, [&](int row) {
+                    const SegmentRow at = segment_row(segments->query_ends, row);
+                    const SegmentOutput& output = segments->outputs[at.segment];
+                    return PlacedRows{output.out, output.strides, at.row};
+                });
+            } else {
+                write_zero_spans<typename S::T>(params, threadIdx.x - 64, 64);
+            }
             if (params.inv_indices != nullptr) write_masked_zeros<typename S::T>(params, warp - 2, 2);
         }
     } else {
         ptx::take_registers<S::CONSUMER_REGISTERS>();
-        Consumer<S>(params, shared, base, warp / 4 - 1).run();
+        Consumer<S>(params, segments, shared, base, warp / 4 - 1).run();
     }
 }
 
-// attention_sm90_{f16, bf16}_d{head_dim}_w{warpgroups}, and the same with key ranges: .._ranged
-#define VARLEN_FA_ENTRY(NAME, THREADS, ...)                                                                              \
+// attention_sm90_{f16, bf16}_d{head_dim}_w{warpgroups}, and the same with key ranges: .._ranged; and
+// both with tensors in segments: .._segments, .._ranged_segments
+#define VARLEN_FA_ENTRY(NAME, THREADS, ...)                                                                        \
     extern "C" __global__ void __launch_bounds__(THREADS, 1) NAME(const __grid_constant__ TileListParams params) { \
-        attention<Shape<__VA_ARGS__>>(params);                                                                           \
+        attention<Shape<__VA_ARGS__>>(params, nullptr);                                                            \
     }
-#define VARLEN_FA_TYPES(NAME, D, WARPGROUPS, ...)                                                                                       \
-    VARLEN_FA_ENTRY(attention_sm90_f16_##NAME, (WARPGROUPS + 1) * 128, __half, D, WARPGROUPS, __VA_ARGS__)                              \
-    VARLEN_FA_ENTRY(attention_sm90_bf16_##NAME, (WARPGROUPS + 1) * 128, __nv_bfloat16, D, WARPGROUPS, __VA_ARGS__)
-#define VARLEN_FA_ENTRIES(D, WARPGROUPS, ...)                                  \
-    VARLEN_FA_TYPES(d##D##_w##WARPGROUPS, D, WARPGROUPS, __VA_ARGS__)          \
-    VARLEN_FA_TYPES(d##D##_w##WARPGROUPS##_ranged, D, WARPGROUPS, __VA_ARGS__, true)
+#define VARLEN_FA_SEGMENTS_ENTRY(NAME, THREADS, ...)                                                                        \
+    extern "C" __global__ void __launch_bounds__(THREADS, 1) NAME(const __grid_constant__ SegmentedTileListParams params) { \
+        attention<Shape<__VA_ARGS__>>(params.lists, &params.segments);                                                      \
+    }
+#define VARLEN_FA_TYPES(ENTRY, NAME, D, WARPGROUPS, ...)                                       \
+    ENTRY(attention_sm90_f16_##NAME, (WARPGROUPS + 1) * 128, __half, D, WARPGROUPS, __VA_ARGS__) \
+    ENTRY(attention_sm90_bf16_##NAME, (WARPGROUPS + 1) * 128, __nv_bfloat16, D, WARPGROUPS, __VA_ARGS__)
+#define VARLEN_FA_ENTRIES(D, WARPGROUPS, ...)                                                                                        \
+    VARLEN_FA_TYPES(VARLEN_FA_ENTRY, d##D##_w##WARPGROUPS, D, WARPGROUPS, __VA_ARGS__)                                                \
+    VARLEN_FA_TYPES(VARLEN_FA_ENTRY, d##D##_w##WARPGROUPS##_ranged, D, WARPGROUPS, __VA_ARGS__, true)                                 \
+    VARLEN_FA_TYPES(VARLEN_FA_SEGMENTS_ENTRY, d##D##_w##WARPGROUPS##_segments, D, WARPGROUPS, __VA_ARGS__, false, true)               \
+    VARLEN_FA_TYPES(VARLEN_FA_SEGMENTS_ENTRY, d##D##_w##WARPGROUPS##_ranged_segments, D, WARPGROUPS, __VA_ARGS__, true, true)
 VARLEN_FA_SM90_TILES(VARLEN_FA_ENTRIES)
 
 }  // namespace sm90

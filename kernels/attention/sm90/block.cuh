@@ -58,11 +58,13 @@ struct RangedTileKeys : TileKeys {
     int32_t first_keys[12];
 };
 
-template <typename T_, int D_, int WARPGROUPS_, int TILE_N_, int QUERY_TILES_, bool RANGED_ = false>
+template <typename T_, int D_, int WARPGROUPS_, int TILE_N_, int QUERY_TILES_, bool RANGED_ = false, bool SEGMENTED_ = false>
 struct Shape {
     using T = T_;
     // Whether each query sees a range of keys.
     static constexpr bool RANGED = RANGED_;
+    // Whether tensors come in segments along S, which the lists are cut for.
+    static constexpr bool SEGMENTED = SEGMENTED_;
     using Rows = std::conditional_t<RANGED, RangedTileRows, TileRows>;
     using Keys = std::conditional_t<RANGED, RangedTileKeys, TileKeys>;
     static constexpr int D = D_;

@@ -6,6 +6,7 @@
 #include "../../ptx/tma.cuh"
 #include "../../ptx/warpgroup.cuh"
 #include "../../ptx/wgmma.cuh"
+#include "../segments.cuh"
 #include "block.cuh"
 #include "softmax.cuh"
 #include "unseen.cuh"
@@ -20,12 +21,14 @@ struct Consumer {
     static constexpr int ROW_BYTES = S::ROW_BYTES;
 
     const TileListParams& params;
+    // Null without segments.
+    const SegmentTable* segments;
     unsigned char* shared;
     uint32_t base;
     int warpgroup;
 
-    __device__ Consumer(const TileListParams& params, unsigned char* shared, uint32_t base, int warpgroup)
-        : params(params), shared(shared), base(base), warpgroup(warpgroup) {}
+    __device__ Consumer(const TileListParams& params, const SegmentTable* segments, unsigned char* shared, uint32_t base, int warpgroup)
+        : params(params), segments(segments), shared(shared), base(base), warpgroup(warpgroup) {}
 
     using Matrix = ptx::SharedMatrix<ROW_BYTES>;
 
@@ -514,10 +517,17 @@ private:
             ptx::fence_async_proxy();
             __syncwarp();
             if (lane == 0) {
+                const ptx::TensorMap* map = &params.out_map;
+                int row = mine.first_row;
+                if constexpr (S::SEGMENTED) {
+                    const SegmentRow at = segment_row(segments->query_ends, row);
+                    map = &segments->maps[at.segment].out;
+                    row = at.row;
+                }
 #pragma unroll
                 for (int panel = 0; panel < S::PANELS; ++panel) {
                     const uint32_t from = base + tile_start + (panel * S::TILE_M + warp * GROUP_ROWS) * ROW_BYTES;
-                    ptx::tma_store(&params.out_map, from, panel * S::PANEL, mine.first_row, mine.head, mine.batch);
+                    ptx::tma_store(map, from, panel * S::PANEL, row, mine.head, mine.batch);
                 }
                 ptx::tma_store_commit();
             }

@@ -6,6 +6,7 @@
 #include "../key_range.cuh"
 #include "../loader.cuh"
 #include "../schedule.cuh"
+#include "../segments.cuh"
 #include "../tile_lists.cuh"
 #include "block.cuh"
 
@@ -14,6 +15,8 @@ namespace sm90 {
 template <typename S>
 struct Producer {
     const TileListParams& params;
+    // Null without segments.
+    const SegmentTable* segments;
     unsigned char* shared;
     uint32_t base;
     int lane;
@@ -30,8 +33,8 @@ struct Producer {
     int window;
     int lane_tile;
 
-    __device__ Producer(const TileListParams& params, unsigned char* shared, uint32_t base)
-        : params(params), shared(shared), base(base), lane(threadIdx.x % 32) {}
+    __device__ Producer(const TileListParams& params, const SegmentTable* segments, unsigned char* shared, uint32_t base)
+        : params(params), segments(segments), shared(shared), base(base), lane(threadIdx.x % 32) {}
 
     __device__ void run() {
         KeysState state;
@@ -80,7 +83,11 @@ private:
     // The work item's key tiles, and this lane's 16 query rows.
     __device__ RowGroup find(const Work& work) {
         kv_head = work.head / params.group_size;
-        const RowGroup group = tiles.find(params, work, lane);
+        RowGroup group = tiles.find(params, work, lane);
+        if constexpr (S::SEGMENTED) {
+            group.rows = min(group.rows, rows_in_segment(segments->query_ends, group.first_row));
+            group.kept &= (1u << group.rows) - 1;
+        }
         if constexpr (S::RANGED) {
             const RangeTile& seen = params.range_tiles[range_tile];
             tiles.count = seen.masked + seen.end - seen.first;
@@ -129,8 +136,15 @@ private:
             if (lane == 0) ptx::mbarrier_arrive_expect(full, S::TileQ::BYTES / S::WARPGROUPS);
             __syncwarp();
             if (lane / 4 == warpgroup) {
-                load_group<typename S::TileQ>(base + S::query_tile(work_index), lane, params.q_map, full, ptx::policy_evict_first(),
-                                              group.first_row, work.head, tiles.batch);
+                const ptx::TensorMap* map = &params.q_map;
+                int row = group.first_row;
+                if constexpr (S::SEGMENTED) {
+                    const SegmentRow at = segment_row(segments->query_ends, row);
+                    map = &segments->maps[at.segment].q;
+                    row = at.row;
+                }
+                load_group<typename S::TileQ>(base + S::query_tile(work_index), lane, *map, full, ptx::policy_evict_first(), row, work.head,
+                                              tiles.batch);
             }
         }
     }
@@ -180,12 +194,34 @@ private:
         load_key_tile<typename S::TileKV>(to, map, group_map, params.key_groups, barrier, tile, kv_head, tiles.batch);
     }
 
+    // The same from the segments whose maps these are.
+    template <typename Map, typename GroupMap>
+    __device__ void load_from_segments(Map map_of, GroupMap group_map_of, uint32_t to, uint32_t barrier, int tile) const {
+        using Tile = typename S::TileKV;
+        constexpr int GROUPS = S::TILE_N / GROUP_ROWS;
+        const bool is_full = tile >= 0;
+        if (!is_full && lane >= GROUPS) return;
+        const SegmentRow at = segment_row(segments->key_ends, is_full ? tile : params.key_groups[~tile * GROUPS + lane]);
+        const auto& maps = segments->maps[at.segment];
+        if (is_full) {
+            load_key_tile<Tile>(to, map_of(maps), map_of(maps), nullptr, barrier, at.row, kv_head, tiles.batch);
+        } else {
+            load_group<Tile>(to, lane, group_map_of(maps), barrier, ptx::policy_evict_last(), at.row, kv_head, tiles.batch);
+        }
+    }
+
     __device__ void load_keys(int i, int tile, KeysState state) const {
         const uint32_t full = base + S::FULL_K + 8 * state.stage();
         ptx::mbarrier_wait(base + S::EMPTY_K + 8 * state.stage(), state.parity() ^ 1);
         auto& info = reinterpret_cast<typename S::Keys*>(shared + S::KEYS_INFO)[state.stage()];
         if (i < masked_end) {
-            const uint32_t kept = tiles.kept_keys(params, tile, tile - tiles.first_key, lane);
+            uint32_t kept;
+            if constexpr (S::SEGMENTED) {
+                const auto rows_of = [&](int first) { return rows_in_segment(segments->key_ends, first); };
+                kept = tiles.kept_keys(params, tile, tile - tiles.first_key, lane, rows_of);
+            } else {
+                kept = tiles.kept_keys(params, tile, tile - tiles.first_key, lane);
+            }
             if (lane < (S::TILE_N + 31) / 32) info.kept[lane] = kept;
             if constexpr (S::RANGED) {
                 constexpr int GROUPS = S::TILE_N / GROUP_ROWS;
@@ -200,7 +236,13 @@ private:
         __syncwarp();
         if (lane == 0) ptx::mbarrier_arrive_expect(full, S::TileKV::BYTES);
         __syncwarp();
-        load_tile(params.k_map, params.k_group_map, base + S::K + state.stage() * S::TileKV::BYTES, full, tile);
+        const uint32_t to = base + S::K + state.stage() * S::TileKV::BYTES;
+        if constexpr (S::SEGMENTED) {
+            load_from_segments([](const SegmentMaps& maps) -> auto& { return maps.k; },
+                               [](const SegmentMaps& maps) -> auto& { return maps.k_group; }, to, full, tile);
+        } else {
+            load_tile(params.k_map, params.k_group_map, to, full, tile);
+        }
     }
 
     __device__ void load_values(int i, int tile, KeysState state) const {
@@ -208,7 +250,13 @@ private:
         ptx::mbarrier_wait(base + S::EMPTY_V + 8 * state.stage(), state.parity() ^ 1);
         if (lane == 0) ptx::mbarrier_arrive_expect(full, S::TileKV::BYTES);
         __syncwarp();
-        load_tile(params.v_map, params.v_group_map, base + S::V + state.stage() * S::TileKV::BYTES, full, tile);
+        const uint32_t to = base + S::V + state.stage() * S::TileKV::BYTES;
+        if constexpr (S::SEGMENTED) {
+            load_from_segments([](const SegmentMaps& maps) -> auto& { return maps.v; },
+                               [](const SegmentMaps& maps) -> auto& { return maps.v_group; }, to, full, tile);
+        } else {
+            load_tile(params.v_map, params.v_group_map, to, full, tile);
+        }
     }
 };
 

@@ -5,6 +5,7 @@ use std::ops::Range;
 
 use crate::call::cost::Machine;
 use crate::call::problem::{AttentionProblem, AttentionShape};
+use crate::call::segments::Cuts;
 use crate::dtype::DType;
 use crate::error::Result;
 use crate::mask::key_mask::KeyMask;
@@ -52,8 +53,7 @@ fn the_script_that_fits_the_constants_has_the_same_formulas() -> Result<()> {
             num_kv_heads: case.kv_heads,
             head_dim: case.head_dim,
         };
-        let problem =
-            AttentionProblem { shape, dtype: DType::Bf16, softmax_scale: 1.0, bias: None, has_segments: false };
+        let problem = AttentionProblem { shape, dtype: DType::Bf16, softmax_scale: 1.0, bias: None, cuts: Cuts::None };
         let mut choices = machine.choices(&problem, &query, key, None)?.to_vec();
         choices.extend(machine.dense_choices(&problem));
         for (name, &expected) in &case.times {

@@ -7,25 +7,28 @@ use std::sync::Arc;
 use crate::backends::cuda::driver::memory::CudaBuffer;
 use crate::backends::cuda::driver::transfer;
 use crate::backends::cuda::kernels::module::Entry;
-use crate::backends::cuda::kernels::params::{TileListForm, TileListParams};
-use crate::backends::cuda::kernels::tiles::ListTile;
+use crate::backends::cuda::kernels::params::{
+    SegmentOutput, SegmentTable, SegmentedTileListParams, TensorMap, TileListForm, TileListParams,
+};
+use crate::backends::cuda::kernels::tiles::{ListForm, ListTile};
 use crate::backends::cuda::launcher::Launcher;
 use crate::backends::cuda::tensors::key_ranges::PlacedRanges;
 use crate::backends::cuda::tensors::metadata;
+use crate::backends::cuda::tensors::placement::Placed;
 use crate::backends::cuda::tensors::tensor_map::MappedTensor;
 use crate::call::op::Attention;
-use crate::call::problem::AttentionShape;
+use crate::call::problem::{AttentionProblem, AttentionShape};
 use crate::error::{Error, Result};
 use crate::fifo_cache::FifoCache;
 use crate::mask::key_mask::KeyMask;
 use crate::mask::key_ranges::KeyRanges;
 use crate::mask::meta::{GROUP_ROWS, VarlenMeta};
 
-use super::call::{PackedRows, Tensors, score_scale};
+use super::call::{PackedRows, SegmentedTensors, Tensors, score_scale};
 use super::dense_metas::DenseMeta;
 use super::range_tiles::{Deal, DealtWork, RangeTiles};
 use super::split::Split;
-use super::tile_lists::TileLists;
+use super::tile_lists::{Ends, TileLists};
 
 /// Rows of a padded output whose zeros are enough work for a block.
 const ZEROED_ROWS: usize = 256;
@@ -41,8 +44,8 @@ struct ListsCopy {
     zero_spans: CudaBuffer,
 }
 
-/// Kept with the query's metadata, by the id of the key's metadata and the tile.
-type ListsCopies = FifoCache<(u64, ListTile), ListsCopy>;
+/// Kept with the query's metadata, by the id of the key's metadata, the tile, and where segments end.
+type ListsCopies = FifoCache<(u64, ListTile, Ends), ListsCopy>;
 
 /// The work of a call with key ranges, on the device.
 #[derive(Debug)]
@@ -53,9 +56,9 @@ struct WorkCopy {
     split: Split,
 }
 
-/// Kept with the ranges, by the ids of the metadata of queries and keys (0 without lists) and what
-/// the work is dealt out for.
-type WorkCopies = FifoCache<([u64; 2], Deal), WorkCopy>;
+/// Kept with the ranges, by the ids of the metadata of queries and keys (0 without lists), where
+/// segments end, and what the work is dealt out for.
+type WorkCopies = FifoCache<([u64; 2], Ends, Deal), WorkCopy>;
 
 /// The key ranges of a call, and whose lists its tiles come from.
 #[derive(Clone, Copy)]
@@ -86,8 +89,15 @@ struct Extent {
 struct Call<'a> {
     launcher: &'a Launcher,
     attention: &'a Attention<'a>,
-    tensors: &'a Tensors,
+    tensors: Placement<'a>,
     tile: ListTile,
+}
+
+/// Where a call's tensors lie.
+#[derive(Clone, Copy)]
+enum Placement<'a> {
+    Whole(&'a Tensors),
+    Segments(&'a SegmentedTensors),
 }
 
 /// Every query row of padded tensors. Keys that the key mask drops do not count, and rows that
@@ -99,7 +109,7 @@ pub fn dense(
     key_mask: Option<&KeyMask>,
     zero_rows: Option<&KeyMask>,
 ) -> Result<()> {
-    let call = Call::new(launcher, attention, tensors)?;
+    let call = Call::new(launcher, attention, Placement::Whole(tensors))?;
     let meta = DenseMeta::of(launcher, &attention.problem.shape, key_mask, zero_rows)?;
     let Some(meta) = meta else { return call.without_a_mask() };
     // Keys past the end of a row are dropped by their bits, so that there are bits even where every
@@ -115,13 +125,25 @@ pub fn fused(
     query: &VarlenMeta,
     key: &VarlenMeta,
 ) -> Result<()> {
-    let call = Call::new(launcher, attention, tensors)?;
+    let call = Call::new(launcher, attention, Placement::Whole(tensors))?;
+    call.by_lists((query, key), (key.key_mask(), Some(query.key_mask())))
+}
+
+/// The same of tensors in segments.
+pub fn fused_segments(
+    launcher: &Launcher,
+    attention: &Attention<'_>,
+    tensors: &SegmentedTensors,
+    query: &VarlenMeta,
+    key: &VarlenMeta,
+) -> Result<()> {
+    let call = Call::new(launcher, attention, Placement::Segments(tensors))?;
     call.by_lists((query, key), (key.key_mask(), Some(query.key_mask())))
 }
 
 /// Packed rows.
 pub fn packed(launcher: &Launcher, attention: &Attention<'_>, tensors: &Tensors, rows: &PackedRows<'_>) -> Result<()> {
-    let call = Call::new(launcher, attention, tensors)?;
+    let call = Call::new(launcher, attention, Placement::Whole(tensors))?;
     let mut params = TileListParams {
         form: TileListForm::Packed as i32,
         // Fits: batches are counted in an i32.
@@ -175,7 +197,7 @@ fn packed_tiles(tile: ListTile, rows: &PackedRows<'_>) -> (usize, usize) {
 }
 
 impl<'a> Call<'a> {
-    fn new(launcher: &'a Launcher, attention: &'a Attention<'a>, tensors: &'a Tensors) -> Result<Self> {
+    fn new(launcher: &'a Launcher, attention: &'a Attention<'a>, tensors: Placement<'a>) -> Result<Self> {
         let head_dim = attention.problem.shape.head_dim;
         let tile = ListTile::of(attention.plan.kernel, head_dim).ok_or(Error::HeadDim { got: head_dim })?;
         Ok(Self { launcher, attention, tensors, tile })
@@ -184,10 +206,14 @@ impl<'a> Call<'a> {
     /// The parameters that every form has.
     fn params(&self) -> TileListParams {
         let shape = self.attention.problem.shape;
-        let lse = self.tensors.lse.unwrap_or_default();
+        let (out, lse) = match self.tensors {
+            Placement::Whole(tensors) => (Some(tensors.out), tensors.lse),
+            Placement::Segments(tensors) => (None, tensors.lse),
+        };
+        let lse = lse.unwrap_or_default();
         TileListParams {
-            out: self.tensors.out.address,
-            out_strides: self.tensors.out.strides,
+            out: out.map_or(0, |out| out.address),
+            out_strides: out.map(|out| out.strides).unwrap_or_default(),
             lse: lse.address,
             lse_batch_stride: lse.batch_stride,
             lse_head_stride: lse.head_stride,
@@ -277,8 +303,9 @@ impl<'a> Call<'a> {
     fn lists(&self, query: &VarlenMeta, key: &VarlenMeta) -> Result<Arc<ListsCopy>> {
         let Self { launcher, tile, .. } = *self;
         let copies = query.copies().get_or_make(launcher.id, || Ok(ListsCopies::default()))?;
-        copies.get_or_make((key.id(), tile), launcher.context.is_captured()?, || {
-            let lists = TileLists::new(query, key, tile.rows as usize, tile.keys as usize);
+        let ends = self.ends();
+        copies.get_or_make((key.id(), tile, ends), launcher.context.is_captured()?, || {
+            let lists = TileLists::new((query, key), &ends, (tile.rows as usize, tile.keys as usize));
             Ok(ListsCopy {
                 batches: launcher.uploaded(bytemuck::cast_slice(&lists.batches))?,
                 query_groups: launcher.uploaded(bytemuck::cast_slice(&lists.query_groups))?,
@@ -306,7 +333,7 @@ impl<'a> Call<'a> {
         };
         let ranges = &ranged.placed.ranges;
         let copies = ranges.copies().get_or_make(launcher.id, || Ok(WorkCopies::default()))?;
-        copies.get_or_make((ranged.metas, deal), launcher.context.is_captured()?, || {
+        copies.get_or_make((ranged.metas, self.ends(), deal), launcher.context.is_captured()?, || {
             let tiles = (ranged.tiles)(ranges);
             let DealtWork { work, blocks, split } = tiles.deal(deal);
             Ok(WorkCopy {
@@ -323,10 +350,17 @@ impl<'a> Call<'a> {
         if items + zero_items == 0 {
             return Ok(());
         }
-        self.describe_tensors(extent, &mut params)?;
+        let segments = match self.tensors {
+            Placement::Whole(tensors) => {
+                self.describe_tensors(tensors, extent, &mut params)?;
+                None
+            }
+            Placement::Segments(tensors) => Some(self.describe_segments(tensors, extent.batch)?),
+        };
         let (launcher, tile) = (self.launcher, self.tile);
         let dtype = self.attention.problem.dtype;
-        let function = launcher.function(Entry::AttentionByLists { dtype, tile, has_ranges: ranged.is_some() })?;
+        let form = ListForm { has_ranges: ranged.is_some(), has_segments: segments.is_some() };
+        let function = launcher.function(Entry::AttentionByLists { dtype, tile, form })?;
         // The scratch lives until the launch, which keeps its memory.
         let (blocks, _scratch) = match &ranged {
             Some(ranged) => self.deal_out(extent, &mut params, ranged)?,
@@ -342,29 +376,75 @@ impl<'a> Call<'a> {
         // packed rows as `cu_seqlens` says (checked by problem; scratch is made so), and their rows
         // start at words (placement). Lists, masks and `cu_seqlens` have the problem's batch rows
         // and sequence lengths, ranges its queries, and work ends in each block's column. The output shares no memory with them (checked by problem).
-        unsafe { launcher.launch(function, [blocks, 1, 1], tile.threads, &params) }
+        unsafe {
+            match segments {
+                None => launcher.launch(function, [blocks, 1, 1], tile.threads, &params),
+                Some(segments) => {
+                    let params = SegmentedTileListParams { lists: params, segments: *segments };
+                    launcher.launch(function, [blocks, 1, 1], tile.threads, &params)
+                }
+            }
+        }
     }
 
     /// Sets the tensor maps.
-    fn describe_tensors(&self, extent: &Extent, params: &mut TileListParams) -> Result<()> {
-        let Self { launcher, attention, tensors, tile } = *self;
-        let AttentionShape { num_heads, num_kv_heads, head_dim, .. } = attention.problem.shape;
+    fn describe_tensors(&self, tensors: &Tensors, extent: &Extent, params: &mut TileListParams) -> Result<()> {
+        let AttentionShape { num_heads, num_kv_heads, .. } = self.attention.problem.shape;
         let &Extent { batch, queries, keys, .. } = extent;
-        let dtype = attention.problem.dtype;
-        let of_queries = |placed| MappedTensor { placed, dtype, head_dim, tokens: queries, heads: num_heads, batch };
-        let of_keys = |placed| MappedTensor { placed, dtype, head_dim, tokens: keys, heads: num_kv_heads, batch };
-        let encode = |tensor: MappedTensor, rows: u32| {
-            launcher.context.check(tensor.encode(tile.panel(), rows), "describing a tensor to the copy engine")
-        };
+        let (of_queries, of_keys) = ([queries, num_heads, batch], [keys, num_kv_heads, batch]);
         let group = GROUP_ROWS as u32;
-        params.q_map = encode(of_queries(tensors.q), group)?;
+        params.q_map = self.map_of(tensors.q, of_queries, group)?;
         // Not used if the kernel scatters its rows.
-        params.out_map = if params.out_rows == 0 { encode(of_queries(tensors.out), group)? } else { params.q_map };
-        params.k_map = encode(of_keys(tensors.k), tile.keys)?;
-        params.v_map = encode(of_keys(tensors.v), tile.keys)?;
-        params.k_group_map = encode(of_keys(tensors.k), group)?;
-        params.v_group_map = encode(of_keys(tensors.v), group)?;
+        params.out_map = if params.out_rows == 0 { self.map_of(tensors.out, of_queries, group)? } else { params.q_map };
+        params.k_map = self.map_of(tensors.k, of_keys, self.tile.keys)?;
+        params.v_map = self.map_of(tensors.v, of_keys, self.tile.keys)?;
+        params.k_group_map = self.map_of(tensors.k, of_keys, group)?;
+        params.v_group_map = self.map_of(tensors.v, of_keys, group)?;
         Ok(())
+    }
+
+    /// The table of tensors in segments.
+    fn describe_segments(&self, tensors: &SegmentedTensors, batch: usize) -> Result<Box<SegmentTable>> {
+        let AttentionShape { num_heads, num_kv_heads, .. } = self.attention.problem.shape;
+        let SegmentedTensors { queries, keys, .. } = tensors;
+        let Ends { query: query_ends, key: key_ends } = self.ends();
+        let mut table = Box::new(SegmentTable { query_ends, key_ends, ..Default::default() });
+        let group = GROUP_ROWS as u32;
+        // As many as there is room for: checked by plan.
+        for (at, (tokens, &[q, out])) in queries.spans().enumerate() {
+            let sizes = [tokens, num_heads, batch];
+            table.maps[at].q = self.map_of(q, sizes, group)?;
+            table.maps[at].out = self.map_of(out, sizes, group)?;
+            table.outputs[at] = SegmentOutput { out: out.address, strides: out.strides };
+        }
+        for (at, (tokens, &[k, v])) in keys.spans().enumerate() {
+            let sizes = [tokens, num_kv_heads, batch];
+            table.maps[at].k = self.map_of(k, sizes, self.tile.keys)?;
+            table.maps[at].v = self.map_of(v, sizes, self.tile.keys)?;
+            table.maps[at].k_group = self.map_of(k, sizes, group)?;
+            table.maps[at].v_group = self.map_of(v, sizes, group)?;
+        }
+        Ok(table)
+    }
+
+    /// The map of a tensor: boxes of so many rows of one head.
+    fn map_of(&self, placed: Placed, [tokens, heads, batch]: [usize; 3], rows: u32) -> Result<TensorMap> {
+        let AttentionProblem { dtype, shape, .. } = *self.attention.problem;
+        let tensor = MappedTensor { placed, dtype, head_dim: shape.head_dim, tokens, heads, batch };
+        let encoded = tensor.encode(self.tile.panel(), rows);
+        self.launcher.context.check(encoded, "describing a tensor to the copy engine")
+    }
+
+    /// Where segments end.
+    fn ends(&self) -> Ends {
+        let Placement::Segments(tensors) = self.tensors else { return Ends::NONE };
+        let mut ends = Ends::NONE;
+        for (ends, pieces) in [(&mut ends.query, &tensors.queries), (&mut ends.key, &tensors.keys)] {
+            // All but the last one's. They fit: tokens are counted in an i32.
+            let inner = pieces.ends.iter().take(pieces.ends.len().saturating_sub(1));
+            ends.iter_mut().zip(inner).for_each(|(to, &end)| *to = end as i32);
+        }
+        ends
     }
 
     /// How the query tiles of a call with key ranges are shared out, which the parameters then say:

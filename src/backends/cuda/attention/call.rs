@@ -4,6 +4,7 @@ use crate::backends::cuda::tensors::key_ranges::PlacedRanges;
 use crate::backends::cuda::tensors::lse::PlacedLse;
 use crate::backends::cuda::tensors::metadata::Tables;
 use crate::backends::cuda::tensors::placement::Placed;
+use crate::backends::cuda::tensors::segments::Pieces;
 use crate::call::problem::AttentionProblem;
 use crate::mask::cu_seqlens::CuSeqlens;
 
@@ -15,6 +16,16 @@ pub struct Tensors {
     pub v: Placed,
     pub out: Placed,
     /// Where the log-sum-exp goes, if it is wanted.
+    pub lse: Option<PlacedLse>,
+}
+
+/// The same of tensors in segments.
+#[derive(Debug)]
+pub struct SegmentedTensors {
+    /// q and the output.
+    pub queries: Pieces,
+    /// k and v.
+    pub keys: Pieces,
     pub lse: Option<PlacedLse>,
 }
 
@@ -56,13 +67,14 @@ mod tests {
 
     use super::*;
     use crate::call::problem::AttentionShape;
+    use crate::call::segments::Cuts;
     use crate::dtype::DType;
 
     #[test]
     fn a_scale_is_finite_and_not_zero() {
         let shape = AttentionShape { batch: 1, seq_q: 1, seq_k: 1, num_heads: 1, num_kv_heads: 1, head_dim: 8 };
         let score_scale = |softmax_scale| {
-            score_scale(&AttentionProblem { shape, dtype: DType::F16, softmax_scale, bias: None, has_segments: false })
+            score_scale(&AttentionProblem { shape, dtype: DType::F16, softmax_scale, bias: None, cuts: Cuts::None })
         };
         assert_eq!(score_scale(1.0), LOG2_E);
         assert_eq!(score_scale(-0.25), -0.25 * LOG2_E);

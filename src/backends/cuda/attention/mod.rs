@@ -27,16 +27,16 @@ use crate::backends::cuda::tensors::key_ranges::PlacedRanges;
 use crate::backends::cuda::tensors::lse::PlacedLse;
 use crate::backends::cuda::tensors::metadata::{self, Tables};
 use crate::backends::cuda::tensors::placement::{Operand, place_input, place_input_for_maps};
-use crate::backends::cuda::tensors::segments::Segments;
+use crate::backends::cuda::tensors::segments::{Pieces, Segments};
 use crate::backends::rows::with_filled_heads;
 use crate::call::op::{Attention, DeviceTables, Rows};
 use crate::call::path::Path;
-use crate::call::segments::{Role, Segmented};
+use crate::call::segments::{Cuts, Role, Segmented};
 use crate::error::Result;
 use crate::mask::cu_seqlens::CuSeqlens;
 use crate::mask::meta::VarlenMeta;
 
-use call::{PackedRows, Tensors};
+use call::{PackedRows, SegmentedTensors, Tensors};
 use packing::Packing;
 
 /// Launches a call.
@@ -44,11 +44,32 @@ pub fn attend(launcher: &Launcher, attention: Attention<'_>) -> Result<()> {
     // Tensors keep their layouts: placing them says which are copied.
     let filled = with_filled_heads(attention.problem);
     let attention = &attention.on(&filled);
+    if let Rows::Varlen { query, key } = &attention.rows
+        && attention.problem.cuts != Cuts::None
+        && !attention.plan.copies_segments
+    {
+        return fused_segments(launcher, attention, query, key);
+    }
     // Lives until the last launch, which keeps its memory.
     let mut scratch = Vec::new();
     let tensors = place(launcher, attention, &mut scratch)?;
     launch(launcher, attention, tensors)?;
     Segments::output(launcher, Role::Out, &attention.out)?.finish_output(launcher, &tensors.out)
+}
+
+/// A fused call on segments, where they lie.
+fn fused_segments(launcher: &Launcher, attention: &Attention<'_>, query: &VarlenMeta, key: &VarlenMeta) -> Result<()> {
+    let mut scratch = Vec::new();
+    let out = Segments::output(launcher, Role::Out, &attention.out)?;
+    let written = out.place_outputs(launcher, &mut scratch)?;
+    let lse = attention.lse.as_ref().map(|lse| PlacedLse::of(&Operand::output(launcher, "lse", lse)?)).transpose()?;
+    let mut place = |role, inputs: &Segmented<_>| {
+        Segments::input(launcher, role, inputs)?.place_inputs(launcher, &mut scratch, place_input_for_maps)
+    };
+    let (q, k, v) = (place(Role::Q, &attention.q)?, place(Role::K, &attention.k)?, place(Role::V, &attention.v)?);
+    let tensors = SegmentedTensors { queries: Pieces::new([&q, &written]), keys: Pieces::new([&k, &v]), lse };
+    by_tile_lists::fused_segments(launcher, attention, &tensors, query, key)?;
+    out.finish_outputs(launcher, &written)
 }
 
 fn launch(launcher: &Launcher, attention: &Attention<'_>, tensors: Tensors) -> Result<()> {

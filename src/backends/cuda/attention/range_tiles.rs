@@ -339,6 +339,7 @@ impl<'a> ListedKeys<'a> {
 #[cfg(test)]
 #[expect(clippy::single_range_in_vec_init, reason = "a row may have one run")]
 mod tests {
+    use super::super::tile_lists::Ends;
     use super::*;
     use crate::error::{Error, Result};
     use crate::kernel::Kernel;
@@ -451,7 +452,7 @@ mod tests {
         let meta = VarlenMeta::from_key_mask(&KeyMask::from_runs(seq, &rows)?)?;
         for head_dim in [64, 128, 256] {
             let tile = list_tile(head_dim)?;
-            let lists = TileLists::new(&meta, &meta, tile.rows as usize, tile.keys as usize);
+            let lists = TileLists::new((&meta, &meta), &Ends::NONE, (tile.rows as usize, tile.keys as usize));
             for ranges in all_rules([rows.len(), seq, seq])? {
                 let made = RangeTiles::listed(&ranges, &lists, &meta, &meta, tile);
                 assert_eq!(made.tiles.len(), lists.query_tiles());

@@ -2,12 +2,33 @@
 //! tiles, and which rows they only write as zeros. `kernels/attention/tile_lists.cuh` says what
 //! each list means; here they are made from the runs of the metadata.
 
-use crate::backends::cuda::kernels::params::{BatchTiles, ZeroSpan};
+use std::ops::Range;
+
+use crate::backends::cuda::kernels::params::{BatchTiles, MAX_SEGMENTS, ZeroSpan};
 use crate::mask::key_mask::Run;
 use crate::mask::meta::{GROUP_ROWS, VarlenMeta};
 
 /// Most rows of a range of zeros.
 const ZERO_ROWS: usize = 64;
+
+/// Where the tensors of a call are cut into segments: the first row past each segment, counted over
+/// all; the largest number for the last segment and those that there are not. No segment is empty.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Ends {
+    pub query: [i32; MAX_SEGMENTS],
+    pub key: [i32; MAX_SEGMENTS],
+}
+
+impl Ends {
+    /// Of whole tensors.
+    pub const NONE: Self = Self { query: [i32::MAX; MAX_SEGMENTS], key: [i32::MAX; MAX_SEGMENTS] };
+}
+
+/// The end of a row's segment.
+fn end_of(ends: &[i32; MAX_SEGMENTS], row: usize) -> usize {
+    // Never negative.
+    ends.iter().map(|&end| end as usize).find(|&end| end > row).unwrap_or(usize::MAX)
+}
 
 /// The lists of one call. All numbers fit an `i32`: `KeyMask` bounds batch · seq by `i32::MAX`.
 #[derive(Debug, Clone, PartialEq, Default)]
@@ -22,17 +43,21 @@ pub struct TileLists {
 
 impl TileLists {
     /// For tiles of these numbers of query rows and keys, both multiples of [`GROUP_ROWS`].
-    pub fn new(query: &VarlenMeta, key: &VarlenMeta, tile_queries: usize, tile_keys: usize) -> Self {
+    pub fn new(
+        (query, key): (&VarlenMeta, &VarlenMeta),
+        ends: &Ends,
+        (tile_queries, tile_keys): (usize, usize),
+    ) -> Self {
         let mut lists = Self::default();
         // All numbers below fit: KeyMask bounds batch · seq by i32::MAX.
         for row in 0..query.batch() {
             let first_query_tile = lists.query_groups.len() / (tile_queries / GROUP_ROWS);
             let first_key_tile = lists.key_tiles.len();
-            let query_tiles = lists.cover_queries(row, query.runs(row), query.seq(), tile_queries);
+            let query_tiles = lists.cover_queries(row, query.runs(row), &ends.query, query.seq(), tile_queries);
             if query_tiles == 0 {
                 continue;
             }
-            let masked_key_tiles = lists.cover_keys(key.runs(row), key.seq(), tile_keys);
+            let masked_key_tiles = lists.cover_keys(key.runs(row), &ends.key, key.seq(), tile_keys);
             lists.batches.push(BatchTiles {
                 batch: row as i32,
                 query_tiles: query_tiles as i32,
@@ -59,41 +84,52 @@ impl TileLists {
     }
 
     /// Adds the query tiles and the zeros of a batch row; returns the number of tiles.
-    fn cover_queries(&mut self, row: usize, runs: &[Run], seq: usize, tile: usize) -> usize {
+    fn cover_queries(
+        &mut self,
+        row: usize,
+        runs: &[Run],
+        ends: &[i32; MAX_SEGMENTS],
+        seq: usize,
+        tile: usize,
+    ) -> usize {
         let (before, mut covered) = (self.query_groups.len(), 0);
         for run in runs {
             let mut start = covered.max(run.start as usize);
             while start < run.end() {
-                self.zeros(row, covered, start);
+                self.zeros(row, ends, covered..start);
                 self.query_groups.push(start as i32);
-                start += GROUP_ROWS;
+                start = end_of(ends, start).min(start + GROUP_ROWS);
                 covered = start;
             }
         }
-        self.zeros(row, covered, seq);
+        self.zeros(row, ends, covered..seq);
         fill_up(&mut self.query_groups, before, tile, seq);
         (self.query_groups.len() - before) / (tile / GROUP_ROWS)
     }
 
-    fn zeros(&mut self, row: usize, start: usize, end: usize) {
-        for first in (start..end).step_by(ZERO_ROWS) {
-            let rows = (end - first).min(ZERO_ROWS) as i32;
+    fn zeros(&mut self, row: usize, ends: &[i32; MAX_SEGMENTS], span: Range<usize>) {
+        let mut first = span.start;
+        while first < span.end {
+            let end = span.end.min(first + ZERO_ROWS).min(end_of(ends, first));
+            let rows = (end - first) as i32;
             self.zero_spans.push(ZeroSpan { batch: row as i32, first_query: first as i32, rows, unused: 0 });
+            first = end;
         }
     }
 
     /// Adds the key tiles of a batch row; returns the number of masked ones, which come first.
-    fn cover_keys(&mut self, runs: &[Run], seq: usize, tile: usize) -> usize {
+    fn cover_keys(&mut self, runs: &[Run], ends: &[i32; MAX_SEGMENTS], seq: usize, tile: usize) -> usize {
         let (before, first_tile, mut covered) = (self.key_groups.len(), self.key_tiles.len(), 0);
         for run in runs {
             let mut start = covered.max(run.start as usize);
             while start < run.end() {
-                if run.end() - start >= tile {
+                let end = end_of(ends, start);
+                if run.end().min(end) - start >= tile {
                     self.key_tiles.push(start as i32);
                     start += tile;
                 } else {
                     self.key_groups.push(start as i32);
-                    start += GROUP_ROWS;
+                    start = end.min(start + GROUP_ROWS);
                 }
                 covered = start;
             }
@@ -170,7 +206,7 @@ mod tests {
         let mask = KeyMask::from_runs(seq, &rows)?;
         let meta = VarlenMeta::from_key_mask(&mask)?;
         for (queries, tile) in [(128, 160), (192, 128), (128, 112), (128, 80)] {
-            let lists = TileLists::new(&meta, &meta, queries, tile);
+            let lists = TileLists::new((&meta, &meta), &Ends::NONE, (queries, tile));
             let (computed, zeros) = covered(&lists, rows.len(), seq, queries);
             for row in 0..rows.len() {
                 for at in 0..seq {
@@ -196,6 +232,55 @@ mod tests {
     }
 
     #[test]
+    fn nothing_crosses_the_end_of_a_segment() -> Result<()> {
+        let seq = 700;
+        let rows = [vec![0..seq], vec![], vec![0..37, 40..461, 690..700]];
+        let meta = VarlenMeta::from_key_mask(&KeyMask::from_runs(seq, &rows)?)?;
+        let mut ends = Ends::NONE;
+        ends.query[..3].copy_from_slice(&[7, 50, 691]);
+        ends.key[..4].copy_from_slice(&[1, 100, 260, 420]);
+        let rows_of = |ends: &[i32; MAX_SEGMENTS], start: usize, rows: usize| rows.min(end_of(ends, start) - start);
+        for (queries, tile) in [(128, 160), (192, 128)] {
+            let lists = TileLists::new((&meta, &meta), &ends, (queries, tile));
+            let mut times = [vec![vec![0; seq]; rows.len()], vec![vec![0; seq]; rows.len()]];
+            let mut count = |side: usize, row: i32, start: usize, rows: usize| {
+                (start..(start + rows).min(seq)).for_each(|at| times[side][row as usize][at] += 1);
+            };
+            for span in &lists.zero_spans {
+                let (first, rows) = (span.first_query as usize, span.rows as usize);
+                assert_eq!(rows_of(&ends.query, first, rows), rows);
+                count(0, span.batch, first, rows);
+            }
+            for row in &lists.batches {
+                let (groups, tile_groups) = (queries / GROUP_ROWS, tile / GROUP_ROWS);
+                let first = row.first_query_tile as usize * groups;
+                for &start in &lists.query_groups[first..first + row.query_tiles as usize * groups] {
+                    count(0, row.batch, start as usize, rows_of(&ends.query, start as usize, GROUP_ROWS));
+                }
+                let first = row.first_key_tile as usize;
+                for &entry in &lists.key_tiles[first..first + row.key_tiles as usize] {
+                    if entry >= 0 {
+                        assert_eq!(rows_of(&ends.key, entry as usize, tile), tile);
+                        count(1, row.batch, entry as usize, tile);
+                        continue;
+                    }
+                    for &start in &lists.key_groups[!entry as usize * tile_groups..][..tile_groups] {
+                        count(1, row.batch, start as usize, rows_of(&ends.key, start as usize, GROUP_ROWS));
+                    }
+                }
+            }
+            let [query_times, key_times] = times;
+            assert!(query_times.iter().flatten().all(|&times| times == 1));
+            for (row, times) in key_times.iter().enumerate() {
+                for (at, &times) in times.iter().enumerate() {
+                    assert!(times <= 1 && (times == 1 || !meta.key_mask().keeps(row, at)), "row {row}, key {at}");
+                }
+            }
+        }
+        Ok(())
+    }
+
+    #[test]
     fn the_cost_model_counts_as_many_tiles() -> Result<()> {
         let seq = 900;
         let rows = [
@@ -207,7 +292,7 @@ mod tests {
         ];
         let meta = VarlenMeta::from_key_mask(&KeyMask::from_runs(seq, &rows)?)?;
         for (queries, tile) in [(128, 160), (192, 128), (256, 128), (128, 80)] {
-            let lists = TileLists::new(&meta, &meta, queries, tile);
+            let lists = TileLists::new((&meta, &meta), &Ends::NONE, (queries, tile));
             for row in &lists.batches {
                 let runs = meta.runs(row.batch as usize);
                 let (full, groups) = cost::key_tiles(runs, tile);
@@ -223,7 +308,7 @@ mod tests {
     fn a_joint_mask_costs_hardly_more_than_its_packed_rows() -> Result<()> {
         let rows: Vec<_> = [37, 200, 256].map(|text| vec![0..text, 256..4352]).to_vec();
         let meta = VarlenMeta::from_key_mask(&KeyMask::from_runs(4352, &rows)?)?;
-        let lists = TileLists::new(&meta, &meta, 128, 160);
+        let lists = TileLists::new((&meta, &meta), &Ends::NONE, (128, 160));
         let packed: usize =
             [37, 200, 256].map(|text: usize| (text + 4096).div_ceil(128) * (text + 4096).div_ceil(160)).iter().sum();
         assert!(lists.tile_pairs() <= packed as u64 * 104 / 100, "{} of {packed}", lists.tile_pairs());
@@ -235,7 +320,7 @@ mod tests {
     fn rows_with_queries_and_no_keys_are_listed() -> Result<()> {
         let query = VarlenMeta::from_key_mask(&KeyMask::from_lengths(20, &[20, 3])?)?;
         let key = VarlenMeta::from_key_mask(&KeyMask::from_lengths(30, &[0, 30])?)?;
-        let lists = TileLists::new(&query, &key, 128, 160);
+        let lists = TileLists::new((&query, &key), &Ends::NONE, (128, 160));
         let pairs: Vec<_> = lists.batches.iter().map(|row| (row.batch, row.query_tiles, row.key_tiles)).collect();
         assert_eq!(pairs, [(1, 1, 1), (0, 1, 0)]);
         assert_eq!(lists.query_groups[..2], [0, 16]);

@@ -20,7 +20,7 @@ use crate::backends::cuda::driver::capture::RelaxedCapture;
 use crate::backends::cuda::driver::context::Context;
 use crate::backends::cuda::driver::launch::Function;
 
-use super::tiles::{FormSm80, ListTile, Tile};
+use super::tiles::{FormSm80, ListForm, ListTile, Tile};
 
 /// The CUDA version whose compiler made the kernels, as the driver counts: 1000 · major + 10 ·
 /// minor. Older drivers do not load them.
@@ -134,8 +134,7 @@ pub enum Entry {
     AttentionByLists {
         dtype: DType,
         tile: ListTile,
-        /// Whether each query sees a range of keys.
-        has_ranges: bool,
+        form: ListForm,
     },
 }
 
@@ -174,8 +173,8 @@ impl Entry {
             Self::Attention { dtype, tile, form } => {
                 format!("attention_{}_{dtype}_{}", Kernel::CudaSm80, tile.name(form))
             }
-            Self::AttentionByLists { dtype, tile, has_ranges } => {
-                format!("attention_{}_{dtype}_{}", tile.kernel, tile.name(has_ranges))
+            Self::AttentionByLists { dtype, tile, form } => {
+                format!("attention_{}_{dtype}_{}", tile.kernel, tile.name(form))
             }
         }
     }
@@ -356,13 +355,9 @@ mod tests {
                     .into_iter()
                     .filter_map(move |form| Tile::of(head_dim).map(|tile| Entry::Attention { dtype, tile, form }));
                 let lists = ATTENTION.iter().flat_map(move |row| {
-                    let forms: &[bool] = if row.kernel.has_ranges() { &[false, true] } else { &[false] };
-                    forms.iter().filter_map(move |&has_ranges| {
-                        ListTile::of(row.kernel, head_dim).map(|tile| Entry::AttentionByLists {
-                            dtype,
-                            tile,
-                            has_ranges,
-                        })
+                    let forms = ListForm::ALL.into_iter().filter(move |form| form.is_of(row.kernel));
+                    forms.filter_map(move |form| {
+                        ListTile::of(row.kernel, head_dim).map(|tile| Entry::AttentionByLists { dtype, tile, form })
                     })
                 });
                 rows.chain(lists)
@@ -370,7 +365,10 @@ mod tests {
         });
         let others = [Entry::Pack, Entry::Scatter, Entry::MetadataCount, Entry::MetadataScan, Entry::MetadataIndex];
         let lse = [DType::F32, DType::F16, DType::Bf16].map(|dtype| Entry::Merge { dtype });
-        others.into_iter().chain(lse).chain([Entry::ScatterLse]).chain(attention)
+        let prepare_qk = [DType::F32, DType::F16, DType::Bf16]
+            .into_iter()
+            .flat_map(|dtype| [false, true].map(|is_wide| Entry::PrepareQk { dtype, is_wide }));
+        others.into_iter().chain(lse).chain([Entry::ScatterLse]).chain(prepare_qk).chain(attention)
     }
 
     #[test]
@@ -381,6 +379,7 @@ mod tests {
                 Home::Pack => "pack".to_owned(),
                 Home::Lse => "lse".to_owned(),
                 Home::Metadata => "metadata".to_owned(),
+                Home::PrepareQk => "prepare_qk".to_owned(),
                 Home::Attention(kernel) => format!("attention_{kernel}"),
             };
             looked_up.entry(fatbin).or_default().insert(entry.name());

@@ -166,6 +166,8 @@ constants! {
     STAGES: u32 = 2;
     /// Threads of a block of `pack_rows`, `scatter_rows`, `scatter_lse`, `merge_*` and `prepare_qk_*`.
     ROW_COPY_THREADS: u32 = 256;
+    /// The most segments of a tensor.
+    MAX_SEGMENTS: usize = 8;
     /// The most tensors that one launch of `pack_rows` packs.
     MAX_PACK_TENSORS: usize = 3;
     /// The most tensors that one launch of `prepare_qk_*` prepares: q and k of 8 segments.
@@ -449,6 +451,46 @@ shared_struct! {
 }
 
 shared_struct! {
+    /// A segment of q and of the output, and one of k and of v, as the tensors in `TileListParams`.
+    SegmentMaps {
+        q: TensorMap,
+        out: TensorMap,
+        k: TensorMap,
+        v: TensorMap,
+        k_group: TensorMap,
+        v_group: TensorMap,
+    }
+}
+
+shared_struct! {
+    /// A segment of the output.
+    SegmentOutput {
+        out: *mut c_void,
+        strides: Strides,
+    }
+}
+
+shared_struct! {
+    /// Tensors in segments along S, none of them empty (`attention/segments.cuh`).
+    SegmentTable {
+        maps: [SegmentMaps; MAX_SEGMENTS],
+        outputs: [SegmentOutput; MAX_SEGMENTS],
+        /// The first row past each segment, counted over all; the largest number for the last segment
+        /// and those that there are not.
+        query_ends: [i32; MAX_SEGMENTS],
+        key_ends: [i32; MAX_SEGMENTS],
+    }
+}
+
+shared_struct! {
+    /// Parameters of the forms of the sm90 kernel with tensors in segments, which read by the lists.
+    SegmentedTileListParams {
+        lists: TileListParams,
+        segments: SegmentTable,
+    }
+}
+
+shared_struct! {
     /// A tensor to pack or scatter. Rows move as 16-byte words: H heads of `head_words` words each.
     /// All strides count words.
     RowTensor {
@@ -647,6 +689,10 @@ pub fn header() -> String {
         RangeWork::text(),
         tensor_map,
         TileListParams::text(),
+        SegmentMaps::text(),
+        SegmentOutput::text(),
+        SegmentTable::text(),
+        SegmentedTileListParams::text(),
         RowTensor::text(),
         PackParams::text(),
         ScatterParams::text(),

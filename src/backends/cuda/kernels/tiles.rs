@@ -4,6 +4,8 @@
 
 use crate::call::cost::Tiling;
 use crate::kernel::Kernel;
+#[cfg(test)]
+use crate::kernel::SegmentAccess;
 
 use super::params::{
     ELEMENT_BYTES, GROUP_ROWS, SM90_EXTRA_SHARED_BYTES, SM90_MAX_SHARED_BYTES, SM90_WARPGROUP_ROWS,
@@ -133,6 +135,33 @@ const _: () = {
     }
 };
 
+/// A form of a kernel with tile lists.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct ListForm {
+    /// Whether each query sees a range of keys.
+    pub has_ranges: bool,
+    /// Whether tensors are read and written where their segments lie.
+    pub has_segments: bool,
+}
+
+#[cfg(test)]
+impl ListForm {
+    pub const PLAIN: Self = Self { has_ranges: false, has_segments: false };
+    /// Every form.
+    pub const ALL: [Self; 4] = [
+        Self::PLAIN,
+        Self { has_ranges: true, ..Self::PLAIN },
+        Self { has_segments: true, ..Self::PLAIN },
+        Self { has_ranges: true, has_segments: true },
+    ];
+
+    /// Whether a kernel has it.
+    pub fn is_of(self, kernel: Kernel) -> bool {
+        let takes_segments = kernel.traits().segments == SegmentAccess::InPlaceFused;
+        (kernel.has_ranges() || !self.has_ranges) && (takes_segments || !self.has_segments)
+    }
+}
+
 /// Sizes of a kernel with tile lists for one compiled head dimension.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct ListTile {
@@ -214,10 +243,12 @@ impl ListTile {
     }
 
     /// The end of the kernel's name, after the element type.
-    pub fn name(self, has_ranges: bool) -> String {
+    pub fn name(self, ListForm { has_ranges, has_segments }: ListForm) -> String {
         let Self { width, splitting_warpgroups, .. } = self;
         let warpgroups = splitting_warpgroups.map_or_else(String::new, |warpgroups| format!("_w{warpgroups}"));
-        format!("d{width}{warpgroups}{}", if has_ranges { "_ranged" } else { "" })
+        let ranged = if has_ranges { "_ranged" } else { "" };
+        let segments = if has_segments { "_segments" } else { "" };
+        format!("d{width}{warpgroups}{ranged}{segments}")
     }
 
     const fn assert_fits(self) {
@@ -374,7 +405,7 @@ mod tests {
             let found = tile.map(|tile| (tile.rows, tile.keys, tile.threads, tile.panel(), tile.shared_bytes));
             let tile_bytes = 128 * head_dim as u32 * 2;
             assert_eq!(found, Some((256, 128, 512, panel, (3 + 2 * stages) * tile_bytes + 3072)), "{head_dim}");
-            assert_eq!(tile.map(|tile| tile.name(false)), Some(format!("d{head_dim}")));
+            assert_eq!(tile.map(|tile| tile.name(ListForm::PLAIN)), Some(format!("d{head_dim}")));
         }
     }
 
@@ -384,8 +415,8 @@ mod tests {
         let tile = ListTile::of(Kernel::CudaSm90, 128);
         let found = tile.map(|tile| (tile.rows, tile.keys, tile.threads, tile.panel(), tile.shared_bytes));
         assert_eq!(found, Some((128, 160, 384, 64, (2 * 128 + 4 * 160) * 256 + 1024)));
-        assert_eq!(tile.map(|tile| tile.name(false)).as_deref(), Some("d128_w2"));
-        assert_eq!(tile.map(|tile| tile.name(true)).as_deref(), Some("d128_w2_ranged"));
+        let names = ListForm::ALL.map(|form| tile.map(|tile| tile.name(form)).unwrap_or_default());
+        assert_eq!(names, ["d128_w2", "d128_w2_ranged", "d128_w2_segments", "d128_w2_ranged_segments"]);
         assert_eq!(tile.map(ListTile::part_bytes), Some(256 * 17 * 16));
         assert_eq!(tile.map(ListTile::part_count_bytes), Some(8));
     }

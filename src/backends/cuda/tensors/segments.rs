@@ -1,10 +1,11 @@
-//! Tensors of attention in segments along S. Kernels read and write whole tensors: segments are
-//! copied to scratch, one after another along S, and the output is copied back from there.
+//! Tensors of attention in segments along S. The sm90 kernel reads and writes them where they lie on
+//! the fused path. Elsewhere they are copied to scratch, one after another along S, and the output is
+//! copied back from there.
 
 use crate::backends::cuda::driver::memory::CudaBuffer;
 use crate::backends::cuda::launcher::Launcher;
 use crate::call::memory::{Input, Output};
-use crate::call::segments::{Role, Segmented};
+use crate::call::segments::{Role, Segmented, common_ends};
 use crate::error::Result;
 
 use super::placement::{Operand, Placed};
@@ -42,6 +43,34 @@ impl<'a> Segments<'a> {
         }
     }
 
+    /// Where to read each segment.
+    pub fn place_inputs(
+        &self,
+        launcher: &Launcher,
+        scratch: &mut Vec<CudaBuffer>,
+        place_one: fn(&Launcher, &Operand<'_>, &mut Vec<CudaBuffer>) -> Result<Placed>,
+    ) -> Result<Vec<PlacedSegment>> {
+        self.place_each(|operand| place_one(launcher, operand, scratch))
+    }
+
+    /// Where to write each segment; [`finish_outputs`](Self::finish_outputs) copies what cannot be
+    /// written where it lies.
+    pub fn place_outputs(&self, launcher: &Launcher, scratch: &mut Vec<CudaBuffer>) -> Result<Vec<PlacedSegment>> {
+        self.place_each(|operand| operand.place_output(launcher, scratch))
+    }
+
+    fn place_each(&self, mut place: impl FnMut(&Operand<'_>) -> Result<Placed>) -> Result<Vec<PlacedSegment>> {
+        let placed =
+            |operand: &Operand<'_>| Ok(PlacedSegment { placed: place(operand)?, tokens: operand.layout.shape()[1] });
+        self.0.iter().map(placed).collect()
+    }
+
+    /// Copies what was written to [`place_outputs`](Self::place_outputs)'s scratch, if there is any.
+    pub fn finish_outputs(&self, launcher: &Launcher, written: &[PlacedSegment]) -> Result<()> {
+        let mut each = self.0.iter().zip(written);
+        each.try_for_each(|(operand, written)| operand.finish_output(launcher, &written.placed))
+    }
+
     /// Where to write; [`finish_output`](Self::finish_output) copies what several segments get.
     pub fn place_output(&self, launcher: &Launcher, scratch: &mut Vec<CudaBuffer>) -> Result<Placed> {
         match &self.0 {
@@ -59,6 +88,52 @@ impl<'a> Segments<'a> {
             }
         }
     }
+}
+
+/// Pieces of tensors that have the same tokens: none is empty, and each lies in one segment of every
+/// tensor.
+#[derive(Debug)]
+pub struct Pieces {
+    /// The first token past each, counted over all.
+    pub ends: Vec<usize>,
+    /// Of each piece, where each tensor lies.
+    pub places: Vec<[Placed; 2]>,
+}
+
+impl Pieces {
+    /// Of segments that are placed.
+    pub fn new(tensors: [&[PlacedSegment]; 2]) -> Self {
+        let [first, second] = tensors.map(|segments| segments.iter().map(|segment| segment.tokens).collect::<Vec<_>>());
+        let ends = common_ends([&first, &second]);
+        let starts = [0].into_iter().chain(ends.iter().copied());
+        let places = starts.take(ends.len()).map(|start| tensors.map(|segments| place_of(segments, start))).collect();
+        Self { ends, places }
+    }
+
+    /// Where each piece begins, and how many tokens it has.
+    pub fn spans(&self) -> impl Iterator<Item = (usize, &[Placed; 2])> {
+        let starts = [0].into_iter().chain(self.ends.iter().copied());
+        starts.zip(&self.ends).map(|(start, end)| end - start).zip(&self.places)
+    }
+}
+
+/// Where one segment lies.
+#[derive(Debug, Clone, Copy)]
+pub struct PlacedSegment {
+    pub placed: Placed,
+    pub tokens: usize,
+}
+
+/// Where a token lies, which exists.
+fn place_of(segments: &[PlacedSegment], token: usize) -> Placed {
+    let mut before = 0;
+    for segment in segments {
+        if token < before + segment.tokens {
+            return segment.placed.after_tokens(token - before);
+        }
+        before += segment.tokens;
+    }
+    segments[0].placed
 }
 
 /// Scratch for all segments, of which there are some.
