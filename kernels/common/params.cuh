@@ -31,6 +31,8 @@ constexpr int WARPGROUP_THREADS = 128;
 constexpr int STAGES = 2;
 // Threads of a block of `pack_rows`, `scatter_rows`, `scatter_lse`, `merge_*` and `prepare_qk_*`.
 constexpr int ROW_COPY_THREADS = 256;
+// The most segments of a tensor.
+constexpr int MAX_SEGMENTS = 8;
 // The most tensors that one launch of `pack_rows` packs.
 constexpr int MAX_PACK_TENSORS = 3;
 // The most tensors that one launch of `prepare_qk_*` prepares: q and k of 8 segments.
@@ -402,6 +404,56 @@ static_assert(offsetof(TileListParams, lse_batch_stride) == 984);
 static_assert(offsetof(TileListParams, ranges) == 992);
 static_assert(offsetof(TileListParams, range_tiles) == 1008);
 static_assert(offsetof(TileListParams, range_work) == 1016);
+
+// A segment of q and of the output, and one of k and of v, as the tensors in `TileListParams`.
+struct SegmentMaps {
+    ptx::TensorMap q;
+    ptx::TensorMap out;
+    ptx::TensorMap k;
+    ptx::TensorMap v;
+    ptx::TensorMap k_group;
+    ptx::TensorMap v_group;
+};
+static_assert(sizeof(SegmentMaps) == 768);
+static_assert(offsetof(SegmentMaps, q) == 0);
+static_assert(offsetof(SegmentMaps, out) == 128);
+static_assert(offsetof(SegmentMaps, k) == 256);
+static_assert(offsetof(SegmentMaps, v) == 384);
+static_assert(offsetof(SegmentMaps, k_group) == 512);
+static_assert(offsetof(SegmentMaps, v_group) == 640);
+
+// A segment of the output.
+struct SegmentOutput {
+    void* out;
+    Strides strides;
+};
+static_assert(sizeof(SegmentOutput) == 32);
+static_assert(offsetof(SegmentOutput, out) == 0);
+static_assert(offsetof(SegmentOutput, strides) == 8);
+
+// Tensors in segments along S, none of them empty (`attention/segments.cuh`).
+struct SegmentTable {
+    SegmentMaps maps[8];
+    SegmentOutput outputs[8];
+    // The first row past each segment, counted over all; the largest number for the last segment
+    // and those that there are not.
+    int32_t query_ends[8];
+    int32_t key_ends[8];
+};
+static_assert(sizeof(SegmentTable) == 6464);
+static_assert(offsetof(SegmentTable, maps) == 0);
+static_assert(offsetof(SegmentTable, outputs) == 6144);
+static_assert(offsetof(SegmentTable, query_ends) == 6400);
+static_assert(offsetof(SegmentTable, key_ends) == 6432);
+
+// Parameters of the forms of the sm90 kernel with tensors in segments, which read by the lists.
+struct SegmentedTileListParams {
+    TileListParams lists;
+    SegmentTable segments;
+};
+static_assert(sizeof(SegmentedTileListParams) == 7488);
+static_assert(offsetof(SegmentedTileListParams, lists) == 0);
+static_assert(offsetof(SegmentedTileListParams, segments) == 1024);
 
 // A tensor to pack or scatter. Rows move as 16-byte words: H heads of `head_words` words each.
 // All strides count words.
