@@ -48,6 +48,8 @@ mod prepare_qk;
 mod primitives;
 #[path = "../../../capi/src/score_modifiers.rs"]
 mod score_modifiers;
+#[path = "../../../capi/src/segments.rs"]
+mod segments;
 #[path = "../../../capi/src/tensors.rs"]
 mod tensors;
 #[path = "../../../capi/src/types.rs"]
