@@ -10,7 +10,7 @@ use pyo3::sync::PyOnceLock;
 use pyo3::types::{PyDict, PyTuple, PyType};
 use varlen_fa::{DType, Layout};
 
-use crate::dlpack::{DataType, Taken, VERSION, device_type, type_code};
+use crate::dlpack::{DataType, Exchange, Taken, VERSION, device_type, type_code};
 use crate::errors::{Cause, OrRaise, type_name};
 use crate::tensor::Tensor;
 
@@ -143,8 +143,8 @@ impl Array {
     /// The tensor that an object is; `name` is the argument's, for messages.
     pub fn new(name: &str, object: &Bound<'_, PyAny>) -> PyResult<Self> {
         let family = Family::of(object);
-        if family == Family::Torch && object.getattr(intern!(object.py(), "requires_grad"))?.is_truthy()? {
-            return Self::of_dlpack(name, &without_gradient(name, object)?, family);
+        if family == Family::Torch {
+            return Self::of_torch(name, object);
         }
         Self::of_dlpack(name, object, family)
     }
@@ -152,6 +152,35 @@ impl Array {
     /// The tensor, or none for an object that is not there.
     pub fn optional(name: &str, object: Option<&Bound<'_, PyAny>>) -> PyResult<Option<Self>> {
         object.map(|object| Self::new(name, object)).transpose()
+    }
+
+    fn of_torch(name: &str, object: &Bound<'_, PyAny>) -> PyResult<Self> {
+        static TENSOR: PyOnceLock<Py<PyType>> = PyOnceLock::new();
+        static EXCHANGE: PyOnceLock<Option<Exchange>> = PyOnceLock::new();
+        let py = object.py();
+        if object.getattr(intern!(py, "requires_grad"))?.is_truthy()? {
+            return Self::of_torch(name, &without_gradient(name, object)?);
+        }
+        // Its memory holds the numbers with the other sign.
+        if object.call_method0(intern!(py, "is_neg"))?.is_truthy()? {
+            return Err(Cause::Layout.argument(
+                name,
+                "a tensor without the negative bit (`resolve_neg()`)",
+                "one with it",
+            ));
+        }
+        let class = TENSOR.import(py, "torch", "Tensor")?;
+        // Subclasses may hold no memory of their own; their `__dlpack__` says so.
+        if !object.get_type().is(class) {
+            return Self::of_dlpack(name, object, Family::Torch);
+        }
+        match EXCHANGE.get_or_init(py, || Exchange::of_type(class.as_any())) {
+            None => Self::of_dlpack(name, object, Family::Torch),
+            Some(exchange) => match exchange.take(object) {
+                Ok(taken) => Self::of_taken(name, taken),
+                Err(error) => Err(refused(py, name, error)),
+            },
+        }
     }
 
     fn of_dlpack(name: &str, object: &Bound<'_, PyAny>, family: Family) -> PyResult<Self> {
@@ -168,14 +197,14 @@ impl Array {
             Err(error) if error.is_instance_of::<PyBufferError>(py) && object.hasattr(interface)? => {
                 return Self::of_array_interface(name, object);
             }
-            Err(error) => {
-                let refused = Cause::Layout.exception(format!("`{name}`: its __dlpack__ refuses: {}", error.value(py)));
-                refused.set_cause(py, Some(error));
-                return Err(refused);
-            }
+            Err(error) => return Err(refused(py, name, error)),
         };
         let taken = Taken::from_capsule(&capsule)
             .map_err(|got| Cause::Layout.argument(name, "a capsule of DLPack 1 from its __dlpack__", got))?;
+        Self::of_taken(name, taken)
+    }
+
+    fn of_taken(name: &str, taken: Taken) -> PyResult<Self> {
         let tensor = taken.tensor();
         let place = match tensor.device_type {
             device_type::CPU | device_type::CUDA_HOST => Place::Host,
@@ -362,6 +391,14 @@ impl Array {
         for_each_row(&self.layout, size, |strided, dense| rows[dense].copy_from_slice(&memory[strided]));
         Ok(rows)
     }
+}
+
+/// A package refuses to give its tensor.
+fn refused(py: Python<'_>, name: &str, error: PyErr) -> PyErr {
+    let refused =
+        Cause::Layout.exception(format!("`{name}`: its package does not give the tensor: {}", error.value(py)));
+    refused.set_cause(py, Some(error));
+    refused
 }
 
 /// Room for bytes, or an exception.

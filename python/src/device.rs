@@ -51,6 +51,13 @@ impl Device {
         py.detach(|| cuda::device_over(context, stream)).map(Self)
     }
 
+    /// The device that calls on a tensor take where they name none: the CPU, or the GPU that holds it,
+    /// on the stream that PyTorch or CuPy works on in this thread.
+    #[staticmethod]
+    fn of(tensor: &Bound<'_, PyAny>) -> PyResult<Self> {
+        of_call(None, tensor, &Array::new("tensor", tensor)?)
+    }
+
     /// The device's kind and adapter.
     #[getter]
     fn name(&self) -> &str {

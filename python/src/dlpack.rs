@@ -77,6 +77,48 @@ struct ManagedVersioned {
     tensor: RawTensor,
 }
 
+/// `DLPackExchangeAPI`, up to what is used of it: functions of a package that need no capsules.
+#[repr(C)]
+struct ExchangeApi {
+    version: [u32; 2],
+    previous: *const c_void,
+    allocate: *const c_void,
+    managed_from_object: Option<unsafe extern "C" fn(*mut c_void, *mut *mut ManagedVersioned) -> i32>,
+}
+
+/// The functions that a type of tensors offers by `__dlpack_c_exchange_api__`. They live as long as
+/// the process.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Exchange(unsafe extern "C" fn(*mut c_void, *mut *mut ManagedVersioned) -> i32);
+
+impl Exchange {
+    /// Those of a type, if it offers any that we understand.
+    pub fn of_type(class: &Bound<'_, PyAny>) -> Option<Self> {
+        const NAME: &CStr = c"dlpack_exchange_api";
+        let capsule = class.getattr_opt("__dlpack_c_exchange_api__").ok()??;
+        // SAFETY: any object may be asked, and the name ends in 0.
+        if unsafe { ffi::PyCapsule_IsValid(capsule.as_ptr(), NAME.as_ptr()) } == 0 {
+            return None;
+        }
+        // SAFETY: it is a capsule of this name.
+        let api = NonNull::new(unsafe { ffi::PyCapsule_GetPointer(capsule.as_ptr(), NAME.as_ptr()) })?;
+        // SAFETY: by DLPack, it points to such a struct, which is never freed.
+        let api = unsafe { api.cast::<ExchangeApi>().as_ref() };
+        (api.version[0] == VERSION.0).then_some(api.managed_from_object)?.map(Self)
+    }
+
+    /// A tensor of the type, without a synchronisation of streams.
+    pub fn take(self, object: &Bound<'_, PyAny>) -> PyResult<Taken> {
+        let mut managed = ptr::null_mut();
+        // SAFETY: an object of the type, and room for the result; the interpreter is attached.
+        let status = unsafe { self.0(object.as_ptr().cast(), &raw mut managed) };
+        match NonNull::new(managed).filter(|_| status == 0) {
+            Some(managed) => Ok(Taken(Owned::Versioned(managed))),
+            None => Err(PyErr::fetch(object.py())),
+        }
+    }
+}
+
 /// A tensor that was taken from a capsule; its memory stays valid until this is dropped.
 #[derive(Debug)]
 pub(crate) struct Taken(Owned);
