@@ -5,11 +5,11 @@ use std::sync::{PoisonError, RwLock};
 
 use pyo3::prelude::*;
 use varlen_fa::{CuSeqlens as Sequences, DType, DeviceMemory, DeviceVarlenMeta, MaskDType, MaskView, VarlenMeta};
-use varlen_fa::{Layout, bf16, f16};
+use varlen_fa::{Error, Layout, bf16, f16};
 
 use crate::arrays::{Array, ElementType, Place};
 use crate::device::{Device, cuda, is_cpu};
-use crate::errors::{Cause, OrRaise};
+use crate::errors::{Cause, OrRaise, exception};
 
 /// Which of the [B, S] tokens are kept.
 #[pyclass(frozen, module = "varlen_fa", eq)]
@@ -376,6 +376,10 @@ impl CuSeqlens {
             return Ok(made.get().clone());
         }
         let values: Vec<i32> = numbers(name, object)?;
-        Sequences::new(&values).map(Self).or_raise()
+        let made = Sequences::new(&values).map_err(|error| match error {
+            Error::CuSeqlens { expected, got, .. } => Cause::Value.argument(name, expected, got),
+            other => exception(other),
+        });
+        made.map(Self)
     }
 }
