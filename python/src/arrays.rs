@@ -97,18 +97,20 @@ impl Family {
         static TORCH: PyOnceLock<Py<PyType>> = PyOnceLock::new();
         static NUMPY: PyOnceLock<Py<PyType>> = PyOnceLock::new();
         static CUPY: PyOnceLock<Py<PyType>> = PyOnceLock::new();
+        static MODULES: PyOnceLock<Py<PyDict>> = PyOnceLock::new();
+        let py = object.py();
         let families = [
-            (Self::Torch, &TORCH, "torch", "Tensor"),
             (Self::NumPy, &NUMPY, "numpy", "ndarray"),
+            (Self::Torch, &TORCH, "torch", "Tensor"),
             (Self::CuPy, &CUPY, "cupy", "ndarray"),
         ];
-        let py = object.py();
         let is_of = |kept: &PyOnceLock<Py<PyType>>, module: &str, name: &str| -> PyResult<bool> {
             if let Some(class) = kept.get(py) {
                 return object.is_instance(class.bind(py));
             }
-            let modules = py.import(intern!(py, "sys"))?.getattr(intern!(py, "modules"))?;
-            if !modules.contains(module)? {
+            let modules =
+                MODULES.get_or_try_init(py, || Ok::<_, PyErr>(py.import("sys")?.getattr("modules")?.extract()?))?;
+            if !modules.bind(py).contains(module)? {
                 return Ok(false);
             }
             object.is_instance(kept.import(py, module, name)?)
