@@ -380,9 +380,13 @@ fn python_wheel(workspace: &Workspace) -> Result<Outcome> {
 
     run(pip().args(["--no-deps", "--no-index"]).arg(wheel))?;
     run(Command::new(&python).current_dir(&folder).args(["-m", "varlen_fa", "doctor"]))?;
-    let mut pytest = Command::new(&python);
-    pytest.current_dir(package.join("tests")).args(["-m", "pytest", "--quiet", "-p", "no:cacheprovider"]);
-    run(pytest)?;
+    run(Command::new(&python).current_dir(package.join("tests")).args([
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+    ]))?;
     Ok(Outcome::Passed)
 }
 
