@@ -5,7 +5,6 @@
 //! ```
 
 use std::io::Write;
-use std::num::NonZeroUsize;
 use std::process::ExitCode;
 
 use anyhow::Result;
@@ -16,10 +15,10 @@ use varlen_fa::{
     pack_into, prepare_qk,
 };
 
-use varlen_fa_harness::arguments::{ElementType, Problem, ProblemArguments, workload_help};
-use varlen_fa_harness::random::standard_normal;
+use varlen_fa_harness::arguments::{ElementType, Problem, ProblemArguments, RoundArguments, workload_help};
+use varlen_fa_harness::random::{standard_normal, tensor};
 use varlen_fa_harness::report::{Report, exit_code};
-use varlen_fa_harness::times::{Times, milliseconds};
+use varlen_fa_harness::times::{in_turns, milliseconds};
 use varlen_fa_testkit::WorkloadKind;
 
 /// Qwen-Image at 1024², and a fourth of it.
@@ -32,12 +31,8 @@ const SMOKE: &str = "joint:text=5:image=20:valid=3,5:heads=2:dim=16";
 struct Arguments {
     #[command(flatten)]
     problem: ProblemArguments,
-    /// Rounds, each of which times every row once; the best are printed
-    #[arg(long, value_name = "N", default_value = "15")]
-    rounds: NonZeroUsize,
-    /// `cargo bench` passes it.
-    #[arg(long, hide = true)]
-    bench: bool,
+    #[command(flatten)]
+    rounds: RoundArguments,
 }
 
 /// One line of the JSON.
@@ -47,7 +42,7 @@ struct Record<'a> {
     workload: [usize; 4],
     valid: usize,
     row: &'a str,
-    best_ms: f64,
+    median_ms: f64,
     gigabytes_per_second: f64,
     /// Of the copy's bandwidth.
     share: f64,
@@ -59,11 +54,7 @@ fn main() -> ExitCode {
 
 fn run(arguments: &Arguments) -> Result<()> {
     let device = arguments.problem.open_device()?;
-    // `cargo test` runs benches too, without `--bench`: there it is enough that they work.
-    let (defaults, rounds) = match arguments.bench {
-        true => (&DEFAULTS[..], arguments.rounds.get()),
-        false => (&[SMOKE][..], 1),
-    };
+    let (defaults, rounds) = arguments.rounds.of_run(&DEFAULTS, &[SMOKE]);
     let mut report = Report::new(arguments.problem.json.as_deref())?;
     writeln!(report.text, "{}, {rounds} rounds", device.capabilities())?;
     if device.capabilities().backend == BackendKind::Cuda {
@@ -89,11 +80,7 @@ struct Segment {
 
 impl Segment {
     fn new<T: Element>(device: &Device, problem: &Problem, seq: usize, seed: u64) -> Result<Self> {
-        let tensor = |seed, heads| {
-            let shape = [problem.workload.batch, seq, heads, problem.head_dim];
-            let values: Vec<T> = standard_normal(seed, shape.iter().product()).into_iter().map(T::from_f32).collect();
-            Tensor::from_slice(device, &values, &shape)
-        };
+        let tensor = |seed, heads| tensor::<T>(device, seed, &[problem.workload.batch, seq, heads, problem.head_dim]);
         let half = problem.head_dim / 2;
         let angles = standard_normal(seed + 4, seq * half);
         let table = |of: fn(f32) -> f32| {
@@ -124,8 +111,7 @@ fn time<T: Element>(device: &Device, problem: &Problem, rounds: usize, report: &
     let meta = VarlenMeta::from_key_mask(&mask)?;
     let mut segments =
         [Segment::new::<T>(device, problem, text, 1)?, Segment::new::<T>(device, problem, seq - text, 11)?];
-    let weight = || Tensor::from_slice(device, &standard_normal(21, dim), &[dim]);
-    let weights = [weight()?, weight()?];
+    let weights = [tensor::<f32>(device, 21, &[dim])?, tensor::<f32>(device, 21, &[dim])?];
     // What is copied: q and k of all tokens, and where their valid rows go.
     let whole = Segment::new::<T>(device, problem, seq, 31)?;
     let rows = meta.total_valid();
@@ -139,40 +125,29 @@ fn time<T: Element>(device: &Device, problem: &Problem, rounds: usize, report: &
         ("copied, interleaved", Some((RotaryPairing::Interleaved, false))),
         ("copied, halves", Some((RotaryPairing::Halves, false))),
     ];
-    let mut times = calls.map(|_| Vec::with_capacity(rounds));
-    // Round 0 warms up.
-    for round in 0..=rounds {
-        for ((_, call), times) in calls.iter().zip(&mut times) {
-            let ((), timing) = device.time(|| match *call {
-                None => {
-                    whole.tensors.iter().zip(&mut packed).try_for_each(|(from, to)| pack_into(device, from, &meta, to))
-                }
-                Some((pairing, in_place)) => {
-                    let calls = segments.iter_mut().map(|segment| segment.call(&weights, pairing, in_place));
-                    prepare_qk(device, calls, &meta)
-                }
-            })?;
-            if round > 0 {
-                times.push(timing.duration);
-            }
+    let timed = in_turns(device, rounds, calls.len(), |row| match calls[row].1 {
+        None => whole.tensors.iter().zip(&mut packed).try_for_each(|(from, to)| pack_into(device, from, &meta, to)),
+        Some((pairing, in_place)) => {
+            let calls = segments.iter_mut().map(|segment| segment.call(&weights, pairing, in_place));
+            prepare_qk(device, calls, &meta)
         }
-    }
+    })?;
     writeln!(report.text, "\n{shape:?} {}, {rows} of {} tokens valid", T::DTYPE, batch * seq)?;
     // Rows are read and written; a batch shares the tables.
     let row_bytes = 2 * rows * (heads + problem.kv_heads) * dim * T::DTYPE.size();
     let table_bytes = seq * dim * size_of::<f32>();
     let mut of_copy = 0.0;
-    for ((row, call), times) in calls.iter().zip(times) {
-        let best_ms = milliseconds(Times::of(times).min);
+    for ((row, call), ((), times)) in calls.iter().zip(timed) {
+        let median_ms = milliseconds(times.median);
         let bytes = row_bytes + if call.is_some() { table_bytes } else { 0 };
-        let gigabytes_per_second = bytes as f64 / best_ms / 1e6;
+        let gigabytes_per_second = bytes as f64 / median_ms / 1e6;
         if call.is_none() {
             of_copy = gigabytes_per_second;
         }
         let share = gigabytes_per_second / of_copy;
         writeln!(
             report.text,
-            "  {row:<22} {best_ms:>9.3} ms   {gigabytes_per_second:>7.1} GB/s   {:>5.1} % of the copy's",
+            "  {row:<22} {median_ms:>9.3} ms   {gigabytes_per_second:>7.1} GB/s   {:>5.1} % of the copy's",
             100.0 * share
         )?;
         report.json(&Record {
@@ -180,7 +155,7 @@ fn time<T: Element>(device: &Device, problem: &Problem, rounds: usize, report: &
             workload: shape,
             valid: rows,
             row,
-            best_ms,
+            median_ms,
             gigabytes_per_second,
             share,
         })?;

@@ -3,8 +3,9 @@
 
 Reads `objdump -d --no-show-raw-insn` from standard input.
 
-A hot loop is a loop without another inside, in code that was compiled for NEON, of at least 24 multiplications and additions `fmla`:
-the products of the widest strip. Fails where one has more than 1.5 instructions for each, or where there is none.
+A hot loop is a loop without another inside, in code that was compiled for NEON, of at least 24 multiplications and additions `fmla`
+by an element of a register: the products of the widest strip. Polynomials, as of a soft cap, multiply by whole registers. Fails where a
+hot loop has more than 1.5 instructions for each, or where there is none.
 """
 
 import re
@@ -33,7 +34,7 @@ def loops(lines):
 def main():
     worst = 0.0
     for function, body in loops(sys.stdin):
-        count = sum(instruction.startswith("fmla") for instruction in body)
+        count = sum(bool(re.match(r"fmla\s.*\.s\[\d\]$", instruction)) for instruction in body)
         if count >= LEAST and "Neon" in function:
             print(f"hot loop: {len(body)} instructions, {count} fmla, {len(body) / count:.2f} for each")
             worst = max(worst, len(body) / count)

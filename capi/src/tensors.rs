@@ -117,6 +117,14 @@ impl<'a> Described<'a> {
         }
     }
 
+    /// The elements that a layout has in the host memory, row-major.
+    fn dense_rows(&self, layout: &Layout) -> Result<Vec<u8>> {
+        let (memory, size) = (self.host_bytes(), self.dtype.size());
+        let mut rows = bytes_of(layout.numel() * size)?;
+        for_each_row(layout, size, |strided, dense| rows[dense].copy_from_slice(&memory[strided]));
+        Ok(rows)
+    }
+
     /// Whether both describe the same elements.
     pub fn is_same(&self, other: &Described<'_>) -> bool {
         self.data == other.data
@@ -200,10 +208,7 @@ impl<'a> Input<'a> {
             return Ok(Self::Device { memory, dtype, layout: Layout::contiguous(layout.shape())? });
         }
         let (compact, layout) = compact(&layout)?;
-        let mut rows = bytes_of(compact.numel() * dtype.size())?;
-        let memory = described.host_bytes();
-        for_each_row(&compact, dtype.size(), |strided, dense| rows[dense].copy_from_slice(&memory[strided]));
-        Ok(Self::Device { memory: upload(device, &rows)?, dtype, layout })
+        Ok(Self::Device { memory: upload(device, &described.dense_rows(&compact)?)?, dtype, layout })
     }
 
     pub fn view(&self) -> TensorView<'_> {
@@ -252,11 +257,7 @@ impl<'a> Output<'a> {
     pub fn holding(device: &Device, described: &Described<'a>) -> Result<Self> {
         let mut output = Self::new(device, described)?;
         if let Self::Staged { memory, .. } = &mut output {
-            let (layout, size) = (&described.layout, described.dtype.size());
-            let mut rows = bytes_of(layout.numel() * size)?;
-            let host = described.host_bytes();
-            for_each_row(layout, size, |strided, dense| rows[dense].copy_from_slice(&host[strided]));
-            memory.write(&rows)?;
+            memory.write(&described.dense_rows(&described.layout)?)?;
         }
         Ok(output)
     }

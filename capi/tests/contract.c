@@ -222,7 +222,7 @@ static void bad_options_and_masks(const varlen_fa_meta *meta) {
   SPOILED(c.mask.kind = VARLEN_FA_MASK_KIND_NONE, VARLEN_FA_STATUS_BAD_VALUE, "`mask.query_meta`");
   SPOILED(c.mask.query_meta = NULL, VARLEN_FA_STATUS_NULL_POINTER, "`mask.query_meta`");
   SPOILED(c.mask.kind = VARLEN_FA_MASK_KIND_VARLEN_CROSS, VARLEN_FA_STATUS_NULL_POINTER, "`mask.key_meta`");
-  SPOILED(c.mask.reserved[2] = 1, VARLEN_FA_STATUS_BAD_VALUE, "`mask.reserved`");
+  SPOILED(c.mask.reserved[1] = 1, VARLEN_FA_STATUS_BAD_VALUE, "`mask.reserved`");
   SPOILED(c.mask.query_meta = (const varlen_fa_meta *)device, VARLEN_FA_STATUS_BAD_HANDLE, "got a device handle");
   SPOILED(c.mask.query_meta = (const varlen_fa_meta *)&c, VARLEN_FA_STATUS_BAD_HANDLE, "never issued");
   varlen_fa_tensor bias = packed_tensor(q_data, 2, 3, 4);

@@ -567,61 +567,6 @@ mod tests {
         Ok(())
     }
 
-    /// A call of `cost_cases.json`, and nanoseconds by "path by kernel".
-    #[cfg(feature = "cuda")]
-    #[derive(serde::Deserialize)]
-    struct Case {
-        seq_q: usize,
-        seq_k: usize,
-        heads: usize,
-        kv_heads: usize,
-        head_dim: usize,
-        is_cross: bool,
-        query_runs: Vec<Vec<[usize; 2]>>,
-        key_runs: Vec<Vec<[usize; 2]>>,
-        times: std::collections::BTreeMap<String, f64>,
-    }
-
-    /// `benches/peers/fit_cost.py --cases` writes them.
-    #[cfg(feature = "cuda")]
-    #[test]
-    fn the_script_that_fits_the_constants_has_the_same_formulas() -> Result<()> {
-        // What the blocks of a multiprocessor share on an H100.
-        let tilings = crate::backends::cuda::tilings(228 * 1024);
-        let Some(machine) = Machine::new((9, 0), 132, tilings) else { unreachable!("the H100 has a row") };
-        let Ok(cases) = serde_json::from_str::<Vec<Case>>(include_str!("cost_cases.json")) else {
-            unreachable!("the file has cases")
-        };
-        assert!(cases.len() >= 50);
-        for (number, case) in cases.iter().enumerate() {
-            let meta = |seq: usize, runs: &[Vec<[usize; 2]>]| {
-                let rows: Vec<Vec<Range<usize>>> =
-                    runs.iter().map(|row| row.iter().map(|&[start, end]| start..end).collect()).collect();
-                meta(seq, &rows)
-            };
-            let query = meta(case.seq_q, &case.query_runs)?;
-            let key = if case.is_cross { Some(meta(case.seq_k, &case.key_runs)?) } else { None };
-            let key = key.as_ref().unwrap_or(&query);
-            let shape = AttentionShape {
-                batch: case.query_runs.len(),
-                seq_q: case.seq_q,
-                seq_k: case.seq_k,
-                num_heads: case.heads,
-                num_kv_heads: case.kv_heads,
-                head_dim: case.head_dim,
-            };
-            let problem = AttentionProblem { shape, dtype: DType::Bf16, softmax_scale: 1.0, bias: None };
-            let mut choices = machine.choices(&problem, &query, key)?.to_vec();
-            choices.extend(machine.dense_choices(&problem));
-            for (name, &expected) in &case.times {
-                let found = choices.iter().find(|choice| format!("{} by {}", choice.path, choice.kernel) == *name);
-                let time = found.map_or(f64::NAN, |choice| choice.time);
-                assert!((time / expected - 1.0).abs() < 1e-6, "case {number}, {name}: {time}, the script's {expected}");
-            }
-        }
-        Ok(())
-    }
-
     #[test]
     fn groups_cover_from_the_left() {
         let runs = |ranges: &[Range<u32>]| -> Vec<Run> {

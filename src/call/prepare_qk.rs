@@ -176,7 +176,7 @@ fn check_segment(
     for (name, out_name, rows, heads) in [(names.q, names.q_out, q, heads), (names.k, names.k_out, k, kv_heads)] {
         let shape = [batch, seq, heads, head_dim];
         let views = rows.input.iter().map(|view| (name, view));
-        let output_name = if rows.input.is_some() { out_name } else { name };
+        let output_name = rows.output_name(name, out_name);
         for (name, view) in views.chain([(output_name, &rows.output)]) {
             expect_shape(name, view, &shape)?;
             expect_dtype(name, view, dtype)?;
@@ -225,6 +225,11 @@ impl<'a> RowsInfo<'a> {
     fn source(&self) -> &ViewInfo<'a> {
         self.input.as_ref().unwrap_or(&self.output)
     }
+
+    /// What errors call the output: in place it has the input's name.
+    fn output_name(&self, name: &'static str, out_name: &'static str) -> &'static str {
+        if self.input.is_some() { out_name } else { name }
+    }
 }
 
 /// No output shares memory with another tensor of the call, but with the input that it takes the
@@ -234,7 +239,7 @@ fn check_outputs(segments: &[SegmentInfo<'_>]) -> Result<()> {
     let mut inputs = Vec::new();
     for (names, SegmentInfo { q, k, norm, rotary }) in SEGMENT_NAMES.iter().zip(segments) {
         for (name, out_name, rows) in [(names.q, names.q_out, q), (names.k, names.k_out, k)] {
-            let output_name = if rows.input.is_some() { out_name } else { name };
+            let output_name = rows.output_name(name, out_name);
             outputs.push((output_name, &rows.output, rows.input.as_ref().filter(|input| is_same(&rows.output, input))));
             inputs.extend(rows.input.as_ref().map(|input| (name, input)));
         }

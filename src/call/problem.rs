@@ -162,7 +162,17 @@ impl AttentionProblem {
         if let Some(ranges) = mask.ranges {
             ranges.expect_padded(batch, seq_q, seq_k)?;
         }
-        mask.modifiers.map_or(Ok(()), |modifiers| modifiers.check(num_heads))?;
+        if let Some(modifiers) = mask.modifiers {
+            modifiers.check(num_heads)?;
+            // Padded rows that see no key have no place for the sink yet: devices would differ.
+            if let (Some(sinks), Some(_)) = (modifiers.sinks(), views.lse) {
+                return Err(Error::ScoreModifier {
+                    argument: "sinks",
+                    expected: "none beside the log-sum-exp of a padded call".to_owned(),
+                    got: format!("{} sinks", sinks.len()),
+                });
+            }
+        }
         let mut bias = None;
         if let Some(view) = &mask.bias {
             bias = Some(broadcast_bias(view, [batch, num_heads, seq_q, seq_k])?);

@@ -27,6 +27,7 @@ const SOURCES: &[&str] = &[
     "examples/masked_attention",
     "examples/web/src",
     "benches/attention",
+    "fuzz/targets/capi",
     "xtask/src",
 ];
 

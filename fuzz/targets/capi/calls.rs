@@ -5,7 +5,7 @@ use std::ptr::{null, null_mut, without_provenance_mut};
 use arbitrary::Arbitrary;
 
 use crate::memory::{ARENA_BYTES, At, Slot, Spot};
-use crate::session::{Handle, Kind, Ref, Session, Sizes};
+use crate::session::{Handle, Kind, Ref, Session, Sizes, free};
 use crate::tensor::{F32, Fault, Size, Tensors, enum_of};
 use crate::types::{
     varlen_fa_attention_mask, varlen_fa_attention_options, varlen_fa_cu_seqlens, varlen_fa_device,
@@ -490,18 +490,6 @@ impl RangesOf {
     }
 }
 
-/// Frees a handle with the function of its kind.
-pub fn free(kind: Kind, address: usize) -> varlen_fa_status {
-    match kind {
-        Kind::Device => device::varlen_fa_device_free(without_provenance_mut(address)),
-        Kind::KeyMask => masks::varlen_fa_key_mask_free(without_provenance_mut(address)),
-        Kind::Meta => masks::varlen_fa_meta_free(without_provenance_mut(address)),
-        Kind::CuSeqlens => masks::varlen_fa_cu_seqlens_free(without_provenance_mut(address)),
-        Kind::DeviceMeta => device_meta::varlen_fa_device_meta_free(without_provenance_mut(address)),
-        Kind::KeyRanges => key_ranges::varlen_fa_key_ranges_free(without_provenance_mut(address)),
-    }
-}
-
 /// What live metadata says of itself.
 fn describe(meta: *const varlen_fa_meta) -> (varlen_fa_status, Sizes) {
     let mut slot = Slot::<varlen_fa_meta_info>::new(At::GOOD);
@@ -580,7 +568,8 @@ impl OptionsSpec {
             path: enum_of(among(self.path, 5)),
             kernel: enum_of(among(self.kernel, 2)),
             ranges,
-            reserved: [u64::from(self.reserved >= 240), 0, 0],
+            modifiers: null(),
+            reserved: [u64::from(self.reserved >= 240), 0],
         }
     }
 
@@ -737,14 +726,15 @@ fn forward(session: &mut Session, call: &Call, attend: &Attend, spec: &MaskSpec,
         query_device_meta: only(&[5, 6], first).cast(),
         key_device_meta: only(&[6], second).cast(),
         ranges: ranges.map_or(null(), |ranges| ranges.pointer.cast_const()),
-        reserved: [0; 3],
+        modifiers: null(),
+        reserved: [0; 2],
     };
     match spec.stray {
         // A handle that the kind does not use, or reserved space that is not 0.
         240..=243 if kind != 1 => mask.key_mask = without_provenance_mut::<()>(spec.stray.into()).cast(),
         244..=247 if kind < 6 => mask.key_device_meta = without_provenance_mut::<()>(spec.stray.into()).cast(),
         248..=251 => mask.reserved_word = 1,
-        252.. => mask.reserved[usize::from(spec.stray % 3)] = 1,
+        252.. => mask.reserved[usize::from(spec.stray % 2)] = 1,
         _ => {}
     }
     let is_stray = matches!((spec.stray, kind), (240..=243, 0 | 2..) | (244..=247, ..=5) | (248.., _));
@@ -824,8 +814,9 @@ fn varlen_attention(session: &mut Session, call: &Call, attend: &Attend, sequenc
     let device: Handle<varlen_fa_device> = session.handle(Kind::Device, attend.device);
     let handles = sequences.map(|given| session.handle::<varlen_fa_cu_seqlens>(Kind::CuSeqlens, given));
     let mut shape = attend.shape();
-    // As many rows as the sequences have, if the memory holds them.
-    let total = |at: usize| handles[at].object.map_or(3, |sizes| sizes.total).min(40);
+    // As many rows as the sequences have, if the memory holds them: of the widest tensors it does
+    // (4 heads of 64 elements and a gap of 24, f32) up to 30.
+    let total = |at: usize| handles[at].object.map_or(3, |sizes| sizes.total).min(30);
     (shape.q[1], shape.k[1]) = (total(0), total(1));
     let lse = [shape.q[2], shape.q[1]];
     let (q, k, dtype, rows) = (&shape.q[1..], &shape.k[1..], shape.dtype, attend.rows);

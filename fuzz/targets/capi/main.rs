@@ -42,8 +42,12 @@ mod masks;
 mod names;
 #[path = "../../../capi/src/outputs.rs"]
 mod outputs;
+#[path = "../../../capi/src/prepare_qk.rs"]
+mod prepare_qk;
 #[path = "../../../capi/src/primitives.rs"]
 mod primitives;
+#[path = "../../../capi/src/score_modifiers.rs"]
+mod score_modifiers;
 #[path = "../../../capi/src/tensors.rs"]
 mod tensors;
 #[path = "../../../capi/src/types.rs"]
@@ -76,7 +80,7 @@ struct Input {
 fuzz_target!(|input: Input| {
     let mut session = Session::new(input.seed, u64::from(input.batch % 4), u64::from(input.seq % 10));
     for call in input.calls.iter().take(MAX_CALLS) {
-        session.run(call);
+        calls::run(&mut session, call);
     }
     session.end();
 });

@@ -6,7 +6,6 @@ use std::ptr::{null, null_mut, without_provenance_mut};
 
 use arbitrary::Arbitrary;
 
-use crate::calls;
 use crate::failure::varlen_fa_last_error;
 use crate::memory::{Arena, At, Slot};
 use crate::tensor::enum_of;
@@ -122,10 +121,6 @@ impl Session {
         session
     }
 
-    pub fn run(&mut self, call: &calls::Call) {
-        calls::run(self, call);
-    }
-
     /// The handle that a call is given.
     pub fn handle<H>(&self, kind: Kind, given: Ref) -> Handle<H> {
         let pick = |found: Vec<&Issued>| found.get(usize::from(given.index) % found.len().max(1)).map(|it| it.address);
@@ -197,8 +192,20 @@ impl Session {
     pub fn end(mut self) {
         let live: Vec<_> = self.issued.iter().filter(|it| it.is_live).map(|it| (it.kind, it.address)).collect();
         for (kind, address) in live {
-            let status = calls::free(kind, address);
+            let status = free(kind, address);
             self.freed(&"end", status, address, kind);
         }
+    }
+}
+
+/// Frees a handle with the function of its kind.
+pub fn free(kind: Kind, address: usize) -> varlen_fa_status {
+    match kind {
+        Kind::Device => device::varlen_fa_device_free(without_provenance_mut(address)),
+        Kind::KeyMask => masks::varlen_fa_key_mask_free(without_provenance_mut(address)),
+        Kind::Meta => masks::varlen_fa_meta_free(without_provenance_mut(address)),
+        Kind::CuSeqlens => masks::varlen_fa_cu_seqlens_free(without_provenance_mut(address)),
+        Kind::DeviceMeta => device_meta::varlen_fa_device_meta_free(without_provenance_mut(address)),
+        Kind::KeyRanges => key_ranges::varlen_fa_key_ranges_free(without_provenance_mut(address)),
     }
 }

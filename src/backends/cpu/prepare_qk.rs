@@ -188,8 +188,7 @@ impl<'a, T: RowElement> Rows<'a, T> {
 impl Norm {
     fn new<T: RowElement>(weight: Input<'_>, eps: f32) -> Result<Self> {
         let len = weight.layout.numel();
-        let mut wide = host_vec::reserve(len)?;
-        wide.resize(len, 0.0);
+        let mut wide = host_vec::zeroed(len)?;
         match Numbers::<T>::new(weight)? {
             Numbers::Same(weight) => T::widen_into(weight.row(&[], len), &mut wide),
             Numbers::F32(weight) => wide.copy_from_slice(weight.row(&[], len)),

@@ -43,3 +43,70 @@ impl Processor {
         self.vectors.vectorize(work)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use half::bf16;
+
+    use super::*;
+    use crate::backends::cpu::isa::RegisterTile;
+    use crate::backends::cpu::operands::Operand;
+
+    /// The weights of scores, as words of two, and one product of them.
+    struct Weights<'a> {
+        pairs: Bf16Pairs,
+        rows: &'a mut [f32],
+        factors: &'a [f32],
+        sums: &'a mut [f32],
+    }
+
+    impl Vectorized for Weights<'_> {
+        type Output = ();
+        #[inline(always)]
+        fn run<S: RegisterTile>(self, simd: S) {
+            let rows = S::as_mut_simd_f32s(self.rows).0.as_chunks_mut::<1>().0;
+            self.pairs.weigh(simd, rows, 0, |score| score);
+            for (row, sum) in rows.iter().zip(S::as_mut_simd_f32s(self.sums).0) {
+                *sum = self.pairs.mul_add(simd, row[0], S::as_simd_f32s(self.factors).0[0], simd.splat_f32s(0.0));
+            }
+        }
+    }
+
+    /// Weights are rounded to the nearest, ties to even, as `half` rounds them; each meets its own
+    /// factor; NaN and infinities go their way, and numbers below 2⁻¹²⁶ are 0.
+    #[test]
+    fn weights_are_rounded_and_meet_their_own_value() {
+        let tiny = f32::MIN_POSITIVE;
+        let scores = [
+            [1.0, 0.0],
+            [0.0, 1.0],
+            [1.0 + 2f32.powi(-8), 0.0],
+            [1.0 + 3.0 * 2f32.powi(-8), 0.0],
+            [0.3, 0.7],
+            [f32::NAN, 0.0],
+            [f32::INFINITY, 1.0],
+            [tiny, 0.0],
+            [tiny / 2.0, 0.0],
+        ];
+        let factors = [3.0, 5.0];
+        for processor in Processor::all() {
+            let Some(pairs) = processor.bf16() else { continue };
+            // As many lanes as any vector has, all alike, and a last row without a neighbour.
+            const LANES: usize = 16;
+            let mut rows: Vec<f32> =
+                scores.as_flattened().iter().chain(&[0.9]).flat_map(|&score| [score; LANES]).collect();
+            let word =
+                u32::from(bf16::from_f32(factors[0]).to_bits()) | u32::from(bf16::from_f32(factors[1]).to_bits()) << 16;
+            let mut sums = vec![0.0; (scores.len() + 1) * LANES];
+            let factors_of_lanes = [f32::from_bits(word); LANES];
+            pairs.dispatch(Weights { pairs, rows: &mut rows, factors: &factors_of_lanes, sums: &mut sums });
+            let rounded = |score: f32| bf16::from_f32(if score.abs() < tiny { 0.0 } else { score }).to_f32();
+            for (pair, sums) in scores.iter().chain(&[[0.9, 0.0]]).zip(sums.chunks(LANES)) {
+                let want = rounded(pair[0]).mul_add(factors[0], rounded(pair[1]) * factors[1]);
+                for &sum in sums {
+                    assert!(sum == want || sum.is_nan() && want.is_nan(), "{processor:?} {pair:?}: {sum} {want}");
+                }
+            }
+        }
+    }
+}

@@ -22,7 +22,7 @@ mod tensors;
 mod trust;
 
 #[cfg(test)]
-pub(crate) use kernels::tiles::tilings;
+mod cost_cases;
 
 use std::ffi::c_void;
 use std::sync::{Arc, Mutex, PoisonError};

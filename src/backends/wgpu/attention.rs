@@ -173,8 +173,8 @@ impl Call<'_> {
         let operands = self.operands(FirstDim::Batch, FirstDim::Batch)?;
         let bias = self.attention.bias.as_ref();
         let bias = bias.map(|bias| Operand::input(context, "bias", bias, FirstDim::BatchOfElements)).transpose()?;
-        let (key_bits, key_words) = self.mask_window(key_mask)?;
-        let (row_bits, row_words) = self.mask_window(zero_rows)?;
+        let (key_bits, key_words) = Kept::window(key_mask, self.context)?;
+        let (row_bits, row_words) = Kept::window(zero_rows, self.context)?;
         let lse = self.lse()?;
         // Beside the lse, rows that are zeros are told by their ranges.
         let kept = zero_rows.filter(|_| lse.is_some());
@@ -204,11 +204,6 @@ impl Call<'_> {
             launches.give_back(scratch);
         }
         Ok(())
-    }
-
-    /// The binding of a mask, if there is one, and the u32s of one of its rows.
-    fn mask_window(&self, mask: Option<Kept<'_>>) -> Result<(Window, u32)> {
-        mask.map_or_else(|| Ok((self.context.unused_read(), 0)), |mask| mask.bits(self.context))
     }
 
     /// The binding of the bias, if there is one, and the parameters with its place.

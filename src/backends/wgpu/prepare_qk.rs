@@ -9,12 +9,12 @@ use crate::layout::Layout;
 use crate::mask::key_mask::KeyMask;
 
 use super::context::Context;
-use super::dispatch::{Launch, MAX_GROUPS, Window};
+use super::dispatch::{Launch, MAX_GROUPS};
 use super::launches::Launches;
-use super::metadata::mask_bits;
 use super::params::PrepareQkParams;
 use super::placement::{FirstDim, Operand, split_batch};
 use super::shader::{INVOCATIONS, PrepareQkShader, Shader};
+use super::sides::Kept;
 
 /// Elements of a head that one invocation takes, at most.
 const ELEMENTS_OF_LANE: usize = 8;
@@ -85,7 +85,7 @@ impl Heads<'_> {
         }
         let shader = Shader::PrepareQk(self.shader());
         let lanes = dim.div_ceil(ELEMENTS_OF_LANE).next_power_of_two();
-        let mask = mask.map(|mask| mask_bits(context, mask)).transpose()?;
+        let (kept, mask_words) = Kept::window(mask.map(Kept::Host), context)?;
         let unused = || (context.unused_read(), 0);
         let (weight, weight_offset) = match &self.weight {
             None => unused(),
@@ -135,17 +135,16 @@ impl Heads<'_> {
                 has_norm: u32::from(self.weight.is_some()),
                 eps: self.eps,
                 has_mask: u32::from(mask.is_some()),
-                mask_words: mask.as_ref().map_or(0, |mask| mask.row_words),
+                mask_words,
                 first_token: self.first_token as u32,
                 batch_base: range.start as u32,
             };
-            let kept = mask.as_ref().map_or_else(|| context.unused_read(), |mask| Window::whole(&mask.buffer));
             let source = source.map(|(window, _)| window);
             let groups = (range.len() * seq * heads).div_ceil(INVOCATIONS / lanes);
             launches.push(Launch {
                 shader,
                 params: bytemuck::bytes_of(&params).to_vec(),
-                windows: source.into_iter().chain([target, weight.clone(), cos, sin, kept]).collect(),
+                windows: source.into_iter().chain([target, weight.clone(), cos, sin, kept.clone()]).collect(),
                 groups: [groups.min(MAX_GROUPS) as u32, 1, 1],
                 operations: 0,
             });

@@ -132,6 +132,11 @@ impl Sequences<'_> {
 }
 
 impl Kept<'_> {
+    /// The bits of a mask, if there is one, and the u32s of one row of them; else what no shader reads.
+    pub fn window(mask: Option<Self>, context: &Context) -> Result<(Window, u32)> {
+        mask.map_or_else(|| Ok((context.unused_read(), 0)), |mask| mask.bits(context))
+    }
+
     /// The bits, and the u32s of one row of them.
     pub fn bits(self, context: &Context) -> Result<(Window, u32)> {
         match self {
