@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 
 use crate::workspace::{Workspace, capture, cargo, run};
 use crate::{header, imports, kernels, pages, table};
@@ -115,6 +115,12 @@ const STEPS: &[Step] = &[
         about: "the Python sources compile; running the peers' benches takes PyTorch and, but for one, a GPU",
         variables: &[],
         work: Function(compile_python),
+    },
+    Step {
+        name: "python-package",
+        about: "the wheel of the Python package, its size, its tests and the programs of docs/python.md",
+        variables: &[],
+        work: Function(python_wheel),
     },
     Step {
         name: "portability",
@@ -346,6 +352,49 @@ fn python_package(folder: &Path, package: &str) -> Result<PathBuf> {
     run(&mut pip).with_context(|| format!("pip could not install {package}"))?;
     fs::write(&installed, "").with_context(|| format!("cannot write {}", installed.display()))?;
     Ok(programs)
+}
+
+/// Builds the Python package's wheel, and tests it installed. PyTorch is heavy, so its tests run only
+/// where `python3` or PYTHONPATH has it; pytest prints the reason where they do not.
+fn python_wheel(workspace: &Workspace) -> Result<Outcome> {
+    const TOOLS: [&str; 3] = ["maturin==1.16.0", "numpy==2.4.6", "pytest==9.2.0"];
+    const LIMIT: u64 = 12_000_000;
+    let folder = workspace.target.join("python-package");
+    let (environment, wheels, package) = (folder.join("venv"), folder.join("wheels"), workspace.root.join("python"));
+    for stale in [&environment, &wheels] {
+        if stale.exists() {
+            fs::remove_dir_all(stale).with_context(|| format!("cannot remove {}", stale.display()))?;
+        }
+    }
+    capture(Command::new("python3").args(["-m", "venv", "--system-site-packages"]).arg(&environment))
+        .context("python3 cannot make an environment (Debian: install python3-venv)")?;
+    let python = environment.join("bin/python3");
+    let pip = || {
+        let mut pip = Command::new(&python);
+        pip.args(["-m", "pip", "install", "--quiet", "--disable-pip-version-check"]);
+        pip
+    };
+    run(pip().arg("--only-binary=:all:").args(TOOLS)).context("pip could not install the tools")?;
+
+    let mut maturin = Command::new(environment.join("bin/maturin"));
+    maturin.current_dir(&package).args(["build", "--release", "--locked", "--interpreter"]).arg(&python);
+    run(maturin.arg("--out").arg(&wheels).env("CARGO_TARGET_DIR", &workspace.target))?;
+    let built: Vec<PathBuf> = fs::read_dir(&wheels)?.map(|entry| Ok(entry?.path())).collect::<Result<_>>()?;
+    let [wheel] = &built[..] else { bail!("expected one wheel in {}, got {built:?}", wheels.display()) };
+    let size = fs::metadata(wheel)?.len();
+    println!("{}: {:.1} MB", wheel.file_name().unwrap_or_default().display(), size as f64 / 1e6);
+    ensure!(size < LIMIT, "the wheel has {size} bytes; it must have less than {LIMIT}");
+
+    run(pip().args(["--no-deps", "--no-index"]).arg(wheel))?;
+    run(Command::new(&python).current_dir(&folder).args(["-m", "varlen_fa", "doctor"]))?;
+    run(Command::new(&python).current_dir(package.join("tests")).args([
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+    ]))?;
+    Ok(Outcome::Passed)
 }
 
 fn cargo_deny(workspace: &Workspace) -> Result<Outcome> {

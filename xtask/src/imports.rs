@@ -19,6 +19,7 @@ use crate::workspace::Workspace;
 const SOURCES: &[&str] = &[
     "src",
     "capi/src",
+    "python/src",
     "testkit/src",
     "harness/src",
     "tests/suite",

@@ -1,0 +1,222 @@
+//! What attention is made of, for calls of their own: pack, attention on packed rows, scatter, merge.
+
+use pyo3::prelude::*;
+use varlen_fa::{AttentionOutputs, VarlenOptions};
+
+use crate::arrays::{Array, new_like};
+use crate::attention::{LseArgument, Results};
+use crate::device::{self, Device};
+use crate::errors::{Cause, OrRaise};
+use crate::masks::{CuSeqlens, Meta};
+use crate::memory::{Input, Output, expect_apart};
+use crate::scores::{KeyRanges, ScoreModifiers};
+
+fn packed_shape(array: &Array, meta: &Meta) -> PyResult<[usize; 3]> {
+    match *array.shape() {
+        [_, _, heads, dim] => Ok([meta.0.total_valid(), heads, dim]),
+        ref other => Err(Cause::Shape.argument(array.name(), "4 dimensions, [B, S, H, D]", format!("{other:?}"))),
+    }
+}
+
+/// The valid rows of a padded [B, S, H, D] tensor as a packed [total_valid, H, D] one, bit for bit.
+#[pyfunction]
+#[pyo3(signature = (padded, meta, *, out=None, device=None))]
+pub(crate) fn pack<'py>(
+    py: Python<'py>,
+    padded: &Bound<'py, PyAny>,
+    meta: &Bound<'py, Meta>,
+    out: Option<&Bound<'py, PyAny>>,
+    device: Option<&Bound<'py, Device>>,
+) -> PyResult<Bound<'py, PyAny>> {
+    let array = Array::new("padded", padded)?;
+    let meta = meta.get();
+    let device = device::of_call(device, padded, &array)?.0;
+    let packed = match out {
+        Some(out) => out.clone(),
+        None => new_like(padded, &array, &packed_shape(&array, meta)?, None)?,
+    };
+    let packed_array = Array::new("out", &packed)?;
+    expect_apart(&[&packed_array], &[&array])?;
+    let (input, mut output) = (Input::new(&device, &array)?, Output::new(&device, &packed_array)?);
+    {
+        let (from, to) = (input.view(), output.view_mut());
+        py.detach(|| varlen_fa::pack_into(&device, from, &meta.0, to)).or_raise()?;
+    }
+    output.finish()?;
+    Ok(packed)
+}
+
+/// The valid rows of padded q, k and v as packed tensors, bit for bit: [B, S, H, D] to
+/// [total_valid, H, D], and the same with Hkv heads. On a GPU it is one launch.
+#[pyfunction]
+#[pyo3(signature = (q, k, v, meta, *, out=None, device=None))]
+pub(crate) fn pack_qkv<'py>(
+    py: Python<'py>,
+    q: &Bound<'py, PyAny>,
+    k: &Bound<'py, PyAny>,
+    v: &Bound<'py, PyAny>,
+    meta: &Bound<'py, Meta>,
+    out: Option<(Bound<'py, PyAny>, Bound<'py, PyAny>, Bound<'py, PyAny>)>,
+    device: Option<&Bound<'py, Device>>,
+) -> PyResult<(Bound<'py, PyAny>, Bound<'py, PyAny>, Bound<'py, PyAny>)> {
+    let arrays = [Array::new("q", q)?, Array::new("k", k)?, Array::new("v", v)?];
+    let meta = meta.get();
+    let device = device::of_call(device, q, &arrays[0])?.0;
+    let packed = match out {
+        Some((q, k, v)) => [q, k, v],
+        None => {
+            let new = |like, array| new_like(like, array, &packed_shape(array, meta)?, None);
+            [new(q, &arrays[0])?, new(k, &arrays[1])?, new(v, &arrays[2])?]
+        }
+    };
+    let packed_arrays =
+        [Array::new("packed_q", &packed[0])?, Array::new("packed_k", &packed[1])?, Array::new("packed_v", &packed[2])?];
+    expect_apart(&packed_arrays.each_ref(), &arrays.each_ref())?;
+    let input = |at: usize| Input::new(&device, &arrays[at]);
+    let output = |at: usize| Output::new(&device, &packed_arrays[at]);
+    let inputs = [input(0)?, input(1)?, input(2)?];
+    let mut outputs = [output(0)?, output(1)?, output(2)?];
+    {
+        let [q, k, v] = inputs.each_ref().map(Input::view);
+        let outputs = outputs.each_mut().map(Output::view_mut);
+        py.detach(|| varlen_fa::pack_qkv_into(&device, q, k, v, &meta.0, outputs)).or_raise()?;
+    }
+    for output in outputs {
+        output.finish()?;
+    }
+    Ok(packed.into())
+}
+
+/// Packed [total_valid, H, D] rows in a padded [B, S, H, D] tensor, bit for bit, with +0.0 in the
+/// masked rows.
+#[pyfunction]
+#[pyo3(signature = (packed, meta, *, out=None, device=None))]
+pub(crate) fn scatter_to_padded<'py>(
+    py: Python<'py>,
+    packed: &Bound<'py, PyAny>,
+    meta: &Bound<'py, Meta>,
+    out: Option<&Bound<'py, PyAny>>,
+    device: Option<&Bound<'py, Device>>,
+) -> PyResult<Bound<'py, PyAny>> {
+    let array = Array::new("packed", packed)?;
+    let meta = meta.get();
+    let device = device::of_call(device, packed, &array)?.0;
+    let &[_, heads, dim] = array.shape() else {
+        return Err(Cause::Shape.argument(
+            "packed",
+            "3 dimensions, [total_valid, H, D]",
+            format!("{:?}", array.shape()),
+        ));
+    };
+    let padded = match out {
+        Some(out) => out.clone(),
+        None => new_like(packed, &array, &[meta.0.batch(), meta.0.seq(), heads, dim], None)?,
+    };
+    let padded_array = Array::new("out", &padded)?;
+    expect_apart(&[&padded_array], &[&array])?;
+    let (input, mut output) = (Input::new(&device, &array)?, Output::new(&device, &padded_array)?);
+    {
+        let (from, to) = (input.view(), output.view_mut());
+        py.detach(|| varlen_fa::scatter_to_padded_into(&device, from, &meta.0, to)).or_raise()?;
+    }
+    output.finish()?;
+    Ok(padded)
+}
+
+/// Attention over packed rows: q [total_q, H, D], k and v [total_k, Hkv, D]. Sequence b of the
+/// queries attends to sequence b of the keys.
+#[pyfunction]
+#[pyo3(signature = (
+    q, k, v, cu_seqlens_q, cu_seqlens_k, *, scale=None, ranges=None, modifiers=None, lse=None, out=None, device=None,
+    kernel=None
+))]
+#[expect(clippy::too_many_arguments, reason = "Python names them")]
+pub(crate) fn varlen_attention<'py>(
+    py: Python<'py>,
+    q: &Bound<'py, PyAny>,
+    k: &Bound<'py, PyAny>,
+    v: &Bound<'py, PyAny>,
+    cu_seqlens_q: &Bound<'py, PyAny>,
+    cu_seqlens_k: &Bound<'py, PyAny>,
+    scale: Option<f32>,
+    ranges: Option<&Bound<'py, KeyRanges>>,
+    modifiers: Option<&Bound<'py, ScoreModifiers>>,
+    lse: Option<&Bound<'py, PyAny>>,
+    out: Option<&Bound<'py, PyAny>>,
+    device: Option<&Bound<'py, Device>>,
+    kernel: Option<&str>,
+) -> PyResult<Bound<'py, PyAny>> {
+    let arrays = [Array::new("q", q)?, Array::new("k", k)?, Array::new("v", v)?];
+    let query = CuSeqlens::of_object("cu_seqlens_q", cu_seqlens_q)?;
+    let key = CuSeqlens::of_object("cu_seqlens_k", cu_seqlens_k)?;
+    let device = device::of_call(device, q, &arrays[0])?.0;
+    let &[total_q, heads, _] = arrays[0].shape() else {
+        return Err(Cause::Shape.argument("q", "3 dimensions, [total_q, H, D]", format!("{:?}", arrays[0].shape())));
+    };
+    let mut options = VarlenOptions::default();
+    options.softmax_scale = scale;
+    options.ranges = ranges.map(|ranges| &ranges.get().0);
+    options.modifiers = modifiers.map(|modifiers| &modifiers.get().0);
+    options.kernel = kernel.map(str::parse).transpose().or_raise()?;
+    let results = Results::new((q, &arrays[0]), out, &LseArgument::new(lse), Some(&[heads, total_q]))?;
+    expect_apart(&results.arrays(), &arrays.each_ref())?;
+    let input = |at: usize| Input::new(&device, &arrays[at]);
+    let inputs = [input(0)?, input(1)?, input(2)?];
+    let mut out_output = Output::new(&device, &results.out_array)?;
+    let mut lse_output = results.lse_array.as_ref().map(|lse| Output::new(&device, lse)).transpose()?;
+    {
+        let views = inputs.each_ref().map(Input::view);
+        let (out, lse) = (out_output.view_mut(), lse_output.as_mut().map(Output::view_mut));
+        let run = || varlen_fa::varlen_attention_into(&device, views, &query.0, &key.0, options, out, lse);
+        py.detach(run).or_raise()?;
+    }
+    out_output.finish()?;
+    lse_output.map_or(Ok(()), Output::finish)?;
+    results.returned(py)
+}
+
+/// Attention over all keys from attention over two parts of them: outputs [B, S, H, D] with
+/// log-sum-exps [B, H, S], or packed ones. Returns (out, lse).
+#[pyfunction]
+#[pyo3(signature = (out1, lse1, out2, lse2, *, out=None, lse=None, device=None))]
+#[expect(clippy::too_many_arguments, reason = "Python names them")]
+pub(crate) fn merge_attention<'py>(
+    py: Python<'py>,
+    out1: &Bound<'py, PyAny>,
+    lse1: &Bound<'py, PyAny>,
+    out2: &Bound<'py, PyAny>,
+    lse2: &Bound<'py, PyAny>,
+    out: Option<&Bound<'py, PyAny>>,
+    lse: Option<&Bound<'py, PyAny>>,
+    device: Option<&Bound<'py, Device>>,
+) -> PyResult<Bound<'py, PyAny>> {
+    let arrays =
+        [Array::new("out1", out1)?, Array::new("lse1", lse1)?, Array::new("out2", out2)?, Array::new("lse2", lse2)?];
+    let device = device::of_call(device, out1, &arrays[0])?.0;
+    let lse_shape = match *arrays[0].shape() {
+        [batch, seq, heads, _] => vec![batch, heads, seq],
+        [total, heads, _] => vec![heads, total],
+        ref other => {
+            let expected = "[B, S, H, D], or [total, H, D] of packed rows";
+            return Err(Cause::Shape.argument("out1", expected, format!("{other:?}")));
+        }
+    };
+    let lse = lse.map_or(LseArgument::New, LseArgument::Given);
+    let results = Results::new((out1, &arrays[0]), out, &lse, Some(&lse_shape))?;
+    expect_apart(&results.arrays(), &arrays.each_ref())?;
+    let input = |at: usize| Input::new(&device, &arrays[at]);
+    let inputs = [input(0)?, input(1)?, input(2)?, input(3)?];
+    let mut out_output = Output::new(&device, &results.out_array)?;
+    let mut lse_output = results.lse_array.as_ref().map(|lse| Output::new(&device, lse)).transpose()?;
+    {
+        let [out1, lse1, out2, lse2] = inputs.each_ref().map(Input::view);
+        let mut outputs = AttentionOutputs::new(out_output.view_mut());
+        if let Some(lse) = &mut lse_output {
+            outputs = outputs.with_lse(lse.view_mut());
+        }
+        py.detach(|| varlen_fa::merge_attention_into(&device, out1, lse1, out2, lse2, outputs)).or_raise()?;
+    }
+    out_output.finish()?;
+    lse_output.map_or(Ok(()), Output::finish)?;
+    results.returned(py)
+}

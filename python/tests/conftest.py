@@ -1,0 +1,39 @@
+"""The oracle: attention in f64 by NumPy, after its definition."""
+
+import numpy as np
+import pytest
+
+
+def reference(q, k, v, keep=None, *, scale=None, bias=None, sees=None):
+    """q [B, Sq, H, D], k and v [B, Sk, Hkv, D]; keep [B, Sk] and sees [B, Sq, Sk] booleans. Returns out
+    and the log-sum-exp [B, H, Sq]; a query that sees no key gives zeros and -inf."""
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    group = q.shape[2] // k.shape[2]
+    k, v = (np.repeat(x, group, axis=2) for x in (k, v))
+    scores = np.einsum("bqhd,bkhd->bhqk", q, k) * (q.shape[3] ** -0.5 if scale is None else scale)
+    if bias is not None:
+        scores = scores + bias
+    allowed = np.ones((q.shape[0], q.shape[1], k.shape[1]), bool)
+    if keep is not None:
+        allowed &= keep[:, None, :]
+    if sees is not None:
+        allowed &= sees
+    scores = np.where(allowed[:, None], scores, -np.inf)
+    peak = scores.max(axis=-1, keepdims=True, initial=-np.inf)
+    weights = np.exp(scores - np.where(np.isfinite(peak), peak, 0.0))
+    total = weights.sum(axis=-1, keepdims=True)
+    with np.errstate(divide="ignore"):
+        lse = (np.log(total) + np.where(np.isfinite(peak), peak, 0.0))[..., 0]
+    weights = weights / np.where(total > 0, total, 1.0)
+    return np.einsum("bhqk,bkhd->bqhd", weights, v), np.where(total[..., 0] > 0, lse, -np.inf)
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(7)
+
+
+@pytest.fixture
+def qkv(rng):
+    """q, k, v [2, 13, 4, 24] f32."""
+    return tuple(rng.standard_normal((2, 13, 4, 24), dtype=np.float32) for _ in range(3))

@@ -1,0 +1,204 @@
+"""PyTorch: tensors in and out, operators, and functions with the signatures of others."""
+
+import math
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+
+import varlen_fa as fa  # noqa: E402
+import varlen_fa.torch as fat  # noqa: E402
+
+sdpa = torch.nn.functional.scaled_dot_product_attention
+
+
+def close(got, expected, tolerance=2e-5):
+    torch.testing.assert_close(got.float(), expected.float(), rtol=tolerance, atol=tolerance)
+
+
+@pytest.fixture
+def qkv():
+    """[B, H, S, D], as SDPA takes them."""
+    torch.manual_seed(3)
+    return tuple(torch.randn(2, 4, 13, 24) for _ in range(3))
+
+
+@pytest.fixture
+def keep():
+    return torch.arange(13) < torch.tensor([[13], [5]])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_tensors_without_a_copy(qkv, keep, dtype):
+    q, k, v = (x.to(dtype).transpose(1, 2) for x in qkv)
+    out, lse = fa.attention(q, k, v, keep, lse=True)
+    assert type(out) is torch.Tensor and out.dtype == dtype and lse.dtype == torch.float32
+    expected = sdpa(*(x.to(dtype).float() for x in qkv), attn_mask=keep[:, None, None]).transpose(1, 2)
+    close(out, expected, 2e-5 if dtype == torch.float32 else 2e-2)
+    into = torch.empty_like(out)
+    assert fa.attention(q, k, v, keep, out=into) is into
+    assert torch.equal(into, out)
+
+
+def test_gradients_are_refused(qkv):
+    q, k, v = (x.transpose(1, 2) for x in qkv)
+    q.requires_grad_()
+    calls = [
+        lambda: fa.attention(q, k, v),
+        lambda: fat.attention(q, k, v),
+        lambda: torch.ops.varlen_fa.attention(q, k, v),
+        lambda: fat.scaled_dot_product_attention(q, k, v),
+        lambda: fat.flash_attn_varlen_func(q[0], k[0], v[0], torch.tensor([0, 13]), torch.tensor([0, 13])),
+    ]
+    for call in calls:
+        with pytest.raises(fa.GradientError, match="no_grad"):
+            call()
+    with torch.no_grad():
+        close(fa.attention(q, k, v), fa.attention(q.detach(), k, v))
+        assert not fat.attention(q, k, v).requires_grad
+
+
+def test_parameters_and_negated_views(qkv):
+    q, k, v = (x.transpose(1, 2).contiguous() for x in qkv)
+    parameter = torch.nn.Parameter(q, requires_grad=False)
+    assert type(fa.attention(parameter, k, v)) is torch.Tensor
+    negated = torch._neg_view(q)
+    with pytest.raises(fa.LayoutError, match="resolve_neg"):
+        fa.attention(negated, k, v)
+
+
+@pytest.mark.parametrize("form", ["bool2", "bool4", "int2", "int4", "additive4", "full", "causal", "float"])
+def test_sdpa(qkv, keep, form):
+    q, k, v = qkv
+    full = torch.randn(1, 4, 13, 13)
+    four = keep[:, None, None]
+    ours, theirs, causal = {
+        "bool2": (keep, four, False),
+        "bool4": (four, four, False),
+        "int2": (keep.long(), four, False),
+        "int4": (four.int(), four, False),
+        "additive4": (torch.zeros(2, 1, 1, 13).masked_fill(~four, -math.inf),) * 2 + (False,),
+        "full": (full > -1, full > -1, False),
+        "causal": (None, None, True),
+        "float": (full, full, False),
+    }[form]
+    got = fat.scaled_dot_product_attention(q, k, v, ours, is_causal=causal)
+    close(got, sdpa(q, k, v, theirs, is_causal=causal))
+
+
+def test_sdpa_of_other_sizes():
+    torch.manual_seed(5)
+    q, k, v = torch.randn(2, 4, 5, 16), torch.randn(2, 2, 9, 16), torch.randn(2, 2, 9, 16)
+    wide = [x.repeat_interleave(2, 1) for x in (k, v)]
+    close(fat.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True), sdpa(q, *wide, is_causal=True))
+    close(fat.scaled_dot_product_attention(q, k, v, scale=0.7, enable_gqa=True), sdpa(q, *wide, scale=0.7))
+    with pytest.raises(fa.ShapeError, match="enable_gqa"):
+        fat.scaled_dot_product_attention(q, k, v)
+    with pytest.raises(fa.InvalidValueError, match="dropout"):
+        fat.scaled_dot_product_attention(q, *wide, dropout_p=0.1)
+
+
+def test_masked_queries_are_zeros_if_wanted(qkv, keep):
+    q, k, v = (x.transpose(1, 2) for x in qkv)
+    out, lse = fat.attention(q, k, v, keep, zero_masked=True, return_lse=True)
+    expected = sdpa(*qkv, attn_mask=keep[:, None, None]).transpose(1, 2)
+    close(out[keep], expected[keep])
+    assert (out[~keep] == 0).all() and torch.isneginf(lse.transpose(1, 2)[~keep]).all()
+
+
+def test_a_mask_changed_in_place(qkv, keep):
+    q, k, v = (x.transpose(1, 2) for x in qkv)
+    mask = keep.clone()
+    fat.attention(q, k, v, mask)
+    mask[0, 3:] = False
+    close(fat.attention(q, k, v, mask), sdpa(*qkv, attn_mask=mask[:, None, None]).transpose(1, 2))
+    with torch.inference_mode():
+        mask = keep.clone()
+        fat.attention(q, k, v, mask)
+        mask[0, 3:] = False
+        close(fat.attention(q, k, v, mask), sdpa(*qkv, attn_mask=mask[:, None, None]).transpose(1, 2))
+
+
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"window_size": (2, 1)}, {"softcap": 5.0}])
+def test_flash_attention(options):
+    torch.manual_seed(11)
+    lengths_q, lengths_k = [3, 7, 0], [5, 7, 4]
+    q = torch.randn(10, 4, 16)
+    k, v = torch.randn(16, 2, 16), torch.randn(16, 2, 16)
+    cu_q, cu_k = (torch.tensor([0, *x]).cumsum(0).int() for x in (lengths_q, lengths_k))
+    out, lse, _ = fat.flash_attn_varlen_func(q, k, v, cu_q, cu_k, 7, 7, return_attn_probs=True, **options)
+    assert lse.shape == (4, 10)
+    for at in range(2):
+        rows, keys = slice(cu_q[at], cu_q[at + 1]), slice(cu_k[at], cu_k[at + 1])
+        wide = [x[keys].repeat_interleave(2, 1).transpose(0, 1) for x in (k, v)]
+        scores = q[rows].transpose(0, 1) @ wide[0].transpose(1, 2) / 4
+        if "softcap" in options:
+            scores = options["softcap"] * torch.tanh(scores / options["softcap"])
+        place = torch.arange(lengths_q[at])[:, None] + lengths_k[at] - lengths_q[at]
+        other = torch.arange(lengths_k[at])[None]
+        left, right = options.get("window_size", (99, 0 if "causal" in options else 99))
+        scores = scores.masked_fill((other < place - left) | (other > place + right), -math.inf)
+        close(out[rows], (scores.softmax(-1) @ wide[1]).transpose(0, 1))
+        close(lse[:, rows], scores.logsumexp(-1))
+
+
+def test_operators_keep_their_promises(qkv, keep):
+    q, k, v = (x.transpose(1, 2) for x in qkv)
+    checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(torch.ops.varlen_fa.attention.default, (q, k, v, keep), {"causal": 2}, test_utils=checks)
+    cu = torch.tensor([0, 4, 13], dtype=torch.int32)
+    packed = (q[0].contiguous(), k[0].contiguous(), v[0].contiguous(), cu, cu)
+    torch.library.opcheck(torch.ops.varlen_fa.varlen_attention.default, packed, test_utils=checks)
+
+
+def test_compile_in_one_graph(qkv, keep):
+    def model(q, k, v, mask):
+        a = fat.scaled_dot_product_attention(q * 2, k, v, mask)
+        b = fat.attention(*(x.transpose(1, 2) for x in (q, k, v)), mask, zero_masked=True, causal=True)
+        return a + b.transpose(1, 2)
+
+    # The graph of the compiler, run by PyTorch itself: this needs no C++ compiler.
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for mask in (keep, ~keep):
+        with torch.no_grad():
+            close(compiled(*qkv, mask), model(*qkv, mask))
+
+
+def test_export(qkv, keep):
+    class Model(torch.nn.Module):
+        def forward(self, q, k, v, mask):
+            return fat.scaled_dot_product_attention(q, k, v, mask)
+
+    with torch.no_grad():
+        exported = torch.export.export(Model(), (*qkv, keep))
+        close(exported.module()(*qkv, ~keep), sdpa(*qkv, attn_mask=~keep[:, None, None]), 1e-4)
+
+
+def test_autocast(qkv):
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        got, expected = fat.scaled_dot_product_attention(*qkv), sdpa(*qkv)
+    assert got.dtype == expected.dtype == torch.bfloat16
+    close(got, expected, 3e-2)
+
+
+def test_results_for_other_packages_become_tensors(qkv):
+    class Foreign:
+        def __init__(self, tensor):
+            self.tensor = tensor
+
+        def __dlpack__(self, **options):
+            return self.tensor.__dlpack__(**options)
+
+        def __dlpack_device__(self):
+            return self.tensor.__dlpack_device__()
+
+    q, k, v = (x.to(torch.bfloat16).transpose(1, 2) for x in qkv)
+    out = fa.attention(*(Foreign(x) for x in (q, k, v)))
+    assert out.dtype == "bf16"
+    assert torch.equal(torch.from_dlpack(out), fa.attention(q, k, v))
+
+
+def test_numpy_and_torch_agree(qkv):
+    q, k, v = (x.transpose(1, 2).contiguous() for x in qkv)
+    np.testing.assert_array_equal(fa.attention(q.numpy(), k.numpy(), v.numpy()), fa.attention(q, k, v).numpy())

@@ -1,0 +1,77 @@
+"""Attention under a key mask: computes only what is valid, on the CPU, CUDA and wgpu devices.
+
+Tensors come and go without a copy, by DLPack or NumPy's array interface. Results are of the kind of
+the first tensor: of PyTorch, NumPy or CuPy, or else a `varlen_fa.Tensor`, which `from_dlpack` of any
+package takes. Shapes: B batch rows, S tokens of a padded row, H query heads, Hkv key/value heads,
+which divide H, and D elements of a head, contiguous in memory.
+"""
+
+from ._errors import (
+    DeviceError,
+    DeviceLostError,
+    DeviceMismatchError,
+    DTypeError,
+    GradientError,
+    InvalidValueError,
+    LayoutError,
+    NotApplicableError,
+    OutOfMemoryError,
+    ShapeError,
+    VarlenFaError,
+)
+from ._native import (
+    KERNELS,
+    CuSeqlens,
+    Device,
+    DeviceMeta,
+    KeyMask,
+    KeyRanges,
+    Meta,
+    QkSegment,
+    ScoreModifiers,
+    Tensor,
+    __version__,
+    alibi_slopes,
+    attention,
+    list_devices,
+    merge_attention,
+    pack,
+    pack_qkv,
+    prepare_qk,
+    scatter_to_padded,
+    varlen_attention,
+)
+
+__all__ = [
+    "KERNELS",
+    "CuSeqlens",
+    "DTypeError",
+    "Device",
+    "DeviceError",
+    "DeviceLostError",
+    "DeviceMeta",
+    "DeviceMismatchError",
+    "GradientError",
+    "InvalidValueError",
+    "KeyMask",
+    "KeyRanges",
+    "LayoutError",
+    "Meta",
+    "NotApplicableError",
+    "OutOfMemoryError",
+    "QkSegment",
+    "ScoreModifiers",
+    "ShapeError",
+    "Tensor",
+    "VarlenFaError",
+    "__version__",
+    "alibi_slopes",
+    "attention",
+    "list_devices",
+    "merge_attention",
+    "pack",
+    "pack_qkv",
+    "prepare_qk",
+    "scatter_to_padded",
+    "varlen_attention",
+]

@@ -1,0 +1,115 @@
+"""The four functions of sglang's pull request 26318, with the same names and meanings, for PyTorch
+tensors in host memory and on CUDA devices.
+
+The tensors that `build_varlen_mask_meta` returns carry their metadata with them, so that the other
+functions neither read them nor wait for a GPU. Tensors from elsewhere are read and checked at their
+first use, which waits for a GPU once. Do not change them in place under `torch.inference_mode()`,
+where PyTorch counts no versions.
+"""
+
+import threading
+
+import torch
+from torch.utils.weak import WeakTensorKeyDictionary
+
+import varlen_fa as _fa
+from varlen_fa._errors import InvalidValueError, ShapeError
+
+__all__ = ["build_inv_indices", "build_varlen_mask_meta", "fused_pack_qkv", "fused_scatter_to_padded"]
+
+_kept, _lock = WeakTensorKeyDictionary(), threading.Lock()
+
+
+def _version(tensor):
+    return None if tensor.is_inference() else tensor._version
+
+
+def _keep(tensor, size, meta):
+    with _lock:
+        _kept[tensor] = (_version(tensor), size, meta)
+
+
+def _meta_of(tensor, size, make):
+    """The metadata that belongs to a tensor of indices, made if there is none or it is outdated."""
+    with _lock:
+        version, of, meta = _kept.get(tensor, (None, None, None))
+    if meta is not None and of == size and version == _version(tensor):
+        return meta
+    meta = make()
+    _keep(tensor, size, meta)
+    return meta
+
+
+def _integers(data, device):
+    # PyTorch takes no empty buffer.
+    made = torch.frombuffer(bytearray(data), dtype=torch.int32) if data else torch.empty(0, dtype=torch.int32)
+    return made.to(device, non_blocking=True)
+
+
+def build_varlen_mask_meta(mask):
+    """Where the valid tokens of a [B, S] mask lie; booleans or integers, what is not 0 is valid.
+
+    Returns a dictionary: `indices` int64 [n], flat positions b * S + s of the valid tokens, ascending;
+    `cu_seqlens` int32 [B + 1]; `inv_indices` int32 [B * S], the packed row of each token, -1 where it
+    is masked; `max_seqlen`, S. The tensors are on the mask's device. A mask on a GPU is read once:
+    how long `indices` is depends on what it holds. Raises ShapeError and DTypeError."""
+    if mask.dim() != 2:
+        raise ShapeError(f"`mask`: expected [B, S], got {list(mask.shape)}")
+    size = tuple(mask.shape)
+    meta = _fa.Meta(mask.cpu())
+    made = {
+        "indices": _integers(meta.indices_bytes(), mask.device).to(torch.int64),
+        "cu_seqlens": torch.tensor(meta.cu_seqlens.tolist(), dtype=torch.int32).to(mask.device, non_blocking=True),
+        "inv_indices": _integers(meta.inv_indices_bytes(), mask.device),
+        "max_seqlen": size[1],
+    }
+    _keep(made["indices"], size, meta)
+    _keep(made["inv_indices"], size, meta)
+    return made
+
+
+def build_inv_indices(indices, total):
+    """The packed row of each of `total` = B * S tokens, int32 [total], -1 where it is masked; of the
+    flat positions of the valid tokens. Nothing is read from a GPU."""
+    inv = torch.full((total,), -1, dtype=torch.int32, device=indices.device)
+    inv[indices.long()] = torch.arange(indices.numel(), dtype=torch.int32, device=indices.device)
+    return inv
+
+
+def fused_pack_qkv(q, k, v, indices):
+    """Rows of q [B, S, H, D], k and v [B, S, Hkv, D] at the flat positions `indices` [n], ascending:
+    packed tensors [n, H, D] and [n, Hkv, D], bit for bit, in one launch on a GPU. Without an index there
+    is no launch. Raises InvalidValueError for indices that do not ascend or lie outside."""
+    if q.dim() != 4:
+        raise ShapeError(f"`q`: expected 4 dimensions, [B, S, H, D], got {list(q.shape)}")
+    size = tuple(q.shape[:2])
+
+    def make():
+        positions = indices.cpu().long()
+        total = size[0] * size[1]
+        inside = positions.numel() == 0 or (int(positions[0]) >= 0 and int(positions[-1]) < total)
+        if not inside or bool((positions[1:] <= positions[:-1]).any()):
+            raise InvalidValueError(f"`indices`: expected ascending positions from 0 to {total - 1}")
+        keep = torch.zeros(total, dtype=torch.bool)
+        keep[positions] = True
+        return _fa.Meta(keep.view(size))
+
+    return _fa.pack_qkv(q, k, v, _meta_of(indices, size, make))
+
+
+def fused_scatter_to_padded(out, inv_indices, batch_size, seq_len):
+    """Packed rows [n, H, D] in a padded tensor [batch_size, seq_len, H, D], bit for bit, and zeros
+    where `inv_indices` [batch_size * seq_len] is negative, in one launch on a GPU. Raises
+    InvalidValueError unless the others count up from 0."""
+    size = (batch_size, seq_len)
+
+    def make():
+        rows = inv_indices.cpu().long()
+        if rows.dim() != 1 or rows.numel() != batch_size * seq_len:
+            raise ShapeError(f"`inv_indices`: expected [{batch_size * seq_len}], got {list(rows.shape)}")
+        keep = rows >= 0
+        if not torch.equal(rows[keep], torch.arange(int(keep.sum()))):
+            raise InvalidValueError("`inv_indices`: expected -1 or packed rows that count up from 0")
+        return _fa.Meta(keep.view(size))
+
+    return _fa.scatter_to_padded(out, _meta_of(inv_indices, size, make))
