@@ -372,19 +372,19 @@ impl<'a> Call<'a> {
         };
         // Fits: a chip has few multiprocessors.
         let blocks = blocks as u32;
-        // SAFETY: the tensors have the problem's shape and lie inside their buffers, those of
-        // packed rows as `cu_seqlens` says (checked by problem; scratch is made so), and their rows
-        // start at words (placement). Lists, masks and `cu_seqlens` have the problem's batch rows
-        // and sequence lengths, ranges its queries, and work ends in each block's column. The output shares no memory with them (checked by problem).
-        unsafe {
-            match segments {
-                None => launcher.launch(function, [blocks, 1, 1], tile.threads, &params),
-                Some(segments) => {
-                    let params = SegmentedTileListParams { lists: params, segments: *segments };
-                    launcher.launch(function, [blocks, 1, 1], tile.threads, &params)
-                }
-            }
-        }
+        let grid = [blocks, 1, 1];
+        let Some(segments) = segments else {
+            // SAFETY: the tensors have the problem's shape and lie inside their buffers, those of
+            // packed rows as `cu_seqlens` says (checked by problem; scratch is made so), and their
+            // rows start at words (placement). Lists, masks and `cu_seqlens` have the problem's batch
+            // rows and sequence lengths, ranges its queries, and work ends in each block's column.
+            // The output shares no memory with them (checked by problem).
+            return unsafe { launcher.launch(function, grid, tile.threads, &params) };
+        };
+        let params = SegmentedTileListParams { lists: params, segments: *segments };
+        // SAFETY: as above. The pieces have the problem's tokens together, and the lists are cut at
+        // their ends.
+        unsafe { launcher.launch(function, grid, tile.threads, &params) }
     }
 
     /// Sets the tensor maps.
