@@ -532,10 +532,9 @@ class Fuzzer:
         plan = vf.Plan()
         forced = options.path != 0 or options.kernel != 0
         views = [tensor.tensor() for tensor in tensors]
-        lse = Strided(rng, self.memory, vf.F32, (call.batch, call.heads, call.seq_q)) if rng.random() < 0.3 else None
-        if modifiers.sinks is not None:
-            # Padded calls give no log-sum-exp beside sinks.
-            lse = None
+        # Padded calls give no log-sum-exp beside sinks.
+        has_lse = rng.random() < 0.3 and modifiers.sinks is None
+        lse = Strided(rng, self.memory, vf.F32, (call.batch, call.heads, call.seq_q)) if has_lse else None
         wanted = None if lse is None else lse.tensor()
         if not self.attempt(forced, self.target.forward, *views, mask, options, plan, wanted):
             return

@@ -6,7 +6,7 @@ use arbitrary::Arbitrary;
 
 use crate::memory::{ARENA_BYTES, At, Slot, Spot};
 use crate::session::{Handle, Kind, Ref, Session, Sizes, free};
-use crate::tensor::{F32, Fault, Size, Tensors, enum_of};
+use crate::tensor::{self, F32, Fault, Size, Tensors, enum_of};
 use crate::types::{
     varlen_fa_attention_mask, varlen_fa_attention_options, varlen_fa_cu_seqlens, varlen_fa_device,
     varlen_fa_device_info, varlen_fa_device_meta, varlen_fa_key_mask, varlen_fa_key_range, varlen_fa_key_ranges,
@@ -814,9 +814,10 @@ fn varlen_attention(session: &mut Session, call: &Call, attend: &Attend, sequenc
     let device: Handle<varlen_fa_device> = session.handle(Kind::Device, attend.device);
     let handles = sequences.map(|given| session.handle::<varlen_fa_cu_seqlens>(Kind::CuSeqlens, given));
     let mut shape = attend.shape();
-    // As many rows as the sequences have, if the memory holds them: of the widest tensors it does
-    // (4 heads of 64 elements and a gap of 24, f32) up to 30.
-    let total = |at: usize| handles[at].object.map_or(3, |sizes| sizes.total).min(30);
+    // As many rows as the sequences have, if the memory holds them.
+    let [_, _, heads, dim] = shape.q;
+    let most = tensor::rows_in_memory(2 * (heads + shape.k[2]), dim, heads).min(40);
+    let total = |at: usize| handles[at].object.map_or(3, |sizes| sizes.total).min(most);
     (shape.q[1], shape.k[1]) = (total(0), total(1));
     let lse = [shape.q[2], shape.q[1]];
     let (q, k, dtype, rows) = (&shape.q[1..], &shape.k[1..], shape.dtype, attend.rows);

@@ -4,12 +4,19 @@ use std::mem::MaybeUninit;
 
 use arbitrary::Arbitrary;
 
-use crate::memory::{Arena, At, Slot, Spot};
+use crate::memory::{ARENA_BYTES, Arena, At, Slot, Spot};
 use crate::types::varlen_fa_tensor;
 
 /// The most elements of a tensor that is within its memory: elements that share an address could be
 /// any number, and a call over them takes its time by right.
 const MAX_ELEMENTS: u128 = 1 << 13;
+
+/// Gaps behind a row of a head: 0, 8, 16 or 24 elements.
+const GAPS: u64 = 4;
+const GAP_STEP: u64 = 8;
+
+/// Tensors start at multiples of this, and so much memory or more is between them.
+const BETWEEN: usize = 16;
 
 /// A size: a small one, one at a border of an integer type, or any.
 #[derive(Debug, Clone, Copy, Arbitrary)]
@@ -86,8 +93,8 @@ impl Tensors {
             .map(|&(shape, dtype, rows)| {
                 let mut tensor = descriptor(shape, dtype, rows);
                 tensor.data = arena.at(offset).cast();
-                offset += (tensor.bytes as usize).next_multiple_of(16) + 16;
-                assert!(offset <= crate::memory::ARENA_BYTES, "the memory is too small for {tensors:?}");
+                offset += (tensor.bytes as usize).next_multiple_of(BETWEEN) + BETWEEN;
+                assert!(offset <= ARENA_BYTES, "the memory is too small for {tensors:?}");
                 tensor
             })
             .collect();
@@ -195,8 +202,17 @@ impl Tensors {
     }
 }
 
+/// How many rows the memory holds of all tensors of a call on packed rows together: so many heads of
+/// so many elements, of any type and with any gap, and f32 numbers beside.
+pub fn rows_in_memory(heads: u64, dim: u64, numbers: u64) -> u64 {
+    let widest_head = dim + (GAPS - 1) * GAP_STEP;
+    let row_bytes = (heads * widest_head + numbers) * 4;
+    // Between tensors, of which a call has five.
+    (ARENA_BYTES - 5 * 2 * BETWEEN) as u64 / row_bytes
+}
+
 fn descriptor(shape: &[u64], dtype: u32, rows: u8) -> varlen_fa_tensor {
-    let gap = u64::from(rows % 4) * 8;
+    let gap = u64::from(rows) % GAPS * GAP_STEP;
     let rank = shape.len();
     let mut tensor = varlen_fa_tensor {
         data: std::ptr::null_mut(),
