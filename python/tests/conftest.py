@@ -37,3 +37,21 @@ def rng():
 def qkv(rng):
     """q, k, v [2, 13, 4, 24] f32."""
     return tuple(rng.standard_normal((2, 13, 4, 24), dtype=np.float32) for _ in range(3))
+
+
+def _devices():
+    try:
+        import torch
+    except ImportError:
+        return ["cpu"]
+    return ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+
+
+@pytest.fixture(params=_devices())
+def device(request):
+    """Where PyTorch makes tensors in this test."""
+    import torch
+
+    torch.set_default_device(request.param)
+    yield request.param
+    torch.set_default_device(None)

@@ -7,6 +7,8 @@ torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 import varlen_fa as fa  # noqa: E402
 from varlen_fa import sglang  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("device")
+
 MASKS = {
     "ragged": [[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]],
     "holes": [[1, 0, 1, 0, 1], [0, 0, 0, 1, 1]],
@@ -17,7 +19,7 @@ MASKS = {
 
 
 @pytest.fixture(params=MASKS.values(), ids=MASKS.keys())
-def mask(request):
+def mask(request, device):
     return torch.tensor(request.param, dtype=torch.bool)
 
 

@@ -10,6 +10,8 @@ torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 import varlen_fa as fa  # noqa: E402
 import varlen_fa.torch as fat  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("device")
+
 sdpa = torch.nn.functional.scaled_dot_product_attention
 
 
@@ -18,14 +20,14 @@ def close(got, expected, tolerance=2e-5):
 
 
 @pytest.fixture
-def qkv():
+def qkv(device):
     """[B, H, S, D], as SDPA takes them."""
     torch.manual_seed(3)
     return tuple(torch.randn(2, 4, 13, 24) for _ in range(3))
 
 
 @pytest.fixture
-def keep():
+def keep(device):
     return torch.arange(13) < torch.tensor([[13], [5]])
 
 
@@ -175,8 +177,8 @@ def test_export(qkv, keep):
         close(exported.module()(*qkv, ~keep), sdpa(*qkv, attn_mask=~keep[:, None, None]), 1e-4)
 
 
-def test_autocast(qkv):
-    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+def test_autocast(qkv, device):
+    with torch.no_grad(), torch.autocast(device, dtype=torch.bfloat16):
         got, expected = fat.scaled_dot_product_attention(*qkv), sdpa(*qkv)
     assert got.dtype == expected.dtype == torch.bfloat16
     close(got, expected, 3e-2)
@@ -199,6 +201,45 @@ def test_results_for_other_packages_become_tensors(qkv):
     assert torch.equal(torch.from_dlpack(out), fa.attention(q, k, v))
 
 
-def test_numpy_and_torch_agree(qkv):
+def test_numpy_and_torch_agree(qkv, device):
+    if device != "cpu":
+        pytest.skip("NumPy's arrays are in host memory")
     q, k, v = (x.transpose(1, 2).contiguous() for x in qkv)
     np.testing.assert_array_equal(fa.attention(q.numpy(), k.numpy(), v.numpy()), fa.attention(q, k, v).numpy())
+
+
+def test_a_captured_graph_follows_the_mask(qkv, keep, device):
+    if device != "cuda":
+        pytest.skip("graphs are captured on a CUDA device")
+    q, k, v = (x.to(torch.bfloat16).transpose(1, 2) for x in qkv)
+    mask, stream = keep.clone(), torch.cuda.Stream()
+    with torch.no_grad(), torch.cuda.stream(stream):
+        call = lambda: fat.attention(q, k, v, mask, zero_masked=True)  # noqa: E731
+        call()
+        stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            out = call()
+        for other in (keep, ~keep, torch.ones_like(keep), torch.zeros_like(keep), keep):
+            mask.copy_(other)
+            out.fill_(float("nan"))
+            graph.replay()
+            stream.synchronize()
+            expected = sdpa(*(x.to(torch.bfloat16).float() for x in qkv), attn_mask=other[:, None, None])
+            close(out[other], expected.transpose(1, 2)[other], 2e-2)
+            assert (out[~other] == 0).all()
+
+
+def test_calls_follow_the_current_stream(qkv, keep, device):
+    if device != "cuda":
+        pytest.skip("streams belong to a CUDA device")
+    q, k, v = (x.to(torch.bfloat16).transpose(1, 2).contiguous() for x in qkv)
+    expected, stream = fa.attention(q, k, v, keep), torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        late = torch.zeros_like(q)
+        torch.cuda._sleep(50_000_000)
+        late.copy_(q)
+        out = fa.attention(late, k, v, keep)
+    stream.synchronize()
+    assert torch.equal(out, expected)
