@@ -18,7 +18,7 @@ use varlen_fa::{
 use varlen_fa_harness::arguments::{ElementType, Problem, ProblemArguments, RoundArguments, workload_help};
 use varlen_fa_harness::random::{standard_normal, tensor};
 use varlen_fa_harness::report::{Report, exit_code};
-use varlen_fa_harness::times::{in_turns, milliseconds};
+use varlen_fa_harness::times::{in_turns, milliseconds, repeats_of};
 use varlen_fa_testkit::WorkloadKind;
 
 /// Qwen-Image at 1024², and a fourth of it.
@@ -121,12 +121,15 @@ fn time<T: Element>(device: &Device, problem: &Problem, rounds: usize, report: &
         ("copied, interleaved", Some((RotaryPairing::Interleaved, false))),
         ("copied, halves", Some((RotaryPairing::Halves, false))),
     ];
-    let timed = in_turns(device, rounds, calls.len(), |row| match calls[row].1 {
-        None => whole.tensors.iter().zip(&mut packed).try_for_each(|(from, to)| pack_into(device, from, &meta, to)),
-        Some((pairing, in_place)) => {
-            let calls = segments.iter_mut().map(|segment| segment.call(&weights, pairing, in_place));
-            prepare_qk(device, calls, &meta)
-        }
+    let repeats = repeats_of(device);
+    let timed = in_turns(device, rounds, calls.len(), |row| {
+        (0..repeats).try_for_each(|_| match calls[row].1 {
+            None => whole.tensors.iter().zip(&mut packed).try_for_each(|(from, to)| pack_into(device, from, &meta, to)),
+            Some((pairing, in_place)) => {
+                let calls = segments.iter_mut().map(|segment| segment.call(&weights, pairing, in_place));
+                prepare_qk(device, calls, &meta)
+            }
+        })
     })?;
     writeln!(report.text, "\n{shape:?} {}, {rows} of {} tokens valid", T::DTYPE, batch * seq)?;
     // Rows are read and written; a batch shares the tables.
@@ -134,7 +137,7 @@ fn time<T: Element>(device: &Device, problem: &Problem, rounds: usize, report: &
     let table_bytes = seq * dim * size_of::<f32>();
     let mut of_copy = 0.0;
     for ((row, call), ((), times)) in calls.iter().zip(timed) {
-        let median_ms = milliseconds(times.median);
+        let median_ms = milliseconds(times.median / repeats);
         let bytes = row_bytes + if call.is_some() { table_bytes } else { 0 };
         let gigabytes_per_second = bytes as f64 / median_ms / 1e6;
         if call.is_none() {

@@ -16,7 +16,7 @@ use varlen_fa::{AttentionMask, Device, Element, KeyMask, MaskedAttention, Tensor
 use varlen_fa_harness::arguments::{ElementType, Problem, ProblemArguments, RoundArguments, workload_help};
 use varlen_fa_harness::random::tensor;
 use varlen_fa_harness::report::{Report, exit_code};
-use varlen_fa_harness::times::{in_turns, milliseconds};
+use varlen_fa_harness::times::{in_turns, milliseconds, repeats_of};
 use varlen_fa_testkit::WorkloadKind;
 
 /// Qwen-Image at 1024² and eight requests of it at 512².
@@ -84,14 +84,21 @@ fn time<T: Element>(device: &Device, problem: &Problem, rounds: usize, report: &
     let (mut first, mut second) = (part(text, 11)?, part(seq - text, 21)?);
     let attention = MaskedAttention::new(device);
     let names = ["concatenated", "segments"];
+    let repeats = repeats_of(device);
     let timed = in_turns(device, rounds, names.len(), |row| {
         let mask = AttentionMask::varlen(&meta);
-        if row == 0 {
-            let [q, k, v, out] = &mut whole;
-            return attention.forward_into(&*q, &*k, &*v, mask, out);
+        let mut call = || {
+            if row == 0 {
+                let [q, k, v, out] = &mut whole;
+                return attention.forward_into(&*q, &*k, &*v, mask, out);
+            }
+            let ([q0, k0, v0, out0], [q1, k1, v1, out1]) = (&mut first, &mut second);
+            attention.forward_into([&*q0, &*q1], [&*k0, &*k1], [&*v0, &*v1], mask, [out0, out1])
+        };
+        for _ in 1..repeats {
+            call()?;
         }
-        let ([q0, k0, v0, out0], [q1, k1, v1, out1]) = (&mut first, &mut second);
-        attention.forward_into([&*q0, &*q1], [&*k0, &*k1], [&*v0, &*v1], mask, [out0, out1])
+        call()
     })?;
     writeln!(
         report.text,
@@ -100,9 +107,9 @@ fn time<T: Element>(device: &Device, problem: &Problem, rounds: usize, report: &
         meta.total_valid(),
         batch * seq
     )?;
-    let whole_ms = milliseconds(timed[0].1.median);
+    let whole_ms = milliseconds(timed[0].1.median / repeats);
     for (row, (plan, times)) in names.into_iter().zip(timed) {
-        let median_ms = milliseconds(times.median);
+        let median_ms = milliseconds(times.median / repeats);
         let time_ratio = median_ms / whole_ms;
         writeln!(report.text, "  {row:<14} {median_ms:>9.3} ms   {time_ratio:>6.3} of the time   {plan}")?;
         report.json(&Record {

@@ -501,17 +501,13 @@ class Attention(unittest.TestCase):
             shape = lambda name: [BATCH, SEQ, token[name] // DIM, DIM]
             q, k, v, out = (whole[name].tensor(shape(name)) for name in token)
             plan = vf.Plan()
-            if device_name == "cuda":
-                with self.assertRaises(vf.Error) as caught:
-                    self.device.forward(*tensors.values(), mask=vf.varlen(meta))
-                self.assertEqual(caught.exception.status, "NOT_APPLICABLE")
-                return
             lses = [self.memory(vf.F32, [0.0] * (BATCH * HEADS * SEQ)) for _ in range(2)]
             lse, lse_of_segments = (lse.tensor([BATCH, HEADS, SEQ]) for lse in lses)
             self.device.forward(q, k, v, out, mask=vf.varlen(meta), lse=lse)
             self.device.forward(*tensors.values(), mask=vf.varlen(meta), lse=lse_of_segments, plan=plan)
             self.assertEqual(*(lse.values() for lse in lses))
-            self.assertEqual("segments are copied" in str(plan), device_name == "wgpu", str(plan))
+            if device_name != "cuda":  # There it depends on the kernel.
+                self.assertEqual("segments are copied" in str(plan), device_name == "wgpu", str(plan))
             expected = whole["out"].values()
             for first, length, memory in memories["out"]:
                 got, size = memory.values(), token["out"]
@@ -551,11 +547,6 @@ class Attention(unittest.TestCase):
                 segments.append(vf.qk_segment(*views, norm=norm, rotary=rotary))
                 before = {name: x[name].values() for name in heads}
                 parts.append((length, before, out if at == 0 else x, x, cos, sin))
-            if device_name == "cuda":
-                with self.assertRaises(vf.Error) as caught:
-                    self.device.prepare_qk(segments, meta=meta)
-                self.assertEqual(caught.exception.status, "NOT_APPLICABLE")
-                return
             self.device.prepare_qk(segments, meta=meta)
             for at, (length, before, out, _, cos, sin) in enumerate(parts):
                 cos, sin = cos.values(), sin.values()

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use varlen_fa::{Device, Result};
+use varlen_fa::{BackendKind, Device, Result};
 
 /// Median and extremes of repeated timings.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -48,6 +48,12 @@ pub fn in_turns<T>(
         }
     }
     Ok(rows.into_iter().map(|(given, timings)| (given, Times::of(timings))).collect())
+}
+
+/// How often a short call is repeated in one measured time: on a GPU so often that the host's work for
+/// one call hides behind the device's for another.
+pub fn repeats_of(device: &Device) -> u32 {
+    if device.capabilities().backend == BackendKind::Cpu { 1 } else { 8 }
 }
 
 /// The duration as a number of milliseconds.

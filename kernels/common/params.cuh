@@ -653,14 +653,19 @@ struct PrepareQkParams {
     int32_t head_dim;
     // Of a warp, for each head: a power of two.
     int32_t lanes;
+    // Heads of a tensor that one block takes.
+    int32_t heads_of_block;
+    float inverse_head_dim;
 };
-static_assert(sizeof(PrepareQkParams) == 2712);
+static_assert(sizeof(PrepareQkParams) == 2720);
 static_assert(offsetof(PrepareQkParams, tensors) == 0);
 static_assert(offsetof(PrepareQkParams, kept_bits) == 2688);
 static_assert(offsetof(PrepareQkParams, mask_words) == 2696);
 static_assert(offsetof(PrepareQkParams, count) == 2700);
 static_assert(offsetof(PrepareQkParams, head_dim) == 2704);
 static_assert(offsetof(PrepareQkParams, lanes) == 2708);
+static_assert(offsetof(PrepareQkParams, heads_of_block) == 2712);
+static_assert(offsetof(PrepareQkParams, inverse_head_dim) == 2716);
 
 // Parameters of the metadata kernels. The tables are those of `VarlenMeta`.
 struct MetadataParams {

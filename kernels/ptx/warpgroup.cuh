@@ -33,20 +33,6 @@ __device__ inline T uniform(T value) {
 // Named barriers: `threads` of those that arrive and those that wait open it.
 __device__ inline void barrier_sync(int barrier, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory"); }
 
-// The same; and whether any of the threads says so.
-__device__ inline bool barrier_or(int barrier, int threads, bool value) {
-    uint32_t any;
-    asm volatile(
-        "{\n.reg .pred mine, any;\n"
-        "setp.ne.u32 mine, %3, 0;\n"
-        "bar.red.or.pred any, %1, %2, mine;\n"
-        "selp.u32 %0, 1, 0, any;\n}"
-        : "=r"(any)
-        : "r"(barrier), "r"(threads), "r"(static_cast<uint32_t>(value))
-        : "memory");
-    return any != 0;
-}
-
 __device__ inline void barrier_arrive(int barrier, int threads) {
     asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }

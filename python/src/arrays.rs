@@ -382,7 +382,7 @@ impl Array {
     /// The elements of an array in host memory, row-major.
     pub fn gather(&self) -> PyResult<Vec<u8>> {
         if self.place != Place::Host {
-            let expected = "host memory (copying from a GPU would wait for it)";
+            let expected = "host memory (reading a GPU's would wait for it; a mask there becomes a DeviceMeta)";
             return Err(Cause::DeviceMismatch.argument(&self.name, expected, "CUDA memory"));
         }
         let size = self.element.size();

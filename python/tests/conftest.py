@@ -49,9 +49,11 @@ def _devices():
 
 @pytest.fixture(params=_devices())
 def device(request):
-    """Where PyTorch makes tensors in this test."""
+    """Where PyTorch makes tensors in this test: f32 ones on the CPU, f16 ones on a GPU."""
     import torch
 
     torch.set_default_device(request.param)
+    torch.set_default_dtype(torch.float16 if request.param == "cuda" else torch.float32)
     yield request.param
     torch.set_default_device(None)
+    torch.set_default_dtype(torch.float32)

@@ -15,7 +15,9 @@ pytestmark = pytest.mark.usefixtures("device")
 sdpa = torch.nn.functional.scaled_dot_product_attention
 
 
-def close(got, expected, tolerance=2e-5):
+def close(got, expected, tolerance=None):
+    if tolerance is None:
+        tolerance = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}[expected.dtype]
     torch.testing.assert_close(got.float(), expected.float(), rtol=tolerance, atol=tolerance)
 
 
@@ -32,12 +34,15 @@ def keep(device):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_tensors_without_a_copy(qkv, keep, dtype):
+def test_tensors_without_a_copy(qkv, keep, device, dtype):
+    if device == "cuda" and dtype == torch.float32:
+        pytest.skip("CUDA kernels take f16 and bf16")
+    keep = keep.cpu()
     q, k, v = (x.to(dtype).transpose(1, 2) for x in qkv)
     out, lse = fa.attention(q, k, v, keep, lse=True)
     assert type(out) is torch.Tensor and out.dtype == dtype and lse.dtype == torch.float32
-    expected = sdpa(*(x.to(dtype).float() for x in qkv), attn_mask=keep[:, None, None]).transpose(1, 2)
-    close(out, expected, 2e-5 if dtype == torch.float32 else 2e-2)
+    mask = keep[:, None, None].to(device)
+    close(out, sdpa(*(x.to(dtype).float() for x in qkv), attn_mask=mask).transpose(1, 2).to(dtype))
     into = torch.empty_like(out)
     assert fa.attention(q, k, v, keep, out=into) is into
     assert torch.equal(into, out)
@@ -174,7 +179,7 @@ def test_export(qkv, keep):
 
     with torch.no_grad():
         exported = torch.export.export(Model(), (*qkv, keep))
-        close(exported.module()(*qkv, ~keep), sdpa(*qkv, attn_mask=~keep[:, None, None]), 1e-4)
+        close(exported.module()(*qkv, ~keep), sdpa(*qkv, attn_mask=~keep[:, None, None]), 1e-4 if qkv[0].dtype == torch.float32 else None)
 
 
 def test_autocast(qkv, device):
@@ -234,6 +239,7 @@ def test_calls_follow_the_current_stream(qkv, keep, device):
     if device != "cuda":
         pytest.skip("streams belong to a CUDA device")
     q, k, v = (x.to(torch.bfloat16).transpose(1, 2).contiguous() for x in qkv)
+    keep = keep.cpu()
     expected, stream = fa.attention(q, k, v, keep), torch.cuda.Stream()
     torch.cuda.synchronize()
     with torch.cuda.stream(stream):

@@ -41,9 +41,14 @@ def _meta_of(tensor, size, make):
 
 
 def _integers(data, device):
-    # PyTorch takes no empty buffer.
-    made = torch.frombuffer(bytearray(data), dtype=torch.int32) if data else torch.empty(0, dtype=torch.int32)
+    # PyTorch takes no empty buffer, and makes tensors on its default device unless told.
+    made = torch.frombuffer(bytearray(data), dtype=torch.int32) if data else torch.empty(0, dtype=torch.int32, device="cpu")
     return made.to(device, non_blocking=True)
+
+
+def _copied_as(rows):
+    """The same bytes in a type that every device copies."""
+    return rows.view(torch.bfloat16) if rows.is_cuda else rows
 
 
 def build_varlen_mask_meta(mask):
@@ -59,7 +64,7 @@ def build_varlen_mask_meta(mask):
     meta = _fa.Meta(mask.cpu())
     made = {
         "indices": _integers(meta.indices_bytes(), mask.device).to(torch.int64),
-        "cu_seqlens": torch.tensor(meta.cu_seqlens.tolist(), dtype=torch.int32).to(mask.device, non_blocking=True),
+        "cu_seqlens": torch.tensor(meta.cu_seqlens.tolist(), dtype=torch.int32, device=mask.device),
         "inv_indices": _integers(meta.inv_indices_bytes(), mask.device),
         "max_seqlen": size[1],
     }
@@ -90,11 +95,12 @@ def fused_pack_qkv(q, k, v, indices):
         inside = positions.numel() == 0 or (int(positions[0]) >= 0 and int(positions[-1]) < total)
         if not inside or bool((positions[1:] <= positions[:-1]).any()):
             raise InvalidValueError(f"`indices`: expected ascending positions from 0 to {total - 1}")
-        keep = torch.zeros(total, dtype=torch.bool)
+        keep = torch.zeros(total, dtype=torch.bool, device="cpu")
         keep[positions] = True
         return _fa.Meta(keep.view(size))
 
-    return _fa.pack_qkv(q, k, v, _meta_of(indices, size, make))
+    packed = _fa.pack_qkv(*map(_copied_as, (q, k, v)), _meta_of(indices, size, make))
+    return tuple(rows.view(of.dtype) for rows, of in zip(packed, (q, k, v)))
 
 
 def fused_scatter_to_padded(out, inv_indices, batch_size, seq_len):
@@ -108,8 +114,8 @@ def fused_scatter_to_padded(out, inv_indices, batch_size, seq_len):
         if rows.dim() != 1 or rows.numel() != batch_size * seq_len:
             raise ShapeError(f"`inv_indices`: expected [{batch_size * seq_len}], got {list(rows.shape)}")
         keep = rows >= 0
-        if not torch.equal(rows[keep], torch.arange(int(keep.sum()))):
+        if not torch.equal(rows[keep], torch.arange(int(keep.sum()), device="cpu")):
             raise InvalidValueError("`inv_indices`: expected -1 or packed rows that count up from 0")
         return _fa.Meta(keep.view(size))
 
-    return _fa.scatter_to_padded(out, _meta_of(inv_indices, size, make))
+    return _fa.scatter_to_padded(_copied_as(out), _meta_of(inv_indices, size, make)).view(out.dtype)

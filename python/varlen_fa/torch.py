@@ -57,7 +57,7 @@ class _ByContent:
         return made
 
 
-_device_metas = {}
+_device_metas, _whole_metas = {}, {}
 _metas, _sequences, _packed_ranges = _ByContent(32), _ByContent(32), _ByContent(32)
 
 
@@ -109,8 +109,7 @@ def _attention(q, k, v, key_mask=None, bias=None, *, zero_masked=False, scale=No
             # Its queries are computed like any other unless they are to be zeros.
             meta = _device_meta(key_mask, "keys")
             if not zero_masked:
-                every = torch.ones((batch, seq_q), dtype=torch.bool, device=q.device)
-                meta = (_device_meta(every, "queries"), meta)
+                meta = (_every_query(q), meta)
         else:
             meta = _meta_of(key_mask)
             if not zero_masked:
@@ -132,6 +131,23 @@ def _device_meta(mask, role):
     if meta is None:
         meta = _device_metas.setdefault(key, _fa.DeviceMeta(device, *mask.shape))
     meta.rebuild(mask)
+    return meta
+
+
+def _every_query(q):
+    """Metadata that keeps every query. It never changes: made once, but again in each captured graph until a
+    call outside of one has made it."""
+    key = (q.device.index, tuple(q.shape[:2]))
+    meta = _whole_metas.get(key)
+    if meta is None:
+        every = torch.ones(q.shape[:2], dtype=torch.bool, device=q.device)
+        if torch.cuda.is_current_stream_capturing():
+            return _device_meta(every, "queries")
+        meta = _fa.DeviceMeta(_fa.Device.of(every), *every.shape)
+        meta.rebuild(every)
+        # Other streams may use it next.
+        torch.cuda.current_stream(q.device).synchronize()
+        meta = _whole_metas.setdefault(key, meta)
     return meta
 
 

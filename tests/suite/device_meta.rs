@@ -84,12 +84,7 @@ fn more_rows_than_are_ordered(variant: &Variant) -> Result<()> {
 /// wgpu devices scan 256 blocks of 256 words of 32 tokens at a time; here are a few more, of short rows and of a long one.
 /// The packed path, which reads most tables, gives what it gives with metadata from the host.
 fn more_words_than_one_scan(device: &Device) -> Result<()> {
-    let variant = Variant {
-        device: device.clone(),
-        kernel: device.capabilities().kernels[0],
-        path: Some(Path::Packed),
-        dtype: DType::F16,
-    };
+    let variant = Variant { dtype: DType::F16, ..Variant::first(device, Some(Path::Packed)) };
     for (batch, seq) in [(33_000, 33), (1, 300_000)] {
         let keep =
             mask(batch, seq, |row, token| (row * seq + token) % 1009 == 7 || row + 1 == batch && token + 3 > seq);
@@ -128,10 +123,8 @@ fn rebuilt(variant: &Variant) -> Result<()> {
 
 /// The output under metadata of `meta`, with every other thing fixed.
 fn output(device: &Device, batch: usize, seq: usize, attention: AttentionMask<'_>) -> Result<Vec<u32>> {
-    let capabilities = device.capabilities();
-    let (kernel, dtype) = (capabilities.kernels[0], capabilities.dtypes[0]);
-    let variant = Variant { device: device.clone(), kernel, path: Some(Path::Packed), dtype };
-    let call = Call::random(OracleShape::self_attention(batch, seq, 2, 16), Mask::None, dtype, 11);
+    let variant = Variant::first(device, Some(Path::Packed));
+    let call = Call::random(OracleShape::self_attention(batch, seq, 2, 16), Mask::None, variant.dtype, 11);
     Ok(call.run_as(&variant, attention)?.1)
 }
 
@@ -227,12 +220,10 @@ fn plan(device: &Device) -> Result<Completion> {
     if device.capabilities().backend == BackendKind::Cpu {
         return Ok(Completion::ignored_with("metadata of the CPU device is the host's, and planned as such"));
     }
-    let capabilities = device.capabilities();
-    let (kernel, dtype) = (capabilities.kernels[0], capabilities.dtypes[0]);
-    let call = Call::random(OracleShape::self_attention(2, 8, 2, 16), Mask::None, dtype, 12);
-    let variant = Variant { device: device.clone(), kernel, path: None, dtype };
+    let variant = Variant::first(device, None);
+    let call = Call::random(OracleShape::self_attention(2, 8, 2, 16), Mask::None, variant.dtype, 12);
     let (plan, _) = call.run_as(&variant, AttentionMask::varlen(&meta))?;
-    let expected = match kernel {
+    let expected = match variant.kernel {
         // Its lists of tiles are the host's work.
         kernel if kernel.works_by_tile_lists() => (Path::Packed, Reason::MetadataOnDevice),
         _ => (Path::Fused, Reason::Fused),

@@ -26,6 +26,12 @@ pub struct Variant {
 const PATHS_OF_METADATA: [Path; 3] = [Path::Dense, Path::Fused, Path::Packed];
 
 impl Variant {
+    /// The device's first kernel, and the first element type that it computes with.
+    pub fn first(device: &Device, path: Option<Path>) -> Self {
+        let kernel = device.capabilities().kernels[0];
+        Self { device: device.clone(), kernel, path, dtype: kernel.dtypes()[0] }
+    }
+
     /// The layer with everything forced.
     pub fn layer(&self) -> MaskedAttention {
         let layer = MaskedAttention::new(&self.device).with_kernel(self.kernel);

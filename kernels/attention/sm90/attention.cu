@@ -57,6 +57,7 @@ __device__ inline void attention(const TileListParams& params, const SegmentTabl
             ptx::mbarrier_init(base + S::FULL_V + 8 * stage, 1);
             ptx::mbarrier_init(base + S::EMPTY_V + 8 * stage, S::CONSUMER_WARPS);
             ptx::mbarrier_init(base + S::RAW_V + 8 * stage, 1);
+            if constexpr (S::RANGED) reinterpret_cast<uint32_t*>(shared + S::NONFINITE)[stage] = 0;
         }
         ptx::mbarrier_init_fence();
         *reinterpret_cast<uint32_t*>(shared + S::OUT_OF_RANGE) = 0;

@@ -104,7 +104,9 @@ struct Shape {
     // query tile were done before.
     static constexpr int OUT_OF_RANGE = RAW_V + 8 * STAGES;
     static constexpr int PARTS_DONE = OUT_OF_RANGE + 4;
-    static constexpr int BYTES = PARTS_DONE + 4 * WARPGROUPS;
+    // With key ranges: for each stage, whether one of its values was ever NaN or infinite.
+    static constexpr int NONFINITE = PARTS_DONE + 4 * WARPGROUPS;
+    static constexpr int BYTES = NONFINITE + (RANGED ? 4 * STAGES : 0);
     // The host asks for the tiles and SM90_EXTRA_SHARED_BYTES.
     static_assert(BYTES <= ROWS_INFO + SM90_EXTRA_SHARED_BYTES && ROWS_INFO + SM90_EXTRA_SHARED_BYTES <= SM90_MAX_SHARED_BYTES);
     static_assert(TILE_N % 16 == 0 && TILE_N <= 192 && TILE_M <= 192);

@@ -169,7 +169,7 @@ struct Consumer {
                 float acc[D / 8][4] = {};
                 RowSums sums;
                 const bool is_part = part() >= 0;
-                if (!has_rows || (key_tiles == 0 && !is_part)) {
+                if ((!has_rows && !takes_out_values(is_exact || is_part)) || (key_tiles == 0 && !is_part)) {
                     pass(is_exact || is_part);
                     sums.is_whole = has_rows;
                 } else if (is_exact || is_part) {
@@ -228,6 +228,11 @@ private:
         is_stored = false;
     }
 
+    // With key ranges: whether all consumers take values out of tiles together. A warpgroup without
+    // rows computes what it does not write, so that all wait for their barrier at one instruction, as
+    // compute-sanitizer's synccheck wants.
+    __device__ bool takes_out_values(bool is_in_order) const { return S::RANGED && is_in_order && masked_tiles > 0; }
+
     // Keeps pace with the other warpgroups where there is nothing to compute.
     __device__ void pass(bool is_in_order) {
         give_back_stored();
@@ -240,9 +245,6 @@ private:
             }
             arrive(S::EMPTY_K + 8 * state.stage());
             ptx::mbarrier_wait(base + S::FULL_V + 8 * state.stage(), state.parity());
-            if constexpr (S::RANGED) {
-                if (is_in_order && i < masked_tiles) take_out_nonfinite<S>(value_tile(state.stage()), [] {});
-            }
             arrive(S::EMPTY_V + 8 * state.stage());
         }
     }
@@ -382,6 +384,10 @@ private:
                 if (!sees_some[half]) softmax.row_max[half] = -INFINITY;
             }
         }
+        if (S::RANGED && !has_rows) {
+            sums.is_whole = false;
+            return;
+        }
         if (part() >= 0) sums.is_whole = merge_parts(acc, softmax);
         softmax.spread_overflow();
         sums.read_from(softmax);
@@ -408,8 +414,7 @@ private:
         if constexpr (IS_MASKED && S::RANGED) {
             const auto& keys = keys_info(stage);
             for (int half = 0; half < 2; ++half) sees_some[half] |= seen.template sees_some<N>(half, keys);
-            unsigned char* const tile = value_tile(stage);
-            take_out_nonfinite<S>(tile, [&] { add_nonfinite<S>(acc, tile, keys, seen); });
+            take_out_nonfinite<S>(shared, stage, [&] { add_nonfinite<S>(acc, value_tile(stage), keys, seen); });
             arrive(S::EMPTY_K + 8 * stage);
         }
         issue_output(acc, probs, v);

@@ -109,6 +109,9 @@ private:
     // all warpgroups have long left this one; with one place, a warpgroup's rows are loaded as soon
     // as it is done with those before.
     __device__ void load_queries(const Work& work, int work_index, const RowGroup& group) const {
+        // Before the wait, which is what takes long.
+        SegmentRow at = {};
+        if constexpr (S::SEGMENTED) at = segment_row(segments->query_ends, group.first_row);
         if (S::QUERY_TILES == 2) {
             for (int warpgroup = 0; warpgroup < S::WARPGROUPS; ++warpgroup) wait_for_room(work_index, warpgroup);
         }
@@ -139,7 +142,6 @@ private:
                 const ptx::TensorMap* map = &params.q_map;
                 int row = group.first_row;
                 if constexpr (S::SEGMENTED) {
-                    const SegmentRow at = segment_row(segments->query_ends, row);
                     map = &segments->maps[at.segment].q;
                     row = at.row;
                 }
@@ -194,14 +196,22 @@ private:
         load_key_tile<typename S::TileKV>(to, map, group_map, params.key_groups, barrier, tile, kv_head, tiles.batch);
     }
 
-    // The same from the segments whose maps these are.
+    // With segments: where a tile of keys lies, or this lane's group of it.
+    __device__ SegmentRow place_of_keys(int tile) const {
+        if constexpr (S::SEGMENTED) {
+            constexpr int GROUPS = S::TILE_N / GROUP_ROWS;
+            return segment_row(segments->key_ends, tile >= 0 ? tile : params.key_groups[~tile * GROUPS + min(lane, GROUPS - 1)]);
+        }
+        return {};
+    }
+
+    // Loads it from the segment whose maps these are.
     template <typename Map, typename GroupMap>
-    __device__ void load_from_segments(Map map_of, GroupMap group_map_of, uint32_t to, uint32_t barrier, int tile) const {
+    __device__ void load_from_segments(Map map_of, GroupMap group_map_of, uint32_t to, uint32_t barrier, int tile, SegmentRow at) const {
         using Tile = typename S::TileKV;
         constexpr int GROUPS = S::TILE_N / GROUP_ROWS;
         const bool is_full = tile >= 0;
         if (!is_full && lane >= GROUPS) return;
-        const SegmentRow at = segment_row(segments->key_ends, is_full ? tile : params.key_groups[~tile * GROUPS + lane]);
         const auto& maps = segments->maps[at.segment];
         if (is_full) {
             load_key_tile<Tile>(to, map_of(maps), map_of(maps), nullptr, barrier, at.row, kv_head, tiles.batch);
@@ -212,6 +222,8 @@ private:
 
     __device__ void load_keys(int i, int tile, KeysState state) const {
         const uint32_t full = base + S::FULL_K + 8 * state.stage();
+        // Before the wait, which is what takes long.
+        const SegmentRow at = place_of_keys(tile);
         ptx::mbarrier_wait(base + S::EMPTY_K + 8 * state.stage(), state.parity() ^ 1);
         auto& info = reinterpret_cast<typename S::Keys*>(shared + S::KEYS_INFO)[state.stage()];
         if (i < masked_end) {
@@ -239,7 +251,7 @@ private:
         const uint32_t to = base + S::K + state.stage() * S::TileKV::BYTES;
         if constexpr (S::SEGMENTED) {
             load_from_segments([](const SegmentMaps& maps) -> auto& { return maps.k; },
-                               [](const SegmentMaps& maps) -> auto& { return maps.k_group; }, to, full, tile);
+                               [](const SegmentMaps& maps) -> auto& { return maps.k_group; }, to, full, tile, at);
         } else {
             load_tile(params.k_map, params.k_group_map, to, full, tile);
         }
@@ -247,13 +259,14 @@ private:
 
     __device__ void load_values(int i, int tile, KeysState state) const {
         const uint32_t full = base + (has_masked_values(i, tile) ? S::RAW_V : S::FULL_V) + 8 * state.stage();
+        const SegmentRow at = place_of_keys(tile);
         ptx::mbarrier_wait(base + S::EMPTY_V + 8 * state.stage(), state.parity() ^ 1);
         if (lane == 0) ptx::mbarrier_arrive_expect(full, S::TileKV::BYTES);
         __syncwarp();
         const uint32_t to = base + S::V + state.stage() * S::TileKV::BYTES;
         if constexpr (S::SEGMENTED) {
             load_from_segments([](const SegmentMaps& maps) -> auto& { return maps.v; },
-                               [](const SegmentMaps& maps) -> auto& { return maps.v_group; }, to, full, tile);
+                               [](const SegmentMaps& maps) -> auto& { return maps.v_group; }, to, full, tile, at);
         } else {
             load_tile(params.v_map, params.v_group_map, to, full, tile);
         }

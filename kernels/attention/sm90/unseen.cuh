@@ -102,12 +102,14 @@ private:
 };
 
 // Takes the values of a tile that are NaN or infinite out of it, and adds them to the rows of `acc`
-// that see them, whatever their weights, which are above 0. Called by all consumers of a block; a
-// warpgroup without rows has nothing to add to.
+// that see them, whatever their weights, which are above 0. Called by all consumers of a block. A stage where some were found is taken for one that
+// holds some from then on: its word is set for the tile after only when all have read it.
 template <typename S, typename Add>
-__device__ inline void take_out_nonfinite(unsigned char* tile, Add add) {
+__device__ inline void take_out_nonfinite(unsigned char* shared, int stage, Add add) {
     using T = typename S::T;
     constexpr int BYTES = S::TileKV::BYTES;
+    unsigned char* const tile = shared + S::V + stage * BYTES;
+    volatile uint32_t& has_some = reinterpret_cast<volatile uint32_t*>(shared + S::NONFINITE)[stage];
     const int thread = threadIdx.x - WARPGROUP;
     uint32_t found = 0;
 #pragma unroll 4
@@ -115,7 +117,9 @@ __device__ inline void take_out_nonfinite(unsigned char* tile, Add add) {
         const uint4 words = *reinterpret_cast<const uint4*>(tile + at);
         found |= nonfinite<T>(words.x) | nonfinite<T>(words.y) | nonfinite<T>(words.z) | nonfinite<T>(words.w);
     }
-    if (!ptx::barrier_or(BARRIER_VALUES, S::CONSUMERS, found != 0)) return;
+    if (found != 0) has_some = 1;
+    ptx::barrier_sync(BARRIER_VALUES, S::CONSUMERS);
+    if (ptx::uniform(has_some) == 0) return;
     add();
     // Every warp has added what it sees.
     ptx::barrier_sync(BARRIER_VALUES, S::CONSUMERS);

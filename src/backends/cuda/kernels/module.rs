@@ -118,8 +118,7 @@ pub enum Entry {
     },
     PrepareQk {
         dtype: DType,
-        /// Whether heads have more than 256 elements.
-        is_wide: bool,
+        form: PrepareForm,
     },
     MetadataCount,
     MetadataScan,
@@ -136,6 +135,31 @@ pub enum Entry {
         tile: ListTile,
         form: ListForm,
     },
+}
+
+/// The forms of the kernel that normalises and rotates q and k.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum PrepareForm {
+    /// Heads of at most 256 elements, all or none of which rotate; tensors, weights and tables lie in
+    /// 16-byte words, and pairs of halves in whole chunks.
+    Words,
+    /// Heads of at most 256 elements.
+    Narrow,
+    Wide,
+}
+
+impl PrepareForm {
+    /// Every form.
+    #[cfg(test)]
+    pub const ALL: [Self; 3] = [Self::Words, Self::Narrow, Self::Wide];
+
+    const fn name(self) -> &'static str {
+        match self {
+            Self::Words => "words",
+            Self::Narrow => "narrow",
+            Self::Wide => "wide",
+        }
+    }
 }
 
 /// The module that a function is in.
@@ -166,7 +190,7 @@ impl Entry {
             Self::Scatter => "scatter_rows".to_owned(),
             Self::ScatterLse => "scatter_lse".to_owned(),
             Self::Merge { dtype } => format!("merge_{dtype}"),
-            Self::PrepareQk { dtype, is_wide } => format!("prepare_qk_{dtype}{}", if is_wide { "_wide" } else { "" }),
+            Self::PrepareQk { dtype, form } => format!("prepare_qk_{dtype}_{}", form.name()),
             Self::MetadataCount => "metadata_count".to_owned(),
             Self::MetadataScan => "metadata_scan".to_owned(),
             Self::MetadataIndex => "metadata_index".to_owned(),
@@ -367,7 +391,7 @@ mod tests {
         let lse = [DType::F32, DType::F16, DType::Bf16].map(|dtype| Entry::Merge { dtype });
         let prepare_qk = [DType::F32, DType::F16, DType::Bf16]
             .into_iter()
-            .flat_map(|dtype| [false, true].map(|is_wide| Entry::PrepareQk { dtype, is_wide }));
+            .flat_map(|dtype| PrepareForm::ALL.map(|form| Entry::PrepareQk { dtype, form }));
         others.into_iter().chain(lse).chain([Entry::ScatterLse]).chain(prepare_qk).chain(attention)
     }
 

@@ -627,6 +627,9 @@ shared_struct! {
         head_dim: i32,
         /// Of a warp, for each head: a power of two.
         lanes: i32,
+        /// Heads of a tensor that one block takes.
+        heads_of_block: i32,
+        inverse_head_dim: f32,
     }
 }
 

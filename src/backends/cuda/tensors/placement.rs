@@ -109,6 +109,24 @@ impl<'a> Operand<'a> {
         }
     }
 
+    /// Where to write: in scratch too where rows do not lie at words. After the launch that writes,
+    /// [`finish_output_anywhere`](Self::finish_output_anywhere) copies it.
+    pub fn place_output_anywhere(&self, launcher: &Launcher, scratch: &mut Vec<CudaBuffer>) -> Result<Placed> {
+        if has_filled_heads(&self.layout) && self.misaligned_by().is_none() {
+            return Ok(self.placed());
+        }
+        self.place_scratch(launcher, self.layout.shape(), scratch)
+    }
+
+    /// Copies what was written to [`place_output_anywhere`](Self::place_output_anywhere)'s scratch, if
+    /// there is any.
+    pub fn finish_output_anywhere(&self, launcher: &Launcher, written: &Placed) -> Result<()> {
+        if written.address == self.address() || self.layout.numel() == 0 {
+            return Ok(());
+        }
+        self.copy_from(launcher, written)
+    }
+
     /// Copies what was written to [`place_output`](Self::place_output)'s scratch, if there is any.
     pub fn finish_output(&self, launcher: &Launcher, written: &Placed) -> Result<()> {
         if has_filled_heads(&self.layout) || self.layout.numel() == 0 {

@@ -54,9 +54,9 @@ impl<'a> Segments<'a> {
     }
 
     /// Where to write each segment; [`finish_outputs`](Self::finish_outputs) copies what cannot be
-    /// written where it lies.
+    /// written where it lies. Segments may lie anywhere, as where they are copied.
     pub fn place_outputs(&self, launcher: &Launcher, scratch: &mut Vec<CudaBuffer>) -> Result<Vec<PlacedSegment>> {
-        self.place_each(|operand| operand.place_output(launcher, scratch))
+        self.place_each(|operand| operand.place_output_anywhere(launcher, scratch))
     }
 
     fn place_each(&self, mut place: impl FnMut(&Operand<'_>) -> Result<Placed>) -> Result<Vec<PlacedSegment>> {
@@ -68,7 +68,7 @@ impl<'a> Segments<'a> {
     /// Copies what was written to [`place_outputs`](Self::place_outputs)'s scratch, if there is any.
     pub fn finish_outputs(&self, launcher: &Launcher, written: &[PlacedSegment]) -> Result<()> {
         let mut each = self.0.iter().zip(written);
-        each.try_for_each(|(operand, written)| operand.finish_output(launcher, &written.placed))
+        each.try_for_each(|(operand, written)| operand.finish_output_anywhere(launcher, &written.placed))
     }
 
     /// Where to write; [`finish_output`](Self::finish_output) copies what several segments get.
