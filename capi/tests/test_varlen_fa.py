@@ -521,8 +521,8 @@ class Attention(unittest.TestCase):
                 self.device.forward(q, tensors["k"][:1] * 9, v, out)
             with self.assertRaisesRegex(vf.Error, r"`segments\[1\].q`: expected shape"):
                 self.device.forward([tensors["q"][0], tensors["k"][1]], k, v, out)
-            with self.assertRaisesRegex(vf.Error, r"`segments\[1\].out` may share memory with `q`"):
-                self.device.forward(q, k, v, [tensors["out"][0], q])
+            with self.assertRaisesRegex(vf.Error, r"`segments\[0\].out` may share memory with `segments\[0\].q`"):
+                self.device.forward(tensors["q"], k, v, tensors["q"])
 
     def test_prepare_qk(self):
         meta = library.meta_from_lengths([3, SEQ], SEQ)

@@ -27,12 +27,36 @@ __device__ inline SegmentRow segment_row(const int32_t (&ends)[MAX_SEGMENTS], in
     return found;
 }
 
-// Of the 16 rows from one on, those before the end of its segment.
-__device__ inline int rows_in_segment(const int32_t (&ends)[MAX_SEGMENTS], int row) {
-    int rows = GROUP_ROWS;
-#pragma unroll
-    for (int i = 0; i < MAX_SEGMENTS; ++i) {
-        if (ends[i] > row) rows = min(rows, ends[i] - row);
+// The ends of `count` segments, one in each lane of a warp: a loading warp has few registers, and the
+// tensor cores wait for what it does between two tiles. Whole warps call it.
+struct SegmentEnds {
+    int own;
+    int count;
+
+    __device__ SegmentEnds(const int32_t (&ends)[MAX_SEGMENTS], int count)
+        : own(ends[min(threadIdx.x % 32, MAX_SEGMENTS - 1)]), count(count) {}
+
+    // A row that is the same in all lanes.
+    __device__ SegmentRow find_uniform(int row) const {
+        const int segment = __popc(__ballot_sync(0xffffffff, own <= row) & ((1 << MAX_SEGMENTS) - 1));
+        const int start = __shfl_sync(0xffffffff, own, max(segment - 1, 0));
+        return {segment, segment == 0 ? row : row - start};
     }
-    return rows;
-}
+
+    // Each lane's own row; and how many rows its segment has from there on.
+    __device__ SegmentRow find(int row, int& left) const {
+        SegmentRow found = {0, row};
+        int end = __shfl_sync(0xffffffff, own, 0);
+        left = end - row;
+#pragma unroll 1
+        for (int i = 1; i < count; ++i) {
+            const int next = __shfl_sync(0xffffffff, own, i);
+            if (end <= row) {
+                found = {i, row - end};
+                left = next - row;
+            }
+            end = next;
+        }
+        return found;
+    }
+};

@@ -439,19 +439,25 @@ struct SegmentTable {
     // and those that there are not.
     int32_t query_ends[8];
     int32_t key_ends[8];
+    int32_t query_count;
+    int32_t key_count;
+    int32_t unused[14];
 };
-static_assert(sizeof(SegmentTable) == 6464);
+static_assert(sizeof(SegmentTable) == 6528);
 static_assert(offsetof(SegmentTable, maps) == 0);
 static_assert(offsetof(SegmentTable, outputs) == 6144);
 static_assert(offsetof(SegmentTable, query_ends) == 6400);
 static_assert(offsetof(SegmentTable, key_ends) == 6432);
+static_assert(offsetof(SegmentTable, query_count) == 6464);
+static_assert(offsetof(SegmentTable, key_count) == 6468);
+static_assert(offsetof(SegmentTable, unused) == 6472);
 
 // Parameters of the forms of the sm90 kernel with tensors in segments, which read by the lists.
 struct SegmentedTileListParams {
     TileListParams lists;
     SegmentTable segments;
 };
-static_assert(sizeof(SegmentedTileListParams) == 7488);
+static_assert(sizeof(SegmentedTileListParams) == 7552);
 static_assert(offsetof(SegmentedTileListParams, lists) == 0);
 static_assert(offsetof(SegmentedTileListParams, segments) == 1024);
 

@@ -4,7 +4,8 @@ flash-attention.
 The operators work under `torch.compile(fullgraph=True)` and `torch.export`: they take tensors and
 numbers alone, and keep nothing between calls that a mask could outdate. On the CPU the metadata of a
 mask is looked up by what the mask holds. On a GPU the device builds it anew in each call, without a
-wait of the host, so that a captured graph follows the mask.
+wait of the host, so that a captured graph follows the mask; only beside `causal` and windows the
+mask is read, once for a tensor.
 
 Inference only: inputs that require gradients are refused.
 """
@@ -15,6 +16,7 @@ from collections import OrderedDict
 from functools import lru_cache
 
 import torch
+from torch.utils.weak import WeakTensorKeyDictionary
 
 import varlen_fa as _fa
 from varlen_fa._errors import GradientError, InvalidValueError, ShapeError
@@ -58,6 +60,7 @@ class _ByContent:
 
 
 _device_metas, _whole_metas = {}, {}
+_read_metas, _read_lock = WeakTensorKeyDictionary(), threading.Lock()
 _metas, _sequences, _packed_ranges = _ByContent(32), _ByContent(32), _ByContent(32)
 
 
@@ -66,6 +69,24 @@ def _meta_of(mask):
     keep = mask if mask.dtype == torch.bool else mask != 0
     key = (tuple(keep.shape), keep.contiguous().numpy().tobytes())
     return _metas.get(key, lambda: _fa.Meta(keep.contiguous()))
+
+
+def _read_meta(mask):
+    """Metadata of a mask on a GPU, for calls with ranges of keys, which the host must match with the mask.
+    Reading it waits for the GPU: once for a tensor and version."""
+    version = None if mask.is_inference() else mask._version
+    with _read_lock:
+        of, meta = _read_metas.get(mask, (None, None))
+    if meta is None or version is None or of != version:
+        if torch.cuda.is_current_stream_capturing():
+            raise InvalidValueError(
+                "`key_mask`: expected one in host memory, or one that a call before has read: `causal` and `window` "
+                "beside a mask on a GPU read it, which a captured graph cannot"
+            )
+        meta = _meta_of(mask.cpu())
+        with _read_lock:
+            _read_metas[mask] = version, meta
+    return meta
 
 
 def _sequences_of(cu_seqlens):
@@ -105,13 +126,14 @@ def _attention(q, k, v, key_mask=None, bias=None, *, zero_masked=False, scale=No
     lse = q.new_empty((batch, q.shape[2], seq_q), dtype=torch.float32)
     mask = meta = None
     if key_mask is not None:
-        if key_mask.is_cuda:
+        has_ranges = causal != _NOT_CAUSAL or window_left >= 0 or window_right >= 0
+        if key_mask.is_cuda and not has_ranges:
             # Its queries are computed like any other unless they are to be zeros.
             meta = _device_meta(key_mask, "keys")
             if not zero_masked:
                 meta = (_every_query(q), meta)
         else:
-            meta = _meta_of(key_mask)
+            meta = _read_meta(key_mask) if key_mask.is_cuda else _meta_of(key_mask)
             if not zero_masked:
                 mask, meta = meta.key_mask, None
     _fa.attention(
@@ -249,7 +271,9 @@ def _as_key_mask(mask, batch, seq_k):
     if rows.is_floating_point():
         # As models have them: 0 keeps, anything from -1000 down drops. A bias has other values.
         return None
-    return (rows if rows.dtype == torch.bool else rows != 0).expand(batch, seq_k)
+    rows = rows if rows.dtype == torch.bool else rows != 0
+    # The tensor itself where it can be: what was made of it is found again.
+    return rows if rows.shape == (batch, seq_k) else rows.expand(batch, seq_k)
 
 
 def scaled_dot_product_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None,

@@ -6,6 +6,7 @@
 #include "../../common/params.cuh"
 #include "../../common/shared_tile.cuh"
 #include "../../ptx/warpgroup.cuh"
+#include "../segments.cuh"
 #include "../tile_lists.cuh"
 #include "tiles.h"
 
@@ -58,6 +59,13 @@ struct RangedTileKeys : TileKeys {
     int32_t first_keys[12];
 };
 
+// The same where tensors come in segments.
+template <typename Base>
+struct SegmentedTileRows : Base {
+    // Where the rows of each group lie.
+    SegmentRow places[12];
+};
+
 template <typename T_, int D_, int WARPGROUPS_, int TILE_N_, int QUERY_TILES_, bool RANGED_ = false, bool SEGMENTED_ = false>
 struct Shape {
     using T = T_;
@@ -65,7 +73,8 @@ struct Shape {
     static constexpr bool RANGED = RANGED_;
     // Whether tensors come in segments along S, which the lists are cut for.
     static constexpr bool SEGMENTED = SEGMENTED_;
-    using Rows = std::conditional_t<RANGED, RangedTileRows, TileRows>;
+    using WholeRows = std::conditional_t<RANGED, RangedTileRows, TileRows>;
+    using Rows = std::conditional_t<SEGMENTED, SegmentedTileRows<WholeRows>, WholeRows>;
     using Keys = std::conditional_t<RANGED, RangedTileKeys, TileKeys>;
     static constexpr int D = D_;
     static constexpr int WARPGROUPS = WARPGROUPS_;

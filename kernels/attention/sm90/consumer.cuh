@@ -525,7 +525,7 @@ private:
                 const ptx::TensorMap* map = &params.out_map;
                 int row = mine.first_row;
                 if constexpr (S::SEGMENTED) {
-                    const SegmentRow at = segment_row(segments->query_ends, row);
+                    const SegmentRow at = rows_info(work_index).places[threadIdx.x / 32 - 4];
                     map = &segments->maps[at.segment].out;
                     row = at.row;
                 }

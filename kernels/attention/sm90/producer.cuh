@@ -32,9 +32,13 @@ struct Producer {
     int range_tile;
     int window;
     int lane_tile;
+    // With segments: where they end.
+    std::conditional_t<S::SEGMENTED, SegmentEnds, int> query_ends;
+    std::conditional_t<S::SEGMENTED, SegmentEnds, int> key_ends;
 
     __device__ Producer(const TileListParams& params, const SegmentTable* segments, unsigned char* shared, uint32_t base)
-        : params(params), segments(segments), shared(shared), base(base), lane(threadIdx.x % 32) {}
+        : params(params), segments(segments), shared(shared), base(base), lane(threadIdx.x % 32), query_ends(ends_of(segments, true)),
+          key_ends(ends_of(segments, false)) {}
 
     __device__ void run() {
         KeysState state;
@@ -70,6 +74,17 @@ struct Producer {
     }
 
 private:
+    static constexpr int KEY_GROUPS = S::TILE_N / GROUP_ROWS;
+
+    __device__ static auto ends_of(const SegmentTable* segments, bool of_queries) {
+        if constexpr (S::SEGMENTED) {
+            return of_queries ? SegmentEnds(segments->query_ends, segments->query_count)
+                              : SegmentEnds(segments->key_ends, segments->key_count);
+        } else {
+            return 0;
+        }
+    }
+
     // There are two, since one warpgroup may be at the next query tile already.
     __device__ typename S::Rows& rows_info(int work_index) const {
         return reinterpret_cast<typename S::Rows*>(shared + S::ROWS_INFO)[work_index % 2];
@@ -83,11 +98,7 @@ private:
     // The work item's key tiles, and this lane's 16 query rows.
     __device__ RowGroup find(const Work& work) {
         kv_head = work.head / params.group_size;
-        RowGroup group = tiles.find(params, work, lane);
-        if constexpr (S::SEGMENTED) {
-            group.rows = min(group.rows, rows_in_segment(segments->query_ends, group.first_row));
-            group.kept &= (1u << group.rows) - 1;
-        }
+        const RowGroup group = tiles.find(params, work, lane);
         if constexpr (S::RANGED) {
             const RangeTile& seen = params.range_tiles[range_tile];
             tiles.count = seen.masked + seen.end - seen.first;
@@ -108,10 +119,14 @@ private:
     // Describes the query tile, and loads each warpgroup's rows. With two places for query tiles,
     // all warpgroups have long left this one; with one place, a warpgroup's rows are loaded as soon
     // as it is done with those before.
-    __device__ void load_queries(const Work& work, int work_index, const RowGroup& group) const {
-        // Before the wait, which is what takes long.
-        SegmentRow at = {};
-        if constexpr (S::SEGMENTED) at = segment_row(segments->query_ends, group.first_row);
+    __device__ void load_queries(const Work& work, int work_index, RowGroup group) const {
+        SegmentRow place = {};
+        if constexpr (S::SEGMENTED) {
+            int left;
+            place = query_ends.find(group.first_row, left);
+            group.rows = min(group.rows, left);
+            group.kept &= (1u << group.rows) - 1;
+        }
         if (S::QUERY_TILES == 2) {
             for (int warpgroup = 0; warpgroup < S::WARPGROUPS; ++warpgroup) wait_for_room(work_index, warpgroup);
         }
@@ -122,6 +137,9 @@ private:
             if (warpgroup == 0) {
                 auto& rows = rows_info(work_index);
                 if (lane < S::TILE_M / GROUP_ROWS) rows.groups[lane] = group;
+                if constexpr (S::SEGMENTED) {
+                    if (lane < S::TILE_M / GROUP_ROWS) rows.places[lane] = place;
+                }
                 if (lane == 0) {
                     rows.key_tiles = end_tile - first_tile;
                     rows.masked_tiles = min(max(masked_end - first_tile, 0), end_tile - first_tile);
@@ -142,8 +160,8 @@ private:
                 const ptx::TensorMap* map = &params.q_map;
                 int row = group.first_row;
                 if constexpr (S::SEGMENTED) {
-                    map = &segments->maps[at.segment].q;
-                    row = at.row;
+                    map = &segments->maps[place.segment].q;
+                    row = place.row;
                 }
                 load_group<typename S::TileQ>(base + S::query_tile(work_index), lane, *map, full, ptx::policy_evict_first(), row, work.head,
                                               tiles.batch);
@@ -196,11 +214,12 @@ private:
         load_key_tile<typename S::TileKV>(to, map, group_map, params.key_groups, barrier, tile, kv_head, tiles.batch);
     }
 
-    // With segments: where a tile of keys lies, or this lane's group of it.
-    __device__ SegmentRow place_of_keys(int tile) const {
+    // With segments: where a tile of keys lies, or this lane's group of it, of which so many rows are
+    // left in the segment.
+    __device__ SegmentRow place_of_keys(int tile, int& left) const {
         if constexpr (S::SEGMENTED) {
-            constexpr int GROUPS = S::TILE_N / GROUP_ROWS;
-            return segment_row(segments->key_ends, tile >= 0 ? tile : params.key_groups[~tile * GROUPS + min(lane, GROUPS - 1)]);
+            if (tile >= 0) return key_ends.find_uniform(tile);
+            return key_ends.find(params.key_groups[~tile * KEY_GROUPS + min(lane, KEY_GROUPS - 1)], left);
         }
         return {};
     }
@@ -209,11 +228,9 @@ private:
     template <typename Map, typename GroupMap>
     __device__ void load_from_segments(Map map_of, GroupMap group_map_of, uint32_t to, uint32_t barrier, int tile, SegmentRow at) const {
         using Tile = typename S::TileKV;
-        constexpr int GROUPS = S::TILE_N / GROUP_ROWS;
-        const bool is_full = tile >= 0;
-        if (!is_full && lane >= GROUPS) return;
+        if (tile < 0 && lane >= KEY_GROUPS) return;
         const auto& maps = segments->maps[at.segment];
-        if (is_full) {
+        if (tile >= 0) {
             load_key_tile<Tile>(to, map_of(maps), map_of(maps), nullptr, barrier, at.row, kv_head, tiles.batch);
         } else {
             load_group<Tile>(to, lane, group_map_of(maps), barrier, ptx::policy_evict_last(), at.row, kv_head, tiles.batch);
@@ -222,14 +239,15 @@ private:
 
     __device__ void load_keys(int i, int tile, KeysState state) const {
         const uint32_t full = base + S::FULL_K + 8 * state.stage();
-        // Before the wait, which is what takes long.
-        const SegmentRow at = place_of_keys(tile);
+        // Before the wait, which takes long.
+        int left = GROUP_ROWS;
+        const SegmentRow at = place_of_keys(tile, left);
         ptx::mbarrier_wait(base + S::EMPTY_K + 8 * state.stage(), state.parity() ^ 1);
         auto& info = reinterpret_cast<typename S::Keys*>(shared + S::KEYS_INFO)[state.stage()];
         if (i < masked_end) {
             uint32_t kept;
             if constexpr (S::SEGMENTED) {
-                const auto rows_of = [&](int first) { return rows_in_segment(segments->key_ends, first); };
+                const auto rows_of = [&](int) { return min(left, static_cast<int>(GROUP_ROWS)); };
                 kept = tiles.kept_keys(params, tile, tile - tiles.first_key, lane, rows_of);
             } else {
                 kept = tiles.kept_keys(params, tile, tile - tiles.first_key, lane);
@@ -259,7 +277,8 @@ private:
 
     __device__ void load_values(int i, int tile, KeysState state) const {
         const uint32_t full = base + (has_masked_values(i, tile) ? S::RAW_V : S::FULL_V) + 8 * state.stage();
-        const SegmentRow at = place_of_keys(tile);
+        int left;
+        const SegmentRow at = place_of_keys(tile, left);
         ptx::mbarrier_wait(base + S::EMPTY_V + 8 * state.stage(), state.parity() ^ 1);
         if (lane == 0) ptx::mbarrier_arrive_expect(full, S::TileKV::BYTES);
         __syncwarp();

@@ -408,7 +408,9 @@ impl<'a> Call<'a> {
         let AttentionShape { num_heads, num_kv_heads, .. } = self.attention.problem.shape;
         let SegmentedTensors { queries, keys, .. } = tensors;
         let Ends { query: query_ends, key: key_ends } = self.ends();
-        let mut table = Box::new(SegmentTable { query_ends, key_ends, ..Default::default() });
+        // They fit: there are few.
+        let [query_count, key_count] = [queries, keys].map(|pieces| pieces.ends.len() as i32);
+        let mut table = Box::new(SegmentTable { query_ends, key_ends, query_count, key_count, ..Default::default() });
         let group = GROUP_ROWS as u32;
         // As many as there is room for: checked by plan.
         for (at, (tokens, &[q, out])) in queries.spans().enumerate() {

@@ -479,6 +479,9 @@ shared_struct! {
         /// and those that there are not.
         query_ends: [i32; MAX_SEGMENTS],
         key_ends: [i32; MAX_SEGMENTS],
+        query_count: i32,
+        key_count: i32,
+        unused: [i32; 14],
     }
 }
 
