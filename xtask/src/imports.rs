@@ -42,6 +42,7 @@ const ROOMS: &[&[&str]] = &[
     &["tensor"],
     &["attention_mask", "attention_outputs"],
     &["attention", "primitives", "merge", "prepare_qk"],
+    &["joint"],
     &["encode"],
 ];
 
