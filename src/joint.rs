@@ -162,7 +162,8 @@ impl JointAttention {
     /// An [`Error`](crate::Error) that names segment and argument, `segments[1].k` for example, or
     /// the argument of [`MaskedAttention::forward`], if the arguments do not fit one another or the
     /// device; nothing was written then. Where memory is exhausted or the device lost, q and k may
-    /// have been prepared.
+    /// have been prepared. So they may on a CUDA device that refuses the output of a single segment
+    /// since its rows do not start at multiples of 16 bytes.
     pub fn forward_into<'a>(
         &self,
         segments: impl IntoIterator<Item = JointSegment<'a>>,
