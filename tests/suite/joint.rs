@@ -1,5 +1,6 @@
-//! A joint layer in one call: QK-norm, rotary embedding and attention over segments. Against the oracle, whose q and k are
-//! prepared by its own norm and rotation, and against the two operations one after the other, bit by bit.
+//! A joint layer in one call: QK-norm, rotary embedding and attention over segments. Against the
+//! oracle, whose q and k are prepared by its own norm and rotation, and against the two operations
+//! one after the other, bit by bit.
 
 use anyhow::{Context, Result, ensure};
 use libtest_mimic::Completion;
@@ -163,8 +164,8 @@ impl Layer {
         Self { raw, parts, call }
     }
 
-    /// Memory of a tensor in segments; rows of tokens that do not count hold NaN, as all around them. `values` are missing in
-    /// what is yet to be written.
+    /// Memory of a tensor in segments; rows of tokens that do not count hold NaN, as all around
+    /// them. `values` are missing in what is yet to be written.
     fn cut(&self, device: &Device, input: usize, values: Option<&[f32]>, is_output: bool) -> Result<Vec<Segment>> {
         let dtype = self.call.dtype;
         let shape = tensor_shapes(self.call.shape)[input];
@@ -234,7 +235,8 @@ impl Layer {
         Ok(Written { out: read(0, &memory.outs)?, qk: [read(0, &memory.qk[0])?, read(1, &memory.qk[1])?] })
     }
 
-    /// Runs the layer under its call's mask in both forms, and judges each. `prepares` is what happens to q and k.
+    /// Runs the layer under its call's mask in both forms, and judges each. `prepares` is what
+    /// happens to q and k.
     fn check(&self, variant: &Variant, prepares: Preparation) -> Result<()> {
         let reference = self.call.reference(usize::MAX)?;
         let keep = self.call.mask.query_keep();
@@ -513,7 +515,8 @@ fn refusals(device: &Device) -> Result<()> {
     overlaps(device)
 }
 
-/// Of one segment too, v and the output are named by it; an output that lies over itself is refused before q is prepared.
+/// Of one segment too, v and the output are named by it; an output that lies over itself is refused
+/// before q is prepared.
 fn overlaps(device: &Device) -> Result<()> {
     let bits = vec![narrow(2.0, DType::F16); 32];
     let tensor = || upload(device, DType::F16, &bits, &[1, 4, 1, 8]);

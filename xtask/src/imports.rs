@@ -24,6 +24,7 @@ const SOURCES: &[&str] = &[
     "harness/src",
     "tests/suite",
     "examples/embed_sentences/src",
+    "examples/joint_block",
     "examples/masked_attention",
     "examples/web/src",
     "benches/attention",
