@@ -128,6 +128,11 @@ impl<'a> AttentionMask<'a> {
         self
     }
 
+    /// What is added to the scores.
+    pub(crate) fn bias_view(&self) -> Option<&TensorView<'a>> {
+        self.bias.as_ref()
+    }
+
     /// The mask as checks, plan and launch take it.
     pub(crate) fn resolve(self) -> Result<ResolvedMask<'a>> {
         let tokens = self.tokens.resolve()?;
@@ -227,6 +232,15 @@ impl<'a> ResolvedMask<'a> {
             ranges: self.ranges.as_ref(),
             modifiers: self.modifiers,
             bias: self.bias.as_ref().map(TensorView::info),
+        }
+    }
+
+    /// The tokens of which neither q nor k matters otherwise, where they have the same tokens; none where each may matter, or
+    /// only the device knows.
+    pub(crate) fn tokens_of_both(&self) -> Option<&'a KeyMask> {
+        match self.tokens {
+            ResolvedTokens::Varlen { query, key } if query.id() == key.id() => Some(query.key_mask()),
+            _ => None,
         }
     }
 

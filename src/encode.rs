@@ -7,6 +7,7 @@ use crate::backends::wgpu::Recorder;
 use crate::call::plan::Plan;
 use crate::device::Device;
 use crate::error::Result;
+use crate::joint::{JointAttention, JointPlan, JointSegment};
 use crate::mask::meta::VarlenMeta;
 use crate::merge::merge;
 use crate::prepare_qk::{QkSegment, TokenMask, prepare};
@@ -50,6 +51,24 @@ impl MaskedAttention {
         };
         self.launch(problem, plan, inputs, mask, outputs, |op| backend.encode(op, recorder.reborrow()))?;
         Ok(plan)
+    }
+}
+
+impl JointAttention {
+    /// Records QK-norm, rotary embedding and attention of a joint layer. See [`MaskedAttention::encode_into`] for when it runs,
+    /// and [`forward_into`](Self::forward_into) for what it does.
+    ///
+    /// # Errors
+    /// As [`forward_into`](Self::forward_into), with nothing recorded; [`Error::DeviceKind`](crate::Error::DeviceKind) if the
+    /// layer's device is not a wgpu device.
+    pub fn encode_into<'r, 'a>(
+        &self,
+        recorder: impl Into<Recorder<'r>>,
+        segments: impl IntoIterator<Item = JointSegment<'a>>,
+        mask: AttentionMask<'_>,
+    ) -> Result<JointPlan> {
+        let (recorder, backend) = (recorder.into(), self.device().wgpu_backend()?);
+        self.run(segments, mask, |steps| backend.encode_all(steps, recorder))
     }
 }
 

@@ -32,6 +32,7 @@ mod encode;
 mod error;
 mod fifo_cache;
 mod host_vec;
+mod joint;
 mod kernel;
 mod layout;
 mod mask;
@@ -102,6 +103,7 @@ pub use crate::dtype::{DType, Element};
 #[cfg(feature = "wgpu")]
 pub use crate::encode::{encode_merge_attention, encode_pack, encode_prepare_qk, encode_scatter};
 pub use crate::error::{Error, Result};
+pub use crate::joint::{JointAttention, JointPlan, JointSegment, Preparation};
 pub use crate::kernel::{BackendKind, Kernel};
 pub use crate::layout::Layout;
 pub use crate::mask::cu_seqlens::CuSeqlens;

@@ -144,8 +144,6 @@ impl<'a> From<&'a Arc<VarlenMeta>> for TokenMask<'a> {
 /// neither read nor written: whatever an output held there, it still holds. Give the metadata that attention gets, or
 /// [`TokenMask::all`] where attention computes every query, as it does under [`AttentionMask::key`](crate::AttentionMask::key).
 ///
-/// CPU and wgpu devices have kernels for it, CUDA devices not yet.
-///
 /// ```
 /// use varlen_fa::{Device, DeviceChoice, DType, QkNorm, QkSegment, Rotary, RotaryPairing, Tensor, TokenMask, prepare_qk};
 ///
@@ -169,7 +167,6 @@ impl<'a> From<&'a Arc<VarlenMeta>> for TokenMask<'a> {
 ///
 /// # Errors
 /// An [`Error`](crate::Error) that names segment and argument, `segments[1].k` for example; then nothing was written.
-/// [`Error::NotApplicable`](crate::Error::NotApplicable) on a CUDA device.
 pub fn prepare_qk<'a>(
     device: &Device,
     segments: impl IntoIterator<Item = QkSegment<'a>>,
@@ -189,6 +186,11 @@ pub(crate) fn prepare<'a>(
         let infos: Vec<_> = segments.iter().map(QkSegment::info).collect();
         check_prepare_qk(device.info(), &infos, mask)?;
     }
+    operation(segments, mask)?.map_or(Ok(()), |call| execute(Op::PrepareQk(call)))
+}
+
+/// The operation of a checked call; none if no row would be other than it is.
+pub(crate) fn operation<'a>(segments: Vec<QkSegment<'a>>, mask: Option<&'a KeyMask>) -> Result<Option<PrepareQk<'a>>> {
     let dtype = segments.first().map_or(crate::DType::F32, |segment| segment.q.output.dtype());
     let mut first_token = 0;
     let mut checked = Vec::new();
@@ -209,16 +211,25 @@ pub(crate) fn prepare<'a>(
         });
         first_token += seq;
     }
-    let is_empty = |segment: &PrepareSegment<'_>| segment.q.layout().numel() + segment.k.layout().numel() == 0;
-    checked.retain(|segment| !is_empty(segment));
-    if checked.is_empty() {
-        return Ok(());
+    checked.retain(|segment| !segment.is_idle());
+    if checked.is_empty() || mask.is_some_and(KeyMask::is_empty) {
+        return Ok(None);
     }
-    execute(Op::PrepareQk(PrepareQk { segments: checked, dtype, mask: mask.filter(|mask| !mask.is_all_kept()) }))
+    Ok(Some(PrepareQk { segments: checked, dtype, mask: mask.filter(|mask| !mask.is_all_kept()) }))
 }
 
 impl QkSegment<'_> {
-    fn info(&self) -> SegmentInfo<'_> {
+    /// The same segment, for a shorter time.
+    pub(crate) fn reborrow(&mut self) -> QkSegment<'_> {
+        QkSegment { q: self.q.reborrow(), k: self.k.reborrow(), norm: self.norm, rotary: self.rotary }
+    }
+
+    /// q and k as they come out.
+    pub(crate) fn prepared(&self) -> [TensorView<'_>; 2] {
+        [self.q.output.as_view(), self.k.output.as_view()]
+    }
+
+    pub(crate) fn info(&self) -> SegmentInfo<'_> {
         SegmentInfo {
             q: self.q.info(),
             k: self.k.info(),
@@ -231,6 +242,10 @@ impl QkSegment<'_> {
 impl<'a> Rows<'a> {
     fn info(&self) -> RowsInfo<'_> {
         RowsInfo { input: self.input.as_ref().map(TensorView::info), output: self.output.info() }
+    }
+
+    fn reborrow(&mut self) -> Rows<'_> {
+        Rows { input: self.input, output: self.output.reborrow() }
     }
 
     /// A view that is written where it is read is given to devices once.

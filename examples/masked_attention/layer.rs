@@ -3,6 +3,7 @@
 use anyhow::{Result, bail};
 use rayon::prelude::*;
 
+use super::product::add_product;
 use varlen_fa_harness::arguments::Problem;
 use varlen_fa_harness::random::standard_normal;
 
@@ -57,40 +58,6 @@ impl Layer {
     pub fn project_out(&mut self, attended: &[f32]) {
         add_product(&mut self.hidden, attended, &self.out_weight, self.width, self.width);
     }
-}
-
-/// `y += x · w`: `x` is `[rows, inputs]`, `w` `[inputs, outputs]`, `y` `[rows, outputs]`, row-major.
-fn add_product(y: &mut [f32], x: &[f32], w: &[f32], inputs: usize, outputs: usize) {
-    let rows = x.len() / inputs;
-    assert!(
-        x.len() == rows * inputs && y.len() == rows * outputs && w.len() == inputs * outputs,
-        "shapes of a product"
-    );
-    let rows_of_a_task = rows.div_ceil(rayon::current_num_threads());
-    let tasks = y.par_chunks_mut(rows_of_a_task * outputs).zip(x.par_chunks(rows_of_a_task * inputs));
-    tasks.for_each(|(y, x)| {
-        let rows = x.len() / inputs;
-        // SAFETY: by the assertion above the three slices hold exactly the matrices that their sizes and strides describe; slices
-        // fit an isize, and `y` is borrowed for this task alone.
-        unsafe {
-            matrixmultiply::sgemm(
-                rows,
-                inputs,
-                outputs,
-                1.0,
-                x.as_ptr(),
-                inputs as isize,
-                1,
-                w.as_ptr(),
-                outputs as isize,
-                1,
-                1.0,
-                y.as_mut_ptr(),
-                outputs as isize,
-                1,
-            );
-        }
-    });
 }
 
 /// Fails with a message where the host cannot hold matrices of these sizes; a failed `vec!` would abort.

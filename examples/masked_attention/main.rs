@@ -5,6 +5,7 @@
 
 mod layer;
 mod measure;
+mod product;
 mod scores;
 mod seen_keys;
 

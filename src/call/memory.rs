@@ -83,6 +83,22 @@ impl<'a> Source<'a> {
 }
 
 impl<'a> Sink<'a> {
+    /// The same memory, for a shorter time.
+    pub(crate) fn reborrow(&mut self) -> Sink<'_> {
+        match self {
+            Self::Host(bytes) => Sink::Host(bytes),
+            Self::Device(buffer) => Sink::Device(*buffer),
+        }
+    }
+
+    /// The memory, to read what was written.
+    pub(crate) fn source(&self) -> Source<'_> {
+        match self {
+            Self::Host(bytes) => Source::Host(bytes),
+            Self::Device(buffer) => Source::Device(*buffer),
+        }
+    }
+
     /// The buffer as the type of the device that owns it, given that device's id and name.
     pub(crate) fn owned_by<B: DeviceBuffer>(&self, id: DeviceId, name: &str) -> Result<&'a B> {
         match self {

@@ -3,6 +3,7 @@
 pub(crate) mod chips;
 #[cfg_attr(not(any(feature = "cuda", test)), expect(dead_code, reason = "only CUDA devices have a cost model"))]
 pub(crate) mod cost;
+pub(crate) mod joint;
 pub(crate) mod memory;
 pub(crate) mod op;
 pub(crate) mod path;

@@ -150,6 +150,9 @@ pub(crate) enum Op<'a> {
     },
 }
 
+/// Hands operations to what executes them, in their order.
+pub(crate) type Steps<'a> = Box<dyn FnOnce(&mut dyn FnMut(Op<'_>) -> Result<()>) -> Result<()> + 'a>;
+
 /// A device. Launches do not wait: results are there for later calls on the same device and for [`Backend::download`].
 pub(crate) trait Backend: Debug + Send + Sync {
     fn id(&self) -> DeviceId;
@@ -171,6 +174,11 @@ pub(crate) trait Backend: Debug + Send + Sync {
     /// Copies the first `into.len()` bytes to the host, after all work launched so far.
     fn download(&self, from: Source<'_>, into: &mut [u8]) -> Result<()>;
     fn execute(&self, op: Op<'_>) -> Result<()>;
+    /// Executes several operations, each of which sees what those before it wrote. A device that submits work does so once,
+    /// and not at all if one of them fails.
+    fn execute_all(&self, steps: Steps<'_>) -> Result<()> {
+        steps(&mut |op| self.execute(op))
+    }
     /// Waits for all work launched so far.
     fn synchronize(&self) -> Result<()>;
     /// Makes the copies of the metadata that calls use, so that none of them has to.

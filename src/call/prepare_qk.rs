@@ -68,6 +68,15 @@ pub(crate) struct PrepareSegment<'a> {
     pub rotary: Option<HeadRotary<'a>>,
 }
 
+impl PrepareSegment<'_> {
+    /// Whether no element would be written, or none another than is there.
+    pub(crate) fn is_idle(&self) -> bool {
+        let rows = [&self.q, &self.k];
+        let is_as_it_was = self.norm.is_none() && self.rotary.is_none();
+        rows.iter().all(|rows| rows.layout().numel() == 0 || is_as_it_was && matches!(rows, PreparedRows::InPlace(_)))
+    }
+}
+
 /// Norm and rotary embedding of q and k, in f32 and rounded once. Rows of tokens that the mask does
 /// not keep are neither read nor written.
 #[derive(Debug)]
@@ -188,12 +197,12 @@ fn expect_numbers(argument: &'static str, view: &ViewInfo<'_>, dtype: DType) -> 
 }
 
 impl<'a> RowsInfo<'a> {
-    fn source(&self) -> &ViewInfo<'a> {
+    pub(super) fn source(&self) -> &ViewInfo<'a> {
         self.input.as_ref().unwrap_or(&self.output)
     }
 
     /// What errors call the output: in place it has the input's name.
-    fn output_name(&self, name: &'static str, out_name: &'static str) -> &'static str {
+    pub(super) fn output_name(&self, name: &'static str, out_name: &'static str) -> &'static str {
         if self.input.is_some() { out_name } else { name }
     }
 }

@@ -138,6 +138,16 @@ impl<'a> TensorViewMut<'a> {
         Self { memory, layout, dtype }
     }
 
+    /// The same view, for a shorter time.
+    pub(crate) fn reborrow(&mut self) -> TensorViewMut<'_> {
+        TensorViewMut { memory: self.memory.reborrow(), layout: self.layout, dtype: self.dtype }
+    }
+
+    /// The view, to read what was written.
+    pub(crate) fn as_view(&self) -> TensorView<'_> {
+        TensorView { memory: self.memory.source(), layout: self.layout, dtype: self.dtype }
+    }
+
     pub(crate) fn output(self) -> Output<'a> {
         Output { memory: self.memory, layout: self.layout, dtype: self.dtype }
     }

@@ -34,6 +34,7 @@ mod external_wgpu;
 mod head_dims;
 mod host_memory;
 mod instruction_sets;
+mod joint;
 mod large;
 mod layouts;
 mod limits;
@@ -90,6 +91,7 @@ const SHARED: &[Register] = &[
     merge::register,
     modifiers::register,
     prepare_qk::register,
+    joint::register,
     dense::register,
     packed::register,
     tensors::register,

@@ -66,7 +66,7 @@ impl Cuts {
 }
 
 /// A part of a tensor, in memory of its own.
-struct Segment {
+pub struct Segment {
     memory: Tensor,
     placement: Placement,
     shape: [usize; 4],
@@ -76,7 +76,7 @@ struct Segment {
 
 impl Segment {
     /// The parts of a tensor whose rows are given by batch row, token and head; memory that no row fills holds what `around` says.
-    fn cut<'v>(
+    pub fn cut<'v>(
         device: &Device,
         dtype: DType,
         (whole, lengths): ([usize; 4], &[usize]),
@@ -104,16 +104,18 @@ impl Segment {
         Ok(segments)
     }
 
-    fn view(&self) -> Result<TensorView<'_>> {
+    /// The part.
+    pub fn view(&self) -> Result<TensorView<'_>> {
         self.placement.view(self.memory.view(), self.shape)
     }
 
-    fn view_mut(&mut self) -> Result<TensorViewMut<'_>> {
+    /// The part, to write.
+    pub fn view_mut(&mut self) -> Result<TensorViewMut<'_>> {
         self.placement.view_mut(self.memory.view_mut(), self.shape)
     }
 
     /// Copies the rows to their places in the whole, `[B, S, H, D]`; an error if anything around them was written.
-    fn read_into(&self, dtype: DType, seq: usize, whole: &mut [u32]) -> Result<()> {
+    pub fn read_into(&self, dtype: DType, seq: usize, whole: &mut [u32]) -> Result<()> {
         let [_, len, heads, dim] = self.shape;
         let mut bits = download(&self.memory)?;
         for (at, start) in self.placement.rows(self.shape).into_iter().enumerate() {

@@ -125,8 +125,18 @@ impl Trials {
 
     /// One trial for each kernel and element type.
     pub fn each_kernel<R: Outcome>(&mut self, test: &str, run: impl Fn(&Variant) -> Result<R> + Copy + Send + 'static) {
+        self.each_kernel_of(self.device.capabilities().dtypes, test, run);
+    }
+
+    /// The same for some element types.
+    pub fn each_kernel_of<R: Outcome>(
+        &mut self,
+        dtypes: &[DType],
+        test: &str,
+        run: impl Fn(&Variant) -> Result<R> + Copy + Send + 'static,
+    ) {
         for kernel in self.device.capabilities().kernels.clone() {
-            self.variants(self.device.capabilities().dtypes, test, kernel, None, run);
+            self.variants(dtypes, test, kernel, None, run);
         }
     }
 

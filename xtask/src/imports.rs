@@ -24,6 +24,7 @@ const SOURCES: &[&str] = &[
     "harness/src",
     "tests/suite",
     "examples/embed_sentences/src",
+    "examples/joint_block",
     "examples/masked_attention",
     "examples/web/src",
     "benches/attention",
@@ -42,6 +43,7 @@ const ROOMS: &[&[&str]] = &[
     &["tensor"],
     &["attention_mask", "attention_outputs"],
     &["attention", "primitives", "merge", "prepare_qk"],
+    &["joint"],
     &["encode"],
 ];
 

@@ -120,7 +120,8 @@ pub(super) fn zero(context: &Context, out: &Output<'_>, launches: &mut Launches<
     let row = row_shape(&to);
     for range in split_batch(context.max_binding_bytes, batch, &[to], |_| 0)? {
         let mut scratch = Vec::new();
-        let dst = to.place_output(&range, launches, &mut scratch)?;
+        // A segment may lie anywhere.
+        let dst = to.place_output_anywhere(&range, launches, &mut scratch)?;
         let rows = range.len() * seq;
         let params = CopyParams { rows: rows as u32, seq: seq as u32, ..params(row, &dst, &dst) };
         launches.push(Launch {

@@ -9,7 +9,7 @@ use wgpu::{BufferUsages, DeviceType, Features};
 use crate::backends::rows::HEAD_DIM_STEP;
 use crate::cache::DeviceId;
 use crate::call::memory::{Sink, Source, Storage};
-use crate::call::op::{Attention, Backend, Instant, Later, MetadataPlace, Op, Timing};
+use crate::call::op::{Attention, Backend, Instant, Later, MetadataPlace, Op, Steps, Timing};
 use crate::call::plan::Capabilities;
 use crate::call::self_check::Subject;
 use crate::config::Config;
@@ -178,34 +178,40 @@ impl WgpuDevice {
 
     /// Records an operation for the application to submit.
     pub(crate) fn encode(&self, op: Op<'_>, recorder: Recorder<'_>) -> Result<()> {
-        self.launcher.record(&self.context, self.launches(op)?.as_slice(), recorder)
+        self.encode_all(Box::new(|encode| encode(op)), recorder)
     }
 
-    fn launches(&self, op: Op<'_>) -> Result<Launches<'_>> {
+    /// Records several operations, all of them or none.
+    pub(crate) fn encode_all(&self, steps: Steps<'_>, recorder: Recorder<'_>) -> Result<()> {
+        self.launcher.record(&self.context, self.launches(steps)?.as_slice(), recorder)
+    }
+
+    /// The launches of all operations together.
+    fn launches(&self, steps: Steps<'_>) -> Result<Launches<'_>> {
+        let mut launches = Launches::new(&self.context.allocator);
+        steps(&mut |op| self.add(op, &mut launches))?;
+        Ok(launches)
+    }
+
+    fn add(&self, op: Op<'_>, launches: &mut Launches<'_>) -> Result<()> {
         let context = &self.context;
-        let mut launches = Launches::new(&context.allocator);
         match op {
-            Op::Attention(call) => {
-                attention::record(context, self.algorithm(&call), &self.pace, call, &mut launches)?;
-            }
+            Op::Attention(call) => attention::record(context, self.algorithm(&call), &self.pace, call, launches),
             Op::Pack { pairs, meta } => {
-                for (from, to) in &pairs {
-                    copy::move_rows(context, Move::Pack, from, to, meta, &mut launches)?;
-                }
+                pairs.iter().try_for_each(|(from, to)| copy::move_rows(context, Move::Pack, from, to, meta, launches))
             }
             Op::Scatter { packed, padded, meta } => {
-                copy::move_rows(context, Move::Scatter, &packed, &padded, meta, &mut launches)?;
+                copy::move_rows(context, Move::Scatter, &packed, &padded, meta, launches)
             }
-            Op::Zero(out) => copy::zero(context, &out, &mut launches)?,
-            Op::NoKeys(lse) => lse::no_keys(context, &lse, &mut launches)?,
-            Op::Merge(merge) => lse::merge(context, &merge, &mut launches)?,
-            Op::PrepareQk(call) => prepare_qk::prepare_qk(context, &call, &mut launches)?,
+            Op::Zero(out) => copy::zero(context, &out, launches),
+            Op::NoKeys(lse) => lse::no_keys(context, &lse, launches),
+            Op::Merge(merge) => lse::merge(context, &merge, launches),
+            Op::PrepareQk(call) => prepare_qk::prepare_qk(context, &call, launches),
             Op::Metadata { mask, tables } => {
                 let tables: &DeviceMeta = tables.memory.owned_by(context.id, &context.name)?;
-                tables.build(context, &mask, &mut launches)?;
+                tables.build(context, &mask, launches)
             }
         }
-        Ok(launches)
     }
 
     fn algorithm(&self, attention: &Attention<'_>) -> Algorithm {
@@ -299,7 +305,11 @@ impl Backend for WgpuDevice {
         {
             return Ok(());
         }
-        self.launcher.submit(&self.context, &self.launches(op)?, &self.timer, &self.pace)
+        self.execute_all(Box::new(|execute| execute(op)))
+    }
+
+    fn execute_all(&self, steps: Steps<'_>) -> Result<()> {
+        self.launcher.submit(&self.context, &self.launches(steps)?, &self.timer, &self.pace)
     }
 
     fn upload_meta(&self, meta: &VarlenMeta) -> Result<()> {

@@ -200,24 +200,36 @@ impl<'a> Operand<'a> {
         launches: &mut Launches<'_>,
         scratch: &mut Vec<wgpu::Buffer>,
     ) -> Result<Placed> {
-        let part = self.part(range)?;
-        if !has_filled_heads(&self.layout) {
-            let copy = launches.take_scratch(self.copy_bytes(&part).max(WORD_BYTES))?;
-            let placed = Copied::of(self, &part)?.placed(&copy);
-            scratch.push(copy);
-            return Ok(placed);
-        }
         match self.misaligned_by() {
-            None => Ok(self.place_aligned(&part)),
-            Some(got) => Err(Error::Misaligned { argument: self.name, expected: WORD_BYTES, got }),
+            Some(got) if has_filled_heads(&self.layout) => {
+                Err(Error::Misaligned { argument: self.name, expected: WORD_BYTES, got })
+            }
+            _ => self.place_output_anywhere(range, launches, scratch),
         }
     }
 
-    /// Copies what was written to [`place_output`](Self::place_output)'s scratch, if there is any.
+    /// The same wherever rows lie: they are written to scratch too if they do not start at words.
+    pub fn place_output_anywhere(
+        &self,
+        range: &Range<usize>,
+        launches: &mut Launches<'_>,
+        scratch: &mut Vec<wgpu::Buffer>,
+    ) -> Result<Placed> {
+        let part = self.part(range)?;
+        if self.is_in_place() {
+            return Ok(self.place_aligned(&part));
+        }
+        let copy = launches.take_scratch(self.copy_bytes(&part).max(WORD_BYTES))?;
+        let placed = Copied::of(self, &part)?.placed(&copy);
+        scratch.push(copy);
+        Ok(placed)
+    }
+
+    /// Copies what was written to the scratch of [`place_output`](Self::place_output) or
+    /// [`place_output_anywhere`](Self::place_output_anywhere), if there is any.
     pub fn finish_output(&self, range: &Range<usize>, written: &Placed, launches: &mut Launches<'_>) -> Result<()> {
         let part = self.part(range)?;
-        let is_written = self.segment.is_none() && has_filled_heads(&self.layout);
-        if is_written || part.numel() == 0 {
+        if self.is_in_place() || part.numel() == 0 {
             return Ok(());
         }
         let copied = Copied::of(self, &part)?;

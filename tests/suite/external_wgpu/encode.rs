@@ -3,13 +3,14 @@
 use anyhow::{Context, Result, ensure};
 use varlen_fa::wgpu;
 use varlen_fa::{
-    AttentionMask, AttentionOutputs, DType, Device, DeviceChoice, DeviceMemory, DeviceVarlenMeta, Error, KeyMask,
-    Layout, MaskDType, MaskView, MaskedAttention, Path, QkNorm, QkSegment, Rotary, RotaryPairing, ScoreModifiers,
-    Tensor, TensorView, VarlenMeta, alibi_slopes, encode_merge_attention, encode_pack, encode_prepare_qk,
-    encode_scatter, merge_attention, pack, prepare_qk, scatter_to_padded,
+    AttentionMask, AttentionOutputs, DType, Device, DeviceChoice, DeviceMemory, DeviceVarlenMeta, Error,
+    JointAttention, JointSegment, KeyMask, Layout, MaskDType, MaskView, MaskedAttention, Path, QkNorm, QkSegment,
+    Rotary, RotaryPairing, ScoreModifiers, Tensor, TensorView, VarlenMeta, alibi_slopes, encode_merge_attention,
+    encode_pack, encode_prepare_qk, encode_scatter, merge_attention, pack, prepare_qk, scatter_to_padded,
 };
 use varlen_fa_testkit::random;
 
+use super::super::dispatches::{Dispatches, count};
 use super::super::memory::{download, narrow, sentinel, upload};
 use super::super::trials::Trials;
 use super::application::{Application, Case, InPlace, READABLE, at, bits, bytes, portable};
@@ -25,6 +26,7 @@ pub fn register(trials: &mut Trials) {
     trials.once("external_wgpu/segments", segments);
     trials.once("external_wgpu/score_modifiers", score_modifiers);
     trials.once("external_wgpu/prepare_qk_of_a_fused_projection", prepare_qk_of_a_fused_projection);
+    trials.once("external_wgpu/joint_layer", joint_layer);
     trials.once("external_wgpu/metadata_of_a_mask_that_changes", metadata_of_a_mask_that_changes);
     trials.once("external_wgpu/nothing_runs_before_the_submission", nothing_runs_before_the_submission);
     trials.once("external_wgpu/an_encoder_of_another_device", an_encoder_of_another_device);
@@ -193,6 +195,72 @@ fn prepare_qk_of_a_fused_projection(own: &Device) -> Result<()> {
         let error = prepare_qk(&device, [segment], &mask).err();
         ensure!(matches!(error, Some(Error::Overlap { .. })), "got {error:?}");
     }
+    application.expect_quiet()
+}
+
+/// Segments of q, k, v and output, normalised in place.
+fn normed<'a>(tensors: &'a mut [[Tensor; 4]], weight: &'a Tensor) -> Vec<JointSegment<'a>> {
+    let segment = |[q, k, v, out]: &'a mut [Tensor; 4]| {
+        JointSegment::new(QkSegment::in_place(q, k).with_norm(QkNorm::new(weight, weight, 1e-6)), &*v, out)
+    };
+    tensors.iter_mut().map(segment).collect()
+}
+
+/// A joint layer, recorded and launched: the same bits, in one submission. Where attention cannot write, nothing is done at all.
+fn joint_layer(own: &Device) -> Result<()> {
+    let application = Application::new(own)?;
+    let device = application.attach()?;
+    let layer = JointAttention::new(&device);
+    let meta = VarlenMeta::from_key_mask(&KeyMask::from_lengths(24, &[24, 13])?)?;
+    let random = |seed: u64, shape: &[usize]| {
+        let values = random::normal(seed, shape.iter().product());
+        upload(&device, DType::F32, &values.into_iter().map(f32::to_bits).collect::<Vec<_>>(), shape)
+    };
+    let weight = random(95, &[32])?;
+    // q, k, v and the output of text and image.
+    let tensors = || -> Result<Vec<[Tensor; 4]>> {
+        let of = |seq: usize| {
+            let tensor = |seed| random(seed + seq as u64, &[2, seq, 2, 32]);
+            Ok([tensor(100)?, tensor(200)?, tensor(300)?, tensor(400)?])
+        };
+        [7, 17].map(of).into_iter().collect()
+    };
+    let bits = |tensors: &[[Tensor; 4]]| tensors.iter().flatten().map(download).collect::<Result<Vec<_>>>();
+    for mask in [AttentionMask::varlen(&meta), AttentionMask::none()] {
+        let (mut launched, mut recorded) = (tensors()?, tensors()?);
+        let (before, mut encoder) = (bits(&recorded)?, application.encoder());
+        let (plan, counts) = count(|| Ok(layer.forward_into(normed(&mut launched, &weight), mask)?))?;
+        ensure!(matches!(&counts[..], [Dispatches { command_buffers: Some(1), .. }]), "{plan}: {counts:?}");
+        ensure!(
+            layer.encode_into(&mut encoder, normed(&mut recorded, &weight), mask)? == plan,
+            "another plan than {plan}"
+        );
+        ensure!(bits(&recorded)? == before, "{plan}: it ran before the submission");
+        application.queue.submit([encoder.finish()]);
+        ensure!(bits(&recorded)? == bits(&launched)?, "{plan}: other bits");
+        ensure!(bits(&recorded)?[3] != before[3], "{plan}: nothing was done");
+    }
+    // The rows of a single segment's output do not start at words.
+    let [mut q, mut k, v, mut out] = tensors()?.swap_remove(0);
+    let before = download(&q)?;
+    let odd = Layout::strided(&[2, 3, 2, 32], &[200, 65, 32, 1], 1)?;
+    let mut encoder = application.encoder();
+    for records in [false, true] {
+        let [q, k] = [&mut q, &mut k].map(|tensor| tensor.view_mut().slice(1, 0..3));
+        let qk = QkSegment::in_place(q?, k?).with_norm(QkNorm::new(&weight, &weight, 1e-6));
+        let segment = JointSegment::new(qk, v.view().slice(1, 0..3)?, out.view_mut().with_layout(odd));
+        let result = match records {
+            true => layer.encode_into(&mut encoder, [segment], AttentionMask::none()),
+            false => layer.forward_into([segment], AttentionMask::none()),
+        };
+        ensure!(matches!(result, Err(Error::Misaligned { argument: "out", .. })), "got {result:?}");
+    }
+    application.queue.submit([encoder.finish()]);
+    ensure!(download(&q)? == before, "q was prepared");
+    // A device of another kind records nothing.
+    let cpu = JointAttention::new(&Device::new(DeviceChoice::Cpu)?);
+    let error = cpu.encode_into(&mut application.encoder(), [], AttentionMask::none()).err();
+    ensure!(matches!(error, Some(Error::DeviceKind { expected: "wgpu", .. })), "got {error:?}");
     application.expect_quiet()
 }
 

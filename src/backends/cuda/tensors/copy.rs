@@ -76,7 +76,7 @@ fn zero_rows(launcher: &Launcher, to: &Operand<'_>) -> Result<()> {
     for first in (0..batch).step_by(batch_rows) {
         let part = Operand { layout: to.layout.slice(0, first..batch.min(first + batch_rows))?, ..*to };
         let mut scratch = Vec::new();
-        let padded = part.place_output(launcher, &mut scratch)?;
+        let padded = part.place_output_anywhere(launcher, &mut scratch)?;
         let batch = part.layout.shape()[0];
         let params = ScatterParams {
             tensor: row_tensor(row, &padded, &padded),
@@ -88,7 +88,7 @@ fn zero_rows(launcher: &Launcher, to: &Operand<'_>) -> Result<()> {
         // SAFETY: the view lies inside its buffer (checked by problem), its rows start at words
         // (placement), and without `inv_indices` nothing is read.
         unsafe { launcher.launch(function, row_grid(batch * seq), ROW_COPY_THREADS, &params) }?;
-        part.finish_output(launcher, &padded)?;
+        part.finish_output_anywhere(launcher, &padded)?;
     }
     Ok(())
 }
