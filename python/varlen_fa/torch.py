@@ -9,7 +9,6 @@ wait of the host, so that a captured graph follows the mask.
 Inference only: inputs that require gradients are refused.
 """
 
-import math
 import threading
 from collections import OrderedDict
 from functools import lru_cache
@@ -18,6 +17,7 @@ import torch
 
 import varlen_fa as _fa
 from varlen_fa._errors import GradientError, InvalidValueError, ShapeError
+from varlen_fa._masks import key_mask_and_bias
 
 __all__ = ["attention", "flash_attn_varlen_func", "scaled_dot_product_attention", "varlen_attention"]
 
@@ -103,8 +103,12 @@ def _attention(q, k, v, key_mask=None, bias=None, *, zero_masked=False, scale=No
     (batch, seq_q), seq_k = q.shape[:2], k.shape[1]
     out = q.new_empty(q.shape)
     lse = q.new_empty((batch, q.shape[2], seq_q), dtype=torch.float32)
+    ranges = _padded_ranges(batch, seq_q, seq_k, causal, window_left, window_right)
     mask = meta = None
     if key_mask is not None:
+        if key_mask.is_cuda and (ranges is not None or bias is not None):
+            # Metadata that a GPU builds takes neither. Reading the mask waits.
+            key_mask = key_mask.cpu()
         if key_mask.is_cuda:
             # Its queries are computed like any other unless they are to be zeros.
             meta = _device_meta(key_mask, "keys")
@@ -115,8 +119,7 @@ def _attention(q, k, v, key_mask=None, bias=None, *, zero_masked=False, scale=No
             if not zero_masked:
                 mask, meta = meta.key_mask, None
     _fa.attention(
-        q, k, v, mask, meta=meta, scale=scale, bias=bias, out=out, lse=lse,
-        ranges=_padded_ranges(batch, seq_q, seq_k, causal, window_left, window_right),
+        q, k, v, mask, meta=meta, scale=scale, bias=bias, out=out, lse=lse, ranges=ranges,
         modifiers=_modifiers(softcap, _tuple(alibi), _tuple(sinks)),
     )  # fmt: skip
     return out, lse
@@ -238,20 +241,6 @@ def varlen_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, *, scale=None, causal=
     return (out, lse) if return_lse else out
 
 
-def _as_key_mask(mask, batch, seq_k):
-    """A mask that says the same of every query, as [B, Sk] booleans; None if it does not."""
-    if mask.dim() == 2 and mask.shape == (batch, seq_k):
-        rows = mask
-    elif mask.dim() == 4 and mask.shape[1] == mask.shape[2] == 1 and mask.shape[3] == seq_k:
-        rows = mask[:, 0, 0, :]
-    else:
-        return None
-    if rows.is_floating_point():
-        # As models have them: 0 keeps, anything from -1000 down drops. A bias has other values.
-        return None
-    return (rows if rows.dtype == torch.bool else rows != 0).expand(batch, seq_k)
-
-
 def scaled_dot_product_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None,
                                  enable_gqa=False):  # fmt: skip
     """`torch.nn.functional.scaled_dot_product_attention` of query [B, H, Sq, D], key and value
@@ -271,19 +260,9 @@ def scaled_dot_product_attention(query, key, value, attn_mask=None, dropout_p=0.
     if not enable_gqa and query.shape[1] != key.shape[1]:
         raise ShapeError(f"`key`: expected {query.shape[1]} heads without enable_gqa, got {key.shape[1]}")
     query, key, value = _autocast(query, key, value)
-    key_mask = bias = None
-    if attn_mask is not None:
-        key_mask = _as_key_mask(attn_mask, query.shape[0], key.shape[2])
-        if key_mask is None:
-            if is_causal:
-                raise InvalidValueError("`is_causal`: expected False beside a mask that is no key mask")
-            bias = attn_mask
-            if not bias.is_floating_point():
-                bias = torch.zeros(bias.shape, dtype=query.dtype, device=query.device).masked_fill(bias == 0, -math.inf)
-            elif bias.dtype not in (query.dtype, torch.float32):
-                bias = bias.to(torch.float32)
-            while bias.dim() < 4:
-                bias = bias.unsqueeze(0)
+    key_mask, bias = key_mask_and_bias(attn_mask, query.shape[0], key.shape[2], query.dtype)
+    if is_causal and bias is not None and key_mask is None:
+        raise InvalidValueError("`is_causal`: expected False beside a mask that is no key mask")
     out, _ = torch.ops.varlen_fa.attention(
         query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), key_mask, bias, scale=scale,
         causal=_TOP_LEFT if is_causal else _NOT_CAUSAL,
