@@ -24,9 +24,13 @@ def why_not(query, key, value, dropout):
     return None
 
 
+@lru_cache
+def _say_once(own, reason):
+    logging.getLogger("varlen_fa").warning("%s attention is used: %s", own, reason)
+
+
 # In a compiled graph it is said while the graph is traced.
 @torch.compiler.assume_constant_result
-@lru_cache
 def say(own, reason):
     """Logs once that `own` attention computes what ours does not."""
-    logging.getLogger("varlen_fa").warning("%s attention is used: %s", own, reason)
+    _say_once(own, reason)

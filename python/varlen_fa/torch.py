@@ -101,8 +101,7 @@ def _tuple(numbers):
 def _attention(q, k, v, key_mask=None, bias=None, *, zero_masked=False, scale=None, causal=0, window_left=-1,
                window_right=-1, softcap=0.0, alibi=None, sinks=None):  # fmt: skip
     (batch, seq_q), seq_k = q.shape[:2], k.shape[1]
-    out = q.new_empty(q.shape)
-    lse = q.new_empty((batch, q.shape[2], seq_q), dtype=torch.float32)
+    out, lse = _outputs(q, sinks)
     ranges = _padded_ranges(batch, seq_q, seq_k, causal, window_left, window_right)
     mask = meta = None
     if key_mask is not None:
@@ -119,7 +118,7 @@ def _attention(q, k, v, key_mask=None, bias=None, *, zero_masked=False, scale=No
             if not zero_masked:
                 mask, meta = meta.key_mask, None
     _fa.attention(
-        q, k, v, mask, meta=meta, scale=scale, bias=bias, out=out, lse=lse, ranges=ranges,
+        q, k, v, mask, meta=meta, scale=scale, bias=bias, out=out, lse=lse if sinks is None else None, ranges=ranges,
         modifiers=_modifiers(softcap, _tuple(alibi), _tuple(sinks)),
     )  # fmt: skip
     return out, lse
@@ -170,9 +169,14 @@ def _varlen_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, *, scale=None, causal
     return out, lse
 
 
-def _fake_attention(q, k, v, key_mask=None, bias=None, **_):
+def _outputs(q, sinks):
     batch, seq, heads, _dim = q.shape
-    return q.new_empty(q.shape), q.new_empty((batch, heads, seq), dtype=torch.float32)
+    # There is no log-sum-exp beside sinks.
+    return q.new_empty(q.shape), q.new_empty((batch, heads, seq) if sinks is None else (0,), dtype=torch.float32)
+
+
+def _fake_attention(q, k, v, key_mask=None, bias=None, *, sinks=None, **_):
+    return _outputs(q, sinks)
 
 
 def _fake_varlen_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, **_):
@@ -216,8 +220,10 @@ def attention(q, k, v, key_mask=None, bias=None, *, zero_masked=False, scale=Non
     with the last key. `window`: keys before and after a query's place, -1 for no limit. `alibi`,
     `sinks`: a number for each head.
 
-    Returns out [B, Sq, H, D], with `return_lse` also the log-sum-exp [B, H, Sq] f32. Raises what
-    `varlen_fa.attention` does, and GradientError."""
+    Returns out [B, Sq, H, D], with `return_lse` also the log-sum-exp [B, H, Sq] f32, which there is
+    not beside sinks. Raises what `varlen_fa.attention` does, and GradientError."""
+    if return_lse and sinks is not None:
+        raise InvalidValueError(f"`return_lse`: expected False beside `sinks`, got {return_lse}")
     _refuse_gradients(q=q, k=k, v=v, bias=bias)
     q, k, v = _autocast(q, k, v)
     out, lse = torch.ops.varlen_fa.attention(
