@@ -42,7 +42,7 @@ def register(*, zero_masked=False):
 def _backend_name():
     """The member of diffusers' enumeration of backends, which has no call that adds one."""
     names = _dispatch.AttentionBackendName
-    if NAME in names.__members__:
+    if NAME.upper() in names.__members__:
         return names(NAME)
     member = str.__new__(names, NAME)
     member._name_, member._value_ = NAME.upper(), NAME
