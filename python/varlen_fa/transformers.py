@@ -17,6 +17,7 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import prepare_padding_mask, sdpa_mask
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from varlen_fa import torch as _operators
 from varlen_fa._errors import NotApplicableError
@@ -120,18 +121,60 @@ def _is_self_attention(module):
     return _takes_own_tokens_alone(module)
 
 
+def _is_causal(module, is_causal):
+    return is_causal if is_causal is not None else getattr(module, "is_causal", True)
+
+
+_on_host = WeakTensorKeyDictionary()
+
+
+def _in_host_memory(lengths):
+    """Cumulative lengths, which are the same tensor in all layers of a pass: read once."""
+    if not lengths.is_cuda or torch.compiler.is_compiling():
+        return lengths
+    read = _on_host.get(lengths)
+    if read is None:
+        read = _on_host[lengths] = lengths.cpu()
+    return read
+
+
+def _packed_attention(
+    module, query, key, value, cu_seq_lens_q, cu_seq_lens_k, dropout=0.0, scaling=None, is_causal=None,
+    position_bias=None, softcap=None, s_aux=None, sliding_window=None, **_others,
+):  # fmt: skip
+    """Texts after one another in one row, query [1, H, total_q, D], which cumulative lengths tell apart, as
+    transformers has it for flash-attention. Nothing of PyTorch computes that."""
+    reason = why_not(query, key, value, dropout)
+    if reason is None and (position_bias is not None or s_aux is not None):
+        reason = "there is a position bias, or sinks"
+    if reason is not None:
+        raise NotApplicableError(f"`cu_seq_lens_q`: packed texts go to no other attention than varlen_fa's, but {reason}")
+    reach = -1 if sliding_window is None else sliding_window - 1
+    out = _operators.varlen_attention(
+        *(tensor[0].transpose(0, 1) for tensor in (query, key, value)), _in_host_memory(cu_seq_lens_q),
+        _in_host_memory(cu_seq_lens_k), scale=scaling, causal=_is_causal(module, is_causal), window=(reach, reach),
+        softcap=softcap or 0.0,
+    )  # fmt: skip
+    return out[None], None
+
+
 def _attention(
     module, query, key, value, attention_mask, dropout=0.0, scaling=None, is_causal=None, position_bias=None,
     softcap=None, s_aux=None, *, zero_masked, **others,
 ):  # fmt: skip
     """Of query [B, H, Sq, D], key and value [B, Hkv, Sk, D]: out [B, Sq, H, D], and no weights."""
+    if others.get("cu_seq_lens_q") is not None:
+        return _packed_attention(
+            module, query, key, value, dropout=dropout, scaling=scaling, is_causal=is_causal, position_bias=position_bias,
+            softcap=softcap, s_aux=s_aux, **others,
+        )  # fmt: skip
     seq_q, seq_k = query.shape[2], key.shape[2]
     reason = why_not(query, key, value, dropout)
     if reason is None and position_bias is not None and torch.is_grad_enabled() and position_bias.requires_grad:
         reason = "gradients are on: use torch.no_grad() or torch.inference_mode()"
     pattern, bias = attention_mask, position_bias
     if attention_mask is None:
-        causal = (is_causal if is_causal is not None else getattr(module, "is_causal", True)) and seq_q > 1
+        causal = _is_causal(module, is_causal) and seq_q > 1
         pattern = _Pattern(None, causal, (-1, -1))
         if causal and seq_q != seq_k:
             reason = reason or "the module is causal, has no mask, and its queries and keys differ in number"
