@@ -226,6 +226,8 @@ def attention(q, k, v, key_mask=None, bias=None, *, zero_masked=False, scale=Non
         raise InvalidValueError(f"`return_lse`: expected False beside `sinks`, got {return_lse}")
     _refuse_gradients(q=q, k=k, v=v, bias=bias)
     q, k, v = _autocast(q, k, v)
+    if bias is not None and bias.dtype not in (q.dtype, torch.float32):
+        bias = bias.float()
     out, lse = torch.ops.varlen_fa.attention(
         q, k, v, key_mask, bias, zero_masked=zero_masked, scale=scale, causal=_BOTTOM_RIGHT if causal else _NOT_CAUSAL,
         window_left=window[0], window_right=window[1], softcap=softcap, alibi=alibi, sinks=sinks,
