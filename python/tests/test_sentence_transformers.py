@@ -11,7 +11,7 @@ import varlen_fa.sentence_transformers  # noqa: E402
 import varlen_fa.transformers  # noqa: E402
 
 SENTENCES = [
-    "A cat sat on the mat.", "Padding costs nothing. " * 20, "", "Wie spät ist es?", "one two three " * 60, "a", "A cat sat.",
+    "A cat sat on the mat.", "Padding costs nothing. " * 20, "", "Très bien, merci", "one two three " * 60, "a", "Cats!",
 ]  # fmt: skip
 
 

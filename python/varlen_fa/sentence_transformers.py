@@ -24,8 +24,8 @@ def unpad_inputs(model):
     transformer = model[0]
     if getattr(transformer.config, "_attn_implementation", None) != NAME:
         raise InvalidValueError(f'`model`: expected model_kwargs={{"attn_implementation": "{NAME}"}}')
-    takes = getattr(transformer, "modality_config", {})
-    if set(takes) != {"text"} or takes["text"]["method"] != "forward" or transformer.transformer_task != "feature-extraction":
+    takes = {kind: call["method"] for kind, call in transformer.modality_config.items()}
+    if takes != {"text": "forward"} or transformer.transformer_task != "feature-extraction":
         raise InvalidValueError("`model`: expected one that takes text alone and gives the features of its tokens")
     transformer.data_collator = DataCollatorWithFlattening(
         return_seq_idx=True, return_flash_attn_kwargs=True, return_position_ids=True

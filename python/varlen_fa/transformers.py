@@ -148,7 +148,7 @@ def _packed_attention(
     if reason is None and (position_bias is not None or s_aux is not None):
         reason = "there is a position bias, or sinks"
     if reason is not None:
-        raise NotApplicableError(f"`cu_seq_lens_q`: packed texts go to no other attention than varlen_fa's, but {reason}")
+        raise NotApplicableError(f"`cu_seq_lens_q`: SDPA takes no packed texts, and varlen_fa not this call: {reason}")
     reach = -1 if sliding_window is None else sliding_window - 1
     out = _operators.varlen_attention(
         *(tensor[0].transpose(0, 1) for tensor in (query, key, value)), _in_host_memory(cu_seq_lens_q),
@@ -165,8 +165,8 @@ def _attention(
     """Of query [B, H, Sq, D], key and value [B, Hkv, Sk, D]: out [B, Sq, H, D], and no weights."""
     if others.get("cu_seq_lens_q") is not None:
         return _packed_attention(
-            module, query, key, value, dropout=dropout, scaling=scaling, is_causal=is_causal, position_bias=position_bias,
-            softcap=softcap, s_aux=s_aux, **others,
+            module, query, key, value, dropout=dropout, scaling=scaling, is_causal=is_causal,
+            position_bias=position_bias, softcap=softcap, s_aux=s_aux, **others,
         )  # fmt: skip
     seq_q, seq_k = query.shape[2], key.shape[2]
     reason = why_not(query, key, value, dropout)
@@ -195,7 +195,7 @@ def _attention(
         except NO_KERNEL as error:
             reason = str(error)
     if s_aux is not None:
-        raise NotApplicableError(f"`s_aux`: SDPA has no attention sinks, and varlen_fa does not take the call: {reason}")
+        raise NotApplicableError(f"`s_aux`: SDPA has no attention sinks, and varlen_fa not this call: {reason}")
     say("transformers' SDPA", reason)
     if isinstance(attention_mask, _Pattern):
         attention_mask = attention_mask.dense(query, key)
