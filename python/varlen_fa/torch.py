@@ -4,13 +4,11 @@ flash-attention.
 The operators work under `torch.compile(fullgraph=True)` and `torch.export`: they take tensors and
 numbers alone, and keep nothing between calls that a mask could outdate. On the CPU the metadata of a
 mask is looked up by what the mask holds. On a GPU the device builds it anew in each call, without a
-wait of the host, so that a captured graph follows the mask; only beside `causal` and windows the
-mask is read, once for a tensor.
+wait of the host, so that a captured graph follows the mask.
 
 Inference only: inputs that require gradients are refused.
 """
 
-import math
 import threading
 from collections import OrderedDict
 from functools import lru_cache
@@ -20,6 +18,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 import varlen_fa as _fa
 from varlen_fa._errors import GradientError, InvalidValueError, ShapeError
+from varlen_fa._masks import key_mask_and_bias
 
 __all__ = ["attention", "flash_attn_varlen_func", "scaled_dot_product_attention", "varlen_attention"]
 
@@ -72,20 +71,23 @@ def _meta_of(mask):
 
 
 def _read_meta(mask):
-    """Metadata of a mask on a GPU, for calls with ranges of keys, which the host must match with the mask.
-    Reading it waits for the GPU: once for a tensor and version."""
+    """Metadata of a mask on a GPU that the host reads, which waits: once for what of a tensor it shows, and
+    each version."""
+    whole = mask if mask._base is None else mask._base
+    shown = (mask.storage_offset(), mask.shape, mask.stride())
     version = None if mask.is_inference() else mask._version
     with _read_lock:
-        of, meta = _read_metas.get(mask, (None, None))
+        kept = _read_metas.setdefault(whole, {})
+        of, meta = kept.get(shown, (None, None))
     if meta is None or version is None or of != version:
         if torch.cuda.is_current_stream_capturing():
             raise InvalidValueError(
-                "`key_mask`: expected one in host memory, or one that a call before has read: `causal` and `window` "
-                "beside a mask on a GPU read it, which a captured graph cannot"
+                "`key_mask`: expected one in host memory, or one that an earlier call has read: beside `causal`, a "
+                "window or a bias the host reads it, which a captured graph cannot"
             )
         meta = _meta_of(mask.cpu())
         with _read_lock:
-            _read_metas[mask] = version, meta
+            kept[shown] = version, meta
     return meta
 
 
@@ -122,12 +124,12 @@ def _tuple(numbers):
 def _attention(q, k, v, key_mask=None, bias=None, *, zero_masked=False, scale=None, causal=0, window_left=-1,
                window_right=-1, softcap=0.0, alibi=None, sinks=None):  # fmt: skip
     (batch, seq_q), seq_k = q.shape[:2], k.shape[1]
-    out = q.new_empty(q.shape)
-    lse = q.new_empty((batch, q.shape[2], seq_q), dtype=torch.float32)
+    out, lse = _outputs(q, sinks)
+    ranges = _padded_ranges(batch, seq_q, seq_k, causal, window_left, window_right)
     mask = meta = None
     if key_mask is not None:
-        has_ranges = causal != _NOT_CAUSAL or window_left >= 0 or window_right >= 0
-        if key_mask.is_cuda and not has_ranges:
+        # Metadata that a GPU builds takes neither ranges nor a bias.
+        if key_mask.is_cuda and ranges is None and bias is None:
             # Its queries are computed like any other unless they are to be zeros.
             meta = _device_meta(key_mask, "keys")
             if not zero_masked:
@@ -137,8 +139,7 @@ def _attention(q, k, v, key_mask=None, bias=None, *, zero_masked=False, scale=No
             if not zero_masked:
                 mask, meta = meta.key_mask, None
     _fa.attention(
-        q, k, v, mask, meta=meta, scale=scale, bias=bias, out=out, lse=lse,
-        ranges=_padded_ranges(batch, seq_q, seq_k, causal, window_left, window_right),
+        q, k, v, mask, meta=meta, scale=scale, bias=bias, out=out, lse=lse if sinks is None else None, ranges=ranges,
         modifiers=_modifiers(softcap, _tuple(alibi), _tuple(sinks)),
     )  # fmt: skip
     return out, lse
@@ -189,9 +190,14 @@ def _varlen_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, *, scale=None, causal
     return out, lse
 
 
-def _fake_attention(q, k, v, key_mask=None, bias=None, **_):
+def _outputs(q, sinks):
     batch, seq, heads, _dim = q.shape
-    return q.new_empty(q.shape), q.new_empty((batch, heads, seq), dtype=torch.float32)
+    # There is no log-sum-exp beside sinks.
+    return q.new_empty(q.shape), q.new_empty((batch, heads, seq) if sinks is None else (0,), dtype=torch.float32)
+
+
+def _fake_attention(q, k, v, key_mask=None, bias=None, *, sinks=None, **_):
+    return _outputs(q, sinks)
 
 
 def _fake_varlen_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, **_):
@@ -235,10 +241,14 @@ def attention(q, k, v, key_mask=None, bias=None, *, zero_masked=False, scale=Non
     with the last key. `window`: keys before and after a query's place, -1 for no limit. `alibi`,
     `sinks`: a number for each head.
 
-    Returns out [B, Sq, H, D], with `return_lse` also the log-sum-exp [B, H, Sq] f32. Raises what
-    `varlen_fa.attention` does, and GradientError."""
+    Returns out [B, Sq, H, D], with `return_lse` also the log-sum-exp [B, H, Sq] f32, which there is
+    not beside sinks. Raises what `varlen_fa.attention` does, and GradientError."""
+    if return_lse and sinks is not None:
+        raise InvalidValueError(f"`return_lse`: expected False beside `sinks`, got {return_lse}")
     _refuse_gradients(q=q, k=k, v=v, bias=bias)
     q, k, v = _autocast(q, k, v)
+    if bias is not None and bias.dtype not in (q.dtype, torch.float32):
+        bias = bias.float()
     out, lse = torch.ops.varlen_fa.attention(
         q, k, v, key_mask, bias, zero_masked=zero_masked, scale=scale, causal=_BOTTOM_RIGHT if causal else _NOT_CAUSAL,
         window_left=window[0], window_right=window[1], softcap=softcap, alibi=alibi, sinks=sinks,
@@ -260,22 +270,6 @@ def varlen_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, *, scale=None, causal=
     return (out, lse) if return_lse else out
 
 
-def _as_key_mask(mask, batch, seq_k):
-    """A mask that says the same of every query, as [B, Sk] booleans; None if it does not."""
-    if mask.dim() == 2 and mask.shape == (batch, seq_k):
-        rows = mask
-    elif mask.dim() == 4 and mask.shape[1] == mask.shape[2] == 1 and mask.shape[3] == seq_k:
-        rows = mask[:, 0, 0, :]
-    else:
-        return None
-    if rows.is_floating_point():
-        # As models have them: 0 keeps, anything from -1000 down drops. A bias has other values.
-        return None
-    rows = rows if rows.dtype == torch.bool else rows != 0
-    # The tensor itself where it can be: what was made of it is found again.
-    return rows if rows.shape == (batch, seq_k) else rows.expand(batch, seq_k)
-
-
 def scaled_dot_product_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None,
                                  enable_gqa=False):  # fmt: skip
     """`torch.nn.functional.scaled_dot_product_attention` of query [B, H, Sq, D], key and value
@@ -295,19 +289,9 @@ def scaled_dot_product_attention(query, key, value, attn_mask=None, dropout_p=0.
     if not enable_gqa and query.shape[1] != key.shape[1]:
         raise ShapeError(f"`key`: expected {query.shape[1]} heads without enable_gqa, got {key.shape[1]}")
     query, key, value = _autocast(query, key, value)
-    key_mask = bias = None
-    if attn_mask is not None:
-        key_mask = _as_key_mask(attn_mask, query.shape[0], key.shape[2])
-        if key_mask is None:
-            if is_causal:
-                raise InvalidValueError("`is_causal`: expected False beside a mask that is no key mask")
-            bias = attn_mask
-            if not bias.is_floating_point():
-                bias = torch.zeros(bias.shape, dtype=query.dtype, device=query.device).masked_fill(bias == 0, -math.inf)
-            elif bias.dtype not in (query.dtype, torch.float32):
-                bias = bias.to(torch.float32)
-            while bias.dim() < 4:
-                bias = bias.unsqueeze(0)
+    key_mask, bias = key_mask_and_bias(attn_mask, query.shape[0], key.shape[2], query.dtype)
+    if is_causal and bias is not None and key_mask is None:
+        raise InvalidValueError("`is_causal`: expected False beside a mask that is no key mask")
     out, _ = torch.ops.varlen_fa.attention(
         query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), key_mask, bias, scale=scale,
         causal=_TOP_LEFT if is_causal else _NOT_CAUSAL,

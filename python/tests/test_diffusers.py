@@ -1,0 +1,277 @@
+"""Models of diffusers with random weights, unchanged but for the backend or the processor."""
+
+import copy
+import logging
+import math
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
+
+from diffusers.models.attention_dispatch import dispatch_attention_fn  # noqa: E402
+
+import varlen_fa as fa  # noqa: E402
+import varlen_fa.diffusers  # noqa: E402
+import varlen_fa.torch  # noqa: E402
+from varlen_fa._fallback import _say_once  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("registered")
+
+TEXT = 9
+
+
+@pytest.fixture
+def registered(device):
+    torch.manual_seed(6)
+    varlen_fa.diffusers.register()
+    _say_once.cache_clear()
+    with torch.no_grad(), diffusers.attention_backend("native"):
+        yield
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The calls that reach varlen_fa: what they say of masks."""
+    calls, attention = [], fa.torch.attention
+
+    def counted(q, k, v, key_mask=None, bias=None, **options):
+        calls.append({"key_mask": key_mask, "bias": bias, **options})
+        return attention(q, k, v, key_mask, bias, **options)
+
+    monkeypatch.setattr(fa.torch, "attention", counted)
+    return calls
+
+
+def padding(form, batch, seq=TEXT):
+    """Which of [batch, seq] tokens are no padding."""
+    lengths = torch.tensor([(4 * row) % seq + 1 for row in range(1, batch + 1)])[:, None]
+    place = torch.arange(seq)
+    return {
+        "none": torch.ones(batch, seq, dtype=torch.bool),
+        "right": place < lengths,
+        "left": place >= seq - lengths,
+        "holes": (place + lengths) % 3 > 0,
+    }[form]
+
+
+def ready(model, dtype=None):
+    return model.eval().to(dtype or torch.get_default_dtype())
+
+
+def close(got, expected):
+    tolerance = {torch.float32: 2e-5, torch.float16: 6e-3, torch.bfloat16: 2e-2}[expected.dtype]
+    assert got.dtype == expected.dtype and torch.isfinite(got).all()
+    assert (got - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+def qwen_image(dtype=None):
+    sizes = {"in_channels": 16, "out_channels": 4, "joint_attention_dim": 24, "axes_dims_rope": (8, 4, 4)}
+    heads = {"num_layers": 3, "attention_head_dim": 16, "num_attention_heads": 3}
+    model = ready(diffusers.QwenImageTransformer2DModel(**sizes, **heads), dtype)
+    for name, weight in model.named_parameters():
+        if "norm_" in name and "attn" in name:
+            weight.uniform_(1.0, 3.0)
+    return model
+
+
+def of_qwen_image(form, batch, dtype=None):
+    dtype = dtype or torch.get_default_dtype()
+    return {
+        "hidden_states": torch.randn(batch, 24, 16, dtype=dtype),
+        "encoder_hidden_states": torch.randn(batch, TEXT, 24, dtype=dtype),
+        "encoder_hidden_states_mask": None if form is None else padding(form, batch).long(),
+        "timestep": torch.rand(batch, dtype=dtype),
+        "img_shapes": [[(1, 4, 6)]] * batch,
+    }
+
+
+@pytest.mark.parametrize("form", [None, "none", "right", "left", "holes"])
+@pytest.mark.parametrize("way", ["backend", "backend, zero_masked", "processor"])
+def test_qwen_image(form, way, calls):
+    model = qwen_image()
+    inputs = [of_qwen_image(form, batch) for batch in (1, 2, 8)]
+    expected = [model(**x).sample for x in inputs]
+    if way == "processor":
+        model.set_attn_processor(varlen_fa.diffusers.QwenImageAttnProcessor())
+    else:
+        varlen_fa.diffusers.register(zero_masked="zero" in way)
+        model.set_attention_backend("varlen_fa")
+    for x, sample in zip(inputs, expected):
+        close(model(**x).sample, sample)
+    assert len(calls) == 9 and all(call["bias"] is None for call in calls)
+    assert all((call["key_mask"] is None) == (form is None) for call in calls)
+    assert all(call["zero_masked"] == (way != "backend") for call in calls)
+
+
+@pytest.mark.parametrize("way", ["backend", "processor"])
+def test_qwen_image_bf16(way, calls):
+    model, inputs = qwen_image(torch.bfloat16), of_qwen_image("right", 3, torch.bfloat16)
+    expected = model(**inputs).sample
+    if way == "backend":
+        model.set_attention_backend("varlen_fa")
+    else:
+        model.set_attn_processor(varlen_fa.diffusers.QwenImageAttnProcessor())
+    close(model(**inputs).sample, expected)
+    assert len(calls) == 3
+
+
+@pytest.mark.parametrize("way", ["backend", "processor"])
+def test_qwen_image_compiled(way):
+    model, inputs = qwen_image(), of_qwen_image("right", 2)
+    expected = model(**inputs).sample
+    if way == "backend":
+        model.set_attention_backend("varlen_fa")
+    else:
+        model.set_attn_processor(varlen_fa.diffusers.QwenImageAttnProcessor())
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=way == "backend")
+    close(compiled(**inputs).sample, expected)
+
+
+def test_the_processor_leaves_other_norms_to_diffusers(calls, caplog):
+    model, inputs = qwen_image(), of_qwen_image("right", 2)
+    for block in model.transformer_blocks:
+        block.attn.norm_q = torch.nn.Identity()
+    expected = model(**inputs).sample
+    model.set_attn_processor(varlen_fa.diffusers.QwenImageAttnProcessor())
+    close(model(**inputs).sample, expected)
+    assert not calls
+    assert ["RMSNorm" in record.message for record in caplog.records if record.name == "varlen_fa"] == [True]
+
+
+def test_the_processor_is_copied_with_its_model():
+    model, inputs = qwen_image(), of_qwen_image("right", 2)
+    model.set_attn_processor(varlen_fa.diffusers.QwenImageAttnProcessor())
+    expected = model(**inputs).sample
+    close(copy.deepcopy(model)(**inputs).sample, expected)
+
+
+def test_hunyuan_video(calls):
+    """Masks [B, 1, 1, S] in joint layers."""
+    sizes = {"in_channels": 4, "out_channels": 4, "num_attention_heads": 2, "attention_head_dim": 10, "num_layers": 1}
+    more = {"num_single_layers": 1, "num_refiner_layers": 1, "patch_size": 1, "patch_size_t": 1, "text_embed_dim": 16}
+    last = {"pooled_projection_dim": 8, "rope_axes_dim": (2, 4, 4)}
+    model = ready(diffusers.HunyuanVideoTransformer3DModel(**sizes, **more, **last))
+    inputs = {
+        "hidden_states": torch.randn(3, 4, 2, 3, 4), "encoder_hidden_states": torch.randn(3, TEXT, 16),
+        "encoder_attention_mask": padding("right", 3).long(), "pooled_projections": torch.randn(3, 8),
+        "timestep": torch.tensor([1, 2, 3]), "guidance": 1000 * torch.rand(3),
+    }  # fmt: skip
+    expected = model(**inputs).sample
+    varlen_fa.diffusers.register(zero_masked=True)
+    model.set_attention_backend("varlen_fa")
+    close(model(**inputs).sample, expected)
+    assert [call["key_mask"] is not None for call in calls] == [True, True]
+
+
+def test_ltx_video(calls):
+    """Cross-attention with additive masks [B, H, 1, S]."""
+    sizes = {"in_channels": 8, "out_channels": 8, "num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 2}
+    model = ready(diffusers.LTXVideoTransformer3DModel(**sizes, cross_attention_dim=32, caption_channels=12))
+    inputs = {
+        "hidden_states": torch.randn(2, 24, 8), "encoder_hidden_states": torch.randn(2, TEXT, 12),
+        "encoder_attention_mask": padding("right", 2).long(), "timestep": torch.rand(2),
+        "num_frames": 2, "height": 3, "width": 4,
+    }  # fmt: skip
+    expected = model(**inputs).sample
+    model.set_attention_backend("varlen_fa")
+    close(model(**inputs).sample, expected)
+    assert [call["bias"] is not None for call in calls] == [False, True] * 2
+
+
+def test_flux(calls):
+    sizes = {"in_channels": 4, "num_layers": 1, "num_single_layers": 1, "attention_head_dim": 16}
+    more = {"num_attention_heads": 2, "joint_attention_dim": 32, "pooled_projection_dim": 32, "axes_dims_rope": [4, 4, 8]}
+    model = ready(diffusers.FluxTransformer2DModel(**sizes, **more))
+    inputs = {
+        "hidden_states": torch.randn(2, 16, 4), "encoder_hidden_states": torch.randn(2, TEXT, 32),
+        "pooled_projections": torch.randn(2, 32), "timestep": torch.rand(2), "img_ids": torch.randn(16, 3),
+        "txt_ids": torch.randn(TEXT, 3),
+    }  # fmt: skip
+    expected = model(**inputs).sample
+    model.set_attention_backend("varlen_fa")
+    close(model(**inputs).sample, expected)
+    assert len(calls) == 2
+
+
+KEEP = [[1, 1, 1, 1, 1, 1], [1, 1, 0, 1, 0, 0]]
+FORMS = {
+    "none": lambda keep: None,
+    "bool [B, S]": lambda keep: keep,
+    "bool [B, 1, 1, S]": lambda keep: keep[:, None, None],
+    "bool, expanded": lambda keep: keep[:, None, None].expand(2, 4, 6, 6),
+    "additive [B, S]": lambda keep: (~keep).to(torch.get_default_dtype()) * -10000.0,
+    "additive [B, 1, 1, S]": lambda keep: torch.zeros(2, 6).masked_fill(~keep, -math.inf)[:, None, None],
+    "a bias of keys": lambda keep: torch.randn(2, 1, 1, 6).masked_fill(~keep[:, None, None], -math.inf),
+    "bool [B, 1, S, S]": lambda keep: (keep[:, None, None] & keep[:, None, :, None]) | torch.eye(6, dtype=torch.bool),
+    "bias [B, H, S, S]": lambda keep: torch.randn(2, 4, 6, 6).masked_fill(~keep[:, None, None], -math.inf),
+}
+
+
+@pytest.mark.parametrize("zero_masked", [False, True])
+@pytest.mark.parametrize("form", FORMS)
+def test_forms_of_masks(form, zero_masked, calls, device):
+    varlen_fa.diffusers.register(zero_masked=zero_masked)
+    keep = torch.tensor(KEEP, dtype=torch.bool)
+    mask, qkv = FORMS[form](keep), [torch.randn(2, 6, 4, 16) for _ in range(3)]
+    expected = dispatch_attention_fn(*qkv, attn_mask=mask, backend="native")
+    got = dispatch_attention_fn(*qkv, attn_mask=mask, backend="varlen_fa")
+    assert len(calls) == 1
+    key_mask = calls[0]["key_mask"]
+    reads = "bool" in form or device == "cpu"
+    assert (key_mask is not None) == (reads and form not in ("none", "bool [B, 1, S, S]", "bias [B, H, S, S]"))
+    if zero_masked and key_mask is not None:
+        assert torch.equal(key_mask, keep) and (got[~keep] == 0).all()
+        got, expected = got[keep], expected[keep]
+    close(got, expected)
+
+
+def test_cross_attention_is_computed_for_all_queries():
+    varlen_fa.diffusers.register(zero_masked=True)
+    q, k, v = torch.randn(2, 5, 4, 16), torch.randn(2, 6, 4, 16), torch.randn(2, 6, 4, 16)
+    options = {"attn_mask": torch.tensor(KEEP, dtype=torch.bool), "scale": 0.4}
+    close(
+        dispatch_attention_fn(q, k, v, **options, backend="varlen_fa"),
+        dispatch_attention_fn(q, k, v, **options, backend="native"),
+    )
+
+
+@pytest.mark.parametrize("lack", ["dropout", "gradients", "f64", "mixed causal"])
+def test_what_is_lacking_goes_to_the_native_backend(lack, caplog):
+    q, k, v = (torch.randn(2, 6, 4, 16) for _ in range(3))
+    options, said = {}, lack
+    if lack == "dropout":
+        options = {"dropout_p": 1.0}
+    elif lack == "f64":
+        q, k, v, said = q.double(), k.double(), v.double(), "f64|float64|Double"
+    elif lack == "mixed causal":
+        k, v, options, said = k[:, :4], v[:, :4], {"is_causal": True}, "is_causal"
+    with torch.set_grad_enabled(lack == "gradients"), caplog.at_level(logging.WARNING, "varlen_fa"):
+        q.requires_grad_(lack == "gradients")
+        for _ in range(2):
+            got = dispatch_attention_fn(q, k, v, **options, backend="varlen_fa")
+    expected = dispatch_attention_fn(q, k, v, **options, backend="native")
+    assert torch.equal(got, expected) and got.requires_grad == (lack == "gradients")
+    assert len(caplog.records) == 1 and caplog.records[0].name == "varlen_fa"
+    assert any(word in caplog.records[0].getMessage() for word in said.split("|"))
+
+
+def test_log_sum_exp():
+    q, k, v = (torch.randn(2, 6, 4, 16) for _ in range(3))
+    out, lse = dispatch_attention_fn(q, k, v, attention_kwargs={"return_lse": True}, backend="varlen_fa")
+    close(out, dispatch_attention_fn(q, k, v, backend="native"))
+    scores = torch.einsum("bqhd,bkhd->bqhk", q.float(), k.float()) / 4
+    close(lse, scores.logsumexp(-1))
+
+
+def test_the_name_is_known_everywhere():
+    names = diffusers.models.attention_dispatch.AttentionBackendName
+    assert names("varlen_fa") is names.VARLEN_FA and "varlen_fa" in names.__members__.values()
+    assert names.VARLEN_FA.name == "VARLEN_FA" and names.VARLEN_FA.value == "varlen_fa"
+    assert names.VARLEN_FA in list(names) and len(set(names)) == len(names)
+    assert copy.deepcopy(names.VARLEN_FA) is names.VARLEN_FA
+    with diffusers.attention_backend("varlen_fa"):
+        active, _ = diffusers.models.attention_dispatch._AttentionBackendRegistry.get_active_backend()
+        assert active is names.VARLEN_FA
+    with pytest.raises(ValueError, match="must be one of"):
+        qwen_image().set_attention_backend("varlen")

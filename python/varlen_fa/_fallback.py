@@ -1,0 +1,36 @@
+"""What the doors of model libraries leave to the library's own attention, and that they say so."""
+
+import logging
+from functools import lru_cache
+
+import torch
+
+from varlen_fa._errors import DTypeError
+
+# What a call raises for which the device has no kernel.
+NO_KERNEL = (NotImplementedError, DTypeError)
+
+
+def why_not(query, key, value, dropout):
+    """Why a call is none of ours, or None. Of query, key and value [B, H, S, D] or [B, S, H, D]."""
+    if dropout:
+        return "it has dropout"
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value)):
+        return "gradients are on: use torch.no_grad() or torch.inference_mode()"
+    if key.shape != value.shape or query.shape[-1] != key.shape[-1]:
+        return "keys and values differ in shape, or queries and keys in their last dimension"
+    if query.shape[0] != key.shape[0]:
+        return "queries and keys differ in their batch"
+    return None
+
+
+@lru_cache
+def _say_once(own, reason):
+    logging.getLogger("varlen_fa").warning("%s attention is used: %s", own, reason)
+
+
+# In a compiled graph it is said while the graph is traced.
+@torch.compiler.assume_constant_result
+def say(own, reason):
+    """Logs once that `own` attention computes what ours does not."""
+    _say_once(own, reason)

@@ -1,0 +1,164 @@
+"""The attention backend "varlen_fa" of diffusers, and a processor for Qwen-Image's joint layers.
+
+    varlen_fa.diffusers.register()
+    model.set_attention_backend("varlen_fa")
+
+What varlen_fa does not compute (dropout, gradients, context parallelism, devices and element types
+without a kernel) goes to diffusers' native backend; the logger "varlen_fa" says why, once.
+"""
+
+import functools
+
+import torch
+from diffusers.models import attention_dispatch as _dispatch
+from diffusers.models.normalization import RMSNorm
+from diffusers.models.transformers.transformer_qwenimage import QwenDoubleStreamAttnProcessor2_0
+from torch.utils.weak import WeakTensorKeyDictionary
+
+import varlen_fa as _fa
+from varlen_fa import torch as _operators
+from varlen_fa._fallback import NO_KERNEL, say, why_not
+from varlen_fa._masks import key_mask_and_bias
+
+__all__ = ["QwenImageAttnProcessor", "register"]
+
+NAME = "varlen_fa"
+
+
+def register(*, zero_masked=False):
+    """Makes "varlen_fa" an attention backend that `model.set_attention_backend` and
+    `diffusers.attention_backend` take. A second call replaces the first.
+
+    `zero_masked`: where a boolean mask [B, S] or [B, 1, 1, S] says which of S keys count and there are
+    S queries, the queries that it drops are zeros, and cost nothing. Only for models whose attention
+    with such masks is self-attention: the dispatcher does not tell it from cross-attention. Otherwise
+    they are computed like any other, as the native backend does."""
+    of_backend = _dispatch._AttentionBackendRegistry.register(
+        _backend_name(), constraints=[_dispatch._check_device, _dispatch._check_shape]
+    )
+    of_backend(functools.partial(_attention, zero_masked=zero_masked))
+
+
+def _backend_name():
+    """The member of diffusers' enumeration of backends, which has no call that adds one."""
+    names = _dispatch.AttentionBackendName
+    if NAME.upper() in names.__members__:
+        return names(NAME)
+    member = str.__new__(names, NAME)
+    member._name_, member._value_ = NAME.upper(), NAME
+    type.__setattr__(names, member._name_, member)
+    names._member_names_.append(member._name_)
+    names._member_map_[member._name_] = names._value2member_map_[NAME] = member
+    # What `in` looks at from Python 3.13 on.
+    getattr(names, "_hashable_values_", []).append(NAME)
+    return member
+
+
+def _attention(
+    query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False, return_lse=False,
+    _parallel_config=None, *, zero_masked=False,
+):  # fmt: skip
+    """Of query [B, Sq, H, D], key and value [B, Sk, Hkv, D]: out [B, Sq, H, D], with `return_lse` also the
+    log-sum-exp [B, Sq, H]."""
+    reason = why_not(query, key, value, dropout_p)
+    if reason is None and _parallel_config is not None:
+        reason = "the model runs in parallel over the context"
+    if reason is None:
+        key_mask, bias = key_mask_and_bias(attn_mask, query.shape[0], key.shape[1], query.dtype)
+        if is_causal and (query.shape[1] != key.shape[1] or (bias is not None and key_mask is None)):
+            reason = "is_causal beside a mask that is no key mask, or of queries and keys that differ in number"
+    if reason is None:
+        try:
+            out, lse = _operators.attention(
+                query, key, value, key_mask, bias, zero_masked=zero_masked and query.shape[1] == key.shape[1],
+                scale=scale, causal=is_causal, return_lse=True,
+            )  # fmt: skip
+            return (out, lse.transpose(1, 2)) if return_lse else out
+        except NO_KERNEL as error:
+            reason = str(error)
+    say("diffusers' native", reason)
+    return _dispatch._native_attention(
+        query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, return_lse, _parallel_config
+    )
+
+
+class QwenImageAttnProcessor(QwenDoubleStreamAttnProcessor2_0):
+    """Attention of `QwenImageTransformer2DModel`: `model.set_attn_processor(QwenImageAttnProcessor())`.
+
+    Norm and rotation of q and k of text and image are one call, which writes to the joint tensors; the
+    rows of masked text are zeros. What varlen_fa does not compute goes to diffusers' own processor. In
+    a compiled model the processor is outside of the graph."""
+
+    @torch.compiler.disable
+    def __call__(
+        self, attn, hidden_states, encoder_hidden_states=None, encoder_hidden_states_mask=None, attention_mask=None,
+        image_rotary_emb=None,
+    ):  # fmt: skip
+        reason = self._why_not(attn, encoder_hidden_states, attention_mask)
+        if reason is None:
+            try:
+                text, image = self._attend(
+                    attn, encoder_hidden_states, hidden_states, encoder_hidden_states_mask, image_rotary_emb
+                )
+            except NO_KERNEL as error:
+                reason = str(error)
+        if reason is not None:
+            say("diffusers' own joint", reason)
+            return super().__call__(
+                attn, hidden_states, encoder_hidden_states, encoder_hidden_states_mask, attention_mask, image_rotary_emb
+            )
+        for layer in attn.to_out:
+            image = layer(image)
+        return image, attn.to_add_out(text)
+
+    def _why_not(self, attn, text, attention_mask):
+        if text is None or attention_mask is not None:
+            return "diffusers' processor refuses the call"
+        if self._parallel_config is not None:
+            return "the model runs in parallel over the context"
+        if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in attn.parameters()):
+            return "gradients are on: use torch.no_grad() or torch.inference_mode()"
+        norms = (attn.norm_q, attn.norm_k, attn.norm_added_q, attn.norm_added_k)
+        if not all(type(norm) is RMSNorm and norm.weight is not None and norm.bias is None for norm in norms):
+            return "a norm of q or k is no RMSNorm with weights"
+        if attn.norm_q.eps != attn.norm_k.eps or attn.norm_added_q.eps != attn.norm_added_k.eps:
+            return "the norms of q and k differ in eps"
+        return None
+
+    def _attend(self, attn, text, image, text_mask, rotary):
+        """Attention of text and image [B, S_i, E] to both: [B, S_i, H·D] each."""
+        head_dim = attn.inner_dim // attn.heads
+        heads = lambda projected: projected.unflatten(-1, (-1, head_dim))  # noqa: E731
+        of_text = [heads(project(text)) for project in (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)]
+        of_image = [heads(project(image)) for project in (attn.to_q, attn.to_k, attn.to_v)]
+        (batch, seq_text), seq_image = text.shape[:2], image.shape[1]
+        # Tokens before batch rows in memory, so that text and image do not interleave.
+        q, k = (x.new_empty(seq_text + seq_image, batch, *x.shape[2:]).transpose(0, 1) for x in of_image[:2])
+        v = torch.cat([of_text[2], of_image[2]], dim=1)
+        image_tables, text_tables = (None, None) if rotary is None else map(_cos_and_sin, rotary)
+        _fa.prepare_qk([
+            _fa.QkSegment(
+                *of_text[:2], q_out=q[:, :seq_text], k_out=k[:, :seq_text], rotary=text_tables,
+                norm=(attn.norm_added_q.weight, attn.norm_added_k.weight, attn.norm_added_q.eps),
+            ),
+            _fa.QkSegment(
+                *of_image[:2], q_out=q[:, seq_text:], k_out=k[:, seq_text:], rotary=image_tables,
+                norm=(attn.norm_q.weight, attn.norm_k.weight, attn.norm_q.eps),
+            ),
+        ])  # fmt: skip
+        key_mask = None
+        if text_mask is not None:
+            key_mask = torch.cat([text_mask.bool(), text_mask.new_ones(batch, seq_image, dtype=torch.bool)], dim=1)
+        out = _operators.attention(q, k, v, key_mask, zero_masked=True).flatten(2)
+        return out[:, :seq_text], out[:, seq_text:]
+
+
+_tables = WeakTensorKeyDictionary()
+
+
+def _cos_and_sin(rotations):
+    """Tables [S, D / 2] of complex numbers [S, D / 2], which are the same in every layer of a pass."""
+    tables = _tables.get(rotations)
+    if tables is None:
+        tables = _tables[rotations] = (rotations.real.contiguous(), rotations.imag.contiguous())
+    return tables
