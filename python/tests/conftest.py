@@ -47,6 +47,21 @@ def _devices():
     return ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 
 
+@pytest.fixture
+def compiled(device):
+    """Compiles a model. The graph of the compiler is run by PyTorch itself, which needs no C++ compiler."""
+    import torch
+
+    def compile_model(model, *, fullgraph=True):
+        # What other tests have compiled counts towards a limit, and the default device is a mode that
+        # a compiler must look through.
+        torch._dynamo.reset()
+        torch.set_default_device(None)
+        return torch.compile(model, fullgraph=fullgraph, backend="aot_eager")
+
+    return compile_model
+
+
 @pytest.fixture(params=_devices())
 def device(request):
     """Where PyTorch makes tensors in this test: f32 ones on the CPU, f16 ones on a GPU."""

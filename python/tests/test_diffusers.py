@@ -117,15 +117,14 @@ def test_qwen_image_bf16(way, calls):
 
 
 @pytest.mark.parametrize("way", ["backend", "processor"])
-def test_qwen_image_compiled(way):
+def test_qwen_image_compiled(compiled, way):
     model, inputs = qwen_image(), of_qwen_image("right", 2)
     expected = model(**inputs).sample
     if way == "backend":
         model.set_attention_backend("varlen_fa")
     else:
         model.set_attn_processor(varlen_fa.diffusers.QwenImageAttnProcessor())
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=way == "backend")
-    close(compiled(**inputs).sample, expected)
+    close(compiled(model, fullgraph=way == "backend")(**inputs).sample, expected)
 
 
 def test_the_processor_leaves_other_norms_to_diffusers(calls, caplog):
@@ -241,7 +240,7 @@ def test_what_is_lacking_goes_to_the_native_backend(lack, caplog):
     q, k, v = (torch.randn(2, 6, 4, 16) for _ in range(3))
     options, said = {}, lack
     if lack == "dropout":
-        options = {"dropout_p": 1.0}
+        options = {"dropout_p": 0.5}
     elif lack == "f64":
         q, k, v, said = q.double(), k.double(), v.double(), "f64|float64|Double"
     elif lack == "mixed causal":
@@ -249,7 +248,9 @@ def test_what_is_lacking_goes_to_the_native_backend(lack, caplog):
     with torch.set_grad_enabled(lack == "gradients"), caplog.at_level(logging.WARNING, "varlen_fa"):
         q.requires_grad_(lack == "gradients")
         for _ in range(2):
+            torch.manual_seed(1)
             got = dispatch_attention_fn(q, k, v, **options, backend="varlen_fa")
+    torch.manual_seed(1)
     expected = dispatch_attention_fn(q, k, v, **options, backend="native")
     assert torch.equal(got, expected) and got.requires_grad == (lack == "gradients")
     assert len(caplog.records) == 1 and caplog.records[0].name == "varlen_fa"
