@@ -65,9 +65,9 @@ pub enum Kernel {
 /// How a kernel reads padded tensors on the fused path.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum PaddedAccess {
-    /// Row by row through index lists. A device can build such lists itself.
+    /// Row by row through index lists.
     Rows,
-    /// Tile by tile through lists that the host builds from metadata.
+    /// Tile by tile through lists.
     TileLists,
 }
 
@@ -271,8 +271,8 @@ impl Kernel {
         self.traits().modifiers.sinks
     }
 
-    /// Whether it reads padded tensors through tile lists that the host builds. Such a kernel runs neither fused nor dense with
-    /// metadata that a device built. Other kernels read single rows.
+    /// Whether it reads padded tensors through lists of tiles. Such a kernel does not run dense with metadata that a device built.
+    /// Other kernels read single rows.
     #[must_use]
     pub const fn works_by_tile_lists(self) -> bool {
         matches!(self.traits().padded, PaddedAccess::TileLists)

@@ -356,8 +356,6 @@ enum varlen_fa_reason
   VARLEN_FA_REASON_PATH_FORCED = 10,
   // The tensors were packed already.
   VARLEN_FA_REASON_ALREADY_PACKED = 11,
-  // The device built the metadata, so the plan cannot know the mask.
-  VARLEN_FA_REASON_METADATA_ON_DEVICE = 12,
   // A mask was given whose runs are so short that packing takes less time than the fused path.
   VARLEN_FA_REASON_FRAGMENTED = 13,
   // Key ranges were given, and no mask of tokens.

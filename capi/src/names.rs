@@ -129,7 +129,6 @@ table!(varlen_fa_reason: Reason {
     DenseForced: c"dense-forced",
     PathForced: c"path-forced",
     AlreadyPacked: c"already-packed",
-    MetadataOnDevice: c"metadata-on-device",
     Fragmented: c"fragmented",
     KeyRanges: c"key-ranges"
 });

@@ -203,8 +203,6 @@ pub enum varlen_fa_reason {
     PathForced = 10,
     /// The tensors were packed already.
     AlreadyPacked = 11,
-    /// The device built the metadata, so the plan cannot know the mask.
-    MetadataOnDevice = 12,
     /// A mask was given whose runs are so short that packing takes less time than the fused path.
     Fragmented = 13,
     /// Key ranges were given, and no mask of tokens.

@@ -1,6 +1,6 @@
 // The lists by which the sm90 and the sm100 kernel read padded tensors under a mask. The host makes
-// them once per request (src/backends/cuda/attention/tile_lists.rs). M and N are the query rows and
-// keys of a tile.
+// them once per request (src/backends/cuda/attention/tile_lists.rs), or the device for each call where
+// it alone knows the mask (../rows/tile_lists.cu). M and N are the query rows and keys of a tile.
 //
 // Groups. Query tiles and masked key tiles are made of groups: 16 consecutive rows from any start.
 // The host covers the kept rows of a batch row from the left: a group starts at the first kept row
@@ -77,7 +77,8 @@ __device__ inline uint32_t group_bits(const uint32_t* bits, int words, int64_t r
 template <typename T, typename Output>
 __device__ inline void write_zero_spans(const TileListParams& params, int thread, int threads, Output output) {
     const int chunks = params.head_dim / 8;
-    for (int item = blockIdx.x; item < params.zero_span_count * params.heads; item += gridDim.x) {
+    const int spans = params.zero_span_count >= 0 ? params.zero_span_count : params.zero_spans[-1].batch;
+    for (int item = blockIdx.x; item < spans * params.heads; item += gridDim.x) {
         const ZeroSpan span = params.zero_spans[item / params.heads];
         const int head = item % params.heads;
         const PlacedRows rows = output(span.first_query);

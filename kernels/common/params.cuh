@@ -45,6 +45,8 @@ constexpr int METADATA_THREADS = 256;
 constexpr int METADATA_SCAN_THREADS = 1024;
 // Tokens of one row that a block of the metadata kernels reads.
 constexpr int METADATA_CHUNK = 2048;
+// Threads of a block that makes tile lists: a warp for the queries, and one for the keys.
+constexpr int TILE_LISTS_THREADS = 64;
 
 // Distances between neighbours of each dimension. A packed tensor has no batch rows.
 struct Strides {
@@ -335,6 +337,7 @@ struct TileListParams {
     int32_t head_dim;
     int32_t key_words;
     int32_t row_words;
+    // Negative where the host does not know it: then it is the `batch` of the span before the first.
     int32_t zero_span_count;
     // softmax_scale · log2(e), not 0.
     float score_scale;
@@ -712,3 +715,69 @@ static_assert(offsetof(MetadataParams, chunks) == 80);
 static_assert(offsetof(MetadataParams, row_words) == 84);
 static_assert(offsetof(MetadataParams, mask_bytes) == 88);
 static_assert(offsetof(MetadataParams, unused) == 92);
+
+// What blocks that make tile lists count together: zeros before the launch. It lies just before
+// `zero_spans` and is as large as a span.
+struct TileListCounts {
+    int32_t zero_spans;
+    // Batch rows that are done.
+    int32_t rows;
+    int32_t unused[2];
+};
+static_assert(sizeof(TileListCounts) == 16);
+static_assert(offsetof(TileListCounts, zero_spans) == 0);
+static_assert(offsetof(TileListCounts, rows) == 4);
+static_assert(offsetof(TileListCounts, unused) == 8);
+
+// Parameters of the kernel that makes tile lists (`rows/tile_lists.cu`).
+struct TileListsParams {
+    // `[B, words]` bits of valid queries and of valid keys; those past the end of a row are zero.
+    const uint32_t* query_bits;
+    const uint32_t* key_bits;
+    // The lists, as `TileListParams` names them.
+    BatchTiles* batches;
+    int32_t* query_groups;
+    int32_t* key_tiles;
+    int32_t* key_groups;
+    ZeroSpan* zero_spans;
+    // `[B]`: the batch rows in their own order.
+    BatchTiles* unordered;
+    TileListCounts* counts;
+    // Where segments end, as in `SegmentTable`.
+    int32_t query_ends[8];
+    int32_t key_ends[8];
+    int32_t batch;
+    int32_t seq_q;
+    int32_t seq_k;
+    int32_t query_words;
+    int32_t key_words;
+    // Rows and keys of a tile.
+    int32_t tile_queries;
+    int32_t tile_keys;
+    // The most of a batch row: query tiles, masked key tiles, and key tiles.
+    int32_t row_query_tiles;
+    int32_t row_masked_tiles;
+    int32_t row_key_tiles;
+};
+static_assert(sizeof(TileListsParams) == 176);
+static_assert(offsetof(TileListsParams, query_bits) == 0);
+static_assert(offsetof(TileListsParams, key_bits) == 8);
+static_assert(offsetof(TileListsParams, batches) == 16);
+static_assert(offsetof(TileListsParams, query_groups) == 24);
+static_assert(offsetof(TileListsParams, key_tiles) == 32);
+static_assert(offsetof(TileListsParams, key_groups) == 40);
+static_assert(offsetof(TileListsParams, zero_spans) == 48);
+static_assert(offsetof(TileListsParams, unordered) == 56);
+static_assert(offsetof(TileListsParams, counts) == 64);
+static_assert(offsetof(TileListsParams, query_ends) == 72);
+static_assert(offsetof(TileListsParams, key_ends) == 104);
+static_assert(offsetof(TileListsParams, batch) == 136);
+static_assert(offsetof(TileListsParams, seq_q) == 140);
+static_assert(offsetof(TileListsParams, seq_k) == 144);
+static_assert(offsetof(TileListsParams, query_words) == 148);
+static_assert(offsetof(TileListsParams, key_words) == 152);
+static_assert(offsetof(TileListsParams, tile_queries) == 156);
+static_assert(offsetof(TileListsParams, tile_keys) == 160);
+static_assert(offsetof(TileListsParams, row_query_tiles) == 164);
+static_assert(offsetof(TileListsParams, row_masked_tiles) == 168);
+static_assert(offsetof(TileListsParams, row_key_tiles) == 172);

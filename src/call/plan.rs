@@ -88,8 +88,6 @@ pub enum Reason {
     Fused,
     /// A mask was given, but packing takes less time than the fused path: runs are short, say.
     Fragmented,
-    /// Metadata was given that is in the device's memory, so the plan cannot know the mask.
-    MetadataOnDevice,
     /// `VARLEN_FA=0`, or [`Config::force_dense`].
     DenseForced,
     /// The caller forced the path.
@@ -110,7 +108,6 @@ impl fmt::Display for Reason {
             Self::NothingValid => "no query or no key is valid, so the output is zeros",
             Self::Fused => "metadata was given and the kernel reads padded tensors directly",
             Self::Fragmented => "packing the rows that count takes less time than reading them in place",
-            Self::MetadataOnDevice => "the device built the metadata, so the plan cannot see it",
             Self::DenseForced => "dense attention is forced (VARLEN_FA=0)",
             Self::PathForced => "the caller forced this path",
             Self::AlreadyPacked => "the rows are packed already",
@@ -266,8 +263,7 @@ pub(crate) fn plan_padded(
         TokenInfo::Varlen { .. } | TokenInfo::DeviceVarlen { .. } if config.force_dense => {
             (Path::Dense, Reason::DenseForced)
         }
-        TokenInfo::DeviceVarlen { .. } if !preferred.works_by_tile_lists() => (Path::Fused, Reason::Fused),
-        TokenInfo::DeviceVarlen { .. } => (Path::Packed, Reason::MetadataOnDevice),
+        TokenInfo::DeviceVarlen { .. } => (Path::Fused, Reason::Fused),
         TokenInfo::Varlen { query, key } if query.is_all_valid() && key.is_all_valid() && !fuses_segments => {
             (Path::Dense, Reason::AllValid)
         }
@@ -390,9 +386,6 @@ fn check_forced_path(path: Path, mask: &MaskInfo<'_>, kernel: Kernel) -> Result<
         Path::Dense => return Ok(Reason::PathForced),
         Path::Zero => "it follows from the metadata alone".to_owned(),
         Path::Fused | Path::Packed if !is_masked => "it needs AttentionMask::key or varlen".to_owned(),
-        Path::Fused if is_on_device && kernel.works_by_tile_lists() => {
-            format!("the fused path of kernel {kernel} needs metadata that was built on the host")
-        }
         Path::Fused if mask.bias.is_some() && !kernel.traits().has_fused_bias => {
             format!("kernel {kernel} adds a bias on the dense path alone")
         }
@@ -675,18 +668,20 @@ mod tests {
     }
 
     #[test]
-    fn metadata_of_the_device_is_used_in_place_where_rows_are_gathered() -> Result<()> {
+    fn metadata_of_the_device_is_used_in_place() -> Result<()> {
         let meta = DeviceMetaInfo { device: DeviceId::unique(), device_name: "cuda", size: [BATCH, SEQ] };
         let mask = masked(TokenInfo::DeviceVarlen { query: meta, key: meta });
         let both = [Kernel::CudaSm90, Kernel::CudaSm80];
         let outcome = |kernels: &[Kernel], forced| plan(kernels, &mask, forced).map(|plan| (plan.path, plan.reason));
         assert_eq!(outcome(&both[1..], Forced::default())?, (Path::Fused, Reason::Fused));
-        assert_eq!(outcome(&both, Forced::default())?, (Path::Packed, Reason::MetadataOnDevice));
-        let fused = |kernel| Forced { path: Some(Path::Fused), kernel: Some(kernel) };
-        assert_eq!(outcome(&both, fused(Kernel::CudaSm80))?, (Path::Fused, Reason::PathForced));
-        let refused = outcome(&both, fused(Kernel::CudaSm90)).err();
+        assert_eq!(outcome(&both, Forced::default())?, (Path::Fused, Reason::Fused));
+        let forced = |path, kernel| Forced { path: Some(path), kernel: Some(kernel) };
+        for kernel in both {
+            assert_eq!(outcome(&both, forced(Path::Fused, kernel))?, (Path::Fused, Reason::PathForced));
+        }
+        let refused = outcome(&both, forced(Path::Dense, Kernel::CudaSm90)).err();
         assert!(
-            matches!(&refused, Some(Error::NotApplicable { argument: "path", why, .. }) if why.contains("on the host")),
+            matches!(&refused, Some(Error::NotApplicable { argument: "kernel", why, .. }) if why.contains("on the host")),
             "{refused:?}"
         );
         Ok(())

@@ -22,6 +22,7 @@ pub fn register(trials: &mut Trials) {
     trials.each_path_of_device_meta_in(some, "device_meta/cross", cross);
     trials.each_path_of_device_meta_in(some, "device_meta/rows_longer_than_a_chunk", rows_longer_than_a_chunk);
     trials.each_path_of_device_meta_in(some, "device_meta/more_rows_than_are_ordered", more_rows_than_are_ordered);
+    trials.each_path_of_device_meta_in(some, "device_meta/same_bits_as_the_host", same_bits_as_the_host);
     trials.each_path_of_device_meta_in(some, "device_meta/rebuilt", rebuilt);
     trials.once("device_meta/mask_types_and_strides", mask_types_and_strides);
     trials.each_path_of(some, "device_meta/paths_that_need_the_host", paths_that_need_the_host);
@@ -35,7 +36,7 @@ pub fn register(trials: &mut Trials) {
 }
 
 fn paths_that_need_the_host(variant: &Variant) -> Result<Completion> {
-    if !variant.kernel.works_by_tile_lists() || variant.path == Some(Path::Packed) {
+    if !variant.kernel.works_by_tile_lists() || variant.path != Some(Path::Dense) {
         return Ok(Completion::ignored_with("not refused: see device_meta/masks"));
     }
     match masks(variant).as_ref().map_err(|error| error.downcast_ref()) {
@@ -79,6 +80,36 @@ fn more_rows_than_are_ordered(variant: &Variant) -> Result<()> {
     let (batch, seq) = (1030, 3);
     let shape = OracleShape { batch, seq_q: seq, seq_k: seq, heads: 1, kv_heads: 1, head_dim: 16 };
     Call::random(shape, Mask::Device(bernoulli(5, batch * seq, 0.5)?), variant.dtype, 10).check(variant)
+}
+
+/// Runs and holes around the edges of groups, of tiles, and of the words and warps that find them: the same bits as with metadata
+/// from the host, also in segments.
+fn same_bits_as_the_host(variant: &Variant) -> Result<Completion> {
+    if variant.path == Some(Path::Dense) {
+        return Ok(Completion::ignored_with("a kernel may pass over dropped keys that the host knows of"));
+    }
+    let (batch, seq) = (5, 1201);
+    let shape = OracleShape { batch, seq_q: seq, seq_k: seq, heads: 2, kv_heads: 1, head_dim: 64 };
+    let masks = [
+        // Rows of different lengths, so that the order of work is not their own; one without a token.
+        mask(batch, seq, |row, token| token < [3, 1201, 0, 700, 701][row]),
+        // A hole after each 15, 16, 17, 159 or 161 tokens.
+        mask(batch, seq, |row, token| token % [16, 17, 18, 160, 162][row] != 5),
+        // Runs of a tile and one more or less, from places of every kind.
+        mask(batch, seq, |row, token| (token + 31 * row) % (200 + row) < [127, 160, 161, 319, 33][row]),
+        // Few and far between: longer without a token than a warp looks at once.
+        mask(batch, seq, |row, token| token == [0, 1200, 1024, 32, 31][row] || token == 1100 + row),
+        bernoulli(14, batch * seq, 0.95)?,
+        bernoulli(15, batch * seq, 0.05)?,
+    ];
+    for (at, keep) in masks.into_iter().enumerate() {
+        let mut call = Call::random(shape, Mask::Varlen(keep.clone()), variant.dtype, 16);
+        let expected = call.run(variant)?;
+        call.mask = Mask::Device(keep);
+        ensure!(call.run(variant)? == expected, "mask {at}: other bits than with metadata from the host");
+        call.check_segments(variant, &[3])?;
+    }
+    Ok(Completion::Completed)
 }
 
 /// wgpu devices scan 256 blocks of 256 words of 32 tokens at a time; here are a few more, of short rows and of a long one.
@@ -223,12 +254,7 @@ fn plan(device: &Device) -> Result<Completion> {
     let variant = Variant::first(device, None);
     let call = Call::random(OracleShape::self_attention(2, 8, 2, 16), Mask::None, variant.dtype, 12);
     let (plan, _) = call.run_as(&variant, AttentionMask::varlen(&meta))?;
-    let expected = match variant.kernel {
-        // Its lists of tiles are the host's work.
-        kernel if kernel.works_by_tile_lists() => (Path::Packed, Reason::MetadataOnDevice),
-        _ => (Path::Fused, Reason::Fused),
-    };
-    ensure!((plan.path, plan.reason) == expected, "{plan}");
+    ensure!((plan.path, plan.reason) == (Path::Fused, Reason::Fused), "{plan}");
     // What the host knows it uses.
     let host = VarlenMeta::from_key_mask(&varlen_fa::KeyMask::from_bool(2, 8, &keep)?)?;
     let (plan, _) = call.run_as(&variant, AttentionMask::varlen(&host))?;

@@ -227,8 +227,8 @@ impl Trials {
     ) {
         for kernel in self.device.capabilities().kernels.clone() {
             let paths: &[Path] = match kernel.works_by_tile_lists() {
-                // The other paths need metadata on the host.
-                true => &[Path::Packed],
+                // The dense one needs metadata on the host.
+                true => &[Path::Fused, Path::Packed],
                 false => &PATHS_OF_METADATA,
             };
             for &path in paths {

@@ -35,7 +35,7 @@ struct Source {
 }
 
 /// A row for each fatbin; the library's `module.rs` loads them by these names.
-const SOURCES: [Source; 7] = [
+const SOURCES: [Source; 8] = [
     Source {
         name: "attention_sm80",
         path: "attention/sm80/attention.cu",
@@ -61,6 +61,7 @@ const SOURCES: [Source; 7] = [
     Source { name: "metadata", path: "rows/metadata.cu", target: Target::EVERY, spill_bytes: 0 },
     Source { name: "prepare_qk", path: "rows/prepare_qk.cu", target: Target::EVERY, spill_bytes: 0 },
     Source { name: "pack", path: "rows/pack.cu", target: Target::EVERY, spill_bytes: 0 },
+    Source { name: "tile_lists", path: "rows/tile_lists.cu", target: Target::EVERY, spill_bytes: 0 },
 ];
 
 /// What a source is compiled for.

@@ -16,7 +16,7 @@ use crate::backends::cuda::tensors::key_ranges::PlacedRanges;
 use crate::backends::cuda::tensors::metadata;
 use crate::backends::cuda::tensors::placement::Placed;
 use crate::backends::cuda::tensors::tensor_map::MappedTensor;
-use crate::call::op::Attention;
+use crate::call::op::{Attention, DeviceTables};
 use crate::call::problem::{AttentionProblem, AttentionShape};
 use crate::error::{Error, Result};
 use crate::fifo_cache::FifoCache;
@@ -26,6 +26,7 @@ use crate::mask::meta::{GROUP_ROWS, VarlenMeta};
 
 use super::call::{PackedRows, SegmentedTensors, Tensors, score_scale};
 use super::dense_metas::DenseMeta;
+use super::device_lists::DeviceLists;
 use super::range_tiles::{Deal, DealtWork, RangeTiles};
 use super::split::Split;
 use super::tile_lists::{Ends, TileLists};
@@ -95,7 +96,7 @@ struct Call<'a> {
 
 /// Where a call's tensors lie.
 #[derive(Clone, Copy)]
-enum Placement<'a> {
+pub enum Placement<'a> {
     Whole(&'a Tensors),
     Segments(&'a SegmentedTensors),
 }
@@ -121,24 +122,24 @@ pub fn dense(
 pub fn fused(
     launcher: &Launcher,
     attention: &Attention<'_>,
-    tensors: &Tensors,
+    tensors: Placement<'_>,
     query: &VarlenMeta,
     key: &VarlenMeta,
 ) -> Result<()> {
-    let call = Call::new(launcher, attention, Placement::Whole(tensors))?;
+    let call = Call::new(launcher, attention, tensors)?;
     call.by_lists((query, key), (key.key_mask(), Some(query.key_mask())))
 }
 
-/// The same of tensors in segments.
-pub fn fused_segments(
+/// The same under metadata that the device built.
+pub fn fused_with_tables(
     launcher: &Launcher,
     attention: &Attention<'_>,
-    tensors: &SegmentedTensors,
-    query: &VarlenMeta,
-    key: &VarlenMeta,
+    tensors: Placement<'_>,
+    query: &DeviceTables<'_>,
+    key: &DeviceTables<'_>,
 ) -> Result<()> {
-    let call = Call::new(launcher, attention, Placement::Segments(tensors))?;
-    call.by_lists((query, key), (key.key_mask(), Some(query.key_mask())))
+    let call = Call::new(launcher, attention, tensors)?;
+    call.by_device_lists(query, key)
 }
 
 /// Packed rows.
@@ -297,6 +298,26 @@ impl<'a> Call<'a> {
         let tiles = |ranges: &KeyRanges| RangeTiles::listed(ranges, lists, query, key, self.tile);
         let metas = [query.id(), key.id()];
         self.launch(params, &extent, placed.as_ref().map(|placed| Ranged { placed, tiles: &tiles, metas }))
+    }
+
+    /// Padded tensors by lists that the device makes. It does not wait for the host, which knows
+    /// upper bounds alone.
+    fn by_device_lists(&self, query: &DeviceTables<'_>, key: &DeviceTables<'_>) -> Result<()> {
+        let AttentionShape { batch, seq_q, seq_k, num_heads, .. } = self.attention.problem.shape;
+        if batch * seq_q * num_heads == 0 {
+            return Ok(());
+        }
+        let lists = DeviceLists::make(self.launcher, (query, key), &self.ends(), self.tile)?;
+        let params = TileListParams { form: TileListForm::Fused as i32, ..self.padded_params() };
+        let extent = Extent {
+            batch,
+            queries: seq_q,
+            keys: seq_k,
+            items: seq_q.div_ceil(self.tile.rows as usize) * batch * num_heads,
+            fewest_key_tiles: 0,
+            zero_items: (batch * seq_q).div_ceil(ZEROED_ROWS),
+        };
+        self.launch(lists.in_params(params), &extent, None)
     }
 
     /// The lists on the device, made and uploaded if they are not there yet.

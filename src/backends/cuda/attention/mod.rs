@@ -7,6 +7,7 @@
 //! | `sm80` | launches of the sm80 kernel, which reads single rows |
 //! | `by_tile_lists` | launches of the sm90 and sm100 kernels, which read padded tensors by tile lists |
 //! | `tile_lists` | how tile lists are made from metadata |
+//! | `device_lists` | how the device makes them where it alone knows the mask |
 //! | `dense_metas` | metadata that stands for the masks of dense calls |
 //! | `range_tiles` | the same for calls with key ranges, and how their work is dealt out |
 //! | `split` | how query tiles are shared out among blocks |
@@ -15,6 +16,7 @@
 mod by_tile_lists;
 mod call;
 mod dense_metas;
+mod device_lists;
 mod packing;
 mod range_tiles;
 mod sm80;
@@ -36,6 +38,7 @@ use crate::error::Result;
 use crate::mask::cu_seqlens::CuSeqlens;
 use crate::mask::meta::VarlenMeta;
 
+use by_tile_lists::Placement;
 use call::{PackedRows, SegmentedTensors, Tensors};
 use packing::Packing;
 
@@ -44,11 +47,17 @@ pub fn attend(launcher: &Launcher, attention: Attention<'_>) -> Result<()> {
     // Tensors keep their layouts: placing them says which are copied.
     let filled = with_filled_heads(attention.problem);
     let attention = &attention.on(&filled);
-    if let Rows::Varlen { query, key } = &attention.rows
-        && attention.problem.cuts != Cuts::None
-        && !attention.plan.copies_segments
-    {
-        return fused_segments(launcher, attention, query, key);
+    let fuses_segments = attention.problem.cuts != Cuts::None && !attention.plan.copies_segments;
+    match &attention.rows {
+        Rows::Varlen { query, key } if fuses_segments => {
+            let run = |tensors: Placement<'_>| by_tile_lists::fused(launcher, attention, tensors, query, key);
+            return fused_segments(launcher, attention, run);
+        }
+        Rows::DeviceVarlen { query, key } if fuses_segments => {
+            let run = |tensors: Placement<'_>| by_tile_lists::fused_with_tables(launcher, attention, tensors, query, key);
+            return fused_segments(launcher, attention, run);
+        }
+        _ => {}
     }
     // Lives until the last launch, which keeps its memory.
     let mut scratch = Vec::new();
@@ -57,8 +66,12 @@ pub fn attend(launcher: &Launcher, attention: Attention<'_>) -> Result<()> {
     Segments::output(launcher, Role::Out, &attention.out)?.finish_output(launcher, &tensors.out)
 }
 
-/// A fused call on segments, where they lie.
-fn fused_segments(launcher: &Launcher, attention: &Attention<'_>, query: &VarlenMeta, key: &VarlenMeta) -> Result<()> {
+/// A fused call on segments, where they lie: `run` launches it.
+fn fused_segments(
+    launcher: &Launcher,
+    attention: &Attention<'_>,
+    run: impl FnOnce(Placement<'_>) -> Result<()>,
+) -> Result<()> {
     let mut scratch = Vec::new();
     let out = Segments::output(launcher, Role::Out, &attention.out)?;
     let written = out.place_outputs(launcher, &mut scratch)?;
@@ -68,7 +81,7 @@ fn fused_segments(launcher: &Launcher, attention: &Attention<'_>, query: &Varlen
     };
     let (q, k, v) = (place(Role::Q, &attention.q)?, place(Role::K, &attention.k)?, place(Role::V, &attention.v)?);
     let tensors = SegmentedTensors { queries: Pieces::new([&q, &written]), keys: Pieces::new([&k, &v]), lse };
-    by_tile_lists::fused_segments(launcher, attention, &tensors, query, key)?;
+    run(Placement::Segments(&tensors))?;
     out.finish_outputs(launcher, &written)
 }
 
@@ -136,7 +149,7 @@ fn varlen(
 ) -> Result<()> {
     let is_fused = attention.plan.path == Path::Fused;
     if is_fused && by_tile_lists(attention) {
-        return by_tile_lists::fused(launcher, attention, &tensors, query, key);
+        return by_tile_lists::fused(launcher, attention, Placement::Whole(&tensors), query, key);
     }
     if is_fused {
         return sm80::fused(launcher, attention, &tensors, query, key);
@@ -157,6 +170,9 @@ fn device_varlen(
 ) -> Result<()> {
     if attention.plan.path == Path::Dense {
         return sm80::dense_with_tables(launcher, attention, &tensors, query, key);
+    }
+    if attention.plan.path == Path::Fused && by_tile_lists(attention) {
+        return by_tile_lists::fused_with_tables(launcher, attention, Placement::Whole(&tensors), query, key);
     }
     let tables = [metadata::device_tables(launcher, query)?, metadata::device_tables(launcher, key)?];
     match attention.plan.path {

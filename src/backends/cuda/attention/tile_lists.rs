@@ -9,7 +9,7 @@ use crate::mask::key_mask::Run;
 use crate::mask::meta::{GROUP_ROWS, VarlenMeta};
 
 /// Most rows of a range of zeros.
-const ZERO_ROWS: usize = 64;
+pub const ZERO_ROWS: usize = 64;
 
 /// Where the tensors of a call are cut into segments: the first row past each segment, counted over
 /// all; the largest number for the last segment and those that there are not. No segment is empty.

@@ -40,6 +40,7 @@ static LSE: Image = &Aligned(*include_bytes!("../../../../kernels/prebuilt/lse.f
 static METADATA: Image = &Aligned(*include_bytes!("../../../../kernels/prebuilt/metadata.fatbin"));
 static PREPARE_QK: Image = &Aligned(*include_bytes!("../../../../kernels/prebuilt/prepare_qk.fatbin"));
 static PACK: Image = &Aligned(*include_bytes!("../../../../kernels/prebuilt/pack.fatbin"));
+static TILE_LISTS: Image = &Aligned(*include_bytes!("../../../../kernels/prebuilt/tile_lists.fatbin"));
 
 /// Where an attention kernel's code is, and what runs it.
 struct AttentionImage {
@@ -123,6 +124,7 @@ pub enum Entry {
     MetadataCount,
     MetadataScan,
     MetadataIndex,
+    TileLists,
     /// Of the sm80 kernel.
     Attention {
         dtype: DType,
@@ -169,6 +171,7 @@ enum Home {
     Lse,
     Metadata,
     PrepareQk,
+    TileLists,
     Attention(Kernel),
 }
 
@@ -179,6 +182,7 @@ impl Entry {
             Self::ScatterLse | Self::Merge { .. } => Home::Lse,
             Self::MetadataCount | Self::MetadataScan | Self::MetadataIndex => Home::Metadata,
             Self::PrepareQk { .. } => Home::PrepareQk,
+            Self::TileLists => Home::TileLists,
             Self::Attention { .. } => Home::Attention(Kernel::CudaSm80),
             Self::AttentionByLists { tile, .. } => Home::Attention(tile.kernel),
         }
@@ -194,6 +198,7 @@ impl Entry {
             Self::MetadataCount => "metadata_count".to_owned(),
             Self::MetadataScan => "metadata_scan".to_owned(),
             Self::MetadataIndex => "metadata_index".to_owned(),
+            Self::TileLists => "tile_lists".to_owned(),
             Self::Attention { dtype, tile, form } => {
                 format!("attention_{}_{dtype}_{}", Kernel::CudaSm80, tile.name(form))
             }
@@ -221,6 +226,7 @@ pub struct Modules {
     metadata: CUmodule,
     pack: CUmodule,
     prepare_qk: CUmodule,
+    tile_lists: CUmodule,
     functions: Mutex<HashMap<Entry, Function>>,
 }
 
@@ -232,10 +238,10 @@ unsafe impl Sync for Modules {}
 
 impl fmt::Debug for Modules {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { attention, lse, metadata, pack, prepare_qk, .. } = self;
+        let Self { attention, lse, metadata, pack, prepare_qk, tile_lists, .. } = self;
         let mut modules = f.debug_struct("Modules");
-        modules.field("attention", attention).field("lse", lse);
-        modules.field("metadata", metadata).field("pack", pack).field("prepare_qk", prepare_qk).finish_non_exhaustive()
+        modules.field("attention", attention).field("lse", lse).field("metadata", metadata).field("pack", pack);
+        modules.field("prepare_qk", prepare_qk).field("tile_lists", tile_lists).finish_non_exhaustive()
     }
 }
 
@@ -268,7 +274,8 @@ impl Modules {
             // SAFETY: the image is a whole, aligned fatbin, whose header says how long it is.
             unsafe { module::load_data(image.0.as_ptr().cast::<c_void>()) }
         };
-        let (lse, metadata, pack, prepare_qk) = (load(LSE)?, load(METADATA)?, load(PACK)?, load(PREPARE_QK)?);
+        let (lse, metadata, pack) = (load(LSE)?, load(METADATA)?, load(PACK)?);
+        let (prepare_qk, tile_lists) = (load(PREPARE_QK)?, load(TILE_LISTS)?);
         let mut attention = vec![];
         for &(kernel, image) in &images.0 {
             match load(image) {
@@ -280,7 +287,7 @@ impl Modules {
                 Err(error) => log::debug!("kernel {kernel} is not loaded: {error}"),
             }
         }
-        Ok(Self { attention, lse, metadata, pack, prepare_qk, functions: Mutex::default() })
+        Ok(Self { attention, lse, metadata, pack, prepare_qk, tile_lists, functions: Mutex::default() })
     }
 
     /// A function; the context that the modules were loaded into is current.
@@ -304,6 +311,7 @@ impl Modules {
             Home::Lse => Some(self.lse),
             Home::Metadata => Some(self.metadata),
             Home::PrepareQk => Some(self.prepare_qk),
+            Home::TileLists => Some(self.tile_lists),
             // Planned only where it is loaded.
             Home::Attention(kernel) => {
                 self.attention.iter().find_map(|&(loaded, module)| (loaded == kernel).then_some(module))
@@ -346,7 +354,7 @@ mod tests {
 
     #[test]
     fn images_are_fatbins_at_aligned_addresses() {
-        for image in [ATTENTION_SM80, ATTENTION_SM90, ATTENTION_SM100, LSE, METADATA, PACK, PREPARE_QK] {
+        for image in [ATTENTION_SM80, ATTENTION_SM90, ATTENTION_SM100, LSE, METADATA, PACK, PREPARE_QK, TILE_LISTS] {
             assert_eq!(image.0[..4], 0xba55_ed50_u32.to_le_bytes());
             assert!((image.0.as_ptr() as usize).is_multiple_of(16));
         }
@@ -387,12 +395,13 @@ mod tests {
                 rows.chain(lists)
             })
         });
-        let others = [Entry::Pack, Entry::Scatter, Entry::MetadataCount, Entry::MetadataScan, Entry::MetadataIndex];
+        let metadata = [Entry::MetadataCount, Entry::MetadataScan, Entry::MetadataIndex, Entry::TileLists];
+        let others = [Entry::Pack, Entry::Scatter].into_iter().chain(metadata);
         let lse = [DType::F32, DType::F16, DType::Bf16].map(|dtype| Entry::Merge { dtype });
         let prepare_qk = [DType::F32, DType::F16, DType::Bf16]
             .into_iter()
             .flat_map(|dtype| PrepareForm::ALL.map(|form| Entry::PrepareQk { dtype, form }));
-        others.into_iter().chain(lse).chain([Entry::ScatterLse]).chain(prepare_qk).chain(attention)
+        others.chain(lse).chain([Entry::ScatterLse]).chain(prepare_qk).chain(attention)
     }
 
     #[test]
@@ -404,6 +413,7 @@ mod tests {
                 Home::Lse => "lse".to_owned(),
                 Home::Metadata => "metadata".to_owned(),
                 Home::PrepareQk => "prepare_qk".to_owned(),
+                Home::TileLists => "tile_lists".to_owned(),
                 Home::Attention(kernel) => format!("attention_{kernel}"),
             };
             looked_up.entry(fatbin).or_default().insert(entry.name());

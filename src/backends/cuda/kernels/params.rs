@@ -180,6 +180,8 @@ constants! {
     METADATA_SCAN_THREADS: u32 = 1024;
     /// Tokens of one row that a block of the metadata kernels reads.
     METADATA_CHUNK: usize = 2048;
+    /// Threads of a block that makes tile lists: a warp for the queries, and one for the keys.
+    TILE_LISTS_THREADS: u32 = 64;
 }
 
 shared_struct! {
@@ -422,6 +424,7 @@ shared_struct! {
         head_dim: i32,
         key_words: i32,
         row_words: i32,
+        /// Negative where the host does not know it: then it is the `batch` of the span before the first.
         zero_span_count: i32,
         /// softmax_scale · log2(e), not 0.
         score_scale: f32,
@@ -662,6 +665,50 @@ shared_struct! {
     }
 }
 
+shared_struct! {
+    /// What blocks that make tile lists count together: zeros before the launch. It lies just before
+    /// `zero_spans` and is as large as a span.
+    TileListCounts {
+        zero_spans: i32,
+        /// Batch rows that are done.
+        rows: i32,
+        unused: [i32; 2],
+    }
+}
+
+shared_struct! {
+    /// Parameters of the kernel that makes tile lists (`rows/tile_lists.cu`).
+    TileListsParams {
+        /// `[B, words]` bits of valid queries and of valid keys; those past the end of a row are zero.
+        query_bits: *const u32,
+        key_bits: *const u32,
+        /// The lists, as `TileListParams` names them.
+        batches: *mut BatchTiles,
+        query_groups: *mut i32,
+        key_tiles: *mut i32,
+        key_groups: *mut i32,
+        zero_spans: *mut ZeroSpan,
+        /// `[B]`: the batch rows in their own order.
+        unordered: *mut BatchTiles,
+        counts: *mut TileListCounts,
+        /// Where segments end, as in `SegmentTable`.
+        query_ends: [i32; MAX_SEGMENTS],
+        key_ends: [i32; MAX_SEGMENTS],
+        batch: i32,
+        seq_q: i32,
+        seq_k: i32,
+        query_words: i32,
+        key_words: i32,
+        /// Rows and keys of a tile.
+        tile_queries: i32,
+        tile_keys: i32,
+        /// The most of a batch row: query tiles, masked key tiles, and key tiles.
+        row_query_tiles: i32,
+        row_masked_tiles: i32,
+        row_key_tiles: i32,
+    }
+}
+
 /// Where the header is, from the repository's root.
 pub const HEADER: &str = "kernels/common/params.cuh";
 
@@ -707,6 +754,8 @@ pub fn header() -> String {
         PreparedRows::text(),
         PrepareQkParams::text(),
         MetadataParams::text(),
+        TileListCounts::text(),
+        TileListsParams::text(),
     ];
     items.join("\n")
 }
