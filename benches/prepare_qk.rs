@@ -11,11 +11,11 @@ use anyhow::Result;
 use clap::Parser;
 use serde::Serialize;
 use varlen_fa::{
-    Device, Element, KeyMask, QkNorm, QkSegment, Rotary, RotaryPairing, Tensor, VarlenMeta, bf16, f16, pack_into,
-    prepare_qk,
+    Device, Element, KeyMask, QkNorm, QkSegment, Rotary, RotaryPairing, Tensor, VarlenMeta, pack_into, prepare_qk,
 };
 
-use varlen_fa_harness::arguments::{ElementType, Problem, ProblemArguments, RoundArguments, workload_help};
+use varlen_fa_harness::arguments::{Problem, ProblemArguments, RoundArguments, workload_help};
+use varlen_fa_harness::comparison::{self, Comparison};
 use varlen_fa_harness::random::{standard_normal, tensor};
 use varlen_fa_harness::report::{Report, exit_code};
 use varlen_fa_harness::times::{in_turns, milliseconds, repeats_of};
@@ -49,22 +49,8 @@ struct Record<'a> {
 }
 
 fn main() -> ExitCode {
-    exit_code(run(&Arguments::parse()))
-}
-
-fn run(arguments: &Arguments) -> Result<()> {
-    let device = arguments.problem.open_device()?;
-    let (defaults, rounds) = arguments.rounds.of_run(&DEFAULTS, &[SMOKE]);
-    let mut report = Report::new(arguments.problem.json.as_deref())?;
-    writeln!(report.text, "{}, {rounds} rounds", device.capabilities())?;
-    for problem in arguments.problem.problems(&device, defaults)? {
-        match problem.element_type {
-            ElementType::F32 => time::<f32>(&device, &problem, rounds, &mut report)?,
-            ElementType::F16 => time::<f16>(&device, &problem, rounds, &mut report)?,
-            ElementType::Bf16 => time::<bf16>(&device, &problem, rounds, &mut report)?,
-        }
-    }
-    Ok(())
+    let arguments = Arguments::parse();
+    exit_code(comparison::run(&arguments, &arguments.problem, &arguments.rounds, &DEFAULTS, SMOKE))
 }
 
 /// q and k of a segment, their outputs, and its tables.
@@ -97,67 +83,71 @@ impl Segment {
     }
 }
 
-fn time<T: Element>(device: &Device, problem: &Problem, rounds: usize, report: &mut Report) -> Result<()> {
-    let shape @ [batch, seq, heads, dim] = problem.shape();
-    let text = match problem.workload.kind {
-        WorkloadKind::Joint { text, .. } => text,
-        _ => 0,
-    };
-    let mask = KeyMask::from_bool(batch, seq, &problem.workload.mask)?;
-    let meta = VarlenMeta::from_key_mask(&mask)?;
-    let mut segments =
-        [Segment::new::<T>(device, problem, text, 1)?, Segment::new::<T>(device, problem, seq - text, 11)?];
-    let weights = [tensor::<f32>(device, 21, &[dim])?, tensor::<f32>(device, 21, &[dim])?];
-    // What is copied: q and k of all tokens, and where their valid rows go.
-    let whole = Segment::new::<T>(device, problem, seq, 31)?;
-    let rows = meta.total_valid();
-    let packed = |heads| Tensor::zeros(device, T::DTYPE, &[rows, heads, dim]);
-    let mut packed = [packed(heads)?, packed(problem.kv_heads)?];
+impl Comparison for Arguments {
+    fn time<T: Element>(&self, device: &Device, problem: &Problem, rounds: usize, report: &mut Report) -> Result<()> {
+        let shape @ [batch, seq, heads, dim] = problem.shape();
+        let text = match problem.workload.kind {
+            WorkloadKind::Joint { text, .. } => text,
+            _ => 0,
+        };
+        let mask = KeyMask::from_bool(batch, seq, &problem.workload.mask)?;
+        let meta = VarlenMeta::from_key_mask(&mask)?;
+        let mut segments =
+            [Segment::new::<T>(device, problem, text, 1)?, Segment::new::<T>(device, problem, seq - text, 11)?];
+        let weights = [tensor::<f32>(device, 21, &[dim])?, tensor::<f32>(device, 21, &[dim])?];
+        // What is copied: q and k of all tokens, and where their valid rows go.
+        let whole = Segment::new::<T>(device, problem, seq, 31)?;
+        let rows = meta.total_valid();
+        let packed = |heads| Tensor::zeros(device, T::DTYPE, &[rows, heads, dim]);
+        let mut packed = [packed(heads)?, packed(problem.kv_heads)?];
 
-    let calls = [
-        ("copy", None),
-        ("in place, interleaved", Some((RotaryPairing::Interleaved, true))),
-        ("in place, halves", Some((RotaryPairing::Halves, true))),
-        ("copied, interleaved", Some((RotaryPairing::Interleaved, false))),
-        ("copied, halves", Some((RotaryPairing::Halves, false))),
-    ];
-    let repeats = repeats_of(device);
-    let timed = in_turns(device, rounds, calls.len(), |row| {
-        (0..repeats).try_for_each(|_| match calls[row].1 {
-            None => whole.tensors.iter().zip(&mut packed).try_for_each(|(from, to)| pack_into(device, from, &meta, to)),
-            Some((pairing, in_place)) => {
-                let calls = segments.iter_mut().map(|segment| segment.call(&weights, pairing, in_place));
-                prepare_qk(device, calls, &meta)
-            }
-        })
-    })?;
-    writeln!(report.text, "\n{shape:?} {}, {rows} of {} tokens valid", T::DTYPE, batch * seq)?;
-    // Rows are read and written; a batch shares the tables.
-    let row_bytes = 2 * rows * (heads + problem.kv_heads) * dim * T::DTYPE.size();
-    let table_bytes = seq * dim * size_of::<f32>();
-    let mut of_copy = 0.0;
-    for ((row, call), ((), times)) in calls.iter().zip(timed) {
-        let median_ms = milliseconds(times.median / repeats);
-        let bytes = row_bytes + if call.is_some() { table_bytes } else { 0 };
-        let gigabytes_per_second = bytes as f64 / median_ms / 1e6;
-        if call.is_none() {
-            of_copy = gigabytes_per_second;
-        }
-        let share = gigabytes_per_second / of_copy;
-        writeln!(
-            report.text,
-            "  {row:<22} {median_ms:>9.3} ms   {gigabytes_per_second:>7.1} GB/s   {:>5.1} % of the copy's",
-            100.0 * share
-        )?;
-        report.json(&Record {
-            device: device.capabilities().to_string(),
-            workload: shape,
-            valid: rows,
-            row,
-            median_ms,
-            gigabytes_per_second,
-            share,
+        let calls = [
+            ("copy", None),
+            ("in place, interleaved", Some((RotaryPairing::Interleaved, true))),
+            ("in place, halves", Some((RotaryPairing::Halves, true))),
+            ("copied, interleaved", Some((RotaryPairing::Interleaved, false))),
+            ("copied, halves", Some((RotaryPairing::Halves, false))),
+        ];
+        let repeats = repeats_of(device);
+        let timed = in_turns(device, rounds, calls.len(), |row| {
+            (0..repeats).try_for_each(|_| match calls[row].1 {
+                None => {
+                    whole.tensors.iter().zip(&mut packed).try_for_each(|(from, to)| pack_into(device, from, &meta, to))
+                }
+                Some((pairing, in_place)) => {
+                    let calls = segments.iter_mut().map(|segment| segment.call(&weights, pairing, in_place));
+                    prepare_qk(device, calls, &meta)
+                }
+            })
         })?;
+        writeln!(report.text, "\n{shape:?} {}, {rows} of {} tokens valid", T::DTYPE, batch * seq)?;
+        // Rows are read and written; a batch shares the tables.
+        let row_bytes = 2 * rows * (heads + problem.kv_heads) * dim * T::DTYPE.size();
+        let table_bytes = seq * dim * size_of::<f32>();
+        let mut of_copy = 0.0;
+        for ((row, call), ((), times)) in calls.iter().zip(timed) {
+            let median_ms = milliseconds(times.median / repeats);
+            let bytes = row_bytes + if call.is_some() { table_bytes } else { 0 };
+            let gigabytes_per_second = bytes as f64 / median_ms / 1e6;
+            if call.is_none() {
+                of_copy = gigabytes_per_second;
+            }
+            let share = gigabytes_per_second / of_copy;
+            writeln!(
+                report.text,
+                "  {row:<22} {median_ms:>9.3} ms   {gigabytes_per_second:>7.1} GB/s   {:>5.1} % of the copy's",
+                100.0 * share
+            )?;
+            report.json(&Record {
+                device: device.capabilities().to_string(),
+                workload: shape,
+                valid: rows,
+                row,
+                median_ms,
+                gigabytes_per_second,
+                share,
+            })?;
+        }
+        Ok(())
     }
-    Ok(())
 }

@@ -10,9 +10,10 @@ use std::process::ExitCode;
 use anyhow::Result;
 use clap::Parser;
 use serde::Serialize;
-use varlen_fa::{AttentionMask, Device, Element, KeyMask, KeyRanges, MaskedAttention, VarlenMeta, bf16, f16};
+use varlen_fa::{AttentionMask, Device, Element, KeyMask, KeyRanges, MaskedAttention, VarlenMeta};
 
-use varlen_fa_harness::arguments::{ElementType, Problem, ProblemArguments, RoundArguments, workload_help};
+use varlen_fa_harness::arguments::{Problem, ProblemArguments, RoundArguments, workload_help};
+use varlen_fa_harness::comparison::{self, Comparison};
 use varlen_fa_harness::random::tensor;
 use varlen_fa_harness::report::{Report, exit_code};
 use varlen_fa_harness::times::{in_turns, milliseconds};
@@ -51,75 +52,63 @@ struct Record<'a> {
 }
 
 fn main() -> ExitCode {
-    exit_code(run(&Arguments::parse()))
+    let arguments = Arguments::parse();
+    exit_code(comparison::run(&arguments, &arguments.problem, &arguments.rounds, &DEFAULTS, SMOKE))
 }
 
-fn run(arguments: &Arguments) -> Result<()> {
-    let device = arguments.problem.open_device()?;
-    let (defaults, rounds) = arguments.rounds.of_run(&DEFAULTS, &[SMOKE]);
-    let mut report = Report::new(arguments.problem.json.as_deref())?;
-    writeln!(report.text, "{}, {rounds} rounds", device.capabilities())?;
-    for problem in arguments.problem.problems(&device, defaults)? {
-        match problem.element_type {
-            ElementType::F32 => time::<f32>(&device, &problem, arguments.window, rounds, &mut report)?,
-            ElementType::F16 => time::<f16>(&device, &problem, arguments.window, rounds, &mut report)?,
-            ElementType::Bf16 => time::<bf16>(&device, &problem, arguments.window, rounds, &mut report)?,
-        }
-    }
-    Ok(())
-}
-
-fn time<T: Element>(
-    device: &Device,
-    problem: &Problem,
-    window: usize,
-    rounds: usize,
-    report: &mut Report,
-) -> Result<()> {
-    let (shape, kv_shape) = (problem.shape(), problem.kv_shape());
-    let [batch, seq, heads, _] = shape;
-    let tensor = |seed, shape: [usize; 4]| tensor::<T>(device, seed, &shape);
-    let (q, k, v) = (tensor(1, shape)?, tensor(2, kv_shape)?, tensor(3, kv_shape)?);
-    let mut out = tensor(4, shape)?;
-    let mask = KeyMask::from_bool(batch, seq, &problem.workload.mask)?;
-    let meta = VarlenMeta::from_key_mask(&mask)?;
-    let size = [batch, seq, seq];
-    let rows = [
-        ("none", None),
-        ("causal", Some(KeyRanges::causal(size)?)),
-        ("window", Some(KeyRanges::window(size, Some(window), Some(window))?)),
-        ("causal window", Some(KeyRanges::window(size, Some(window), Some(0))?)),
-    ];
-    let attention = MaskedAttention::new(device);
-    let timed = in_turns(device, rounds, rows.len(), |row| {
-        let mask = AttentionMask::varlen(&meta);
-        let mask = rows[row].1.as_ref().map_or(mask, |ranges| mask.with_ranges(ranges));
-        attention.forward_into(&q, &k, &v, mask, &mut out)
-    })?;
-    writeln!(report.text, "\n{shape:?} {}, {} valid, window {window} on either side", T::DTYPE, meta.total_valid())?;
-    let full = milliseconds(timed[0].1.median);
-    let pairs = |ranges: Option<&KeyRanges>| -> f64 { pairs(&mask, ranges) as f64 * heads as f64 };
-    for ((name, ranges), (plan, times)) in rows.iter().zip(timed) {
-        let median_ms = milliseconds(times.median);
-        let (time_ratio, work_ratio) = (median_ms / full, pairs(ranges.as_ref()) / pairs(None));
+impl Comparison for Arguments {
+    fn time<T: Element>(&self, device: &Device, problem: &Problem, rounds: usize, report: &mut Report) -> Result<()> {
+        let window = self.window;
+        let (shape, kv_shape) = (problem.shape(), problem.kv_shape());
+        let [batch, seq, heads, _] = shape;
+        let tensor = |seed, shape: [usize; 4]| tensor::<T>(device, seed, &shape);
+        let (q, k, v) = (tensor(1, shape)?, tensor(2, kv_shape)?, tensor(3, kv_shape)?);
+        let mut out = tensor(4, shape)?;
+        let mask = KeyMask::from_bool(batch, seq, &problem.workload.mask)?;
+        let meta = VarlenMeta::from_key_mask(&mask)?;
+        let size = [batch, seq, seq];
+        let rows = [
+            ("none", None),
+            ("causal", Some(KeyRanges::causal(size)?)),
+            ("window", Some(KeyRanges::window(size, Some(window), Some(window))?)),
+            ("causal window", Some(KeyRanges::window(size, Some(window), Some(0))?)),
+        ];
+        let attention = MaskedAttention::new(device);
+        let timed = in_turns(device, rounds, rows.len(), |row| {
+            let mask = AttentionMask::varlen(&meta);
+            let mask = rows[row].1.as_ref().map_or(mask, |ranges| mask.with_ranges(ranges));
+            attention.forward_into(&q, &k, &v, mask, &mut out)
+        })?;
         writeln!(
             report.text,
-            "  {name:<14} {median_ms:>9.3} ms   {:>5.1} % of the time, {:>5.1} % of the pairs",
-            100.0 * time_ratio,
-            100.0 * work_ratio
+            "\n{shape:?} {}, {} valid, window {window} on either side",
+            T::DTYPE,
+            meta.total_valid()
         )?;
-        report.json(&Record {
-            device: device.capabilities().to_string(),
-            workload: shape,
-            valid: meta.total_valid(),
-            ranges: name,
-            plan: plan.to_string(),
-            median_ms,
-            time_ratio,
-            work_ratio,
-        })?;
+        let full = milliseconds(timed[0].1.median);
+        let pairs = |ranges: Option<&KeyRanges>| -> f64 { pairs(&mask, ranges) as f64 * heads as f64 };
+        for ((name, ranges), (plan, times)) in rows.iter().zip(timed) {
+            let median_ms = milliseconds(times.median);
+            let (time_ratio, work_ratio) = (median_ms / full, pairs(ranges.as_ref()) / pairs(None));
+            writeln!(
+                report.text,
+                "  {name:<14} {median_ms:>9.3} ms   {:>5.1} % of the time, {:>5.1} % of the pairs",
+                100.0 * time_ratio,
+                100.0 * work_ratio
+            )?;
+            report.json(&Record {
+                device: device.capabilities().to_string(),
+                workload: shape,
+                valid: meta.total_valid(),
+                ranges: name,
+                plan: plan.to_string(),
+                median_ms,
+                time_ratio,
+                work_ratio,
+            })?;
+        }
+        Ok(())
     }
-    Ok(())
 }
 
 /// Pairs of a valid query and a valid key that it sees.

@@ -11,9 +11,10 @@ use std::process::ExitCode;
 use anyhow::{Result, ensure};
 use clap::Parser;
 use serde::Serialize;
-use varlen_fa::{AttentionMask, Device, Element, KeyMask, MaskedAttention, Tensor, VarlenMeta, bf16, f16};
+use varlen_fa::{AttentionMask, Device, Element, KeyMask, MaskedAttention, Tensor, VarlenMeta};
 
-use varlen_fa_harness::arguments::{ElementType, Problem, ProblemArguments, RoundArguments, workload_help};
+use varlen_fa_harness::arguments::{Problem, ProblemArguments, RoundArguments, workload_help};
+use varlen_fa_harness::comparison::{self, Comparison};
 use varlen_fa_harness::random::tensor;
 use varlen_fa_harness::report::{Report, exit_code};
 use varlen_fa_harness::times::{in_turns, milliseconds, repeats_of};
@@ -48,81 +49,69 @@ struct Record<'a> {
 }
 
 fn main() -> ExitCode {
-    exit_code(run(&Arguments::parse()))
+    let arguments = Arguments::parse();
+    exit_code(comparison::run(&arguments, &arguments.problem, &arguments.rounds, &DEFAULTS, SMOKE))
 }
 
-fn run(arguments: &Arguments) -> Result<()> {
-    let device = arguments.problem.open_device()?;
-    let (defaults, rounds) = arguments.rounds.of_run(&DEFAULTS, &[SMOKE]);
-    let mut report = Report::new(arguments.problem.json.as_deref())?;
-    writeln!(report.text, "{}, {rounds} rounds", device.capabilities())?;
-    for problem in arguments.problem.problems(&device, defaults)? {
-        match problem.element_type {
-            ElementType::F32 => time::<f32>(&device, &problem, rounds, &mut report)?,
-            ElementType::F16 => time::<f16>(&device, &problem, rounds, &mut report)?,
-            ElementType::Bf16 => time::<bf16>(&device, &problem, rounds, &mut report)?,
-        }
-    }
-    Ok(())
-}
-
-fn time<T: Element>(device: &Device, problem: &Problem, rounds: usize, report: &mut Report) -> Result<()> {
-    let (shape, kv_shape) = (problem.shape(), problem.kv_shape());
-    let [batch, seq, ..] = shape;
-    let WorkloadKind::Joint { text, .. } = problem.workload.kind else {
-        anyhow::bail!("expected a joint workload: segments are a text and an image");
-    };
-    ensure!(text < seq, "expected an image");
-    let mask = KeyMask::from_bool(batch, seq, &problem.workload.mask)?;
-    let meta = VarlenMeta::from_key_mask(&mask)?;
-
-    let mut whole = tensors::<T>(device, shape, kv_shape, 1)?;
-    let part = |seq, seed| {
-        let ([batch, _, heads, dim], [.., kv_heads, _]) = (shape, kv_shape);
-        tensors::<T>(device, [batch, seq, heads, dim], [batch, seq, kv_heads, dim], seed)
-    };
-    let (mut first, mut second) = (part(text, 11)?, part(seq - text, 21)?);
-    let attention = MaskedAttention::new(device);
-    let names = ["concatenated", "segments"];
-    let repeats = repeats_of(device);
-    let timed = in_turns(device, rounds, names.len(), |row| {
-        let mask = AttentionMask::varlen(&meta);
-        let mut call = || {
-            if row == 0 {
-                let [q, k, v, out] = &mut whole;
-                return attention.forward_into(&*q, &*k, &*v, mask, out);
-            }
-            let ([q0, k0, v0, out0], [q1, k1, v1, out1]) = (&mut first, &mut second);
-            attention.forward_into([&*q0, &*q1], [&*k0, &*k1], [&*v0, &*v1], mask, [out0, out1])
+impl Comparison for Arguments {
+    fn time<T: Element>(&self, device: &Device, problem: &Problem, rounds: usize, report: &mut Report) -> Result<()> {
+        let (shape, kv_shape) = (problem.shape(), problem.kv_shape());
+        let [batch, seq, ..] = shape;
+        let WorkloadKind::Joint { text, .. } = problem.workload.kind else {
+            anyhow::bail!("expected a joint workload: segments are a text and an image");
         };
-        for _ in 1..repeats {
-            call()?;
-        }
-        call()
-    })?;
-    writeln!(
-        report.text,
-        "\n{shape:?} {}, text of {text} tokens, {} of {} tokens valid",
-        T::DTYPE,
-        meta.total_valid(),
-        batch * seq
-    )?;
-    let whole_ms = milliseconds(timed[0].1.median / repeats);
-    for (row, (plan, times)) in names.into_iter().zip(timed) {
-        let median_ms = milliseconds(times.median / repeats);
-        let time_ratio = median_ms / whole_ms;
-        writeln!(report.text, "  {row:<14} {median_ms:>9.3} ms   {time_ratio:>6.3} of the time   {plan}")?;
-        report.json(&Record {
-            device: device.capabilities().to_string(),
-            workload: shape,
-            valid: meta.total_valid(),
-            row,
-            plan: plan.to_string(),
-            median_ms,
-            time_ratio,
+        ensure!(text < seq, "expected an image");
+        let mask = KeyMask::from_bool(batch, seq, &problem.workload.mask)?;
+        let meta = VarlenMeta::from_key_mask(&mask)?;
+
+        let mut whole = tensors::<T>(device, shape, kv_shape, 1)?;
+        let part = |seq, seed| {
+            let ([batch, _, heads, dim], [.., kv_heads, _]) = (shape, kv_shape);
+            tensors::<T>(device, [batch, seq, heads, dim], [batch, seq, kv_heads, dim], seed)
+        };
+        let (mut first, mut second) = (part(text, 11)?, part(seq - text, 21)?);
+        let attention = MaskedAttention::new(device);
+        let names = ["concatenated", "segments"];
+        let repeats = repeats_of(device);
+        let timed = in_turns(device, rounds, names.len(), |row| {
+            let mask = AttentionMask::varlen(&meta);
+            let mut call = || {
+                if row == 0 {
+                    let [q, k, v, out] = &mut whole;
+                    return attention.forward_into(&*q, &*k, &*v, mask, out);
+                }
+                let ([q0, k0, v0, out0], [q1, k1, v1, out1]) = (&mut first, &mut second);
+                attention.forward_into([&*q0, &*q1], [&*k0, &*k1], [&*v0, &*v1], mask, [out0, out1])
+            };
+            for _ in 1..repeats {
+                call()?;
+            }
+            call()
         })?;
+        writeln!(
+            report.text,
+            "\n{shape:?} {}, text of {text} tokens, {} of {} tokens valid",
+            T::DTYPE,
+            meta.total_valid(),
+            batch * seq
+        )?;
+        let whole_ms = milliseconds(timed[0].1.median / repeats);
+        for (row, (plan, times)) in names.into_iter().zip(timed) {
+            let median_ms = milliseconds(times.median / repeats);
+            let time_ratio = median_ms / whole_ms;
+            writeln!(report.text, "  {row:<14} {median_ms:>9.3} ms   {time_ratio:>6.3} of the time   {plan}")?;
+            report.json(&Record {
+                device: device.capabilities().to_string(),
+                workload: shape,
+                valid: meta.total_valid(),
+                row,
+                plan: plan.to_string(),
+                median_ms,
+                time_ratio,
+            })?;
+        }
+        Ok(())
     }
-    Ok(())
 }
 
 /// q, k, v and the output.

@@ -3,6 +3,7 @@
 
 pub mod arguments;
 pub mod check;
+pub mod comparison;
 pub mod progress;
 pub mod random;
 pub mod record;

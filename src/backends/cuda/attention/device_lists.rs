@@ -176,7 +176,11 @@ mod tests {
                         assert!(masked <= places.row_masked_tiles);
                         assert!(lists.key_tiles.len() - masked <= places.row_key_tiles - places.row_masked_tiles);
                         let span_bytes = places.bytes - places.counts - size_of::<TileListCounts>() as u64;
-                        assert!(size_of_val(&*lists.zero_spans) as u64 <= span_bytes, "{seq}: {}", lists.zero_spans.len());
+                        assert!(
+                            size_of_val(&*lists.zero_spans) as u64 <= span_bytes,
+                            "{seq}: {}",
+                            lists.zero_spans.len()
+                        );
                     }
                 }
             }

@@ -54,7 +54,8 @@ pub fn attend(launcher: &Launcher, attention: Attention<'_>) -> Result<()> {
             return fused_segments(launcher, attention, run);
         }
         Rows::DeviceVarlen { query, key } if fuses_segments => {
-            let run = |tensors: Placement<'_>| by_tile_lists::fused_with_tables(launcher, attention, tensors, query, key);
+            let run =
+                |tensors: Placement<'_>| by_tile_lists::fused_with_tables(launcher, attention, tensors, query, key);
             return fused_segments(launcher, attention, run);
         }
         _ => {}
