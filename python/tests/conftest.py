@@ -1,4 +1,4 @@
-"""The oracle: attention in f64 by NumPy, after its definition."""
+"""What tests share: the oracle, attention in f64 by NumPy after its definition; tolerances; devices."""
 
 import numpy as np
 import pytest
@@ -26,6 +26,16 @@ def reference(q, k, v, keep=None, *, scale=None, bias=None, sees=None):
         lse = (np.log(total) + np.where(np.isfinite(peak), peak, 0.0))[..., 0]
     weights = weights / np.where(total > 0, total, 1.0)
     return np.einsum("bhqk,bkhd->bqhd", weights, v), np.where(total[..., 0] > 0, lse, -np.inf)
+
+
+def close(got, expected, of_largest=None):
+    """Whether tensors of PyTorch agree: how far each number may be off, of the largest one."""
+    import torch
+
+    if of_largest is None:
+        of_largest = {torch.float32: 2e-5, torch.float16: 6e-3, torch.bfloat16: 2e-2}[expected.dtype]
+    assert got.dtype == expected.dtype and got.shape == expected.shape and torch.isfinite(got).all()
+    assert expected.numel() == 0 or (got - expected).abs().max() <= of_largest * expected.abs().max()
 
 
 @pytest.fixture
