@@ -38,6 +38,37 @@ def close(got, expected, of_largest=None):
     assert expected.numel() == 0 or (got - expected).abs().max() <= of_largest * expected.abs().max()
 
 
+def padding(form, batch, seq):
+    """Which of [batch, seq] tokens are no padding, as a tensor of PyTorch."""
+    import torch
+
+    lengths = torch.tensor([(7 * row) % seq + 1 for row in range(1, batch + 1)])[:, None]
+    place = torch.arange(seq)
+    return {
+        "none": torch.ones(batch, seq, dtype=torch.bool),
+        "right": place < lengths,
+        "left": place >= seq - lengths,
+        "holes": (place + lengths) % 3 > 0,
+        # As text and image after one another, each with padding of its own.
+        "joint": (place < (lengths + 1) // 2) | ((place >= 12) & (place < 13 + lengths // 3)),
+    }[form]
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The calls that reach the operators of PyTorch, and what they say of masks."""
+    import varlen_fa.torch as operators
+
+    calls, attention = [], operators.attention
+
+    def counted(q, k, v, key_mask=None, bias=None, **options):
+        calls.append({"key_mask": key_mask, "bias": bias, **options})
+        return attention(q, k, v, key_mask, bias, **options)
+
+    monkeypatch.setattr(operators, "attention", counted)
+    return calls
+
+
 @pytest.fixture
 def rng():
     return np.random.default_rng(7)

@@ -19,7 +19,8 @@ KEEP = (np.arange(13) < [[4], [5]]) | (np.arange(13) >= [[7], [5]])
 def cut(x, lengths):
     """Copies, each with memory and strides of its own."""
     parts = np.split(x, np.cumsum(lengths)[:-1], axis=1)
-    return [np.ascontiguousarray(part.swapaxes(1, 2)).swapaxes(1, 2) if at % 2 else part.copy() for at, part in enumerate(parts)]
+    heads_first = lambda part: np.ascontiguousarray(part.swapaxes(1, 2)).swapaxes(1, 2)  # noqa: E731
+    return [heads_first(part) if at % 2 else part.copy() for at, part in enumerate(parts)]
 
 
 def kinds(rows):
@@ -73,7 +74,8 @@ def refusals(q, k, v):
         (fa.DTypeError, r"`segments\[0\]\.out`", lambda: fa.attention(q, k, v, out=[ok[0].astype(int), ok[1]])),
         (fa.LayoutError, r"`segments\[1\]\.v`", lambda: fa.attention(q, k, [a, b[..., ::-1]])),
         (fa.LayoutError, r"`segments\[1\]\.out`.*`q`", lambda: fa.attention(q, k, v, out=[ok[0], b])),
-        (fa.LayoutError, r"segments\[0\]\.out.*segments\[1\]\.out", lambda: fa.attention(q, k, v, out=[whole[:, :5], whole[:, 5:]])),
+        (fa.LayoutError, r"segments\[0\]\.out.*segments\[1\]\.out", lambda: fa.attention(
+            q, k, v, out=[whole[:, :5], whole[:, 5:]])),
         (TypeError, r"`segments\[1\]\.q`", lambda: fa.attention([a, "b"], k, v)),
         (TypeError, r"`segments\[0\]\.k`", lambda: fa.attention(q, [1.0, 2.0], v)),
         (fa.ShapeError, "`out`: expected one tensor, got 2", lambda: fa.varlen_attention(
