@@ -21,7 +21,7 @@ class Watched:
     """What was done for the masks of calls."""
 
     def __init__(self):
-        self.read, self.built, self.captured = 0, 0, False
+        self.read, self.built, self.captured, self.stream = 0, 0, False, 0
 
     def told(self):
         told, self.read, self.built = (self.read, self.built), 0, 0
@@ -31,24 +31,30 @@ class Watched:
 @pytest.fixture
 def gpu(monkeypatch):
     watched = Watched()
-    of_host, built = _metadata.of_host, _metadata._built_by_gpu
+    of_host, built, device_meta = _metadata.of_host, _metadata._built_by_gpu, fa.DeviceMeta
 
     def reads(mask):
         watched.read += 1
         return of_host(mask)
 
-    def builds(mask, role):
-        watched.built += role == "keys"
-        return built(mask, role)
+    def builds(mask):
+        watched.built += 1
+        return built(mask)
+
+    class Room:
+        """Metadata in a GPU's memory, which none can be made of during a capture."""
+
+        def __new__(cls, *arguments):
+            assert not watched.captured
+            return device_meta(*arguments)
 
     monkeypatch.setattr(_metadata, "of_host", reads)
     monkeypatch.setattr(_metadata, "_built_by_gpu", builds)
     monkeypatch.setattr(_metadata, "_is_on_gpu", lambda mask: True)
     monkeypatch.setattr(_metadata, "_is_captured", lambda: watched.captured)
-    monkeypatch.setattr(_metadata, "_stream", lambda device: 0)
-    monkeypatch.setattr(_metadata, "_synchronize", lambda device: None)
+    monkeypatch.setattr(_metadata, "_stream", lambda device: watched.stream)
     monkeypatch.setattr(_metadata, "_device_metas", {})
-    monkeypatch.setattr(_metadata, "_whole_metas", {})
+    monkeypatch.setattr(fa, "DeviceMeta", Room)
     return watched
 
 
@@ -131,6 +137,18 @@ def test_captured_graphs_follow_the_mask(qkv, gpu):
     close(fat.attention(*qkv, keep, causal=True, window=(5, 5)), fat.attention(*qkv, keep, causal=True))
     gpu.captured = True
     fat.attention(*qkv, keep, causal=True)
+
+
+def test_streams_have_rooms_of_their_own(qkv, gpu):
+    keep = mask()
+    for gpu.stream in (0, 1):
+        right(qkv, keep)
+        right(qkv, keep, read_mask="first")
+    kept = {(role, stream) for role, _device, stream, _size in _metadata._device_metas}
+    assert kept == {(role, stream) for role in ("keys", "queries") for stream in (0, 1)}
+    gpu.stream, gpu.captured = 2, True
+    with pytest.raises(AssertionError):
+        fat.attention(*qkv, keep)
 
 
 def test_what_is_read_only_where_it_must_be(qkv, gpu):

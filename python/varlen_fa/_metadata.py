@@ -42,7 +42,7 @@ class ByContent:
 
 
 _metas, _read, _seen = ByContent(32), ByTensor(), ByTensor()
-_device_metas, _whole_metas = {}, {}
+_device_metas = {}
 
 
 def of_host(mask):
@@ -66,10 +66,16 @@ def of_keys(masks, lengths, queries, *, zero_masked, host_needed, reading):
     given = masks if len(masks) == 1 else tuple(mask for mask in masks if mask is not None)
     if not _is_on_gpu(given[0]):
         meta = of_host(_concatenated(masks, queries[0], lengths))
-    elif host_needed or _is_read(given, lengths, reading):
+    elif host_needed:
         meta = _read_by_host(masks, given, queries[0], lengths, reading)
+    elif _is_read(given, lengths, reading):
+        meta = _read_by_host(masks, given, queries[0], lengths, reading)
+        # A graph that is captured after this call, which warms up for it, can make none.
+        _room("keys", (queries[0], sum(lengths)), given[0].device)
+        if not zero_masked:
+            _every_query(*queries)
     else:
-        meta = _built_by_gpu(_concatenated(masks, queries[0], lengths), "keys")
+        meta = _built_by_gpu(_concatenated(masks, queries[0], lengths))
         # Its queries are computed like any other unless they are to be zeros.
         return None, meta if zero_masked else (_every_query(*queries), meta)
     return (None, meta) if zero_masked else (meta.key_mask, None)
@@ -114,31 +120,29 @@ def _read_by_host(masks, given, batch, lengths, reading):
     return _read.get(given, make, (lengths, tuple(mask is None for mask in masks)))
 
 
-def _built_by_gpu(mask, role):
-    """Metadata of a mask on a GPU, of queries or of keys. There is one of each size and stream: later
-    calls on the stream build it anew, and a captured graph may use it for as long as it lives."""
-    key = (mask.device, _stream(mask.device), tuple(mask.shape), role)
-    meta = _device_metas.get(key)
-    if meta is None:
-        meta = _device_metas.setdefault(key, _fa.DeviceMeta(_fa.Device.of(mask), *mask.shape))
+def _built_by_gpu(mask):
+    """Metadata of the keys of a mask on a GPU."""
+    meta = _room("keys", tuple(mask.shape), mask.device)
     meta.rebuild(mask)
     return meta
 
 
 def _every_query(batch, seq, device):
-    """Metadata that keeps every query. It never changes: made once, but again in each captured graph until a
-    call outside of one has made it."""
-    key = (device, batch, seq)
-    meta = _whole_metas.get(key)
+    """Metadata on a GPU that keeps every query."""
+    return _room("queries", (batch, seq), device)
+
+
+def _room(role, size, device):
+    """Metadata in a GPU's memory, of keys or of queries; at first it keeps all. There is one of each size and
+    stream: later calls on the stream build that of keys anew. A captured graph may use it for as long as it
+    lives, but cannot make it: call once on the stream before."""
+    key = (role, device, _stream(device), size)
+    meta = _device_metas.get(key)
     if meta is None:
-        every = torch.ones((batch, seq), dtype=torch.bool, device=device)
-        if _is_captured():
-            return _built_by_gpu(every, "queries")
-        meta = _fa.DeviceMeta(_fa.Device.of(every), *every.shape)
+        every = torch.ones(size, dtype=torch.bool, device=device)
+        meta = _fa.DeviceMeta(_fa.Device.of(every), *size)
         meta.rebuild(every)
-        # Other streams may use it next.
-        _synchronize(device)
-        meta = _whole_metas.setdefault(key, meta)
+        meta = _device_metas.setdefault(key, meta)
     return meta
 
 
@@ -155,7 +159,3 @@ def _is_captured():
 
 def _stream(device):
     return torch.cuda.current_stream(device).cuda_stream
-
-
-def _synchronize(device):
-    torch.cuda.current_stream(device).synchronize()
