@@ -298,26 +298,51 @@ def test_numpy_and_torch_agree(qkv, device):
     np.testing.assert_array_equal(fa.attention(q.numpy(), k.numpy(), v.numpy()), fa.attention(q, k, v).numpy())
 
 
-def test_a_captured_graph_follows_the_mask(qkv, keep, device):
+@pytest.mark.parametrize("segments", [False, True])
+@pytest.mark.parametrize("read_mask", ["needed", "second", "first"])
+def test_a_captured_graph_follows_the_mask(qkv, keep, device, read_mask, segments):
     if device != "cuda":
         pytest.skip("graphs are captured on a CUDA device")
     q, k, v = (x.to(torch.bfloat16).transpose(1, 2) for x in qkv)
     mask, stream = keep.clone(), torch.cuda.Stream()
+    options = {"zero_masked": True, "read_mask": read_mask}
     with torch.no_grad(), torch.cuda.stream(stream):
-        call = lambda: fat.attention(q, k, v, mask, zero_masked=True)  # noqa: E731
-        call()
+        if segments:
+            parts = [[x[:, :5].clone(), x[:, 5:].clone()] for x in (q, k, v)]
+            out = [torch.empty_like(x) for x in parts[0]]
+            call = lambda: fat.attention(*parts, mask, out=out, **options)  # noqa: E731
+        else:
+            call = lambda: [fat.attention(q, k, v, mask, **options)]  # noqa: E731
+        for _ in range(2):
+            call()
         stream.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=stream):
             out = call()
         for other in (keep, ~keep, torch.ones_like(keep), torch.zeros_like(keep), keep):
             mask.copy_(other)
-            out.fill_(float("nan"))
+            for part in out:
+                part.fill_(float("nan"))
             graph.replay()
             stream.synchronize()
             expected = sdpa(*(x.to(torch.bfloat16).float() for x in qkv), attn_mask=other[:, None, None])
-            close(out[other], expected.transpose(1, 2)[other], 2e-2)
-            assert (out[~other] == 0).all()
+            got = torch.cat(out, dim=1)
+            close(got[other], expected.transpose(1, 2)[other], 2e-2)
+            assert (got[~other] == 0).all()
+            # Outside of the graph too.
+            eager = torch.cat(list(call()), dim=1)
+            close(eager[other], expected.transpose(1, 2)[other], 2e-2)
+            assert (eager[~other] == 0).all()
+
+
+def test_segments_stay_where_they_lie(qkv, keep, device):
+    if device != "cuda" or "sm90" not in fa.Device.of(qkv[0]).kernels:
+        pytest.skip("sm90 takes segments where they lie")
+    parts = [[x.transpose(1, 2)[:, :5].clone(), x.transpose(1, 2)[:, 5:].clone()] for x in qkv]
+    plan = fa.plan(*parts, meta=fa.Meta(keep.cpu()))
+    assert (plan.path, plan.kernel, plan.copies_segments) == ("fused", "sm90", False)
+    every = fa.plan(*parts, meta=fa.Meta(fa.KeyMask.all(2, 13)))
+    assert (every.path, every.copies_segments) == ("fused", False)
 
 
 def test_calls_follow_the_current_stream(qkv, keep, device):

@@ -26,18 +26,19 @@ __all__ = ["QwenImageAttnProcessor", "register"]
 NAME = "varlen_fa"
 
 
-def register(*, zero_masked=False):
+def register(*, zero_masked=False, read_mask="second"):
     """Makes "varlen_fa" an attention backend that `model.set_attention_backend` and
     `diffusers.attention_backend` take. A second call replaces the first.
 
     `zero_masked`: where a boolean mask [B, S] or [B, 1, 1, S] says which of S keys count and there are
     S queries, the queries that it drops are zeros, and cost nothing. Only for models whose attention
     with such masks is self-attention: the dispatcher does not tell it from cross-attention. Otherwise
-    they are computed like any other, as the native backend does."""
+    they are computed like any other, as the native backend does. `read_mask`: when the host reads a mask
+    on a GPU, as in `varlen_fa.torch.attention`."""
     of_backend = _dispatch._AttentionBackendRegistry.register(
         _backend_name(), constraints=[_dispatch._check_device, _dispatch._check_shape]
     )
-    of_backend(functools.partial(_attention, zero_masked=zero_masked))
+    of_backend(functools.partial(_attention, zero_masked=zero_masked, read_mask=read_mask))
 
 
 def _backend_name():
@@ -57,7 +58,7 @@ def _backend_name():
 
 def _attention(
     query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False, return_lse=False,
-    _parallel_config=None, *, zero_masked=False,
+    _parallel_config=None, *, zero_masked=False, read_mask="second",
 ):  # fmt: skip
     """Of query [B, Sq, H, D], key and value [B, Sk, Hkv, D]: out [B, Sq, H, D], with `return_lse` also the
     log-sum-exp [B, Sq, H]."""
@@ -72,7 +73,7 @@ def _attention(
         try:
             made = _operators.attention(
                 query, key, value, key_mask, bias, zero_masked=zero_masked and query.shape[1] == key.shape[1],
-                scale=scale, causal=is_causal, return_lse=return_lse, read_mask="second",
+                scale=scale, causal=is_causal, return_lse=return_lse, read_mask=read_mask,
             )  # fmt: skip
             return (made[0], made[1].transpose(1, 2)) if return_lse else made
         except NO_KERNEL as error:
@@ -87,9 +88,14 @@ class QwenImageAttnProcessor(QwenDoubleStreamAttnProcessor2_0):
     """Attention of `QwenImageTransformer2DModel`: `model.set_attn_processor(QwenImageAttnProcessor())`.
 
     Norm and rotation of q and k of text and image are one call, in place, and attention takes and writes
-    text and image where they lie: nothing is concatenated or split. The rows of masked text are zeros. A
-    mask on a GPU is read by the host once. What varlen_fa does not compute goes to diffusers' own
-    processor. In a compiled model the processor is outside of the graph."""
+    text and image where they lie: nothing is concatenated or split. The rows of masked text are zeros.
+    `read_mask`: when the host reads the text's mask on a GPU, as in `varlen_fa.torch.attention`. What
+    varlen_fa does not compute goes to diffusers' own processor. In a compiled model the processor is
+    outside of the graph."""
+
+    def __init__(self, *, read_mask="first"):
+        super().__init__()
+        self._read_mask = read_mask
 
     @torch.compiler.disable
     def __call__(
@@ -141,8 +147,9 @@ class QwenImageAttnProcessor(QwenDoubleStreamAttnProcessor2_0):
         q, k, v = zip(of_text, of_image)
         out = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in q]
         _operators.attention(
-            q, k, v, None if text_mask is None else [text_mask, None], zero_masked=True, out=out, read_mask="first"
-        )
+            q, k, v, None if text_mask is None else [text_mask, None], zero_masked=True, out=out,
+            read_mask=self._read_mask,
+        )  # fmt: skip
         return [x.flatten(2) for x in out]
 
 
