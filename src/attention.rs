@@ -26,6 +26,13 @@ pub struct Attended {
     pub lse: Option<Tensor>,
 }
 
+/// Outputs that a call makes.
+struct FutureOutputs {
+    shape: Vec<usize>,
+    dtype: DType,
+    lse_shape: Option<[usize; 3]>,
+}
+
 /// Scaled dot-product attention over padded batches.
 ///
 /// Tensors are `[B, S, H, D]` views of any strides with the last dimension contiguous. `q` has H heads, `k` and `v` have Hkv,
@@ -120,20 +127,58 @@ impl MaskedAttention {
         mask: AttentionMask<'_>,
     ) -> Result<Attended> {
         let inputs = [q.into(), k.into(), v.into()];
-        let (shape, dtype) = inputs[0].joint("q")?;
-        // Checked against outputs that have yet to be made, so that a call that does not fit allocates nothing.
-        let out_info = Segmented::One(self.future_output(dtype, &shape)?);
-        let lse_shape = match (self.return_lse, &shape[..]) {
-            (true, &[batch, seq, heads, _]) => Some([batch, heads, seq]),
-            _ => None,
-        };
-        let lse_info = lse_shape.map(|shape| self.future_output(DType::F32, &shape)).transpose()?;
-        let (problem, plan, mask) = self.prepare(&inputs, mask, (&out_info, lse_info.as_ref()))?;
-        let mut out = Tensor::uninit(&self.device, dtype, &shape)?;
+        // Checked first, so that a call that does not fit allocates nothing.
+        let (future, (problem, plan, mask)) = self.prepare_future(&inputs, mask)?;
+        let mut out = Tensor::uninit(&self.device, future.dtype, &future.shape)?;
+        let lse_shape = future.lse_shape;
         let mut lse = lse_shape.map(|shape| Tensor::uninit(&self.device, DType::F32, &shape)).transpose()?;
         let outputs = AttentionOutputs { out: (&mut out).into(), lse: lse.as_mut().map(Tensor::view_mut) };
         self.launch(problem, plan, inputs, mask, outputs, |op| self.device.backend()?.execute(op))?;
         Ok(Attended { out, plan, lse })
+    }
+
+    /// What [`forward`](Self::forward) would run with these arguments, and why. Everything is checked; nothing is launched, and no
+    /// memory of the device is taken.
+    ///
+    /// ```
+    /// use varlen_fa::{AttentionMask, DType, Device, DeviceChoice, KeyMask, MaskedAttention, Path, Tensor, VarlenMeta};
+    ///
+    /// let device = Device::new(DeviceChoice::Cpu)?;
+    /// let x = Tensor::zeros(&device, DType::F32, &[2, 5, 4, 8])?;
+    /// let meta = VarlenMeta::from_key_mask(&KeyMask::from_lengths(5, &[5, 2])?)?;
+    /// let plan = MaskedAttention::new(&device).plan(&x, &x, &x, AttentionMask::varlen(&meta))?;
+    /// assert_eq!(plan.path, Path::Fused);
+    /// # Ok::<(), varlen_fa::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// As [`forward`](Self::forward), but for the device's own.
+    pub fn plan<'a>(
+        &self,
+        q: impl Into<Segments<'a>>,
+        k: impl Into<Segments<'a>>,
+        v: impl Into<Segments<'a>>,
+        mask: AttentionMask<'_>,
+    ) -> Result<Plan> {
+        let (_, (_, plan, _)) = self.prepare_future(&[q.into(), k.into(), v.into()], mask)?;
+        Ok(plan)
+    }
+
+    /// Checks and plans a call whose outputs have yet to be made.
+    fn prepare_future<'m>(
+        &self,
+        inputs: &[Segments<'_>; 3],
+        mask: AttentionMask<'m>,
+    ) -> Result<(FutureOutputs, (AttentionProblem, Plan, ResolvedMask<'m>))> {
+        let (shape, dtype) = inputs[0].joint("q")?;
+        let out = Segmented::One(self.future_output(dtype, &shape)?);
+        let lse_shape = match (self.return_lse, &shape[..]) {
+            (true, &[batch, seq, heads, _]) => Some([batch, heads, seq]),
+            _ => None,
+        };
+        let lse = lse_shape.map(|shape| self.future_output(DType::F32, &shape)).transpose()?;
+        let prepared = self.prepare(inputs, mask, (&out, lse.as_ref()))?;
+        Ok((FutureOutputs { shape: shape.into_owned(), dtype, lse_shape }, prepared))
     }
 
     /// An output of this device that has yet to be made.

@@ -1,6 +1,7 @@
 """Milliseconds of a step of diffusers' own Qwen-Image transformer with random weights, by its own SDPA,
-by the attention backend "varlen_fa" (one line changed), and by the processor for joint layers, in
-turns on one GPU in bf16; eager, and with --compile under torch.compile.
+by the attention backend "varlen_fa" (one line changed), and by the processor for joint layers, once
+with metadata that the GPU builds in each layer and once with a mask that the host has read, in turns
+on one GPU in bf16; eager, and with --compile under torch.compile.
 
     pip install diffusers
     python python/benches/qwen_image.py [--layers N] [--size PIXELS] [--compile] [--json FILE]
@@ -17,6 +18,7 @@ import time
 import torch
 from diffusers import QwenImageTransformer2DModel
 
+import varlen_fa
 import varlen_fa.diffusers
 
 TEXT = 512
@@ -46,6 +48,15 @@ def inputs(batch, side, device, dtype, width):
     }
 
 
+def plan(given, config):
+    """What attention of a layer is, with the mask that the host has read."""
+    image, mask = given["hidden_states"], given["encoder_hidden_states_mask"]
+    heads = (config.num_attention_heads, config.attention_head_dim)
+    rows = [image.new_empty(image.shape[0], seq, *heads) for seq in (mask.shape[1], image.shape[1])]
+    keep = torch.cat([mask.cpu(), torch.ones(image.shape[:2], dtype=torch.bool)], dim=1)
+    return varlen_fa.plan(rows, rows, rows, meta=varlen_fa.Meta(keep))
+
+
 def main():
     options = arguments()
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -60,14 +71,17 @@ def main():
     torch.set_default_dtype(torch.float32)
     varlen_fa.diffusers.register()
     own = dict(model.attn_processors)
-    joint = varlen_fa.diffusers.QwenImageAttnProcessor()
+    joint = {
+        "joint": varlen_fa.diffusers.QwenImageAttnProcessor(),
+        "joint, mask not read": varlen_fa.diffusers.QwenImageAttnProcessor(read_mask="needed"),
+    }
 
     def choose(way):
-        model.set_attn_processor(joint if way == "joint" else dict(own))
-        if way != "joint":
+        model.set_attn_processor(joint.get(way) or dict(own))
+        if way not in joint:
             model.set_attention_backend("varlen_fa" if way == "backend" else "native")
 
-    ways = ("SDPA", "backend", "joint")
+    ways = ("SDPA", "backend", *joint)
     call = torch.compile(model) if options.compile else model
     kind = "compiled" if options.compile else "eager"
     name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
@@ -87,15 +101,19 @@ def main():
                         torch.cuda.synchronize()
                     if round_ >= 2:
                         times[way].append(time.perf_counter() - started)
+        print(f"batch {batch}  a joint layer: {plan(given, model.config)}")
         base = statistics.median(times["SDPA"])
         for way in ways:
             median = statistics.median(times[way])
             apart = (made[way] - made["SDPA"]).float().norm() / made["SDPA"].float().norm()
-            print(f"batch {batch}  {way:8} {1e3 * median:9.2f} ms  {100 * (median / base - 1):+6.1f} %  apart {apart:.1e}", flush=True)
+            more = 100 * (median / base - 1)
+            print(f"batch {batch}  {way:20} {1e3 * median:9.2f} ms  {more:+6.1f} %  apart {apart:.1e}", flush=True)
             if options.json:
                 with open(options.json, "a", encoding="utf-8") as file:
-                    line = {"gpu": name, "kind": kind, "layers": options.layers, "size": options.size, "batch": batch,
-                            "way": way, "median_ms": 1e3 * median, "of_sdpa": median / base, "apart": float(apart)}  # fmt: skip
+                    line = {
+                        "gpu": name, "kind": kind, "layers": options.layers, "size": options.size, "batch": batch,
+                        "way": way, "median_ms": 1e3 * median, "of_sdpa": median / base, "apart": float(apart),
+                    }  # fmt: skip
                     file.write(json.dumps(line) + "\n")
 
 

@@ -1,6 +1,7 @@
-//! Tensors of the caller: where their elements lie, by DLPack or NumPy's array interface, and new
-//! ones of the same kind.
+//! Tensors of the caller: where their elements lie, by DLPack, NumPy's array interface or its
+//! counterpart for CUDA memory, and new ones of the same kind.
 
+use std::borrow::Cow;
 use std::ptr;
 
 use pyo3::exceptions::{PyBufferError, PyTypeError};
@@ -79,7 +80,8 @@ impl ElementType {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Place {
     Host,
-    Cuda(usize),
+    /// Of the GPU of this number, where the tensor's package says which.
+    Cuda(Option<usize>),
 }
 
 /// Who made a tensor, so that results are made alike.
@@ -130,7 +132,7 @@ enum Owner {
 /// A tensor of the caller. Its memory stays valid until this is dropped.
 #[derive(Debug)]
 pub(crate) struct Array {
-    name: String,
+    name: Cow<'static, str>,
     data: *mut u8,
     element: ElementType,
     layout: Layout,
@@ -143,7 +145,8 @@ pub(crate) struct Array {
 
 impl Array {
     /// The tensor that an object is; `name` is the argument's, for messages.
-    pub fn new(name: &str, object: &Bound<'_, PyAny>) -> PyResult<Self> {
+    pub fn new(name: impl Into<Cow<'static, str>>, object: &Bound<'_, PyAny>) -> PyResult<Self> {
+        let name = name.into();
         let family = Family::of(object);
         if family == Family::Torch {
             return Self::of_torch(name, object);
@@ -152,21 +155,22 @@ impl Array {
     }
 
     /// The tensor, or none for an object that is not there.
-    pub fn optional(name: &str, object: Option<&Bound<'_, PyAny>>) -> PyResult<Option<Self>> {
+    pub fn optional(name: &'static str, object: Option<&Bound<'_, PyAny>>) -> PyResult<Option<Self>> {
         object.map(|object| Self::new(name, object)).transpose()
     }
 
-    fn of_torch(name: &str, object: &Bound<'_, PyAny>) -> PyResult<Self> {
+    fn of_torch(name: Cow<'static, str>, object: &Bound<'_, PyAny>) -> PyResult<Self> {
         static TENSOR: PyOnceLock<Py<PyType>> = PyOnceLock::new();
         static EXCHANGE: PyOnceLock<Option<Exchange>> = PyOnceLock::new();
         let py = object.py();
         if object.getattr(intern!(py, "requires_grad"))?.is_truthy()? {
-            return Self::of_torch(name, &without_gradient(name, object)?);
+            let detached = without_gradient(&name, object)?;
+            return Self::of_torch(name, &detached);
         }
         // Its memory holds the numbers with the other sign.
         if object.call_method0(intern!(py, "is_neg"))?.is_truthy()? {
             return Err(Cause::Layout.argument(
-                name,
+                &name,
                 "a tensor without the negative bit (`resolve_neg()`)",
                 "one with it",
             ));
@@ -180,145 +184,167 @@ impl Array {
             None => Self::of_dlpack(name, object, Family::Torch),
             Some(exchange) => match exchange.take(object) {
                 Ok(taken) => Self::of_taken(name, taken),
-                Err(error) => Err(refused(py, name, error)),
+                Err(error) => Err(refused(py, &name, error)),
             },
         }
     }
 
-    fn of_dlpack(name: &str, object: &Bound<'_, PyAny>, family: Family) -> PyResult<Self> {
+    fn of_dlpack(name: Cow<'static, str>, object: &Bound<'_, PyAny>, family: Family) -> PyResult<Self> {
         let py = object.py();
-        let interface = intern!(py, "__array_interface__");
         let capsule = match capsule_of(object, family) {
             Ok(Some(capsule)) => capsule,
-            Ok(None) if object.hasattr(interface)? => return Self::of_array_interface(name, object),
             Ok(None) => {
-                let expected = "a tensor (an object with __dlpack__ or __array_interface__)";
-                return Err(PyTypeError::new_err(format!("`{name}`: expected {expected}, got {}", type_name(object))));
+                return Self::of_interfaces(&name, object)?.ok_or_else(|| {
+                    let expected =
+                        "a tensor (an object with __dlpack__, __array_interface__ or __cuda_array_interface__)";
+                    PyTypeError::new_err(format!("`{name}`: expected {expected}, got {}", type_name(object)))
+                });
             }
             // NumPy offers neither bf16 nor, in old versions, what is read-only.
-            Err(error) if error.is_instance_of::<PyBufferError>(py) && object.hasattr(interface)? => {
-                return Self::of_array_interface(name, object);
+            Err(error) if error.is_instance_of::<PyBufferError>(py) => {
+                return Self::of_interfaces(&name, object)?.ok_or_else(|| refused(py, &name, error));
             }
-            Err(error) => return Err(refused(py, name, error)),
+            Err(error) => return Err(refused(py, &name, error)),
         };
         let taken = Taken::from_capsule(&capsule)
-            .map_err(|got| Cause::Layout.argument(name, "a capsule of DLPack 1 from its __dlpack__", got))?;
+            .map_err(|got| Cause::Layout.argument(&name, "a capsule of DLPack 1 from its __dlpack__", got))?;
         Self::of_taken(name, taken)
     }
 
-    fn of_taken(name: &str, taken: Taken) -> PyResult<Self> {
+    fn of_taken(name: Cow<'static, str>, taken: Taken) -> PyResult<Self> {
         let tensor = taken.tensor();
         let place = match tensor.device_type {
             device_type::CPU | device_type::CUDA_HOST => Place::Host,
-            device_type::CUDA | device_type::CUDA_MANAGED => {
-                Place::Cuda(usize::try_from(tensor.device_id).unwrap_or(0))
-            }
+            device_type::CUDA | device_type::CUDA_MANAGED => Place::Cuda(usize::try_from(tensor.device_id).ok()),
             other => {
                 let got = format!("memory of DLPack's device type {other}");
-                return Err(Cause::DeviceMismatch.argument(name, "host memory or CUDA memory", got));
+                return Err(Cause::DeviceMismatch.argument(&name, "host memory or CUDA memory", got));
             }
         };
         let element = ElementType::of(tensor.dtype).ok_or_else(|| {
             let DataType { code, bits, lanes } = tensor.dtype;
             let got = format!("DLPack's type code {code} of {bits} bits in {lanes} lanes");
-            Cause::DType.argument(name, "floating-point numbers, booleans or integers", got)
+            Cause::DType.argument(&name, "floating-point numbers, booleans or integers", got)
         })?;
-        let rank = rank(name, usize::try_from(tensor.rank).unwrap_or(0))?;
+        let rank = rank(&name, usize::try_from(tensor.rank).unwrap_or(0))?;
         let (mut shape, mut strides) = ([0_i64; MAX_RANK], [0_i64; MAX_RANK]);
         // SAFETY: by DLPack, as many sizes as there are dimensions.
         shape[..rank].copy_from_slice(unsafe { std::slice::from_raw_parts(tensor.shape, rank) });
-        if tensor.strides.is_null() {
-            let mut step = 1_i64;
-            for dim in (0..rank).rev() {
-                strides[dim] = step;
-                step = step.saturating_mul(shape[dim].max(1));
-            }
-        } else {
+        let has_strides = !tensor.strides.is_null();
+        if has_strides {
             // SAFETY: as above.
             strides[..rank].copy_from_slice(unsafe { std::slice::from_raw_parts(tensor.strides, rank) });
         }
+        let strides = has_strides.then_some(&strides[..rank]);
         let offset = usize::try_from(tensor.byte_offset).unwrap_or(usize::MAX);
         let data = tensor.data.cast::<u8>().wrapping_add(offset);
         let read_only = taken.is_read_only();
         let described = (data, element, place, read_only);
-        Self::describe(name, described, (&shape[..rank], &strides[..rank]), Owner::Taken(taken))
+        Self::describe(name, described, (&shape[..rank], strides), Owner::Taken(taken))
     }
 
-    fn of_array_interface(name: &str, object: &Bound<'_, PyAny>) -> PyResult<Self> {
+    /// By NumPy's array interface or that for CUDA memory; none of an object that has neither.
+    fn of_interfaces(name: &Cow<'static, str>, object: &Bound<'_, PyAny>) -> PyResult<Option<Self>> {
         let py = object.py();
-        let interface = object.getattr(intern!(py, "__array_interface__"))?;
+        // The latter does not say which GPU it is, and its stream is not waited for: as with DLPack,
+        // the caller says on which stream the work goes.
+        let interfaces = [
+            (intern!(py, "__array_interface__"), Place::Host),
+            (intern!(py, "__cuda_array_interface__"), Place::Cuda(None)),
+        ];
+        for (attribute, place) in interfaces {
+            if let Some(interface) = object.getattr_opt(attribute)? {
+                return Self::of_interface(name.clone(), object, (&interface, place)).map(Some);
+            }
+        }
+        Ok(None)
+    }
+
+    fn of_interface(
+        name: Cow<'static, str>,
+        object: &Bound<'_, PyAny>,
+        (interface, place): (&Bound<'_, PyAny>, Place),
+    ) -> PyResult<Self> {
         let (address, read_only): (usize, bool) = interface.get_item("data")?.extract()?;
         let typestr: String = interface.get_item("typestr")?.extract()?;
         let type_name = object.getattr("dtype").and_then(|dtype| dtype.getattr("name")?.extract::<String>());
         let type_name = type_name.unwrap_or_default();
         let element = ElementType::of_numpy(&typestr, &type_name).ok_or_else(|| {
             let got = format!("{typestr} {type_name}");
-            Cause::DType.argument(name, "floating-point numbers, booleans or integers", got.trim())
+            Cause::DType.argument(&name, "floating-point numbers, booleans or integers", got.trim())
         })?;
         let shape: Vec<i64> = interface.get_item("shape")?.extract()?;
-        let rank = rank(name, shape.len())?;
-        let mut strides = [0_i64; MAX_RANK];
-        match interface.call_method1("get", ("strides",))?.extract::<Option<Vec<i64>>>()? {
-            Some(of_bytes) => {
-                let size = element.size() as i64;
-                for (stride, bytes) in strides.iter_mut().zip(of_bytes) {
-                    if bytes % size != 0 {
-                        let expected = format!("strides of whole elements of {size} bytes");
-                        return Err(Cause::Layout.argument(name, expected, format!("{bytes} bytes")));
-                    }
-                    *stride = bytes / size;
-                }
+        rank(&name, shape.len())?;
+        let size = element.size() as i64;
+        let elements = |bytes: i64| match bytes % size {
+            0 => Ok(bytes / size),
+            _ => {
+                let expected = format!("strides of whole elements of {size} bytes");
+                Err(Cause::Layout.argument(&name, expected, format!("{bytes} bytes")))
             }
-            None => {
-                let mut step = 1_i64;
-                for dim in (0..rank).rev() {
-                    strides[dim] = step;
-                    step = step.saturating_mul(shape[dim].max(1));
-                }
+        };
+        let strides: Option<Vec<i64>> = match interface.call_method1("get", ("strides",))?.extract()? {
+            Some(strides) if Vec::len(&strides) == shape.len() => {
+                Some(strides.into_iter().map(elements).collect::<PyResult<_>>()?)
             }
+            Some(strides) => {
+                let expected = format!("{} strides, one for each dimension", shape.len());
+                return Err(Cause::Layout.argument(&name, expected, strides.len()));
+            }
+            None => None,
+        };
+        if !interface.call_method1("get", ("mask",))?.is_none() {
+            return Err(Cause::Layout.argument(&name, "an array without a mask of its own", "one with it"));
         }
-        let data = ptr::with_exposed_provenance_mut(address);
         let owner = Owner::Object(object.clone().unbind());
-        Self::describe(name, (data, element, Place::Host, read_only), (&shape, &strides[..rank]), owner)
+        let data = ptr::with_exposed_provenance_mut(address);
+        Self::describe(name, (data, element, place, read_only), (&shape, strides.as_deref()), owner)
     }
 
+    /// Without strides it is row-major.
     fn describe(
-        name: &str,
+        name: Cow<'static, str>,
         (data, element, place, read_only): (*mut u8, ElementType, Place, bool),
-        (shape, strides): (&[i64], &[i64]),
+        (shape, strides): (&[i64], Option<&[i64]>),
         owner: Owner,
     ) -> PyResult<Self> {
         let rank = shape.len();
         let (mut sizes, mut steps) = ([0_usize; MAX_RANK], [0_u64; MAX_RANK]);
-        for dim in 0..rank {
-            sizes[dim] = usize::try_from(shape[dim])
-                .map_err(|_| Cause::Shape.argument(name, "sizes of 0 or more", format!("{shape:?}")))?;
+        for (size, &of_package) in sizes.iter_mut().zip(shape) {
+            *size = usize::try_from(of_package)
+                .map_err(|_| Cause::Shape.argument(&name, "sizes of 0 or more", format!("{shape:?}")))?;
+        }
+        for (dim, &stride) in strides.unwrap_or_default().iter().enumerate() {
             // Where there is nothing to step over, any stride may stand.
-            let stride = if shape[dim] > 1 { strides[dim] } else { strides[dim].max(0) };
+            let stride = if shape[dim] > 1 { stride } else { stride.max(0) };
             steps[dim] = u64::try_from(stride).map_err(|_| {
-                Cause::Layout.argument(name, "strides of 0 or more; copy the tensor", format!("{strides:?}"))
+                Cause::Layout.argument(&name, "strides of 0 or more; copy the tensor", format!("{strides:?}"))
             })?;
         }
-        let layout = Layout::strided(&sizes[..rank], &steps[..rank], 0).map_err(|_| {
+        let layout = match strides {
+            Some(_) => Layout::strided(&sizes[..rank], &steps[..rank], 0),
+            None => Layout::contiguous(&sizes[..rank]),
+        };
+        let layout = layout.map_err(|_| {
             let got = format!("shape {shape:?} with strides {strides:?}");
-            Cause::Shape.argument(name, "a tensor that fits the address space", got)
+            Cause::Shape.argument(&name, "a tensor that fits the address space", got)
         })?;
         let mut bytes = 0;
         if layout.numel() > 0 {
             if data.is_null() {
-                return Err(Cause::Layout.argument(name, "the address of the first element", "null"));
+                return Err(Cause::Layout.argument(&name, "the address of the first element", "null"));
             }
             if data.addr() % element.size() != 0 {
                 let expected = format!("an address that is a multiple of {}", element.size());
-                return Err(Cause::Layout.argument(name, expected, format!("{:#x}", data.addr())));
+                return Err(Cause::Layout.argument(&name, expected, format!("{:#x}", data.addr())));
             }
             let end = usize::try_from(layout.end()).ok().and_then(|end| end.checked_mul(element.size()));
             let fits = |&bytes: &usize| isize::try_from(bytes).is_ok() && data.addr().checked_add(bytes).is_some();
             bytes = end.filter(fits).ok_or_else(|| {
-                Cause::Shape.argument(name, "memory inside the address space", format!("shape {shape:?}"))
+                Cause::Shape.argument(&name, "memory inside the address space", format!("shape {shape:?}"))
             })?;
         }
-        Ok(Self { name: name.to_owned(), data, element, layout, bytes, place, read_only, _owner: owner })
+        Ok(Self { name, data, element, layout, bytes, place, read_only, _owner: owner })
     }
 
     /// The argument's name.

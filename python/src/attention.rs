@@ -1,17 +1,19 @@
-//! `varlen_fa.attention`: attention over padded batches.
+//! `varlen_fa.attention`: attention over padded batches; and `plan`, what it would run.
 
 use std::sync::PoisonError;
 
 use pyo3::exceptions::PyTypeError;
 use pyo3::prelude::*;
-use pyo3::types::{PyBool, PyTuple};
-use varlen_fa::{AttentionMask, AttentionOutputs, DType, MaskedAttention, TensorView};
+use pyo3::types::PyTuple;
+use varlen_fa::{AttentionMask, AttentionOutputs, MaskedAttention, Segments, TensorView};
 
-use crate::arrays::{Array, new_like};
+use crate::arrays::Array;
 use crate::device::{self, Device};
 use crate::errors::{Cause, OrRaise, type_name};
 use crate::masks::{DeviceMeta, KeyMask, Meta};
-use crate::memory::{Input, Output, expect_apart};
+use crate::memory::Input;
+use crate::parts::{Parts, segments, segments_mut};
+use crate::results::{LseArgument, Opened, Results};
 use crate::scores::{KeyRanges, ScoreModifiers};
 
 /// Which tokens count: of queries and of keys, where there is metadata.
@@ -50,8 +52,8 @@ impl Tokens {
         Err(PyTypeError::new_err(format!("`meta`: expected {expected}, got {} and {}", got.0, got.1)))
     }
 
-    /// Calls `run` with the mask and what else the call says of scores. Locks are taken and given back without the interpreter: a thread
-    /// that waits for one must not keep others from finishing.
+    /// Calls `run` with the mask and what else the call says of scores. Locks are taken and given back
+    /// without the interpreter: a thread that waits for one must not keep others from finishing.
     fn with<R>(&self, scores: OnScores<'_>, run: impl FnOnce(AttentionMask<'_>) -> R) -> R {
         match self {
             Self::All => run(scores.on(AttentionMask::none())),
@@ -96,67 +98,76 @@ impl<'a> OnScores<'a> {
     }
 }
 
-/// Where the log-sum-exp goes: nowhere, to a new tensor, or to one of the caller's.
-pub(crate) enum LseArgument<'a, 'py> {
-    None,
-    New,
-    Given(&'a Bound<'py, PyAny>),
+/// A call's arguments, but for where its results go.
+struct Call<'a, 'py> {
+    device: varlen_fa::Device,
+    layer: MaskedAttention,
+    tokens: Tokens,
+    /// q, k and v.
+    qkv: [Parts<'py>; 3],
+    bias: Option<Array>,
+    ranges: Option<&'a Bound<'py, KeyRanges>>,
+    modifiers: Option<&'a Bound<'py, ScoreModifiers>>,
 }
 
-impl<'a, 'py> LseArgument<'a, 'py> {
-    pub fn new(lse: Option<&'a Bound<'py, PyAny>>) -> Self {
-        match lse {
-            None => Self::None,
-            Some(lse) => match lse.cast::<PyBool>() {
-                Ok(wanted) if wanted.is_true() => Self::New,
-                Ok(_) => Self::None,
-                Err(_) => Self::Given(lse),
-            },
+/// What a call computes on: q, k, v, and where queries and keys are masked.
+struct Arguments<'a, 'py> {
+    qkv: [&'a Bound<'py, PyAny>; 3],
+    mask: Option<&'a Bound<'py, PyAny>>,
+    meta: Option<&'a Bound<'py, PyAny>>,
+    scale: Option<f32>,
+    ranges: Option<&'a Bound<'py, KeyRanges>>,
+    modifiers: Option<&'a Bound<'py, ScoreModifiers>>,
+    bias: Option<&'a Bound<'py, PyAny>>,
+    device: Option<&'a Bound<'py, Device>>,
+    path: Option<&'a str>,
+    kernel: Option<&'a str>,
+}
+
+impl<'a, 'py> Call<'a, 'py> {
+    fn new(arguments: Arguments<'a, 'py>) -> PyResult<Self> {
+        let Arguments { qkv: [q, k, v], mask, meta, scale, ranges, modifiers, bias, device, path, kernel } = arguments;
+        let tokens = Tokens::new(mask, meta)?;
+        let qkv = [Parts::new("q", q)?, Parts::new("k", k)?, Parts::new("v", v)?];
+        let bias = Array::optional("bias", bias)?;
+        let (like, array) = qkv[0].first();
+        let device = device::of_call(device, like, array)?.0;
+        let mut layer = MaskedAttention::new(&device);
+        if let Some(scale) = scale {
+            layer = layer.with_softmax_scale(scale);
         }
+        if let Some(path) = path {
+            layer = layer.with_path(path_named(path)?);
+        }
+        if let Some(kernel) = kernel {
+            layer = layer.with_kernel(kernel.parse().or_raise()?);
+        }
+        Ok(Self { device, layer, tokens, qkv, bias, ranges, modifiers })
     }
-}
 
-/// Results of a call: the output, and the log-sum-exp if it is wanted.
-pub(crate) struct Results<'py> {
-    out: Bound<'py, PyAny>,
-    lse: Option<Bound<'py, PyAny>>,
-    pub out_array: Array,
-    pub lse_array: Option<Array>,
-}
-
-impl<'py> Results<'py> {
-    /// Those that the caller gave, and new ones of the kind of `like` where there are none.
-    pub fn new(
-        (like, array): (&Bound<'py, PyAny>, &Array),
-        out: Option<&Bound<'py, PyAny>>,
-        lse: &LseArgument<'_, 'py>,
-        lse_shape: Option<&[usize]>,
-    ) -> PyResult<Self> {
-        let out = out.map_or_else(|| new_like(like, array, array.shape(), None), |out| Ok(out.clone()))?;
-        let lse = match (lse, lse_shape) {
-            (LseArgument::Given(lse), _) => Some((*lse).clone()),
-            (LseArgument::New, Some(shape)) => Some(new_like(like, array, shape, Some(DType::F32))?),
-            _ => None,
+    /// Calls `run` with the layer, q, k and v, and the mask, without the interpreter.
+    fn run<R: Send>(
+        &self,
+        py: Python<'py>,
+        run: impl Send + FnOnce(&MaskedAttention, [Segments<'_>; 3], AttentionMask<'_>) -> varlen_fa::Result<R>,
+    ) -> PyResult<R> {
+        let [q, k, v] = &self.qkv;
+        let opened = [q.inputs(&self.device)?, k.inputs(&self.device)?, v.inputs(&self.device)?];
+        let bias = self.bias.as_ref().map(|bias| Input::new(&self.device, bias)).transpose()?;
+        let scores = OnScores {
+            ranges: self.ranges.map(|ranges| &ranges.get().0),
+            modifiers: self.modifiers.map(|modifiers| &modifiers.get().0),
+            bias: bias.as_ref().map(Input::view),
         };
-        let (out_array, lse_array) = (Array::new("out", &out)?, Array::optional("lse", lse.as_ref())?);
-        Ok(Self { out, lse, out_array, lse_array })
-    }
-
-    pub fn arrays(&self) -> Vec<&Array> {
-        std::iter::once(&self.out_array).chain(&self.lse_array).collect()
-    }
-
-    /// `out`, or `(out, lse)`.
-    pub fn returned(self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
-        match self.lse {
-            None => Ok(self.out),
-            Some(lse) => (self.out, lse).into_pyobject(py).map(Bound::into_any),
-        }
+        let qkv = opened.each_ref().map(|inputs| segments(inputs));
+        let (layer, tokens) = (&self.layer, &self.tokens);
+        py.detach(|| tokens.with(scores, |mask| run(layer, qkv, mask))).or_raise()
     }
 }
 
 /// Attention of q [B, Sq, H, D] to k and v [B, Sk, Hkv, D], Hkv a divisor of H; the last dimension
-/// contiguous, the others with any strides.
+/// contiguous, the others with any strides. q, k, v and out may each be a list of 1 to 8 segments
+/// [B, S_i, H, D] that follow one another along S, each in memory of its own; a new output is one tensor.
 #[pyfunction]
 #[pyo3(signature = (
     q, k, v, mask=None, *, meta=None, scale=None, ranges=None, modifiers=None, bias=None, lse=None, out=None,
@@ -180,49 +191,97 @@ pub(crate) fn attention<'py>(
     path: Option<&str>,
     kernel: Option<&str>,
 ) -> PyResult<Bound<'py, PyAny>> {
-    let tokens = Tokens::new(mask, meta)?;
-    let [q_array, k_array, v_array] = [Array::new("q", q)?, Array::new("k", k)?, Array::new("v", v)?];
-    let bias_array = Array::optional("bias", bias)?;
-    let device = device::of_call(device, q, &q_array)?.0;
-    let mut layer = MaskedAttention::new(&device);
-    if let Some(scale) = scale {
-        layer = layer.with_softmax_scale(scale);
-    }
-    if let Some(path) = path {
-        layer = layer.with_path(path_named(path)?);
-    }
-    if let Some(kernel) = kernel {
-        layer = layer.with_kernel(kernel.parse().or_raise()?);
-    }
-    let &[batch, seq_q, heads, _] = q_array.shape() else {
-        return Err(Cause::Shape.argument("q", "4 dimensions, [B, S, H, D]", format!("{:?}", q_array.shape())));
-    };
-    let results = Results::new((q, &q_array), out, &LseArgument::new(lse), Some(&[batch, heads, seq_q]))?;
-    let mut inputs = vec![&q_array, &k_array, &v_array];
-    inputs.extend(&bias_array);
-    expect_apart(&results.arrays(), &inputs)?;
-    let [q_input, k_input, v_input] =
-        [Input::new(&device, &q_array)?, Input::new(&device, &k_array)?, Input::new(&device, &v_array)?];
-    let bias_input = bias_array.as_ref().map(|bias| Input::new(&device, bias)).transpose()?;
-    let mut out_output = Output::new(&device, &results.out_array)?;
-    let mut lse_output = results.lse_array.as_ref().map(|lse| Output::new(&device, lse)).transpose()?;
-    {
-        let (q, k, v) = (q_input.view(), k_input.view(), v_input.view());
-        let mut outputs = AttentionOutputs::new(out_output.view_mut());
-        if let Some(lse) = &mut lse_output {
+    let qkv = [q, k, v];
+    let call = Call::new(Arguments { qkv, mask, meta, scale, ranges, modifiers, bias, device, path, kernel })?;
+    let shape @ [batch, seq_q, heads, _] = call.qkv[0].shape()?;
+    let lse = LseArgument::new(lse);
+    let results = Results::new(call.qkv[0].first(), (out, &shape), (&lse, &[batch, heads, seq_q]))?;
+    let inputs: Vec<&Array> = call.qkv.iter().flat_map(Parts::arrays).chain(&call.bias).collect();
+    results.write(py, &call.device, &inputs, |Opened { out, lse }| {
+        let mut outputs = AttentionOutputs::new(segments_mut(out));
+        if let Some(lse) = lse {
             outputs = outputs.with_lse(lse.view_mut());
         }
-        let scores = OnScores {
-            ranges: ranges.map(|ranges| &ranges.get().0),
-            modifiers: modifiers.map(|modifiers| &modifiers.get().0),
-            bias: bias_input.as_ref().map(Input::view),
-        };
-        let run = |mask: AttentionMask<'_>| layer.forward_into(q, k, v, mask, outputs);
-        py.detach(|| tokens.with(scores, run)).or_raise()?;
+        call.run(py, |layer, [q, k, v], mask| layer.forward_into(q, k, v, mask, outputs).map(drop))
+    })
+}
+
+/// What `attention` would run with these arguments, and why. Everything is checked, and nothing is
+/// computed. `lse`: whether the log-sum-exp would be wanted.
+#[pyfunction]
+#[pyo3(signature = (
+    q, k, v, mask=None, *, meta=None, scale=None, ranges=None, modifiers=None, bias=None, lse=false, device=None,
+    path=None, kernel=None
+))]
+#[expect(clippy::too_many_arguments, reason = "Python names them")]
+pub(crate) fn plan<'py>(
+    py: Python<'py>,
+    q: &Bound<'py, PyAny>,
+    k: &Bound<'py, PyAny>,
+    v: &Bound<'py, PyAny>,
+    mask: Option<&Bound<'py, PyAny>>,
+    meta: Option<&Bound<'py, PyAny>>,
+    scale: Option<f32>,
+    ranges: Option<&Bound<'py, KeyRanges>>,
+    modifiers: Option<&Bound<'py, ScoreModifiers>>,
+    bias: Option<&Bound<'py, PyAny>>,
+    lse: bool,
+    device: Option<&Bound<'py, Device>>,
+    path: Option<&str>,
+    kernel: Option<&str>,
+) -> PyResult<Plan> {
+    let qkv = [q, k, v];
+    let mut call = Call::new(Arguments { qkv, mask, meta, scale, ranges, modifiers, bias, device, path, kernel })?;
+    if lse {
+        call.layer = call.layer.with_lse();
     }
-    out_output.finish()?;
-    lse_output.map_or(Ok(()), Output::finish)?;
-    results.returned(py)
+    call.run(py, |layer, [q, k, v], mask| layer.plan(q, k, v, mask)).map(Plan)
+}
+
+/// What a call runs, and why. Its text says all of it in words.
+#[pyclass(frozen, module = "varlen_fa", eq)]
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) struct Plan(varlen_fa::Plan);
+
+#[pymethods]
+impl Plan {
+    /// "zero", "dense", "fused" or "packed".
+    #[getter]
+    fn path(&self) -> &'static str {
+        self.0.path.name()
+    }
+
+    /// Name of the kernel; None where none runs, since the output is zeros.
+    #[getter]
+    fn kernel(&self) -> Option<&'static str> {
+        (self.0.path != varlen_fa::Path::Zero).then(|| self.0.kernel.name())
+    }
+
+    /// Why.
+    #[getter]
+    fn reason(&self) -> String {
+        self.0.reason.to_string()
+    }
+
+    /// Whether segments are copied to one tensor first, or the output from one.
+    #[getter]
+    fn copies_segments(&self) -> bool {
+        self.0.copies_segments
+    }
+
+    /// Seconds that it takes by the cost model of a CUDA device; None where there is none.
+    #[getter]
+    fn estimate(&self) -> Option<f64> {
+        self.0.estimate.map(|estimate| estimate.time.as_secs_f64())
+    }
+
+    fn __str__(&self) -> String {
+        self.0.with_estimate().to_string()
+    }
+
+    fn __repr__(&self) -> String {
+        format!("<varlen_fa.Plan: {}>", self.0.with_estimate())
+    }
 }
 
 fn path_named(name: &str) -> PyResult<varlen_fa::Path> {

@@ -134,19 +134,19 @@ fn cpu(py: Python<'_>) -> PyResult<Device> {
 }
 
 /// A device for each GPU and stream that were seen. PyTorch and CuPy keep their streams.
-fn on_current_stream(object: &Bound<'_, PyAny>, array: &Array, ordinal: usize) -> PyResult<Device> {
+fn on_current_stream(object: &Bound<'_, PyAny>, array: &Array, ordinal: Option<usize>) -> PyResult<Device> {
     static DEVICES: Mutex<Vec<(usize, usize, Device)>> = Mutex::new(Vec::new());
     let py = object.py();
-    let (stream, guard): (usize, _) = match Family::of(object) {
-        Family::Torch => {
+    let (ordinal, stream, guard): (usize, usize, _) = match (Family::of(object), ordinal) {
+        (Family::Torch, Some(ordinal)) => {
             let cuda = py.import("torch")?.getattr("cuda")?;
             let stream = cuda.call_method1("current_stream", (ordinal,))?.getattr("cuda_stream")?;
-            (stream.extract()?, cuda.call_method1("device", (ordinal,))?)
+            (ordinal, stream.extract()?, cuda.call_method1("device", (ordinal,))?)
         }
-        Family::CuPy => {
+        (Family::CuPy, Some(ordinal)) => {
             let cuda = py.import("cupy")?.getattr("cuda")?;
             let stream = cuda.call_method1("get_current_stream", (ordinal,))?.getattr("ptr")?;
-            (stream.extract()?, cuda.call_method1("Device", (ordinal,))?)
+            (ordinal, stream.extract()?, cuda.call_method1("Device", (ordinal,))?)
         }
         _ => {
             let expected = "the device, from Device.from_cuda, for CUDA memory of other packages than PyTorch and CuPy";

@@ -6,6 +6,7 @@ use std::ptr::{self, NonNull};
 
 use pyo3::ffi;
 use pyo3::prelude::*;
+use varlen_fa::Layout;
 
 /// The newest version that we understand.
 pub(crate) const VERSION: (u32, u32) = (1, 0);
@@ -217,12 +218,12 @@ struct Offered {
     strides: Vec<i64>,
 }
 
-/// A row-major tensor in host memory.
+/// A tensor in host memory.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct HostTensor<'a> {
     pub data: *mut c_void,
     pub dtype: DataType,
-    pub shape: &'a [usize],
+    pub layout: &'a Layout,
 }
 
 /// A capsule of a tensor in the memory of `owner`, which it keeps alive.
@@ -232,11 +233,8 @@ pub(crate) fn offer<'py>(
     versioned: bool,
 ) -> PyResult<Bound<'py, PyAny>> {
     let py = owner.py();
-    let shape: Vec<i64> = tensor.shape.iter().map(|&size| size as i64).collect();
-    let mut strides = vec![1_i64; shape.len()];
-    for dim in (1..shape.len()).rev() {
-        strides[dim - 1] = strides[dim] * shape[dim];
-    }
+    let shape = tensor.layout.shape().iter().map(|&size| size as i64).collect();
+    let strides = tensor.layout.strides().iter().map(|&stride| stride as i64).collect();
     let mut offered = Box::new(Offered { _owner: owner.unbind(), shape, strides });
     let raw = RawTensor {
         data: tensor.data,

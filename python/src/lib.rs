@@ -8,8 +8,10 @@ mod dlpack;
 mod errors;
 mod masks;
 mod memory;
+mod parts;
 mod prepare_qk;
 mod primitives;
+mod results;
 mod scores;
 mod tensor;
 
@@ -19,7 +21,7 @@ mod _native {
     use pyo3::prelude::*;
 
     #[pymodule_export]
-    use crate::attention::attention;
+    use crate::attention::{Plan, attention, plan};
     #[pymodule_export]
     use crate::device::{Device, list_devices};
     #[pymodule_export]

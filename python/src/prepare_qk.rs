@@ -66,7 +66,7 @@ struct Arrays {
 
 impl Arrays {
     fn new(py: Python<'_>, at: usize, segment: &QkSegment) -> PyResult<Self> {
-        let array = |name: &str, object: &Py<PyAny>| Array::new(&format!("segments[{at}].{name}"), object.bind(py));
+        let array = |name: &str, object: &Py<PyAny>| Array::new(format!("segments[{at}].{name}"), object.bind(py));
         let pair =
             |names: [&str; 2], [a, b]: &[Py<PyAny>; 2]| Ok::<_, PyErr>([array(names[0], a)?, array(names[1], b)?]);
         let rows = pair(["q", "k"], &segment.rows)?;

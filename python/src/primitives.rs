@@ -4,11 +4,12 @@ use pyo3::prelude::*;
 use varlen_fa::{AttentionOutputs, VarlenOptions};
 
 use crate::arrays::{Array, new_like};
-use crate::attention::{LseArgument, Results};
 use crate::device::{self, Device};
 use crate::errors::{Cause, OrRaise};
 use crate::masks::{CuSeqlens, Meta};
 use crate::memory::{Input, Output, expect_apart};
+use crate::parts::segments_mut;
+use crate::results::{LseArgument, Opened, Results};
 use crate::scores::{KeyRanges, ScoreModifiers};
 
 fn packed_shape(array: &Array, meta: &Meta) -> PyResult<[usize; 3]> {
@@ -158,21 +159,19 @@ pub(crate) fn varlen_attention<'py>(
     options.ranges = ranges.map(|ranges| &ranges.get().0);
     options.modifiers = modifiers.map(|modifiers| &modifiers.get().0);
     options.kernel = kernel.map(str::parse).transpose().or_raise()?;
-    let results = Results::new((q, &arrays[0]), out, &LseArgument::new(lse), Some(&[heads, total_q]))?;
-    expect_apart(&results.arrays(), &arrays.each_ref())?;
-    let input = |at: usize| Input::new(&device, &arrays[at]);
-    let inputs = [input(0)?, input(1)?, input(2)?];
-    let mut out_output = Output::new(&device, &results.out_array)?;
-    let mut lse_output = results.lse_array.as_ref().map(|lse| Output::new(&device, lse)).transpose()?;
-    {
+    let (like, lse) = ((q, &arrays[0]), LseArgument::new(lse));
+    let results = Results::new(like, (out, arrays[0].shape()), (&lse, &[heads, total_q]))?;
+    results.write(py, &device, &arrays.each_ref(), |Opened { out, lse }| {
+        let input = |at: usize| Input::new(&device, &arrays[at]);
+        let inputs = [input(0)?, input(1)?, input(2)?];
         let views = inputs.each_ref().map(Input::view);
-        let (out, lse) = (out_output.view_mut(), lse_output.as_mut().map(Output::view_mut));
+        let [out] = &mut out[..] else {
+            return Err(Cause::Shape.argument("out", "one tensor", format!("{} segments", out.len())));
+        };
+        let (out, lse) = (out.view_mut(), lse.as_mut().map(Output::view_mut));
         let run = || varlen_fa::varlen_attention_into(&device, views, &query.0, &key.0, options, out, lse);
-        py.detach(run).or_raise()?;
-    }
-    out_output.finish()?;
-    lse_output.map_or(Ok(()), Output::finish)?;
-    results.returned(py)
+        py.detach(run).or_raise().map(drop)
+    })
 }
 
 /// Attention over all keys from attention over two parts of them: outputs [B, S, H, D] with
@@ -202,21 +201,15 @@ pub(crate) fn merge_attention<'py>(
         }
     };
     let lse = lse.map_or(LseArgument::New, LseArgument::Given);
-    let results = Results::new((out1, &arrays[0]), out, &lse, Some(&lse_shape))?;
-    expect_apart(&results.arrays(), &arrays.each_ref())?;
-    let input = |at: usize| Input::new(&device, &arrays[at]);
-    let inputs = [input(0)?, input(1)?, input(2)?, input(3)?];
-    let mut out_output = Output::new(&device, &results.out_array)?;
-    let mut lse_output = results.lse_array.as_ref().map(|lse| Output::new(&device, lse)).transpose()?;
-    {
+    let results = Results::new((out1, &arrays[0]), (out, arrays[0].shape()), (&lse, &lse_shape))?;
+    results.write(py, &device, &arrays.each_ref(), |Opened { out, lse }| {
+        let input = |at: usize| Input::new(&device, &arrays[at]);
+        let inputs = [input(0)?, input(1)?, input(2)?, input(3)?];
         let [out1, lse1, out2, lse2] = inputs.each_ref().map(Input::view);
-        let mut outputs = AttentionOutputs::new(out_output.view_mut());
-        if let Some(lse) = &mut lse_output {
+        let mut outputs = AttentionOutputs::new(segments_mut(out));
+        if let Some(lse) = lse {
             outputs = outputs.with_lse(lse.view_mut());
         }
-        py.detach(|| varlen_fa::merge_attention_into(&device, out1, lse1, out2, lse2, outputs)).or_raise()?;
-    }
-    out_output.finish()?;
-    lse_output.map_or(Ok(()), Output::finish)?;
-    results.returned(py)
+        py.detach(|| varlen_fa::merge_attention_into(&device, out1, lse1, out2, lse2, outputs)).or_raise()
+    })
 }

@@ -28,19 +28,20 @@ unsafe impl Sync for Memory {}
 pub(crate) struct Tensor {
     memory: Memory,
     dtype: DType,
-    shape: Vec<usize>,
+    layout: Layout,
 }
 
 impl Tensor {
     /// Zeros.
     pub fn new(dtype: DType, shape: &[usize]) -> PyResult<Self> {
-        let lines = (Layout::contiguous(shape).or_raise()?.numel() * dtype.size()).div_ceil(64).max(1);
+        let layout = Layout::contiguous(shape).or_raise()?;
+        let lines = (layout.numel() * dtype.size()).div_ceil(64).max(1);
         let mut memory = Vec::new();
         memory.try_reserve_exact(lines).map_err(|error| {
             Cause::OutOfMemory.exception(format!("the host has no memory for {} more bytes: {error}", 64 * lines))
         })?;
         memory.resize_with(lines, || UnsafeCell::new(Line([0; 64])));
-        Ok(Self { memory: Memory(memory.into_boxed_slice()), dtype, shape: shape.to_vec() })
+        Ok(Self { memory: Memory(memory.into_boxed_slice()), dtype, layout })
     }
 }
 
@@ -49,7 +50,7 @@ impl Tensor {
     /// Size of each dimension.
     #[getter]
     fn shape<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, pyo3::types::PyTuple>> {
-        pyo3::types::PyTuple::new(py, &self.shape)
+        pyo3::types::PyTuple::new(py, self.layout.shape())
     }
 
     /// Element type: "f32", "f16" or "bf16".
@@ -86,13 +87,13 @@ impl Tensor {
         let code = if tensor.dtype == DType::Bf16 { type_code::BFLOAT } else { type_code::FLOAT };
         let dtype = DataType { code, bits: 8 * tensor.dtype.size() as u8, lanes: 1 };
         let data = UnsafeCell::raw_get(tensor.memory.0.as_ptr()).cast::<c_void>();
-        let offered = HostTensor { data, dtype, shape: &tensor.shape };
+        let offered = HostTensor { data, dtype, layout: &tensor.layout };
         offer(this.clone().into_any(), offered, max_version.is_some_and(|(major, _)| major >= 1))
     }
 
     /// The elements as a flat list of numbers, row-major.
     fn tolist(&self) -> Vec<f32> {
-        let bytes = self.dtype.size() * self.shape.iter().product::<usize>();
+        let bytes = self.dtype.size() * self.layout.numel();
         let data = UnsafeCell::raw_get(self.memory.0.as_ptr()).cast::<u8>();
         // SAFETY: `new` made as many bytes; that no call writes them meanwhile is the program's duty.
         let bytes = unsafe { std::slice::from_raw_parts(data, bytes) };
@@ -104,6 +105,6 @@ impl Tensor {
     }
 
     fn __repr__(&self) -> String {
-        format!("varlen_fa.Tensor(shape={:?}, dtype={:?})", self.shape, self.dtype.name())
+        format!("varlen_fa.Tensor(shape={:?}, dtype={:?})", self.layout.shape(), self.dtype.name())
     }
 }

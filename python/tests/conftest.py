@@ -1,4 +1,4 @@
-"""The oracle: attention in f64 by NumPy, after its definition."""
+"""What tests share: the oracle, attention in f64 by NumPy after its definition; tolerances; devices."""
 
 import numpy as np
 import pytest
@@ -26,6 +26,47 @@ def reference(q, k, v, keep=None, *, scale=None, bias=None, sees=None):
         lse = (np.log(total) + np.where(np.isfinite(peak), peak, 0.0))[..., 0]
     weights = weights / np.where(total > 0, total, 1.0)
     return np.einsum("bhqk,bkhd->bqhd", weights, v), np.where(total[..., 0] > 0, lse, -np.inf)
+
+
+def close(got, expected, of_largest=None):
+    """Whether tensors of PyTorch agree: how far each number may be off, of the largest one."""
+    import torch
+
+    if of_largest is None:
+        of_largest = {torch.float32: 2e-5, torch.float16: 6e-3, torch.bfloat16: 2e-2}[expected.dtype]
+    assert got.dtype == expected.dtype and got.shape == expected.shape and torch.isfinite(got).all()
+    assert expected.numel() == 0 or (got - expected).abs().max() <= of_largest * expected.abs().max()
+
+
+def padding(form, batch, seq):
+    """Which of [batch, seq] tokens are no padding, as a tensor of PyTorch."""
+    import torch
+
+    lengths = torch.tensor([(7 * row) % seq + 1 for row in range(1, batch + 1)])[:, None]
+    place = torch.arange(seq)
+    return {
+        "none": torch.ones(batch, seq, dtype=torch.bool),
+        "right": place < lengths,
+        "left": place >= seq - lengths,
+        "holes": (place + lengths) % 3 > 0,
+        # As text and image after one another, each with padding of its own.
+        "joint": (place < (lengths + 1) // 2) | ((place >= 12) & (place < 13 + lengths // 3)),
+    }[form]
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The calls that reach the operators of PyTorch, and what they say of masks."""
+    import varlen_fa.torch as operators
+
+    calls, attention = [], operators.attention
+
+    def counted(q, k, v, key_mask=None, bias=None, **options):
+        calls.append({"key_mask": key_mask, "bias": bias, **options})
+        return attention(q, k, v, key_mask, bias, **options)
+
+    monkeypatch.setattr(operators, "attention", counted)
+    return calls
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ import logging
 import math
 
 import pytest
+from conftest import close, padding
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
@@ -30,39 +31,8 @@ def registered(device):
         yield
 
 
-@pytest.fixture
-def calls(monkeypatch):
-    """The calls that reach varlen_fa: what they say of masks."""
-    calls, attention = [], fa.torch.attention
-
-    def counted(q, k, v, key_mask=None, bias=None, **options):
-        calls.append({"key_mask": key_mask, "bias": bias, **options})
-        return attention(q, k, v, key_mask, bias, **options)
-
-    monkeypatch.setattr(fa.torch, "attention", counted)
-    return calls
-
-
-def padding(form, batch, seq=TEXT):
-    """Which of [batch, seq] tokens are no padding."""
-    lengths = torch.tensor([(4 * row) % seq + 1 for row in range(1, batch + 1)])[:, None]
-    place = torch.arange(seq)
-    return {
-        "none": torch.ones(batch, seq, dtype=torch.bool),
-        "right": place < lengths,
-        "left": place >= seq - lengths,
-        "holes": (place + lengths) % 3 > 0,
-    }[form]
-
-
 def ready(model, dtype=None):
     return model.eval().to(dtype or torch.get_default_dtype())
-
-
-def close(got, expected):
-    tolerance = {torch.float32: 2e-5, torch.float16: 6e-3, torch.bfloat16: 2e-2}[expected.dtype]
-    assert got.dtype == expected.dtype and torch.isfinite(got).all()
-    assert (got - expected).abs().max() <= tolerance * expected.abs().max()
 
 
 def qwen_image(dtype=None):
@@ -80,7 +50,7 @@ def of_qwen_image(form, batch, dtype=None):
     return {
         "hidden_states": torch.randn(batch, 24, 16, dtype=dtype),
         "encoder_hidden_states": torch.randn(batch, TEXT, 24, dtype=dtype),
-        "encoder_hidden_states_mask": None if form is None else padding(form, batch).long(),
+        "encoder_hidden_states_mask": None if form is None else padding(form, batch, TEXT).long(),
         "timestep": torch.rand(batch, dtype=dtype),
         "img_shapes": [[(1, 4, 6)]] * batch,
     }
@@ -102,6 +72,7 @@ def test_qwen_image(form, way, calls):
     assert len(calls) == 9 and all(call["bias"] is None for call in calls)
     assert all((call["key_mask"] is None) == (form is None) for call in calls)
     assert all(call["zero_masked"] == (way != "backend") for call in calls)
+    assert all(call["read_mask"] == ("first" if way == "processor" else "second") for call in calls)
 
 
 @pytest.mark.parametrize("way", ["backend", "processor"])
@@ -138,6 +109,63 @@ def test_the_processor_leaves_other_norms_to_diffusers(calls, caplog):
     assert ["RMSNorm" in record.message for record in caplog.records if record.name == "varlen_fa"] == [True]
 
 
+def test_the_processor_concatenates_and_splits_nothing(calls):
+    """Text and image stay where their projections put them, and the mask is the model's own."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    operators = []
+
+    class Listed(TorchDispatchMode):
+        def __torch_dispatch__(self, operator, types, arguments=(), options=None):
+            operators.append(operator._schema.name)
+            return operator(*arguments, **(options or {}))
+
+    model, inputs = qwen_image(), of_qwen_image("right", 2)
+    inputs["encoder_hidden_states_mask"] = mask = inputs["encoder_hidden_states_mask"].bool()
+    attn = model.transformer_blocks[0].attn
+    attn.set_processor(varlen_fa.diffusers.QwenImageAttnProcessor())
+    text, image = torch.randn(2, TEXT, 48), torch.randn(2, 24, 48)
+    rotary = tuple(torch.polar(*torch.randn(2, n, 8).float()) for n in (24, TEXT))
+    layer = lambda: attn(  # noqa: E731
+        hidden_states=image, encoder_hidden_states=text, encoder_hidden_states_mask=mask, image_rotary_emb=rotary
+    )
+    # The tables of cosines and sines are made in the first layer.
+    layer()
+    with Listed():
+        layer()
+    assert calls[0]["key_mask"] == [mask, None] and calls[0]["key_mask"][0] is mask and len(calls[0]["out"]) == 2
+    # One concatenation, of the key masks in host memory.
+    assert operators.count("aten::cat") <= 1 and "varlen_fa::attention_of_segments" in operators
+    assert not {"aten::slice", "aten::split", "aten::clone", "aten::copy_"} & set(operators), operators
+
+
+def test_the_processor_leaves_its_inputs_alone():
+    model, inputs = qwen_image(), of_qwen_image("right", 2)
+    for block in model.transformer_blocks:
+        block.attn.to_q = block.attn.add_k_proj = torch.nn.Identity()
+    expected = model(**inputs).sample
+    model.set_attn_processor(varlen_fa.diffusers.QwenImageAttnProcessor())
+    close(model(**inputs).sample, expected)
+
+
+@pytest.mark.parametrize("way", ["backend", "processor"])
+def test_a_mask_changed_in_place(way):
+    model, inputs = qwen_image(), of_qwen_image("right", 2)
+    mask = inputs["encoder_hidden_states_mask"] = inputs["encoder_hidden_states_mask"].bool()
+    own = dict(model.attn_processors)
+    for _ in range(2):
+        model.set_attn_processor(dict(own))
+        model.set_attention_backend("native")
+        expected = model(**inputs).sample
+        if way == "backend":
+            model.set_attention_backend("varlen_fa")
+        else:
+            model.set_attn_processor(varlen_fa.diffusers.QwenImageAttnProcessor())
+        for _ in range(2):
+            close(model(**inputs).sample, expected)
+        mask[0, 1:4] = False
+
+
 def test_the_processor_is_copied_with_its_model():
     model, inputs = qwen_image(), of_qwen_image("right", 2)
     model.set_attn_processor(varlen_fa.diffusers.QwenImageAttnProcessor())
@@ -153,7 +181,7 @@ def test_hunyuan_video(calls):
     model = ready(diffusers.HunyuanVideoTransformer3DModel(**sizes, **more, **last))
     inputs = {
         "hidden_states": torch.randn(3, 4, 2, 3, 4), "encoder_hidden_states": torch.randn(3, TEXT, 16),
-        "encoder_attention_mask": padding("right", 3).long(), "pooled_projections": torch.randn(3, 8),
+        "encoder_attention_mask": padding("right", 3, TEXT).long(), "pooled_projections": torch.randn(3, 8),
         "timestep": torch.tensor([1, 2, 3]), "guidance": 1000 * torch.rand(3),
     }  # fmt: skip
     expected = model(**inputs).sample
@@ -169,7 +197,7 @@ def test_ltx_video(calls):
     model = ready(diffusers.LTXVideoTransformer3DModel(**sizes, cross_attention_dim=32, caption_channels=12))
     inputs = {
         "hidden_states": torch.randn(2, 24, 8), "encoder_hidden_states": torch.randn(2, TEXT, 12),
-        "encoder_attention_mask": padding("right", 2).long(), "timestep": torch.rand(2),
+        "encoder_attention_mask": padding("right", 2, TEXT).long(), "timestep": torch.rand(2),
         "num_frames": 2, "height": 3, "width": 4,
     }  # fmt: skip
     expected = model(**inputs).sample

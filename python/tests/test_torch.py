@@ -165,9 +165,75 @@ def test_operators_keep_their_promises(qkv, keep):
     q, k, v = (x.transpose(1, 2) for x in qkv)
     checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     torch.library.opcheck(torch.ops.varlen_fa.attention.default, (q, k, v, keep), {"causal": 2}, test_utils=checks)
+    segments = [[x[:, :5].clone(), x[:, 5:].clone()] for x in (q, k, v, q)]
+    of_segments = torch.ops.varlen_fa.attention_of_segments.default
+    torch.library.opcheck(of_segments, (*segments, [keep]), {"zero_masked": True}, test_utils=checks)
     cu = torch.tensor([0, 4, 13], dtype=torch.int32)
     packed = (q[0].contiguous(), k[0].contiguous(), v[0].contiguous(), cu, cu)
     torch.library.opcheck(torch.ops.varlen_fa.varlen_attention.default, packed, test_utils=checks)
+
+
+@pytest.mark.parametrize("masks", ["none", "whole", "of segments"])
+@pytest.mark.parametrize("zero_masked", [False, True])
+def test_segments(qkv, keep, compiled, masks, zero_masked):
+    whole = [x.transpose(1, 2) for x in qkv]
+    keep = torch.cat([keep[:, :5], torch.ones(2, 8, dtype=torch.bool)], dim=1)
+    given = {"none": None, "whole": keep, "of segments": [keep[:, :5].int(), None]}[masks]
+    zero_masked = zero_masked and given is not None
+    expected, expected_lse = fat.attention(
+        *whole, None if given is None else keep, zero_masked=zero_masked, return_lse=True
+    )
+
+    def model(q, k, v, given):
+        made = fat.attention(q, k, v, given, zero_masked=zero_masked)
+        out = [torch.empty_like(x) for x in q]
+        into, lse = fat.attention(q, k, v, given, zero_masked=zero_masked, return_lse=True, out=out)
+        assert into is out
+        return made, torch.cat(out, dim=1), lse
+
+    segments = [[x[:, :5].clone(), x[:, 5:]] for x in whole]
+    with torch.no_grad():
+        for call in (model, compiled(model)):
+            for got in (made := call(*segments, given))[:2]:
+                close(got, expected)
+            close(made[2], expected_lse)
+
+
+def test_an_output_that_is_given(qkv, keep):
+    q, k, v = (x.transpose(1, 2) for x in qkv)
+    out = torch.full_like(q, 7)
+    assert fat.attention(q, k, v, keep, out=out) is out
+    close(out, fat.attention(q, k, v, keep))
+    with torch.autocast(q.device.type, dtype=torch.bfloat16), torch.no_grad():
+        assert fat.attention([q], k, v, keep).dtype == torch.bfloat16
+
+
+def test_segments_that_are_refused(qkv, keep):
+    q, k, v = (x.transpose(1, 2) for x in qkv)
+    two = lambda x: [x[:, :5], x[:, 5:]]  # noqa: E731
+    for kind, match, call in [
+        (fa.ShapeError, r"`key_mask`.* 2, one for each", lambda: fat.attention(q, two(k), v, [keep, None, None])),
+        (fa.ShapeError, r"`key_mask\[1\]`.*\[2, 8\]", lambda: fat.attention(q, two(k), v, [None, keep])),
+        (fa.ShapeError, r"`segments\[1\]\.k`", lambda: fat.attention(q, [k[:, :5], k[:1, 5:]], v, keep)),
+        (fa.LayoutError, r"`segments\[1\]\.out`", lambda: fat.attention(
+            q, k, v, out=[torch.empty_like(q[:, :5]), q[:, 5:]])),
+        (fa.GradientError, "`v`", lambda: fat.attention(q, k, [v[:, :5], v[:, 5:].clone().requires_grad_()])),
+    ]:  # fmt: skip
+        with pytest.raises(kind, match=match):
+            call()
+
+
+def test_what_traces_calls_sees_the_operators(qkv, keep):
+    """Calls about memory that is there need no operator; all others do."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    q, k, v = (x.transpose(1, 2) for x in qkv)
+    traced = make_fx(lambda q: fat.attention(q, k, v, keep) + fat.attention([q], k, v, [keep]))(q)
+    names = [str(node.target) for node in traced.graph.nodes]
+    assert "varlen_fa.attention.default" in names and "varlen_fa.attention_of_segments.default" in names
+    many = torch.vmap(lambda q: fat.attention(q, k, v, keep))(torch.stack([q, 2 * q]))
+    close(many[1], fat.attention(2 * q, k, v, keep))
+    assert fat.attention(*(x.to("meta") for x in (q, k, v))).shape == q.shape
 
 
 def test_compile_in_one_graph(qkv, keep, compiled):
@@ -232,26 +298,51 @@ def test_numpy_and_torch_agree(qkv, device):
     np.testing.assert_array_equal(fa.attention(q.numpy(), k.numpy(), v.numpy()), fa.attention(q, k, v).numpy())
 
 
-def test_a_captured_graph_follows_the_mask(qkv, keep, device):
+@pytest.mark.parametrize("segments", [False, True])
+@pytest.mark.parametrize("read_mask", ["needed", "second", "first"])
+def test_a_captured_graph_follows_the_mask(qkv, keep, device, read_mask, segments):
     if device != "cuda":
         pytest.skip("graphs are captured on a CUDA device")
     q, k, v = (x.to(torch.bfloat16).transpose(1, 2) for x in qkv)
     mask, stream = keep.clone(), torch.cuda.Stream()
+    options = {"zero_masked": True, "read_mask": read_mask}
     with torch.no_grad(), torch.cuda.stream(stream):
-        call = lambda: fat.attention(q, k, v, mask, zero_masked=True)  # noqa: E731
-        call()
+        if segments:
+            parts = [[x[:, :5].clone(), x[:, 5:].clone()] for x in (q, k, v)]
+            out = [torch.empty_like(x) for x in parts[0]]
+            call = lambda: fat.attention(*parts, mask, out=out, **options)  # noqa: E731
+        else:
+            call = lambda: [fat.attention(q, k, v, mask, **options)]  # noqa: E731
+        for _ in range(2):
+            call()
         stream.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=stream):
             out = call()
         for other in (keep, ~keep, torch.ones_like(keep), torch.zeros_like(keep), keep):
             mask.copy_(other)
-            out.fill_(float("nan"))
+            for part in out:
+                part.fill_(float("nan"))
             graph.replay()
             stream.synchronize()
             expected = sdpa(*(x.to(torch.bfloat16).float() for x in qkv), attn_mask=other[:, None, None])
-            close(out[other], expected.transpose(1, 2)[other], 2e-2)
-            assert (out[~other] == 0).all()
+            got = torch.cat(out, dim=1)
+            close(got[other], expected.transpose(1, 2)[other], 2e-2)
+            assert (got[~other] == 0).all()
+            # Outside of the graph too.
+            eager = torch.cat(list(call()), dim=1)
+            close(eager[other], expected.transpose(1, 2)[other], 2e-2)
+            assert (eager[~other] == 0).all()
+
+
+def test_segments_stay_where_they_lie(qkv, keep, device):
+    if device != "cuda" or "sm90" not in fa.Device.of(qkv[0]).kernels:
+        pytest.skip("sm90 takes segments where they lie")
+    parts = [[x.transpose(1, 2)[:, :5].clone(), x.transpose(1, 2)[:, 5:].clone()] for x in qkv]
+    plan = fa.plan(*parts, meta=fa.Meta(keep.cpu()))
+    assert (plan.path, plan.kernel, plan.copies_segments) == ("fused", "sm90", False)
+    every = fa.plan(*parts, meta=fa.Meta(fa.KeyMask.all(2, 13)))
+    assert (every.path, every.copies_segments) == ("fused", False)
 
 
 def test_calls_follow_the_current_stream(qkv, keep, device):

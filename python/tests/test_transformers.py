@@ -3,6 +3,7 @@
 import logging
 
 import pytest
+from conftest import close, padding
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
@@ -39,19 +40,6 @@ def registered(device):
         yield
 
 
-@pytest.fixture
-def calls(monkeypatch):
-    """The calls that reach varlen_fa: what they say of masks."""
-    calls, attention = [], fa.torch.attention
-
-    def counted(q, k, v, key_mask, bias, **options):
-        calls.append({"key_mask": key_mask, "bias": bias, **options})
-        return attention(q, k, v, key_mask, bias, **options)
-
-    monkeypatch.setattr(fa.torch, "attention", counted)
-    return calls
-
-
 def made(name, dtype=None):
     model, config, sizes = MODELS[name]
     model = getattr(transformers, model)(getattr(transformers, config)(**sizes, attn_implementation="sdpa"))
@@ -62,25 +50,6 @@ def made(name, dtype=None):
     return model.eval().to(dtype or torch.get_default_dtype())
 
 
-def padding(form, batch):
-    """Which of [batch, SEQ] tokens are no padding."""
-    lengths = torch.tensor([(7 * row) % SEQ + 1 for row in range(1, batch + 1)])[:, None]
-    place = torch.arange(SEQ)
-    return {
-        "none": torch.ones(batch, SEQ, dtype=torch.bool),
-        "right": place < lengths,
-        "left": place >= SEQ - lengths,
-        # As text and image after one another, each with padding of its own.
-        "joint": (place < (lengths + 1) // 2) | ((place >= 12) & (place < 13 + lengths // 3)),
-    }[form]
-
-
-def close(got, expected):
-    tolerance = {torch.float32: 2e-5, torch.float16: 6e-3, torch.bfloat16: 2e-2}[expected.dtype]
-    assert got.dtype == expected.dtype and torch.isfinite(got).all()
-    assert (got - expected).abs().max() <= tolerance * expected.abs().max()
-
-
 @pytest.mark.parametrize("zero_masked", [True, False])
 @pytest.mark.parametrize("form", ["none", "right", "left", "joint"])
 @pytest.mark.parametrize("name", MODELS)
@@ -88,7 +57,7 @@ def test_models(name, form, zero_masked, calls):
     varlen_fa.transformers.register(zero_masked=zero_masked)
     model = made(name)
     for batch in (1, 3, 8):
-        keep = padding(form, batch)
+        keep = padding(form, batch, SEQ)
         inputs = {"input_ids": torch.randint(3, 60, (batch, SEQ)), "attention_mask": keep.long()}
         model.set_attn_implementation("sdpa")
         expected = model(**inputs).last_hidden_state
@@ -104,7 +73,7 @@ def test_models(name, form, zero_masked, calls):
 @pytest.mark.parametrize("name", MODELS)
 def test_bf16(name):
     model = made(name, torch.bfloat16)
-    keep = padding("right", 4)
+    keep = padding("right", 4, SEQ)
     inputs = {"input_ids": torch.randint(3, 60, (4, SEQ)), "attention_mask": keep.long()}
     expected = model(**inputs).last_hidden_state
     model.set_attn_implementation("varlen_fa")
@@ -122,7 +91,7 @@ def test_without_a_mask(name):
 def test_windows_are_ranges(calls):
     model = made("ModernBERT")
     model.set_attn_implementation("varlen_fa")
-    model(input_ids=torch.randint(3, 60, (2, SEQ)), attention_mask=padding("left", 2).long())
+    model(input_ids=torch.randint(3, 60, (2, SEQ)), attention_mask=padding("left", 2, SEQ).long())
     assert [call["window"] for call in calls] == [(-1, -1), (4, 4), (4, 4)]
 
 
@@ -139,7 +108,7 @@ def test_vit(calls):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_compiled(compiled, name):
-    model, keep = made(name), padding("right", 3)
+    model, keep = made(name), padding("right", 3, SEQ)
     inputs = {"input_ids": torch.randint(3, 60, (3, SEQ)), "attention_mask": keep.long()}
     expected = model(**inputs).last_hidden_state
     model.set_attn_implementation("varlen_fa")
@@ -151,7 +120,7 @@ def test_compiled(compiled, name):
 def test_generation(name, cache):
     config = transformers.Qwen3Config(**MODELS[name][2])
     model = transformers.Qwen3ForCausalLM(config).eval()
-    keep = padding("left", 3)
+    keep = padding("left", 3, SEQ)
     inputs = {"input_ids": torch.randint(3, 60, (3, SEQ)), "attention_mask": keep.long()}
     options = {"max_new_tokens": 6, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
     made = []
@@ -178,7 +147,7 @@ def test_cross_attention_is_computed_for_all_queries(calls):
     sizes = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
     heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "vocab_size": 60, "pad_token_id": 0}
     model = transformers.BartModel(transformers.BartConfig(**sizes, **heads, attn_implementation="sdpa")).eval()
-    keep = padding("right", 3)
+    keep = padding("right", 3, SEQ)
     ids = torch.randint(3, 60, (2, 3, SEQ))
     inputs = {"input_ids": ids[0], "attention_mask": keep.long(), "decoder_input_ids": ids[1]}
     expected = model(**inputs).last_hidden_state
@@ -190,7 +159,7 @@ def test_cross_attention_is_computed_for_all_queries(calls):
 def test_position_bias(calls):
     sizes = {"d_model": 32, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 4, "vocab_size": 60}
     model = transformers.T5EncoderModel(transformers.T5Config(**sizes, attn_implementation="sdpa")).eval()
-    keep = padding("right", 3)
+    keep = padding("right", 3, SEQ)
     inputs = {"input_ids": torch.randint(3, 60, (3, SEQ)), "attention_mask": keep.long()}
     expected = model(**inputs).last_hidden_state
     model.set_attn_implementation("varlen_fa")
@@ -217,7 +186,7 @@ def test_gradients_go_to_sdpa(name, caplog, calls):
     with torch.inference_mode(False), torch.no_grad():
         model = made(name)
     with torch.inference_mode(False), torch.enable_grad(), caplog.at_level(logging.WARNING, "varlen_fa"):
-        keep = padding("left", 3)
+        keep = padding("left", 3, SEQ)
         inputs = {"input_ids": torch.randint(3, 60, (3, SEQ)), "attention_mask": keep.long()}
         expected = model(**inputs).last_hidden_state
         model.set_attn_implementation("varlen_fa")

@@ -1,6 +1,6 @@
 """Attention under a key mask: computes only what is valid, on the CPU, CUDA and wgpu devices.
 
-Tensors come and go without a copy, by DLPack or NumPy's array interface. Results are of the kind of
+Tensors come and go without a copy, by DLPack or array interfaces. Results are of the kind of
 the first tensor: of PyTorch, NumPy or CuPy, or else a `varlen_fa.Tensor`, which `from_dlpack` of any
 package takes. Shapes: B batch rows, S tokens of a padded row, H query heads, Hkv key/value heads,
 which divide H, and D elements of a head, contiguous in memory.
@@ -27,6 +27,7 @@ from ._native import (
     KeyMask,
     KeyRanges,
     Meta,
+    Plan,
     QkSegment,
     ScoreModifiers,
     Tensor,
@@ -37,6 +38,7 @@ from ._native import (
     merge_attention,
     pack,
     pack_qkv,
+    plan,
     prepare_qk,
     scatter_to_padded,
     varlen_attention,
@@ -59,6 +61,7 @@ __all__ = [
     "Meta",
     "NotApplicableError",
     "OutOfMemoryError",
+    "Plan",
     "QkSegment",
     "ScoreModifiers",
     "ShapeError",
@@ -71,6 +74,7 @@ __all__ = [
     "merge_attention",
     "pack",
     "pack_qkv",
+    "plan",
     "prepare_qk",
     "scatter_to_padded",
     "varlen_attention",

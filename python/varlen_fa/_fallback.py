@@ -5,6 +5,7 @@ from functools import lru_cache
 
 import torch
 
+from varlen_fa import _gradients
 from varlen_fa._errors import DTypeError
 
 # What a call raises for which the device has no kernel.
@@ -15,8 +16,8 @@ def why_not(query, key, value, dropout):
     """Why a call is none of ours, or None. Of query, key and value [B, H, S, D] or [B, S, H, D]."""
     if dropout:
         return "it has dropout"
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value)):
-        return "gradients are on: use torch.no_grad() or torch.inference_mode()"
+    if _gradients.may_be_needed(query, key, value):
+        return _gradients.WANTED
     if key.shape != value.shape or query.shape[-1] != key.shape[-1]:
         return "keys and values differ in shape, or queries and keys in their last dimension"
     if query.shape[0] != key.shape[0]:

@@ -23,7 +23,7 @@ def _rows_of(mask, batch, seq_k):
 
 def key_mask_and_bias(mask, batch, seq_k, dtype):
     """What attention of `dtype` takes for a mask as SDPA takes it, or None, or a key mask [B, Sk]: the
-    keys that count, [B, Sk] booleans, and a bias of 4 dimensions. Either may be None.
+    keys that count, [B, Sk] booleans or integers, and a bias of 4 dimensions. Either may be None.
 
     No value is looked at, so that this works in a compiled graph and waits for no GPU. A key mask of
     floating-point numbers is therefore a bias, and in host memory both: it drops keys, and what it
@@ -32,9 +32,10 @@ def key_mask_and_bias(mask, batch, seq_k, dtype):
         return None, None
     rows = _rows_of(mask, batch, seq_k)
     if not mask.is_floating_point():
-        keep = mask if mask.dtype == torch.bool else mask != 0
+        # Rows are taken from the mask as it came: what is computed from it is expanded no more.
         if rows is not None:
-            return _rows_of(keep, batch, seq_k), None
+            return rows, None
+        keep = mask if mask.dtype == torch.bool else mask != 0
         bias = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~keep, -math.inf)
         return None, _four_dimensions(bias)
     key_mask = None

@@ -1,5 +1,6 @@
-"""What the extension module takes and gives. Tensors are objects with `__dlpack__` or
-`__array_interface__`; masks are a KeyMask, or tensors [S], [B, S] or [B, 1, 1, S]."""
+"""What the extension module takes and gives. Tensors are objects with `__dlpack__`,
+`__array_interface__` or `__cuda_array_interface__`; masks are a KeyMask, or tensors [S], [B, S] or
+[B, 1, 1, S]. `Segments` are lists of 1 to 8 tensors [B, S_i, H, D] that follow one another along S."""
 
 from collections.abc import Sequence
 from typing import Any, Literal, Protocol, TypeAlias, TypeVar, overload
@@ -11,13 +12,21 @@ class SupportsArrayInterface(Protocol):
     @property
     def __array_interface__(self) -> dict[str, Any]: ...
 
-TensorLike: TypeAlias = SupportsDLPack | SupportsArrayInterface
+class SupportsCudaArrayInterface(Protocol):
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]: ...
+
+TensorLike: TypeAlias = SupportsDLPack | SupportsArrayInterface | SupportsCudaArrayInterface
 MaskLike: TypeAlias = KeyMask | TensorLike
 Numbers: TypeAlias = Sequence[Any] | TensorLike
 Sequences: TypeAlias = CuSeqlens | Numbers
 RangesOf: TypeAlias = tuple[int, int, int] | tuple[Sequences, Sequences]
 AnyMeta: TypeAlias = Meta | DeviceMeta | tuple[Meta, Meta] | tuple[DeviceMeta, DeviceMeta]
 T = TypeVar("T", bound=TensorLike)
+# Of `attention`: what is written to, which is returned.
+O = TypeVar("O", bound=TensorLike | Sequence[TensorLike])
+Segments: TypeAlias = Sequence[TensorLike]
+Path: TypeAlias = Literal["dense", "fused", "packed"]
 
 __version__: str
 KERNELS: list[str]
@@ -147,20 +156,52 @@ class Tensor:
         copy: bool | None = None,
     ) -> Any: ...
 
+class Plan:
+    @property
+    def path(self) -> Literal["zero", "dense", "fused", "packed"]: ...
+    @property
+    def kernel(self) -> str | None: ...
+    @property
+    def reason(self) -> str: ...
+    @property
+    def copies_segments(self) -> bool: ...
+    @property
+    def estimate(self) -> float | None: ...
+
 @overload
 def attention(
-    q: T, k: TensorLike, v: TensorLike, mask: MaskLike | None = None, *, meta: AnyMeta | None = None,
-    scale: float | None = None, ranges: KeyRanges | None = None, modifiers: ScoreModifiers | None = None,
-    bias: TensorLike | None = None, lse: Literal[False] | None = None, out: T | None = None,
-    device: Device | None = None, path: Literal["dense", "fused", "packed"] | None = None, kernel: str | None = None,
+    q: T | Sequence[T], k: TensorLike | Segments, v: TensorLike | Segments, mask: MaskLike | None = None, *,
+    meta: AnyMeta | None = None, scale: float | None = None, ranges: KeyRanges | None = None,
+    modifiers: ScoreModifiers | None = None, bias: TensorLike | None = None, lse: Literal[False] | None = None, out: None = None,
+    device: Device | None = None, path: Path | None = None, kernel: str | None = None,
 ) -> T: ...
 @overload
 def attention(
-    q: T, k: TensorLike, v: TensorLike, mask: MaskLike | None = None, *, meta: AnyMeta | None = None,
-    scale: float | None = None, ranges: KeyRanges | None = None, modifiers: ScoreModifiers | None = None,
-    bias: TensorLike | None = None, lse: Literal[True] | TensorLike, out: T | None = None,
-    device: Device | None = None, path: Literal["dense", "fused", "packed"] | None = None, kernel: str | None = None,
+    q: T | Sequence[T], k: TensorLike | Segments, v: TensorLike | Segments, mask: MaskLike | None = None, *,
+    meta: AnyMeta | None = None, scale: float | None = None, ranges: KeyRanges | None = None,
+    modifiers: ScoreModifiers | None = None, bias: TensorLike | None = None, lse: Literal[True] | TensorLike, out: None = None,
+    device: Device | None = None, path: Path | None = None, kernel: str | None = None,
 ) -> tuple[T, T]: ...
+@overload
+def attention(
+    q: T | Sequence[T], k: TensorLike | Segments, v: TensorLike | Segments, mask: MaskLike | None = None, *,
+    meta: AnyMeta | None = None, scale: float | None = None, ranges: KeyRanges | None = None,
+    modifiers: ScoreModifiers | None = None, bias: TensorLike | None = None, lse: Literal[False] | None = None, out: O,
+    device: Device | None = None, path: Path | None = None, kernel: str | None = None,
+) -> O: ...
+@overload
+def attention(
+    q: T | Sequence[T], k: TensorLike | Segments, v: TensorLike | Segments, mask: MaskLike | None = None, *,
+    meta: AnyMeta | None = None, scale: float | None = None, ranges: KeyRanges | None = None,
+    modifiers: ScoreModifiers | None = None, bias: TensorLike | None = None, lse: Literal[True] | TensorLike, out: O,
+    device: Device | None = None, path: Path | None = None, kernel: str | None = None,
+) -> tuple[O, T]: ...
+def plan(
+    q: TensorLike | Segments, k: TensorLike | Segments, v: TensorLike | Segments, mask: MaskLike | None = None, *,
+    meta: AnyMeta | None = None, scale: float | None = None, ranges: KeyRanges | None = None,
+    modifiers: ScoreModifiers | None = None, bias: TensorLike | None = None, lse: bool = False,
+    device: Device | None = None, path: Path | None = None, kernel: str | None = None,
+) -> Plan: ...
 @overload
 def varlen_attention(
     q: T, k: TensorLike, v: TensorLike, cu_seqlens_q: Sequences, cu_seqlens_k: Sequences, *,

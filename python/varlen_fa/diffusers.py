@@ -13,10 +13,11 @@ import torch
 from diffusers.models import attention_dispatch as _dispatch
 from diffusers.models.normalization import RMSNorm
 from diffusers.models.transformers.transformer_qwenimage import QwenDoubleStreamAttnProcessor2_0
-from torch.utils.weak import WeakTensorKeyDictionary
 
 import varlen_fa as _fa
+from varlen_fa import _gradients
 from varlen_fa import torch as _operators
+from varlen_fa._by_tensor import ByTensor
 from varlen_fa._fallback import NO_KERNEL, say, why_not
 from varlen_fa._masks import key_mask_and_bias
 
@@ -25,18 +26,19 @@ __all__ = ["QwenImageAttnProcessor", "register"]
 NAME = "varlen_fa"
 
 
-def register(*, zero_masked=False):
+def register(*, zero_masked=False, read_mask="second"):
     """Makes "varlen_fa" an attention backend that `model.set_attention_backend` and
     `diffusers.attention_backend` take. A second call replaces the first.
 
     `zero_masked`: where a boolean mask [B, S] or [B, 1, 1, S] says which of S keys count and there are
     S queries, the queries that it drops are zeros, and cost nothing. Only for models whose attention
     with such masks is self-attention: the dispatcher does not tell it from cross-attention. Otherwise
-    they are computed like any other, as the native backend does."""
+    they are computed like any other, as the native backend does. `read_mask`: when the host reads a mask
+    on a GPU, as in `varlen_fa.torch.attention`."""
     of_backend = _dispatch._AttentionBackendRegistry.register(
         _backend_name(), constraints=[_dispatch._check_device, _dispatch._check_shape]
     )
-    of_backend(functools.partial(_attention, zero_masked=zero_masked))
+    of_backend(functools.partial(_attention, zero_masked=zero_masked, read_mask=read_mask))
 
 
 def _backend_name():
@@ -56,7 +58,7 @@ def _backend_name():
 
 def _attention(
     query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False, return_lse=False,
-    _parallel_config=None, *, zero_masked=False,
+    _parallel_config=None, *, zero_masked=False, read_mask="second",
 ):  # fmt: skip
     """Of query [B, Sq, H, D], key and value [B, Sk, Hkv, D]: out [B, Sq, H, D], with `return_lse` also the
     log-sum-exp [B, Sq, H]."""
@@ -69,11 +71,11 @@ def _attention(
             reason = "is_causal beside a mask that is no key mask, or of queries and keys that differ in number"
     if reason is None:
         try:
-            out, lse = _operators.attention(
+            made = _operators.attention(
                 query, key, value, key_mask, bias, zero_masked=zero_masked and query.shape[1] == key.shape[1],
-                scale=scale, causal=is_causal, return_lse=True,
+                scale=scale, causal=is_causal, return_lse=return_lse, read_mask=read_mask,
             )  # fmt: skip
-            return (out, lse.transpose(1, 2)) if return_lse else out
+            return (made[0], made[1].transpose(1, 2)) if return_lse else made
         except NO_KERNEL as error:
             reason = str(error)
     say("diffusers' native", reason)
@@ -85,9 +87,15 @@ def _attention(
 class QwenImageAttnProcessor(QwenDoubleStreamAttnProcessor2_0):
     """Attention of `QwenImageTransformer2DModel`: `model.set_attn_processor(QwenImageAttnProcessor())`.
 
-    Norm and rotation of q and k of text and image are one call, which writes to the joint tensors; the
-    rows of masked text are zeros. What varlen_fa does not compute goes to diffusers' own processor. In
-    a compiled model the processor is outside of the graph."""
+    Norm and rotation of q and k of text and image are one call, in place, and attention takes and writes
+    text and image where they lie: nothing is concatenated or split. The rows of masked text are zeros.
+    `read_mask`: when the host reads the text's mask on a GPU, as in `varlen_fa.torch.attention`. What
+    varlen_fa does not compute goes to diffusers' own processor. In a compiled model the processor is
+    outside of the graph."""
+
+    def __init__(self, *, read_mask="first"):
+        super().__init__()
+        self._read_mask = read_mask
 
     @torch.compiler.disable
     def __call__(
@@ -116,8 +124,8 @@ class QwenImageAttnProcessor(QwenDoubleStreamAttnProcessor2_0):
             return "diffusers' processor refuses the call"
         if self._parallel_config is not None:
             return "the model runs in parallel over the context"
-        if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in attn.parameters()):
-            return "gradients are on: use torch.no_grad() or torch.inference_mode()"
+        if torch.is_grad_enabled() and _gradients.may_be_needed(*attn.parameters()):
+            return _gradients.WANTED
         norms = (attn.norm_q, attn.norm_k, attn.norm_added_q, attn.norm_added_k)
         if not all(type(norm) is RMSNorm and norm.weight is not None and norm.bias is None for norm in norms):
             return "a norm of q or k is no RMSNorm with weights"
@@ -128,37 +136,34 @@ class QwenImageAttnProcessor(QwenDoubleStreamAttnProcessor2_0):
     def _attend(self, attn, text, image, text_mask, rotary):
         """Attention of text and image [B, S_i, E] to both: [B, S_i, H·D] each."""
         head_dim = attn.inner_dim // attn.heads
-        heads = lambda projected: projected.unflatten(-1, (-1, head_dim))  # noqa: E731
-        of_text = [heads(project(text)) for project in (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)]
-        of_image = [heads(project(image)) for project in (attn.to_q, attn.to_k, attn.to_v)]
-        (batch, seq_text), seq_image = text.shape[:2], image.shape[1]
-        # Tokens before batch rows in memory, so that text and image do not interleave.
-        q, k = (x.new_empty(seq_text + seq_image, batch, *x.shape[2:]).transpose(0, 1) for x in of_image[:2])
-        v = torch.cat([of_text[2], of_image[2]], dim=1)
-        image_tables, text_tables = (None, None) if rotary is None else map(_cos_and_sin, rotary)
+        of_text = _heads(text, (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj), head_dim)
+        of_image = _heads(image, (attn.to_q, attn.to_k, attn.to_v), head_dim)
+        norms = (attn.norm_added_q, attn.norm_added_k), (attn.norm_q, attn.norm_k)
+        tables = (None, None) if rotary is None else reversed([_cos_and_sin(rotations) for rotations in rotary])
         _fa.prepare_qk([
-            _fa.QkSegment(
-                *of_text[:2], q_out=q[:, :seq_text], k_out=k[:, :seq_text], rotary=text_tables,
-                norm=(attn.norm_added_q.weight, attn.norm_added_k.weight, attn.norm_added_q.eps),
-            ),
-            _fa.QkSegment(
-                *of_image[:2], q_out=q[:, seq_text:], k_out=k[:, seq_text:], rotary=image_tables,
-                norm=(attn.norm_q.weight, attn.norm_k.weight, attn.norm_q.eps),
-            ),
+            _fa.QkSegment(q, k, norm=(norm_q.weight, norm_k.weight, norm_q.eps), rotary=tables_of_segment)
+            for (q, k, _v), (norm_q, norm_k), tables_of_segment in zip((of_text, of_image), norms, tables)
         ])  # fmt: skip
-        key_mask = None
-        if text_mask is not None:
-            key_mask = torch.cat([text_mask.bool(), text_mask.new_ones(batch, seq_image, dtype=torch.bool)], dim=1)
-        out = _operators.attention(q, k, v, key_mask, zero_masked=True).flatten(2)
-        return out[:, :seq_text], out[:, seq_text:]
+        q, k, v = zip(of_text, of_image)
+        out = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in q]
+        _operators.attention(
+            q, k, v, None if text_mask is None else [text_mask, None], zero_masked=True, out=out,
+            read_mask=self._read_mask,
+        )  # fmt: skip
+        return [x.flatten(2) for x in out]
 
 
-_tables = WeakTensorKeyDictionary()
+def _heads(given, projections, head_dim):
+    """Projections of [B, S, E] as heads [B, S, H, D], in memory of their own: q and k are changed in place."""
+    projected = [project(given) for project in projections]
+    owns = lambda x: x.untyped_storage().data_ptr() != given.untyped_storage().data_ptr()  # noqa: E731
+    return [(x if owns(x) else x.clone()).unflatten(-1, (-1, head_dim)) for x in projected]
+
+
+# Of rotations, which are the same in every layer of a pass.
+_tables = ByTensor(of_inference=True)
 
 
 def _cos_and_sin(rotations):
-    """Tables [S, D / 2] of complex numbers [S, D / 2], which are the same in every layer of a pass."""
-    tables = _tables.get(rotations)
-    if tables is None:
-        tables = _tables[rotations] = (rotations.real.contiguous(), rotations.imag.contiguous())
-    return tables
+    """Tables [S, D / 2] of complex numbers [S, D / 2]."""
+    return _tables.get((rotations,), lambda: (rotations.real.contiguous(), rotations.imag.contiguous()))

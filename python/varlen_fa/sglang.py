@@ -7,37 +7,16 @@ first use, which waits for a GPU once. Do not change them in place under `torch.
 where PyTorch counts no versions.
 """
 
-import threading
-
 import torch
-from torch.utils.weak import WeakTensorKeyDictionary
 
 import varlen_fa as _fa
+from varlen_fa._by_tensor import ByTensor
 from varlen_fa._errors import InvalidValueError, ShapeError
 
 __all__ = ["build_inv_indices", "build_varlen_mask_meta", "fused_pack_qkv", "fused_scatter_to_padded"]
 
-_kept, _lock = WeakTensorKeyDictionary(), threading.Lock()
-
-
-def _version(tensor):
-    return None if tensor.is_inference() else tensor._version
-
-
-def _keep(tensor, size, meta):
-    with _lock:
-        _kept[tensor] = (_version(tensor), size, meta)
-
-
-def _meta_of(tensor, size, make):
-    """The metadata that belongs to a tensor of indices, made if there is none or it is outdated."""
-    with _lock:
-        version, of, meta = _kept.get(tensor, (None, None, None))
-    if meta is not None and of == size and version == _version(tensor):
-        return meta
-    meta = make()
-    _keep(tensor, size, meta)
-    return meta
+# Metadata of tensors of indices, by the size of the padded batch.
+_metas = ByTensor(of_inference=True)
 
 
 def _integers(data, device):
@@ -68,8 +47,8 @@ def build_varlen_mask_meta(mask):
         "inv_indices": _integers(meta.inv_indices_bytes(), mask.device),
         "max_seqlen": size[1],
     }
-    _keep(made["indices"], size, meta)
-    _keep(made["inv_indices"], size, meta)
+    _metas.put((made["indices"],), meta, size)
+    _metas.put((made["inv_indices"],), meta, size)
     return made
 
 
@@ -99,7 +78,7 @@ def fused_pack_qkv(q, k, v, indices):
         keep[positions] = True
         return _fa.Meta(keep.view(size))
 
-    packed = _fa.pack_qkv(*map(_copied_as, (q, k, v)), _meta_of(indices, size, make))
+    packed = _fa.pack_qkv(*map(_copied_as, (q, k, v)), _metas.get((indices,), make, size))
     return tuple(rows.view(of.dtype) for rows, of in zip(packed, (q, k, v)))
 
 
@@ -118,4 +97,4 @@ def fused_scatter_to_padded(out, inv_indices, batch_size, seq_len):
             raise InvalidValueError("`inv_indices`: expected -1 or packed rows that count up from 0")
         return _fa.Meta(keep.view(size))
 
-    return _fa.scatter_to_padded(_copied_as(out), _meta_of(inv_indices, size, make)).view(out.dtype)
+    return _fa.scatter_to_padded(_copied_as(out), _metas.get((inv_indices,), make, size)).view(out.dtype)

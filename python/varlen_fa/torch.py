@@ -1,23 +1,21 @@
 """PyTorch operators: `torch.ops.varlen_fa.*`, and functions with the signatures of SDPA and
 flash-attention.
 
-The operators work under `torch.compile(fullgraph=True)` and `torch.export`: they take tensors and
-numbers alone, and keep nothing between calls that a mask could outdate. On the CPU the metadata of a
-mask is looked up by what the mask holds. On a GPU the device builds it anew in each call, without a
-wait of the host, so that a captured graph follows the mask.
+The operators work under `torch.compile(fullgraph=True)` and `torch.export`: they take tensors, lists
+of them and numbers alone. On the CPU the metadata of a mask is looked up by what the mask holds. On a
+GPU the device builds it anew in each call, without a wait of the host, so that a captured graph
+follows the mask; or the host reads a mask once, where it must or `read_mask` says so.
 
 Inference only: inputs that require gradients are refused.
 """
 
-import threading
-from collections import OrderedDict
 from functools import lru_cache
 
 import torch
-from torch.utils.weak import WeakTensorKeyDictionary
 
 import varlen_fa as _fa
-from varlen_fa._errors import GradientError, InvalidValueError, ShapeError
+from varlen_fa import _gradients, _metadata
+from varlen_fa._errors import InvalidValueError, ShapeError
 from varlen_fa._masks import key_mask_and_bias
 
 __all__ = ["attention", "flash_attn_varlen_func", "scaled_dot_product_attention", "varlen_attention"]
@@ -27,10 +25,14 @@ __all__ = ["attention", "flash_attn_varlen_func", "scaled_dot_product_attention"
 _NOT_CAUSAL, _TOP_LEFT, _BOTTOM_RIGHT = 0, 1, 2
 
 _library = torch.library.Library("varlen_fa", "DEF")
+_OPTIONS = (
+    "Tensor? bias=None, *, bool zero_masked=False, float? scale=None, int causal=0, int window_left=-1, "
+    'int window_right=-1, float softcap=0.0, float[]? alibi=None, float[]? sinks=None, str read_mask="needed"'
+)
+_library.define(f"attention(Tensor q, Tensor k, Tensor v, Tensor? key_mask=None, {_OPTIONS}) -> (Tensor, Tensor)")
 _library.define(
-    "attention(Tensor q, Tensor k, Tensor v, Tensor? key_mask=None, Tensor? bias=None, *, bool zero_masked=False, "
-    "float? scale=None, int causal=0, int window_left=-1, int window_right=-1, float softcap=0.0, "
-    "float[]? alibi=None, float[]? sinks=None) -> (Tensor, Tensor)"
+    f"attention_of_segments(Tensor[] q, Tensor[] k, Tensor[] v, Tensor(a!)[] out, Tensor?[] key_mask, {_OPTIONS}) "
+    "-> Tensor"
 )
 _library.define(
     "varlen_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, *, float? scale=None, "
@@ -39,56 +41,7 @@ _library.define(
 )
 
 
-class _ByContent:
-    """The last values that were made, by what they were made of."""
-
-    def __init__(self, size):
-        self._size, self._kept, self._lock = size, OrderedDict(), threading.Lock()
-
-    def get(self, key, make):
-        with self._lock:
-            if key in self._kept:
-                self._kept.move_to_end(key)
-                return self._kept[key]
-        made = make()
-        with self._lock:
-            self._kept[key] = made
-            while len(self._kept) > self._size:
-                self._kept.popitem(last=False)
-        return made
-
-
-_device_metas, _whole_metas = {}, {}
-_read_metas, _read_lock = WeakTensorKeyDictionary(), threading.Lock()
-_metas, _sequences, _packed_ranges = _ByContent(32), _ByContent(32), _ByContent(32)
-
-
-def _meta_of(mask):
-    """Metadata of a [B, S] mask in host memory."""
-    keep = mask if mask.dtype == torch.bool else mask != 0
-    key = (tuple(keep.shape), keep.contiguous().numpy().tobytes())
-    return _metas.get(key, lambda: _fa.Meta(keep.contiguous()))
-
-
-def _read_meta(mask):
-    """Metadata of a mask on a GPU that the host reads, which waits: once for what of a tensor it shows, and
-    each version."""
-    whole = mask if mask._base is None else mask._base
-    shown = (mask.storage_offset(), mask.shape, mask.stride())
-    version = None if mask.is_inference() else mask._version
-    with _read_lock:
-        kept = _read_metas.setdefault(whole, {})
-        of, meta = kept.get(shown, (None, None))
-    if meta is None or version is None or of != version:
-        if torch.cuda.is_current_stream_capturing():
-            raise InvalidValueError(
-                "`key_mask`: expected one in host memory, or one that an earlier call has read: beside `causal`, a "
-                "window or a bias the host reads it, which a captured graph cannot"
-            )
-        meta = _meta_of(mask.cpu())
-        with _read_lock:
-            kept[shown] = version, meta
-    return meta
+_sequences, _packed_ranges = _metadata.ByContent(32), _metadata.ByContent(32)
 
 
 def _sequences_of(cu_seqlens):
@@ -121,57 +74,58 @@ def _tuple(numbers):
     return None if numbers is None else tuple(numbers)
 
 
-def _attention(q, k, v, key_mask=None, bias=None, *, zero_masked=False, scale=None, causal=0, window_left=-1,
-               window_right=-1, softcap=0.0, alibi=None, sinks=None):  # fmt: skip
-    (batch, seq_q), seq_k = q.shape[:2], k.shape[1]
-    out, lse = _outputs(q, sinks)
-    ranges = _padded_ranges(batch, seq_q, seq_k, causal, window_left, window_right)
+def _attend(q, k, v, out, lse, key_masks=(), bias=None, *, zero_masked=False, scale=None, causal=_NOT_CAUSAL,
+            window_left=-1, window_right=-1, softcap=0.0, alibi=None, sinks=None,
+            read_mask=_metadata.NEEDED):  # fmt: skip
+    """Attention of tensors or lists of segments into `out`, and into `lse` unless it is None. `key_masks`: none,
+    one, or one or None for each segment of k."""
+    batch, seq_q, lengths_q = _sizes(q)
+    _, seq_k, lengths_k = _sizes(k)
+    ranges = None
+    if causal or window_left >= 0 or window_right >= 0:
+        ranges = _padded_ranges(batch, seq_q, seq_k, causal, window_left, window_right)
     mask = meta = None
-    if key_mask is not None:
-        # Metadata that a GPU builds takes neither ranges nor a bias.
-        if key_mask.is_cuda and ranges is None and bias is None:
-            # Its queries are computed like any other unless they are to be zeros.
-            meta = _device_meta(key_mask, "keys")
-            if not zero_masked:
-                meta = (_every_query(q), meta)
-        else:
-            meta = _read_meta(key_mask) if key_mask.is_cuda else _meta_of(key_mask)
-            if not zero_masked:
-                mask, meta = meta.key_mask, None
+    if any(key_mask is not None for key_mask in key_masks):
+        queries = (batch, seq_q, _first(q).device)
+        mask, meta = _metadata.of_keys(
+            key_masks, lengths_k or (seq_k,), queries, zero_masked=zero_masked,
+            host_needed=ranges is not None or bias is not None, reading=read_mask,
+        )  # fmt: skip
+    elif (lengths_q or lengths_k) and bias is None:
+        # Some kernels take segments where they lie if there is metadata.
+        meta = tuple(_metadata.of_all(batch, seq) for seq in (seq_q, seq_k))
+    modifiers = None
+    if softcap or alibi is not None or sinks is not None:
+        modifiers = _modifiers(softcap, _tuple(alibi), _tuple(sinks))
     _fa.attention(
-        q, k, v, mask, meta=meta, scale=scale, bias=bias, out=out, lse=lse if sinks is None else None, ranges=ranges,
-        modifiers=_modifiers(softcap, _tuple(alibi), _tuple(sinks)),
+        q, k, v, mask, meta=meta, scale=scale, bias=bias, out=out, lse=lse, ranges=ranges, modifiers=modifiers
     )  # fmt: skip
+
+
+def _first(x):
+    """A tensor, or the first of segments."""
+    return x[0] if isinstance(x, (list, tuple)) else x
+
+
+def _sizes(x):
+    """Batch rows and tokens of a tensor, or of a list of segments and the tokens of each."""
+    if isinstance(x, (list, tuple)):
+        lengths = tuple(segment.shape[1] for segment in x)
+        return x[0].shape[0], sum(lengths), lengths
+    return *x.shape[:2], ()
+
+
+def _attention(q, k, v, key_mask=None, bias=None, *, sinks=None, **options):
+    out, lse = _outputs(q, sinks)
+    key_masks = () if key_mask is None else (key_mask,)
+    _attend(q, k, v, out, lse if sinks is None else None, key_masks, bias, sinks=sinks, **options)
     return out, lse
 
 
-def _device_meta(mask, role):
-    """Metadata of a mask on a GPU, of queries or of keys. There is one of each size and stream: later
-    calls on the stream build it anew, and a captured graph may use it for as long as it lives."""
-    device = _fa.Device.of(mask)
-    key = (mask.device.index, torch.cuda.current_stream(mask.device).cuda_stream, tuple(mask.shape), role)
-    meta = _device_metas.get(key)
-    if meta is None:
-        meta = _device_metas.setdefault(key, _fa.DeviceMeta(device, *mask.shape))
-    meta.rebuild(mask)
-    return meta
-
-
-def _every_query(q):
-    """Metadata that keeps every query. It never changes: made once, but again in each captured graph until a
-    call outside of one has made it."""
-    key = (q.device.index, tuple(q.shape[:2]))
-    meta = _whole_metas.get(key)
-    if meta is None:
-        every = torch.ones(q.shape[:2], dtype=torch.bool, device=q.device)
-        if torch.cuda.is_current_stream_capturing():
-            return _device_meta(every, "queries")
-        meta = _fa.DeviceMeta(_fa.Device.of(every), *every.shape)
-        meta.rebuild(every)
-        # Other streams may use it next.
-        torch.cuda.current_stream(q.device).synchronize()
-        meta = _whole_metas.setdefault(key, meta)
-    return meta
+def _attention_of_segments(q, k, v, out, key_mask, bias=None, *, sinks=None, **options):
+    lse = _lse_of(q, sinks)
+    _attend(q, k, v, out, lse if sinks is None else None, key_mask, bias, sinks=sinks, **options)
+    return lse
 
 
 def _varlen_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, *, scale=None, causal=False, window_left=-1,
@@ -183,77 +137,137 @@ def _varlen_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, *, scale=None, causal
     if left is not None or right is not None:
         make = lambda: _fa.KeyRanges.window((of_q, of_k), left, right)  # noqa: E731
         ranges = _packed_ranges.get((key_q, key_k, left, right), make)
-    out = q.new_empty(q.shape)
+    out = _new(q)
     lse = q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
     modifiers = _modifiers(softcap, _tuple(alibi), None)
     _fa.varlen_attention(q, k, v, of_q, of_k, scale=scale, ranges=ranges, modifiers=modifiers, out=out, lse=lse)
     return out, lse
 
 
+def _new(q):
+    return torch.empty_like(q, memory_format=torch.contiguous_format)
+
+
 def _outputs(q, sinks):
-    batch, seq, heads, _dim = q.shape
-    # There is no log-sum-exp beside sinks.
-    return q.new_empty(q.shape), q.new_empty((batch, heads, seq) if sinks is None else (0,), dtype=torch.float32)
+    return _new(q), _lse_of(q, sinks)
+
+
+def _lse_of(q, sinks):
+    """Room for the log-sum-exp of a tensor or a list of segments. There is none beside sinks."""
+    batch, seq, _ = _sizes(q)
+    like = _first(q)
+    return like.new_empty((batch, like.shape[2], seq) if sinks is None else (0,), dtype=torch.float32)
 
 
 def _fake_attention(q, k, v, key_mask=None, bias=None, *, sinks=None, **_):
     return _outputs(q, sinks)
 
 
+def _fake_attention_of_segments(q, k, v, out, key_mask, bias=None, *, sinks=None, **_):
+    return _lse_of(q, sinks)
+
+
 def _fake_varlen_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, **_):
-    return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
+    return _new(q), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
 
 
 for _key in ("CPU", "CUDA"):
     _library.impl("attention", _attention, _key)
+    _library.impl("attention_of_segments", _attention_of_segments, _key)
     _library.impl("varlen_attention", _varlen_attention, _key)
 torch.library.register_fake("varlen_fa::attention", _fake_attention, lib=_library)
+torch.library.register_fake("varlen_fa::attention_of_segments", _fake_attention_of_segments, lib=_library)
 torch.library.register_fake("varlen_fa::varlen_attention", _fake_varlen_attention, lib=_library)
 
 
-def _refuse_gradients(**tensors):
-    if not torch.is_grad_enabled():
-        return
-    for name, tensor in tensors.items():
-        if tensor is not None and tensor.requires_grad:
-            raise GradientError(
-                f"`{name}` requires a gradient, and varlen_fa computes none: call it under torch.no_grad() or "
-                f"torch.inference_mode(), or give `{name}.detach()`"
-            )
-
-
 def _autocast(*tensors):
-    """As SDPA under autocast: floating-point inputs in autocast's type."""
-    kind = tensors[0].device.type
+    """As SDPA under autocast: floating-point inputs in autocast's type; tensors or lists of them."""
+    if not torch._C._is_any_autocast_enabled():
+        return tensors
+    kind = _first(tensors[0]).device.type
     if not torch.is_autocast_enabled(kind):
         return tensors
     dtype = torch.get_autocast_dtype(kind)
-    return tuple(None if tensor is None else tensor.to(dtype) for tensor in tensors)
+    cast = lambda x: [y.to(dtype) for y in x] if isinstance(x, (list, tuple)) else x.to(dtype)  # noqa: E731
+    return tuple(map(cast, tensors))
+
+
+_PLAIN = {torch.Tensor, torch.nn.Parameter, type(None)}
+
+
+def _is_plain(*tensors):
+    """Whether a call is about memory that is there, rather than traced, faked or transformed: then it needs no
+    dispatcher of operators, which takes as long as the rest of a small call."""
+    return (
+        not torch.compiler.is_compiling()
+        and _PLAIN.issuperset(map(type, tensors))
+        and (tensors[0].is_cpu or tensors[0].is_cuda)
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and not torch.jit.is_tracing()
+    )
 
 
 def attention(q, k, v, key_mask=None, bias=None, *, zero_masked=False, scale=None, causal=False, window=(-1, -1),
-              softcap=0.0, alibi=None, sinks=None, return_lse=False):  # fmt: skip
-    """Attention of q [B, Sq, H, D] to k and v [B, Sk, Hkv, D], as an operator of PyTorch.
+              softcap=0.0, alibi=None, sinks=None, return_lse=False, out=None, read_mask="needed"):  # fmt: skip
+    """Attention of q [B, Sq, H, D] to k and v [B, Sk, Hkv, D], as an operator of PyTorch. q, k, v and `out` may
+    each be a list of 1 to 8 segments [B, S_i, H, D] that follow one another along S.
 
-    `key_mask`: [B, Sk], booleans or integers; what is not 0 is kept. `zero_masked`: the queries that
-    the mask drops are zeros (self-attention alone); else they are computed like any other, as in
-    SDPA. `bias`: added to the scores, broadcast to [B, H, Sq, Sk]. `causal`: the last query is level
-    with the last key. `window`: keys before and after a query's place, -1 for no limit. `alibi`,
-    `sinks`: a number for each head.
+    `key_mask`: [B, Sk], booleans or integers; what is not 0 is kept. Where k is a list it may be one
+    too: [B, S_i] for each segment, or None, which keeps all. `zero_masked`: the queries that the mask
+    drops are zeros (self-attention alone); else they are computed like any other, as in SDPA. `bias`:
+    added to the scores, broadcast to [B, H, Sq, Sk]. `causal`: the last query is level with the last
+    key. `window`: keys before and after a query's place, -1 for no limit. `alibi`, `sinks`: a number
+    for each head. `out`: where the result goes; a new tensor otherwise.
+
+    `read_mask`: when the host reads a mask on a GPU, and waits for it. "needed": beside `causal`, a window
+    or a bias alone; else the GPU builds the metadata in each call. "first": in the first call with this
+    mask. "second": in the second one. What was read is kept until PyTorch counts a change of the mask,
+    and lets kernels work in place. In captured graphs, in compiled ones and for inference tensors, whose
+    changes nobody counts, the GPU builds it.
 
     Returns out [B, Sq, H, D], with `return_lse` also the log-sum-exp [B, H, Sq] f32, which there is
     not beside sinks. Raises what `varlen_fa.attention` does, and GradientError."""
     if return_lse and sinks is not None:
         raise InvalidValueError(f"`return_lse`: expected False beside `sinks`, got {return_lse}")
-    _refuse_gradients(q=q, k=k, v=v, bias=bias)
+    if read_mask not in _metadata.READINGS:
+        raise InvalidValueError(f"`read_mask`: expected one of {', '.join(_metadata.READINGS[1:])}, got {read_mask!r}")
+    _gradients.refuse(q=q, k=k, v=v, bias=bias)
     q, k, v = _autocast(q, k, v)
-    if bias is not None and bias.dtype not in (q.dtype, torch.float32):
+    if bias is not None and bias.dtype not in (_first(q).dtype, torch.float32):
         bias = bias.float()
-    out, lse = torch.ops.varlen_fa.attention(
-        q, k, v, key_mask, bias, zero_masked=zero_masked, scale=scale, causal=_BOTTOM_RIGHT if causal else _NOT_CAUSAL,
-        window_left=window[0], window_right=window[1], softcap=softcap, alibi=alibi, sinks=sinks,
-    )  # fmt: skip
+    options = {
+        "zero_masked": zero_masked, "scale": scale, "causal": _BOTTOM_RIGHT if causal else _NOT_CAUSAL,
+        "window_left": window[0], "window_right": window[1], "softcap": softcap, "alibi": alibi, "sinks": sinks,
+        "read_mask": _metadata.ANEW if torch.compiler.is_compiling() else read_mask,
+    }  # fmt: skip
+    return _called(q, k, v, out, key_mask, bias, options, return_lse)
+
+
+def _called(q, k, v, out, key_mask, bias, options, return_lse):
+    """Attention by the function itself where there are but tensors, else by an operator."""
+    if out is None and not any(isinstance(x, (list, tuple)) for x in (q, k, v, key_mask)):
+        if _is_plain(q, k, v, key_mask, bias):
+            out, lse = _new(q), _lse_of(q, None) if return_lse else None
+            _attend(q, k, v, out, lse, () if key_mask is None else (key_mask,), bias, **options)
+        else:
+            out, lse = torch.ops.varlen_fa.attention(q, k, v, key_mask, bias, **options)
+        return (out, lse) if return_lse else out
+    q, k, v = map(_listed, (q, k, v))
+    if out is None:
+        batch, seq, _ = _sizes(q)
+        out = q[0].new_empty((batch, seq, *q[0].shape[2:]))
+    outs, masks = _listed(out), [] if key_mask is None else _listed(key_mask)
+    if _is_plain(*q, *k, *v, *outs, *masks, bias):
+        lse = _lse_of(q, None) if return_lse else None
+        _attend(q, k, v, outs, lse, masks, bias, **options)
+    else:
+        lse = torch.ops.varlen_fa.attention_of_segments(q, k, v, outs, masks, bias, **options)
     return (out, lse) if return_lse else out
+
+
+def _listed(x):
+    return list(x) if isinstance(x, (list, tuple)) else [x]
 
 
 def varlen_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, *, scale=None, causal=False, window=(-1, -1), softcap=0.0,
@@ -261,7 +275,7 @@ def varlen_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, *, scale=None, causal=
     """Attention over packed rows as an operator of PyTorch: q [total_q, H, D], k and v
     [total_k, Hkv, D], cu_seqlens [B + 1] integers, in host memory or on the GPU, from which reading
     them waits. Returns out, with `return_lse` also the log-sum-exp [H, total_q] f32."""
-    _refuse_gradients(q=q, k=k, v=v)
+    _gradients.refuse(q=q, k=k, v=v)
     q, k, v = _autocast(q, k, v)
     out, lse = torch.ops.varlen_fa.varlen_attention(
         q, k, v, cu_seqlens_q, cu_seqlens_k, scale=scale, causal=causal, window_left=window[0], window_right=window[1],
@@ -281,7 +295,7 @@ def scaled_dot_product_attention(query, key, value, attn_mask=None, dropout_p=0.
     like any other. A query that sees no key gives zeros, where SDPA gives NaN or zeros.
 
     Raises InvalidValueError for dropout, and for `is_causal` beside a mask that is no key mask."""
-    _refuse_gradients(query=query, key=key, value=value, attn_mask=attn_mask)
+    _gradients.refuse(query=query, key=key, value=value, attn_mask=attn_mask)
     if dropout_p:
         raise InvalidValueError(f"`dropout_p`: expected 0, got {dropout_p}: varlen_fa is for inference")
     if query.dim() != 4:
@@ -292,10 +306,11 @@ def scaled_dot_product_attention(query, key, value, attn_mask=None, dropout_p=0.
     key_mask, bias = key_mask_and_bias(attn_mask, query.shape[0], key.shape[2], query.dtype)
     if is_causal and bias is not None and key_mask is None:
         raise InvalidValueError("`is_causal`: expected False beside a mask that is no key mask")
-    out, _ = torch.ops.varlen_fa.attention(
-        query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), key_mask, bias, scale=scale,
-        causal=_TOP_LEFT if is_causal else _NOT_CAUSAL,
-    )  # fmt: skip
+    options = {"scale": scale, "causal": _TOP_LEFT if is_causal else _NOT_CAUSAL}
+    if torch.compiler.is_compiling():
+        options["read_mask"] = _metadata.ANEW
+    q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+    out = _called(q, k, v, None, key_mask, bias, options, False)
     return out.transpose(1, 2)
 
 

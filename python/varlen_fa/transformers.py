@@ -17,9 +17,10 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import prepare_padding_mask, sdpa_mask
-from torch.utils.weak import WeakTensorKeyDictionary
 
+from varlen_fa import _gradients
 from varlen_fa import torch as _operators
+from varlen_fa._by_tensor import ByTensor
 from varlen_fa._errors import NotApplicableError
 from varlen_fa._fallback import NO_KERNEL, say, why_not
 from varlen_fa._masks import key_mask_and_bias
@@ -125,17 +126,14 @@ def _is_causal(module, is_causal):
     return is_causal if is_causal is not None else getattr(module, "is_causal", True)
 
 
-_on_host = WeakTensorKeyDictionary()
+# Of cumulative lengths, which are the same tensor in all layers of a pass, whatever mode it runs in.
+_on_host = ByTensor(of_inference=True)
 
 
 def _in_host_memory(lengths):
-    """Cumulative lengths, which are the same tensor in all layers of a pass: read once."""
     if not lengths.is_cuda or torch.compiler.is_compiling():
         return lengths
-    read = _on_host.get(lengths)
-    if read is None:
-        read = _on_host[lengths] = lengths.cpu()
-    return read
+    return _on_host.get((lengths,), lengths.cpu)
 
 
 def _packed_attention(
@@ -170,8 +168,8 @@ def _attention(
         )  # fmt: skip
     seq_q, seq_k = query.shape[2], key.shape[2]
     reason = why_not(query, key, value, dropout)
-    if reason is None and position_bias is not None and torch.is_grad_enabled() and position_bias.requires_grad:
-        reason = "gradients are on: use torch.no_grad() or torch.inference_mode()"
+    if reason is None and _gradients.may_be_needed(position_bias):
+        reason = _gradients.WANTED
     pattern, bias = attention_mask, position_bias
     if attention_mask is None:
         causal = _is_causal(module, is_causal) and seq_q > 1

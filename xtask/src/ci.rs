@@ -6,10 +6,10 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, bail};
 
 use crate::workspace::{Workspace, capture, cargo, run};
-use crate::{header, imports, kernels, pages, table};
+use crate::{header, imports, kernels, pages, python_package, table};
 
 /// One step of CI.
 struct Step {
@@ -118,7 +118,7 @@ const STEPS: &[Step] = &[
     },
     Step {
         name: "python-package",
-        about: "the wheel of the Python package, its size, its tests and the programs of docs/python.md",
+        about: "the wheel of the Python package, its tag and size, its tests and the programs of docs/python.md",
         variables: &[],
         work: Function(python_wheel),
     },
@@ -315,7 +315,7 @@ fn install_packages(_workspace: &Workspace) -> Result<Outcome> {
 fn typos(workspace: &Workspace) -> Result<Outcome> {
     /// The version that the list of exceptions was written for.
     const PACKAGE: &str = "typos==1.52.0";
-    let programs = python_package(&workspace.target.join("typos"), PACKAGE)?;
+    let programs = installed(&workspace.target.join("typos"), PACKAGE)?;
     run(Command::new(programs.join("typos")).current_dir(&workspace.root))?;
     Ok(Outcome::Passed)
 }
@@ -327,7 +327,7 @@ fn typos(workspace: &Workspace) -> Result<Outcome> {
 fn fuzz(workspace: &Workspace) -> Result<Outcome> {
     const PACKAGE: &str = "numpy==2.4.6";
     const SEED: [&str; 2] = ["--seed", "1"];
-    let programs = python_package(&workspace.target.join("numpy"), PACKAGE)?;
+    let programs = installed(&workspace.target.join("numpy"), PACKAGE)?;
     run(Command::new(workspace.root.join("fuzz/run.sh")).args(["--seconds", "60"]).args(SEED))?;
     run(cargo().current_dir(&workspace.root).args(["build", "--release", "-p", "varlen-fa-capi"]))?;
     let mut python = Command::new(programs.join("python3"));
@@ -341,7 +341,7 @@ fn fuzz(workspace: &Workspace) -> Result<Outcome> {
 
 /// Installs a Python package into an environment of its own below `folder`, unless it is there;
 /// returns the folder of its programs.
-fn python_package(folder: &Path, package: &str) -> Result<PathBuf> {
+fn installed(folder: &Path, package: &str) -> Result<PathBuf> {
     let environment = folder.join(package);
     let (programs, installed) = (environment.join("bin"), environment.join("installed"));
     if installed.is_file() {
@@ -357,46 +357,8 @@ fn python_package(folder: &Path, package: &str) -> Result<PathBuf> {
     Ok(programs)
 }
 
-/// Builds the Python package's wheel, and tests it installed. PyTorch is heavy, so its tests run only
-/// where `python3` or PYTHONPATH has it; pytest prints the reason where they do not.
 fn python_wheel(workspace: &Workspace) -> Result<Outcome> {
-    const TOOLS: [&str; 3] = ["maturin==1.16.0", "numpy==2.4.6", "pytest==9.2.0"];
-    const LIMIT: u64 = 12_000_000;
-    let folder = workspace.target.join("python-package");
-    let (environment, wheels, package) = (folder.join("venv"), folder.join("wheels"), workspace.root.join("python"));
-    for stale in [&environment, &wheels] {
-        if stale.exists() {
-            fs::remove_dir_all(stale).with_context(|| format!("cannot remove {}", stale.display()))?;
-        }
-    }
-    capture(Command::new("python3").args(["-m", "venv", "--system-site-packages"]).arg(&environment))
-        .context("python3 cannot make an environment (Debian: install python3-venv)")?;
-    let python = environment.join("bin/python3");
-    let pip = || {
-        let mut pip = Command::new(&python);
-        pip.args(["-m", "pip", "install", "--quiet", "--disable-pip-version-check"]);
-        pip
-    };
-    run(pip().arg("--only-binary=:all:").args(TOOLS)).context("pip could not install the tools")?;
-
-    let mut maturin = Command::new(environment.join("bin/maturin"));
-    maturin.current_dir(&package).args(["build", "--release", "--locked", "--interpreter"]).arg(&python);
-    run(maturin.arg("--out").arg(&wheels).env("CARGO_TARGET_DIR", &workspace.target))?;
-    let built: Vec<PathBuf> = fs::read_dir(&wheels)?.map(|entry| Ok(entry?.path())).collect::<Result<_>>()?;
-    let [wheel] = &built[..] else { bail!("expected one wheel in {}, got {built:?}", wheels.display()) };
-    let size = fs::metadata(wheel)?.len();
-    println!("{}: {:.1} MB", wheel.file_name().unwrap_or_default().display(), size as f64 / 1e6);
-    ensure!(size < LIMIT, "the wheel has {size} bytes; it must have less than {LIMIT}");
-
-    run(pip().args(["--no-deps", "--no-index"]).arg(wheel))?;
-    run(Command::new(&python).current_dir(&folder).args(["-m", "varlen_fa", "doctor"]))?;
-    run(Command::new(&python).current_dir(package.join("tests")).args([
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-    ]))?;
+    python_package::check(workspace)?;
     Ok(Outcome::Passed)
 }
 

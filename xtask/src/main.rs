@@ -13,6 +13,7 @@ mod pages;
 #[allow(dead_code, reason = "only the text half is used here")]
 mod params;
 mod ptxas;
+mod python_package;
 mod table;
 #[cfg(feature = "web")]
 mod web;
