@@ -154,7 +154,7 @@ fn arch(isa: CpuIsa) -> Option<pulp::Arch> {
         #[cfg(target_arch = "x86_64")]
         CpuIsa::Avx2 => pulp::x86::V3::try_new().map(pulp::Arch::V3),
         #[cfg(target_arch = "aarch64")]
-        CpuIsa::Neon => pulp::aarch64::Neon::try_new().map(pulp::Arch::Neon),
+        CpuIsa::Neon | CpuIsa::NeonBf16 => pulp::aarch64::Neon::try_new().map(pulp::Arch::Neon),
         CpuIsa::Scalar => Some(pulp::Arch::Scalar),
         _ => None,
     }
@@ -206,6 +206,15 @@ fn bf16_peak_gflops(isa: CpuIsa) -> Option<f64> {
             black_box(value);
             Some(operations as f64 / seconds / 1e9)
         }
+        #[cfg(target_arch = "aarch64")]
+        CpuIsa::NeonBf16 if std::arch::is_aarch64_feature_detected!("bf16") => {
+            let started = Instant::now();
+            // SAFETY: the processor has FEAT_BF16, and NEON with it.
+            let (operations, value) = unsafe { neon_bf16_products(STEPS) };
+            let seconds = started.elapsed().as_secs_f64();
+            black_box(value);
+            Some(operations as f64 / seconds / 1e9)
+        }
         _ => None,
     }
 }
@@ -230,4 +239,31 @@ fn avx512_bf16_products(steps: usize) -> (usize, f32) {
     }
     let sum = chains.into_iter().fold(one, |sum, chain| _mm512_add_ps(sum, chain));
     (2 * steps * CHAINS * PRODUCTS, _mm512_reduce_add_ps(sum))
+}
+
+/// Operations, and a value that depends on all of them.
+#[cfg(target_arch = "aarch64")]
+#[target_feature(enable = "neon,bf16")]
+fn neon_bf16_products(steps: usize) -> (usize, f32) {
+    use std::arch::aarch64::{float32x4_t, vaddq_f32, vaddvq_f32, vdupq_n_f32};
+    /// Products of a vector: pairs for each f32.
+    const PRODUCTS: usize = 8;
+
+    // As pairs of bf16 their upper halves count, and the lower ones are 0.
+    let (one, half) = (vdupq_n_f32(black_box(1.0)), vdupq_n_f32(black_box(0.5)));
+    let mut chains: [float32x4_t; CHAINS] = [one; CHAINS];
+    for _ in 0..steps {
+        for chain in &mut chains {
+            // SAFETY: computes on registers; the processor has the instruction.
+            unsafe {
+                std::arch::asm!(
+                    "bfdot {chain:v}.4s, {one:v}.8h, {half:v}.8h",
+                    chain = inout(vreg) *chain, one = in(vreg) one, half = in(vreg) half,
+                    options(pure, nomem, nostack, preserves_flags),
+                );
+            }
+        }
+    }
+    let sum = chains.into_iter().fold(one, |sum, chain| vaddq_f32(sum, chain));
+    (2 * steps * CHAINS * PRODUCTS, vaddvq_f32(sum))
 }

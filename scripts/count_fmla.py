@@ -3,16 +3,18 @@
 
 Reads `objdump -d --no-show-raw-insn` from standard input.
 
-A hot loop is a loop without another inside, in code that was compiled for NEON, of at least 24 multiplications and additions `fmla`
-by an element of a register: the products of the widest strip. Polynomials, as of a soft cap, multiply by whole registers. Fails where a
-hot loop has more than 1.5 instructions for each, or where there is none.
+A hot loop is a loop without another inside, in code that was compiled for NEON, of at least 24 products by an element of a
+register: those of the widest strip. They are `fmla` of f32 and `bfdot` of pairs of bf16. Polynomials, as of a soft cap, multiply by
+whole registers. Fails where a hot loop has more than 1.5 instructions for each product, or where one of the two has no hot loop.
 """
 
 import re
 import sys
 
 LEAST = 24
-MOST_PER_FMLA = 1.5
+MOST_PER_PRODUCT = 1.5
+# By an element: of 4 f32, or of 4 pairs; and what the names of functions say that were compiled for them.
+PRODUCTS = {"fmla": (r"fmla\s.*\.s\[\d\]$", "Neon"), "bfdot": (r"bfdot\s.*\.2h\[\d\]$", "bf16_pairs")}
 
 
 def loops(lines):
@@ -32,14 +34,16 @@ def loops(lines):
 
 
 def main():
-    worst = 0.0
+    worst = dict.fromkeys(PRODUCTS, 0.0)
     for function, body in loops(sys.stdin):
-        count = sum(bool(re.match(r"fmla\s.*\.s\[\d\]$", instruction)) for instruction in body)
-        if count >= LEAST and "Neon" in function:
-            print(f"hot loop: {len(body)} instructions, {count} fmla, {len(body) / count:.2f} for each")
-            worst = max(worst, len(body) / count)
-    if not 0.0 < worst <= MOST_PER_FMLA:
-        sys.exit(f"error: expected loops of at most {MOST_PER_FMLA} instructions for each fmla")
+        for name, (pattern, compiled_for) in PRODUCTS.items():
+            count = sum(bool(re.match(pattern, instruction)) for instruction in body)
+            if count >= LEAST and compiled_for in function:
+                print(f"hot loop: {len(body)} instructions, {count} {name}, {len(body) / count:.2f} for each")
+                worst[name] = max(worst[name], len(body) / count)
+    for name, most in worst.items():
+        if not 0.0 < most <= MOST_PER_PRODUCT:
+            sys.exit(f"error: expected loops of at most {MOST_PER_PRODUCT} instructions for each {name}")
 
 
 if __name__ == "__main__":

@@ -74,6 +74,9 @@ pub enum CpuIsa {
     Avx512,
     /// x86-64 with AVX2 and FMA.
     Avx2,
+    /// [`Neon`](Self::Neon) with FEAT_BF16. Products of bf16 tensors are those of bf16 numbers, as on
+    /// GPUs; f32 and f16 are as there.
+    NeonBf16,
     /// 64-bit Arm.
     Neon,
     /// WebAssembly's 128-bit vectors.
@@ -85,15 +88,16 @@ pub enum CpuIsa {
 impl CpuIsa {
     /// Every instruction set.
     pub const ALL: &'static [Self] =
-        &[Self::Avx512Bf16, Self::Avx512, Self::Avx2, Self::Neon, Self::Simd128, Self::Scalar];
+        &[Self::Avx512Bf16, Self::Avx512, Self::Avx2, Self::NeonBf16, Self::Neon, Self::Simd128, Self::Scalar];
 
-    /// `avx512bf16`, `avx512`, `avx2`, `neon`, `simd128` or `scalar`.
+    /// `avx512bf16`, `avx512`, `avx2`, `neonbf16`, `neon`, `simd128` or `scalar`.
     #[must_use]
     pub const fn name(self) -> &'static str {
         match self {
             Self::Avx512Bf16 => "avx512bf16",
             Self::Avx512 => "avx512",
             Self::Avx2 => "avx2",
+            Self::NeonBf16 => "neonbf16",
             Self::Neon => "neon",
             Self::Simd128 => "simd128",
             Self::Scalar => "scalar",

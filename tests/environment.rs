@@ -328,7 +328,7 @@ fn process_with_varlen_fa_cpu() -> Result<()> {
     ensure!(best.is_some_and(|best| cpu.ends_with(best.name())), "without the variable: {cpu}");
     for bad in [" ", "AVX2", "sse"] {
         let [from_env, new, _] = process_with_all([None, None, None, Some(bad), None])?;
-        let expected = "avx512bf16, avx512, avx2, neon, simd128, scalar".to_owned();
+        let expected = "avx512bf16, avx512, avx2, neonbf16, neon, simd128, scalar".to_owned();
         let expected = Error::Environment { variable: "VARLEN_FA_CPU", expected, got: bad.to_owned() };
         let expected = format!("{expected:?}");
         ensure!(from_env == expected && new == expected, "got {from_env} and {new}");

@@ -1,9 +1,8 @@
 //! Programs that use the C library as its users do: C with the shared and the static library, and
 //! Python through ctypes.
 //!
-//! The cargo that runs this test builds the library first. A program exits with 77 if its device is
-//! absent: then the trial is ignored with the reason, or fails if `VARLEN_FA_TEST_REQUIRE` names
-//! the device.
+//! Cargo builds the library with this test. A program exits with 77 if its device is absent: then
+//! the trial is ignored with the reason, or fails if `VARLEN_FA_TEST_REQUIRE` names the device.
 
 mod library;
 
@@ -14,7 +13,7 @@ use std::process::{Command, ExitCode};
 use anyhow::{Context, Result, ensure};
 use libtest_mimic::{Arguments, Completion, Failed, Trial};
 
-use self::library::{Library, expect_success, package, run};
+use self::library::{Library, NAME, expect_success, package, run};
 
 const NOT_AVAILABLE: i32 = 77;
 const REQUIRE: &str = "VARLEN_FA_TEST_REQUIRE";
@@ -98,7 +97,7 @@ fn compile(library: &Library, source: &str, linkage: Linkage) -> Result<Command>
     match linkage {
         Linkage::Shared => {
             let rpath = format!("-Wl,-rpath,{}", library.folder.display());
-            compiler.arg("-L").arg(&library.folder).args(["-lvarlen_fa", &rpath])
+            compiler.arg("-L").arg(&library.folder).args([&format!("-l{NAME}"), &rpath])
         }
         Linkage::Static => compiler.arg(&library.static_library),
     };

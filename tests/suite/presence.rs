@@ -15,7 +15,7 @@ const REQUIRE: &str = "VARLEN_FA_TEST_REQUIRE";
 pub fn open(kind: BackendKind, is_required: bool) -> (Trial, Option<Device>) {
     let opened = limits::open(Config::default().with_device(kind.into()));
     if let Ok(device) = &opened {
-        eprintln!("the suite runs on {}", device.name());
+        eprintln!("the suite runs on {}", device.capabilities());
     }
     let status = opened.as_ref().cloned().map_err(|error| format!("{error:#}"));
     let least = limits::are_least();

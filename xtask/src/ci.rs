@@ -150,7 +150,7 @@ const STEPS: &[Step] = &[
         name: "library",
         about: "the library builds by itself, without what its tests bring",
         variables: &[],
-        work: Commands(&["cargo check --release --lib"]),
+        work: Commands(&["cargo check --release --lib -p varlen-fa"]),
     },
     Step {
         name: "examples",
@@ -181,9 +181,9 @@ const STEPS: &[Step] = &[
         variables: &[("VARLEN_FA_TEST_REQUIRE", "cpu,wgpu"), ("VARLEN_FA_TEST_REQUIRE_MODEL", "1")],
         work: Commands(&[
             "scripts/fetch_minilm.sh",
-            "cargo test --release -p embed_sentences",
-            "cargo run --release -p embed_sentences -- --device cpu --check examples/embed_sentences/testdata/reference.json",
-            "cargo run --release -p embed_sentences -- --device wgpu --check examples/embed_sentences/testdata/reference.json",
+            "cargo test --release --test reference",
+            "cargo run --release --bin embed_sentences -- --device cpu --check examples/embed_sentences/testdata/reference.json",
+            "cargo run --release --bin embed_sentences -- --device wgpu --check examples/embed_sentences/testdata/reference.json",
         ]),
     },
     Step {
@@ -194,8 +194,8 @@ const STEPS: &[Step] = &[
             "cargo bench --bench attention -- --smoke --device cpu",
             "cargo bench --bench attention -- --smoke --device wgpu",
             "cargo bench --bench metadata -- --smoke",
-            "cargo bench -p varlen-fa-capi --bench overhead",
-            "cargo bench -p varlen-fa-capi --bench launch_cost",
+            "cargo bench --bench overhead",
+            "cargo bench --bench launch_cost",
         ]),
     },
 ];

@@ -53,7 +53,7 @@ pub struct CLibrary {
 }
 
 impl CLibrary {
-    /// Loads the library that `VARLEN_FA_LIBRARY` names, or builds it.
+    /// Loads the library that `VARLEN_FA_LIBRARY` names, or the one that cargo built.
     pub fn load() -> Result<Self> {
         let path = match env::var_os("VARLEN_FA_LIBRARY") {
             Some(path) => PathBuf::from(path),

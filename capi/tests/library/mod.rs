@@ -1,13 +1,13 @@
-//! The files of the C library, built by the cargo that runs a test or a bench.
+//! The files of the C library, which cargo builds beside the tests and benches (`built/Cargo.toml`).
 
 use std::env;
-use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
-use std::sync::OnceLock;
 
-use anyhow::{Context, Result, bail, ensure};
-use serde::Deserialize;
+use anyhow::{Context, Result, ensure};
+
+/// What the library is called there, as linkers know it.
+pub const NAME: &str = "varlen_fa_built";
 
 /// Paths of the library.
 #[derive(Debug, Clone)]
@@ -21,57 +21,15 @@ pub struct Library {
 }
 
 impl Library {
-    /// Builds it once, in the profile and with the features of this test.
+    /// That of this test's profile and features.
     pub fn built() -> Result<Self> {
-        static BUILT: OnceLock<std::result::Result<Library, String>> = OnceLock::new();
-        BUILT.get_or_init(|| Self::build().map_err(|error| format!("{error:#}"))).clone().map_err(anyhow::Error::msg)
-    }
-
-    fn build() -> Result<Self> {
-        let mut command = Command::new(env::var_os("CARGO").unwrap_or_else(|| OsString::from("cargo")));
-        command.current_dir(package()).args(["build", "--lib", "--message-format=json-render-diagnostics"]);
-        if !cfg!(debug_assertions) {
-            command.arg("--release");
-        }
-        let features: Vec<_> = [("cuda", cfg!(feature = "cuda")), ("wgpu", cfg!(feature = "wgpu"))]
-            .into_iter()
-            .filter_map(|(feature, is_on)| is_on.then_some(feature))
-            .collect();
-        command.arg("--no-default-features").arg("--features").arg(features.join(","));
-        let printed = String::from_utf8(run(&mut command)?.stdout)?;
-        let files = files_of(&printed)?;
-        let find = |extensions: &[&str]| {
-            let is_it =
-                |file: &&PathBuf| file.extension().is_some_and(|extension| extensions.iter().any(|e| extension == *e));
-            files.iter().find(is_it).cloned().with_context(|| format!("cargo built {files:?}, no {extensions:?}"))
-        };
-        let (static_library, shared_library) = (find(&["a"])?, find(&["so", "dylib"])?);
-        let folder = shared_library.parent().context("the library has no parent folder")?.to_owned();
+        let program = env::current_exe()?;
+        let folder = program.parent().context("the test has no parent folder")?.to_owned();
+        let static_library = folder.join(format!("lib{NAME}.a"));
+        let shared_library = folder.join(format!("{}{NAME}{}", env::consts::DLL_PREFIX, env::consts::DLL_SUFFIX));
+        ensure!(shared_library.exists(), "cargo did not build {}", shared_library.display());
         Ok(Self { folder, static_library, shared_library })
     }
-}
-
-/// The files of this package's library, from what `cargo build --message-format=json` printed.
-fn files_of(printed: &str) -> Result<Vec<PathBuf>> {
-    #[derive(Deserialize)]
-    struct Message {
-        target: Option<Target>,
-        #[serde(default)]
-        filenames: Vec<PathBuf>,
-    }
-    #[derive(Deserialize)]
-    struct Target {
-        name: String,
-        kind: Vec<String>,
-    }
-    for line in printed.lines() {
-        let message: Message = serde_json::from_str(line).with_context(|| format!("cargo printed {line:?}"))?;
-        let is_ours = |target: Target| target.name == "varlen_fa" && target.kind.iter().any(|kind| kind == "cdylib");
-        if message.target.is_some_and(is_ours) {
-            return Ok(message.filenames);
-        }
-    }
-    bail!("cargo did not report the library's files")
 }
 
 /// This package's folder.

@@ -1,15 +1,25 @@
-//! Products of bf16 by the processor's instructions for them: AVX512-BF16. A word is a pair of bf16
-//! (`operands`), and one instruction multiplies both and adds them to an f32, the element in the
-//! upper half first, each rounded as by a fused multiplication and addition.
+//! Products of bf16 by the processor's instructions for them: AVX512-BF16, and Arm's FEAT_BF16. A
+//! word is a pair of bf16 (`operands`), and one instruction multiplies both and adds them to an f32.
 //!
 //! K and V are taken as they are, and weights are rounded to bf16, as on GPUs; the sum of weights
 //! is of those that are not rounded. The instructions take numbers below 2⁻¹²⁶ for 0 and give 0 for
 //! them; NaN and infinities are as in f32.
+//!
+//! How a word is rounded:
+//!
+//! - `vdpbf16ps` adds the element in the upper half first, each rounded as by a fused multiplication
+//!   and addition.
+//! - `bfdot` adds the two products, which are exact, then the sum of both to the f32. Each addition
+//!   rounds to odd: a result that is not exact gets a last bit of 1. It is off by less than the
+//!   worth of that bit, twice what rounding to the nearest is off by, but there are half as many
+//!   additions to the f32 as elements: the bound is that of a chain of f32, and the rounding has no
+//!   drift. FEAT_EBF16 rounds a word once, to the nearest, where the application has set FPCR.EBF,
+//!   and then numbers below 2⁻¹²⁶ count. The contract allows all of these.
 
 use half::bf16;
 use pulp::Simd;
 
-use super::isa::{Vectorized, Vectors};
+use super::isa::{RegisterTile, Vectorized, Vectors};
 use super::operands::Operand;
 use super::rows::RowElement;
 use crate::config::CpuIsa;
@@ -41,6 +51,17 @@ impl Operand for Bf16Pairs {
     #[inline(always)]
     fn mul_add<S: Simd>(self, _: S, a: S::f32s, b: S::f32s, c: S::f32s) -> S::f32s {
         self.0.mul_add::<S>(a, b, c)
+    }
+
+    #[inline(always)]
+    fn add_products<S: RegisterTile, const W: usize, const N: usize>(
+        self,
+        simd: S,
+        sums: &mut [[S::f32s; W]; N],
+        scalars: &[f32; N],
+        vectors: &[S::f32s; W],
+    ) {
+        self.0.add_products(simd, sums, scalars, vectors);
     }
 
     #[inline(always)]
@@ -120,7 +141,7 @@ mod processor {
     use pulp::Simd;
     use pulp::x86::V4;
 
-    use super::{CpuIsa, Vectorized, Vectors};
+    use super::{CpuIsa, RegisterTile, Vectorized, Vectors};
 
     #[derive(Debug, Clone, Copy)]
     pub(super) struct Token(V4);
@@ -153,6 +174,22 @@ mod processor {
         pub fn mul_add<S: Simd>(self, a: S::f32s, b: S::f32s, c: S::f32s) -> S::f32s {
             // SAFETY: as above.
             pulp::cast(unsafe { mul_add(pulp::cast(a), pulp::cast(b), pulp::cast(c)) })
+        }
+
+        #[inline(always)]
+        pub fn add_products<S: RegisterTile, const W: usize, const N: usize>(
+            self,
+            simd: S,
+            sums: &mut [[S::f32s; W]; N],
+            scalars: &[f32; N],
+            vectors: &[S::f32s; W],
+        ) {
+            for n in 0..N {
+                let scalar = simd.splat_f32s(scalars[n]);
+                for w in 0..W {
+                    sums[n][w] = self.mul_add::<S>(vectors[w], scalar, sums[n][w]);
+                }
+            }
         }
 
         /// Words of two numbers each, rounded to the nearest, ties to even.
@@ -202,12 +239,141 @@ mod processor {
     }
 }
 
+/// The standard library has no stable intrinsics for them.
+#[cfg(target_arch = "aarch64")]
+mod processor {
+    use std::arch::aarch64::float32x4_t;
+    use std::arch::asm;
+
+    use pulp::Simd;
+    use pulp::aarch64::Neon;
+
+    use super::{CpuIsa, RegisterTile, Vectorized, Vectors};
+
+    #[derive(Debug, Clone, Copy)]
+    pub(super) struct Token(Neon);
+
+    impl Token {
+        pub fn of(vectors: Vectors) -> Option<Self> {
+            match vectors {
+                Vectors::Neon(neon) if std::arch::is_aarch64_feature_detected!("bf16") => Some(Self(neon)),
+                _ => None,
+            }
+        }
+
+        pub fn isa(self) -> CpuIsa {
+            CpuIsa::NeonBf16
+        }
+
+        #[inline(always)]
+        pub fn dispatch<W: Vectorized>(self, work: W) -> W::Output {
+            // SAFETY: the processor has NEON, which there is, and FEAT_BF16, which was looked for.
+            unsafe {
+                compiled(
+                    #[inline(always)]
+                    || work.run(self.0),
+                )
+            }
+        }
+
+        #[inline(always)]
+        pub fn mul_add<S: Simd>(self, a: S::f32s, b: S::f32s, c: S::f32s) -> S::f32s {
+            // SAFETY: as above.
+            pulp::cast(unsafe { mul_add(pulp::cast(a), pulp::cast(b), pulp::cast(c)) })
+        }
+
+        /// Four scalars a register, each of which a product takes from there.
+        #[inline(always)]
+        pub fn add_products<S: RegisterTile, const W: usize, const N: usize>(
+            self,
+            _: S,
+            sums: &mut [[S::f32s; W]; N],
+            scalars: &[f32; N],
+            vectors: &[S::f32s; W],
+        ) {
+            const { assert!(N % 4 == 0) };
+            for (sums, &four) in sums.as_chunks_mut::<4>().0.iter_mut().zip(scalars.as_chunks::<4>().0) {
+                for w in 0..W {
+                    sums[0][w] = self.mul_add_element::<S, 0>(vectors[w], four, sums[0][w]);
+                    sums[1][w] = self.mul_add_element::<S, 1>(vectors[w], four, sums[1][w]);
+                    sums[2][w] = self.mul_add_element::<S, 2>(vectors[w], four, sums[2][w]);
+                    sums[3][w] = self.mul_add_element::<S, 3>(vectors[w], four, sums[3][w]);
+                }
+            }
+        }
+
+        #[inline(always)]
+        fn mul_add_element<S: Simd, const ELEMENT: u32>(self, a: S::f32s, four: [f32; 4], c: S::f32s) -> S::f32s {
+            // SAFETY: as above.
+            pulp::cast(unsafe { mul_add_element::<ELEMENT>(pulp::cast(a), pulp::cast(four), pulp::cast(c)) })
+        }
+
+        /// Words of two numbers each, rounded to the nearest, ties to even.
+        #[inline(always)]
+        pub fn pair<S: Simd>(self, low: S::f32s, high: S::f32s) -> S::f32s {
+            // SAFETY: as above.
+            pulp::cast(unsafe { pair(pulp::cast(low), pulp::cast(high)) })
+        }
+    }
+
+    #[target_feature(enable = "neon,bf16")]
+    fn compiled<R>(work: impl FnOnce() -> R) -> R {
+        work()
+    }
+
+    #[inline]
+    #[target_feature(enable = "neon,bf16")]
+    fn mul_add(a: float32x4_t, b: float32x4_t, mut c: float32x4_t) -> float32x4_t {
+        // SAFETY: computes on registers; the processor has the instruction.
+        unsafe {
+            asm!(
+                "bfdot {c:v}.4s, {a:v}.8h, {b:v}.8h",
+                a = in(vreg) a, b = in(vreg) b, c = inout(vreg) c,
+                options(pure, nomem, nostack, preserves_flags),
+            );
+        }
+        c
+    }
+
+    /// `a · four[ELEMENT] + c`
+    #[inline]
+    #[target_feature(enable = "neon,bf16")]
+    fn mul_add_element<const ELEMENT: u32>(a: float32x4_t, four: float32x4_t, mut c: float32x4_t) -> float32x4_t {
+        // SAFETY: computes on registers; the processor has the instruction.
+        unsafe {
+            asm!(
+                "bfdot {c:v}.4s, {a:v}.8h, {four:v}.2h[{element}]",
+                a = in(vreg) a, four = in(vreg) four, c = inout(vreg) c, element = const ELEMENT,
+                options(pure, nomem, nostack, preserves_flags),
+            );
+        }
+        c
+    }
+
+    #[inline]
+    #[target_feature(enable = "neon,bf16")]
+    fn pair(low: float32x4_t, high: float32x4_t) -> float32x4_t {
+        let pairs: float32x4_t;
+        // SAFETY: computes on registers; the processor has the instructions.
+        unsafe {
+            asm!(
+                "bfcvtn {pairs:v}.4h, {low:v}.4s",
+                "bfcvtn {upper:v}.4h, {high:v}.4s",
+                "zip1 {pairs:v}.8h, {pairs:v}.8h, {upper:v}.8h",
+                low = in(vreg) low, high = in(vreg) high, pairs = out(vreg) pairs, upper = out(vreg) _,
+                options(pure, nomem, nostack, preserves_flags),
+            );
+        }
+        pairs
+    }
+}
+
 /// No processor of the architecture is known to have them.
-#[cfg(not(target_arch = "x86_64"))]
+#[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
 mod processor {
     use pulp::Simd;
 
-    use super::{CpuIsa, Vectorized, Vectors};
+    use super::{CpuIsa, RegisterTile, Vectorized, Vectors};
 
     #[derive(Debug, Clone, Copy)]
     pub(super) enum Token {}
@@ -228,6 +394,17 @@ mod processor {
 
         #[inline(always)]
         pub fn mul_add<S: Simd>(self, _: S::f32s, _: S::f32s, _: S::f32s) -> S::f32s {
+            match self {}
+        }
+
+        #[inline(always)]
+        pub fn add_products<S: RegisterTile, const W: usize, const N: usize>(
+            self,
+            _: S,
+            _: &mut [[S::f32s; W]; N],
+            _: &[f32; N],
+            _: &[S::f32s; W],
+        ) {
             match self {}
         }
 

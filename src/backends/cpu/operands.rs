@@ -23,21 +23,13 @@ pub(super) trait Operand: Copy {
     fn mul_add<S: Simd>(self, simd: S, a: S::f32s, b: S::f32s, c: S::f32s) -> S::f32s;
 
     /// Adds `scalars[n] · vectors[w]` to `sums[n][w]`.
-    #[inline(always)]
     fn add_products<S: RegisterTile, const W: usize, const N: usize>(
         self,
         simd: S,
         sums: &mut [[S::f32s; W]; N],
         scalars: &[f32; N],
         vectors: &[S::f32s; W],
-    ) {
-        for n in 0..N {
-            let scalar = simd.splat_f32s(scalars[n]);
-            for w in 0..W {
-                sums[n][w] = self.mul_add(simd, vectors[w], scalar, sums[n][w]);
-            }
-        }
-    }
+    );
 
     /// Turns vector `w` of all rows of scores to weights, and those to words, which take the first
     /// rows. What lacks in the last word is 0.

@@ -52,23 +52,27 @@ mod tests {
     use crate::backends::cpu::isa::RegisterTile;
     use crate::backends::cpu::operands::Operand;
 
-    /// The weights of scores, as words of two, and one product of them.
+    /// The weights of scores, each in all lanes, as words of two, and one product of each word. The
+    /// lanes of the products are the output.
     struct Weights<'a> {
         pairs: Bf16Pairs,
-        rows: &'a mut [f32],
-        factors: &'a [f32],
-        sums: &'a mut [f32],
+        scores: &'a [f32],
+        factors: f32,
     }
 
     impl Vectorized for Weights<'_> {
-        type Output = ();
+        type Output = Vec<Vec<f32>>;
         #[inline(always)]
-        fn run<S: RegisterTile>(self, simd: S) {
-            let rows = S::as_mut_simd_f32s(self.rows).0.as_chunks_mut::<1>().0;
-            self.pairs.weigh(simd, rows, 0, |score| score);
-            for (row, sum) in rows.iter().zip(S::as_mut_simd_f32s(self.sums).0) {
-                *sum = self.pairs.mul_add(simd, row[0], S::as_simd_f32s(self.factors).0[0], simd.splat_f32s(0.0));
-            }
+        fn run<S: RegisterTile>(self, simd: S) -> Self::Output {
+            let mut rows: Vec<_> = self.scores.iter().map(|&score| [simd.splat_f32s(score)]).collect();
+            self.pairs.weigh(simd, &mut rows, 0, |score| score);
+            let products = rows.iter().take(self.scores.len().div_ceil(2)).map(|row| {
+                let mut lanes = vec![0.0; S::F32_LANES];
+                let product = self.pairs.mul_add(simd, row[0], simd.splat_f32s(self.factors), simd.splat_f32s(0.0));
+                S::as_mut_simd_f32s(&mut lanes).0[0] = product;
+                lanes
+            });
+            products.collect()
         }
     }
 
@@ -91,19 +95,15 @@ mod tests {
         let factors = [3.0, 5.0];
         for processor in Processor::all() {
             let Some(pairs) = processor.bf16() else { continue };
-            // As many lanes as any vector has, all alike, and a last row without a neighbour.
-            const LANES: usize = 16;
-            let mut rows: Vec<f32> =
-                scores.as_flattened().iter().chain(&[0.9]).flat_map(|&score| [score; LANES]).collect();
-            let word =
-                u32::from(bf16::from_f32(factors[0]).to_bits()) | u32::from(bf16::from_f32(factors[1]).to_bits()) << 16;
-            let mut sums = vec![0.0; (scores.len() + 1) * LANES];
-            let factors_of_lanes = [f32::from_bits(word); LANES];
-            pairs.dispatch(Weights { pairs, rows: &mut rows, factors: &factors_of_lanes, sums: &mut sums });
+            // A last row without a neighbour.
+            let rows = [scores.as_flattened(), &[0.9]].concat();
+            let [low, high] = factors.map(|factor| u32::from(bf16::from_f32(factor).to_bits()));
+            let sums = pairs.dispatch(Weights { pairs, scores: &rows, factors: f32::from_bits(low | high << 16) });
+            assert_eq!(sums.len(), scores.len() + 1);
             let rounded = |score: f32| bf16::from_f32(if score.abs() < tiny { 0.0 } else { score }).to_f32();
-            for (pair, sums) in scores.iter().chain(&[[0.9, 0.0]]).zip(sums.chunks(LANES)) {
+            for (pair, sums) in scores.iter().chain(&[[0.9, 0.0]]).zip(sums) {
                 let want = rounded(pair[0]).mul_add(factors[0], rounded(pair[1]) * factors[1]);
-                for &sum in sums {
+                for sum in sums {
                     assert!(sum == want || sum.is_nan() && want.is_nan(), "{processor:?} {pair:?}: {sum} {want}");
                 }
             }
