@@ -45,6 +45,7 @@ const ROOMS: &[&[&str]] = &[
     &["attention", "primitives", "merge", "prepare_qk"],
     &["joint"],
     &["encode"],
+    &["dist"],
 ];
 
 /// Rooms that never import one another, though one may be below the other.
