@@ -27,7 +27,8 @@ pub struct HostCommunicator {
     mailbox: Arc<Mailbox>,
     /// One for each rank; none to itself.
     links: Vec<Option<Link>>,
-    is_aborted: bool,
+    /// Why this rank gave up, if it did.
+    aborted: Option<String>,
     process: usize,
 }
 
@@ -60,7 +61,7 @@ impl HostCommunicator {
             limit: Self::TIME_OUT,
             mailbox: Arc::clone(&mailboxes[rank]),
             links: (0..world_size).map(|peer| link(rank, peer)).collect(),
-            is_aborted: false,
+            aborted: None,
             process: process::current(),
         };
         Ok((0..world_size).map(of_rank).collect())
@@ -96,7 +97,7 @@ impl HostCommunicator {
             thread::Builder::new().name(format!("from rank {peer}")).spawn(reader).map_err(refused)?;
             links.push(Some(Link::Socket(socket)));
         }
-        Ok(Self { rank, limit, mailbox, links, is_aborted: false, process: process::current() })
+        Ok(Self { rank, limit, mailbox, links, aborted: None, process: process::current() })
     }
 
     /// With another time-out: how long an exchange waits for the peers.
@@ -125,7 +126,10 @@ impl HostCommunicator {
             let why = "the process was forked from the one that the communicator belongs to".to_owned();
             return Err(Error::RankLost { operation: exchange.operation, rank: self.rank, why });
         }
-        self.mailbox.check(exchange.operation)
+        match &self.aborted {
+            Some(why) => Err(Error::RankLost { operation: exchange.operation, rank: self.rank, why: why.clone() }),
+            None => Ok(()),
+        }
     }
 
     fn send(&self, Exchange { operation, tag, sends, .. }: &Exchange<'_>) -> Result<()> {
@@ -201,12 +205,10 @@ impl Communicator for HostCommunicator {
     }
 
     fn abort(&mut self, why: &Error) {
-        if self.is_aborted || self.process != process::current() {
+        if self.aborted.is_some() || self.process != process::current() {
             return;
         }
-        self.is_aborted = true;
         let why = format!("it gave up: {why}");
-        self.mailbox.abort(self.rank, &why);
         for link in self.links.iter().flatten() {
             match link {
                 Link::Thread(mailbox) => mailbox.abort(self.rank, &why),
@@ -218,6 +220,7 @@ impl Communicator for HostCommunicator {
                 }
             }
         }
+        self.aborted = Some(why);
     }
 }
 

@@ -18,6 +18,8 @@ pub struct Machine {
     pub between_hosts: f64,
     /// Seconds that an exchange takes beside its bytes.
     pub latency: f64,
+    /// Bytes that a device copies in its own memory in a second: rows are packed, unpacked and merged.
+    pub copies: f64,
     /// Floating-point operations that a device does in a second, in attention.
     pub flops: f64,
     /// Bytes that a call may take on a device beside its tensors; any if there is no limit.
@@ -26,12 +28,26 @@ pub struct Machine {
 
 impl Machine {
     /// Ranks on the CPUs of one machine.
-    pub const CPU: Self =
-        Self { ranks_per_host: 0, in_host: 4e9, between_hosts: 1e9, latency: 50e-6, flops: 5e10, memory: None };
+    pub const CPU: Self = Self {
+        ranks_per_host: 0,
+        in_host: 4e9,
+        between_hosts: 1e9,
+        latency: 50e-6,
+        copies: 4e9,
+        flops: 5e10,
+        memory: None,
+    };
 
     /// GPUs of the class of an H100, eight a host, on NVLink, with a network card of 400 Gbit/s for each.
-    pub const H100: Self =
-        Self { ranks_per_host: 8, in_host: 2e11, between_hosts: 4.5e10, latency: 15e-6, flops: 6.5e14, memory: None };
+    pub const H100: Self = Self {
+        ranks_per_host: 8,
+        in_host: 2e11,
+        between_hosts: 4.5e10,
+        latency: 15e-6,
+        copies: 1.2e12,
+        flops: 6.5e14,
+        memory: None,
+    };
 
     /// With so many consecutive ranks on each host.
     #[must_use]
@@ -82,6 +98,8 @@ pub enum ModeReason {
     OneRank,
     /// It has the least estimated time of those that the heads and the memory allow.
     Fastest,
+    /// A ring would be faster by less than a tenth, and this has the bits of one device.
+    SameBits,
     /// The heads and the memory allow no other.
     OnlyOne,
     /// No mode fits the memory: it needs the least.
@@ -106,6 +124,9 @@ impl fmt::Display for ParallelPlan {
             ModeReason::Forced => "the caller forced this mode",
             ModeReason::OneRank => "there is one rank",
             ModeReason::Fastest => "it has the least estimated time",
+            ModeReason::SameBits => {
+                "a ring gains less than a tenth by the estimate, and this has the bits of one device"
+            }
             ModeReason::OnlyOne => "no other mode can be taken",
             ModeReason::LeastMemory => "no mode fits the memory, and it needs the least",
         };
@@ -150,10 +171,18 @@ impl ParallelPlan {
             candidates.iter().filter_map(|(mode, estimate)| Some((*mode, estimate.as_ref().ok()?))).collect();
         let fits = |estimate: &ModeEstimate| machine.memory.is_none_or(|limit| estimate.memory <= limit);
         let fitting: Vec<_> = taken.iter().filter(|(_, estimate)| fits(estimate)).collect();
-        let fastest = fitting.iter().min_by(|(_, a), (_, b)| a.seconds.total_cmp(&b.seconds));
+        let by_time =
+            |(_, a): &&&(Mode, &ModeEstimate), (_, b): &&&(Mode, &ModeEstimate)| a.seconds.total_cmp(&b.seconds);
+        let fastest = fitting.iter().min_by(by_time);
+        let is_merged = |mode: Mode| mode.levels(world).1 == Outer::Ring;
+        let same_bits = fitting.iter().filter(|(mode, _)| !is_merged(*mode)).min_by(by_time);
         let smallest = taken.iter().min_by_key(|(_, estimate)| estimate.memory);
         let (mode, reason) = match (fastest, smallest) {
             (Some((mode, _)), _) if fitting.len() == 1 => (*mode, ModeReason::OnlyOne),
+            (Some((mode, least)), _) if is_merged(*mode) => match same_bits {
+                Some((other, estimate)) if least.seconds > 0.9 * estimate.seconds => (*other, ModeReason::SameBits),
+                _ => (*mode, ModeReason::Fastest),
+            },
             (Some((mode, _)), _) => (*mode, ModeReason::Fastest),
             (None, Some((mode, _))) => (*mode, ModeReason::LeastMemory),
             // Gather and ring take any heads.
@@ -262,10 +291,18 @@ impl Rows {
             Outer::Ring => tokens(ulysses) * (2 * kv_row + 2 * q_row),
         };
         let (first, second) = (exchanged.seconds(machine), around.seconds(machine));
+        // What is sent is packed, and what comes is unpacked: about as much. A ring merges the output at each hop.
+        let queries = of_group(group) + replicated;
+        let merged = if outer == Outer::Ring { (groups as u64 - 1) * 3 * queries * q_row } else { 0 };
+        let packed = match outer {
+            Outer::Gather => exchanged.bytes() + around.bytes(),
+            Outer::Ring => exchanged.bytes() + of_group(group) * kv_row,
+        };
+        let copies = (2 * packed + merged) as f64 / machine.copies;
         let seconds = match outer {
-            Outer::Gather => first + second + attention,
+            Outer::Gather => first + second + attention + copies,
             // Hops run under attention to what came before.
-            Outer::Ring => first + second.max(attention) + machine.latency,
+            Outer::Ring => first + second.max(attention) + copies + machine.latency,
         };
         ModeEstimate {
             bytes_in_host: exchanged.in_host + around.in_host,
@@ -288,6 +325,10 @@ struct Traffic {
 impl Traffic {
     fn add(&mut self, is_same_host: bool, bytes: u64) {
         *(if is_same_host { &mut self.in_host } else { &mut self.between_hosts }) += bytes;
+    }
+
+    fn bytes(&self) -> u64 {
+        self.in_host + self.between_hosts
     }
 
     /// Both kinds of links are busy at the same time.

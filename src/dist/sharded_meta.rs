@@ -165,6 +165,20 @@ fn local_pieces(shards: &Shards, ranks: &Range<usize>) -> Pieces {
     [0..shards.prefix(), shards.shards_of(ranks), seq - shards.suffix()..seq]
 }
 
+impl VarlenMeta {
+    /// Of as many tokens, but only those valid that lie in some pieces.
+    pub(super) fn among(&self, pieces: &[Range<usize>]) -> Result<Self> {
+        let rows = (0..self.batch()).flat_map(|row| self.runs(row).iter().map(move |run| (row, run.range())));
+        let runs = rows.flat_map(|(row, run)| {
+            pieces.iter().filter_map(move |piece| {
+                let (start, end) = (run.start.max(piece.start), run.end.min(piece.end));
+                (start < end).then_some((row, start..end))
+            })
+        });
+        Self::from_key_mask(&KeyMask::from_row_runs(self.batch(), self.seq(), runs)?)
+    }
+}
+
 fn cut_mask(mask: &KeyMask, pieces: &Pieces) -> Result<VarlenMeta> {
     let mut offset = 0;
     let placed = pieces.each_ref().map(|piece| {

@@ -71,7 +71,7 @@ impl Group {
             // The tokens of other members are left out by a mask.
             let group = meta.cut(&meta.local(&ranks))?;
             let pieces = [0..prefix, place.clone(), tokens - suffix..tokens];
-            let local = only(&group, &pieces)?;
+            let local = group.among(&pieces)?;
             members.push(Member { rank, shard: meta.keys_of(rank)?, place, q_heads, kv_heads, local });
         }
         let own_place = place(meta.rank());
@@ -179,18 +179,4 @@ impl Group {
         }
         Ok(())
     }
-}
-
-/// The valid tokens that lie in some pieces.
-fn only(meta: &VarlenMeta, pieces: &[Range<usize>; 3]) -> Result<VarlenMeta> {
-    let mask = meta.key_mask();
-    let rows = (0..mask.batch()).flat_map(|row| mask.runs(row).map(move |run| (row, run.range())));
-    let runs = rows.flat_map(|(row, run)| {
-        pieces.iter().filter_map(move |piece| {
-            let (start, end) = (run.start.max(piece.start), run.end.min(piece.end));
-            (start < end).then_some((row, start..end))
-        })
-    });
-    let mask = crate::mask::key_mask::KeyMask::from_row_runs(mask.batch(), mask.seq(), runs)?;
-    VarlenMeta::from_key_mask(&mask)
 }

@@ -26,6 +26,7 @@ const SOURCES: &[&str] = &[
     "examples/embed_sentences/src",
     "examples/joint_block",
     "examples/masked_attention",
+    "examples/sequence_parallel",
     "examples/web/src",
     "benches/attention",
     "fuzz/targets/capi",
