@@ -337,3 +337,53 @@ impl Traffic {
         of_links + self.exchanges as f64 * machine.latency
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::dtype::DType;
+    use crate::mask::key_mask::KeyMask;
+
+    use crate::dist::Shards;
+
+    fn estimates(seq: usize, prefix: usize, ranks: usize, heads: Heads, machine: Machine) -> Result<ParallelPlan> {
+        let shards = Shards::equal(seq, ranks)?.with_prefix(prefix)?;
+        let meta = ShardedMeta::new(&KeyMask::all(1, shards.seq())?, &shards, 0)?;
+        ParallelPlan::new(&meta, &heads, &machine, None)
+    }
+
+    #[test]
+    fn paper() -> Result<()> {
+        let wan = Heads { num_heads: 40, num_kv_heads: 40, head_dim: 128, dtype: DType::Bf16 };
+        let qwen = Heads { num_heads: 24, ..wan };
+        for (name, seq, prefix, heads) in [
+            ("joint 4096", 4096, 256, qwen),
+            ("video 16k", 16384, 0, qwen),
+            ("video 32k", 32768, 0, qwen),
+            ("wan 75776", 75776, 0, wan),
+        ] {
+            for ranks in [2, 4, 8, 16, 32, 64, 128, 256, 512] {
+                let plan = estimates(seq, prefix, ranks, heads, Machine::H100)?;
+                println!("{name} {ranks}: {plan}");
+                for (mode, e) in &plan.candidates {
+                    if let Ok(e) = e {
+                        println!(
+                            "    {mode} in {:.1} MB out {:.1} MB mem {:.0} MB att {:.3} total {:.3}",
+                            e.bytes_in_host as f64 / 1e6,
+                            e.bytes_between_hosts as f64 / 1e6,
+                            e.memory as f64 / 1e6,
+                            e.attention * 1e3,
+                            e.seconds * 1e3
+                        );
+                    }
+                }
+            }
+            let one = estimates(seq, prefix, 1, heads, Machine::H100)?;
+            println!(
+                "{name} one: {:.3} ms {one}",
+                4.0 * ((seq + prefix) as f64).powi(2) * heads.num_heads as f64 * 128.0 / 6.5e14 * 1e3
+            );
+        }
+        Ok(())
+    }
+}

@@ -32,10 +32,14 @@ pub enum Rendezvous {
 const HELLO: &Tag = b"varlen-fa hello1";
 /// The answer to it.
 const WELCOME: &Tag = b"varlen-fa enter1";
+/// The answer to that: whoever waited too long for the welcome has gone, and comes again.
+const CONFIRM: &Tag = b"varlen-fa here 1";
 /// Comes first in the addresses of all.
 const TABLE: &Tag = b"varlen-fa ranks1";
-/// How long whoever connects may take to say who it is, and to be welcomed.
-const GREETING: Duration = Duration::from_secs(2);
+/// How long the other side of a new connection may take to answer.
+const GREETING: Duration = Duration::from_secs(3);
+/// How long whoever connects to rank 0 may take to say who it is: others wait meanwhile, and a rank that is turned away comes again.
+const HELLO_LIMIT: Duration = Duration::from_millis(500);
 /// Between two looks.
 const PAUSE: Duration = Duration::from_millis(5);
 /// The most bytes of what a rank says of itself, and of its address.
@@ -137,7 +141,10 @@ impl Meeting {
         self.say_hello(&socket, id, listener.local_addr()?.port())?;
         socket.set_read_timeout(Some(self.left().min(GREETING).max(PAUSE)))?;
         match frame::read_up_to(&socket, LONGEST_LINE)? {
-            Received::Data { tag, .. } if tag == *WELCOME => Ok(Ok((socket, listener, id))),
+            Received::Data { tag, .. } if tag == *WELCOME => {
+                frame::write(&socket, Frame::Data { tag: CONFIRM, bytes: &[] })?;
+                Ok(Ok((socket, listener, id)))
+            }
             Received::Data { .. } => Err(ErrorKind::InvalidData.into()),
             Received::Abort { why } => Ok(Err(Error::RankLost { operation: OPERATION, rank: 0, why })),
         }
@@ -201,7 +208,7 @@ impl Meeting {
             match place {
                 Some(place @ None) => {
                     // Those who come later than rank 0 has said so need no welcome.
-                    if self.rank == 0 && frame::write(&socket, Frame::Data { tag: WELCOME, bytes: &[] }).is_err() {
+                    if self.rank == 0 && !self.welcome(&socket) {
                         continue;
                     }
                     *place = Some((socket, hello.port));
@@ -212,12 +219,23 @@ impl Meeting {
         Ok(peers.into_iter().flatten().collect())
     }
 
+    /// Whether the rank is still there.
+    fn welcome(self, socket: &TcpStream) -> bool {
+        let confirmed = || -> io::Result<Received> {
+            frame::write(socket, Frame::Data { tag: WELCOME, bytes: &[] })?;
+            socket.set_read_timeout(Some(self.left().min(GREETING).max(PAUSE)))?;
+            frame::read_up_to(socket, 0)
+        };
+        matches!(confirmed(), Ok(Received::Data { tag, .. }) if tag == *CONFIRM)
+    }
+
     fn read_hello(self, socket: &TcpStream) -> io::Result<Hello> {
         // What accepts without waiting may give sockets that do not wait either.
         socket.set_nonblocking(false)?;
         socket.set_nodelay(true)?;
         socket.set_write_timeout(Some(self.left().max(PAUSE)))?;
-        socket.set_read_timeout(Some(self.left().min(GREETING).max(PAUSE)))?;
+        let patience = if self.rank == 0 { HELLO_LIMIT } else { GREETING };
+        socket.set_read_timeout(Some(self.left().min(patience).max(PAUSE)))?;
         let invalid = || io::Error::from(ErrorKind::InvalidData);
         let Received::Data { tag, bytes } = frame::read_up_to(socket, LONGEST_LINE)? else { return Err(invalid()) };
         let text = String::from_utf8_lossy(&bytes);
