@@ -5,7 +5,9 @@ use std::ops::Range;
 
 use crate::call::memory::{DeviceBuffer, Sink, Source};
 use crate::device::Device;
-use crate::error::{Error, Result};
+#[cfg(doc)]
+use crate::error::Error;
+use crate::error::Result;
 
 /// One member of a group of ranks that exchange bytes. [`HostCommunicator`](super::HostCommunicator) is one over host memory.
 ///
@@ -44,8 +46,9 @@ pub trait Communicator: Debug + Send {
     /// those of `meanwhile`, and of the transport.
     fn exchange(&mut self, exchange: Exchange<'_>, meanwhile: &mut dyn FnMut() -> Result<()>) -> Result<()>;
 
-    /// Makes every later call fail, and calls of peers too, now or as soon as they come. For a rank that cannot go on.
-    fn abort(&mut self, why: &Error);
+    /// Makes every later call fail, and calls of peers too that miss something from this rank. For a rank that cannot go on;
+    /// `why` is part of the peers' error.
+    fn abort(&mut self, why: &str);
 
     /// The 16 bytes of every rank, by rank. Host memory; for checks once a request.
     ///

@@ -22,8 +22,9 @@ pub(super) enum Frame<'a> {
         tag: &'a Tag,
         bytes: &'a [u8],
     },
-    /// The last one: the sender gave up.
+    /// The last one: the sender gave up, because of a rank.
     Abort {
+        rank: usize,
         why: &'a str,
     },
 }
@@ -32,13 +33,17 @@ pub(super) enum Frame<'a> {
 #[derive(Debug)]
 pub(super) enum Received {
     Data { tag: Tag, bytes: Vec<u8> },
-    Abort { why: String },
+    Abort { rank: usize, why: String },
 }
 
 pub(super) fn write(mut socket: &TcpStream, frame: Frame<'_>) -> io::Result<()> {
     let (kind, tag, bytes) = match frame {
         Frame::Data { tag, bytes } => (DATA, *tag, bytes),
-        Frame::Abort { why } => (ABORT, [0; 16], &why.as_bytes()[..why.len().min(LONGEST_WHY)]),
+        Frame::Abort { rank, why } => {
+            let mut tag = [0; 16];
+            tag[..8].copy_from_slice(&(rank as u64).to_le_bytes());
+            (ABORT, tag, &why.as_bytes()[..why.len().min(LONGEST_WHY)])
+        }
     };
     let mut header = [kind; 25];
     header[1..17].copy_from_slice(&tag);
@@ -68,7 +73,11 @@ pub(super) fn read_up_to(mut socket: &TcpStream, limit: u64) -> io::Result<Recei
     let mut bytes = crate::host_vec::zeroed(count).map_err(io::Error::other)?;
     socket.read_exact(&mut bytes)?;
     Ok(match header[0] {
-        ABORT => Received::Abort { why: String::from_utf8_lossy(&bytes).into_owned() },
+        ABORT => {
+            let why = String::from_utf8_lossy(&bytes).into_owned();
+            // No rank is beyond `usize`; of a stranger it is a number like any other.
+            Received::Abort { rank: u128::from_le_bytes(tag) as usize, why }
+        }
         _ => Received::Data { tag, bytes },
     })
 }

@@ -27,8 +27,8 @@ pub struct HostCommunicator {
     mailbox: Arc<Mailbox>,
     /// One for each rank; none to itself.
     links: Vec<Option<Link>>,
-    /// Why this rank gave up, if it did.
-    aborted: Option<String>,
+    /// The rank because of which this one gave up, and why.
+    aborted: Option<(usize, String)>,
     process: usize,
 }
 
@@ -127,7 +127,7 @@ impl HostCommunicator {
             return Err(Error::RankLost { operation: exchange.operation, rank: self.rank, why });
         }
         match &self.aborted {
-            Some(why) => Err(Error::RankLost { operation: exchange.operation, rank: self.rank, why: why.clone() }),
+            Some((rank, why)) => Err(Error::RankLost { operation: exchange.operation, rank: *rank, why: why.clone() }),
             None => Ok(()),
         }
     }
@@ -204,23 +204,24 @@ impl Communicator for HostCommunicator {
         Ok(())
     }
 
-    fn abort(&mut self, why: &Error) {
+    fn abort(&mut self, why: &str) {
         if self.aborted.is_some() || self.process != process::current() {
             return;
         }
-        let why = format!("it gave up: {why}");
+        // Where another rank was the first to give up, that is the reason.
+        let (rank, why) = self.mailbox.cause().unwrap_or_else(|| (self.rank, format!("it gave up: {why}")));
         for link in self.links.iter().flatten() {
             match link {
-                Link::Thread(mailbox) => mailbox.abort(self.rank, &why),
+                Link::Thread(mailbox) => mailbox.abort(rank, &why),
                 Link::Socket(socket) => {
                     // As well as it goes: a peer that cannot be told sees that the socket closes.
                     let _ = socket.set_write_timeout(Some(Duration::from_millis(200)));
-                    let _ = frame::write(socket, Frame::Abort { why: &why });
+                    let _ = frame::write(socket, Frame::Abort { rank, why: &why });
                     let _ = socket.shutdown(Shutdown::Write);
                 }
             }
         }
-        self.aborted = Some(why);
+        self.aborted = Some((rank, why));
     }
 }
 
@@ -245,7 +246,7 @@ fn read_all(socket: TcpStream, peer: usize, mailbox: &Mailbox) {
     loop {
         match frame::read(&socket) {
             Ok(frame::Received::Data { tag, bytes }) => mailbox.put(peer, Message { tag, bytes }),
-            Ok(frame::Received::Abort { why }) => return mailbox.abort(peer, &why),
+            Ok(frame::Received::Abort { rank, why }) => return mailbox.abort(rank, &why),
             Err(why) => return mailbox.lose(peer, &format!("its connection ended: {why}")),
         }
     }

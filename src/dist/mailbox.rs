@@ -53,6 +53,11 @@ impl Mailbox {
         self.change(|state| _ = state.aborted.get_or_insert_with(|| (rank, why.to_owned())));
     }
 
+    /// The rank because of which others have given up, and why.
+    pub(super) fn cause(&self) -> Option<(usize, String)> {
+        self.lock().aborted.clone()
+    }
+
     /// Fails if a rank has given up.
     pub(super) fn check(&self, operation: &'static str) -> Result<()> {
         self.lock().check(operation)

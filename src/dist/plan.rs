@@ -341,10 +341,9 @@ impl Traffic {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::dist::Shards;
     use crate::dtype::DType;
     use crate::mask::key_mask::KeyMask;
-
-    use crate::dist::Shards;
 
     fn estimates(seq: usize, prefix: usize, ranks: usize, heads: Heads, machine: Machine) -> Result<ParallelPlan> {
         let shards = Shards::equal(seq, ranks)?.with_prefix(prefix)?;
@@ -352,37 +351,37 @@ mod tests {
         ParallelPlan::new(&meta, &heads, &machine, None)
     }
 
+    /// The table of docs/sequence-parallel.md.
     #[test]
-    fn paper() -> Result<()> {
-        let wan = Heads { num_heads: 40, num_kv_heads: 40, head_dim: 128, dtype: DType::Bf16 };
-        let qwen = Heads { num_heads: 24, ..wan };
-        for (name, seq, prefix, heads) in [
-            ("joint 4096", 4096, 256, qwen),
-            ("video 16k", 16384, 0, qwen),
-            ("video 32k", 32768, 0, qwen),
-            ("wan 75776", 75776, 0, wan),
+    fn modes_of_the_paper() -> Result<()> {
+        let heads = |num_heads| Heads { num_heads, num_kv_heads: num_heads, head_dim: 128, dtype: DType::Bf16 };
+        let (gather, ring) = (Mode::UlyssesGather { ulysses: 8 }, Mode::UlyssesRing { ulysses: 8 });
+        for (seq, prefix, heads, modes) in [
+            (4096, 256, heads(24), [Mode::Ulysses, gather, gather, gather, gather, gather]),
+            (32_768, 0, heads(24), [Mode::Ulysses, ring, ring, ring, gather, gather]),
+            (75_776, 0, heads(40), [Mode::Ulysses, ring, ring, ring, ring, gather]),
         ] {
-            for ranks in [2, 4, 8, 16, 32, 64, 128, 256, 512] {
+            for (ranks, mode) in [8, 16, 32, 64, 128, 512].into_iter().zip(modes) {
                 let plan = estimates(seq, prefix, ranks, heads, Machine::H100)?;
-                println!("{name} {ranks}: {plan}");
-                for (mode, e) in &plan.candidates {
-                    if let Ok(e) = e {
-                        println!(
-                            "    {mode} in {:.1} MB out {:.1} MB mem {:.0} MB att {:.3} total {:.3}",
-                            e.bytes_in_host as f64 / 1e6,
-                            e.bytes_between_hosts as f64 / 1e6,
-                            e.memory as f64 / 1e6,
-                            e.attention * 1e3,
-                            e.seconds * 1e3
-                        );
-                    }
-                }
+                assert_eq!(plan.mode, mode, "{seq} tokens, {ranks} ranks: {plan}");
             }
-            let one = estimates(seq, prefix, 1, heads, Machine::H100)?;
-            println!(
-                "{name} one: {:.3} ms {one}",
-                4.0 * ((seq + prefix) as f64).powi(2) * heads.num_heads as f64 * 128.0 / 6.5e14 * 1e3
-            );
+        }
+        Ok(())
+    }
+
+    /// A ring inside a host hides its hops from about `flops / in_host` rows of a rank on.
+    #[test]
+    fn a_ring_pays_where_attention_hides_it() -> Result<()> {
+        let heads = Heads { num_heads: 24, num_kv_heads: 24, head_dim: 128, dtype: DType::Bf16 };
+        // Without what else differs: merges and the latency of hops.
+        let machine = Machine { copies: f64::INFINITY, latency: 0.0, ..Machine::H100 };
+        let rows = (machine.flops / machine.in_host) as usize;
+        for (of_rank, hides) in [(rows / 2, false), (2 * rows, true)] {
+            let plan = estimates(4 * of_rank, 0, 4, heads, machine)?;
+            let ring = plan.candidates.iter().find(|(mode, _)| *mode == Mode::Ring);
+            let estimate = ring.and_then(|(_, estimate)| estimate.as_ref().ok());
+            let is_hidden = estimate.is_some_and(|ring| ring.seconds < 1.01 * ring.attention);
+            assert_eq!(is_hidden, hides, "{of_rank} rows: {plan}");
         }
         Ok(())
     }

@@ -146,7 +146,7 @@ impl Meeting {
                 Ok(Ok((socket, listener, id)))
             }
             Received::Data { .. } => Err(ErrorKind::InvalidData.into()),
-            Received::Abort { why } => Ok(Err(Error::RankLost { operation: OPERATION, rank: 0, why })),
+            Received::Abort { why, .. } => Ok(Err(Error::RankLost { operation: OPERATION, rank: 0, why })),
         }
     }
 
@@ -193,7 +193,7 @@ impl Meeting {
                 }
             };
             let Ok(hello) = self.read_hello(&socket) else { continue };
-            let turn_away = |why: &str| _ = frame::write(&socket, Frame::Abort { why });
+            let turn_away = |why: &str| _ = frame::write(&socket, Frame::Abort { rank: self.rank, why });
             if hello.id != id {
                 turn_away("this is another rendezvous");
                 continue;

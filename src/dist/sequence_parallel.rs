@@ -157,7 +157,7 @@ impl SequenceParallel {
         heads: &Heads,
     ) -> Result<ParallelRequest> {
         let prepared = self.prepare_unguarded(communicator, meta, heads);
-        prepared.inspect_err(|why| communicator.abort(why))
+        prepared.inspect_err(|why| communicator.abort(&why.to_string()))
     }
 
     fn prepare_unguarded(
@@ -246,7 +246,7 @@ impl SequenceParallel {
     ) -> Result<Tensor> {
         let shape = request.local_shape(request.heads.num_heads);
         let made = Tensor::uninit(&self.device, request.heads.dtype, &shape);
-        let mut out = made.inspect_err(|why| communicator.abort(why))?;
+        let mut out = made.inspect_err(|why| communicator.abort(&why.to_string()))?;
         self.forward_into(communicator, request, q, k, v, &mut out)?;
         Ok(out)
     }
@@ -266,7 +266,7 @@ impl SequenceParallel {
         out: impl Into<TensorViewMut<'o>>,
     ) -> Result<()> {
         let done = self.run(communicator, request, [q.into(), k.into(), v.into()], out.into());
-        done.inspect_err(|why| communicator.abort(why))
+        done.inspect_err(|why| communicator.abort(&why.to_string()))
     }
 
     fn run(
