@@ -1,5 +1,7 @@
 //! What can go wrong, as values: each variant names the argument, what was expected and what came.
 
+use std::time::Duration;
+
 use crate::dtype::DType;
 
 /// The result of every fallible call of this crate.
@@ -364,6 +366,16 @@ pub enum Error {
         /// Why it cannot run.
         why: String,
     },
+    /// Shards of a sequence, ranks, or a mode of sequence parallelism do not fit one another.
+    #[error("`{argument}`: expected {expected}, got {got}")]
+    Sharding {
+        /// Name of the argument.
+        argument: &'static str,
+        /// What would have been accepted.
+        expected: String,
+        /// What came.
+        got: String,
+    },
     /// Memory ran out.
     #[error("device {device} has no memory for {requested} more bytes: {why}")]
     OutOfMemory {
@@ -391,6 +403,40 @@ pub enum Error {
         operation: &'static str,
         /// What to use there.
         instead: &'static str,
+    },
+    /// Ranks of a communicator were given different masks, shapes or settings, or called in a different order. The
+    /// communicator takes no more calls.
+    #[error("{operation}: rank {rank} has other {what} than rank {own_rank}")]
+    RanksDiffer {
+        /// What was being done.
+        operation: &'static str,
+        /// This rank.
+        own_rank: usize,
+        /// The rank that differs.
+        rank: usize,
+        /// What they differ in.
+        what: String,
+    },
+    /// A rank of a communicator ended, lost its connection, or gave up after an error of its own. The communicator takes no
+    /// more calls.
+    #[error("{operation}: rank {rank} is lost: {why}")]
+    RankLost {
+        /// What was being done.
+        operation: &'static str,
+        /// The rank that was lost.
+        rank: usize,
+        /// What is known of it.
+        why: String,
+    },
+    /// A rank of a communicator did not answer in time. The communicator takes no more calls.
+    #[error("{operation}: rank {rank} did not answer within {limit:?}")]
+    RankTimedOut {
+        /// What was being done.
+        operation: &'static str,
+        /// The rank that was waited for.
+        rank: usize,
+        /// The communicator's time-out.
+        limit: Duration,
     },
     /// The device or its driver refused an operation.
     #[error("device {device}: {operation} failed: {why}")]

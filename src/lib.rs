@@ -26,6 +26,8 @@ mod cache;
 mod call;
 mod config;
 mod device;
+#[cfg(not(target_arch = "wasm32"))]
+pub mod dist;
 mod dtype;
 #[cfg(feature = "wgpu")]
 mod encode;

@@ -26,6 +26,22 @@ fn messages_name_the_argument_what_was_expected_and_what_came() {
             ["`q`", "f32", "cuda"],
         ),
         (Error::DTypeMismatch { argument: "v", expected: DType::F16, got: DType::Bf16 }, ["`v`", "f16", "bf16"]),
+        (
+            Error::Sharding { argument: "rank", expected: owned("a rank below 2"), got: owned("5") },
+            ["`rank`", "a rank below 2", "5"],
+        ),
+        (
+            Error::RanksDiffer { operation: "agreeing", own_rank: 6, rank: 7, what: owned("masks") },
+            ["agreeing", "rank 7 has other masks", "rank 6"],
+        ),
+        (
+            Error::RankLost { operation: "gathering", rank: 3, why: owned("it gave up") },
+            ["gathering", "rank 3", "it gave up"],
+        ),
+        (
+            Error::RankTimedOut { operation: "gathering", rank: 3, limit: std::time::Duration::from_secs(4) },
+            ["gathering", "rank 3", "4s"],
+        ),
         (Error::InnerStride { argument: "q", got: 2 }, ["`q`", "stride 1", "2"]),
         (Error::Misaligned { argument: "out", expected: 4, got: 6 }, ["`out`", "4 bytes", "6"]),
         (Error::BufferTooSmall { argument: "q", expected: 10, got: 8 }, ["`q`", "10", "8"]),

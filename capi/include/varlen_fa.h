@@ -15,8 +15,8 @@
 //   "External" is what belongs to the application. The library uses it and never frees it.
 //
 // Handles
-//   Pointers to devices, masks, metadata and cu_seqlens are handles, not addresses: they are
-//   looked up. A handle that was freed, has the wrong type or was never issued is refused with
+//   Pointers to devices, masks, metadata, communicators and the like are handles, not addresses: they
+//   are looked up. A handle that was freed, has the wrong type or was never issued is refused with
 //   VARLEN_FA_STATUS_BAD_HANDLE. Free every handle once, with the function of its type. Freeing
 //   ends the handle, not the object, which lives as long as it is needed: metadata outlives its
 //   mask, and a call that runs in another thread finishes.
@@ -125,6 +125,8 @@ enum varlen_fa_status
   VARLEN_FA_STATUS_NOT_APPLICABLE = 29,
   // A soft cap, ALiBi slopes or attention sinks are no good numbers, or not one a query head.
   VARLEN_FA_STATUS_SCORE_MODIFIER = 30,
+  // Shards, ranks or a mode of sequence parallelism do not fit one another.
+  VARLEN_FA_STATUS_SHARDING = 31,
   // An argument is wrong in a way that has no number in this header.
   VARLEN_FA_STATUS_REFUSED = 99,
   // The requested device is unavailable.
@@ -138,6 +140,13 @@ enum varlen_fa_status
   // The device's stream is being captured into a CUDA graph, which cannot hold this operation.
   // The capture goes on.
   VARLEN_FA_STATUS_STREAM_CAPTURED = 104,
+  // Ranks were given different masks, shapes or settings, or called in another order. The
+  // communicator takes no more calls.
+  VARLEN_FA_STATUS_RANKS_DIFFER = 105,
+  // A rank ended, or gave up after an error of its own. The communicator takes no more calls.
+  VARLEN_FA_STATUS_RANK_LOST = 106,
+  // A rank did not answer in time. The communicator takes no more calls.
+  VARLEN_FA_STATUS_RANK_TIMED_OUT = 107,
   // A defect of this library; the message says where. Please report it.
   VARLEN_FA_STATUS_PANIC = 200,
 };
@@ -390,6 +399,37 @@ typedef uint32_t varlen_fa_rotary_pairing;
 #endif // __STDC_VERSION__ >= 202311L
 #endif // __cplusplus
 
+// How ranks share the work of a call. docs/sequence-parallel.md describes the modes.
+enum varlen_fa_parallel_mode
+#if defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+  : uint32_t
+#endif // defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+ {
+  // What the plan chooses.
+  VARLEN_FA_PARALLEL_MODE_AUTO = 0,
+  // Queries stay; every rank receives all keys and values.
+  VARLEN_FA_PARALLEL_MODE_GATHER = 1,
+  // Rows are exchanged for heads, and back. The ranks divide the heads.
+  VARLEN_FA_PARALLEL_MODE_ULYSSES = 2,
+  // Queries stay; keys and values go round. The last bits differ from one device.
+  VARLEN_FA_PARALLEL_MODE_RING = 3,
+  // ULYSSES in groups of `ulysses` consecutive ranks, GATHER among them.
+  VARLEN_FA_PARALLEL_MODE_ULYSSES_GATHER = 4,
+  // ULYSSES in groups of `ulysses` consecutive ranks, RING among them.
+  VARLEN_FA_PARALLEL_MODE_ULYSSES_RING = 5,
+};
+#ifndef __cplusplus
+#if __STDC_VERSION__ >= 202311L
+typedef enum varlen_fa_parallel_mode varlen_fa_parallel_mode;
+#else
+typedef uint32_t varlen_fa_parallel_mode;
+#endif // __STDC_VERSION__ >= 202311L
+#endif // __cplusplus
+
+// One member of a group of ranks that exchange rows: a thread of one process, or a process. Calls
+// of one communicator run one after another.
+typedef struct varlen_fa_communicator varlen_fa_communicator;
+
 // Cumulative sequence lengths of packed rows: sequence b is rows cu_seqlens[b] to cu_seqlens[b +
 // 1].
 typedef struct varlen_fa_cu_seqlens varlen_fa_cu_seqlens;
@@ -412,9 +452,15 @@ typedef struct varlen_fa_key_ranges varlen_fa_key_ranges;
 // all layers and steps: it keeps a copy on each device that used it.
 typedef struct varlen_fa_meta varlen_fa_meta;
 
+// A request that ranks have agreed on, for all layers and steps.
+typedef struct varlen_fa_parallel_request varlen_fa_parallel_request;
+
 // What happens to scores: a soft cap, ALiBi, attention sinks. Create it once for each layer of a
 // model: it keeps a copy on each device that used it.
 typedef struct varlen_fa_score_modifiers varlen_fa_score_modifiers;
+
+// Which tokens of a sequence that is divided among ranks are valid, as one rank needs it.
+typedef struct varlen_fa_sharded_meta varlen_fa_sharded_meta;
 
 // What a device is and can do.
 typedef struct varlen_fa_device_info {
@@ -638,6 +684,57 @@ typedef struct varlen_fa_qk_segment {
   // 0.
   uint64_t reserved[4];
 } varlen_fa_qk_segment;
+
+// How a sequence is divided: a prefix and a suffix that every rank has, and between them one shard
+// for each rank. Start from zeros, as with a tensor.
+typedef struct varlen_fa_shards {
+  // Tokens of the prefix.
+  uint64_t prefix;
+  // Tokens of the suffix.
+  uint64_t suffix;
+  // Tokens of each shard; any may be 0.
+  const uint64_t *lengths;
+  // How many shards and ranks there are, at least 1.
+  uint64_t ranks;
+  // 0.
+  uint64_t reserved[4];
+} varlen_fa_shards;
+
+// What a request computes, the same on every rank. Start from zeros, as with a tensor.
+typedef struct varlen_fa_parallel_options {
+  // H.
+  uint64_t num_heads;
+  // Hkv, which divides H.
+  uint64_t num_kv_heads;
+  // D.
+  uint64_t head_dim;
+  // Ranks of a group, for modes of two levels; else 0.
+  uint64_t ulysses;
+  // Element type of all tensors.
+  varlen_fa_dtype dtype;
+  // Forces a mode.
+  varlen_fa_parallel_mode mode;
+  // 1 to use `softmax_scale`; 0 for 1/sqrt(D).
+  uint32_t has_softmax_scale;
+  // Factor on q*k before the softmax; any finite number.
+  float softmax_scale;
+  // 0.
+  uint64_t reserved[4];
+} varlen_fa_parallel_options;
+
+// What was decided for a request.
+typedef struct varlen_fa_parallel_plan {
+  // How ranks share the work; never AUTO.
+  varlen_fa_parallel_mode mode;
+  // 0.
+  uint32_t reserved_word;
+  // Ranks of a group, for modes of two levels; else 0.
+  uint64_t ulysses;
+  // The same in words, and why.
+  char text[496];
+  // 0.
+  uint64_t reserved[2];
+} varlen_fa_parallel_plan;
 
 #ifdef __cplusplus
 extern "C" {
@@ -1046,6 +1143,77 @@ varlen_fa_status varlen_fa_prepare_qk(const struct varlen_fa_device *device,
                                       uint64_t count,
                                       const struct varlen_fa_key_mask *key_mask,
                                       const struct varlen_fa_meta *meta);
+
+// Creates the ranks of one process: one handle for each of its threads, in order.
+//
+// `time_out_ms`: how long a call waits for other ranks, in milliseconds; 0 for a minute.
+// `communicators`: receives `world_size` handles, each to be given to varlen_fa_communicator_free.
+varlen_fa_status varlen_fa_communicator_threads(uint64_t world_size,
+                                                uint64_t time_out_ms,
+                                                struct varlen_fa_communicator **communicators);
+
+// Joins processes by TCP: this one is rank `rank` of `world_size`. Returns when all are there.
+//
+// `meeting`: an address on which rank 0 listens, such as "127.0.0.1:4321", or "file:" and the path
+// of a file that rank 0 writes, for processes of one machine. Nothing is encrypted or
+// authenticated: use networks that you trust.
+// `time_out_ms`: as of varlen_fa_communicator_threads; for the meeting too.
+// `communicator`: receives the handle, to be given to varlen_fa_communicator_free.
+varlen_fa_status varlen_fa_communicator_connect(const char *meeting,
+                                                uint64_t rank,
+                                                uint64_t world_size,
+                                                uint64_t time_out_ms,
+                                                struct varlen_fa_communicator **communicator);
+
+// Frees a communicator. NULL is ignored. Other ranks that still wait for this one get an error.
+varlen_fa_status varlen_fa_communicator_free(struct varlen_fa_communicator *communicator);
+
+// Creates the metadata of a sequence that is divided among ranks, as rank `rank` sees it. Every
+// rank does so once per request, from the mask of the whole sequence; nothing is sent.
+//
+// `key_mask`: [B, S], S = prefix + the sum of the lengths + suffix; the same on every rank.
+// `ranges`: [B, S, S], of the whole sequence; NULL for none.
+// `sharded_meta`: receives the handle, to be given to varlen_fa_sharded_meta_free.
+varlen_fa_status varlen_fa_sharded_meta_create(const struct varlen_fa_key_mask *key_mask,
+                                               const struct varlen_fa_shards *shards,
+                                               uint64_t rank,
+                                               const struct varlen_fa_key_ranges *ranges,
+                                               struct varlen_fa_sharded_meta **sharded_meta);
+
+// Frees sharded metadata. NULL is ignored.
+varlen_fa_status varlen_fa_sharded_meta_free(struct varlen_fa_sharded_meta *sharded_meta);
+
+// Prepares a request: chooses a mode, and checks that all ranks were given the same. Every rank
+// calls it once per request. After an error the communicator takes no more calls, on any rank.
+//
+// `request`: receives the handle, to be given to varlen_fa_parallel_request_free. It keeps device and
+// metadata alive.
+// `plan`: receives the mode and why it was chosen; may be NULL.
+varlen_fa_status varlen_fa_parallel_prepare(const struct varlen_fa_device *device,
+                                            const struct varlen_fa_communicator *communicator,
+                                            const struct varlen_fa_sharded_meta *sharded_meta,
+                                            const struct varlen_fa_parallel_options *options,
+                                            struct varlen_fa_parallel_request **request,
+                                            struct varlen_fa_parallel_plan *plan);
+
+// Frees a request. NULL is ignored.
+varlen_fa_status varlen_fa_parallel_request_free(struct varlen_fa_parallel_request *request);
+
+// Attention of this rank's tokens to those of all ranks. Every rank calls it, in the same order.
+//
+// `q`, `out`: [B, prefix + shard + suffix, H, D]. `out` lies in memory that no input shares; rows of
+// masked tokens are exactly zero.
+// `k`, `v`: [B, prefix + shard + suffix, Hkv, D].
+//
+// Prefix and suffix hold the same on every rank. After an error, here or on another rank, the
+// communicator takes no more calls, on any rank; nothing waits longer than its time-out. `out` may
+// then hold anything.
+varlen_fa_status varlen_fa_parallel_forward(const struct varlen_fa_communicator *communicator,
+                                            const struct varlen_fa_parallel_request *request,
+                                            const struct varlen_fa_tensor *q,
+                                            const struct varlen_fa_tensor *k,
+                                            const struct varlen_fa_tensor *v,
+                                            const struct varlen_fa_tensor *out);
 
 // Makes the device ready for calls of varlen_fa_forward of this kind, so that the first of them
 // takes no longer than the others: compiles their shaders and uploads the metadata. It runs one

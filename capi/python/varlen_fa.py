@@ -194,6 +194,53 @@ class DeviceInfo(Structure):
     ]
 
 
+class Shards(Structure):
+    """varlen_fa_shards"""
+
+    _fields_ = [
+        ("prefix", c_uint64),
+        ("suffix", c_uint64),
+        ("lengths", POINTER(c_uint64)),
+        ("ranks", c_uint64),
+        ("reserved", c_uint64 * 4),
+    ]
+
+
+class ParallelOptions(Structure):
+    """varlen_fa_parallel_options"""
+
+    _fields_ = [
+        ("num_heads", c_uint64),
+        ("num_kv_heads", c_uint64),
+        ("head_dim", c_uint64),
+        ("ulysses", c_uint64),
+        ("dtype", c_uint32),
+        ("mode", c_uint32),
+        ("has_softmax_scale", c_uint32),
+        ("softmax_scale", c_float),
+        ("reserved", c_uint64 * 4),
+    ]
+
+
+class ParallelPlan(Structure):
+    """varlen_fa_parallel_plan"""
+
+    _fields_ = [
+        ("mode", c_uint32),
+        ("reserved_word", c_uint32),
+        ("ulysses", c_uint64),
+        ("text", c_char * 496),
+        ("reserved", c_uint64 * 2),
+    ]
+
+    def __str__(self):
+        return self.text.decode()
+
+
+# varlen_fa_parallel_mode
+PARALLEL_MODES = {"auto": 0, "gather": 1, "ulysses": 2, "ring": 3, "ulysses-gather": 4, "ulysses-ring": 5}
+
+
 class MetaInfo(Structure):
     """varlen_fa_meta_info"""
 
@@ -376,6 +423,14 @@ _FUNCTIONS = {
         _HANDLE, POINTER(Options), _SEGMENTS, _SEGMENTS, _SEGMENTS, POINTER(AttentionMask), _SEGMENTS, _TENSOR,
         POINTER(Plan),
     ],
+    "communicator_threads": [c_uint64, c_uint64, _NEW],
+    "communicator_connect": [c_char_p, c_uint64, c_uint64, c_uint64, _NEW],
+    "communicator_free": [_HANDLE],
+    "sharded_meta_create": [_HANDLE, POINTER(Shards), c_uint64, _HANDLE, _NEW],
+    "sharded_meta_free": [_HANDLE],
+    "parallel_prepare": [_HANDLE, _HANDLE, _HANDLE, POINTER(ParallelOptions), _NEW, POINTER(ParallelPlan)],
+    "parallel_request_free": [_HANDLE],
+    "parallel_forward": [_HANDLE, _HANDLE, _TENSOR, _TENSOR, _TENSOR, _TENSOR],
     "merge_attention": [_HANDLE, _TENSOR, _TENSOR, _TENSOR, _TENSOR, _TENSOR, _TENSOR],
     "prepare_qk": [_HANDLE, POINTER(QkSegment), c_uint64, _HANDLE, _HANDLE],
     "warm_up": [
@@ -555,6 +610,25 @@ class Library:
         arrays = [None if values is None else (c_float * max(count, 1))(*values) for values in lists]
         return self.make(ScoreModifiers, "score_modifiers_create", softcap, *arrays, count)
 
+    def communicators(self, world_size, time_out_ms=0):
+        """The ranks of this process, one for each of its threads. A call waits for the others as long
+        as the time-out says; 0 is a minute."""
+        handles = (c_void_p * max(world_size, 1))()
+        self.call("communicator_threads", world_size, time_out_ms, handles)
+        return [Communicator(self, c_void_p(handle)) for handle in handles]
+
+    def connect(self, meeting, rank, world_size, time_out_ms=0):
+        """Joins processes: `meeting` is an address on which rank 0 listens, "127.0.0.1:4321", or
+        "file:" and the path of a file that rank 0 writes."""
+        return self.make(Communicator, "communicator_connect", meeting.encode(), rank, world_size, time_out_ms)
+
+    def sharded_meta(self, key_mask, lengths, rank, prefix=0, suffix=0, ranges=None):
+        """What rank `rank` knows of a sequence of which each rank has a shard of `lengths`, and all
+        have prefix and suffix. Mask and ranges are of the whole sequence."""
+        shards = Shards(prefix, suffix, (c_uint64 * len(lengths))(*lengths), len(lengths))
+        ranges = None if ranges is None else ranges.handle
+        return self.make(ShardedMeta, "sharded_meta_create", key_mask.handle, byref(shards), rank, ranges)
+
     def cu_seqlens(self, values):
         return self.make(CuSeqlens, "cu_seqlens_create", (c_int32 * len(values))(*values), len(values))
 
@@ -650,6 +724,27 @@ class DeviceMeta(Handle):
         self.library.call("device_meta_rebuild", self.handle, byref(mask))
 
 
+class Communicator(Handle):
+    """A rank of several that share a sequence."""
+
+    _free = "communicator_free"
+
+
+class ShardedMeta(Handle):
+    _free = "sharded_meta_free"
+
+
+class ParallelRequest(Handle):
+    """A request that all ranks have agreed on; `plan` is a ParallelPlan."""
+
+    _free = "parallel_request_free"
+
+    def forward(self, communicator, q, k, v, out):
+        """Attention of this rank's tokens to those of all ranks, which all call it."""
+        tensors = map(byref, [q, k, v, out])
+        self.library.call("parallel_forward", communicator.handle, self.handle, *tensors)
+
+
 def _at(structure):
     return None if structure is None else byref(structure)
 
@@ -684,6 +779,21 @@ class Device(Handle):
             self.library.call("forward", *before, _at(plan))
         else:
             self.library.call("forward_with_lse", *before, _at(lse), _at(plan))
+
+    def parallel_prepare(
+        self, communicator, meta, dtype, heads, kv_heads, head_dim, mode="auto", ulysses=0, softmax_scale=None
+    ):
+        """Prepares a request on this rank; all ranks do. The mode by name or number."""
+        options = ParallelOptions(heads, kv_heads, head_dim, ulysses, dtype)
+        options.mode = _number(PARALLEL_MODES, "mode", mode)
+        if softmax_scale is not None:
+            options.has_softmax_scale, options.softmax_scale = 1, softmax_scale
+        handle, plan = c_void_p(), ParallelPlan()
+        arguments = [self.handle, communicator.handle, meta.handle, byref(options), byref(handle), byref(plan)]
+        self.library.call("parallel_prepare", *arguments)
+        request = ParallelRequest(self.library, handle)
+        request.plan = plan
+        return request
 
     def merge_attention(self, out1, lse1, out2, lse2, out, lse=None):
         """Attention over all keys from attention over two parts of them and its log-sum-exps."""

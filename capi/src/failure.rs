@@ -76,6 +76,10 @@ fn status_of(error: &Error) -> varlen_fa_status {
         Error::OutOfMemory { .. } => Status::OutOfMemory,
         Error::DeviceLost { .. } => Status::DeviceLost,
         Error::Backend { .. } => Status::Backend,
+        Error::Sharding { .. } => Status::Sharding,
+        Error::RanksDiffer { .. } => Status::RanksDiffer,
+        Error::RankLost { .. } => Status::RankLost,
+        Error::RankTimedOut { .. } => Status::RankTimedOut,
         _ => Status::Refused,
     }
 }

@@ -13,8 +13,19 @@ use crate::types::varlen_fa_status;
 
 /// The low bits of a handle are its kind; the rest counts up, so that no number is issued twice.
 const KIND_BITS: u32 = 4;
-const KINDS: [&str; 8] =
-    ["", "device", "key mask", "metadata", "cu_seqlens", "device metadata", "key ranges", "score modifiers"];
+const KINDS: [&str; 11] = [
+    "",
+    "device",
+    "key mask",
+    "metadata",
+    "cu_seqlens",
+    "device metadata",
+    "key ranges",
+    "score modifiers",
+    "communicator",
+    "sharded metadata",
+    "parallel request",
+];
 
 static NEXT: AtomicUsize = AtomicUsize::new(1);
 
@@ -72,6 +83,9 @@ mod forks {
         hold::<varlen_fa_device_meta>,
         hold::<varlen_fa_key_ranges>,
         hold::<varlen_fa_score_modifiers>,
+        hold::<varlen_fa_communicator>,
+        hold::<varlen_fa_sharded_meta>,
+        hold::<varlen_fa_parallel_request>,
     ];
 
     thread_local! {

@@ -34,6 +34,8 @@ mod merge;
 
 mod prepare_qk;
 
+mod dist;
+
 mod warm_up;
 
 mod names;

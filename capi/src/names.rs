@@ -12,7 +12,8 @@ use varlen::{BackendKind, DType, Kernel, MaskDType, Path, Reason, RotaryPairing}
 
 use crate::types::{
     varlen_fa_device_kind, varlen_fa_dtype, varlen_fa_kernel, varlen_fa_mask_dtype, varlen_fa_mask_kind,
-    varlen_fa_memory, varlen_fa_path, varlen_fa_reason, varlen_fa_rotary_pairing, varlen_fa_status,
+    varlen_fa_memory, varlen_fa_parallel_mode, varlen_fa_path, varlen_fa_reason, varlen_fa_rotary_pairing,
+    varlen_fa_status,
 };
 
 /// An enum of the header. Values without a row (UNLISTED) are never accepted from C.
@@ -118,6 +119,14 @@ table!(varlen_fa_mask_kind {
     DeviceVarlen: c"device-varlen",
     DeviceVarlenCross: c"device-varlen-cross"
 });
+table!(varlen_fa_parallel_mode {
+    Auto: c"auto",
+    Gather: c"gather",
+    Ulysses: c"ulysses",
+    Ring: c"ring",
+    UlyssesGather: c"ulysses-gather",
+    UlyssesRing: c"ulysses-ring"
+});
 table!(varlen_fa_reason: Reason {
     NoMask: c"no-mask",
     KeyMask: c"key-mask",
@@ -159,12 +168,16 @@ table!(varlen_fa_status {
     DeviceMismatch: c"DEVICE_MISMATCH",
     NotApplicable: c"NOT_APPLICABLE",
     ScoreModifier: c"SCORE_MODIFIER",
+    Sharding: c"SHARDING",
     Refused: c"REFUSED",
     DeviceUnavailable: c"DEVICE_UNAVAILABLE",
     OutOfMemory: c"OUT_OF_MEMORY",
     DeviceLost: c"DEVICE_LOST",
     Backend: c"BACKEND",
     StreamCaptured: c"STREAM_CAPTURED",
+    RanksDiffer: c"RANKS_DIFFER",
+    RankLost: c"RANK_LOST",
+    RankTimedOut: c"RANK_TIMED_OUT",
     Panic: c"PANIC"
 });
 

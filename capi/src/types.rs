@@ -68,6 +68,8 @@ pub enum varlen_fa_status {
     NotApplicable = 29,
     /// A soft cap, ALiBi slopes or attention sinks are no good numbers, or not one a query head.
     ScoreModifier = 30,
+    /// Shards, ranks or a mode of sequence parallelism do not fit one another.
+    Sharding = 31,
     /// An argument is wrong in a way that has no number in this header.
     Refused = 99,
     /// The requested device is unavailable.
@@ -81,6 +83,13 @@ pub enum varlen_fa_status {
     /// The device's stream is being captured into a CUDA graph, which cannot hold this operation.
     /// The capture goes on.
     StreamCaptured = 104,
+    /// Ranks were given different masks, shapes or settings, or called in another order. The
+    /// communicator takes no more calls.
+    RanksDiffer = 105,
+    /// A rank ended, or gave up after an error of its own. The communicator takes no more calls.
+    RankLost = 106,
+    /// A rank did not answer in time. The communicator takes no more calls.
+    RankTimedOut = 107,
     /// A defect of this library; the message says where. Please report it.
     Panic = 200,
 }
@@ -245,6 +254,24 @@ pub enum varlen_fa_rotary_pairing {
     Halves = 2,
 }
 
+/// How ranks share the work of a call. docs/sequence-parallel.md describes the modes.
+#[repr(u32)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum varlen_fa_parallel_mode {
+    /// What the plan chooses.
+    Auto = 0,
+    /// Queries stay; every rank receives all keys and values.
+    Gather = 1,
+    /// Rows are exchanged for heads, and back. The ranks divide the heads.
+    Ulysses = 2,
+    /// Queries stay; keys and values go round. The last bits differ from one device.
+    Ring = 3,
+    /// ULYSSES in groups of `ulysses` consecutive ranks, GATHER among them.
+    UlyssesGather = 4,
+    /// ULYSSES in groups of `ulysses` consecutive ranks, RING among them.
+    UlyssesRing = 5,
+}
+
 /// A device. Handles are numbers in the form of pointers; they do not point to memory.
 pub struct varlen_fa_device {
     _private: (),
@@ -282,6 +309,22 @@ pub struct varlen_fa_key_ranges {
 /// What happens to scores: a soft cap, ALiBi, attention sinks. Create it once for each layer of a
 /// model: it keeps a copy on each device that used it.
 pub struct varlen_fa_score_modifiers {
+    _private: (),
+}
+
+/// One member of a group of ranks that exchange rows: a thread of one process, or a process. Calls
+/// of one communicator run one after another.
+pub struct varlen_fa_communicator {
+    _private: (),
+}
+
+/// Which tokens of a sequence that is divided among ranks are valid, as one rank needs it.
+pub struct varlen_fa_sharded_meta {
+    _private: (),
+}
+
+/// A request that ranks have agreed on, for all layers and steps.
+pub struct varlen_fa_parallel_request {
     _private: (),
 }
 
@@ -528,4 +571,60 @@ pub struct varlen_fa_meta_info {
     pub max_seqlen: u64,
     /// 0.
     pub reserved: [u64; 4],
+}
+
+/// How a sequence is divided: a prefix and a suffix that every rank has, and between them one shard
+/// for each rank. Start from zeros, as with a tensor.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct varlen_fa_shards {
+    /// Tokens of the prefix.
+    pub prefix: u64,
+    /// Tokens of the suffix.
+    pub suffix: u64,
+    /// Tokens of each shard; any may be 0.
+    pub lengths: *const u64,
+    /// How many shards and ranks there are, at least 1.
+    pub ranks: u64,
+    /// 0.
+    pub reserved: [u64; 4],
+}
+
+/// What a request computes, the same on every rank. Start from zeros, as with a tensor.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct varlen_fa_parallel_options {
+    /// H.
+    pub num_heads: u64,
+    /// Hkv, which divides H.
+    pub num_kv_heads: u64,
+    /// D.
+    pub head_dim: u64,
+    /// Ranks of a group, for modes of two levels; else 0.
+    pub ulysses: u64,
+    /// Element type of all tensors.
+    pub dtype: MaybeUninit<varlen_fa_dtype>,
+    /// Forces a mode.
+    pub mode: MaybeUninit<varlen_fa_parallel_mode>,
+    /// 1 to use `softmax_scale`; 0 for 1/sqrt(D).
+    pub has_softmax_scale: u32,
+    /// Factor on q*k before the softmax; any finite number.
+    pub softmax_scale: f32,
+    /// 0.
+    pub reserved: [u64; 4],
+}
+
+/// What was decided for a request.
+#[repr(C)]
+pub struct varlen_fa_parallel_plan {
+    /// How ranks share the work; never AUTO.
+    pub mode: varlen_fa_parallel_mode,
+    /// 0.
+    pub reserved_word: u32,
+    /// Ranks of a group, for modes of two levels; else 0.
+    pub ulysses: u64,
+    /// The same in words, and why.
+    pub text: [c_char; 496],
+    /// 0.
+    pub reserved: [u64; 2],
 }

@@ -53,6 +53,9 @@ fn main() -> ExitCode {
         let mut program = compile(library, "tests/processes.c", Linkage::Shared)?;
         judge("wgpu", program.arg("fork").arg("wgpu"))
     }));
+    trials.push(trial("parallel/cpu".to_owned(), |library| {
+        judge("cpu", &mut compile(library, "tests/parallel.c", Linkage::Shared)?)
+    }));
     trials.push(trial("address_space/cpu".to_owned(), |library| {
         judge("address_space", &mut compile(library, "tests/address_space.c", Linkage::Shared)?)
     }));

@@ -798,8 +798,77 @@ class Structs(unittest.TestCase):
     @unittest.skipIf(ctypes.sizeof(ctypes.c_void_p) != 8, "the sizes are those of 64-bit systems")
     def test_sizes_are_those_of_the_header(self):
         structs = [vf.Tensor, vf.MaskView, vf.AttentionMask, vf.Plan, vf.Options, vf.Run, vf.DeviceInfo, vf.MetaInfo]
-        structs += [vf.KeyRange, vf.RangesOf]
-        self.assertEqual([ctypes.sizeof(struct) for struct in structs], [112, 72, 88, 272, 48, 24, 440, 64, 16, 72])
+        structs += [vf.KeyRange, vf.RangesOf, vf.Shards, vf.ParallelOptions, vf.ParallelPlan]
+        sizes = [112, 72, 88, 272, 48, 24, 440, 64, 16, 72, 64, 80, 528]
+        self.assertEqual([ctypes.sizeof(struct) for struct in structs], sizes)
+
+
+class Parallel(unittest.TestCase):
+    """A sequence that is divided between two threads."""
+
+    HEADS, DIM, LENGTHS = 4, 8, [3, 5]
+
+    def setUp(self):
+        self.seq = 2 + sum(self.LENGTHS)
+        self.values = [math.sin(at) for at in range(self.seq * self.HEADS * self.DIM)]
+        self.mask = library.key_mask_from_runs([(0, 0, 1), (0, 2, self.seq - 1)], 1, self.seq)
+
+    def rank(self, communicator, rank, outputs, lengths, **settings):
+        row = self.HEADS * self.DIM
+        start = 2 + sum(self.LENGTHS[:rank])
+        tokens = [0, 1, *range(start, start + self.LENGTHS[rank])]
+        values = [value for token in tokens for value in self.values[token * row :][:row]]
+        shape = [1, len(tokens), self.HEADS, self.DIM]
+        x, out = Memory(DTYPE, values), Memory(DTYPE, [0.0] * len(values))
+        try:
+            meta = library.sharded_meta(self.mask, lengths, rank, prefix=2)
+            request = device.parallel_prepare(
+                communicator, meta, DTYPE, self.HEADS, self.HEADS, self.DIM, **settings
+            )
+            request.forward(communicator, x.tensor(shape), x.tensor(shape), x.tensor(shape), out.tensor(shape))
+            outputs[rank] = (str(request.plan), tokens, out.values())
+        except vf.Error as error:
+            outputs[rank] = error
+
+    def run_both(self, lengths, **settings):
+        outputs = {}
+        threads = [
+            threading.Thread(target=self.rank, args=(communicator, rank, outputs, lengths[rank]), kwargs=settings)
+            for rank, communicator in enumerate(library.communicators(2, 30000))
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return outputs
+
+    def test_modes(self):
+        shape, row = [1, self.seq, self.HEADS, self.DIM], self.HEADS * self.DIM
+        x, out = Memory(DTYPE, self.values), Memory(DTYPE, [0.0] * len(self.values))
+        device.forward(
+            x.tensor(shape), x.tensor(shape), x.tensor(shape), out.tensor(shape), vf.varlen(library.meta(self.mask))
+        )
+        expected = out.values()
+        for mode in ["auto", "gather", "ulysses", "ring"]:
+            for plan, tokens, got in self.run_both([self.LENGTHS] * 2, mode=mode).values():
+                self.assertTrue(mode == "auto" or plan.startswith(mode), plan)
+                for at, token in enumerate(tokens):
+                    for one, other in zip(got[at * row :][:row], expected[token * row :][:row]):
+                        self.assertAlmostEqual(one, other, delta=2e-2)
+
+    def test_ranks_that_differ(self):
+        errors = self.run_both([self.LENGTHS, [4, 4]], mode="gather")
+        for error in errors.values():
+            self.assertIn(error.status, ["RANKS_DIFFER", "RANK_LOST"])
+            self.assertIn("shards", str(error))
+
+    def test_refusals(self):
+        with self.assertRaises(vf.Error) as caught:
+            library.communicators(0)
+        self.assertEqual(caught.exception.status, "SHARDING")
+        with self.assertRaises(vf.Error) as caught:
+            library.connect("file:/no/such/folder/file", 0, 2, 10)
+        self.assertEqual(caught.exception.status, "BACKEND")
 
 
 def in_child(handle, meta, queue):

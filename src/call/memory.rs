@@ -24,6 +24,10 @@ pub(crate) trait DeviceBuffer: Any + Debug + Send + Sync {
     fn space(&self) -> u64;
     /// What a launch that uses these bytes of the buffer keeps from others, in the address space.
     fn touched(&self, bytes: Range<u64>) -> Range<u64>;
+    /// The device address of the first byte, on CUDA.
+    fn cuda_address(&self) -> Option<u64> {
+        None
+    }
     /// For the owning backend to find its own type.
     fn as_any(&self) -> &dyn Any;
 }

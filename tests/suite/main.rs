@@ -25,6 +25,8 @@ mod dense;
 mod device_meta;
 #[cfg(feature = "wgpu")]
 mod dispatches;
+mod dist;
+mod dist_faults;
 #[cfg(feature = "emulated-sm100")]
 mod emulated_sm100;
 #[cfg(feature = "cuda")]
@@ -92,6 +94,7 @@ const SHARED: &[Register] = &[
     modifiers::register,
     prepare_qk::register,
     joint::register,
+    dist::register,
     dense::register,
     packed::register,
     tensors::register,
@@ -107,7 +110,9 @@ const SHARED: &[Register] = &[
 /// What only devices of this kind have.
 fn own(kind: BackendKind) -> &'static [Register] {
     match kind {
-        BackendKind::Cpu => &[host_memory::register, instruction_sets::register, threads::register],
+        BackendKind::Cpu => {
+            &[dist_faults::register, host_memory::register, instruction_sets::register, threads::register]
+        }
         #[cfg(feature = "wgpu")]
         BackendKind::Wgpu => &[wgpu_device::register, external_wgpu::register],
         #[cfg(feature = "cuda")]

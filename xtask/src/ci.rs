@@ -169,6 +169,8 @@ const STEPS: &[Step] = &[
             "cargo run --release --example joint_block -- --device cpu",
             "VARLEN_FA=0 cargo run --release --example joint_block -- --device cpu",
             "cargo run --release --example joint_block -- --device wgpu",
+            "cargo run --release --example sequence_parallel",
+            "cargo run --release --example sequence_parallel -- --processes --ranks 3 --dtype bf16",
             "cargo run --release --example external_wgpu",
             "VARLEN_FA=0 cargo run --release --example external_wgpu",
             "cargo run --release --example external_cuda",

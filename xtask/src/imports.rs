@@ -26,6 +26,7 @@ const SOURCES: &[&str] = &[
     "examples/embed_sentences/src",
     "examples/joint_block",
     "examples/masked_attention",
+    "examples/sequence_parallel",
     "examples/web/src",
     "benches/attention",
     "fuzz/targets/capi",
@@ -45,6 +46,7 @@ const ROOMS: &[&[&str]] = &[
     &["attention", "primitives", "merge", "prepare_qk"],
     &["joint"],
     &["encode"],
+    &["dist"],
 ];
 
 /// Rooms that never import one another, though one may be below the other.

@@ -133,6 +133,10 @@ impl DeviceBuffer for CudaBuffer {
         self.address.saturating_add(bytes.start)..self.address.saturating_add(bytes.end)
     }
 
+    fn cuda_address(&self) -> Option<u64> {
+        Some(self.address)
+    }
+
     fn as_any(&self) -> &dyn Any {
         self
     }

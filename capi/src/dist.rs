@@ -1,0 +1,311 @@
+//! Sequence parallelism: attention over a sequence that is divided among ranks.
+
+use std::ffi::{CStr, c_char};
+use std::net::SocketAddr;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use varlen::Device;
+use varlen::dist::{
+    Communicator, Heads, HostCommunicator, Mode, ParallelRequest, Rendezvous, SequenceParallel, ShardedMeta, Shards,
+};
+
+use crate::arguments::{Name, Place, choose, expect_zeros, read, reserve, size, slice, text};
+use crate::failure::{Failure, Result, guard};
+use crate::handles::{self, handle};
+use crate::key_ranges;
+use crate::tensors::{Described, Input, Output, expect_apart, finish};
+use crate::types::{
+    varlen_fa_communicator, varlen_fa_device, varlen_fa_key_mask, varlen_fa_key_ranges, varlen_fa_parallel_mode,
+    varlen_fa_parallel_options, varlen_fa_parallel_plan, varlen_fa_parallel_request, varlen_fa_sharded_meta,
+    varlen_fa_shards, varlen_fa_status, varlen_fa_tensor,
+};
+
+handle!(varlen_fa_communicator, 8, Mutex<HostCommunicator>);
+handle!(varlen_fa_sharded_meta, 9, ShardedMeta);
+handle!(varlen_fa_parallel_request, 10, Request);
+
+/// A request, and the layer that it was prepared by.
+#[derive(Debug)]
+pub(crate) struct Request {
+    device: Device,
+    layer: SequenceParallel,
+    request: ParallelRequest,
+}
+
+/// What a panic left behind is noticed by the peers, as any rank that does not answer.
+fn lock(communicator: &Mutex<HostCommunicator>) -> MutexGuard<'_, HostCommunicator> {
+    communicator.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn time_out(milliseconds: u64) -> Duration {
+    match milliseconds {
+        0 => HostCommunicator::TIME_OUT,
+        _ => Duration::from_millis(milliseconds),
+    }
+}
+
+/// Creates the ranks of one process: one handle for each of its threads, in order.
+///
+/// `time_out_ms`: how long a call waits for other ranks, in milliseconds; 0 for a minute.
+/// `communicators`: receives `world_size` handles, each to be given to varlen_fa_communicator_free.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn varlen_fa_communicator_threads(
+    world_size: u64,
+    time_out_ms: u64,
+    communicators: *mut *mut varlen_fa_communicator,
+) -> varlen_fa_status {
+    guard(|| {
+        let name = Name::of("communicators");
+        let ranks = HostCommunicator::threads(size(Name::of("world_size"), world_size)?)?;
+        let mut places = reserve(ranks.len())?;
+        for rank in 0..ranks.len() {
+            // SAFETY: the caller obeys the header's rules for pointers: there is room for each.
+            places.push(unsafe { Place::new(name, communicators.wrapping_add(rank)) }?);
+        }
+        for (place, rank) in places.into_iter().zip(ranks) {
+            place.put(handles::issue(Mutex::new(rank.with_time_out(time_out(time_out_ms)))));
+        }
+        Ok(())
+    })
+}
+
+/// Joins processes by TCP: this one is rank `rank` of `world_size`. Returns when all are there.
+///
+/// `meeting`: an address on which rank 0 listens, such as "127.0.0.1:4321", or "file:" and the path
+/// of a file that rank 0 writes, for processes of one machine. Nothing is encrypted or
+/// authenticated: use networks that you trust.
+/// `time_out_ms`: as of varlen_fa_communicator_threads; for the meeting too.
+/// `communicator`: receives the handle, to be given to varlen_fa_communicator_free.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn varlen_fa_communicator_connect(
+    meeting: *const c_char,
+    rank: u64,
+    world_size: u64,
+    time_out_ms: u64,
+    communicator: *mut *mut varlen_fa_communicator,
+) -> varlen_fa_status {
+    guard(|| {
+        // SAFETY: the caller obeys the header's rules for pointers.
+        let place = unsafe { Place::new(Name::of("communicator"), communicator) }?;
+        let name = Name::of("meeting");
+        // SAFETY: as above; one character is read, to check the pointer.
+        unsafe { slice(name, meeting, 1) }?;
+        // SAFETY: by the header, a text that ends with 0.
+        let given = unsafe { CStr::from_ptr(meeting) }.to_string_lossy();
+        let rendezvous = match given.strip_prefix("file:") {
+            Some(path) => Rendezvous::File(path.into()),
+            None => Rendezvous::Tcp(given.parse::<SocketAddr>().map_err(|_| {
+                let expected = "an address such as 127.0.0.1:4321, or file: and a path";
+                Failure::argument(varlen_fa_status::BadValue, name, expected, format!("{given:?}"))
+            })?),
+        };
+        let (rank, world) = (size(Name::of("rank"), rank)?, size(Name::of("world_size"), world_size)?);
+        let made = HostCommunicator::connect(&rendezvous, rank, world, time_out(time_out_ms))?;
+        place.put(handles::issue(Mutex::new(made)));
+        Ok(())
+    })
+}
+
+/// Frees a communicator. NULL is ignored. Other ranks that still wait for this one get an error.
+#[unsafe(no_mangle)]
+pub extern "C" fn varlen_fa_communicator_free(communicator: *mut varlen_fa_communicator) -> varlen_fa_status {
+    guard(|| handles::free(Name::of("communicator"), communicator))
+}
+
+/// Creates the metadata of a sequence that is divided among ranks, as rank `rank` sees it. Every
+/// rank does so once per request, from the mask of the whole sequence; nothing is sent.
+///
+/// `key_mask`: [B, S], S = prefix + the sum of the lengths + suffix; the same on every rank.
+/// `ranges`: [B, S, S], of the whole sequence; NULL for none.
+/// `sharded_meta`: receives the handle, to be given to varlen_fa_sharded_meta_free.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn varlen_fa_sharded_meta_create(
+    key_mask: *const varlen_fa_key_mask,
+    shards: *const varlen_fa_shards,
+    rank: u64,
+    ranges: *const varlen_fa_key_ranges,
+    sharded_meta: *mut *mut varlen_fa_sharded_meta,
+) -> varlen_fa_status {
+    guard(|| {
+        // SAFETY: the caller obeys the header's rules for pointers.
+        let place = unsafe { Place::new(Name::of("sharded_meta"), sharded_meta) }?;
+        let key_mask = handles::get(Name::of("key_mask"), key_mask)?;
+        let name = Name::of("shards");
+        // SAFETY: as above.
+        let given = unsafe { read(name, shards) }?;
+        expect_zeros(name.field("reserved"), &given.reserved)?;
+        // SAFETY: as above: there are as many lengths.
+        let lengths = unsafe { slice(name.field("lengths"), given.lengths, given.ranks) }?;
+        let mut sizes = reserve(lengths.len())?;
+        for &length in lengths {
+            sizes.push(size(name.field("lengths"), length)?);
+        }
+        let shards = Shards::from_lengths(&sizes)?
+            .with_prefix(size(name.field("prefix"), given.prefix)?)?
+            .with_suffix(size(name.field("suffix"), given.suffix)?)?;
+        let mut made = ShardedMeta::new(&key_mask, &shards, size(Name::of("rank"), rank)?)?;
+        if let Some(ranges) = key_ranges::optional(Name::of("ranges"), ranges)? {
+            made = made.with_ranges(&ranges)?;
+        }
+        place.put(handles::issue(made));
+        Ok(())
+    })
+}
+
+/// Frees sharded metadata. NULL is ignored.
+#[unsafe(no_mangle)]
+pub extern "C" fn varlen_fa_sharded_meta_free(sharded_meta: *mut varlen_fa_sharded_meta) -> varlen_fa_status {
+    guard(|| handles::free(Name::of("sharded_meta"), sharded_meta))
+}
+
+/// Prepares a request: chooses a mode, and checks that all ranks were given the same. Every rank
+/// calls it once per request. After an error the communicator takes no more calls, on any rank.
+///
+/// `request`: receives the handle, to be given to varlen_fa_parallel_request_free. It keeps device and
+/// metadata alive.
+/// `plan`: receives the mode and why it was chosen; may be NULL.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn varlen_fa_parallel_prepare(
+    device: *const varlen_fa_device,
+    communicator: *const varlen_fa_communicator,
+    sharded_meta: *const varlen_fa_sharded_meta,
+    options: *const varlen_fa_parallel_options,
+    request: *mut *mut varlen_fa_parallel_request,
+    plan: *mut varlen_fa_parallel_plan,
+) -> varlen_fa_status {
+    guard(|| {
+        let communicator = handles::get(Name::of("communicator"), communicator)?;
+        let mut communicator = lock(&communicator);
+        // SAFETY: the caller obeys the header's rules for pointers.
+        let prepared = unsafe { prepare(device, &mut communicator, sharded_meta, options, request, plan) };
+        prepared.inspect_err(|failure| communicator.abort(&failure.message))
+    })
+}
+
+/// # Safety
+/// The header's rules for pointers.
+unsafe fn prepare(
+    device: *const varlen_fa_device,
+    communicator: &mut HostCommunicator,
+    sharded_meta: *const varlen_fa_sharded_meta,
+    options: *const varlen_fa_parallel_options,
+    request: *mut *mut varlen_fa_parallel_request,
+    plan: *mut varlen_fa_parallel_plan,
+) -> Result<()> {
+    // SAFETY: by this function's contract; as in the lines below.
+    let place = unsafe { Place::new(Name::of("request"), request) }?;
+    // SAFETY: as above.
+    let plan = unsafe { Place::optional(Name::of("plan"), plan) }?;
+    let device = handles::get(Name::of("device"), device)?;
+    let meta = handles::get(Name::of("sharded_meta"), sharded_meta)?;
+    let name = Name::of("options");
+    // SAFETY: as above.
+    let options = unsafe { read(name, options) }?;
+    expect_zeros(name.field("reserved"), &options.reserved)?;
+    let heads = Heads {
+        num_heads: size(name.field("num_heads"), options.num_heads)?,
+        num_kv_heads: size(name.field("num_kv_heads"), options.num_kv_heads)?,
+        head_dim: size(name.field("head_dim"), options.head_dim)?,
+        dtype: choose(name.field("dtype"), options.dtype)?.meaning,
+    };
+    let mut layer = SequenceParallel::new(&device);
+    match options.has_softmax_scale {
+        0 => {}
+        1 => layer = layer.with_softmax_scale(options.softmax_scale),
+        got => {
+            let name = name.field("has_softmax_scale");
+            return Err(Failure::argument(varlen_fa_status::BadValue, name, "0 or 1", got));
+        }
+    }
+    let ulysses = size(name.field("ulysses"), options.ulysses)?;
+    let mode = choose(name.field("mode"), options.mode)?.value;
+    let forced = match mode {
+        varlen_fa_parallel_mode::Auto => None,
+        varlen_fa_parallel_mode::Gather => Some(Mode::Gather),
+        varlen_fa_parallel_mode::Ulysses => Some(Mode::Ulysses),
+        varlen_fa_parallel_mode::Ring => Some(Mode::Ring),
+        varlen_fa_parallel_mode::UlyssesGather => Some(Mode::UlyssesGather { ulysses }),
+        varlen_fa_parallel_mode::UlyssesRing => Some(Mode::UlyssesRing { ulysses }),
+    };
+    let has_groups = matches!(mode, varlen_fa_parallel_mode::UlyssesGather | varlen_fa_parallel_mode::UlyssesRing);
+    if ulysses != 0 && !has_groups {
+        let expected = "0 for modes of one level";
+        return Err(Failure::argument(varlen_fa_status::BadValue, name.field("ulysses"), expected, ulysses));
+    }
+    if let Some(mode) = forced {
+        layer = layer.with_mode(mode);
+    }
+    let made = layer.prepare(communicator, &meta, &heads)?;
+    if let Some(plan) = plan {
+        let (mode, ulysses) = match made.plan().mode {
+            Mode::Ulysses => (varlen_fa_parallel_mode::Ulysses, 0),
+            Mode::Ring => (varlen_fa_parallel_mode::Ring, 0),
+            Mode::UlyssesGather { ulysses } => (varlen_fa_parallel_mode::UlyssesGather, ulysses as u64),
+            Mode::UlyssesRing { ulysses } => (varlen_fa_parallel_mode::UlyssesRing, ulysses as u64),
+            _ => (varlen_fa_parallel_mode::Gather, 0),
+        };
+        let text = text(&made.plan().to_string());
+        plan.put(varlen_fa_parallel_plan { mode, reserved_word: 0, ulysses, text, reserved: [0; 2] });
+    }
+    place.put(handles::issue(Request { device: Device::clone(&device), layer, request: made }));
+    Ok(())
+}
+
+/// Frees a request. NULL is ignored.
+#[unsafe(no_mangle)]
+pub extern "C" fn varlen_fa_parallel_request_free(request: *mut varlen_fa_parallel_request) -> varlen_fa_status {
+    guard(|| handles::free(Name::of("request"), request))
+}
+
+/// Attention of this rank's tokens to those of all ranks. Every rank calls it, in the same order.
+///
+/// `q`, `out`: [B, prefix + shard + suffix, H, D]. `out` lies in memory that no input shares; rows of
+/// masked tokens are exactly zero.
+/// `k`, `v`: [B, prefix + shard + suffix, Hkv, D].
+///
+/// Prefix and suffix hold the same on every rank. After an error, here or on another rank, the
+/// communicator takes no more calls, on any rank; nothing waits longer than its time-out. `out` may
+/// then hold anything.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn varlen_fa_parallel_forward(
+    communicator: *const varlen_fa_communicator,
+    request: *const varlen_fa_parallel_request,
+    q: *const varlen_fa_tensor,
+    k: *const varlen_fa_tensor,
+    v: *const varlen_fa_tensor,
+    out: *const varlen_fa_tensor,
+) -> varlen_fa_status {
+    guard(|| {
+        let communicator = handles::get(Name::of("communicator"), communicator)?;
+        let mut communicator = lock(&communicator);
+        // SAFETY: the caller obeys the header's rules for pointers.
+        let done = unsafe { forward(&mut communicator, request, [q, k, v], out) };
+        done.inspect_err(|failure| communicator.abort(&failure.message))
+    })
+}
+
+/// # Safety
+/// The header's rules for pointers.
+unsafe fn forward(
+    communicator: &mut HostCommunicator,
+    request: *const varlen_fa_parallel_request,
+    [q, k, v]: [*const varlen_fa_tensor; 3],
+    out: *const varlen_fa_tensor,
+) -> Result<()> {
+    let request = handles::get(Name::of("request"), request)?;
+    let Request { device, layer, request } = &*request;
+    // SAFETY: by this function's contract; as in the lines below.
+    let q = unsafe { Described::new("q", q) }?;
+    // SAFETY: as above.
+    let k = unsafe { Described::new("k", k) }?;
+    // SAFETY: as above.
+    let v = unsafe { Described::new("v", v) }?;
+    // SAFETY: as above.
+    let out = unsafe { Described::new("out", out) }?;
+    expect_apart(&[&out], &[&q, &k, &v])?;
+    let [q, k, v] = [Input::new(device, &q)?, Input::new(device, &k)?, Input::new(device, &v)?];
+    let mut out = Output::new(device, &out)?;
+    layer.forward_into(communicator, request, q.view(), k.view(), v.view(), out.view_mut()?)?;
+    finish([out])
+}

@@ -1,0 +1,175 @@
+//! Masked attention over a sequence that is divided among ranks, in every mode, against one device.
+//!
+//! Ranks are threads of this process, or processes of this machine. Text is a prefix that every rank has, padded to the longest of
+//! the batch; the image is divided. Rows of masked text hold NaN throughout.
+
+mod problem;
+mod rank;
+
+use std::env;
+use std::num::NonZeroUsize;
+use std::path::PathBuf;
+use std::process::{self, Child, Command, ExitCode};
+use std::thread;
+use std::time::Duration;
+
+use anyhow::{Context, Result, anyhow, ensure};
+use clap::{Parser, ValueEnum};
+use varlen_fa::dist::{HostCommunicator, ParallelPlan, Rendezvous};
+use varlen_fa::{Config, Device, DeviceChoice, bf16, f16};
+
+use problem::Problem;
+use rank::{Outcome, run_rank};
+use varlen_fa_harness::arguments::ElementType;
+use varlen_fa_harness::report::exit_code;
+use varlen_fa_harness::times::milliseconds;
+
+/// How long ranks wait for one another.
+const TIME_OUT: Duration = Duration::from_secs(60);
+
+/// Run masked attention over a sequence divided among ranks, in every mode, and check each against one device.
+///
+/// Gather and Ulysses must give the bits of one device on the CPU; a ring must come near. Fails if one does not.
+#[derive(Debug, Clone, Parser)]
+#[command(name = "sequence_parallel", version)]
+struct Arguments {
+    /// Ranks that share the sequence
+    #[arg(long, value_name = "N", default_value = "4")]
+    ranks: NonZeroUsize,
+    /// Ranks are processes of this machine, joined by TCP; else threads of this one
+    #[arg(long)]
+    processes: bool,
+    /// Each rank's device; with `cuda` a GPU of its own. Rows are copied through host memory
+    #[arg(long, value_enum, default_value = "cpu")]
+    device: Kind,
+    /// Element type [default: f32, on cuda f16]
+    #[arg(long, value_name = "TYPE")]
+    dtype: Option<ElementType>,
+    /// Text tokens of each row of the batch; they are padded to the most
+    #[arg(long, value_name = "A,B,...", value_delimiter = ',', default_value = "19,77")]
+    text: Vec<usize>,
+    /// Image tokens, which are divided among the ranks
+    #[arg(long, value_name = "N", default_value = "602")]
+    image: usize,
+    /// Query heads
+    #[arg(long, value_name = "N", default_value = "8")]
+    heads: NonZeroUsize,
+    /// Key and value heads, a divisor of the query heads
+    #[arg(long, value_name = "N", default_value = "4")]
+    kv_heads: NonZeroUsize,
+    /// Elements of one head
+    #[arg(long, value_name = "N", default_value = "64")]
+    head_dim: NonZeroUsize,
+    /// Calls of each mode; times are their median
+    #[arg(long, value_name = "N", default_value = "5")]
+    calls: NonZeroUsize,
+    /// Of a process that another one started: its rank
+    #[arg(long, hide = true, requires = "meeting")]
+    rank: Option<usize>,
+    /// Where the processes meet: a file that rank 0 writes
+    #[arg(long, hide = true)]
+    meeting: Option<PathBuf>,
+}
+
+/// Kinds of devices.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Kind {
+    Cpu,
+    Wgpu,
+    Cuda,
+}
+
+fn main() -> ExitCode {
+    env_logger::init();
+    exit_code(run(&Arguments::parse()))
+}
+
+fn run(arguments: &Arguments) -> Result<()> {
+    match (arguments.dtype, arguments.device) {
+        (Some(ElementType::F32), _) | (None, Kind::Cpu | Kind::Wgpu) => run_as::<f32>(arguments),
+        (Some(ElementType::F16), _) | (None, Kind::Cuda) => run_as::<f16>(arguments),
+        (Some(ElementType::Bf16), _) => run_as::<bf16>(arguments),
+    }
+}
+
+fn run_as<T: problem::Value>(arguments: &Arguments) -> Result<()> {
+    let problem = Problem::new(arguments)?;
+    if let Some(rank) = arguments.rank {
+        return run_process::<T>(arguments, &problem, rank).map(drop);
+    }
+    let (ranks, how) = (arguments.ranks.get(), if arguments.processes { "processes" } else { "threads" });
+    println!("ranks      {ranks} {how}, device {:?}, {}", arguments.device, problem.heads(T::DTYPE).dtype);
+    println!("sequence   {}", problem.describe());
+    let (plan, outcomes) = match arguments.processes {
+        true => run_processes::<T>(arguments, &problem)?,
+        false => run_threads::<T>(arguments, &problem)?,
+    };
+    println!("plan       {plan}");
+    println!("\n{:<18} {:>10} {:>14} {:>12}   against one device", "mode", "median ms", "sent a rank", "max error");
+    let mut failed = 0;
+    for Outcome { mode, median, sent, error, failure } in &outcomes {
+        let sent = format!("{:.1} KB", *sent as f64 / 1e3);
+        let verdict = failure.as_deref().unwrap_or(if *error == 0.0 { "ok, the same bits" } else { "ok" });
+        println!("{mode:<18} {:>10.3} {sent:>14} {error:>12.2e}   {verdict}", milliseconds(*median));
+        failed += usize::from(failure.is_some());
+    }
+    ensure!(failed == 0, "{failed} of {} modes failed", outcomes.len());
+    Ok(())
+}
+
+type Outcomes = (ParallelPlan, Vec<Outcome>);
+
+fn run_threads<T: problem::Value>(arguments: &Arguments, problem: &Problem) -> Result<Outcomes> {
+    let reference = problem.reference::<T>(&open(arguments, 0)?)?;
+    let ranks = HostCommunicator::threads(arguments.ranks.get())?;
+    let run = |communicator: HostCommunicator, rank: usize| {
+        let device = open(arguments, rank)?;
+        run_rank::<T>(&mut communicator.with_time_out(TIME_OUT), &device, problem, &reference, arguments.calls.get())
+    };
+    let outcomes = thread::scope(|scope| {
+        let (run, ranks) = (&run, ranks.into_iter().enumerate());
+        let threads: Vec<_> = ranks.map(|(rank, communicator)| scope.spawn(move || run(communicator, rank))).collect();
+        threads
+            .into_iter()
+            .map(|thread| thread.join().map_err(|_| anyhow!("a rank panicked"))?)
+            .collect::<Result<Vec<_>>>()
+    })?;
+    outcomes.into_iter().next().context("there is no rank")
+}
+
+/// Starts the other ranks and is rank 0.
+fn run_processes<T: problem::Value>(arguments: &Arguments, problem: &Problem) -> Result<Outcomes> {
+    let meeting = env::temp_dir().join(format!("varlen-fa-sequence-parallel-{}", process::id()));
+    let mut others = Vec::new();
+    for rank in 1..arguments.ranks.get() {
+        let mut command = Command::new(env::current_exe()?);
+        command.args(env::args_os().skip(1)).args(["--rank", &rank.to_string(), "--meeting"]).arg(&meeting);
+        others.push(command.spawn().context("cannot start a process")?);
+    }
+    let arguments = Arguments { meeting: Some(meeting), ..arguments.clone() };
+    let outcomes = run_process::<T>(&arguments, problem, 0);
+    let ended = others.iter_mut().map(Child::wait).collect::<Result<Vec<_>, _>>()?;
+    let outcomes = outcomes?;
+    ensure!(ended.iter().all(|status| status.success()), "a rank failed: {ended:?}");
+    Ok(outcomes)
+}
+
+fn run_process<T: problem::Value>(arguments: &Arguments, problem: &Problem, rank: usize) -> Result<Outcomes> {
+    let meeting = Rendezvous::File(arguments.meeting.clone().context("`--meeting` is missing")?);
+    let mut communicator = HostCommunicator::connect(&meeting, rank, arguments.ranks.get(), TIME_OUT)?;
+    let device = open(arguments, rank)?;
+    let reference = problem.reference::<T>(&device)?;
+    run_rank::<T>(&mut communicator, &device, problem, &reference, arguments.calls.get())
+}
+
+/// A rank's device; the CPU's cores are divided.
+fn open(arguments: &Arguments, rank: usize) -> Result<Device> {
+    let choice = match arguments.device {
+        Kind::Cpu => DeviceChoice::Cpu,
+        Kind::Wgpu => DeviceChoice::Wgpu,
+        Kind::Cuda => DeviceChoice::Cuda(rank),
+    };
+    let cores = thread::available_parallelism().map_or(1, NonZeroUsize::get);
+    let threads = NonZeroUsize::new(cores / arguments.ranks.get()).unwrap_or(NonZeroUsize::MIN);
+    Ok(Device::with_config(Config::from_env_for(choice)?.with_threads(Some(threads)))?)
+}

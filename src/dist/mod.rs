@@ -1,0 +1,30 @@
+//! Sequence parallelism: attention over a sequence that is divided among ranks, under a key mask.
+//!
+//! [`SequenceParallel`] is the layer, [`Shards`] says how the sequence is divided, [`ShardedMeta`] which of its tokens count, and a
+//! [`Communicator`] moves rows between the ranks: [`HostCommunicator`] among threads or processes. `docs/sequence-parallel.md` says
+//! how the modes work and what they cost.
+
+mod communicator;
+mod digest;
+mod frame;
+mod gather;
+mod host;
+mod mailbox;
+mod mode;
+mod plan;
+mod rendezvous;
+mod ring;
+mod sequence_parallel;
+mod sharded_meta;
+mod shards;
+mod transfer;
+mod ulysses;
+
+pub use communicator::{Communicator, DeviceBytes, Exchange, Incoming, Outgoing, Transfer, TransferMut};
+pub use host::HostCommunicator;
+pub use mode::{Heads, Mode};
+pub use plan::{Machine, ModeEstimate, ModeReason, ParallelPlan};
+pub use rendezvous::Rendezvous;
+pub use sequence_parallel::{ParallelRequest, SequenceParallel};
+pub use sharded_meta::ShardedMeta;
+pub use shards::Shards;

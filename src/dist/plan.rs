@@ -1,0 +1,388 @@
+//! Which mode to take, and why: pure, from sizes, heads, memory and bandwidth.
+
+use std::fmt;
+
+use super::mode::{Heads, Mode, Outer};
+use super::sharded_meta::ShardedMeta;
+use crate::error::{Error, Result};
+
+/// What a plan knows of the ranks' devices and of the links between them. All ranks must be given the same.
+#[derive(Debug, Clone, Copy, PartialEq)]
+#[non_exhaustive]
+pub struct Machine {
+    /// Consecutive ranks that share a host; 0 if all do.
+    pub ranks_per_host: usize,
+    /// Bytes that a rank sends to ranks of its host in a second.
+    pub in_host: f64,
+    /// Bytes that a rank sends to other hosts in a second.
+    pub between_hosts: f64,
+    /// Seconds that an exchange takes beside its bytes.
+    pub latency: f64,
+    /// Bytes that a device copies in its own memory in a second: rows are packed, unpacked and merged.
+    pub copies: f64,
+    /// Floating-point operations that a device does in a second, in attention.
+    pub flops: f64,
+    /// Bytes that a call may take on a device beside its tensors; any if there is no limit.
+    pub memory: Option<u64>,
+}
+
+impl Machine {
+    /// Ranks on the CPUs of one machine.
+    pub const CPU: Self = Self {
+        ranks_per_host: 0,
+        in_host: 4e9,
+        between_hosts: 1e9,
+        latency: 50e-6,
+        copies: 4e9,
+        flops: 5e10,
+        memory: None,
+    };
+
+    /// GPUs of the class of an H100, eight a host, on NVLink, with a network card of 400 Gbit/s for each.
+    pub const H100: Self = Self {
+        ranks_per_host: 8,
+        in_host: 2e11,
+        between_hosts: 4.5e10,
+        latency: 15e-6,
+        copies: 1.2e12,
+        flops: 6.5e14,
+        memory: None,
+    };
+
+    /// With so many consecutive ranks on each host.
+    #[must_use]
+    pub fn with_ranks_per_host(self, ranks_per_host: usize) -> Self {
+        Self { ranks_per_host, ..self }
+    }
+
+    /// With measured bandwidths, in bytes a second.
+    #[must_use]
+    pub fn with_bandwidth(self, in_host: f64, between_hosts: f64) -> Self {
+        Self { in_host, between_hosts, ..self }
+    }
+
+    /// With a limit to what a call may take on a device beside its tensors.
+    #[must_use]
+    pub fn with_memory(self, bytes: u64) -> Self {
+        Self { memory: Some(bytes), ..self }
+    }
+
+    fn is_same_host(&self, a: usize, b: usize) -> bool {
+        self.ranks_per_host == 0 || a / self.ranks_per_host == b / self.ranks_per_host
+    }
+}
+
+/// What one mode would cost, by the model of `docs/sequence-parallel.md`: the most of any rank.
+#[derive(Debug, Clone, Copy, PartialEq)]
+#[non_exhaustive]
+pub struct ModeEstimate {
+    /// Bytes that a rank sends to ranks of its host.
+    pub bytes_in_host: u64,
+    /// Bytes that a rank sends to other hosts.
+    pub bytes_between_hosts: u64,
+    /// Bytes that a rank needs beside the call's tensors.
+    pub memory: u64,
+    /// Seconds of attention.
+    pub attention: f64,
+    /// Seconds in all.
+    pub seconds: f64,
+}
+
+/// Why a mode was chosen.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum ModeReason {
+    /// The caller asked for it.
+    Forced,
+    /// There is one rank.
+    OneRank,
+    /// It has the least estimated time of those that the heads and the memory allow.
+    Fastest,
+    /// A ring would be faster by less than a tenth, and this has the bits of one device.
+    SameBits,
+    /// The heads and the memory allow no other.
+    OnlyOne,
+    /// No mode fits the memory: it needs the least.
+    LeastMemory,
+}
+
+/// The mode of a request, and why it was chosen.
+#[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
+pub struct ParallelPlan {
+    /// The mode.
+    pub mode: Mode,
+    /// Why.
+    pub reason: ModeReason,
+    /// Every mode that was looked at: its estimate, or why it cannot be taken.
+    pub candidates: Vec<(Mode, Result<ModeEstimate, String>)>,
+}
+
+impl fmt::Display for ParallelPlan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let why = match self.reason {
+            ModeReason::Forced => "the caller forced this mode",
+            ModeReason::OneRank => "there is one rank",
+            ModeReason::Fastest => "it has the least estimated time",
+            ModeReason::SameBits => {
+                "a ring gains less than a tenth by the estimate, and this has the bits of one device"
+            }
+            ModeReason::OnlyOne => "no other mode can be taken",
+            ModeReason::LeastMemory => "no mode fits the memory, and it needs the least",
+        };
+        write!(f, "{}: {why}", self.mode)?;
+        let mut before = " (";
+        for (mode, estimate) in &self.candidates {
+            match estimate {
+                Ok(estimate) => write!(f, "{before}{mode} {:.3} ms", estimate.seconds * 1e3)?,
+                Err(why) => write!(f, "{before}not {mode}: {why}")?,
+            }
+            before = "; ";
+        }
+        if self.candidates.is_empty() { Ok(()) } else { f.write_str(")") }
+    }
+}
+
+impl ParallelPlan {
+    /// The plan of a request: every rank comes to the same, since all it looks at is the same on every rank. Ranges of keys are not
+    /// looked at. `forced` takes that mode whatever the estimate.
+    ///
+    /// # Errors
+    /// [`Error::HeadsNotDivisible`], [`Error::HeadDim`]; [`Error::NotApplicable`] for a forced mode that the ranks or the heads do
+    /// not allow, with the reason.
+    pub fn new(meta: &ShardedMeta, heads: &Heads, machine: &Machine, forced: Option<Mode>) -> Result<Self> {
+        heads.check()?;
+        let world = meta.shards().ranks();
+        if let Some(mode) = forced {
+            return match mode.refusal(world, heads) {
+                None => Ok(Self { mode, reason: ModeReason::Forced, candidates: Vec::new() }),
+                Some(why) => Err(Error::NotApplicable { argument: "mode", got: mode.to_string(), why }),
+            };
+        }
+        if world == 1 {
+            return Ok(Self { mode: Mode::Gather, reason: ModeReason::OneRank, candidates: Vec::new() });
+        }
+        let rows = Rows::of(meta)?;
+        let candidates: Vec<_> = Mode::all(world)
+            .into_iter()
+            .map(|mode| (mode, mode.refusal(world, heads).map_or_else(|| Ok(rows.estimate(mode, heads, machine)), Err)))
+            .collect();
+        let taken: Vec<_> =
+            candidates.iter().filter_map(|(mode, estimate)| Some((*mode, estimate.as_ref().ok()?))).collect();
+        let fits = |estimate: &ModeEstimate| machine.memory.is_none_or(|limit| estimate.memory <= limit);
+        let fitting: Vec<_> = taken.iter().filter(|(_, estimate)| fits(estimate)).collect();
+        let by_time =
+            |(_, a): &&&(Mode, &ModeEstimate), (_, b): &&&(Mode, &ModeEstimate)| a.seconds.total_cmp(&b.seconds);
+        let fastest = fitting.iter().min_by(by_time);
+        let is_merged = |mode: Mode| mode.levels(world).1 == Outer::Ring;
+        let same_bits = fitting.iter().filter(|(mode, _)| !is_merged(*mode)).min_by(by_time);
+        let smallest = taken.iter().min_by_key(|(_, estimate)| estimate.memory);
+        let (mode, reason) = match (fastest, smallest) {
+            (Some((mode, _)), _) if fitting.len() == 1 => (*mode, ModeReason::OnlyOne),
+            (Some((mode, least)), _) if is_merged(*mode) => match same_bits {
+                Some((other, estimate)) if least.seconds > 0.9 * estimate.seconds => (*other, ModeReason::SameBits),
+                _ => (*mode, ModeReason::Fastest),
+            },
+            (Some((mode, _)), _) => (*mode, ModeReason::Fastest),
+            (None, Some((mode, _))) => (*mode, ModeReason::LeastMemory),
+            // Gather and ring take any heads.
+            (None, None) => (Mode::Gather, ModeReason::OnlyOne),
+        };
+        Ok(Self { mode, reason, candidates })
+    }
+}
+
+/// Valid rows of each batch row: of each shard, and of prefix and suffix together.
+struct Rows {
+    batch: usize,
+    /// Tokens, valid or not, of the longest shard, and of prefix and suffix.
+    longest: usize,
+    replicated_tokens: usize,
+    shards: Vec<Vec<u64>>,
+    replicated: Vec<u64>,
+}
+
+impl Rows {
+    fn of(meta: &ShardedMeta) -> Result<Self> {
+        let (batch, shards) = (meta.batch(), meta.shards());
+        let lengths = |rows: &[i32]| rows.windows(2).map(|row| u64::from(row[1].abs_diff(row[0]))).collect::<Vec<_>>();
+        let of_shard = |rank| Ok(lengths(meta.keys_of(rank)?.cu_seqlens().as_slice()));
+        let of_shards = (0..shards.ranks()).map(of_shard).collect::<Result<Vec<_>>>()?;
+        let all = lengths(meta.keys().cu_seqlens().as_slice());
+        let sharded = |row: usize| of_shards.iter().map(|shard| shard[row]).sum::<u64>();
+        let replicated = all.iter().enumerate().map(|(row, all)| all - sharded(row)).collect();
+        Ok(Self {
+            batch,
+            longest: shards.lengths().max().unwrap_or(0),
+            replicated_tokens: shards.prefix() + shards.suffix(),
+            shards: of_shards,
+            replicated,
+        })
+    }
+
+    fn of_shard(&self, rank: usize) -> u64 {
+        self.shards[rank].iter().sum()
+    }
+
+    fn estimate(&self, mode: Mode, heads: &Heads, machine: &Machine) -> ModeEstimate {
+        let mut most =
+            ModeEstimate { bytes_in_host: 0, bytes_between_hosts: 0, memory: 0, attention: 0.0, seconds: 0.0 };
+        for rank in 0..self.shards.len() {
+            let of_rank = self.estimate_rank(rank, mode, heads, machine);
+            most.bytes_in_host = most.bytes_in_host.max(of_rank.bytes_in_host);
+            most.bytes_between_hosts = most.bytes_between_hosts.max(of_rank.bytes_between_hosts);
+            most.memory = most.memory.max(of_rank.memory);
+            most.attention = most.attention.max(of_rank.attention);
+            most.seconds = most.seconds.max(of_rank.seconds);
+        }
+        most
+    }
+
+    fn estimate_rank(&self, rank: usize, mode: Mode, heads: &Heads, machine: &Machine) -> ModeEstimate {
+        let world = self.shards.len();
+        let (ulysses, outer) = mode.levels(world);
+        let groups = world / ulysses;
+        let (group, at) = (rank / ulysses, rank % ulysses);
+        let [own_heads, own_kv_heads] = heads.of_each(ulysses);
+        let (q_row, kv_row) = (heads.row_bytes(own_heads), heads.row_bytes(2 * own_kv_heads));
+        let members = |group: usize| group * ulysses..(group + 1) * ulysses;
+        let of_group = |group: usize| members(group).map(|rank| self.of_shard(rank)).sum::<u64>();
+        let replicated: u64 = self.replicated.iter().sum();
+
+        let mut exchanged = Traffic::default();
+        for peer in members(group).filter(|&peer| peer != rank) {
+            let same = machine.is_same_host(rank, peer);
+            exchanged.add(same, self.of_shard(rank) * (q_row + kv_row));
+            exchanged.add(same, (self.of_shard(peer) + replicated) * q_row);
+        }
+        exchanged.exchanges = if ulysses > 1 { 2 } else { 0 };
+        let mut around = Traffic::default();
+        match outer {
+            Outer::Gather => {
+                for other in (0..groups).filter(|&other| other != group) {
+                    around.add(machine.is_same_host(rank, other * ulysses + at), of_group(group) * kv_row);
+                }
+                around.exchanges = u64::from(groups > 1);
+            }
+            Outer::Ring => {
+                let next = (group + 1) % groups;
+                let same = machine.is_same_host(rank, next * ulysses + at);
+                (0..groups).filter(|&other| other != next).for_each(|other| around.add(same, of_group(other) * kv_row));
+                around.exchanges = groups as u64 - 1;
+            }
+        }
+
+        let pairs: u64 = (0..self.batch)
+            .map(|row| {
+                let queries = self.replicated[row] + members(group).map(|rank| self.shards[rank][row]).sum::<u64>();
+                let keys = self.replicated[row] + self.shards.iter().map(|shard| shard[row]).sum::<u64>();
+                queries * keys
+            })
+            .sum();
+        // Two products, of two operations each.
+        let attention = 4.0 * pairs as f64 * own_heads as f64 * heads.head_dim as f64 / machine.flops;
+
+        // Padded tensors of a group, where there are several ranks; all keys, or two shards of them and two partial results.
+        let tokens = |shards: usize| (self.batch * (self.replicated_tokens + shards * self.longest)) as u64;
+        let of_level1 = if ulysses > 1 { tokens(ulysses) * (2 * q_row + kv_row) } else { 0 };
+        let of_level2 = match outer {
+            _ if groups == 1 => 0,
+            Outer::Gather => tokens(world) * kv_row,
+            Outer::Ring => tokens(ulysses) * (2 * kv_row + 2 * q_row),
+        };
+        let (first, second) = (exchanged.seconds(machine), around.seconds(machine));
+        // What is sent is packed, and what comes is unpacked: about as much. A ring merges the output at each hop.
+        let queries = of_group(group) + replicated;
+        let merged = if outer == Outer::Ring { (groups as u64 - 1) * 3 * queries * q_row } else { 0 };
+        let packed = match outer {
+            Outer::Gather => exchanged.bytes() + around.bytes(),
+            Outer::Ring => exchanged.bytes() + of_group(group) * kv_row,
+        };
+        let copies = (2 * packed + merged) as f64 / machine.copies;
+        let seconds = match outer {
+            Outer::Gather => first + second + attention + copies,
+            // Hops run under attention to what came before.
+            Outer::Ring => first + second.max(attention) + copies + machine.latency,
+        };
+        ModeEstimate {
+            bytes_in_host: exchanged.in_host + around.in_host,
+            bytes_between_hosts: exchanged.between_hosts + around.between_hosts,
+            memory: of_level1 + of_level2,
+            attention,
+            seconds,
+        }
+    }
+}
+
+/// What a rank sends.
+#[derive(Debug, Default)]
+struct Traffic {
+    in_host: u64,
+    between_hosts: u64,
+    exchanges: u64,
+}
+
+impl Traffic {
+    fn add(&mut self, is_same_host: bool, bytes: u64) {
+        *(if is_same_host { &mut self.in_host } else { &mut self.between_hosts }) += bytes;
+    }
+
+    fn bytes(&self) -> u64 {
+        self.in_host + self.between_hosts
+    }
+
+    /// Both kinds of links are busy at the same time.
+    fn seconds(&self, machine: &Machine) -> f64 {
+        let of_links = (self.in_host as f64 / machine.in_host).max(self.between_hosts as f64 / machine.between_hosts);
+        of_links + self.exchanges as f64 * machine.latency
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::dist::Shards;
+    use crate::dtype::DType;
+    use crate::mask::key_mask::KeyMask;
+
+    fn estimates(seq: usize, prefix: usize, ranks: usize, heads: Heads, machine: Machine) -> Result<ParallelPlan> {
+        let shards = Shards::equal(seq, ranks)?.with_prefix(prefix)?;
+        let meta = ShardedMeta::new(&KeyMask::all(1, shards.seq())?, &shards, 0)?;
+        ParallelPlan::new(&meta, &heads, &machine, None)
+    }
+
+    /// The table of docs/sequence-parallel.md.
+    #[test]
+    fn modes_of_the_paper() -> Result<()> {
+        let heads = |num_heads| Heads { num_heads, num_kv_heads: num_heads, head_dim: 128, dtype: DType::Bf16 };
+        let (gather, ring) = (Mode::UlyssesGather { ulysses: 8 }, Mode::UlyssesRing { ulysses: 8 });
+        for (seq, prefix, heads, modes) in [
+            (4096, 256, heads(24), [Mode::Ulysses, gather, gather, gather, gather, gather]),
+            (32_768, 0, heads(24), [Mode::Ulysses, ring, ring, ring, gather, gather]),
+            (75_776, 0, heads(40), [Mode::Ulysses, ring, ring, ring, ring, gather]),
+        ] {
+            for (ranks, mode) in [8, 16, 32, 64, 128, 512].into_iter().zip(modes) {
+                let plan = estimates(seq, prefix, ranks, heads, Machine::H100)?;
+                assert_eq!(plan.mode, mode, "{seq} tokens, {ranks} ranks: {plan}");
+            }
+        }
+        Ok(())
+    }
+
+    /// A ring inside a host hides its hops from about `flops / in_host` rows of a rank on.
+    #[test]
+    fn a_ring_pays_where_attention_hides_it() -> Result<()> {
+        let heads = Heads { num_heads: 24, num_kv_heads: 24, head_dim: 128, dtype: DType::Bf16 };
+        // Without what else differs: merges and the latency of hops.
+        let machine = Machine { copies: f64::INFINITY, latency: 0.0, ..Machine::H100 };
+        let rows = (machine.flops / machine.in_host) as usize;
+        for (of_rank, hides) in [(rows / 2, false), (2 * rows, true)] {
+            let plan = estimates(4 * of_rank, 0, 4, heads, machine)?;
+            let ring = plan.candidates.iter().find(|(mode, _)| *mode == Mode::Ring);
+            let estimate = ring.and_then(|(_, estimate)| estimate.as_ref().ok());
+            let is_hidden = estimate.is_some_and(|ring| ring.seconds < 1.01 * ring.attention);
+            assert_eq!(is_hidden, hides, "{of_rank} rows: {plan}");
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,266 @@
+//! Queries stay; keys and values go round among the groups, and what each adds is merged.
+//!
+//! Rows are packed throughout: what arrives is attended to and sent on as it is.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use super::mode::Heads;
+use super::sharded_meta::{Pieces, ShardedMeta};
+use super::transfer::{Steps, pack_beside, room};
+use crate::device::Device;
+use crate::error::Result;
+use crate::mask::key_ranges::KeyRanges;
+use crate::mask::meta::VarlenMeta;
+use crate::merge::merge_attention;
+use crate::primitives::{PackedAttended, VarlenOptions, pack, scatter_to_padded_into, varlen_attention};
+use crate::tensor::{Tensor, TensorView, TensorViewMut};
+
+/// Attention of one group's queries to the keys of each group in turn.
+#[derive(Debug)]
+pub(super) struct Ring {
+    heads: Heads,
+    /// Key heads of this rank.
+    kv_heads: usize,
+    /// Prefix, own shards and suffix, as far as there are any.
+    queries: Vec<Queries>,
+    /// Where the own shards lie in the group's tensors.
+    own: Range<usize>,
+    /// The keys of each group's shards.
+    groups: Vec<VarlenMeta>,
+    group: usize,
+    /// The ranks to send to and to receive from.
+    next: usize,
+    previous: usize,
+}
+
+/// Some of the queries.
+///
+/// Those of prefix and suffix are on every rank, and must come to the same bits there: their parts are merged in one order, that of the
+/// groups, once all are there. Those of shards are merged as the keys come.
+#[derive(Debug)]
+struct Queries {
+    is_replicated: bool,
+    /// Where they lie in the group's tensors.
+    place: Range<usize>,
+    meta: VarlenMeta,
+    /// The keys of the first part. Of replicated queries: prefix and suffix. Of the others: all that the group has itself, so that
+    /// prefix and suffix count once.
+    first: Keys,
+    /// For the keys of each group.
+    ranges: Vec<Option<Arc<KeyRanges>>>,
+}
+
+/// Keys that a rank has itself.
+#[derive(Debug)]
+struct Keys {
+    /// Of the group's tensors: those that do not count here are masked.
+    meta: VarlenMeta,
+    ranges: Option<Arc<KeyRanges>>,
+}
+
+/// Packed attention to some keys: output and log-sum-exp.
+type Partial = (Tensor, Tensor);
+
+impl Ring {
+    /// `groups`: the ranks of each group. `at`: this rank's place in its own.
+    pub(super) fn new(
+        meta: &ShardedMeta,
+        groups: &[Range<usize>],
+        (group, at): (usize, usize),
+        heads: &Heads,
+    ) -> Result<Self> {
+        let (shards, count) = (meta.shards(), groups.len());
+        let local = meta.local(&groups[group]);
+        let [prefix, own, suffix] = local.clone();
+        let places = {
+            let (first, second) = (prefix.len(), prefix.len() + own.len());
+            [0..first, first..second, second..second + suffix.len()]
+        };
+        let [_, kv_heads] = heads.of_each(groups[group].len());
+        let mut queries = Vec::new();
+        for (piece, place) in places.iter().enumerate().filter(|(_, place)| !place.is_empty()) {
+            let mut pieces = [0..0, 0..0, 0..0];
+            pieces[piece] = local[piece].clone();
+            let query = meta.cut(&pieces)?;
+            let packed = |keys_meta: &VarlenMeta, keys: &Pieces| -> Result<_> {
+                let ranges = meta.cut_ranges(&pieces, keys)?;
+                ranges.map(|ranges| ranges.of_packed_rows(&query, keys_meta, false)).transpose()
+            };
+            let is_replicated = piece != 1;
+            let first_keys = match is_replicated {
+                true => [prefix.clone(), own.start..own.start, suffix.clone()],
+                false => local.clone(),
+            };
+            let first_meta = meta.cut(&first_keys)?;
+            let ranges = groups.iter().map(|ranks| {
+                let keys = meta.sharded(ranks);
+                packed(&meta.cut(&keys)?, &keys)
+            });
+            let ranges = ranges.collect::<Result<_>>()?;
+            let first = Keys { ranges: packed(&first_meta, &first_keys)?, meta: within(meta, &local, is_replicated)? };
+            queries.push(Queries { is_replicated, place: place.clone(), meta: query, first, ranges });
+        }
+        Ok(Self {
+            heads: *heads,
+            kv_heads,
+            queries,
+            own: shards.prefix()..shards.prefix() + own.len(),
+            groups: groups.iter().map(|ranks| meta.cut(&meta.sharded(ranks))).collect::<Result<_>>()?,
+            group,
+            next: groups[(group + 1) % count].start + at,
+            previous: groups[(group + count - 1) % count].start + at,
+        })
+    }
+
+    pub(super) fn attend(
+        &self,
+        steps: &mut Steps<'_>,
+        options: VarlenOptions<'_>,
+        [q, k, v]: [TensorView<'_>; 3],
+        mut out: TensorViewMut<'_>,
+    ) -> Result<()> {
+        let (device, count) = (steps.device, self.groups.len());
+        let mut sums = Vec::new();
+        for queries in &self.queries {
+            sums.push(Sum::new(queries, pack(device, q.slice(1, queries.place.clone())?, &queries.meta)?, count));
+        }
+        let own = [k.slice(1, self.own.clone())?, v.slice(1, self.own.clone())?];
+        let mut travelling = pack_beside(device, &own, &self.groups[self.group])?;
+        for hop in 0..count {
+            // What is here now, and what the group before has.
+            let held = (self.group + count - hop) % count;
+            let coming = (held + count - 1) % count;
+            let is_last = hop + 1 == count;
+            let mut arriving = match is_last {
+                true => None,
+                false => {
+                    room(device, &self.groups[coming], [2 * self.kv_heads, self.heads.head_dim], self.heads.dtype)?
+                }
+            };
+            let mut attend = || -> Result<()> {
+                for sum in &mut sums {
+                    if hop == 0 {
+                        sum.add_first(device, [k, v], options)?;
+                    }
+                    // The first part of a shard's queries has the group's own keys.
+                    if hop > 0 || sum.queries.is_replicated {
+                        sum.add(device, held, travelling.as_ref(), &self.groups[held], options)?;
+                    }
+                }
+                Ok(())
+            };
+            if is_last {
+                attend()?;
+                break;
+            }
+            let sends = travelling.iter().map(|rows| (self.next, rows)).collect();
+            let receives = arriving.iter_mut().map(|rows| (self.previous, rows)).collect();
+            // What goes on is attended to meanwhile.
+            steps.exchange(("passing keys and values on", hop), sends, receives, &mut attend)?;
+            travelling = arriving;
+        }
+        for sum in sums {
+            let queries = sum.queries;
+            let rows = sum.finish(device)?;
+            scatter_to_padded_into(device, &rows, &queries.meta, out.reborrow().slice(1, queries.place.clone())?)?;
+        }
+        Ok(())
+    }
+}
+
+/// A group's tokens: all, or those of prefix and suffix alone, which shards lie between.
+fn within(meta: &ShardedMeta, local: &Pieces, is_replicated: bool) -> Result<VarlenMeta> {
+    let whole = meta.cut(local)?;
+    if !is_replicated {
+        return Ok(whole);
+    }
+    let (prefix, suffix) = (local[0].len(), whole.seq() - local[2].len());
+    whole.among(&[0..prefix, suffix..whole.seq()])
+}
+
+/// What some queries have come to.
+struct Sum<'a> {
+    queries: &'a Queries,
+    packed: Tensor,
+    /// Of shards: one part, of all keys so far. Of replicated queries: the first part, and one for each group.
+    parts: Vec<Option<Partial>>,
+}
+
+impl<'a> Sum<'a> {
+    fn new(queries: &'a Queries, packed: Tensor, groups: usize) -> Self {
+        let parts = (0..=groups).map(|_| None).collect();
+        Self { queries, packed, parts }
+    }
+
+    fn add_first(&mut self, device: &Device, pair: [TensorView<'_>; 2], options: VarlenOptions<'_>) -> Result<()> {
+        let Keys { meta, ranges } = &self.queries.first;
+        if meta.is_empty() {
+            return Ok(());
+        }
+        let [k, v] = [pack(device, pair[0], meta)?, pack(device, pair[1], meta)?];
+        self.parts[0] = self.attend(device, [k.view(), v.view()], meta, ranges.as_deref(), options)?;
+        Ok(())
+    }
+
+    /// Keys and values of a group, side by side; none if the group has no valid key.
+    fn add(
+        &mut self,
+        device: &Device,
+        group: usize,
+        rows: Option<&Tensor>,
+        keys: &VarlenMeta,
+        options: VarlenOptions<'_>,
+    ) -> Result<()> {
+        let Some(rows) = rows else { return Ok(()) };
+        let kv_heads = rows.shape()[1] / 2;
+        let [k, v] = [0..kv_heads, kv_heads..2 * kv_heads].map(|heads| rows.view().slice(1, heads));
+        let part = self.attend(device, [k?, v?], keys, self.queries.ranges[group].as_deref(), options)?;
+        if self.queries.is_replicated {
+            self.parts[1 + group] = part;
+        } else {
+            self.parts[0] = merged(device, self.parts[0].take(), part)?;
+        }
+        Ok(())
+    }
+
+    /// Nothing without queries.
+    fn attend(
+        &self,
+        device: &Device,
+        [k, v]: [TensorView<'_>; 2],
+        keys: &VarlenMeta,
+        ranges: Option<&KeyRanges>,
+        options: VarlenOptions<'_>,
+    ) -> Result<Option<Partial>> {
+        let query = &self.queries.meta;
+        if query.is_empty() {
+            return Ok(None);
+        }
+        let options = VarlenOptions { ranges, ..options }.with_lse();
+        let sequences = (query.cu_seqlens(), keys.cu_seqlens());
+        let attended = varlen_attention(device, [self.packed.view(), k, v], sequences.0, sequences.1, options)?;
+        let PackedAttended { out, lse, .. } = attended;
+        Ok(lse.map(|lse| (out, lse)))
+    }
+
+    /// The packed output.
+    fn finish(self, device: &Device) -> Result<Tensor> {
+        let mut sum = None;
+        for part in self.parts {
+            sum = merged(device, sum, part)?;
+        }
+        match sum {
+            Some((rows, _)) => Ok(rows),
+            // Valid queries that see no valid key at all come to zeros; without a valid query there are no rows.
+            None => Tensor::zeros(device, self.packed.dtype(), self.packed.shape()),
+        }
+    }
+}
+
+/// Both parts together.
+fn merged(device: &Device, sum: Option<Partial>, part: Option<Partial>) -> Result<Option<Partial>> {
+    let (Some((out1, lse1)), Some((out2, lse2))) = (&sum, &part) else { return Ok(sum.or(part)) };
+    let merged = merge_attention(device, out1, lse1, out2, lse2)?;
+    Ok(Some((merged.out, merged.lse)))
+}

@@ -1,0 +1,336 @@
+//! The layer: [`SequenceParallel`].
+
+use super::communicator::Communicator;
+use super::digest::{Digest, Tag};
+use super::gather::Gather;
+use super::mode::{Heads, Mode, Outer};
+use super::plan::{Machine, ParallelPlan};
+use super::ring::Ring;
+use super::sharded_meta::ShardedMeta;
+use super::transfer::Steps;
+use super::ulysses::Group;
+use crate::attention::MaskedAttention;
+use crate::device::Device;
+use crate::error::{Error, Result};
+use crate::kernel::Kernel;
+use crate::primitives::VarlenOptions;
+use crate::tensor::{Tensor, TensorView, TensorViewMut};
+
+/// Masked self-attention over a sequence that is divided among ranks.
+///
+/// Once a request every rank makes a [`ShardedMeta`] and calls [`prepare`](Self::prepare). Then every rank calls
+/// [`forward`](Self::forward) in each layer and step, in the same order, with its local tensors `[B, prefix + shard + suffix, H, D]`.
+/// The rows of masked tokens come out as exactly +0.0, and only valid rows travel. Prefix and suffix must hold the same on every rank;
+/// their keys count once, and every rank has their output.
+///
+/// With [`Mode::Gather`] and [`Mode::Ulysses`] the CPU device gives the bits of one device where no ranges are given; with ranges, and in
+/// a ring, sums are of other blocks, and the last bits may differ.
+///
+/// ```
+/// use std::thread;
+/// use varlen_fa::dist::{Communicator, Heads, HostCommunicator, SequenceParallel, ShardedMeta, Shards};
+/// use varlen_fa::{DType, Device, DeviceChoice, KeyMask, Result, Tensor};
+///
+/// let mask = KeyMask::from_lengths(10, &[9])?;
+/// let shards = Shards::equal(10, 2)?;
+/// let heads = Heads { num_heads: 4, num_kv_heads: 2, head_dim: 8, dtype: DType::F32 };
+/// let rank = |mut communicator: HostCommunicator| -> Result<Vec<f32>> {
+///     let device = Device::new(DeviceChoice::Cpu)?;
+///     // Once a request.
+///     let meta = ShardedMeta::new(&mask, &shards, communicator.rank())?;
+///     let parallel = SequenceParallel::new(&device);
+///     let request = parallel.prepare(&mut communicator, &meta, &heads)?;
+///     // In every layer and step.
+///     let q = Tensor::from_slice(&device, &vec![0.5_f32; 5 * 4 * 8], &[1, 5, 4, 8])?;
+///     let k = Tensor::from_slice(&device, &vec![0.5_f32; 5 * 2 * 8], &[1, 5, 2, 8])?;
+///     parallel.forward(&mut communicator, &request, &q, &k, &k)?.to_vec()
+/// };
+/// let outputs: Vec<Vec<f32>> = thread::scope(|scope| {
+///     let ranks: Vec<_> = HostCommunicator::threads(2)?.into_iter().map(|rank_of| scope.spawn(|| rank(rank_of))).collect();
+///     ranks.into_iter().map(|rank| rank.join().expect("no panic")).collect::<Result<_>>()
+/// })?;
+/// assert!((outputs[1][0] - 0.5).abs() < 1e-6);
+/// assert!(outputs[1][4 * 4 * 8..].iter().all(|&masked| masked == 0.0));
+/// # Ok::<(), varlen_fa::Error>(())
+/// ```
+#[derive(Debug, Clone)]
+pub struct SequenceParallel {
+    device: Device,
+    softmax_scale: Option<f32>,
+    kernel: Option<Kernel>,
+    mode: Option<Mode>,
+    machine: Machine,
+}
+
+/// What [`SequenceParallel::prepare`] makes of a request: the mode, and metadata for its steps.
+#[derive(Debug)]
+pub struct ParallelRequest {
+    plan: ParallelPlan,
+    heads: Heads,
+    meta: ShardedMeta,
+    tag: Tag,
+    /// None for groups of one rank.
+    group: Option<Group>,
+    among_groups: AmongGroups,
+    /// Tokens of a group's tensors.
+    group_tokens: usize,
+}
+
+#[derive(Debug)]
+#[expect(clippy::large_enum_variant, reason = "there is one of it in each request")]
+enum AmongGroups {
+    Gather(Gather),
+    Ring(Ring),
+}
+
+impl ParallelRequest {
+    /// The mode, and why it was chosen.
+    #[must_use]
+    pub fn plan(&self) -> &ParallelPlan {
+        &self.plan
+    }
+
+    /// The request's metadata.
+    #[must_use]
+    pub fn meta(&self) -> &ShardedMeta {
+        &self.meta
+    }
+
+    /// Its heads.
+    #[must_use]
+    pub fn heads(&self) -> &Heads {
+        &self.heads
+    }
+
+    /// `[B, prefix + shard + suffix, H, D]` with so many heads.
+    fn local_shape(&self, heads: usize) -> [usize; 4] {
+        [self.meta.batch(), self.meta.query().seq(), heads, self.heads.head_dim]
+    }
+}
+
+impl SequenceParallel {
+    /// A layer on this rank's device, with `softmax_scale` 1/√D. The plan is for [`Machine::CPU`].
+    #[must_use]
+    pub fn new(device: &Device) -> Self {
+        Self { device: device.clone(), softmax_scale: None, kernel: None, mode: None, machine: Machine::CPU }
+    }
+
+    /// The factor on `q·kᵀ` before the softmax; any finite number, the same on every rank.
+    #[must_use]
+    pub fn with_softmax_scale(mut self, softmax_scale: f32) -> Self {
+        self.softmax_scale = Some(softmax_scale);
+        self
+    }
+
+    /// Runs this kernel whatever the plan would be; for tests and comparisons.
+    #[must_use]
+    pub fn with_kernel(mut self, kernel: Kernel) -> Self {
+        self.kernel = Some(kernel);
+        self
+    }
+
+    /// Takes this mode whatever the plan would be; the same on every rank.
+    #[must_use]
+    pub fn with_mode(mut self, mode: Mode) -> Self {
+        self.mode = Some(mode);
+        self
+    }
+
+    /// What the plan knows of devices and links; the same on every rank.
+    #[must_use]
+    pub fn with_machine(mut self, machine: Machine) -> Self {
+        self.machine = machine;
+        self
+    }
+
+    /// Chooses a mode, makes the metadata of its steps, and checks that all ranks were given the same: 16 bytes of each go round.
+    /// Every rank calls it once a request.
+    ///
+    /// # Errors
+    /// [`Error::RanksDiffer`] on every rank if masks, shards, heads, ranges, modes or scales differ; [`Error::Sharding`] if the metadata is of
+    /// another rank or world; those of [`ParallelPlan::new`] and [`Communicator::exchange`]. The communicator takes no more calls
+    /// afterwards, on any rank.
+    pub fn prepare(
+        &self,
+        communicator: &mut dyn Communicator,
+        meta: &ShardedMeta,
+        heads: &Heads,
+    ) -> Result<ParallelRequest> {
+        let prepared = self.prepare_unguarded(communicator, meta, heads);
+        prepared.inspect_err(|why| communicator.abort(&why.to_string()))
+    }
+
+    fn prepare_unguarded(
+        &self,
+        communicator: &mut dyn Communicator,
+        meta: &ShardedMeta,
+        heads: &Heads,
+    ) -> Result<ParallelRequest> {
+        let expected = (communicator.rank(), communicator.world_size());
+        let got = (meta.rank(), meta.shards().ranks());
+        if expected != got {
+            let name = |(rank, world)| format!("metadata of rank {rank} of {world}");
+            return Err(Error::Sharding { argument: "meta", expected: name(expected), got: name(got) });
+        }
+        let plan = ParallelPlan::new(meta, heads, &self.machine, self.mode)?;
+        let tag = self.agree(communicator, meta, heads, plan.mode)?;
+
+        let (ulysses, outer) = plan.mode.levels(meta.shards().ranks());
+        let (group, at) = (meta.rank() / ulysses, meta.rank() % ulysses);
+        let groups: Vec<_> =
+            (0..meta.shards().ranks() / ulysses).map(|group| group * ulysses..(group + 1) * ulysses).collect();
+        let among_groups = match outer {
+            Outer::Gather => AmongGroups::Gather(Gather::new(meta, &groups, (group, at), heads)?),
+            Outer::Ring => AmongGroups::Ring(Ring::new(meta, &groups, (group, at), heads)?),
+        };
+        let shards = meta.shards();
+        Ok(ParallelRequest {
+            group_tokens: shards.prefix() + shards.shards_of(&groups[group]).len() + shards.suffix(),
+            group: if ulysses > 1 { Some(Group::new(meta, groups[group].clone(), heads)?) } else { None },
+            among_groups,
+            plan,
+            heads: *heads,
+            meta: meta.clone(),
+            tag,
+        })
+    }
+
+    /// Checks that all ranks were given the same, by four bytes for each kind of thing that may differ. Gives a digest of all of it.
+    fn agree(&self, communicator: &mut dyn Communicator, meta: &ShardedMeta, heads: &Heads, mode: Mode) -> Result<Tag> {
+        const OPERATION: &str = "agreeing on a request";
+        let (rank, shards) = (meta.rank(), meta.shards());
+        let of_shards = || Digest::new().sizes([shards.prefix(), shards.suffix()]).sizes(shards.lengths());
+        let Heads { num_heads, num_kv_heads, head_dim, dtype } = *heads;
+        let of_heads = || Digest::new().sizes([num_heads, num_kv_heads, head_dim]).bytes(dtype.name().as_bytes());
+        let scale = self.softmax_scale.map(f32::to_bits).map_or([0; 5], |bits| {
+            let [a, b, c, d] = bits.to_le_bytes();
+            [1, a, b, c, d]
+        });
+        let of_settings = || Digest::new().bytes(mode.to_string().as_bytes()).bytes(&scale);
+        // The order in which a reader would look: shards that differ make masks differ too.
+        let kinds = [
+            ("shards", of_shards().tag()),
+            ("heads or element types", of_heads().tag()),
+            ("masks or key ranges", meta.digest(Digest::new()).tag()),
+            ("modes or settings", of_settings().tag()),
+        ];
+        let mut own = [0; 16];
+        for (word, (_, tag)) in own.chunks_exact_mut(4).zip(&kinds) {
+            word.copy_from_slice(&tag[..4]);
+        }
+        let all = communicator.all_gather_16(OPERATION, own)?;
+        for (other, theirs) in all.iter().enumerate() {
+            let differs = own.chunks_exact(4).zip(theirs.chunks_exact(4)).position(|(own, theirs)| own != theirs);
+            if let Some(kind) = differs {
+                let what = kinds[kind].0.to_owned();
+                return Err(Error::RanksDiffer { operation: OPERATION, own_rank: rank, rank: other, what });
+            }
+        }
+        Ok(kinds.iter().fold(Digest::new(), |digest, (_, tag)| digest.bytes(tag)).tag())
+    }
+
+    /// Attention into a new `[B, prefix + shard + suffix, H, D]` tensor. `q`, `k` and `v` are this rank's: `[B, prefix + shard + suffix, …]`
+    /// with H and Hkv heads. Every rank calls it.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] or [`Error::DTypeMismatch`] for tensors that do not fit the request; those of
+    /// [`MaskedAttention::forward`] and [`Communicator::exchange`]. The communicator takes no more calls afterwards, on any rank: the
+    /// others get an error too, within its time-out.
+    pub fn forward<'a>(
+        &self,
+        communicator: &mut dyn Communicator,
+        request: &ParallelRequest,
+        q: impl Into<TensorView<'a>>,
+        k: impl Into<TensorView<'a>>,
+        v: impl Into<TensorView<'a>>,
+    ) -> Result<Tensor> {
+        let shape = request.local_shape(request.heads.num_heads);
+        let made = Tensor::uninit(&self.device, request.heads.dtype, &shape);
+        let mut out = made.inspect_err(|why| communicator.abort(&why.to_string()))?;
+        self.forward_into(communicator, request, q, k, v, &mut out)?;
+        Ok(out)
+    }
+
+    /// [`forward`](Self::forward) into memory of the caller: `out` is a `[B, prefix + shard + suffix, H, D]` view that shares no memory with the
+    /// inputs. Every element of the view is written, and nothing else.
+    ///
+    /// # Errors
+    /// As [`forward`](Self::forward).
+    pub fn forward_into<'a, 'o>(
+        &self,
+        communicator: &mut dyn Communicator,
+        request: &ParallelRequest,
+        q: impl Into<TensorView<'a>>,
+        k: impl Into<TensorView<'a>>,
+        v: impl Into<TensorView<'a>>,
+        out: impl Into<TensorViewMut<'o>>,
+    ) -> Result<()> {
+        let done = self.run(communicator, request, [q.into(), k.into(), v.into()], out.into());
+        done.inspect_err(|why| communicator.abort(&why.to_string()))
+    }
+
+    fn run(
+        &self,
+        communicator: &mut dyn Communicator,
+        request: &ParallelRequest,
+        inputs: [TensorView<'_>; 3],
+        out: TensorViewMut<'_>,
+    ) -> Result<()> {
+        let expected = (request.meta.rank(), request.meta.shards().ranks());
+        let got = (communicator.rank(), communicator.world_size());
+        if expected != got {
+            let name = |(rank, world)| format!("rank {rank} of {world}");
+            return Err(Error::Sharding { argument: "communicator", expected: name(expected), got: name(got) });
+        }
+        let Heads { num_heads, num_kv_heads, dtype, .. } = request.heads;
+        let [q, k, v] = &inputs;
+        for (argument, heads, shape, got) in [
+            ("q", num_heads, q.shape(), q.dtype()),
+            ("k", num_kv_heads, k.shape(), k.dtype()),
+            ("v", num_kv_heads, v.shape(), v.dtype()),
+            ("out", num_heads, out.shape(), out.dtype()),
+        ] {
+            let expected = request.local_shape(heads);
+            if shape != expected {
+                return Err(Error::Shape { argument, expected: expected.to_vec(), got: shape.to_vec() });
+            }
+            if got != dtype {
+                return Err(Error::DTypeMismatch { argument, expected: dtype, got });
+            }
+        }
+        let mut steps = Steps { communicator, device: &self.device, tag: request.tag };
+        let Some(group) = &request.group else { return self.attend(&mut steps, request, inputs, out) };
+        let inputs = group.rows_for_heads(&mut steps, inputs)?;
+        let [_, _, heads, dim] = inputs[0].shape() else { return Ok(()) };
+        let shape = [request.meta.batch(), request.group_tokens, *heads, *dim];
+        let mut attended = Tensor::uninit(&self.device, dtype, &shape)?;
+        self.attend(&mut steps, request, inputs.each_ref().map(Tensor::view), attended.view_mut())?;
+        group.heads_for_rows(&mut steps, &attended, out)
+    }
+
+    /// Attention of a group's tokens to all keys, with this rank's heads.
+    fn attend(
+        &self,
+        steps: &mut Steps<'_>,
+        request: &ParallelRequest,
+        inputs: [TensorView<'_>; 3],
+        out: TensorViewMut<'_>,
+    ) -> Result<()> {
+        match &request.among_groups {
+            AmongGroups::Gather(gather) => {
+                let layer = MaskedAttention::new(&self.device);
+                let layer = self.softmax_scale.into_iter().fold(layer, MaskedAttention::with_softmax_scale);
+                let layer = self.kernel.into_iter().fold(layer, MaskedAttention::with_kernel);
+                gather.attend(steps, &layer, inputs, out)
+            }
+            AmongGroups::Ring(ring) => {
+                let options = VarlenOptions {
+                    softmax_scale: self.softmax_scale,
+                    kernel: self.kernel,
+                    ..VarlenOptions::default()
+                };
+                ring.attend(steps, options, inputs, out)
+            }
+        }
+    }
+}
