@@ -19,6 +19,7 @@ use crate::workspace::Workspace;
 const SOURCES: &[&str] = &[
     "src",
     "capi/src",
+    "cli/src",
     "python/src",
     "testkit/src",
     "harness/src",
@@ -27,7 +28,6 @@ const SOURCES: &[&str] = &[
     "examples/joint_block",
     "examples/masked_attention",
     "examples/web/src",
-    "benches/attention",
     "fuzz/targets/capi",
     "xtask/src",
 ];

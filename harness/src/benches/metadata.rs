@@ -6,17 +6,17 @@ use std::hint::black_box;
 use std::io::Write;
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
-use std::process::ExitCode;
 use std::time::Instant;
 
 use anyhow::Result;
-use clap::Parser;
+use clap::Args;
 use serde::Serialize;
 use varlen_fa::{KeyMask, KeyRanges, RangesOf, Run, VarlenMeta};
 use varlen_fa_testkit::{Workload, WorkloadKind};
 
-use varlen_fa_harness::report::{Report, exit_code};
-use varlen_fa_harness::times::{Times, milliseconds};
+use crate::report::Report;
+use crate::sizes::Sizes;
+use crate::times::{Times, milliseconds};
 
 /// A joint sequence of text and image, lengths of a padded batch, and the worst case for runs; all B = 8, S = 4352.
 const WORKLOADS: [(&str, &str); 3] = [
@@ -26,30 +26,19 @@ const WORKLOADS: [(&str, &str); 3] = [
 ];
 
 /// Time what a request spends on the host: building a key mask, its metadata, and ranges of keys.
-#[derive(Debug, Parser)]
-#[command(name = "metadata", version)]
-struct Arguments {
+#[derive(Debug, Args)]
+pub struct Arguments {
     /// Calls of each row, after as many to warm up [default: 1000]
     #[arg(long, value_name = "N")]
     reps: Option<NonZeroUsize>,
-    /// Call everything once: shows that it runs
-    #[arg(long, conflicts_with = "reps")]
-    smoke: bool,
     /// Also write one JSON object a line to FILE; `-` is standard output, and the text then goes to standard error
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
-    /// `cargo bench` passes it.
-    #[arg(long, hide = true)]
-    bench: bool,
 }
 
-fn main() -> ExitCode {
-    exit_code(run(&Arguments::parse()))
-}
-
-fn run(arguments: &Arguments) -> Result<()> {
-    // `cargo test` runs benches too, without `--bench`: there it is enough that they work.
-    let default = if arguments.smoke || !arguments.bench { 1 } else { 1000 };
+/// Runs it and writes the report.
+pub fn run(arguments: &Arguments, sizes: Sizes) -> Result<()> {
+    let default = if sizes == Sizes::Smoke { 1 } else { 1000 };
     let calls = arguments.reps.map_or(default, NonZeroUsize::get);
     let mut report = Report::new(arguments.json.as_deref())?;
     let [median, min, max] = ["median µs", "min µs", "max µs"];

@@ -5,20 +5,20 @@
 //! ```
 
 use std::io::Write;
-use std::process::ExitCode;
 
 use anyhow::Result;
-use clap::Parser;
+use clap::Args;
 use serde::Serialize;
 use varlen_fa::{
     Device, Element, KeyMask, QkNorm, QkSegment, Rotary, RotaryPairing, Tensor, VarlenMeta, bf16, f16, pack_into,
     prepare_qk,
 };
 
-use varlen_fa_harness::arguments::{ElementType, Problem, ProblemArguments, RoundArguments, workload_help};
-use varlen_fa_harness::random::{standard_normal, tensor};
-use varlen_fa_harness::report::{Report, exit_code};
-use varlen_fa_harness::times::{in_turns, milliseconds, repeats_of};
+use crate::arguments::{ElementType, Problem, ProblemArguments, RoundArguments, workload_help};
+use crate::random::{standard_normal, tensor};
+use crate::report::Report;
+use crate::sizes::Sizes;
+use crate::times::{in_turns, milliseconds, repeats_of};
 use varlen_fa_testkit::WorkloadKind;
 
 /// Qwen-Image at 1024², and a fourth of it.
@@ -26,9 +26,9 @@ const DEFAULTS: [&str; 2] = ["joint:text=512:image=4096:valid=512", "joint:text=
 const SMOKE: &str = "joint:text=5:image=20:valid=3,5:heads=2:dim=16";
 
 /// Time QK-norm and rotary embedding against a copy of q and k.
-#[derive(Debug, Parser)]
-#[command(name = "prepare_qk", version, after_help = workload_help())]
-struct Arguments {
+#[derive(Debug, Args)]
+#[command(after_help = workload_help())]
+pub struct Arguments {
     #[command(flatten)]
     problem: ProblemArguments,
     #[command(flatten)]
@@ -48,13 +48,10 @@ struct Record<'a> {
     share: f64,
 }
 
-fn main() -> ExitCode {
-    exit_code(run(&Arguments::parse()))
-}
-
-fn run(arguments: &Arguments) -> Result<()> {
+/// Runs it and writes the report.
+pub fn run(arguments: &Arguments, sizes: Sizes) -> Result<()> {
     let device = arguments.problem.open_device()?;
-    let (defaults, rounds) = arguments.rounds.of_run(&DEFAULTS, &[SMOKE]);
+    let (defaults, rounds) = arguments.rounds.of_run(sizes, &DEFAULTS, &[SMOKE]);
     let mut report = Report::new(arguments.problem.json.as_deref())?;
     writeln!(report.text, "{}, {rounds} rounds", device.capabilities())?;
     for problem in arguments.problem.problems(&device, defaults)? {

@@ -6,17 +6,17 @@
 //! ```
 
 use std::io::Write;
-use std::process::ExitCode;
 
 use anyhow::{Result, ensure};
-use clap::Parser;
+use clap::Args;
 use serde::Serialize;
 use varlen_fa::{AttentionMask, Device, Element, KeyMask, MaskedAttention, Tensor, VarlenMeta, bf16, f16};
 
-use varlen_fa_harness::arguments::{ElementType, Problem, ProblemArguments, RoundArguments, workload_help};
-use varlen_fa_harness::random::tensor;
-use varlen_fa_harness::report::{Report, exit_code};
-use varlen_fa_harness::times::{in_turns, milliseconds, repeats_of};
+use crate::arguments::{ElementType, Problem, ProblemArguments, RoundArguments, workload_help};
+use crate::random::tensor;
+use crate::report::Report;
+use crate::sizes::Sizes;
+use crate::times::{in_turns, milliseconds, repeats_of};
 use varlen_fa_testkit::WorkloadKind;
 
 /// Qwen-Image at 1024² and eight requests of it at 512².
@@ -25,9 +25,9 @@ const DEFAULTS: [&str; 2] =
 const SMOKE: &str = "joint:text=5:image=20:valid=3,5:heads=2:dim=16";
 
 /// Time segments against concatenated tensors.
-#[derive(Debug, Parser)]
-#[command(name = "segments", version, after_help = workload_help())]
-struct Arguments {
+#[derive(Debug, Args)]
+#[command(after_help = workload_help())]
+pub struct Arguments {
     #[command(flatten)]
     problem: ProblemArguments,
     #[command(flatten)]
@@ -47,13 +47,10 @@ struct Record<'a> {
     time_ratio: f64,
 }
 
-fn main() -> ExitCode {
-    exit_code(run(&Arguments::parse()))
-}
-
-fn run(arguments: &Arguments) -> Result<()> {
+/// Runs it and writes the report.
+pub fn run(arguments: &Arguments, sizes: Sizes) -> Result<()> {
     let device = arguments.problem.open_device()?;
-    let (defaults, rounds) = arguments.rounds.of_run(&DEFAULTS, &[SMOKE]);
+    let (defaults, rounds) = arguments.rounds.of_run(sizes, &DEFAULTS, &[SMOKE]);
     let mut report = Report::new(arguments.problem.json.as_deref())?;
     writeln!(report.text, "{}, {rounds} rounds", device.capabilities())?;
     for problem in arguments.problem.problems(&device, defaults)? {

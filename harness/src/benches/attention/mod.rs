@@ -1,23 +1,21 @@
 //! Times dense, fused and packed attention and each primitive on one device.
 
-#[path = "attention/measure.rs"]
 mod measure;
-#[path = "attention/table.rs"]
 mod table;
 
 use std::num::NonZeroUsize;
-use std::process::ExitCode;
 
 use anyhow::{Context, Result, ensure};
-use clap::Parser;
+use clap::Args;
 use serde::Serialize;
 use varlen_fa::{Device, Kernel, Path, bf16, f16};
 
-use measure::{Measured, Row, Schedule, Timed, run};
-use varlen_fa_harness::arguments::{ElementType, ProblemArguments, workload_help};
-use varlen_fa_harness::record::Record;
-use varlen_fa_harness::report::{Report, exit_code};
-use varlen_fa_harness::times::milliseconds;
+use crate::arguments::{ElementType, ProblemArguments, workload_help};
+use crate::record::Record;
+use crate::report::Report;
+use crate::sizes::Sizes;
+use crate::times::milliseconds;
+use measure::{Measured, Row, Schedule, Timed};
 
 /// Workloads of a size for a CPU.
 const SOFTWARE_DEFAULTS: [&str; 2] = ["joint-small", "prefix-half"];
@@ -33,9 +31,9 @@ const SMOKE: &str = "joint:text=24:image=40:valid=5,0,24:heads=4:kv_heads=2:dim=
 ///
 /// TFLOP/s count valid pairs of query and key only, for dense attention too. GB/s count bytes read and written. Outputs are checked
 /// against an f64 oracle before they are timed; fails if one is wrong.
-#[derive(Debug, Parser)]
-#[command(name = "attention", version, after_help = workload_help())]
-struct Arguments {
+#[derive(Debug, Args)]
+#[command(after_help = workload_help())]
+pub struct Arguments {
     #[command(flatten)]
     problem: ProblemArguments,
     /// Samples of each row of the table; short calls are repeated within a sample [default: 5 on software devices, 20 elsewhere]
@@ -47,26 +45,14 @@ struct Arguments {
     /// Kernel to run, by its name [default: the device's preferred one]
     #[arg(long, value_name = "KERNEL")]
     kernel: Option<String>,
-    /// One tiny workload, one sample: shows that everything runs
-    #[arg(long, conflicts_with_all = ["workloads", "reps", "warmup"])]
-    smoke: bool,
-    /// `cargo bench` passes it.
-    #[arg(long, hide = true)]
-    bench: bool,
 }
 
-fn main() -> ExitCode {
-    env_logger::init();
-    exit_code(run_all(&Arguments::parse()))
-}
-
-fn run_all(arguments: &Arguments) -> Result<()> {
+/// Runs it and writes the report.
+pub fn run(arguments: &Arguments, sizes: Sizes) -> Result<()> {
     let device = arguments.problem.open_device()?;
     let kernel = arguments.kernel.as_deref().map(|name| find_kernel(&device, name)).transpose()?;
     let is_software = device.capabilities().is_software;
-    // `cargo test` runs benches too, without `--bench`: there it is enough that they work.
-    let is_test = !arguments.bench && arguments.problem.workloads.is_empty();
-    let smoke = arguments.smoke || is_test;
+    let smoke = sizes == Sizes::Smoke && arguments.problem.workloads.is_empty();
     let (defaults, mut schedule) = match (smoke, is_software) {
         (true, _) => (&[SMOKE][..], Schedule::smoke()),
         (false, true) => (&SOFTWARE_DEFAULTS[..], Schedule::software()),
@@ -81,9 +67,9 @@ fn run_all(arguments: &Arguments) -> Result<()> {
     let mut failed = 0;
     for problem in &problems {
         let measured = match problem.element_type {
-            ElementType::F32 => run::<f32>(&device, problem, kernel, &schedule),
-            ElementType::F16 => run::<f16>(&device, problem, kernel, &schedule),
-            ElementType::Bf16 => run::<bf16>(&device, problem, kernel, &schedule),
+            ElementType::F32 => measure::run::<f32>(&device, problem, kernel, &schedule),
+            ElementType::F16 => measure::run::<f16>(&device, problem, kernel, &schedule),
+            ElementType::Bf16 => measure::run::<bf16>(&device, problem, kernel, &schedule),
         }
         .with_context(|| format!("workload {}", problem.workload.name))?;
         table::print(&mut report.text, problem, &measured)?;

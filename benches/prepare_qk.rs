@@ -1,0 +1,9 @@
+//! `cargo bench --bench prepare_qk -- --help`. The bench is `prepare_qk` of the harness, since `varlen-fa bench` runs it too.
+
+use std::process::ExitCode;
+
+use varlen_fa_harness::benches::{prepare_qk, program};
+
+fn main() -> ExitCode {
+    program(prepare_qk::run)
+}

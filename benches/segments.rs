@@ -1,0 +1,9 @@
+//! `cargo bench --bench segments -- --help`. The bench is `segments` of the harness, since `varlen-fa bench` runs it too.
+
+use std::process::ExitCode;
+
+use varlen_fa_harness::benches::{program, segments};
+
+fn main() -> ExitCode {
+    program(segments::run)
+}
