@@ -132,7 +132,7 @@ fn attend<T: Element>(device: &Device, call: &Call, values: &Values) -> Result<(
     if call.lse {
         outputs = outputs.with_lse(&mut lse);
     }
-    layer.forward_into(q.clone(), k.clone(), v.clone(), mask, outputs)?;
+    layer.forward_into(*q, *k, *v, mask, outputs)?;
     let out: Vec<f32> = out.to_vec::<T>()?.into_iter().map(T::to_f32).collect();
     let out = if is_by_heads { swapped(&out, out_shape) } else { out };
     Ok((out, if call.lse { Some(lse.to_vec()?) } else { None }))

@@ -54,13 +54,10 @@ pub fn run(arguments: &Arguments) -> Result<Verdict> {
     if !arguments.json {
         text::head(&mut out, &report)?;
     }
-    let (mut cpu_speed, mut error) = (None, None);
+    let (mut cpu_speed, mut error) = (None, None::<Error>);
     for choice in choices {
-        let found = Finding::of(choice, arguments.speed, cpu_speed);
-        let finding = found.unwrap_or_else(|(finding, why)| {
-            error = Some(why);
-            finding
-        });
+        let (finding, why) = Finding::of(choice, arguments.speed, cpu_speed);
+        error = error.or(why);
         if choice == DeviceChoice::Cpu {
             cpu_speed = finding.tflops();
         }
@@ -84,11 +81,9 @@ pub fn run(arguments: &Arguments) -> Result<Verdict> {
 }
 
 impl Finding {
-    /// Opens a device, which must not have been opened before in the process, and looks at it.
-    ///
-    /// # Errors
-    /// The same with the reason, where it cannot be opened.
-    fn of(choice: DeviceChoice, seconds: f64, cpu_speed: Option<f64>) -> std::result::Result<Self, (Self, Error)> {
+    /// Opens a device, which must not have been opened before in the process, and looks at it. Where it cannot be opened, the
+    /// error too.
+    fn of(choice: DeviceChoice, seconds: f64, cpu_speed: Option<f64>) -> (Self, Option<Error>) {
         let opened = ColdStart::measure(choice);
         let device = choice.to_string();
         let (opened, cold_start) = match opened {
@@ -98,7 +93,7 @@ impl Finding {
                     Error::DeviceUnavailable { why, .. } => why.clone(),
                     error => error.to_string(),
                 };
-                return Err((Self { device, why_not: Some(why), facts: None, log: notes::take() }, error));
+                return (Self { device, why_not: Some(why), facts: None, log: notes::take() }, Some(error));
             }
         };
         let budget = Duration::from_secs_f64(seconds.clamp(0.0, 3600.0));
@@ -108,7 +103,7 @@ impl Finding {
             Some(Err(error)) => (None, Some(format!("{error:#}"))),
         };
         let facts = Facts { speed, speed_error, ..Facts::of(&opened, cold_start, Checked::of(&opened)) };
-        Ok(Self { device, why_not: None, facts: Some(facts), log: notes::take() })
+        (Self { device, why_not: None, facts: Some(facts), log: notes::take() }, None)
     }
 }
 
