@@ -10,12 +10,13 @@ use std::hint::black_box;
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
-use pulp::{Simd, WithSimd};
 use rayon::{ThreadPool, ThreadPoolBuilder};
 use varlen_fa::{
     AttentionMask, AttentionOutputs, Config, CpuIsa, Device, DeviceChoice, Element, MaskedAttention, TensorView,
     TensorViewMut, bf16, f16,
 };
+
+use varlen_fa_harness::peak::{CHAINS, peak_gflops};
 
 /// Rounds, each of which times everything once; the best of all is printed.
 const ROUNDS: usize = 12;
@@ -158,39 +159,6 @@ fn arch(isa: CpuIsa) -> Option<pulp::Arch> {
         CpuIsa::Scalar => Some(pulp::Arch::Scalar),
         _ => None,
     }
-}
-
-/// Multiplications and additions on registers, as many at a time as hide their latency.
-struct Peak {
-    steps: usize,
-}
-
-const CHAINS: usize = 12;
-
-impl WithSimd for Peak {
-    /// Operations, and a value that depends on all of them.
-    type Output = (usize, f32);
-
-    #[inline(always)]
-    fn with_simd<S: Simd>(self, simd: S) -> Self::Output {
-        let (factor, addend) = (simd.splat_f32s(black_box(0.5)), simd.splat_f32s(black_box(1.0)));
-        let mut chains = [simd.splat_f32s(1.0); CHAINS];
-        for _ in 0..self.steps {
-            for chain in &mut chains {
-                *chain = simd.mul_add_e_f32s(*chain, factor, addend);
-            }
-        }
-        let sum = chains.into_iter().fold(simd.splat_f32s(0.0), |sum, chain| simd.add_f32s(sum, chain));
-        (2 * self.steps * CHAINS * S::F32_LANES, simd.reduce_sum_f32s(sum))
-    }
-}
-
-fn peak_gflops(arch: pulp::Arch) -> f64 {
-    let started = Instant::now();
-    let (operations, value) = arch.dispatch(Peak { steps: 200_000 });
-    let seconds = started.elapsed().as_secs_f64();
-    black_box(value);
-    operations as f64 / seconds / 1e9
 }
 
 /// The same of products of bf16, where the instruction set has them.

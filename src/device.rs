@@ -251,10 +251,18 @@ impl Device {
         Ok(Self::over(backend, config.with_device(DeviceChoice::Cuda(ordinal))))
     }
 
-    /// Every device that this build knows of, with what it can do or why it cannot be used.
+    /// What may be asked for on this machine: each CUDA device that the driver knows, and one where there is none, wgpu's best
+    /// adapter, and the CPU. None of them is opened.
+    #[must_use]
+    pub fn choices() -> Vec<DeviceChoice> {
+        let cuda = (0..cuda_devices().max(1)).map(DeviceChoice::Cuda);
+        cuda.chain([DeviceChoice::Wgpu, DeviceChoice::Cpu]).collect()
+    }
+
+    /// Every device of [`choices`](Self::choices), with what it can do or why it cannot be used. Opens them all.
     #[must_use]
     pub fn list() -> Vec<DeviceReport> {
-        [DeviceChoice::Cuda(0), DeviceChoice::Wgpu, DeviceChoice::Cpu]
+        Self::choices()
             .into_iter()
             .map(|choice| DeviceReport {
                 choice,
@@ -394,6 +402,15 @@ const BY_PREFERENCE: [DeviceChoice; 2] = [DeviceChoice::Cuda(0), DeviceChoice::W
 pub(crate) enum Adapters {
     HardwareOnly,
     All,
+}
+
+/// CUDA devices that the driver knows.
+fn cuda_devices() -> usize {
+    #[cfg(all(feature = "cuda", not(target_arch = "wasm32")))]
+    if prepare(DeviceChoice::Cuda(0)).is_ok() {
+        return crate::backends::cuda::count();
+    }
+    0
 }
 
 /// Must come before any backend is opened. A driver that was started in a process, even in vain, is

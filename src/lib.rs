@@ -15,6 +15,8 @@
 //!
 //! The CPU device is always there.
 
+// Says of each item which feature it needs. docs.rs has the compiler for it.
+#![cfg_attr(docsrs, feature(doc_cfg))]
 // Only a build with every backend shows what is dead: the seam has parts that one backend alone uses.
 #![cfg_attr(not(all(feature = "wgpu", feature = "cuda", not(target_arch = "wasm32"))), allow(dead_code))]
 

@@ -386,7 +386,7 @@ fn strangers() -> Result<()> {
     let Rendezvous::Tcp(address) = meeting.rendezvous else { bail!("{meeting:?}") };
     let first = start("attends", 0, 2, &meeting)?;
     let started = Instant::now();
-    let mut say = |bytes: &[u8]| -> Result<TcpStream> {
+    let say = |bytes: &[u8]| -> Result<TcpStream> {
         loop {
             match TcpStream::connect(address) {
                 Ok(mut socket) => {

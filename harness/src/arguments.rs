@@ -5,9 +5,11 @@ use std::path::PathBuf;
 
 use anyhow::Result;
 use clap::{Args, ValueEnum};
-use varlen_fa::{BackendKind, Capabilities, Device, DeviceChoice};
+use varlen_fa::{BackendKind, Capabilities, DType, Device, DeviceChoice};
 use varlen_fa_testkit::workload::NAMED;
 use varlen_fa_testkit::{OracleShape, Precision, Workload};
+
+use crate::sizes::Sizes;
 
 /// Heads and head dimension of Qwen-Image, where neither the options nor the workload say otherwise.
 const DEFAULT_HEADS: usize = 24;
@@ -45,16 +47,15 @@ pub struct RoundArguments {
     /// Rounds, each of which times every row once; medians are printed
     #[arg(long, value_name = "N", default_value = "7")]
     rounds: NonZeroUsize,
-    /// `cargo bench` passes it.
-    #[arg(long, hide = true)]
-    bench: bool,
 }
 
 impl RoundArguments {
-    /// The workloads and the number of rounds. `cargo test` runs benches too, without `--bench`: there it is enough that they
-    /// work.
-    pub fn of_run<'a>(&self, defaults: &'a [&'a str], smoke: &'a [&'a str]) -> (&'a [&'a str], usize) {
-        if self.bench { (defaults, self.rounds.get()) } else { (smoke, 1) }
+    /// The workloads and the number of rounds.
+    pub fn of_run<'a>(&self, sizes: Sizes, defaults: &'a [&'a str], smoke: &'a [&'a str]) -> (&'a [&'a str], usize) {
+        match sizes {
+            Sizes::Full => (defaults, self.rounds.get()),
+            Sizes::Smoke => (smoke, 1),
+        }
     }
 }
 
@@ -93,6 +94,15 @@ impl ElementType {
             Self::F32 => Precision::F32,
             Self::F16 => Precision::F16,
             Self::Bf16 => Precision::Bf16,
+        }
+    }
+
+    /// As the library names it.
+    pub fn dtype(self) -> DType {
+        match self {
+            Self::F32 => DType::F32,
+            Self::F16 => DType::F16,
+            Self::Bf16 => DType::Bf16,
         }
     }
 

@@ -7,6 +7,7 @@ use varlen_fa::{Device, Element, bf16, f16};
 
 use crate::arguments::{ElementType, Problem, ProblemArguments, RoundArguments};
 use crate::report::Report;
+use crate::sizes::Sizes;
 
 /// Calls that are timed in turns.
 pub trait Comparison {
@@ -25,12 +26,12 @@ pub fn run(
     comparison: &impl Comparison,
     problem: &ProblemArguments,
     rounds: &RoundArguments,
-    defaults: &[&str],
-    smoke: &str,
+    sizes: Sizes,
+    (defaults, smoke): (&[&str], &str),
 ) -> Result<()> {
     let device = problem.open_device()?;
     let smoke = [smoke];
-    let (defaults, rounds) = rounds.of_run(defaults, &smoke);
+    let (defaults, rounds) = rounds.of_run(sizes, defaults, &smoke);
     let mut report = Report::new(problem.json.as_deref())?;
     writeln!(report.text, "{}, {rounds} rounds", device.capabilities())?;
     for problem in problem.problems(&device, defaults)? {

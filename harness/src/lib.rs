@@ -2,10 +2,13 @@
 //! timings, and how results are written.
 
 pub mod arguments;
+pub mod benches;
 pub mod check;
 pub mod comparison;
+pub mod peak;
 pub mod progress;
 pub mod random;
 pub mod record;
 pub mod report;
+pub mod sizes;
 pub mod times;

@@ -10,5 +10,5 @@ mod value;
 
 pub use bits::{check_bits_equal, check_exact_zero, check_masked_rows_zero};
 pub use error::CompareError;
-pub use tolerance::{ErrorStats, Tolerance, check_close, check_field_rule, check_relative};
+pub use tolerance::{ErrorStats, Tolerance, Yardsticks, check_close, check_field_rule, check_relative};
 pub use value::Value;

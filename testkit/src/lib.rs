@@ -24,8 +24,8 @@ pub mod workload;
 
 pub use cases::{CASES, Case};
 pub use compare::{
-    CompareError, ErrorStats, Tolerance, Value, check_bits_equal, check_close, check_exact_zero, check_field_rule,
-    check_masked_rows_zero, check_relative,
+    CompareError, ErrorStats, Tolerance, Value, Yardsticks, check_bits_equal, check_close, check_exact_zero,
+    check_field_rule, check_masked_rows_zero, check_relative,
 };
 pub use low_precision::{naive_low_precision, naive_low_precision_rows};
 pub use oracle::{

@@ -62,8 +62,44 @@ pub fn bernoulli_mask(seed: u64, len: usize, p: f64) -> Result<Vec<bool>, Probab
         return Err(ProbabilityError { got: p });
     }
     let mut rng = generator(seed, 0);
-    // 53 random bits give a uniform value in [0, 1) exactly, so p = 0 is never and p = 1 always true.
-    Ok((0..len).map(|_| ((rng.next_u64() >> 11) as f64) * 2f64.powi(-53) < p).collect())
+    // Values are below 1, so p = 0 is never and p = 1 always true.
+    Ok((0..len).map(|_| unit(&mut rng) < p).collect())
+}
+
+/// Draws of one seed, one after the other, for random calls.
+#[derive(Debug)]
+pub struct Draws(ChaCha8Rng);
+
+impl Draws {
+    /// Those of one of a seed's independent streams.
+    pub fn new(seed: u64, stream: u64) -> Self {
+        Self(generator(seed, stream))
+    }
+
+    /// A value in `0..bound`; 0 if `bound` is 0.
+    pub fn below(&mut self, bound: usize) -> usize {
+        below(&mut self.0, bound)
+    }
+
+    /// True once in `count` times.
+    pub fn one_in(&mut self, count: usize) -> bool {
+        self.below(count) == 0
+    }
+
+    /// One of the values; none of none.
+    pub fn pick<T: Copy>(&mut self, values: &[T]) -> Option<T> {
+        values.get(self.below(values.len())).copied()
+    }
+
+    /// A number in `[from, to)`.
+    pub fn uniform(&mut self, from: f64, to: f64) -> f64 {
+        from + (to - from) * unit(&mut self.0)
+    }
+}
+
+/// 53 random bits: a uniform value in [0, 1) exactly.
+fn unit(rng: &mut ChaCha8Rng) -> f64 {
+    (rng.next_u64() >> 11) as f64 * 2f64.powi(-53)
 }
 
 /// A value in `0..bound` (0 if `bound` is 0); its bias, at most `bound` in 2^64, does not matter for choosing samples.
@@ -134,6 +170,23 @@ mod tests {
             let error = bernoulli_mask(1, 1, p).unwrap_err();
             assert!(error.to_string().contains(&p.to_string()), "{error}");
         }
+    }
+
+    #[test]
+    fn draws_stay_in_their_bounds_and_follow_their_seed() {
+        let draw = |seed| {
+            let mut draws = Draws::new(seed, 1);
+            [draws.below(1000) as f64, draws.uniform(-2.0, 3.0), f64::from(draws.pick(&[5, 6, 7]).unwrap())]
+        };
+        assert_eq!(draw(4), draw(4));
+        assert_ne!(draw(4), draw(5));
+        let mut draws = Draws::new(0, 0);
+        let uniform: Vec<f64> = (0..1000).map(|_| draws.uniform(-2.0, 3.0)).collect();
+        assert!(uniform.iter().all(|value| (-2.0..3.0).contains(value)));
+        assert!(uniform.iter().any(|&value| value < -1.5) && uniform.iter().any(|&value| value > 2.5));
+        let sixes = (0..1000).filter(|_| draws.one_in(6)).count();
+        assert!((100..250).contains(&sixes), "{sixes}");
+        assert_eq!(draws.pick::<u8>(&[]), None);
     }
 
     #[test]

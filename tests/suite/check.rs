@@ -3,7 +3,7 @@
 use anyhow::{Context, Result, anyhow, ensure};
 use varlen_fa::DType;
 use varlen_fa_testkit::{
-    CompareError, Oracle, OracleProblem, OracleShape, RowIndex, Tolerance, check_close, check_field_rule,
+    CompareError, Oracle, OracleProblem, OracleShape, RowIndex, Tolerance, Yardsticks, check_close, check_field_rule,
     check_masked_rows_zero, check_relative, naive_low_precision_rows,
 };
 
@@ -20,26 +20,11 @@ pub struct Rules {
     pub yardsticks: Option<Yardsticks>,
 }
 
-/// Rules that see an error which is small everywhere, as one missing key of thousands.
-#[derive(Debug, Clone, Copy)]
-pub struct Yardsticks {
-    /// Added to twice the error of a naive run, as a share of the largest reference.
-    pub field: f64,
-    /// Limit of `‖out − reference‖ / ‖reference‖`.
-    pub relative: f64,
-}
-
 impl Rules {
     /// For standard normal inputs and the default scale.
     pub fn standard(dtype: DType) -> Self {
-        // Twice the rounding of the output, which is all that a kernel with f32 intermediates adds; in f32 there is the device's
-        // own exponential, which Vulkan allows a few dozen units in the last place.
-        let yardsticks = match dtype {
-            DType::F16 => Yardsticks { field: 2.0 * 2f64.powi(-11), relative: 2e-3 },
-            DType::Bf16 => Yardsticks { field: 2.0 * 2f64.powi(-8), relative: 1.5e-2 },
-            _ => Yardsticks { field: 1e-5, relative: 2e-5 },
-        };
-        Self { fixed: Tolerance::fixed(precision(dtype)), yardsticks: Some(yardsticks) }
+        let precision = precision(dtype);
+        Self { fixed: Tolerance::fixed(precision), yardsticks: Some(Yardsticks::standard(precision)) }
     }
 
     /// For inputs under which the naive run is no yardstick: the fixed rule alone, with at least this `atol`.

@@ -8,10 +8,10 @@ use varlen_fa::{
     varlen_attention_into,
 };
 use varlen_fa_testkit::{
-    CASES, PackedOutput, PackedProblem, Tolerance, attend_packed, check_close, check_relative, random,
+    CASES, PackedOutput, PackedProblem, Tolerance, Yardsticks, attend_packed, check_close, check_relative, random,
 };
 
-use super::check::{Rules, Yardsticks};
+use super::check::Rules;
 use super::masks::{LENGTHS, mask};
 use super::memory::{download, narrow, poison, precision, sentinel, upload, widen};
 use super::modifying::Modifying;

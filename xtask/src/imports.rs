@@ -19,6 +19,7 @@ use crate::workspace::Workspace;
 const SOURCES: &[&str] = &[
     "src",
     "capi/src",
+    "cli/src",
     "python/src",
     "testkit/src",
     "harness/src",
@@ -28,7 +29,6 @@ const SOURCES: &[&str] = &[
     "examples/masked_attention",
     "examples/sequence_parallel",
     "examples/web/src",
-    "benches/attention",
     "fuzz/targets/capi",
     "xtask/src",
 ];

@@ -3,10 +3,12 @@
 mod bundle;
 mod ci;
 mod compiler;
+mod external_types;
 mod header;
 mod imports;
 mod kernels;
 mod manifest;
+mod package;
 mod pages;
 /// The library's own declarations.
 #[path = "../../src/backends/cuda/kernels/params.rs"]
@@ -14,6 +16,7 @@ mod pages;
 mod params;
 mod ptxas;
 mod python_package;
+mod release;
 mod table;
 #[cfg(feature = "web")]
 mod web;
@@ -90,6 +93,16 @@ enum Chore {
         #[arg(long, value_name = "DIR")]
         out: Option<PathBuf>,
     },
+    /// Try everything that publishing the crate needs, and publish nothing
+    ///
+    /// The changelog, the header and the pages; types of other crates in the API; the package, verified
+    /// by cargo, its size, its contents and its tests where it is unpacked; the oldest versions of the
+    /// dependencies. Nothing may be uncommitted. Takes some minutes.
+    Release {
+        /// Publish nothing. There is no other way: a person publishes, by RELEASE.md
+        #[arg(long, required = true)]
+        dry_run: bool,
+    },
     /// Build the page of examples/web: `cargo xtask-web`
     ///
     /// Compiles the package to wasm, writes its JavaScript half, and puts both beside the page in
@@ -128,6 +141,7 @@ fn run(arguments: &Arguments) -> Result<()> {
         Chore::Header { check: false } => header::write(&workspace),
         Chore::Header { check: true } => header::check(&workspace),
         Chore::GpuBundle { out } => bundle::build(&workspace, out.as_deref()),
+        Chore::Release { dry_run: _ } => release::dry_run(&workspace),
         #[cfg(feature = "web")]
         Chore::Web { out } => web::build(&workspace, out.as_deref()),
     }

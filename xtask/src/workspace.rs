@@ -17,6 +17,14 @@ pub struct Workspace {
     /// Cargo's target folder.
     #[serde(rename = "target_directory")]
     pub target: PathBuf,
+    packages: Vec<Package>,
+}
+
+/// A member of the workspace.
+#[derive(Debug, Deserialize)]
+struct Package {
+    name: String,
+    version: String,
 }
 
 impl Workspace {
@@ -24,6 +32,12 @@ impl Workspace {
     pub fn find() -> Result<Self> {
         let printed = stdout_of(cargo().args(["metadata", "--no-deps", "--format-version", "1"]))?;
         serde_json::from_str(&printed).context("cannot read what `cargo metadata` printed")
+    }
+
+    /// The version of a member.
+    pub fn version(&self, package: &str) -> Result<String> {
+        let found = self.packages.iter().find(|member| member.name == package);
+        Ok(found.with_context(|| format!("the workspace has no package {package}"))?.version.clone())
     }
 
     /// The repository's files of this pattern, as git matches it: paths below the root, also of files that are new.

@@ -57,6 +57,11 @@ pub(crate) fn open(ordinal: usize, kernel: Option<Kernel>) -> Result<Arc<dyn Bac
     Ok(device)
 }
 
+/// Devices that the driver knows; none where there is no driver.
+pub(crate) fn count() -> usize {
+    driver::probe::count()
+}
+
 /// A device in an external context, on a stream of it, and its ordinal.
 ///
 /// # Errors

@@ -28,6 +28,30 @@ impl Tolerance {
     }
 }
 
+/// Limits of [`check_field_rule`] and [`check_relative`], which see an error that is small everywhere, as one missing key of
+/// thousands. Both take the inputs for standard normal, and scores for moderate.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Yardsticks {
+    /// Added to twice the error of a naive run, as a share of the largest reference.
+    pub field: f64,
+    /// Limit of `‖out − reference‖ / ‖reference‖`.
+    pub relative: f64,
+}
+
+impl Yardsticks {
+    /// Those of a kernel with f32 intermediates.
+    ///
+    /// Twice the rounding of the output is all that such a kernel adds; in f32 there is the device's own exponential, which
+    /// Vulkan allows a few dozen units in the last place.
+    pub fn standard(precision: Precision) -> Self {
+        match precision {
+            Precision::F32 => Self { field: 1e-5, relative: 2e-5 },
+            Precision::F16 => Self { field: 2.0 * 2f64.powi(-11), relative: 2e-3 },
+            Precision::Bf16 => Self { field: 2.0 * 2f64.powi(-8), relative: 1.5e-2 },
+        }
+    }
+}
+
 /// The error of a whole tensor.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct ErrorStats {

@@ -87,6 +87,12 @@ pub fn start_driver() -> Result<(), String> {
     result::init().map_err(|error| format!("the NVIDIA driver does not start: {error}"))
 }
 
+/// Devices that the driver knows; none where it cannot be asked.
+pub fn count() -> usize {
+    let count = start_driver().ok().and_then(|()| result::device::get_count().ok());
+    count.and_then(|count| usize::try_from(count).ok()).unwrap_or(0)
+}
+
 /// Newest CUDA version that the driver knows: 1000 · major + 10 · minor. The driver has been
 /// started.
 pub fn driver_version() -> Result<i32, result::DriverError> {

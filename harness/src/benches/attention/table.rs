@@ -5,9 +5,9 @@ use std::io::Write;
 use anyhow::Result;
 use varlen_fa::Device;
 
-use crate::measure::{Measured, Row, Schedule};
-use varlen_fa_harness::arguments::Problem;
-use varlen_fa_harness::times::milliseconds;
+use super::measure::{Measured, Row, Schedule};
+use crate::arguments::Problem;
+use crate::times::milliseconds;
 
 /// What all workloads have in common.
 pub fn print_device(text: &mut dyn Write, device: &Device, schedule: &Schedule) -> Result<()> {

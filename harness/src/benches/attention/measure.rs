@@ -11,11 +11,11 @@ use varlen_fa::{
 use varlen_fa_testkit::oracle::Modifiers;
 use varlen_fa_testkit::{CompareError, Value, check_masked_rows_zero};
 
-use varlen_fa_harness::arguments::Problem;
-use varlen_fa_harness::check::{Comparison, Queries, compare};
-use varlen_fa_harness::progress::Progress;
-use varlen_fa_harness::random::standard_normal;
-use varlen_fa_harness::times::Times;
+use crate::arguments::Problem;
+use crate::check::{Comparison, Queries, compare};
+use crate::progress::Progress;
+use crate::random::standard_normal;
+use crate::times::Times;
 
 /// Input sets are rotated until they take this much memory, more than any last-level cache holds.
 const ROTATED_BYTES: u64 = 256 << 20;

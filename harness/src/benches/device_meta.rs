@@ -1,0 +1,106 @@
+//! Times attention under metadata that the device built beside the same call under the host's, in turns on one device.
+//!
+//! ```text
+//! cargo bench --bench device_meta -- --device cuda --dtype bf16
+//! ```
+
+use std::io::Write;
+
+use anyhow::Result;
+use clap::Args;
+use serde::Serialize;
+use varlen_fa::{
+    AttentionMask, Device, DeviceMemory, DeviceVarlenMeta, Element, KeyMask, Layout, MaskDType, MaskedAttention, Path,
+    VarlenMeta,
+};
+
+use crate::arguments::{Problem, ProblemArguments, RoundArguments, workload_help};
+use crate::comparison::{self, Comparison};
+use crate::random::tensor;
+use crate::report::Report;
+use crate::sizes::Sizes;
+use crate::times::{in_turns, milliseconds, repeats_of};
+
+/// Qwen-Image at 1024² and at 512², an encoder's batch, and a mask with holes.
+const DEFAULTS: [&str; 4] =
+    ["joint-1024-b1", "joint-512-b8", "prefix-2048-b16", "random:len=4096:p=0.95:batch=2:heads=24:dim=128"];
+const SMOKE: &str = "joint:text=5:image=20:valid=3,5:heads=2:dim=16";
+
+/// Time metadata that the device built against the host's.
+#[derive(Debug, Args)]
+#[command(after_help = workload_help())]
+pub struct Arguments {
+    #[command(flatten)]
+    problem: ProblemArguments,
+    #[command(flatten)]
+    rounds: RoundArguments,
+}
+
+/// One line of the JSON.
+#[derive(Debug, Serialize)]
+struct Record<'a> {
+    device: String,
+    workload: [usize; 4],
+    valid: usize,
+    row: &'a str,
+    plan: String,
+    median_ms: f64,
+    /// Time over that under the host's metadata, on the path that the plan chooses.
+    time_ratio: f64,
+}
+
+/// Runs it and writes the report.
+pub fn run(arguments: &Arguments, sizes: Sizes) -> Result<()> {
+    comparison::run(arguments, &arguments.problem, &arguments.rounds, sizes, (&DEFAULTS, SMOKE))
+}
+
+impl Comparison for Arguments {
+    fn time<T: Element>(&self, device: &Device, problem: &Problem, rounds: usize, report: &mut Report) -> Result<()> {
+        let (shape, kv_shape) = (problem.shape(), problem.kv_shape());
+        let [batch, seq, ..] = shape;
+        let tensor = |seed, shape: [usize; 4]| tensor::<T>(device, seed, &shape);
+        let (q, k, v) = (tensor(1, shape)?, tensor(2, kv_shape)?, tensor(3, kv_shape)?);
+        let mut out = tensor(4, shape)?;
+        let host = VarlenMeta::from_key_mask(&KeyMask::from_bool(batch, seq, &problem.workload.mask)?)?;
+        let bytes: Vec<u8> = problem.workload.mask.iter().map(|&keep| u8::from(keep)).collect();
+        let mut memory = DeviceMemory::alloc(device, bytes.len() as u64)?;
+        memory.write(&bytes)?;
+        let mut on_device = DeviceVarlenMeta::new(device, batch, seq)?;
+        on_device.rebuild(memory.mask_view(MaskDType::U8, Layout::contiguous(&[batch, seq])?))?;
+
+        let attention = MaskedAttention::new(device);
+        let forced = |path| MaskedAttention::new(device).with_path(path);
+        let rows = [
+            ("host", AttentionMask::varlen(&host), attention.clone()),
+            ("device", AttentionMask::varlen(&on_device), attention),
+            ("host, fused", AttentionMask::varlen(&host), forced(Path::Fused)),
+            ("device, packed", AttentionMask::varlen(&on_device), forced(Path::Packed)),
+        ];
+        let repeats = repeats_of(device);
+        let timed = in_turns(device, rounds, rows.len(), |row| {
+            let (_, mask, attention) = &rows[row];
+            let mut call = || attention.forward_into(&q, &k, &v, *mask, &mut out);
+            for _ in 1..repeats {
+                call()?;
+            }
+            call()
+        })?;
+        writeln!(report.text, "\n{shape:?} {}, {} of {} tokens valid", T::DTYPE, host.total_valid(), batch * seq)?;
+        let host_ms = milliseconds(timed[0].1.median / repeats);
+        for ((row, ..), (plan, times)) in rows.iter().zip(timed) {
+            let median_ms = milliseconds(times.median / repeats);
+            let time_ratio = median_ms / host_ms;
+            writeln!(report.text, "  {row:<14} {median_ms:>9.3} ms   {time_ratio:>6.3} of the time   {plan}")?;
+            report.json(&Record {
+                device: device.capabilities().to_string(),
+                workload: shape,
+                valid: host.total_valid(),
+                row,
+                plan: plan.to_string(),
+                median_ms,
+                time_ratio,
+            })?;
+        }
+        Ok(())
+    }
+}
