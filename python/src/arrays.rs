@@ -194,7 +194,7 @@ impl Array {
         let capsule = match capsule_of(object, family) {
             Ok(Some(capsule)) => capsule,
             Ok(None) => {
-                return Self::of_interfaces(&name, object)?.ok_or_else(|| {
+                return Self::of_interfaces(name.clone(), object)?.ok_or_else(|| {
                     let expected =
                         "a tensor (an object with __dlpack__, __array_interface__ or __cuda_array_interface__)";
                     PyTypeError::new_err(format!("`{name}`: expected {expected}, got {}", type_name(object)))
@@ -202,7 +202,7 @@ impl Array {
             }
             // NumPy offers neither bf16 nor, in old versions, what is read-only.
             Err(error) if error.is_instance_of::<PyBufferError>(py) => {
-                return Self::of_interfaces(&name, object)?.ok_or_else(|| refused(py, &name, error));
+                return Self::of_interfaces(name.clone(), object)?.ok_or_else(|| refused(py, &name, error));
             }
             Err(error) => return Err(refused(py, &name, error)),
         };
@@ -244,7 +244,7 @@ impl Array {
     }
 
     /// By NumPy's array interface or that for CUDA memory; none of an object that has neither.
-    fn of_interfaces(name: &Cow<'static, str>, object: &Bound<'_, PyAny>) -> PyResult<Option<Self>> {
+    fn of_interfaces(name: Cow<'static, str>, object: &Bound<'_, PyAny>) -> PyResult<Option<Self>> {
         let py = object.py();
         // The latter does not say which GPU it is, and its stream is not waited for: as with DLPack,
         // the caller says on which stream the work goes.
@@ -254,7 +254,7 @@ impl Array {
         ];
         for (attribute, place) in interfaces {
             if let Some(interface) = object.getattr_opt(attribute)? {
-                return Self::of_interface(name.clone(), object, (&interface, place)).map(Some);
+                return Self::of_interface(name, object, (&interface, place)).map(Some);
             }
         }
         Ok(None)

@@ -69,6 +69,51 @@ def calls(monkeypatch):
     return calls
 
 
+class Watched:
+    """How often the host read a mask of a GPU, and a GPU built metadata of one."""
+
+    def __init__(self):
+        self.read, self.built, self.captured, self.stream = 0, 0, False, 0
+
+    def told(self):
+        told, self.read, self.built = (self.read, self.built), 0, 0
+        return told
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """Takes tensors in host memory for a GPU's, and the CPU device's metadata for what a GPU builds."""
+    import varlen_fa as fa
+    from varlen_fa import _metadata
+
+    watched = Watched()
+    of_host, built, device_meta = _metadata.of_host, _metadata._built_by_gpu, fa.DeviceMeta
+
+    def reads(mask):
+        watched.read += 1
+        return of_host(mask)
+
+    def builds(mask):
+        watched.built += 1
+        return built(mask)
+
+    class Room:
+        """Metadata in a GPU's memory, which none can be made of during a capture."""
+
+        def __new__(cls, *arguments):
+            assert not watched.captured
+            return device_meta(*arguments)
+
+    monkeypatch.setattr(_metadata, "of_host", reads)
+    monkeypatch.setattr(_metadata, "_built_by_gpu", builds)
+    monkeypatch.setattr(_metadata, "_is_on_gpu", lambda mask: True)
+    monkeypatch.setattr(_metadata, "_is_captured", lambda: watched.captured)
+    monkeypatch.setattr(_metadata, "_stream", lambda device: watched.stream)
+    monkeypatch.setattr(_metadata, "_device_metas", {})
+    monkeypatch.setattr(fa, "DeviceMeta", Room)
+    return watched
+
+
 @pytest.fixture
 def rng():
     return np.random.default_rng(7)

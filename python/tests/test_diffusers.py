@@ -148,6 +148,49 @@ def test_the_processor_leaves_its_inputs_alone():
     close(model(**inputs).sample, expected)
 
 
+@pytest.mark.parametrize("is_compiled", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bool, torch.long])
+def test_the_processor_reads_a_mask_once(gpu, compiled, dtype, is_compiled, device):
+    if device != "cpu":
+        pytest.skip("the CPU device stands for a GPU here")
+    model, inputs = qwen_image(), of_qwen_image("right", 2)
+    inputs["encoder_hidden_states_mask"] = mask = inputs["encoder_hidden_states_mask"].to(dtype)
+    expected = model(**inputs).sample
+    model.set_attn_processor(varlen_fa.diffusers.QwenImageAttnProcessor())
+    call = compiled(model, fullgraph=False) if is_compiled else model
+    for step in range(3):
+        close(call(**inputs).sample, expected)
+        # Masks of integers the model makes booleans of, in each step.
+        assert gpu.told() == (int(dtype == torch.long or step == 0), 0)
+    mask.fill_(1)
+    call(**inputs)
+    assert gpu.told() == (1, 0)
+    gpu.captured = True
+    mask[1, 3:] = 0
+    got = call(**inputs).sample
+    assert gpu.told() == (0, 3)
+    gpu.captured = False
+    close(got, call(**inputs).sample)
+
+
+def test_the_backend_reads_masks_that_come_again(gpu, device):
+    if device != "cpu":
+        pytest.skip("the CPU device stands for a GPU here")
+    q, k, v = (torch.randn(2, 6, 4, 16) for _ in range(3))
+    mask = torch.tensor(KEEP)[:, None, None]
+    attend = lambda mask: dispatch_attention_fn(q, k, v, attn_mask=mask, backend="varlen_fa")  # noqa: E731
+    for layer in range(4):
+        close(attend(mask), dispatch_attention_fn(q, k, v, attn_mask=mask.bool(), backend="native"))
+        assert gpu.told() == ((0, 1), (1, 0), (0, 0), (0, 0))[layer]
+    for _ in range(3):
+        attend(mask.clone())
+        assert gpu.told() == (0, 1)
+    mask[1] = 1
+    for layer in range(3):
+        close(attend(mask), dispatch_attention_fn(q, k, v, attn_mask=mask.bool(), backend="native"))
+        assert gpu.told() == ((0, 1), (1, 0), (0, 0))[layer]
+
+
 @pytest.mark.parametrize("way", ["backend", "processor"])
 def test_a_mask_changed_in_place(way):
     model, inputs = qwen_image(), of_qwen_image("right", 2)

@@ -1,5 +1,4 @@
-"""When the host reads a mask on a GPU, and for how long it keeps what it made. On the CPU tensors are taken
-for a GPU's, and metadata that a GPU would build is the CPU device's."""
+"""When the host reads a mask on a GPU, and for how long it keeps what it made."""
 
 import gc
 import weakref
@@ -15,47 +14,6 @@ from varlen_fa import _metadata  # noqa: E402
 from varlen_fa._by_tensor import ByTensor  # noqa: E402
 
 KEEP = [[1, 1, 1, 1, 0, 0], [1, 0, 1, 1, 1, 0]]
-
-
-class Watched:
-    """What was done for the masks of calls."""
-
-    def __init__(self):
-        self.read, self.built, self.captured, self.stream = 0, 0, False, 0
-
-    def told(self):
-        told, self.read, self.built = (self.read, self.built), 0, 0
-        return told
-
-
-@pytest.fixture
-def gpu(monkeypatch):
-    watched = Watched()
-    of_host, built, device_meta = _metadata.of_host, _metadata._built_by_gpu, fa.DeviceMeta
-
-    def reads(mask):
-        watched.read += 1
-        return of_host(mask)
-
-    def builds(mask):
-        watched.built += 1
-        return built(mask)
-
-    class Room:
-        """Metadata in a GPU's memory, which none can be made of during a capture."""
-
-        def __new__(cls, *arguments):
-            assert not watched.captured
-            return device_meta(*arguments)
-
-    monkeypatch.setattr(_metadata, "of_host", reads)
-    monkeypatch.setattr(_metadata, "_built_by_gpu", builds)
-    monkeypatch.setattr(_metadata, "_is_on_gpu", lambda mask: True)
-    monkeypatch.setattr(_metadata, "_is_captured", lambda: watched.captured)
-    monkeypatch.setattr(_metadata, "_stream", lambda device: watched.stream)
-    monkeypatch.setattr(_metadata, "_device_metas", {})
-    monkeypatch.setattr(fa, "DeviceMeta", Room)
-    return watched
 
 
 @pytest.fixture

@@ -128,8 +128,9 @@ def _attention_of_segments(q, k, v, out, key_mask, bias=None, *, sinks=None, **o
     return lse
 
 
-def _varlen_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, *, scale=None, causal=False, window_left=-1,
-                      window_right=-1, softcap=0.0, alibi=None):  # fmt: skip
+def _varlen_attend(q, k, v, cu_seqlens_q, cu_seqlens_k, lse=None, *, scale=None, causal=False, window_left=-1,
+                   window_right=-1, softcap=0.0, alibi=None):  # fmt: skip
+    """Attention over packed rows into a new tensor, and into `lse` unless it is None."""
     (key_q, of_q), (key_k, of_k) = _sequences_of(cu_seqlens_q), _sequences_of(cu_seqlens_k)
     left, right = (None if side < 0 else side for side in (window_left, window_right))
     right = 0 if causal else right
@@ -137,11 +138,18 @@ def _varlen_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, *, scale=None, causal
     if left is not None or right is not None:
         make = lambda: _fa.KeyRanges.window((of_q, of_k), left, right)  # noqa: E731
         ranges = _packed_ranges.get((key_q, key_k, left, right), make)
-    out = _new(q)
-    lse = q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
-    modifiers = _modifiers(softcap, _tuple(alibi), None)
+    modifiers, out = _modifiers(softcap, _tuple(alibi), None), _new(q)
     _fa.varlen_attention(q, k, v, of_q, of_k, scale=scale, ranges=ranges, modifiers=modifiers, out=out, lse=lse)
-    return out, lse
+    return out
+
+
+def _varlen_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, **options):
+    lse = _packed_lse_of(q)
+    return _varlen_attend(q, k, v, cu_seqlens_q, cu_seqlens_k, lse, **options), lse
+
+
+def _packed_lse_of(q):
+    return q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
 
 
 def _new(q):
@@ -168,7 +176,7 @@ def _fake_attention_of_segments(q, k, v, out, key_mask, bias=None, *, sinks=None
 
 
 def _fake_varlen_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, **_):
-    return _new(q), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
+    return _new(q), _packed_lse_of(q)
 
 
 for _key in ("CPU", "CUDA"):
@@ -277,10 +285,16 @@ def varlen_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, *, scale=None, causal=
     them waits. Returns out, with `return_lse` also the log-sum-exp [H, total_q] f32."""
     _gradients.refuse(q=q, k=k, v=v)
     q, k, v = _autocast(q, k, v)
-    out, lse = torch.ops.varlen_fa.varlen_attention(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, scale=scale, causal=causal, window_left=window[0], window_right=window[1],
-        softcap=softcap, alibi=alibi,
-    )  # fmt: skip
+    given = (q, k, v, cu_seqlens_q, cu_seqlens_k)
+    options = {
+        "scale": scale, "causal": causal, "window_left": window[0], "window_right": window[1], "softcap": softcap,
+        "alibi": alibi,
+    }  # fmt: skip
+    if _is_plain(*given):
+        lse = _packed_lse_of(q) if return_lse else None
+        out = _varlen_attend(*given, lse, **options)
+    else:
+        out, lse = torch.ops.varlen_fa.varlen_attention(*given, **options)
     return (out, lse) if return_lse else out
 
 

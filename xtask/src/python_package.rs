@@ -49,7 +49,7 @@ pub fn check(workspace: &Workspace) -> Result<()> {
                 maturin.arg("--").arg("-C").arg(format!("linker={}", linker.display()));
             }
             Err(error) => {
-                println!("{LINKER} is not installed, so the wheel needs the C library of this machine: {error:#}")
+                println!("{LINKER} is not installed, so the wheel needs the C library of this machine: {error:#}");
             }
         }
     }
