@@ -31,10 +31,13 @@ fn main() -> ExitCode {
     for (language, standard) in [("c", "c99"), ("c", "c11"), ("c", "c17"), ("c++", "c++11"), ("c++", "c++20")] {
         trials.push(trial(format!("header/{standard}"), move |_| header(language, standard)));
     }
+    for standard in ["c++11", "c++17", "c++20"] {
+        trials.push(trial(format!("hpp/{standard}"), move |_| hpp(standard)));
+    }
     for linkage in [Linkage::Shared, Linkage::Static] {
         for device in ["cpu", "wgpu"] {
-            for program in ["examples/masked_attention.c", "tests/contract.c"] {
-                let name = Path::new(program).file_stem().map(|stem| stem.to_string_lossy().into_owned());
+            for program in ["examples/masked_attention.c", "examples/masked_attention.cpp", "tests/contract.c"] {
+                let name = Path::new(program).file_name().map(|name| name.to_string_lossy().replace('.', "_"));
                 let name = format!("{}/{linkage:?}/{device}", name.unwrap_or_default()).to_lowercase();
                 trials.push(trial(name, move |library| {
                     let mut program = compile(library, program, linkage)?;
@@ -59,6 +62,8 @@ fn main() -> ExitCode {
     trials.push(trial("address_space/cpu".to_owned(), |library| {
         judge("address_space", &mut compile(library, "tests/address_space.c", Linkage::Shared)?)
     }));
+    trials.push(trial("unload/cpu".to_owned(), unload));
+    trials.push(trial("symbols".to_owned(), only_our_symbols));
     trials.push(trial("environment/dense_is_forced".to_owned(), dense_is_forced));
     trials.push(trial("environment/bad_value".to_owned(), bad_value));
     trials.push(trial("python/documentation".to_owned(), documented_python));
@@ -87,6 +92,44 @@ fn header(language: &str, standard: &str) -> Result<Completion> {
     Ok(Completion::Completed)
 }
 
+/// The header for C++ alone, and in a program.
+fn hpp(standard: &str) -> Result<Completion> {
+    let mut compiler = Command::new("c++");
+    compiler
+        .args(["-fsyntax-only", &format!("-std={standard}")])
+        .args(WARNINGS)
+        .arg("-I")
+        .arg(package().join("include"));
+    run(compiler.arg(package().join("examples/masked_attention.cpp")))?;
+    Ok(Completion::Completed)
+}
+
+/// Loaded, used and unloaded while its threads live, and that again.
+fn unload(library: &Library) -> Result<Completion> {
+    if !cfg!(target_os = "linux") {
+        return Ok(Completion::ignored_with("the library stays loaded by an option of ELF linkers"));
+    }
+    let mut program = compile(library, "tests/unload.c", Linkage::Shared)?;
+    expect_success(&Command::new("unload"), &program.arg(&library.shared_library).output()?)?;
+    Ok(Completion::Completed)
+}
+
+/// What the shared library exports is the header's.
+fn only_our_symbols(library: &Library) -> Result<Completion> {
+    if !cfg!(target_os = "linux") {
+        return Ok(Completion::ignored_with("symbols are listed by binutils"));
+    }
+    let listed = run(Command::new("nm").args(["--dynamic", "--defined-only"]).arg(&library.shared_library))?;
+    let listed = String::from_utf8(listed.stdout)?;
+    let exported: Vec<&str> = listed.lines().filter_map(|line| line.split_whitespace().nth(2)).collect();
+    let header = std::fs::read_to_string(package().join("include/varlen_fa.h"))?;
+    ensure!(!exported.is_empty(), "the library exports nothing");
+    for name in exported {
+        ensure!(header.contains(&format!("{name}(")), "the library exports {name}, which the header does not have");
+    }
+    Ok(Completion::Completed)
+}
+
 /// The program, ready to be started.
 fn compile(library: &Library, source: &str, linkage: Linkage) -> Result<Command> {
     let stem = Path::new(source).file_stem().context("a program without a name")?.to_string_lossy();
@@ -94,8 +137,9 @@ fn compile(library: &Library, source: &str, linkage: Linkage) -> Result<Command>
     static NEXT: std::sync::atomic::AtomicUsize = std::sync::atomic::AtomicUsize::new(0);
     let number = NEXT.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
     let program = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("{stem}-{number}"));
-    let mut compiler = Command::new("cc");
-    compiler.arg("-std=c11").arg("-O1").args(WARNINGS).arg("-I").arg(package().join("include"));
+    let (compiler, standard) = if source.ends_with(".cpp") { ("c++", "c++11") } else { ("cc", "c11") };
+    let mut compiler = Command::new(compiler);
+    compiler.arg(format!("-std={standard}")).arg("-O1").args(WARNINGS).arg("-I").arg(package().join("include"));
     compiler.arg("-o").arg(&program).arg(package().join(source));
     match linkage {
         Linkage::Shared => {

@@ -157,6 +157,13 @@ const STEPS: &[Step] = &[
         }),
     },
     Step {
+        name: "dist",
+        about: "archives of the C library, and strangers' projects that use them in C, C++, Python and Rust",
+        variables: &[],
+        // The profile `dist` takes minutes more, and changes nothing that is looked at here.
+        work: Commands(&["cargo xtask dist --profile release --check"]),
+    },
+    Step {
         name: "examples",
         about: "the examples run; external_cuda says why it skips where there is no GPU",
         variables: DEVICES,

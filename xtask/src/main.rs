@@ -3,6 +3,7 @@
 mod bundle;
 mod ci;
 mod compiler;
+mod dist;
 mod external_types;
 mod header;
 mod imports;
@@ -18,6 +19,7 @@ mod ptxas;
 mod python_package;
 mod release;
 mod table;
+mod targets;
 #[cfg(feature = "web")]
 mod web;
 mod workspace;
@@ -93,6 +95,28 @@ enum Chore {
         #[arg(long, value_name = "DIR")]
         out: Option<PathBuf>,
     },
+    /// Write archives of the C library, target/archives/varlen-fa-VERSION-HOST.tar.gz and .zip
+    ///
+    /// In them are the shared and the static library, stripped and optimised as one program, with our
+    /// functions alone to be seen; headers for C and C++; files for pkg-config and CMake; the Python
+    /// binding; examples; the licences of all that is built in. Prints which glibc the library needs.
+    /// Needs binutils and Python; makes archives on Linux alone so far.
+    Dist {
+        /// Folder of the archives [default: archives in the target folder]
+        #[arg(long, value_name = "DIR")]
+        out: Option<PathBuf>,
+        /// Cargo's profile
+        #[arg(long, default_value = "dist")]
+        profile: String,
+        /// Unpack the tar.gz, and the published crate, in a temporary folder, and build and run projects
+        /// there in C, C++, Python and Rust
+        #[arg(long)]
+        check: bool,
+    },
+    /// Check that the library compiles for Windows, macOS, Android, 32-bit x86 and browsers
+    ///
+    /// Adds their standard libraries by rustup. Nothing is linked or run. A weekly workflow starts it.
+    Targets,
     /// Try everything that publishing the crate needs, and publish nothing
     ///
     /// The changelog, the header and the pages; types of other crates in the API; the package, verified
@@ -141,6 +165,10 @@ fn run(arguments: &Arguments) -> Result<()> {
         Chore::Header { check: false } => header::write(&workspace),
         Chore::Header { check: true } => header::check(&workspace),
         Chore::GpuBundle { out } => bundle::build(&workspace, out.as_deref()),
+        Chore::Dist { out, profile, check } => {
+            dist::build(&workspace, &dist::Options { out: out.as_deref(), profile, check: *check })
+        }
+        Chore::Targets => targets::check(&workspace),
         Chore::Release { dry_run: _ } => release::dry_run(&workspace),
         #[cfg(feature = "web")]
         Chore::Web { out } => web::build(&workspace, out.as_deref()),

@@ -1,0 +1,195 @@
+//! Archives of the C library, for people without Rust.
+
+mod layout;
+mod licences;
+mod strangers;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result, bail, ensure};
+use serde::Deserialize;
+
+use self::layout::Layout;
+use crate::table;
+use crate::workspace::{Workspace, cargo, run, stdout_of};
+
+/// What to build, and where to put it.
+#[derive(Debug)]
+pub struct Options<'a> {
+    /// The folder of the archives.
+    pub out: Option<&'a Path>,
+    /// Cargo's profile.
+    pub profile: &'a str,
+    /// Whether to build strangers' projects from the archives.
+    pub check: bool,
+}
+
+/// Builds the library and writes a tar.gz and a zip of it.
+pub fn build(workspace: &Workspace, options: &Options<'_>) -> Result<()> {
+    let layout = Layout::of_host(&workspace.version("varlen-fa-capi")?)?;
+    let [shared, archive] = libraries(workspace, options.profile, &layout)?;
+    let default = workspace.target.join("archives");
+    let out = options.out.unwrap_or(&default);
+    let folder = out.join(&layout.name);
+    if folder.exists() {
+        fs::remove_dir_all(&folder).with_context(|| format!("cannot remove {}", folder.display()))?;
+    }
+    fs::create_dir_all(&folder).with_context(|| format!("cannot create {}", folder.display()))?;
+
+    let foreign = layout.install(workspace, &folder, &shared, &archive)?;
+    licences::write(workspace, &folder)?;
+    let archives = pack(workspace, out, &layout.name)?;
+    let mut rows = vec![["file", "bytes"].map(str::to_owned).to_vec()];
+    let library = folder.join("lib").join(&layout.shared);
+    for file in [&library, &folder.join("lib/libvarlen_fa.a")].into_iter().chain(&archives) {
+        let name = file.strip_prefix(out).unwrap_or(file).display().to_string();
+        rows.push(vec![name, fs::metadata(file)?.len().to_string()]);
+    }
+    print!("{}", table::format(&rows));
+    println!("{}", foreign.in_words());
+    if options.check {
+        strangers::check(workspace, &archives[0], &layout)?;
+    }
+    Ok(())
+}
+
+/// The shared and the static library, as cargo builds them.
+fn libraries(workspace: &Workspace, profile: &str, layout: &Layout) -> Result<[PathBuf; 2]> {
+    #[derive(Deserialize)]
+    struct Message {
+        target: Option<Target>,
+        #[serde(default)]
+        filenames: Vec<PathBuf>,
+    }
+    #[derive(Deserialize)]
+    struct Target {
+        name: String,
+    }
+    let mut rustc = cargo();
+    rustc.current_dir(&workspace.root).args(["rustc", "-p", "varlen-fa-capi", "--lib", "--profile", profile]);
+    rustc.args(["--message-format=json-render-diagnostics", "--"]);
+    let printed = stdout_of(rustc.args(layout.link_arguments()))?;
+    let mut files = Vec::new();
+    for line in printed.lines() {
+        let message: Message = serde_json::from_str(line).with_context(|| format!("cargo printed {line:?}"))?;
+        if message.target.is_some_and(|target| target.name == "varlen_fa") {
+            files.extend(message.filenames);
+        }
+    }
+    let find = |extension: &str| {
+        // The Rust library is called the same.
+        let found = files.iter().find(|file| file.extension().is_some_and(|of| of == extension));
+        found.cloned().with_context(|| format!("cargo built {files:?}, nothing that ends in .{extension}"))
+    };
+    Ok([find(layout.extension)?, find("a")?])
+}
+
+/// Writes both archives. Their bytes depend on nothing but the files and the time of the commit.
+fn pack(workspace: &Workspace, out: &Path, name: &str) -> Result<[PathBuf; 2]> {
+    let time = stdout_of(Command::new("git").current_dir(&workspace.root).args(["log", "-1", "--format=%ct"]))?;
+    let archives = ["tar.gz", "zip"].map(|extension| out.join(format!("{name}.{extension}")));
+    for archive in &archives {
+        let mut python = Command::new("python3");
+        python.args(["-c", PACK]).arg(archive).arg(out).arg(name).arg(time.trim());
+        run(&mut python).context("archives are written by Python 3")?;
+    }
+    Ok(archives)
+}
+
+/// Python's standard library writes both kinds, with links as links.
+const PACK: &str = "
+import gzip, pathlib, stat, sys, tarfile, time, zipfile
+archive, out, name, seconds = sys.argv[1], pathlib.Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
+files = sorted(path for path in (out / name).rglob('*') if path.is_symlink() or path.is_file())
+if archive.endswith('.zip'):
+    with zipfile.ZipFile(archive, 'w', zipfile.ZIP_DEFLATED, compresslevel=9) as to:
+        for path in files:
+            info = zipfile.ZipInfo(path.relative_to(out).as_posix(), time.gmtime(max(seconds, 315532800))[:6])
+            info.compress_type, info.create_system = zipfile.ZIP_DEFLATED, 3
+            is_link = path.is_symlink()
+            info.external_attr = (stat.S_IFLNK | 0o777 if is_link else stat.S_IFREG | 0o644) << 16
+            to.writestr(info, str(path.readlink()) if is_link else path.read_bytes())
+else:
+    def plain(info):
+        info.uid = info.gid = 0
+        info.uname = info.gname = ''
+        info.mtime, info.mode = seconds, 0o777 if info.issym() else 0o644
+        return info
+    with open(archive, 'wb') as raw, gzip.GzipFile('', 'wb', 9, raw, mtime=seconds) as packed:
+        with tarfile.open(fileobj=packed, mode='w') as to:
+            for path in files:
+                to.add(path, path.relative_to(out).as_posix(), filter=plain)
+";
+
+/// What a library needs and offers, as the tools of binutils read it.
+#[derive(Debug)]
+pub struct Foreign {
+    /// The newest version of the C library of which it needs a symbol; none if it is not glibc.
+    pub glibc: Option<(u32, u32)>,
+    /// Shared libraries that it needs.
+    pub libraries: Vec<String>,
+    /// Functions that it exports.
+    pub exports: usize,
+}
+
+impl Foreign {
+    /// Looks at a shared library.
+    ///
+    /// # Errors
+    /// It exports something that is not ours, or has another name than the one given.
+    fn of(library: &Path, soname: &str) -> Result<Self> {
+        let dynamic = stdout_of(Command::new("nm").args(["--dynamic", "--defined-only"]).arg(library))
+            .context("symbols are listed by binutils")?;
+        let names: Vec<&str> = dynamic.lines().filter_map(|line| line.split_whitespace().last()).collect();
+        let foreign: Vec<_> = names.iter().filter(|name| !name.starts_with("varlen_fa_")).collect();
+        ensure!(foreign.is_empty(), "{} exports {foreign:?}", library.display());
+        ensure!(!names.is_empty(), "{} exports nothing", library.display());
+        let headers = stdout_of(Command::new("objdump").arg("-p").arg(library))?;
+        let all = |key: &str| -> Vec<String> {
+            let found = headers.lines().filter_map(|line| line.trim().strip_prefix(key));
+            found.map(|value| value.trim().to_owned()).collect()
+        };
+        let named = all("SONAME");
+        ensure!(named == [soname], "{} is called {named:?}, expected {soname}", library.display());
+        Ok(Self { glibc: newest_glibc(&headers), libraries: all("NEEDED"), exports: names.len() })
+    }
+
+    /// For people.
+    pub fn in_words(&self) -> String {
+        let glibc = self.glibc.map_or(String::new(), |(major, minor)| format!(", glibc {major}.{minor} or newer"));
+        format!("exports {} functions, all varlen_fa_…; needs {}{glibc}", self.exports, self.libraries.join(", "))
+    }
+}
+
+/// The newest of the versions that a library's headers name: `0x0d696910 0x00 04 GLIBC_2.28`.
+fn newest_glibc(headers: &str) -> Option<(u32, u32)> {
+    let versions = headers.split_whitespace().filter_map(|word| word.strip_prefix("GLIBC_"));
+    let numbers = versions.filter_map(|version| {
+        let mut parts = version.split('.');
+        Some((parts.next()?.parse().ok()?, parts.next()?.parse().ok()?))
+    });
+    numbers.max()
+}
+
+/// Copies a file, and says which if that fails.
+fn copy(from: &Path, to: &Path) -> Result<()> {
+    let Some(folder) = to.parent() else { bail!("{} has no folder", to.display()) };
+    fs::create_dir_all(folder).with_context(|| format!("cannot create {}", folder.display()))?;
+    fs::copy(from, to).with_context(|| format!("cannot copy {} to {}", from.display(), to.display()))?;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::newest_glibc;
+
+    #[test]
+    fn versions_are_compared_as_numbers() {
+        let headers =
+            "required from libc.so.6:\n 0x1 0x00 04 GLIBC_2.28\n 0x2 0x00 03 GLIBC_2.9\n 0x3 0x00 02 GLIBC_2.2.5\n";
+        assert_eq!(newest_glibc(headers), Some((2, 28)));
+        assert_eq!(newest_glibc("required from libc.so:\n"), None);
+    }
+}
