@@ -1,5 +1,6 @@
-"""Host time of an attention call on a tiny tensor in host memory, [1, 4, 1, 8] f32, by each way that
-Python has into the library, in turns; the fastest of many rounds.
+"""Host time of an attention call on a tiny tensor by each way that Python has into the library, in
+turns; the fastest of many rounds: [1, 4, 1, 8] f32 in host memory, and [1, 64, 1, 64] bf16 on a GPU
+where PyTorch has one.
 
     cargo build --release -p varlen-fa-capi
     VARLEN_FA_THREADS=1 python python/benches/host_time.py [target/release/libvarlen_fa.so]
@@ -39,6 +40,22 @@ def by_ctypes(library, q, k, v, out):
     }
 
 
+def by_torch_on_cuda(torch, operators):
+    """The host's part alone: nobody waits for the GPU but between the rounds."""
+    q, k, v = (torch.randn(1, 64, 1, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    out, meta = torch.empty_like(q), varlen_fa.Meta.from_lengths([40], 64)
+    keep = torch.arange(64, device="cuda")[None] < 40
+    heads_first = [x.transpose(1, 2) for x in (q, k, v)]
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+    return {
+        "CUDA, out given": lambda: varlen_fa.attention(q, k, v, meta=meta, out=out),
+        "CUDA": lambda: varlen_fa.attention(q, k, v, meta=meta),
+        "CUDA, operator, a mask": lambda: operators.attention(q, k, v, keep, zero_masked=True),
+        "CUDA, SDPA": lambda: sdpa(*heads_first),
+        "CUDA, SDPA, a mask": lambda: sdpa(*heads_first, keep[:, None, None]),
+    }
+
+
 def main():
     q, k, v = (np.random.default_rng(0).standard_normal((1, 4, 1, 8), dtype=np.float32) for _ in range(3))
     out, meta = np.empty_like(q), varlen_fa.Meta.from_lengths([3], 4)
@@ -46,6 +63,7 @@ def main():
         "NumPy, out given": lambda: varlen_fa.attention(q, k, v, meta=meta, out=out),
         "NumPy": lambda: varlen_fa.attention(q, k, v, meta=meta),
     }
+    wait = None
     try:
         import torch
 
@@ -64,6 +82,9 @@ def main():
                 tq.transpose(1, 2), tk.transpose(1, 2), tv.transpose(1, 2), keep[:, None, None]
             ),
         }
+        if torch.cuda.is_available():
+            ways |= by_torch_on_cuda(torch, operators)
+            wait = torch.cuda.synchronize
     if len(sys.argv) > 1:
         ways |= by_ctypes(sys.argv[1], q, k, v, out)
     best = dict.fromkeys(ways, float("inf"))
@@ -73,6 +94,8 @@ def main():
             for _ in range(CALLS):
                 call()
             best[name] = min(best[name], (time.perf_counter() - started) / CALLS)
+            if wait is not None:
+                wait()
     for name, seconds in best.items():
         print(f"{name:40} {1e6 * seconds:6.2f} µs")
 
