@@ -1,5 +1,7 @@
 //! Sequence parallelism between processes of this machine: this program starts itself once for each rank.
 
+#![allow(clippy::single_range_in_vec_init, reason = "one run of tokens is meant")]
+
 use std::env;
 use std::fs;
 use std::io::Write;
@@ -38,7 +40,9 @@ const PREFIX: usize = 20;
 const HEADS: Heads = Heads { num_heads: 8, num_kv_heads: 4, head_dim: 64, dtype: DType::F32 };
 
 /// What a rank does.
-const PARTS: [(&str, fn(&Meeting) -> Result<()>); 6] = [
+type Part = fn(&Meeting) -> Result<()>;
+
+const PARTS: [(&str, Part); 6] = [
     ("attends", attends),
     ("one_dies", one_dies),
     ("one_is_silent", one_is_silent),

@@ -1,11 +1,15 @@
 // Attention over a sequence divided among ranks that are threads, in every mode, against one call; and
 // what comes of ranks that fail or differ.
 
+#define _POSIX_C_SOURCE 200809L
+
 #include <math.h>
 #include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/wait.h>
+#include <unistd.h>
 
 #include "varlen_fa.h"
 
@@ -185,6 +189,32 @@ int main(void) {
   run_all(VARLEN_FA_PARALLEL_MODE_RING, DIES, ranks);
   for (int at = 0; at < 2; at++)
     if (ranks[at].status != VARLEN_FA_STATUS_RANK_LOST) fail(ranks[at].message);
+
+  // A child made by fork has the handle, but is no rank: an error at once, and not a wait.
+  varlen_fa_communicator *pair[2];
+  CHECK(varlen_fa_communicator_threads(2, 100000, pair));
+  const uint64_t halves[2] = {15, 15};
+  varlen_fa_shards in_two = {0};
+  in_two.prefix = PREFIX;
+  in_two.lengths = halves;
+  in_two.ranks = 2;
+  varlen_fa_sharded_meta *of_child = NULL;
+  CHECK(varlen_fa_sharded_meta_create(mask, &in_two, 0, NULL, &of_child));
+  pid_t child = fork();
+  if (child == 0) {
+    varlen_fa_parallel_options options = {0};
+    options.num_heads = options.num_kv_heads = HEADS;
+    options.head_dim = DIM;
+    options.dtype = VARLEN_FA_DTYPE_F32;
+    varlen_fa_parallel_request *request = NULL;
+    alarm(60);
+    varlen_fa_status status = varlen_fa_parallel_prepare(device, pair[0], of_child, &options, &request, NULL);
+    _exit(status == VARLEN_FA_STATUS_RANK_LOST && strstr(varlen_fa_last_error(), "forked") ? 0 : 1);
+  }
+  int status = 0;
+  if (child < 0 || waitpid(child, &status, 0) != child || status != 0) fail("the child");
+  CHECK(varlen_fa_sharded_meta_free(of_child));
+  for (int at = 0; at < 2; at++) CHECK(varlen_fa_communicator_free(pair[at]));
 
   // What cannot be.
   varlen_fa_communicator *none = NULL;

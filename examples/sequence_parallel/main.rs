@@ -3,21 +3,22 @@
 //! Ranks are threads of this process, or processes of this machine. Text is a prefix that every rank has, padded to the longest of
 //! the batch; the image is divided. Rows of masked text hold NaN throughout.
 
+mod arguments;
 mod problem;
 mod rank;
 
 use std::env;
 use std::num::NonZeroUsize;
-use std::path::PathBuf;
 use std::process::{self, Child, Command, ExitCode};
 use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, ensure};
-use clap::{Parser, ValueEnum};
+use clap::Parser;
 use varlen_fa::dist::{HostCommunicator, ParallelPlan, Rendezvous};
 use varlen_fa::{Config, Device, DeviceChoice, bf16, f16};
 
+use arguments::{Arguments, Kind};
 use problem::Problem;
 use rank::{Outcome, run_rank};
 use varlen_fa_harness::arguments::ElementType;
@@ -26,58 +27,6 @@ use varlen_fa_harness::times::milliseconds;
 
 /// How long ranks wait for one another.
 const TIME_OUT: Duration = Duration::from_secs(60);
-
-/// Run masked attention over a sequence divided among ranks, in every mode, and check each against one device.
-///
-/// Gather and Ulysses must give the bits of one device on the CPU; a ring must come near. Fails if one does not.
-#[derive(Debug, Clone, Parser)]
-#[command(name = "sequence_parallel", version)]
-struct Arguments {
-    /// Ranks that share the sequence
-    #[arg(long, value_name = "N", default_value = "4")]
-    ranks: NonZeroUsize,
-    /// Ranks are processes of this machine, joined by TCP; else threads of this one
-    #[arg(long)]
-    processes: bool,
-    /// Each rank's device; with `cuda` a GPU of its own. Rows are copied through host memory
-    #[arg(long, value_enum, default_value = "cpu")]
-    device: Kind,
-    /// Element type [default: f32, on cuda f16]
-    #[arg(long, value_name = "TYPE")]
-    dtype: Option<ElementType>,
-    /// Text tokens of each row of the batch; they are padded to the most
-    #[arg(long, value_name = "A,B,...", value_delimiter = ',', default_value = "19,77")]
-    text: Vec<usize>,
-    /// Image tokens, which are divided among the ranks
-    #[arg(long, value_name = "N", default_value = "602")]
-    image: usize,
-    /// Query heads
-    #[arg(long, value_name = "N", default_value = "8")]
-    heads: NonZeroUsize,
-    /// Key and value heads, a divisor of the query heads
-    #[arg(long, value_name = "N", default_value = "4")]
-    kv_heads: NonZeroUsize,
-    /// Elements of one head
-    #[arg(long, value_name = "N", default_value = "64")]
-    head_dim: NonZeroUsize,
-    /// Calls of each mode; times are their median
-    #[arg(long, value_name = "N", default_value = "5")]
-    calls: NonZeroUsize,
-    /// Of a process that another one started: its rank
-    #[arg(long, hide = true, requires = "meeting")]
-    rank: Option<usize>,
-    /// Where the processes meet: a file that rank 0 writes
-    #[arg(long, hide = true)]
-    meeting: Option<PathBuf>,
-}
-
-/// Kinds of devices.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum Kind {
-    Cpu,
-    Wgpu,
-    Cuda,
-}
 
 fn main() -> ExitCode {
     env_logger::init();

@@ -5,7 +5,7 @@ use varlen_fa::dist::{Heads, Shards};
 use varlen_fa::{AttentionMask, DType, Device, Element, KeyMask, MaskedAttention, Tensor, VarlenMeta};
 use varlen_fa_testkit::random;
 
-use super::Arguments;
+use super::arguments::Arguments;
 
 /// An element of tensors.
 pub trait Value: Element {}

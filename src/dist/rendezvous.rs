@@ -133,7 +133,6 @@ impl Meeting {
     }
 
     /// Connects to rank 0 and is welcomed, or turned away for good.
-    #[expect(clippy::type_complexity, reason = "an error to try again after, or one to give up with")]
     fn greet(self, address: SocketAddr, id: u64) -> io::Result<Result<(TcpStream, TcpListener, u64)>> {
         let socket = self.connect(address)?;
         let listener = TcpListener::bind((socket.local_addr()?.ip(), 0))?;

@@ -20,6 +20,7 @@ pub fn register(trials: &mut Trials) {
     trials.each_dtype("dist/modes", modes);
     trials.each_dtype("dist/heads", heads);
     trials.each_dtype("dist/ranges", ranges);
+    trials.each_dtype("dist/random", random_cases);
     trials.once("dist/repeats", repeats);
     trials.once("dist/strided", strided);
     trials.once("dist/plans", plans);
@@ -247,6 +248,53 @@ fn ranges(device: &Device, dtype: DType) -> Result<()> {
         call.rule = Some(rule);
         check(case, &call, device)
     })
+}
+
+/// Random ranks, shards, masks, heads and batches: an emulated GPU runs one.
+fn random_cases(device: &Device, dtype: DType) -> Result<()> {
+    let variant = Variant { dtype, ..Variant::first(device, None) };
+    for seed in 0..if is_emulated_gpu(device) { 1 } else { 24 } {
+        let mut state = 0x9e37_79b9_7f4a_7c15_u64.wrapping_mul(seed + 1);
+        let mut below = |limit: usize| {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            (state >> 33) as usize % limit
+        };
+        let ranks = [1, 2, 3, 4, 5][below(5)];
+        let lengths: Vec<usize> = (0..ranks).map(|_| [0, 1, 3, 17, 40, 64, 90][below(7)]).collect();
+        let shards =
+            Shards::from_lengths(&lengths)?.with_prefix([0, 4, 33][below(3)])?.with_suffix([0, 0, 6][below(3)])?;
+        let (batch, seq) = (1 + below(3), shards.seq());
+        if seq == 0 {
+            // The oracle has nothing to say.
+            continue;
+        }
+        let kept = [0.02, 0.5, 0.9, 1.0][below(4)];
+        let keep = super::masks::bernoulli(seed, batch * seq, kept)?;
+        let kv_heads = [1, 2, 4, 12][below(4)];
+        let head_dim = [8, 16, 24, 65][below(4)];
+        let shape = OracleShape { batch, seq_q: seq, seq_k: seq, heads: 12, kv_heads, head_dim };
+        let call = Call::random(shape, Mask::Varlen(keep), dtype, seed);
+        let (reference, alone) = (call.reference(100)?, call.run(&variant)?);
+        let sizes = Heads { num_heads: 12, num_kv_heads: kv_heads, head_dim, dtype };
+        for mode in all_modes(ranks) {
+            let judge = || -> Result<()> {
+                let meta = ShardedMeta::new(&KeyMask::all(batch, seq)?, &shards, 0)?;
+                if ParallelPlan::new(&meta, &sizes, &Machine::CPU, Some(mode)).is_err() {
+                    // The heads do not divide.
+                    return Ok(());
+                }
+                let bits = run(&call, device, &shards, mode)?;
+                call.judge(&bits, &reference, rules(dtype, mode, ranks))?;
+                let is_same = device.capabilities().backend != BackendKind::Cpu || is_ring(mode);
+                ensure!(is_same || bits == alone, "the bits are not those of one device");
+                Ok(())
+            };
+            judge().with_context(|| {
+                format!("seed {seed}: {mode}, shards {shards:?}, batch {batch}, {kept} kept, {kv_heads} key heads of {head_dim}")
+            })?;
+        }
+    }
+    Ok(())
 }
 
 /// One request and one communicator for many calls, in every mode: each gives the same bits.
