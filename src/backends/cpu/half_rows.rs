@@ -4,7 +4,8 @@
 use half::f16;
 use half::slice::HalfFloatSliceExt;
 
-/// Elements that one step converts.
+/// Elements that one step converts, where there are instructions for it.
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 const STEP: usize = 8;
 
 /// Converts a row to another of the same length.
