@@ -8,8 +8,7 @@ use std::process::Command;
 use anyhow::{Context, Result, ensure};
 use serde::Deserialize;
 
-use super::copy;
-use crate::workspace::{Workspace, cargo, stdout_of};
+use crate::workspace::{Workspace, cargo, copy, stdout_of};
 
 /// A package as cargo knows it.
 #[derive(Debug, Deserialize)]

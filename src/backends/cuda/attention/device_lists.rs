@@ -150,6 +150,7 @@ impl Places {
 const _: () = assert!(size_of::<TileListCounts>() == size_of::<ZeroSpan>());
 
 #[cfg(test)]
+#[expect(clippy::single_range_in_vec_init, reason = "a row may have one run")]
 mod tests {
     use super::super::tile_lists::TileLists;
     use super::*;
