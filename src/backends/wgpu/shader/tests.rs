@@ -108,11 +108,7 @@ fn attention_variants(algorithm: Algorithm, dtype: DType) -> Vec<AttentionShader
     HEAD_DIMS.into_iter().chain(wide).flat_map(of_width).collect()
 }
 
-fn parse(shader: Shader) -> (naga::Module, ModuleInfo) {
-    parse_with(shader, ParamsIn::Uniform)
-}
-
-fn parse_with(shader: Shader, params: ParamsIn) -> (naga::Module, ModuleInfo) {
+fn parse(shader: Shader, params: ParamsIn) -> (naga::Module, ModuleInfo) {
     let text = source(shader, params);
     // `SHADER_FLOAT16_IN_FLOAT32` is WGSL's own `unpack2x16float`; nothing optional is allowed.
     let mut capabilities = Capabilities::SHADER_FLOAT16_IN_FLOAT32;
@@ -146,10 +142,13 @@ fn with_params(shaders: impl IntoIterator<Item = Shader>) -> impl Iterator<Item 
     })
 }
 
+// Parsing and validating take most of the time, so each module is made once for all that is asked of
+// it.
 #[test]
-fn every_cooperative_variant_translates_to_spirv() {
+fn every_cooperative_variant_knows_its_workgroup_memory_and_translates_to_spirv() {
     for (shader, params) in with_params(coop_variants().map(Shader::Attention)) {
-        let (module, info) = parse_with(shader, params);
+        let (module, info) = parse(shader, params);
+        knows_its_workgroup_memory(shader, &module);
         let spirv = spv::write_vec(&module, &info, &spv::Options::default(), None);
         assert!(spirv.as_ref().is_ok_and(|words| words.len() > 100), "{shader:?}, {params:?}: SPIR-V: {spirv:?}");
     }
@@ -158,9 +157,10 @@ fn every_cooperative_variant_translates_to_spirv() {
 }
 
 #[test]
-fn every_variant_translates_to_spirv_msl_and_hlsl() {
+fn every_variant_stays_inside_the_default_limits_and_translates_to_spirv_msl_and_hlsl() {
     for (shader, params) in with_params(every_variant()) {
-        let (module, info) = parse_with(shader, params);
+        let (module, info) = parse(shader, params);
+        stays_inside_the_default_limits(shader, &module);
         let spirv = spv::write_vec(&module, &info, &spv::Options::default(), None);
         assert!(spirv.is_ok_and(|words| words.len() > 100), "{shader:?}, {params:?}: SPIR-V");
         let msl = msl::write_string(
@@ -193,30 +193,24 @@ fn workgroup_bytes(module: &naga::Module) -> u32 {
     shared.map(|variable| layouter[variable.ty].size).sum()
 }
 
-#[test]
-fn every_variant_stays_inside_the_default_limits() {
+fn stays_inside_the_default_limits(shader: Shader, module: &naga::Module) {
     let limits = wgpu::Limits::default();
-    for shader in every_variant() {
-        let (module, _) = parse(shader);
-        let shared = workgroup_bytes(&module);
-        assert!(shared <= limits.max_compute_workgroup_storage_size, "{shader:?}: {shared} bytes");
-        let [x, y, z] = module.entry_points[0].workgroup_size;
-        assert!(x * y * z <= limits.max_compute_invocations_per_workgroup, "{shader:?}");
-        assert!(shader.bindings().len() as u32 <= MAX_STORAGE_BUFFERS, "{shader:?}");
-        assert_eq!(module.entry_points[0].name, shader.entry_point());
-    }
+    let shared = workgroup_bytes(module);
+    assert!(shared <= limits.max_compute_workgroup_storage_size, "{shader:?}: {shared} bytes");
+    let [x, y, z] = module.entry_points[0].workgroup_size;
+    assert!(x * y * z <= limits.max_compute_invocations_per_workgroup, "{shader:?}");
+    assert!(shader.bindings().len() as u32 <= MAX_STORAGE_BUFFERS, "{shader:?}");
+    assert_eq!(module.entry_points[0].name, shader.entry_point());
 }
 
-#[test]
-fn a_cooperative_tile_knows_its_workgroup_memory() {
-    for shader in coop_variants() {
-        let (module, _) = parse(Shader::Attention(shader));
-        let Algorithm::Coop(tile) = shader.algorithm else { panic!("{shader:?}") };
-        assert_eq!(workgroup_bytes(&module), tile.workgroup_bytes(shader.head_dim), "{shader:?}");
-        let [x, ..] = module.entry_points[0].workgroup_size;
-        assert_eq!(x, tile.subgroups * tile.subgroup_size, "{shader:?}");
-        assert_eq!(module.entry_points[0].name, Shader::Attention(shader).entry_point());
-    }
+fn knows_its_workgroup_memory(shader: Shader, module: &naga::Module) {
+    let Shader::Attention(AttentionShader { algorithm: Algorithm::Coop(tile), head_dim, .. }) = shader else {
+        panic!("{shader:?}")
+    };
+    assert_eq!(workgroup_bytes(module), tile.workgroup_bytes(head_dim), "{shader:?}");
+    let [x, ..] = module.entry_points[0].workgroup_size;
+    assert_eq!(x, tile.subgroups * tile.subgroup_size, "{shader:?}");
+    assert_eq!(module.entry_points[0].name, shader.entry_point());
 }
 
 #[test]
