@@ -192,7 +192,7 @@ The shared library @NEEDS@. Drivers of GPUs are loaded when a device is opened.
 export PKG_CONFIG_PATH=$PWD/lib/pkgconfig LD_LIBRARY_PATH=$PWD/lib
 cc examples/masked_attention.c $(pkg-config --cflags --libs varlen_fa) -lm -o masked_attention
 ./masked_attention cpu
-cc examples/masked_attention.c -Iinclude lib/libvarlen_fa.a @SYSTEM@ -o static
+cc examples/masked_attention.c -I include lib/libvarlen_fa.a @SYSTEM@ -o static
 PYTHONPATH=$PWD/python python3 -c 'import varlen_fa; print(varlen_fa.Library().version)'
 ```
 
