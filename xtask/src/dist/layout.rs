@@ -6,7 +6,8 @@ use std::process::Command;
 
 use anyhow::{Context, Result, bail, ensure};
 
-use super::{Foreign, copy};
+use super::files::copy;
+use super::foreign::Foreign;
 use crate::workspace::{Workspace, run, stdout_of};
 
 /// Names of files, which depend on the system and the version.

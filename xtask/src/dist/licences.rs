@@ -8,7 +8,7 @@ use std::process::Command;
 use anyhow::{Context, Result, ensure};
 use serde::Deserialize;
 
-use super::copy;
+use super::files::copy;
 use crate::workspace::{Workspace, cargo, stdout_of};
 
 /// A package as cargo knows it.
