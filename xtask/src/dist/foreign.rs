@@ -1,4 +1,4 @@
-//! What a shared library needs of a machine, and what it exports.
+//! What a shared library has to do with others.
 
 use std::path::Path;
 use std::process::Command;

@@ -6,8 +6,9 @@ use std::process::Command;
 
 use anyhow::{Context, Result, bail, ensure};
 
+use super::files::copy;
 use super::foreign::Foreign;
-use crate::workspace::{Workspace, copy, run, stdout_of};
+use crate::workspace::{Workspace, run, stdout_of};
 
 /// Names of files, which depend on the system and the version.
 #[derive(Debug)]

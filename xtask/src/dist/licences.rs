@@ -8,7 +8,8 @@ use std::process::Command;
 use anyhow::{Context, Result, ensure};
 use serde::Deserialize;
 
-use crate::workspace::{Workspace, cargo, copy, stdout_of};
+use super::files::copy;
+use crate::workspace::{Workspace, cargo, stdout_of};
 
 /// A package as cargo knows it.
 #[derive(Debug, Deserialize)]

@@ -1,5 +1,6 @@
 //! Archives of the C library, for people without Rust.
 
+mod files;
 mod foreign;
 mod layout;
 mod licences;
