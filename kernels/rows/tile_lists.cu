@@ -22,6 +22,8 @@ constexpr int THREADS = TILE_LISTS_THREADS;
 constexpr uint32_t ALL_LANES = 0xffffffff;
 // Most rows of a range of zeros, as on the host.
 constexpr int ZERO_ROWS = 64;
+// Words of a row's bits, of queries or of keys, that a block keeps beside it: 32,768 tokens.
+constexpr int KEPT_WORDS = 1024;
 // The most batch rows whose order a block finds in a few microseconds. More of them keep their own.
 constexpr int MAX_ORDERED = 512;
 
@@ -33,7 +35,17 @@ struct Bits {
     int count;
     int seq;
 
-    __device__ uint32_t word(int index) const { return index < count ? __ldg(words + index) : 0; }
+    // One warp goes through the bits in small steps, each of which waits for what it loads, so they are
+    // brought near first. Longer rows are read where they are.
+    __device__ Bits(const uint32_t* all, int row, int count, int seq, uint32_t (&kept)[KEPT_WORDS])
+        : words(all + static_cast<int64_t>(row) * count), count(count), seq(seq) {
+        if (count > KEPT_WORDS) return;
+        for (int i = threadIdx.x % WARP; i < count; i += WARP) kept[i] = words[i];
+        __syncwarp();
+        words = kept;
+    }
+
+    __device__ uint32_t word(int index) const { return index < count ? words[index] : 0; }
 
     __device__ bool at(int token) const { return word(token / WARP) >> (token % WARP) & 1; }
 
@@ -92,9 +104,9 @@ __device__ inline int fill_up(int32_t* groups, int count, int tile_groups, int s
 }
 
 // The query tiles and the zeros of a batch row; gives the number of tiles.
-__device__ int cover_queries(const TileListsParams& params, int row) {
+__device__ int cover_queries(const TileListsParams& params, int row, uint32_t (&kept)[KEPT_WORDS]) {
     const int lane = threadIdx.x % WARP;
-    const Bits bits = {params.query_bits + static_cast<int64_t>(row) * params.query_words, params.query_words, params.seq_q};
+    const Bits bits(params.query_bits, row, params.query_words, params.seq_q, kept);
     const int tile_groups = params.tile_queries / GROUP_ROWS;
     int32_t* const groups = params.query_groups + static_cast<int64_t>(row) * params.row_query_tiles * tile_groups;
     int covered = 0;
@@ -116,9 +128,9 @@ __device__ int cover_queries(const TileListsParams& params, int row) {
 }
 
 // The key tiles of a batch row, into `tiles`.
-__device__ void cover_keys(const TileListsParams& params, int row, BatchTiles& tiles) {
+__device__ void cover_keys(const TileListsParams& params, int row, uint32_t (&kept)[KEPT_WORDS], BatchTiles& tiles) {
     const int lane = threadIdx.x % WARP;
-    const Bits bits = {params.key_bits + static_cast<int64_t>(row) * params.key_words, params.key_words, params.seq_k};
+    const Bits bits(params.key_bits, row, params.key_words, params.seq_k, kept);
     const int tile_groups = params.tile_keys / GROUP_ROWS;
     const int first_masked = row * params.row_masked_tiles;
     int32_t* const groups = params.key_groups + static_cast<int64_t>(first_masked) * tile_groups;
@@ -164,18 +176,20 @@ __device__ inline bool precedes(const BatchTiles& row, const BatchTiles& other) 
 
 // Grid: one block for each batch row.
 extern "C" __global__ void __launch_bounds__(THREADS) tile_lists(const __grid_constant__ TileListsParams params) {
+    __shared__ uint32_t kept_queries[KEPT_WORDS];
+    __shared__ uint32_t kept_keys[KEPT_WORDS];
     __shared__ BatchTiles tiles;
     __shared__ bool is_last;
     const int row = blockIdx.x;
     if (threadIdx.x < WARP) {
-        const int query_tiles = cover_queries(params, row);
+        const int query_tiles = cover_queries(params, row, kept_queries);
         if (threadIdx.x == 0) {
             tiles.batch = row;
             tiles.query_tiles = query_tiles;
             tiles.first_query_tile = row * params.row_query_tiles;
         }
     } else {
-        cover_keys(params, row, tiles);
+        cover_keys(params, row, kept_keys, tiles);
     }
     __syncthreads();
     if (threadIdx.x == 0) {
