@@ -141,12 +141,12 @@ impl HostCommunicator {
                     mailbox.put(self.rank, Message { tag: *tag, bytes });
                 }
                 Some(Link::Socket(socket)) => frame::write(socket, Frame::Data { tag, bytes }).map_err(|why| {
-                    // A peer that gave up says why before it closes.
-                    match (self.mailbox.check(operation), frame::is_time_out(&why)) {
-                        (Err(aborted), _) => aborted,
-                        (Ok(()), true) => Error::RankTimedOut { operation, rank: *to, limit: self.limit },
-                        (Ok(()), false) => Error::RankLost { operation, rank: *to, why: why.to_string() },
-                    }
+                    // A peer that gave up says why before it closes, to the thread that reads.
+                    let (lost, wait) = match frame::is_time_out(&why) {
+                        true => (Error::RankTimedOut { operation, rank: *to, limit: self.limit }, Duration::ZERO),
+                        false => (Error::RankLost { operation, rank: *to, why: why.to_string() }, self.limit),
+                    };
+                    self.mailbox.check_last_word(operation, *to, wait).err().unwrap_or(lost)
                 })?,
                 None => {}
             }

@@ -58,9 +58,13 @@ impl Mailbox {
         self.lock().aborted.clone()
     }
 
-    /// Fails if a rank has given up.
-    pub(super) fn check(&self, operation: &'static str) -> Result<()> {
-        self.lock().check(operation)
+    /// Fails if a rank has given up. For what could not be sent to `rank`: it may have said why just before, so this waits for its
+    /// last word.
+    pub(super) fn check_last_word(&self, operation: &'static str, rank: usize, limit: Duration) -> Result<()> {
+        let state = self.lock();
+        let unknown = |state: &mut State| state.aborted.is_none() && state.lost[rank].is_none();
+        let waited = self.changed.wait_timeout_while(state, limit, unknown);
+        waited.unwrap_or_else(PoisonError::into_inner).0.check(operation)
     }
 
     /// The next message of a rank; waits for it until `started` is `limit` ago.
@@ -100,10 +104,32 @@ impl Mailbox {
 }
 
 impl State {
+    /// Fails if a rank has given up.
     fn check(&self, operation: &'static str) -> Result<()> {
         match &self.aborted {
             Some((rank, why)) => Err(Error::RankLost { operation, rank: *rank, why: why.clone() }),
             None => Ok(()),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_last_word_of_a_rank_is_waited_for() {
+        let (mailbox, long) = (Mailbox::new(2), Duration::from_secs(60));
+        assert_eq!(mailbox.check_last_word("test", 1, Duration::ZERO), Ok(()));
+        std::thread::scope(|scope| {
+            let waits = scope.spawn(|| mailbox.check_last_word("test", 1, long));
+            mailbox.abort(1, "it gave up");
+            let error = Error::RankLost { operation: "test", rank: 1, why: "it gave up".to_owned() };
+            assert_eq!(waits.join().unwrap(), Err(error));
+        });
+        // Its connection ended, and it said nothing.
+        let mailbox = Mailbox::new(2);
+        mailbox.lose(1, "its connection ended");
+        assert_eq!(mailbox.check_last_word("test", 1, long), Ok(()));
     }
 }
