@@ -45,8 +45,8 @@ constexpr int METADATA_THREADS = 256;
 constexpr int METADATA_SCAN_THREADS = 1024;
 // Tokens of one row that a block of the metadata kernels reads.
 constexpr int METADATA_CHUNK = 2048;
-// Threads of a block that makes tile lists: a warp for the queries, and one for the keys.
-constexpr int TILE_LISTS_THREADS = 64;
+// Threads of the block that makes tile lists.
+constexpr int TILE_LISTS_THREADS = 1024;
 
 // Distances between neighbours of each dimension. A packed tensor has no batch rows.
 struct Strides {
@@ -716,18 +716,14 @@ static_assert(offsetof(MetadataParams, row_words) == 84);
 static_assert(offsetof(MetadataParams, mask_bytes) == 88);
 static_assert(offsetof(MetadataParams, unused) == 92);
 
-// What blocks that make tile lists count together: zeros before the launch. It lies just before
-// `zero_spans` and is as large as a span.
+// What the device counts in tile lists. It lies just before `zero_spans` and is as large as a span.
 struct TileListCounts {
     int32_t zero_spans;
-    // Batch rows that are done.
-    int32_t rows;
-    int32_t unused[2];
+    int32_t unused[3];
 };
 static_assert(sizeof(TileListCounts) == 16);
 static_assert(offsetof(TileListCounts, zero_spans) == 0);
-static_assert(offsetof(TileListCounts, rows) == 4);
-static_assert(offsetof(TileListCounts, unused) == 8);
+static_assert(offsetof(TileListCounts, unused) == 4);
 
 // Parameters of the kernel that makes tile lists (`rows/tile_lists.cu`).
 struct TileListsParams {

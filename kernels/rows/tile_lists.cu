@@ -11,8 +11,9 @@
 //   key_tiles      row 0: nothing, masked tiles ▲ full tiles   | row 1: ...
 //                         `row_masked_tiles` entries before ▲
 //
-// A block for each batch row: one warp goes through its queries, one through its keys, from left to
-// right. The last block puts the batch rows in the order of work.
+// One block: a warp goes through the queries or the keys of a batch row from left to right, then through
+// those of another. So few launches are short, and nothing has to be zeroed before this one. In the end
+// the block puts the batch rows in the order of work.
 #include "../common/params.cuh"
 
 namespace tile_lists {
@@ -22,12 +23,8 @@ constexpr int THREADS = TILE_LISTS_THREADS;
 constexpr uint32_t ALL_LANES = 0xffffffff;
 // Most rows of a range of zeros, as on the host.
 constexpr int ZERO_ROWS = 64;
-// Words of a row's bits, of queries or of keys, that a block keeps beside it: 32,768 tokens.
-constexpr int KEPT_WORDS = 1024;
 // The most batch rows whose order a block finds in a few microseconds. More of them keep their own.
-constexpr int MAX_ORDERED = 512;
-
-static_assert(THREADS == 2 * WARP);
+constexpr int MAX_ORDERED = 1024;
 
 // The bits of one batch row; those past its end are zero.
 struct Bits {
@@ -35,17 +32,10 @@ struct Bits {
     int count;
     int seq;
 
-    // One warp goes through the bits in small steps, each of which waits for what it loads, so they are
-    // brought near first. Longer rows are read where they are.
-    __device__ Bits(const uint32_t* all, int row, int count, int seq, uint32_t (&kept)[KEPT_WORDS])
-        : words(all + static_cast<int64_t>(row) * count), count(count), seq(seq) {
-        if (count > KEPT_WORDS) return;
-        for (int i = threadIdx.x % WARP; i < count; i += WARP) kept[i] = words[i];
-        __syncwarp();
-        words = kept;
-    }
+    __device__ Bits(const uint32_t* all, int row, int count, int seq)
+        : words(all + static_cast<int64_t>(row) * count), count(count), seq(seq) {}
 
-    __device__ uint32_t word(int index) const { return index < count ? words[index] : 0; }
+    __device__ uint32_t word(int index) const { return index < count ? __ldg(words + index) : 0; }
 
     __device__ bool at(int token) const { return word(token / WARP) >> (token % WARP) & 1; }
 
@@ -79,14 +69,14 @@ __device__ inline int end_of(const int32_t (&ends)[MAX_SEGMENTS], int row, int s
 }
 
 // Rows that no group covers, in pieces.
-__device__ inline void list_zeros(const TileListsParams& params, int row, int first, int end) {
+__device__ inline void list_zeros(const TileListsParams& params, int row, int first, int end, int& zero_spans) {
     const int lane = threadIdx.x % WARP;
     while (first < end) {
         const int piece_end = min(end, end_of(params.query_ends, first, params.seq_q));
         const int spans = (piece_end - first + ZERO_ROWS - 1) / ZERO_ROWS;
         int at = 0;
         // Their order does not matter.
-        if (lane == 0) at = atomicAdd(&params.counts->zero_spans, spans);
+        if (lane == 0) at = atomicAdd(&zero_spans, spans);
         at = __shfl_sync(ALL_LANES, at, 0);
         for (int i = lane; i < spans; i += WARP) {
             const int start = first + i * ZERO_ROWS;
@@ -104,16 +94,16 @@ __device__ inline int fill_up(int32_t* groups, int count, int tile_groups, int s
 }
 
 // The query tiles and the zeros of a batch row; gives the number of tiles.
-__device__ int cover_queries(const TileListsParams& params, int row, uint32_t (&kept)[KEPT_WORDS]) {
+__device__ int cover_queries(const TileListsParams& params, int row, int& zero_spans) {
     const int lane = threadIdx.x % WARP;
-    const Bits bits(params.query_bits, row, params.query_words, params.seq_q, kept);
+    const Bits bits(params.query_bits, row, params.query_words, params.seq_q);
     const int tile_groups = params.tile_queries / GROUP_ROWS;
     int32_t* const groups = params.query_groups + static_cast<int64_t>(row) * params.row_query_tiles * tile_groups;
     int covered = 0;
     int count = 0;
     while (true) {
         const int start = bits.next<false>(covered);
-        list_zeros(params, row, covered, start);
+        list_zeros(params, row, covered, start, zero_spans);
         if (start == params.seq_q) break;
         // Groups one behind the other, as long as their first rows are kept: up to one a lane.
         const int end = end_of(params.query_ends, start, params.seq_q);
@@ -128,9 +118,9 @@ __device__ int cover_queries(const TileListsParams& params, int row, uint32_t (&
 }
 
 // The key tiles of a batch row, into `tiles`.
-__device__ void cover_keys(const TileListsParams& params, int row, uint32_t (&kept)[KEPT_WORDS], BatchTiles& tiles) {
+__device__ void cover_keys(const TileListsParams& params, int row, BatchTiles& tiles) {
     const int lane = threadIdx.x % WARP;
-    const Bits bits(params.key_bits, row, params.key_words, params.seq_k, kept);
+    const Bits bits(params.key_bits, row, params.key_words, params.seq_k);
     const int tile_groups = params.tile_keys / GROUP_ROWS;
     const int first_masked = row * params.row_masked_tiles;
     int32_t* const groups = params.key_groups + static_cast<int64_t>(first_masked) * tile_groups;
@@ -174,45 +164,35 @@ __device__ inline bool precedes(const BatchTiles& row, const BatchTiles& other) 
     return row.batch < other.batch;
 }
 
-// Grid: one block for each batch row.
+// Grid: one block.
 extern "C" __global__ void __launch_bounds__(THREADS) tile_lists(const __grid_constant__ TileListsParams params) {
-    __shared__ uint32_t kept_queries[KEPT_WORDS];
-    __shared__ uint32_t kept_keys[KEPT_WORDS];
-    __shared__ BatchTiles tiles;
-    __shared__ bool is_last;
-    const int row = blockIdx.x;
-    if (threadIdx.x < WARP) {
-        const int query_tiles = cover_queries(params, row, kept_queries);
-        if (threadIdx.x == 0) {
+    __shared__ int zero_spans;
+    if (threadIdx.x == 0) zero_spans = 0;
+    __syncthreads();
+    const int warp = threadIdx.x / WARP;
+    // Even numbers are queries, odd ones keys: each writes its part of the row's entry.
+    for (int part = warp; part < 2 * params.batch; part += THREADS / WARP) {
+        const int row = part / 2;
+        BatchTiles& tiles = params.unordered[row];
+        if (part % 2 == 1) {
+            cover_keys(params, row, tiles);
+            continue;
+        }
+        const int query_tiles = cover_queries(params, row, zero_spans);
+        if (threadIdx.x % WARP == 0) {
             tiles.batch = row;
             tiles.query_tiles = query_tiles;
             tiles.first_query_tile = row * params.row_query_tiles;
         }
-    } else {
-        cover_keys(params, row, kept_keys, tiles);
     }
     __syncthreads();
-    if (threadIdx.x == 0) {
-        params.unordered[row] = tiles;
-        // Whoever counts the last row sees what all have written.
-        __threadfence();
-        is_last = atomicAdd(&params.counts->rows, 1) == params.batch - 1;
-    }
-    __syncthreads();
-    if (!is_last) return;
-    __threadfence();
-    const volatile BatchTiles* const unordered = params.unordered;
-    const auto load = [&](int at) {
-        const volatile BatchTiles& from = unordered[at];
-        return BatchTiles{from.batch,     from.query_tiles,    from.first_query_tile,
-                          from.key_tiles, from.first_key_tile, from.masked_key_tiles};
-    };
+    if (threadIdx.x == 0) params.counts->zero_spans = zero_spans;
     for (int own = threadIdx.x; own < params.batch; own += THREADS) {
-        const BatchTiles own_tiles = load(own);
+        const BatchTiles own_tiles = params.unordered[own];
         int rank = own;
         if (params.batch <= MAX_ORDERED) {
             rank = 0;
-            for (int other = 0; other < params.batch; ++other) rank += precedes(load(other), own_tiles);
+            for (int other = 0; other < params.batch; ++other) rank += precedes(params.unordered[other], own_tiles);
         }
         params.batches[rank] = own_tiles;
     }

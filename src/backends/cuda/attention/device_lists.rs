@@ -3,7 +3,6 @@
 //! built anew between two runs of a captured graph.
 
 use crate::backends::cuda::driver::memory::CudaBuffer;
-use crate::backends::cuda::driver::transfer;
 use crate::backends::cuda::kernels::module::Entry;
 use crate::backends::cuda::kernels::params::{
     BatchTiles, MAX_SEGMENTS, TILE_LISTS_THREADS, TileListCounts, TileListParams, TileListsParams, ZeroSpan,
@@ -63,12 +62,10 @@ impl DeviceLists {
             row_masked_tiles: places.row_masked_tiles as i32,
             row_key_tiles: places.row_key_tiles as i32,
         };
-        // SAFETY: the counts lie in the memory that was just made.
-        unsafe { transfer::fill(&launcher.context, params.counts, 0, size_of::<TileListCounts>() as u64) }?;
         let function = launcher.function(Entry::TileLists)?;
         // SAFETY: the bits are those of the metadata's batch rows and sequence lengths, and each list
         // has room for as many entries as these can need.
-        unsafe { launcher.launch(function, [params.batch as u32, 1, 1], TILE_LISTS_THREADS, &params) }?;
+        unsafe { launcher.launch(function, [1; 3], TILE_LISTS_THREADS, &params) }?;
         Ok(Self { _memory: memory, params })
     }
 

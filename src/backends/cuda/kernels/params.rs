@@ -180,8 +180,8 @@ constants! {
     METADATA_SCAN_THREADS: u32 = 1024;
     /// Tokens of one row that a block of the metadata kernels reads.
     METADATA_CHUNK: usize = 2048;
-    /// Threads of a block that makes tile lists: a warp for the queries, and one for the keys.
-    TILE_LISTS_THREADS: u32 = 64;
+    /// Threads of the block that makes tile lists.
+    TILE_LISTS_THREADS: u32 = 1024;
 }
 
 shared_struct! {
@@ -666,13 +666,10 @@ shared_struct! {
 }
 
 shared_struct! {
-    /// What blocks that make tile lists count together: zeros before the launch. It lies just before
-    /// `zero_spans` and is as large as a span.
+    /// What the device counts in tile lists. It lies just before `zero_spans` and is as large as a span.
     TileListCounts {
         zero_spans: i32,
-        /// Batch rows that are done.
-        rows: i32,
-        unused: [i32; 2],
+        unused: [i32; 3],
     }
 }
 
