@@ -69,15 +69,16 @@ fn run_as<T: problem::Value>(arguments: &Arguments) -> Result<()> {
 type Outcomes = (ParallelPlan, Vec<Outcome>);
 
 fn run_threads<T: problem::Value>(arguments: &Arguments, problem: &Problem) -> Result<Outcomes> {
-    let reference = problem.reference::<T>(&open(arguments, 0)?)?;
-    let ranks = HostCommunicator::threads(arguments.ranks.get())?;
-    let run = |communicator: HostCommunicator, rank: usize| {
-        let device = open(arguments, rank)?;
-        run_rank::<T>(&mut communicator.with_time_out(TIME_OUT), &device, problem, &reference, arguments.calls.get())
+    // Before any rank runs: one that misses its device would be a lost rank to the others.
+    let devices = (0..arguments.ranks.get()).map(|rank| open(arguments, rank)).collect::<Result<Vec<_>>>()?;
+    let reference = problem.reference::<T>(devices.first().context("there is no rank")?)?;
+    let ranks = HostCommunicator::threads(devices.len())?;
+    let run = |communicator: HostCommunicator, device: &Device| {
+        run_rank::<T>(&mut communicator.with_time_out(TIME_OUT), device, problem, &reference, arguments.calls.get())
     };
     let outcomes = thread::scope(|scope| {
-        let (run, ranks) = (&run, ranks.into_iter().enumerate());
-        let threads: Vec<_> = ranks.map(|(rank, communicator)| scope.spawn(move || run(communicator, rank))).collect();
+        let (run, ranks) = (&run, ranks.into_iter().zip(&devices));
+        let threads: Vec<_> = ranks.map(|(rank, device)| scope.spawn(move || run(rank, device))).collect();
         threads
             .into_iter()
             .map(|thread| thread.join().map_err(|_| anyhow!("a rank panicked"))?)
