@@ -28,6 +28,8 @@ mod cuda;
 mod device;
 #[path = "../../../capi/src/device_meta.rs"]
 mod device_meta;
+#[path = "../../../capi/src/dist.rs"]
+mod dist;
 #[path = "../../../capi/src/failure.rs"]
 mod failure;
 #[path = "../../../capi/src/handles.rs"]
