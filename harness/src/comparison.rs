@@ -3,11 +3,13 @@
 use std::io::Write;
 
 use anyhow::Result;
-use varlen_fa::{Device, Element, bf16, f16};
+use serde::Serialize;
+use varlen_fa::{Device, Element, Plan, bf16, f16};
 
 use crate::arguments::{ElementType, Problem, ProblemArguments, RoundArguments};
 use crate::report::Report;
 use crate::sizes::Sizes;
+use crate::times::{Times, milliseconds};
 
 /// Calls that are timed in turns.
 pub trait Comparison {
@@ -40,6 +42,47 @@ pub fn run(
             ElementType::F16 => comparison.time::<f16>(&device, &problem, rounds, &mut report)?,
             ElementType::Bf16 => comparison.time::<bf16>(&device, &problem, rounds, &mut report)?,
         }
+    }
+    Ok(())
+}
+
+/// One line of the JSON of a bench that reports ratios.
+#[derive(Debug, Serialize)]
+struct Record<'a> {
+    device: String,
+    workload: [usize; 4],
+    valid: usize,
+    row: &'a str,
+    plan: String,
+    median_ms: f64,
+    /// Time over that of the first row.
+    time_ratio: f64,
+}
+
+/// Reports each row's time for one call, and its ratio to that of the first. Times are those of `repeats` calls; `valid` tokens
+/// count.
+///
+/// # Errors
+/// The report cannot be written.
+pub fn report_ratios<'a>(
+    (report, device, problem): (&mut Report, &Device, &Problem),
+    (valid, repeats): (usize, u32),
+    rows: impl IntoIterator<Item = (&'a str, (Plan, Times))>,
+) -> Result<()> {
+    let mut first_ms = None;
+    for (row, (plan, times)) in rows {
+        let median_ms = milliseconds(times.median / repeats);
+        let time_ratio = median_ms / *first_ms.get_or_insert(median_ms);
+        writeln!(report.text, "  {row:<14} {median_ms:>9.3} ms   {time_ratio:>6.3} of the time   {plan}")?;
+        report.json(&Record {
+            device: device.capabilities().to_string(),
+            workload: problem.shape(),
+            valid,
+            row,
+            plan: plan.to_string(),
+            median_ms,
+            time_ratio,
+        })?;
     }
     Ok(())
 }

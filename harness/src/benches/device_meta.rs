@@ -8,7 +8,6 @@ use std::io::Write;
 
 use anyhow::Result;
 use clap::Args;
-use serde::Serialize;
 use varlen_fa::{
     AttentionMask, Device, DeviceMemory, DeviceVarlenMeta, Element, KeyMask, Layout, MaskDType, MaskedAttention, Path,
     VarlenMeta,
@@ -19,7 +18,7 @@ use crate::comparison::{self, Comparison};
 use crate::random::tensor;
 use crate::report::Report;
 use crate::sizes::Sizes;
-use crate::times::{in_turns, milliseconds, repeats_of};
+use crate::times::{in_turns, repeats_of};
 
 /// Qwen-Image at 1024² and at 512², an encoder's batch, and a mask with holes.
 const DEFAULTS: [&str; 4] =
@@ -34,19 +33,6 @@ pub struct Arguments {
     problem: ProblemArguments,
     #[command(flatten)]
     rounds: RoundArguments,
-}
-
-/// One line of the JSON.
-#[derive(Debug, Serialize)]
-struct Record<'a> {
-    device: String,
-    workload: [usize; 4],
-    valid: usize,
-    row: &'a str,
-    plan: String,
-    median_ms: f64,
-    /// Time over that under the host's metadata, on the path that the plan chooses.
-    time_ratio: f64,
 }
 
 /// Runs it and writes the report.
@@ -86,21 +72,7 @@ impl Comparison for Arguments {
             call()
         })?;
         writeln!(report.text, "\n{shape:?} {}, {} of {} tokens valid", T::DTYPE, host.total_valid(), batch * seq)?;
-        let host_ms = milliseconds(timed[0].1.median / repeats);
-        for ((row, ..), (plan, times)) in rows.iter().zip(timed) {
-            let median_ms = milliseconds(times.median / repeats);
-            let time_ratio = median_ms / host_ms;
-            writeln!(report.text, "  {row:<14} {median_ms:>9.3} ms   {time_ratio:>6.3} of the time   {plan}")?;
-            report.json(&Record {
-                device: device.capabilities().to_string(),
-                workload: shape,
-                valid: host.total_valid(),
-                row,
-                plan: plan.to_string(),
-                median_ms,
-                time_ratio,
-            })?;
-        }
-        Ok(())
+        let rows = rows.iter().map(|&(row, ..)| row).zip(timed);
+        comparison::report_ratios((report, device, problem), (host.total_valid(), repeats), rows)
     }
 }

@@ -9,7 +9,6 @@ use std::io::Write;
 
 use anyhow::{Result, ensure};
 use clap::Args;
-use serde::Serialize;
 use varlen_fa::{AttentionMask, Device, Element, KeyMask, MaskedAttention, Tensor, VarlenMeta};
 
 use crate::arguments::{Problem, ProblemArguments, RoundArguments, workload_help};
@@ -17,7 +16,7 @@ use crate::comparison::{self, Comparison};
 use crate::random::tensor;
 use crate::report::Report;
 use crate::sizes::Sizes;
-use crate::times::{in_turns, milliseconds, repeats_of};
+use crate::times::{in_turns, repeats_of};
 use varlen_fa_testkit::WorkloadKind;
 
 /// Qwen-Image at 1024² and eight requests of it at 512².
@@ -33,19 +32,6 @@ pub struct Arguments {
     problem: ProblemArguments,
     #[command(flatten)]
     rounds: RoundArguments,
-}
-
-/// One line of the JSON.
-#[derive(Debug, Serialize)]
-struct Record<'a> {
-    device: String,
-    workload: [usize; 4],
-    valid: usize,
-    row: &'a str,
-    plan: String,
-    median_ms: f64,
-    /// Time over that of the concatenated call.
-    time_ratio: f64,
 }
 
 /// Runs it and writes the report.
@@ -95,22 +81,11 @@ impl Comparison for Arguments {
             meta.total_valid(),
             batch * seq
         )?;
-        let whole_ms = milliseconds(timed[0].1.median / repeats);
-        for (row, (plan, times)) in names.into_iter().zip(timed) {
-            let median_ms = milliseconds(times.median / repeats);
-            let time_ratio = median_ms / whole_ms;
-            writeln!(report.text, "  {row:<14} {median_ms:>9.3} ms   {time_ratio:>6.3} of the time   {plan}")?;
-            report.json(&Record {
-                device: device.capabilities().to_string(),
-                workload: shape,
-                valid: meta.total_valid(),
-                row,
-                plan: plan.to_string(),
-                median_ms,
-                time_ratio,
-            })?;
-        }
-        Ok(())
+        comparison::report_ratios(
+            (report, device, problem),
+            (meta.total_valid(), repeats),
+            names.into_iter().zip(timed),
+        )
     }
 }
 
