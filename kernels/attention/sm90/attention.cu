@@ -66,12 +66,15 @@ __device__ inline void attention(const TileListParams& params, const SegmentTabl
     if (warp < 4) {
         ptx::release_registers<S::PRODUCER_REGISTERS>();
         if (warp == 0) {
-            Producer<S>(params, segments, shared, base).run();
+            Producer<S, S::SEGMENTED ? LOADS_QUERIES_AND_KEYS : LOADS_ALL>(params, segments, shared, base).run();
         } else if (warp == 1 && params.form != FORM_DENSE) {
             zero_masked_values<S>(shared, base);
+        } else if (S::SEGMENTED && warp == 3) {
+            if constexpr (S::SEGMENTED) Producer<S, LOADS_VALUES>(params, segments, shared, base).run();
         } else if (warp >= 2) {
+            constexpr int WARPS = S::SEGMENTED ? 1 : 2;
             if constexpr (S::SEGMENTED) {
-                write_zero_spans<typename S::T>(params, threadIdx.x - 64, 64, [&](int row) {
+                write_zero_spans<typename S::T>(params, threadIdx.x - 64, 32 * WARPS, [&](int row) {
                     const SegmentRow at = segment_row(segments->query_ends, row);
                     const SegmentOutput& output = segments->outputs[at.segment];
                     return PlacedRows{output.out, output.strides, at.row};
@@ -79,7 +82,7 @@ __device__ inline void attention(const TileListParams& params, const SegmentTabl
             } else {
                 write_zero_spans<typename S::T>(params, threadIdx.x - 64, 64);
             }
-            if (params.inv_indices != nullptr) write_masked_zeros<typename S::T>(params, warp - 2, 2);
+            if (params.inv_indices != nullptr) write_masked_zeros<typename S::T>(params, warp - 2, WARPS);
         }
     } else {
         ptx::take_registers<S::CONSUMER_REGISTERS>();

@@ -1,5 +1,6 @@
 // The producer warpgroup of the sm90 kernel. Warp 0 finds the next tiles and has them copied; warp
-// 1 zeroes masked rows of V; warps 2 and 3 write zeros to the rows that are in no query tile.
+// 1 zeroes masked rows of V; warps 2 and 3 write zeros to the rows that are in no query tile. With
+// segments, warp 3 has the values copied.
 #pragma once
 #include "../../ptx/mbarrier.cuh"
 #include "../../ptx/tma.cuh"
@@ -12,8 +13,15 @@
 
 namespace sm90 {
 
-template <typename S>
+// What a warp has copied. With segments, which take long to find, two warps share the work: values
+// are one's alone.
+enum Loads { LOADS_ALL, LOADS_QUERIES_AND_KEYS, LOADS_VALUES };
+
+template <typename S, Loads LOADS>
 struct Producer {
+    static constexpr bool LOADS_Q_AND_K = LOADS != LOADS_VALUES;
+    static constexpr bool LOADS_V = LOADS != LOADS_QUERIES_AND_KEYS;
+
     const TileListParams& params;
     // Null without segments.
     const SegmentTable* segments;
@@ -50,26 +58,32 @@ struct Producer {
                 if constexpr (S::RANGED) range_tile = schedule.tile;
                 const RowGroup group = find(work);
                 int tile = first_tile < end_tile ? tile_at(first_tile) : 0;
-                if (first_tile < end_tile) load_keys(first_tile, tile, state);
-                load_queries(work, work_index, group);
+                if constexpr (LOADS_Q_AND_K) {
+                    if (first_tile < end_tile) load_keys(first_tile, tile, state);
+                    load_queries(work, work_index, group);
+                }
                 for (int i = first_tile; i < end_tile; ++i) {
                     int next = 0;
                     if (i + 1 < end_tile) {
                         next = tile_at(i + 1);
-                        load_keys(i + 1, next, {state.count + 1});
+                        if constexpr (LOADS_Q_AND_K) load_keys(i + 1, next, {state.count + 1});
                     }
-                    load_values(i, tile, state);
+                    if constexpr (LOADS_V) load_values(i, tile, state);
                     tile = next;
                     ++state.count;
                 }
             }
-            for (int warpgroup = 0; warpgroup < S::WARPGROUPS; ++warpgroup) wait_for_room(work_index, warpgroup);
-            if (lane == 0) {
-                rows_info(work_index).key_tiles = -1;
-                for (int warpgroup = 0; warpgroup < S::WARPGROUPS; ++warpgroup) ptx::mbarrier_arrive(base + S::full_q(work_index, warpgroup));
+            if constexpr (LOADS_Q_AND_K) {
+                for (int warpgroup = 0; warpgroup < S::WARPGROUPS; ++warpgroup) wait_for_room(work_index, warpgroup);
+                if (lane == 0) {
+                    rows_info(work_index).key_tiles = -1;
+                    for (int warpgroup = 0; warpgroup < S::WARPGROUPS; ++warpgroup)
+                        ptx::mbarrier_arrive(base + S::full_q(work_index, warpgroup));
+                }
+                ++work_index;
             }
-            ++work_index;
-            if (is_exact || !must_recompute<S>(shared, BARRIER_END_COPIES, S::CONSUMERS + 32)) return;
+            constexpr int BARRIER = LOADS_Q_AND_K ? BARRIER_END_COPIES : BARRIER_END_VALUES;
+            if (is_exact || !must_recompute<S>(shared, BARRIER, S::CONSUMERS + 32)) return;
         }
     }
 
@@ -150,6 +164,10 @@ private:
                     if constexpr (S::RANGED) {
                         const RangeTile& seen = params.range_tiles[range_tile];
                         rows.descends = seen.masked == 0 && seen.inner_first == seen.inner_end;
+                        for (int of = 0; of < S::WARPGROUPS; ++of) {
+                            rows.some_first[of] = seen.some_first[of];
+                            rows.some_end[of] = seen.some_end[of];
+                        }
                     }
                 }
                 __syncwarp();
