@@ -137,16 +137,11 @@ fn cpu(py: Python<'_>) -> PyResult<Device> {
 fn on_current_stream(object: &Bound<'_, PyAny>, array: &Array, ordinal: Option<usize>) -> PyResult<Device> {
     static DEVICES: Mutex<Vec<(usize, usize, Device)>> = Mutex::new(Vec::new());
     let py = object.py();
-    let (ordinal, stream, guard): (usize, usize, _) = match (Family::of(object), ordinal) {
-        (Family::Torch, Some(ordinal)) => {
-            let cuda = py.import("torch")?.getattr("cuda")?;
-            let stream = cuda.call_method1("current_stream", (ordinal,))?.getattr("cuda_stream")?;
-            (ordinal, stream.extract()?, cuda.call_method1("device", (ordinal,))?)
-        }
+    let (family, ordinal, stream) = match (Family::of(object), ordinal) {
+        (Family::Torch, Some(ordinal)) => (Family::Torch, ordinal, torch_stream(py, ordinal)?),
         (Family::CuPy, Some(ordinal)) => {
-            let cuda = py.import("cupy")?.getattr("cuda")?;
-            let stream = cuda.call_method1("get_current_stream", (ordinal,))?.getattr("ptr")?;
-            (ordinal, stream.extract()?, cuda.call_method1("Device", (ordinal,))?)
+            let stream = py.import("cupy")?.getattr("cuda")?.call_method1("get_current_stream", (ordinal,))?;
+            (Family::CuPy, ordinal, stream.getattr("ptr")?.extract()?)
         }
         _ => {
             let expected = "the device, from Device.from_cuda, for CUDA memory of other packages than PyTorch and CuPy";
@@ -160,6 +155,10 @@ fn on_current_stream(object: &Bound<'_, PyAny>, array: &Array, ordinal: Option<u
         return Ok(device);
     }
     // The default stream belongs to whichever context is current.
+    let guard = match family {
+        Family::Torch => py.import("torch")?.getattr("cuda")?.call_method1("device", (ordinal,))?,
+        _ => py.import("cupy")?.getattr("cuda")?.call_method1("Device", (ordinal,))?,
+    };
     guard.call_method0("__enter__")?;
     let opened = cuda::device_over(0, stream);
     guard.call_method1("__exit__", (py.None(), py.None(), py.None()))?;
@@ -171,6 +170,23 @@ fn on_current_stream(object: &Bound<'_, PyAny>, array: &Array, ordinal: Option<u
     }
     devices.push((ordinal, stream, device.clone()));
     Ok(device)
+}
+
+/// The stream that PyTorch works on in this thread. Its compiled code asks for the number without the
+/// object around it, which costs microseconds in each call; the public way is for builds that lack it.
+fn torch_stream(py: Python<'_>, ordinal: usize) -> PyResult<usize> {
+    static RAW: PyOnceLock<Option<Py<PyAny>>> = PyOnceLock::new();
+    let raw = RAW.get_or_try_init(py, || {
+        let own = py.import("torch")?.getattr("_C")?;
+        Ok::<_, PyErr>(own.getattr_opt("_cuda_getCurrentRawStream")?.map(Bound::unbind))
+    })?;
+    match raw {
+        Some(raw) => raw.bind(py).call1((ordinal,))?.extract(),
+        None => {
+            let stream = py.import("torch")?.getattr("cuda")?.call_method1("current_stream", (ordinal,))?;
+            stream.getattr("cuda_stream")?.extract()
+        }
+    }
 }
 
 /// External CUDA streams and memory, or errors in a build without the feature `cuda`.

@@ -1,5 +1,7 @@
 """The functions of sglang's pull request 26318, after its description."""
 
+import inspect
+
 import pytest
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
@@ -16,6 +18,20 @@ MASKS = {
     "all": [[1] * 5] * 2,
     "none": [[0] * 5] * 2,
 }
+
+
+# Callers may name the arguments.
+PARAMETERS = {
+    "build_varlen_mask_meta": ["key_mask"],
+    "build_inv_indices": ["indices", "total_rows"],
+    "fused_pack_qkv": ["q", "k", "v", "indices"],
+    "fused_scatter_to_padded": ["out_unpad", "inv_indices", "batch_size", "seqlen"],
+}
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_parameters_have_the_names_of_the_original(name):
+    assert list(inspect.signature(getattr(sglang, name)).parameters) == PARAMETERS[name]
 
 
 @pytest.fixture(params=MASKS.values(), ids=MASKS.keys())

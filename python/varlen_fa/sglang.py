@@ -30,21 +30,21 @@ def _copied_as(rows):
     return rows.view(torch.bfloat16) if rows.is_cuda else rows
 
 
-def build_varlen_mask_meta(mask):
+def build_varlen_mask_meta(key_mask):
     """Where the valid tokens of a [B, S] mask lie; booleans or integers, what is not 0 is valid.
 
     Returns a dictionary: `indices` int64 [n], flat positions b * S + s of the valid tokens, ascending;
     `cu_seqlens` int32 [B + 1]; `inv_indices` int32 [B * S], the packed row of each token, -1 where it
     is masked; `max_seqlen`, S. The tensors are on the mask's device. A mask on a GPU is read once:
     how long `indices` is depends on what it holds. Raises ShapeError and DTypeError."""
-    if mask.dim() != 2:
-        raise ShapeError(f"`mask`: expected [B, S], got {list(mask.shape)}")
-    size = tuple(mask.shape)
-    meta = _fa.Meta(mask.cpu())
+    if key_mask.dim() != 2:
+        raise ShapeError(f"`key_mask`: expected [B, S], got {list(key_mask.shape)}")
+    size = tuple(key_mask.shape)
+    meta = _fa.Meta(key_mask.cpu())
     made = {
-        "indices": _integers(meta.indices_bytes(), mask.device).to(torch.int64),
-        "cu_seqlens": torch.tensor(meta.cu_seqlens.tolist(), dtype=torch.int32, device=mask.device),
-        "inv_indices": _integers(meta.inv_indices_bytes(), mask.device),
+        "indices": _integers(meta.indices_bytes(), key_mask.device).to(torch.int64),
+        "cu_seqlens": torch.tensor(meta.cu_seqlens.tolist(), dtype=torch.int32, device=key_mask.device),
+        "inv_indices": _integers(meta.inv_indices_bytes(), key_mask.device),
         "max_seqlen": size[1],
     }
     _metas.put((made["indices"],), meta, size)
@@ -52,10 +52,10 @@ def build_varlen_mask_meta(mask):
     return made
 
 
-def build_inv_indices(indices, total):
-    """The packed row of each of `total` = B * S tokens, int32 [total], -1 where it is masked; of the
+def build_inv_indices(indices, total_rows):
+    """The packed row of each of `total_rows` = B * S tokens, int32 [total_rows], -1 where it is masked; of the
     flat positions of the valid tokens. Nothing is read from a GPU."""
-    inv = torch.full((total,), -1, dtype=torch.int32, device=indices.device)
+    inv = torch.full((total_rows,), -1, dtype=torch.int32, device=indices.device)
     inv[indices.long()] = torch.arange(indices.numel(), dtype=torch.int32, device=indices.device)
     return inv
 
@@ -82,19 +82,19 @@ def fused_pack_qkv(q, k, v, indices):
     return tuple(rows.view(of.dtype) for rows, of in zip(packed, (q, k, v)))
 
 
-def fused_scatter_to_padded(out, inv_indices, batch_size, seq_len):
-    """Packed rows [n, H, D] in a padded tensor [batch_size, seq_len, H, D], bit for bit, and zeros
-    where `inv_indices` [batch_size * seq_len] is negative, in one launch on a GPU. Raises
+def fused_scatter_to_padded(out_unpad, inv_indices, batch_size, seqlen):
+    """Packed rows [n, H, D] in a padded tensor [batch_size, seqlen, H, D], bit for bit, and zeros
+    where `inv_indices` [batch_size * seqlen] is negative, in one launch on a GPU. Raises
     InvalidValueError unless the others count up from 0."""
-    size = (batch_size, seq_len)
+    size = (batch_size, seqlen)
 
     def make():
         rows = inv_indices.cpu().long()
-        if rows.dim() != 1 or rows.numel() != batch_size * seq_len:
-            raise ShapeError(f"`inv_indices`: expected [{batch_size * seq_len}], got {list(rows.shape)}")
+        if rows.dim() != 1 or rows.numel() != batch_size * seqlen:
+            raise ShapeError(f"`inv_indices`: expected [{batch_size * seqlen}], got {list(rows.shape)}")
         keep = rows >= 0
         if not torch.equal(rows[keep], torch.arange(int(keep.sum()), device="cpu")):
             raise InvalidValueError("`inv_indices`: expected -1 or packed rows that count up from 0")
         return _fa.Meta(keep.view(size))
 
-    return _fa.scatter_to_padded(_copied_as(out), _metas.get((inv_indices,), make, size)).view(out.dtype)
+    return _fa.scatter_to_padded(_copied_as(out_unpad), _metas.get((inv_indices,), make, size)).view(out_unpad.dtype)
