@@ -24,7 +24,7 @@ constexpr int BARRIER_END_COPIES = 8;
 constexpr int BARRIER_END_ZEROING = 9;
 // All consumers, about the values of a key tile.
 constexpr int BARRIER_VALUES = 10;
-// As BARRIER_END_COPIES, for a warp that loads values alone.
+// As BARRIER_END_COPIES, for the warp that loads values.
 constexpr int BARRIER_END_VALUES = 11;
 
 // What consumers know of a query tile.

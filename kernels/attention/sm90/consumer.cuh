@@ -200,7 +200,7 @@ struct Consumer {
             ptx::tma_store_wait();
             if (is_exact) return;
             ptx::barrier_arrive(BARRIER_END_COPIES, S::CONSUMERS + 32);
-            if constexpr (S::SEGMENTED) ptx::barrier_arrive(BARRIER_END_VALUES, S::CONSUMERS + 32);
+            ptx::barrier_arrive(BARRIER_END_VALUES, S::CONSUMERS + 32);
             if (params.form != FORM_DENSE) ptx::barrier_arrive(BARRIER_END_ZEROING, S::CONSUMERS + 32);
             if (!must_recompute<S>(shared, BARRIER_END, S::CONSUMERS)) return;
         }
