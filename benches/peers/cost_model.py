@@ -141,18 +141,18 @@ class Work:
         masked_rows = all_queries - queries
         zero_pieces = zero_rows = 0.0
         if scatters:
-            # Two warps of each block take 32 rows at a time, which are masked in runs.
-            warps = 2 * min(multiprocessors, max(1, items, -(-all_queries // ZEROED_ROWS)))
+            # A warp of each block takes 32 rows at a time, which are masked in runs.
+            warps = min(multiprocessors, max(1, items, -(-all_queries // ZEROED_ROWS)))
             share = -(-all_queries // 32) + warps - 1
             share = share // warps * 32 * masked_rows / max(1, all_queries)
             run = masked_rows / max(1, sum(features["query_runs"]))
             zero_rows = max(share, min(32.0, run))
             zero_pieces = zero_rows * pieces(heads * row_bytes)
         elif path == "fused" and by_lists:
-            warps = 2 * min(multiprocessors, max(1, items, -(-masked_rows * heads // ZERO_SPAN_ROWS)))
+            warps = min(multiprocessors, max(1, items, -(-masked_rows * heads // ZERO_SPAN_ROWS)))
             zero_pieces = row_bytes * heads * masked_rows / (warps * PIECE)
         elif path == "fused":
-            zero_pieces = heads * masked_rows / (4 * blocks)
+            zero_pieces = heads * masked_rows / blocks
         last = (1, *rows[-1][1:]) if rows else (0, 0, 0, 0)
         return cls(kernel, tiles["width"], path, slowest, last, items % blocks, idle, blocks, attention, launches, copied * row_bytes, zero_pieces, zero_rows)
 

@@ -72,11 +72,28 @@ __device__ inline uint32_t group_bits(const uint32_t* bits, int words, int64_t r
     return __funnelshift_r(low, high, first % 32) & 0xffff;
 }
 
+// How threads share rows of head dimension D or less to write zeros: each has one chunk of 16 bytes of
+// some of them, so that its next address is a sum.
+template <int D>
+struct ZeroLanes {
+    static constexpr int OF_ROW = D <= 64 ? 8 : D <= 128 ? 16 : 32;
+
+    template <typename T>
+    __device__ static void write(T* start, int64_t stride, int rows, int head_dim, int thread, int threads) {
+        const int chunk = thread % OF_ROW;
+        if (chunk * 8 >= head_dim) return;
+        const int step = threads / OF_ROW;
+        int row = thread / OF_ROW;
+        T* to = start + row * stride + chunk * 8;
+#pragma unroll 4
+        for (; row < rows; row += step, to += step * stride) *reinterpret_cast<uint4*>(to) = uint4{0, 0, 0, 0};
+    }
+};
+
 // Writes zeros to the rows that no group covers. Called by threads with nothing else to do. `output`
 // says where the output from a row on is: with strides, and the row as it is counted there.
-template <typename T, typename Output>
+template <typename T, int D, typename Output>
 __device__ inline void write_zero_spans(const TileListParams& params, int thread, int threads, Output output) {
-    const int chunks = params.head_dim / 8;
     const int spans = params.zero_span_count >= 0 ? params.zero_span_count : params.zero_spans[-1].batch;
     for (int item = blockIdx.x; item < spans * params.heads; item += gridDim.x) {
         const ZeroSpan span = params.zero_spans[item / params.heads];
@@ -84,9 +101,7 @@ __device__ inline void write_zero_spans(const TileListParams& params, int thread
         const PlacedRows rows = output(span.first_query);
         T* const out =
             static_cast<T*>(rows.start) + span.batch * rows.strides.batch + rows.row * rows.strides.token + head * rows.strides.head;
-        for (int index = thread; index < span.rows * chunks; index += threads) {
-            *reinterpret_cast<uint4*>(out + index / chunks * rows.strides.token + index % chunks * 8) = uint4{0, 0, 0, 0};
-        }
+        ZeroLanes<D>::write(out, rows.strides.token, span.rows, params.head_dim, thread, threads);
         if (params.lse != nullptr) {
             float* const lse = params.lse + span.batch * params.lse_batch_stride + head * params.lse_head_stride + span.first_query;
             for (int row = thread; row < span.rows; row += threads) lse[row] = -INFINITY;
@@ -94,7 +109,7 @@ __device__ inline void write_zero_spans(const TileListParams& params, int thread
     }
 }
 
-template <typename T>
+template <typename T, int D>
 __device__ inline void write_zero_spans(const TileListParams& params, int thread, int threads) {
-    write_zero_spans<T>(params, thread, threads, [&](int row) { return PlacedRows{params.out, params.out_strides, row}; });
+    write_zero_spans<T, D>(params, thread, threads, [&](int row) { return PlacedRows{params.out, params.out_strides, row}; });
 }

@@ -19,6 +19,8 @@ constexpr int SM100_EXTRA_SHARED_BYTES = 3072;
 constexpr int SM90_MAX_SHARED_BYTES = 232448;
 // Query rows that an sm90 warpgroup computes.
 constexpr int SM90_WARPGROUP_ROWS = 64;
+// The most warpgroups that share a query tile.
+constexpr int MAX_WARPGROUPS = 4;
 // Query tiles of an sm100 block.
 constexpr int SM100_QUERY_TILES = 2;
 // Rows of an sm100 query tile, and keys of a step.
@@ -263,8 +265,11 @@ struct RangeTile {
     int32_t inner_first;
     int32_t inner_end;
     int32_t end;
+    // For each 64 of the tile's rows: the keys that some of them see.
+    int32_t some_first[MAX_WARPGROUPS];
+    int32_t some_end[MAX_WARPGROUPS];
 };
-static_assert(sizeof(RangeTile) == 36);
+static_assert(sizeof(RangeTile) == 68);
 static_assert(offsetof(RangeTile, group) == 0);
 static_assert(offsetof(RangeTile, tile) == 4);
 static_assert(offsetof(RangeTile, first_masked) == 8);
@@ -274,6 +279,8 @@ static_assert(offsetof(RangeTile, first) == 20);
 static_assert(offsetof(RangeTile, inner_first) == 24);
 static_assert(offsetof(RangeTile, inner_end) == 28);
 static_assert(offsetof(RangeTile, end) == 32);
+static_assert(offsetof(RangeTile, some_first) == 36);
+static_assert(offsetof(RangeTile, some_end) == 52);
 
 // What a block does next where the call has key ranges.
 struct RangeWork {

@@ -83,6 +83,8 @@ struct Wgmma;
     "+f"(acc[i][0]), "+f"(acc[i][1]), "+f"(acc[i][2]), "+f"(acc[i][3]), "+f"(acc[i + 1][0]), "+f"(acc[i + 1][1]), "+f"(acc[i + 1][2]), \
         "+f"(acc[i + 1][3])
 
+#define VARLEN_FA_NAMES_N48 VARLEN_FA_NAMES_0 ", " VARLEN_FA_NAMES_1 ", " VARLEN_FA_NAMES_2
+#define VARLEN_FA_ACC_N48 VARLEN_FA_ACC(0), VARLEN_FA_ACC(2), VARLEN_FA_ACC(4)
 #define VARLEN_FA_NAMES_N64 VARLEN_FA_NAMES_0 ", " VARLEN_FA_NAMES_1 ", " VARLEN_FA_NAMES_2 ", " VARLEN_FA_NAMES_3
 #define VARLEN_FA_ACC_N64 VARLEN_FA_ACC(0), VARLEN_FA_ACC(2), VARLEN_FA_ACC(4), VARLEN_FA_ACC(6)
 #define VARLEN_FA_NAMES_N80 VARLEN_FA_NAMES_0 ", " VARLEN_FA_NAMES_1 ", " VARLEN_FA_NAMES_2 ", " VARLEN_FA_NAMES_3 ", " VARLEN_FA_NAMES_4
@@ -124,6 +126,7 @@ struct Wgmma;
     VARLEN_FA_WGMMA(N, __half, "f16", __VA_ARGS__)       \
     VARLEN_FA_WGMMA(N, __nv_bfloat16, "bf16", __VA_ARGS__)
 
+VARLEN_FA_WGMMA_TYPES(48, "%24", "%25", "%26", "%27", "%28", "%29")
 VARLEN_FA_WGMMA_TYPES(64, "%32", "%33", "%34", "%35", "%36", "%37")
 VARLEN_FA_WGMMA_TYPES(80, "%40", "%41", "%42", "%43", "%44", "%45")
 VARLEN_FA_WGMMA_TYPES(96, "%48", "%49", "%50", "%51", "%52", "%53")

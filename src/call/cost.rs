@@ -78,9 +78,6 @@ const PART_TIME: f64 = 1.125;
 
 /// Bytes that a warp writes at once.
 const PIECE: f64 = 512.0;
-/// Warps of a block that write zeros: of kernels that work by tile lists, beside those that compute; and all of sm80.
-const LISTS_ZERO_WARPS: f64 = 2.0;
-const ROWS_ZERO_WARPS: f64 = 4.0;
 /// Rows of zeros that are enough work for a block: of those that packed rows leave, and of those that no group covers. As the
 /// CUDA backend launches.
 const ZEROED_ROWS: usize = 256;
@@ -364,9 +361,8 @@ impl Call<'_> {
         let all_rows = shape.batch * shape.seq_q;
         let masked_rows = all_rows - query.total_valid();
         let (heads, masked) = (shape.num_heads as f64, masked_rows as f64);
-        // Of a launch by tile lists, if so many blocks have zeros to write.
-        let warps =
-            |zero_items: usize| LISTS_ZERO_WARPS * items.max(zero_items).clamp(1, self.machine.multiprocessors) as f64;
+        // Of a launch by tile lists, if so many blocks have zeros to write: one of a block, beside those that compute.
+        let warps = |zero_items: usize| items.max(zero_items).clamp(1, self.machine.multiprocessors) as f64;
         if self.scatters() {
             // Warps take 32 rows at a time, which are masked in runs.
             let taken = (all_rows.div_ceil(32) as f64 / warps(all_rows.div_ceil(ZEROED_ROWS))).ceil() * 32.0;
@@ -380,10 +376,8 @@ impl Call<'_> {
                 let zero_items = (masked_rows * shape.num_heads).div_ceil(ZERO_SPAN_ROWS);
                 heads * masked * self.row_bytes() / (warps(zero_items) * PIECE)
             }
-            // A warp writes one row at a time.
-            Path::Fused => {
-                heads * masked / (ROWS_ZERO_WARPS * (self.machine.multiprocessors * self.tiling.blocks) as f64)
-            }
+            // All four warps of a block of sm80, each one row at a time, which take as long as one of the others does.
+            Path::Fused => heads * masked / (self.machine.multiprocessors * self.tiling.blocks) as f64,
             _ => 0.0,
         };
         pieces * chip.zero_piece

@@ -98,7 +98,7 @@ __device__ inline void attention(const TileListParams& params) {
         } else if (warp == 14) {
             if (zeroes_values) zero_masked_values<S>(block);
         } else {
-            write_zero_spans<typename S::T>(params, threadIdx.x % 32, 32);
+            write_zero_spans<typename S::T, S::D>(params, threadIdx.x % 32, 32);
         }
     }
     // No thread uses tensor memory any more.

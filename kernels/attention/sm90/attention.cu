@@ -3,10 +3,10 @@
 // each, as in FlashAttention-3 (Shah et al., 2024).
 //
 //                   work list                             shared memory
-//   producer  warp 0 ────────▶ copy engine ──▶  Q Q │ K K │ V V    two stages of K and V; full and empty barriers for each.
-//             warp 1 zeroes masked rows of V ─────────────────┘    The output of a query tile takes its place; where there is
-//                                                                  room for two, the next one is loaded early
-//             warps 2, 3 write the rows without a query tile as zeros
+//   producer  warp 0 ────────▶ copy engine ──▶  Q Q │ K K │        two stages of K and V; full and empty barriers for each.
+//             warp 3 ────────▶ copy engine ─────────────▶ V V      The output of a query tile takes its place; where there is
+//             warp 1 zeroes masked rows of V ─────────────┘        room for two, the next one is loaded early
+//             warp 2 writes the rows without a query tile as zeros
 //
 //   consumers, taking turns, S the scores of the next key tile, O the product of this one
 //     0   S₁ O₀  softmax₁  S₂ O₁  softmax₂  S₃ O₂ ...
@@ -65,21 +65,24 @@ __device__ inline void attention(const TileListParams& params, const SegmentTabl
     __syncthreads();
     if (warp < 4) {
         ptx::release_registers<S::PRODUCER_REGISTERS>();
-        if (warp == 0) {
-            Producer<S>(params, segments, shared, base).run();
+        // One call, so that both run the same code.
+        if (warp == 0 || warp == 3) {
+            Producer<S>(warp == 3, params, segments, shared, base).run();
         } else if (warp == 1 && params.form != FORM_DENSE) {
             zero_masked_values<S>(shared, base);
-        } else if (warp >= 2) {
+        } else if (warp == 2) {
+            using T = typename S::T;
+            const int lane = threadIdx.x % 32;
             if constexpr (S::SEGMENTED) {
-                write_zero_spans<typename S::T>(params, threadIdx.x - 64, 64, [&](int row) {
+                write_zero_spans<T, S::D>(params, lane, 32, [&](int row) {
                     const SegmentRow at = segment_row(segments->query_ends, row);
                     const SegmentOutput& output = segments->outputs[at.segment];
                     return PlacedRows{output.out, output.strides, at.row};
                 });
             } else {
-                write_zero_spans<typename S::T>(params, threadIdx.x - 64, 64);
+                write_zero_spans<T, S::D>(params, lane, 32);
             }
-            if (params.inv_indices != nullptr) write_masked_zeros<typename S::T>(params, warp - 2, 2);
+            if (params.inv_indices != nullptr) write_masked_zeros<T, S::D>(params);
         }
     } else {
         ptx::take_registers<S::CONSUMER_REGISTERS>();

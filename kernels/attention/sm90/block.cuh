@@ -24,6 +24,8 @@ constexpr int BARRIER_END_COPIES = 8;
 constexpr int BARRIER_END_ZEROING = 9;
 // All consumers, about the values of a key tile.
 constexpr int BARRIER_VALUES = 10;
+// As BARRIER_END_COPIES, for the warp that loads values.
+constexpr int BARRIER_END_VALUES = 11;
 
 // What consumers know of a query tile.
 struct TileRows {
@@ -52,6 +54,9 @@ struct TileKeys {
 struct RangedTileRows : TileRows {
     // Whether every key tile is masked, and they come from right to left.
     int32_t descends;
+    // `RangeTile::some_first` and `some_end`.
+    int32_t some_first[3];
+    int32_t some_end[3];
 };
 
 struct RangedTileKeys : TileKeys {
@@ -80,6 +85,8 @@ struct Shape {
     static constexpr int WARPGROUPS = WARPGROUPS_;
     static constexpr int TILE_M = WARPGROUPS * SM90_WARPGROUP_ROWS;
     static constexpr int TILE_N = TILE_N_;
+    // Keys of half a tile, in whole groups.
+    static constexpr int HALF_N = (TILE_N / 2 + GROUP_ROWS - 1) / GROUP_ROWS * GROUP_ROWS;
     static constexpr int THREADS = (WARPGROUPS + 1) * WARPGROUP;
     static constexpr int CONSUMER_WARPS = WARPGROUPS * 4;
     static constexpr int CONSUMERS = WARPGROUPS * WARPGROUP;

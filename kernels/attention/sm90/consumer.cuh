@@ -76,14 +76,15 @@ struct Consumer {
         }
     };
 
-    // S = Q·Kᵀ of this warpgroup's rows and a tile of keys.
-    __device__ static void issue_scores(float (&scores)[N / 8][4], Matrix q, Matrix k) {
+    // S = Q·Kᵀ of this warpgroup's rows and the first keys of a tile, or all of them.
+    template <int TILES>
+    __device__ static void issue_scores(float (&scores)[TILES][4], Matrix q, Matrix k) {
         ptx::wgmma_fence();
 #pragma unroll
         for (int step = 0; step < D / 16; ++step) {
             const int panel = step * 16 / S::PANEL;
             const int column = step * 16 % S::PANEL * 2;
-            ptx::Wgmma<N, T>::ss(scores, q.at(panel * S::TILE_M * ROW_BYTES + column), k.at(panel * N * ROW_BYTES + column), step > 0);
+            ptx::Wgmma<TILES * 8, T>::ss(scores, q.at(panel * S::TILE_M * ROW_BYTES + column), k.at(panel * N * ROW_BYTES + column), step > 0);
         }
         ptx::wgmma_commit();
     }
@@ -96,11 +97,17 @@ struct Consumer {
         ptx::wgmma_commit();
     }
 
-    __device__ static void pack(uint32_t (&probs)[N / 16][4], const float (&scores)[N / 8][4]) {
+    // Keys without a score have no weight.
+    template <int TILES>
+    __device__ static void pack(uint32_t (&probs)[N / 16][4], const float (&scores)[TILES][4]) {
 #pragma unroll
         for (int step = 0; step < N / 16; ++step) {
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
+                if (step >= TILES / 2) {
+                    probs[step][i] = 0;
+                    continue;
+                }
                 const float(&pair)[4] = scores[2 * step + i / 2];
                 probs[step][i] = ptx::pack_pair<T>(pair[i % 2 * 2], pair[i % 2 * 2 + 1]);
             }
@@ -119,11 +126,12 @@ struct Consumer {
         return reinterpret_cast<const typename S::Keys*>(shared + S::KEYS_INFO)[stage];
     }
 
-    __device__ void mask(float (&scores)[N / 8][4], int stage) const {
+    template <int TILES>
+    __device__ void mask(float (&scores)[TILES][4], int stage) const {
         // The maximum is taken before scaling, so the sign of the scale goes to the scores.
         if (params.score_scale < 0.0f) {
 #pragma unroll
-            for (int tile = 0; tile < N / 8; ++tile) {
+            for (int tile = 0; tile < TILES; ++tile) {
 #pragma unroll
                 for (int i = 0; i < 4; ++i) scores[tile][i] = -scores[tile][i];
             }
@@ -136,10 +144,10 @@ struct Consumer {
             if (keys.has_masked_values == 0) return;
         }
 #pragma unroll
-        for (int word = 0; word < (N + 31) / 32; ++word) {
+        for (int word = 0; word < (TILES + 3) / 4; ++word) {
             const uint32_t kept = keys_info(stage).kept[word] >> (threadIdx.x % 4 * 2);
 #pragma unroll
-            for (int tile = word * 4; tile < word * 4 + 4 && tile < N / 8; ++tile) {
+            for (int tile = word * 4; tile < word * 4 + 4 && tile < TILES; ++tile) {
 #pragma unroll
                 for (int i = 0; i < 4; ++i) {
                     if ((kept >> (tile % 4 * 8 + i % 2) & 1) == 0) scores[tile][i] = -INFINITY;
@@ -192,6 +200,7 @@ struct Consumer {
             ptx::tma_store_wait();
             if (is_exact) return;
             ptx::barrier_arrive(BARRIER_END_COPIES, S::CONSUMERS + 32);
+            ptx::barrier_arrive(BARRIER_END_VALUES, S::CONSUMERS + 32);
             if (params.form != FORM_DENSE) ptx::barrier_arrive(BARRIER_END_ZEROING, S::CONSUMERS + 32);
             if (!must_recompute<S>(shared, BARRIER_END, S::CONSUMERS)) return;
         }
@@ -251,15 +260,13 @@ private:
 
     __device__ unsigned char* value_tile(int stage) const { return shared + S::V + stage * S::TileKV::BYTES; }
 
-    // With key ranges: finds what this warp's rows see.
-    __device__ void read_ranges() {
-        seen.read(params.ranges, rows_info(work_index), warpgroup);
-    }
-
-    // With key ranges: whether this warpgroup sees a key of a masked tile, which it waits for.
+    // With key ranges: whether this warpgroup sees a key of a masked tile from its key FIRST on. It
+    // waits for the tile.
+    template <int FIRST = 0>
     __device__ bool sees_tile(KeysState state) const {
         ptx::mbarrier_wait(base + S::FULL_K + 8 * state.stage(), state.parity());
-        return seen.template some_see<N>(keys_info(state.stage()));
+        const auto& rows = rows_info(work_index);
+        return some_see<N, FIRST>(keys_info(state.stage()), rows.some_first[warpgroup], rows.some_end[warpgroup]);
     }
 
     // Keeps pace with the other warpgroups at a tile that this one does not see.
@@ -290,7 +297,7 @@ private:
     // The scores of a tile are issued before the product of the tile before.
     __device__ void attend(float (&acc)[D / 8][4], RowSums& sums) {
         WarpgroupSoftmax softmax(fabsf(params.score_scale));
-        if constexpr (S::RANGED) read_ranges();
+        if constexpr (S::RANGED) seen.read(params.ranges, rows_info(work_index));
         const Matrix q = queries(work_index);
         KeysState state = this->state;
         const uint32_t last_masked = state.count + max(masked_tiles, 1) - 1;
@@ -299,17 +306,17 @@ private:
             for (; state.count != last_masked && !sees_tile(state); ++state.count) pass_tile(state);
         }
         uint32_t probs[N / 16][4];
-        float scores[N / 8][4];
         ptx::mbarrier_wait(base + S::FULL_K + 8 * state.stage(), state.parity());
-        issue_scores(scores, q, keys(state.stage()));
-        give_back_stored();
-        ptx::wgmma_wait<0>();
-        ptx::pin_registers(scores);
-        if (masked_tiles > 0) mask(scores, state.stage());
-        arrive(S::EMPTY_K + 8 * state.stage());
-        softmax.raise_max(scores);
-        softmax.exponentiate(scores);
-        pack(probs, scores);
+        if constexpr (S::RANGED) {
+            // A tile that ends beyond what the rows see is half seen as often as not.
+            if (masked_tiles > 0 && !sees_tile<S::HALF_N>(state)) {
+                start<S::HALF_N>(probs, softmax, q, state);
+            } else {
+                start<N>(probs, softmax, q, state);
+            }
+        } else {
+            start<N>(probs, softmax, q, state);
+        }
         for (; state.count != last_masked; ++state.count) {
             if constexpr (S::RANGED) {
                 // Nor does it see those further to the left.
@@ -333,6 +340,22 @@ private:
             doubt(sums, acc);
             for (++state.count; state.count != this->state.count + key_tiles; ++state.count) pass_tile(state);
         }
+    }
+
+    // The probabilities of the first tile, of which this warpgroup sees KEYS keys.
+    template <int KEYS>
+    __device__ void start(uint32_t (&probs)[N / 16][4], WarpgroupSoftmax& softmax, Matrix q, KeysState state) {
+        float scores[KEYS / 8][4];
+        issue_scores(scores, q, keys(state.stage()));
+        give_back_stored();
+        if constexpr (S::RANGED) seen.find_all();
+        ptx::wgmma_wait<0>();
+        ptx::pin_registers(scores);
+        if (masked_tiles > 0) mask(scores, state.stage());
+        arrive(S::EMPTY_K + 8 * state.stage());
+        softmax.raise_max(scores);
+        softmax.exponentiate(scores);
+        pack(probs, scores);
     }
 
     // The product of a key tile, and the probabilities of the next one.
@@ -368,7 +391,8 @@ private:
     __device__ void attend_exactly(float (&acc)[D / 8][4], RowSums& sums) {
         ExactSoftmax softmax(fabsf(params.score_scale));
         if constexpr (S::RANGED) {
-            read_ranges();
+            seen.read(params.ranges, rows_info(work_index));
+            seen.find_all();
             sees_some[0] = sees_some[1] = masked_tiles != key_tiles;
         }
         const Matrix q = queries(work_index);

@@ -1,5 +1,7 @@
-// The producer warpgroup of the sm90 kernel. Warp 0 finds the next tiles and has them copied; warp
-// 1 zeroes masked rows of V; warps 2 and 3 write zeros to the rows that are in no query tile.
+// The producer warpgroup of the sm90 kernel. Warps 0 and 3 find the next tiles and have them copied:
+// queries and keys, and values. They share the scheduler with different consumers, and one alone
+// cannot keep up. Warp 1 zeroes masked rows of V; warp 2 writes zeros to the rows that are in no query
+// tile.
 #pragma once
 #include "../../ptx/mbarrier.cuh"
 #include "../../ptx/tma.cuh"
@@ -14,6 +16,8 @@ namespace sm90 {
 
 template <typename S>
 struct Producer {
+    // Whether this warp has values copied, and the other one queries and keys.
+    const bool loads_values;
     const TileListParams& params;
     // Null without segments.
     const SegmentTable* segments;
@@ -36,9 +40,10 @@ struct Producer {
     std::conditional_t<S::SEGMENTED, SegmentEnds, int> query_ends;
     std::conditional_t<S::SEGMENTED, SegmentEnds, int> key_ends;
 
-    __device__ Producer(const TileListParams& params, const SegmentTable* segments, unsigned char* shared, uint32_t base)
-        : params(params), segments(segments), shared(shared), base(base), lane(threadIdx.x % 32), query_ends(ends_of(segments, true)),
-          key_ends(ends_of(segments, false)) {}
+    __device__ Producer(bool loads_values, const TileListParams& params, const SegmentTable* segments, unsigned char* shared,
+                        uint32_t base)
+        : loads_values(loads_values), params(params), segments(segments), shared(shared), base(base), lane(threadIdx.x % 32),
+          query_ends(ends_of(segments, true)), key_ends(ends_of(segments, false)) {}
 
     __device__ void run() {
         KeysState state;
@@ -49,27 +54,24 @@ struct Producer {
             for (; schedule.next(work) && !(is_exact && work.part >= 0); ++work_index) {
                 if constexpr (S::RANGED) range_tile = schedule.tile;
                 const RowGroup group = find(work);
-                int tile = first_tile < end_tile ? tile_at(first_tile) : 0;
-                if (first_tile < end_tile) load_keys(first_tile, tile, state);
-                load_queries(work, work_index, group);
-                for (int i = first_tile; i < end_tile; ++i) {
-                    int next = 0;
-                    if (i + 1 < end_tile) {
-                        next = tile_at(i + 1);
-                        load_keys(i + 1, next, {state.count + 1});
-                    }
-                    load_values(i, tile, state);
-                    tile = next;
-                    ++state.count;
+                // A query tile may have no keys. The first ones come before the queries, which may have to
+                // wait for their place.
+                for (int i = first_tile; i == first_tile || i < end_tile; ++i) {
+                    if (i < end_tile) load(i, state);
+                    if (i == first_tile && !loads_values) load_queries(work, work_index, group);
                 }
             }
-            for (int warpgroup = 0; warpgroup < S::WARPGROUPS; ++warpgroup) wait_for_room(work_index, warpgroup);
-            if (lane == 0) {
-                rows_info(work_index).key_tiles = -1;
-                for (int warpgroup = 0; warpgroup < S::WARPGROUPS; ++warpgroup) ptx::mbarrier_arrive(base + S::full_q(work_index, warpgroup));
+            if (!loads_values) {
+                for (int warpgroup = 0; warpgroup < S::WARPGROUPS; ++warpgroup) wait_for_room(work_index, warpgroup);
+                if (lane == 0) {
+                    rows_info(work_index).key_tiles = -1;
+                    for (int warpgroup = 0; warpgroup < S::WARPGROUPS; ++warpgroup)
+                        ptx::mbarrier_arrive(base + S::full_q(work_index, warpgroup));
+                }
             }
             ++work_index;
-            if (is_exact || !must_recompute<S>(shared, BARRIER_END_COPIES, S::CONSUMERS + 32)) return;
+            const int barrier = loads_values ? BARRIER_END_VALUES : BARRIER_END_COPIES;
+            if (is_exact || !must_recompute<S>(shared, barrier, S::CONSUMERS + 32)) return;
         }
     }
 
@@ -150,6 +152,10 @@ private:
                     if constexpr (S::RANGED) {
                         const RangeTile& seen = params.range_tiles[range_tile];
                         rows.descends = seen.masked == 0 && seen.inner_first == seen.inner_end;
+                        for (int of = 0; of < S::WARPGROUPS; ++of) {
+                            rows.some_first[of] = seen.some_first[of];
+                            rows.some_end[of] = seen.some_end[of];
+                        }
                     }
                 }
                 __syncwarp();
@@ -210,10 +216,6 @@ private:
         return params.form == FORM_FUSED ? tile < 0 : params.form == FORM_PACKED && i == 0 && tiles.keys % S::TILE_N != 0;
     }
 
-    __device__ void load_tile(const ptx::TensorMap& map, const ptx::TensorMap& group_map, uint32_t to, uint32_t barrier, int tile) const {
-        load_key_tile<typename S::TileKV>(to, map, group_map, params.key_groups, barrier, tile, kv_head, tiles.batch);
-    }
-
     // With segments: where a tile of keys lies, or this lane's group of it, of which so many rows are
     // left in the segment.
     __device__ SegmentRow place_of_keys(int tile, int& left) const {
@@ -224,26 +226,9 @@ private:
         return {};
     }
 
-    // Loads it from the segment whose maps these are.
-    template <typename Map, typename GroupMap>
-    __device__ void load_from_segments(Map map_of, GroupMap group_map_of, uint32_t to, uint32_t barrier, int tile, SegmentRow at) const {
-        using Tile = typename S::TileKV;
-        if (tile < 0 && lane >= KEY_GROUPS) return;
-        const auto& maps = segments->maps[at.segment];
-        if (tile >= 0) {
-            load_key_tile<Tile>(to, map_of(maps), map_of(maps), nullptr, barrier, at.row, kv_head, tiles.batch);
-        } else {
-            load_group<Tile>(to, lane, group_map_of(maps), barrier, ptx::policy_evict_last(), at.row, kv_head, tiles.batch);
-        }
-    }
-
-    __device__ void load_keys(int i, int tile, KeysState state) const {
-        const uint32_t full = base + S::FULL_K + 8 * state.stage();
-        // Before the wait, which takes long.
-        int left = GROUP_ROWS;
-        const SegmentRow at = place_of_keys(tile, left);
-        ptx::mbarrier_wait(base + S::EMPTY_K + 8 * state.stage(), state.parity() ^ 1);
-        auto& info = reinterpret_cast<typename S::Keys*>(shared + S::KEYS_INFO)[state.stage()];
+    // Tells consumers about a key tile: which keys are kept, and whether rows of V must be zeroed.
+    // Only `left` rows of this lane's group are left in its segment.
+    __device__ void describe_keys(int i, int tile, typename S::Keys& info, int left) const {
         if (i < masked_end) {
             uint32_t kept;
             if constexpr (S::SEGMENTED) {
@@ -254,40 +239,47 @@ private:
             }
             if (lane < (S::TILE_N + 31) / 32) info.kept[lane] = kept;
             if constexpr (S::RANGED) {
-                constexpr int GROUPS = S::TILE_N / GROUP_ROWS;
-                if (lane < GROUPS) {
+                if (lane < KEY_GROUPS) {
                     const bool is_listed = params.form == FORM_FUSED && tile < 0;
                     info.first_keys[lane] =
-                        is_listed ? params.key_groups[~tile * GROUPS + lane] : tile - tiles.first_key + lane * GROUP_ROWS;
+                        is_listed ? params.key_groups[~tile * KEY_GROUPS + lane] : tile - tiles.first_key + lane * GROUP_ROWS;
                 }
             }
         }
         if (lane == 0) info.has_masked_values = has_masked_values(i, tile);
-        __syncwarp();
-        if (lane == 0) ptx::mbarrier_arrive_expect(full, S::TileKV::BYTES);
-        __syncwarp();
-        const uint32_t to = base + S::K + state.stage() * S::TileKV::BYTES;
-        if constexpr (S::SEGMENTED) {
-            load_from_segments([](const SegmentMaps& maps) -> auto& { return maps.k; },
-                               [](const SegmentMaps& maps) -> auto& { return maps.k_group; }, to, full, tile, at);
-        } else {
-            load_tile(params.k_map, params.k_group_map, to, full, tile);
-        }
     }
 
-    __device__ void load_values(int i, int tile, KeysState state) const {
-        const uint32_t full = base + (has_masked_values(i, tile) ? S::RAW_V : S::FULL_V) + 8 * state.stage();
-        int left;
+    // Has key tile i copied, its keys or its values, to the next stage.
+    __device__ void load(int i, KeysState& state) {
+        const int tile = tile_at(i);
+        // Before the wait, which takes long.
+        int left = GROUP_ROWS;
         const SegmentRow at = place_of_keys(tile, left);
-        ptx::mbarrier_wait(base + S::EMPTY_V + 8 * state.stage(), state.parity() ^ 1);
+        const uint32_t empty = loads_values ? S::EMPTY_V : S::EMPTY_K;
+        uint32_t full = loads_values ? S::FULL_V : S::FULL_K;
+        if (loads_values && has_masked_values(i, tile)) full = S::RAW_V;
+        full += base + 8 * state.stage();
+        ptx::mbarrier_wait(base + empty + 8 * state.stage(), state.parity() ^ 1);
+        if (!loads_values) describe_keys(i, tile, reinterpret_cast<typename S::Keys*>(shared + S::KEYS_INFO)[state.stage()], left);
+        __syncwarp();
         if (lane == 0) ptx::mbarrier_arrive_expect(full, S::TileKV::BYTES);
         __syncwarp();
-        const uint32_t to = base + S::V + state.stage() * S::TileKV::BYTES;
+        const uint32_t to = base + (loads_values ? S::V : S::K) + state.stage() * S::TileKV::BYTES;
+        ++state.count;
         if constexpr (S::SEGMENTED) {
-            load_from_segments([](const SegmentMaps& maps) -> auto& { return maps.v; },
-                               [](const SegmentMaps& maps) -> auto& { return maps.v_group; }, to, full, tile, at);
+            if (tile < 0 && lane >= KEY_GROUPS) return;
+            const SegmentMaps& maps = segments->maps[at.segment];
+            if (tile >= 0) {
+                const ptx::TensorMap& map = loads_values ? maps.v : maps.k;
+                load_key_tile<typename S::TileKV>(to, map, map, nullptr, full, at.row, kv_head, tiles.batch);
+            } else {
+                const ptx::TensorMap& map = loads_values ? maps.v_group : maps.k_group;
+                load_group<typename S::TileKV>(to, lane, map, full, ptx::policy_evict_last(), at.row, kv_head, tiles.batch);
+            }
         } else {
-            load_tile(params.v_map, params.v_group_map, to, full, tile);
+            const ptx::TensorMap& map = loads_values ? params.v_map : params.k_map;
+            const ptx::TensorMap& group_map = loads_values ? params.v_group_map : params.k_group_map;
+            load_key_tile<typename S::TileKV>(to, map, group_map, params.key_groups, full, tile, kv_head, tiles.batch);
         }
     }
 };
@@ -329,22 +321,19 @@ __device__ inline void zero_masked_values(unsigned char* shared, uint32_t base) 
     }
 }
 
-// Writes zeros to the rows of the padded output that no packed row goes to. A warp takes 32 rows at
-// a time.
-template <typename T>
-__device__ inline void write_masked_zeros(const TileListParams& params, int warp, int warps) {
+// Writes zeros to the rows of the padded output that no packed row goes to. A warp of each block takes
+// 32 rows at a time.
+template <typename T, int D>
+__device__ inline void write_masked_zeros(const TileListParams& params) {
+    using Lanes = ZeroLanes<D>;
     const int lane = threadIdx.x % 32;
-    const int chunks = params.head_dim / 8;
-    const int step = gridDim.x * warps * 32;
-    for (int first = (blockIdx.x * warps + warp) * 32; first < params.padded_rows; first += step) {
+    for (int first = blockIdx.x * 32; first < params.padded_rows; first += gridDim.x * 32) {
         const bool is_masked = first + lane < params.padded_rows && params.inv_indices[first + lane] < 0;
         for (uint32_t left = __ballot_sync(0xffffffff, is_masked); left != 0; left &= left - 1) {
             const int flat = first + __ffs(left) - 1;
             T* const out = static_cast<T*>(params.out) + static_cast<int64_t>(flat / params.seq_q) * params.out_strides.batch +
                            static_cast<int64_t>(flat % params.seq_q) * params.out_strides.token;
-            for (int index = lane; index < params.heads * chunks; index += 32) {
-                *reinterpret_cast<uint4*>(out + index / chunks * params.out_strides.head + index % chunks * 8) = uint4{0, 0, 0, 0};
-            }
+            Lanes::write(out, params.out_strides.head, params.heads, params.head_dim, lane, 32);
         }
     }
 }

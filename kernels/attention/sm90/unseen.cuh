@@ -11,50 +11,39 @@
 
 namespace sm90 {
 
-// What this lane's two rows see; what all rows of the warp see; and what some row of the warpgroup
-// sees.
+// Whether some row of a warpgroup, whose rows see keys from `some_first` to `some_end`, may see a key
+// of a tile of N keys from its key FIRST on. A whole warp asks.
+template <int N, int FIRST>
+__device__ inline bool some_see(const RangedTileKeys& keys, int some_first, int some_end) {
+    const int group = max(static_cast<int>(threadIdx.x % 32), FIRST / static_cast<int>(GROUP_ROWS));
+    const int first = keys.first_keys[min(group, N / static_cast<int>(GROUP_ROWS) - 1)];
+    const bool sees = first < some_end && first + static_cast<int>(GROUP_ROWS) > some_first;
+    return ptx::uniform(static_cast<int>(__any_sync(0xffffffff, sees))) != 0;
+}
+
+// What this lane's two rows see; and what all rows of the warp see.
 struct SeenByRows {
     int2 row[2];
     int all_first;
     int all_end;
-    int some_first;
-    int some_end;
 
-    // For a warp of a warpgroup. Rows that do not exist count as seeing everything where all rows
-    // count, and nothing where some do.
-    __device__ void read(const KeyRangeParams& params, const TileRows& tile, int warpgroup) {
-        const int lane = threadIdx.x % 32;
+    // The lane's rows. Those that do not exist count as seeing everything.
+    __device__ void read(const KeyRangeParams& params, const TileRows& tile) {
         // Fits: the queries of all batch rows are counted in an int.
         const int first_query = static_cast<int>(tile.batch * params.row_stride);
-        const auto range = [&](const RowGroup& group, int at, int2 otherwise) {
-            if (at >= group.rows) return otherwise;
-            return __ldg(reinterpret_cast<const int2*>(params.ranges) + (first_query + group.first_row + at));
-        };
-        const RowGroup& of_warp = tile.groups[threadIdx.x / 32 - 4];
-        some_first = INT32_MAX;
-        some_end = 0;
+        const RowGroup& group = tile.groups[threadIdx.x / 32 - 4];
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            row[half] = range(of_warp, half * 8 + lane / 4, make_int2(0, INT32_MAX));
-            const int at = half * 32 + lane;
-            const int2 other = range(tile.groups[warpgroup * 4 + at / GROUP_ROWS], at % GROUP_ROWS, make_int2(0, 0));
-            if (other.x < other.y) {
-                some_first = min(some_first, other.x);
-                some_end = max(some_end, other.y);
-            }
+            const int at = half * 8 + threadIdx.x % 32 / 4;
+            row[half] = make_int2(0, INT32_MAX);
+            if (at < group.rows) row[half] = __ldg(reinterpret_cast<const int2*>(params.ranges) + (first_query + group.first_row + at));
         }
-        all_first = __reduce_max_sync(0xffffffff, max(row[0].x, row[1].x));
-        all_end = __reduce_min_sync(0xffffffff, min(row[0].y, row[1].y));
-        some_first = __reduce_min_sync(0xffffffff, some_first);
-        some_end = __reduce_max_sync(0xffffffff, some_end);
     }
 
-    // Whether some row of the warpgroup may see a key of a tile of N keys.
-    template <int N>
-    __device__ bool some_see(const RangedTileKeys& keys) const {
-        const int first = keys.first_keys[min(threadIdx.x % 32, N / GROUP_ROWS - 1)];
-        const bool sees = first < some_end && first + static_cast<int>(GROUP_ROWS) > some_first;
-        return ptx::uniform(static_cast<int>(__any_sync(0xffffffff, sees))) != 0;
+    // Apart from `read`, whose numbers take long to come.
+    __device__ void find_all() {
+        all_first = __reduce_max_sync(0xffffffff, max(row[0].x, row[1].x));
+        all_end = __reduce_min_sync(0xffffffff, min(row[0].y, row[1].y));
     }
 
     __device__ bool has_keys(int half) const { return row[half].x < row[half].y; }

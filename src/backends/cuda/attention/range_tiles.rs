@@ -11,7 +11,7 @@ use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 use std::ops::Range;
 
-use crate::backends::cuda::kernels::params::{ELEMENT_BYTES, RangeTile, RangeWork};
+use crate::backends::cuda::kernels::params::{ELEMENT_BYTES, MAX_WARPGROUPS, RangeTile, RangeWork, SM90_WARPGROUP_ROWS};
 use crate::backends::cuda::kernels::tiles::ListTile;
 use crate::mask::cu_seqlens::CuSeqlens;
 use crate::mask::key_ranges::KeyRanges;
@@ -69,27 +69,40 @@ impl RangeTile {
     }
 }
 
-/// What the queries of a tile see: keys that some see, and those that all see.
+/// What the queries of a tile see: keys that some see, those that all see, and those that some of each
+/// warpgroup see.
 #[derive(Debug, Clone, Copy)]
 struct Seen {
     first: u32,
     end: u32,
     all_first: u32,
     all_end: u32,
+    of_warpgroups: [[u32; 2]; MAX_WARPGROUPS],
 }
 
 impl Seen {
-    const NOTHING: Self = Self { first: u32::MAX, end: 0, all_first: 0, all_end: u32::MAX };
+    const NOTHING: Self =
+        Self { first: u32::MAX, end: 0, all_first: 0, all_end: u32::MAX, of_warpgroups: [[u32::MAX, 0]; MAX_WARPGROUPS] };
 
-    fn add(&mut self, ranges: &[[u32; 2]]) {
+    /// Adds ranges of rows of one warpgroup.
+    fn add(&mut self, warpgroup: usize, ranges: &[[u32; 2]]) {
+        let [some_first, some_end] = &mut self.of_warpgroups[warpgroup];
         for &[first, end] in ranges {
             // One that sees nothing.
             let is_empty = first >= end;
-            self.first = self.first.min(if is_empty { u32::MAX } else { first });
-            self.end = self.end.max(if is_empty { 0 } else { end });
+            *some_first = (*some_first).min(if is_empty { u32::MAX } else { first });
+            *some_end = (*some_end).max(if is_empty { 0 } else { end });
             self.all_first = self.all_first.max(first);
             self.all_end = self.all_end.min(end);
         }
+        self.first = self.first.min(*some_first);
+        self.end = self.end.max(*some_end);
+    }
+
+    /// `RangeTile::some_first` and `some_end`. All fit, as tokens are counted in an i32; what sees
+    /// nothing has an end of 0.
+    fn of_warpgroups(&self, at: usize) -> [i32; MAX_WARPGROUPS] {
+        self.of_warpgroups.map(|some| some[at].min(i32::MAX as u32) as i32)
     }
 
     fn is_empty(&self) -> bool {
@@ -135,13 +148,14 @@ impl RangeTiles {
             for number in 0..batch.query_tiles as usize {
                 let mut seen = Seen::NOTHING;
                 let first = (batch.first_query_tile as usize + number) * query_groups;
-                for &start in &lists.query_groups[first..first + query_groups] {
+                for (at, &start) in lists.query_groups[first..first + query_groups].iter().enumerate() {
+                    let warpgroup = at * GROUP_ROWS / SM90_WARPGROUP_ROWS as usize;
                     let rows = (start as usize).min(query.seq())..(start as usize + GROUP_ROWS).min(query.seq());
                     let is_kept = |row: usize| words[row / 64] >> (row % 64) & 1 == 1;
                     if query.is_all_valid() {
-                        seen.add(&own[rows]);
+                        seen.add(warpgroup, &own[rows]);
                     } else {
-                        rows.filter(|&row| is_kept(row)).for_each(|row| seen.add(&own[row..=row]));
+                        rows.filter(|&row| is_kept(row)).for_each(|row| seen.add(warpgroup, &own[row..=row]));
                     }
                 }
                 made.tiles.push(RangeTile { group: group as i32, tile: number as i32, ..keys.seen(&seen) });
@@ -156,7 +170,9 @@ impl RangeTiles {
         let before = self.tiles.len();
         for (number, rows) in own.chunks(tile.rows as usize).enumerate() {
             let mut seen = Seen::NOTHING;
-            seen.add(rows);
+            for (warpgroup, rows) in rows.chunks(SM90_WARPGROUP_ROWS as usize).enumerate() {
+                seen.add(warpgroup, rows);
+            }
             // Both fit: tokens are counted in an i32.
             self.tiles.push(RangeTile { group: group as i32, tile: number as i32, ..keys_in_a_row(&seen, tile.keys) });
         }
@@ -275,6 +291,8 @@ fn keys_in_a_row(seen: &Seen, keys: u32) -> RangeTile {
         inner_first: inner.start as i32,
         inner_end: inner.end as i32,
         end: count as i32,
+        some_first: seen.of_warpgroups(0),
+        some_end: seen.of_warpgroups(1),
         ..Default::default()
     }
 }
@@ -305,7 +323,8 @@ impl<'a> ListedKeys<'a> {
         if seen.is_empty() {
             return RangeTile::default();
         }
-        let &Seen { first, end, all_first, all_end } = seen;
+        let &Seen { first, end, all_first, all_end, .. } = seen;
+        let (some_first, some_end) = (seen.of_warpgroups(0), seen.of_warpgroups(1));
         let (first, end, all_first, all_end) = (first as usize, end as usize, all_first as usize, all_end as usize);
         // The keys of a masked tile lie between the start of its first group and the end of its last.
         let is_before = |groups: &&[i32]| {
@@ -331,6 +350,8 @@ impl<'a> ListedKeys<'a> {
             inner_first: entry(inner.start),
             inner_end: entry(inner.end),
             end: entry(seen.end.max(seen.start)),
+            some_first,
+            some_end,
             ..Default::default()
         }
     }

@@ -154,6 +154,8 @@ constants! {
     SM90_MAX_SHARED_BYTES: u32 = 227 << 10;
     /// Query rows that an sm90 warpgroup computes.
     SM90_WARPGROUP_ROWS: u32 = 64;
+    /// The most warpgroups that share a query tile.
+    MAX_WARPGROUPS: usize = 4;
     /// Query tiles of an sm100 block.
     SM100_QUERY_TILES: u32 = 2;
     /// Rows of an sm100 query tile, and keys of a step.
@@ -358,6 +360,9 @@ shared_struct! {
         inner_first: i32,
         inner_end: i32,
         end: i32,
+        /// For each 64 of the tile's rows: the keys that some of them see.
+        some_first: [i32; MAX_WARPGROUPS],
+        some_end: [i32; MAX_WARPGROUPS],
     }
 }
 
