@@ -180,7 +180,6 @@ const TABLE: &[KernelTraits; 6] = &[
         name: "sm80",
         backend: BackendKind::Cuda,
         dtypes: HALF_DTYPES,
-        max_head_dim: 256,
         has_ranges: true,
         modifiers: ModifierSet::ALL,
         mixes_padded_and_packed: true,

@@ -686,4 +686,28 @@ mod tests {
         );
         Ok(())
     }
+
+    #[test]
+    fn wide_heads_go_to_a_kernel_whose_tiles_hold_them() -> Result<()> {
+        let mut problem = problem();
+        let hopper = Capabilities { machine: hopper(), ..device(&[Kernel::CudaSm90, Kernel::CudaSm80]) };
+        let meta = meta(true)?;
+        for head_dim in [257, 320, 512] {
+            problem.shape.head_dim = head_dim;
+            for (mask, path) in [
+                (masked(TokenInfo::All), Path::Dense),
+                (masked(TokenInfo::Varlen { query: &meta, key: &meta }), Path::Fused),
+            ] {
+                let got = plan_padded(&problem, &mask, &hopper, &Config::default(), Forced::default())?;
+                assert_eq!((got.kernel, got.path, got.estimate), (Kernel::CudaSm80, path, None), "{head_dim}");
+            }
+            let forced = Forced { path: None, kernel: Some(Kernel::CudaSm90) };
+            let refused = plan_padded(&problem, &masked(TokenInfo::All), &hopper, &Config::default(), forced).err();
+            assert!(
+                matches!(&refused, Some(Error::NotApplicable { why, .. }) if why.contains("as wide as the head dimension")),
+                "{refused:?}"
+            );
+        }
+        Ok(())
+    }
 }
