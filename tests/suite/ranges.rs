@@ -383,6 +383,8 @@ fn with_bias(variant: &Variant) -> Result<Completion> {
             let variant = Variant { path, ..variant.clone() };
             let (plan, bits) = call.run_as(&variant, mask)?;
             ensure!(plan.kernel == variant.kernel, "got {plan}");
+            let taken = if variant.kernel.has_fused_bias() { Path::Fused } else { Path::Dense };
+            ensure!(plan.path == path.unwrap_or(taken), "got {plan}");
             call.judge(&bits, &reference, Rules::standard(variant.dtype))
                 .with_context(|| format!("{plan} {rule:?}"))?;
         }
