@@ -99,9 +99,11 @@ pub(crate) struct KernelTraits {
     /// Whether it adds a bias to the scores of padded tensors, all rows of which it computes.
     has_bias: bool,
     /// Whether it adds a bias on the fused path too.
-    pub(crate) has_fused_bias: bool,
+    has_fused_bias: bool,
     /// Whether it takes a range of keys for each query.
     has_ranges: bool,
+    /// Whether it adds a bias and takes ranges beside metadata that a GPU built.
+    takes_all_with_device_meta: bool,
     /// Whether its dense path costs what a key mask keeps, so that the fused one has no advantage.
     pub(crate) skips_dropped_keys: bool,
     /// What it does to scores beside their scale and a bias.
@@ -128,6 +130,7 @@ const ROWS: KernelTraits = KernelTraits {
     has_bias: true,
     has_fused_bias: false,
     has_ranges: false,
+    takes_all_with_device_meta: false,
     skips_dropped_keys: false,
     modifiers: ModifierSet { softcap: false, alibi: false, sinks: false },
     scatters: false,
@@ -180,8 +183,9 @@ const TABLE: &[KernelTraits; 6] = &[
         name: "sm80",
         backend: BackendKind::Cuda,
         dtypes: HALF_DTYPES,
-        max_head_dim: 256,
+        has_fused_bias: true,
         has_ranges: true,
+        takes_all_with_device_meta: true,
         modifiers: ModifierSet::ALL,
         mixes_padded_and_packed: true,
         ..ROWS
@@ -251,6 +255,19 @@ impl Kernel {
     #[must_use]
     pub const fn has_ranges(self) -> bool {
         self.traits().has_ranges
+    }
+
+    /// Whether it adds a bias on the fused path too, where masked rows and keys are left out.
+    #[must_use]
+    pub const fn has_fused_bias(self) -> bool {
+        self.traits().has_fused_bias
+    }
+
+    /// Whether it adds a bias and takes key ranges beside metadata that a GPU built,
+    /// [`DeviceVarlenMeta`](crate::DeviceVarlenMeta).
+    #[must_use]
+    pub const fn takes_all_with_device_meta(self) -> bool {
+        self.traits().takes_all_with_device_meta
     }
 
     /// Whether it caps scores: [`ScoreModifiers::with_softcap`](crate::ScoreModifiers::with_softcap).

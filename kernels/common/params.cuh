@@ -41,7 +41,7 @@ constexpr int MAX_PACK_TENSORS = 3;
 constexpr int MAX_PREPARED_TENSORS = 16;
 // Heads of a token that the same lanes of `prepare_qk_*` take, half as many of wide heads.
 constexpr int PREPARED_HEADS = 4;
-// Threads of a block of `metadata_count` and `metadata_index`.
+// Threads of a block of `metadata_count`, `metadata_index` and `metadata_ranges`.
 constexpr int METADATA_THREADS = 256;
 // Threads of the one block of `metadata_scan`.
 constexpr int METADATA_SCAN_THREADS = 1024;
@@ -722,6 +722,33 @@ static_assert(offsetof(MetadataParams, chunks) == 80);
 static_assert(offsetof(MetadataParams, row_words) == 84);
 static_assert(offsetof(MetadataParams, mask_bytes) == 88);
 static_assert(offsetof(MetadataParams, unused) == 92);
+
+// Parameters of `metadata_ranges`. The tables are those of `MetadataParams`, of each side.
+struct MetadataRangesParams {
+    // Of padded queries, counted in padded keys.
+    KeyRangeParams ranges;
+    // First and end of each listed query, counted in the listed keys of its batch row.
+    uint32_t* listed;
+    const int32_t* cu_seqlens_q;
+    const int32_t* cu_seqlens_k;
+    const uint32_t* indices_q;
+    const uint32_t* indices_k;
+    int32_t batch;
+    int32_t seq_q;
+    int32_t seq_k;
+    int32_t unused;
+};
+static_assert(sizeof(MetadataRangesParams) == 72);
+static_assert(offsetof(MetadataRangesParams, ranges) == 0);
+static_assert(offsetof(MetadataRangesParams, listed) == 16);
+static_assert(offsetof(MetadataRangesParams, cu_seqlens_q) == 24);
+static_assert(offsetof(MetadataRangesParams, cu_seqlens_k) == 32);
+static_assert(offsetof(MetadataRangesParams, indices_q) == 40);
+static_assert(offsetof(MetadataRangesParams, indices_k) == 48);
+static_assert(offsetof(MetadataRangesParams, batch) == 56);
+static_assert(offsetof(MetadataRangesParams, seq_q) == 60);
+static_assert(offsetof(MetadataRangesParams, seq_k) == 64);
+static_assert(offsetof(MetadataRangesParams, unused) == 68);
 
 // What the device counts in tile lists. It lies just before `zero_spans` and is as large as a span.
 struct TileListCounts {

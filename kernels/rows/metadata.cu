@@ -5,6 +5,10 @@
 //   metadata_scan    counts ─▶ packed row of each chunk's first token,   one block
 //                    cu_seqlens, batch_order
 //   metadata_index   bits ─▶ indices, inv_indices                        a block for each chunk of a row
+//
+// And for a call with key ranges, which the host counts in padded keys:
+//
+//   metadata_ranges  ranges of padded queries ─▶ of listed ones, counted in listed keys     a thread for each query
 #include "../common/params.cuh"
 
 namespace metadata {
@@ -140,6 +144,35 @@ extern "C" __global__ void __launch_bounds__(THREADS) metadata_index(const __gri
         const int flat = row * params.seq + token;
         params.inv_indices[flat] = keep ? packed : -1;
         if (keep) params.indices[packed] = flat;
+    }
+}
+
+// How many of the listed keys, from `keys` on, are before a flat position.
+__device__ inline int keys_before(const uint32_t* keys, int count, uint32_t position) {
+    int first = 0;
+    while (count > 0) {
+        const int half = count / 2;
+        const bool is_before = keys[first + half] < position;
+        first = is_before ? first + half + 1 : first;
+        count = is_before ? count - half - 1 : half;
+    }
+    return first;
+}
+
+// Grid: a thread for each padded query, of which the first ones take the listed queries.
+extern "C" __global__ void __launch_bounds__(THREADS) metadata_ranges(const __grid_constant__ MetadataRangesParams params) {
+    const int query = blockIdx.x * THREADS + threadIdx.x;
+    if (query >= params.cu_seqlens_q[params.batch]) return;
+    const int flat = static_cast<int>(params.indices_q[query]);
+    const int row = flat / params.seq_q;
+    const int64_t padded = row * params.ranges.row_stride + flat % params.seq_q;
+    const int first_key = params.cu_seqlens_k[row];
+    const int keys = params.cu_seqlens_k[row + 1] - first_key;
+    // Fits: batch · seq does.
+    const uint32_t start = row * params.seq_k;
+#pragma unroll
+    for (int side = 0; side < 2; ++side) {
+        params.listed[2 * query + side] = keys_before(params.indices_k + first_key, keys, start + params.ranges.ranges[2 * padded + side]);
     }
 }
 

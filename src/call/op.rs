@@ -88,7 +88,7 @@ pub(crate) struct Attention<'a> {
     /// for a row without a key, and where the output's row is masked.
     pub lse: Option<Output<'a>>,
     pub rows: Rows<'a>,
-    /// Which of the keys that count each query sees; with all but [`Rows::DeviceVarlen`].
+    /// Which of the keys that count each query sees.
     pub ranges: Option<&'a KeyRanges>,
     /// What else happens to the scores; not none of all.
     pub modifiers: Option<&'a ScoreModifiers>,

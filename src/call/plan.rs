@@ -51,12 +51,18 @@ impl Kernel {
             (!self.dtypes().contains(&dtype), "it computes with f16 and bf16 alone"),
             (head_dim > self.max_head_dim(), "its tiles are not as wide as the head dimension"),
             (bias && !self.has_bias(), "it adds no bias"),
-            (bias && device_tables, "a bias needs metadata that was built on the host"),
+            (
+                bias && device_tables && !self.takes_all_with_device_meta(),
+                "a bias needs metadata that was built on the host",
+            ),
             (ranges && !self.has_ranges(), "it takes no key ranges"),
             (modifiers.softcap && !self.has_softcap(), "it does not cap scores"),
             (modifiers.alibi && !self.has_alibi(), "it has no ALiBi"),
             (modifiers.sinks && !self.has_sinks(), "it has no attention sinks"),
-            (ranges && device_tables, "key ranges need metadata that was built on the host"),
+            (
+                ranges && device_tables && !self.takes_all_with_device_meta(),
+                "key ranges need metadata that was built on the host",
+            ),
             (
                 device_tables && dense && self.works_by_tile_lists(),
                 "its dense form needs metadata that was built on the host",
@@ -244,7 +250,7 @@ pub(crate) fn plan_padded(
     };
     let needs = Needs::new(problem, mask, is_dense);
     let preferred = pick_kernel(capabilities, forced, needs)?;
-    let fuses = mask.bias.is_none() || preferred.traits().has_fused_bias;
+    let fuses = mask.bias.is_none() || preferred.has_fused_bias();
     // Without a copy, where the dense path needs one.
     let fuses_segments =
         fuses && problem.cuts == Cuts::Few && preferred.traits().segments == SegmentAccess::InPlaceFused;
@@ -386,7 +392,7 @@ fn check_forced_path(path: Path, mask: &MaskInfo<'_>, kernel: Kernel) -> Result<
         Path::Dense => return Ok(Reason::PathForced),
         Path::Zero => "it follows from the metadata alone".to_owned(),
         Path::Fused | Path::Packed if !is_masked => "it needs AttentionMask::key or varlen".to_owned(),
-        Path::Fused if mask.bias.is_some() && !kernel.traits().has_fused_bias => {
+        Path::Fused if mask.bias.is_some() && !kernel.has_fused_bias() => {
             format!("kernel {kernel} adds a bias on the dense path alone")
         }
         Path::Packed if mask.bias.is_some() => "packed rows take no bias".to_owned(),
@@ -412,7 +418,8 @@ impl fmt::Display for Capabilities {
 mod tests {
     use super::*;
     use crate::cache::DeviceId;
-    use crate::call::problem::{AttentionShape, DeviceMetaInfo};
+    use crate::call::problem::{AttentionShape, DeviceMetaInfo, ViewInfo};
+    use crate::layout::Layout;
     use crate::mask::key_mask::KeyMask;
     use crate::mask::meta::VarlenMeta;
 
@@ -679,11 +686,53 @@ mod tests {
         for kernel in both {
             assert_eq!(outcome(&both, forced(Path::Fused, kernel))?, (Path::Fused, Reason::PathForced));
         }
-        let refused = outcome(&both, forced(Path::Dense, Kernel::CudaSm90)).err();
-        assert!(
-            matches!(&refused, Some(Error::NotApplicable { argument: "kernel", why, .. }) if why.contains("on the host")),
-            "{refused:?}"
-        );
+        let is_refusal = |refused: Option<Error>| matches!(&refused, Some(Error::NotApplicable { argument: "kernel", why, .. }) if why.contains("on the host"));
+        assert!(is_refusal(outcome(&both, forced(Path::Dense, Kernel::CudaSm90)).err()));
+        // What else is asked of it, by the kernel that takes it.
+        let ranges = KeyRanges::causal([BATCH, SEQ, SEQ])?;
+        let bias = ViewInfo {
+            layout: Layout::contiguous(&[SEQ])?,
+            dtype: DType::F32,
+            device: meta.device,
+            device_name: meta.device_name,
+            memory_bytes: u64::MAX,
+            space: 0,
+            touched: 0..0,
+        };
+        let with_bias = MaskInfo { bias: Some(bias), ..mask.clone() };
+        for mask in [MaskInfo { ranges: Some(&ranges), ..mask.clone() }, with_bias] {
+            let got = plan(&both, &mask, Forced::default())?;
+            assert_eq!((got.kernel, got.path, got.reason), (Kernel::CudaSm80, Path::Fused, Reason::Fused));
+            assert_eq!(plan(&both, &mask, forced(Path::Dense, Kernel::CudaSm80))?.path, Path::Dense);
+            for kernel in [Kernel::CudaSm90, Kernel::WgslPortable] {
+                assert!(plan(&[kernel], &mask, Forced::default()).is_err(), "{kernel}");
+            }
+            assert!(is_refusal(plan(&[Kernel::WgslPortable], &mask, Forced::default()).err()));
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn wide_heads_go_to_a_kernel_whose_tiles_hold_them() -> Result<()> {
+        let mut problem = problem();
+        let hopper = Capabilities { machine: hopper(), ..device(&[Kernel::CudaSm90, Kernel::CudaSm80]) };
+        let meta = meta(true)?;
+        for head_dim in [257, 320, 512] {
+            problem.shape.head_dim = head_dim;
+            for (mask, path) in [
+                (masked(TokenInfo::All), Path::Dense),
+                (masked(TokenInfo::Varlen { query: &meta, key: &meta }), Path::Fused),
+            ] {
+                let got = plan_padded(&problem, &mask, &hopper, &Config::default(), Forced::default())?;
+                assert_eq!((got.kernel, got.path, got.estimate), (Kernel::CudaSm80, path, None), "{head_dim}");
+            }
+            let forced = Forced { path: None, kernel: Some(Kernel::CudaSm90) };
+            let refused = plan_padded(&problem, &masked(TokenInfo::All), &hopper, &Config::default(), forced).err();
+            assert!(
+                matches!(&refused, Some(Error::NotApplicable { why, .. }) if why.contains("as wide as the head dimension")),
+                "{refused:?}"
+            );
+        }
         Ok(())
     }
 }

@@ -1,16 +1,18 @@
 //! Metadata that the device builds of a mask in its own memory.
 
-use anyhow::{Result, bail, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use libtest_mimic::Completion;
 use varlen_fa::{
-    AttentionMask, BackendKind, DType, Device, DeviceMemory, DeviceVarlenMeta, Error, Layout, MaskDType, Path, Reason,
-    VarlenMeta,
+    AttentionMask, BackendKind, DType, Device, DeviceMemory, DeviceVarlenMeta, Error, Layout, MaskDType, Path,
+    RangesOf, Reason, VarlenMeta,
 };
-use varlen_fa_testkit::OracleShape;
+use varlen_fa_testkit::{OracleShape, random};
 
 use super::call::{Call, Mask, device_meta};
 use super::check::Rules;
 use super::masks::{bernoulli, mask};
+use super::memory::upload;
+use super::rule::Rule;
 use super::trials::{Trials, Variant, is_emulated_gpu};
 
 pub fn register(trials: &mut Trials) {
@@ -24,6 +26,9 @@ pub fn register(trials: &mut Trials) {
     trials.each_path_of_device_meta_in(some, "device_meta/more_rows_than_are_ordered", more_rows_than_are_ordered);
     trials.each_path_of_device_meta_in(some, "device_meta/same_bits_as_the_host", same_bits_as_the_host);
     trials.each_path_of_device_meta_in(some, "device_meta/rebuilt", rebuilt);
+    trials.each_path_of_all_with_device_meta("device_meta/ranges", ranges);
+    trials.each_path_of_all_with_device_meta("device_meta/ranges_of_cross_attention", ranges_of_cross_attention);
+    trials.each_path_of_all_with_device_meta("device_meta/bias", bias);
     trials.once("device_meta/mask_types_and_strides", mask_types_and_strides);
     trials.each_path_of(some, "device_meta/paths_that_need_the_host", paths_that_need_the_host);
     trials.once("device_meta/refusals", refusals);
@@ -67,6 +72,83 @@ fn cross(variant: &Variant) -> Result<()> {
     let query = bernoulli(4, batch * seq_q, 0.6)?;
     let key = mask(batch, seq_k, |row, token| row != 0 && token < 20 * row);
     Call::random(shape, Mask::DeviceCross { query, key }, variant.dtype, 8).check(variant)
+}
+
+/// Ranges are made on the host, and count padded positions: those of each batch row's own, and one row's for all.
+fn ranges(variant: &Variant) -> Result<()> {
+    let (batch, seq) = (3, 130);
+    let own =
+        (0..batch * seq).map(|at| (at * 31 % (seq + 1), at % 50)).map(|(first, count)| [first, seq.min(first + count)]);
+    let rules = [
+        Rule::Causal,
+        Rule::Window(Some(20), Some(5)),
+        Rule::Prefix(50),
+        Rule::Own(own.collect()),
+        Rule::Documents((0..batch * seq).map(|at| (at % seq / 37 + 1) as u32).collect()),
+    ];
+    let masks = [
+        bernoulli(20, batch * seq, 0.6)?,
+        mask(batch, seq, |row, token| token >= 50 * row),
+        mask(batch, seq, |row, token| row != 1 && token % 2 == 0),
+        vec![false; batch * seq],
+        vec![true; batch * seq],
+    ];
+    for (keep, head_dim) in masks.into_iter().zip([32, 257, 64, 128, 512]) {
+        for rule in &rules {
+            let shape = OracleShape { batch, seq_q: seq, seq_k: seq, heads: 4, kv_heads: 2, head_dim };
+            let mut call = Call::random(shape, Mask::Device(keep.clone()), variant.dtype, 21);
+            call.rule = Some(rule.clone());
+            call.check(variant).with_context(|| format!("{rule:?}, head_dim {head_dim}"))?;
+            call.check_lse(variant).with_context(|| format!("{rule:?}, head_dim {head_dim}, lse"))?;
+        }
+    }
+    Ok(())
+}
+
+fn ranges_of_cross_attention(variant: &Variant) -> Result<()> {
+    for (seq_q, seq_k) in [(70, 141), (141, 70), (1, 50), (50, 1)] {
+        let shape = OracleShape { batch: 3, seq_q, seq_k, heads: 4, kv_heads: 4, head_dim: 40 };
+        let query = bernoulli(22, 3 * seq_q, 0.8)?;
+        let key = mask(3, seq_k, |row, token| row != 0 && (token < 20 * row || token % 3 == 1));
+        for rule in [Rule::Causal, Rule::Window(Some(30), Some(9)), Rule::Window(Some(0), Some(0)), Rule::Prefix(9)] {
+            let mask = Mask::DeviceCross { query: query.clone(), key: key.clone() };
+            let mut call = Call::random(shape, mask, variant.dtype, 23);
+            call.rule = Some(rule.clone());
+            call.check(variant).with_context(|| format!("{rule:?}, {seq_q} queries, {seq_k} keys"))?;
+        }
+    }
+    Ok(())
+}
+
+/// A bias counts padded positions, with ranges and without; −∞ hides keys, and rows.
+fn bias(variant: &Variant) -> Result<Completion> {
+    if variant.path == Some(Path::Packed) {
+        return Ok(Completion::ignored_with("packed rows take no bias"));
+    }
+    let (batch, seq) = (2, 90);
+    let shape = OracleShape { batch, seq_q: seq, seq_k: seq, heads: 2, kv_heads: 1, head_dim: 48 };
+    let keep = bernoulli(24, batch * seq, 0.7)?;
+    let meta = device_meta(&variant.device, batch, seq, &keep)?;
+    let hides = |at: usize| at.is_multiple_of(7) || at / seq % seq == 20;
+    let normal = random::normal(25, 2 * seq * seq).into_iter().enumerate();
+    let values: Vec<f32> = normal.map(|(at, value)| if hides(at) { f32::NEG_INFINITY } else { value }).collect();
+    let bits: Vec<u32> = values.iter().map(|value| value.to_bits()).collect();
+    let tensor = upload(&variant.device, DType::F32, &bits, &[2, seq, seq])?;
+    for rule in [None, Some(Rule::Causal), Some(Rule::Window(Some(12), Some(12)))] {
+        let mut call = Call::random(shape, Mask::Device(keep.clone()), variant.dtype, 26);
+        call.bias = Some([&values[..], &values[..]].concat());
+        call.rule = rule.clone();
+        let ranges = rule.as_ref().map(|rule| rule.ranges(&RangesOf::from([batch, seq, seq]))).transpose()?;
+        let mut mask = AttentionMask::varlen(&meta).with_bias(&tensor);
+        if let Some(ranges) = &ranges {
+            mask = mask.with_ranges(ranges);
+        }
+        let (plan, bits) = call.run_as(variant, mask)?;
+        ensure!(plan.kernel == variant.kernel && Some(plan.path) == variant.path, "got {plan}");
+        call.judge(&bits, &call.reference(usize::MAX)?, Rules::standard(variant.dtype))
+            .with_context(|| format!("{plan} {rule:?}"))?;
+    }
+    Ok(Completion::Completed)
 }
 
 fn rows_longer_than_a_chunk(variant: &Variant) -> Result<()> {

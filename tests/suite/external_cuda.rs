@@ -10,8 +10,8 @@ use cudarc::driver::sys::{CUcontext, CUgraphInstantiate_flags, CUmemAttach_flags
 use cudarc::driver::{CudaContext, CudaGraph, CudaStream, result, sys};
 use varlen_fa::{
     AttentionMask, Config, CuSeqlens, DType, Device, DeviceChoice, DeviceMemory, DeviceVarlenMeta, Error, KeyMask,
-    Layout, MaskDType, Path, Plan, Tensor, TensorView, TensorViewMut, VarlenMeta, VarlenOptions, pack, pack_qkv,
-    scatter_to_padded, varlen_attention,
+    KeyRanges, Layout, MaskDType, Path, Plan, Tensor, TensorView, TensorViewMut, VarlenMeta, VarlenOptions, pack,
+    pack_qkv, scatter_to_padded, varlen_attention,
 };
 use varlen_fa_testkit::{OracleShape, random};
 
@@ -19,6 +19,7 @@ use super::call::{Call, Mask, tensor_shapes};
 use super::check::Rules;
 use super::memory::{narrow, poison, sentinel};
 use super::placement::Placement;
+use super::rule::Rule;
 use super::trials::{Trials, Variant};
 
 pub fn register(trials: &mut Trials) {
@@ -427,15 +428,31 @@ fn capture_of_new_metadata(variant: &Variant) -> Result<()> {
     check_replays(&application, &variant, &mut external, LOCAL, AttentionMask::varlen(&meta))
 }
 
-/// A graph that builds the metadata too follows whatever its mask holds, with the bits of direct calls.
+/// A graph that builds the metadata too follows whatever its mask holds, with the bits of direct calls; also with key ranges, if
+/// the kernel takes them then.
 fn capture_of_metadata_on_the_device(variant: &Variant) -> Result<()> {
     let application = Application::new()?;
     let variant = application.variant(variant)?;
-    let (call, _) = masked_call(&variant, 12)?;
-    let OracleShape { batch, seq_k: seq, .. } = call.shape;
-    let mut external = ExternalCall::new(&application, &variant.device, call, PLAIN)?;
+    check_captured_metadata(&application, &variant, None)?;
+    match variant.kernel.takes_all_with_device_meta() {
+        true => check_captured_metadata(&application, &variant, Some(Rule::Window(Some(50), Some(9)))),
+        false => Ok(()),
+    }
+}
+
+fn masked_by<'a>(meta: &'a DeviceVarlenMeta, ranges: Option<&'a KeyRanges>) -> AttentionMask<'a> {
+    let mask = AttentionMask::varlen(meta);
+    ranges.map_or(mask, |ranges| mask.with_ranges(ranges))
+}
+
+fn check_captured_metadata(application: &Application, variant: &Variant, rule: Option<Rule>) -> Result<()> {
+    let (mut call, _) = masked_call(variant, 12)?;
+    let OracleShape { batch, seq_q, seq_k: seq, .. } = call.shape;
+    let ranges = rule.as_ref().map(|rule| rule.ranges(&[batch, seq_q, seq].into())).transpose()?;
+    call.rule = rule;
+    let mut external = ExternalCall::new(application, &variant.device, call, PLAIN)?;
     // Any bits but zero keep a token; the mask starts at an odd element.
-    let mask = Raw::of(&application, &vec![0; batch * seq + 1])?;
+    let mask = Raw::of(application, &vec![0; batch * seq + 1])?;
     let memory = mask.on(&variant.device, 2)?;
     let view = memory.mask_view(MaskDType::U16, Layout::contiguous(&[batch, seq])?);
     let mut meta = DeviceVarlenMeta::new(&variant.device, batch, seq)?;
@@ -446,7 +463,7 @@ fn capture_of_metadata_on_the_device(variant: &Variant) -> Result<()> {
             "metadata that must outlive the capture is allocated in it"
         );
         meta.rebuild(view)?;
-        external.launch(&variant, AttentionMask::varlen(&meta)).map(drop)
+        external.launch(variant, masked_by(&meta, ranges.as_ref())).map(drop)
     })?;
     for (seed, p) in [(201, 0.5), (202, 0.9), (203, 0.0), (204, 1.0)] {
         let keep = random::bernoulli_mask(seed, batch * seq, p)?;
@@ -460,7 +477,7 @@ fn capture_of_metadata_on_the_device(variant: &Variant) -> Result<()> {
         external.judge().with_context(|| format!("replay on a mask that keeps {p}"))?;
         external.clear()?;
         meta.rebuild(view)?;
-        external.launch(&variant, AttentionMask::varlen(&meta))?;
+        external.launch(variant, masked_by(&meta, ranges.as_ref()))?;
         ensure!(external.read()? == replayed, "replay on a mask that keeps {p}: other bits than a direct call");
     }
     Ok(())

@@ -2,6 +2,8 @@
 
 use varlen_fa::{Device, Kernel};
 
+use super::trials::{Variant, is_emulated_gpu};
+
 /// The least, two that fill no power of two, and one with a tile of its own.
 const FEW: [usize; 4] = [8, 40, 72, 200];
 
@@ -10,6 +12,12 @@ const FEW: [usize; 4] = [8, 40, 72, 200];
 pub fn few(device: &Device, kernel: Kernel) -> Option<&'static [usize]> {
     let is_slow = kernel == Kernel::WgslCoop && device.capabilities().is_software;
     is_slow.then_some(&FEW[..])
+}
+
+/// Which of some head dimensions a kernel takes; those above 256 not on an emulated GPU, which compiles each width for seconds.
+pub fn of(variant: &Variant, head_dims: &[usize]) -> impl Iterator<Item = usize> {
+    let widest = if is_emulated_gpu(&variant.device) { 256 } else { 512 }.min(variant.kernel.max_head_dim());
+    head_dims.iter().copied().filter(move |&head_dim| head_dim <= widest)
 }
 
 /// Says which kernels take a few, before a test of theirs runs.

@@ -7,6 +7,7 @@ use varlen_fa_testkit::{OracleShape, random};
 
 use super::call::{Call, Mask};
 use super::check::Rules;
+use super::head_dims;
 use super::masks::{LENGTHS, bernoulli, mask};
 use super::memory::upload;
 use super::modifying::Modifying;
@@ -125,10 +126,7 @@ fn every_tile_width(variant: &Variant) -> Result<Completion> {
     if is_emulated_gpu(&variant.device) && variant.path != Some(Path::Dense) {
         return Ok(Completion::ignored_with("on an emulated GPU the dense path alone: each width is compiled"));
     }
-    for head_dim in [8, 40, 64, 72, 96, 128, 136, 192, 256] {
-        if head_dim > variant.kernel.max_head_dim() {
-            continue;
-        }
+    for head_dim in head_dims::of(variant, &[8, 40, 64, 72, 96, 128, 136, 192, 256, 264, 512]) {
         let shape = OracleShape { batch: 2, seq_q: 70, seq_k: 70, heads: 2, kv_heads: 1, head_dim };
         let keep = bernoulli(59, 2 * 70, 0.7)?;
         for rule in [None, Some(Rule::Causal)] {

@@ -7,6 +7,7 @@ use varlen_fa_testkit::{OracleShape, random};
 
 use super::call::{Call, Mask};
 use super::check::Rules;
+use super::head_dims;
 use super::masks::{LENGTHS, bernoulli, mask};
 use super::packed::Packed;
 use super::rule::Rule;
@@ -163,7 +164,7 @@ fn random_ranges(variant: &Variant) -> Result<()> {
 /// A head dimension for each width of tiles that kernels are compiled for.
 fn every_tile_width(variant: &Variant) -> Result<()> {
     let seq = 150;
-    for head_dim in [32, 64, 96, 128, 192, 256] {
+    for head_dim in head_dims::of(variant, &[32, 64, 96, 128, 192, 256, 300, 512]) {
         let shape = OracleShape { batch: 2, seq_q: seq, seq_k: seq, heads: 2, kv_heads: 1, head_dim };
         for rule in [Rule::Causal, Rule::Window(Some(20), Some(5)), Rule::Prefix(70)] {
             let keep = mask(2, seq, |row, token| token >= 20 * row);
@@ -208,7 +209,11 @@ fn nan_reaches_only_queries_that_see_it(variant: &Variant) -> Result<()> {
         (128, Rule::Causal, 100),
         (192, Rule::Window(Some(40), Some(40)), 130),
         (256, Rule::Causal, 100),
+        (512, Rule::Window(Some(40), Some(40)), 130),
     ] {
+        if !head_dims::of(variant, &[head_dim]).any(|of| of == head_dim) {
+            continue;
+        }
         let shape = OracleShape { batch: 1, seq_q: seq, seq_k: seq, heads: 2, kv_heads: 1, head_dim };
         let width = shape.heads * head_dim;
         for (tensor, value) in [(1, f32::NAN), (2, f32::NAN), (2, f32::INFINITY)] {
@@ -378,6 +383,8 @@ fn with_bias(variant: &Variant) -> Result<Completion> {
             let variant = Variant { path, ..variant.clone() };
             let (plan, bits) = call.run_as(&variant, mask)?;
             ensure!(plan.kernel == variant.kernel, "got {plan}");
+            let taken = if variant.kernel.has_fused_bias() { Path::Fused } else { Path::Dense };
+            ensure!(plan.path == path.unwrap_or(taken), "got {plan}");
             call.judge(&bits, &reference, Rules::standard(variant.dtype))
                 .with_context(|| format!("{plan} {rule:?}"))?;
         }

@@ -251,6 +251,20 @@ impl Trials {
         }
     }
 
+    /// The same for kernels that add a bias and take key ranges beside such metadata.
+    pub fn each_path_of_all_with_device_meta<R: Outcome>(
+        &mut self,
+        test: &str,
+        run: impl Fn(&Variant) -> Result<R> + Copy + Send + 'static,
+    ) {
+        let kernels = self.device.capabilities().kernels.clone();
+        for kernel in kernels.into_iter().filter(|kernel| kernel.takes_all_with_device_meta()) {
+            for path in PATHS_OF_METADATA {
+                self.variants(self.device.capabilities().dtypes, test, kernel, Some(path), run);
+            }
+        }
+    }
+
     fn variants<R: Outcome>(
         &mut self,
         dtypes: &[DType],

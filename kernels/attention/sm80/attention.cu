@@ -26,12 +26,22 @@
 //                 key tiles that none of its queries sees, and masks scores in tiles that not all of
 //                 them see whole
 //   FUSED_RANGED  the same for FUSED, with rows to be written as zeros where every query is listed
-//   MODIFIED, FUSED_MODIFIED  what the forms with ranges compute, or without any, with score modifiers
+//   MODIFIED, FUSED_MODIFIED  what the forms with ranges compute, or without any, with score modifiers; by lists, with a
+//                 bias too
+//
+// Rows of more than 256 columns have the last two alone. Two warps share 16 query rows there: each
+// multiplies its half of the columns of Q and K, both add up the scores through shared memory, and
+// each keeps its half of the columns of O.
+//
+//                 columns 0 to 255     256 to 511
+//   S of 16 rows  warp 0           +   warp 1          in shared memory, one step after another
+//   O             warp 0               warp 1
 #include "../../common/math.cuh"
 #include "../../common/params.cuh"
 #include "../../common/shared_tile.cuh"
 #include "../../ptx/cp_async.cuh"
 #include "../../ptx/mma.cuh"
+#include "../../ptx/warpgroup.cuh"
 #include "../key_range.cuh"
 #include "mask.cuh"
 #include "modifiers.cuh"
@@ -42,14 +52,14 @@
 
 namespace sm80 {
 
-// a·bᵀ of a warp: rows of `a` against rows of `b`, both D wide in shared memory.
-template <typename T, int M_TILES, int N_TILES, typename TileA, typename TileB>
+// a·bᵀ of a warp over COLUMNS columns in shared memory: rows of `a` against rows of `b`.
+template <typename T, int COLUMNS, int M_TILES, int N_TILES, typename TileA, typename TileB>
 __device__ inline void scores_of(float (&scores)[M_TILES][N_TILES][4], uint32_t a, uint32_t b, int first_row) {
     const int lane = threadIdx.x % 32;
     const auto a_lane = TileA::lane_address(a, first_row, lane % 16, lane / 16);
     const auto b_lane = TileB::lane_address(b, 0, lane % 8 + lane / 16 * 8, lane / 8 % 2);
 #pragma unroll
-    for (int k = 0; k < TileA::D / 16; ++k) {
+    for (int k = 0; k < COLUMNS / 16; ++k) {
         uint32_t a_fragments[M_TILES][4];
 #pragma unroll
         for (int m = 0; m < M_TILES; ++m) {
@@ -97,13 +107,45 @@ __device__ inline void accumulate(float (&acc)[M_TILES][O_TILES][4], const float
     }
 }
 
+// Adds up the scores of two warps that share rows, each of which has the products over its part of
+// the columns. Each adds up one tile of keys, so that both hold the same bits. `slots` has room for
+// a tile a part; `pair` numbers the two warps, from 1 on.
+__device__ inline void add_up_parts(float (&scores)[1][2][4], float4* slots, int part, int pair) {
+    const int lane = threadIdx.x % 32;
+    float own[4];
+    float given[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        own[i] = part == 0 ? scores[0][0][i] : scores[0][1][i];
+        given[i] = part == 0 ? scores[0][1][i] : scores[0][0][i];
+    }
+    float4& own_slot = slots[part * 32 + lane];
+    float4& other_slot = slots[(1 - part) * 32 + lane];
+    other_slot = make_float4(given[0], given[1], given[2], given[3]);
+    ptx::barrier_sync(pair, 64);
+    const float4 other = own_slot;
+    own[0] += other.x;
+    own[1] += other.y;
+    own[2] += other.z;
+    own[3] += other.w;
+    own_slot = make_float4(own[0], own[1], own[2], own[3]);
+    ptx::barrier_sync(pair, 64);
+    const float4 sums = other_slot;
+    const float others[4] = {sums.x, sums.y, sums.z, sums.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        scores[0][0][i] = part == 0 ? own[i] : others[i];
+        scores[0][1][i] = part == 0 ? others[i] : own[i];
+    }
+}
+
 // The place of the log-sum-exp of a query of this block's batch row, or of a packed row.
 __device__ inline float& lse_at(const AttentionParams& params, const BlockRows& rows, int query) {
     return params.lse[rows.batch * params.lse_batch_stride + rows.head * params.lse_head_stride + query];
 }
 
 // Writes zeros to the masked rows among the TILE_M rows of the padded output from `first_query` on.
-template <typename T, int TILE_M, int THREADS>
+template <typename T, int D, int TILE_M, int THREADS>
 __device__ inline void zero_masked_rows(const AttentionParams& params, const RowLists& lists, const BlockRows& rows) {
     if (lists.inv_indices == nullptr) return;
     const int lane = threadIdx.x % 32;
@@ -114,7 +156,10 @@ __device__ inline void zero_masked_rows(const AttentionParams& params, const Row
         uint32_t masked = __ballot_sync(0xffffffff, first_row + lane < params.seq_q && inv_indices[first_row + lane] < 0);
         for (; masked != 0; masked &= masked - 1) {
             T* row = out + (first_row + __ffs(masked) - 1) * params.out_strides.token;
-            if (lane < params.head_dim / 8) *reinterpret_cast<uint4*>(row) = make_uint4(0, 0, 0, 0);
+#pragma unroll
+            for (int first = 0; first < D / 8; first += 32) {
+                if (first + lane < params.head_dim / 8) *reinterpret_cast<uint4*>(row + first * 8) = make_uint4(0, 0, 0, 0);
+            }
             if (lane == 0 && params.lse != nullptr) lse_at(params, rows, first_row + __ffs(masked) - 1) = -INFINITY;
         }
     }
@@ -130,9 +175,11 @@ __device__ inline void attention(const AttentionParams& params, const RowLists& 
     constexpr bool MASKED = FORM == Form::MASKED || FORM == Form::RANGED || FORM == Form::MODIFIED;
     constexpr bool FUSED = FORM == Form::FUSED || FORM == Form::FUSED_RANGED || FORM == Form::FUSED_MODIFIED;
     constexpr int THREADS = WARPS * 32;
-    constexpr int M_TILES = TILE_M / WARPS / 16;
+    // 16 rows of output with 256 columns are 128 registers: two warps divide wider rows among them.
+    constexpr int PARTS = D > 256 ? 2 : 1;
+    constexpr int M_TILES = TILE_M / (WARPS / PARTS) / 16;
     constexpr int N_TILES = TILE_N / 8;
-    constexpr int O_TILES = D / 8;
+    constexpr int O_TILES = D / PARTS / 8;
     using TileQ = SharedTile<TILE_M, D>;
     using TileKV = SharedTile<TILE_N, D>;
     extern __shared__ __align__(1024) unsigned char shared[];
@@ -174,12 +221,16 @@ __device__ inline void attention(const AttentionParams& params, const RowLists& 
             }
             ptx::cp_async_commit();
         }
-        zero_masked_rows<T, TILE_M, THREADS>(params, lists, rows);
+        zero_masked_rows<T, D, TILE_M, THREADS>(params, lists, rows);
     }
     if (tile_rows <= 0) return;
     const int head_chunks = params.head_dim / 8;
-    const int warp_row = threadIdx.x / 32 * (M_TILES * 16);
+    const int warp_row = threadIdx.x / (32 * PARTS) * (M_TILES * 16);
     const int lane = threadIdx.x % 32;
+    // The warp's part of the columns, and where it starts in tiles, whose panels it consists of.
+    const int part = PARTS == 1 ? 0 : threadIdx.x / 32 % PARTS;
+    const int q_part = part * (TileQ::BYTES / PARTS);
+    const int kv_part = part * (TileKV::BYTES / PARTS);
 
     // Where a tensor's rows are counted from.
     const auto start = [&](const Strides& strides, int seq, int first_row, int head) {
@@ -244,16 +295,30 @@ __device__ inline void attention(const AttentionParams& params, const RowLists& 
             return 0;
         }
     }();
+    // Where a listed query and a listed key lie in their batch row: lists hold positions in the batch.
+    [[maybe_unused]] const auto listed_query = [&](int row) {
+        return static_cast<int>(query_list[warp_row + row]) - rows.batch * params.seq_q;
+    };
+    [[maybe_unused]] const auto listed_key = [&](int key) {
+        // Not from shared memory, where the list may be the next one.
+        return static_cast<int>(__ldg(lists.indices_k + rows.k_base + min(key, rows.keys - 1))) - rows.batch * params.seq_k;
+    };
     // How far a key is from a row of the warp's. The last query is level with the last key.
     [[maybe_unused]] const auto distance = [&](int row, int key) {
         if constexpr (FUSED) {
-            // Flat positions in the batch. The list of keys in shared memory may be the next one.
-            const int query = static_cast<int>(query_list[warp_row + row]) - rows.batch * params.seq_q;
-            const int at = static_cast<int>(__ldg(lists.indices_k + rows.k_base + min(key, rows.keys - 1)));
-            return query + params.seq_k - params.seq_q - (at - rows.batch * params.seq_k);
+            return listed_query(row) + params.seq_k - params.seq_q - listed_key(key);
         } else {
             return rows.first_query + warp_row + row + rows.keys - rows.queries - key;
         }
+    };
+    // Adds the bias of a query and a key, by their positions. Comparisons with OVERFLOWED are false for NaN.
+    [[maybe_unused]] const auto add_bias = [&](float& score, int query, int key) {
+        const int64_t position = rows.batch * params.bias_strides[0] + rows.head * params.bias_strides[1] +
+                                 query * params.bias_strides[2] + key * params.bias_strides[3];
+        const float bias = bias_at<T>(params, position);
+        score += fmaxf(bias, LOWEST_BIAS) * LOG2_E;
+        if (score < OVERFLOWED) score = OVERFLOWED;
+        if (bias == -INFINITY) score = bias;
     };
     // What a row of the warp's sees.
     [[maybe_unused]] const auto seen_by = [&](int row) {
@@ -292,29 +357,34 @@ __device__ inline void attention(const AttentionParams& params, const RowLists& 
             if (!is_seen_by_all) has_nonfinite = __syncthreads_or(holds_nonfinite<T, THREADS, TileKV>(v_tile));
         }
         float scores[M_TILES][N_TILES][4] = {};
-        scores_of<T, M_TILES, N_TILES, TileQ, TileKV>(scores, q_shared, stage, warp_row);
+        scores_of<T, D / PARTS, M_TILES, N_TILES, TileQ, TileKV>(scores, q_shared + q_part, stage + kv_part, warp_row);
+        if constexpr (PARTS == 2) {
+            // After the lists, where there are any.
+            constexpr int LISTS = FUSED ? TILE_M + 2 * TILE_N : 0;
+            float4* slots = reinterpret_cast<float4*>(shared + TileQ::BYTES + 4 * TileKV::BYTES + LISTS * sizeof(uint32_t));
+            const int pair = threadIdx.x / 64;
+            add_up_parts(scores, slots + pair * 64, part, 1 + pair);
+        }
         if constexpr (FORM == Form::FUSED_MODIFIED) {
             for_each_score(scores, [&](float& score, int row, int key) {
                 score = modifiers.score(score, params.score_scale, [&] { return distance(row, first_key + key); });
-                if (score < OVERFLOWED) score = OVERFLOWED;
+                if (params.bias != nullptr) {
+                    add_bias(score, listed_query(row), listed_key(first_key + key));
+                } else if (score < OVERFLOWED) {
+                    score = OVERFLOWED;
+                }
             });
         } else if (scales_scores) {
             for_each_score(scores, [&](float& score, int row, int key) {
                 const int query = min(rows.first_query + warp_row + row, rows.queries - 1);
                 const int at = min(first_key + key, rows.keys - 1);
-                // Comparisons with OVERFLOWED are false for NaN.
                 if constexpr (MODIFIED) {
                     score = modifiers.score(score, params.score_scale, [&] { return distance(row, at); });
                 } else {
                     score *= params.score_scale;
                 }
                 if (params.bias != nullptr) {
-                    const int64_t position = rows.batch * params.bias_strides[0] + rows.head * params.bias_strides[1] +
-                                             query * params.bias_strides[2] + at * params.bias_strides[3];
-                    const float bias = bias_at<T>(params, position);
-                    score += fmaxf(bias, LOWEST_BIAS) * LOG2_E;
-                    if (score < OVERFLOWED) score = OVERFLOWED;
-                    if (bias == -INFINITY) score = bias;
+                    add_bias(score, query, at);
                 } else if (score < OVERFLOWED) {
                     score = OVERFLOWED;
                 }
@@ -335,13 +405,13 @@ __device__ inline void attention(const AttentionParams& params, const RowLists& 
         softmax.step(scores, acc, scale);
         if constexpr (RANGED) {
             if (has_nonfinite) {
-                add_nonfinite<T, TileKV>(acc, v_tile, first_key, seen_by);
+                add_nonfinite<T, TileKV>(acc, v_tile + kv_part, first_key, seen_by);
                 __syncthreads();
                 zero_nonfinite<T, THREADS, TileKV>(v_tile);
                 __syncthreads();
             }
         }
-        accumulate<T, M_TILES, N_TILES, O_TILES, TileKV>(acc, scores, stage + TileKV::BYTES);
+        accumulate<T, M_TILES, N_TILES, O_TILES, TileKV>(acc, scores, stage + TileKV::BYTES + kv_part);
     }
     softmax.finish();
 
@@ -386,9 +456,9 @@ __device__ inline void attention(const AttentionParams& params, const RowLists& 
                 // Selected, not multiplied: a masked row may hold NaN.
                 const float low = zero ? 0.0f : acc[m][o][2 * half] * inverse;
                 const float high = zero ? 0.0f : acc[m][o][2 * half + 1] * inverse;
-                *reinterpret_cast<uint32_t*>(shared + TileQ::offset(row, o) + lane % 4 * 4) = ptx::pack_pair<T>(low, high);
+                *reinterpret_cast<uint32_t*>(shared + q_part + TileQ::offset(row, o) + lane % 4 * 4) = ptx::pack_pair<T>(low, high);
             }
-            if (params.lse != nullptr && lane % 4 == 0 && row < tile_rows) {
+            if (params.lse != nullptr && part == 0 && lane % 4 == 0 && row < tile_rows) {
                 const float lse = is_nothing ? -INFINITY : (softmax.finite_max(m, half) * scale + log2f(sum)) * LN_2;
                 const int query = FUSED ? static_cast<int>(query_list[row]) - rows.batch * params.seq_q : rows.q_base + rows.first_query + row;
                 lse_at(params, rows, query) = lse;
@@ -400,7 +470,7 @@ __device__ inline void attention(const AttentionParams& params, const RowLists& 
     for (int i = 0; i < M_TILES * 16 * O_TILES / 32; ++i) {
         const int index = i * 32 + lane;
         const int row = warp_row + index / O_TILES;
-        const int chunk = index % O_TILES;
+        const int chunk = part * O_TILES + index % O_TILES;
         if (row < tile_rows && chunk < head_chunks) {
             const int64_t out_row = FUSED ? static_cast<int64_t>(query_list[row]) : row;
             *reinterpret_cast<uint4*>(out + out_row * params.out_strides.token + chunk * 8) =
@@ -436,6 +506,12 @@ constexpr int blocks(int d, int warps, Form form) {
         NAME(const __grid_constant__ ModifiedAttentionParams params) {                          \
         attention<T, D, M, N, WARPS, FORM>(params.ranged.attention, params.ranged.lists, params.ranged.ranges, params.modifiers); \
     }
+// The forms that do what all others do.
+#define VARLEN_FA_WIDE_ENTRIES(D, M, N, N_MASKED, WARPS)                                                \
+    VARLEN_FA_MODIFIED_ENTRY(attention_sm80_f16_d##D##_modified, __half, D, M, N_MASKED, WARPS, Form::MODIFIED) \
+    VARLEN_FA_MODIFIED_ENTRY(attention_sm80_bf16_d##D##_modified, __nv_bfloat16, D, M, N_MASKED, WARPS, Form::MODIFIED) \
+    VARLEN_FA_MODIFIED_ENTRY(attention_sm80_f16_d##D##_fused_modified, __half, D, M, N, WARPS, Form::FUSED_MODIFIED) \
+    VARLEN_FA_MODIFIED_ENTRY(attention_sm80_bf16_d##D##_fused_modified, __nv_bfloat16, D, M, N, WARPS, Form::FUSED_MODIFIED)
 #define VARLEN_FA_ENTRIES(D, M, N, N_MASKED, WARPS)                                                     \
     VARLEN_FA_ENTRY(attention_sm80_f16_d##D, __half, D, M, N, WARPS, Form::PLAIN)                       \
     VARLEN_FA_ENTRY(attention_sm80_bf16_d##D, __nv_bfloat16, D, M, N, WARPS, Form::PLAIN)               \
@@ -447,10 +523,8 @@ constexpr int blocks(int d, int warps, Form form) {
     VARLEN_FA_RANGED_ENTRY(attention_sm80_bf16_d##D##_ranged, __nv_bfloat16, D, M, N_MASKED, WARPS, Form::RANGED) \
     VARLEN_FA_RANGED_ENTRY(attention_sm80_f16_d##D##_fused_ranged, __half, D, M, N, WARPS, Form::FUSED_RANGED) \
     VARLEN_FA_RANGED_ENTRY(attention_sm80_bf16_d##D##_fused_ranged, __nv_bfloat16, D, M, N, WARPS, Form::FUSED_RANGED) \
-    VARLEN_FA_MODIFIED_ENTRY(attention_sm80_f16_d##D##_modified, __half, D, M, N_MASKED, WARPS, Form::MODIFIED) \
-    VARLEN_FA_MODIFIED_ENTRY(attention_sm80_bf16_d##D##_modified, __nv_bfloat16, D, M, N_MASKED, WARPS, Form::MODIFIED) \
-    VARLEN_FA_MODIFIED_ENTRY(attention_sm80_f16_d##D##_fused_modified, __half, D, M, N, WARPS, Form::FUSED_MODIFIED) \
-    VARLEN_FA_MODIFIED_ENTRY(attention_sm80_bf16_d##D##_fused_modified, __nv_bfloat16, D, M, N, WARPS, Form::FUSED_MODIFIED)
+    VARLEN_FA_WIDE_ENTRIES(D, M, N, N_MASKED, WARPS)
 VARLEN_FA_SM80_TILES(VARLEN_FA_ENTRIES)
+VARLEN_FA_SM80_WIDE_TILES(VARLEN_FA_WIDE_ENTRIES)
 
 }  // namespace sm80

@@ -43,6 +43,18 @@ struct OnlineSoftmax {
                 is_coarse |= fabsf(finite_max(m, half) * scale) > COARSE;
             }
         }
+        // With few keys a step, scaling many columns of output takes long, and mostly by 1.
+        constexpr bool SCALES_SELDOM = 8 * N_TILES < O_TILES;
+        bool scales = true;
+        if constexpr (SCALES_SELDOM) {
+            bool is_scaled = false;
+#pragma unroll
+            for (int m = 0; m < M_TILES; ++m) {
+                // A comparison that is true for NaN.
+                is_scaled |= factor[m][0] != 1.0f || factor[m][1] != 1.0f;
+            }
+            scales = __any_sync(0xffffffff, is_scaled);
+        }
         // One FFMA is fast, but rounds the product. Here, rarely, scores are subtracted first, for
         // the whole warp.
         is_coarse = __any_sync(0xffffffff, is_coarse);
@@ -71,6 +83,7 @@ struct OnlineSoftmax {
                     }
                 }
                 row_sum[m][half] = row_sum[m][half] * factor[m][half] + sum;
+                if (SCALES_SELDOM && !scales) continue;
 #pragma unroll
                 for (int o = 0; o < O_TILES; ++o) {
                     acc[m][o][2 * half] *= factor[m][half];

@@ -5,6 +5,8 @@
 //
 // Shared memory holds the query tile and two stages of key and value tiles: at most 96 KiB, which
 // every chip from SM80 on has.
+//
+// Wide rows have two forms alone, which do what all of them do.
 #pragma once
 #define VARLEN_FA_SM80_TILES(X) \
     X(32, 128, 128, 64, 4)      \
@@ -13,3 +15,4 @@
     X(128, 128, 64, 32, 4)      \
     X(192, 128, 32, 32, 8)      \
     X(256, 64, 32, 32, 4)
+#define VARLEN_FA_SM80_WIDE_TILES(X) X(512, 32, 16, 16, 4)

@@ -176,9 +176,11 @@ fn device_varlen(
         return by_tile_lists::fused_with_tables(launcher, attention, Placement::Whole(&tensors), query, key);
     }
     let tables = [metadata::device_tables(launcher, query)?, metadata::device_tables(launcher, key)?];
+    let placed = |ranges| PlacedRanges::listed_by_tables(launcher, ranges, &tables);
+    let ranges = attention.ranges.map(placed).transpose()?;
     match attention.plan.path {
-        Path::Fused => sm80::fused_with_tables(launcher, attention, &tensors, &tables),
-        _ => through_packed_rows(launcher, attention, tensors, tables, None, None),
+        Path::Fused => sm80::fused_with_tables(launcher, attention, &tensors, &tables, ranges.as_ref()),
+        _ => through_packed_rows(launcher, attention, tensors, tables, None, ranges),
     }
 }
 

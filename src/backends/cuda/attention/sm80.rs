@@ -1,10 +1,8 @@
 //! Launches of the sm80 kernel: dense, fused, and on packed rows.
 
-use bytemuck::Pod;
-
 use crate::backends::cuda::kernels::module::Entry;
 use crate::backends::cuda::kernels::params::{
-    AttentionParams, FusedAttentionParams, KeyRangeParams, ModifiedAttentionParams, RangedAttentionParams, RowLists,
+    AttentionParams, KeyRangeParams, ModifiedAttentionParams, RangedAttentionParams, RowLists, ScoreModifierParams,
 };
 use crate::backends::cuda::kernels::tiles::{FormSm80, MAX_GRID, Tile};
 use crate::backends::cuda::launcher::Launcher;
@@ -40,31 +38,21 @@ pub fn dense(
     zero_rows: Option<&KeyMask>,
 ) -> Result<()> {
     let shape = attention.problem.shape;
-    // By lists, dropped keys cost nothing; but no bias is added there.
+    // By lists, dropped keys cost nothing. With a bias, every key is computed: what the fused path
+    // adds to its lists is checked by this.
     if attention.bias.is_none()
         && key_mask.is_some()
         && let Some(meta) = DenseMeta::of(launcher, &shape, key_mask, zero_rows)?
     {
         return kept_keys(launcher, attention, tensors, &meta, zero_rows);
     }
-    let mut params = params(attention, tensors);
+    let mut params = params(launcher, attention, tensors)?;
     (params.key_bits, params.key_words) = bits(launcher, key_mask)?;
     (params.row_bits, params.row_words) = bits(launcher, zero_rows)?;
-    if let Some(bias) = &attention.bias {
-        let bias = Operand::input(launcher, "bias", bias)?;
-        params.bias = bias.address();
-        params.bias_is_f32 = i32::from(bias.dtype == DType::F32);
-        // Every stride fits: layouts end below an eighth of the range.
-        params.bias_strides.iter_mut().zip(bias.layout.strides()).for_each(|(slot, &stride)| *slot = stride as i64);
-    }
-    let is_masked = params.key_bits != 0 || params.row_bits != 0 || params.bias != 0;
     let extent = Extent { batch: shape.batch, max_queries: shape.seq_q };
     let ranges = attention.ranges.map(|ranges| PlacedRanges::padded(launcher, ranges)).transpose()?;
-    if ranges.is_some() || attention.modifiers.is_some() {
-        return launch_ranged(launcher, attention, &extent, &params, ranges.as_ref());
-    }
-    let form = if is_masked { FormSm80::Masked } else { FormSm80::Plain };
-    launch(launcher, attention, form, &extent, |batch, head| params.after_batch_rows(batch).after_heads(head))
+    let ranges = ranges.as_ref().map(PlacedRanges::params);
+    launch(launcher, attention, &extent, &Work { attention: params, lists: None, ranges })
 }
 
 /// Every query row of padded tensors against the kept keys. Rows that `zero_rows` drops are computed
@@ -80,14 +68,8 @@ fn kept_keys(
     let tables = [metadata::host_tables(launcher, query)?, metadata::host_tables(launcher, key)?];
     let ranges = attention.ranges.map(|ranges| PlacedRanges::listed(launcher, ranges, query, key)).transpose()?;
     let (row_bits, row_words) = bits(launcher, zero_rows)?;
-    let params = AttentionParams { row_bits, row_words, ..params(attention, tensors) };
-    // The form without ranges has no rows to be written as zeros.
-    let ranges = match (&ranges, zero_rows) {
-        (Some(ranges), _) => Some(ranges.params()),
-        (None, Some(_)) => Some(KeyRangeParams::default()),
-        (None, None) => None,
-    };
-    by_lists(launcher, attention, &params, &tables, ranges)
+    let params = AttentionParams { row_bits, row_words, ..params(launcher, attention, tensors)? };
+    by_lists(launcher, attention, params, &tables, ranges.as_ref().map(PlacedRanges::params))
 }
 
 /// Address of a mask's bits, and u32s of a row of them; zeros if there is no mask.
@@ -106,16 +88,13 @@ pub fn dense_with_tables(
     query: &DeviceTables<'_>,
     key: &DeviceTables<'_>,
 ) -> Result<()> {
-    let mut params = params(attention, tensors);
+    let mut params = params(launcher, attention, tensors)?;
     (params.row_bits, params.row_words) = metadata::device_bits(launcher, query)?;
     (params.key_bits, params.key_words) = metadata::device_bits(launcher, key)?;
     let extent = Extent { batch: query.batch, max_queries: query.seq };
-    if attention.modifiers.is_some() {
-        return launch_ranged(launcher, attention, &extent, &params, None);
-    }
-    launch(launcher, attention, FormSm80::Masked, &extent, |batch, head| {
-        params.after_batch_rows(batch).after_heads(head)
-    })
+    let ranges = attention.ranges.map(|ranges| PlacedRanges::padded(launcher, ranges)).transpose()?;
+    let ranges = ranges.as_ref().map(PlacedRanges::params);
+    launch(launcher, attention, &extent, &Work { attention: params, lists: None, ranges })
 }
 
 /// Valid query rows and keys of padded tensors; other rows as zeros.
@@ -129,24 +108,26 @@ pub fn fused(
     let tables = [metadata::host_tables(launcher, query)?, metadata::host_tables(launcher, key)?];
     let ranges = attention.ranges.map(|ranges| PlacedRanges::listed(launcher, ranges, query, key)).transpose()?;
     let ranges = ranges.as_ref().map(PlacedRanges::params);
-    by_lists(launcher, attention, &params(attention, tensors), &tables, ranges)
+    by_lists(launcher, attention, params(launcher, attention, tensors)?, &tables, ranges)
 }
 
-/// The same by tables that the device may have built.
+/// The same by tables that the device built; the ranges are of listed queries.
 pub fn fused_with_tables(
     launcher: &Launcher,
     attention: &Attention<'_>,
     tensors: &Tensors,
     tables: &[Tables; 2],
+    ranges: Option<&PlacedRanges>,
 ) -> Result<()> {
-    by_lists(launcher, attention, &params(attention, tensors), tables, None)
+    let ranges = ranges.map(PlacedRanges::params);
+    by_lists(launcher, attention, params(launcher, attention, tensors)?, tables, ranges)
 }
 
 /// Launches a fused form; the ranges are of listed queries and keys.
 fn by_lists(
     launcher: &Launcher,
     attention: &Attention<'_>,
-    params: &AttentionParams,
+    params: AttentionParams,
     [query, key]: &[Tables; 2],
     ranges: Option<KeyRangeParams>,
 ) -> Result<()> {
@@ -154,7 +135,7 @@ fn by_lists(
         cu_seqlens_q: query.cu_seqlens,
         cu_seqlens_k: key.cu_seqlens,
         batch_order: order_in_one_launch(key.batch_order, key.batch),
-        ..*params
+        ..params
     };
     let lists = RowLists {
         indices_q: query.indices,
@@ -164,28 +145,7 @@ fn by_lists(
     };
     // Blocks for every padded row: those of masked rows write the zeros.
     let extent = Extent { batch: query.batch, max_queries: query.seq };
-    // Lists hold positions in the whole batch, so tensors are not moved by batch rows. Fits:
-    // batch · seq does.
-    let lists_from = |batch| RowLists { first_batch: batch as i32, ..lists };
-    let ranged = |ranges| {
-        move |batch, head| RangedAttentionParams {
-            attention: params.after_heads(head),
-            lists: lists_from(batch),
-            ranges,
-        }
-    };
-    let modifiers = PlacedModifiers::of(launcher, attention)?;
-    match (&modifiers, ranges) {
-        (Some(modifiers), _) => {
-            let ranged = ranged(ranges.unwrap_or_default());
-            launch(launcher, attention, FormSm80::FusedModified, &extent, modified(modifiers, ranged))
-        }
-        (None, Some(ranges)) => launch(launcher, attention, FormSm80::FusedRanged, &extent, ranged(ranges)),
-        (None, None) => launch(launcher, attention, FormSm80::Fused, &extent, |batch, head| FusedAttentionParams {
-            attention: params.after_heads(head),
-            lists: lists_from(batch),
-        }),
-    }
+    launch(launcher, attention, &extent, &Work { attention: params, lists: Some(lists), ranges })
 }
 
 /// Packed rows.
@@ -194,55 +154,62 @@ pub fn packed(launcher: &Launcher, attention: &Attention<'_>, tensors: &Tensors,
         cu_seqlens_q: rows.cu_seqlens_q.unwrap_or_default(),
         cu_seqlens_k: rows.cu_seqlens_k.unwrap_or_default(),
         batch_order: order_in_one_launch(rows.batch_order.unwrap_or_default(), rows.batch),
-        ..params(attention, tensors)
+        ..params(launcher, attention, tensors)?
     };
     let extent = Extent { batch: rows.batch, max_queries: rows.max_queries };
-    if rows.ranges.is_some() || attention.modifiers.is_some() {
-        return launch_ranged(launcher, attention, &extent, &params, rows.ranges.as_ref());
+    let ranges = rows.ranges.as_ref().map(PlacedRanges::params);
+    launch(launcher, attention, &extent, &Work { attention: params, lists: None, ranges })
+}
+
+/// What a launch computes, but for score modifiers.
+struct Work {
+    attention: AttentionParams,
+    /// Of the fused forms.
+    lists: Option<RowLists>,
+    ranges: Option<KeyRangeParams>,
+}
+
+impl Work {
+    /// The form that computes it with the least beside.
+    const fn form(&self, has_modifiers: bool) -> FormSm80 {
+        let AttentionParams { bias, key_bits, row_bits, .. } = self.attention;
+        match (self.lists.is_some(), self.ranges.is_some()) {
+            (false, _) if has_modifiers => FormSm80::Modified,
+            (false, true) => FormSm80::Ranged,
+            (false, false) if bias != 0 || key_bits != 0 || row_bits != 0 => FormSm80::Masked,
+            (false, false) => FormSm80::Plain,
+            (true, _) if has_modifiers || bias != 0 => FormSm80::FusedModified,
+            (true, true) => FormSm80::FusedRanged,
+            // The form without ranges has no rows to be written as zeros.
+            (true, false) if row_bits != 0 => FormSm80::FusedRanged,
+            (true, false) => FormSm80::Fused,
+        }
     }
-    launch(launcher, attention, FormSm80::Plain, &extent, |batch, head| {
-        params.after_batch_rows(batch).after_heads(head)
-    })
-}
 
-/// Launches padded or packed rows with key ranges, score modifiers or both.
-fn launch_ranged(
-    launcher: &Launcher,
-    attention: &Attention<'_>,
-    extent: &Extent,
-    params: &AttentionParams,
-    ranges: Option<&PlacedRanges>,
-) -> Result<()> {
-    let ranges = ranges.map(PlacedRanges::params).unwrap_or_default();
-    let ranged = |batch, head| RangedAttentionParams {
-        attention: params.after_batch_rows(batch).after_heads(head),
-        lists: RowLists::default(),
-        ranges: ranges.after_batch_rows(batch),
-    };
-    match &PlacedModifiers::of(launcher, attention)? {
-        Some(modifiers) => launch(launcher, attention, FormSm80::Modified, extent, modified(modifiers, ranged)),
-        None => launch(launcher, attention, FormSm80::Ranged, extent, ranged),
+    /// The parameters of a launch from a batch row and a query head on.
+    fn after(&self, batch: usize, heads: usize, modifiers: &ScoreModifierParams) -> ModifiedAttentionParams {
+        let Self { attention, lists, ranges } = self;
+        let ranges = ranges.unwrap_or_default();
+        let ranged = match lists {
+            None => RangedAttentionParams {
+                attention: attention.after_batch_rows(batch).after_heads(heads),
+                lists: RowLists::default(),
+                ranges: ranges.after_batch_rows(batch),
+            },
+            // Lists hold positions in the whole batch, so tensors are not moved by batch rows. Fits:
+            // batch · seq does.
+            Some(lists) => RangedAttentionParams {
+                attention: attention.after_heads(heads),
+                lists: RowLists { first_batch: batch as i32, ..*lists },
+                ranges,
+            },
+        };
+        ModifiedAttentionParams { ranged, modifiers: modifiers.after_heads(heads) }
     }
 }
 
-/// The parameters of a form with score modifiers, from those of its form with ranges.
-fn modified(
-    modifiers: &PlacedModifiers,
-    ranged: impl Fn(usize, usize) -> RangedAttentionParams,
-) -> impl Fn(usize, usize) -> ModifiedAttentionParams {
-    let modifiers = modifiers.params();
-    move |batch, head| ModifiedAttentionParams { ranged: ranged(batch, head), modifiers: modifiers.after_heads(head) }
-}
-
-/// Launches a call, in parts if a grid does not hold its batch or its heads. `params` are those of
-/// the call from a batch row and a query head on.
-fn launch<Params: Pod>(
-    launcher: &Launcher,
-    attention: &Attention<'_>,
-    form: FormSm80,
-    extent: &Extent,
-    params: impl Fn(usize, usize) -> Params,
-) -> Result<()> {
+/// Launches a call, in parts if a grid does not hold its batch or its heads.
+fn launch(launcher: &Launcher, attention: &Attention<'_>, extent: &Extent, work: &Work) -> Result<()> {
     let shape = attention.problem.shape;
     let AttentionShape { num_heads, head_dim, .. } = shape;
     let &Extent { batch, max_queries } = extent;
@@ -250,6 +217,10 @@ fn launch<Params: Pod>(
     if max_queries == 0 || num_heads == 0 {
         return Ok(());
     }
+    // Lives until the last launch.
+    let modifiers = PlacedModifiers::of(launcher, attention)?;
+    let form = tile.compiled_form(work.form(modifiers.is_some()));
+    let modifiers = modifiers.as_ref().map(PlacedModifiers::params).unwrap_or_default();
     let function = launcher.function(Entry::Attention { dtype: attention.problem.dtype, tile, form })?;
     // Fits: a sequence has at most i32::MAX rows.
     let tiles = max_queries.div_ceil(tile.rows as usize) as u32;
@@ -257,12 +228,14 @@ fn launch<Params: Pod>(
     let heads = || head_ranges(num_heads, shape.group_size(), MAX_GRID);
     for (batch, heads) in batches.flat_map(|batch| heads().map(move |heads| (batch.clone(), heads))) {
         let grid = [tiles, heads.len() as u32, batch.len() as u32];
-        // SAFETY: the tensors have the problem's shape and lie inside their buffers, those of
-        // packed rows as `cu_seqlens` says (checked by problem; scratch is made so), and their rows
-        // start at words (placement). Masks, `cu_seqlens` and the bias have the problem's batch
-        // rows, the lists of the fused forms its positions, and ranges its queries. The output
-        // shares no memory with them (checked by problem).
-        unsafe { launcher.launch(function, grid, tile.threads(), &params(batch.start, heads.start)) }?;
+        let params = work.after(batch.start, heads.start, &modifiers);
+        // SAFETY: the parameters of each form start those of the form with score modifiers. The
+        // tensors have the problem's shape and lie inside their buffers, those of packed rows as
+        // `cu_seqlens` says (checked by problem; scratch is made so), and their rows start at words
+        // (placement). Masks, `cu_seqlens` and the bias have the problem's batch rows, the lists of
+        // the fused forms its positions, and ranges its queries. The output shares no memory with
+        // them (checked by problem).
+        unsafe { launcher.launch(function, grid, tile.threads(), &params) }?;
     }
     Ok(())
 }
@@ -273,10 +246,14 @@ fn order_in_one_launch(batch_order: u64, batch: usize) -> u64 {
 }
 
 /// Parameters of a dense call without a mask.
-fn params(attention: &Attention<'_>, Tensors { q, k, v, out, lse }: &Tensors) -> AttentionParams {
+fn params(
+    launcher: &Launcher,
+    attention: &Attention<'_>,
+    Tensors { q, k, v, out, lse }: &Tensors,
+) -> Result<AttentionParams> {
     let shape = attention.problem.shape;
     let lse = lse.unwrap_or_default();
-    AttentionParams {
+    let mut params = AttentionParams {
         q: q.address,
         k: k.address,
         v: v.address,
@@ -295,5 +272,13 @@ fn params(attention: &Attention<'_>, Tensors { q, k, v, out, lse }: &Tensors) ->
         lse_batch_stride: lse.batch_stride,
         lse_head_stride: lse.head_stride,
         ..Default::default()
+    };
+    if let Some(bias) = &attention.bias {
+        let bias = Operand::input(launcher, "bias", bias)?;
+        params.bias = bias.address();
+        params.bias_is_f32 = i32::from(bias.dtype == DType::F32);
+        // Every stride fits: layouts end below an eighth of the range.
+        params.bias_strides.iter_mut().zip(bias.layout.strides()).for_each(|(slot, &stride)| *slot = stride as i64);
     }
+    Ok(params)
 }

@@ -22,9 +22,10 @@ pub struct Function {
 /// Launches a kernel that takes one struct by value. The context is current.
 ///
 /// # Safety
-/// The function belongs to the context. `P` mirrors the kernel's parameter, and every address in it
-/// that the kernel follows is memory of this context, in bounds for the sizes beside it. No other
-/// work writes there, or uses what the kernel writes, out of the stream's order.
+/// The function belongs to the context. `P` mirrors the kernel's parameter, or starts with what
+/// mirrors it: the driver copies as many bytes as the kernel takes. Every address in it that the
+/// kernel follows is memory of this context, in bounds for the sizes beside it. No other work writes
+/// there, or uses what the kernel writes, out of the stream's order.
 pub unsafe fn launch<P: Pod>(
     context: &Context,
     function: Function,

@@ -124,6 +124,7 @@ pub enum Entry {
     MetadataCount,
     MetadataScan,
     MetadataIndex,
+    MetadataRanges,
     TileLists,
     /// Of the sm80 kernel.
     Attention {
@@ -180,7 +181,7 @@ impl Entry {
         match self {
             Self::Pack | Self::Scatter => Home::Pack,
             Self::ScatterLse | Self::Merge { .. } => Home::Lse,
-            Self::MetadataCount | Self::MetadataScan | Self::MetadataIndex => Home::Metadata,
+            Self::MetadataCount | Self::MetadataScan | Self::MetadataIndex | Self::MetadataRanges => Home::Metadata,
             Self::PrepareQk { .. } => Home::PrepareQk,
             Self::TileLists => Home::TileLists,
             Self::Attention { .. } => Home::Attention(Kernel::CudaSm80),
@@ -198,6 +199,7 @@ impl Entry {
             Self::MetadataCount => "metadata_count".to_owned(),
             Self::MetadataScan => "metadata_scan".to_owned(),
             Self::MetadataIndex => "metadata_index".to_owned(),
+            Self::MetadataRanges => "metadata_ranges".to_owned(),
             Self::TileLists => "tile_lists".to_owned(),
             Self::Attention { dtype, tile, form } => {
                 format!("attention_{}_{dtype}_{}", Kernel::CudaSm80, tile.name(form))
@@ -382,10 +384,10 @@ mod tests {
     /// Every function that can be asked for.
     fn entries() -> impl Iterator<Item = Entry> {
         let attention = [DType::F16, DType::Bf16].into_iter().flat_map(|dtype| {
-            (8..=256).step_by(8).flat_map(move |head_dim| {
-                let rows = FormSm80::ALL
-                    .into_iter()
-                    .filter_map(move |form| Tile::of(head_dim).map(|tile| Entry::Attention { dtype, tile, form }));
+            (8..=512).step_by(8).flat_map(move |head_dim| {
+                let rows = FormSm80::ALL.into_iter().filter_map(move |form| {
+                    Tile::of(head_dim).map(|tile| Entry::Attention { dtype, tile, form: tile.compiled_form(form) })
+                });
                 let lists = ATTENTION.iter().flat_map(move |row| {
                     let forms = ListForm::ALL.into_iter().filter(move |form| form.is_of(row.kernel));
                     forms.filter_map(move |form| {
@@ -395,8 +397,8 @@ mod tests {
                 rows.chain(lists)
             })
         });
-        let metadata = [Entry::MetadataCount, Entry::MetadataScan, Entry::MetadataIndex, Entry::TileLists];
-        let others = [Entry::Pack, Entry::Scatter].into_iter().chain(metadata);
+        let metadata = [Entry::MetadataCount, Entry::MetadataScan, Entry::MetadataIndex, Entry::MetadataRanges];
+        let others = [Entry::Pack, Entry::Scatter, Entry::TileLists].into_iter().chain(metadata);
         let lse = [DType::F32, DType::F16, DType::Bf16].map(|dtype| Entry::Merge { dtype });
         let prepare_qk = [DType::F32, DType::F16, DType::Bf16]
             .into_iter()

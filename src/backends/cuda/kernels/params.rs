@@ -176,7 +176,7 @@ constants! {
     MAX_PREPARED_TENSORS: usize = 16;
     /// Heads of a token that the same lanes of `prepare_qk_*` take, half as many of wide heads.
     PREPARED_HEADS: u32 = 4;
-    /// Threads of a block of `metadata_count` and `metadata_index`.
+    /// Threads of a block of `metadata_count`, `metadata_index` and `metadata_ranges`.
     METADATA_THREADS: u32 = 256;
     /// Threads of the one block of `metadata_scan`.
     METADATA_SCAN_THREADS: u32 = 1024;
@@ -671,6 +671,24 @@ shared_struct! {
 }
 
 shared_struct! {
+    /// Parameters of `metadata_ranges`. The tables are those of `MetadataParams`, of each side.
+    MetadataRangesParams {
+        /// Of padded queries, counted in padded keys.
+        ranges: KeyRangeParams,
+        /// First and end of each listed query, counted in the listed keys of its batch row.
+        listed: *mut u32,
+        cu_seqlens_q: *const i32,
+        cu_seqlens_k: *const i32,
+        indices_q: *const u32,
+        indices_k: *const u32,
+        batch: i32,
+        seq_q: i32,
+        seq_k: i32,
+        unused: i32,
+    }
+}
+
+shared_struct! {
     /// What the device counts in tile lists. It lies just before `zero_spans` and is as large as a span.
     TileListCounts {
         zero_spans: i32,
@@ -756,11 +774,20 @@ pub fn header() -> String {
         PreparedRows::text(),
         PrepareQkParams::text(),
         MetadataParams::text(),
+        MetadataRangesParams::text(),
         TileListCounts::text(),
         TileListsParams::text(),
     ];
     items.join("\n")
 }
+
+// The parameters of every form of the sm80 kernels start those of the form that does everything, which launches pass to all.
+const _: () = {
+    use std::mem::offset_of;
+    assert!(offset_of!(ModifiedAttentionParams, ranged) == 0 && offset_of!(RangedAttentionParams, attention) == 0);
+    assert!(offset_of!(FusedAttentionParams, attention) == 0);
+    assert!(offset_of!(FusedAttentionParams, lists) == offset_of!(RangedAttentionParams, lists));
+};
 
 impl AttentionParams {
     /// The same call without its first `rows` batch rows. Packed tensors stay, since `cu_seqlens`

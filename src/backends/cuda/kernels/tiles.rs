@@ -79,8 +79,11 @@ impl Tile {
     /// key tiles.
     const KEY_LISTS: u32 = 2;
     const LIST_ENTRY_BYTES: u32 = 4;
+    const SCORE_BYTES: u32 = 4;
     /// Shared memory of a block that every chip from SM80 on has.
     const MAX_SHARED_BYTES: u32 = 99 << 10;
+    /// Two warps divide the columns of wider tiles between them. Such tiles have two forms alone, which do what all others do.
+    const MAX_UNDIVIDED_WIDTH: u32 = 256;
 
     /// The narrowest tile that holds a head dimension.
     pub fn of(head_dim: usize) -> Option<Self> {
@@ -91,8 +94,21 @@ impl Tile {
         Self { width, rows, keys, keys_masked, warps }
     }
 
-    /// Dynamic shared memory: the query tile and the stages of key and value tiles, and the fused
-    /// form's lists.
+    const fn is_divided(self) -> bool {
+        self.width > Self::MAX_UNDIVIDED_WIDTH
+    }
+
+    /// The compiled form that computes one.
+    pub const fn compiled_form(self, form: FormSm80) -> FormSm80 {
+        match form {
+            form if !self.is_divided() => form,
+            FormSm80::Plain | FormSm80::Masked | FormSm80::Ranged | FormSm80::Modified => FormSm80::Modified,
+            FormSm80::Fused | FormSm80::FusedRanged | FormSm80::FusedModified => FormSm80::FusedModified,
+        }
+    }
+
+    /// Dynamic shared memory: the query tile and the stages of key and value tiles, the fused
+    /// form's lists, and the scores that two warps add up.
     pub const fn shared_bytes(self, form: FormSm80) -> u32 {
         let (keys, lists) = match form {
             FormSm80::Plain => (self.keys, 0),
@@ -101,7 +117,10 @@ impl Tile {
                 (self.keys, self.rows + Self::KEY_LISTS * self.keys)
             }
         };
-        (self.rows + STAGES * STAGE_TENSORS * keys) * self.width * ELEMENT_BYTES + lists * Self::LIST_ENTRY_BYTES
+        let scores = if self.is_divided() { self.rows * keys * Self::SCORE_BYTES } else { 0 };
+        (self.rows + STAGES * STAGE_TENSORS * keys) * self.width * ELEMENT_BYTES
+            + lists * Self::LIST_ENTRY_BYTES
+            + scores
     }
 
     /// Threads of a block.
@@ -130,7 +149,8 @@ const _: () = {
         assert!(tile.shared_bytes(FormSm80::Fused) <= Tile::MAX_SHARED_BYTES);
         // A thread copies one entry of a key tile's list.
         assert!(tile.keys <= tile.threads());
-        assert!(tile.rows.is_multiple_of(tile.warps * 16));
+        // A warp computes 16 rows at a time, two together those of a wide tile.
+        assert!(tile.rows.is_multiple_of(tile.warps * 16 / if tile.is_divided() { 2 } else { 1 }));
         i += 1;
     }
 };
@@ -382,12 +402,16 @@ mod tests {
 
     #[test]
     fn every_head_dim_is_in_the_narrowest_tile_that_holds_it() {
-        for head_dim in (8..=256).step_by(8) {
+        for head_dim in (8..=512).step_by(8) {
             assert!(Tile::of(head_dim).is_some_and(|tile| tile.width as usize >= head_dim), "{head_dim}");
         }
         assert_eq!(Tile::of(64).map(|tile| tile.width), Some(64));
         assert_eq!(Tile::of(72).map(|tile| tile.width), Some(96));
-        assert_eq!(Tile::of(264), None);
+        assert_eq!(
+            (Tile::of(256).map(|tile| tile.width), Tile::of(264).map(|tile| tile.width)),
+            (Some(256), Some(512))
+        );
+        assert_eq!(Tile::of(520), None);
         let width = |kernel, head_dim| ListTile::of(kernel, head_dim).map(|tile| tile.width);
         for (head_dim, expected) in [(8, 64), (64, 64), (72, 96), (96, 96), (104, 128), (128, 128)] {
             assert_eq!(width(Kernel::CudaSm90, head_dim), Some(expected), "{head_dim}");
@@ -422,6 +446,16 @@ mod tests {
     }
 
     #[test]
+    fn wide_tiles_have_the_forms_that_do_everything() {
+        let compiled = |head_dim| FormSm80::ALL.map(|form| Tile::of(head_dim).map(|tile| tile.compiled_form(form)));
+        assert_eq!(compiled(256), FormSm80::ALL.map(Some));
+        for (form, compiled) in FormSm80::ALL.into_iter().zip(compiled(257)) {
+            let is_fused = form.suffix().contains("fused");
+            assert_eq!(compiled, Some(if is_fused { FormSm80::FusedModified } else { FormSm80::Modified }), "{form:?}");
+        }
+    }
+
+    #[test]
     fn shared_memory_is_the_kernels_sum() {
         let tile = Tile { width: 128, rows: 128, keys: 64, keys_masked: 32, warps: 4 };
         let tile_bytes = |rows: u32| rows * 128 * 2;
@@ -429,5 +463,11 @@ mod tests {
         assert_eq!(tile.shared_bytes(FormSm80::Plain), plain);
         assert_eq!(tile.shared_bytes(FormSm80::Fused), plain + 4 * (128 + 64 + 64));
         assert_eq!(tile.shared_bytes(FormSm80::Masked), tile_bytes(128) + 2 * (tile_bytes(32) + tile_bytes(32)));
+        // As two warps of a pair add up the scores of their rows: after the lists, if there are any.
+        let wide = Tile { width: 512, rows: 32, keys: 16, keys_masked: 16, warps: 4 };
+        let tiles = (32 + 4 * 16) * 512 * 2;
+        let pairs = 2 * 2 * 32 * 16;
+        assert_eq!(wide.shared_bytes(FormSm80::Modified), tiles + pairs);
+        assert_eq!(wide.shared_bytes(FormSm80::FusedModified), tiles + 4 * (32 + 2 * 16) + pairs);
     }
 }

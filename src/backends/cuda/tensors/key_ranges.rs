@@ -1,13 +1,17 @@
-//! Key ranges on the device: copies of the host's, uploaded once and kept with them.
+//! Key ranges on the device: copies of the host's, uploaded once and kept with them, and those that
+//! the device counts in lists of its own.
 
 use std::sync::Arc;
 
 use crate::backends::cuda::driver::memory::CudaBuffer;
-use crate::backends::cuda::kernels::params::KeyRangeParams;
+use crate::backends::cuda::kernels::module::Entry;
+use crate::backends::cuda::kernels::params::{KeyRangeParams, METADATA_THREADS, MetadataRangesParams};
 use crate::backends::cuda::launcher::Launcher;
 use crate::error::Result;
 use crate::mask::key_ranges::KeyRanges;
 use crate::mask::meta::VarlenMeta;
+
+use super::metadata::Tables;
 
 /// `[first, end)` of each query.
 #[derive(Debug)]
@@ -16,7 +20,7 @@ struct RangesCopy(CudaBuffer);
 /// Where a launch finds its ranges. Holds them: those of lists may be evicted at any time.
 #[derive(Debug, Clone)]
 pub struct PlacedRanges {
-    /// Those on the host.
+    /// Those on the host; of padded queries, where the device alone has the listed ones.
     pub ranges: KeyRanges,
     copy: Arc<RangesCopy>,
     row_stride: i64,
@@ -40,6 +44,35 @@ impl PlacedRanges {
     pub fn listed(launcher: &Launcher, ranges: &KeyRanges, query: &VarlenMeta, key: &VarlenMeta) -> Result<Self> {
         let is_captured = launcher.context.is_captured()?;
         Self::packed(launcher, &*ranges.of_packed_rows(query, key, is_captured)?)
+    }
+
+    /// The same by tables that the device built: it finds the listed ranges itself, and the host does
+    /// not wait for them.
+    pub fn listed_by_tables(launcher: &Launcher, ranges: &KeyRanges, [query, key]: &[Tables; 2]) -> Result<Self> {
+        let padded = Self::padded(launcher, ranges)?;
+        let queries = query.batch * query.seq;
+        let listed = launcher.scratch(queries as u64 * size_of::<[u32; 2]>() as u64)?;
+        let params = MetadataRangesParams {
+            ranges: padded.params(),
+            listed: listed.address(),
+            cu_seqlens_q: query.cu_seqlens,
+            cu_seqlens_k: key.cu_seqlens,
+            indices_q: query.indices,
+            indices_k: key.indices,
+            // All fit: batch · seq does.
+            batch: query.batch as i32,
+            seq_q: query.seq as i32,
+            seq_k: key.seq as i32,
+            unused: 0,
+        };
+        if queries > 0 {
+            let function = launcher.function(Entry::MetadataRanges)?;
+            let blocks = queries.div_ceil(METADATA_THREADS as usize) as u32;
+            // SAFETY: the ranges are of every padded query of the call (checked by problem), the tables
+            // of its batch rows, and the memory has room for a range of each query.
+            unsafe { launcher.launch(function, [blocks, 1, 1], METADATA_THREADS, &params) }?;
+        }
+        Ok(Self { copy: Arc::new(RangesCopy(listed)), row_stride: 0, ..padded })
     }
 
     /// Listed ranges where the queries are read as they are padded, `seq` a row, all of them valid.
