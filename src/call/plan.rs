@@ -248,10 +248,13 @@ pub(crate) fn plan_padded(
     // Without a copy, where the dense path needs one.
     let fuses_segments =
         fuses && problem.cuts == Cuts::Few && preferred.traits().segments == SegmentAccess::InPlaceFused;
+    // A sink is the log-sum-exp of a query without keys, which a kernel writes.
+    let has_sink_alone = problem.lse && needs.modifiers.sinks;
     let chosen = match mask.tokens {
-        _ if problem.shape.seq_k == 0 => (Path::Zero, Reason::NothingValid),
-        TokenInfo::Varlen { query, key } if query.is_empty() || key.is_empty() => (Path::Zero, Reason::NothingValid),
-        TokenInfo::Key(mask) if mask.is_empty() => (Path::Zero, Reason::NothingValid),
+        TokenInfo::Varlen { query, .. } if query.is_empty() => (Path::Zero, Reason::NothingValid),
+        _ if problem.shape.seq_k == 0 && !has_sink_alone => (Path::Zero, Reason::NothingValid),
+        TokenInfo::Varlen { key, .. } if key.is_empty() && !has_sink_alone => (Path::Zero, Reason::NothingValid),
+        TokenInfo::Key(mask) if mask.is_empty() && !has_sink_alone => (Path::Zero, Reason::NothingValid),
         TokenInfo::All | TokenInfo::Key(_) if mask.bias.is_some() => (Path::Dense, Reason::Bias),
         TokenInfo::All if mask.ranges.is_some() => (Path::Dense, Reason::KeyRanges),
         TokenInfo::All => (Path::Dense, Reason::NoMask),
@@ -445,7 +448,7 @@ mod tests {
     fn problem() -> AttentionProblem {
         let shape =
             AttentionShape { batch: BATCH, seq_q: SEQ, seq_k: SEQ, num_heads: 24, num_kv_heads: 24, head_dim: 128 };
-        AttentionProblem { shape, dtype: DType::Bf16, softmax_scale: 1.0, bias: None, cuts: Cuts::None }
+        AttentionProblem { shape, dtype: DType::Bf16, softmax_scale: 1.0, bias: None, cuts: Cuts::None, lse: false }
     }
 
     fn masked(tokens: TokenInfo<'_>) -> MaskInfo<'_> {
