@@ -100,6 +100,8 @@ pub(crate) struct KernelTraits {
     has_bias: bool,
     /// Whether it adds a bias on the fused path too.
     pub(crate) has_fused_bias: bool,
+    /// Whether it does so beside the log-sum-exp.
+    pub(crate) has_fused_bias_beside_lse: bool,
     /// Whether it takes a range of keys for each query.
     has_ranges: bool,
     /// Whether its dense path costs what a key mask keeps, so that the fused one has no advantage.
@@ -127,6 +129,7 @@ const ROWS: KernelTraits = KernelTraits {
     segments: SegmentAccess::Copied,
     has_bias: true,
     has_fused_bias: false,
+    has_fused_bias_beside_lse: false,
     has_ranges: false,
     skips_dropped_keys: false,
     modifiers: ModifierSet { softcap: false, alibi: false, sinks: false },
@@ -152,6 +155,7 @@ const TABLE: &[KernelTraits; 6] = &[
         name: "cpu-tiled",
         segments: SegmentAccess::InPlace,
         has_fused_bias: true,
+        has_fused_bias_beside_lse: true,
         has_ranges: true,
         skips_dropped_keys: true,
         modifiers: ModifierSet::ALL,
@@ -161,6 +165,7 @@ const TABLE: &[KernelTraits; 6] = &[
         kernel: Kernel::WgslPortable,
         name: "wgsl-portable",
         backend: BackendKind::Wgpu,
+        has_fused_bias: true,
         has_ranges: true,
         modifiers: ModifierSet::ALL,
         ..ROWS
@@ -171,6 +176,7 @@ const TABLE: &[KernelTraits; 6] = &[
         backend: BackendKind::Wgpu,
         dtypes: HALF_DTYPES,
         max_head_dim: 256,
+        has_fused_bias: true,
         has_ranges: true,
         modifiers: ModifierSet::ALL,
         ..ROWS
@@ -215,6 +221,16 @@ impl Kernel {
     /// The kernel's row of the table.
     pub(crate) const fn traits(self) -> &'static KernelTraits {
         &TABLE[self as usize]
+    }
+
+    /// Why it adds no bias on the fused path of a call, if it does not.
+    pub(crate) fn refuses_fused_bias(self, lse: bool) -> Option<&'static str> {
+        let &KernelTraits { has_fused_bias, has_fused_bias_beside_lse, .. } = self.traits();
+        match (has_fused_bias, has_fused_bias_beside_lse || !lse) {
+            (true, true) => None,
+            (true, false) => Some("adds a bias beside the log-sum-exp on the dense path alone"),
+            (false, _) => Some("adds a bias on the dense path alone"),
+        }
     }
 
     /// The kernel's name, e.g. `wgsl-portable`.

@@ -244,7 +244,7 @@ pub(crate) fn plan_padded(
     };
     let needs = Needs::new(problem, mask, is_dense);
     let preferred = pick_kernel(capabilities, forced, needs)?;
-    let fuses = mask.bias.is_none() || preferred.traits().has_fused_bias;
+    let fuses = mask.bias.is_none() || preferred.refuses_fused_bias(problem.lse).is_none();
     // Without a copy, where the dense path needs one.
     let fuses_segments =
         fuses && problem.cuts == Cuts::Few && preferred.traits().segments == SegmentAccess::InPlaceFused;
@@ -275,7 +275,7 @@ pub(crate) fn plan_padded(
     };
     let (path, reason) = match forced.path {
         None => chosen,
-        Some(path) => (path, check_forced_path(path, mask, preferred)?),
+        Some(path) => (path, check_forced_path(path, mask, preferred, problem.lse)?),
     };
     let plan_of = |path, kernel: Kernel, reason, estimate| {
         let is_in_place = match kernel.traits().segments {
@@ -382,20 +382,21 @@ fn pick_kernel(capabilities: &Capabilities, forced: Forced, needs: Needs) -> Res
     })
 }
 
-fn check_forced_path(path: Path, mask: &MaskInfo<'_>, kernel: Kernel) -> Result<Reason> {
+fn check_forced_path(path: Path, mask: &MaskInfo<'_>, kernel: Kernel, lse: bool) -> Result<Reason> {
     let is_on_device = matches!(mask.tokens, TokenInfo::DeviceVarlen { .. });
     let is_masked = is_on_device || matches!(mask.tokens, TokenInfo::Varlen { .. } | TokenInfo::Key(_));
     let why = match path {
         Path::Dense => return Ok(Reason::PathForced),
         Path::Zero => "it follows from the metadata alone".to_owned(),
         Path::Fused | Path::Packed if !is_masked => "it needs AttentionMask::key or varlen".to_owned(),
-        Path::Fused if mask.bias.is_some() && !kernel.traits().has_fused_bias => {
-            format!("kernel {kernel} adds a bias on the dense path alone")
-        }
         Path::Packed if mask.bias.is_some() => "packed rows take no bias".to_owned(),
         Path::Packed if mask.modifiers.is_some_and(|modifiers| modifiers.set().alibi) => {
             "packed rows have lost the positions that ALiBi counts in".to_owned()
         }
+        Path::Fused if mask.bias.is_some() => match kernel.refuses_fused_bias(lse) {
+            Some(why) => format!("kernel {kernel} {why}"),
+            None => return Ok(Reason::PathForced),
+        },
         Path::Fused | Path::Packed => return Ok(Reason::PathForced),
     };
     Err(not_applicable("path", path.name(), why))
