@@ -99,7 +99,9 @@ pub(crate) struct KernelTraits {
     /// Whether it adds a bias to the scores of padded tensors, all rows of which it computes.
     has_bias: bool,
     /// Whether it adds a bias on the fused path too.
-    has_fused_bias: bool,
+    pub(crate) has_fused_bias: bool,
+    /// Whether it does so beside the log-sum-exp.
+    pub(crate) has_fused_bias_beside_lse: bool,
     /// Whether it takes a range of keys for each query.
     has_ranges: bool,
     /// Whether it adds a bias and takes ranges beside metadata that a GPU built.
@@ -129,6 +131,7 @@ const ROWS: KernelTraits = KernelTraits {
     segments: SegmentAccess::Copied,
     has_bias: true,
     has_fused_bias: false,
+    has_fused_bias_beside_lse: false,
     has_ranges: false,
     takes_all_with_device_meta: false,
     skips_dropped_keys: false,
@@ -155,6 +158,7 @@ const TABLE: &[KernelTraits; 6] = &[
         name: "cpu-tiled",
         segments: SegmentAccess::InPlace,
         has_fused_bias: true,
+        has_fused_bias_beside_lse: true,
         has_ranges: true,
         skips_dropped_keys: true,
         modifiers: ModifierSet::ALL,
@@ -164,6 +168,7 @@ const TABLE: &[KernelTraits; 6] = &[
         kernel: Kernel::WgslPortable,
         name: "wgsl-portable",
         backend: BackendKind::Wgpu,
+        has_fused_bias: true,
         has_ranges: true,
         modifiers: ModifierSet::ALL,
         ..ROWS
@@ -174,6 +179,7 @@ const TABLE: &[KernelTraits; 6] = &[
         backend: BackendKind::Wgpu,
         dtypes: HALF_DTYPES,
         max_head_dim: 256,
+        has_fused_bias: true,
         has_ranges: true,
         modifiers: ModifierSet::ALL,
         ..ROWS
@@ -184,6 +190,7 @@ const TABLE: &[KernelTraits; 6] = &[
         backend: BackendKind::Cuda,
         dtypes: HALF_DTYPES,
         has_fused_bias: true,
+        has_fused_bias_beside_lse: true,
         has_ranges: true,
         takes_all_with_device_meta: true,
         modifiers: ModifierSet::ALL,
@@ -219,6 +226,16 @@ impl Kernel {
     /// The kernel's row of the table.
     pub(crate) const fn traits(self) -> &'static KernelTraits {
         &TABLE[self as usize]
+    }
+
+    /// Why it adds no bias on the fused path of a call, if it does not.
+    pub(crate) fn refuses_fused_bias(self, lse: bool) -> Option<&'static str> {
+        let &KernelTraits { has_fused_bias, has_fused_bias_beside_lse, .. } = self.traits();
+        match (has_fused_bias, has_fused_bias_beside_lse || !lse) {
+            (true, true) => None,
+            (true, false) => Some("adds a bias beside the log-sum-exp on the dense path alone"),
+            (false, _) => Some("adds a bias on the dense path alone"),
+        }
     }
 
     /// The kernel's name, e.g. `wgsl-portable`.

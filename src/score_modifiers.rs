@@ -80,8 +80,8 @@ impl ScoreModifiers {
     }
 
     /// Attention sinks (Xiao et al., 2023), as gpt-oss has them: each query head has one more score, `[H]`, without a value. It takes
-    /// weight from the keys. A sink of −∞ takes none. A query that sees no key gives zeros all the same. Padded calls give no
-    /// log-sum-exp beside sinks, calls on packed rows do.
+    /// weight from the keys. A sink of −∞ takes none. A query that sees no key gives zeros all the same. The log-sum-exp
+    /// has the sink, and is the sink for a query that sees no key.
     #[must_use]
     pub fn with_sinks(mut self, sinks: impl Into<Vec<f32>>) -> Self {
         self.sinks = Some(Arc::new(sinks.into()));

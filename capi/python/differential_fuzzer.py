@@ -532,8 +532,7 @@ class Fuzzer:
         plan = vf.Plan()
         forced = options.path != 0 or options.kernel != 0
         views = [tensor.tensor() for tensor in tensors]
-        # Padded calls give no log-sum-exp beside sinks.
-        has_lse = rng.random() < 0.3 and modifiers.sinks is None
+        has_lse = rng.random() < 0.3
         lse = Strided(rng, self.memory, vf.F32, (call.batch, call.heads, call.seq_q)) if has_lse else None
         wanted = None if lse is None else lse.tensor()
         if not self.attempt(forced, self.target.forward, *views, mask, options, plan, wanted):

@@ -2,10 +2,17 @@
 //!
 //! Text and image have tensors and weights of their own. Each is modulated by the time step,
 //! projected, attended to together with the other, projected back, and goes through an MLP.
-//! QK-norm, rotary embedding and attention are one call on the device; the rest is the host's.
-//! Weights and inputs are random.
+//! QK-norm, rotary embedding and attention are one call on the device; the rest is the host's, or on a
+//! wgpu device that of shaders of the example's own: there a step is one submission. Weights and inputs
+//! are random.
 
+#[cfg(feature = "wgpu")]
+#[path = "../external_wgpu/application.rs"]
+#[expect(dead_code, reason = "here the device is the library's, there the application's")]
+mod application;
 mod block;
+#[cfg(feature = "wgpu")]
+mod on_wgpu;
 mod oracle;
 #[path = "../masked_attention/product.rs"]
 mod product;
@@ -69,14 +76,10 @@ fn run(arguments: &Arguments) -> Result<()> {
     println!("tokens     {} of {} valid", meta.total_valid(), 2 * (text + image));
 
     let block = Block::random(sizes, &PROMPTS);
-    // The first step compiles shaders and wakes threads.
-    block.step(&device, &meta)?;
-    let Step { hidden, plan, before, attention, after } = block.step(&device, &meta)?;
-    println!("joint      {plan}\n");
-    let line = |what: &str, time: Duration| println!("{what:<44}{:>10.3} ms", milliseconds(time));
-    line("modulation and projections, on the host", before);
-    line("QK-norm, rotary embedding, joint attention", attention);
-    line("projection, modulation and MLP, on the host", after);
+    let hidden = match step_on_wgpu(&device, &block, &meta)? {
+        Some(hidden) => hidden,
+        None => step_by_host(&device, &block, &meta)?,
+    };
 
     let sample = if arguments.full { SAMPLE } else { usize::MAX };
     let oracle::Judged { tokens, error } = oracle::judge(&block, meta.key_mask(), &hidden, sample);
@@ -84,4 +87,37 @@ fn run(arguments: &Arguments) -> Result<()> {
     // Not `error > TOLERANCE`, which NaN passes.
     ensure!(tokens > 0 && error <= TOLERANCE, "the block's output is {error:.2e} from the oracle's");
     Ok(())
+}
+
+/// A step whose products are the host's.
+fn step_by_host(device: &Device, block: &Block, meta: &VarlenMeta) -> Result<[Vec<f32>; 2]> {
+    // The first step compiles shaders and wakes threads.
+    block.step(device, meta)?;
+    let Step { hidden, plan, before, attention, after } = block.step(device, meta)?;
+    println!("joint      {plan}\n");
+    line("modulation and projections, on the host", before);
+    line("QK-norm, rotary embedding, joint attention", attention);
+    line("projection, modulation and MLP, on the host", after);
+    Ok(hidden)
+}
+
+/// A step in one submission, if the device is a wgpu device.
+#[cfg(feature = "wgpu")]
+fn step_on_wgpu(device: &Device, block: &Block, meta: &VarlenMeta) -> Result<Option<[Vec<f32>; 2]>> {
+    let Some(mut on_wgpu) = on_wgpu::OnWgpu::new(device, block)? else { return Ok(None) };
+    on_wgpu.step(meta)?;
+    let on_wgpu::Submitted { plan, recorded, run } = on_wgpu.step(meta)?;
+    println!("joint      {plan}\n");
+    line("recording a step, host", recorded);
+    line("its one submission, until it is done", run);
+    Ok(Some(on_wgpu.hidden()?))
+}
+
+#[cfg(not(feature = "wgpu"))]
+fn step_on_wgpu(_: &Device, _: &Block, _: &VarlenMeta) -> Result<Option<[Vec<f32>; 2]>> {
+    Ok(None)
+}
+
+fn line(what: &str, time: Duration) {
+    println!("{what:<44}{:>10.3} ms", milliseconds(time));
 }

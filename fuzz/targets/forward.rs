@@ -183,8 +183,7 @@ fn run<T: Element>(input: &Input, precision: Precision, narrow: fn(f32) -> T, wi
     }
     let mut lse = vec![f32::NAN; batch * heads * seq_q];
     let mut outputs = AttentionOutputs::new(TensorViewMut::from_host_strided(&mut out, out_layout));
-    // Padded calls give none beside sinks.
-    let wants_lse = input.lse && sinks.is_none();
+    let wants_lse = input.lse;
     if wants_lse {
         outputs = outputs.with_lse(TensorViewMut::from_host(&mut lse, &[batch, heads, seq_q]).expect("as long"));
     }

@@ -2,9 +2,11 @@
 
 // The score, in log2 units, with the bias added.
 fn biased(tile: Tile, row: u32, key: u32, score: f32) -> Biased {
-    let at = min(tile.first_row + row, params.seq_q - 1u);
+    // Positions in the padded tensors. Rows and keys past the end repeat the last one.
+    let query_at = lse_row(tile, min(row, tile.rows - 1u));
+    let key_at = key_row(tile, min(key, tile.keys.end - 1u));
     let position = params.bias_offset + tile.batch * params.bias_stride_b + tile.head * params.bias_stride_h
-        + at * params.bias_stride_q + min(key, params.seq_k - 1u) * params.bias_stride_k;
+        + query_at * params.bias_stride_q + key_at * params.bias_stride_k;
     let value = bias_value(position);
     // By its bits: a shader compiler may assume that no infinity is ever compared.
     let dropped = bitcast<u32>(value) == 0xff800000u;

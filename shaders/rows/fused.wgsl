@@ -24,6 +24,7 @@ fn locate(workgroup: vec3<u32>) -> Tile {
     tile.ranges_at = entry.z * params.ranges_stride + entry.x;
     tile.union_at = of_list.at;
     find_keys(&tile, select(key_tokens[key_list(tile)], 0u, entry.w == 1u));
+    tile.is_dropped = entry.w == 1u; // with modifiers
     tile.level = i32(params.seq_k) - i32(params.seq_q); // with modifiers
     tile.head = group.z;
     let kv_head = group.z / params.group_size;
@@ -47,7 +48,9 @@ fn key_row(tile: Tile, key: u32) -> u32 {
     return key_tokens[key_list(tile) + 1u + key];
 }
 
-// Dropped queries lie in tiles without keys.
+// Dropped queries lie in tiles without keys, whose rows are as those of queries that see no key; a sink
+// tells the two apart.
 fn row_is_kept(tile: Tile, row: u32) -> bool {
-    return tile.keys.end > tile.keys.first;
+    return tile.keys.end > tile.keys.first; // without modifiers
+    return !tile.is_dropped; // with modifiers
 }

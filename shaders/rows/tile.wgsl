@@ -35,6 +35,8 @@ struct Tile {
     keys: KeyRange,
     // The keys that all of its queries see, where they see different ones.
     shared_keys: KeyRange,
+    // Whether a list says that its queries are dropped. // with modifiers
+    is_dropped: bool, // with modifiers
     // The position of a key minus that of the query level with it. // with modifiers
     level: i32, // with modifiers
     q: u32,

@@ -488,7 +488,7 @@ mod tests {
     fn problem(batch: usize, seq: usize, heads: usize) -> AttentionProblem {
         let shape =
             AttentionShape { batch, seq_q: seq, seq_k: seq, num_heads: heads, num_kv_heads: heads, head_dim: 128 };
-        AttentionProblem { shape, dtype: DType::Bf16, softmax_scale: 1.0, bias: None, cuts: Cuts::None }
+        AttentionProblem { shape, dtype: DType::Bf16, softmax_scale: 1.0, bias: None, cuts: Cuts::None, lse: false }
     }
 
     fn meta(seq: usize, rows: &[Vec<Range<usize>>]) -> Result<VarlenMeta> {

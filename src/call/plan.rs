@@ -250,14 +250,17 @@ pub(crate) fn plan_padded(
     };
     let needs = Needs::new(problem, mask, is_dense);
     let preferred = pick_kernel(capabilities, forced, needs)?;
-    let fuses = mask.bias.is_none() || preferred.has_fused_bias();
+    let fuses = mask.bias.is_none() || preferred.refuses_fused_bias(problem.lse).is_none();
     // Without a copy, where the dense path needs one.
     let fuses_segments =
         fuses && problem.cuts == Cuts::Few && preferred.traits().segments == SegmentAccess::InPlaceFused;
+    // A sink is the log-sum-exp of a query without keys, which a kernel writes.
+    let has_sink_alone = problem.lse && needs.modifiers.sinks;
     let chosen = match mask.tokens {
-        _ if problem.shape.seq_k == 0 => (Path::Zero, Reason::NothingValid),
-        TokenInfo::Varlen { query, key } if query.is_empty() || key.is_empty() => (Path::Zero, Reason::NothingValid),
-        TokenInfo::Key(mask) if mask.is_empty() => (Path::Zero, Reason::NothingValid),
+        TokenInfo::Varlen { query, .. } if query.is_empty() => (Path::Zero, Reason::NothingValid),
+        _ if problem.shape.seq_k == 0 && !has_sink_alone => (Path::Zero, Reason::NothingValid),
+        TokenInfo::Varlen { key, .. } if key.is_empty() && !has_sink_alone => (Path::Zero, Reason::NothingValid),
+        TokenInfo::Key(mask) if mask.is_empty() && !has_sink_alone => (Path::Zero, Reason::NothingValid),
         TokenInfo::All | TokenInfo::Key(_) if mask.bias.is_some() => (Path::Dense, Reason::Bias),
         TokenInfo::All if mask.ranges.is_some() => (Path::Dense, Reason::KeyRanges),
         TokenInfo::All => (Path::Dense, Reason::NoMask),
@@ -278,7 +281,7 @@ pub(crate) fn plan_padded(
     };
     let (path, reason) = match forced.path {
         None => chosen,
-        Some(path) => (path, check_forced_path(path, mask, preferred)?),
+        Some(path) => (path, check_forced_path(path, mask, preferred, problem.lse)?),
     };
     let plan_of = |path, kernel: Kernel, reason, estimate| {
         let is_in_place = match kernel.traits().segments {
@@ -385,20 +388,21 @@ fn pick_kernel(capabilities: &Capabilities, forced: Forced, needs: Needs) -> Res
     })
 }
 
-fn check_forced_path(path: Path, mask: &MaskInfo<'_>, kernel: Kernel) -> Result<Reason> {
+fn check_forced_path(path: Path, mask: &MaskInfo<'_>, kernel: Kernel, lse: bool) -> Result<Reason> {
     let is_on_device = matches!(mask.tokens, TokenInfo::DeviceVarlen { .. });
     let is_masked = is_on_device || matches!(mask.tokens, TokenInfo::Varlen { .. } | TokenInfo::Key(_));
     let why = match path {
         Path::Dense => return Ok(Reason::PathForced),
         Path::Zero => "it follows from the metadata alone".to_owned(),
         Path::Fused | Path::Packed if !is_masked => "it needs AttentionMask::key or varlen".to_owned(),
-        Path::Fused if mask.bias.is_some() && !kernel.has_fused_bias() => {
-            format!("kernel {kernel} adds a bias on the dense path alone")
-        }
         Path::Packed if mask.bias.is_some() => "packed rows take no bias".to_owned(),
         Path::Packed if mask.modifiers.is_some_and(|modifiers| modifiers.set().alibi) => {
             "packed rows have lost the positions that ALiBi counts in".to_owned()
         }
+        Path::Fused if mask.bias.is_some() => match kernel.refuses_fused_bias(lse) {
+            Some(why) => format!("kernel {kernel} {why}"),
+            None => return Ok(Reason::PathForced),
+        },
         Path::Fused | Path::Packed => return Ok(Reason::PathForced),
     };
     Err(not_applicable("path", path.name(), why))
@@ -452,7 +456,7 @@ mod tests {
     fn problem() -> AttentionProblem {
         let shape =
             AttentionShape { batch: BATCH, seq_q: SEQ, seq_k: SEQ, num_heads: 24, num_kv_heads: 24, head_dim: 128 };
-        AttentionProblem { shape, dtype: DType::Bf16, softmax_scale: 1.0, bias: None, cuts: Cuts::None }
+        AttentionProblem { shape, dtype: DType::Bf16, softmax_scale: 1.0, bias: None, cuts: Cuts::None, lse: false }
     }
 
     fn masked(tokens: TokenInfo<'_>) -> MaskInfo<'_> {

@@ -66,6 +66,8 @@ pub(crate) struct AttentionProblem {
     pub bias: Option<Layout>,
     /// Whether q, k, v or the output come in several segments.
     pub cuts: Cuts,
+    /// Whether the log-sum-exp is asked for.
+    pub lse: bool,
 }
 
 /// The tensors of an attention call, each in segments.
@@ -168,14 +170,6 @@ impl AttentionProblem {
         }
         if let Some(modifiers) = mask.modifiers {
             modifiers.check(num_heads)?;
-            // Padded rows that see no key have no place for the sink yet: devices would differ.
-            if let (Some(sinks), Some(_)) = (modifiers.sinks(), views.lse) {
-                return Err(Error::ScoreModifier {
-                    argument: "sinks",
-                    expected: "none beside the log-sum-exp of a padded call".to_owned(),
-                    got: format!("{} sinks", sinks.len()),
-                });
-            }
         }
         let mut bias = None;
         if let Some(view) = &mask.bias {
@@ -193,7 +187,8 @@ impl AttentionProblem {
                 expect_apart("lse", lse, "bias", view)?;
             }
         }
-        Ok(Self { shape, dtype: views.dtype(), softmax_scale, bias, cuts: views.cuts() })
+        let lse = views.lse.is_some();
+        Ok(Self { shape, dtype: views.dtype(), softmax_scale, bias, cuts: views.cuts(), lse })
     }
 
     /// Checks a call on packed rows `[total, H, D]`, which come in one segment.
@@ -227,7 +222,8 @@ impl AttentionProblem {
         let shape = AttentionShape { batch, seq_q: total_q, seq_k: total_k, num_heads, num_kv_heads, head_dim };
         let softmax_scale = check_attention(device, views, &shape, softmax_scale)?;
         check_lse(device, views, &[num_heads, total_q])?;
-        Ok(Self { shape, dtype: views.dtype(), softmax_scale, bias: None, cuts: Cuts::None })
+        let lse = views.lse.is_some();
+        Ok(Self { shape, dtype: views.dtype(), softmax_scale, bias: None, cuts: Cuts::None, lse })
     }
 }
 

@@ -311,6 +311,7 @@ impl<'a> Bench<'a> {
             softmax_scale: 1.0 / (head_dim as f32).sqrt(),
             bias: None,
             cuts: Cuts::None,
+            lse: false,
         };
         device.execute(Op::Attention(Attention {
             problem: &problem,

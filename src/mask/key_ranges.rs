@@ -19,6 +19,7 @@ use crate::error::{Error, Result};
 use crate::fifo_cache::FifoCache;
 use crate::host_vec::{reserve, zeroed};
 use crate::mask::cu_seqlens::CuSeqlens;
+use crate::mask::documents::{Documents, SPARE};
 use crate::mask::key_mask::check_token_count;
 
 /// The queries and keys that ranges are made for.
@@ -162,9 +163,6 @@ struct Ranges {
     copies: DeviceCopies,
 }
 
-/// Places after the last range that [`write_documents`] writes too.
-const SPARE: usize = 4;
-
 impl KeyRanges {
     /// Query i sees the keys up to its own place. Where queries and keys differ in number, the last query sees the last key, as in
     /// flash-attention: `j <= i + Sk - Sq`.
@@ -216,11 +214,9 @@ impl KeyRanges {
         of.check()?;
         Error::expect_length("document_ids", batch * seq, ids.len())?;
         let mut ranges = zeroed(ids.len() + SPARE)?;
+        let mut documents = Documents::new(seq)?;
         for (row, ids) in ids.chunks_exact(seq.max(1)).enumerate() {
-            // Numbers that only ascend come once each.
-            if !write_documents(ids, &mut ranges[row * seq..]) {
-                expect_documents_together(row, ids)?;
-            }
+            documents.write(row, ids, &mut ranges[row * seq..])?;
         }
         ranges.truncate(ids.len());
         Ok(Self::new(of, ranges, false))
@@ -405,67 +401,6 @@ impl KeyRanges {
             }));
         }
         Ok(Self::new(of, ranges, is_shared))
-    }
-}
-
-/// Writes the range of each token of a row, document by document, and says whether the numbers of
-/// the documents only ascend. Tokens of no document, which are numbered 0, may lie anywhere.
-///
-/// `ranges` has [`SPARE`] places more than the row has tokens.
-fn write_documents(ids: &[u32], ranges: &mut [[u32; 2]]) -> bool {
-    /// Tokens that are looked at together, and documents of one token that make it worth a try.
-    const TOGETHER: usize = 16;
-    const SINGLE: usize = 8;
-    let (mut at, mut highest, mut ascend, mut single) = (0, 0, true, 0);
-    while at < ids.len() {
-        if single == SINGLE {
-            single = 0;
-            // Each a document of one token, if each has a larger number than the one before.
-            while let Some(next) = ids[at..].first_chunk::<{ TOGETHER + 1 }>() {
-                if !next.iter().zip(&next[1..]).fold(next[0] > highest, |all, (a, b)| all & (a < b)) {
-                    break;
-                }
-                for (range, first) in ranges[at..at + TOGETHER].iter_mut().zip(at as u32..) {
-                    *range = [first, first + 1];
-                }
-                highest = next[TOGETHER - 1];
-                at += TOGETHER;
-            }
-            continue;
-        }
-        let id = ids[at];
-        let mut end = at + 1;
-        while ids.get(end) == Some(&id) {
-            end += 1;
-        }
-        // Both fit: tokens are bounded by i32::MAX.
-        let range = if id == 0 { [0, 0] } else { [at as u32, end as u32] };
-        // A fixed number takes less time; what is past the document is written again.
-        ranges[at..at + SPARE].fill(range);
-        if end - at > SPARE {
-            ranges[at + SPARE..end].fill(range);
-        }
-        single = if end - at == 1 { single + 1 } else { 0 };
-        ascend &= id == 0 || id > highest;
-        highest = highest.max(id);
-        at = end;
-    }
-    ascend
-}
-
-/// Checks that the tokens of each document of a row lie together.
-fn expect_documents_together(row: usize, ids: &[u32]) -> Result<()> {
-    let mut documents: Vec<u32> = reserve(ids.len())?;
-    documents.extend(ids.chunk_by(|a, b| a == b).filter_map(|document| document.first()).filter(|&&id| id != 0));
-    documents.sort_unstable();
-    match documents.windows(2).find(|pair| pair[0] == pair[1]) {
-        None => Ok(()),
-        Some(twice) => Err(Error::MaskRow {
-            argument: "document_ids",
-            row,
-            expected: "the tokens of a document together".to_owned(),
-            got: format!("document {} in two places", twice[0]),
-        }),
     }
 }
 

@@ -1,12 +1,14 @@
 //! Additive biases: every broadcast shape, both element types, any strides.
 
 use anyhow::{Context, Result, ensure};
-use varlen_fa::{AttentionMask, DType, Path, Reason};
+use varlen_fa::{AttentionMask, BackendKind, DType, Path, Reason};
 use varlen_fa_testkit::{OracleShape, random};
 
 use super::call::{Call, Mask};
 use super::check::Rules;
+use super::masks::{bernoulli, mask};
 use super::memory::{narrow, poison, precision, upload};
+use super::rule::Rule;
 use super::trials::{Trials, Variant};
 
 const SHAPE: OracleShape = OracleShape { batch: 2, seq_q: 37, seq_k: 70, heads: 4, kv_heads: 2, head_dim: 32 };
@@ -22,6 +24,7 @@ pub fn register(trials: &mut Trials) {
     trials.each_kernel_with_bias("bias/lowest_finite_values", lowest_finite_values);
     trials.each_kernel_with_bias("bias/overflowing_scores", overflowing_scores);
     trials.each_kernel_with_bias("bias/nan_of_a_key", nan_of_a_key);
+    trials.each_kernel_with_bias("bias/metadata", metadata);
 }
 
 /// `values`, of `shape`, read as PyTorch broadcasts it to `full`.
@@ -157,6 +160,48 @@ fn odd_lengths(variant: &Variant) -> Result<()> {
         let values = random::normal_rounded(5, 0, bias_shape.iter().product(), precision(variant.dtype));
         let call = Call::random(shape, Mask::None, variant.dtype, 5);
         check(variant, call, variant.dtype, &values, &bias_shape).with_context(|| format!("{seq_q} × {seq_k}"))?;
+    }
+    Ok(())
+}
+
+/// Beside metadata and ranges, on every path that adds a bias: it counts positions of the padded tensors. The second batch row has
+/// queries and no keys; a bias of −∞ hides a row, and keys of others.
+fn metadata(variant: &Variant) -> Result<()> {
+    let fused = variant.kernel.backend() != BackendKind::Cuda;
+    let paths = [None, Some(Path::Dense), Some(Path::Fused)];
+    let [b, h, q, k] = FULL;
+    let hides = |at: usize| at.is_multiple_of(5) || at / k % q == 3;
+    let of_full = random::normal_rounded(6, 0, FULL.iter().product(), precision(variant.dtype));
+    let of_full: Vec<f32> =
+        of_full.into_iter().enumerate().map(|(at, x)| if hides(at) { f32::NEG_INFINITY } else { x }).collect();
+    let of_keys = random::normal(7, b * k);
+    let (query, some) = (bernoulli(8, b * q, 0.7)?, bernoulli(9, b * k, 0.6)?);
+    let key = mask(b, k, |row, token| row == 0 && some[token]);
+    let rules = [None, Some(Rule::Causal), Some(Rule::Window(Some(12), Some(5)))];
+    for rule in rules.into_iter().filter(|rule| rule.is_none() || variant.kernel.has_ranges()) {
+        for (bias, shape, values) in
+            [(variant.dtype, &FULL[..], &of_full), (DType::F32, &FULL, &of_full), (DType::F32, &[b, 1, 1, k], &of_keys)]
+        {
+            for key in [key.clone(), some.clone()] {
+                let mut call = Call::random(SHAPE, Mask::Cross { query: query.clone(), key }, variant.dtype, 6);
+                call.rule = rule.clone();
+                call.bias = Some(broadcast(values, shape, [b, h, q, k]));
+                let bits: Vec<u32> = values.iter().map(|&value| narrow(value, bias)).collect();
+                let tensor = upload(&variant.device, bias, &bits, shape)?;
+                let reference = call.reference(usize::MAX)?;
+                for path in paths.into_iter().filter(|&path| fused || path != Some(Path::Fused)) {
+                    let variant = Variant { path, ..variant.clone() };
+                    let bits = call.under_mask(&variant, |mask| {
+                        let (plan, bits) = call.run_as(&variant, mask.with_bias(&tensor))?;
+                        let taken = if path == Some(Path::Dense) || !fused { Path::Dense } else { Path::Fused };
+                        ensure!(plan.path == taken, "got {plan}");
+                        Ok((plan, bits))
+                    })?;
+                    call.judge(&bits, &reference, Rules::standard(variant.dtype))
+                        .with_context(|| format!("{path:?}, {rule:?}, bias {shape:?} in {bias}"))?;
+                }
+            }
+        }
     }
     Ok(())
 }

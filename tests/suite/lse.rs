@@ -3,7 +3,8 @@
 use anyhow::{Context, Result, ensure};
 use libtest_mimic::Completion;
 use varlen_fa::{
-    AttentionMask, AttentionOutputs, DType, Device, KeyMask, Layout, Plan, Tensor, TensorViewMut, VarlenMeta,
+    AttentionMask, AttentionOutputs, DType, Device, DeviceVarlenMeta, KeyMask, Layout, Path, Plan, Tensor,
+    TensorViewMut, VarlenMeta,
 };
 use varlen_fa_testkit::{OracleShape, Tolerance, check_close};
 
@@ -11,6 +12,7 @@ use super::call::{Call, Mask};
 use super::check::Rules;
 use super::masks::{bernoulli, mask};
 use super::memory::{download, sentinel, upload};
+use super::modifying::Modifying;
 use super::rule::Rule;
 use super::trials::{Trials, Variant};
 
@@ -29,6 +31,9 @@ pub fn register(trials: &mut Trials) {
     trials.each_kernel_with_bias("lse/bias", bias);
     trials.each_kernel_with_ranges("lse/ranges_and_key_masks", ranges_and_key_masks);
     trials.each_path_of_device_meta("lse/device_meta", device_meta);
+    trials.each_path_with_modifiers("lse/sinks", sinks);
+    trials.each_kernel_with_modifiers("lse/sinks_without_keys", sinks_without_keys);
+    trials.each_kernel_with_modifiers("lse/sinks_and_device_meta", sinks_and_device_meta);
 }
 
 const SHAPE: OracleShape = OracleShape { batch: 3, seq_q: 75, seq_k: 75, heads: 4, kv_heads: 2, head_dim: 32 };
@@ -283,6 +288,84 @@ fn no_keys(variant: &Variant) -> Result<()> {
     ensure!(lse.shape() == [shape.batch, shape.heads, shape.seq_q], "got {lse:?}");
     ensure!(lse.to_vec::<f32>()?.iter().all(|&lse| lse == f32::NEG_INFINITY), "expected −∞");
     Ok(())
+}
+
+/// A finite sink, none, and one that is the largest score, by head.
+fn sinking(heads: usize) -> Modifying {
+    let sinks = (0..heads).map(|head| [0.5, f32::NEG_INFINITY, 20.0, -2.0][head % 4]).collect();
+    Modifying { sinks: Some(sinks), ..Modifying::default() }
+}
+
+/// Queries that see no key have their head's sink, masked ones −∞: beside masks, ranges, and batch rows without keys.
+fn sinks(variant: &Variant) -> Result<()> {
+    let check = |shape: OracleShape, mask: Mask, rule: Option<Rule>| {
+        let what = format!("{rule:?}");
+        let mut call = Call::random(shape, mask, variant.dtype, 54);
+        (call.modifying, call.rule) = (sinking(shape.heads), rule);
+        call.check_lse(variant).context(what)
+    };
+    let rules = || {
+        let rules = some_rules([3, 75, 75]).into_iter().map(Some);
+        rules.chain([None]).filter(|rule| rule.is_none() || variant.kernel.has_ranges())
+    };
+    for keep in keeps(3, 75)? {
+        check(SHAPE, Mask::Varlen(keep), None)?;
+    }
+    let (query, some) = (bernoulli(6, 3 * 75, 0.8)?, bernoulli(7, 3 * 75, 0.7)?);
+    let key = mask(3, 75, |row, token| row != 1 && some[row * 75 + token]);
+    for rule in rules() {
+        check(SHAPE, Mask::Cross { query: query.clone(), key: key.clone() }, rule.clone())?;
+        if variant.path == Some(Path::Dense) {
+            check(SHAPE, Mask::Key(key.clone()), rule.clone())?;
+            check(SHAPE, Mask::None, rule)?;
+        }
+    }
+    Ok(())
+}
+
+/// Without a key in the whole call, there is a kernel to write sinks, unless every query is masked.
+fn sinks_without_keys(variant: &Variant) -> Result<()> {
+    let variant = Variant { path: None, ..variant.clone() };
+    let (nothing, some) = (vec![false; 3 * 75], mask(3, 75, |row, token| token > 20 * row));
+    let masks = [
+        Mask::Varlen(nothing.clone()),
+        Mask::Key(nothing.clone()),
+        Mask::Cross { query: nothing.clone(), key: some.clone() },
+        Mask::Cross { query: vec![true; 3 * 75], key: nothing.clone() },
+        Mask::Cross { query: some, key: nothing },
+    ];
+    for mask in masks {
+        let mut call = Call::random(SHAPE, mask, variant.dtype, 55);
+        call.modifying = sinking(SHAPE.heads);
+        call.check_lse(&variant)?;
+    }
+    // Tensors without keys.
+    let (device, [q, k]) = (&variant.device, [[3, 75, 4, 32], [3, 0, 2, 32]]);
+    let [q, k] = [Tensor::zeros(device, variant.dtype, &q)?, Tensor::zeros(device, variant.dtype, &k)?];
+    let sinks = sinking(4).modifiers();
+    let attended = variant.layer().with_lse().forward(&q, &k, &k, AttentionMask::none().with_modifiers(&sinks))?;
+    let lse = attended.lse.context("lse was asked for")?.to_vec::<f32>()?;
+    let expected: Vec<f64> =
+        (0..3 * 4 * 75).map(|at| f64::from([0.5, f32::NEG_INFINITY, 20.0, -2.0][at / 75 % 4])).collect();
+    judge(&lse, &expected)?;
+    ensure!(download(&attended.out)?.iter().all(|&bits| bits == 0), "expected zeros");
+    Ok(())
+}
+
+fn sinks_and_device_meta(variant: &Variant) -> Result<Completion> {
+    if DeviceVarlenMeta::new(&variant.device, 1, 1).is_err() {
+        return Ok(Completion::ignored_with("the device builds no metadata"));
+    }
+    // The second batch row has no key.
+    let some = bernoulli(8, 3 * 75, 0.7)?;
+    for path in [Path::Dense, Path::Fused] {
+        let variant = Variant { path: Some(path), ..variant.clone() };
+        let keep = mask(3, 75, |row, token| row != 1 && some[row * 75 + token]);
+        let mut call = Call::random(SHAPE, Mask::Device(keep), variant.dtype, 56);
+        call.modifying = sinking(SHAPE.heads);
+        call.check_lse(&variant)?;
+    }
+    Ok(Completion::Completed)
 }
 
 /// `forward` gives what `forward_into` writes, if it was asked for.

@@ -197,7 +197,7 @@ impl Call {
             kernel: kernel.filter(|_| choices.kernels.len() == 1 || draws.one_in(2)),
             path,
             // A log-sum-exp of padded rows has no place for a sink.
-            lse: !sinks && draws.one_in(3),
+            lse: draws.one_in(3),
         }
     }
 

@@ -3,7 +3,7 @@
 //! the cache.
 //!
 //! ```text
-//!                             keys of the batch row that count, KEY_TILE at a time
+//!                             keys of the batch row that count, some 100 at a time
 //!                           +-------------+-------------+----
 //!                           | K, V as f32 |             |            gathered once for all strips
 //!                           +------+------+-------------+----
@@ -31,7 +31,7 @@ use super::lse;
 use super::processor::Processor;
 use super::rows::RowElement;
 use super::threads::{Team, Threads};
-use super::tiles::{KEY_TILE, Tiles};
+use super::tiles::{Tiles, key_tile};
 use crate::call::op::{Attention, Rows};
 use crate::call::path::Path;
 use crate::call::problem::AttentionShape;
@@ -113,7 +113,7 @@ impl<T: RowElement> Call<'_, T> {
             if !is_left() {
                 return;
             }
-            let mut tiles = match Tiles::new(self, queries, keys.min(KEY_TILE)) {
+            let mut tiles = match Tiles::new(self, queries, keys.min(key_tile(self))) {
                 Ok(tiles) => tiles,
                 // The others do the work, if one of them has memory; else the first error is told.
                 Err(error) => {
@@ -157,8 +157,13 @@ impl<T: RowElement> Call<'_, T> {
                 tasks.extend((0..num_kv_heads).map(task));
             }
         }
-        // Tasks that share keys stay together.
-        tasks.sort_unstable_by_key(|task| (Reverse(task.pairs()), task.batch, task.kv_head, task.first));
+        // Tasks that share keys stay together. Where each query has its own, those do that share tokens:
+        // heads of a token often lie in one page of memory.
+        let head_first = !self.queries_differ();
+        tasks.sort_unstable_by_key(|task| {
+            let of_row = if head_first { [task.kv_head, task.first] } else { [task.first, task.kv_head] };
+            (Reverse(task.pairs()), task.batch, of_row)
+        });
         Ok(tasks)
     }
 
@@ -184,17 +189,22 @@ impl<T: RowElement> Call<'_, T> {
     }
 
     fn attend_tile(&self, task: &Task, tiles: &mut Tiles) {
-        let needed = &task.keys;
+        let (needed, key_tile) = (&task.keys, key_tile(self));
         let strips = tiles.start(self, task);
-        for first in needed.clone().step_by(KEY_TILE) {
-            let tile = first..needed.end.min(first + KEY_TILE);
+        for first in needed.clone().step_by(key_tile) {
+            let tile = first..needed.end.min(first + key_tile);
             tiles.gather_keys(self, task, strips, tile.clone());
             tiles.gather_bias(self, task, strips, tile.clone());
-            // A share of the next tile with every strip: all of them at once would wait for each
-            // other.
-            let mut ahead = tile.end..needed.end.min(tile.end + KEY_TILE);
-            let share = ahead.len().div_ceil(strips.ranges().count());
+            let sees = |tiles: &Tiles, strip: usize| tiles.sees(strip, &tile);
+            let working = (0..strips.ranges().count()).filter(|&strip| sees(tiles, strip)).count();
+            // A share of the next tile with every strip that works: all of them at once would wait for
+            // each other.
+            let mut ahead = tile.end..needed.end.min(tile.end + key_tile);
+            let share = ahead.len().div_ceil(working.max(1));
             for (strip, lanes) in strips.ranges().enumerate() {
+                if !sees(tiles, strip) {
+                    continue;
+                }
                 tiles.prefetch_keys(self, task, ahead.start..ahead.end.min(ahead.start + share));
                 ahead.start = ahead.end.min(ahead.start + share);
                 tiles.step(self, strips, (strip, lanes), tile.clone());

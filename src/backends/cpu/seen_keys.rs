@@ -63,6 +63,12 @@ impl SeenKeys {
         self.lanes.get(lane).is_some_and(|seen| !seen.is_empty())
     }
 
+    /// Whether some query of a strip sees a key of a tile.
+    pub fn strip_sees(&self, strip: usize, tile: &Range<usize>) -> bool {
+        let [union, _] = &self.strips[strip];
+        union.start.max(tile.start) < union.end.min(tile.end)
+    }
+
     /// What a strip needs of a tile of keys: the part of it, in keys from the tile's start and from a
     /// whole block on, and the limits of each lane where not all see the whole part. None if no
     /// query of the strip sees a key of the tile.

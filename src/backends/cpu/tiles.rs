@@ -17,13 +17,21 @@ use crate::host_vec;
 
 /// Keys of a tile: few enough that a strip's scores stay in the first-level cache, and the tile's K
 /// and V in the second; whole blocks of 6 and of 8 keys.
-pub(super) const KEY_TILE: usize = 120;
+const KEY_TILE: usize = 120;
+/// The same where queries see different keys: their strips are narrower, and a window lies in fewer
+/// tiles.
+const LONG_KEY_TILE: usize = 2 * KEY_TILE;
 /// Rows of a block of V's columns: more than a tile's, so that blocks do not compete for the same
 /// sets of the cache.
-const VALUE_STRIDE: usize = KEY_TILE + 2;
+const VALUE_STRIDE: usize = LONG_KEY_TILE + 2;
 
 /// Words of 2 keys of a block of V's columns.
 const PAIR_STRIDE: usize = VALUE_STRIDE / 2;
+
+/// Keys of the tiles of a call.
+pub(super) fn key_tile<T: RowElement>(call: &Call<'_, T>) -> usize {
+    if call.queries_differ() { LONG_KEY_TILE } else { KEY_TILE }
+}
 
 /// Buffers for the largest tile of a call. Panels and blocks are as `strip` describes them.
 pub(super) struct Tiles {
@@ -286,6 +294,11 @@ impl Tiles {
                 }
             },
         );
+    }
+
+    /// Whether a strip, by its number, has a query that sees a key of a tile.
+    pub fn sees(&self, strip: usize, tile: &Range<usize>) -> bool {
+        self.seen.as_ref().is_none_or(|seen| seen.strip_sees(strip, tile))
     }
 
     /// Attention of a strip of the query tile, with its number, to the key tile.

@@ -65,7 +65,9 @@ fn shader_for(attention: &Attention<'_>, algorithm: Algorithm) -> Shader {
         Rows::DeviceVarlen { .. } if attention.plan.path == Path::Dense => {
             AttentionRows::Dense { key_mask: true, zero_rows: true, bias: None }
         }
-        Rows::Varlen { .. } | Rows::DeviceVarlen { .. } if attention.plan.path == Path::Fused => AttentionRows::Fused,
+        Rows::Varlen { .. } | Rows::DeviceVarlen { .. } if attention.plan.path == Path::Fused => {
+            AttentionRows::Fused { bias: attention.bias.as_ref().map(|bias| bias.dtype) }
+        }
         _ => AttentionRows::Packed,
     };
     let (ranges, lse) = (attention.ranges.is_some(), attention.lse.is_some());
@@ -173,8 +175,7 @@ impl Call<'_> {
             return Err(too_large("q", limit_name, limit, shape.seq_q as u64));
         }
         let operands = self.operands(FirstDim::Batch, FirstDim::Batch)?;
-        let bias = self.attention.bias.as_ref();
-        let bias = bias.map(|bias| Operand::input(context, "bias", bias, FirstDim::BatchOfElements)).transpose()?;
+        let bias = self.bias()?;
         let (key_bits, key_words) = Kept::window(key_mask, self.context)?;
         let (row_bits, row_words) = Kept::window(zero_rows, self.context)?;
         let lse = self.lse()?;
@@ -258,14 +259,16 @@ impl Call<'_> {
         let operands = self.operands(FirstDim::Batch, FirstDim::Batch)?;
         let (query_tokens, key_tokens) = (query.token_lists(context)?, key.token_lists(context)?);
         let tiles = query.fused_tiles(context, self.tile_rows())?;
-        let lse = self.lse()?;
+        let (bias, lse) = (self.bias()?, self.lse()?);
+        // There is no binding left for the list of queries then.
+        let lists_queries = self.attention.ranges.is_some() && (bias.is_some() || lse.is_some());
         let ranges = match (query, key) {
             (Side::Host(query), Side::Host(key)) => {
-                Ranges::fused(context, self.attention.ranges, query, key, (self.tile_rows(), lse.is_some()))?
+                Ranges::fused(context, self.attention.ranges, query, key, (self.tile_rows(), lists_queries))?
             }
             _ => Ranges::none(context),
         };
-        let bound: Vec<_> = operands.all().chain(lse).collect();
+        let bound: Vec<_> = operands.all().chain(bias).chain(lse).collect();
         let list_bytes = |range: &Range<usize>| {
             let lists = [query_tokens.bytes(range), key_tokens.bytes(range), tiles.bytes(range)];
             lists.into_iter().map(|bytes| bytes.end - bytes.start + BINDING_ALIGNMENT).max().unwrap_or(0)
@@ -286,10 +289,7 @@ impl Call<'_> {
                 first_tile,
                 end_tile: first_tile + count as u32,
                 grid_width: groups[0],
-                query_tokens_offset: match (lse, self.attention.ranges) {
-                    (Some(_), Some(_)) => ranges.queries_offset(),
-                    _ => query_skipped / 4,
-                },
+                query_tokens_offset: if lists_queries { ranges.queries_offset() } else { query_skipped / 4 },
                 key_tokens_offset: key_skipped / 4,
                 ..self.params(&tensors)
             };
@@ -297,10 +297,13 @@ impl Call<'_> {
             let (ranges_window, params) = ranges.bind(params, tiles.of(&range).start - first_tile)?;
             let keys = ranges.most_keys(key.sequences().longest(&range));
             let (lse_window, params) = self.bind_lse(lse.map(|lse| PlacedLse::of(&lse, &range)).transpose()?, params);
-            let windows = match (lse, self.attention.ranges) {
-                (None, _) => [tiles_window, query_window, key_window, ranges_window],
-                (Some(_), None) => [lse_window, tiles_window, query_window, key_window],
-                (Some(_), Some(_)) => [lse_window, tiles_window, key_window, ranges_window],
+            let (bias_window, params) = self.place_bias(bias.as_ref(), &range, params)?;
+            let windows = match (lse, &bias, self.attention.ranges) {
+                (None, None, _) => [tiles_window, query_window, key_window, ranges_window],
+                (None, Some(_), None) => [tiles_window, query_window, key_window, bias_window],
+                (None, Some(_), Some(_)) => [tiles_window, key_window, bias_window, ranges_window],
+                (Some(_), _, None) => [lse_window, tiles_window, query_window, key_window],
+                (Some(_), _, Some(_)) => [lse_window, tiles_window, key_window, ranges_window],
             };
             let out = tensors.out.clone();
             self.push((tensors, windows.to_vec()), params, groups, keys, launches);
@@ -427,6 +430,12 @@ impl Call<'_> {
         let keys = sequences.ranges.most_keys(sequences.key.longest(&sequences.range));
         self.push((tensors, windows), params, groups, keys, launches);
         Ok(())
+    }
+
+    /// The bias, if there is one.
+    fn bias(&self) -> Result<Option<Operand<'_>>> {
+        let bias = self.attention.bias.as_ref();
+        bias.map(|bias| Operand::input(self.context, "bias", bias, FirstDim::BatchOfElements)).transpose()
     }
 
     /// The log-sum-exp, if it is written.

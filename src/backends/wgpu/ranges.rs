@@ -44,6 +44,9 @@ struct RangesCopy {
     most_keys: usize,
 }
 
+/// The range of a query that a mask drops: no key, and told from one that sees none.
+const DROPPED: [u32; 2] = [1, 0];
+
 /// Which list of tiles: ids of the metadata of the fused path, or of the ranges where they are kept
 /// with a mask; the rows of a tile; whether the queries stand behind the ranges.
 type Key = (Option<[u64; 2]>, usize, bool);
@@ -63,7 +66,7 @@ impl<'a> Ranges<'a> {
         })
     }
 
-    /// The same, with empty ranges for the rows that a mask drops.
+    /// The same, with [`DROPPED`] for the rows that a mask drops.
     pub fn dense_kept(
         context: &'a Context,
         ranges: Option<&KeyRanges>,
@@ -76,7 +79,7 @@ impl<'a> Ranges<'a> {
             let (batch, seq) = (kept.batch(), kept.seq());
             let mut hidden = reserve(batch * seq)?;
             for b in 0..batch {
-                let seen = |(s, &range): (usize, &[u32; 2])| if kept.keeps(b, s) { range } else { [0, 0] };
+                let seen = |(s, &range): (usize, &[u32; 2])| if kept.keeps(b, s) { range } else { DROPPED };
                 hidden.extend(ranges.row(b).iter().enumerate().map(seen));
             }
             of_padded(hidden.chunks(seq.max(1)), batch, tile_rows)

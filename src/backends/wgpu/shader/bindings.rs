@@ -44,14 +44,16 @@ macro_rules! attention {
 }
 
 pub(super) const ATTENTION_DENSE: &[Binding] = attention![KEY_BITS, ROW_BITS, BIAS, RANGES];
-/// With the log-sum-exp there is one binding too few for all: those that ranges take the place of are
-/// missing where there are ranges.
+/// With the log-sum-exp, or a bias on the fused path, there is one binding too few for all: those that
+/// ranges take the place of are missing where there are ranges.
 pub(super) const ATTENTION_DENSE_LSE: &[Binding] = attention![LSE, KEY_BITS, ROW_BITS, BIAS];
 pub(super) const ATTENTION_DENSE_LSE_RANGES: &[Binding] = attention![LSE, KEY_BITS, BIAS, RANGES];
 pub(super) const ATTENTION_PACKED: &[Binding] = attention![LSE, TILES, CU_SEQLENS_K, RANGES];
 pub(super) const ATTENTION_FUSED: &[Binding] = attention![TILES, QUERY_TOKENS, KEY_TOKENS, RANGES];
 pub(super) const ATTENTION_FUSED_LSE: &[Binding] = attention![LSE, TILES, QUERY_TOKENS, KEY_TOKENS];
 pub(super) const ATTENTION_FUSED_LSE_RANGES: &[Binding] = attention![LSE, TILES, KEY_TOKENS, RANGES];
+pub(super) const ATTENTION_FUSED_BIAS: &[Binding] = attention![TILES, QUERY_TOKENS, KEY_TOKENS, BIAS];
+pub(super) const ATTENTION_FUSED_BIAS_RANGES: &[Binding] = attention![TILES, KEY_TOKENS, BIAS, RANGES];
 pub(super) const PACK_ROWS: &[Binding] = &[reads("src", WORD), writes("dst", WORD), reads("indices", "u32")];
 pub(super) const SCATTER_ROWS: &[Binding] = &[reads("src", WORD), writes("dst", WORD), reads("inv_indices", "i32")];
 pub(super) const ZERO_ROWS: &[Binding] = &[writes("dst", WORD)];

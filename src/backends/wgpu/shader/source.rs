@@ -179,15 +179,17 @@ fn attention_snippets(shader: AttentionShader) -> Vec<&'static str> {
     snippets.push(snippet!("rows/tile.wgsl"));
     snippets.extend(match rows {
         AttentionRows::Dense { .. } => [snippet!("rows/dense.wgsl")].as_slice(),
-        AttentionRows::Fused => &[snippet!("rows/tile_list.wgsl"), snippet!("rows/fused.wgsl")],
+        AttentionRows::Fused { .. } => &[snippet!("rows/tile_list.wgsl"), snippet!("rows/fused.wgsl")],
         AttentionRows::Packed => &[snippet!("rows/tile_list.wgsl"), snippet!("rows/packed.wgsl")],
     });
     snippets.extend(match rows {
         AttentionRows::Dense { zero_rows: false, .. } => Some(snippet!("rows/every_row.wgsl")),
         AttentionRows::Dense { .. } if lse && ranges => Some(snippet!("rows/seeing_rows.wgsl")),
         AttentionRows::Dense { .. } => Some(snippet!("rows/kept_rows.wgsl")),
-        AttentionRows::Fused if lse && ranges => Some(snippet!("rows/query_list_in_ranges.wgsl")),
-        AttentionRows::Fused => Some(snippet!("rows/query_list.wgsl")),
+        AttentionRows::Fused { bias } if ranges && (lse || bias.is_some()) => {
+            Some(snippet!("rows/query_list_in_ranges.wgsl"))
+        }
+        AttentionRows::Fused { .. } => Some(snippet!("rows/query_list.wgsl")),
         AttentionRows::Packed => None,
     });
     // What they meet, what is added, and what is written beside the output.

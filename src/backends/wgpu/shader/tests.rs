@@ -79,7 +79,8 @@ fn attention_variants(algorithm: Algorithm, dtype: DType) -> Vec<AttentionShader
         zero_rows: masks,
         bias: Some(bias),
     });
-    let rows = [&dense[..], &biased, &[AttentionRows::Packed, AttentionRows::Fused]].concat();
+    let fused = [None, Some(dtype)].map(|bias| AttentionRows::Fused { bias });
+    let rows = [&dense[..], &biased, &[AttentionRows::Packed], &fused].concat();
     let of_width = |head_dim| {
         let of_rows = move |&rows| {
             let none = ModifierSet::default();
@@ -92,7 +93,10 @@ fn attention_variants(algorithm: Algorithm, dtype: DType) -> Vec<AttentionShader
                 (false, false, ModifierSet::ALL),
                 (true, true, ModifierSet::ALL),
             ];
-            of.map(|(ranges, lse, modifiers)| AttentionShader {
+            // No plan has both on the fused path.
+            let exists = move |lse| !(lse && matches!(rows, AttentionRows::Fused { bias: Some(_) }));
+            let of = of.into_iter().filter(move |&(_, lse, _)| exists(lse));
+            of.map(move |(ranges, lse, modifiers)| AttentionShader {
                 algorithm,
                 dtype,
                 head_dim,

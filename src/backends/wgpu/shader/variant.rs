@@ -73,8 +73,9 @@ pub struct AttentionShader {
 pub enum AttentionRows {
     /// Padded tensors, every query row.
     Dense { key_mask: bool, zero_rows: bool, bias: Option<DType> },
-    /// Padded tensors, kept queries and keys by lists.
-    Fused,
+    /// Padded tensors, kept queries and keys by lists. Beside a bias there is no binding left for the
+    /// log-sum-exp.
+    Fused { bias: Option<DType> },
     /// Packed rows.
     Packed,
 }
@@ -87,8 +88,8 @@ impl AttentionRows {
     /// Element type of the bias.
     pub fn bias(self) -> Option<DType> {
         match self {
-            Self::Dense { bias, .. } => bias,
-            Self::Fused | Self::Packed => None,
+            Self::Dense { bias, .. } | Self::Fused { bias } => bias,
+            Self::Packed => None,
         }
     }
 }
@@ -99,9 +100,11 @@ impl AttentionShader {
             (AttentionRows::Dense { .. }, false, _) => bindings::ATTENTION_DENSE,
             (AttentionRows::Dense { .. }, true, false) => bindings::ATTENTION_DENSE_LSE,
             (AttentionRows::Dense { .. }, true, true) => bindings::ATTENTION_DENSE_LSE_RANGES,
-            (AttentionRows::Fused, false, _) => bindings::ATTENTION_FUSED,
-            (AttentionRows::Fused, true, false) => bindings::ATTENTION_FUSED_LSE,
-            (AttentionRows::Fused, true, true) => bindings::ATTENTION_FUSED_LSE_RANGES,
+            (AttentionRows::Fused { bias: None }, false, _) => bindings::ATTENTION_FUSED,
+            (AttentionRows::Fused { bias: Some(_) }, false, false) => bindings::ATTENTION_FUSED_BIAS,
+            (AttentionRows::Fused { bias: Some(_) }, false, true) => bindings::ATTENTION_FUSED_BIAS_RANGES,
+            (AttentionRows::Fused { .. }, true, false) => bindings::ATTENTION_FUSED_LSE,
+            (AttentionRows::Fused { .. }, true, true) => bindings::ATTENTION_FUSED_LSE_RANGES,
             (AttentionRows::Packed, ..) => bindings::ATTENTION_PACKED,
         }
     }
