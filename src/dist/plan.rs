@@ -24,6 +24,9 @@ pub struct Machine {
     pub flops: f64,
     /// Bytes that a call may take on a device beside its tensors; any if there is no limit.
     pub memory: Option<u64>,
+    /// Seconds that it costs to compute heads in one chunk more, where rows of the next chunk travel meanwhile. Infinite where they
+    /// do not.
+    pub chunk: f64,
 }
 
 impl Machine {
@@ -36,6 +39,7 @@ impl Machine {
         copies: 4e9,
         flops: 5e10,
         memory: None,
+        chunk: f64::INFINITY,
     };
 
     /// GPUs of the class of an H100, eight a host, on NVLink, with a network card of 400 Gbit/s for each.
@@ -47,6 +51,7 @@ impl Machine {
         copies: 1.2e12,
         flops: 6.5e14,
         memory: None,
+        chunk: 30e-6,
     };
 
     /// With so many consecutive ranks on each host.
@@ -114,6 +119,9 @@ pub struct ParallelPlan {
     pub mode: Mode,
     /// Why.
     pub reason: ModeReason,
+    /// In how many chunks a rank computes its heads: rows of one chunk travel under attention of another. 1 of a ring, whose hops
+    /// run under attention in any case.
+    pub chunks: usize,
     /// Every mode that was looked at: its estimate, or why it cannot be taken.
     pub candidates: Vec<(Mode, Result<ModeEstimate, String>)>,
 }
@@ -130,7 +138,11 @@ impl fmt::Display for ParallelPlan {
             ModeReason::OnlyOne => "no other mode can be taken",
             ModeReason::LeastMemory => "no mode fits the memory, and it needs the least",
         };
-        write!(f, "{}: {why}", self.mode)?;
+        write!(f, "{}", self.mode)?;
+        if self.chunks > 1 {
+            write!(f, " in {} chunks of heads", self.chunks)?;
+        }
+        write!(f, ": {why}")?;
         let mut before = " (";
         for (mode, estimate) in &self.candidates {
             match estimate {
@@ -153,16 +165,17 @@ impl ParallelPlan {
     pub fn new(meta: &ShardedMeta, heads: &Heads, machine: &Machine, forced: Option<Mode>) -> Result<Self> {
         heads.check()?;
         let world = meta.shards().ranks();
+        let rows = Rows::of(meta)?;
         if let Some(mode) = forced {
+            let chunks = || rows.chunks(mode, heads, machine);
             return match mode.refusal(world, heads) {
-                None => Ok(Self { mode, reason: ModeReason::Forced, candidates: Vec::new() }),
+                None => Ok(Self { mode, reason: ModeReason::Forced, chunks: chunks(), candidates: Vec::new() }),
                 Some(why) => Err(Error::NotApplicable { argument: "mode", got: mode.to_string(), why }),
             };
         }
         if world == 1 {
-            return Ok(Self { mode: Mode::Gather, reason: ModeReason::OneRank, candidates: Vec::new() });
+            return Ok(Self { mode: Mode::Gather, reason: ModeReason::OneRank, chunks: 1, candidates: Vec::new() });
         }
-        let rows = Rows::of(meta)?;
         let candidates: Vec<_> = Mode::all(world)
             .into_iter()
             .map(|mode| (mode, mode.refusal(world, heads).map_or_else(|| Ok(rows.estimate(mode, heads, machine)), Err)))
@@ -188,9 +201,12 @@ impl ParallelPlan {
             // Gather and ring take any heads.
             (None, None) => (Mode::Gather, ModeReason::OnlyOne),
         };
-        Ok(Self { mode, reason, candidates })
+        Ok(Self { mode, reason, chunks: rows.chunks(mode, heads, machine), candidates })
     }
 }
+
+/// The most chunks that a plan takes: each is a call of its own.
+const MAX_CHUNKS: usize = 4;
 
 /// Valid rows of each batch row: of each shard, and of prefix and suffix together.
 struct Rows {
@@ -222,6 +238,23 @@ impl Rows {
 
     fn of_shard(&self, rank: usize) -> u64 {
         self.shards[rank].iter().sum()
+    }
+
+    /// The number of chunks with the least time, of those that heads allow: the first chunk's rows come before any attention, and
+    /// those of the others meanwhile.
+    fn chunks(&self, mode: Mode, heads: &Heads, machine: &Machine) -> usize {
+        let (ulysses, outer) = mode.levels(self.shards.len());
+        if outer == Outer::Ring || self.shards.len() == 1 || machine.chunk.is_infinite() {
+            return 1;
+        }
+        let ModeEstimate { seconds, attention, .. } = self.estimate(mode, heads, machine);
+        let exchanged = seconds - attention;
+        let time = |chunks: usize| {
+            let n = chunks as f64;
+            (exchanged + attention) / n + (n - 1.0) / n * attention.max(exchanged) + (n - 1.0) * machine.chunk
+        };
+        let fits = |chunks: &usize| heads.chunks_refusal(ulysses, *chunks).is_none();
+        (1..=MAX_CHUNKS).filter(fits).min_by(|a, b| time(*a).total_cmp(&time(*b))).unwrap_or(1)
     }
 
     fn estimate(&self, mode: Mode, heads: &Heads, machine: &Machine) -> ModeEstimate {
@@ -383,6 +416,25 @@ mod tests {
             let is_hidden = estimate.is_some_and(|ring| ring.seconds < 1.01 * ring.attention);
             assert_eq!(is_hidden, hides, "{of_rank} rows: {plan}");
         }
+        Ok(())
+    }
+
+    /// Heads come in chunks where attention hides most of what travels, and not where a chunk costs more than that.
+    #[test]
+    fn chunks_pay_where_attention_hides_rows() -> Result<()> {
+        let heads = Heads { num_heads: 24, num_kv_heads: 24, head_dim: 128, dtype: DType::Bf16 };
+        let chunks = |seq, mode, heads, machine: &Machine| -> Result<_> {
+            let shards = Shards::equal(seq, 2)?;
+            let meta = ShardedMeta::new(&KeyMask::all(1, seq)?, &shards, 0)?;
+            Ok(ParallelPlan::new(&meta, &heads, machine, Some(mode))?.chunks)
+        };
+        assert!(chunks(32_768, Mode::Gather, heads, &Machine::H100)? > 1);
+        assert!(chunks(32_768, Mode::Ulysses, heads, &Machine::H100)? > 1);
+        assert_eq!(chunks(512, Mode::Gather, heads, &Machine::H100)?, 1);
+        assert_eq!(chunks(32_768, Mode::Ring, heads, &Machine::H100)?, 1);
+        assert_eq!(chunks(32_768, Mode::Gather, heads, &Machine::CPU)?, 1);
+        let one = Heads { num_kv_heads: 1, ..heads };
+        assert_eq!(chunks(32_768, Mode::Gather, one, &Machine::H100)?, 1);
         Ok(())
     }
 }

@@ -27,6 +27,8 @@ mod device_meta;
 mod dispatches;
 mod dist;
 mod dist_faults;
+#[cfg(feature = "cuda")]
+mod dist_peer;
 #[cfg(feature = "emulated-sm100")]
 mod emulated_sm100;
 #[cfg(feature = "cuda")]
@@ -118,6 +120,7 @@ fn own(kind: BackendKind) -> &'static [Register] {
         #[cfg(feature = "cuda")]
         BackendKind::Cuda => &[
             external_cuda::register,
+            dist_peer::register,
             #[cfg(feature = "emulated-sm100")]
             emulated_sm100::register,
         ],

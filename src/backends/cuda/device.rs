@@ -23,6 +23,7 @@ use super::attention;
 use super::driver::context::Context;
 use super::driver::external::{self, ExternalHandles};
 use super::driver::fault::{self, Faults};
+use super::driver::lane::Lane;
 use super::driver::memory::CudaBuffer;
 use super::driver::probe::{self, CudaDeviceInfo};
 use super::driver::timer::Timers;
@@ -151,6 +152,17 @@ impl CudaDevice {
     /// The context's loss, if it is lost.
     pub fn check(&self) -> Result<()> {
         self.launcher.context.faults.check()
+    }
+
+    /// A lane for copies from other devices of this process.
+    pub fn lane(&self) -> Result<Lane> {
+        Lane::new(&self.launcher.context, self.launcher.id)
+    }
+
+    /// The context, for what has a lane of its own.
+    #[cfg(feature = "nccl")]
+    pub fn context(&self) -> &Arc<Context> {
+        &self.launcher.context
     }
 
     /// External memory as memory of this device; checked as far as the driver can tell.
