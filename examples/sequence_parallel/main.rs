@@ -75,15 +75,16 @@ fn run_threads<T: problem::Value>(arguments: &Arguments, problem: &Problem) -> R
     let reference = problem.reference::<T>(devices.first().context("there is no rank")?)?;
     let ranks: Vec<Start<'_>> = match arguments.transport() {
         Transport::Peer => {
-            let ranks = PeerCommunicator::of_devices(&devices)?.into_iter();
-            ranks.map(|rank| Box::new(|_: &Device| Ok(Box::new(rank.with_time_out(TIME_OUT)) as _)) as _).collect()
+            let start =
+                |rank: PeerCommunicator| -> Start<'_> { Box::new(move |_| Ok(Box::new(rank.with_time_out(TIME_OUT)))) };
+            PeerCommunicator::of_devices(&devices)?.into_iter().map(start).collect()
         }
         // To join NCCL each rank waits for all, in its own thread.
         Transport::Host | Transport::Nccl => {
-            let ranks = HostCommunicator::threads(devices.len())?.into_iter();
-            ranks
-                .map(|rank| Box::new(|device: &Device| over(rank.with_time_out(TIME_OUT), arguments, device)) as _)
-                .collect()
+            let start = |rank: HostCommunicator| -> Start<'_> {
+                Box::new(move |device| over(rank.with_time_out(TIME_OUT), arguments, device))
+            };
+            HostCommunicator::threads(devices.len())?.into_iter().map(start).collect()
         }
     };
     let run = |start: Start<'_>, device: &Device| {
