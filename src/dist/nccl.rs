@@ -156,3 +156,26 @@ impl Communicator for NcclCommunicator {
         self.nccl.abort(why);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::thread;
+
+    use super::*;
+    use crate::config::DeviceChoice;
+
+    /// No rank waits for one that cannot join.
+    #[test]
+    fn a_rank_that_cannot_join_is_an_error_on_every_rank() -> Result<()> {
+        let cpu = Device::new(DeviceChoice::Cpu)?;
+        let results = thread::scope(|scope| {
+            let ranks = HostCommunicator::threads(2).unwrap();
+            let threads: Vec<_> =
+                ranks.into_iter().map(|rank| scope.spawn(|| NcclCommunicator::new(rank, &cpu).err())).collect();
+            threads.into_iter().map(|thread| thread.join().unwrap()).collect::<Vec<_>>()
+        });
+        assert!(matches!(results[0], Some(Error::DeviceKind { .. })), "{results:?}");
+        assert!(matches!(results[1], Some(Error::RankLost { rank: 0, .. })), "{results:?}");
+        Ok(())
+    }
+}

@@ -27,6 +27,8 @@ mod device_meta;
 mod dispatches;
 mod dist;
 mod dist_faults;
+#[cfg(feature = "nccl")]
+mod dist_nccl;
 #[cfg(feature = "cuda")]
 mod dist_peer;
 #[cfg(feature = "emulated-sm100")]
@@ -121,6 +123,8 @@ fn own(kind: BackendKind) -> &'static [Register] {
         BackendKind::Cuda => &[
             external_cuda::register,
             dist_peer::register,
+            #[cfg(feature = "nccl")]
+            dist_nccl::register,
             #[cfg(feature = "emulated-sm100")]
             emulated_sm100::register,
         ],
