@@ -141,11 +141,7 @@ pub unsafe extern "C" fn varlen_fa_communicator_connect(
 
 /// # Safety
 /// The header's rules for pointers.
-unsafe fn meet(
-    meeting: *const c_char,
-    (rank, world_size): (u64, u64),
-    time_out_ms: u64,
-) -> Result<HostCommunicator> {
+unsafe fn meet(meeting: *const c_char, (rank, world_size): (u64, u64), time_out_ms: u64) -> Result<HostCommunicator> {
     let name = Name::of("meeting");
     // SAFETY: by this function's contract; one character is read, to check the pointer.
     unsafe { slice(name, meeting, 1) }?;

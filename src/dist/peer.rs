@@ -481,7 +481,7 @@ mod tests {
                 let lent = Arc::clone(&rank.lane.lent);
                 let panicked = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
                     let memory = Memory::of(&[1; 8]);
-                    let sends = vec![Outgoing { to: 0, from: outgoing(Source::Device(&memory), 0..8) }];
+                    let sends = vec![Outgoing { to: 0, from: outgoing(Source::Device(&memory), 0..2) }];
                     let exchange = Exchange { operation: "test", tag: [0; 16], sends, receives: vec![] };
                     rank.exchange(exchange, &mut || std::panic::panic_any("on purpose"))
                 }));
