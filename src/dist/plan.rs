@@ -24,8 +24,8 @@ pub struct Machine {
     pub flops: f64,
     /// Bytes that a call may take on a device beside its tensors; any if there is no limit.
     pub memory: Option<u64>,
-    /// Seconds that it costs to compute heads in one chunk more, where rows of the next chunk travel meanwhile. Infinite where they
-    /// do not.
+    /// Seconds that a call of attention more costs on a device: for one chunk of heads more, or one part of the keys in a ring.
+    /// Infinite where rows do not travel meanwhile; then nothing is computed in chunks, and it does not count in a ring.
     pub chunk: f64,
 }
 
@@ -240,28 +240,27 @@ impl Rows {
         self.shards[rank].iter().sum()
     }
 
-    /// The number of chunks with the least time, of those that heads allow: the first chunk's rows come before any attention, and
-    /// those of the others meanwhile.
+    /// The number of chunks with the least time, of those that heads allow.
     fn chunks(&self, mode: Mode, heads: &Heads, machine: &Machine) -> usize {
         let (ulysses, outer) = mode.levels(self.shards.len());
         if outer == Outer::Ring || self.shards.len() == 1 || machine.chunk.is_infinite() {
             return 1;
         }
-        let ModeEstimate { seconds, attention, .. } = self.estimate(mode, heads, machine);
-        let exchanged = seconds - attention;
-        let time = |chunks: usize| {
-            let n = chunks as f64;
-            (exchanged + attention) / n + (n - 1.0) / n * attention.max(exchanged) + (n - 1.0) * machine.chunk
-        };
         let fits = |chunks: &usize| heads.chunks_refusal(ulysses, *chunks).is_none();
-        (1..=MAX_CHUNKS).filter(fits).min_by(|a, b| time(*a).total_cmp(&time(*b))).unwrap_or(1)
+        let seconds = |chunks: &usize| self.estimate_in(mode, *chunks, heads, machine).seconds;
+        (1..=MAX_CHUNKS).filter(fits).min_by(|a, b| seconds(a).total_cmp(&seconds(b))).unwrap_or(1)
     }
 
+    /// In the chunks that the plan takes.
     fn estimate(&self, mode: Mode, heads: &Heads, machine: &Machine) -> ModeEstimate {
+        self.estimate_in(mode, self.chunks(mode, heads, machine), heads, machine)
+    }
+
+    fn estimate_in(&self, mode: Mode, chunks: usize, heads: &Heads, machine: &Machine) -> ModeEstimate {
         let mut most =
             ModeEstimate { bytes_in_host: 0, bytes_between_hosts: 0, memory: 0, attention: 0.0, seconds: 0.0 };
         for rank in 0..self.shards.len() {
-            let of_rank = self.estimate_rank(rank, mode, heads, machine);
+            let of_rank = self.estimate_rank(rank, (mode, chunks), heads, machine);
             most.bytes_in_host = most.bytes_in_host.max(of_rank.bytes_in_host);
             most.bytes_between_hosts = most.bytes_between_hosts.max(of_rank.bytes_between_hosts);
             most.memory = most.memory.max(of_rank.memory);
@@ -271,7 +270,13 @@ impl Rows {
         most
     }
 
-    fn estimate_rank(&self, rank: usize, mode: Mode, heads: &Heads, machine: &Machine) -> ModeEstimate {
+    fn estimate_rank(
+        &self,
+        rank: usize,
+        (mode, chunks): (Mode, usize),
+        heads: &Heads,
+        machine: &Machine,
+    ) -> ModeEstimate {
         let world = self.shards.len();
         let (ulysses, outer) = mode.levels(world);
         let groups = world / ulysses;
@@ -333,9 +338,21 @@ impl Rows {
         };
         let copies = (2 * packed + merged) as f64 / machine.copies;
         let seconds = match outer {
-            Outer::Gather => first + second + attention + copies,
-            // Hops run under attention to what came before.
-            Outer::Ring => first + second.max(attention) + copies + machine.latency,
+            Outer::Gather if chunks == 1 => first + second + attention + copies,
+            // The first chunk's rows come before any attention, and those of the others meanwhile; copies are the device's work.
+            Outer::Gather => {
+                let (outside, links) = if groups == 1 { (0.0, first) } else { (first, second) };
+                let n = chunks as f64;
+                let further = (n - 1.0) * (machine.chunk + machine.latency);
+                outside + (links + attention) / n + (n - 1.0) / n * attention.max(links) + copies + further
+            }
+            // Hops run under attention to what came before. Prefix and suffix are queries of their own, with own keys first.
+            Outer::Ring => {
+                let of_replicated = if replicated > 0 { groups + 1 } else { 0 };
+                let calls = (groups + of_replicated - 1) as f64;
+                let parts = if machine.chunk.is_finite() { calls * machine.chunk } else { 0.0 };
+                first + second.max(attention) + copies + machine.latency + parts
+            }
         };
         ModeEstimate {
             bytes_in_host: exchanged.in_host + around.in_host,
@@ -391,7 +408,7 @@ mod tests {
         let (gather, ring) = (Mode::UlyssesGather { ulysses: 8 }, Mode::UlyssesRing { ulysses: 8 });
         for (seq, prefix, heads, modes) in [
             (4096, 256, heads(24), [Mode::Ulysses, gather, gather, gather, gather, gather]),
-            (32_768, 0, heads(24), [Mode::Ulysses, ring, ring, ring, gather, gather]),
+            (32_768, 0, heads(24), [Mode::Ulysses, ring, ring, gather, gather, gather]),
             (75_776, 0, heads(40), [Mode::Ulysses, ring, ring, ring, ring, gather]),
         ] {
             for (ranks, mode) in [8, 16, 32, 64, 128, 512].into_iter().zip(modes) {
@@ -407,7 +424,7 @@ mod tests {
     fn a_ring_pays_where_attention_hides_it() -> Result<()> {
         let heads = Heads { num_heads: 24, num_kv_heads: 24, head_dim: 128, dtype: DType::Bf16 };
         // Without what else differs: merges and the latency of hops.
-        let machine = Machine { copies: f64::INFINITY, latency: 0.0, ..Machine::H100 };
+        let machine = Machine { copies: f64::INFINITY, latency: 0.0, chunk: f64::INFINITY, ..Machine::H100 };
         let rows = (machine.flops / machine.in_host) as usize;
         for (of_rank, hides) in [(rows / 2, false), (2 * rows, true)] {
             let plan = estimates(4 * of_rank, 0, 4, heads, machine)?;

@@ -340,12 +340,13 @@ impl SequenceParallel {
                 return Err(Error::DTypeMismatch { argument, expected: dtype, got });
             }
         }
+        // Once for all that follows.
+        let _current = self.device.backend()?.stay_current()?;
         let mut steps = Steps { communicator, device: &self.device, tag: request.tag };
         let Some(group) = &request.group else { return self.attend(&mut steps, request, inputs, out) };
-        if let (AmongGroups::Gather(all), true) = (&request.among_groups, request.is_one_group()) {
-            if group.fits_segments() {
-                return group.attend(&mut steps, &self.layer(), all.mask_of_all(), inputs, out);
-            }
+        let in_segments = request.is_one_group() && group.fits_segments();
+        if let (AmongGroups::Gather(all), true) = (&request.among_groups, in_segments) {
+            return group.attend(&mut steps, &self.layer(), all.mask_of_all(), inputs, out);
         }
         let inputs = group.rows_for_heads(&mut steps, inputs)?;
         let [_, _, heads, dim] = inputs[0].shape() else { return Ok(()) };

@@ -2,6 +2,7 @@
 
 use std::any::Any;
 use std::ffi::c_void;
+use std::fmt::Debug;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -275,6 +276,10 @@ impl Backend for CudaDevice {
             Op::PrepareQk(call) => prepare_qk::prepare_qk(launcher, &call),
             Op::Metadata { mask, tables } => metadata::build(launcher, &mask, &tables),
         }
+    }
+
+    fn stay_current(&self) -> Result<Box<dyn Debug + '_>> {
+        Ok(Box::new(self.launcher.context.enter()?))
     }
 
     fn synchronize(&self) -> Result<()> {
