@@ -36,14 +36,11 @@ pub type PeerBytes<'a> = (usize, &'a dyn DeviceBuffer, Range<u64>);
 pub type Cause = Box<dyn Fn() -> Option<String> + Send + Sync>;
 
 /// A rank.
-pub struct NcclRank {
-    lane: Lane,
-    shared: Arc<Shared>,
-}
+pub struct NcclRank(Arc<Shared>);
 
 impl fmt::Debug for NcclRank {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("NcclRank").field("lane", &self.lane).finish_non_exhaustive()
+        f.debug_struct("NcclRank").field("lane", &self.0.lane).finish_non_exhaustive()
     }
 }
 
@@ -51,6 +48,8 @@ impl fmt::Debug for NcclRank {
 struct Shared {
     nccl: &'static Nccl,
     context: Arc<Context>,
+    /// Where it runs: it outlives the communicator.
+    lane: Lane,
     state: Mutex<State>,
     cause: Cause,
 }
@@ -103,7 +102,7 @@ impl NcclRank {
             nccl.init(id, rank as c_int, world as c_int).map_err(|why| failed(device, "joining NCCL", why))?
         };
         let joined = Self::over(nccl, (context, lane), (comm, true), limit, cause)?;
-        joined.shared.lock().wait_for(&joined.shared, started, "joining NCCL")?;
+        joined.0.lock().wait_for(&joined.0, started, "joining NCCL")?;
         Ok(joined)
     }
 
@@ -146,34 +145,37 @@ impl NcclRank {
         cause: Cause,
     ) -> Result<Self> {
         let state = State { comm: Some(comm), is_own, limit, pending: VecDeque::new(), failure: None };
-        let shared = Arc::new(Shared { nccl, context: Arc::clone(context), state: Mutex::new(state), cause });
+        let shared = Shared { nccl, context: Arc::clone(context), lane, state: Mutex::new(state), cause };
+        let shared = Arc::new(shared);
         let watched = Arc::downgrade(&shared);
         let watch = thread::Builder::new().name("varlen-fa NCCL".to_owned()).spawn(move || watch(&watched));
         watch.map_err(|why| failed(context.faults.device_name(), "starting a thread", why.to_string()))?;
-        Ok(Self { lane, shared })
+        Ok(Self(shared))
     }
 
     pub fn set_limit(&self, limit: Duration) {
-        self.shared.lock().limit = limit;
+        self.0.lock().limit = limit;
     }
 
     /// Starts to send and receive, after the device's work so far and beside what it does later.
     pub fn start(&self, sends: &[PeerBytes<'_>], receives: &[PeerBytes<'_>]) -> Result<()> {
-        self.lane.mark()?;
-        let _current = self.shared.context.enter()?;
-        let mut state = self.shared.lock();
-        let comm = state.live(&self.shared)?;
-        let (nccl, side) = (self.shared.nccl, self.lane.side());
+        let shared = &*self.0;
+        let lane = &shared.lane;
+        lane.mark()?;
+        let _current = shared.context.enter()?;
+        let mut state = shared.lock();
+        let comm = state.live(shared)?;
+        let (nccl, side) = (shared.nccl, lane.side());
         let operation = "sending to other ranks";
         let enqueue = || -> Result<(), String> {
             for (to, buffer, bytes) in sends {
-                let from = self.lane.address_of(*buffer, bytes)?;
+                let from = lane.address_of(*buffer, bytes)?;
                 // SAFETY: the communicator is live under the lock; the memory is in bounds, and whoever exchanges keeps it
                 // until the stream has come past this.
                 unsafe { nccl.send(from, bytes.end - bytes.start, *to as c_int, comm, side) }?;
             }
             for (from, buffer, bytes) in receives {
-                let to = self.lane.address_of(*buffer, bytes)?;
+                let to = lane.address_of(*buffer, bytes)?;
                 // SAFETY: as above.
                 unsafe { nccl.receive(to, bytes.end - bytes.start, *from as c_int, comm, side) }?;
             }
@@ -185,30 +187,31 @@ impl NcclRank {
             // A group is ended whatever is in it.
             nccl.end_group().and_then(|progress| enqueued.map(|()| progress))
         });
-        match grouped {
-            Ok(Progress::Done) => {}
-            Ok(Progress::Going) => state.wait_for(&self.shared, started, operation)?,
-            Err(why) => return Err(state.fail(&self.shared, why, operation)),
-        }
-        let end = self.lane.note_copies()?;
-        state.pending.push_back((end, started));
+        let taken = match grouped {
+            Ok(Progress::Done) => Ok(()),
+            Ok(Progress::Going) => state.wait_for(shared, started, operation),
+            Err(why) => Err(state.fail(shared, why, operation)),
+        };
+        // In any case: some of it may be under way.
+        let end = lane.note_copies();
+        taken?;
+        state.pending.push_back((end?, started));
         Ok(())
     }
 
     /// Later work of the device comes after all that was started.
     pub fn join(&self) -> Result<()> {
-        self.lane.join()
+        self.0.lane.join()
     }
 
     /// Why the communicator takes no more calls, if it does not.
     pub fn failure(&self) -> Option<String> {
-        self.shared.lock().failure.clone()
+        self.0.lock().failure.clone()
     }
 
     /// Ends what is under way, on the device too.
     pub fn abort(&self, why: &str) {
-        let mut state = self.shared.lock();
-        state.abort(&self.shared, why.to_owned());
+        self.0.lock().abort(&self.0, why.to_owned());
     }
 }
 
