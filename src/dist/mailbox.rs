@@ -36,12 +36,18 @@ struct State<B> {
     lost: Vec<Option<String>>,
     /// The rank that gave up first, and why.
     aborted: Option<(usize, String)>,
+    /// How many threads sleep until something changes: where none does, none is woken, which would take the system.
+    sleepers: usize,
 }
 
 impl<B> Mailbox<B> {
     pub(super) fn new(world: usize) -> Self {
-        let state =
-            State { queues: (0..world).map(|_| VecDeque::new()).collect(), lost: vec![None; world], aborted: None };
+        let state = State {
+            queues: (0..world).map(|_| VecDeque::new()).collect(),
+            lost: vec![None; world],
+            aborted: None,
+            sleepers: 0,
+        };
         Self { state: Mutex::new(state), changed: Condvar::new(), changes: AtomicU64::new(0), looks: Duration::ZERO }
     }
 
@@ -90,10 +96,13 @@ impl<B> Mailbox<B> {
     /// Fails if a rank has given up. For what could not be sent to `rank`: it may have said why just before, so this waits for its
     /// last word.
     pub(super) fn check_last_word(&self, operation: &'static str, rank: usize, limit: Duration) -> Result<()> {
-        let state = self.lock();
+        let mut state = self.lock();
         let unknown = |state: &mut State<B>| state.aborted.is_none() && state.lost[rank].is_none();
+        state.sleepers += 1;
         let waited = self.changed.wait_timeout_while(state, limit, unknown);
-        waited.unwrap_or_else(PoisonError::into_inner).0.check(operation)
+        let mut state = waited.unwrap_or_else(PoisonError::into_inner).0;
+        state.sleepers -= 1;
+        state.check(operation)
     }
 
     /// The next message of a rank; waits for it until `started` is `limit` ago.
@@ -141,7 +150,9 @@ impl<B> Mailbox<B> {
                 self.look_for_change(seen, looks_until);
                 state = self.lock();
             } else {
+                state.sleepers += 1;
                 state = self.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
+                state.sleepers -= 1;
             }
         }
     }
@@ -160,8 +171,11 @@ impl<B> Mailbox<B> {
         let mut state = self.lock();
         change(&mut state);
         self.changes.fetch_add(1, Ordering::Release);
+        let someone_sleeps = state.sleepers > 0;
         drop(state);
-        self.changed.notify_all();
+        if someone_sleeps {
+            self.changed.notify_all();
+        }
     }
 
     /// No change is left half done by a panic.
