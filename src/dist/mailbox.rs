@@ -202,7 +202,7 @@ mod tests {
     fn the_last_word_of_a_rank_is_waited_for() {
         let (mailbox, long) = (Mailbox::<()>::new(2), Duration::from_secs(60));
         assert_eq!(mailbox.check_last_word("test", 1, Duration::ZERO), Ok(()));
-        std::thread::scope(|scope| {
+        thread::scope(|scope| {
             let waits = scope.spawn(|| mailbox.check_last_word("test", 1, long));
             mailbox.abort(1, "it gave up");
             let error = Error::RankLost { operation: "test", rank: 1, why: "it gave up".to_owned() };
@@ -219,9 +219,9 @@ mod tests {
         for looks in [Duration::ZERO, Duration::from_millis(1), Duration::from_secs(5)] {
             let mailbox = Mailbox::new(2).looking(looks);
             let within = (Instant::now(), Duration::from_secs(60));
-            std::thread::scope(|scope| {
+            thread::scope(|scope| {
                 let takes = scope.spawn(|| mailbox.take("test", 1, within).map(|message| message.body));
-                std::thread::sleep(Duration::from_millis(20));
+                thread::sleep(Duration::from_millis(20));
                 mailbox.put(1, Message { tag: [0; 16], body: 7 });
                 assert_eq!(takes.join().unwrap(), Ok(7), "{looks:?}");
             });

@@ -240,9 +240,9 @@ impl State {
                     None if started.elapsed() < self.limit => {
                         // Most of what is asked is done at once.
                         if started.elapsed() < LOOKS {
-                            thread::yield_now()
+                            thread::yield_now();
                         } else {
-                            thread::sleep(PAUSE)
+                            thread::sleep(PAUSE);
                         }
                         continue;
                     }
