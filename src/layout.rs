@@ -37,6 +37,15 @@ impl Layout {
         Self::strided(shape, strides.get(..shape.len()).unwrap_or(&strides), 0)
     }
 
+    /// A row-major layout at an offset, in elements.
+    ///
+    /// # Errors
+    /// As [`strided`](Self::strided).
+    pub(crate) fn contiguous_at(shape: &[usize], offset: u64) -> Result<Self> {
+        let layout = Self::contiguous(shape)?;
+        Self::strided(layout.shape(), layout.strides(), offset)
+    }
+
     /// A layout with given strides and offset, in elements.
     ///
     /// # Errors

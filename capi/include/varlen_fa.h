@@ -1152,6 +1152,18 @@ varlen_fa_status varlen_fa_communicator_threads(uint64_t world_size,
                                                 uint64_t time_out_ms,
                                                 struct varlen_fa_communicator **communicators);
 
+// Creates the ranks of one process whose CUDA devices copy from one another: one handle for each of
+// its threads, in the order of the devices. Several ranks may share a device. Access between the
+// devices' contexts is enabled and stays.
+//
+// `devices`: `world_size` CUDA devices. Each rank's requests are prepared with its own.
+// `time_out_ms`: as of varlen_fa_communicator_threads.
+// `communicators`: receives `world_size` handles, each to be given to varlen_fa_communicator_free.
+varlen_fa_status varlen_fa_communicator_peers(const struct varlen_fa_device *const *devices,
+                                              uint64_t world_size,
+                                              uint64_t time_out_ms,
+                                              struct varlen_fa_communicator **communicators);
+
 // Joins processes by TCP: this one is rank `rank` of `world_size`. Returns when all are there.
 //
 // `meeting`: an address on which rank 0 listens, such as "127.0.0.1:4321", or "file:" and the path
@@ -1164,6 +1176,24 @@ varlen_fa_status varlen_fa_communicator_connect(const char *meeting,
                                                 uint64_t world_size,
                                                 uint64_t time_out_ms,
                                                 struct varlen_fa_communicator **communicator);
+
+// Joins processes whose CUDA devices send and receive by NCCL (libnccl.so.2, loaded at run time):
+// this one is rank `rank` of `world_size`. Returns when all are there. Not yet run on several GPUs.
+//
+// `device`: a CUDA device, on a GPU of its own. Requests of this rank are prepared with it.
+// `meeting`, `time_out_ms`: as of varlen_fa_communicator_connect. What takes longer than the time-out
+// is aborted, on the device too.
+// `comm`: an ncclComm_t of the caller's, of the same rank and ranks and on the same GPU, which stays
+// the caller's; NULL makes one. Nobody else uses it during a call, and it lives until the
+// communicator is freed.
+// `communicator`: receives the handle, to be given to varlen_fa_communicator_free.
+varlen_fa_status varlen_fa_communicator_nccl(const struct varlen_fa_device *device,
+                                             const char *meeting,
+                                             uint64_t rank,
+                                             uint64_t world_size,
+                                             uint64_t time_out_ms,
+                                             void *comm,
+                                             struct varlen_fa_communicator **communicator);
 
 // Frees a communicator. NULL is ignored. Other ranks that still wait for this one get an error.
 varlen_fa_status varlen_fa_communicator_free(struct varlen_fa_communicator *communicator);

@@ -428,6 +428,8 @@ _FUNCTIONS = {
         POINTER(Plan),
     ],
     "communicator_threads": [c_uint64, c_uint64, _NEW],
+    "communicator_peers": [POINTER(c_void_p), c_uint64, c_uint64, _NEW],
+    "communicator_nccl": [_HANDLE, c_char_p, c_uint64, c_uint64, c_uint64, c_void_p, _NEW],
     "communicator_connect": [c_char_p, c_uint64, c_uint64, c_uint64, _NEW],
     "communicator_free": [_HANDLE],
     "sharded_meta_create": [_HANDLE, POINTER(Shards), c_uint64, _HANDLE, _NEW],
@@ -625,6 +627,21 @@ class Library:
         """Joins processes: `meeting` is an address on which rank 0 listens, "127.0.0.1:4321", or
         "file:" and the path of a file that rank 0 writes."""
         return self.make(Communicator, "communicator_connect", meeting.encode(), rank, world_size, time_out_ms)
+
+    def peers(self, devices, time_out_ms=0):
+        """The ranks of this process whose CUDA devices copy from one another: one for each device and
+        thread. Several may share a device."""
+        given = (c_void_p * max(len(devices), 1))(*[device.handle for device in devices])
+        handles = (c_void_p * max(len(devices), 1))()
+        self.call("communicator_peers", given, len(devices), time_out_ms, handles)
+        return [Communicator(self, c_void_p(handle)) for handle in handles]
+
+    def nccl(self, device, meeting, rank, world_size, time_out_ms=0, comm=None):
+        """Joins processes whose CUDA devices send and receive by NCCL; `meeting` as of `connect`.
+        `comm` is the address of an ncclComm_t of the caller's, such as that of a process group of
+        torch.distributed; None makes one. Not yet run on several GPUs."""
+        before = [device.handle, meeting.encode(), rank, world_size, time_out_ms, c_void_p(comm)]
+        return self.make(Communicator, "communicator_nccl", *before)
 
     def sharded_meta(self, key_mask, lengths, rank, prefix=0, suffix=0, ranges=None):
         """What rank `rank` knows of a sequence of which each rank has a shard of `lengths`, and all

@@ -1,13 +1,18 @@
 //! Sequence parallelism: attention over a sequence that is divided among ranks.
 
-use std::ffi::{CStr, c_char};
+use std::ffi::{CStr, c_char, c_void};
 use std::net::SocketAddr;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use varlen::Device;
+#[cfg(not(feature = "nccl"))]
+use varlen::Error;
+#[cfg(feature = "nccl")]
+use varlen::dist::NcclCommunicator;
 use varlen::dist::{
-    Communicator, Heads, HostCommunicator, Mode, ParallelRequest, Rendezvous, SequenceParallel, ShardedMeta, Shards,
+    Communicator, Heads, HostCommunicator, Mode, ParallelRequest, PeerCommunicator, Rendezvous, SequenceParallel,
+    ShardedMeta, Shards,
 };
 
 use crate::arguments::{Name, Place, choose, expect_zeros, read, reserve, size, slice, text};
@@ -21,7 +26,10 @@ use crate::types::{
     varlen_fa_shards, varlen_fa_status, varlen_fa_tensor,
 };
 
-handle!(varlen_fa_communicator, 8, Mutex<HostCommunicator>);
+/// A rank of any transport.
+type Rank = Box<dyn Communicator>;
+
+handle!(varlen_fa_communicator, 8, Mutex<Rank>);
 handle!(varlen_fa_sharded_meta, 9, ShardedMeta);
 handle!(varlen_fa_parallel_request, 10, Request);
 
@@ -34,7 +42,7 @@ pub(crate) struct Request {
 }
 
 /// What a panic left behind is noticed by the peers, as any rank that does not answer.
-fn lock(communicator: &Mutex<HostCommunicator>) -> MutexGuard<'_, HostCommunicator> {
+fn lock(communicator: &Mutex<Rank>) -> MutexGuard<'_, Rank> {
     communicator.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -56,17 +64,53 @@ pub unsafe extern "C" fn varlen_fa_communicator_threads(
     communicators: *mut *mut varlen_fa_communicator,
 ) -> varlen_fa_status {
     guard(|| {
-        let name = Name::of("communicators");
         let ranks = HostCommunicator::threads(size(Name::of("world_size"), world_size)?)?;
-        let mut places = reserve(ranks.len())?;
-        for rank in 0..ranks.len() {
-            // SAFETY: the caller obeys the header's rules for pointers: there is room for each.
-            places.push(unsafe { Place::new(name, communicators.wrapping_add(rank)) }?);
+        let ranks = ranks.into_iter().map(|rank| Box::new(rank.with_time_out(time_out(time_out_ms))) as Rank);
+        // SAFETY: the caller obeys the header's rules for pointers: there is room for each.
+        unsafe { issue(ranks, communicators) }
+    })
+}
+
+/// # Safety
+/// The header's rules for pointers: there is room for each rank.
+unsafe fn issue(ranks: impl ExactSizeIterator<Item = Rank>, to: *mut *mut varlen_fa_communicator) -> Result<()> {
+    let mut places = reserve(ranks.len())?;
+    for rank in 0..ranks.len() {
+        // SAFETY: by this function's contract.
+        places.push(unsafe { Place::new(Name::of("communicators"), to.wrapping_add(rank)) }?);
+    }
+    for (place, rank) in places.into_iter().zip(ranks) {
+        place.put(handles::issue(Mutex::new(rank)));
+    }
+    Ok(())
+}
+
+/// Creates the ranks of one process whose CUDA devices copy from one another: one handle for each of
+/// its threads, in the order of the devices. Several ranks may share a device. Access between the
+/// devices' contexts is enabled and stays.
+///
+/// `devices`: `world_size` CUDA devices. Each rank's requests are prepared with its own.
+/// `time_out_ms`: as of varlen_fa_communicator_threads.
+/// `communicators`: receives `world_size` handles, each to be given to varlen_fa_communicator_free.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn varlen_fa_communicator_peers(
+    devices: *const *const varlen_fa_device,
+    world_size: u64,
+    time_out_ms: u64,
+    communicators: *mut *mut varlen_fa_communicator,
+) -> varlen_fa_status {
+    guard(|| {
+        let name = Name::of("devices");
+        // SAFETY: the caller obeys the header's rules for pointers.
+        let given = unsafe { slice(name, devices, world_size) }?;
+        let mut opened = reserve(given.len())?;
+        for device in given {
+            opened.push(Device::clone(&*handles::get(name, *device)?));
         }
-        for (place, rank) in places.into_iter().zip(ranks) {
-            place.put(handles::issue(Mutex::new(rank.with_time_out(time_out(time_out_ms)))));
-        }
-        Ok(())
+        let ranks = PeerCommunicator::of_devices(&opened)?;
+        let ranks = ranks.into_iter().map(|rank| Box::new(rank.with_time_out(time_out(time_out_ms))) as Rank);
+        // SAFETY: as above: there is room for each.
+        unsafe { issue(ranks, communicators) }
     })
 }
 
@@ -88,23 +132,82 @@ pub unsafe extern "C" fn varlen_fa_communicator_connect(
     guard(|| {
         // SAFETY: the caller obeys the header's rules for pointers.
         let place = unsafe { Place::new(Name::of("communicator"), communicator) }?;
-        let name = Name::of("meeting");
-        // SAFETY: as above; one character is read, to check the pointer.
-        unsafe { slice(name, meeting, 1) }?;
-        // SAFETY: by the header, a text that ends with 0.
-        let given = unsafe { CStr::from_ptr(meeting) }.to_string_lossy();
-        let rendezvous = match given.strip_prefix("file:") {
-            Some(path) => Rendezvous::File(path.into()),
-            None => Rendezvous::Tcp(given.parse::<SocketAddr>().map_err(|_| {
-                let expected = "an address such as 127.0.0.1:4321, or file: and a path";
-                Failure::argument(varlen_fa_status::BadValue, name, expected, format!("{given:?}"))
-            })?),
-        };
-        let (rank, world) = (size(Name::of("rank"), rank)?, size(Name::of("world_size"), world_size)?);
-        let made = HostCommunicator::connect(&rendezvous, rank, world, time_out(time_out_ms))?;
+        // SAFETY: as above.
+        let met = unsafe { meet(meeting, (rank, world_size), time_out_ms) }?;
+        place.put(handles::issue(Mutex::new(Box::new(met) as Rank)));
+        Ok(())
+    })
+}
+
+/// # Safety
+/// The header's rules for pointers.
+unsafe fn meet(meeting: *const c_char, (rank, world_size): (u64, u64), time_out_ms: u64) -> Result<HostCommunicator> {
+    let name = Name::of("meeting");
+    // SAFETY: by this function's contract; one character is read, to check the pointer.
+    unsafe { slice(name, meeting, 1) }?;
+    // SAFETY: by the header, a text that ends with 0.
+    let given = unsafe { CStr::from_ptr(meeting) }.to_string_lossy();
+    let rendezvous = match given.strip_prefix("file:") {
+        Some(path) => Rendezvous::File(path.into()),
+        None => Rendezvous::Tcp(given.parse::<SocketAddr>().map_err(|_| {
+            let expected = "an address such as 127.0.0.1:4321, or file: and a path";
+            Failure::argument(varlen_fa_status::BadValue, name, expected, format!("{given:?}"))
+        })?),
+    };
+    let (rank, world) = (size(Name::of("rank"), rank)?, size(Name::of("world_size"), world_size)?);
+    Ok(HostCommunicator::connect(&rendezvous, rank, world, time_out(time_out_ms))?)
+}
+
+/// Joins processes whose CUDA devices send and receive by NCCL (libnccl.so.2, loaded at run time):
+/// this one is rank `rank` of `world_size`. Returns when all are there. Not yet run on several GPUs.
+///
+/// `device`: a CUDA device, on a GPU of its own. Requests of this rank are prepared with it.
+/// `meeting`, `time_out_ms`: as of varlen_fa_communicator_connect. What takes longer than the time-out
+/// is aborted, on the device too.
+/// `comm`: an ncclComm_t of the caller's, of the same rank and ranks and on the same GPU, which stays
+/// the caller's; NULL makes one. Nobody else uses it during a call, and it lives until the
+/// communicator is freed.
+/// `communicator`: receives the handle, to be given to varlen_fa_communicator_free.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn varlen_fa_communicator_nccl(
+    device: *const varlen_fa_device,
+    meeting: *const c_char,
+    rank: u64,
+    world_size: u64,
+    time_out_ms: u64,
+    comm: *mut c_void,
+    communicator: *mut *mut varlen_fa_communicator,
+) -> varlen_fa_status {
+    guard(|| {
+        // SAFETY: the caller obeys the header's rules for pointers.
+        let place = unsafe { Place::new(Name::of("communicator"), communicator) }?;
+        let device = handles::get(Name::of("device"), device)?;
+        // SAFETY: as above.
+        let met = unsafe { meet(meeting, (rank, world_size), time_out_ms) }?;
+        // SAFETY: by the caller's promise, NULL or a live ncclComm_t.
+        let made = unsafe { over_nccl(met, &device, comm) }?;
         place.put(handles::issue(Mutex::new(made)));
         Ok(())
     })
+}
+
+/// # Safety
+/// `comm` is null or a live `ncclComm_t`.
+#[cfg(feature = "nccl")]
+unsafe fn over_nccl(met: HostCommunicator, device: &Device, comm: *mut c_void) -> Result<Rank> {
+    let made = match comm.is_null() {
+        true => NcclCommunicator::new(met, device),
+        // SAFETY: by this function's contract.
+        false => unsafe { NcclCommunicator::from_raw(met, device, comm) },
+    };
+    Ok(Box::new(made?))
+}
+
+#[cfg(not(feature = "nccl"))]
+unsafe fn over_nccl(mut met: HostCommunicator, device: &Device, _comm: *mut c_void) -> Result<Rank> {
+    let why = "the library was built without its feature `nccl`".to_owned();
+    met.abort(&why);
+    Err(Error::DeviceUnavailable { device: format!("NCCL for {}", device.name()), why }.into())
 }
 
 /// Frees a communicator. NULL is ignored. Other ranks that still wait for this one get an error.
@@ -178,7 +281,7 @@ pub unsafe extern "C" fn varlen_fa_parallel_prepare(
         let communicator = handles::get(Name::of("communicator"), communicator)?;
         let mut communicator = lock(&communicator);
         // SAFETY: the caller obeys the header's rules for pointers.
-        let prepared = unsafe { prepare(device, &mut communicator, sharded_meta, options, request, plan) };
+        let prepared = unsafe { prepare(device, &mut **communicator, sharded_meta, options, request, plan) };
         prepared.inspect_err(|failure| communicator.abort(&failure.message))
     })
 }
@@ -187,7 +290,7 @@ pub unsafe extern "C" fn varlen_fa_parallel_prepare(
 /// The header's rules for pointers.
 unsafe fn prepare(
     device: *const varlen_fa_device,
-    communicator: &mut HostCommunicator,
+    communicator: &mut dyn Communicator,
     sharded_meta: *const varlen_fa_sharded_meta,
     options: *const varlen_fa_parallel_options,
     request: *mut *mut varlen_fa_parallel_request,
@@ -280,7 +383,7 @@ pub unsafe extern "C" fn varlen_fa_parallel_forward(
         let communicator = handles::get(Name::of("communicator"), communicator)?;
         let mut communicator = lock(&communicator);
         // SAFETY: the caller obeys the header's rules for pointers.
-        let done = unsafe { forward(&mut communicator, request, [q, k, v], out) };
+        let done = unsafe { forward(&mut **communicator, request, [q, k, v], out) };
         done.inspect_err(|failure| communicator.abort(&failure.message))
     })
 }
@@ -288,7 +391,7 @@ pub unsafe extern "C" fn varlen_fa_parallel_forward(
 /// # Safety
 /// The header's rules for pointers.
 unsafe fn forward(
-    communicator: &mut HostCommunicator,
+    communicator: &mut dyn Communicator,
     request: *const varlen_fa_parallel_request,
     [q, k, v]: [*const varlen_fa_tensor; 3],
     out: *const varlen_fa_tensor,

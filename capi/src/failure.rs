@@ -68,7 +68,7 @@ fn status_of(error: &Error) -> varlen_fa_status {
         Error::SegmentCount { .. } | Error::Eps { .. } | Error::RotaryDim { .. } => Status::BadValue,
         Error::TooLarge { .. } => Status::TooLarge,
         Error::Environment { .. } => Status::Environment,
-        Error::DeviceMismatch { .. } => Status::DeviceMismatch,
+        Error::DeviceMismatch { .. } | Error::DeviceKind { .. } => Status::DeviceMismatch,
         Error::NotApplicable { .. } => Status::NotApplicable,
         Error::Handle { .. } => Status::BadHandle,
         Error::StreamCaptured { .. } => Status::StreamCaptured,

@@ -219,6 +219,14 @@ int main(void) {
   // What cannot be.
   varlen_fa_communicator *none = NULL;
   if (varlen_fa_communicator_threads(0, 0, &none) != VARLEN_FA_STATUS_SHARDING) fail("no rank");
+  const varlen_fa_device *devices[2] = {device, device};
+  varlen_fa_communicator *peers[2] = {NULL, NULL};
+  if (varlen_fa_communicator_peers(devices, 2, 0, peers) != VARLEN_FA_STATUS_DEVICE_MISMATCH || peers[0]) fail("CPU peers");
+  if (varlen_fa_communicator_peers(devices, 0, 0, peers) != VARLEN_FA_STATUS_SHARDING) fail("no peer");
+  if (varlen_fa_communicator_peers(NULL, 2, 0, peers) != VARLEN_FA_STATUS_NULL_POINTER) fail("NULL devices");
+  varlen_fa_status status_of_cpu = varlen_fa_communicator_nccl(device, "127.0.0.1:0", 0, 1, 0, NULL, &none);
+  if (status_of_cpu != VARLEN_FA_STATUS_DEVICE_MISMATCH && status_of_cpu != VARLEN_FA_STATUS_DEVICE_UNAVAILABLE) fail("NCCL on a CPU");
+  if (varlen_fa_communicator_nccl(device, "nowhere", 0, 1, 0, NULL, &none) != VARLEN_FA_STATUS_BAD_VALUE) fail("no address");
   if (varlen_fa_communicator_connect("nowhere", 0, 2, 1, &none) != VARLEN_FA_STATUS_BAD_VALUE) fail("no address");
   if (varlen_fa_communicator_connect(NULL, 0, 2, 1, &none) != VARLEN_FA_STATUS_NULL_POINTER) fail("NULL");
   if (varlen_fa_communicator_connect("127.0.0.1:0", 1, 2, 50, &none) != VARLEN_FA_STATUS_RANK_TIMED_OUT) fail("nobody");

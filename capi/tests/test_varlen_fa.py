@@ -869,6 +869,13 @@ class Parallel(unittest.TestCase):
         with self.assertRaises(vf.Error) as caught:
             library.connect("file:/no/such/folder/file", 0, 2, 10)
         self.assertEqual(caught.exception.status, "BACKEND")
+        with library.open_cpu() as cpu:
+            with self.assertRaises(vf.Error) as caught:
+                library.peers([cpu, cpu])
+            self.assertEqual(caught.exception.status, "DEVICE_MISMATCH")
+            with self.assertRaises(vf.Error) as caught:
+                library.nccl(cpu, "127.0.0.1:0", 0, 1)
+            self.assertIn(caught.exception.status, ["DEVICE_MISMATCH", "DEVICE_UNAVAILABLE"])
 
 
 def in_child(handle, meta, queue):

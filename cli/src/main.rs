@@ -14,7 +14,9 @@ use std::process::ExitCode;
 use anyhow::Result;
 use clap::{Args, CommandFactory, Parser, Subcommand};
 use clap_complete::Shell;
-use varlen_fa_harness::benches::{attention, device_meta, key_mask, metadata, prepare_qk, ranges, segments};
+use varlen_fa_harness::benches::{
+    attention, device_meta, key_mask, metadata, prepare_qk, ranges, segments, sequence_parallel,
+};
 use varlen_fa_harness::report;
 use varlen_fa_harness::sizes::Sizes;
 
@@ -78,6 +80,7 @@ enum Bench {
     PrepareQk(prepare_qk::Arguments),
     Ranges(ranges::Arguments),
     Segments(segments::Arguments),
+    SequenceParallel(sequence_parallel::Arguments),
 }
 
 /// The device that was asked for is not available.
@@ -119,6 +122,7 @@ fn bench(arguments: &BenchArguments) -> Result<()> {
         Bench::PrepareQk(arguments) => prepare_qk::run(arguments, sizes),
         Bench::Ranges(arguments) => ranges::run(arguments, sizes),
         Bench::Segments(arguments) => segments::run(arguments, sizes),
+        Bench::SequenceParallel(arguments) => sequence_parallel::run(arguments, sizes),
     }
 }
 

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use clap::{Parser, ValueEnum};
 
+use varlen_fa::{Device, DeviceChoice};
 use varlen_fa_harness::arguments::ElementType;
 
 /// Run masked attention over a sequence divided among ranks, in every mode, and check each against one device.
@@ -13,15 +14,18 @@ use varlen_fa_harness::arguments::ElementType;
 #[derive(Debug, Clone, Parser)]
 #[command(name = "sequence_parallel", version)]
 pub struct Arguments {
-    /// Ranks that share the sequence
-    #[arg(long, value_name = "N", default_value = "4")]
-    pub ranks: NonZeroUsize,
+    /// Ranks that share the sequence [default: on cuda as many as there are GPUs, else 4]
+    #[arg(long, value_name = "N")]
+    ranks: Option<NonZeroUsize>,
     /// Ranks are processes of this machine, joined by TCP; else threads of this one
     #[arg(long)]
     pub processes: bool,
-    /// Each rank's device; with `cuda` a GPU of its own. Rows are copied through host memory
+    /// Each rank's device; with more ranks than GPUs, several share one
     #[arg(long, value_enum, default_value = "cpu")]
     pub device: Kind,
+    /// How rows travel [default: on cuda `peer` between threads, else `host`]
+    #[arg(long, value_enum)]
+    transport: Option<Transport>,
     /// Element type [default: f32, on cuda f16]
     #[arg(long, value_name = "TYPE")]
     pub dtype: Option<ElementType>,
@@ -49,6 +53,54 @@ pub struct Arguments {
     /// Where the processes meet: a file that rank 0 writes
     #[arg(long, hide = true)]
     pub meeting: Option<PathBuf>,
+}
+
+impl Arguments {
+    /// Ranks that share the sequence.
+    pub fn ranks(&self) -> usize {
+        match self.device {
+            _ if self.ranks.is_some() => self.ranks.map_or(0, NonZeroUsize::get),
+            Kind::Cuda => gpus().len().max(1),
+            Kind::Cpu | Kind::Wgpu => 4,
+        }
+    }
+
+    /// How rows travel.
+    pub fn transport(&self) -> Transport {
+        let by_default = match (self.device, self.processes || self.rank.is_some()) {
+            (Kind::Cuda, false) => Transport::Peer,
+            _ => Transport::Host,
+        };
+        self.transport.unwrap_or(by_default)
+    }
+
+    /// The device of a rank.
+    pub fn choice(&self, rank: usize) -> DeviceChoice {
+        match self.device {
+            Kind::Cpu => DeviceChoice::Cpu,
+            Kind::Wgpu => DeviceChoice::Wgpu,
+            Kind::Cuda => {
+                let gpus = gpus();
+                gpus.get(rank % gpus.len().max(1)).copied().unwrap_or(DeviceChoice::Cuda(rank))
+            }
+        }
+    }
+}
+
+/// The GPUs that the CUDA driver knows.
+fn gpus() -> Vec<DeviceChoice> {
+    Device::choices().into_iter().filter(|choice| matches!(choice, DeviceChoice::Cuda(_))).collect()
+}
+
+/// Ways of rows between ranks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Transport {
+    /// Through host memory: between threads, or by TCP between processes.
+    Host,
+    /// From GPU to GPU, between threads of one process.
+    Peer,
+    /// By NCCL, with `--features nccl`: a GPU for each rank.
+    Nccl,
 }
 
 /// Kinds of devices.

@@ -26,7 +26,7 @@ impl Problem {
     /// What the options say.
     pub fn new(arguments: &Arguments) -> Result<Self> {
         let prefix = arguments.text.iter().copied().max().unwrap_or(0);
-        let shards = Shards::equal(arguments.image, arguments.ranks.get())?.with_prefix(prefix)?;
+        let shards = Shards::equal(arguments.image, arguments.ranks())?.with_prefix(prefix)?;
         let rows: Vec<_> = arguments.text.iter().map(|&text| [0..text, prefix..shards.seq()]).collect();
         let (heads, kv_heads) = (arguments.heads.get(), arguments.kv_heads.get());
         Ok(Self {

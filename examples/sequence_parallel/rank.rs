@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use varlen_fa::dist::{Communicator, HostCommunicator, Machine, Mode, ParallelPlan, SequenceParallel, ShardedMeta};
+use varlen_fa::dist::{Communicator, Mode, ParallelPlan, SequenceParallel, ShardedMeta};
 use varlen_fa::{BackendKind, DType, Device, Tensor};
 
 use super::problem::{Problem, Value};
@@ -25,7 +25,7 @@ pub struct Outcome {
 
 /// The plan, and what every mode gives that the ranks and heads allow. All ranks come to the same, but for times.
 pub fn run_rank<T: Value>(
-    communicator: &mut HostCommunicator,
+    communicator: &mut dyn Communicator,
     device: &Device,
     problem: &Problem,
     reference: &[T],
@@ -37,7 +37,7 @@ pub fn run_rank<T: Value>(
     let inputs = problem.inputs::<T>(device, &tokens)?;
     // Once a request: no rank asks another what is masked.
     let meta = ShardedMeta::new(&problem.mask, &problem.shards, rank)?;
-    let plan = ParallelPlan::new(&meta, &heads, &Machine::CPU, None)?;
+    let plan = ParallelPlan::new(&meta, &heads, &SequenceParallel::new(device).machine(), None)?;
     let mut modes: Vec<(Mode, u64)> = Vec::new();
     for (mode, estimate) in &plan.candidates {
         let sent = estimate.as_ref().map(|estimate| estimate.bytes_in_host + estimate.bytes_between_hosts);
@@ -91,7 +91,7 @@ fn furthest<T: Value>(out: &[T], expected: &[T]) -> f32 {
 }
 
 /// The largest of all ranks.
-fn worst(communicator: &mut HostCommunicator, own: f32) -> Result<f32> {
+fn worst(communicator: &mut dyn Communicator, own: f32) -> Result<f32> {
     let mut bytes = [0; 16];
     bytes[..4].copy_from_slice(&own.to_le_bytes());
     let all = communicator.all_gather_16("comparing with one device", bytes)?;

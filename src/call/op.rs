@@ -179,6 +179,11 @@ pub(crate) trait Backend: Debug + Send + Sync {
     fn execute_all(&self, steps: Steps<'_>) -> Result<()> {
         steps(&mut |op| self.execute(op))
     }
+    /// Makes the device the thread's current one until the result is dropped, where there is such a thing, so that calls in between
+    /// need not each do so.
+    fn stay_current(&self) -> Result<Box<dyn Debug + '_>> {
+        Ok(Box::new(()))
+    }
     /// Waits for all work launched so far.
     fn synchronize(&self) -> Result<()>;
     /// Makes the copies of the metadata that calls use, so that none of them has to.

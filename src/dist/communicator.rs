@@ -5,9 +5,7 @@ use std::ops::Range;
 
 use crate::call::memory::{DeviceBuffer, Sink, Source};
 use crate::device::Device;
-#[cfg(doc)]
-use crate::error::Error;
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 /// One member of a group of ranks that exchange bytes. [`HostCommunicator`](super::HostCommunicator) is one over host memory.
 ///
@@ -88,6 +86,21 @@ pub struct Exchange<'a> {
     pub receives: Vec<Incoming<'a>>,
 }
 
+impl Exchange<'_> {
+    /// Fails if a peer is this rank, or none of so many.
+    pub(super) fn check_peers(&self, rank: usize, world: usize) -> Result<()> {
+        let peers = self.sends.iter().map(|send| send.to);
+        let mut peers = peers.chain(self.receives.iter().map(|receive| receive.from));
+        match peers.find(|&peer| peer >= world || peer == rank) {
+            None => Ok(()),
+            Some(peer) => {
+                let expected = format!("a rank below {world}, other than {rank}");
+                Err(Error::Sharding { argument: "peer", expected, got: peer.to_string() })
+            }
+        }
+    }
+}
+
 /// Bytes for a peer.
 #[derive(Debug)]
 pub struct Outgoing<'a> {
@@ -132,7 +145,19 @@ pub struct DeviceBytes<'a> {
     len: u64,
 }
 
-impl DeviceBytes<'_> {
+impl<'a> DeviceBytes<'a> {
+    /// The memory that they are part of.
+    #[cfg(any(test, all(feature = "cuda", not(target_arch = "wasm32"))))]
+    pub(super) fn buffer(&self) -> &'a dyn DeviceBuffer {
+        self.buffer
+    }
+
+    /// Which bytes of it.
+    #[cfg(any(test, all(feature = "cuda", not(target_arch = "wasm32"))))]
+    pub(super) fn range(&self) -> Range<u64> {
+        self.start..self.start + self.len
+    }
+
     /// Number of bytes.
     #[must_use]
     pub fn len(&self) -> u64 {

@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use super::mode::Heads;
 use super::sharded_meta::ShardedMeta;
-use super::transfer::{Steps, pack_beside, room};
+use super::transfer::{Padded, Rows, Steps};
 use crate::attention::MaskedAttention;
 use crate::attention_mask::AttentionMask;
 use crate::device::Device;
@@ -12,14 +12,18 @@ use crate::error::Result;
 use crate::mask::key_ranges::KeyRanges;
 use crate::mask::meta::VarlenMeta;
 use crate::primitives::scatter_to_padded_into;
-use crate::tensor::{Tensor, TensorView, TensorViewMut};
+use crate::tensor::{Segments, Tensor, TensorView, TensorViewMut};
+
+/// Segments of keys that a group has itself: prefix, own shards, suffix.
+const OWN_SEGMENTS: usize = 3;
 
 /// Attention of one group's queries to all keys.
 #[derive(Debug)]
 pub(super) struct Gather {
     heads: Heads,
-    /// Of this rank.
-    kv_heads: usize,
+    /// Ranks of a group, which share the heads, and chunks of the heads of each.
+    ulysses: usize,
+    chunks: usize,
     query: VarlenMeta,
     keys: VarlenMeta,
     ranges: Option<KeyRanges>,
@@ -39,21 +43,22 @@ struct Source {
 }
 
 impl Gather {
-    /// `groups`: the ranks of each group. `at`: this rank's place in its own.
+    /// `groups`: the ranks of each group. `at`: this rank's place in its own. `chunks`: in how many parts heads are computed; keys
+    /// and values of the next part come meanwhile.
     pub(super) fn new(
         meta: &ShardedMeta,
         groups: &[Range<usize>],
         (group, at): (usize, usize),
-        heads: &Heads,
+        (heads, chunks): (&Heads, usize),
     ) -> Result<Self> {
         let shards = meta.shards();
         let source =
             |ranks: &Range<usize>| Ok(Source { rank: ranks.start + at, meta: meta.cut(&meta.sharded(ranks))? });
         let local = meta.local(&groups[group]);
-        let [_, kv_heads] = heads.of_each(groups[group].len());
         Ok(Self {
             heads: *heads,
-            kv_heads,
+            ulysses: groups[group].len(),
+            chunks,
             query: meta.cut(&local)?,
             keys: meta.keys().clone(),
             ranges: meta.cut_ranges(&local, &[0..shards.seq(), 0..0, 0..0])?,
@@ -69,21 +74,38 @@ impl Gather {
         steps: &mut Steps<'_>,
         layer: &MaskedAttention,
         [q, k, v]: [TensorView<'_>; 3],
-        out: TensorViewMut<'_>,
+        mut out: TensorViewMut<'_>,
     ) -> Result<()> {
         if self.sources().next().is_none() {
             // Queries and keys are the same tokens: the call that one device would make.
-            let mask = self.ranges.iter().fold(AttentionMask::varlen(&self.keys), AttentionMask::with_ranges);
-            return layer.forward_into(q, k, v, mask, out).map(drop);
+            return layer.forward_into(q, k, v, self.mask_of_all(), out).map(drop);
         }
-        let mask = AttentionMask::varlen_cross(&self.query, &self.keys);
-        let mask = self.ranges.iter().fold(mask, AttentionMask::with_ranges);
-        let [before, after] = self.receive(steps, [k, v])?;
-        let [k, v] = [(k, &before[0], &after[0]), (v, &before[1], &after[1])].map(|(own, before, after)| {
-            let [prefix, shard, suffix] = [0..self.own.start, self.own.clone(), self.own.end..own.shape()[1]];
-            Ok([own.slice(1, prefix)?, before.view(), own.slice(1, shard)?, after.view(), own.slice(1, suffix)?])
-        });
-        layer.forward_into(q, k?, v?, mask, out).map(drop)
+        let device = steps.device;
+        let mut arrived = self.receive(steps, 0, [k, v], &mut || Ok(()))?;
+        for chunk in 0..self.chunks {
+            let [q_heads, kv_heads] = self.heads.chunk(self.ulysses, (chunk, self.chunks));
+            let mut attend = || -> Result<()> {
+                let mask = AttentionMask::varlen_cross(&self.query, &self.keys);
+                let mask = self.ranges.iter().fold(mask, AttentionMask::with_ranges);
+                let [k, v] = [k.slice(2, kv_heads.clone())?, v.slice(2, kv_heads.clone())?];
+                let [k_came, v_came] = [0, 1].map(|which| self.padded(device, &arrived, which, kv_heads.len()));
+                let [k_came, v_came] = [k_came?, v_came?];
+                let [k, v] = [self.in_order(k, &k_came)?, self.in_order(v, &v_came)?];
+                let out = out.reborrow().slice(2, q_heads.clone())?;
+                layer.forward_into(q.slice(2, q_heads.clone())?, k, v, mask, out).map(drop)
+            };
+            if chunk + 1 == self.chunks {
+                attend()?;
+                break;
+            }
+            arrived = self.receive(steps, chunk + 1, [k, v], &mut attend)?;
+        }
+        Ok(())
+    }
+
+    /// The mask where queries and keys are the same tokens.
+    pub(super) fn mask_of_all(&self) -> AttentionMask<'_> {
+        self.ranges.iter().fold(AttentionMask::varlen(&self.keys), AttentionMask::with_ranges)
     }
 
     /// The other groups, in order.
@@ -91,39 +113,78 @@ impl Gather {
         self.before.iter().chain(&self.after)
     }
 
-    /// Padded keys and values of the groups before this one, and of those after it. What rows of masked tokens hold is not
-    /// specified.
-    fn receive(&self, steps: &mut Steps<'_>, [k, v]: [TensorView<'_>; 2]) -> Result<[[Tensor; 2]; 2]> {
+    /// One chunk of the keys and values of the other groups.
+    fn receive(
+        &self,
+        steps: &mut Steps<'_>,
+        chunk: usize,
+        own: [TensorView<'_>; 2],
+        meanwhile: &mut dyn FnMut() -> Result<()>,
+    ) -> Result<Vec<Option<Rows>>> {
         let device = steps.device;
-        let own = [k.slice(1, self.own.clone())?, v.slice(1, self.own.clone())?];
-        let packed = pack_beside(device, &own, &self.own_meta)?;
-        let sends = packed.iter().flat_map(|rows| self.sources().map(move |source| (source.rank, rows))).collect();
-        let mut arrived = Vec::new();
+        let [_, heads] = self.heads.chunk(self.ulysses, (chunk, self.chunks));
+        let [k, v] = own.map(|tensor| tensor.slice(1, self.own.clone())?.slice(2, heads.clone()));
+        let packed = Rows::pack(device, [k?, v?], &self.own_meta)?;
+        let packed = packed.as_ref().map(Rows::memory);
+        let sends = packed.iter().flat_map(|rows| self.sources().map(move |source| (source.rank, *rows))).collect();
+        let mut arrived = Vec::with_capacity(self.before.len() + self.after.len());
+        let row = (self.heads.head_dim, self.heads.dtype);
         for source in self.sources() {
-            arrived.push(room(device, &source.meta, [2 * self.kv_heads, self.heads.head_dim], self.heads.dtype)?);
+            arrived.push(Rows::room(device, &source.meta, [heads.len(); 2], row)?);
         }
         let receives = self.sources().zip(&mut arrived);
-        let receives = receives.filter_map(|(source, rows)| Some((source.rank, rows.as_mut()?))).collect();
-        steps.exchange(("gathering keys and values", 0), sends, receives, &mut || Ok(()))?;
-        let (before, after) = arrived.split_at(self.before.len());
-        Ok([self.unpack(device, &self.before, before)?, self.unpack(device, &self.after, after)?])
+        let receives = receives.filter_map(|(source, rows)| Some((source.rank, rows.as_mut()?.memory_mut()))).collect();
+        steps.exchange(("gathering keys and values", chunk), sends, receives, meanwhile)?;
+        Ok(arrived)
     }
 
-    fn unpack(&self, device: &Device, sources: &[Source], rows: &[Option<Tensor>]) -> Result<[Tensor; 2]> {
-        let seq = sources.iter().map(|source| source.meta.seq()).sum();
-        let shape = [self.keys.batch(), seq, self.kv_heads, self.heads.head_dim];
-        let new = || Tensor::uninit(device, self.heads.dtype, &shape);
-        let mut pair = [new()?, new()?];
-        let mut first = 0;
-        for (source, rows) in sources.iter().zip(rows) {
-            let place = first..first + source.meta.seq();
-            first = place.end;
-            let Some(rows) = rows else { continue };
-            for (which, to) in pair.iter_mut().enumerate() {
-                let part = rows.view().slice(1, which * self.kv_heads..(which + 1) * self.kv_heads)?;
-                scatter_to_padded_into(device, part, &source.meta, to.view_mut().slice(1, place.clone())?)?;
-            }
+    /// What came of keys or values, padded: of each other group, or, where those are more than a call takes, of all before this
+    /// one and of all after it.
+    fn padded<'a>(
+        &self,
+        device: &Device,
+        arrived: &'a [Option<Rows>],
+        which: usize,
+        heads: usize,
+    ) -> Result<[Vec<Padded<'a>>; 2]> {
+        let (before, after) = arrived.split_at(self.before.len());
+        let form = (heads, self.heads.head_dim, self.heads.dtype);
+        if arrived.len() + OWN_SEGMENTS <= Segments::MAX {
+            let each = |sources: &[Source], rows: &'a [Option<Rows>]| -> Result<Vec<_>> {
+                let each = sources.iter().zip(rows);
+                each.map(|(source, rows)| Padded::of(device, rows.as_ref(), which, &source.meta, form)).collect()
+            };
+            return Ok([each(&self.before, before)?, each(&self.after, after)?]);
         }
-        Ok(pair)
+        let together = |sources: &[Source], rows: &[Option<Rows>]| -> Result<_> {
+            let seq = sources.iter().map(|source| source.meta.seq()).sum();
+            let mut padded = Tensor::uninit(device, form.2, &[self.keys.batch(), seq, heads, form.1])?;
+            let mut first = 0;
+            for (source, rows) in sources.iter().zip(rows) {
+                let place = first..first + source.meta.seq();
+                first = place.end;
+                if let Some(rows) = rows {
+                    let to = padded.view_mut().slice(1, place)?;
+                    scatter_to_padded_into(device, rows.part(which)?, &source.meta, to)?;
+                }
+            }
+            Ok(vec![Padded::Own(padded)])
+        };
+        Ok([together(&self.before, before)?, together(&self.after, after)?])
+    }
+
+    /// All keys or values, in the order of the whole sequence.
+    fn in_order<'a>(
+        &self,
+        own: TensorView<'a>,
+        [before, after]: &'a [Vec<Padded<'_>>; 2],
+    ) -> Result<Vec<TensorView<'a>>> {
+        let mut all = Vec::with_capacity(before.len() + after.len() + OWN_SEGMENTS);
+        all.push(own.slice(1, 0..self.own.start)?);
+        all.extend(before.iter().map(Padded::view));
+        all.push(own.slice(1, self.own.clone())?);
+        all.extend(after.iter().map(Padded::view));
+        all.push(own.slice(1, self.own.end..own.shape()[1])?);
+        Ok(all)
     }
 }

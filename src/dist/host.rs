@@ -24,7 +24,7 @@ use crate::process;
 pub struct HostCommunicator {
     rank: usize,
     limit: Duration,
-    mailbox: Arc<Mailbox>,
+    mailbox: Arc<Mailbox<Vec<u8>>>,
     /// One for each rank; none to itself.
     links: Vec<Option<Link>>,
     /// The rank because of which this one gave up, and why.
@@ -36,7 +36,7 @@ pub struct HostCommunicator {
 #[derive(Debug)]
 enum Link {
     /// Its mailbox, in this process.
-    Thread(Arc<Mailbox>),
+    Thread(Arc<Mailbox<Vec<u8>>>),
     /// A socket, from which a thread of this rank reads.
     Socket(TcpStream),
 }
@@ -113,15 +113,21 @@ impl HostCommunicator {
         self
     }
 
-    fn check(&self, exchange: &Exchange<'_>) -> Result<()> {
-        let peers = exchange.sends.iter().map(|send| send.to);
-        let peers = peers.chain(exchange.receives.iter().map(|receive| receive.from));
-        for peer in peers {
-            if self.links.get(peer).is_none_or(Option::is_none) {
-                let expected = format!("a rank below {}, other than {}", self.links.len(), self.rank);
-                return Err(Error::Sharding { argument: "peer", expected, got: peer.to_string() });
-            }
-        }
+    /// The time-out.
+    #[cfg(feature = "nccl")]
+    pub(super) fn time_out(&self) -> Duration {
+        self.limit
+    }
+
+    /// What says why peers gave up or are lost, once one is.
+    #[cfg(feature = "nccl")]
+    pub(super) fn cause(&self) -> Box<dyn Fn() -> Option<String> + Send + Sync> {
+        let mailbox = Arc::clone(&self.mailbox);
+        Box::new(move || mailbox.trouble())
+    }
+
+    pub(super) fn check(&self, exchange: &Exchange<'_>) -> Result<()> {
+        exchange.check_peers(self.rank, self.links.len())?;
         if self.process != process::current() {
             let why = "the process was forked from the one that the communicator belongs to".to_owned();
             return Err(Error::RankLost { operation: exchange.operation, rank: self.rank, why });
@@ -138,7 +144,7 @@ impl HostCommunicator {
             match &self.links[*to] {
                 Some(Link::Thread(mailbox)) => {
                     let bytes = crate::host_vec::copied(bytes)?;
-                    mailbox.put(self.rank, Message { tag: *tag, bytes });
+                    mailbox.put(self.rank, Message { tag: *tag, body: bytes });
                 }
                 Some(Link::Socket(socket)) => frame::write(socket, Frame::Data { tag, bytes }).map_err(|why| {
                     // A peer that gave up says why before it closes, to the thread that reads.
@@ -196,10 +202,10 @@ impl Communicator for HostCommunicator {
             if message.tag != tag {
                 return Err(differ("calls, masks or settings".to_owned()));
             }
-            if message.bytes.len() != into.len() {
-                return Err(differ(format!("shapes ({} bytes where {} fit)", message.bytes.len(), into.len())));
+            if message.body.len() != into.len() {
+                return Err(differ(format!("shapes ({} bytes where {} fit)", message.body.len(), into.len())));
             }
-            into.copy_from_slice(&message.bytes);
+            into.copy_from_slice(&message.body);
         }
         Ok(())
     }
@@ -242,10 +248,10 @@ impl Drop for HostCommunicator {
 }
 
 /// Puts what a peer sends into the mailbox, until it closes.
-fn read_all(socket: TcpStream, peer: usize, mailbox: &Mailbox) {
+fn read_all(socket: TcpStream, peer: usize, mailbox: &Mailbox<Vec<u8>>) {
     loop {
         match frame::read(&socket) {
-            Ok(frame::Received::Data { tag, bytes }) => mailbox.put(peer, Message { tag, bytes }),
+            Ok(frame::Received::Data { tag, bytes }) => mailbox.put(peer, Message { tag, body: bytes }),
             Ok(frame::Received::Abort { rank, why }) => return mailbox.abort(rank, &why),
             Err(why) => return mailbox.lose(peer, &format!("its connection ended: {why}")),
         }

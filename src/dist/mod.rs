@@ -1,8 +1,8 @@
 //! Sequence parallelism: attention over a sequence that is divided among ranks, under a key mask.
 //!
 //! [`SequenceParallel`] is the layer, [`Shards`] says how the sequence is divided, [`ShardedMeta`] which of its tokens count, and a
-//! [`Communicator`] moves rows between the ranks: [`HostCommunicator`] among threads or processes. `docs/sequence-parallel.md` says
-//! how the modes work and what they cost.
+//! [`Communicator`] moves rows between the ranks: [`HostCommunicator`] among threads or processes, [`PeerCommunicator`] among the
+//! GPUs of one process. `docs/sequence-parallel.md` says how the modes work and what they cost.
 
 mod communicator;
 mod digest;
@@ -11,6 +11,10 @@ mod gather;
 mod host;
 mod mailbox;
 mod mode;
+#[cfg(feature = "nccl")]
+mod nccl;
+mod peer;
+mod peer_lane;
 mod plan;
 mod rendezvous;
 mod ring;
@@ -23,6 +27,9 @@ mod ulysses;
 pub use communicator::{Communicator, DeviceBytes, Exchange, Incoming, Outgoing, Transfer, TransferMut};
 pub use host::HostCommunicator;
 pub use mode::{Heads, Mode};
+#[cfg(feature = "nccl")]
+pub use nccl::NcclCommunicator;
+pub use peer::PeerCommunicator;
 pub use plan::{Machine, ModeEstimate, ModeReason, ParallelPlan};
 pub use rendezvous::Rendezvous;
 pub use sequence_parallel::{ParallelRequest, SequenceParallel};

@@ -127,12 +127,26 @@ impl Heads {
         [self.num_heads / ulysses, (self.num_kv_heads / ulysses).max(1)]
     }
 
+    /// Why the heads of a rank of a group cannot be computed in so many chunks.
+    pub(super) fn chunks_refusal(&self, ulysses: usize, chunks: usize) -> Option<String> {
+        let [heads, kv_heads] = self.of_each(ulysses);
+        let divides = chunks > 0 && kv_heads.is_multiple_of(chunks) && heads.is_multiple_of(chunks);
+        (!divides)
+            .then(|| format!("{chunks} chunks do not divide a rank's {heads} heads and {kv_heads} key/value heads"))
+    }
+
     /// The heads of the `at`-th rank of a group: those of queries, and those of keys that they read.
     pub(super) fn of(&self, at: usize, ulysses: usize) -> [Range<usize>; 2] {
         let [heads, kv_heads] = self.of_each(ulysses);
         // Several ranks may share a key/value head.
         let first = at * self.num_kv_heads / ulysses;
         [at * heads..(at + 1) * heads, first..first + kv_heads]
+    }
+
+    /// One of so many chunks of a rank's heads, which [divide](Self::chunks_refusal) them: those of queries, and those of the keys
+    /// that they read, counted among the rank's own.
+    pub(super) fn chunk(&self, ulysses: usize, (at, chunks): (usize, usize)) -> [Range<usize>; 2] {
+        self.of_each(ulysses).map(|heads| at * heads / chunks..(at + 1) * heads / chunks)
     }
 
     /// Bytes of one row of so many heads.

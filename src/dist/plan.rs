@@ -24,6 +24,9 @@ pub struct Machine {
     pub flops: f64,
     /// Bytes that a call may take on a device beside its tensors; any if there is no limit.
     pub memory: Option<u64>,
+    /// Seconds that a call of attention more costs on a device: for one chunk of heads more, or one part of the keys in a ring.
+    /// Infinite where rows do not travel meanwhile; then nothing is computed in chunks, and it does not count in a ring.
+    pub chunk: f64,
 }
 
 impl Machine {
@@ -36,6 +39,7 @@ impl Machine {
         copies: 4e9,
         flops: 5e10,
         memory: None,
+        chunk: f64::INFINITY,
     };
 
     /// GPUs of the class of an H100, eight a host, on NVLink, with a network card of 400 Gbit/s for each.
@@ -47,6 +51,7 @@ impl Machine {
         copies: 1.2e12,
         flops: 6.5e14,
         memory: None,
+        chunk: 30e-6,
     };
 
     /// With so many consecutive ranks on each host.
@@ -114,6 +119,9 @@ pub struct ParallelPlan {
     pub mode: Mode,
     /// Why.
     pub reason: ModeReason,
+    /// In how many chunks a rank computes its heads: rows of one chunk travel under attention of another. 1 of a ring, whose hops
+    /// run under attention in any case.
+    pub chunks: usize,
     /// Every mode that was looked at: its estimate, or why it cannot be taken.
     pub candidates: Vec<(Mode, Result<ModeEstimate, String>)>,
 }
@@ -130,7 +138,11 @@ impl fmt::Display for ParallelPlan {
             ModeReason::OnlyOne => "no other mode can be taken",
             ModeReason::LeastMemory => "no mode fits the memory, and it needs the least",
         };
-        write!(f, "{}: {why}", self.mode)?;
+        write!(f, "{}", self.mode)?;
+        if self.chunks > 1 {
+            write!(f, " in {} chunks of heads", self.chunks)?;
+        }
+        write!(f, ": {why}")?;
         let mut before = " (";
         for (mode, estimate) in &self.candidates {
             match estimate {
@@ -153,16 +165,17 @@ impl ParallelPlan {
     pub fn new(meta: &ShardedMeta, heads: &Heads, machine: &Machine, forced: Option<Mode>) -> Result<Self> {
         heads.check()?;
         let world = meta.shards().ranks();
+        let rows = Rows::of(meta)?;
         if let Some(mode) = forced {
+            let chunks = || rows.chunks(mode, heads, machine);
             return match mode.refusal(world, heads) {
-                None => Ok(Self { mode, reason: ModeReason::Forced, candidates: Vec::new() }),
+                None => Ok(Self { mode, reason: ModeReason::Forced, chunks: chunks(), candidates: Vec::new() }),
                 Some(why) => Err(Error::NotApplicable { argument: "mode", got: mode.to_string(), why }),
             };
         }
         if world == 1 {
-            return Ok(Self { mode: Mode::Gather, reason: ModeReason::OneRank, candidates: Vec::new() });
+            return Ok(Self { mode: Mode::Gather, reason: ModeReason::OneRank, chunks: 1, candidates: Vec::new() });
         }
-        let rows = Rows::of(meta)?;
         let candidates: Vec<_> = Mode::all(world)
             .into_iter()
             .map(|mode| (mode, mode.refusal(world, heads).map_or_else(|| Ok(rows.estimate(mode, heads, machine)), Err)))
@@ -188,9 +201,12 @@ impl ParallelPlan {
             // Gather and ring take any heads.
             (None, None) => (Mode::Gather, ModeReason::OnlyOne),
         };
-        Ok(Self { mode, reason, candidates })
+        Ok(Self { mode, reason, chunks: rows.chunks(mode, heads, machine), candidates })
     }
 }
+
+/// The most chunks that a plan takes: each is a call of its own.
+const MAX_CHUNKS: usize = 4;
 
 /// Valid rows of each batch row: of each shard, and of prefix and suffix together.
 struct Rows {
@@ -224,11 +240,27 @@ impl Rows {
         self.shards[rank].iter().sum()
     }
 
+    /// The number of chunks with the least time, of those that heads allow.
+    fn chunks(&self, mode: Mode, heads: &Heads, machine: &Machine) -> usize {
+        let (ulysses, outer) = mode.levels(self.shards.len());
+        if outer == Outer::Ring || self.shards.len() == 1 || machine.chunk.is_infinite() {
+            return 1;
+        }
+        let fits = |chunks: &usize| heads.chunks_refusal(ulysses, *chunks).is_none();
+        let seconds = |chunks: &usize| self.estimate_in(mode, *chunks, heads, machine).seconds;
+        (1..=MAX_CHUNKS).filter(fits).min_by(|a, b| seconds(a).total_cmp(&seconds(b))).unwrap_or(1)
+    }
+
+    /// In the chunks that the plan takes.
     fn estimate(&self, mode: Mode, heads: &Heads, machine: &Machine) -> ModeEstimate {
+        self.estimate_in(mode, self.chunks(mode, heads, machine), heads, machine)
+    }
+
+    fn estimate_in(&self, mode: Mode, chunks: usize, heads: &Heads, machine: &Machine) -> ModeEstimate {
         let mut most =
             ModeEstimate { bytes_in_host: 0, bytes_between_hosts: 0, memory: 0, attention: 0.0, seconds: 0.0 };
         for rank in 0..self.shards.len() {
-            let of_rank = self.estimate_rank(rank, mode, heads, machine);
+            let of_rank = self.estimate_rank(rank, (mode, chunks), heads, machine);
             most.bytes_in_host = most.bytes_in_host.max(of_rank.bytes_in_host);
             most.bytes_between_hosts = most.bytes_between_hosts.max(of_rank.bytes_between_hosts);
             most.memory = most.memory.max(of_rank.memory);
@@ -238,7 +270,13 @@ impl Rows {
         most
     }
 
-    fn estimate_rank(&self, rank: usize, mode: Mode, heads: &Heads, machine: &Machine) -> ModeEstimate {
+    fn estimate_rank(
+        &self,
+        rank: usize,
+        (mode, chunks): (Mode, usize),
+        heads: &Heads,
+        machine: &Machine,
+    ) -> ModeEstimate {
         let world = self.shards.len();
         let (ulysses, outer) = mode.levels(world);
         let groups = world / ulysses;
@@ -300,9 +338,21 @@ impl Rows {
         };
         let copies = (2 * packed + merged) as f64 / machine.copies;
         let seconds = match outer {
-            Outer::Gather => first + second + attention + copies,
-            // Hops run under attention to what came before.
-            Outer::Ring => first + second.max(attention) + copies + machine.latency,
+            Outer::Gather if chunks == 1 => first + second + attention + copies,
+            // The first chunk's rows come before any attention, and those of the others meanwhile; copies are the device's work.
+            Outer::Gather => {
+                let (outside, links) = if groups == 1 { (0.0, first) } else { (first, second) };
+                let n = chunks as f64;
+                let further = (n - 1.0) * (machine.chunk + machine.latency);
+                outside + (links + attention) / n + (n - 1.0) / n * attention.max(links) + copies + further
+            }
+            // Hops run under attention to what came before. Prefix and suffix are queries of their own, with own keys first.
+            Outer::Ring => {
+                let of_replicated = if replicated > 0 { groups + 1 } else { 0 };
+                let calls = (groups + of_replicated - 1) as f64;
+                let parts = if machine.chunk.is_finite() { calls * machine.chunk } else { 0.0 };
+                first + second.max(attention) + copies + machine.latency + parts
+            }
         };
         ModeEstimate {
             bytes_in_host: exchanged.in_host + around.in_host,
@@ -358,7 +408,7 @@ mod tests {
         let (gather, ring) = (Mode::UlyssesGather { ulysses: 8 }, Mode::UlyssesRing { ulysses: 8 });
         for (seq, prefix, heads, modes) in [
             (4096, 256, heads(24), [Mode::Ulysses, gather, gather, gather, gather, gather]),
-            (32_768, 0, heads(24), [Mode::Ulysses, ring, ring, ring, gather, gather]),
+            (32_768, 0, heads(24), [Mode::Ulysses, ring, ring, gather, gather, gather]),
             (75_776, 0, heads(40), [Mode::Ulysses, ring, ring, ring, ring, gather]),
         ] {
             for (ranks, mode) in [8, 16, 32, 64, 128, 512].into_iter().zip(modes) {
@@ -374,7 +424,7 @@ mod tests {
     fn a_ring_pays_where_attention_hides_it() -> Result<()> {
         let heads = Heads { num_heads: 24, num_kv_heads: 24, head_dim: 128, dtype: DType::Bf16 };
         // Without what else differs: merges and the latency of hops.
-        let machine = Machine { copies: f64::INFINITY, latency: 0.0, ..Machine::H100 };
+        let machine = Machine { copies: f64::INFINITY, latency: 0.0, chunk: f64::INFINITY, ..Machine::H100 };
         let rows = (machine.flops / machine.in_host) as usize;
         for (of_rank, hides) in [(rows / 2, false), (2 * rows, true)] {
             let plan = estimates(4 * of_rank, 0, 4, heads, machine)?;
@@ -383,6 +433,25 @@ mod tests {
             let is_hidden = estimate.is_some_and(|ring| ring.seconds < 1.01 * ring.attention);
             assert_eq!(is_hidden, hides, "{of_rank} rows: {plan}");
         }
+        Ok(())
+    }
+
+    /// Heads come in chunks where attention hides most of what travels, and not where a chunk costs more than that.
+    #[test]
+    fn chunks_pay_where_attention_hides_rows() -> Result<()> {
+        let heads = Heads { num_heads: 24, num_kv_heads: 24, head_dim: 128, dtype: DType::Bf16 };
+        let chunks = |seq, mode, heads, machine: &Machine| -> Result<_> {
+            let shards = Shards::equal(seq, 2)?;
+            let meta = ShardedMeta::new(&KeyMask::all(1, seq)?, &shards, 0)?;
+            Ok(ParallelPlan::new(&meta, &heads, machine, Some(mode))?.chunks)
+        };
+        assert!(chunks(32_768, Mode::Gather, heads, &Machine::H100)? > 1);
+        assert!(chunks(32_768, Mode::Ulysses, heads, &Machine::H100)? > 1);
+        assert_eq!(chunks(512, Mode::Gather, heads, &Machine::H100)?, 1);
+        assert_eq!(chunks(32_768, Mode::Ring, heads, &Machine::H100)?, 1);
+        assert_eq!(chunks(32_768, Mode::Gather, heads, &Machine::CPU)?, 1);
+        let one = Heads { num_kv_heads: 1, ..heads };
+        assert_eq!(chunks(32_768, Mode::Gather, one, &Machine::H100)?, 1);
         Ok(())
     }
 }

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use super::mode::Heads;
 use super::sharded_meta::{Pieces, ShardedMeta};
-use super::transfer::{Steps, pack_beside, room};
+use super::transfer::{Rows, Steps};
 use crate::device::Device;
 use crate::error::Result;
 use crate::mask::key_ranges::KeyRanges;
@@ -126,7 +126,7 @@ impl Ring {
             sums.push(Sum::new(queries, pack(device, q.slice(1, queries.place.clone())?, &queries.meta)?, count));
         }
         let own = [k.slice(1, self.own.clone())?, v.slice(1, self.own.clone())?];
-        let mut travelling = pack_beside(device, &own, &self.groups[self.group])?;
+        let mut travelling = Rows::pack(device, own, &self.groups[self.group])?;
         for hop in 0..count {
             // What is here now, and what the group before has.
             let held = (self.group + count - hop) % count;
@@ -135,7 +135,8 @@ impl Ring {
             let mut arriving = match is_last {
                 true => None,
                 false => {
-                    room(device, &self.groups[coming], [2 * self.kv_heads, self.heads.head_dim], self.heads.dtype)?
+                    let row = (self.heads.head_dim, self.heads.dtype);
+                    Rows::room(device, &self.groups[coming], [self.kv_heads; 2], row)?
                 }
             };
             let mut attend = || -> Result<()> {
@@ -154,8 +155,8 @@ impl Ring {
                 attend()?;
                 break;
             }
-            let sends = travelling.iter().map(|rows| (self.next, rows)).collect();
-            let receives = arriving.iter_mut().map(|rows| (self.previous, rows)).collect();
+            let sends = travelling.iter().map(|rows| (self.next, rows.memory())).collect();
+            let receives = arriving.iter_mut().map(|rows| (self.previous, rows.memory_mut())).collect();
             // What goes on is attended to meanwhile.
             steps.exchange(("passing keys and values on", hop), sends, receives, &mut attend)?;
             travelling = arriving;
@@ -195,27 +196,24 @@ impl<'a> Sum<'a> {
 
     fn add_first(&mut self, device: &Device, pair: [TensorView<'_>; 2], options: VarlenOptions<'_>) -> Result<()> {
         let Keys { meta, ranges } = &self.queries.first;
-        if meta.is_empty() {
-            return Ok(());
-        }
-        let [k, v] = [pack(device, pair[0], meta)?, pack(device, pair[1], meta)?];
-        self.parts[0] = self.attend(device, [k.view(), v.view()], meta, ranges.as_deref(), options)?;
+        let Some(rows) = Rows::pack(device, pair, meta)? else { return Ok(()) };
+        let pair = [rows.part(0)?, rows.part(1)?];
+        self.parts[0] = self.attend(device, pair, meta, ranges.as_deref(), options)?;
         Ok(())
     }
 
-    /// Keys and values of a group, side by side; none if the group has no valid key.
+    /// Keys and values of a group; none if the group has no valid key.
     fn add(
         &mut self,
         device: &Device,
         group: usize,
-        rows: Option<&Tensor>,
+        rows: Option<&Rows>,
         keys: &VarlenMeta,
         options: VarlenOptions<'_>,
     ) -> Result<()> {
         let Some(rows) = rows else { return Ok(()) };
-        let kv_heads = rows.shape()[1] / 2;
-        let [k, v] = [0..kv_heads, kv_heads..2 * kv_heads].map(|heads| rows.view().slice(1, heads));
-        let part = self.attend(device, [k?, v?], keys, self.queries.ranges[group].as_deref(), options)?;
+        let pair = [rows.part(0)?, rows.part(1)?];
+        let part = self.attend(device, pair, keys, self.queries.ranges[group].as_deref(), options)?;
         if self.queries.is_replicated {
             self.parts[1 + group] = part;
         } else {

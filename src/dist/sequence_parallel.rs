@@ -12,7 +12,7 @@ use super::ulysses::Group;
 use crate::attention::MaskedAttention;
 use crate::device::Device;
 use crate::error::{Error, Result};
-use crate::kernel::Kernel;
+use crate::kernel::{BackendKind, Kernel};
 use crate::primitives::VarlenOptions;
 use crate::tensor::{Tensor, TensorView, TensorViewMut};
 
@@ -59,6 +59,7 @@ pub struct SequenceParallel {
     softmax_scale: Option<f32>,
     kernel: Option<Kernel>,
     mode: Option<Mode>,
+    chunks: Option<usize>,
     machine: Machine,
 }
 
@@ -102,6 +103,12 @@ impl ParallelRequest {
         &self.heads
     }
 
+    /// Whether all ranks are one group.
+    fn is_one_group(&self) -> bool {
+        let ranks = self.meta.shards().ranks();
+        self.plan.mode.levels(ranks).0 == ranks
+    }
+
     /// `[B, prefix + shard + suffix, H, D]` with so many heads.
     fn local_shape(&self, heads: usize) -> [usize; 4] {
         [self.meta.batch(), self.meta.query().seq(), heads, self.heads.head_dim]
@@ -109,10 +116,15 @@ impl ParallelRequest {
 }
 
 impl SequenceParallel {
-    /// A layer on this rank's device, with `softmax_scale` 1/√D. The plan is for [`Machine::CPU`].
+    /// A layer on this rank's device, with `softmax_scale` 1/√D. The plan is for [`Machine::H100`] on CUDA devices, and for
+    /// [`Machine::CPU`] on others.
     #[must_use]
     pub fn new(device: &Device) -> Self {
-        Self { device: device.clone(), softmax_scale: None, kernel: None, mode: None, machine: Machine::CPU }
+        let machine = match device.capabilities().backend {
+            BackendKind::Cuda => Machine::H100,
+            _ => Machine::CPU,
+        };
+        Self { device: device.clone(), softmax_scale: None, kernel: None, mode: None, chunks: None, machine }
     }
 
     /// The factor on `q·kᵀ` before the softmax; any finite number, the same on every rank.
@@ -136,11 +148,25 @@ impl SequenceParallel {
         self
     }
 
+    /// Computes the heads of each rank in so many chunks, whatever the plan would be; the same on every rank. A ring does not look
+    /// at it.
+    #[must_use]
+    pub fn with_chunks(mut self, chunks: usize) -> Self {
+        self.chunks = Some(chunks);
+        self
+    }
+
     /// What the plan knows of devices and links; the same on every rank.
     #[must_use]
     pub fn with_machine(mut self, machine: Machine) -> Self {
         self.machine = machine;
         self
+    }
+
+    /// What the plan knows of devices and links.
+    #[must_use]
+    pub fn machine(&self) -> Machine {
+        self.machine
     }
 
     /// Chooses a mode, makes the metadata of its steps, and checks that all ranks were given the same: 16 bytes of each go round.
@@ -172,21 +198,31 @@ impl SequenceParallel {
             let name = |(rank, world)| format!("metadata of rank {rank} of {world}");
             return Err(Error::Sharding { argument: "meta", expected: name(expected), got: name(got) });
         }
-        let plan = ParallelPlan::new(meta, heads, &self.machine, self.mode)?;
-        let tag = self.agree(communicator, meta, heads, plan.mode)?;
-
+        let mut plan = ParallelPlan::new(meta, heads, &self.machine, self.mode)?;
         let (ulysses, outer) = plan.mode.levels(meta.shards().ranks());
+        if let (Some(chunks), Outer::Gather) = (self.chunks, outer) {
+            if let Some(why) = heads.chunks_refusal(ulysses, chunks) {
+                return Err(Error::NotApplicable { argument: "chunks", got: chunks.to_string(), why });
+            }
+            plan.chunks = chunks;
+        }
+        let tag = self.agree(communicator, meta, heads, &plan)?;
+
         let (group, at) = (meta.rank() / ulysses, meta.rank() % ulysses);
         let groups: Vec<_> =
             (0..meta.shards().ranks() / ulysses).map(|group| group * ulysses..(group + 1) * ulysses).collect();
         let among_groups = match outer {
-            Outer::Gather => AmongGroups::Gather(Gather::new(meta, &groups, (group, at), heads)?),
+            Outer::Gather => AmongGroups::Gather(Gather::new(meta, &groups, (group, at), (heads, plan.chunks))?),
             Outer::Ring => AmongGroups::Ring(Ring::new(meta, &groups, (group, at), heads)?),
         };
         let shards = meta.shards();
         Ok(ParallelRequest {
             group_tokens: shards.prefix() + shards.shards_of(&groups[group]).len() + shards.suffix(),
-            group: if ulysses > 1 { Some(Group::new(meta, groups[group].clone(), heads)?) } else { None },
+            group: if ulysses > 1 {
+                Some(Group::new(meta, groups[group].clone(), (heads, plan.chunks))?)
+            } else {
+                None
+            },
             among_groups,
             plan,
             heads: *heads,
@@ -196,7 +232,13 @@ impl SequenceParallel {
     }
 
     /// Checks that all ranks were given the same, by four bytes for each kind of thing that may differ. Gives a digest of all of it.
-    fn agree(&self, communicator: &mut dyn Communicator, meta: &ShardedMeta, heads: &Heads, mode: Mode) -> Result<Tag> {
+    fn agree(
+        &self,
+        communicator: &mut dyn Communicator,
+        meta: &ShardedMeta,
+        heads: &Heads,
+        plan: &ParallelPlan,
+    ) -> Result<Tag> {
         const OPERATION: &str = "agreeing on a request";
         let (rank, shards) = (meta.rank(), meta.shards());
         let of_shards = || Digest::new().sizes([shards.prefix(), shards.suffix()]).sizes(shards.lengths());
@@ -206,7 +248,7 @@ impl SequenceParallel {
             let [a, b, c, d] = bits.to_le_bytes();
             [1, a, b, c, d]
         });
-        let of_settings = || Digest::new().bytes(mode.to_string().as_bytes()).bytes(&scale);
+        let of_settings = || Digest::new().bytes(plan.mode.to_string().as_bytes()).sizes([plan.chunks]).bytes(&scale);
         // The order in which a reader would look: shards that differ make masks differ too.
         let kinds = [
             ("shards", of_shards().tag()),
@@ -298,14 +340,26 @@ impl SequenceParallel {
                 return Err(Error::DTypeMismatch { argument, expected: dtype, got });
             }
         }
+        // Once for all that follows.
+        let _current = self.device.backend()?.stay_current()?;
         let mut steps = Steps { communicator, device: &self.device, tag: request.tag };
         let Some(group) = &request.group else { return self.attend(&mut steps, request, inputs, out) };
+        let in_segments = request.is_one_group() && group.fits_segments();
+        if let (AmongGroups::Gather(all), true) = (&request.among_groups, in_segments) {
+            return group.attend(&mut steps, &self.layer(), all.mask_of_all(), inputs, out);
+        }
         let inputs = group.rows_for_heads(&mut steps, inputs)?;
         let [_, _, heads, dim] = inputs[0].shape() else { return Ok(()) };
         let shape = [request.meta.batch(), request.group_tokens, *heads, *dim];
         let mut attended = Tensor::uninit(&self.device, dtype, &shape)?;
         self.attend(&mut steps, request, inputs.each_ref().map(Tensor::view), attended.view_mut())?;
         group.heads_for_rows(&mut steps, &attended, out)
+    }
+
+    fn layer(&self) -> MaskedAttention {
+        let layer = MaskedAttention::new(&self.device);
+        let layer = self.softmax_scale.into_iter().fold(layer, MaskedAttention::with_softmax_scale);
+        self.kernel.into_iter().fold(layer, MaskedAttention::with_kernel)
     }
 
     /// Attention of a group's tokens to all keys, with this rank's heads.
@@ -317,12 +371,7 @@ impl SequenceParallel {
         out: TensorViewMut<'_>,
     ) -> Result<()> {
         match &request.among_groups {
-            AmongGroups::Gather(gather) => {
-                let layer = MaskedAttention::new(&self.device);
-                let layer = self.softmax_scale.into_iter().fold(layer, MaskedAttention::with_softmax_scale);
-                let layer = self.kernel.into_iter().fold(layer, MaskedAttention::with_kernel);
-                gather.attend(steps, &layer, inputs, out)
-            }
+            AmongGroups::Gather(gather) => gather.attend(steps, &self.layer(), inputs, out),
             AmongGroups::Ring(ring) => {
                 let options = VarlenOptions {
                     softmax_scale: self.softmax_scale,

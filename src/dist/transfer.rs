@@ -6,8 +6,10 @@ use crate::device::Device;
 use crate::dtype::DType;
 use crate::error::Result;
 use crate::host_vec;
+use crate::kernel::BackendKind;
+use crate::layout::Layout;
 use crate::mask::meta::VarlenMeta;
-use crate::primitives::{pack, pack_into, scatter_to_padded_into};
+use crate::primitives::{pack_all, scatter_to_padded, scatter_to_padded_into};
 use crate::tensor::{Tensor, TensorView, TensorViewMut};
 
 /// What the steps of one call share.
@@ -20,7 +22,7 @@ pub(super) struct Steps<'a> {
 }
 
 impl Steps<'_> {
-    /// Sends whole tensors to ranks and receives others; `number` tells exchanges of one name apart.
+    /// Sends whole messages to ranks and receives others; `number` tells exchanges of one name apart.
     pub(super) fn exchange(
         &mut self,
         (operation, number): (&'static str, usize),
@@ -71,38 +73,153 @@ fn whole_mut(tensor: &mut Tensor) -> TransferMut<'_> {
     incoming(tensor.view_mut().output().memory, bytes)
 }
 
-/// The valid rows of several `[B, S, h, D]` tensors side by side: `[total_valid, Σ h, D]`, one message. None without a valid row.
-pub(super) fn pack_beside(device: &Device, tensors: &[TensorView<'_>], meta: &VarlenMeta) -> Result<Option<Tensor>> {
-    let heads = tensors.iter().map(|tensor| tensor.shape()[2]).sum();
-    let Some(mut packed) = room(device, meta, [heads, tensors[0].shape()[3]], tensors[0].dtype())? else {
-        return Ok(None);
-    };
-    let mut first = 0;
-    for tensor in tensors {
-        let heads = first..first + tensor.shape()[2];
-        first = heads.end;
-        pack_into(device, *tensor, meta, packed.view_mut().slice(1, heads)?)?;
-    }
-    Ok(Some(packed))
+/// The valid rows of several tensors in one piece of memory, one tensor after another: one message. Tensors of which every token is
+/// valid are padded ones as they lie there.
+#[derive(Debug)]
+pub(super) struct Rows {
+    memory: Tensor,
+    /// `[total_valid, h, D]` of each.
+    shapes: Vec<[usize; 3]>,
 }
 
-/// Room for the valid rows of some tokens. None without a valid row.
-pub(super) fn room(
+impl Rows {
+    /// Room for tensors of so many heads each. None without a valid row.
+    pub(super) fn room(
+        device: &Device,
+        meta: &VarlenMeta,
+        heads: impl IntoIterator<Item = usize>,
+        (head_dim, dtype): (usize, DType),
+    ) -> Result<Option<Self>> {
+        let rows = meta.total_valid();
+        if rows == 0 {
+            return Ok(None);
+        }
+        let shapes: Vec<_> = heads.into_iter().map(|heads| [rows, heads, head_dim]).collect();
+        let elements = shapes.iter().map(|shape| shape.iter().product::<usize>()).sum();
+        Ok(Some(Self { memory: Tensor::uninit(device, dtype, &[elements])?, shapes }))
+    }
+
+    /// Of `[B, S, h, D]` tensors, by one launch where the device can. None without a valid row.
+    pub(super) fn pack<const N: usize>(
+        device: &Device,
+        tensors: [TensorView<'_>; N],
+        meta: &VarlenMeta,
+    ) -> Result<Option<Self>> {
+        let Some(first) = tensors.first() else { return Ok(None) };
+        let row = (first.shape()[3], first.dtype());
+        let room = Self::room(device, meta, tensors.iter().map(|tensor| tensor.shape()[2]), row)?;
+        let Some(mut packed) = room else { return Ok(None) };
+        let parts = packed.memory.view_mut().split_into(&packed.shapes)?;
+        let mut parts = parts.into_iter();
+        let copies = tensors.map(|tensor| Some(("padded", tensor, "packed", parts.next()?)));
+        let copies: Vec<_> = copies.into_iter().flatten().collect();
+        if device.capabilities().backend == BackendKind::Wgpu {
+            // One launch cannot bind a buffer as several outputs.
+            for copy in copies {
+                pack_all(device, [copy], meta, |op| device.backend()?.execute(op))?;
+            }
+            return Ok(Some(packed));
+        }
+        // There is a part for each tensor.
+        if let Ok(copies) = <[_; N]>::try_from(copies) {
+            pack_all(device, copies, meta, |op| device.backend()?.execute(op))?;
+        }
+        Ok(Some(packed))
+    }
+
+    /// Of a padded tensor that is given up: it is the message itself if all its tokens are valid. None without a valid row.
+    pub(super) fn of_padded(device: &Device, padded: Tensor, meta: &VarlenMeta) -> Result<Option<Self>> {
+        if !meta.is_all_valid() || meta.is_empty() {
+            return Self::pack(device, [padded.view()], meta);
+        }
+        let &[_, _, heads, head_dim] = padded.shape() else { return Ok(None) };
+        Ok(Some(Self { shapes: vec![[meta.total_valid(), heads, head_dim]], memory: padded }))
+    }
+
+    pub(super) fn memory(&self) -> &Tensor {
+        &self.memory
+    }
+
+    pub(super) fn memory_mut(&mut self) -> &mut Tensor {
+        &mut self.memory
+    }
+
+    /// One of the tensors, `[total_valid, h, D]`.
+    pub(super) fn part(&self, which: usize) -> Result<TensorView<'_>> {
+        let layout = Layout::contiguous_at(&self.shapes[which], self.offset(which))?;
+        Ok(self.memory.view().with_layout(layout))
+    }
+
+    /// One of them as `[B, S, h, D]`, if every token is valid.
+    pub(super) fn padded_part(&self, which: usize, meta: &VarlenMeta) -> Result<Option<TensorView<'_>>> {
+        if !meta.is_all_valid() {
+            return Ok(None);
+        }
+        let [_, heads, head_dim] = self.shapes[which];
+        let shape = [meta.batch(), meta.seq(), heads, head_dim];
+        Ok(Some(self.memory.view().with_layout(Layout::contiguous_at(&shape, self.offset(which))?)))
+    }
+
+    fn offset(&self, which: usize) -> u64 {
+        self.shapes[..which].iter().map(|shape| shape.iter().product::<usize>() as u64).sum()
+    }
+}
+
+/// A `[B, S, h, D]` tensor of which the valid rows came from another rank: what the others hold is not specified.
+#[derive(Debug)]
+pub(super) enum Padded<'a> {
+    /// As it came.
+    View(TensorView<'a>),
+    Own(Tensor),
+}
+
+impl<'a> Padded<'a> {
+    /// One of the tensors that came, of so many heads; none came if no row is valid.
+    pub(super) fn of(
+        device: &Device,
+        came: Option<&'a Rows>,
+        which: usize,
+        meta: &VarlenMeta,
+        (heads, head_dim, dtype): (usize, usize, DType),
+    ) -> Result<Self> {
+        let Some(rows) = came else {
+            let shape = [meta.batch(), meta.seq(), heads, head_dim];
+            return Tensor::uninit(device, dtype, &shape).map(Self::Own);
+        };
+        match rows.padded_part(which, meta)? {
+            Some(view) => Ok(Self::View(view)),
+            None => scatter_to_padded(device, rows.part(which)?, meta).map(Self::Own),
+        }
+    }
+
+    pub(super) fn view(&self) -> TensorView<'_> {
+        match self {
+            Self::View(view) => *view,
+            Self::Own(tensor) => tensor.view(),
+        }
+    }
+}
+
+/// Writes packed rows, or none, to the valid rows of a padded view, and zeros to the others.
+pub(super) fn unpack(
     device: &Device,
+    rows: Option<TensorView<'_>>,
     meta: &VarlenMeta,
-    [heads, head_dim]: [usize; 2],
-    dtype: DType,
-) -> Result<Option<Tensor>> {
-    match meta.total_valid() {
-        0 => Ok(None),
-        rows => Tensor::uninit(device, dtype, &[rows, heads, head_dim]).map(Some),
+    to: TensorViewMut<'_>,
+) -> Result<()> {
+    match rows {
+        Some(rows) => scatter_to_padded_into(device, rows, meta, to),
+        None => {
+            let &[_, _, heads, dim] = to.shape() else { return Ok(()) };
+            let none = Tensor::uninit(device, to.dtype(), &[0, heads, dim])?;
+            scatter_to_padded_into(device, &none, meta, to)
+        }
     }
 }
 
-/// Copies valid rows of `[B, S, h, D]`; what the others of `to` hold afterwards is not specified.
+/// Copies valid rows of `[B, S, h, D]` and writes zeros to the others.
 pub(super) fn copy_rows(device: &Device, from: TensorView<'_>, meta: &VarlenMeta, to: TensorViewMut<'_>) -> Result<()> {
-    if meta.is_empty() {
-        return Ok(());
-    }
-    scatter_to_padded_into(device, &pack(device, from, meta)?, meta, to)
+    let packed = Rows::pack(device, [from], meta)?;
+    let rows = packed.as_ref().map(|rows| rows.part(0)).transpose()?;
+    unpack(device, rows, meta, to)
 }

@@ -4,11 +4,14 @@ use std::ops::Range;
 
 use super::mode::Heads;
 use super::sharded_meta::ShardedMeta;
-use super::transfer::{Steps, copy_rows, pack_beside, room};
+use super::transfer::{Padded, Rows, Steps, copy_rows, unpack};
+use crate::attention::MaskedAttention;
+use crate::attention_mask::AttentionMask;
+use crate::device::Device;
+use crate::dtype::DType;
 use crate::error::Result;
 use crate::mask::meta::VarlenMeta;
-use crate::primitives::{pack, scatter_to_padded_into};
-use crate::tensor::{Tensor, TensorView, TensorViewMut};
+use crate::tensor::{Segments, SegmentsMut, Tensor, TensorView, TensorViewMut};
 
 /// A group of ranks, as one of them sees it.
 ///
@@ -18,6 +21,8 @@ use crate::tensor::{Tensor, TensorView, TensorViewMut};
 #[derive(Debug)]
 pub(super) struct Group {
     heads: Heads,
+    /// In how many parts heads are computed where the group is all ranks.
+    chunks: usize,
     /// Tokens of a group's tensors.
     tokens: usize,
     batch: usize,
@@ -54,7 +59,7 @@ struct Part {
 }
 
 impl Group {
-    pub(super) fn new(meta: &ShardedMeta, ranks: Range<usize>, heads: &Heads) -> Result<Self> {
+    pub(super) fn new(meta: &ShardedMeta, ranks: Range<usize>, (heads, chunks): (&Heads, usize)) -> Result<Self> {
         let shards = meta.shards();
         let (prefix, suffix) = (shards.prefix(), shards.suffix());
         let sharded = shards.shards_of(&ranks);
@@ -85,54 +90,249 @@ impl Group {
         ];
         let own = meta.rank() - ranks.start;
         let query = meta.query().clone();
-        Ok(Self { heads: *heads, tokens, batch: meta.batch(), members, own, parts, query })
+        Ok(Self { heads: *heads, chunks, tokens, batch: meta.batch(), members, own, parts, query })
     }
 
     fn others(&self) -> impl Iterator<Item = &Member> {
         self.members.iter().enumerate().filter(|&(at, _)| at != self.own).map(|(_, member)| member)
     }
 
-    /// `q`, `k` and `v` of this rank's tokens and all heads to those of the group's tokens and this rank's heads. What rows of masked
-    /// tokens hold is not specified.
-    pub(super) fn rows_for_heads(&self, steps: &mut Steps<'_>, local: [TensorView<'_>; 3]) -> Result<[Tensor; 3]> {
-        let (device, dtype, dim) = (steps.device, self.heads.dtype, self.heads.head_dim);
-        let own = &self.members[self.own];
-        let [prefix, shard, suffix] = &self.parts;
-        let of_member = |member: &Member| [&member.q_heads, &member.kv_heads, &member.kv_heads].map(Range::clone);
-        let mut sends = Vec::new();
-        let mut receives = Vec::new();
-        for peer in self.others() {
-            let mut parts = Vec::with_capacity(3);
-            for (tensor, heads) in local.iter().zip(of_member(peer)) {
-                parts.push(tensor.slice(1, shard.local.clone())?.slice(2, heads)?);
+    /// Whether a call takes the group's tokens in segments, as [`attend`](Self::attend) does.
+    pub(super) fn fits_segments(&self) -> bool {
+        // And prefix and suffix.
+        self.members.len() + 2 <= Segments::MAX
+    }
+
+    /// Attention of the group's tokens to one another, by `layer` under `mask`, which is of those tokens. This rank computes its
+    /// heads chunk by chunk, on what came where it lies. The next chunk comes, and the output of the one before goes, meanwhile.
+    pub(super) fn attend(
+        &self,
+        steps: &mut Steps<'_>,
+        layer: &MaskedAttention,
+        mask: AttentionMask<'_>,
+        local: [TensorView<'_>; 3],
+        mut out: TensorViewMut<'_>,
+    ) -> Result<()> {
+        let device = steps.device;
+        let sent = self.rows_to_send(device, local, 0)?;
+        let mut arrived = self.room_for_rows(device, 0)?;
+        let sends = self.others().zip(&sent).filter_map(message).collect();
+        let receives = self.others().zip(&mut arrived).filter_map(message_mut).collect();
+        steps.exchange(("rows for heads", 0), sends, receives, &mut || Ok(()))?;
+        drop(sent);
+        let mut output = None;
+        for chunk in 0..self.chunks {
+            let before = output.take();
+            let mut attend = || -> Result<()> {
+                output = Some(self.attend_chunk(device, (layer, mask), local, (chunk, &arrived), &mut out)?);
+                Ok(())
+            };
+            if self.chunks == 1 {
+                attend()?;
+                break;
             }
-            sends.extend(pack_beside(device, &parts, &own.shard)?.map(|rows| (peer.rank, rows)));
-            let heads = own.q_heads.len() + 2 * own.kv_heads.len();
-            receives.extend(room(device, &peer.shard, [heads, dim], dtype)?.map(|rows| (peer, rows)));
+            let (next, mut room) = match chunk + 1 < self.chunks {
+                true => (self.rows_to_send(device, local, chunk + 1)?, self.room_for_rows(device, chunk + 1)?),
+                false => (Vec::new(), Vec::new()),
+            };
+            let mut returned = match &before {
+                Some(_) => self.room_for_output(device, chunk - 1)?,
+                None => Vec::new(),
+            };
+            let sends = self.others().zip(&next).filter_map(message);
+            let sends = sends.chain(before.iter().flat_map(|before| self.messages(before))).collect();
+            let receives = self.others().zip(&mut room).filter_map(message_mut);
+            let receives = receives.chain(self.others().zip(&mut returned).flat_map(messages_mut)).collect();
+            steps.exchange(("rows for heads, and back", chunk), sends, receives, &mut attend)?;
+            arrived = room;
+            if before.is_some() {
+                self.unpack_output(device, chunk - 1, &returned, &mut out)?;
+            }
+        }
+        let Some(output) = output else { return Ok(()) };
+        let last = self.chunks - 1;
+        let mut returned = self.room_for_output(device, last)?;
+        let sends = self.messages(&output).collect();
+        let receives = self.others().zip(&mut returned).flat_map(messages_mut).collect();
+        steps.exchange(("heads for rows", last), sends, receives, &mut || Ok(()))?;
+        self.unpack_output(device, last, &returned, &mut out)
+    }
+
+    /// Heads of `q`, `k` and `v` of a member's chunk.
+    fn heads_of(&self, member: &Member, chunk: usize) -> [Range<usize>; 3] {
+        let [q, kv] = self.heads.chunk(self.members.len(), (chunk, self.chunks));
+        let after = |start: usize, range: &Range<usize>| start + range.start..start + range.end;
+        [after(member.q_heads.start, &q), after(member.kv_heads.start, &kv), after(member.kv_heads.start, &kv)]
+    }
+
+    fn row(&self) -> (usize, DType) {
+        (self.heads.head_dim, self.heads.dtype)
+    }
+
+    /// The valid rows of this rank's shard with the heads of each other member.
+    fn rows_to_send(&self, device: &Device, local: [TensorView<'_>; 3], chunk: usize) -> Result<Vec<Option<Rows>>> {
+        let [_, shard, _] = &self.parts;
+        let of_peer = |peer: &Member| -> Result<_> {
+            let [q, k, v] = self.heads_of(peer, chunk);
+            let parts = [part(local[0], shard, q)?, part(local[1], shard, k)?, part(local[2], shard, v)?];
+            Rows::pack(device, parts, &shard.meta)
+        };
+        self.others().map(of_peer).collect()
+    }
+
+    fn room_for_rows(&self, device: &Device, chunk: usize) -> Result<Vec<Option<Rows>>> {
+        let heads = self.heads_of(&self.members[self.own], chunk).map(|heads| heads.len());
+        self.others().map(|peer| Rows::room(device, &peer.shard, heads, self.row())).collect()
+    }
+
+    /// Attention with one chunk of this rank's heads. Writes the output of its own tokens, and gives what is for the others.
+    fn attend_chunk(
+        &self,
+        device: &Device,
+        (layer, mask): (&MaskedAttention, AttentionMask<'_>),
+        local: [TensorView<'_>; 3],
+        (chunk, arrived): (usize, &[Option<Rows>]),
+        out: &mut TensorViewMut<'_>,
+    ) -> Result<Output> {
+        let heads = self.heads_of(&self.members[self.own], chunk);
+        let [prefix, shard, suffix] = &self.parts;
+        let (dim, dtype) = self.row();
+        let padded = |which: usize| -> Result<Vec<Padded<'_>>> {
+            let form = (heads[which].len(), dim, dtype);
+            let each = self.others().zip(arrived);
+            each.map(|(peer, rows)| Padded::of(device, rows.as_ref(), which, &peer.shard, form)).collect()
+        };
+        let padded = [padded(0)?, padded(1)?, padded(2)?];
+        let mut inputs = [Vec::new(), Vec::new(), Vec::new()];
+        for (which, segments) in inputs.iter_mut().enumerate() {
+            let own = local[which].slice(2, heads[which].clone())?;
+            let mut peers = padded[which].iter().map(Padded::view);
+            segments.push(own.slice(1, prefix.local.clone())?);
+            for at in 0..self.members.len() {
+                let of_peer = if at == self.own { None } else { peers.next() };
+                segments.push(match of_peer {
+                    Some(view) => view,
+                    None => own.slice(1, shard.local.clone())?,
+                });
+            }
+            segments.push(own.slice(1, suffix.local.clone())?);
+        }
+
+        let new = |seq: usize| Tensor::uninit(device, dtype, &[self.batch, seq, heads[0].len(), dim]);
+        let mut of_peers = self.others().map(|peer| new(peer.place.len())).collect::<Result<Vec<_>>>()?;
+        let own = out.reborrow().slice(2, heads[0].clone())?;
+        let of_part = |part: &Part| own.alias().map(|own| own.slice(1, part.local.clone())).transpose();
+        // Where the host writes, views of one tensor cannot be written by one call.
+        let mut copied = match own.alias() {
+            Some(_) => Vec::new(),
+            None => self.parts.iter().map(|part| new(part.local.len())).collect::<Result<Vec<_>>>()?,
+        };
+        {
+            let mut of_own = copied.iter_mut().map(Tensor::view_mut);
+            let mut own_segment = |part: &Part| -> Result<_> { Ok(of_part(part)?.or_else(|| of_own.next())) };
+            let own_segments = [own_segment(prefix)?, own_segment(shard)?, own_segment(suffix)?];
+            let [first, middle, last] = own_segments;
+            let mut outputs = Vec::with_capacity(self.members.len() + 2);
+            let mut peers = of_peers.iter_mut().map(Tensor::view_mut);
+            outputs.extend(first);
+            outputs.extend(peers.by_ref().take(self.own));
+            outputs.extend(middle);
+            outputs.extend(peers);
+            outputs.extend(last);
+            let [q, k, v] = inputs;
+            layer.forward_into(q, k, v, mask, SegmentsMut::from(outputs))?;
+        }
+        for (part, written) in self.parts.iter().zip(&copied) {
+            let to = out.reborrow().slice(2, heads[0].clone())?.slice(1, part.local.clone())?;
+            copy_rows(device, written.view(), &part.meta, to)?;
+        }
+
+        let shards = self.others().zip(of_peers);
+        let shards = shards.map(|(peer, written)| Rows::of_padded(device, written, &peer.shard));
+        let replicated = |part: &Part| {
+            let written = out.as_view().slice(2, heads[0].clone())?.slice(1, part.local.clone())?;
+            Rows::pack(device, [written], &part.meta)
+        };
+        Ok(Output { shards: shards.collect::<Result<_>>()?, replicated: [replicated(prefix)?, replicated(suffix)?] })
+    }
+
+    /// What each other member gets of an output.
+    fn messages<'a>(&'a self, output: &'a Output) -> impl Iterator<Item = (usize, &'a Tensor)> + 'a {
+        self.others().zip(&output.shards).flat_map(|(peer, shard)| {
+            let rows = shard.iter().chain(output.replicated.iter().flatten());
+            rows.map(|rows| (peer.rank, rows.memory()))
+        })
+    }
+
+    /// For the heads of each other member: this rank's shard, prefix and suffix.
+    fn room_for_output(&self, device: &Device, chunk: usize) -> Result<Vec<[Option<Rows>; 3]>> {
+        let [prefix, shard, suffix] = &self.parts;
+        let of_peer = |peer: &Member| -> Result<_> {
+            let [heads, ..] = self.heads_of(peer, chunk);
+            let room = |part: &Part| Rows::room(device, &part.meta, [heads.len()], self.row());
+            Ok([room(shard)?, room(prefix)?, room(suffix)?])
+        };
+        self.others().map(of_peer).collect()
+    }
+
+    fn unpack_output(
+        &self,
+        device: &Device,
+        chunk: usize,
+        returned: &[[Option<Rows>; 3]],
+        out: &mut TensorViewMut<'_>,
+    ) -> Result<()> {
+        let [prefix, shard, suffix] = &self.parts;
+        for (peer, of_peer) in self.others().zip(returned) {
+            let [heads, ..] = self.heads_of(peer, chunk);
+            for (part, rows) in [shard, prefix, suffix].into_iter().zip(of_peer) {
+                let rows = rows.as_ref().map(|rows| rows.part(0)).transpose()?;
+                unpack(
+                    device,
+                    rows,
+                    &part.meta,
+                    out.reborrow().slice(1, part.local.clone())?.slice(2, heads.clone())?,
+                )?;
+            }
+        }
+        Ok(())
+    }
+
+    /// `q`, `k` and `v` of this rank's tokens and all heads to those of the group's tokens and this rank's heads, for what attends
+    /// to other groups too. What rows of masked tokens hold is not specified.
+    pub(super) fn rows_for_heads(&self, steps: &mut Steps<'_>, local: [TensorView<'_>; 3]) -> Result<[Tensor; 3]> {
+        let (device, (dim, dtype)) = (steps.device, self.row());
+        let own = &self.members[self.own];
+        let of_own = [&own.q_heads, &own.kv_heads, &own.kv_heads];
+        let [_, shard, _] = &self.parts;
+        let (mut sent, mut arrived) = (Vec::new(), Vec::new());
+        for peer in self.others() {
+            let [q, k, v] = local;
+            let kv_heads = || peer.kv_heads.clone();
+            let parts =
+                [part(q, shard, peer.q_heads.clone())?, part(k, shard, kv_heads())?, part(v, shard, kv_heads())?];
+            sent.push(Rows::pack(device, parts, &own.shard)?);
+            arrived.push(Rows::room(device, &peer.shard, of_own.map(Range::len), self.row())?);
         }
         let new = |heads: &Range<usize>| Tensor::uninit(device, dtype, &[self.batch, self.tokens, heads.len(), dim]);
         let mut group = [new(&own.q_heads)?, new(&own.kv_heads)?, new(&own.kv_heads)?];
         let mut copy_own = || -> Result<()> {
-            for ((from, to), heads) in local.iter().zip(&mut group).zip(of_member(own)) {
-                for part in [prefix, shard, suffix] {
+            for ((from, to), heads) in local.iter().zip(&mut group).zip(of_own) {
+                for part in &self.parts {
                     let from = from.slice(1, part.local.clone())?.slice(2, heads.clone())?;
                     copy_rows(device, from, &part.meta, to.view_mut().slice(1, part.place.clone())?)?;
                 }
             }
             Ok(())
         };
-        steps.exchange(
-            ("rows for heads", 0),
-            sends.iter().map(|(to, rows)| (*to, rows)).collect(),
-            receives.iter_mut().map(|(peer, rows)| (peer.rank, rows)).collect(),
-            &mut copy_own,
-        )?;
-        for (peer, rows) in &receives {
-            let mut first = 0;
-            for (to, heads) in group.iter_mut().zip(of_member(own)) {
-                let part = rows.view().slice(1, first..first + heads.len())?;
-                first += heads.len();
-                scatter_to_padded_into(device, part, &peer.shard, to.view_mut().slice(1, peer.place.clone())?)?;
+        let sends = self.others().zip(&sent).filter_map(message).collect();
+        let receives = self.others().zip(&mut arrived).filter_map(message_mut).collect();
+        steps.exchange(("rows for heads", 0), sends, receives, &mut copy_own)?;
+        for (peer, rows) in self.others().zip(&arrived) {
+            let Some(rows) = rows else { continue };
+            for (which, to) in group.iter_mut().enumerate() {
+                let to = to.view_mut().slice(1, peer.place.clone())?;
+                unpack(device, Some(rows.part(which)?), &peer.shard, to)?;
             }
         }
         Ok(group)
@@ -145,38 +345,55 @@ impl Group {
         group: &Tensor,
         mut out: TensorViewMut<'_>,
     ) -> Result<()> {
-        let (device, dtype, dim) = (steps.device, self.heads.dtype, self.heads.head_dim);
+        let device = steps.device;
         let own = &self.members[self.own];
-        let mut sends = Vec::new();
-        let mut receives = Vec::new();
+        let (mut sent, mut arrived) = (Vec::new(), Vec::new());
         for peer in self.others() {
-            if !peer.local.is_empty() {
-                sends.push((peer.rank, pack(device, group, &peer.local)?));
-            }
-            let rows = room(device, &self.query, [peer.q_heads.len(), dim], dtype)?;
-            receives.extend(rows.map(|rows| (peer, rows)));
+            sent.push(Rows::pack(device, [group.view()], &peer.local)?);
+            arrived.push(Rows::room(device, &self.query, [peer.q_heads.len()], self.row())?);
         }
         let mut copy_own = || -> Result<()> {
-            let rows = pack(device, group, &own.local)?;
-            scatter_to_padded_into(device, &rows, &self.query, out.reborrow().slice(2, own.q_heads.clone())?)
+            let rows = Rows::pack(device, [group.view()], &own.local)?;
+            let rows = rows.as_ref().map(|rows| rows.part(0)).transpose()?;
+            unpack(device, rows, &self.query, out.reborrow().slice(2, own.q_heads.clone())?)
         };
-        steps.exchange(
-            ("heads for rows", 0),
-            sends.iter().map(|(to, rows)| (*to, rows)).collect(),
-            receives.iter_mut().map(|(peer, rows)| (peer.rank, rows)).collect(),
-            &mut copy_own,
-        )?;
-        for peer in self.others() {
-            let heads = out.reborrow().slice(2, peer.q_heads.clone())?;
-            match receives.iter().find(|(from, _)| from.rank == peer.rank) {
-                Some((_, rows)) => scatter_to_padded_into(device, rows, &self.query, heads)?,
-                // This rank has no valid token: zeros alone.
-                None => {
-                    let none = Tensor::uninit(device, dtype, &[0, peer.q_heads.len(), dim])?;
-                    scatter_to_padded_into(device, &none, &self.query, heads)?;
-                }
-            }
+        let sends = self.others().zip(&sent).filter_map(message).collect();
+        let receives = self.others().zip(&mut arrived).filter_map(message_mut).collect();
+        steps.exchange(("heads for rows", 0), sends, receives, &mut copy_own)?;
+        for (peer, rows) in self.others().zip(&arrived) {
+            // Without a valid token: zeros alone.
+            let rows = rows.as_ref().map(|rows| rows.part(0)).transpose()?;
+            unpack(device, rows, &self.query, out.reborrow().slice(2, peer.q_heads.clone())?)?;
         }
         Ok(())
     }
+}
+
+/// What a chunk of heads gives the other members.
+#[derive(Debug)]
+struct Output {
+    /// Of each one's shard.
+    shards: Vec<Option<Rows>>,
+    /// Of prefix and suffix, the same for all.
+    replicated: [Option<Rows>; 2],
+}
+
+/// Some heads of a rank's own tokens.
+fn part<'a>(tensor: TensorView<'a>, tokens: &Part, heads: Range<usize>) -> Result<TensorView<'a>> {
+    tensor.slice(1, tokens.local.clone())?.slice(2, heads)
+}
+
+fn message<'a>((peer, rows): (&Member, &'a Option<Rows>)) -> Option<(usize, &'a Tensor)> {
+    Some((peer.rank, rows.as_ref()?.memory()))
+}
+
+fn message_mut<'a>((peer, rows): (&Member, &'a mut Option<Rows>)) -> Option<(usize, &'a mut Tensor)> {
+    Some((peer.rank, rows.as_mut()?.memory_mut()))
+}
+
+fn messages_mut<'a>(
+    (peer, rows): (&Member, &'a mut [Option<Rows>; 3]),
+) -> impl Iterator<Item = (usize, &'a mut Tensor)> + use<'a> {
+    let rank = peer.rank;
+    rows.iter_mut().flatten().map(move |rows| (rank, rows.memory_mut()))
 }

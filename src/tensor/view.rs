@@ -143,6 +143,44 @@ impl<'a> TensorViewMut<'a> {
         TensorViewMut { memory: self.memory.reborrow(), layout: self.layout, dtype: self.dtype }
     }
 
+    /// Another view of the same memory, where a device writes it: none of host memory, which this view alone may write. No two
+    /// calls, and no two outputs of a call, may write the same elements.
+    pub(crate) fn alias(&self) -> Option<TensorViewMut<'a>> {
+        match self.memory {
+            Sink::Device(buffer) => {
+                Some(TensorViewMut { memory: Sink::Device(buffer), layout: self.layout, dtype: self.dtype })
+            }
+            Sink::Host(_) => None,
+        }
+    }
+
+    /// Consecutive row-major tensors of these shapes in the view's memory, from its first element on. The view is contiguous.
+    ///
+    /// # Errors
+    /// [`Error::Length`] if they do not fill the view.
+    pub(crate) fn split_into(self, shapes: &[[usize; 3]]) -> Result<Vec<Self>> {
+        let sizes = shapes.iter().map(|shape| shape.iter().product::<usize>());
+        Error::expect_length("shapes", self.layout.numel(), sizes.clone().sum())?;
+        let Self { mut memory, layout, dtype } = self;
+        let mut offset = layout.offset();
+        let mut parts = Vec::with_capacity(shapes.len());
+        for (shape, size) in shapes.iter().zip(sizes) {
+            let end = offset + size as u64;
+            let (part, start) = (Layout::contiguous_at(shape, offset)?, end * dtype.size() as u64);
+            let memory_of_part;
+            (memory_of_part, memory, offset) = match memory {
+                Sink::Device(buffer) => (Sink::Device(buffer), Sink::Device(buffer), end),
+                Sink::Host(bytes) => {
+                    let whole = bytes.len();
+                    let (first, rest) = bytes.split_at_mut(whole.min(start as usize));
+                    (Sink::Host(first), Sink::Host(rest), 0)
+                }
+            };
+            parts.push(Self { memory: memory_of_part, layout: part, dtype });
+        }
+        Ok(parts)
+    }
+
     /// The view, to read what was written.
     pub(crate) fn as_view(&self) -> TensorView<'_> {
         TensorView { memory: self.memory.source(), layout: self.layout, dtype: self.dtype }

@@ -116,11 +116,17 @@ fn local(shards: &Shards, rank: usize) -> Vec<usize> {
     (0..shards.prefix()).chain(shards.shard(rank)).chain(seq - shards.suffix()..seq).collect()
 }
 
+/// Ranks and their devices, given how many, and the device under test.
+pub type Ranks = fn(&Device, usize) -> Result<Vec<(Box<dyn Communicator>, Device)>>;
+
+/// Ranks that exchange host memory.
+fn host(device: &Device, ranks: usize) -> Result<Vec<(Box<dyn Communicator>, Device)>> {
+    let ranks = HostCommunicator::threads(ranks)?;
+    Ok(ranks.into_iter().map(|rank| (Box::new(rank) as Box<dyn Communicator>, device.clone())).collect())
+}
+
 /// Runs a thread for each rank.
-pub fn on_ranks<T: Send>(
-    ranks: Vec<HostCommunicator>,
-    run: impl Fn(HostCommunicator) -> Result<T> + Sync,
-) -> Result<Vec<Result<T>>> {
+pub fn on_ranks<C: Send, T: Send>(ranks: Vec<C>, run: impl Fn(C) -> Result<T> + Sync) -> Result<Vec<Result<T>>> {
     thread::scope(|scope| {
         let threads: Vec<_> = ranks.into_iter().map(|rank| scope.spawn(|| run(rank))).collect();
         threads.into_iter().map(|thread| thread.join().map_err(|_| anyhow!("a rank panicked"))).collect()
@@ -148,26 +154,35 @@ fn local_inputs(call: &Call, device: &Device, positions: &[usize]) -> Result<[Te
 
 /// The output of all ranks as that of one device: bits, row-major. Rows that several ranks have are the same on each but on a GPU,
 /// which shares out work by its size: one output more then for each rank whose rows differ.
-fn run(call: &Call, device: &Device, shards: &Shards, mode: Mode) -> Result<Vec<Vec<u32>>> {
+fn run(
+    call: &Call,
+    (device, ranks): (&Device, Ranks),
+    shards: &Shards,
+    (mode, chunks): (Mode, Option<usize>),
+) -> Result<Vec<Vec<u32>>> {
     let OracleShape { batch, seq_q: seq, heads, kv_heads, head_dim, .. } = call.shape;
     let keep = call.mask.query_keep().context("the mask is of metadata")?;
     let mask = KeyMask::from_bool(batch, seq, keep)?;
     let of = RangesOf::from([batch, seq, seq]);
     let ranges = call.rule.as_ref().map(|rule| rule.ranges(&of)).transpose()?;
     let sizes = Heads { num_heads: heads, num_kv_heads: kv_heads, head_dim, dtype: call.dtype };
-    let outputs = on_ranks(HostCommunicator::threads(shards.ranks())?, |mut communicator| {
+    let outputs = on_ranks(ranks(device, shards.ranks())?, |(mut communicator, device)| {
         let rank = communicator.rank();
-        let [q, k, v] = local_inputs(call, device, &local(shards, rank))?;
+        let [q, k, v] = local_inputs(call, &device, &local(shards, rank))?;
         let meta = ShardedMeta::new(&mask, shards, rank)?;
         let meta = match &ranges {
             Some(ranges) => meta.with_ranges(ranges)?,
             None => meta,
         };
-        let parallel = SequenceParallel::new(device).with_mode(mode);
-        let request = parallel.prepare(&mut communicator, &meta, &sizes)?;
+        let parallel = SequenceParallel::new(&device).with_mode(mode);
+        let parallel = chunks.into_iter().fold(parallel, SequenceParallel::with_chunks);
+        let request = parallel.prepare(&mut *communicator, &meta, &sizes)?;
         ensure!((request.plan().mode, request.plan().reason) == (mode, ModeReason::Forced), "{}", request.plan());
-        let out = parallel.forward(&mut communicator, &request, &q, &k, &v)?;
-        download(&out)
+        let out = parallel.forward(&mut *communicator, &request, &q, &k, &v)?;
+        let bits = download(&out)?;
+        // No rank gives its device up while another one may still copy from it.
+        communicator.barrier()?;
+        Ok(bits)
     })?;
     let width = heads * head_dim;
     let may_differ = device.capabilities().backend != BackendKind::Cpu;
@@ -217,22 +232,33 @@ fn is_ring(mode: Mode) -> bool {
     matches!(mode, Mode::Ring | Mode::UlyssesRing { .. })
 }
 
+/// Every mode, and those that can in chunks of heads too: the fewest that divide a rank's.
+fn modes_and_chunks(ranks: usize, kv_heads: usize) -> Vec<(Mode, Option<usize>)> {
+    let mut all: Vec<_> = all_modes(ranks).into_iter().map(|mode| (mode, None)).collect();
+    for (mode, ulysses) in [(Mode::Gather, 1), (Mode::Ulysses, ranks)] {
+        let of_rank = kv_heads / ulysses;
+        let chunks = (2..=of_rank).find(|chunks| of_rank.is_multiple_of(*chunks));
+        all.extend(chunks.map(|chunks| (mode, Some(chunks))));
+    }
+    all
+}
+
 /// A case in every mode: near the oracle, and on the CPU the bits of one device where keys are not merged.
-fn check(case: &Case, call: &Call, device: &Device) -> Result<()> {
+fn check(case: &Case, call: &Call, (device, make): (&Device, Ranks)) -> Result<()> {
     let (shards, ranks) = (case.shards()?, case.lengths.len());
     let variant = Variant { dtype: call.dtype, ..Variant::first(device, None) };
     let reference = call.reference(400)?;
     let alone = call.run(&variant)?;
-    for mode in all_modes(ranks) {
+    for (mode, chunks) in modes_and_chunks(ranks, call.shape.kv_heads) {
         let judge = || -> Result<()> {
             let is_same = device.capabilities().backend != BackendKind::Cpu || is_ring(mode) || call.rule.is_some();
-            run(call, device, &shards, mode)?.into_iter().try_for_each(|bits| {
+            run(call, (device, make), &shards, (mode, chunks))?.into_iter().try_for_each(|bits| {
                 call.judge(&bits, &reference, rules(call.dtype, mode, ranks))?;
                 ensure!(is_same || bits == alone, "the bits are not those of one device");
                 Ok(())
             })
         };
-        judge().with_context(|| format!("{}, {mode}", case.name))?;
+        judge().with_context(|| format!("{}, {mode}, chunks {chunks:?}", case.name))?;
     }
     Ok(())
 }
@@ -244,14 +270,24 @@ fn cases(device: &Device) -> impl Iterator<Item = &'static Case> {
 }
 
 fn modes(device: &Device, dtype: DType) -> Result<()> {
-    cases(device).try_for_each(|case| check(case, &case.call(12, 16, dtype)?, device))
+    modes_on(device, dtype, host)
+}
+
+/// Every case in every mode.
+pub fn modes_on(device: &Device, dtype: DType, ranks: Ranks) -> Result<()> {
+    cases(device).try_for_each(|case| check(case, &case.call(12, 16, dtype)?, (device, ranks)))
 }
 
 /// Grouped heads: as many key heads as ranks, more, and fewer.
 fn heads(device: &Device, dtype: DType) -> Result<()> {
+    heads_on(device, dtype, host)
+}
+
+/// The same on some ranks.
+pub fn heads_on(device: &Device, dtype: DType, ranks: Ranks) -> Result<()> {
     let case = CASES.iter().find(|case| case.name == "holes across borders").context("no such case")?;
     let sizes: &[(usize, usize)] = if is_emulated_gpu(device) { &[(2, 8)] } else { &[(4, 32), (2, 8), (1, 40)] };
-    sizes.iter().try_for_each(|&(kv_heads, dim)| check(case, &case.call(kv_heads, dim, dtype)?, device))
+    sizes.iter().try_for_each(|&(kv_heads, dim)| check(case, &case.call(kv_heads, dim, dtype)?, (device, ranks)))
 }
 
 fn ranges(device: &Device, dtype: DType) -> Result<()> {
@@ -261,12 +297,17 @@ fn ranges(device: &Device, dtype: DType) -> Result<()> {
     rules.into_iter().try_for_each(|rule| {
         let mut call = case.call(4, 16, dtype)?;
         call.rule = Some(rule);
-        check(case, &call, device)
+        check(case, &call, (device, host))
     })
 }
 
 /// Random ranks, shards, masks, heads and batches: an emulated GPU runs one.
 fn random_cases(device: &Device, dtype: DType) -> Result<()> {
+    random_cases_on(device, dtype, host)
+}
+
+/// The same on some ranks.
+pub fn random_cases_on(device: &Device, dtype: DType, make: Ranks) -> Result<()> {
     let variant = Variant { dtype, ..Variant::first(device, None) };
     for seed in 0..if is_emulated_gpu(device) { 1 } else { 24 } {
         let mut state = 0x9e37_79b9_7f4a_7c15_u64.wrapping_mul(seed + 1);
@@ -299,7 +340,7 @@ fn random_cases(device: &Device, dtype: DType) -> Result<()> {
                     return Ok(());
                 }
                 let is_same = device.capabilities().backend != BackendKind::Cpu || is_ring(mode);
-                run(&call, device, &shards, mode)?.into_iter().try_for_each(|bits| {
+                run(&call, (device, make), &shards, (mode, None))?.into_iter().try_for_each(|bits| {
                     call.judge(&bits, &reference, rules(dtype, mode, ranks))?;
                     ensure!(is_same || bits == alone, "the bits are not those of one device");
                     Ok(())
@@ -315,22 +356,28 @@ fn random_cases(device: &Device, dtype: DType) -> Result<()> {
 
 /// One request and one communicator for many calls, in every mode: each gives the same bits.
 fn repeats(device: &Device) -> Result<()> {
+    repeats_on(device, host)
+}
+
+/// The same on some ranks.
+pub fn repeats_on(device: &Device, make: Ranks) -> Result<()> {
     let dtype = device.capabilities().dtypes[0];
     let case = CASES.iter().find(|case| case.name == "text on every rank").context("no such case")?;
     let (call, shards) = (case.call(12, 16, dtype)?, case.shards()?);
     let keep = call.mask.query_keep().context("the mask is of metadata")?;
     let mask = KeyMask::from_bool(case.batch, shards.seq(), keep)?;
     let sizes = Heads { num_heads: 12, num_kv_heads: 12, head_dim: 16, dtype };
-    let ranks = on_ranks(HostCommunicator::threads(4)?, |mut communicator| {
+    let ranks = on_ranks(make(device, 4)?, |(mut communicator, device)| {
         let rank = communicator.rank();
-        let [q, k, v] = local_inputs(&call, device, &local(&shards, rank))?;
+        let [q, k, v] = local_inputs(&call, &device, &local(&shards, rank))?;
         let meta = ShardedMeta::new(&mask, &shards, rank)?;
-        for mode in all_modes(4) {
-            let parallel = SequenceParallel::new(device).with_mode(mode);
-            let request = parallel.prepare(&mut communicator, &meta, &sizes)?;
-            let first = download(&parallel.forward(&mut communicator, &request, &q, &k, &v)?)?;
+        for (mode, chunks) in modes_and_chunks(4, 12) {
+            let parallel = SequenceParallel::new(&device).with_mode(mode);
+            let parallel = chunks.into_iter().fold(parallel, SequenceParallel::with_chunks);
+            let request = parallel.prepare(&mut *communicator, &meta, &sizes)?;
+            let first = download(&parallel.forward(&mut *communicator, &request, &q, &k, &v)?)?;
             for _ in 0..3 {
-                let again = download(&parallel.forward(&mut communicator, &request, &q, &k, &v)?)?;
+                let again = download(&parallel.forward(&mut *communicator, &request, &q, &k, &v)?)?;
                 ensure!(again == first, "{mode}: another call gives other bits");
             }
             communicator.barrier()?;
@@ -408,6 +455,9 @@ fn plans(_: &Device) -> Result<()> {
         odd.mode != Mode::Ulysses && odd.to_string().contains("not ulysses: 4 ranks do not divide 30 heads"),
         "{odd}"
     );
+    // Chunks of heads are the plan's where transfers run under attention, and it says so.
+    let chunked = plan_of(1, 32_768, 0, 2, [24, 24], Machine::H100)?;
+    ensure!(chunked.chunks > 1 && chunked.to_string().contains("chunks of heads"), "{chunked}");
     // Few key heads: gathering them is cheap.
     let grouped = plan_of(1, 4096, 0, 2, [28, 1], Machine::H100)?;
     ensure!(grouped.mode == Mode::Gather, "{grouped}");

@@ -27,6 +27,10 @@ mod device_meta;
 mod dispatches;
 mod dist;
 mod dist_faults;
+#[cfg(feature = "nccl")]
+mod dist_nccl;
+#[cfg(feature = "cuda")]
+mod dist_peer;
 #[cfg(feature = "emulated-sm100")]
 mod emulated_sm100;
 #[cfg(feature = "cuda")]
@@ -118,6 +122,9 @@ fn own(kind: BackendKind) -> &'static [Register] {
         #[cfg(feature = "cuda")]
         BackendKind::Cuda => &[
             external_cuda::register,
+            dist_peer::register,
+            #[cfg(feature = "nccl")]
+            dist_nccl::register,
             #[cfg(feature = "emulated-sm100")]
             emulated_sm100::register,
         ],

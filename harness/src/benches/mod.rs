@@ -8,6 +8,7 @@ pub mod metadata;
 pub mod prepare_qk;
 pub mod ranges;
 pub mod segments;
+pub mod sequence_parallel;
 
 use std::process::ExitCode;
 

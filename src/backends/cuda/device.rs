@@ -2,6 +2,7 @@
 
 use std::any::Any;
 use std::ffi::c_void;
+use std::fmt::Debug;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -23,6 +24,7 @@ use super::attention;
 use super::driver::context::Context;
 use super::driver::external::{self, ExternalHandles};
 use super::driver::fault::{self, Faults};
+use super::driver::lane::Lane;
 use super::driver::memory::CudaBuffer;
 use super::driver::probe::{self, CudaDeviceInfo};
 use super::driver::timer::Timers;
@@ -153,6 +155,17 @@ impl CudaDevice {
         self.launcher.context.faults.check()
     }
 
+    /// A lane for copies from other devices of this process.
+    pub fn lane(&self) -> Result<Lane> {
+        Lane::new(&self.launcher.context, self.launcher.id)
+    }
+
+    /// The context, for what has a lane of its own.
+    #[cfg(feature = "nccl")]
+    pub fn context(&self) -> &Arc<Context> {
+        &self.launcher.context
+    }
+
     /// External memory as memory of this device; checked as far as the driver can tell.
     ///
     /// # Safety
@@ -263,6 +276,10 @@ impl Backend for CudaDevice {
             Op::PrepareQk(call) => prepare_qk::prepare_qk(launcher, &call),
             Op::Metadata { mask, tables } => metadata::build(launcher, &mask, &tables),
         }
+    }
+
+    fn stay_current(&self) -> Result<Box<dyn Debug + '_>> {
+        Ok(Box::new(self.launcher.context.enter()?))
     }
 
     fn synchronize(&self) -> Result<()> {

@@ -26,13 +26,19 @@ mod cost_cases;
 
 use std::ffi::c_void;
 use std::sync::{Arc, Mutex, PoisonError};
+#[cfg(feature = "nccl")]
+use std::time::Duration;
 
 use crate::call::memory::{Storage, foreign_memory};
 use crate::call::op::Backend;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::kernel::Kernel;
 
 use device::CudaDevice;
+
+pub(crate) use driver::lane::{Lane, Loan, Mark};
+#[cfg(feature = "nccl")]
+pub(crate) use driver::nccl::{Cause, NcclRank, UniqueId};
 
 /// The CUDA device with an ordinal. A process has one for each ordinal, shared by all who open it:
 /// they share one context, so tensors of one work with the other. With one kernel alone it is
@@ -84,6 +90,70 @@ pub(crate) unsafe fn external(
 #[cfg(feature = "emulated-sm100")]
 pub(crate) fn set_emulated_sm100(fatbin: &[u8]) -> bool {
     kernels::module::set_emulated_sm100(fatbin)
+}
+
+/// A lane of each device, all of which can read the memory of all.
+///
+/// # Errors
+/// [`DeviceKind`](crate::Error::DeviceKind) for a device of another backend;
+/// [`DeviceLost`](crate::Error::DeviceLost), [`Backend`](crate::Error::Backend).
+pub(crate) fn lanes(devices: &[&dyn Backend]) -> Result<Vec<Lane>> {
+    let lanes: Vec<Lane> = devices.iter().map(|device| cuda("devices", *device)?.lane()).collect::<Result<_>>()?;
+    for reader in &lanes {
+        lanes.iter().try_for_each(|other| reader.reach(other))?;
+    }
+    Ok(lanes)
+}
+
+/// The id of a new NCCL communicator, for all its ranks.
+///
+/// # Errors
+/// As for `NcclCommunicator::new`.
+#[cfg(feature = "nccl")]
+pub(crate) fn nccl_id(device: &dyn Backend) -> Result<[u8; 128]> {
+    driver::nccl::unique_id(cuda("device", device)?.name()).map(|id| id.0)
+}
+
+/// A rank of an NCCL communicator that all ranks have the id of.
+///
+/// # Errors
+/// As for `NcclCommunicator::new`.
+#[cfg(feature = "nccl")]
+pub(crate) fn nccl_rank(
+    device: &dyn Backend,
+    id: [u8; 128],
+    rank_of_world: (usize, usize),
+    limit: Duration,
+    cause: Cause,
+) -> Result<NcclRank> {
+    let device = cuda("device", device)?;
+    NcclRank::open((device.context(), device.lane()?), UniqueId(id), rank_of_world, limit, cause)
+}
+
+/// A rank of the application's communicator.
+///
+/// # Errors
+/// As for `NcclCommunicator::from_raw`.
+///
+/// # Safety
+/// As for `NcclCommunicator::from_raw`.
+#[cfg(feature = "nccl")]
+pub(crate) unsafe fn external_nccl_rank(
+    device: &dyn Backend,
+    comm: *mut c_void,
+    rank_of_world: (usize, usize),
+    limit: Duration,
+    cause: Cause,
+) -> Result<NcclRank> {
+    let device = cuda("device", device)?;
+    let place = (device.context(), device.lane()?);
+    // SAFETY: by the caller's promise.
+    unsafe { NcclRank::external(place, comm, rank_of_world, limit, cause) }
+}
+
+fn cuda<'a>(argument: &'static str, device: &'a dyn Backend) -> Result<&'a CudaDevice> {
+    let cuda = device.as_any().downcast_ref();
+    cuda.ok_or_else(|| Error::DeviceKind { argument, expected: "cuda", got: device.name().to_owned() })
 }
 
 /// External memory as memory of a CUDA device.

@@ -151,6 +151,10 @@ impl Context {
         unsafe { Current::enter(self.raw) }.map_err(|error| self.faults.explain(error, "making the context current", 0))
     }
 
+    pub fn raw(&self) -> CUcontext {
+        self.raw
+    }
+
     pub fn stream(&self) -> CUstream {
         self.stream
     }

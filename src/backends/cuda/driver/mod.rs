@@ -11,6 +11,8 @@
 //! | `context` | a context, its one stream, its pool and its faults |
 //! | `alloc` | allocating and freeing, also while the stream is being captured |
 //! | `memory` | buffers: the library's own, or external memory |
+//! | `lane` | copies from other GPUs of the process, beside the stream |
+//! | `nccl`, `nccl_library` | copies between processes and hosts, with the feature `nccl` |
 //! | `transfer` | copies to, from and on the device, and fills |
 //! | `launch` | kernel launches |
 //! | `timer` | GPU time by events |
@@ -20,8 +22,13 @@ pub mod capture;
 pub mod context;
 pub mod external;
 pub mod fault;
+pub mod lane;
 pub mod launch;
 pub mod memory;
+#[cfg(feature = "nccl")]
+pub mod nccl;
+#[cfg(feature = "nccl")]
+mod nccl_library;
 pub mod pool;
 pub mod probe;
 pub mod timer;

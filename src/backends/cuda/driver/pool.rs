@@ -9,8 +9,8 @@ use std::sync::{Mutex, PoisonError};
 use cudarc::driver::DriverError;
 use cudarc::driver::result::{self, mem_pool};
 use cudarc::driver::sys::{
-    self, CUdevice, CUdeviceptr, CUmemAllocationHandleType, CUmemAllocationType, CUmemLocation, CUmemLocationType,
-    CUmemPool_attribute, CUmemPoolProps, CUmemoryPool, CUstream,
+    self, CUdevice, CUdeviceptr, CUmemAccess_flags, CUmemAccessDesc, CUmemAllocationHandleType, CUmemAllocationType,
+    CUmemLocation, CUmemLocationType, CUmemPool_attribute, CUmemPoolProps, CUmemoryPool, CUstream,
 };
 
 /// The memory of one context.
@@ -82,6 +82,17 @@ impl Pool {
                 log::debug!("memory at {address:#x} is not freed: {error}");
             }
         }
+    }
+
+    /// Lets another GPU, which can, read the pool's memory.
+    pub fn let_read(&self, device: CUdevice) -> Result<(), DriverError> {
+        let Some(pool) = self.raw else { return Ok(()) };
+        let access = CUmemAccessDesc {
+            location: CUmemLocation { type_: CUmemLocationType::CU_MEM_LOCATION_TYPE_DEVICE, id: device },
+            flags: CUmemAccess_flags::CU_MEM_ACCESS_FLAGS_PROT_READWRITE,
+        };
+        // SAFETY: the pool is live, and there is one description.
+        unsafe { sys::cuMemPoolSetAccess(pool, &access, 1) }.result()
     }
 
     /// Gives memory that is free back to the device.

@@ -1,0 +1,359 @@
+//! Times attention over a sequence that is divided among ranks, in every mode, beside the same call on one device, in turns.
+//!
+//! ```text
+//! cargo bench --bench sequence_parallel -- --device cuda --ranks 2
+//! ```
+
+use std::io::Write;
+use std::num::NonZeroUsize;
+use std::path::PathBuf;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, anyhow, ensure};
+use clap::{Args, ValueEnum};
+use serde::Serialize;
+use varlen_fa::dist::{
+    Communicator, Heads, HostCommunicator, Mode, ParallelRequest, PeerCommunicator, SequenceParallel, ShardedMeta,
+    Shards,
+};
+use varlen_fa::{AttentionMask, Config, DType, Device, DeviceChoice, KeyMask, MaskedAttention, Tensor, VarlenMeta};
+use varlen_fa::{bf16, f16};
+
+use crate::arguments::{ElementType, RoundArguments};
+use crate::random::tensor;
+use crate::report::Report;
+use crate::sizes::Sizes;
+use crate::times::{Times, milliseconds};
+
+/// A joint layer at 1024² of two requests, and videos of 16k and 32k tokens.
+const DEFAULTS: [&str; 3] = ["256+4096:valid=256,120", "16384", "32768"];
+const SMOKE: &str = "5+40:valid=3,5:heads=4:dim=16";
+/// Several calls a timing: the host's work for one hides behind the device's for another.
+const REPEATS: u32 = 16;
+
+/// Time sequence parallelism against one device.
+#[derive(Debug, Args)]
+#[command(after_help = "Workloads:
+  A SPEC is [TEXT+]IMAGE, in tokens: text is on every rank, and the image is divided among them. After it may come
+    :valid=A,B,...   a batch with so many valid text tokens in each row [default: one row, all valid]
+    :heads=N  :kv_heads=N  :dim=N   [default: 24, as many, 128]")]
+pub struct Arguments {
+    /// Text and image to run, see below; may be given several times
+    #[arg(long = "workload", value_name = "SPEC")]
+    workloads: Vec<String>,
+    /// Ranks that share the sequence [default: on cuda as many as there are GPUs, else 2]
+    #[arg(long, value_name = "N")]
+    ranks: Option<NonZeroUsize>,
+    /// Each rank's device; with more ranks than GPUs, several share one
+    #[arg(long, value_enum, default_value = "cpu")]
+    device: Kind,
+    /// How rows travel [default: peer on cuda, else host]
+    #[arg(long, value_enum)]
+    transport: Option<Transport>,
+    /// Element type [default: bf16 on cuda, else f32]
+    #[arg(long, value_name = "TYPE")]
+    dtype: Option<ElementType>,
+    /// Chunks of heads that are tried beside what the plan takes
+    #[arg(long, value_name = "N,...", value_delimiter = ',', default_value = "1,2,3,4")]
+    chunks: Vec<usize>,
+    /// Also write one JSON object a line to FILE; `-` is standard output, and the text then goes to standard error
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+    #[command(flatten)]
+    rounds: RoundArguments,
+}
+
+/// Kinds of devices.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Kind {
+    /// The processor.
+    Cpu,
+    /// NVIDIA GPUs.
+    Cuda,
+}
+
+/// Ways of rows between ranks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Transport {
+    /// Through host memory.
+    Host,
+    /// From GPU to GPU.
+    Peer,
+}
+
+/// A masked sequence, text before image.
+#[derive(Debug)]
+struct Problem {
+    name: String,
+    shards: Shards,
+    mask: KeyMask,
+    heads: Heads,
+}
+
+impl Problem {
+    fn parse(spec: &str, ranks: usize, dtype: DType) -> Result<Self> {
+        let wrong = || format!("expected [TEXT+]IMAGE[:valid=A,B,...][:heads=N][:kv_heads=N][:dim=N], got `{spec}`");
+        let mut fields = spec.split(':');
+        let tokens = fields.next().unwrap_or_default();
+        let (text, image) = tokens.split_once('+').unwrap_or(("0", tokens));
+        let (text, image) = (text.parse().with_context(wrong)?, image.parse().with_context(wrong)?);
+        let mut valid = vec![text];
+        let (mut num_heads, mut num_kv_heads, mut head_dim) = (24, None, 128);
+        for field in fields {
+            let (name, value) = field.split_once('=').with_context(wrong)?;
+            match name {
+                "valid" => valid = value.split(',').map(str::parse).collect::<Result<_, _>>().with_context(wrong)?,
+                "heads" => num_heads = value.parse().with_context(wrong)?,
+                "kv_heads" => num_kv_heads = Some(value.parse().with_context(wrong)?),
+                "dim" => head_dim = value.parse().with_context(wrong)?,
+                _ => return Err(anyhow!(wrong())),
+            }
+        }
+        let shards = Shards::equal(image, ranks)?.with_prefix(text)?;
+        let rows: Vec<_> = valid.iter().map(|&valid: &usize| vec![0..valid.min(text), text..shards.seq()]).collect();
+        let mask = KeyMask::from_runs(shards.seq(), &rows)?;
+        let heads = Heads { num_heads, num_kv_heads: num_kv_heads.unwrap_or(num_heads), head_dim, dtype };
+        Ok(Self { name: spec.to_owned(), shards, mask, heads })
+    }
+
+    fn tensors(&self, device: &Device, seq: usize, seed: u64) -> Result<[Tensor; 4]> {
+        let Heads { num_heads, num_kv_heads, head_dim, dtype } = self.heads;
+        let new = |seed, heads| -> Result<Tensor> {
+            let shape = [self.mask.batch(), seq, heads, head_dim];
+            Ok(match dtype {
+                DType::F32 => tensor::<f32>(device, seed, &shape)?,
+                DType::F16 => tensor::<f16>(device, seed, &shape)?,
+                _ => tensor::<bf16>(device, seed, &shape)?,
+            })
+        };
+        Ok([new(seed, num_heads)?, new(seed + 1, num_kv_heads)?, new(seed + 2, num_kv_heads)?, new(seed, num_heads)?])
+    }
+}
+
+/// What a row times: one device, or ranks in a mode and so many chunks.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Row {
+    OneDevice,
+    /// What the plan takes.
+    Plan,
+    Forced(Mode, Option<usize>),
+}
+
+/// Runs it and writes the report.
+pub fn run(arguments: &Arguments, sizes: Sizes) -> Result<()> {
+    let smoke = [SMOKE];
+    let (defaults, rounds) = arguments.rounds.of_run(sizes, &DEFAULTS, &smoke);
+    let gpus: Vec<_> = Device::choices().into_iter().filter(|choice| matches!(choice, DeviceChoice::Cuda(_))).collect();
+    let ranks = match (arguments.ranks, arguments.device) {
+        (Some(ranks), _) => ranks.get(),
+        (None, Kind::Cuda) => gpus.len(),
+        (None, Kind::Cpu) => 2,
+    };
+    let open = |rank: usize| -> Result<Device> {
+        let choice = match arguments.device {
+            Kind::Cpu => DeviceChoice::Cpu,
+            Kind::Cuda => gpus[rank % gpus.len()],
+        };
+        Ok(Device::with_config(Config::from_env_for(choice)?)?)
+    };
+    let devices = (0..ranks).map(open).collect::<Result<Vec<_>>>()?;
+    let dtype = match (arguments.dtype, arguments.device) {
+        (Some(dtype), _) => dtype.dtype(),
+        (None, Kind::Cuda) => DType::Bf16,
+        (None, Kind::Cpu) => DType::F32,
+    };
+    let transport = match (arguments.transport, arguments.device) {
+        (Some(transport), _) => transport,
+        (None, Kind::Cuda) => Transport::Peer,
+        (None, Kind::Cpu) => Transport::Host,
+    };
+    let mut report = Report::new(arguments.json.as_deref())?;
+    let first = devices.first().context("there is no rank")?;
+    let distinct = if arguments.device == Kind::Cuda { gpus.len().min(ranks) } else { 1 };
+    writeln!(
+        report.text,
+        "{}; {ranks} ranks on {distinct} device(s), rows by {transport:?}, {rounds} rounds of {REPEATS} calls, {dtype}",
+        first.capabilities()
+    )?;
+    let given: Vec<&str> = arguments.workloads.iter().map(String::as_str).collect();
+    for spec in if given.is_empty() { defaults } else { &given } {
+        let problem = Problem::parse(spec, ranks, dtype)?;
+        let (rows, measured) = measure(&problem, &devices, (transport, &arguments.chunks), rounds)?;
+        write_table(&mut report, (&problem, first, ranks), &rows, &measured)?;
+    }
+    Ok(())
+}
+
+/// What can be run: every mode that the heads allow, each in the chunks that divide them.
+fn rows_of(heads: Heads, ranks: usize, chunks: &[usize]) -> Vec<Row> {
+    let mut rows = vec![Row::OneDevice, Row::Plan];
+    for (mode, ulysses) in [(Mode::Gather, 1), (Mode::Ulysses, ranks)] {
+        let fits = |of: usize, heads: usize| of > 0 && heads.is_multiple_of(of);
+        if fits(ulysses, heads.num_heads) && fits(ulysses, heads.num_kv_heads) {
+            let divides = |chunks: &&usize| fits(**chunks, heads.num_kv_heads / ulysses);
+            rows.extend(chunks.iter().filter(divides).map(|&chunks| Row::Forced(mode, Some(chunks))));
+        }
+    }
+    rows.push(Row::Forced(Mode::Ring, None));
+    rows
+}
+
+/// Of one row on one rank: how long calls took, and how long the host took to launch them, each round.
+#[derive(Debug, Default, Clone)]
+struct Measured {
+    name: String,
+    calls: Vec<Duration>,
+    host: Vec<Duration>,
+}
+
+/// Times every row on every rank, in turns. The slowest rank counts.
+fn measure(
+    problem: &Problem,
+    devices: &[Device],
+    (transport, chunks): (Transport, &[usize]),
+    rounds: usize,
+) -> Result<(Vec<Row>, Vec<Measured>)> {
+    let communicators: Vec<Box<dyn Communicator>> = match transport {
+        Transport::Host => HostCommunicator::threads(devices.len())?.into_iter().map(boxed).collect(),
+        Transport::Peer => PeerCommunicator::of_devices(devices)?.into_iter().map(boxed).collect(),
+    };
+    let rows = rows_of(problem.heads, devices.len(), chunks);
+    let each = thread::scope(|scope| {
+        let rows = &rows;
+        let ranks = communicators.into_iter().zip(devices);
+        let threads: Vec<_> = ranks
+            .map(|(communicator, device)| scope.spawn(move || run_rank(problem, device, communicator, rows, rounds)))
+            .collect();
+        let joined = threads.into_iter().map(|thread| thread.join().map_err(|_| anyhow!("a rank panicked"))?);
+        joined.collect::<Result<Vec<_>>>()
+    })?;
+    let mut slowest = each.first().context("there is no rank")?.clone();
+    for of_rank in &each[1..] {
+        for (all, own) in slowest.iter_mut().zip(of_rank) {
+            all.calls.iter_mut().zip(&own.calls).for_each(|(all, own)| *all = (*all).max(*own));
+            all.host.iter_mut().zip(&own.host).for_each(|(all, own)| *all = (*all).max(*own));
+        }
+    }
+    Ok((rows, slowest))
+}
+
+fn boxed(communicator: impl Communicator + 'static) -> Box<dyn Communicator> {
+    Box::new(communicator)
+}
+
+fn run_rank(
+    problem: &Problem,
+    device: &Device,
+    mut communicator: Box<dyn Communicator>,
+    rows: &[Row],
+    rounds: usize,
+) -> Result<Vec<Measured>> {
+    let rank = communicator.rank();
+    let meta = ShardedMeta::new(&problem.mask, &problem.shards, rank)?;
+    let mut local = problem.tensors(device, problem.shards.local_len(rank), 1)?;
+    // Rank 0 computes the whole, too.
+    let mut whole = match rank {
+        0 => Some((problem.tensors(device, problem.shards.seq(), 5)?, VarlenMeta::from_key_mask(&problem.mask)?)),
+        _ => None,
+    };
+    let attention = MaskedAttention::new(device);
+    let mut requests: Vec<Option<(SequenceParallel, ParallelRequest)>> = Vec::new();
+    let mut measured = vec![Measured::default(); rows.len()];
+    for (row, measured) in rows.iter().zip(&mut measured) {
+        let mut layer = SequenceParallel::new(device);
+        if let Row::Forced(mode, chunks) = row {
+            layer = chunks.iter().fold(layer.with_mode(*mode), |layer, &chunks| layer.with_chunks(chunks));
+        }
+        if *row == Row::OneDevice {
+            measured.name = "one device".to_owned();
+            requests.push(None);
+            continue;
+        }
+        let request = layer.prepare(&mut *communicator, &meta, &problem.heads)?;
+        let plan = request.plan();
+        let of_plan = if *row == Row::Plan { "plan: " } else { "" };
+        measured.name = format!("{of_plan}{} in {}", plan.mode, plan.chunks);
+        requests.push(Some((layer, request)));
+    }
+    for round in 0..=rounds {
+        for (request, measured) in requests.iter().zip(&mut measured) {
+            communicator.barrier()?;
+            let started = Instant::now();
+            for _ in 0..REPEATS {
+                match (request, &mut whole) {
+                    (Some((layer, request)), _) => {
+                        let [q, k, v, out] = &mut local;
+                        layer.forward_into(&mut *communicator, request, &*q, &*k, &*v, out)?;
+                    }
+                    (None, Some(([q, k, v, out], meta))) => {
+                        attention.forward_into(&*q, &*k, &*v, AttentionMask::varlen(&*meta), out)?;
+                    }
+                    (None, None) => {}
+                }
+            }
+            let launched = started.elapsed();
+            device.synchronize()?;
+            let done = started.elapsed();
+            // The first round warms up.
+            if round > 0 {
+                measured.calls.push(done / REPEATS);
+                measured.host.push(launched / REPEATS);
+            }
+        }
+    }
+    communicator.barrier()?;
+    Ok(measured)
+}
+
+/// One line of JSON.
+#[derive(Debug, Serialize)]
+struct Record<'a> {
+    device: String,
+    workload: &'a str,
+    ranks: usize,
+    row: &'a str,
+    median_ms: f64,
+    host_us: f64,
+    speedup: f64,
+}
+
+fn write_table(
+    report: &mut Report,
+    (problem, device, ranks): (&Problem, &Device, usize),
+    rows: &[Row],
+    measured: &[Measured],
+) -> Result<()> {
+    let Heads { num_heads, num_kv_heads, head_dim, .. } = problem.heads;
+    let (batch, seq) = (problem.mask.batch(), problem.mask.seq());
+    ensure!(rows.len() == measured.len(), "a row was not measured");
+    writeln!(
+        report.text,
+        "\n{}: B {batch}, S {seq}, {num_heads} heads ({num_kv_heads} of keys) of {head_dim}, {} of {} tokens valid",
+        problem.name,
+        problem.mask.total_kept(),
+        batch * seq
+    )?;
+    let mut one_ms = None;
+    for Measured { name, calls, host } in measured {
+        let (times, host) = (Times::of(calls.clone()), Times::of(host.clone()));
+        let (median_ms, host_us) = (milliseconds(times.median), 1e3 * milliseconds(host.median));
+        let speedup = *one_ms.get_or_insert(median_ms) / median_ms;
+        writeln!(
+            report.text,
+            "  {name:<28} {median_ms:>9.3} ms ({:.3} to {:.3})   {speedup:>6.2}x   host {host_us:>7.1} µs a call",
+            milliseconds(times.min),
+            milliseconds(times.max)
+        )?;
+        report.json(&Record {
+            device: device.capabilities().to_string(),
+            workload: &problem.name,
+            ranks,
+            row: name,
+            median_ms,
+            host_us,
+            speedup,
+        })?;
+    }
+    Ok(())
+}

@@ -1,0 +1,338 @@
+//! Copies from the memory of other GPUs of the process, beside the device's own work: on a stream of
+//! their own, ordered with the devices' streams by events. Nothing here waits on the host.
+//!
+//! ```text
+//!   lender's stream   … what writes the memory ─ mark ───────── … ──── take back ─ reuses it
+//!                                                  ╲                    ╱
+//!   reader's lane                                   ╲─ copy ─ event ───╱
+//!                                                  ╱             ╲
+//!   reader's stream   … what frees the room ─ mark ─── … ──────── join ─ reads what came
+//! ```
+//!
+//! An event is recorded before anyone is given it, and a wait for it is enqueued after that: whatever
+//! ranks do, streams cannot wait for one another in a circle.
+
+use std::fmt;
+use std::ops::Range;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use cudarc::driver::DriverError;
+use cudarc::driver::result::{self, event, stream};
+use cudarc::driver::sys::{self, CUcontext, CUdevice, CUevent, CUevent_flags, CUevent_wait_flags, CUresult, CUstream};
+
+use crate::cache::DeviceId;
+use crate::call::memory::{DeviceBuffer, Source};
+use crate::error::Result;
+
+use super::context::Context;
+use super::memory::CudaBuffer;
+
+/// An event of a context, without a time.
+pub struct Event {
+    raw: CUevent,
+    context: Arc<Context>,
+}
+
+// SAFETY: an event may be used from any thread, and its context lives as long.
+unsafe impl Send for Event {}
+// SAFETY: as above; the driver locks it.
+unsafe impl Sync for Event {}
+
+impl fmt::Debug for Event {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "event {:p}", self.raw)
+    }
+}
+
+impl Event {
+    /// The context is current.
+    fn new(context: &Arc<Context>) -> Result<Self> {
+        let made = event::create(CUevent_flags::CU_EVENT_DISABLE_TIMING);
+        Ok(Self { raw: context.check(made, "making an event")?, context: Arc::clone(context) })
+    }
+}
+
+impl Drop for Event {
+    fn drop(&mut self) {
+        let Ok(_current) = self.context.enter() else { return };
+        // SAFETY: the event is live, and this is its only owner; the driver lets what waits for it run.
+        let destroyed = unsafe { event::destroy(self.raw) };
+        if let Err(error) = destroyed {
+            log::debug!("an event is not destroyed: {error}");
+        }
+    }
+}
+
+/// How far a stream has come. The event is used again when nobody has the mark any more.
+#[derive(Debug, Clone)]
+pub struct Mark(Arc<Event>);
+
+#[cfg(feature = "nccl")]
+impl Mark {
+    /// Whether the stream has come past it, or will never: the context is current.
+    pub(super) fn is_past(&self) -> bool {
+        // SAFETY: the event is live and was recorded.
+        let asked = unsafe { event::query(self.0.raw) };
+        asked != Err(DriverError(CUresult::CUDA_ERROR_NOT_READY))
+    }
+}
+
+/// A stream beside a device's own, which copies from other GPUs.
+pub struct Lane {
+    context: Arc<Context>,
+    device: DeviceId,
+    side: CUstream,
+    events: Mutex<Vec<Arc<Event>>>,
+    /// The end of the last copy that the device's stream does not wait for yet.
+    last_copy: Mutex<Option<Mark>>,
+}
+
+// SAFETY: the stream may be used from any thread, and its context lives as long.
+unsafe impl Send for Lane {}
+// SAFETY: as above; what changes is behind locks.
+unsafe impl Sync for Lane {}
+
+impl fmt::Debug for Lane {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Lane").field("context", &self.context).field("side", &self.side).finish_non_exhaustive()
+    }
+}
+
+/// Memory of a device that other devices may copy from until it is taken back.
+#[derive(Debug)]
+pub struct Loan {
+    context: Arc<Context>,
+    address: u64,
+    bytes: u64,
+    /// Where the lender's stream has written it.
+    ready: Mark,
+    state: Mutex<LoanState>,
+}
+
+#[derive(Debug)]
+enum LoanState {
+    Open,
+    /// A copy was enqueued, whose end this is.
+    Copied(Mark),
+    /// The lender took it back before anyone came.
+    Over,
+}
+
+impl Loan {
+    /// Whether a peer has enqueued its copy.
+    pub fn is_copied(&self) -> bool {
+        matches!(*self.lock(), LoanState::Copied(_))
+    }
+
+    /// Number of bytes.
+    pub fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    fn lock(&self) -> MutexGuard<'_, LoanState> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Lane {
+    /// A lane of the device with an id, whose context this is.
+    pub fn new(context: &Arc<Context>, device: DeviceId) -> Result<Self> {
+        let _current = context.enter()?;
+        let side = context.check(stream::create(stream::StreamKind::NonBlocking), "making a stream")?;
+        Ok(Self { context: Arc::clone(context), device, side, events: Mutex::default(), last_copy: Mutex::default() })
+    }
+
+    /// Lets this lane read memory of another one's device without the host, where the GPUs can. Where they cannot,
+    /// the driver copies through host memory: slower, and as right.
+    pub fn reach(&self, other: &Self) -> Result<()> {
+        if self.context.raw() == other.context.raw() {
+            return Ok(());
+        }
+        let (own_device, their_device) = (self.ordinal()?, other.ordinal()?);
+        if own_device == their_device {
+            return Ok(());
+        }
+        let can = self.context.check(can_reach(own_device, their_device), "asking about access between GPUs")?;
+        if !can {
+            log::info!("GPU {own_device} has no access to GPU {their_device}: copies go through host memory");
+            return Ok(());
+        }
+        {
+            let _current = self.context.enter()?;
+            // SAFETY: both contexts are live: the lanes keep them.
+            let reached = unsafe { enable_access(other.context.raw()) };
+            self.context.check(reached, "enabling access between GPUs")?;
+        }
+        let _current = other.context.enter()?;
+        // Memory of pools has rights of its own.
+        let allowed = other.context.pool().let_read(own_device);
+        other.context.check(allowed, "enabling access to a memory pool")
+    }
+
+    /// The stream beside the device's own.
+    #[cfg(feature = "nccl")]
+    pub(super) fn side(&self) -> CUstream {
+        self.side
+    }
+
+    /// Where bytes of the device's memory lie, or what is wrong with them.
+    #[cfg(feature = "nccl")]
+    pub(super) fn address_of(&self, buffer: &dyn DeviceBuffer, bytes: &Range<u64>) -> Result<u64, String> {
+        let buffer = self.own(buffer).map_err(|error| error.to_string())?;
+        match bytes.start <= bytes.end && bytes.end <= buffer.size() {
+            true => Ok(buffer.address() + bytes.start),
+            false => Err(format!("bytes {bytes:?} of {}", buffer.size())),
+        }
+    }
+
+    /// The end of what was enqueued on the lane so far, which [`join`](Self::join) waits for. The context is current.
+    #[cfg(feature = "nccl")]
+    pub(super) fn note_copies(&self) -> Result<Mark> {
+        let end = self.record(self.side)?;
+        *self.last_copy.lock().unwrap_or_else(PoisonError::into_inner) = Some(end.clone());
+        Ok(end)
+    }
+
+    /// The index of the context's GPU.
+    pub(super) fn ordinal(&self) -> Result<CUdevice> {
+        let _current = self.context.enter()?;
+        let mut device = 0;
+        // SAFETY: a context is current, and the pointer is to a device.
+        let asked = unsafe { sys::cuCtxGetDevice(&mut device) }.result();
+        self.context.check(asked, "asking for the context's device")?;
+        Ok(device)
+    }
+
+    /// Where the device's stream has come to. Copies of this lane come after that.
+    pub fn mark(&self) -> Result<Mark> {
+        let _current = self.context.enter()?;
+        self.context.expect_no_capture("exchanging with other ranks")?;
+        let mark = self.record(self.context.stream())?;
+        self.wait(self.side, &mark)?;
+        Ok(mark)
+    }
+
+    /// Lends bytes of the device's memory, which are written where the mark is. Whoever lends them
+    /// [takes them back](Self::take_back) before the memory is given up or written.
+    pub fn lend(&self, buffer: &dyn DeviceBuffer, bytes: Range<u64>, mark: &Mark) -> Result<Loan> {
+        let buffer = self.own(buffer)?;
+        let (start, end) = (bytes.start.min(buffer.size()), bytes.end.min(buffer.size()));
+        Ok(Loan {
+            context: Arc::clone(&self.context),
+            address: buffer.address() + start,
+            bytes: end.saturating_sub(start),
+            ready: mark.clone(),
+            state: Mutex::new(LoanState::Open),
+        })
+    }
+
+    /// Copies all that is lent to the device's memory, from byte `start` of a buffer. False if it was taken back before, or
+    /// does not fit.
+    pub fn copy(&self, loan: &Loan, to: &dyn DeviceBuffer, start: u64) -> Result<bool> {
+        let to = self.own(to)?;
+        // While it is locked it is not taken back.
+        let mut state = loan.lock();
+        let fits = start.checked_add(loan.bytes).is_some_and(|end| end <= to.size());
+        if !matches!(*state, LoanState::Open) || !fits {
+            return Ok(false);
+        }
+        let _current = self.context.enter()?;
+        self.wait(self.side, &loan.ready)?;
+        let (from_context, to_context) = (loan.context.raw(), self.context.raw());
+        let (from, to, bytes) = (loan.address, to.address() + start, loan.bytes as usize);
+        let copied = match (bytes, from_context == to_context) {
+            (0, _) => Ok(()),
+            // SAFETY: the source is a buffer that its lender keeps until the loan is over; the destination is in bounds,
+            // as checked above. Both are of the current context.
+            (_, true) => unsafe { result::memcpy_dtod_async(to, from, bytes, self.side) },
+            // SAFETY: as above, each of its own context, which the loan and the lane keep.
+            (_, false) => unsafe { result::memcpy_peer_async(to_context, to, from_context, from, bytes, self.side) },
+        };
+        let copied = self.context.check(copied, "copying from another rank");
+        // Recorded in any case: part of a copy that was refused may be under way.
+        let end = self.record(self.side)?;
+        *self.last_copy.lock().unwrap_or_else(PoisonError::into_inner) = Some(end.clone());
+        *state = LoanState::Copied(end);
+        copied.map(|()| true)
+    }
+
+    /// Later work of the device comes after all copies of this lane.
+    pub fn join(&self) -> Result<()> {
+        let last = self.last_copy.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let Some(last) = last else { return Ok(()) };
+        let _current = self.context.enter()?;
+        self.wait(self.context.stream(), &last)
+    }
+
+    /// Ends a loan of this lane: nobody copies from it any more, and later work of the device comes after whoever did.
+    pub fn take_back(&self, loan: &Loan) -> Result<()> {
+        let state = std::mem::replace(&mut *loan.lock(), LoanState::Over);
+        let LoanState::Copied(end) = state else { return Ok(()) };
+        let _current = self.context.enter()?;
+        self.wait(self.context.stream(), &end)
+    }
+
+    fn own<'a>(&self, buffer: &'a dyn DeviceBuffer) -> Result<&'a CudaBuffer> {
+        Source::Device(buffer).owned_by(self.device, self.context.faults.device_name())
+    }
+
+    /// The context is current.
+    fn record(&self, stream: CUstream) -> Result<Mark> {
+        let mut events = self.events.lock().unwrap_or_else(PoisonError::into_inner);
+        let free = events.iter().find(|event| Arc::strong_count(event) == 1);
+        let free = match free {
+            Some(event) => Arc::clone(event),
+            None => {
+                let made = Arc::new(Event::new(&self.context)?);
+                events.push(Arc::clone(&made));
+                made
+            }
+        };
+        drop(events);
+        // SAFETY: event and stream are live and of the same context. Whatever waited for the event before has been
+        // enqueued, and keeps to what it was then: nobody had its mark any more.
+        let recorded = unsafe { event::record(free.raw, stream) };
+        self.context.check(recorded, "recording an event")?;
+        Ok(Mark(free))
+    }
+
+    /// Later work of a stream of this context comes after a mark of any. The context is current.
+    fn wait(&self, stream: CUstream, mark: &Mark) -> Result<()> {
+        // SAFETY: both are live; the event may be of another context.
+        let waits = unsafe { stream::wait_event(stream, mark.0.raw, CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT) };
+        self.context.check(waits, "waiting for another stream")
+    }
+}
+
+impl Drop for Lane {
+    fn drop(&mut self) {
+        let Ok(_current) = self.context.enter() else { return };
+        // SAFETY: the stream is this lane's own; the driver lets it finish its work.
+        let destroyed = unsafe { stream::destroy(self.side) };
+        if let Err(error) = destroyed {
+            log::debug!("a stream is not destroyed: {error}");
+        }
+    }
+}
+
+/// Whether one GPU can have access to the memory of another.
+fn can_reach(own: CUdevice, other: CUdevice) -> Result<bool, DriverError> {
+    let mut can = 0;
+    // SAFETY: both devices come from the driver, and the pointer is to an integer.
+    unsafe { sys::cuDeviceCanAccessPeer(&mut can, own, other) }.result()?;
+    Ok(can != 0)
+}
+
+/// Gives the current context access to another one's memory.
+///
+/// # Safety
+/// The other context is live.
+unsafe fn enable_access(other: CUcontext) -> Result<(), DriverError> {
+    // SAFETY: by the caller's promise; there are no flags.
+    match unsafe { sys::cuCtxEnablePeerAccess(other, 0) } {
+        CUresult::CUDA_ERROR_PEER_ACCESS_ALREADY_ENABLED => Ok(()),
+        // More GPUs than the system connects: the driver copies through host memory.
+        CUresult::CUDA_ERROR_TOO_MANY_PEERS | CUresult::CUDA_ERROR_PEER_ACCESS_UNSUPPORTED => Ok(()),
+        outcome => outcome.result(),
+    }
+}

@@ -1,0 +1,504 @@
+//! Ranks that are threads of one process, whose GPUs copy from one another.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::communicator::{Communicator, Exchange, Outgoing, Transfer, TransferMut};
+use super::host::HostCommunicator;
+use super::mailbox::{Mailbox, Message};
+use super::peer_lane::{Lane, PeerLane, lanes};
+use crate::cache::DeviceId;
+use crate::call::op::Backend;
+use crate::device::Device;
+use crate::error::{Error, Result};
+use crate::host_vec;
+use crate::process::{self, OfProcess};
+
+/// A [`Communicator`] between threads of one process, each with a CUDA device: the library's, or one over the caller's context and
+/// stream. Tensors go from GPU to GPU, over NVLink or PCIe where the GPUs have access to one another's memory, else through host
+/// memory by the driver. Several ranks may share a GPU.
+///
+/// Nothing waits for a GPU on the host: ranks hand one another addresses and events. Each rank copies what it receives on a stream
+/// beside its device's own, so what `meanwhile` of [`exchange`](Communicator::exchange) launches runs at the same time. What the
+/// device does later comes after what came, and after the peers' copies of what was sent.
+///
+/// Making the ranks enables access between their contexts, which stays. While the device's stream is being captured into a graph an
+/// exchange is refused with [`Error::StreamCaptured`]. In a child made by `fork` it is an error.
+///
+/// ```no_run
+/// use varlen_fa::dist::PeerCommunicator;
+/// use varlen_fa::{Device, DeviceChoice, Result};
+///
+/// let devices: Vec<Device> = (0..2).map(|rank| Device::new(DeviceChoice::Cuda(rank))).collect::<Result<_>>()?;
+/// let ranks = PeerCommunicator::of_devices(&devices)?; // one for each thread
+/// # Ok::<(), varlen_fa::Error>(())
+/// ```
+#[derive(Debug)]
+pub struct PeerCommunicator {
+    device: DeviceId,
+    ranked: Ranked<Lane>,
+}
+
+/// How long a rank looks for a peer's message before it sleeps.
+const LOOKS: Duration = Duration::from_millis(1);
+
+impl PeerCommunicator {
+    /// A rank for each device, in order.
+    ///
+    /// # Errors
+    /// [`Error::Sharding`] without a device, [`Error::DeviceKind`] for one that is not a CUDA device, [`Error::DeviceLost`],
+    /// [`Error::Backend`].
+    pub fn of_devices(devices: &[Device]) -> Result<Vec<Self>> {
+        if devices.is_empty() {
+            let (expected, got) = ("at least one device".to_owned(), "none".to_owned());
+            return Err(Error::Sharding { argument: "devices", expected, got });
+        }
+        let backends = devices.iter().map(Device::backend).collect::<Result<Vec<&dyn Backend>>>()?;
+        let ranked = Ranked::ranks(lanes(&backends)?);
+        let ids = backends.iter().map(|backend| backend.id());
+        Ok(ids.zip(ranked).map(|(device, ranked)| Self { device, ranked }).collect())
+    }
+
+    /// With another time-out: how long an exchange waits for the peers. It is [`HostCommunicator::TIME_OUT`] else.
+    #[must_use]
+    pub fn with_time_out(mut self, limit: Duration) -> Self {
+        self.ranked.limit = limit;
+        self
+    }
+}
+
+impl Communicator for PeerCommunicator {
+    fn rank(&self) -> usize {
+        self.ranked.rank
+    }
+
+    fn world_size(&self) -> usize {
+        self.ranked.mailboxes.len()
+    }
+
+    fn moves_memory_of(&self, device: &Device) -> bool {
+        device.backend().is_ok_and(|backend| backend.id() == self.device)
+    }
+
+    fn exchange(&mut self, exchange: Exchange<'_>, meanwhile: &mut dyn FnMut() -> Result<()>) -> Result<()> {
+        self.ranked.exchange(exchange, meanwhile)
+    }
+
+    fn abort(&mut self, why: &str) {
+        self.ranked.abort(why);
+    }
+}
+
+/// What one rank gives another.
+#[derive(Debug)]
+enum Parcel<L> {
+    Bytes(Vec<u8>),
+    Loan(Arc<L>),
+}
+
+type Mailboxes<L> = Arc<Vec<Mailbox<Parcel<<L as PeerLane>::Loan>>>>;
+
+/// One rank: its lane, and the mailboxes of all.
+#[derive(Debug)]
+struct Ranked<L: PeerLane> {
+    rank: usize,
+    limit: Duration,
+    lane: OfProcess<L>,
+    mailboxes: Mailboxes<L>,
+    /// The rank because of which this one gave up, and why.
+    aborted: Option<(usize, String)>,
+    process: usize,
+}
+
+/// What a rank has lent in one exchange. However that ends, all of it is taken back, and later work of the device comes after
+/// every copy.
+#[derive(Debug)]
+struct Lending<'a, L: PeerLane> {
+    lane: &'a L,
+    /// To whom, in order.
+    loans: Vec<(usize, Arc<L::Loan>)>,
+}
+
+impl<L: PeerLane> Lending<'_, L> {
+    fn end(&mut self) -> Result<()> {
+        let taken = self.loans.drain(..).map(|(_, loan)| self.lane.take_back(&loan));
+        // Each is taken back, whatever becomes of the others.
+        let taken = taken.fold(Ok(()), Result::and);
+        self.lane.join().and(taken)
+    }
+}
+
+impl<L: PeerLane> Drop for Lending<'_, L> {
+    fn drop(&mut self) {
+        if let Err(error) = self.end() {
+            log::debug!("an exchange between GPUs is not ended: {error}");
+        }
+    }
+}
+
+impl<L: PeerLane> Ranked<L> {
+    fn ranks(lanes: Vec<L>) -> Vec<Self> {
+        let world = lanes.len();
+        let mailboxes = Arc::new((0..world).map(|_| Mailbox::new(world).looking(LOOKS)).collect::<Vec<_>>());
+        let of_rank = |(rank, lane)| Self {
+            rank,
+            limit: HostCommunicator::TIME_OUT,
+            lane: OfProcess::new(Arc::new(lane)),
+            mailboxes: Arc::clone(&mailboxes),
+            aborted: None,
+            process: process::current(),
+        };
+        lanes.into_iter().enumerate().map(of_rank).collect()
+    }
+
+    fn exchange(&mut self, exchange: Exchange<'_>, meanwhile: &mut dyn FnMut() -> Result<()>) -> Result<()> {
+        exchange.check_peers(self.rank, self.mailboxes.len())?;
+        let operation = exchange.operation;
+        if self.process != process::current() {
+            let why = "the process was forked from the one that the communicator belongs to".to_owned();
+            return Err(Error::RankLost { operation, rank: self.rank, why });
+        }
+        if let Some((rank, why)) = &self.aborted {
+            return Err(Error::RankLost { operation, rank: *rank, why: why.clone() });
+        }
+        let within = (Instant::now(), self.limit);
+        let is_of_device = exchange.sends.iter().any(|send| matches!(send.from, Transfer::Device(_)))
+            || exchange.receives.iter().any(|receive| matches!(receive.to, TransferMut::Device(_)));
+        let mark = if is_of_device { Some(self.lane.mark()?) } else { None };
+        let mut lending = Lending { lane: &**self.lane, loans: Vec::with_capacity(exchange.sends.len()) };
+        self.send(&exchange, mark.as_ref(), &mut lending)?;
+        meanwhile()?;
+        self.receive(exchange, within)?;
+        for (to, loan) in &lending.loans {
+            self.mailboxes[self.rank].wait_until(operation, *to, within, || L::is_copied(loan))?;
+        }
+        lending.end()
+    }
+
+    fn send(&self, exchange: &Exchange<'_>, mark: Option<&L::Mark>, lending: &mut Lending<'_, L>) -> Result<()> {
+        for Outgoing { to, from } in &exchange.sends {
+            let body = match (from, mark) {
+                (Transfer::Device(memory), Some(mark)) => {
+                    let loan = Arc::new(self.lane.lend(memory, mark)?);
+                    lending.loans.push((*to, Arc::clone(&loan)));
+                    Parcel::Loan(loan)
+                }
+                (Transfer::Host(bytes), _) => Parcel::Bytes(host_vec::copied(bytes)?),
+                // There is a mark wherever there is device memory.
+                (Transfer::Device(_), None) => continue,
+            };
+            self.mailboxes[*to].put(self.rank, Message { tag: exchange.tag, body });
+        }
+        Ok(())
+    }
+
+    fn receive(&self, exchange: Exchange<'_>, within: (Instant, Duration)) -> Result<()> {
+        let Exchange { operation, tag, mut receives, .. } = exchange;
+        let world = self.mailboxes.len();
+        // Each from another one first, so that not all copy from the same GPU. The order of one peer's messages stays.
+        receives.sort_by_key(|receive| (receive.from + world - self.rank) % world);
+        for receive in receives {
+            let rank = receive.from;
+            let message = self.mailboxes[self.rank].take(operation, rank, within)?;
+            let differ = |what: String| Error::RanksDiffer { operation, own_rank: self.rank, rank, what };
+            if message.tag != tag {
+                return Err(differ("calls, masks or settings".to_owned()));
+            }
+            let expect_len = |got: u64, room: u64| match got == room {
+                true => Ok(()),
+                false => Err(differ(format!("shapes ({got} bytes where {room} fit)"))),
+            };
+            match (message.body, receive.to) {
+                (Parcel::Bytes(bytes), TransferMut::Host(into)) => {
+                    expect_len(bytes.len() as u64, into.len() as u64)?;
+                    into.copy_from_slice(&bytes);
+                }
+                (Parcel::Loan(loan), TransferMut::Device(into)) => {
+                    expect_len(L::bytes_of(&loan), into.len())?;
+                    let is_copied = self.lane.copy(&loan, &into)?;
+                    self.mailboxes[rank].wake();
+                    if !is_copied {
+                        let lost = self.mailboxes[self.rank].cause();
+                        let (rank, why) = lost.unwrap_or_else(|| (rank, "it took back what it sent".to_owned()));
+                        return Err(Error::RankLost { operation, rank, why });
+                    }
+                }
+                _ => return Err(differ("devices (one sends host memory, and one that of a GPU)".to_owned())),
+            }
+        }
+        Ok(())
+    }
+
+    fn abort(&mut self, why: &str) {
+        if self.aborted.is_some() || self.process != process::current() {
+            return;
+        }
+        // Where another rank was the first to give up, that is the reason.
+        let cause = self.mailboxes[self.rank].cause();
+        let (rank, why) = cause.unwrap_or_else(|| (self.rank, format!("it gave up: {why}")));
+        for (peer, mailbox) in self.mailboxes.iter().enumerate() {
+            if peer != self.rank {
+                mailbox.abort(rank, &why);
+            }
+        }
+        self.aborted = Some((rank, why));
+    }
+}
+
+impl<L: PeerLane> Drop for Ranked<L> {
+    fn drop(&mut self) {
+        if self.process == process::current() {
+            let others = self.mailboxes.iter().enumerate().filter(|&(peer, _)| peer != self.rank);
+            others.for_each(|(_, mailbox)| mailbox.lose(self.rank, "its communicator was dropped"));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::any::Any;
+    use std::ops::Range;
+    use std::sync::Mutex;
+    use std::thread;
+
+    use super::*;
+    use crate::call::memory::{DeviceBuffer, Sink, Source};
+    use crate::dist::communicator::{DeviceBytes, Incoming, incoming, outgoing};
+
+    /// Memory of a device that is none: what a lane moves, without a GPU.
+    #[derive(Debug, Default, Clone)]
+    struct Memory(Arc<Mutex<Vec<u8>>>);
+
+    impl Memory {
+        fn of(bytes: &[u8]) -> Self {
+            Self(Arc::new(Mutex::new(bytes.to_vec())))
+        }
+
+        fn bytes(&self) -> Vec<u8> {
+            self.0.lock().unwrap().clone()
+        }
+    }
+
+    impl DeviceBuffer for Memory {
+        fn device(&self) -> DeviceId {
+            DeviceId::CPU
+        }
+        fn device_name(&self) -> &str {
+            "none"
+        }
+        fn size(&self) -> u64 {
+            self.0.lock().unwrap().len() as u64
+        }
+        fn space(&self) -> u64 {
+            1
+        }
+        fn touched(&self, bytes: Range<u64>) -> Range<u64> {
+            bytes
+        }
+        fn as_any(&self) -> &dyn Any {
+            self
+        }
+    }
+
+    /// Copies at once, and counts what is not ended.
+    #[derive(Debug, Default)]
+    struct TestLane {
+        lent: Arc<Mutex<usize>>,
+        unjoined: Mutex<usize>,
+    }
+
+    #[derive(Debug)]
+    struct TestLoan {
+        memory: Memory,
+        range: Range<usize>,
+        state: Mutex<Option<bool>>,
+    }
+
+    fn memory_of(bytes: &DeviceBytes<'_>) -> (Memory, Range<usize>) {
+        let memory: &Memory = bytes.buffer().as_any().downcast_ref().unwrap();
+        (memory.clone(), bytes.range().start as usize..bytes.range().end as usize)
+    }
+
+    impl PeerLane for TestLane {
+        type Loan = TestLoan;
+        type Mark = ();
+
+        fn mark(&self) -> Result<()> {
+            Ok(())
+        }
+
+        fn lend(&self, bytes: &DeviceBytes<'_>, (): &()) -> Result<TestLoan> {
+            let (memory, range) = memory_of(bytes);
+            *self.lent.lock().unwrap() += 1;
+            Ok(TestLoan { memory, range, state: Mutex::new(Some(false)) })
+        }
+
+        fn bytes_of(loan: &TestLoan) -> u64 {
+            loan.range.len() as u64
+        }
+
+        fn copy(&self, loan: &TestLoan, to: &DeviceBytes<'_>) -> Result<bool> {
+            let mut state = loan.state.lock().unwrap();
+            if *state != Some(false) {
+                return Ok(false);
+            }
+            let from = loan.memory.bytes()[loan.range.clone()].to_vec();
+            let (to, range) = memory_of(to);
+            to.0.lock().unwrap()[range].copy_from_slice(&from);
+            *self.unjoined.lock().unwrap() += 1;
+            *state = Some(true);
+            Ok(true)
+        }
+
+        fn is_copied(loan: &TestLoan) -> bool {
+            *loan.state.lock().unwrap() == Some(true)
+        }
+
+        fn join(&self) -> Result<()> {
+            *self.unjoined.lock().unwrap() = 0;
+            Ok(())
+        }
+
+        fn take_back(&self, loan: &TestLoan) -> Result<()> {
+            *loan.state.lock().unwrap() = None;
+            *self.lent.lock().unwrap() -= 1;
+            Ok(())
+        }
+    }
+
+    fn ranks(world: usize, limit: Duration) -> Vec<Ranked<TestLane>> {
+        let mut ranks = Ranked::ranks((0..world).map(|_| TestLane::default()).collect());
+        ranks.iter_mut().for_each(|rank| rank.limit = limit);
+        ranks
+    }
+
+    const LONG: Duration = Duration::from_secs(60);
+
+    /// Each rank sends two bytes to each, and receives two of each.
+    fn all_to_all(rank: &mut Ranked<TestLane>, tag: u8, meanwhile: Result<()>) -> Result<Vec<u8>> {
+        let (own, world) = (rank.rank, rank.mailboxes.len());
+        let sent = Memory::of(&(0..world).flat_map(|to| [own as u8, to as u8]).collect::<Vec<_>>());
+        let came = Memory::of(&vec![0xff; 2 * world]);
+        let peers = || (0..world).filter(|&peer| peer != own);
+        let place = |peer: usize| 2 * peer as u64..2 * peer as u64 + 2;
+        let sends = peers().map(|to| Outgoing { to, from: outgoing(Source::Device(&sent), place(to)) }).collect();
+        let receives = peers().map(|from| Incoming { from, to: incoming(Sink::Device(&came), place(from)) }).collect();
+        let done =
+            rank.exchange(Exchange { operation: "test", tag: [tag; 16], sends, receives }, &mut || meanwhile.clone());
+        assert_eq!((*rank.lane.lent.lock().unwrap(), *rank.lane.unjoined.lock().unwrap()), (0, 0), "all is ended");
+        done.inspect_err(|why| rank.abort(&why.to_string()))?;
+        Ok(came.bytes())
+    }
+
+    fn on_ranks<T: Send>(ranks: Vec<Ranked<TestLane>>, run: impl Fn(Ranked<TestLane>) -> T + Sync) -> Vec<T> {
+        thread::scope(|scope| {
+            let run = &run;
+            let threads: Vec<_> = ranks.into_iter().map(|rank| scope.spawn(move || run(rank))).collect();
+            threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+        })
+    }
+
+    #[test]
+    fn what_is_lent_arrives_and_is_taken_back() {
+        let all = on_ranks(ranks(4, LONG), |mut rank| {
+            for call in 0..50 {
+                let came = all_to_all(&mut rank, call, Ok(())).unwrap();
+                for from in (0..4).filter(|&from| from != rank.rank) {
+                    assert_eq!(came[2 * from..2 * from + 2], [from as u8, rank.rank as u8]);
+                }
+            }
+        });
+        assert_eq!(all.len(), 4);
+    }
+
+    #[test]
+    fn a_rank_that_fails_meanwhile_is_lost_to_the_others() {
+        let why = Error::HeadDim { got: 0 };
+        let results = on_ranks(ranks(3, LONG), |mut rank| {
+            let meanwhile = if rank.rank == 1 { Err(why.clone()) } else { Ok(()) };
+            all_to_all(&mut rank, 0, meanwhile).and_then(|_| all_to_all(&mut rank, 1, Ok(())))
+        });
+        assert_eq!(results[1], Err(why));
+        for other in [0, 2] {
+            assert!(matches!(&results[other], Err(Error::RankLost { rank: 1, why, .. }) if why.contains("gave up")));
+        }
+    }
+
+    #[test]
+    fn a_rank_that_never_comes_is_timed_out() {
+        let results = on_ranks(ranks(2, Duration::from_millis(30)), |mut rank| match rank.rank {
+            0 => all_to_all(&mut rank, 0, Ok(())).map(drop),
+            _ => {
+                thread::sleep(Duration::from_millis(200));
+                all_to_all(&mut rank, 0, Ok(())).map(drop)
+            }
+        });
+        assert!(matches!(results[0], Err(Error::RankTimedOut { rank: 1, .. })), "{results:?}");
+        // What the other one lent was taken back: the late one copies nothing.
+        assert!(matches!(results[1], Err(Error::RankLost { rank: 0, .. })), "{results:?}");
+    }
+
+    #[test]
+    fn other_calls_and_other_shapes_are_noticed() {
+        let results = on_ranks(ranks(2, LONG), |mut rank| {
+            let tag = rank.rank as u8;
+            all_to_all(&mut rank, tag, Ok(()))
+        });
+        assert!(results.iter().any(|result| matches!(result, Err(Error::RanksDiffer { .. }))), "{results:?}");
+        assert!(results.iter().all(Result::is_err), "{results:?}");
+
+        let results = on_ranks(ranks(2, LONG), |mut rank| {
+            let (memory, peer) = (Memory::of(&[1; 8]), 1 - rank.rank);
+            let to = incoming(Sink::Device(&memory), 4..8);
+            let from = outgoing(Source::Device(&memory), 0..2 + 2 * rank.rank as u64);
+            let exchange = Exchange {
+                operation: "test",
+                tag: [0; 16],
+                sends: vec![Outgoing { to: peer, from }],
+                receives: vec![Incoming { from: peer, to }],
+            };
+            let done = rank.exchange(exchange, &mut || Ok(()));
+            done.inspect_err(|why| rank.abort(&why.to_string()))
+        });
+        assert!(matches!(&results[1], Err(Error::RanksDiffer { what, .. }) if what.contains("2 bytes")), "{results:?}");
+        assert!(results[0].is_err(), "{results:?}");
+    }
+
+    #[test]
+    fn a_rank_that_is_dropped_is_lost() {
+        let mut ranks = ranks(2, LONG);
+        drop(ranks.pop());
+        let result = all_to_all(&mut ranks[0], 0, Ok(()));
+        assert!(matches!(result, Err(Error::RankLost { rank: 1, .. })), "{result:?}");
+        // And it takes no more calls.
+        assert!(all_to_all(&mut ranks[0], 0, Ok(())).is_err());
+    }
+
+    #[test]
+    fn a_panic_meanwhile_takes_back_what_was_lent() {
+        let lost = on_ranks(ranks(2, LONG), |mut rank| {
+            if rank.rank == 1 {
+                let lent = Arc::clone(&rank.lane.lent);
+                let panicked = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+                    let memory = Memory::of(&[1; 8]);
+                    let sends = vec![Outgoing { to: 0, from: outgoing(Source::Device(&memory), 0..2) }];
+                    let exchange = Exchange { operation: "test", tag: [0; 16], sends, receives: vec![] };
+                    rank.exchange(exchange, &mut || std::panic::panic_any("on purpose"))
+                }));
+                assert!(panicked.is_err());
+                assert_eq!(*lent.lock().unwrap(), 0);
+                return None;
+            }
+            Some(all_to_all(&mut rank, 0, Ok(())))
+        });
+        assert!(matches!(lost[0], Some(Err(Error::RankLost { rank: 1, .. }))), "{lost:?}");
+    }
+
+    #[test]
+    fn only_cuda_devices_are_ranks() -> Result<()> {
+        assert!(matches!(PeerCommunicator::of_devices(&[]), Err(Error::Sharding { argument: "devices", .. })));
+        let cpu = Device::new(crate::config::DeviceChoice::Cpu)?;
+        assert!(matches!(PeerCommunicator::of_devices(&[cpu]), Err(Error::DeviceKind { expected: "cuda", .. })));
+        Ok(())
+    }
+}

@@ -1,0 +1,151 @@
+//! Sequence parallelism among CUDA devices of this process, which copy from one another: on as many GPUs as there are, and on one
+//! GPU otherwise, which several ranks then share.
+
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, ensure};
+use varlen_fa::dist::{Communicator, Heads, Mode, PeerCommunicator, SequenceParallel, ShardedMeta, Shards};
+use varlen_fa::{DType, Device, DeviceChoice, Error, KeyMask, Tensor};
+
+use super::dist;
+use super::trials::Trials;
+
+pub fn register(trials: &mut Trials) {
+    trials.each_dtype("dist/peer/modes", |device, dtype| dist::modes_on(device, dtype, peers));
+    trials.each_dtype("dist/peer/heads", |device, dtype| dist::heads_on(device, dtype, peers));
+    trials.each_dtype("dist/peer/random", |device, dtype| dist::random_cases_on(device, dtype, peers));
+    trials.once("dist/peer/repeats", |device| dist::repeats_on(device, peers));
+    trials.once("dist/peer/many_calls", many_calls);
+    trials.once("dist/peer/a_rank_that_fails", a_rank_that_fails);
+    trials.once("dist/peer/a_rank_that_is_silent", a_rank_that_is_silent);
+    trials.once("dist/peer/memory_of_another_device", memory_of_another_device);
+}
+
+/// The device of each rank: GPUs in turn, of which the device under test is the first.
+fn devices(device: &Device, ranks: usize) -> Result<Vec<Device>> {
+    let mut gpus = vec![device.clone()];
+    for choice in Device::choices() {
+        if matches!(choice, DeviceChoice::Cuda(_)) && choice != device.config().device {
+            gpus.extend(Device::new(choice).ok());
+        }
+    }
+    Ok((0..ranks).map(|rank| gpus[rank % gpus.len()].clone()).collect())
+}
+
+fn communicators(device: &Device, ranks: usize) -> Result<Vec<(PeerCommunicator, Device)>> {
+    let devices = devices(device, ranks)?;
+    Ok(PeerCommunicator::of_devices(&devices)?.into_iter().zip(devices).collect())
+}
+
+fn peers(device: &Device, ranks: usize) -> Result<Vec<(Box<dyn Communicator>, Device)>> {
+    let ranks = communicators(device, ranks)?;
+    Ok(ranks.into_iter().map(|(rank, device)| (Box::new(rank) as Box<dyn Communicator>, device)).collect())
+}
+
+const HEADS: Heads = Heads { num_heads: 8, num_kv_heads: 8, head_dim: 64, dtype: DType::Bf16 };
+const SEQ: usize = 600;
+
+/// A rank's layer and tensors.
+fn inputs(device: &Device, rank: usize, ranks: usize) -> Result<(ShardedMeta, [Tensor; 3])> {
+    let shards = Shards::equal(SEQ, ranks)?;
+    let meta = ShardedMeta::new(&KeyMask::from_lengths(SEQ, &[SEQ - 5])?, &shards, rank)?;
+    let shape = [1, meta.query().seq(), HEADS.num_heads, HEADS.head_dim];
+    let zeros = || Tensor::zeros(device, HEADS.dtype, &shape);
+    Ok((meta, [zeros()?, zeros()?, zeros()?]))
+}
+
+/// Calls follow one another without a wait on the host, and memory of one is reused by the next: each gives the same bits.
+fn many_calls(device: &Device) -> Result<()> {
+    let results = dist::on_ranks(communicators(device, 2)?, |(mut communicator, device)| {
+        let (meta, mut tensors) = inputs(&device, communicator.rank(), 2)?;
+        for (seed, tensor) in tensors.iter_mut().enumerate() {
+            let count: usize = tensor.shape().iter().product();
+            let value = |at: usize| ((at * 37 + seed * 11 + communicator.rank() * 5) % 61) as f32 / 61.0 - 0.5;
+            let values: Vec<varlen_fa::bf16> = (0..count).map(|at| varlen_fa::bf16::from_f32(value(at))).collect();
+            tensor.write(&values)?;
+        }
+        for (mode, chunks) in
+            [(Mode::Gather, 1), (Mode::Gather, 4), (Mode::Ulysses, 1), (Mode::Ulysses, 2), (Mode::Ring, 1)]
+        {
+            let parallel = SequenceParallel::new(&device).with_mode(mode).with_chunks(chunks);
+            let request = parallel.prepare(&mut communicator, &meta, &HEADS)?;
+            let [q, k, v] = &tensors;
+            let outputs: Vec<Tensor> =
+                (0..40).map(|_| parallel.forward(&mut communicator, &request, q, k, v)).collect::<Result<_, _>>()?;
+            let first = outputs[0].to_vec::<varlen_fa::bf16>()?;
+            ensure!(first.iter().any(|value| value.to_f32() != 0.0), "{mode}: zeros alone");
+            for output in &outputs[1..] {
+                ensure!(output.to_vec::<varlen_fa::bf16>()? == first, "{mode}, {chunks} chunks: other bits");
+            }
+        }
+        communicator.barrier()?;
+        Ok(())
+    })?;
+    results.into_iter().collect()
+}
+
+/// The others get an error, and the GPUs compute on.
+fn a_rank_that_fails(device: &Device) -> Result<()> {
+    for mode in [Mode::Gather, Mode::Ulysses, Mode::Ring] {
+        let started = Instant::now();
+        let errors = dist::on_ranks(communicators(device, 3)?, |(mut communicator, device)| {
+            let heads = Heads { num_heads: 6, num_kv_heads: 6, ..HEADS };
+            let (meta, _) = inputs(&device, communicator.rank(), 3)?;
+            let shape = [1, meta.query().seq(), 6, HEADS.head_dim];
+            let tensor = Tensor::zeros(&device, HEADS.dtype, &shape)?;
+            let parallel = SequenceParallel::new(&device).with_mode(mode);
+            let request = parallel.prepare(&mut communicator, &meta, &heads)?;
+            parallel.forward(&mut communicator, &request, &tensor, &tensor, &tensor)?;
+            if communicator.rank() == 1 {
+                let other = Tensor::zeros(&device, HEADS.dtype, &[1, 3, 6, HEADS.head_dim])?;
+                return Ok(parallel.forward(&mut communicator, &request, &tensor, &other, &tensor).err());
+            }
+            Ok(parallel.forward(&mut communicator, &request, &tensor, &tensor, &tensor).err())
+        })?;
+        for (rank, error) in errors.into_iter().enumerate() {
+            let error = error?;
+            let is_right = match rank {
+                1 => matches!(error, Some(Error::Shape { argument: "k", .. })),
+                _ => matches!(error, Some(Error::RankLost { rank: 1, .. })),
+            };
+            ensure!(is_right, "{mode}, rank {rank}: {error:?}");
+        }
+        ensure!(started.elapsed() < Duration::from_secs(20), "{mode}: errors took {:?}", started.elapsed());
+    }
+    many_calls(device)
+}
+
+fn a_rank_that_is_silent(device: &Device) -> Result<()> {
+    let limit = Duration::from_millis(300);
+    let errors = dist::on_ranks(communicators(device, 2)?, |(mut communicator, device)| {
+        let (meta, [q, k, v]) = inputs(&device, communicator.rank(), 2)?;
+        let parallel = SequenceParallel::new(&device).with_mode(Mode::Gather);
+        let request = parallel.prepare(&mut communicator, &meta, &HEADS)?;
+        let mut communicator = communicator.with_time_out(limit);
+        if communicator.rank() == 1 {
+            thread::sleep(4 * limit);
+        }
+        Ok(parallel.forward(&mut communicator, &request, &q, &k, &v).err())
+    })?;
+    let errors = errors.into_iter().collect::<Result<Vec<_>>>()?;
+    ensure!(matches!(errors[0], Some(Error::RankTimedOut { rank: 1, .. })), "{errors:?}");
+    ensure!(matches!(errors[1], Some(Error::RankLost { rank: 0, .. })), "{errors:?}");
+    device.synchronize()?;
+    many_calls(device)
+}
+
+/// Tensors of a device that the communicator does not know go through host memory, and the result is the same.
+fn memory_of_another_device(device: &Device) -> Result<()> {
+    let results = dist::on_ranks(communicators(device, 2)?, |(mut communicator, own)| {
+        let cpu = Device::new(DeviceChoice::Cpu)?;
+        ensure!(communicator.moves_memory_of(&own) && !communicator.moves_memory_of(&cpu));
+        let (meta, [q, k, v]) = inputs(&cpu, communicator.rank(), 2)?;
+        let parallel = SequenceParallel::new(&cpu).with_mode(Mode::Gather);
+        let request = parallel.prepare(&mut communicator, &meta, &HEADS)?;
+        let out = parallel.forward(&mut communicator, &request, &q, &k, &v)?.to_vec::<varlen_fa::bf16>()?;
+        ensure!(out.iter().all(|value| value.to_f32() == 0.0), "values of zero come to something else");
+        Ok(())
+    })?;
+    results.into_iter().collect()
+}
