@@ -1,6 +1,5 @@
 //! Everything that must hold before a change lands, in one table of steps. No step needs a GPU.
 
-use std::env;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -8,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
-use crate::workspace::{Workspace, capture, cargo, run};
+use crate::workspace::{Workspace, capture, cargo, is_installed, run};
 use crate::{external_types, header, imports, kernels, package, pages, python_package, table};
 
 /// One step of CI.
@@ -200,6 +199,12 @@ const STEPS: &[Step] = &[
         ]),
     },
     Step {
+        name: "candle",
+        about: "the adapter of candle: its tests, and MiniLM by candle's layers and our attention",
+        variables: &[],
+        work: Function(candle),
+    },
+    Step {
         name: "benches",
         about: "the benches run, with small sizes",
         variables: DEVICES,
@@ -370,6 +375,25 @@ fn installed(folder: &Path, package: &str) -> Result<PathBuf> {
     Ok(programs)
 }
 
+/// The adapter is a workspace of its own. It is built into this one's folder, which has some of its
+/// dependencies.
+fn candle(workspace: &Workspace) -> Result<Outcome> {
+    const LINES: [&str; 3] = [
+        "cargo fmt --all --check",
+        "../../scripts/fetch_minilm.sh",
+        // Without candle-transformers' own model beside ours, which compiles for minutes.
+        "cargo test --release --locked --workspace --no-default-features",
+    ];
+    let folder = workspace.root.join("adapters/candle");
+    for line in LINES {
+        println!("+ {line} (in adapters/candle)");
+        let mut command = command(&folder, line)?;
+        command.env("CARGO_TARGET_DIR", &workspace.target).env("VARLEN_FA_TEST_REQUIRE_MODEL", "1");
+        run(&mut command)?;
+    }
+    Ok(Outcome::Passed)
+}
+
 fn python_wheel(workspace: &Workspace) -> Result<Outcome> {
     python_package::check(workspace)?;
     Ok(Outcome::Passed)
@@ -399,12 +423,6 @@ fn compile_python(workspace: &Workspace) -> Result<Outcome> {
     let files = workspace.files("*.py")?;
     run(Command::new("python3").current_dir(&workspace.root).args(["-c", COMPILE]).args(files))?;
     Ok(Outcome::Passed)
-}
-
-fn is_installed(program: &str) -> bool {
-    let path = env::var_os("PATH").unwrap_or_default();
-    env::split_paths(&path).any(|folder| folder.join(program).is_file())
-        || env::var_os("CARGO_HOME").is_some_and(|home| PathBuf::from(home).join("bin").join(program).is_file())
 }
 
 #[cfg(test)]
