@@ -199,6 +199,12 @@ const STEPS: &[Step] = &[
         ]),
     },
     Step {
+        name: "onnxruntime",
+        about: "the attention of the C library between onnxruntime's sessions, on its buffers: docs/engines.md",
+        variables: &[],
+        work: Function(onnxruntime),
+    },
+    Step {
         name: "candle",
         about: "the adapter of candle: its tests, and MiniLM by candle's layers and our attention",
         variables: &[],
@@ -333,7 +339,7 @@ fn install_packages(_workspace: &Workspace) -> Result<Outcome> {
 fn typos(workspace: &Workspace) -> Result<Outcome> {
     /// The version that the list of exceptions was written for.
     const PACKAGE: &str = "typos==1.52.0";
-    let programs = installed(&workspace.target.join("typos"), PACKAGE)?;
+    let programs = installed(&workspace.target.join("typos"), &[PACKAGE])?;
     run(Command::new(programs.join("typos")).current_dir(&workspace.root))?;
     Ok(Outcome::Passed)
 }
@@ -345,7 +351,7 @@ fn typos(workspace: &Workspace) -> Result<Outcome> {
 fn fuzz(workspace: &Workspace) -> Result<Outcome> {
     const PACKAGE: &str = "numpy==2.4.6";
     const SEED: [&str; 2] = ["--seed", "1"];
-    let programs = installed(&workspace.target.join("numpy"), PACKAGE)?;
+    let programs = installed(&workspace.target.join("numpy"), &[PACKAGE])?;
     run(Command::new(workspace.root.join("fuzz/run.sh")).args(["--seconds", "60"]).args(SEED))?;
     run(cargo().current_dir(&workspace.root).args(["build", "--release", "-p", "varlen-fa-capi"]))?;
     let mut python = Command::new(programs.join("python3"));
@@ -357,10 +363,21 @@ fn fuzz(workspace: &Workspace) -> Result<Outcome> {
     Ok(Outcome::Passed)
 }
 
-/// Installs a Python package into an environment of its own below `folder`, unless it is there;
+/// The program of docs/engines.md; the library is what `fuzz` builds too.
+fn onnxruntime(workspace: &Workspace) -> Result<Outcome> {
+    const PACKAGES: [&str; 2] = ["onnxruntime==1.32.0", "onnx==1.23.2"];
+    let programs = installed(&workspace.target.join("onnxruntime"), &PACKAGES)?;
+    run(cargo().current_dir(&workspace.root).args(["build", "--release", "-p", "varlen-fa-capi"]))?;
+    let mut python = Command::new(programs.join("python3"));
+    python.arg(workspace.root.join("examples/onnxruntime/encoder.py"));
+    run(python.env("CARGO_TARGET_DIR", &workspace.target))?;
+    Ok(Outcome::Passed)
+}
+
+/// Installs Python packages into an environment of their own below `folder`, unless they are there;
 /// returns the folder of its programs.
-fn installed(folder: &Path, package: &str) -> Result<PathBuf> {
-    let environment = folder.join(package);
+fn installed(folder: &Path, packages: &[&str]) -> Result<PathBuf> {
+    let environment = folder.join(packages.join(","));
     let (programs, installed) = (environment.join("bin"), environment.join("installed"));
     if installed.is_file() {
         return Ok(programs);
@@ -369,8 +386,8 @@ fn installed(folder: &Path, package: &str) -> Result<PathBuf> {
     capture(Command::new("python3").args(["-m", "venv"]).arg(&environment))
         .context("python3 cannot make an environment (Debian: install python3-venv)")?;
     let mut pip = Command::new(python);
-    pip.args(["-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--only-binary=:all:", package]);
-    run(&mut pip).with_context(|| format!("pip could not install {package}"))?;
+    pip.args(["-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--only-binary=:all:"]);
+    run(pip.args(packages)).with_context(|| format!("pip could not install {}", packages.join(", ")))?;
     fs::write(&installed, "").with_context(|| format!("cannot write {}", installed.display()))?;
     Ok(programs)
 }
