@@ -83,11 +83,13 @@ impl Encoder {
         let (ids, positions) = (Tensor::new(ids, &Device::Cpu)?, Tensor::new(positions, &Device::Cpu)?);
         let x = self.forward(&ids, &positions, &Attention::packed(&sequences, &sequences))?;
         let (width, x) = (x.dim(1)?, x.flatten_all()?.to_vec1::<f32>()?);
-        let of_sentence = |b: usize| {
-            let rows = sequences.rows(b);
-            mean_pool(&x[rows.start * width..rows.end * width], &[rows.len()], rows.len(), width)
+        let mut rest = &x[..];
+        let of_sentence = |&length: &usize| {
+            let (rows, others) = rest.split_at(length * width);
+            rest = others;
+            mean_pool(rows, &[length], length, width)
         };
-        Ok((0..lengths.len()).flat_map(of_sentence).collect())
+        Ok(lengths.iter().flat_map(of_sentence).collect())
     }
 
     /// Hidden states of tokens that lie in any way that `attention` is for; `positions` broadcast over `ids`.
