@@ -1,5 +1,7 @@
 //! Attention as one of candle's custom operations.
 
+use std::sync::Arc;
+
 use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, CudaStorage, CustomOp3, DType, Error, Layout, MetalStorage, Result, Shape, Tensor};
 use varlen_fa::{
@@ -37,8 +39,12 @@ pub fn masked_attention(q: &Tensor, k: &Tensor, v: &Tensor, meta: &VarlenMeta) -
 #[derive(Debug, Clone)]
 enum Rows {
     Dense,
-    Padded { query: VarlenMeta, key: VarlenMeta },
-    Packed { query: CuSeqlens, key: CuSeqlens },
+    /// Metadata of the queries and of the keys.
+    Padded(Arc<[VarlenMeta; 2]>),
+    Packed {
+        query: CuSeqlens,
+        key: CuSeqlens,
+    },
 }
 
 /// Attention, and all that is said of it but its tensors. Cheap to clone: clones share what was built.
@@ -66,7 +72,7 @@ impl Attention {
     /// Of `[B, S, H, D]` tensors, with metadata of the queries and of the keys.
     #[must_use]
     pub fn masked_cross(query: &VarlenMeta, key: &VarlenMeta) -> Self {
-        Self::of(Rows::Padded { query: query.clone(), key: key.clone() })
+        Self::of(Rows::Padded(Arc::new([query.clone(), key.clone()])))
     }
 
     /// Of packed rows, `[total, H, D]`: sequence b of the queries attends to sequence b of the keys.
@@ -127,7 +133,7 @@ impl Attention {
                     .map(drop);
             }
             Rows::Dense => AttentionMask::none(),
-            Rows::Padded { query, key } => AttentionMask::varlen_cross(query, key),
+            Rows::Padded(meta) => AttentionMask::varlen_cross(&meta[0], &meta[1]),
         };
         let mask = self.ranges.iter().fold(mask, AttentionMask::with_ranges);
         let mask = self.modifiers.iter().fold(mask, AttentionMask::with_modifiers);
