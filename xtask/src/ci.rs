@@ -1,6 +1,5 @@
 //! Everything that must hold before a change lands, in one table of steps. No step needs a GPU.
 
-use std::env;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -8,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
-use crate::workspace::{Workspace, capture, cargo, run};
+use crate::workspace::{Workspace, capture, cargo, is_installed, run};
 use crate::{external_types, header, imports, kernels, package, pages, python_package, table};
 
 /// One step of CI.
@@ -200,6 +199,18 @@ const STEPS: &[Step] = &[
         ]),
     },
     Step {
+        name: "onnxruntime",
+        about: "the attention of the C library between onnxruntime's sessions, on its buffers: docs/engines.md",
+        variables: &[],
+        work: Function(onnxruntime),
+    },
+    Step {
+        name: "candle",
+        about: "the adapter of candle: its tests, and MiniLM by candle's layers and our attention",
+        variables: &[],
+        work: Function(candle),
+    },
+    Step {
         name: "benches",
         about: "the benches run, with small sizes",
         variables: DEVICES,
@@ -328,7 +339,7 @@ fn install_packages(_workspace: &Workspace) -> Result<Outcome> {
 fn typos(workspace: &Workspace) -> Result<Outcome> {
     /// The version that the list of exceptions was written for.
     const PACKAGE: &str = "typos==1.52.0";
-    let programs = installed(&workspace.target.join("typos"), PACKAGE)?;
+    let programs = installed(&workspace.target.join("typos"), &[PACKAGE])?;
     run(Command::new(programs.join("typos")).current_dir(&workspace.root))?;
     Ok(Outcome::Passed)
 }
@@ -340,7 +351,7 @@ fn typos(workspace: &Workspace) -> Result<Outcome> {
 fn fuzz(workspace: &Workspace) -> Result<Outcome> {
     const PACKAGE: &str = "numpy==2.4.6";
     const SEED: [&str; 2] = ["--seed", "1"];
-    let programs = installed(&workspace.target.join("numpy"), PACKAGE)?;
+    let programs = installed(&workspace.target.join("numpy"), &[PACKAGE])?;
     run(Command::new(workspace.root.join("fuzz/run.sh")).args(["--seconds", "60"]).args(SEED))?;
     run(cargo().current_dir(&workspace.root).args(["build", "--release", "-p", "varlen-fa-capi"]))?;
     let mut python = Command::new(programs.join("python3"));
@@ -352,10 +363,21 @@ fn fuzz(workspace: &Workspace) -> Result<Outcome> {
     Ok(Outcome::Passed)
 }
 
-/// Installs a Python package into an environment of its own below `folder`, unless it is there;
+/// The program of docs/engines.md; the library is what `fuzz` builds too.
+fn onnxruntime(workspace: &Workspace) -> Result<Outcome> {
+    const PACKAGES: [&str; 2] = ["onnxruntime==1.32.0", "onnx==1.23.2"];
+    let programs = installed(&workspace.target.join("onnxruntime"), &PACKAGES)?;
+    run(cargo().current_dir(&workspace.root).args(["build", "--release", "-p", "varlen-fa-capi"]))?;
+    let mut python = Command::new(programs.join("python3"));
+    python.arg(workspace.root.join("examples/onnxruntime/encoder.py"));
+    run(python.env("CARGO_TARGET_DIR", &workspace.target))?;
+    Ok(Outcome::Passed)
+}
+
+/// Installs Python packages into an environment of their own below `folder`, unless they are there;
 /// returns the folder of its programs.
-fn installed(folder: &Path, package: &str) -> Result<PathBuf> {
-    let environment = folder.join(package);
+fn installed(folder: &Path, packages: &[&str]) -> Result<PathBuf> {
+    let environment = folder.join(packages.join(","));
     let (programs, installed) = (environment.join("bin"), environment.join("installed"));
     if installed.is_file() {
         return Ok(programs);
@@ -364,10 +386,29 @@ fn installed(folder: &Path, package: &str) -> Result<PathBuf> {
     capture(Command::new("python3").args(["-m", "venv"]).arg(&environment))
         .context("python3 cannot make an environment (Debian: install python3-venv)")?;
     let mut pip = Command::new(python);
-    pip.args(["-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--only-binary=:all:", package]);
-    run(&mut pip).with_context(|| format!("pip could not install {package}"))?;
+    pip.args(["-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--only-binary=:all:"]);
+    run(pip.args(packages)).with_context(|| format!("pip could not install {}", packages.join(", ")))?;
     fs::write(&installed, "").with_context(|| format!("cannot write {}", installed.display()))?;
     Ok(programs)
+}
+
+/// The adapter is a workspace of its own. It is built into this one's folder, which has some of its
+/// dependencies.
+fn candle(workspace: &Workspace) -> Result<Outcome> {
+    const LINES: [&str; 3] = [
+        "cargo fmt --all --check",
+        "../../scripts/fetch_minilm.sh",
+        // Without candle-transformers' own model beside ours, which compiles for minutes.
+        "cargo test --release --locked --workspace --no-default-features",
+    ];
+    let folder = workspace.root.join("adapters/candle");
+    for line in LINES {
+        println!("+ {line} (in adapters/candle)");
+        let mut command = command(&folder, line)?;
+        command.env("CARGO_TARGET_DIR", &workspace.target).env("VARLEN_FA_TEST_REQUIRE_MODEL", "1");
+        run(&mut command)?;
+    }
+    Ok(Outcome::Passed)
 }
 
 fn python_wheel(workspace: &Workspace) -> Result<Outcome> {
@@ -399,12 +440,6 @@ fn compile_python(workspace: &Workspace) -> Result<Outcome> {
     let files = workspace.files("*.py")?;
     run(Command::new("python3").current_dir(&workspace.root).args(["-c", COMPILE]).args(files))?;
     Ok(Outcome::Passed)
-}
-
-fn is_installed(program: &str) -> bool {
-    let path = env::var_os("PATH").unwrap_or_default();
-    env::split_paths(&path).any(|folder| folder.join(program).is_file())
-        || env::var_os("CARGO_HOME").is_some_and(|home| PathBuf::from(home).join("bin").join(program).is_file())
 }
 
 #[cfg(test)]

@@ -24,6 +24,8 @@ const SOURCES: &[&str] = &[
     "testkit/src",
     "harness/src",
     "tests/suite",
+    "adapters/candle/src",
+    "adapters/candle/examples/minilm/src",
     "examples/embed_sentences/src",
     "examples/joint_block",
     "examples/masked_attention",

@@ -119,9 +119,10 @@ enum Chore {
     Targets,
     /// Try everything that publishing the crate needs, and publish nothing
     ///
-    /// The changelog, the header and the pages; types of other crates in the API; the package, verified
-    /// by cargo, its size, its contents and its tests where it is unpacked; the oldest versions of the
-    /// dependencies. Nothing may be uncommitted. Takes some minutes.
+    /// The changelog, the header and the pages; types of other crates in the API; the API beside that of
+    /// the last tag, by cargo-semver-checks where both are there; the package, verified by cargo, its
+    /// size, its contents and its tests where it is unpacked; the oldest versions of the dependencies.
+    /// Nothing may be uncommitted. Takes some minutes.
     Release {
         /// Publish nothing. There is no other way: a person publishes, by RELEASE.md
         #[arg(long, required = true)]

@@ -26,7 +26,7 @@ const NEEDED: &[&str] = &[
 ];
 
 /// What must not be in it: it would not build there, or serves this repository alone.
-const UNWANTED: &[&str] = &["benches/", "examples/", "kernels/tests/", "scripts/", "tests/", "xtask/"];
+const UNWANTED: &[&str] = &["adapters/", "benches/", "examples/", "kernels/tests/", "scripts/", "tests/", "xtask/"];
 
 /// Packs the crate, and checks what is in it and that it builds where it lies alone.
 pub fn check(workspace: &Workspace) -> Result<()> {

@@ -6,7 +6,7 @@ use std::process::Command;
 use anyhow::{Context, Result, ensure};
 
 use crate::package::{self, Source};
-use crate::workspace::{Workspace, cargo, run, stdout_of};
+use crate::workspace::{Workspace, cargo, is_installed, run, stdout_of};
 use crate::{external_types, header, pages};
 
 /// Fails with the first thing that stands in the way of publishing the commit. Says what a person does.
@@ -16,13 +16,18 @@ pub fn dry_run(workspace: &Workspace) -> Result<()> {
     println!("=== {tag}: changelog, header, pages");
     let changelog = fs::read_to_string(workspace.root.join("CHANGELOG.md")).context("cannot read CHANGELOG.md")?;
     let entries = unreleased(&changelog, &version)?;
-    let tags = stdout_of(Command::new("git").current_dir(&workspace.root).args(["tag", "--list", &tag]))?;
-    ensure!(tags.trim().is_empty(), "the tag {tag} exists: a version is published once");
+    let tags =
+        stdout_of(Command::new("git").current_dir(&workspace.root).args(["tag", "--list", "v*", "--sort=v:refname"]))?;
+    let tags: Vec<&str> = tags.lines().collect();
+    ensure!(!tags.contains(&tag.as_str()), "the tag {tag} exists: a version is published once");
     header::check(workspace)?;
     pages::check(workspace)?;
 
     println!("=== types of other crates in the API");
     external_types::check(workspace)?;
+
+    println!("=== what the API promised in the version before");
+    semver(workspace, tags.last().copied())?;
 
     println!("=== the package, as cargo verifies it, and its tests");
     run(cargo().current_dir(&workspace.root).args(["package", "-p", "varlen-fa", "--locked", "--quiet"]))?;
@@ -36,11 +41,39 @@ pub fn dry_run(workspace: &Workspace) -> Result<()> {
     run(&mut resolve)?;
     package::in_package(workspace, &folder, &["check", "--release", "--lib", "--locked"])?;
 
-    println!("\n{tag} can be published: cargo publish -p varlen-fa, then git tag {tag}. RELEASE.md has the steps.");
+    println!("\nNothing here stands in the way of {tag}. The tag needs, by RELEASE.md:");
     if entries > 0 {
-        println!("But CHANGELOG.md has {entries} lines under Unreleased: give them a version and a date first.");
+        println!(
+            "- CHANGELOG.md: its {entries} lines under Unreleased in a section of their version, with the day as its date"
+        );
     }
+    println!(
+        "- a run of the GPU bundle, and `cargo deny check advisories`: no machine without a GPU or a network knows"
+    );
+    println!("- cargo publish -p varlen-fa, then git tag {tag}");
     Ok(())
+}
+
+/// Compares the API with that of the version before, where there is one.
+fn semver(workspace: &Workspace, before: Option<&str>) -> Result<()> {
+    let Some(before) = before else {
+        println!("skipped: no version has a tag yet, so there is no API to compare with");
+        return Ok(());
+    };
+    if !is_installed("cargo-semver-checks") {
+        println!("skipped: cargo-semver-checks is not installed: `cargo install cargo-semver-checks --locked`");
+        return Ok(());
+    }
+    let mut check = cargo();
+    check.current_dir(&workspace.root).args([
+        "semver-checks",
+        "check-release",
+        "-p",
+        "varlen-fa",
+        "--baseline-rev",
+        before,
+    ]);
+    run(&mut check)
 }
 
 /// The lines of the changelog that belong to no version yet.

@@ -55,6 +55,13 @@ pub fn cargo() -> Command {
     Command::new(env::var_os("CARGO").unwrap_or_else(|| OsString::from("cargo")))
 }
 
+/// Whether there is a program of this name, on the `PATH` or among cargo's own.
+pub fn is_installed(program: &str) -> bool {
+    let path = env::var_os("PATH").unwrap_or_default();
+    env::split_paths(&path).any(|folder| folder.join(program).is_file())
+        || env::var_os("CARGO_HOME").is_some_and(|home| PathBuf::from(home).join("bin").join(program).is_file())
+}
+
 /// Runs a command; an error unless it succeeds. Its output is shown.
 pub fn run(command: &mut Command) -> Result<()> {
     let status = command.status().with_context(|| cannot_start(command))?;
