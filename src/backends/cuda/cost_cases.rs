@@ -53,7 +53,14 @@ fn the_script_that_fits_the_constants_has_the_same_formulas() -> Result<()> {
             num_kv_heads: case.kv_heads,
             head_dim: case.head_dim,
         };
-        let problem = AttentionProblem { shape, dtype: DType::Bf16, softmax_scale: 1.0, bias: None, cuts: Cuts::None };
+        let problem = AttentionProblem {
+            shape,
+            dtype: DType::Bf16,
+            softmax_scale: 1.0,
+            bias: None,
+            cuts: Cuts::None,
+            lse: false,
+        };
         let mut choices = machine.choices(&problem, &query, key, None)?.to_vec();
         choices.extend(machine.dense_choices(&problem));
         for (name, &expected) in &case.times {

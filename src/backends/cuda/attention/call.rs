@@ -74,7 +74,14 @@ mod tests {
     fn a_scale_is_finite_and_not_zero() {
         let shape = AttentionShape { batch: 1, seq_q: 1, seq_k: 1, num_heads: 1, num_kv_heads: 1, head_dim: 8 };
         let score_scale = |softmax_scale| {
-            score_scale(&AttentionProblem { shape, dtype: DType::F16, softmax_scale, bias: None, cuts: Cuts::None })
+            score_scale(&AttentionProblem {
+                shape,
+                dtype: DType::F16,
+                softmax_scale,
+                bias: None,
+                cuts: Cuts::None,
+                lse: false,
+            })
         };
         assert_eq!(score_scale(1.0), LOG2_E);
         assert_eq!(score_scale(-0.25), -0.25 * LOG2_E);
