@@ -4,17 +4,22 @@
 //            q, out                     k, v
 //   batch y  [ . . . . . . . . ]        [ k k k k k k ]   all Sk keys
 //                 └ tile x ┘
+//
+// With ranges x counts from the last tile. Causal masks give later tiles more keys, and what starts
+// last should be short: nothing is left to do beside it.
 
 fn locate(workgroup: vec3<u32>) -> Tile {
     let group = in_grid(workgroup);
-    let first = group.x * TILE_ROWS;
+    let number = group.x; // without ranges
+    let number = (params.seq_q + TILE_ROWS - 1u) / TILE_ROWS - 1u - group.x; // with ranges
+    let first = number * TILE_ROWS;
     var tile: Tile;
     tile.exists = true;
     tile.batch = group.y;
     tile.first_row = first;
     tile.rows = min(TILE_ROWS, params.seq_q - first);
     tile.ranges_at = (params.batch_base + group.y) * params.ranges_stride + first;
-    tile.union_at = (params.batch_base + group.y) * params.unions_stride + group.x;
+    tile.union_at = (params.batch_base + group.y) * params.unions_stride + number;
     find_keys(&tile, params.seq_k);
     tile.level = i32(params.seq_k) - i32(params.seq_q) + i32(first); // with modifiers
     tile.head = group.z;

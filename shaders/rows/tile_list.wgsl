@@ -1,5 +1,5 @@
 // Tiles of a list. Workgroup (x, y, z) takes tile x + y · grid_width of the launch and query head
-// z.
+// z. With ranges it counts from the last tile: see dense.wgsl.
 
 struct Listed {
     // Whether the list is as long as that, and its tile has rows: devices build lists with empty
@@ -13,7 +13,8 @@ struct Listed {
 
 fn listed(group: vec3<u32>) -> Listed {
     let at = params.first_tile + group.x + group.y * params.grid_width;
-    let place = min(at, params.end_tile - 1u);
+    let place = min(at, params.end_tile - 1u); // without ranges
+    let place = params.end_tile - 1u - min(at, params.end_tile - 1u) + params.first_tile; // with ranges
     let entry = tiles[place];
     return Listed(at < params.end_tile && entry.y > 0u, place, entry);
 }

@@ -11,12 +11,12 @@
 
 use crate::error::{Error, Result};
 use crate::host_vec::{reserve, zeroed};
+use crate::mask::key_mask::{WORD_BITS, bits};
 
 /// Tokens that are written together.
 const STEP: usize = 8;
 /// Places after the last range of a row that [`Documents::write`] writes too.
 pub(super) const SPARE: usize = STEP;
-const WORD_BITS: usize = u64::BITS as usize;
 
 /// Ranges of [`STEP`] tokens from the start of a document on, by the bits of the starts after it. Those
 /// of the last document, which ends later, are not used.
@@ -176,18 +176,6 @@ struct Seen {
     any_zero: bool,
     /// A number smaller than the one before it.
     any_fall: bool,
-}
-
-/// A bit for each flag, the first one lowest.
-#[inline(always)]
-fn bits(flags: &[bool; WORD_BITS]) -> u64 {
-    /// Brings the lowest bits of eight bytes together in the highest byte.
-    const TOGETHER: u64 = 0x0102_0408_1020_4080;
-    let bytes = flags.map(u8::from);
-    let eights = bytes.as_chunks::<8>().0.iter().enumerate();
-    eights.fold(0, |word, (n, &eight)| {
-        word | (u64::from_le_bytes(eight).wrapping_mul(TOGETHER) >> (WORD_BITS - 8)) << (8 * n)
-    })
 }
 
 /// Checks that the tokens of each document of a row lie together.

@@ -10,7 +10,7 @@ use crate::error::{Error, Result};
 use crate::host_vec;
 
 /// Bits of one word of a mask.
-const WORD_BITS: usize = 64;
+pub(super) const WORD_BITS: usize = 64;
 
 mod sealed {
     pub trait Sealed: bytemuck::Pod {}
@@ -295,7 +295,11 @@ impl KeyMask {
         let mut words = host_vec::reserve(batch * seq.div_ceil(WORD_BITS))?;
         for row in flags.chunks_exact(seq.max(1)) {
             words.extend(row.chunks(WORD_BITS).map(|chunk| {
-                chunk.iter().enumerate().fold(0_u64, |word, (bit, flag)| word | u64::from(keeps(flag)) << bit)
+                let mut kept = [false; WORD_BITS];
+                for (kept, flag) in kept.iter_mut().zip(chunk) {
+                    *kept = keeps(flag);
+                }
+                bits(&kept)
             }));
         }
         Ok(Bits { batch, seq, words }.into_mask())
@@ -333,6 +337,18 @@ impl Bits {
             position += count;
         }
     }
+}
+
+/// A bit for each flag, the first one lowest.
+#[inline(always)]
+pub(super) fn bits(flags: &[bool; WORD_BITS]) -> u64 {
+    /// Brings the lowest bits of eight bytes together in the highest byte.
+    const TOGETHER: u64 = 0x0102_0408_1020_4080;
+    let bytes = flags.map(u8::from);
+    let eights = bytes.as_chunks::<8>().0.iter().enumerate();
+    eights.fold(0, |word, (n, &eight)| {
+        word | (u64::from_le_bytes(eight).wrapping_mul(TOGETHER) >> (WORD_BITS - 8)) << (8 * n)
+    })
 }
 
 /// `batch · seq`, if every position fits the `i32` of `cu_seqlens` and `inv_indices`.

@@ -217,6 +217,7 @@ const STEPS: &[Step] = &[
         work: Commands(&[
             "cargo bench --bench attention -- --smoke --device cpu",
             "cargo bench --bench attention -- --smoke --device wgpu",
+            "cargo bench --bench joint_layer -- --smoke --device wgpu",
             "cargo bench --bench metadata -- --smoke",
             "cargo bench --bench overhead",
             "cargo bench --bench launch_cost",
