@@ -266,8 +266,8 @@ struct RangeTile {
     int32_t inner_end;
     int32_t end;
     // For each 64 of the tile's rows: the keys that some of them see.
-    int32_t some_first[MAX_WARPGROUPS];
-    int32_t some_end[MAX_WARPGROUPS];
+    int32_t some_first[4];
+    int32_t some_end[4];
 };
 static_assert(sizeof(RangeTile) == 68);
 static_assert(offsetof(RangeTile, group) == 0);
