@@ -11,7 +11,9 @@ use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 use std::ops::Range;
 
-use crate::backends::cuda::kernels::params::{ELEMENT_BYTES, MAX_WARPGROUPS, RangeTile, RangeWork, SM90_WARPGROUP_ROWS};
+use crate::backends::cuda::kernels::params::{
+    ELEMENT_BYTES, MAX_WARPGROUPS, RangeTile, RangeWork, SM90_WARPGROUP_ROWS,
+};
 use crate::backends::cuda::kernels::tiles::ListTile;
 use crate::mask::cu_seqlens::CuSeqlens;
 use crate::mask::key_ranges::KeyRanges;
@@ -81,8 +83,13 @@ struct Seen {
 }
 
 impl Seen {
-    const NOTHING: Self =
-        Self { first: u32::MAX, end: 0, all_first: 0, all_end: u32::MAX, of_warpgroups: [[u32::MAX, 0]; MAX_WARPGROUPS] };
+    const NOTHING: Self = Self {
+        first: u32::MAX,
+        end: 0,
+        all_first: 0,
+        all_end: u32::MAX,
+        of_warpgroups: [[u32::MAX, 0]; MAX_WARPGROUPS],
+    };
 
     /// Adds ranges of rows of one warpgroup.
     fn add(&mut self, warpgroup: usize, ranges: &[[u32; 2]]) {
