@@ -1,7 +1,7 @@
 //! Additive biases: every broadcast shape, both element types, any strides.
 
 use anyhow::{Context, Result, ensure};
-use varlen_fa::{AttentionMask, BackendKind, DType, Path, Reason};
+use varlen_fa::{AttentionMask, DType, Path, Reason};
 use varlen_fa_testkit::{OracleShape, random};
 
 use super::call::{Call, Mask};
@@ -167,7 +167,7 @@ fn odd_lengths(variant: &Variant) -> Result<()> {
 /// Beside metadata and ranges, on every path that adds a bias: it counts positions of the padded tensors. The second batch row has
 /// queries and no keys; a bias of −∞ hides a row, and keys of others.
 fn metadata(variant: &Variant) -> Result<()> {
-    let fused = variant.kernel.backend() != BackendKind::Cuda;
+    let fused = variant.kernel.has_fused_bias();
     let paths = [None, Some(Path::Dense), Some(Path::Fused)];
     let [b, h, q, k] = FULL;
     let hides = |at: usize| at.is_multiple_of(5) || at / k % q == 3;

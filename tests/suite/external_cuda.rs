@@ -290,7 +290,8 @@ impl ExternalCall {
 
     /// The same call on other values, written to the same memory; the output holds the sentinel again.
     pub fn rewrite(&mut self, seed: u64) -> Result<()> {
-        self.call = Call::random(self.call.shape, self.call.mask.clone(), self.call.dtype, seed);
+        let rule = self.call.rule.take();
+        self.call = Call { rule, ..Call::random(self.call.shape, self.call.mask.clone(), self.call.dtype, seed) };
         for (input, values) in self.inputs.iter().zip(bits(&self.call)) {
             input.write(&values)?;
         }
