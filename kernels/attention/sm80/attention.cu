@@ -156,9 +156,11 @@ __device__ inline void zero_masked_rows(const AttentionParams& params, const Row
         uint32_t masked = __ballot_sync(0xffffffff, first_row + lane < params.seq_q && inv_indices[first_row + lane] < 0);
         for (; masked != 0; masked &= masked - 1) {
             T* row = out + (first_row + __ffs(masked) - 1) * params.out_strides.token;
-#pragma unroll
-            for (int first = 0; first < D / 8; first += 32) {
-                if (first + lane < params.head_dim / 8) *reinterpret_cast<uint4*>(row + first * 8) = make_uint4(0, 0, 0, 0);
+            // One store, under a predicate: around a loop over chunks the compiler puts a branch, which
+            // costs masked rows a sixth of their time.
+            if (lane < params.head_dim / 8) *reinterpret_cast<uint4*>(row) = make_uint4(0, 0, 0, 0);
+            if constexpr (D > 256) {
+                if (32 + lane < params.head_dim / 8) *reinterpret_cast<uint4*>(row + 256) = make_uint4(0, 0, 0, 0);
             }
             if (lane == 0 && params.lse != nullptr) lse_at(params, rows, first_row + __ffs(masked) - 1) = -INFINITY;
         }

@@ -65,8 +65,13 @@ __device__ inline void attention(const TileListParams& params, const SegmentTabl
     __syncthreads();
     if (warp < 4) {
         ptx::release_registers<S::PRODUCER_REGISTERS>();
-        // One call, so that both run the same code.
-        if (warp == 0 || warp == 3) {
+        if (S::SEGMENTED && warp == 0) {
+            // Segments take longer to find by code that serves both warps.
+            Producer<S>(false, params, segments, shared, base).run();
+        } else if (S::SEGMENTED && warp == 3) {
+            Producer<S>(true, params, segments, shared, base).run();
+        } else if (!S::SEGMENTED && (warp == 0 || warp == 3)) {
+            // One call, so that both run the same code.
             Producer<S>(warp == 3, params, segments, shared, base).run();
         } else if (warp == 1 && params.form != FORM_DENSE) {
             zero_masked_values<S>(shared, base);
