@@ -56,23 +56,17 @@ fn dense(q: &Tensor, k: &Tensor, v: &Tensor, scores: Scores<'_>) -> Result<Tenso
     scores.apply(Attention::dense(), RangesOf::from([batch, seq_q, seq_k]))?.forward(q, k, v)
 }
 
-/// What the functions of packed rows say of the sequences.
-struct Sequences {
-    query: CuSeqlens,
-    key: CuSeqlens,
-}
-
-impl Sequences {
-    fn new(seqlens_q: &Tensor, seqlens_k: &Tensor, max_seqlen_q: usize, max_seqlen_k: usize) -> Result<Self> {
-        let query = cu_seqlens("seqlens_q", seqlens_q, "max_seqlen_q", max_seqlen_q)?;
-        let key = cu_seqlens("seqlens_k", seqlens_k, "max_seqlen_k", max_seqlen_k)?;
-        Ok(Self { query, key })
-    }
-
-    fn attend(&self, q: &Tensor, k: &Tensor, v: &Tensor, scores: Scores<'_>) -> Result<Tensor> {
-        let of = RangesOf::from((&self.query, &self.key));
-        scores.apply(Attention::packed(&self.query, &self.key), of)?.forward(q, k, v)
-    }
+/// Of packed rows.
+fn packed(
+    [q, k, v]: [&Tensor; 3],
+    [seqlens_q, seqlens_k]: [&Tensor; 2],
+    [max_seqlen_q, max_seqlen_k]: [usize; 2],
+    scores: Scores<'_>,
+) -> Result<Tensor> {
+    let query = cu_seqlens("seqlens_q", seqlens_q, "max_seqlen_q", max_seqlen_q)?;
+    let key = cu_seqlens("seqlens_k", seqlens_k, "max_seqlen_k", max_seqlen_k)?;
+    let of = RangesOf::from((&query, &key));
+    scores.apply(Attention::packed(&query, &key), of)?.forward(q, k, v)
 }
 
 fn cu_seqlens(argument: &str, values: &Tensor, most_argument: &str, most: usize) -> Result<CuSeqlens> {
@@ -187,8 +181,7 @@ pub fn flash_attn_varlen(
     softmax_scale: f32,
     causal: bool,
 ) -> Result<Tensor> {
-    let sequences = Sequences::new(seqlens_q, seqlens_k, max_seqlen_q, max_seqlen_k)?;
-    sequences.attend(q, k, v, Scores::causal(softmax_scale, causal))
+    packed([q, k, v], [seqlens_q, seqlens_k], [max_seqlen_q, max_seqlen_k], Scores::causal(softmax_scale, causal))
 }
 
 /// [`flash_attn_varlen`] in a window: a query sees that many keys before and after its own place; `None` is no limit.
@@ -208,8 +201,12 @@ pub fn flash_attn_varlen_windowed(
     window_size_left: Option<usize>,
     window_size_right: Option<usize>,
 ) -> Result<Tensor> {
-    let sequences = Sequences::new(seqlens_q, seqlens_k, max_seqlen_q, max_seqlen_k)?;
-    sequences.attend(q, k, v, Scores::windowed(softmax_scale, window_size_left, window_size_right))
+    packed(
+        [q, k, v],
+        [seqlens_q, seqlens_k],
+        [max_seqlen_q, max_seqlen_k],
+        Scores::windowed(softmax_scale, window_size_left, window_size_right),
+    )
 }
 
 /// [`flash_attn_varlen`] with ALiBi: `alibi_slopes` `[H]`.
@@ -229,8 +226,12 @@ pub fn flash_attn_varlen_alibi(
     softmax_scale: f32,
     causal: bool,
 ) -> Result<Tensor> {
-    let sequences = Sequences::new(seqlens_q, seqlens_k, max_seqlen_q, max_seqlen_k)?;
-    sequences.attend(q, k, v, Scores::causal(softmax_scale, causal).alibi(Some(alibi_slopes)))
+    packed(
+        [q, k, v],
+        [seqlens_q, seqlens_k],
+        [max_seqlen_q, max_seqlen_k],
+        Scores::causal(softmax_scale, causal).alibi(Some(alibi_slopes)),
+    )
 }
 
 /// [`flash_attn_varlen_windowed`] with ALiBi.
@@ -251,9 +252,8 @@ pub fn flash_attn_varlen_alibi_windowed(
     window_size_left: Option<usize>,
     window_size_right: Option<usize>,
 ) -> Result<Tensor> {
-    let sequences = Sequences::new(seqlens_q, seqlens_k, max_seqlen_q, max_seqlen_k)?;
     let scores = Scores::windowed(softmax_scale, window_size_left, window_size_right);
-    sequences.attend(q, k, v, scores.alibi(Some(alibi_slopes)))
+    packed([q, k, v], [seqlens_q, seqlens_k], [max_seqlen_q, max_seqlen_k], scores.alibi(Some(alibi_slopes)))
 }
 
 /// [`flash_attn_varlen_windowed`] with ALiBi, if there are slopes, and a soft cap of the scores.
@@ -275,7 +275,6 @@ pub fn flash_attn_varlen_alibi_windowed_softcap(
     window_size_right: Option<usize>,
     softcap: f32,
 ) -> Result<Tensor> {
-    let sequences = Sequences::new(seqlens_q, seqlens_k, max_seqlen_q, max_seqlen_k)?;
     let scores = Scores::windowed(softmax_scale, window_size_left, window_size_right).alibi(alibi_slopes);
-    sequences.attend(q, k, v, Scores { softcap: Some(softcap), ..scores })
+    packed([q, k, v], [seqlens_q, seqlens_k], [max_seqlen_q, max_seqlen_k], Scores { softcap: Some(softcap), ..scores })
 }
