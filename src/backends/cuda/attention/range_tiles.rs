@@ -71,25 +71,16 @@ impl RangeTile {
     }
 }
 
-/// What the queries of a tile see: keys that some see, those that all see, and those that some of each
-/// warpgroup see.
+/// What the queries of a tile see: keys that all see, and those that some of each warpgroup see.
 #[derive(Debug, Clone, Copy)]
 struct Seen {
-    first: u32,
-    end: u32,
     all_first: u32,
     all_end: u32,
     of_warpgroups: [[u32; 2]; MAX_WARPGROUPS],
 }
 
 impl Seen {
-    const NOTHING: Self = Self {
-        first: u32::MAX,
-        end: 0,
-        all_first: 0,
-        all_end: u32::MAX,
-        of_warpgroups: [[u32::MAX, 0]; MAX_WARPGROUPS],
-    };
+    const NOTHING: Self = Self { all_first: 0, all_end: u32::MAX, of_warpgroups: [[u32::MAX, 0]; MAX_WARPGROUPS] };
 
     /// Adds ranges of rows of one warpgroup.
     fn add(&mut self, warpgroup: usize, ranges: &[[u32; 2]]) {
@@ -102,18 +93,21 @@ impl Seen {
             self.all_first = self.all_first.max(first);
             self.all_end = self.all_end.min(end);
         }
-        self.first = self.first.min(*some_first);
-        self.end = self.end.max(*some_end);
+    }
+
+    /// The keys that some query sees; `None` if none sees any.
+    fn some(&self) -> Option<Range<u32>> {
+        let all = self
+            .of_warpgroups
+            .iter()
+            .fold(Range { start: u32::MAX, end: 0 }, |all, &[first, end]| all.start.min(first)..all.end.max(end));
+        (all.end > 0).then_some(all)
     }
 
     /// `RangeTile::some_first` and `some_end`. All fit, as tokens are counted in an i32; what sees
     /// nothing has an end of 0.
     fn of_warpgroups(&self, at: usize) -> [i32; MAX_WARPGROUPS] {
         self.of_warpgroups.map(|some| some[at].min(i32::MAX as u32) as i32)
-    }
-
-    fn is_empty(&self) -> bool {
-        self.end == 0
     }
 }
 
@@ -283,18 +277,16 @@ struct Item {
 
 /// Tiles from the first key that some query sees on.
 fn keys_in_a_row(seen: &Seen, keys: u32) -> RangeTile {
-    if seen.is_empty() {
-        return RangeTile::default();
-    }
-    let count = (seen.end - seen.first).div_ceil(keys);
+    let Some(Range { start: first, end }) = seen.some() else { return RangeTile::default() };
+    let count = (end - first).div_ceil(keys);
     let inner = match seen.all_first < seen.all_end {
-        true => (seen.all_first - seen.first).div_ceil(keys)..(seen.all_end - seen.first) / keys,
+        true => (seen.all_first - first).div_ceil(keys)..(seen.all_end - first) / keys,
         false => count..count,
     };
     let inner = if inner.is_empty() { count..count } else { inner };
     // All fit: tokens are counted in an i32.
     RangeTile {
-        first_key: seen.first as i32,
+        first_key: first as i32,
         inner_first: inner.start as i32,
         inner_end: inner.end as i32,
         end: count as i32,
@@ -327,10 +319,8 @@ impl<'a> ListedKeys<'a> {
     }
 
     fn seen(&self, seen: &Seen) -> RangeTile {
-        if seen.is_empty() {
-            return RangeTile::default();
-        }
-        let &Seen { first, end, all_first, all_end, .. } = seen;
+        let Some(Range { start: first, end }) = seen.some() else { return RangeTile::default() };
+        let &Seen { all_first, all_end, .. } = seen;
         let (some_first, some_end) = (seen.of_warpgroups(0), seen.of_warpgroups(1));
         let (first, end, all_first, all_end) = (first as usize, end as usize, all_first as usize, all_end as usize);
         // The keys of a masked tile lie between the start of its first group and the end of its last.
