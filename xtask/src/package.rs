@@ -19,7 +19,7 @@ const NEEDED: &[&str] = &[
     "LICENSE-APACHE",
     "LICENSE-MIT",
     "README.md",
-    "docs/gpu-attention.svg",
+    "docs/joint-layer.md",
     "kernels/prebuilt/attention_sm80.fatbin",
     "shaders/attention/portable.wgsl",
     "src/lib.rs",
