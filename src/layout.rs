@@ -134,6 +134,33 @@ impl Layout {
             })
     }
 
+    /// Calls `visit` with the bytes of each row, in row-major order, for elements of so many bytes: where they lie, from the start
+    /// of the memory, and where they lie in a row-major copy without an offset. A row is one of the last dimension where its
+    /// elements lie side by side, else a single element. It is how a strided tensor in host memory is copied to and from a dense one.
+    pub fn for_each_row(&self, element_bytes: usize, mut visit: impl FnMut(Range<usize>, Range<usize>)) {
+        let Some((&inner, outer)) = self.shape().split_last() else { return };
+        if self.numel() == 0 {
+            return;
+        }
+        let inner_stride = self.strides[outer.len()];
+        let (len, pieces) = if inner_stride == 1 || inner == 1 { (inner, 1) } else { (1, inner) };
+        let bytes = len * element_bytes;
+        let mut dense = 0;
+        for row in 0..outer.iter().product::<usize>() {
+            let (mut rest, mut start) = (row, self.offset);
+            for (&size, &stride) in outer.iter().zip(&self.strides).rev() {
+                start += (rest % size) as u64 * stride;
+                rest /= size;
+            }
+            for piece in 0..pieces as u64 {
+                // Fits: `strided` checked the last element's position.
+                let strided = (start + piece * inner_stride) as usize * element_bytes;
+                visit(strided..strided + bytes, dense..dense + bytes);
+                dense += bytes;
+            }
+        }
+    }
+
     /// Whether two elements may lie at one position. A layout without elements does not overlap, whatever its strides.
     ///
     /// The test is conservative: each dimension's stride must step over everything that the dimensions of smaller stride reach, so
@@ -267,6 +294,27 @@ mod tests {
             assert!(!layout.self_overlaps() && layout.is_contiguous(), "{layout:?}");
             assert_eq!((layout.numel(), layout.end()), (0, 3));
         }
+        Ok(())
+    }
+
+    #[test]
+    fn rows_are_found_at_any_strides() -> Result<()> {
+        let memory: Vec<u8> = (0..24).collect();
+        let gathered = |layout: &Layout| {
+            let mut rows = vec![0; layout.numel()];
+            layout.for_each_row(1, |strided, dense| rows[dense].copy_from_slice(&memory[strided]));
+            rows
+        };
+        let turned = Layout::contiguous(&[2, 3, 4])?.permute(&[1, 0, 2])?;
+        let expected: Vec<u8> = (0..3).flat_map(|row| [row * 4, 12 + row * 4]).flat_map(|at| at..at + 4).collect();
+        assert_eq!(gathered(&turned), expected);
+        assert_eq!(gathered(&Layout::strided(&[4, 3], &[1, 4], 5)?), [5, 9, 13, 6, 10, 14, 7, 11, 15, 8, 12, 16]);
+        assert_eq!(gathered(&Layout::strided(&[2, 1], &[3, 7], 1)?), [1, 4]);
+        assert_eq!(gathered(&Layout::strided(&[3], &[0], 0)?), [0, 0, 0]);
+        assert!(gathered(&Layout::contiguous(&[2, 0, 4])?).is_empty());
+        let mut bytes = Vec::new();
+        Layout::strided(&[2, 3], &[5, 1], 2)?.for_each_row(4, |strided, dense| bytes.push((strided, dense)));
+        assert_eq!(bytes, [(8..20, 0..12), (28..40, 12..24)]);
         Ok(())
     }
 

@@ -7,7 +7,7 @@ use varlen::{BackendKind, Device, DeviceVarlenMeta, Error, Layout, MaskDType, Ma
 use crate::arguments::{FIRST_PAGE, Name, Place, choose, expect_zeros, read, reserve, size};
 use crate::failure::{Failure, Result, guard};
 use crate::handles::{self, handle};
-use crate::tensors::{cuda_memory, for_each_row, upload};
+use crate::tensors::{cuda_memory, upload};
 use crate::types::{varlen_fa_device, varlen_fa_device_meta, varlen_fa_mask_view, varlen_fa_memory, varlen_fa_status};
 
 handle!(varlen_fa_device_meta, 5, DeviceMeta);
@@ -153,7 +153,7 @@ impl DescribedMask {
         // SAFETY: `check` found the memory not null and inside the address space; by this
         // function's contract nobody writes it.
         let memory = unsafe { std::slice::from_raw_parts(self.data, self.bytes as usize) };
-        for_each_row(&self.layout, element, |strided, _| {
+        self.layout.for_each_row(element, |strided, _| {
             keep.extend(memory[strided].chunks(element).map(|token| u8::from(token.iter().any(|&byte| byte != 0))));
         });
         Ok(keep)

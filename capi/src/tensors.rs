@@ -121,7 +121,7 @@ impl<'a> Described<'a> {
     fn dense_rows(&self, layout: &Layout) -> Result<Vec<u8>> {
         let (memory, size) = (self.host_bytes(), self.dtype.size());
         let mut rows = bytes_of(layout.numel() * size)?;
-        for_each_row(layout, size, |strided, dense| rows[dense].copy_from_slice(&memory[strided]));
+        layout.for_each_row(size, |strided, dense| rows[dense].copy_from_slice(&memory[strided]));
         Ok(rows)
     }
 
@@ -293,7 +293,7 @@ impl<'a> Output<'a> {
         // SAFETY: `check_memory` found it not null and inside the address space; by the contract of
         // `Described::new` nobody else uses it.
         let memory = unsafe { std::slice::from_raw_parts_mut(described.data, described.bytes as usize) };
-        for_each_row(&described.layout, described.dtype.size(), |strided, dense| {
+        described.layout.for_each_row(described.dtype.size(), |strided, dense| {
             memory[strided].copy_from_slice(&rows[dense]);
         });
     }
@@ -361,55 +361,14 @@ fn compact(layout: &Layout) -> Result<(Layout, Layout)> {
     Ok((Layout::strided(&shape, layout.strides(), 0)?, Layout::strided(layout.shape(), &strides, 0)?))
 }
 
-/// Calls `copy` for each contiguous piece, with its range of bytes in the layout and in a row-major
-/// tensor.
-pub(crate) fn for_each_row(
-    layout: &Layout,
-    element: usize,
-    mut copy: impl FnMut(std::ops::Range<usize>, std::ops::Range<usize>),
-) {
-    if layout.numel() == 0 {
-        return;
-    }
-    let (shape, strides) = (layout.shape(), layout.strides());
-    // The last dimension is copied at once if it is contiguous.
-    let inner = shape.len() - 1;
-    let (leading, piece) = if strides[inner] == 1 { (inner, shape[inner]) } else { (shape.len(), 1) };
-    let bytes = piece * element;
-    let mut position = [0; 4];
-    for row in 0..shape[..leading].iter().product() {
-        let start: usize = position[..leading].iter().zip(strides).map(|(&at, &stride)| at * stride as usize).sum();
-        copy(start * element..start * element + bytes, row * bytes..(row + 1) * bytes);
-        for dim in (0..leading).rev() {
-            position[dim] += 1;
-            if position[dim] < shape[dim] {
-                break;
-            }
-            position[dim] = 0;
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     fn gather(layout: &Layout, memory: &[u8]) -> Vec<u8> {
         let mut rows = vec![0; layout.numel()];
-        for_each_row(layout, 1, |strided, dense| rows[dense].copy_from_slice(&memory[strided]));
+        layout.for_each_row(1, |strided, dense| rows[dense].copy_from_slice(&memory[strided]));
         rows
-    }
-
-    #[test]
-    fn rows_are_found_at_any_strides() {
-        let memory: Vec<u8> = (0..24).collect();
-        let turned = Layout::contiguous(&[2, 3, 4]).unwrap().permute(&[1, 0, 2]).unwrap();
-        let expected: Vec<u8> = (0..3).flat_map(|row| [row * 4, 12 + row * 4]).flat_map(|at| at..at + 4).collect();
-        assert_eq!(gather(&turned, &memory), expected);
-        let columns = Layout::strided(&[4, 3], &[1, 4], 0).unwrap();
-        assert_eq!(gather(&columns, &memory), [0, 4, 8, 1, 5, 9, 2, 6, 10, 3, 7, 11]);
-        assert_eq!(gather(&Layout::strided(&[3], &[0], 0).unwrap(), &memory), [0, 0, 0]);
-        assert!(gather(&Layout::contiguous(&[2, 0, 4]).unwrap(), &memory).is_empty());
     }
 
     #[test]

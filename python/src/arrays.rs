@@ -416,7 +416,7 @@ impl Array {
         rows.resize(self.layout.numel() * size, 0);
         // SAFETY: in host memory; the interpreter is attached, and callers write it in no other thread.
         let memory = unsafe { self.host_bytes() };
-        for_each_row(&self.layout, size, |strided, dense| rows[dense].copy_from_slice(&memory[strided]));
+        self.layout.for_each_row(size, |strided, dense| rows[dense].copy_from_slice(&memory[strided]));
         Ok(rows)
     }
 }
@@ -442,35 +442,6 @@ fn rank(name: &str, rank: usize) -> PyResult<usize> {
     match rank {
         1..=MAX_RANK => Ok(rank),
         _ => Err(Cause::Shape.argument(name, "1 to 4 dimensions", rank)),
-    }
-}
-
-/// Ranges of bytes in memory of this layout, and in a row-major copy of it.
-pub(crate) fn for_each_row(
-    layout: &Layout,
-    size: usize,
-    mut visit: impl FnMut(std::ops::Range<usize>, std::ops::Range<usize>),
-) {
-    let (shape, strides) = (layout.shape(), layout.strides());
-    let Some((&inner, outer)) = shape.split_last() else { return };
-    let inner_stride = strides[outer.len()];
-    // Rows that lie together in one go, others element by element.
-    let (run, runs) = if inner_stride == 1 || inner <= 1 { (inner, 1) } else { (1, inner) };
-    if layout.numel() == 0 {
-        return;
-    }
-    let mut dense = 0;
-    for row in 0..outer.iter().product::<usize>() {
-        let (mut rest, mut start) = (row, 0_u64);
-        for dim in (0..outer.len()).rev() {
-            start += (rest % outer[dim]) as u64 * strides[dim];
-            rest /= outer[dim];
-        }
-        for at in 0..runs {
-            let strided = (start + at as u64 * inner_stride) as usize * size;
-            visit(strided..strided + run * size, dense..dense + run * size);
-            dense += run * size;
-        }
     }
 }
 
@@ -539,7 +510,14 @@ pub(crate) fn new_like<'py>(
     let family = Family::of(like);
     let module = match family {
         Family::Torch => {
-            let Some(dtype) = dtype else { return like.call_method1(intern!(py, "new_empty"), (size,)) };
+            let Some(dtype) = dtype else {
+                // Half the time of `new_empty`, and as row-major as what it is like.
+                if array.layout.is_contiguous() && array.shape() == shape {
+                    static EMPTY_LIKE: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
+                    return EMPTY_LIKE.import(py, "torch", "empty_like")?.call1((like,));
+                }
+                return like.call_method1(intern!(py, "new_empty"), (size,));
+            };
             let arguments = PyDict::new(py);
             arguments.set_item("dtype", py.import("torch")?.getattr(torch_name(dtype))?)?;
             return like.call_method("new_empty", (size,), Some(&arguments));

@@ -4,7 +4,7 @@
 use pyo3::prelude::*;
 use varlen_fa::{BackendKind, DType, Device, DeviceMemory, Element, Layout, TensorView, TensorViewMut, bf16, f16};
 
-use crate::arrays::{Array, Place, for_each_row, reserve, row_major};
+use crate::arrays::{Array, Place, reserve, row_major};
 use crate::device::{cuda, is_cpu};
 use crate::errors::{Cause, OrRaise};
 
@@ -95,7 +95,7 @@ impl<'a> Output<'a> {
         memory.read(&mut rows).or_raise()?;
         // SAFETY: in host memory; an output is the call's own.
         let host = unsafe { host_bytes_mut(self.array) };
-        for_each_row(self.array.layout(), size, |strided, dense| host[strided].copy_from_slice(&rows[dense]));
+        self.array.layout().for_each_row(size, |strided, dense| host[strided].copy_from_slice(&rows[dense]));
         Ok(())
     }
 }
