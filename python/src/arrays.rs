@@ -8,7 +8,7 @@ use pyo3::exceptions::{PyBufferError, PyTypeError};
 use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
-use pyo3::types::{PyDict, PyTuple, PyType};
+use pyo3::types::{PyDict, PyMemoryView, PyTuple, PyType};
 use varlen_fa::{DType, Layout};
 
 use crate::dlpack::{DataType, Exchange, Taken, VERSION, device_type, type_code};
@@ -90,6 +90,8 @@ pub(crate) enum Family {
     Torch,
     NumPy,
     CuPy,
+    /// Its arrays are never written, once they exist.
+    Jax,
     Other,
 }
 
@@ -99,12 +101,14 @@ impl Family {
         static TORCH: PyOnceLock<Py<PyType>> = PyOnceLock::new();
         static NUMPY: PyOnceLock<Py<PyType>> = PyOnceLock::new();
         static CUPY: PyOnceLock<Py<PyType>> = PyOnceLock::new();
+        static JAX: PyOnceLock<Py<PyType>> = PyOnceLock::new();
         static MODULES: PyOnceLock<Py<PyDict>> = PyOnceLock::new();
         let py = object.py();
         let families = [
             (Self::NumPy, &NUMPY, "numpy", "ndarray"),
             (Self::Torch, &TORCH, "torch", "Tensor"),
             (Self::CuPy, &CUPY, "cupy", "ndarray"),
+            (Self::Jax, &JAX, "jax", "Array"),
         ];
         let is_of = |kept: &PyOnceLock<Py<PyType>>, module: &str, name: &str| -> PyResult<bool> {
             if let Some(class) = kept.get(py) {
@@ -148,10 +152,11 @@ impl Array {
     pub fn new(name: impl Into<Cow<'static, str>>, object: &Bound<'_, PyAny>) -> PyResult<Self> {
         let name = name.into();
         let family = Family::of(object);
-        if family == Family::Torch {
-            return Self::of_torch(name, object);
+        match family {
+            Family::Torch => Self::of_torch(name, object),
+            Family::Jax => Self::of_jax(name, object),
+            _ => Self::of_dlpack(name, object, family),
         }
-        Self::of_dlpack(name, object, family)
     }
 
     /// The tensor, or none for an object that is not there.
@@ -189,6 +194,16 @@ impl Array {
         }
     }
 
+    fn of_jax(name: Cow<'static, str>, object: &Bound<'_, PyAny>) -> PyResult<Self> {
+        static TRACER: PyOnceLock<Py<PyType>> = PyOnceLock::new();
+        if object.is_instance(TRACER.import(object.py(), "jax.core", "Tracer")?)? {
+            let expected = "an array, outside of jax.jit and other transformations (or in a jax.pure_callback)";
+            return Err(Cause::NotApplicable.argument(&name, expected, "a tracer"));
+        }
+        // Its capsules do not say that nobody may write.
+        Ok(Self { read_only: true, ..Self::of_dlpack(name, object, Family::Jax)? })
+    }
+
     fn of_dlpack(name: Cow<'static, str>, object: &Bound<'_, PyAny>, family: Family) -> PyResult<Self> {
         let py = object.py();
         let capsule = match capsule_of(object, family) {
@@ -196,7 +211,7 @@ impl Array {
             Ok(None) => {
                 return Self::of_interfaces(name.clone(), object)?.ok_or_else(|| {
                     let expected =
-                        "a tensor (an object with __dlpack__, __array_interface__ or __cuda_array_interface__)";
+                        "a tensor (an object with __dlpack__, __array_interface__, __cuda_array_interface__ or a buffer)";
                     PyTypeError::new_err(format!("`{name}`: expected {expected}, got {}", type_name(object)))
                 });
             }
@@ -243,10 +258,11 @@ impl Array {
         Self::describe(name, described, (&shape[..rank], strides), Owner::Taken(taken))
     }
 
-    /// By NumPy's array interface or that for CUDA memory; none of an object that has neither.
+    /// By NumPy's array interface, that for CUDA memory, or the buffer protocol; none of an object that has
+    /// none of them.
     fn of_interfaces(name: Cow<'static, str>, object: &Bound<'_, PyAny>) -> PyResult<Option<Self>> {
         let py = object.py();
-        // The latter does not say which GPU it is, and its stream is not waited for: as with DLPack,
+        // The second does not say which GPU it is, and its stream is not waited for: as with DLPack,
         // the caller says on which stream the work goes.
         let interfaces = [
             (intern!(py, "__array_interface__"), Place::Host),
@@ -257,7 +273,17 @@ impl Array {
                 return Self::of_interface(name, object, (&interface, place)).map(Some);
             }
         }
-        Ok(None)
+        let Ok(memory) = PyMemoryView::from(object) else { return Ok(None) };
+        // The stable interface of CPython 3.10 has no buffers; NumPy looks at them without a copy.
+        let numpy = py.import("numpy").map_err(|error| {
+            let message = format!("`{name}`: NumPy is needed to read {} by the buffer protocol", type_name(object));
+            let missing = PyTypeError::new_err(message);
+            missing.set_cause(py, Some(error));
+            missing
+        })?;
+        let array = numpy.call_method1("asarray", (memory,))?;
+        let interface = array.getattr("__array_interface__")?;
+        Self::of_interface(name, &array, (&interface, Place::Host)).map(Some)
     }
 
     fn of_interface(
@@ -469,7 +495,7 @@ fn capsule_of<'py>(object: &Bound<'py, PyAny>, family: Family) -> PyResult<Optio
         Family::NumPy => false,
         Family::Torch => object.getattr(intern!(py, "is_cuda"))?.is_truthy()?,
         Family::CuPy => true,
-        Family::Other => {
+        Family::Jax | Family::Other => {
             let (kind, _): (i32, i32) = object.call_method0(intern!(py, "__dlpack_device__"))?.extract()?;
             matches!(kind, device_type::CUDA | device_type::CUDA_MANAGED)
         }
@@ -497,8 +523,8 @@ fn capsule_of<'py>(object: &Bound<'py, PyAny>, family: Family) -> PyResult<Optio
     }
 }
 
-/// A new tensor of the kind of `like` and on its device; its contents are not specified. `dtype` is
-/// that of `like` where there is none.
+/// A new tensor of the kind of `like` and on its device, to be written and then [`delivered`]; its contents
+/// are not specified. `dtype` is that of `like` where there is none.
 pub(crate) fn new_like<'py>(
     like: &Bound<'py, PyAny>,
     array: &Array,
@@ -524,11 +550,11 @@ pub(crate) fn new_like<'py>(
         }
         Family::NumPy => py.import(intern!(py, "numpy"))?,
         Family::CuPy => py.import(intern!(py, "cupy"))?,
-        Family::Other if array.place == Place::Host => {
+        Family::Jax | Family::Other if array.place == Place::Host => {
             let dtype = dtype.map_or_else(|| array.dtype(), Ok)?;
             return Ok(Bound::new(py, Tensor::new(dtype, shape)?)?.into_any());
         }
-        Family::Other => {
+        Family::Jax | Family::Other => {
             let got = format!("a result of {} in CUDA memory", type_name(like));
             return Err(Cause::NotApplicable.argument("out", "a tensor to write to", got));
         }
@@ -539,6 +565,15 @@ pub(crate) fn new_like<'py>(
         None => like.getattr(intern!(py, "dtype"))?,
     };
     module.call_method1(intern!(py, "empty"), (size, dtype))
+}
+
+/// What [`new_like`] made like `like`, once it is written, as the package of `like` has tensors.
+pub(crate) fn delivered<'py>(like: &Bound<'py, PyAny>, made: Bound<'py, PyAny>) -> PyResult<Bound<'py, PyAny>> {
+    match Family::of(like) {
+        // Without a copy: the memory is aligned as JAX wants it.
+        Family::Jax => like.py().import("jax.numpy")?.call_method1("from_dlpack", (made,)),
+        _ => Ok(made),
+    }
 }
 
 fn torch_name(dtype: DType) -> &'static str {

@@ -3,7 +3,7 @@
 use pyo3::prelude::*;
 use varlen_fa::{AttentionOutputs, VarlenOptions};
 
-use crate::arrays::{Array, new_like};
+use crate::arrays::{Array, delivered, new_like};
 use crate::device::{self, Device};
 use crate::errors::{Cause, OrRaise};
 use crate::masks::{CuSeqlens, Meta};
@@ -32,19 +32,12 @@ pub(crate) fn pack<'py>(
     let array = Array::new("padded", padded)?;
     let meta = meta.get();
     let device = device::of_call(device, padded, &array)?.0;
-    let packed = match out {
-        Some(out) => out.clone(),
-        None => new_like(padded, &array, &packed_shape(&array, meta)?, None)?,
-    };
-    let packed_array = Array::new("out", &packed)?;
-    expect_apart(&[&packed_array], &[&array])?;
-    let (input, mut output) = (Input::new(&device, &array)?, Output::new(&device, &packed_array)?);
-    {
-        let (from, to) = (input.view(), output.view_mut());
-        py.detach(|| varlen_fa::pack_into(&device, from, &meta.0, to)).or_raise()?;
-    }
-    output.finish()?;
-    Ok(packed)
+    let results = Results::of_rows((padded, &array), (out, &packed_shape(&array, meta)?))?;
+    results.write(py, &device, &[&array], |opened| {
+        let (input, to) = (Input::new(&device, &array)?, opened.one()?);
+        let from = input.view();
+        py.detach(|| varlen_fa::pack_into(&device, from, &meta.0, to)).or_raise()
+    })
 }
 
 /// The valid rows of padded q, k and v as packed tensors, bit for bit: [B, S, H, D] to
@@ -63,6 +56,7 @@ pub(crate) fn pack_qkv<'py>(
     let arrays = [Array::new("q", q)?, Array::new("k", k)?, Array::new("v", v)?];
     let meta = meta.get();
     let device = device::of_call(device, q, &arrays[0])?.0;
+    let is_given = out.is_some();
     let packed = match out {
         Some((q, k, v)) => [q, k, v],
         None => {
@@ -85,7 +79,11 @@ pub(crate) fn pack_qkv<'py>(
     for output in outputs {
         output.finish()?;
     }
-    Ok(packed.into())
+    if is_given {
+        return Ok(packed.into());
+    }
+    let [packed_q, packed_k, packed_v] = packed;
+    Ok((delivered(q, packed_q)?, delivered(k, packed_k)?, delivered(v, packed_v)?))
 }
 
 /// Packed [total_valid, H, D] rows in a padded [B, S, H, D] tensor, bit for bit, with +0.0 in the
@@ -109,19 +107,12 @@ pub(crate) fn scatter_to_padded<'py>(
             format!("{:?}", array.shape()),
         ));
     };
-    let padded = match out {
-        Some(out) => out.clone(),
-        None => new_like(packed, &array, &[meta.0.batch(), meta.0.seq(), heads, dim], None)?,
-    };
-    let padded_array = Array::new("out", &padded)?;
-    expect_apart(&[&padded_array], &[&array])?;
-    let (input, mut output) = (Input::new(&device, &array)?, Output::new(&device, &padded_array)?);
-    {
-        let (from, to) = (input.view(), output.view_mut());
-        py.detach(|| varlen_fa::scatter_to_padded_into(&device, from, &meta.0, to)).or_raise()?;
-    }
-    output.finish()?;
-    Ok(padded)
+    let results = Results::of_rows((packed, &array), (out, &[meta.0.batch(), meta.0.seq(), heads, dim]))?;
+    results.write(py, &device, &[&array], |opened| {
+        let (input, to) = (Input::new(&device, &array)?, opened.one()?);
+        let from = input.view();
+        py.detach(|| varlen_fa::scatter_to_padded_into(&device, from, &meta.0, to)).or_raise()
+    })
 }
 
 /// Attention over packed rows: q [total_q, H, D], k and v [total_k, Hkv, D]. Sequence b of the
@@ -161,14 +152,11 @@ pub(crate) fn varlen_attention<'py>(
     options.kernel = kernel.map(str::parse).transpose().or_raise()?;
     let (like, lse) = ((q, &arrays[0]), LseArgument::new(lse));
     let results = Results::new(like, (out, arrays[0].shape()), (&lse, &[heads, total_q]))?;
-    results.write(py, &device, &arrays.each_ref(), |Opened { out, lse }| {
+    results.write(py, &device, &arrays.each_ref(), |opened| {
         let input = |at: usize| Input::new(&device, &arrays[at]);
         let inputs = [input(0)?, input(1)?, input(2)?];
         let views = inputs.each_ref().map(Input::view);
-        let [out] = &mut out[..] else {
-            return Err(Cause::Shape.argument("out", "one tensor", format!("{} segments", out.len())));
-        };
-        let (out, lse) = (out.view_mut(), lse.as_mut().map(Output::view_mut));
+        let (out, lse) = opened.one_and_lse()?;
         let run = || varlen_fa::varlen_attention_into(&device, views, &query.0, &key.0, options, out, lse);
         py.detach(run).or_raise().map(drop)
     })

@@ -2,9 +2,10 @@
 
 use pyo3::prelude::*;
 use pyo3::types::PyBool;
-use varlen_fa::{DType, Device};
+use varlen_fa::{DType, Device, TensorViewMut};
 
-use crate::arrays::{Array, new_like};
+use crate::arrays::{Array, delivered, new_like};
+use crate::errors::Cause;
 use crate::memory::{Output, expect_apart};
 use crate::parts::Parts;
 
@@ -28,10 +29,24 @@ impl<'a, 'py> LseArgument<'a, 'py> {
     }
 }
 
+/// A result, of the caller or made here.
+struct MaybeNew<'py> {
+    object: Bound<'py, PyAny>,
+    is_new: bool,
+}
+
+impl<'py> MaybeNew<'py> {
+    fn delivered(self, like: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyAny>> {
+        if self.is_new { delivered(like, self.object) } else { Ok(self.object) }
+    }
+}
+
 /// Results of a call, to be written.
-pub(crate) struct Results<'py> {
-    out: Bound<'py, PyAny>,
-    lse: Option<Bound<'py, PyAny>>,
+pub(crate) struct Results<'a, 'py> {
+    /// What new ones are made like.
+    like: &'a Bound<'py, PyAny>,
+    out: MaybeNew<'py>,
+    lse: Option<MaybeNew<'py>>,
     out_parts: Parts<'py>,
     lse_array: Option<Array>,
 }
@@ -42,21 +57,49 @@ pub(crate) struct Opened<'a> {
     pub lse: Option<Output<'a>>,
 }
 
-impl<'py> Results<'py> {
+impl Opened<'_> {
+    /// The output where segments make no sense.
+    pub fn one(&mut self) -> PyResult<TensorViewMut<'_>> {
+        self.one_and_lse().map(|(out, _)| out)
+    }
+
+    /// The output where segments make no sense, and the log-sum-exp.
+    pub fn one_and_lse(&mut self) -> PyResult<(TensorViewMut<'_>, Option<TensorViewMut<'_>>)> {
+        let segments = self.out.len();
+        match &mut self.out[..] {
+            [out] => Ok((out.view_mut(), self.lse.as_mut().map(Output::view_mut))),
+            _ => Err(Cause::Shape.argument("out", "one tensor", format!("{segments} segments"))),
+        }
+    }
+}
+
+impl<'a, 'py> Results<'a, 'py> {
+    /// An output alone, as [`new`](Self::new) has it.
+    pub fn of_rows(
+        like: (&'a Bound<'py, PyAny>, &Array),
+        out: (Option<&Bound<'py, PyAny>>, &[usize]),
+    ) -> PyResult<Self> {
+        Self::new(like, out, (&LseArgument::None, &[]))
+    }
+
     /// Those that the caller gave, and new ones of the kind of `like` where there are none.
     pub fn new(
-        (like, array): (&Bound<'py, PyAny>, &Array),
+        (like, array): (&'a Bound<'py, PyAny>, &Array),
         (out, out_shape): (Option<&Bound<'py, PyAny>>, &[usize]),
         (lse, lse_shape): (&LseArgument<'_, 'py>, &[usize]),
     ) -> PyResult<Self> {
-        let out = out.map_or_else(|| new_like(like, array, out_shape, None), |out| Ok(out.clone()))?;
+        let given = |object: &Bound<'py, PyAny>| MaybeNew { object: object.clone(), is_new: false };
+        let new =
+            |shape, dtype| Ok::<_, PyErr>(MaybeNew { object: new_like(like, array, shape, dtype)?, is_new: true });
+        let out = out.map_or_else(|| new(out_shape, None), |out| Ok(given(out)))?;
         let lse = match lse {
             LseArgument::None => None,
-            LseArgument::New => Some(new_like(like, array, lse_shape, Some(DType::F32))?),
-            LseArgument::Given(lse) => Some((*lse).clone()),
+            LseArgument::New => Some(new(lse_shape, Some(DType::F32))?),
+            LseArgument::Given(lse) => Some(given(lse)),
         };
-        let (out_parts, lse_array) = (Parts::new("out", &out)?, Array::optional("lse", lse.as_ref())?);
-        Ok(Self { out, lse, out_parts, lse_array })
+        let out_parts = Parts::new("out", &out.object)?;
+        let lse_array = Array::optional("lse", lse.as_ref().map(|lse| &lse.object))?;
+        Ok(Self { like, out, lse, out_parts, lse_array })
     }
 
     /// Lets `call` write them on the device, unless they share memory with `inputs`. Returns `out`, or
@@ -76,9 +119,10 @@ impl<'py> Results<'py> {
         let mut opened = Opened { out: self.out_parts.outputs(device)?, lse };
         call(&mut opened)?;
         opened.out.into_iter().chain(opened.lse).try_for_each(Output::finish)?;
+        let out = self.out.delivered(self.like)?;
         match self.lse {
-            None => Ok(self.out),
-            Some(lse) => (self.out, lse).into_pyobject(py).map(Bound::into_any),
+            None => Ok(out),
+            Some(lse) => (out, lse.delivered(self.like)?).into_pyobject(py).map(Bound::into_any),
         }
     }
 }

