@@ -2,8 +2,10 @@
 
 use std::process::ExitCode;
 
-use varlen_fa_harness::benches::{device_meta, program};
+use varlen_fa_harness::benches::device_meta::DeviceMetadata;
+use varlen_fa_harness::benches::program;
+use varlen_fa_harness::comparison;
 
 fn main() -> ExitCode {
-    program(device_meta::run)
+    program(comparison::run::<DeviceMetadata>)
 }

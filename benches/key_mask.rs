@@ -2,8 +2,10 @@
 
 use std::process::ExitCode;
 
-use varlen_fa_harness::benches::{key_mask, program};
+use varlen_fa_harness::benches::key_mask::KeyMasked;
+use varlen_fa_harness::benches::program;
+use varlen_fa_harness::comparison;
 
 fn main() -> ExitCode {
-    program(key_mask::run)
+    program(comparison::run::<KeyMasked>)
 }

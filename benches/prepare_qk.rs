@@ -2,8 +2,10 @@
 
 use std::process::ExitCode;
 
-use varlen_fa_harness::benches::{prepare_qk, program};
+use varlen_fa_harness::benches::prepare_qk::PrepareQk;
+use varlen_fa_harness::benches::program;
+use varlen_fa_harness::comparison;
 
 fn main() -> ExitCode {
-    program(prepare_qk::run)
+    program(comparison::run::<PrepareQk>)
 }

@@ -2,8 +2,10 @@
 
 use std::process::ExitCode;
 
-use varlen_fa_harness::benches::{program, ranges};
+use varlen_fa_harness::benches::program;
+use varlen_fa_harness::benches::ranges::Ranges;
+use varlen_fa_harness::comparison;
 
 fn main() -> ExitCode {
-    program(ranges::run)
+    program(comparison::run::<Ranges>)
 }

@@ -2,8 +2,10 @@
 
 use std::process::ExitCode;
 
-use varlen_fa_harness::benches::{program, segments};
+use varlen_fa_harness::benches::program;
+use varlen_fa_harness::benches::segments::TextAndImage;
+use varlen_fa_harness::comparison;
 
 fn main() -> ExitCode {
-    program(segments::run)
+    program(comparison::run::<TextAndImage>)
 }

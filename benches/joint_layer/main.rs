@@ -20,45 +20,24 @@ use varlen_fa::{
     AttentionMask, DType, Device, DeviceMemory, Element, JointAttention, JointSegment, KeyMask, Layout,
     MaskedAttention, Plan, QkNorm, QkSegment, Rotary, RotaryPairing, VarlenMeta,
 };
-use varlen_fa_harness::arguments::{Problem, ProblemArguments, RoundArguments, workload_help};
+use varlen_fa_harness::arguments::Problem;
 use varlen_fa_harness::benches::program;
 use varlen_fa_harness::comparison::{self, Comparison};
 use varlen_fa_harness::random::standard_normal;
 use varlen_fa_harness::report::Report;
-use varlen_fa_harness::sizes::Sizes;
 use varlen_fa_harness::times::{Times, repeats_of};
 use varlen_fa_testkit::WorkloadKind;
 
 use passes::{Kernel, Passes};
 
-/// Qwen-Image at 1024² and eight requests of it at 512².
-const DEFAULTS: [&str; 2] =
-    ["joint:text=512:image=4096:valid=256", "joint:text=512:image=1024:valid=37,512,211,80,300,140,64,400"];
-const SMOKE: &str = "joint:text=5:image=20:valid=3,5:heads=2:dim=16";
 const EPS: f32 = 1e-6;
 
 /// Time a joint layer against separate passes for norm, rotation, concatenation, attention and split.
 #[derive(Debug, Args)]
-#[command(after_help = workload_help())]
-struct Arguments {
-    #[command(flatten)]
-    problem: ProblemArguments,
-    #[command(flatten)]
-    rounds: RoundArguments,
-}
+struct JointLayer {}
 
 fn main() -> ExitCode {
-    program(run)
-}
-
-fn run(arguments: &Arguments, sizes: Sizes) -> Result<()> {
-    let device = arguments.problem.open_device()?;
-    // `cargo test` runs it on whatever device there is.
-    if device.wgpu().is_none() && sizes == Sizes::Smoke {
-        println!("skipped: {} is no wgpu device", device.name());
-        return Ok(());
-    }
-    comparison::run(arguments, &arguments.problem, &arguments.rounds, sizes, (&DEFAULTS, SMOKE))
+    program(comparison::run::<JointLayer>)
 }
 
 /// A buffer of the application's, which the library sees too.
@@ -178,7 +157,16 @@ impl Separate {
     }
 }
 
-impl Comparison for Arguments {
+impl Comparison for JointLayer {
+    /// Qwen-Image at 1024² and eight requests of it at 512².
+    const DEFAULTS: &'static [&'static str] =
+        &["joint:text=512:image=4096:valid=256", "joint:text=512:image=1024:valid=37,512,211,80,300,140,64,400"];
+    const SMOKE: &'static str = "joint:text=5:image=20:valid=3,5:heads=2:dim=16";
+
+    fn not_on(device: &Device) -> Option<&'static str> {
+        device.wgpu().is_none().then_some("it is no wgpu device")
+    }
+
     fn time<T: Element>(&self, device: &Device, problem: &Problem, rounds: usize, report: &mut Report) -> Result<()> {
         let shape @ [batch, seq, heads, dim] = problem.shape();
         let WorkloadKind::Joint { text, .. } = problem.workload.kind else {

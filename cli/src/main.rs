@@ -17,6 +17,7 @@ use clap_complete::Shell;
 use varlen_fa_harness::benches::{
     attention, device_meta, key_mask, metadata, prepare_qk, ranges, segments, sequence_parallel,
 };
+use varlen_fa_harness::comparison;
 use varlen_fa_harness::report;
 use varlen_fa_harness::sizes::Sizes;
 
@@ -74,12 +75,12 @@ struct BenchArguments {
 #[derive(Debug, Subcommand)]
 enum Bench {
     Attention(attention::Arguments),
-    DeviceMeta(device_meta::Arguments),
-    KeyMask(key_mask::Arguments),
+    DeviceMeta(comparison::Arguments<device_meta::DeviceMetadata>),
+    KeyMask(comparison::Arguments<key_mask::KeyMasked>),
     Metadata(metadata::Arguments),
-    PrepareQk(prepare_qk::Arguments),
-    Ranges(ranges::Arguments),
-    Segments(segments::Arguments),
+    PrepareQk(comparison::Arguments<prepare_qk::PrepareQk>),
+    Ranges(comparison::Arguments<ranges::Ranges>),
+    Segments(comparison::Arguments<segments::TextAndImage>),
     SequenceParallel(sequence_parallel::Arguments),
 }
 
@@ -116,12 +117,12 @@ fn bench(arguments: &BenchArguments) -> Result<()> {
     let sizes = if arguments.smoke { Sizes::Smoke } else { Sizes::Full };
     match &arguments.bench {
         Bench::Attention(arguments) => attention::run(arguments, sizes),
-        Bench::DeviceMeta(arguments) => device_meta::run(arguments, sizes),
-        Bench::KeyMask(arguments) => key_mask::run(arguments, sizes),
+        Bench::DeviceMeta(arguments) => comparison::run(arguments, sizes),
+        Bench::KeyMask(arguments) => comparison::run(arguments, sizes),
         Bench::Metadata(arguments) => metadata::run(arguments, sizes),
-        Bench::PrepareQk(arguments) => prepare_qk::run(arguments, sizes),
-        Bench::Ranges(arguments) => ranges::run(arguments, sizes),
-        Bench::Segments(arguments) => segments::run(arguments, sizes),
+        Bench::PrepareQk(arguments) => comparison::run(arguments, sizes),
+        Bench::Ranges(arguments) => comparison::run(arguments, sizes),
+        Bench::Segments(arguments) => comparison::run(arguments, sizes),
         Bench::SequenceParallel(arguments) => sequence_parallel::run(arguments, sizes),
     }
 }

@@ -3,16 +3,27 @@
 use std::io::Write;
 
 use anyhow::Result;
+use clap::Args;
 use serde::Serialize;
 use varlen_fa::{Device, Element, Plan, bf16, f16};
 
-use crate::arguments::{ElementType, Problem, ProblemArguments, RoundArguments};
+use crate::arguments::{ElementType, Problem, ProblemArguments, RoundArguments, workload_help};
 use crate::report::Report;
 use crate::sizes::Sizes;
 use crate::times::{Times, milliseconds};
 
-/// Calls that are timed in turns.
+/// Calls that are timed in turns. The type holds the options that this bench alone has.
 pub trait Comparison {
+    /// The workloads, if the command line names none.
+    const DEFAULTS: &'static [&'static str];
+    /// The workload where the bench only checks that it runs.
+    const SMOKE: &'static str;
+
+    /// Why this kind of device has none of the calls. `cargo test` runs benches on whatever device there is.
+    fn not_on(_device: &Device) -> Option<&'static str> {
+        None
+    }
+
     /// Times them on one workload, so many rounds, and reports each.
     ///
     /// # Errors
@@ -20,20 +31,34 @@ pub trait Comparison {
     fn time<T: Element>(&self, device: &Device, problem: &Problem, rounds: usize, report: &mut Report) -> Result<()>;
 }
 
-/// Times them on the workloads of the command line: `defaults` if it names none, `smoke` where the bench only checks that it runs.
+// No documentation comment: help would begin with it instead of with that of the comparison.
+#[expect(missing_docs, reason = "as above")]
+#[derive(Debug, Args)]
+#[command(after_help = workload_help())]
+pub struct Arguments<C: Args> {
+    #[command(flatten)]
+    problem: ProblemArguments,
+    #[command(flatten)]
+    rounds: RoundArguments,
+    #[command(flatten)]
+    comparison: C,
+}
+
+/// Times the comparison on the workloads of the command line and writes the report.
 ///
 /// # Errors
 /// The device or a workload is refused, or [`Comparison::time`] fails.
-pub fn run(
-    comparison: &impl Comparison,
-    problem: &ProblemArguments,
-    rounds: &RoundArguments,
-    sizes: Sizes,
-    (defaults, smoke): (&[&str], &str),
-) -> Result<()> {
+pub fn run<C: Comparison + Args>(arguments: &Arguments<C>, sizes: Sizes) -> Result<()> {
+    let Arguments { problem, rounds, comparison } = arguments;
     let device = problem.open_device()?;
-    let smoke = [smoke];
-    let (defaults, rounds) = rounds.of_run(sizes, defaults, &smoke);
+    if sizes == Sizes::Smoke
+        && let Some(reason) = C::not_on(&device)
+    {
+        println!("skipped on {}: {reason}", device.name());
+        return Ok(());
+    }
+    let smoke = [C::SMOKE];
+    let (defaults, rounds) = rounds.of_run(sizes, C::DEFAULTS, &smoke);
     let mut report = Report::new(problem.json.as_deref())?;
     writeln!(report.text, "{}, {rounds} rounds", device.capabilities())?;
     for problem in problem.problems(&device, defaults)? {

@@ -13,34 +13,22 @@ use varlen_fa::{
     VarlenMeta,
 };
 
-use crate::arguments::{Problem, ProblemArguments, RoundArguments, workload_help};
+use crate::arguments::Problem;
 use crate::comparison::{self, Comparison};
 use crate::random::tensor;
 use crate::report::Report;
-use crate::sizes::Sizes;
 use crate::times::{in_turns, repeats_of};
-
-/// Qwen-Image at 1024² and at 512², an encoder's batch, and a mask with holes.
-const DEFAULTS: [&str; 4] =
-    ["joint-1024-b1", "joint-512-b8", "prefix-2048-b16", "random:len=4096:p=0.95:batch=2:heads=24:dim=128"];
-const SMOKE: &str = "joint:text=5:image=20:valid=3,5:heads=2:dim=16";
 
 /// Time metadata that the device built against the host's.
 #[derive(Debug, Args)]
-#[command(after_help = workload_help())]
-pub struct Arguments {
-    #[command(flatten)]
-    problem: ProblemArguments,
-    #[command(flatten)]
-    rounds: RoundArguments,
-}
+pub struct DeviceMetadata {}
 
-/// Runs it and writes the report.
-pub fn run(arguments: &Arguments, sizes: Sizes) -> Result<()> {
-    comparison::run(arguments, &arguments.problem, &arguments.rounds, sizes, (&DEFAULTS, SMOKE))
-}
+impl Comparison for DeviceMetadata {
+    /// Qwen-Image at 1024² and at 512², an encoder's batch, and a mask with holes.
+    const DEFAULTS: &'static [&'static str] =
+        &["joint-1024-b1", "joint-512-b8", "prefix-2048-b16", "random:len=4096:p=0.95:batch=2:heads=24:dim=128"];
+    const SMOKE: &'static str = "joint:text=5:image=20:valid=3,5:heads=2:dim=16";
 
-impl Comparison for Arguments {
     fn time<T: Element>(&self, device: &Device, problem: &Problem, rounds: usize, report: &mut Report) -> Result<()> {
         let (shape, kv_shape) = (problem.shape(), problem.kv_shape());
         let [batch, seq, ..] = shape;

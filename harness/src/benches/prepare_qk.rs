@@ -13,27 +13,16 @@ use varlen_fa::{
     Device, Element, KeyMask, QkNorm, QkSegment, Rotary, RotaryPairing, Tensor, VarlenMeta, pack_into, prepare_qk,
 };
 
-use crate::arguments::{Problem, ProblemArguments, RoundArguments, workload_help};
-use crate::comparison::{self, Comparison};
+use crate::arguments::Problem;
+use crate::comparison::Comparison;
 use crate::random::{standard_normal, tensor};
 use crate::report::Report;
-use crate::sizes::Sizes;
 use crate::times::{in_turns, milliseconds, repeats_of};
 use varlen_fa_testkit::WorkloadKind;
 
-/// Qwen-Image at 1024², and a fourth of it.
-const DEFAULTS: [&str; 2] = ["joint:text=512:image=4096:valid=512", "joint:text=256:image=1024:valid=37,211"];
-const SMOKE: &str = "joint:text=5:image=20:valid=3,5:heads=2:dim=16";
-
 /// Time QK-norm and rotary embedding against a copy of q and k.
 #[derive(Debug, Args)]
-#[command(after_help = workload_help())]
-pub struct Arguments {
-    #[command(flatten)]
-    problem: ProblemArguments,
-    #[command(flatten)]
-    rounds: RoundArguments,
-}
+pub struct PrepareQk {}
 
 /// One line of the JSON.
 #[derive(Debug, Serialize)]
@@ -46,11 +35,6 @@ struct Record<'a> {
     gigabytes_per_second: f64,
     /// Of the copy's bandwidth.
     share: f64,
-}
-
-/// Runs it and writes the report.
-pub fn run(arguments: &Arguments, sizes: Sizes) -> Result<()> {
-    comparison::run(arguments, &arguments.problem, &arguments.rounds, sizes, (&DEFAULTS, SMOKE))
 }
 
 /// q and k of a segment, their outputs, and its tables.
@@ -83,7 +67,12 @@ impl Segment {
     }
 }
 
-impl Comparison for Arguments {
+impl Comparison for PrepareQk {
+    /// Qwen-Image at 1024², and a fourth of it.
+    const DEFAULTS: &'static [&'static str] =
+        &["joint:text=512:image=4096:valid=512", "joint:text=256:image=1024:valid=37,211"];
+    const SMOKE: &'static str = "joint:text=5:image=20:valid=3,5:heads=2:dim=16";
+
     fn time<T: Element>(&self, device: &Device, problem: &Problem, rounds: usize, report: &mut Report) -> Result<()> {
         let shape @ [batch, seq, heads, dim] = problem.shape();
         let text = match problem.workload.kind {

@@ -11,26 +11,15 @@ use clap::Args;
 use serde::Serialize;
 use varlen_fa::{AttentionMask, Device, Element, KeyMask, KeyRanges, MaskedAttention, VarlenMeta};
 
-use crate::arguments::{Problem, ProblemArguments, RoundArguments, workload_help};
-use crate::comparison::{self, Comparison};
+use crate::arguments::Problem;
+use crate::comparison::Comparison;
 use crate::random::tensor;
 use crate::report::Report;
-use crate::sizes::Sizes;
 use crate::times::{in_turns, milliseconds};
-
-/// Padded batches: 12 heads of 64 elements, as encoders have.
-const DEFAULTS: [&str; 2] =
-    ["prefix:len=2048:valid=2048:heads=12:dim=64", "prefix:len=8192:valid=8192,4915:heads=12:dim=64"];
-const SMOKE: &str = "prefix:len=40:valid=40,24:heads=2:dim=16";
 
 /// Time causal masks and windows against the same call without them.
 #[derive(Debug, Args)]
-#[command(after_help = workload_help())]
-pub struct Arguments {
-    #[command(flatten)]
-    problem: ProblemArguments,
-    #[command(flatten)]
-    rounds: RoundArguments,
+pub struct Ranges {
     /// Keys that windows have on either side
     #[arg(long, value_name = "N", default_value = "64")]
     window: usize,
@@ -51,12 +40,12 @@ struct Record<'a> {
     work_ratio: f64,
 }
 
-/// Runs it and writes the report.
-pub fn run(arguments: &Arguments, sizes: Sizes) -> Result<()> {
-    comparison::run(arguments, &arguments.problem, &arguments.rounds, sizes, (&DEFAULTS, SMOKE))
-}
+impl Comparison for Ranges {
+    /// Padded batches: 12 heads of 64 elements, as encoders have.
+    const DEFAULTS: &'static [&'static str] =
+        &["prefix:len=2048:valid=2048:heads=12:dim=64", "prefix:len=8192:valid=8192,4915:heads=12:dim=64"];
+    const SMOKE: &'static str = "prefix:len=40:valid=40,24:heads=2:dim=16";
 
-impl Comparison for Arguments {
     fn time<T: Element>(&self, device: &Device, problem: &Problem, rounds: usize, report: &mut Report) -> Result<()> {
         let window = self.window;
         let (shape, kv_shape) = (problem.shape(), problem.kv_shape());

@@ -11,35 +11,23 @@ use anyhow::{Result, ensure};
 use clap::Args;
 use varlen_fa::{AttentionMask, Device, Element, KeyMask, MaskedAttention, Tensor, VarlenMeta};
 
-use crate::arguments::{Problem, ProblemArguments, RoundArguments, workload_help};
+use crate::arguments::Problem;
 use crate::comparison::{self, Comparison};
 use crate::random::tensor;
 use crate::report::Report;
-use crate::sizes::Sizes;
 use crate::times::{in_turns, repeats_of};
 use varlen_fa_testkit::WorkloadKind;
 
-/// Qwen-Image at 1024² and eight requests of it at 512².
-const DEFAULTS: [&str; 2] =
-    ["joint:text=512:image=4096:valid=256", "joint:text=512:image=1024:valid=37,512,211,80,300,140,64,400"];
-const SMOKE: &str = "joint:text=5:image=20:valid=3,5:heads=2:dim=16";
-
 /// Time segments against concatenated tensors.
 #[derive(Debug, Args)]
-#[command(after_help = workload_help())]
-pub struct Arguments {
-    #[command(flatten)]
-    problem: ProblemArguments,
-    #[command(flatten)]
-    rounds: RoundArguments,
-}
+pub struct TextAndImage {}
 
-/// Runs it and writes the report.
-pub fn run(arguments: &Arguments, sizes: Sizes) -> Result<()> {
-    comparison::run(arguments, &arguments.problem, &arguments.rounds, sizes, (&DEFAULTS, SMOKE))
-}
+impl Comparison for TextAndImage {
+    /// Qwen-Image at 1024² and eight requests of it at 512².
+    const DEFAULTS: &'static [&'static str] =
+        &["joint:text=512:image=4096:valid=256", "joint:text=512:image=1024:valid=37,512,211,80,300,140,64,400"];
+    const SMOKE: &'static str = "joint:text=5:image=20:valid=3,5:heads=2:dim=16";
 
-impl Comparison for Arguments {
     fn time<T: Element>(&self, device: &Device, problem: &Problem, rounds: usize, report: &mut Report) -> Result<()> {
         let (shape, kv_shape) = (problem.shape(), problem.kv_shape());
         let [batch, seq, ..] = shape;
