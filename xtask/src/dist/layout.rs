@@ -140,6 +140,11 @@ impl Layout {
             // There is no static library.
             Format::Pe => "",
         };
+        let tried = if self.toolchain.is_native() {
+            ""
+        } else {
+            "It was tried in an emulator, on the CPU; nobody has tried a GPU on this system."
+        };
         for (path, text) in files {
             fs::create_dir_all(path.parent().context("a file without a folder")?)?;
             let text = text
@@ -148,6 +153,7 @@ impl Layout {
                 .replace("@SHARED@", &self.shared)
                 .replace("@SONAME@", &self.soname)
                 .replace("@SYSTEM@", system)
+                .replace("@TRIED@", tried)
                 .replace("@NEEDS@", &foreign.in_words());
             ensure!(!text.contains('@'), "{}: a placeholder is left", path.display());
             fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))?;

@@ -75,6 +75,7 @@ Attention over padded batches that computes only what is valid, on CUDA, on Vulk
 - `examples/`: complete programs.
 
 The shared library @NEEDS@. Drivers of GPUs are loaded when a device is opened.
+@TRIED@
 
 ```sh
 export PKG_CONFIG_PATH=$PWD/lib/pkgconfig LD_LIBRARY_PATH=$PWD/lib
@@ -101,7 +102,8 @@ and on the CPU.
 - `examples/`: complete programs.
 
 The library @NEEDS@. Windows 10 and newer have them all. Drivers of GPUs are loaded when a device is
-opened. It was built by MinGW-w64; nobody has tried Microsoft's compiler.
+opened. @TRIED@
+It was built by MinGW-w64; nobody has tried Microsoft's compiler.
 
 ```sh
 gcc examples/masked_attention.c -I include -L lib -lvarlen_fa -o bin/masked_attention.exe
