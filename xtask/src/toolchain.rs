@@ -193,3 +193,28 @@ pub fn add_standard_library(target: &str) -> Result<()> {
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::{CROSS, Toolchain, packages};
+
+    #[test]
+    fn tools_of_another_system_have_its_prefix() {
+        let native = Toolchain::of(None).unwrap();
+        assert!(native.is_native() && native.missing().is_none());
+        assert_eq!([native.tool("gcc"), native.tool("nm")], ["cc", "nm"]);
+        assert!(Toolchain::of(Some(native.target())).unwrap().is_native());
+
+        let windows = Toolchain::of(Some("x86_64-pc-windows-gnu")).unwrap();
+        assert!(!windows.is_native());
+        assert_eq!(windows.tool("gcc"), "x86_64-w64-mingw32-gcc");
+        let error = Toolchain::of(Some("aarch64-apple-darwin")).unwrap_err().to_string();
+        assert!(error.contains("aarch64-apple-darwin: expected") && error.contains(CROSS[0].target), "{error}");
+    }
+
+    #[test]
+    fn packages_are_single_names() {
+        assert!(packages().all(|name| !name.is_empty() && !name.contains(' ')));
+        assert!(packages().any(|name| name == "wine"));
+    }
+}
