@@ -371,7 +371,7 @@ def default_path():
     """The library that VARLEN_FA_LIBRARY names, or the one of the archive that this file lies in, or
     the one in target/release of the repository."""
     name = {"darwin": "libvarlen_fa.dylib", "win32": "varlen_fa.dll"}.get(sys.platform, "libvarlen_fa.so")
-    beside = Path(__file__).resolve().parents[1] / "lib" / name
+    beside = Path(__file__).resolve().parents[1] / ("bin" if sys.platform == "win32" else "lib") / name
     if "VARLEN_FA_LIBRARY" not in os.environ and beside.exists():
         return str(beside)
     target = os.environ.get("CARGO_TARGET_DIR", Path(__file__).resolve().parents[2] / "target")

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 
 use crate::workspace::{Workspace, capture, cargo, is_installed, python_with, run};
-use crate::{external_types, header, imports, kernels, package, pages, python_package, table};
+use crate::{external_types, header, imports, kernels, package, pages, platforms, python_package, table, toolchain};
 
 /// One step of CI.
 struct Step {
@@ -31,7 +31,13 @@ enum Work {
 enum Outcome {
     Passed,
     /// The reason.
-    Skipped(&'static str),
+    Skipped(String),
+}
+
+impl Outcome {
+    fn skipped(reason: impl Into<String>) -> Self {
+        Self::Skipped(reason.into())
+    }
 }
 
 use Work::{Commands, Function};
@@ -44,7 +50,7 @@ const DEVICES: &[(&str, &str)] = &[("VARLEN_FA_TEST_REQUIRE", "cpu,wgpu")];
 const STEPS: &[Step] = &[
     Step {
         name: "system",
-        about: "install the system packages: software Vulkan adapters, a browser, an emulator of 64-bit Arm",
+        about: "install the system packages: software Vulkan adapters, a browser, emulators, cross compilers",
         variables: &[],
         work: Function(install_packages),
     },
@@ -124,7 +130,9 @@ const STEPS: &[Step] = &[
         name: "pytorch",
         about: "the wheel beside PyTorch, diffusers and transformers, on the CPU: their models, and the programs of the docs",
         variables: &[],
-        work: Function(pytorch),
+        work: Function(|workspace| {
+            Ok(python_package::check_frameworks(workspace)?.map_or(Outcome::Passed, Outcome::Skipped))
+        }),
     },
     Step {
         name: "portability",
@@ -137,6 +145,18 @@ const STEPS: &[Step] = &[
         about: "unit tests and suite of the CPU device's NEON, in an emulator",
         variables: &[],
         work: Commands(&["scripts/aarch64.sh"]),
+    },
+    Step {
+        name: "windows",
+        about: "the CPU device in Wine: the C program with the DLL, and an example",
+        variables: &[],
+        work: Function(|workspace| Ok(platforms::windows(workspace)?.map_or(Outcome::Passed, Outcome::Skipped))),
+    },
+    Step {
+        name: "musl",
+        about: "the CPU device linked statically: the C program without a shared library",
+        variables: &[],
+        work: Function(|workspace| Ok(platforms::musl(workspace)?.map_or(Outcome::Passed, Outcome::Skipped))),
     },
     Step {
         name: "fuzz",
@@ -317,27 +337,20 @@ fn command(root: &Path, line: &str) -> Result<Command> {
 }
 
 fn install_packages(_workspace: &Workspace) -> Result<Outcome> {
-    const PACKAGES: [&str; 6] = [
-        "libvulkan1",
-        "mesa-vulkan-drivers",
-        "chromium",
-        // The step `aarch64`.
-        "gcc-aarch64-linux-gnu",
-        "libc6-dev-arm64-cross",
-        "qemu-user-static",
-    ];
+    const DEVICES_AND_BROWSER: [&str; 3] = ["libvulkan1", "mesa-vulkan-drivers", "chromium"];
+    let packages: Vec<_> = DEVICES_AND_BROWSER.into_iter().chain(toolchain::packages()).collect();
     if !is_installed("dpkg") || !is_installed("apt-get") {
-        return Ok(Outcome::Skipped(
-            "this is no Debian: install a Vulkan loader, Mesa's lavapipe, Chromium, a cross compiler for 64-bit Arm and \
-             QEMU's user-mode emulator yourself",
+        return Ok(Outcome::skipped(
+            "this is no Debian: install a Vulkan loader, Mesa's lavapipe, Chromium, a cross compiler for 64-bit Arm, \
+             QEMU's user-mode emulator, MinGW-w64, Wine and musl-gcc yourself",
         ));
     }
-    if capture(Command::new("dpkg").arg("--status").args(PACKAGES)).is_ok() {
+    if capture(Command::new("dpkg").arg("--status").args(&packages)).is_ok() {
         return Ok(Outcome::Passed);
     }
     run(Command::new("apt-get").args(["update", "-qq"]))?;
     let mut install = Command::new("apt-get");
-    install.args(["install", "-y", "-qq", "--no-install-recommends"]).args(PACKAGES);
+    install.args(["install", "-y", "-qq", "--no-install-recommends"]).args(packages);
     run(install.env("DEBIAN_FRONTEND", "noninteractive").stdout(Stdio::null()))?;
     Ok(Outcome::Passed)
 }
@@ -404,20 +417,9 @@ fn python_wheel(workspace: &Workspace) -> Result<Outcome> {
     Ok(Outcome::Passed)
 }
 
-/// PyTorch has 5 GB where it lies; a machine without room for it has the other steps still.
-fn pytorch(workspace: &Workspace) -> Result<Outcome> {
-    Ok(match python_package::check_frameworks(workspace) {
-        Err(error) if error.downcast_ref::<python_package::NoFrameworks>().is_some() => {
-            println!("{error:#}");
-            Outcome::Skipped("pip could not install PyTorch")
-        }
-        result => result.map(|()| Outcome::Passed)?,
-    })
-}
-
 fn cargo_deny(workspace: &Workspace) -> Result<Outcome> {
     if !is_installed("cargo-deny") {
-        return Ok(Outcome::Skipped("cargo-deny is not installed: `cargo install cargo-deny --locked`"));
+        return Ok(Outcome::skipped("cargo-deny is not installed: `cargo install cargo-deny --locked`"));
     }
     // Advisories are checked by hand before a release: they come from a database outside this
     // repository.

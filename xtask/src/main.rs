@@ -15,11 +15,13 @@ mod pages;
 #[path = "../../src/backends/cuda/kernels/params.rs"]
 #[allow(dead_code, reason = "only the text half is used here")]
 mod params;
+mod platforms;
 mod ptxas;
 mod python_package;
 mod release;
 mod table;
 mod targets;
+mod toolchain;
 #[cfg(feature = "web")]
 mod web;
 mod workspace;
@@ -95,21 +97,27 @@ enum Chore {
         #[arg(long, value_name = "DIR")]
         out: Option<PathBuf>,
     },
-    /// Write archives of the C library, target/archives/varlen-fa-VERSION-HOST.tar.gz and .zip
+    /// Write archives of the C library, target/archives/varlen-fa-VERSION-TARGET.tar.gz and .zip
     ///
     /// In them are the shared and the static library, stripped and optimised as one program, with our
     /// functions alone to be seen; headers for C and C++; files for pkg-config and CMake; the Python
-    /// binding; examples; the licences of all that is built in. Prints which glibc the library needs.
-    /// Needs binutils and Python; makes archives on Linux alone so far.
+    /// binding; examples; the licences of all that is built in. For Windows there is a zip, with the DLL
+    /// and its import library. Prints what the library needs of the system. Needs binutils and Python;
+    /// makes archives on Linux alone so far.
     Dist {
+        /// The system that they are for, as Rust names it: x86_64-unknown-linux-gnu,
+        /// aarch64-unknown-linux-gnu or x86_64-pc-windows-gnu; other than this one by a cross compiler
+        /// [default: this one]
+        #[arg(long, value_name = "TARGET")]
+        target: Option<String>,
         /// Folder of the archives [default: archives in the target folder]
         #[arg(long, value_name = "DIR")]
         out: Option<PathBuf>,
         /// Cargo's profile
         #[arg(long, default_value = "dist")]
         profile: String,
-        /// Unpack the tar.gz, and the published crate, in a temporary folder, and build and run projects
-        /// there in C, C++, Python and Rust
+        /// Unpack the archive, and the published crate, in a temporary folder, and build and run projects
+        /// there in C, C++, Python and Rust; for another system in C and C++, in an emulator
         #[arg(long)]
         check: bool,
     },
@@ -166,9 +174,10 @@ fn run(arguments: &Arguments) -> Result<()> {
         Chore::Header { check: false } => header::write(&workspace),
         Chore::Header { check: true } => header::check(&workspace),
         Chore::GpuBundle { out } => bundle::build(&workspace, out.as_deref()),
-        Chore::Dist { out, profile, check } => {
-            dist::build(&workspace, &dist::Options { out: out.as_deref(), profile, check: *check })
-        }
+        Chore::Dist { target, out, profile, check } => dist::build(
+            &workspace,
+            &dist::Options { target: target.as_deref(), out: out.as_deref(), profile, check: *check },
+        ),
         Chore::Targets => targets::check(&workspace),
         Chore::Release { dry_run: _ } => release::dry_run(&workspace),
         #[cfg(feature = "web")]

@@ -24,14 +24,14 @@ struct Package {
 }
 
 /// Writes `THIRD-PARTY-LICENSES.txt`: each package with its licence, and the texts that come with it.
-pub fn write(workspace: &Workspace, folder: &Path) -> Result<()> {
+pub fn write(workspace: &Workspace, target: &str, folder: &Path) -> Result<()> {
     #[derive(Deserialize)]
     struct Metadata {
         packages: Vec<Package>,
     }
     let mut tree = cargo();
     tree.current_dir(&workspace.root).args(["tree", "-p", "varlen-fa-capi", "--edges", "normal,no-proc-macro"]);
-    let built_in = names(&stdout_of(tree.args(["--prefix", "none", "--format", "{p}"]))?);
+    let built_in = names(&stdout_of(tree.args(["--target", target, "--prefix", "none", "--format", "{p}"]))?);
     let mut metadata = cargo();
     let printed = stdout_of(metadata.current_dir(&workspace.root).args(["metadata", "--format-version", "1"]))?;
     let Metadata { packages } = serde_json::from_str(&printed).context("cannot read what `cargo metadata` printed")?;

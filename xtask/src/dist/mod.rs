@@ -5,21 +5,25 @@ mod foreign;
 mod layout;
 mod licences;
 mod strangers;
+mod texts;
 
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use serde::Deserialize;
 
-use self::layout::Layout;
+use self::layout::{Format, Layout};
 use crate::table;
-use crate::workspace::{Workspace, cargo, run, stdout_of};
+use crate::toolchain::Toolchain;
+use crate::workspace::{Workspace, run, stdout_of};
 
 /// What to build, and where to put it.
 #[derive(Debug)]
 pub struct Options<'a> {
+    /// The system that they are for, as Rust names it; by default the one that builds.
+    pub target: Option<&'a str>,
     /// The folder of the archives.
     pub out: Option<&'a Path>,
     /// Cargo's profile.
@@ -28,9 +32,13 @@ pub struct Options<'a> {
     pub check: bool,
 }
 
-/// Builds the library and writes a tar.gz and a zip of it.
+/// Builds the library and writes archives of it: a tar.gz and a zip, for Windows a zip alone.
 pub fn build(workspace: &Workspace, options: &Options<'_>) -> Result<()> {
-    let layout = Layout::of_host(&workspace.version("varlen-fa-capi")?)?;
+    let toolchain = Toolchain::of(options.target)?;
+    if let Some(missing) = toolchain.missing() {
+        bail!(missing);
+    }
+    let layout = Layout::new(&workspace.version("varlen-fa-capi")?, toolchain)?;
     let [shared, archive] = libraries(workspace, options.profile, &layout)?;
     let default = workspace.target.join("archives");
     let out = options.out.unwrap_or(&default);
@@ -41,11 +49,10 @@ pub fn build(workspace: &Workspace, options: &Options<'_>) -> Result<()> {
     fs::create_dir_all(&folder).with_context(|| format!("cannot create {}", folder.display()))?;
 
     let foreign = layout.install(workspace, &folder, &shared, &archive)?;
-    licences::write(workspace, &folder)?;
-    let archives = pack(workspace, out, &layout.name)?;
+    licences::write(workspace, layout.toolchain.target(), &folder)?;
+    let archives = pack(workspace, out, &layout)?;
     let mut rows = vec![["file", "bytes"].map(str::to_owned).to_vec()];
-    let library = folder.join("lib").join(&layout.shared);
-    for file in [&library, &folder.join("lib/libvarlen_fa.a")].into_iter().chain(&archives) {
+    for file in [&folder.join(&layout.shared), &folder.join(layout.archive)].into_iter().chain(&archives) {
         let name = file.strip_prefix(out).unwrap_or(file).display().to_string();
         rows.push(vec![name, fs::metadata(file)?.len().to_string()]);
     }
@@ -57,7 +64,7 @@ pub fn build(workspace: &Workspace, options: &Options<'_>) -> Result<()> {
     Ok(())
 }
 
-/// The shared and the static library, as cargo builds them.
+/// The shared library, and the one to link with, as cargo builds them.
 fn libraries(workspace: &Workspace, profile: &str, layout: &Layout) -> Result<[PathBuf; 2]> {
     #[derive(Deserialize)]
     struct Message {
@@ -69,8 +76,8 @@ fn libraries(workspace: &Workspace, profile: &str, layout: &Layout) -> Result<[P
     struct Target {
         name: String,
     }
-    let mut rustc = cargo();
-    rustc.current_dir(&workspace.root).args(["rustc", "-p", "varlen-fa-capi", "--lib", "--profile", profile]);
+    let mut rustc =
+        layout.toolchain.cargo(workspace, &["rustc", "-p", "varlen-fa-capi", "--lib", "--profile", profile])?;
     rustc.args(["--message-format=json-render-diagnostics", "--"]);
     let printed = stdout_of(rustc.args(layout.link_arguments()))?;
     let mut files = Vec::new();
@@ -80,18 +87,22 @@ fn libraries(workspace: &Workspace, profile: &str, layout: &Layout) -> Result<[P
             files.extend(message.filenames);
         }
     }
-    let find = |extension: &str| {
-        // The Rust library is called the same.
-        let found = files.iter().find(|file| file.extension().is_some_and(|of| of == extension));
-        found.cloned().with_context(|| format!("cargo built {files:?}, nothing that ends in .{extension}"))
-    };
-    Ok([find(layout.extension)?, find("a")?])
+    let [shared, archive] = layout.built_names().map(|name| {
+        let found = files.iter().find(|file| file.file_name().is_some_and(|of| of == name));
+        found.cloned().with_context(|| format!("cargo built {files:?}, no {name}"))
+    });
+    Ok([shared?, archive?])
 }
 
-/// Writes both archives. Their bytes depend on nothing but the files and the time of the commit.
-fn pack(workspace: &Workspace, out: &Path, name: &str) -> Result<[PathBuf; 2]> {
+/// Writes the archives. Their bytes depend on nothing but the files and the time of the commit.
+fn pack(workspace: &Workspace, out: &Path, layout: &Layout) -> Result<Vec<PathBuf>> {
+    let name = &layout.name;
+    let extensions: &[_] = match layout.format {
+        Format::Elf => &["tar.gz", "zip"],
+        Format::Pe => &["zip"],
+    };
     let time = stdout_of(Command::new("git").current_dir(&workspace.root).args(["log", "-1", "--format=%ct"]))?;
-    let archives = ["tar.gz", "zip"].map(|extension| out.join(format!("{name}.{extension}")));
+    let archives: Vec<_> = extensions.iter().map(|extension| out.join(format!("{name}.{extension}"))).collect();
     for archive in &archives {
         let mut python = Command::new("python3");
         python.args(["-c", PACK]).arg(archive).arg(out).arg(name).arg(time.trim());

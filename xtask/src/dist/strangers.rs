@@ -7,32 +7,42 @@ use std::process::{self, Command};
 
 use anyhow::{Context, Result, ensure};
 
-use super::layout::Layout;
+use super::layout::{Format, Layout};
 use crate::package::{self, Source};
-use crate::workspace::{Workspace, capture, cargo, run, stdout_of};
+use crate::workspace::{Workspace, capture, cargo, is_installed, run, stdout_of};
 
 /// Builds and runs them; leaves nothing behind unless one fails.
 pub fn check(workspace: &Workspace, archive: &Path, layout: &Layout) -> Result<()> {
     let folder = env::temp_dir().join(format!("varlen-fa-strangers-{}", process::id()));
     fs::create_dir_all(&folder).with_context(|| format!("cannot create {}", folder.display()))?;
-    run(Command::new("tar").arg("-xzf").arg(archive).arg("-C").arg(&folder))?;
-    let stranger = Stranger { unpacked: folder.join(&layout.name), folder };
+    match layout.format {
+        Format::Elf => run(Command::new("tar").arg("-xzf").arg(archive).arg("-C").arg(&folder))?,
+        Format::Pe => run(Command::new("python3").args(["-m", "zipfile", "-e"]).arg(archive).arg(&folder))?,
+    }
+    let stranger = Stranger { workspace, layout, unpacked: folder.join(&layout.name), folder };
     stranger.c_and_cpp()?;
-    stranger.cmake()?;
-    stranger.python()?;
-    stranger.rust(workspace)?;
+    if layout.toolchain.is_native() {
+        stranger.cmake()?;
+        stranger.python()?;
+        stranger.rust()?;
+    } else {
+        println!("+ CMake, Python and Rust: skipped, they are tried with the archive of the machine that builds");
+        stranger.path_of_the_binding()?;
+    }
     fs::remove_dir_all(&stranger.folder)?;
     println!("strangers' projects build and run");
     Ok(())
 }
 
-struct Stranger {
+struct Stranger<'a> {
+    workspace: &'a Workspace,
+    layout: &'a Layout,
     folder: PathBuf,
     unpacked: PathBuf,
 }
 
-impl Stranger {
-    /// The examples with pkg-config, and with the static library.
+impl Stranger<'_> {
+    /// The examples with pkg-config, and with the static library where there is one.
     fn c_and_cpp(&self) -> Result<()> {
         let lib = self.unpacked.join("lib");
         let flags = |arguments: &[&str]| -> Result<Vec<String>> {
@@ -42,19 +52,36 @@ impl Stranger {
             Ok(printed.split_whitespace().map(str::to_owned).collect())
         };
         let compile = flags(&["--cflags"])?;
-        let shared = flags(&["--libs"])?;
-        let system = flags(&["--libs-only-l", "--static"])?.into_iter().filter(|flag| flag != "-lvarlen_fa");
-        let static_library = lib.join("libvarlen_fa.a").display().to_string();
-        let with_static: Vec<String> = [static_library].into_iter().chain(system).collect();
-        for (compiler, source) in [("cc", "masked_attention.c"), ("c++", "masked_attention.cpp")] {
-            for (linkage, libraries) in [("shared", &shared), ("static", &with_static)] {
-                let program = self.folder.join(format!("{source}-{linkage}"));
-                let mut command = Command::new(compiler);
+        let mut linkages = vec![("shared", flags(&["--libs"])?)];
+        if self.layout.format == Format::Elf {
+            let system = flags(&["--libs-only-l", "--static"])?.into_iter().filter(|flag| flag != "-lvarlen_fa");
+            let library = self.unpacked.join(self.layout.archive).display().to_string();
+            linkages.push(("static", [library].into_iter().chain(system).collect()));
+        }
+        let toolchain = &self.layout.toolchain;
+        for (compiler, source) in [("gcc", "masked_attention.c"), ("g++", "masked_attention.cpp")] {
+            let compiler = toolchain.tool(compiler);
+            if !toolchain.is_native() && !is_installed(&compiler) {
+                println!("+ {source}: skipped, {compiler} is not installed");
+                continue;
+            }
+            for (linkage, libraries) in &linkages {
+                // Windows looks for libraries where the program lies, Linux where it is told to.
+                let folder = match self.layout.format {
+                    Format::Elf => self.folder.clone(),
+                    Format::Pe => self.unpacked.join("bin"),
+                };
+                let program = folder.join(format!("{source}-{linkage}.exe"));
+                let mut command = Command::new(&compiler);
                 command.arg("-o").arg(&program).arg(self.unpacked.join("examples").join(source));
+                if self.layout.format == Format::Pe {
+                    // The compiler's own libraries would have to lie beside the program.
+                    command.args(["-static-libgcc", "-static-libstdc++"]);
+                }
                 run(command.args(&compile).args(libraries).arg("-lm"))?;
                 println!("+ {source}, {linkage}");
-                let mut program = Command::new(&program);
-                if linkage == "shared" {
+                let mut program = toolchain.program(self.workspace, &program)?;
+                if self.layout.format == Format::Elf && *linkage == "shared" {
                     program.env("LD_LIBRARY_PATH", &lib);
                 }
                 run(program.arg("cpu"))?;
@@ -98,8 +125,23 @@ impl Stranger {
         run(python.args(["-c", PYTHON_PROGRAM]))
     }
 
+    /// The binding would look for the library where it lies: there is no Python of that system here.
+    fn path_of_the_binding(&self) -> Result<()> {
+        let platform = match self.layout.format {
+            Format::Elf => "linux",
+            Format::Pe => "win32",
+        };
+        let mut python = Command::new("python3");
+        python.env("PYTHONPATH", self.unpacked.join("python")).env_remove("VARLEN_FA_LIBRARY");
+        let found = stdout_of(python.args(["-c", PYTHON_PATH, platform]))?;
+        let found = fs::canonicalize(found.trim()).with_context(|| format!("the binding looks for {found:?}"))?;
+        ensure!(found == fs::canonicalize(self.unpacked.join(&self.layout.shared))?, "the binding takes {found:?}");
+        Ok(())
+    }
+
     /// The crate as it is published, in a project with the README's program.
-    fn rust(&self, workspace: &Workspace) -> Result<()> {
+    fn rust(&self) -> Result<()> {
+        let workspace = self.workspace;
         println!("+ Rust");
         let package = package::unpacked(workspace, Source::WorkingTree)?;
         let project = self.folder.join("rust");
@@ -134,6 +176,12 @@ target_link_libraries(with_static varlen_fa::static m)
 set(CMAKE_CXX_STANDARD 11)
 add_executable(with_cpp masked_attention.cpp)
 target_link_libraries(with_cpp varlen_fa::varlen_fa)
+";
+
+const PYTHON_PATH: &str = "
+import sys, varlen_fa
+sys.platform = sys.argv[1]
+print(varlen_fa.default_path())
 ";
 
 const PYTHON_PROGRAM: &str = "
