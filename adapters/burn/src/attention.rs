@@ -1,10 +1,9 @@
 //! Attention on burn's tensors, whichever backend they are of.
 
 use burn_tensor::Tensor;
-use varlen_fa::{
-    AttentionMask, CuSeqlens, Device, MaskedAttention, TensorView, TensorViewMut, VarlenOptions, varlen_attention_into,
-};
+use varlen_fa::{AttentionMask, CuSeqlens, VarlenOptions};
 
+use crate::call::Call;
 use crate::error::{Error, Result};
 
 /// What tensors may be, with the features that this crate was built with.
@@ -51,7 +50,7 @@ pub fn masked_attention(
     mask: AttentionMask<'_>,
     softmax_scale: Option<f32>,
 ) -> Result<Tensor<4>> {
-    Call::Padded { mask, softmax_scale }.of_tensors([q, k, v])
+    attend(&Call::Padded { mask, softmax_scale }, [q, k, v])
 }
 
 /// Attention of packed rows: `q` `[total_q, H, D]`, `k` and `v` `[total_k, Hkv, D]`; sequence b of the queries attends to sequence
@@ -68,66 +67,35 @@ pub fn varlen_attention(
     key: &CuSeqlens,
     options: VarlenOptions<'_>,
 ) -> Result<Tensor<3>> {
-    Call::Packed { query, key, options }.of_tensors([q, k, v])
+    attend(&Call::Packed { query, key, options }, [q, k, v])
 }
 
-/// What to compute, but for the tensors.
-pub(crate) enum Call<'a> {
-    Padded { mask: AttentionMask<'a>, softmax_scale: Option<f32> },
-    Packed { query: &'a CuSeqlens, key: &'a CuSeqlens, options: VarlenOptions<'a> },
+/// Computes on the backend of `q`.
+fn attend<const D: usize>(call: &Call<'_>, [q, k, v]: [Tensor<D>; 3]) -> Result<Tensor<D>> {
+    #[cfg(feature = "flex")]
+    if let Ok(q) = q.clone().try_into_primitive::<burn_flex::Flex>() {
+        let [k, v] = [("k", k), ("v", v)].map(|(argument, tensor)| {
+            let refused = of_another_backend(argument, &tensor);
+            tensor.try_into_primitive::<burn_flex::Flex>().map_err(|_| refused)
+        });
+        return Ok(Tensor::from_primitive::<burn_flex::Flex>(crate::flex::attend(call, [q, k?, v?])?));
+    }
+    #[cfg(feature = "wgpu")]
+    if let Ok(q) = q.clone().try_into_primitive::<burn_cubecl::Cube>() {
+        let [k, v] = [("k", k), ("v", v)].map(|(argument, tensor)| {
+            let refused = of_another_backend(argument, &tensor);
+            tensor.try_into_primitive::<burn_cubecl::Cube>().map_err(|_| refused)
+        });
+        return Ok(Tensor::from_primitive::<burn_cubecl::Cube>(crate::wgpu::attend(call, [q, k?, v?])?));
+    }
+    let _ = (k, v);
+    Err(Error::Tensor { argument: "q", expected: BACKENDS.to_owned(), got: described(&q) })
 }
 
-impl Call<'_> {
-    /// Computes on the backend of `q`.
-    fn of_tensors<const D: usize>(&self, [q, k, v]: [Tensor<D>; 3]) -> Result<Tensor<D>> {
-        #[cfg(feature = "flex")]
-        if let Ok(q) = q.clone().try_into_primitive::<burn_flex::Flex>() {
-            let of = |argument, tensor: Tensor<D>| {
-                let got = described(&tensor);
-                tensor.try_into_primitive::<burn_flex::Flex>().map_err(|_| Error::Tensor {
-                    argument,
-                    expected: "a float tensor of the Flex backend, as q".to_owned(),
-                    got,
-                })
-            };
-            let out = crate::flex::attend(self, [q, of("k", k)?, of("v", v)?])?;
-            return Ok(Tensor::from_primitive::<burn_flex::Flex>(out));
-        }
-        #[cfg(feature = "wgpu")]
-        if let Ok(q) = q.clone().try_into_primitive::<burn_cubecl::Cube>() {
-            let of = |argument, tensor: Tensor<D>| {
-                let got = described(&tensor);
-                tensor.try_into_primitive::<burn_cubecl::Cube>().map_err(|_| Error::Tensor {
-                    argument,
-                    expected: "a float tensor of the device of q".to_owned(),
-                    got,
-                })
-            };
-            let out = crate::wgpu::attend(self, [q, of("k", k)?, of("v", v)?])?;
-            return Ok(Tensor::from_primitive::<burn_cubecl::Cube>(out));
-        }
-        let _ = (k, v);
-        Err(Error::Tensor { argument: "q", expected: BACKENDS.to_owned(), got: described(&q) })
-    }
-
-    /// Launches the attention on views in the library's order. Every element of `out` is written, and nothing else.
-    pub(crate) fn launch(
-        &self,
-        device: &Device,
-        [q, k, v]: [TensorView<'_>; 3],
-        out: TensorViewMut<'_>,
-    ) -> varlen_fa::Result<()> {
-        match *self {
-            Self::Padded { mask, softmax_scale } => {
-                let layer = MaskedAttention::new(device);
-                let layer = softmax_scale.into_iter().fold(layer, MaskedAttention::with_softmax_scale);
-                layer.forward_into(q, k, v, mask, out).map(drop)
-            }
-            Self::Packed { query, key, options } => {
-                varlen_attention_into(device, [q, k, v], query, key, options, out, None::<TensorViewMut<'_>>).map(drop)
-            }
-        }
-    }
+#[cfg(any(feature = "flex", feature = "wgpu"))]
+fn of_another_backend<const D: usize>(argument: &'static str, tensor: &Tensor<D>) -> Error {
+    let expected = "a float tensor of the backend of q, without autodiff".to_owned();
+    Error::Tensor { argument, expected, got: described(tensor) }
 }
 
 fn described<const D: usize>(tensor: &Tensor<D>) -> String {

@@ -6,7 +6,7 @@ use burn_flex::{FlexTensor, Layout};
 use burn_tensor::{Bytes, DType, Shape};
 use varlen_fa::{Config, Device, DeviceChoice, TensorView, TensorViewMut, bf16, f16};
 
-use crate::attention::Call;
+use crate::call::Call;
 use crate::error::{Error, Result};
 use crate::layout;
 

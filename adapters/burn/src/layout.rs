@@ -1,7 +1,5 @@
 //! Layouts, from one library to the other.
 
-use crate::error::Result;
-
 /// Turns dimensions `[B, H, S, D]`, burn's order, into the library's `[B, S, H, D]`, and back. Packed rows, `[total, H, D]`, have
 /// one order.
 pub fn swap_heads<T>(dimensions: &mut [T]) {
@@ -11,7 +9,11 @@ pub fn swap_heads<T>(dimensions: &mut [T]) {
 }
 
 /// A tensor's layout as the library has it, in elements.
-pub fn of(shape: &[usize], strides: impl IntoIterator<Item = u64>, offset: u64) -> Result<varlen_fa::Layout> {
+pub fn of(
+    shape: &[usize],
+    strides: impl IntoIterator<Item = u64>,
+    offset: u64,
+) -> varlen_fa::Result<varlen_fa::Layout> {
     let (mut shape, mut strides) = (shape.to_vec(), Vec::from_iter(strides));
     // A dimension of one element may have any stride in burn.
     if let ([.., 1], [.., last]) = (&shape[..], &mut strides[..]) {
@@ -19,7 +21,7 @@ pub fn of(shape: &[usize], strides: impl IntoIterator<Item = u64>, offset: u64) 
     }
     swap_heads(&mut shape);
     swap_heads(&mut strides);
-    Ok(varlen_fa::Layout::strided(&shape, &strides, offset)?)
+    varlen_fa::Layout::strided(&shape, &strides, offset)
 }
 
 /// Strides, in burn's order, of an output of this shape: the rows of one token lie together, whichever head they are of.

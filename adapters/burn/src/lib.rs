@@ -8,6 +8,7 @@
 //! There are no gradients. `README.md` says which backends there are, and what each copies.
 
 mod attention;
+mod call;
 mod error;
 #[cfg(feature = "flex")]
 mod flex;

@@ -13,7 +13,7 @@ use burn_dispatch::DispatchDevice;
 use burn_tensor::{DType, Shape, StreamId};
 use varlen_fa::{Config, Device, DeviceChoice, DeviceMemory, TensorView, wgpu};
 
-use crate::attention::Call;
+use crate::call::Call;
 use crate::error::{Error, Result};
 use crate::layout;
 

@@ -3,7 +3,7 @@
 //!
 //! ```text
 //! cd adapters/burn && cargo run --release -p burn_encoder
-//! cd adapters/burn && cargo run --release -p burn_encoder --features wgpu -- --device wgpu
+//! cd adapters/burn && cargo run --release -p burn_encoder --features fusion -- --device wgpu
 //! ```
 
 mod encoder;
@@ -55,8 +55,11 @@ enum Backend {
 }
 
 fn main() -> Result<()> {
-    let arguments = Arguments::parse();
-    let &Arguments { batch, seq, layers, heads, rounds, .. } = &arguments;
+    run(&Arguments::parse())
+}
+
+fn run(arguments: &Arguments) -> Result<()> {
+    let &Arguments { batch, seq, layers, heads, rounds, .. } = arguments;
     ensure!(batch > 0 && seq > 0 && layers > 0 && heads > 0 && rounds > 0, "sizes and rounds must be at least 1");
     let device = open(arguments.device)?;
     let width = heads * 64;
@@ -165,7 +168,7 @@ fn compare<I>(
 ) -> Result<()> {
     let mut results = vec![];
     for (_, way) in ways {
-        results.push(way(inputs)?.try_into_data()?.to_vec::<f32>()?);
+        results.push(way(inputs)?.try_into_data()?.try_to_vec::<f32>()?);
     }
     let width = results[0].len() / lengths.len();
     let row = width / lengths.iter().max().copied().unwrap_or(1);
@@ -204,4 +207,17 @@ fn compare<I>(
     }
     println!();
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_small_encoder_agrees_on_valid_rows_on_every_backend() -> Result<()> {
+        for &device in Backend::value_variants() {
+            run(&Arguments { device, batch: 3, seq: 33, layers: 2, heads: 2, rounds: 1 })?;
+        }
+        Ok(())
+    }
 }
