@@ -125,7 +125,8 @@ pub fn attend<P: Primitive>(call: &Call<'_>, tensors: [P; 3]) -> Result<P> {
     let inputs = [place(client, &q.handle)?, place(client, &k.handle)?, place(client, &v.handle)?];
     let shape = q.meta.shape().to_vec();
     let (handle, output) = place_output(client, shape.iter().product::<usize>() * dtypes[0].size(), &inputs)?;
-    // Finding a place recorded all that burn had to do there. This submits what it recorded, so that attention comes after it.
+    // All that burn has to do there must be submitted before attention is. burn's runtime does so today where it looks a place up,
+    // but promises it for this call alone.
     let mut streams = vec![StreamId::current()];
     streams.extend(tensors.each_ref().map(|tensor| tensor.handle.stream));
     streams.sort_unstable();

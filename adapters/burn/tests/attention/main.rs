@@ -1,6 +1,6 @@
 //! Attention on burn's tensors, compared with an oracle in f64 and with burn's own attention, on each backend of this build.
 
-#![expect(clippy::unwrap_used, clippy::panic, clippy::single_range_in_vec_init, reason = "tests")]
+#![expect(clippy::unwrap_used, clippy::single_range_in_vec_init, reason = "tests")]
 
 mod support;
 #[cfg(feature = "wgpu")]

@@ -4,12 +4,13 @@ use burn_tensor::{DType, Device, Tensor};
 
 /// The devices that this build and this machine have, with their names.
 pub fn devices() -> Vec<(&'static str, Device)> {
-    let mut found = vec![];
-    #[cfg(feature = "flex")]
-    found.push(("flex", Device::flex()));
-    #[cfg(feature = "wgpu")]
-    found.extend(opened_wgpu().map(|(device, _)| ("wgpu", device.clone())));
-    found
+    let found: Vec<Option<(&'static str, Device)>> = Vec::from([
+        #[cfg(feature = "flex")]
+        Some(("flex", Device::flex())),
+        #[cfg(feature = "wgpu")]
+        opened_wgpu().map(|(device, _)| ("wgpu", device.clone())),
+    ]);
+    found.into_iter().flatten().collect()
 }
 
 /// The wgpu device, the same for all tests, and what it is made of; nothing where there is none, with the reason printed.

@@ -158,14 +158,11 @@ fn by_token(x: Tensor<4>) -> Tensor<3> {
     x.swap_dims(1, 2).reshape([batch, seq, heads * dim])
 }
 
+/// A way to compute `[B, S, H·D]`, and what it is called.
+type Way<'a, I> = (&'a str, &'a dyn Fn(&I) -> Result<Tensor<3>>);
+
 /// Runs every way once and compares its valid rows with the first's, then times all in turns.
-fn compare<I>(
-    what: &str,
-    inputs: &I,
-    ways: &[(&str, &dyn Fn(&I) -> Result<Tensor<3>>)],
-    rounds: usize,
-    lengths: &[usize],
-) -> Result<()> {
+fn compare<I>(what: &str, inputs: &I, ways: &[Way<'_, I>], rounds: usize, lengths: &[usize]) -> Result<()> {
     let mut results = vec![];
     for (_, way) in ways {
         results.push(way(inputs)?.try_into_data()?.try_to_vec::<f32>()?);
