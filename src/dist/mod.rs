@@ -31,7 +31,7 @@ pub use mode::{Heads, Mode};
 pub use nccl::NcclCommunicator;
 pub use peer::PeerCommunicator;
 pub use plan::{Machine, ModeEstimate, ModeReason, ParallelPlan};
-pub use rendezvous::Rendezvous;
+pub use rendezvous::{MeetingPoint, Rendezvous};
 pub use sequence_parallel::{ParallelRequest, SequenceParallel};
 pub use sharded_meta::ShardedMeta;
 pub use shards::Shards;
