@@ -2,17 +2,17 @@
 
 use std::ops::Range;
 
+use super::kept::Room;
 use super::mode::Heads;
 use super::sharded_meta::ShardedMeta;
 use super::transfer::{Padded, Rows, Steps};
 use crate::attention::MaskedAttention;
 use crate::attention_mask::AttentionMask;
-use crate::device::Device;
 use crate::error::Result;
 use crate::mask::key_ranges::KeyRanges;
 use crate::mask::meta::VarlenMeta;
 use crate::primitives::scatter_to_padded_into;
-use crate::tensor::{Segments, Tensor, TensorView, TensorViewMut};
+use crate::tensor::{Segments, TensorView, TensorViewMut};
 
 /// Segments of keys that a group has itself: prefix, own shards, suffix.
 const OWN_SEGMENTS: usize = 3;
@@ -80,7 +80,7 @@ impl Gather {
             // Queries and keys are the same tokens: the call that one device would make.
             return layer.forward_into(q, k, v, self.mask_of_all(), out).map(drop);
         }
-        let device = steps.device;
+        let room = steps.room;
         let mut arrived = self.receive(steps, 0, [k, v], &mut || Ok(()))?;
         for chunk in 0..self.chunks {
             let [q_heads, kv_heads] = self.heads.chunk(self.ulysses, (chunk, self.chunks));
@@ -88,7 +88,7 @@ impl Gather {
                 let mask = AttentionMask::varlen_cross(&self.query, &self.keys);
                 let mask = self.ranges.iter().fold(mask, AttentionMask::with_ranges);
                 let [k, v] = [k.slice(2, kv_heads.clone())?, v.slice(2, kv_heads.clone())?];
-                let [k_came, v_came] = [0, 1].map(|which| self.padded(device, &arrived, which, kv_heads.len()));
+                let [k_came, v_came] = [0, 1].map(|which| self.padded(room, &arrived, which, kv_heads.len()));
                 let [k_came, v_came] = [k_came?, v_came?];
                 let [k, v] = [self.in_order(k, &k_came)?, self.in_order(v, &v_came)?];
                 let out = out.reborrow().slice(2, q_heads.clone())?;
@@ -114,23 +114,23 @@ impl Gather {
     }
 
     /// One chunk of the keys and values of the other groups.
-    fn receive(
+    fn receive<'k>(
         &self,
-        steps: &mut Steps<'_>,
+        steps: &mut Steps<'k>,
         chunk: usize,
         own: [TensorView<'_>; 2],
         meanwhile: &mut dyn FnMut() -> Result<()>,
-    ) -> Result<Vec<Option<Rows>>> {
-        let device = steps.device;
+    ) -> Result<Vec<Option<Rows<'k>>>> {
+        let room = steps.room;
         let [_, heads] = self.heads.chunk(self.ulysses, (chunk, self.chunks));
         let [k, v] = own.map(|tensor| tensor.slice(1, self.own.clone())?.slice(2, heads.clone()));
-        let packed = Rows::pack(device, [k?, v?], &self.own_meta)?;
+        let packed = Rows::pack(room, [k?, v?], &self.own_meta)?;
         let packed = packed.as_ref().map(Rows::memory);
         let sends = packed.iter().flat_map(|rows| self.sources().map(move |source| (source.rank, *rows))).collect();
         let mut arrived = Vec::with_capacity(self.before.len() + self.after.len());
         let row = (self.heads.head_dim, self.heads.dtype);
         for source in self.sources() {
-            arrived.push(Rows::room(device, &source.meta, [heads.len(); 2], row)?);
+            arrived.push(Rows::room(room, &source.meta, [heads.len(); 2], row)?);
         }
         let receives = self.sources().zip(&mut arrived);
         let receives = receives.filter_map(|(source, rows)| Some((source.rank, rows.as_mut()?.memory_mut()))).collect();
@@ -142,30 +142,30 @@ impl Gather {
     /// one and of all after it.
     fn padded<'a>(
         &self,
-        device: &Device,
-        arrived: &'a [Option<Rows>],
+        room: Room<'a>,
+        arrived: &'a [Option<Rows<'_>>],
         which: usize,
         heads: usize,
     ) -> Result<[Vec<Padded<'a>>; 2]> {
         let (before, after) = arrived.split_at(self.before.len());
         let form = (heads, self.heads.head_dim, self.heads.dtype);
         if arrived.len() + OWN_SEGMENTS <= Segments::MAX {
-            let each = |sources: &[Source], rows: &'a [Option<Rows>]| -> Result<Vec<_>> {
+            let each = |sources: &[Source], rows: &'a [Option<Rows<'_>>]| -> Result<Vec<_>> {
                 let each = sources.iter().zip(rows);
-                each.map(|(source, rows)| Padded::of(device, rows.as_ref(), which, &source.meta, form)).collect()
+                each.map(|(source, rows)| Padded::of(room, rows.as_ref(), which, &source.meta, form)).collect()
             };
             return Ok([each(&self.before, before)?, each(&self.after, after)?]);
         }
-        let together = |sources: &[Source], rows: &[Option<Rows>]| -> Result<_> {
+        let together = |sources: &[Source], rows: &[Option<Rows<'_>>]| -> Result<_> {
             let seq = sources.iter().map(|source| source.meta.seq()).sum();
-            let mut padded = Tensor::uninit(device, form.2, &[self.keys.batch(), seq, heads, form.1])?;
+            let mut padded = room.tensor(form.2, &[self.keys.batch(), seq, heads, form.1])?;
             let mut first = 0;
             for (source, rows) in sources.iter().zip(rows) {
                 let place = first..first + source.meta.seq();
                 first = place.end;
                 if let Some(rows) = rows {
                     let to = padded.view_mut().slice(1, place)?;
-                    scatter_to_padded_into(device, rows.part(which)?, &source.meta, to)?;
+                    scatter_to_padded_into(room.device, rows.part(which)?, &source.meta, to)?;
                 }
             }
             Ok(vec![Padded::Own(padded)])

@@ -9,6 +9,7 @@ mod digest;
 mod frame;
 mod gather;
 mod host;
+mod kept;
 mod mailbox;
 mod mode;
 #[cfg(feature = "nccl")]

@@ -3,6 +3,7 @@
 use super::communicator::Communicator;
 use super::digest::{Digest, Tag};
 use super::gather::Gather;
+use super::kept::{Kept, Room};
 use super::mode::{Heads, Mode, Outer};
 use super::plan::{Machine, ParallelPlan};
 use super::ring::Ring;
@@ -63,7 +64,8 @@ pub struct SequenceParallel {
     machine: Machine,
 }
 
-/// What [`SequenceParallel::prepare`] makes of a request: the mode, and metadata for its steps.
+/// What [`SequenceParallel::prepare`] makes of a request: the mode, metadata for its steps, and the memory that they need, which
+/// [calls keep](Self::kept_bytes) for one another.
 #[derive(Debug)]
 pub struct ParallelRequest {
     plan: ParallelPlan,
@@ -75,6 +77,7 @@ pub struct ParallelRequest {
     among_groups: AmongGroups,
     /// Tokens of a group's tensors.
     group_tokens: usize,
+    kept: Kept,
 }
 
 #[derive(Debug)]
@@ -101,6 +104,18 @@ impl ParallelRequest {
     #[must_use]
     pub fn heads(&self) -> &Heads {
         &self.heads
+    }
+
+    /// Bytes of the device's memory that calls of the request use again: what they send and receive, and partial results. The first
+    /// call takes them; none before it, and none while a CUDA graph is captured.
+    #[must_use]
+    pub fn kept_bytes(&self) -> u64 {
+        self.kept.bytes()
+    }
+
+    /// Gives that memory back, until the next call. Calls that are under way keep theirs.
+    pub fn release_memory(&self) {
+        self.kept.clear();
     }
 
     /// Whether all ranks are one group.
@@ -228,6 +243,7 @@ impl SequenceParallel {
             heads: *heads,
             meta: meta.clone(),
             tag,
+            kept: Kept::default(),
         })
     }
 
@@ -341,8 +357,24 @@ impl SequenceParallel {
             }
         }
         // Once for all that follows.
-        let _current = self.device.backend()?.stay_current()?;
-        let mut steps = Steps { communicator, device: &self.device, tag: request.tag };
+        let backend = self.device.backend()?;
+        let _current = backend.stay_current()?;
+        // Memory of a graph that is being captured ends with the capture.
+        let of_call = Kept::default();
+        let kept = if backend.keeps_memory()? { &request.kept } else { &of_call };
+        let room = Room { device: &self.device, kept };
+        let done = self.run_in(Steps { communicator, room, tag: request.tag }, request, inputs, out);
+        // Whoever failed may leave work behind that uses it.
+        done.inspect_err(|_| kept.clear())
+    }
+
+    fn run_in(
+        &self,
+        mut steps: Steps<'_>,
+        request: &ParallelRequest,
+        inputs: [TensorView<'_>; 3],
+        out: TensorViewMut<'_>,
+    ) -> Result<()> {
         let Some(group) = &request.group else { return self.attend(&mut steps, request, inputs, out) };
         let in_segments = request.is_one_group() && group.fits_segments();
         if let (AmongGroups::Gather(all), true) = (&request.among_groups, in_segments) {
@@ -351,8 +383,8 @@ impl SequenceParallel {
         let inputs = group.rows_for_heads(&mut steps, inputs)?;
         let [_, _, heads, dim] = inputs[0].shape() else { return Ok(()) };
         let shape = [request.meta.batch(), request.group_tokens, *heads, *dim];
-        let mut attended = Tensor::uninit(&self.device, dtype, &shape)?;
-        self.attend(&mut steps, request, inputs.each_ref().map(Tensor::view), attended.view_mut())?;
+        let mut attended = steps.room.tensor(request.heads.dtype, &shape)?;
+        self.attend(&mut steps, request, inputs.each_ref().map(|tensor| tensor.view()), attended.view_mut())?;
         group.heads_for_rows(&mut steps, &attended, out)
     }
 

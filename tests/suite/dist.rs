@@ -22,6 +22,7 @@ pub fn register(trials: &mut Trials) {
     trials.each_dtype("dist/ranges", ranges);
     trials.each_dtype("dist/random", random_cases);
     trials.once("dist/repeats", repeats);
+    trials.once("dist/kept_memory", kept_memory);
     trials.once("dist/strided", strided);
     trials.once("dist/plans", plans);
 }
@@ -288,6 +289,47 @@ pub fn heads_on(device: &Device, dtype: DType, ranks: Ranks) -> Result<()> {
     let case = CASES.iter().find(|case| case.name == "holes across borders").context("no such case")?;
     let sizes: &[(usize, usize)] = if is_emulated_gpu(device) { &[(2, 8)] } else { &[(4, 32), (2, 8), (1, 40)] };
     sizes.iter().try_for_each(|&(kv_heads, dim)| check(case, &case.call(kv_heads, dim, dtype)?, (device, ranks)))
+}
+
+/// Later calls of a request have the memory of the first one, whatever it holds, and the same bits.
+fn kept_memory(device: &Device) -> Result<()> {
+    let case = CASES.iter().find(|case| case.name == "holes across borders").context("no such case")?;
+    let dtype = device.capabilities().dtypes.first().copied().context("the device computes with nothing")?;
+    let (call, shards) = (case.call(4, 16, dtype)?, case.shards()?);
+    let OracleShape { batch, seq_q: seq, heads: num_heads, kv_heads: num_kv_heads, head_dim, .. } = call.shape;
+    let mask = KeyMask::from_bool(batch, seq, call.mask.query_keep().context("the mask is of metadata")?)?;
+    let sizes = Heads { num_heads, num_kv_heads, head_dim, dtype };
+    for (mode, chunks) in modes_and_chunks(case.lengths.len(), num_kv_heads) {
+        let ranks = on_ranks(host(device, case.lengths.len())?, |(mut communicator, device)| {
+            let rank = communicator.rank();
+            let [q, k, v] = local_inputs(&call, &device, &local(&shards, rank))?;
+            let parallel = SequenceParallel::new(&device).with_mode(mode);
+            let parallel = chunks.into_iter().fold(parallel, SequenceParallel::with_chunks);
+            let request = parallel.prepare(&mut *communicator, &ShardedMeta::new(&mask, &shards, rank)?, &sizes)?;
+            ensure!(request.kept_bytes() == 0, "memory is kept before a call");
+            let mut forward = |q: &Tensor, k: &Tensor, v: &Tensor| -> Result<Vec<u32>> {
+                download(&parallel.forward(&mut *communicator, &request, q, k, v)?)
+            };
+            let first = forward(&q, &k, &v)?;
+            let kept = request.kept_bytes();
+            ensure!(kept > 0, "no memory is kept");
+            // Other numbers in between.
+            let other = forward(&q, &v, &k)?;
+            ensure!(other != first, "keys and values are changed, and nothing else is");
+            for _ in 0..2 {
+                ensure!(forward(&q, &k, &v)? == first, "the bits of a later call differ");
+                ensure!(request.kept_bytes() == kept, "a later call keeps {} bytes, not {kept}", request.kept_bytes());
+            }
+            request.release_memory();
+            ensure!(request.kept_bytes() == 0, "memory is kept after it was released");
+            ensure!(forward(&q, &k, &v)? == first && request.kept_bytes() == kept, "a call after memory was released");
+            communicator.barrier()?;
+            Ok(())
+        })?;
+        let done = ranks.into_iter().collect::<Result<Vec<_>>>();
+        done.with_context(|| format!("{mode}, chunks {chunks:?}"))?;
+    }
+    Ok(())
 }
 
 fn ranges(device: &Device, dtype: DType) -> Result<()> {
