@@ -6,18 +6,20 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 use pyo3::prelude::*;
-use varlen_fa::Error;
 use varlen_fa::dist::{
-    Communicator as Transport, Heads, HostCommunicator, Machine, Mode, ParallelRequest, Rendezvous, SequenceParallel,
+    Communicator as Transport, Heads, HostCommunicator, Machine, Mode, ParallelCall, ParallelRequest, Rendezvous,
+    SequenceParallel,
 };
+use varlen_fa::{AttentionOutputs, Error};
 
 use crate::arrays::Array;
 use crate::device::{self, Device};
 use crate::errors::{Cause, OrRaise};
 use crate::masks::{KeyMask, Meta};
 use crate::memory::Input;
+use crate::parts::{Parts, segments, segments_mut};
 use crate::results::{LseArgument, Opened, Results};
-use crate::scores::KeyRanges;
+use crate::scores::{KeyRanges, ScoreModifiers};
 
 /// How the tokens of a sequence are divided among ranks: a prefix and a suffix that every rank has, and
 /// between them one shard for each rank.
@@ -425,36 +427,38 @@ impl ParallelPlan {
 }
 
 /// A call's tensors, and what a request of it is prepared for.
-struct Call {
+struct Call<'py> {
     device: varlen_fa::Device,
-    qkv: [Array; 3],
+    qkv: [Parts<'py>; 3],
     settings: Settings,
 }
 
-impl Call {
+impl<'py> Call<'py> {
     fn new(
-        [q, k, v]: [&Bound<'_, PyAny>; 3],
-        device: Option<&Bound<'_, Device>>,
+        [q, k, v]: [&Bound<'py, PyAny>; 3],
+        device: Option<&Bound<'py, Device>>,
         (scale, mode, chunks): (Option<f32>, Option<&str>, Option<usize>),
     ) -> PyResult<Self> {
-        let qkv = [Array::new("q", q)?, Array::new("k", k)?, Array::new("v", v)?];
-        let device = device::of_call(device, q, &qkv[0])?.0;
-        let sizes = |array: &Array| match *array.shape() {
-            [_, _, heads, dim] => Ok([heads, dim]),
-            ref other => Err(Cause::Shape.argument(array.name(), "4 dimensions, [B, S, H, D]", format!("{other:?}"))),
-        };
-        let ([num_heads, head_dim], [num_kv_heads, _]) = (sizes(&qkv[0])?, sizes(&qkv[1])?);
-        let heads = Heads { num_heads, num_kv_heads, head_dim, dtype: qkv[0].dtype()? };
+        let qkv = [Parts::new("q", q)?, Parts::new("k", k)?, Parts::new("v", v)?];
+        let (like, array) = qkv[0].first();
+        let device = device::of_call(device, like, array)?.0;
+        let ([_, _, num_heads, head_dim], [_, _, num_kv_heads, _]) = (qkv[0].shape()?, qkv[1].shape()?);
+        let heads = Heads { num_heads, num_kv_heads, head_dim, dtype: array.dtype()? };
         let mode = mode.map(str::parse).transpose().or_raise()?;
         Ok(Self { device, qkv, settings: Settings { heads, scale, mode, chunks } })
     }
 }
 
 /// Attention of this rank's tokens to those of all ranks: q [B, prefix + shard + suffix, H, D], k and v
-/// [B, prefix + shard + suffix, Hkv, D]. Every rank calls it, in the same order.
+/// [B, prefix + shard + suffix, Hkv, D]. Each, and `out`, may be a list of segments that meet where
+/// prefix, shard and suffix do. Every rank calls it, in the same order.
+///
+/// `bias`: of the whole sequence, broadcast over [B, H, S, S], on every rank; `modifiers`: of all H heads.
+/// `lse`: True, or a tensor [B, H, prefix + shard + suffix] f32 to write to: the call returns (out, lse).
 #[pyfunction]
 #[pyo3(signature = (
-    q, k, v, *, meta, communicator, scale=None, mode=None, chunks=None, out=None, device=None
+    q, k, v, *, meta, communicator, scale=None, modifiers=None, bias=None, lse=None, mode=None, chunks=None, out=None,
+    device=None
 ))]
 #[expect(clippy::too_many_arguments, reason = "Python names them")]
 pub(crate) fn parallel_attention<'py>(
@@ -465,6 +469,9 @@ pub(crate) fn parallel_attention<'py>(
     meta: &Bound<'py, ShardedMeta>,
     communicator: &Bound<'py, Communicator>,
     scale: Option<f32>,
+    modifiers: Option<&Bound<'py, ScoreModifiers>>,
+    bias: Option<&Bound<'py, PyAny>>,
+    lse: Option<&Bound<'py, PyAny>>,
     mode: Option<&str>,
     chunks: Option<usize>,
     out: Option<&Bound<'py, PyAny>>,
@@ -473,19 +480,27 @@ pub(crate) fn parallel_attention<'py>(
     let (meta, communicator) = (meta.get(), communicator.get());
     let run = || -> PyResult<_> {
         let Call { device, qkv, settings } = Call::new([q, k, v], device, (scale, mode, chunks))?;
-        let results = Results::new((q, &qkv[0]), (out, qkv[0].shape()), (&LseArgument::None, &[]))?;
-        let [q, k, v] = &qkv;
-        results.write(py, &device, &[q, k, v], |Opened { out, .. }| {
-            let [out] = &mut out[..] else {
-                return Err(Cause::Value.argument("out", "one tensor", format!("{} segments", out.len())));
-            };
-            let inputs = [Input::new(&device, q)?, Input::new(&device, k)?, Input::new(&device, v)?];
-            let ([q, k, v], out) = (inputs.each_ref().map(Input::view), out.view_mut());
+        let bias = Array::optional("bias", bias)?;
+        let modifiers = modifiers.map(|modifiers| &modifiers.get().0);
+        let shape @ [batch, seq, heads, _] = qkv[0].shape()?;
+        let lse = LseArgument::new(lse);
+        let results = Results::new(qkv[0].first(), (out, &shape), (&lse, &[batch, heads, seq]))?;
+        let inputs: Vec<&Array> = qkv.iter().flat_map(Parts::arrays).chain(&bias).collect();
+        results.write(py, &device, &inputs, |Opened { out, lse }| {
+            let [q, k, v] = &qkv;
+            let opened = [q.inputs(&device)?, k.inputs(&device)?, v.inputs(&device)?];
+            let bias = bias.as_ref().map(|bias| Input::new(&device, bias)).transpose()?;
+            let bias = bias.as_ref().map(Input::view);
+            let [q, k, v] = opened.each_ref().map(|inputs| segments(inputs));
+            let outputs = AttentionOutputs::new(segments_mut(out));
+            let outputs = lse.iter_mut().fold(outputs, |outputs, lse| outputs.with_lse(lse.view_mut()));
             py.detach(|| {
                 let mut rank = communicator.lock();
                 let Prepared { layer, request, .. } =
                     &*meta.prepared(&communicator.inner, &mut rank, &device, settings)?;
-                layer.forward_into(&mut **rank.open()?, request, q, k, v, out)
+                let call = bias.into_iter().fold(ParallelCall::from(request), ParallelCall::with_bias);
+                let call = modifiers.into_iter().fold(call, ParallelCall::with_modifiers);
+                layer.forward_into(&mut **rank.open()?, call, q, k, v, outputs)
             })
             .or_raise()
         })

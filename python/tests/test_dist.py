@@ -135,6 +135,53 @@ def test_scale_ranges_and_chunks():
         np.testing.assert_allclose(out, np.where(keep[:, :, None, None], expected, 0.0)[:, at], rtol=2e-5, atol=2e-5)
 
 
+def test_segments_bias_modifiers_and_lse():
+    q, k, v, keep = problem(2)
+    shards = shards_of(2)
+    seq, (prefix, suffix) = shards.seq, (shards.prefix, shards.suffix)
+    bias = np.random.default_rng(5).standard_normal((1, HEADS, seq, seq), dtype=np.float32)
+    slopes = fa.ScoreModifiers(alibi=[0.05 * head for head in range(HEADS)])
+
+    def run(communicator):
+        at = positions(shards, communicator.rank)
+        meta = dist.ShardedMeta(keep, shards, communicator.rank)
+        options = {"meta": meta, "communicator": communicator}
+        cut = [prefix, len(at) - suffix]
+        local = [[np.ascontiguousarray(part) for part in np.split(x[:, at], cut, axis=1)] for x in (q, k, v)]
+        out = [np.empty_like(part) for part in local[0]]
+        given, lse = dist.attention(*local, bias=bias, lse=True, mode="gather", out=out, **options)
+        assert given is out
+        by_heads = dist.attention(*local, modifiers=slopes, mode="ulysses", **options)
+        return np.concatenate(out, axis=1), lse, by_heads
+
+    expected, expected_lse = reference(q, k, v, keep, bias=bias)
+    place = np.arange(seq)
+    distance = np.abs(place[:, None] - place)
+    with_slopes, _ = reference(q, k, v, keep, bias=-0.05 * np.arange(HEADS)[:, None, None] * distance)
+    valid = keep[:, :, None, None]
+    for rank, results in enumerate(on_ranks(2, run)):
+        if isinstance(results, Exception):
+            raise results
+        out, lse, by_heads = results
+        at = positions(shards, rank)
+        np.testing.assert_allclose(out, np.where(valid, expected, 0.0)[:, at], rtol=2e-5, atol=2e-5)
+        np.testing.assert_allclose(by_heads, np.where(valid, with_slopes, 0.0)[:, at], rtol=2e-5, atol=2e-5)
+        np.testing.assert_allclose(lse, np.where(keep[:, None], expected_lse, -np.inf)[:, :, at], rtol=2e-5, atol=2e-5)
+
+
+def test_what_a_mode_cannot_says_why():
+    q, k, v, keep = problem(2)
+    shards = shards_of(2)
+
+    def run(communicator):
+        meta = dist.ShardedMeta(keep, shards, communicator.rank)
+        local = [x[:, positions(shards, communicator.rank)] for x in (q, k, v)]
+        return dist.attention(*local, meta=meta, communicator=communicator, mode="ring", lse=True)
+
+    for error in on_ranks(2, run):
+        assert isinstance(error, fa.NotApplicableError) and "take gather" in str(error), error
+
+
 def test_plans_say_why():
     q, k, v, keep = problem(4)
     meta = dist.ShardedMeta(keep, shards_of(4), 1)
@@ -142,7 +189,13 @@ def test_plans_say_why():
     local = [x[:, at] for x in (q, k, v)]
     plan = dist.plan(*local, meta=meta)
     assert plan.mode in {mode for mode, _, _ in plan.candidates} and plan.mode in str(plan) and plan.reason in str(plan)
-    assert {mode for mode, _, _ in plan.candidates} == {"gather", "ulysses", "ring", "ulysses-gather:2", "ulysses-ring:2"}
+    assert {mode for mode, _, _ in plan.candidates} == {
+        "gather",
+        "ulysses",
+        "ring",
+        "ulysses-gather:2",
+        "ulysses-ring:2",
+    }
     forced = dist.plan(*local, meta=meta, mode="ring")
     assert (forced.mode, forced.reason, forced.chunks) == ("ring", "the caller forced this mode", 1)
     odd = dist.plan(local[0][:, :, :6], local[1][:, :, :3], local[2][:, :, :3], meta=meta)

@@ -289,10 +289,34 @@ def prepare_qk(
     segments: Sequence[QkSegment], *, mask: MaskLike | None = None, meta: Meta | None = None,
     device: Device | None = None,
 ) -> None: ...
+@overload
 def parallel_attention(
-    q: T, k: TensorLike, v: TensorLike, *, meta: ShardedMeta, communicator: Communicator, scale: float | None = None,
-    mode: str | None = None, chunks: int | None = None, out: T | None = None, device: Device | None = None,
+    q: T | Sequence[T], k: TensorLike | Segments, v: TensorLike | Segments, *, meta: ShardedMeta,
+    communicator: Communicator, scale: float | None = None, modifiers: ScoreModifiers | None = None,
+    bias: TensorLike | None = None, lse: Literal[False] | None = None, mode: str | None = None, chunks: int | None = None,
+    out: None = None, device: Device | None = None,
 ) -> T: ...
+@overload
+def parallel_attention(
+    q: T | Sequence[T], k: TensorLike | Segments, v: TensorLike | Segments, *, meta: ShardedMeta,
+    communicator: Communicator, scale: float | None = None, modifiers: ScoreModifiers | None = None,
+    bias: TensorLike | None = None, lse: Literal[True] | TensorLike, mode: str | None = None, chunks: int | None = None,
+    out: None = None, device: Device | None = None,
+) -> tuple[T, T]: ...
+@overload
+def parallel_attention(
+    q: T | Sequence[T], k: TensorLike | Segments, v: TensorLike | Segments, *, meta: ShardedMeta,
+    communicator: Communicator, scale: float | None = None, modifiers: ScoreModifiers | None = None,
+    bias: TensorLike | None = None, lse: Literal[False] | None = None, mode: str | None = None, chunks: int | None = None,
+    out: O, device: Device | None = None,
+) -> O: ...
+@overload
+def parallel_attention(
+    q: T | Sequence[T], k: TensorLike | Segments, v: TensorLike | Segments, *, meta: ShardedMeta,
+    communicator: Communicator, scale: float | None = None, modifiers: ScoreModifiers | None = None,
+    bias: TensorLike | None = None, lse: Literal[True] | TensorLike, mode: str | None = None, chunks: int | None = None,
+    out: O, device: Device | None = None,
+) -> tuple[O, T]: ...
 def parallel_plan(
     q: TensorLike, k: TensorLike, v: TensorLike, *, meta: ShardedMeta, mode: str | None = None,
     device: Device | None = None,

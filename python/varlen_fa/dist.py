@@ -117,5 +117,7 @@ def _over_nccl(torch, group, device):
             torch.cuda.current_stream().synchronize()
         address = comm_ptr()
         if address == 0:
-            raise NotApplicableError(f"`group`: expected an NCCL communicator of {device}, got none after its first use")
+            raise NotApplicableError(
+                f"`group`: expected an NCCL communicator of {device}, got none after its first use"
+            )
         return {"device": Device.of(torch.empty(1, dtype=torch.float16, device="cuda")), "nccl_comm": address}

@@ -6,6 +6,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::kept::{Lent, Room};
+use super::local::LocalMut;
 use super::mode::Heads;
 use super::sharded_meta::{Pieces, ShardedMeta};
 use super::transfer::{Rows, Steps};
@@ -16,7 +17,7 @@ use crate::mask::key_ranges::KeyRanges;
 use crate::mask::meta::VarlenMeta;
 use crate::merge::merge_attention_into;
 use crate::primitives::{VarlenOptions, pack_into, scatter_to_padded_into, varlen_attention_into};
-use crate::tensor::{TensorView, TensorViewMut};
+use crate::tensor::TensorView;
 
 /// Attention of one group's queries to the keys of each group in turn.
 #[derive(Debug)]
@@ -28,6 +29,8 @@ pub(super) struct Ring {
     queries: Vec<Queries>,
     /// Where the own shards lie in the group's tensors.
     own: Range<usize>,
+    /// Prefix, own shards and suffix.
+    parts: [VarlenMeta; 3],
     /// The keys of each group's shards.
     groups: Vec<VarlenMeta>,
     group: usize,
@@ -42,6 +45,8 @@ pub(super) struct Ring {
 /// groups, once all are there. Those of shards are merged as the keys come.
 #[derive(Debug)]
 struct Queries {
+    /// 0 of the prefix, 1 of shards, 2 of the suffix.
+    piece: usize,
     is_replicated: bool,
     /// Where they lie in the group's tensors.
     place: Range<usize>,
@@ -101,13 +106,18 @@ impl Ring {
             });
             let ranges = ranges.collect::<Result<_>>()?;
             let first = Keys { ranges: packed(&first_meta, &first_keys)?, meta: within(meta, &local, is_replicated)? };
-            queries.push(Queries { is_replicated, place: place.clone(), meta: query, first, ranges });
+            queries.push(Queries { piece, is_replicated, place: place.clone(), meta: query, first, ranges });
         }
         Ok(Self {
             heads: *heads,
             kv_heads,
             queries,
             own: shards.prefix()..shards.prefix() + own.len(),
+            parts: [
+                meta.cut(&[prefix.clone(), 0..0, 0..0])?,
+                meta.cut(&[0..0, own.clone(), 0..0])?,
+                meta.cut(&[0..0, 0..0, suffix.clone()])?,
+            ],
             groups: groups.iter().map(|ranks| meta.cut(&meta.sharded(ranks))).collect::<Result<_>>()?,
             group,
             next: groups[(group + 1) % count].start + at,
@@ -115,12 +125,17 @@ impl Ring {
         })
     }
 
+    /// Metadata of prefix, own shards and suffix.
+    pub(super) fn parts(&self) -> [&VarlenMeta; 3] {
+        self.parts.each_ref()
+    }
+
     pub(super) fn attend(
         &self,
         steps: &mut Steps<'_>,
         options: VarlenOptions<'_>,
         [q, k, v]: [TensorView<'_>; 3],
-        mut out: TensorViewMut<'_>,
+        out: &mut LocalMut<'_>,
     ) -> Result<()> {
         let (room, count) = (steps.room, self.groups.len());
         let mut sums = Vec::new();
@@ -166,12 +181,7 @@ impl Ring {
         for sum in sums {
             let queries = sum.queries;
             let rows = sum.finish()?;
-            scatter_to_padded_into(
-                room.device,
-                &*rows,
-                &queries.meta,
-                out.reborrow().slice(1, queries.place.clone())?,
-            )?;
+            scatter_to_padded_into(room.device, &*rows, &queries.meta, out.part(queries.piece)?)?;
         }
         Ok(())
     }

@@ -3,7 +3,9 @@
 use std::ops::Range;
 
 use super::kept::{Lent, Room};
+use super::local::{Local, LocalMut};
 use super::mode::Heads;
+use super::scores::OnScores;
 use super::sharded_meta::ShardedMeta;
 use super::transfer::{Padded, Rows, Steps, copy_rows, unpack};
 use crate::attention::MaskedAttention;
@@ -11,7 +13,7 @@ use crate::attention_mask::AttentionMask;
 use crate::dtype::DType;
 use crate::error::Result;
 use crate::mask::meta::VarlenMeta;
-use crate::tensor::{Segments, SegmentsMut, Tensor, TensorView, TensorViewMut};
+use crate::tensor::{Segments, SegmentsMut, Tensor, TensorViewMut};
 
 /// A group of ranks, as one of them sees it.
 ///
@@ -93,6 +95,11 @@ impl Group {
         Ok(Self { heads: *heads, chunks, tokens, batch: meta.batch(), members, own, parts, query })
     }
 
+    /// Metadata of prefix, own shard and suffix.
+    pub(super) fn parts(&self) -> [&VarlenMeta; 3] {
+        self.parts.each_ref().map(|part| &part.meta)
+    }
+
     fn others(&self) -> impl Iterator<Item = &Member> {
         self.members.iter().enumerate().filter(|&(at, _)| at != self.own).map(|(_, member)| member)
     }
@@ -108,10 +115,9 @@ impl Group {
     pub(super) fn attend(
         &self,
         steps: &mut Steps<'_>,
-        layer: &MaskedAttention,
-        mask: AttentionMask<'_>,
-        local: [TensorView<'_>; 3],
-        mut out: TensorViewMut<'_>,
+        (layer, mask, scores): (&MaskedAttention, AttentionMask<'_>, &OnScores<'_>),
+        local: [Local<'_>; 3],
+        mut out: LocalMut<'_>,
     ) -> Result<()> {
         let room = steps.room;
         let sent = self.rows_to_send(room, local, 0)?;
@@ -124,7 +130,7 @@ impl Group {
         for chunk in 0..self.chunks {
             let before = output.take();
             let mut attend = || -> Result<()> {
-                output = Some(self.attend_chunk(room, (layer, mask), local, (chunk, &arrived), &mut out)?);
+                output = Some(self.attend_chunk(room, (layer, mask, scores), local, (chunk, &arrived), &mut out)?);
                 Ok(())
             };
             if self.chunks == 1 {
@@ -170,16 +176,12 @@ impl Group {
     }
 
     /// The valid rows of this rank's shard with the heads of each other member.
-    fn rows_to_send<'k>(
-        &self,
-        room: Room<'k>,
-        local: [TensorView<'_>; 3],
-        chunk: usize,
-    ) -> Result<Vec<Option<Rows<'k>>>> {
+    fn rows_to_send<'k>(&self, room: Room<'k>, local: [Local<'_>; 3], chunk: usize) -> Result<Vec<Option<Rows<'k>>>> {
         let [_, shard, _] = &self.parts;
+        let [own_q, own_k, own_v] = local.map(|tensor| tensor.parts()[1]);
         let of_peer = |peer: &Member| -> Result<_> {
             let [q, k, v] = self.heads_of(peer, chunk);
-            let parts = [part(local[0], shard, q)?, part(local[1], shard, k)?, part(local[2], shard, v)?];
+            let parts = [own_q.slice(2, q)?, own_k.slice(2, k)?, own_v.slice(2, v)?];
             Rows::pack(room, parts, &shard.meta)
         };
         self.others().map(of_peer).collect()
@@ -194,13 +196,12 @@ impl Group {
     fn attend_chunk<'k>(
         &self,
         room: Room<'k>,
-        (layer, mask): (&MaskedAttention, AttentionMask<'_>),
-        local: [TensorView<'_>; 3],
+        (layer, mask, scores): (&MaskedAttention, AttentionMask<'_>, &OnScores<'_>),
+        local: [Local<'_>; 3],
         (chunk, arrived): (usize, &[Option<Rows<'k>>]),
-        out: &mut TensorViewMut<'_>,
+        out: &mut LocalMut<'_>,
     ) -> Result<Output<'k>> {
         let heads = self.heads_of(&self.members[self.own], chunk);
-        let [prefix, shard, suffix] = &self.parts;
         let (dim, dtype) = self.row();
         let padded = |which: usize| -> Result<Vec<Padded<'_>>> {
             let form = (heads[which].len(), dim, dtype);
@@ -210,33 +211,31 @@ impl Group {
         let padded = [padded(0)?, padded(1)?, padded(2)?];
         let mut inputs = [Vec::new(), Vec::new(), Vec::new()];
         for (which, segments) in inputs.iter_mut().enumerate() {
-            let own = local[which].slice(2, heads[which].clone())?;
+            let [prefix, shard, suffix] = *local[which].heads(&heads[which])?.parts();
             let mut peers = padded[which].iter().map(Padded::view);
-            segments.push(own.slice(1, prefix.local.clone())?);
+            segments.push(prefix);
             for at in 0..self.members.len() {
                 let of_peer = if at == self.own { None } else { peers.next() };
-                segments.push(match of_peer {
-                    Some(view) => view,
-                    None => own.slice(1, shard.local.clone())?,
-                });
+                segments.push(of_peer.unwrap_or(shard));
             }
-            segments.push(own.slice(1, suffix.local.clone())?);
+            segments.push(suffix);
         }
 
         let new = |seq: usize| room.tensor(dtype, &[self.batch, seq, heads[0].len(), dim]);
         let mut of_peers = self.others().map(|peer| new(peer.place.len())).collect::<Result<Vec<_>>>()?;
-        let own = out.reborrow().slice(2, heads[0].clone())?;
-        let of_part = |part: &Part| own.alias().map(|own| own.slice(1, part.local.clone())).transpose();
+        let scores = scores.part(&heads[0], None)?;
         // Where the host writes, views of one tensor cannot be written by one call.
-        let mut copied = match own.alias() {
-            Some(_) => Vec::new(),
-            None => self.parts.iter().map(|part| new(part.local.len())).collect::<Result<Vec<_>>>()?,
+        let copies_own = out.apart(&heads[0])?.is_none();
+        let mut copied = match copies_own {
+            true => self.parts.iter().map(|part| new(part.local.len())).collect::<Result<Vec<_>>>()?,
+            false => Vec::new(),
         };
         {
-            let mut of_own = copied.iter_mut().map(|tensor| tensor.view_mut());
-            let mut own_segment = |part: &Part| -> Result<_> { Ok(of_part(part)?.or_else(|| of_own.next())) };
-            let own_segments = [own_segment(prefix)?, own_segment(shard)?, own_segment(suffix)?];
-            let [first, middle, last] = own_segments;
+            let mut of_copied = copied.iter_mut().map(|tensor| tensor.view_mut());
+            let [first, middle, last] = match copies_own {
+                true => [of_copied.next(), of_copied.next(), of_copied.next()],
+                false => out.apart(&heads[0])?.unwrap_or_default(),
+            };
             let mut outputs = Vec::with_capacity(self.members.len() + 2);
             let mut peers = of_peers.iter_mut().map(|tensor| tensor.view_mut());
             outputs.extend(first);
@@ -245,20 +244,19 @@ impl Group {
             outputs.extend(peers);
             outputs.extend(last);
             let [q, k, v] = inputs;
-            layer.forward_into(q, k, v, mask, SegmentsMut::from(outputs))?;
+            layer.forward_into(q, k, v, scores.on(mask), SegmentsMut::from(outputs))?;
         }
-        for (part, written) in self.parts.iter().zip(&copied) {
-            let to = out.reborrow().slice(2, heads[0].clone())?.slice(1, part.local.clone())?;
-            copy_rows(room, written.view(), &part.meta, to)?;
+        for (at, (part, written)) in self.parts.iter().zip(&copied).enumerate() {
+            copy_rows(room, written.view(), &part.meta, out.part(at)?.slice(2, heads[0].clone())?)?;
         }
 
         let shards = self.others().zip(of_peers);
         let shards = shards.map(|(peer, written)| Rows::of_padded(room, written, &peer.shard));
-        let replicated = |part: &Part| {
-            let written = out.as_view().slice(2, heads[0].clone())?.slice(1, part.local.clone())?;
-            Rows::pack(room, [written], &part.meta)
+        let mut replicated = |at: usize| {
+            let written = out.part(at)?.slice(2, heads[0].clone())?;
+            Rows::pack(room, [written.as_view()], &self.parts[at].meta)
         };
-        Ok(Output { shards: shards.collect::<Result<_>>()?, replicated: [replicated(prefix)?, replicated(suffix)?] })
+        Ok(Output { shards: shards.collect::<Result<_>>()?, replicated: [replicated(0)?, replicated(2)?] })
     }
 
     /// What each other member gets of an output.
@@ -285,14 +283,13 @@ impl Group {
         room: Room<'_>,
         chunk: usize,
         returned: &[[Option<Rows<'_>>; 3]],
-        out: &mut TensorViewMut<'_>,
+        out: &mut LocalMut<'_>,
     ) -> Result<()> {
-        let [prefix, shard, suffix] = &self.parts;
         for (peer, of_peer) in self.others().zip(returned) {
             let [heads, ..] = self.heads_of(peer, chunk);
-            for (part, rows) in [shard, prefix, suffix].into_iter().zip(of_peer) {
+            for (at, rows) in [1, 0, 2].into_iter().zip(of_peer) {
                 let rows = rows.as_ref().map(|rows| rows.part(0)).transpose()?;
-                unpack(room, rows, &part.meta, out.reborrow().slice(1, part.local.clone())?.slice(2, heads.clone())?)?;
+                unpack(room, rows, &self.parts[at].meta, out.part(at)?.slice(2, heads.clone())?)?;
             }
         }
         Ok(())
@@ -300,21 +297,15 @@ impl Group {
 
     /// `q`, `k` and `v` of this rank's tokens and all heads to those of the group's tokens and this rank's heads, for what attends
     /// to other groups too. What rows of masked tokens hold is not specified.
-    pub(super) fn rows_for_heads<'k>(
-        &self,
-        steps: &mut Steps<'k>,
-        local: [TensorView<'_>; 3],
-    ) -> Result<[Lent<'k>; 3]> {
+    pub(super) fn rows_for_heads<'k>(&self, steps: &mut Steps<'k>, local: [Local<'_>; 3]) -> Result<[Lent<'k>; 3]> {
         let (room, (dim, dtype)) = (steps.room, self.row());
         let own = &self.members[self.own];
         let of_own = [&own.q_heads, &own.kv_heads, &own.kv_heads];
-        let [_, shard, _] = &self.parts;
+        let [q, k, v] = local.map(|tensor| tensor.parts()[1]);
         let (mut sent, mut arrived) = (Vec::new(), Vec::new());
         for peer in self.others() {
-            let [q, k, v] = local;
             let kv_heads = || peer.kv_heads.clone();
-            let parts =
-                [part(q, shard, peer.q_heads.clone())?, part(k, shard, kv_heads())?, part(v, shard, kv_heads())?];
+            let parts = [q.slice(2, peer.q_heads.clone())?, k.slice(2, kv_heads())?, v.slice(2, kv_heads())?];
             sent.push(Rows::pack(room, parts, &own.shard)?);
             arrived.push(Rows::room(room, &peer.shard, of_own.map(Range::len), self.row())?);
         }
@@ -322,8 +313,8 @@ impl Group {
         let mut group = [new(&own.q_heads)?, new(&own.kv_heads)?, new(&own.kv_heads)?];
         let mut copy_own = || -> Result<()> {
             for ((from, to), heads) in local.iter().zip(&mut group).zip(of_own) {
-                for part in &self.parts {
-                    let from = from.slice(1, part.local.clone())?.slice(2, heads.clone())?;
+                for (part, from) in self.parts.iter().zip(from.parts()) {
+                    let from = from.slice(2, heads.clone())?;
                     copy_rows(room, from, &part.meta, to.view_mut().slice(1, part.place.clone())?)?;
                 }
             }
@@ -380,11 +371,6 @@ struct Output<'k> {
     shards: Vec<Option<Rows<'k>>>,
     /// Of prefix and suffix, the same for all.
     replicated: [Option<Rows<'k>>; 2],
-}
-
-/// Some heads of a rank's own tokens.
-fn part<'a>(tensor: TensorView<'a>, tokens: &Part, heads: Range<usize>) -> Result<TensorView<'a>> {
-    tensor.slice(1, tokens.local.clone())?.slice(2, heads)
 }
 
 fn message<'a>((peer, rows): (&Member, &'a Option<Rows<'_>>)) -> Option<(usize, &'a Tensor)> {

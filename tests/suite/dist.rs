@@ -112,7 +112,7 @@ impl Case {
 }
 
 /// Positions of a rank's local tensor.
-fn local(shards: &Shards, rank: usize) -> Vec<usize> {
+pub fn local(shards: &Shards, rank: usize) -> Vec<usize> {
     let seq = shards.seq();
     (0..shards.prefix()).chain(shards.shard(rank)).chain(seq - shards.suffix()..seq).collect()
 }
@@ -135,7 +135,7 @@ pub fn on_ranks<C: Send, T: Send>(ranks: Vec<C>, run: impl Fn(C) -> Result<T> + 
 }
 
 /// One rank's q, k and v: bits of the global ones, and poison in the rows of masked tokens.
-fn local_inputs(call: &Call, device: &Device, positions: &[usize]) -> Result<[Tensor; 3]> {
+pub fn local_inputs(call: &Call, device: &Device, positions: &[usize]) -> Result<[Tensor; 3]> {
     let shapes = tensor_shapes(call.shape);
     let keep = call.mask.query_keep().context("the mask is of metadata")?;
     let mut tensors = Vec::new();
@@ -214,7 +214,7 @@ fn run(
 }
 
 /// Parts of the keys are rounded before they are merged.
-fn rules(dtype: DType, mode: Mode, ranks: usize) -> Rules {
+pub fn rules(dtype: DType, mode: Mode, ranks: usize) -> Rules {
     let standard = Rules::standard(dtype);
     let parts = match mode {
         Mode::Ring => ranks,
@@ -229,12 +229,12 @@ fn rules(dtype: DType, mode: Mode, ranks: usize) -> Rules {
     Rules { yardsticks, ..standard }
 }
 
-fn is_ring(mode: Mode) -> bool {
+pub fn is_ring(mode: Mode) -> bool {
     matches!(mode, Mode::Ring | Mode::UlyssesRing { .. })
 }
 
 /// Every mode, and those that can in chunks of heads too: the fewest that divide a rank's.
-fn modes_and_chunks(ranks: usize, kv_heads: usize) -> Vec<(Mode, Option<usize>)> {
+pub fn modes_and_chunks(ranks: usize, kv_heads: usize) -> Vec<(Mode, Option<usize>)> {
     let mut all: Vec<_> = all_modes(ranks).into_iter().map(|mode| (mode, None)).collect();
     for (mode, ulysses) in [(Mode::Gather, 1), (Mode::Ulysses, ranks)] {
         let of_rank = kv_heads / ulysses;
