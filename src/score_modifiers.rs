@@ -1,6 +1,7 @@
 //! What happens to the scores of a call beside their scale and a bias: [`ScoreModifiers`].
 
-use std::sync::Arc;
+use std::ops::Range;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::cache::DeviceCopies;
 use crate::error::{Error, Result};
@@ -33,7 +34,12 @@ pub struct ScoreModifiers {
     sinks: Option<Arc<Vec<f32>>>,
     /// Of the values of heads, and of the cap on some devices.
     copies: Arc<DeviceCopies>,
+    /// Those of some of the heads, as far as they were asked for.
+    of_heads: Arc<Mutex<Vec<OfHeads>>>,
 }
+
+/// Query heads, and the modifiers of those alone.
+type OfHeads = (Range<usize>, ScoreModifiers);
 
 /// Which modifiers there are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
@@ -66,6 +72,7 @@ impl ScoreModifiers {
     pub fn with_softcap(mut self, softcap: f32) -> Self {
         self.softcap = softcap;
         self.copies = Arc::default();
+        self.of_heads = Arc::default();
         self
     }
 
@@ -76,6 +83,7 @@ impl ScoreModifiers {
     pub fn with_alibi(mut self, slopes: impl Into<Vec<f32>>) -> Self {
         self.slopes = Some(Arc::new(slopes.into()));
         self.copies = Arc::default();
+        self.of_heads = Arc::default();
         self
     }
 
@@ -86,6 +94,7 @@ impl ScoreModifiers {
     pub fn with_sinks(mut self, sinks: impl Into<Vec<f32>>) -> Self {
         self.sinks = Some(Arc::new(sinks.into()));
         self.copies = Arc::default();
+        self.of_heads = Arc::default();
         self
     }
 
@@ -105,6 +114,24 @@ impl ScoreModifiers {
     #[must_use]
     pub fn sinks(&self) -> Option<&[f32]> {
         self.sinks.as_deref().map(Vec::as_slice)
+    }
+
+    /// Those of some query heads, of values that were [checked](Self::check). They are kept, so that devices keep their copies too.
+    pub(crate) fn of_heads(&self, heads: &Range<usize>) -> Self {
+        let values = [&self.slopes, &self.sinks].into_iter().flatten();
+        if values.clone().all(|values| *heads == (0..values.len())) {
+            return self.clone();
+        }
+        let mut kept = self.of_heads.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((_, found)) = kept.iter().find(|(of, _)| of == heads) {
+            return found.clone();
+        }
+        let cut =
+            |values: &Option<Arc<Vec<f32>>>| values.as_ref().map(|values| Arc::new(values[heads.clone()].to_vec()));
+        let made =
+            Self { softcap: self.softcap, slopes: cut(&self.slopes), sinks: cut(&self.sinks), ..Self::default() };
+        kept.push((heads.clone(), made.clone()));
+        made
     }
 
     /// Which there are.

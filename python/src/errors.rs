@@ -19,6 +19,7 @@ pub(crate) enum Cause {
     OutOfMemory,
     DeviceLost,
     Device,
+    Rank,
     /// None of the others.
     Other,
 }
@@ -42,6 +43,7 @@ impl Cause {
             Self::OutOfMemory => class!("OutOfMemoryError"),
             Self::DeviceLost => class!("DeviceLostError"),
             Self::Device => class!("DeviceError"),
+            Self::Rank => class!("RankError"),
             Self::Other => class!("VarlenFaError"),
         }
     }
@@ -74,12 +76,14 @@ impl Cause {
             | Error::Environment { .. }
             | Error::UnknownKernel { .. }
             | Error::UnknownDevice { .. }
+            | Error::Sharding { .. }
             | Error::Handle { .. } => Self::Value,
             Error::DeviceMismatch { .. } | Error::DeviceKind { .. } => Self::DeviceMismatch,
             Error::NotApplicable { .. } => Self::NotApplicable,
             Error::OutOfMemory { .. } => Self::OutOfMemory,
             Error::DeviceLost { .. } => Self::DeviceLost,
             Error::StreamCaptured { .. } | Error::DeviceUnavailable { .. } | Error::Backend { .. } => Self::Device,
+            Error::RanksDiffer { .. } | Error::RankLost { .. } | Error::RankTimedOut { .. } => Self::Rank,
             _ => Self::Other,
         }
     }

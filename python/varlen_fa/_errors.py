@@ -43,5 +43,9 @@ class DeviceLostError(DeviceError):
     """The device is gone, and with it every tensor on it."""
 
 
+class RankError(VarlenFaError, RuntimeError):
+    """A rank of sequence parallelism is lost, did not answer in time, or was given something else."""
+
+
 class OutOfMemoryError(VarlenFaError, MemoryError):
     """Memory ran out, on the host or on a device."""

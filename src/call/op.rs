@@ -161,6 +161,10 @@ pub(crate) trait Backend: Debug + Send + Sync {
     fn capabilities(&self) -> &Capabilities;
     /// New memory with contents that are not specified.
     fn alloc(&self, bytes: u64) -> Result<Storage>;
+    /// Whether memory that is allocated now may be used by later calls: not while it belongs to a graph that is being captured.
+    fn keeps_memory(&self) -> Result<bool> {
+        Ok(true)
+    }
     /// Where metadata of masks on the device is kept.
     fn metadata_place(&self) -> MetadataPlace {
         MetadataPlace::Nowhere

@@ -634,7 +634,7 @@ fn expect_total(argument: &'static str, cu_seqlens: &CuSeqlens, total: usize) ->
 }
 
 /// The bias as a `[B, H, Sq, Sk]` view: missing leading dimensions and those of size 1 get stride 0, as in PyTorch.
-fn broadcast_bias(view: &ViewInfo<'_>, full: [usize; 4]) -> Result<Layout> {
+pub(crate) fn broadcast_bias(view: &ViewInfo<'_>, full: [usize; 4]) -> Result<Layout> {
     let (shape, strides) = (view.layout.shape(), view.layout.strides());
     let missing = full.len() - shape.len();
     let mut broadcast = [0; 4];

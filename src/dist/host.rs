@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use super::communicator::{Communicator, Exchange, Outgoing, Transfer, TransferMut};
 use super::frame::{self, Frame};
 use super::mailbox::{Mailbox, Message};
-use super::rendezvous::{self, Rendezvous};
+use super::rendezvous::{self, MeetingPoint, Rendezvous};
 use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::kernel::BackendKind;
@@ -51,8 +51,7 @@ impl HostCommunicator {
     /// [`Error::Sharding`] for a world without a rank.
     pub fn threads(world_size: usize) -> Result<Vec<Self>> {
         if world_size == 0 {
-            let (expected, got) = ("at least one rank".to_owned(), "none".to_owned());
-            return Err(Error::Sharding { argument: "world_size", expected, got });
+            return Err(no_ranks());
         }
         let mailboxes: Vec<_> = (0..world_size).map(|_| Arc::new(Mailbox::new(world_size))).collect();
         let link = |own: usize, peer: usize| (own != peer).then(|| Link::Thread(Arc::clone(&mailboxes[peer])));
@@ -81,7 +80,24 @@ impl HostCommunicator {
             let expected = format!("a rank below the world size, {world_size}");
             return Err(Error::Sharding { argument: "rank", expected, got: rank.to_string() });
         }
-        let sockets = rendezvous::meet(rendezvous, (rank, world_size), limit)?;
+        Self::over(rendezvous::meet(rendezvous, (rank, world_size), limit)?, rank, limit)
+    }
+
+    /// Rank 0 of `world_size` processes, which listens already. The others [`connect`](Self::connect) to its address, by
+    /// [`Rendezvous::Tcp`]. So the application can tell them an address that the system chose.
+    ///
+    /// # Errors
+    /// As [`connect`](Self::connect).
+    pub fn lead(point: &MeetingPoint, world_size: usize, limit: Duration) -> Result<Self> {
+        if world_size == 0 {
+            return Err(no_ranks());
+        }
+        Self::over(rendezvous::lead(point, world_size, limit)?, 0, limit)
+    }
+
+    /// A rank with a socket to each other one.
+    fn over(sockets: Vec<Option<TcpStream>>, rank: usize, limit: Duration) -> Result<Self> {
+        let world_size = sockets.len();
         let mailbox = Arc::new(Mailbox::new(world_size));
         let refused = |why: std::io::Error| frame::system(frame::OPERATION, &why);
         let mut links = Vec::new();
@@ -256,6 +272,11 @@ fn read_all(socket: TcpStream, peer: usize, mailbox: &Mailbox<Vec<u8>>) {
             Err(why) => return mailbox.lose(peer, &format!("its connection ended: {why}")),
         }
     }
+}
+
+fn no_ranks() -> Error {
+    let (expected, got) = ("at least one rank".to_owned(), "none".to_owned());
+    Error::Sharding { argument: "world_size", expected, got }
 }
 
 fn device_memory() -> Error {

@@ -4,11 +4,14 @@
 //! [`Communicator`] moves rows between the ranks: [`HostCommunicator`] among threads or processes, [`PeerCommunicator`] among the
 //! GPUs of one process. `docs/sequence-parallel.md` says how the modes work and what they cost.
 
+mod call;
 mod communicator;
 mod digest;
 mod frame;
 mod gather;
 mod host;
+mod kept;
+mod local;
 mod mailbox;
 mod mode;
 #[cfg(feature = "nccl")]
@@ -17,13 +20,16 @@ mod peer;
 mod peer_lane;
 mod plan;
 mod rendezvous;
+mod request;
 mod ring;
+mod scores;
 mod sequence_parallel;
 mod sharded_meta;
 mod shards;
 mod transfer;
 mod ulysses;
 
+pub use call::ParallelCall;
 pub use communicator::{Communicator, DeviceBytes, Exchange, Incoming, Outgoing, Transfer, TransferMut};
 pub use host::HostCommunicator;
 pub use mode::{Heads, Mode};
@@ -31,7 +37,8 @@ pub use mode::{Heads, Mode};
 pub use nccl::NcclCommunicator;
 pub use peer::PeerCommunicator;
 pub use plan::{Machine, ModeEstimate, ModeReason, ParallelPlan};
-pub use rendezvous::Rendezvous;
-pub use sequence_parallel::{ParallelRequest, SequenceParallel};
+pub use rendezvous::{MeetingPoint, Rendezvous};
+pub use request::ParallelRequest;
+pub use sequence_parallel::SequenceParallel;
 pub use sharded_meta::ShardedMeta;
 pub use shards::Shards;

@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::ops::Range;
+use std::str::FromStr;
 
 use crate::dtype::DType;
 use crate::error::{Error, Result};
@@ -97,6 +98,31 @@ impl fmt::Display for Mode {
     }
 }
 
+/// The form that [`Display`](fmt::Display) writes.
+///
+/// # Errors
+/// [`Error::Sharding`] for other texts.
+impl FromStr for Mode {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        let (name, ulysses) = match text.split_once(':') {
+            Some((name, ulysses)) => (name, ulysses.parse().ok()),
+            None => (text, None),
+        };
+        match (name, ulysses) {
+            ("ulysses-gather", Some(ulysses)) => Ok(Self::UlyssesGather { ulysses }),
+            ("ulysses-ring", Some(ulysses)) => Ok(Self::UlyssesRing { ulysses }),
+            _ => {
+                let found = [Self::Gather, Self::Ulysses, Self::Ring].into_iter().find(|mode| mode.name() == text);
+                let expected = "gather, ulysses, ring, ulysses-gather:N or ulysses-ring:N, with N ranks a group";
+                let (expected, got) = (expected.to_owned(), format!("{text:?}"));
+                found.ok_or(Error::Sharding { argument: "mode", expected, got })
+            }
+        }
+    }
+}
+
 /// What attention is computed of, beside the sequence: heads, their dimension, and the element type.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Heads {
@@ -176,6 +202,16 @@ mod tests {
                     assert_eq!(kv.start + local / (q.len() / kv.len()), expected, "{num_heads} {num_kv_heads} {at}");
                 }
             }
+        }
+    }
+
+    #[test]
+    fn texts_are_read_as_they_are_written() {
+        for mode in Mode::all(6) {
+            assert_eq!(mode.to_string().parse(), Ok(mode));
+        }
+        for text in ["", "Gather", "ring:2", "ulysses-ring", "ulysses-ring:", "ulysses-gather:-1", "gather:"] {
+            assert!(matches!(text.parse::<Mode>(), Err(Error::Sharding { argument: "mode", .. })), "{text}");
         }
     }
 

@@ -111,6 +111,19 @@ pub enum ModeReason {
     LeastMemory,
 }
 
+impl fmt::Display for ModeReason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Forced => "the caller forced this mode",
+            Self::OneRank => "there is one rank",
+            Self::Fastest => "it has the least estimated time",
+            Self::SameBits => "a ring gains less than a tenth by the estimate, and this has the bits of one device",
+            Self::OnlyOne => "no other mode can be taken",
+            Self::LeastMemory => "no mode fits the memory, and it needs the least",
+        })
+    }
+}
+
 /// The mode of a request, and why it was chosen.
 #[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
@@ -128,21 +141,11 @@ pub struct ParallelPlan {
 
 impl fmt::Display for ParallelPlan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let why = match self.reason {
-            ModeReason::Forced => "the caller forced this mode",
-            ModeReason::OneRank => "there is one rank",
-            ModeReason::Fastest => "it has the least estimated time",
-            ModeReason::SameBits => {
-                "a ring gains less than a tenth by the estimate, and this has the bits of one device"
-            }
-            ModeReason::OnlyOne => "no other mode can be taken",
-            ModeReason::LeastMemory => "no mode fits the memory, and it needs the least",
-        };
         write!(f, "{}", self.mode)?;
         if self.chunks > 1 {
             write!(f, " in {} chunks of heads", self.chunks)?;
         }
-        write!(f, ": {why}")?;
+        write!(f, ": {}", self.reason)?;
         let mut before = " (";
         for (mode, estimate) in &self.candidates {
             match estimate {

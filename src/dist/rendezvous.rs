@@ -28,6 +28,29 @@ pub enum Rendezvous {
     File(PathBuf),
 }
 
+/// Where rank 0 listens already, for applications that have a way of their own to tell the others: see
+/// [`HostCommunicator::lead`](super::HostCommunicator::lead).
+#[derive(Debug)]
+pub struct MeetingPoint(TcpListener);
+
+impl MeetingPoint {
+    /// Listens. Port 0 takes one that is free.
+    ///
+    /// # Errors
+    /// [`Error::Backend`] if the system refuses the address.
+    pub fn listen(address: SocketAddr) -> Result<Self> {
+        listen(address).map(Self)
+    }
+
+    /// Where: what the other ranks take for [`Rendezvous::Tcp`]. The host is the one that was given, which they must be able to reach.
+    ///
+    /// # Errors
+    /// [`Error::Backend`].
+    pub fn address(&self) -> Result<SocketAddr> {
+        self.0.local_addr().map_err(refused)
+    }
+}
+
 /// Comes first in what a rank says of itself.
 const HELLO: &Tag = b"varlen-fa hello1";
 /// The answer to it.
@@ -54,7 +77,7 @@ pub(super) fn meet(
     let meeting = Meeting { rank, world, started: Instant::now(), limit };
     match (world, rank, rendezvous) {
         (1, ..) => Ok(vec![None]),
-        (_, 0, Rendezvous::Tcp(address)) => meeting.lead(&listen(*address)?, 0),
+        (_, 0, Rendezvous::Tcp(address)) => lead(&MeetingPoint::listen(*address)?, world, limit),
         (_, 0, Rendezvous::File(path)) => {
             let listener = listen((Ipv4Addr::LOCALHOST, 0).into())?;
             let id = RandomState::new().build_hasher().finish();
@@ -66,6 +89,11 @@ pub(super) fn meet(
         }
         _ => meeting.join(rendezvous),
     }
+}
+
+/// A connection to each of the other ranks, who come to where rank 0 listens.
+pub(super) fn lead(point: &MeetingPoint, world: usize, limit: Duration) -> Result<Vec<Option<TcpStream>>> {
+    Meeting { rank: 0, world, started: Instant::now(), limit }.lead(&point.0, 0)
 }
 
 /// One rank's way through the rendezvous.

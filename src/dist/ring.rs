@@ -5,16 +5,19 @@
 use std::ops::Range;
 use std::sync::Arc;
 
+use super::kept::{Lent, Room};
+use super::local::LocalMut;
 use super::mode::Heads;
 use super::sharded_meta::{Pieces, ShardedMeta};
 use super::transfer::{Rows, Steps};
-use crate::device::Device;
+use crate::attention_outputs::AttentionOutputs;
+use crate::dtype::DType;
 use crate::error::Result;
 use crate::mask::key_ranges::KeyRanges;
 use crate::mask::meta::VarlenMeta;
-use crate::merge::merge_attention;
-use crate::primitives::{PackedAttended, VarlenOptions, pack, scatter_to_padded_into, varlen_attention};
-use crate::tensor::{Tensor, TensorView, TensorViewMut};
+use crate::merge::merge_attention_into;
+use crate::primitives::{VarlenOptions, pack_into, scatter_to_padded_into, varlen_attention_into};
+use crate::tensor::TensorView;
 
 /// Attention of one group's queries to the keys of each group in turn.
 #[derive(Debug)]
@@ -26,6 +29,8 @@ pub(super) struct Ring {
     queries: Vec<Queries>,
     /// Where the own shards lie in the group's tensors.
     own: Range<usize>,
+    /// Prefix, own shards and suffix.
+    parts: [VarlenMeta; 3],
     /// The keys of each group's shards.
     groups: Vec<VarlenMeta>,
     group: usize,
@@ -40,6 +45,8 @@ pub(super) struct Ring {
 /// groups, once all are there. Those of shards are merged as the keys come.
 #[derive(Debug)]
 struct Queries {
+    /// 0 of the prefix, 1 of shards, 2 of the suffix.
+    piece: usize,
     is_replicated: bool,
     /// Where they lie in the group's tensors.
     place: Range<usize>,
@@ -60,7 +67,7 @@ struct Keys {
 }
 
 /// Packed attention to some keys: output and log-sum-exp.
-type Partial = (Tensor, Tensor);
+type Partial<'k> = (Lent<'k>, Lent<'k>);
 
 impl Ring {
     /// `groups`: the ranks of each group. `at`: this rank's place in its own.
@@ -99,13 +106,18 @@ impl Ring {
             });
             let ranges = ranges.collect::<Result<_>>()?;
             let first = Keys { ranges: packed(&first_meta, &first_keys)?, meta: within(meta, &local, is_replicated)? };
-            queries.push(Queries { is_replicated, place: place.clone(), meta: query, first, ranges });
+            queries.push(Queries { piece, is_replicated, place: place.clone(), meta: query, first, ranges });
         }
         Ok(Self {
             heads: *heads,
             kv_heads,
             queries,
             own: shards.prefix()..shards.prefix() + own.len(),
+            parts: [
+                meta.cut(&[prefix.clone(), 0..0, 0..0])?,
+                meta.cut(&[0..0, own.clone(), 0..0])?,
+                meta.cut(&[0..0, 0..0, suffix.clone()])?,
+            ],
             groups: groups.iter().map(|ranks| meta.cut(&meta.sharded(ranks))).collect::<Result<_>>()?,
             group,
             next: groups[(group + 1) % count].start + at,
@@ -113,20 +125,25 @@ impl Ring {
         })
     }
 
+    /// Metadata of prefix, own shards and suffix.
+    pub(super) fn parts(&self) -> [&VarlenMeta; 3] {
+        self.parts.each_ref()
+    }
+
     pub(super) fn attend(
         &self,
         steps: &mut Steps<'_>,
         options: VarlenOptions<'_>,
         [q, k, v]: [TensorView<'_>; 3],
-        mut out: TensorViewMut<'_>,
+        out: &mut LocalMut<'_>,
     ) -> Result<()> {
-        let (device, count) = (steps.device, self.groups.len());
+        let (room, count) = (steps.room, self.groups.len());
         let mut sums = Vec::new();
         for queries in &self.queries {
-            sums.push(Sum::new(queries, pack(device, q.slice(1, queries.place.clone())?, &queries.meta)?, count));
+            sums.push(Sum::new(room, queries, q.slice(1, queries.place.clone())?, count)?);
         }
         let own = [k.slice(1, self.own.clone())?, v.slice(1, self.own.clone())?];
-        let mut travelling = Rows::pack(device, own, &self.groups[self.group])?;
+        let mut travelling = Rows::pack(room, own, &self.groups[self.group])?;
         for hop in 0..count {
             // What is here now, and what the group before has.
             let held = (self.group + count - hop) % count;
@@ -136,17 +153,17 @@ impl Ring {
                 true => None,
                 false => {
                     let row = (self.heads.head_dim, self.heads.dtype);
-                    Rows::room(device, &self.groups[coming], [self.kv_heads; 2], row)?
+                    Rows::room(room, &self.groups[coming], [self.kv_heads; 2], row)?
                 }
             };
             let mut attend = || -> Result<()> {
                 for sum in &mut sums {
                     if hop == 0 {
-                        sum.add_first(device, [k, v], options)?;
+                        sum.add_first([k, v], options)?;
                     }
                     // The first part of a shard's queries has the group's own keys.
                     if hop > 0 || sum.queries.is_replicated {
-                        sum.add(device, held, travelling.as_ref(), &self.groups[held], options)?;
+                        sum.add(held, travelling.as_ref(), &self.groups[held], options)?;
                     }
                 }
                 Ok(())
@@ -163,8 +180,8 @@ impl Ring {
         }
         for sum in sums {
             let queries = sum.queries;
-            let rows = sum.finish(device)?;
-            scatter_to_padded_into(device, &rows, &queries.meta, out.reborrow().slice(1, queries.place.clone())?)?;
+            let rows = sum.finish()?;
+            scatter_to_padded_into(room.device, &*rows, &queries.meta, out.part(queries.piece)?)?;
         }
         Ok(())
     }
@@ -182,42 +199,46 @@ fn within(meta: &ShardedMeta, local: &Pieces, is_replicated: bool) -> Result<Var
 
 /// What some queries have come to.
 struct Sum<'a> {
+    room: Room<'a>,
     queries: &'a Queries,
-    packed: Tensor,
+    /// `[total_q, H, D]`.
+    packed: Lent<'a>,
     /// Of shards: one part, of all keys so far. Of replicated queries: the first part, and one for each group.
-    parts: Vec<Option<Partial>>,
+    parts: Vec<Option<Partial<'a>>>,
 }
 
 impl<'a> Sum<'a> {
-    fn new(queries: &'a Queries, packed: Tensor, groups: usize) -> Self {
+    fn new(room: Room<'a>, queries: &'a Queries, q: TensorView<'_>, groups: usize) -> Result<Self> {
         let parts = (0..=groups).map(|_| None).collect();
-        Self { queries, packed, parts }
+        let [heads, dim] = [q.shape()[2], q.shape()[3]];
+        let mut packed = room.tensor(q.dtype(), &[queries.meta.total_valid(), heads, dim])?;
+        pack_into(room.device, q, &queries.meta, &mut *packed)?;
+        Ok(Self { room, queries, packed, parts })
     }
 
-    fn add_first(&mut self, device: &Device, pair: [TensorView<'_>; 2], options: VarlenOptions<'_>) -> Result<()> {
+    fn add_first(&mut self, pair: [TensorView<'_>; 2], options: VarlenOptions<'_>) -> Result<()> {
         let Keys { meta, ranges } = &self.queries.first;
-        let Some(rows) = Rows::pack(device, pair, meta)? else { return Ok(()) };
+        let Some(rows) = Rows::pack(self.room, pair, meta)? else { return Ok(()) };
         let pair = [rows.part(0)?, rows.part(1)?];
-        self.parts[0] = self.attend(device, pair, meta, ranges.as_deref(), options)?;
+        self.parts[0] = self.attend(pair, meta, ranges.as_deref(), options)?;
         Ok(())
     }
 
     /// Keys and values of a group; none if the group has no valid key.
     fn add(
         &mut self,
-        device: &Device,
         group: usize,
-        rows: Option<&Rows>,
+        rows: Option<&Rows<'_>>,
         keys: &VarlenMeta,
         options: VarlenOptions<'_>,
     ) -> Result<()> {
         let Some(rows) = rows else { return Ok(()) };
         let pair = [rows.part(0)?, rows.part(1)?];
-        let part = self.attend(device, pair, keys, self.queries.ranges[group].as_deref(), options)?;
+        let part = self.attend(pair, keys, self.queries.ranges[group].as_deref(), options)?;
         if self.queries.is_replicated {
             self.parts[1 + group] = part;
         } else {
-            self.parts[0] = merged(device, self.parts[0].take(), part)?;
+            self.parts[0] = merged(self.room, self.parts[0].take(), part)?;
         }
         Ok(())
     }
@@ -225,40 +246,57 @@ impl<'a> Sum<'a> {
     /// Nothing without queries.
     fn attend(
         &self,
-        device: &Device,
         [k, v]: [TensorView<'_>; 2],
         keys: &VarlenMeta,
         ranges: Option<&KeyRanges>,
         options: VarlenOptions<'_>,
-    ) -> Result<Option<Partial>> {
+    ) -> Result<Option<Partial<'a>>> {
         let query = &self.queries.meta;
         if query.is_empty() {
             return Ok(None);
         }
-        let options = VarlenOptions { ranges, ..options }.with_lse();
+        let options = VarlenOptions { ranges, ..options };
         let sequences = (query.cu_seqlens(), keys.cu_seqlens());
-        let attended = varlen_attention(device, [self.packed.view(), k, v], sequences.0, sequences.1, options)?;
-        let PackedAttended { out, lse, .. } = attended;
-        Ok(lse.map(|lse| (out, lse)))
+        let &[total, heads, _] = self.packed.shape() else { return Ok(None) };
+        let mut out = self.room.tensor(self.packed.dtype(), self.packed.shape())?;
+        let mut lse = self.room.tensor(DType::F32, &[heads, total])?;
+        let tensors = [self.packed.view(), k, v];
+        varlen_attention_into(
+            self.room.device,
+            tensors,
+            sequences.0,
+            sequences.1,
+            options,
+            &mut *out,
+            Some(&mut *lse),
+        )?;
+        Ok(Some((out, lse)))
     }
 
     /// The packed output.
-    fn finish(self, device: &Device) -> Result<Tensor> {
+    fn finish(self) -> Result<Lent<'a>> {
         let mut sum = None;
         for part in self.parts {
-            sum = merged(device, sum, part)?;
+            sum = merged(self.room, sum, part)?;
         }
         match sum {
             Some((rows, _)) => Ok(rows),
             // Valid queries that see no valid key at all come to zeros; without a valid query there are no rows.
-            None => Tensor::zeros(device, self.packed.dtype(), self.packed.shape()),
+            None => {
+                let mut zeros = self.room.tensor(self.packed.dtype(), self.packed.shape())?;
+                zeros.fill_zeros()?;
+                Ok(zeros)
+            }
         }
     }
 }
 
 /// Both parts together.
-fn merged(device: &Device, sum: Option<Partial>, part: Option<Partial>) -> Result<Option<Partial>> {
+fn merged<'k>(room: Room<'k>, sum: Option<Partial<'k>>, part: Option<Partial<'k>>) -> Result<Option<Partial<'k>>> {
     let (Some((out1, lse1)), Some((out2, lse2))) = (&sum, &part) else { return Ok(sum.or(part)) };
-    let merged = merge_attention(device, out1, lse1, out2, lse2)?;
-    Ok(Some((merged.out, merged.lse)))
+    let mut out = room.tensor(out1.dtype(), out1.shape())?;
+    let mut lse = room.tensor(DType::F32, lse1.shape())?;
+    let outputs = AttentionOutputs::new(&mut *out).with_lse(&mut *lse);
+    merge_attention_into(room.device, &**out1, &**lse1, &**out2, &**lse2, outputs)?;
+    Ok(Some((out, lse)))
 }

@@ -1,20 +1,26 @@
 //! The layer: [`SequenceParallel`].
 
+use super::call::ParallelCall;
 use super::communicator::Communicator;
 use super::digest::{Digest, Tag};
 use super::gather::Gather;
+use super::kept::{Kept, Room};
+use super::local::{Local, LocalMut, places};
 use super::mode::{Heads, Mode, Outer};
 use super::plan::{Machine, ParallelPlan};
+use super::request::{AmongGroups, ParallelRequest};
 use super::ring::Ring;
+use super::scores::OnScores;
 use super::sharded_meta::ShardedMeta;
-use super::transfer::Steps;
+use super::transfer::{Steps, copy_rows};
 use super::ulysses::Group;
 use crate::attention::MaskedAttention;
+use crate::attention_outputs::AttentionOutputs;
 use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::kernel::{BackendKind, Kernel};
 use crate::primitives::VarlenOptions;
-use crate::tensor::{Tensor, TensorView, TensorViewMut};
+use crate::tensor::{Segments, Tensor, TensorViewMut};
 
 /// Masked self-attention over a sequence that is divided among ranks.
 ///
@@ -61,58 +67,6 @@ pub struct SequenceParallel {
     mode: Option<Mode>,
     chunks: Option<usize>,
     machine: Machine,
-}
-
-/// What [`SequenceParallel::prepare`] makes of a request: the mode, and metadata for its steps.
-#[derive(Debug)]
-pub struct ParallelRequest {
-    plan: ParallelPlan,
-    heads: Heads,
-    meta: ShardedMeta,
-    tag: Tag,
-    /// None for groups of one rank.
-    group: Option<Group>,
-    among_groups: AmongGroups,
-    /// Tokens of a group's tensors.
-    group_tokens: usize,
-}
-
-#[derive(Debug)]
-#[expect(clippy::large_enum_variant, reason = "there is one of it in each request")]
-enum AmongGroups {
-    Gather(Gather),
-    Ring(Ring),
-}
-
-impl ParallelRequest {
-    /// The mode, and why it was chosen.
-    #[must_use]
-    pub fn plan(&self) -> &ParallelPlan {
-        &self.plan
-    }
-
-    /// The request's metadata.
-    #[must_use]
-    pub fn meta(&self) -> &ShardedMeta {
-        &self.meta
-    }
-
-    /// Its heads.
-    #[must_use]
-    pub fn heads(&self) -> &Heads {
-        &self.heads
-    }
-
-    /// Whether all ranks are one group.
-    fn is_one_group(&self) -> bool {
-        let ranks = self.meta.shards().ranks();
-        self.plan.mode.levels(ranks).0 == ranks
-    }
-
-    /// `[B, prefix + shard + suffix, H, D]` with so many heads.
-    fn local_shape(&self, heads: usize) -> [usize; 4] {
-        [self.meta.batch(), self.meta.query().seq(), heads, self.heads.head_dim]
-    }
 }
 
 impl SequenceParallel {
@@ -217,7 +171,7 @@ impl SequenceParallel {
         };
         let shards = meta.shards();
         Ok(ParallelRequest {
-            group_tokens: shards.prefix() + shards.shards_of(&groups[group]).len() + shards.suffix(),
+            group_lengths: [shards.prefix(), shards.shards_of(&groups[group]).len(), shards.suffix()],
             group: if ulysses > 1 {
                 Some(Group::new(meta, groups[group].clone(), (heads, plan.chunks))?)
             } else {
@@ -228,6 +182,7 @@ impl SequenceParallel {
             heads: *heads,
             meta: meta.clone(),
             tag,
+            kept: Kept::default(),
         })
     }
 
@@ -272,114 +227,159 @@ impl SequenceParallel {
     }
 
     /// Attention into a new `[B, prefix + shard + suffix, H, D]` tensor. `q`, `k` and `v` are this rank's: `[B, prefix + shard + suffix, …]`
-    /// with H and Hkv heads. Every rank calls it.
+    /// with H and Hkv heads; each one tensor, or [`Segments`] that meet where prefix, shard and suffix do, such as text and image. Every
+    /// rank calls it. `call` is a request, or a [`ParallelCall`] with a bias or modifiers beside.
     ///
     /// # Errors
-    /// [`Error::Shape`] or [`Error::DTypeMismatch`] for tensors that do not fit the request; those of
-    /// [`MaskedAttention::forward`] and [`Communicator::exchange`]. The communicator takes no more calls afterwards, on any rank: the
-    /// others get an error too, within its time-out.
+    /// [`Error::Shape`] or [`Error::DTypeMismatch`] for tensors that do not fit the request; [`Error::NotApplicable`] for what its mode
+    /// cannot compute; those of [`MaskedAttention::forward`] and [`Communicator::exchange`]. The communicator takes no more calls
+    /// afterwards, on any rank: the others get an error too, within its time-out.
     pub fn forward<'a>(
         &self,
         communicator: &mut dyn Communicator,
-        request: &ParallelRequest,
-        q: impl Into<TensorView<'a>>,
-        k: impl Into<TensorView<'a>>,
-        v: impl Into<TensorView<'a>>,
+        call: impl Into<ParallelCall<'a>>,
+        q: impl Into<Segments<'a>>,
+        k: impl Into<Segments<'a>>,
+        v: impl Into<Segments<'a>>,
     ) -> Result<Tensor> {
-        let shape = request.local_shape(request.heads.num_heads);
-        let made = Tensor::uninit(&self.device, request.heads.dtype, &shape);
+        let call = call.into();
+        let shape = call.request.local_shape(call.request.heads.num_heads);
+        let made = Tensor::uninit(&self.device, call.request.heads.dtype, &shape);
         let mut out = made.inspect_err(|why| communicator.abort(&why.to_string()))?;
-        self.forward_into(communicator, request, q, k, v, &mut out)?;
+        self.forward_into(communicator, call, q, k, v, &mut out)?;
         Ok(out)
     }
 
-    /// [`forward`](Self::forward) into memory of the caller: `out` is a `[B, prefix + shard + suffix, H, D]` view that shares no memory with the
-    /// inputs. Every element of the view is written, and nothing else.
+    /// [`forward`](Self::forward) into memory of the caller: `out` is a `[B, prefix + shard + suffix, H, D]` view, or segments of one as
+    /// those of the inputs, that shares no memory with the inputs. Every element of the view is written, and nothing else.
+    /// [`AttentionOutputs`] with an `lse`, `[B, H, prefix + shard + suffix]` f32, have the log-sum-exp of this rank's rows over all keys
+    /// written too, in [`Mode::Gather`].
     ///
     /// # Errors
     /// As [`forward`](Self::forward).
     pub fn forward_into<'a, 'o>(
         &self,
         communicator: &mut dyn Communicator,
-        request: &ParallelRequest,
-        q: impl Into<TensorView<'a>>,
-        k: impl Into<TensorView<'a>>,
-        v: impl Into<TensorView<'a>>,
-        out: impl Into<TensorViewMut<'o>>,
+        call: impl Into<ParallelCall<'a>>,
+        q: impl Into<Segments<'a>>,
+        k: impl Into<Segments<'a>>,
+        v: impl Into<Segments<'a>>,
+        out: impl Into<AttentionOutputs<'o>>,
     ) -> Result<()> {
-        let done = self.run(communicator, request, [q.into(), k.into(), v.into()], out.into());
+        let done = self.run(communicator, call.into(), [q.into(), k.into(), v.into()], out.into());
         done.inspect_err(|why| communicator.abort(&why.to_string()))
     }
 
     fn run(
         &self,
         communicator: &mut dyn Communicator,
-        request: &ParallelRequest,
-        inputs: [TensorView<'_>; 3],
-        out: TensorViewMut<'_>,
+        call: ParallelCall<'_>,
+        inputs: [Segments<'_>; 3],
+        AttentionOutputs { out, lse }: AttentionOutputs<'_>,
     ) -> Result<()> {
+        let request = call.request;
         let expected = (request.meta.rank(), request.meta.shards().ranks());
         let got = (communicator.rank(), communicator.world_size());
         if expected != got {
             let name = |(rank, world)| format!("rank {rank} of {world}");
             return Err(Error::Sharding { argument: "communicator", expected: name(expected), got: name(got) });
         }
-        let Heads { num_heads, num_kv_heads, dtype, .. } = request.heads;
+        let Heads { num_heads, num_kv_heads, .. } = request.heads;
+        for ((argument, heads), tensor) in
+            [("q", num_heads), ("k", num_kv_heads), ("v", num_kv_heads)].into_iter().zip(&inputs)
+        {
+            let segments = tensor.views().iter().map(|view| (view.shape(), view.dtype()));
+            request.expect_segments((argument, heads), segments)?;
+        }
+        let of_out = out.views().iter().map(|view| (view.shape(), view.dtype()));
+        request.expect_segments(("out", num_heads), of_out)?;
+        let (scores, tag) = call.on_scores(lse.is_some())?;
+        let lengths = request.lengths();
         let [q, k, v] = &inputs;
-        for (argument, heads, shape, got) in [
-            ("q", num_heads, q.shape(), q.dtype()),
-            ("k", num_kv_heads, k.shape(), k.dtype()),
-            ("v", num_kv_heads, v.shape(), v.dtype()),
-            ("out", num_heads, out.shape(), out.dtype()),
-        ] {
-            let expected = request.local_shape(heads);
-            if shape != expected {
-                return Err(Error::Shape { argument, expected: expected.to_vec(), got: shape.to_vec() });
-            }
-            if got != dtype {
-                return Err(Error::DTypeMismatch { argument, expected: dtype, got });
+        let inputs = [Local::new("q", q, lengths)?, Local::new("k", k, lengths)?, Local::new("v", v, lengths)?];
+        let out = LocalMut::new("out", out, lengths)?;
+        if let Some(lse) = &lse {
+            let [batch, seq, heads, _] = request.local_shape(num_heads);
+            let expected = [batch, heads, seq];
+            if lse.shape() != expected {
+                let got = lse.shape().to_vec();
+                return Err(Error::Shape { argument: "lse", expected: expected.to_vec(), got });
             }
         }
         // Once for all that follows.
-        let _current = self.device.backend()?.stay_current()?;
-        let mut steps = Steps { communicator, device: &self.device, tag: request.tag };
-        let Some(group) = &request.group else { return self.attend(&mut steps, request, inputs, out) };
+        let backend = self.device.backend()?;
+        let _current = backend.stay_current()?;
+        // Memory of a graph that is being captured ends with the capture.
+        let of_call = Kept::default();
+        let kept = if backend.keeps_memory()? { &request.kept } else { &of_call };
+        let room = Room { device: &self.device, kept };
+        let done = self.run_in(Steps { communicator, room, tag }, (request, &scores), inputs, (out, lse));
+        // Whoever failed may leave work behind that uses it.
+        done.inspect_err(|_| kept.clear())
+    }
+
+    fn run_in(
+        &self,
+        mut steps: Steps<'_>,
+        (request, scores): (&ParallelRequest, &OnScores<'_>),
+        inputs: [Local<'_>; 3],
+        (mut out, lse): (LocalMut<'_>, Option<TensorViewMut<'_>>),
+    ) -> Result<()> {
+        let room = steps.room;
+        let Some(group) = &request.group else {
+            return match &request.among_groups {
+                AmongGroups::Gather(gather) => gather.attend(&mut steps, (&self.layer(), scores), inputs, out, lse),
+                AmongGroups::Ring(ring) => {
+                    let joined = inputs.each_ref().map(|tensor| tensor.joined(room, ring.parts()));
+                    let [q, k, v] = joined;
+                    let (q, k, v) = (q?, k?, v?);
+                    let views = [q.view(), k.view(), v.view()];
+                    ring.attend(&mut steps, self.options(scores), views, &mut out)
+                }
+            };
+        };
         let in_segments = request.is_one_group() && group.fits_segments();
         if let (AmongGroups::Gather(all), true) = (&request.among_groups, in_segments) {
-            return group.attend(&mut steps, &self.layer(), all.mask_of_all(), inputs, out);
+            return group.attend(&mut steps, (&self.layer(), all.mask_of_all(), scores), inputs, out);
         }
         let inputs = group.rows_for_heads(&mut steps, inputs)?;
         let [_, _, heads, dim] = inputs[0].shape() else { return Ok(()) };
-        let shape = [request.meta.batch(), request.group_tokens, *heads, *dim];
-        let mut attended = Tensor::uninit(&self.device, dtype, &shape)?;
-        self.attend(&mut steps, request, inputs.each_ref().map(Tensor::view), attended.view_mut())?;
-        group.heads_for_rows(&mut steps, &attended, out)
+        let shape = [request.meta.batch(), request.group_lengths.iter().sum(), *heads, *dim];
+        let mut attended = room.tensor(request.heads.dtype, &shape)?;
+        let views = inputs.each_ref().map(|tensor| tensor.view());
+        let mut to = LocalMut::of_whole(attended.view_mut(), request.group_lengths);
+        match &request.among_groups {
+            AmongGroups::Gather(gather) => {
+                let [q, k, v] = views.map(|view| Local::of_whole(view, request.group_lengths));
+                gather.attend(&mut steps, (&self.layer(), scores), [q?, k?, v?], to, None)?;
+            }
+            AmongGroups::Ring(ring) => ring.attend(&mut steps, self.options(scores), views, &mut to)?,
+        }
+        if let Some(whole) = out.whole() {
+            return group.heads_for_rows(&mut steps, &attended, whole);
+        }
+        let [batch, seq, heads, dim] = request.local_shape(request.heads.num_heads);
+        let mut joined = room.tensor(request.heads.dtype, &[batch, seq, heads, dim])?;
+        group.heads_for_rows(&mut steps, &attended, joined.view_mut())?;
+        for ((at, place), meta) in places(request.lengths()).into_iter().enumerate().zip(group.parts()) {
+            copy_rows(room, joined.view().slice(1, place)?, meta, out.part(at)?)?;
+        }
+        Ok(())
+    }
+
+    /// What a ring's calls on packed rows say.
+    fn options<'a>(&self, scores: &OnScores<'a>) -> VarlenOptions<'a> {
+        VarlenOptions {
+            softmax_scale: self.softmax_scale,
+            kernel: self.kernel,
+            modifiers: scores.modifiers,
+            ..VarlenOptions::default()
+        }
     }
 
     fn layer(&self) -> MaskedAttention {
         let layer = MaskedAttention::new(&self.device);
         let layer = self.softmax_scale.into_iter().fold(layer, MaskedAttention::with_softmax_scale);
         self.kernel.into_iter().fold(layer, MaskedAttention::with_kernel)
-    }
-
-    /// Attention of a group's tokens to all keys, with this rank's heads.
-    fn attend(
-        &self,
-        steps: &mut Steps<'_>,
-        request: &ParallelRequest,
-        inputs: [TensorView<'_>; 3],
-        out: TensorViewMut<'_>,
-    ) -> Result<()> {
-        match &request.among_groups {
-            AmongGroups::Gather(gather) => gather.attend(steps, &self.layer(), inputs, out),
-            AmongGroups::Ring(ring) => {
-                let options = VarlenOptions {
-                    softmax_scale: self.softmax_scale,
-                    kernel: self.kernel,
-                    ..VarlenOptions::default()
-                };
-                ring.attend(steps, options, inputs, out)
-            }
-        }
     }
 }

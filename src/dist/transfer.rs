@@ -2,21 +2,21 @@
 
 use super::communicator::{Communicator, Exchange, Incoming, Outgoing, Transfer, TransferMut, incoming, outgoing};
 use super::digest::{Digest, Tag};
-use crate::device::Device;
+use super::kept::{Lent, Room, byte_len};
 use crate::dtype::DType;
 use crate::error::Result;
 use crate::host_vec;
 use crate::kernel::BackendKind;
 use crate::layout::Layout;
 use crate::mask::meta::VarlenMeta;
-use crate::primitives::{pack_all, scatter_to_padded, scatter_to_padded_into};
+use crate::primitives::{pack_all, scatter_to_padded_into};
 use crate::tensor::{Tensor, TensorView, TensorViewMut};
 
 /// What the steps of one call share.
 #[derive(Debug)]
 pub(super) struct Steps<'a> {
     pub communicator: &'a mut dyn Communicator,
-    pub device: &'a Device,
+    pub room: Room<'a>,
     /// Tells the request apart.
     pub tag: Tag,
 }
@@ -31,14 +31,14 @@ impl Steps<'_> {
         meanwhile: &mut dyn FnMut() -> Result<()>,
     ) -> Result<()> {
         let tag = Digest::new().bytes(&self.tag).bytes(operation.as_bytes()).sizes([number]).tag();
-        if self.communicator.moves_memory_of(self.device) {
+        if self.communicator.moves_memory_of(self.room.device) {
             let send = |(to, tensor): (usize, _)| Outgoing { to, from: whole(tensor) };
             let receive = |(from, tensor): (usize, _)| Incoming { from, to: whole_mut(tensor) };
             let sends = sends.into_iter().map(send).collect();
             let receives = receives.into_iter().map(receive).collect();
             return self.communicator.exchange(Exchange { operation, tag, sends, receives }, meanwhile);
         }
-        let backend = self.device.backend()?;
+        let backend = self.room.device.backend()?;
         let mut staged = Vec::with_capacity(sends.len());
         for (to, tensor) in sends {
             let mut bytes = host_vec::zeroed(byte_len(tensor))?;
@@ -60,10 +60,6 @@ impl Steps<'_> {
     }
 }
 
-fn byte_len(tensor: &Tensor) -> usize {
-    tensor.view().layout().numel() * tensor.dtype().size()
-}
-
 fn whole(tensor: &Tensor) -> Transfer<'_> {
     outgoing(tensor.view().input().memory, 0..byte_len(tensor) as u64)
 }
@@ -76,16 +72,16 @@ fn whole_mut(tensor: &mut Tensor) -> TransferMut<'_> {
 /// The valid rows of several tensors in one piece of memory, one tensor after another: one message. Tensors of which every token is
 /// valid are padded ones as they lie there.
 #[derive(Debug)]
-pub(super) struct Rows {
-    memory: Tensor,
+pub(super) struct Rows<'k> {
+    memory: Lent<'k>,
     /// `[total_valid, h, D]` of each.
     shapes: Vec<[usize; 3]>,
 }
 
-impl Rows {
+impl<'k> Rows<'k> {
     /// Room for tensors of so many heads each. None without a valid row.
     pub(super) fn room(
-        device: &Device,
+        room: Room<'k>,
         meta: &VarlenMeta,
         heads: impl IntoIterator<Item = usize>,
         (head_dim, dtype): (usize, DType),
@@ -96,19 +92,20 @@ impl Rows {
         }
         let shapes: Vec<_> = heads.into_iter().map(|heads| [rows, heads, head_dim]).collect();
         let elements = shapes.iter().map(|shape| shape.iter().product::<usize>()).sum();
-        Ok(Some(Self { memory: Tensor::uninit(device, dtype, &[elements])?, shapes }))
+        Ok(Some(Self { memory: room.tensor(dtype, &[elements])?, shapes }))
     }
 
     /// Of `[B, S, h, D]` tensors, by one launch where the device can. None without a valid row.
     pub(super) fn pack<const N: usize>(
-        device: &Device,
+        room: Room<'k>,
         tensors: [TensorView<'_>; N],
         meta: &VarlenMeta,
     ) -> Result<Option<Self>> {
         let Some(first) = tensors.first() else { return Ok(None) };
         let row = (first.shape()[3], first.dtype());
-        let room = Self::room(device, meta, tensors.iter().map(|tensor| tensor.shape()[2]), row)?;
-        let Some(mut packed) = room else { return Ok(None) };
+        let device = room.device;
+        let made = Self::room(room, meta, tensors.iter().map(|tensor| tensor.shape()[2]), row)?;
+        let Some(mut packed) = made else { return Ok(None) };
         let parts = packed.memory.view_mut().split_into(&packed.shapes)?;
         let mut parts = parts.into_iter();
         let copies = tensors.map(|tensor| Some(("padded", tensor, "packed", parts.next()?)));
@@ -128,9 +125,9 @@ impl Rows {
     }
 
     /// Of a padded tensor that is given up: it is the message itself if all its tokens are valid. None without a valid row.
-    pub(super) fn of_padded(device: &Device, padded: Tensor, meta: &VarlenMeta) -> Result<Option<Self>> {
+    pub(super) fn of_padded(room: Room<'k>, padded: Lent<'k>, meta: &VarlenMeta) -> Result<Option<Self>> {
         if !meta.is_all_valid() || meta.is_empty() {
-            return Self::pack(device, [padded.view()], meta);
+            return Self::pack(room, [padded.view()], meta);
         }
         let &[_, _, heads, head_dim] = padded.shape() else { return Ok(None) };
         Ok(Some(Self { shapes: vec![[meta.total_valid(), heads, head_dim]], memory: padded }))
@@ -170,25 +167,29 @@ impl Rows {
 pub(super) enum Padded<'a> {
     /// As it came.
     View(TensorView<'a>),
-    Own(Tensor),
+    Own(Lent<'a>),
 }
 
 impl<'a> Padded<'a> {
     /// One of the tensors that came, of so many heads; none came if no row is valid.
     pub(super) fn of(
-        device: &Device,
-        came: Option<&'a Rows>,
+        room: Room<'a>,
+        came: Option<&'a Rows<'_>>,
         which: usize,
         meta: &VarlenMeta,
         (heads, head_dim, dtype): (usize, usize, DType),
     ) -> Result<Self> {
         let Some(rows) = came else {
             let shape = [meta.batch(), meta.seq(), heads, head_dim];
-            return Tensor::uninit(device, dtype, &shape).map(Self::Own);
+            return room.tensor(dtype, &shape).map(Self::Own);
         };
         match rows.padded_part(which, meta)? {
             Some(view) => Ok(Self::View(view)),
-            None => scatter_to_padded(device, rows.part(which)?, meta).map(Self::Own),
+            None => {
+                let mut padded = room.tensor(dtype, &[meta.batch(), meta.seq(), heads, head_dim])?;
+                scatter_to_padded_into(room.device, rows.part(which)?, meta, &mut *padded)?;
+                Ok(Self::Own(padded))
+            }
         }
     }
 
@@ -202,24 +203,24 @@ impl<'a> Padded<'a> {
 
 /// Writes packed rows, or none, to the valid rows of a padded view, and zeros to the others.
 pub(super) fn unpack(
-    device: &Device,
+    room: Room<'_>,
     rows: Option<TensorView<'_>>,
     meta: &VarlenMeta,
     to: TensorViewMut<'_>,
 ) -> Result<()> {
     match rows {
-        Some(rows) => scatter_to_padded_into(device, rows, meta, to),
+        Some(rows) => scatter_to_padded_into(room.device, rows, meta, to),
         None => {
             let &[_, _, heads, dim] = to.shape() else { return Ok(()) };
-            let none = Tensor::uninit(device, to.dtype(), &[0, heads, dim])?;
-            scatter_to_padded_into(device, &none, meta, to)
+            let none = room.tensor(to.dtype(), &[0, heads, dim])?;
+            scatter_to_padded_into(room.device, &*none, meta, to)
         }
     }
 }
 
 /// Copies valid rows of `[B, S, h, D]` and writes zeros to the others.
-pub(super) fn copy_rows(device: &Device, from: TensorView<'_>, meta: &VarlenMeta, to: TensorViewMut<'_>) -> Result<()> {
-    let packed = Rows::pack(device, [from], meta)?;
+pub(super) fn copy_rows(room: Room<'_>, from: TensorView<'_>, meta: &VarlenMeta, to: TensorViewMut<'_>) -> Result<()> {
+    let packed = Rows::pack(room, [from], meta)?;
     let rows = packed.as_ref().map(|rows| rows.part(0)).transpose()?;
-    unpack(device, rows, meta, to)
+    unpack(room, rows, meta, to)
 }

@@ -32,9 +32,14 @@ impl Tensor {
     /// [`Error::Rank`] or [`Error::TooLarge`] for shapes that cannot be, [`Error::OutOfMemory`].
     pub fn zeros(device: &Device, dtype: DType, shape: &[usize]) -> Result<Self> {
         let mut tensor = Self::uninit(device, dtype, shape)?;
-        let output = tensor.view_mut().output();
-        device.backend()?.execute(Op::Zero(output))?;
+        tensor.fill_zeros()?;
         Ok(tensor)
+    }
+
+    /// Writes zeros to every element.
+    pub(crate) fn fill_zeros(&mut self) -> Result<()> {
+        let device = self.device.clone();
+        device.backend()?.execute(Op::Zero(self.view_mut().output()))
     }
 
     /// A copy of host data, row-major.
@@ -54,6 +59,11 @@ impl Tensor {
         let layout = Layout::contiguous(shape)?;
         let storage = device.backend()?.alloc(layout.numel() as u64 * dtype.size() as u64)?;
         Ok(Self { device: device.clone(), storage, layout, dtype })
+    }
+
+    /// The same memory in another form, of as many bytes.
+    pub(crate) fn with_form(self, dtype: DType, layout: Layout) -> Self {
+        Self { dtype, layout, ..self }
     }
 
     /// The device that holds the tensor.

@@ -75,6 +75,10 @@ segments_of!(Segments, TensorView, &'a Tensor);
 segments_of!(SegmentsMut, TensorViewMut, &'a mut Tensor);
 
 impl<'a> Segments<'a> {
+    pub(crate) fn views(&self) -> &[TensorView<'a>] {
+        self.0.as_slice()
+    }
+
     pub(crate) fn infos(&self) -> Segmented<ViewInfo<'_>> {
         self.0.each_ref().map(TensorView::info)
     }
@@ -103,6 +107,17 @@ impl<'a> Segments<'a> {
 }
 
 impl<'a> SegmentsMut<'a> {
+    pub(crate) fn views(&self) -> &[TensorViewMut<'a>] {
+        self.0.as_slice()
+    }
+
+    pub(crate) fn into_views(self) -> Vec<TensorViewMut<'a>> {
+        match self.0 {
+            Segmented::One(view) => vec![view],
+            Segmented::Several(views) => views,
+        }
+    }
+
     pub(crate) fn infos(&self) -> Segmented<ViewInfo<'_>> {
         self.0.each_ref().map(TensorViewMut::info)
     }

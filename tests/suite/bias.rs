@@ -28,7 +28,7 @@ pub fn register(trials: &mut Trials) {
 }
 
 /// `values`, of `shape`, read as PyTorch broadcasts it to `full`.
-fn broadcast(values: &[f32], shape: &[usize], full: [usize; 4]) -> Vec<f32> {
+pub fn broadcast(values: &[f32], shape: &[usize], full: [usize; 4]) -> Vec<f32> {
     let missing = 4 - shape.len();
     (0..full.iter().product())
         .map(|flat: usize| {

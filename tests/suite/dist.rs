@@ -22,6 +22,7 @@ pub fn register(trials: &mut Trials) {
     trials.each_dtype("dist/ranges", ranges);
     trials.each_dtype("dist/random", random_cases);
     trials.once("dist/repeats", repeats);
+    trials.once("dist/kept_memory", kept_memory);
     trials.once("dist/strided", strided);
     trials.once("dist/plans", plans);
 }
@@ -111,7 +112,7 @@ impl Case {
 }
 
 /// Positions of a rank's local tensor.
-fn local(shards: &Shards, rank: usize) -> Vec<usize> {
+pub fn local(shards: &Shards, rank: usize) -> Vec<usize> {
     let seq = shards.seq();
     (0..shards.prefix()).chain(shards.shard(rank)).chain(seq - shards.suffix()..seq).collect()
 }
@@ -134,7 +135,7 @@ pub fn on_ranks<C: Send, T: Send>(ranks: Vec<C>, run: impl Fn(C) -> Result<T> + 
 }
 
 /// One rank's q, k and v: bits of the global ones, and poison in the rows of masked tokens.
-fn local_inputs(call: &Call, device: &Device, positions: &[usize]) -> Result<[Tensor; 3]> {
+pub fn local_inputs(call: &Call, device: &Device, positions: &[usize]) -> Result<[Tensor; 3]> {
     let shapes = tensor_shapes(call.shape);
     let keep = call.mask.query_keep().context("the mask is of metadata")?;
     let mut tensors = Vec::new();
@@ -213,7 +214,7 @@ fn run(
 }
 
 /// Parts of the keys are rounded before they are merged.
-fn rules(dtype: DType, mode: Mode, ranks: usize) -> Rules {
+pub fn rules(dtype: DType, mode: Mode, ranks: usize) -> Rules {
     let standard = Rules::standard(dtype);
     let parts = match mode {
         Mode::Ring => ranks,
@@ -228,12 +229,12 @@ fn rules(dtype: DType, mode: Mode, ranks: usize) -> Rules {
     Rules { yardsticks, ..standard }
 }
 
-fn is_ring(mode: Mode) -> bool {
+pub fn is_ring(mode: Mode) -> bool {
     matches!(mode, Mode::Ring | Mode::UlyssesRing { .. })
 }
 
 /// Every mode, and those that can in chunks of heads too: the fewest that divide a rank's.
-fn modes_and_chunks(ranks: usize, kv_heads: usize) -> Vec<(Mode, Option<usize>)> {
+pub fn modes_and_chunks(ranks: usize, kv_heads: usize) -> Vec<(Mode, Option<usize>)> {
     let mut all: Vec<_> = all_modes(ranks).into_iter().map(|mode| (mode, None)).collect();
     for (mode, ulysses) in [(Mode::Gather, 1), (Mode::Ulysses, ranks)] {
         let of_rank = kv_heads / ulysses;
@@ -288,6 +289,47 @@ pub fn heads_on(device: &Device, dtype: DType, ranks: Ranks) -> Result<()> {
     let case = CASES.iter().find(|case| case.name == "holes across borders").context("no such case")?;
     let sizes: &[(usize, usize)] = if is_emulated_gpu(device) { &[(2, 8)] } else { &[(4, 32), (2, 8), (1, 40)] };
     sizes.iter().try_for_each(|&(kv_heads, dim)| check(case, &case.call(kv_heads, dim, dtype)?, (device, ranks)))
+}
+
+/// Later calls of a request have the memory of the first one, whatever it holds, and the same bits.
+fn kept_memory(device: &Device) -> Result<()> {
+    let case = CASES.iter().find(|case| case.name == "holes across borders").context("no such case")?;
+    let dtype = device.capabilities().dtypes.first().copied().context("the device computes with nothing")?;
+    let (call, shards) = (case.call(4, 16, dtype)?, case.shards()?);
+    let OracleShape { batch, seq_q: seq, heads: num_heads, kv_heads: num_kv_heads, head_dim, .. } = call.shape;
+    let mask = KeyMask::from_bool(batch, seq, call.mask.query_keep().context("the mask is of metadata")?)?;
+    let sizes = Heads { num_heads, num_kv_heads, head_dim, dtype };
+    for (mode, chunks) in modes_and_chunks(case.lengths.len(), num_kv_heads) {
+        let ranks = on_ranks(host(device, case.lengths.len())?, |(mut communicator, device)| {
+            let rank = communicator.rank();
+            let [q, k, v] = local_inputs(&call, &device, &local(&shards, rank))?;
+            let parallel = SequenceParallel::new(&device).with_mode(mode);
+            let parallel = chunks.into_iter().fold(parallel, SequenceParallel::with_chunks);
+            let request = parallel.prepare(&mut *communicator, &ShardedMeta::new(&mask, &shards, rank)?, &sizes)?;
+            ensure!(request.kept_bytes() == 0, "memory is kept before a call");
+            let mut forward = |q: &Tensor, k: &Tensor, v: &Tensor| -> Result<Vec<u32>> {
+                download(&parallel.forward(&mut *communicator, &request, q, k, v)?)
+            };
+            let first = forward(&q, &k, &v)?;
+            let kept = request.kept_bytes();
+            ensure!(kept > 0, "no memory is kept");
+            // Other numbers in between.
+            let other = forward(&q, &v, &k)?;
+            ensure!(other != first, "keys and values are changed, and nothing else is");
+            for _ in 0..2 {
+                ensure!(forward(&q, &k, &v)? == first, "the bits of a later call differ");
+                ensure!(request.kept_bytes() == kept, "a later call keeps {} bytes, not {kept}", request.kept_bytes());
+            }
+            request.release_memory();
+            ensure!(request.kept_bytes() == 0, "memory is kept after it was released");
+            ensure!(forward(&q, &k, &v)? == first && request.kept_bytes() == kept, "a call after memory was released");
+            communicator.barrier()?;
+            Ok(())
+        })?;
+        let done = ranks.into_iter().collect::<Result<Vec<_>>>();
+        done.with_context(|| format!("{mode}, chunks {chunks:?}"))?;
+    }
+    Ok(())
 }
 
 fn ranges(device: &Device, dtype: DType) -> Result<()> {

@@ -1,13 +1,14 @@
 //! Sequence parallelism when ranks fail or were given different things: an error on every rank, within the time-out, and the process
 //! goes on.
 
+use std::net::Ipv4Addr;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
 use varlen_fa::dist::{
-    Communicator, Exchange, Heads, HostCommunicator, Mode, Outgoing, ParallelRequest, SequenceParallel, ShardedMeta,
-    Shards, Transfer,
+    Communicator, Exchange, Heads, HostCommunicator, MeetingPoint, Mode, Outgoing, ParallelRequest, Rendezvous,
+    SequenceParallel, ShardedMeta, Shards, Transfer,
 };
 use varlen_fa::{DType, Device, Error, KeyMask, Tensor};
 
@@ -26,6 +27,7 @@ pub fn register(trials: &mut Trials) {
     trials.once("dist/a_rank_with_another_shape", a_rank_with_another_shape);
     trials.once("dist/ranks_that_differ", ranks_that_differ);
     trials.once("dist/calls_in_another_order", calls_in_another_order);
+    trials.once("dist/a_meeting_point", a_meeting_point);
     trials.once("dist/refusals", refusals);
 }
 
@@ -219,6 +221,27 @@ fn calls_in_another_order(device: &Device) -> Result<()> {
     let expected = "sixteen bytes: rank 0 has other shapes (9 bytes where 16 fit) than rank 1";
     ensure!(errors[0].is_none() && errors[1].as_ref().is_some_and(|error| error.to_string() == expected), "{errors:?}");
     goes_on(device)
+}
+
+/// Ranks that are told where rank 0 listens, and one that never comes.
+fn a_meeting_point(device: &Device) -> Result<()> {
+    let point = MeetingPoint::listen((Ipv4Addr::LOCALHOST, 0).into())?;
+    let address = point.address()?;
+    let (point, limit) = (&point, SOON);
+    let ranks = on_ranks(vec![0, 1, 2], |rank| {
+        let communicator = match rank {
+            0 => HostCommunicator::lead(point, 3, limit)?,
+            _ => HostCommunicator::connect(&Rendezvous::Tcp(address), rank, 3, limit)?,
+        };
+        Ok(Rank::new(device, Mode::Ring, communicator)?.forward().map(drop)?)
+    })?;
+    ranks.into_iter().collect::<Result<()>>()?;
+    let alone = HostCommunicator::lead(point, 2, Duration::from_millis(50)).err();
+    ensure!(matches!(alone, Some(Error::RankTimedOut { rank: 1, .. })), "{alone:?}");
+    let none = HostCommunicator::lead(point, 0, limit).err();
+    ensure!(matches!(none, Some(Error::Sharding { argument: "world_size", .. })), "{none:?}");
+    ensure!(HostCommunicator::lead(point, 1, limit)?.world_size() == 1);
+    Ok(())
 }
 
 fn refusals(device: &Device) -> Result<()> {

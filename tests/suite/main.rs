@@ -26,6 +26,7 @@ mod device_meta;
 #[cfg(feature = "wgpu")]
 mod dispatches;
 mod dist;
+mod dist_calls;
 mod dist_faults;
 #[cfg(feature = "nccl")]
 mod dist_nccl;
@@ -99,6 +100,7 @@ const SHARED: &[Register] = &[
     prepare_qk::register,
     joint::register,
     dist::register,
+    dist_calls::register,
     dense::register,
     packed::register,
     tensors::register,

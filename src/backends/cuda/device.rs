@@ -244,6 +244,10 @@ impl Backend for CudaDevice {
         Ok(Storage::device(self.launcher.lasting(bytes)?))
     }
 
+    fn keeps_memory(&self) -> Result<bool> {
+        Ok(!self.launcher.context.is_captured()?)
+    }
+
     fn metadata_place(&self) -> MetadataPlace {
         MetadataPlace::Device
     }
