@@ -4,6 +4,7 @@ mod application;
 mod encode;
 mod pipeline_cache;
 mod refusals;
+mod scratch;
 mod tensors;
 
 use super::trials::Trials;
@@ -15,5 +16,6 @@ pub fn register(trials: &mut Trials) {
         encode::register(trials);
         pipeline_cache::register(trials);
         refusals::register(trials);
+        scratch::register(trials);
     }
 }
