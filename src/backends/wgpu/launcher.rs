@@ -284,7 +284,8 @@ fn bind_group_layout(context: &Context, shader: Shader, params_in: ParamsIn) -> 
         ty: BindingType::Buffer { ty, has_dynamic_offset: false, min_binding_size: None },
         count: None,
     };
-    let storage = shader.bindings().iter().map(|binding| BufferBindingType::Storage { read_only: !binding.writes });
+    let storage =
+        shader.bindings().into_iter().map(|binding| BufferBindingType::Storage { read_only: !binding.writes });
     let params = (params_in == ParamsIn::Uniform).then_some((0, BufferBindingType::Uniform));
     let heads = shader.has_head_table().then_some(BufferBindingType::Uniform);
     let entries: Vec<_> = params.into_iter().chain((1..).zip(storage.chain(heads))).map(entry).collect();

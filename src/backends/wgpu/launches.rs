@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 
+use crate::call::segments::Role;
 use crate::error::Result;
 
 use super::buffer::Allocator;
@@ -19,10 +20,21 @@ pub(super) struct Launches<'a> {
     list: Vec<Launch>,
     /// Free for later launches; kept for other operations in the end.
     scratch: Vec<wgpu::Buffer>,
+    /// q and k of the attention that comes next, as far as they are joined already.
+    joined: [Option<Joined>; 2],
     /// The main shader of attention, and its floating-point operations.
     main: Option<(Shader, u64)>,
     /// Floating-point operations of one submission, if these are more.
     limit: Option<u64>,
+}
+
+/// Segments of q or k, one after another along S in one tensor.
+#[derive(Debug)]
+pub(super) struct Joined {
+    /// `[B, S, H, D]` from its start on.
+    pub buffer: wgpu::Buffer,
+    /// First tokens of the segments that are there.
+    pub firsts: Vec<usize>,
 }
 
 /// Attention over a whole grid.
@@ -38,7 +50,7 @@ pub(super) struct AttentionLaunch {
 
 impl<'a> Launches<'a> {
     pub fn new(allocator: &'a Allocator, taker: Taker) -> Self {
-        Self { allocator, taker, list: Vec::new(), scratch: Vec::new(), main: None, limit: None }
+        Self { allocator, taker, list: Vec::new(), scratch: Vec::new(), joined: [None, None], main: None, limit: None }
     }
 
     /// Announces the work, before its launches. If it is more than `limit` floating-point
@@ -81,6 +93,27 @@ impl<'a> Launches<'a> {
         self.scratch.extend(scratch);
     }
 
+    /// Leaves segments that are joined to the attention that comes next.
+    pub fn leave_joined(&mut self, role: Role, joined: Joined) {
+        if let Some(place) = self.joined_of(role) {
+            *place = Some(joined);
+        }
+    }
+
+    /// What was left; give it back as scratch.
+    pub fn take_joined(&mut self, role: Role) -> Option<Joined> {
+        self.joined_of(role)?.take()
+    }
+
+    fn joined_of(&mut self, role: Role) -> Option<&mut Option<Joined>> {
+        let [q, k] = &mut self.joined;
+        match role {
+            Role::Q => Some(q),
+            Role::K => Some(k),
+            Role::V | Role::Out => None,
+        }
+    }
+
     pub fn as_slice(&self) -> &[Launch] {
         &self.list
     }
@@ -99,7 +132,8 @@ impl<'a> Launches<'a> {
 /// By now all is recorded or submitted, or nothing will be.
 impl Drop for Launches<'_> {
     fn drop(&mut self) {
-        self.allocator.kept.give_back(self.taker, self.scratch.drain(..));
+        let joined = self.joined.iter_mut().filter_map(Option::take).map(|joined| joined.buffer);
+        self.allocator.kept.give_back(self.taker, self.scratch.drain(..).chain(joined));
     }
 }
 

@@ -5,6 +5,7 @@ mod encode;
 mod pipeline_cache;
 mod refusals;
 mod scratch;
+mod segments;
 mod tensors;
 
 use super::trials::Trials;
@@ -17,5 +18,6 @@ pub fn register(trials: &mut Trials) {
         pipeline_cache::register(trials);
         refusals::register(trials);
         scratch::register(trials);
+        segments::register(trials);
     }
 }
