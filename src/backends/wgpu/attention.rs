@@ -22,7 +22,7 @@ use super::params::AttentionParams;
 use super::placement::{FirstDim, Operand, Placed, split_batch};
 use super::ranges::Ranges;
 use super::segments::{PlacedOutput, Segments};
-use super::shader::{Algorithm, AttentionRows, AttentionShader, Shader};
+use super::shader::{Algorithm, AttentionRows, AttentionShader, RangesOf, Shader};
 use super::sides::{Kept, Sequences, Side};
 use super::work::{Work, group_operations};
 
@@ -64,7 +64,8 @@ fn shader_for(context: &Context, attention: &Attention<'_>, algorithm: Algorithm
             bias: attention.bias.as_ref().map(|bias| bias.dtype),
         },
         Rows::DeviceVarlen { .. } if attention.plan.path == Path::Dense => {
-            AttentionRows::Dense { key_mask: true, zero_rows: true, bias: None }
+            let bias = attention.bias.as_ref().map(|bias| bias.dtype);
+            AttentionRows::Dense { key_mask: true, zero_rows: true, bias }
         }
         Rows::Varlen { .. } | Rows::DeviceVarlen { .. } if attention.plan.path == Path::Fused => {
             AttentionRows::Fused { bias: attention.bias.as_ref().map(|bias| bias.dtype) }
@@ -206,6 +207,10 @@ impl Call<'_> {
         let kept = zero_rows.filter(|_| lse.is_some());
         let ranges = match kept {
             Some(Kept::Host(kept)) => Ranges::dense_kept(context, self.attention.ranges, kept, self.tile_rows())?,
+            Some(Kept::Device(meta)) => {
+                let form = (self.tile_rows(), false);
+                Ranges::of_device(context, self.attention.ranges, (meta, meta), RangesOf::Dense, form, launches)?
+            }
             _ => Ranges::dense(context, self.attention.ranges, self.tile_rows())?,
         };
         let bound: Vec<_> = operands.all().chain(bias).chain(lse).collect();
@@ -230,6 +235,7 @@ impl Call<'_> {
             launches.give_back(scratch);
         }
         operands.finish(launches);
+        ranges.finish(launches);
         Ok(())
     }
 
@@ -290,6 +296,10 @@ impl Call<'_> {
             (Side::Host(query), Side::Host(key)) => {
                 Ranges::fused(context, self.attention.ranges, query, key, (self.tile_rows(), lists_queries))?
             }
+            (Side::Device(query), Side::Device(key)) => {
+                let (both, form) = ((query, key), (self.tile_rows(), lists_queries));
+                Ranges::of_device(context, self.attention.ranges, both, RangesOf::Fused, form, launches)?
+            }
             _ => Ranges::none(context),
         };
         let bound: Vec<_> = operands.all().chain(bias).chain(lse).collect();
@@ -335,6 +345,7 @@ impl Call<'_> {
             launches.give_back(scratch);
         }
         operands.finish(launches);
+        ranges.finish(launches);
         Ok(())
     }
 
@@ -346,6 +357,10 @@ impl Call<'_> {
             (Some(ranges), Side::Host(query), Side::Host(key)) => {
                 let ranges = ranges.of_packed_rows(query, key, false)?;
                 Ranges::packed(context, Some(&ranges), query.cu_seqlens(), self.tile_rows())?
+            }
+            (ranges, Side::Device(query), Side::Device(key)) => {
+                let (both, form) = ((query, key), (self.tile_rows(), false));
+                Ranges::of_device(context, ranges, both, RangesOf::Packed, form, launches)?
             }
             _ => Ranges::none(context),
         };
@@ -405,6 +420,7 @@ impl Call<'_> {
             launches.give_back(scratch);
         }
         operands.finish(launches);
+        ranges.finish(launches);
         Ok(())
     }
 

@@ -178,6 +178,25 @@ params! {
 }
 
 params! {
+    /// Parameters of the shaders that number key ranges by metadata of the device.
+    RangesParams {
+        batch: u32, seq_q: u32, seq_k: u32,
+        /// Ranges of a batch row as they were given; 0 if all share the first one's.
+        given_stride: u32,
+        /// u32s of one row of bits of the queries and of the keys.
+        query_words: u32, key_words: u32,
+        /// Tiles, and the rows of one.
+        tiles: u32, tile_rows: u32,
+        /// Ranges of a batch row as they are written, where tiles count so.
+        numbered_stride: u32,
+        /// Ranges before those of tiles, and before the queries.
+        unions_offset: u32, queries_offset: u32,
+        /// 1 if the queries stand behind.
+        lists_queries: u32,
+    }
+}
+
+params! {
     /// Parameters of the shaders that build metadata.
     MetadataParams {
         /// Where the mask lies in its binding, in elements.

@@ -106,3 +106,18 @@ pub(super) const METADATA_LISTS: &[Binding] = &[
 ];
 pub(super) const METADATA_TILES: &[Binding] =
     &[reads("cu_seqlens", "u32"), writes("packed_tiles", WORD), writes("fused_tiles", WORD)];
+const GIVEN: Binding = reads("given", RANGE);
+const NUMBERED: Binding = writes("numbered", RANGE);
+
+/// Before the list of queries: what numbers keys.
+macro_rules! numbering {
+    ($queries:expr) => {
+        &[GIVEN, KEY_BITS, reads("word_starts_k", "u32"), CU_SEQLENS_K, $queries, NUMBERED]
+    };
+}
+
+pub(super) const RANGES_FUSED: &[Binding] = numbering!(QUERY_TOKENS);
+pub(super) const RANGES_PACKED: &[Binding] = numbering!(reads("indices", "u32"));
+pub(super) const RANGES_DENSE: &[Binding] = &[GIVEN, reads("query_bits", "u32"), NUMBERED];
+pub(super) const RANGES_OF_LISTED_TILES: &[Binding] = &[TILES, NUMBERED];
+pub(super) const RANGES_OF_TILES: &[Binding] = &[NUMBERED];

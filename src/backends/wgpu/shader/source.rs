@@ -6,11 +6,13 @@ use crate::dtype::DType;
 use crate::score_modifiers::ModifierSet;
 
 use super::super::head_table::MAX_HEADS;
-use super::super::params::{AttentionParams, CopyParams, MergeParams, MetadataParams, PrepareQkParams};
+use super::super::params::{AttentionParams, CopyParams, MergeParams, MetadataParams, PrepareQkParams, RangesParams};
 use super::bindings::Binding;
 use super::tiles::Algorithm;
 use super::unroll::unrolled;
-use super::variant::{AttentionRows, AttentionShader, INVOCATIONS, MetadataStep, PrepareQkShader, Shader};
+use super::variant::{
+    AttentionRows, AttentionShader, INVOCATIONS, MetadataStep, PrepareQkShader, RangesOf, RangesStep, Shader,
+};
 
 /// How a shader gets its parameters.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -45,6 +47,7 @@ pub fn source(shader: Shader, params: ParamsIn) -> String {
         Shader::Merge { .. } => MergeParams::WGSL,
         Shader::PrepareQk(_) => PrepareQkParams::WGSL,
         Shader::Metadata(_) => MetadataParams::WGSL,
+        Shader::Ranges(_) => RangesParams::WGSL,
         _ => CopyParams::WGSL,
     });
     source.push_str(params.declaration());
@@ -133,6 +136,7 @@ fn snippets(shader: Shader) -> Vec<&'static str> {
         Shader::Merge { dtype } => [elements(dtype), &[snippet!("merge/merge.wgsl")]].concat(),
         Shader::PrepareQk(prepare_qk) => prepare_qk_snippets(prepare_qk),
         Shader::Metadata(step) => metadata_snippets(step).to_vec(),
+        Shader::Ranges(step) => ranges_snippets(step).to_vec(),
     }
 }
 
@@ -143,6 +147,24 @@ fn metadata_snippets(step: MetadataStep) -> &'static [&'static str] {
         MetadataStep::Starts => &[snippet!("metadata/scan.wgsl"), snippet!("metadata/starts.wgsl")],
         MetadataStep::Lists => &[snippet!("metadata/lists.wgsl")],
         MetadataStep::Tiles => &[snippet!("metadata/tiles.wgsl")],
+    }
+}
+
+fn ranges_snippets(step: RangesStep) -> &'static [&'static str] {
+    match step {
+        RangesStep::Queries(RangesOf::Fused) => {
+            &[snippet!("metadata/positions.wgsl"), snippet!("metadata/ranges_fused.wgsl")]
+        }
+        RangesStep::Queries(RangesOf::Packed) => {
+            &[snippet!("metadata/positions.wgsl"), snippet!("metadata/ranges_packed.wgsl")]
+        }
+        RangesStep::Queries(RangesOf::Dense) => &[snippet!("metadata/ranges_dense.wgsl")],
+        RangesStep::Tiles { listed: true } => {
+            &[snippet!("metadata/tiles_listed.wgsl"), snippet!("metadata/unions.wgsl")]
+        }
+        RangesStep::Tiles { listed: false } => {
+            &[snippet!("metadata/tiles_dense.wgsl"), snippet!("metadata/unions.wgsl")]
+        }
     }
 }
 

@@ -54,11 +54,15 @@ fn every_variant() -> Vec<Shader> {
     });
     let steps =
         [MetadataStep::Bits, MetadataStep::Blocks, MetadataStep::Starts, MetadataStep::Lists, MetadataStep::Tiles];
+    let of_queries = [RangesOf::Fused, RangesOf::Packed, RangesOf::Dense].map(RangesStep::Queries);
+    let of_tiles = [true, false].map(|listed| RangesStep::Tiles { listed });
     copies
         .into_iter()
         .chain(merges)
         .chain(prepared)
         .chain(steps.map(Shader::Metadata))
+        .chain(of_queries.map(Shader::Ranges))
+        .chain(of_tiles.map(Shader::Ranges))
         .chain(portable_variants().map(Shader::Attention))
         .collect()
 }

@@ -3,7 +3,7 @@
 use crate::dtype::DType;
 use crate::score_modifiers::ModifierSet;
 
-use super::super::params::{AttentionParams, CopyParams, MergeParams, MetadataParams, PrepareQkParams};
+use super::super::params::{AttentionParams, CopyParams, MergeParams, MetadataParams, PrepareQkParams, RangesParams};
 use super::bindings::{self, Binding};
 use super::tiles::Algorithm;
 
@@ -25,6 +25,7 @@ pub enum Shader {
     Merge { dtype: DType },
     PrepareQk(PrepareQkShader),
     Metadata(MetadataStep),
+    Ranges(RangesStep),
 }
 
 /// A variant of norm and rotary embedding.
@@ -58,6 +59,26 @@ pub enum MetadataStep {
     Starts,
     Lists,
     Tiles,
+}
+
+/// A step of numbering key ranges by metadata of the device: see `shaders/metadata/positions.wgsl`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum RangesStep {
+    /// The ranges of queries.
+    Queries(RangesOf),
+    /// Those of tiles, of a list unless all queries are computed.
+    Tiles { listed: bool },
+}
+
+/// Which queries have ranges, in which order.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum RangesOf {
+    /// All of each batch row in the order of its list.
+    Fused,
+    /// The kept ones, one after another.
+    Packed,
+    /// All in the order of their positions.
+    Dense,
 }
 
 /// A variant of attention.
@@ -167,6 +188,8 @@ impl Shader {
             Self::Metadata(MetadataStep::Starts) => "metadata_starts",
             Self::Metadata(MetadataStep::Lists) => "metadata_lists",
             Self::Metadata(MetadataStep::Tiles) => "metadata_tiles",
+            Self::Ranges(RangesStep::Queries(_)) => "metadata_ranges",
+            Self::Ranges(RangesStep::Tiles { .. }) => "metadata_unions",
         }
     }
 
@@ -177,6 +200,7 @@ impl Shader {
             Self::Merge { .. } => size_of::<MergeParams>(),
             Self::PrepareQk(_) => size_of::<PrepareQkParams>(),
             Self::Metadata(_) => size_of::<MetadataParams>(),
+            Self::Ranges(_) => size_of::<RangesParams>(),
             _ => size_of::<CopyParams>(),
         };
         bytes as u32
@@ -205,6 +229,11 @@ impl Shader {
             Self::Metadata(MetadataStep::Starts) => bindings::METADATA_STARTS,
             Self::Metadata(MetadataStep::Lists) => bindings::METADATA_LISTS,
             Self::Metadata(MetadataStep::Tiles) => bindings::METADATA_TILES,
+            Self::Ranges(RangesStep::Queries(RangesOf::Fused)) => bindings::RANGES_FUSED,
+            Self::Ranges(RangesStep::Queries(RangesOf::Packed)) => bindings::RANGES_PACKED,
+            Self::Ranges(RangesStep::Queries(RangesOf::Dense)) => bindings::RANGES_DENSE,
+            Self::Ranges(RangesStep::Tiles { listed: true }) => bindings::RANGES_OF_LISTED_TILES,
+            Self::Ranges(RangesStep::Tiles { listed: false }) => bindings::RANGES_OF_TILES,
         };
         all.iter().collect()
     }
