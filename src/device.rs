@@ -297,6 +297,20 @@ impl Device {
         self.backend()?.synchronize()
     }
 
+    /// Frees the scratch memory that a wgpu device keeps for later calls, which need it for copies of
+    /// segments and of rows at odd places, and for packed rows. As many buffers are kept as calls had in
+    /// use at once, each as large as the largest that some call needed. What submitted or recorded
+    /// commands use is freed once they are done. The next call that needs scratch makes it anew. On
+    /// other devices nothing happens: the CPU's calls keep none, and CUDA's is in the device's memory
+    /// pool.
+    ///
+    /// # Errors
+    /// [`Error::DeviceLost`] for a GPU in a forked process.
+    pub fn release_scratch(&self) -> Result<()> {
+        self.backend()?.release_scratch();
+        Ok(())
+    }
+
     /// [`synchronize`](Self::synchronize) for code that also runs in a browser: there it gives the thread back until the work is
     /// done, elsewhere it waits. In a browser what fails in a launch comes out of a later call, at the latest of this one.
     ///

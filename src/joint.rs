@@ -197,9 +197,11 @@ impl JointAttention {
             self.attention.prepare(&inputs(&qk, &v), mask, (&out, lse.as_ref()))?
         };
         let mut preparation = Preparation::Nothing;
+        let joint_seq = (qk.len() > 1).then_some(problem.shape.seq_q);
         execute_all(Box::new(|execute| {
             let segments = qk.iter_mut().map(QkSegment::reborrow).collect();
-            if let Some(call) = operation(segments, mask.tokens_of_both())? {
+            if let Some(mut call) = operation(segments, mask.tokens_of_both())? {
+                call.joint_seq = joint_seq;
                 preparation = match call.mask {
                     Some(_) => Preparation::ValidTokens,
                     None => Preparation::AllTokens,

@@ -170,6 +170,7 @@ const TABLE: &[KernelTraits; 6] = &[
         backend: BackendKind::Wgpu,
         has_fused_bias: true,
         has_ranges: true,
+        takes_all_with_device_meta: true,
         modifiers: ModifierSet::ALL,
         ..ROWS
     },
@@ -181,6 +182,7 @@ const TABLE: &[KernelTraits; 6] = &[
         max_head_dim: 256,
         has_fused_bias: true,
         has_ranges: true,
+        takes_all_with_device_meta: true,
         modifiers: ModifierSet::ALL,
         ..ROWS
     },

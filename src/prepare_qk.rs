@@ -215,7 +215,7 @@ pub(crate) fn operation<'a>(segments: Vec<QkSegment<'a>>, mask: Option<&'a KeyMa
     if checked.is_empty() || mask.is_some_and(KeyMask::is_empty) {
         return Ok(None);
     }
-    Ok(Some(PrepareQk { segments: checked, dtype, mask: mask.filter(|mask| !mask.is_all_kept()) }))
+    Ok(Some(PrepareQk { segments: checked, dtype, mask: mask.filter(|mask| !mask.is_all_kept()), joint_seq: None }))
 }
 
 impl QkSegment<'_> {

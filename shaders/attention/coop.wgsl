@@ -212,7 +212,7 @@ fn pin(keys: Words, values: Words) {
 // A tile without keys.
 fn write_zeros(tile: Tile, invocation: u32) {
     for (var i = invocation; i < tile.rows * HEAD_WORDS; i += INVOCATIONS) {
-        out[tile.out + query_row(tile, i / HEAD_WORDS) * params.out_stride_s + i % HEAD_WORDS] = vec4<u32>(0u);
+        store_out(out_row(tile, i / HEAD_WORDS), i % HEAD_WORDS, vec4<u32>(0u));
     }
     for (var row = invocation; row < tile.rows; row += INVOCATIONS) {
         write_lse(tile, row, LOWEST, 0.0); // without modifiers
@@ -495,7 +495,7 @@ fn attention(
         let inverse_sum = 1.0 / row_sum; // without modifiers
         let inverse_sum = sunk.factor / row_sum; // with modifiers
         let inverse_factor = inverse(factors.v);
-        let own_out = tile.out + query_row(tile, min(row, tile.rows - 1u)) * params.out_stride_s;
+        let own_out = out_row(tile, min(row, tile.rows - 1u));
         for (var slice = 0u; slice < SLICES; slice++) { // unroll
             workgroupBarrier();
             for (var n = 0u; n < KEY_FRAGMENTS; n++) { // unroll
@@ -514,7 +514,7 @@ fn attention(
                     let at = scores_row + word * 2u;
                     let low = select(scores[at] * inverse_sum * inverse_factor, vec4<f32>(0.0), is_zero);
                     let high = select(scores[at + 1u] * inverse_sum * inverse_factor, vec4<f32>(0.0), is_zero);
-                    out[own_out + slice * KEY_WORDS + word] = rounded(low, high);
+                    store_out(own_out, slice * KEY_WORDS + word, rounded(low, high));
                 }
             }
         }

@@ -141,7 +141,7 @@ fn stage_values(kept: vec2<u32>, chunk: u32, invocation: u32, fetched: ptr<funct
 
 fn write_word(tile: Tile, row: u32, word: u32, value: vec4<u32>) {
     if row < tile.rows && word < ROW_WORDS {
-        out[tile.out + query_row(tile, row) * params.out_stride_s + word] = value;
+        store_out(out_row(tile, row), word, value);
     }
 }
 

@@ -20,6 +20,7 @@ struct Head {
     exists: bool,
     read_at: u32,
     write_at: u32,
+    joint_at: u32,
     // Of the token's row of the tables.
     cos: u32,
     sin: u32,
@@ -43,6 +44,7 @@ fn head_at(at: u32) -> Head {
     found.exists = at < params.rows * params.heads && is_kept(batch, token);
     found.read_at = params.src_offset + batch * params.src_stride_b + token * params.src_stride_s + head * params.src_stride_h;
     found.write_at = params.dst_offset + batch * params.dst_stride_b + token * params.dst_stride_s + head * params.dst_stride_h;
+    found.joint_at = params.joint_offset + batch * params.joint_stride_b + token * params.joint_stride_s + head * params.joint_stride_h;
     found.cos = params.cos_offset + batch * params.cos_stride_b + token * params.cos_stride_s;
     found.sin = params.sin_offset + batch * params.sin_stride_b + token * params.sin_stride_s;
     return found;
@@ -125,6 +127,7 @@ fn prepare_qk(
                 let second = element + count - 1u;
                 let pair = vec2<f32>(prepared(head, first, element, factor), prepared(head, first, second, factor));
                 store_pair(head.write_at + element, pair, count);
+                store_joint(head.joint_at + element, pair);
             }
         }
         workgroupBarrier();

@@ -3,8 +3,8 @@
 // 16 bytes from the start of each binding.
 //
 // dense.wgsl, fused.wgsl and packed.wgsl say where tiles lie. `locate` finds the tile of a
-// workgroup. Query i of a tile, i < rows, is row `query_row(tile, i)` from `tile.q` and
-// `tile.out`; key j is row `key_row(tile, j)` from `tile.k` and `tile.v`. key_range.wgsl says
+// workgroup. Query i of a tile, i < rows, is row `query_row(tile, i)` from `tile.q`, and its output
+// begins at `out_row(tile, i)` (output.wgsl); key j is row `key_row(tile, j)` from `tile.k` and `tile.v`. key_range.wgsl says
 // which keys a tile needs.
 
 const LOG2_E: f32 = 1.4426950408889634;

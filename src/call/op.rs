@@ -190,6 +190,8 @@ pub(crate) trait Backend: Debug + Send + Sync {
     }
     /// Waits for all work launched so far.
     fn synchronize(&self) -> Result<()>;
+    /// Frees memory that is kept for the copies and steps of later calls, where the device keeps any itself.
+    fn release_scratch(&self) {}
     /// Makes the copies of the metadata that calls use, so that none of them has to.
     fn upload_meta(&self, meta: &VarlenMeta) -> Result<()>;
     /// Starts to add up the time that launches take on the device; gives the host's time.

@@ -272,6 +272,7 @@ pub(crate) fn plan_padded(
         TokenInfo::Varlen { .. } | TokenInfo::DeviceVarlen { .. } if config.force_dense => {
             (Path::Dense, Reason::DenseForced)
         }
+        TokenInfo::DeviceVarlen { .. } if !fuses => (Path::Dense, Reason::Bias),
         TokenInfo::DeviceVarlen { .. } => (Path::Fused, Reason::Fused),
         TokenInfo::Varlen { query, key } if query.is_all_valid() && key.is_all_valid() && !fuses_segments => {
             (Path::Dense, Reason::AllValid)
@@ -708,10 +709,9 @@ mod tests {
             let got = plan(&both, &mask, Forced::default())?;
             assert_eq!((got.kernel, got.path, got.reason), (Kernel::CudaSm80, Path::Fused, Reason::Fused));
             assert_eq!(plan(&both, &mask, forced(Path::Dense, Kernel::CudaSm80))?.path, Path::Dense);
-            for kernel in [Kernel::CudaSm90, Kernel::WgslPortable] {
-                assert!(plan(&[kernel], &mask, Forced::default()).is_err(), "{kernel}");
-            }
-            assert!(is_refusal(plan(&[Kernel::WgslPortable], &mask, Forced::default()).err()));
+            let got = plan(&[Kernel::WgslPortable], &mask, Forced::default())?;
+            assert_eq!((got.path, got.reason), (Path::Fused, Reason::Fused));
+            assert!(plan(&[Kernel::CudaSm90], &mask, Forced::default()).is_err());
         }
         Ok(())
     }

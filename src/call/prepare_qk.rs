@@ -85,6 +85,9 @@ pub(crate) struct PrepareQk<'a> {
     pub dtype: DType,
     /// `[B, S]` over the segments one after another.
     pub mask: Option<&'a KeyMask>,
+    /// Tokens of all segments, also of those with nothing to do, if attention over them is the next
+    /// operation: a device that joins them for it may do so here.
+    pub joint_seq: Option<usize>,
 }
 
 /// q or k of a segment, without its memory.

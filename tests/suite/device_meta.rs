@@ -3,15 +3,15 @@
 use anyhow::{Context, Result, bail, ensure};
 use libtest_mimic::Completion;
 use varlen_fa::{
-    AttentionMask, BackendKind, DType, Device, DeviceMemory, DeviceVarlenMeta, Error, Layout, MaskDType, Path,
-    RangesOf, Reason, VarlenMeta,
+    AttentionMask, BackendKind, DType, Device, DeviceMemory, DeviceVarlenMeta, Error, Layout, MaskDType,
+    MaskedAttention, Path, RangesOf, Reason, VarlenMeta,
 };
 use varlen_fa_testkit::{OracleShape, random};
 
 use super::call::{Call, Mask, device_meta};
 use super::check::Rules;
 use super::masks::{bernoulli, mask};
-use super::memory::upload;
+use super::memory::{download, narrow, upload};
 use super::rule::Rule;
 use super::trials::{Trials, Variant, is_emulated_gpu};
 
@@ -29,6 +29,7 @@ pub fn register(trials: &mut Trials) {
     trials.each_path_of_all_with_device_meta("device_meta/ranges", ranges);
     trials.each_path_of_all_with_device_meta("device_meta/ranges_of_cross_attention", ranges_of_cross_attention);
     trials.each_path_of_all_with_device_meta("device_meta/bias", bias);
+    trials.once("device_meta/bias_beside_lse", bias_beside_lse);
     trials.once("device_meta/mask_types_and_strides", mask_types_and_strides);
     trials.each_path_of(some, "device_meta/paths_that_need_the_host", paths_that_need_the_host);
     trials.once("device_meta/refusals", refusals);
@@ -118,6 +119,42 @@ fn ranges_of_cross_attention(variant: &Variant) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// A kernel without a binding for both takes the dense path, as with metadata from the host: the same bits.
+fn bias_beside_lse(device: &Device) -> Result<Completion> {
+    let capabilities = device.capabilities();
+    if capabilities.backend == BackendKind::Cpu {
+        return Ok(Completion::ignored_with("metadata of the CPU device is the host's, and planned as such"));
+    }
+    let Some(kernel) = capabilities.kernels.iter().copied().find(|kernel| kernel.takes_all_with_device_meta()) else {
+        return Ok(Completion::ignored_with("no kernel adds a bias beside metadata that the device built"));
+    };
+    let (batch, seq, dtype) = (2, 90, DType::F16);
+    let keep = bernoulli(27, batch * seq, 0.7)?;
+    let bits = |seed: u64, count: usize| -> Vec<u32> {
+        random::normal(seed, count).into_iter().map(|value| narrow(value, dtype)).collect()
+    };
+    let shape = [batch, seq, 2, 32];
+    let x = upload(device, dtype, &bits(28, shape.iter().product()), &shape)?;
+    let bias = upload(device, dtype, &bits(29, seq * seq), &[seq, seq])?;
+    let host = VarlenMeta::from_key_mask(&varlen_fa::KeyMask::from_bool(batch, seq, &keep)?)?;
+    let meta = device_meta(device, batch, seq, &keep)?;
+    let layer = MaskedAttention::new(device).with_kernel(kernel).with_lse();
+    let causal = varlen_fa::KeyRanges::causal([batch, seq, seq])?;
+    for ranges in [None, Some(&causal)] {
+        let run = |mask: AttentionMask<'_>| {
+            let mask = mask.with_bias(&bias);
+            let mask = ranges.map_or(mask, |ranges| mask.with_ranges(ranges));
+            let attended = layer.forward(&x, &x, &x, mask)?;
+            let lse = attended.lse.context("the lse was asked for")?;
+            anyhow::Ok((attended.plan.path, download(&attended.out)?, download(&lse)?))
+        };
+        let (of_host, of_device) = (run(AttentionMask::varlen(&host))?, run(AttentionMask::varlen(&meta))?);
+        ensure!(of_host.1.iter().any(|&bits| bits != 0), "the output is all zeros: nothing is tested");
+        ensure!(of_device == of_host, "{} and {}: other bits", of_host.0, of_device.0);
+    }
+    Ok(Completion::Completed)
 }
 
 /// A bias counts padded positions, with ranges and without; −∞ hides keys, and rows.

@@ -6,6 +6,8 @@ use crate::error::{Error, Result};
 
 use super::coop::{self, Coop};
 use super::launcher::IMMEDIATE_BYTES;
+use super::params::MAX_OUT_PARTS;
+use super::shader::MAX_STORAGE_BUFFERS;
 
 const CHOICE: &str = "wgpu";
 
@@ -76,14 +78,20 @@ async fn adapters(instance: &wgpu::Instance) -> Vec<wgpu::Adapter> {
     instance.request_adapter(&options).await.into_iter().collect()
 }
 
+/// Storage buffers of a shader that has all bindings and each segment of its output in one.
+const MOST_STORAGE_BUFFERS: u32 = MAX_STORAGE_BUFFERS + MAX_OUT_PARTS as u32 - 1;
+
 /// WebGPU's default limits, which suffice for every shader, but buffers as large as the adapter
-/// allows.
+/// allows, and as many of them as spare copies.
 fn limits(adapter: &Limits, max_binding_bytes: Option<u64>) -> Limits {
     let largest = adapter.max_storage_buffer_binding_size;
+    let defaults = Limits::default();
+    let most_buffers = adapter.max_storage_buffers_per_shader_stage.min(MOST_STORAGE_BUFFERS);
     Limits {
+        max_storage_buffers_per_shader_stage: most_buffers.max(defaults.max_storage_buffers_per_shader_stage),
         max_storage_buffer_binding_size: max_binding_bytes.map_or(largest, |bytes| largest.min(bytes)),
         max_buffer_size: adapter.max_buffer_size,
-        ..Limits::default()
+        ..defaults
     }
 }
 

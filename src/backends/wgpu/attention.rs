@@ -21,8 +21,8 @@ use super::pace::Pace;
 use super::params::AttentionParams;
 use super::placement::{FirstDim, Operand, Placed, split_batch};
 use super::ranges::Ranges;
-use super::segments::Segments;
-use super::shader::{Algorithm, AttentionRows, AttentionShader, Shader};
+use super::segments::{PlacedOutput, Segments};
+use super::shader::{Algorithm, AttentionRows, AttentionShader, RangesOf, Shader};
 use super::sides::{Kept, Sequences, Side};
 use super::work::{Work, group_operations};
 
@@ -37,8 +37,9 @@ pub(super) fn record(
     // Tensors keep their layouts: placing them says which are copied.
     let filled = with_filled_heads(attention.problem);
     let attention = &attention.on(&filled);
-    let shader = shader_for(attention, algorithm);
-    launches.announce(shader, Work::of(attention, algorithm)?, pace.limit(shader));
+    let shader = shader_for(context, attention, algorithm)?;
+    let announced = Shader::Attention(shader);
+    launches.announce(announced, Work::of(attention, algorithm)?, pace.limit(announced));
     let heads = attention.modifiers.map(|modifiers| head_table(context, modifiers, attention.problem)).transpose()?;
     let call = Call { context, attention, algorithm, shader, heads };
     match &attention.rows {
@@ -54,7 +55,7 @@ pub(super) fn record(
 }
 
 /// The variant that computes a call.
-fn shader_for(attention: &Attention<'_>, algorithm: Algorithm) -> Shader {
+fn shader_for(context: &Context, attention: &Attention<'_>, algorithm: Algorithm) -> Result<AttentionShader> {
     let (dtype, head_dim) = (attention.problem.dtype, attention.problem.shape.head_dim);
     let rows = match &attention.rows {
         Rows::Dense { key_mask, zero_rows } => AttentionRows::Dense {
@@ -63,7 +64,8 @@ fn shader_for(attention: &Attention<'_>, algorithm: Algorithm) -> Shader {
             bias: attention.bias.as_ref().map(|bias| bias.dtype),
         },
         Rows::DeviceVarlen { .. } if attention.plan.path == Path::Dense => {
-            AttentionRows::Dense { key_mask: true, zero_rows: true, bias: None }
+            let bias = attention.bias.as_ref().map(|bias| bias.dtype);
+            AttentionRows::Dense { key_mask: true, zero_rows: true, bias }
         }
         Rows::Varlen { .. } | Rows::DeviceVarlen { .. } if attention.plan.path == Path::Fused => {
             AttentionRows::Fused { bias: attention.bias.as_ref().map(|bias| bias.dtype) }
@@ -72,7 +74,14 @@ fn shader_for(attention: &Attention<'_>, algorithm: Algorithm) -> Shader {
     };
     let (ranges, lse) = (attention.ranges.is_some(), attention.lse.is_some());
     let modifiers = attention.modifiers.map(ScoreModifiers::set).unwrap_or_default();
-    Shader::Attention(AttentionShader { algorithm, dtype, head_dim, rows, ranges, lse, modifiers })
+    let whole = AttentionShader { algorithm, dtype, head_dim, rows, ranges, lse, modifiers, out_buffers: 0 };
+    if rows == AttentionRows::Packed {
+        return Ok(whole);
+    }
+    let out = Segments::output(context, Role::Out, &attention.out, FirstDim::Batch)?;
+    let in_place = out.buffers_in_place(context, whole.left_for_output(context.max_storage_buffers))?;
+    // Fits: there are few segments.
+    Ok(AttentionShader { out_buffers: in_place.map_or(0, |buffers| buffers as u32), ..whole })
 }
 
 fn too_large(argument: &'static str, limit_name: &'static str, limit: u64, got: u64) -> Error {
@@ -84,7 +93,7 @@ struct Call<'a> {
     context: &'a Context,
     attention: &'a Attention<'a>,
     algorithm: Algorithm,
-    shader: Shader,
+    shader: AttentionShader,
     /// Values of heads, where scores are modified.
     heads: Option<Window>,
 }
@@ -98,6 +107,18 @@ struct Operands<'a> {
 }
 
 impl<'a> Operands<'a> {
+    /// With q and k joined before the first launch, if that has begun.
+    fn join(self, context: &Context, launches: &mut Launches<'_>) -> Result<Self> {
+        let Self { q, k, v, out } = self;
+        Ok(Self { q: q.join(context, Role::Q, launches)?, k: k.join(context, Role::K, launches)?, v, out })
+    }
+
+    /// After the last launch.
+    fn finish(self, launches: &mut Launches<'_>) {
+        self.q.finish_input(launches);
+        self.k.finish_input(launches);
+    }
+
     fn all(&self) -> impl Iterator<Item = Operand<'a>> {
         [&self.q, &self.k, &self.v, &self.out].into_iter().flat_map(Segments::operands)
     }
@@ -108,7 +129,7 @@ struct Tensors {
     q: Placed,
     k: Placed,
     v: Placed,
-    out: Placed,
+    out: PlacedOutput,
 }
 
 /// The sequences of one launch on packed rows.
@@ -147,7 +168,10 @@ impl Call<'_> {
         scratch: &mut Vec<wgpu::Buffer>,
     ) -> Result<Tensors> {
         // The output first: one that is refused is refused before anything is copied.
-        let out = out.place_output(range, launches, scratch)?;
+        let out = match self.shader.out_buffers {
+            0 => PlacedOutput::Whole(out.place_output(range, launches, scratch)?),
+            _ => out.place_parts(range)?,
+        };
         let mut place = |input: &Segments<'_>| input.place_input(self.context, range, launches, scratch);
         Ok(Tensors { q: place(q)?, k: place(k)?, v: place(v)?, out })
     }
@@ -174,7 +198,7 @@ impl Call<'_> {
             let limit_name = "query rows in max_compute_workgroups_per_dimension";
             return Err(too_large("q", limit_name, limit, shape.seq_q as u64));
         }
-        let operands = self.operands(FirstDim::Batch, FirstDim::Batch)?;
+        let operands = self.operands(FirstDim::Batch, FirstDim::Batch)?.join(context, launches)?;
         let bias = self.bias()?;
         let (key_bits, key_words) = Kept::window(key_mask, self.context)?;
         let (row_bits, row_words) = Kept::window(zero_rows, self.context)?;
@@ -183,6 +207,10 @@ impl Call<'_> {
         let kept = zero_rows.filter(|_| lse.is_some());
         let ranges = match kept {
             Some(Kept::Host(kept)) => Ranges::dense_kept(context, self.attention.ranges, kept, self.tile_rows())?,
+            Some(Kept::Device(meta)) => {
+                let form = (self.tile_rows(), false);
+                Ranges::of_device(context, self.attention.ranges, (meta, meta), RangesOf::Dense, form, launches)?
+            }
             _ => Ranges::dense(context, self.attention.ranges, self.tile_rows())?,
         };
         let bound: Vec<_> = operands.all().chain(bias).chain(lse).collect();
@@ -195,17 +223,19 @@ impl Call<'_> {
             let (lse_window, params) = self.bind_lse(lse.map(|lse| PlacedLse::of(&lse, &range)).transpose()?, params);
             let (ranges_window, params) = ranges.bind(params, 0)?;
             let (key_bits, row_bits) = (key_bits.clone(), row_bits.clone());
-            let windows = match (lse, self.attention.ranges) {
+            let others = match (lse, self.attention.ranges) {
                 (None, _) => [key_bits, row_bits, bias_window, ranges_window],
                 (Some(_), None) => [lse_window, key_bits, row_bits, bias_window],
                 (Some(_), Some(_)) => [lse_window, key_bits, bias_window, ranges_window],
             };
             let groups = [tiles as u32, range.len() as u32];
             let out = tensors.out.clone();
-            self.push((tensors, windows.to_vec()), params, groups, ranges.most_keys(shape.seq_k), launches);
-            operands.out.finish_output(&range, &out, launches)?;
+            self.push((tensors, others), params, groups, ranges.most_keys(shape.seq_k), launches);
+            self.finish_output(&operands, &range, &out, launches)?;
             launches.give_back(scratch);
         }
+        operands.finish(launches);
+        ranges.finish(launches);
         Ok(())
     }
 
@@ -246,7 +276,7 @@ impl Call<'_> {
             let (query, key) = (Sequences::Host(query), Sequences::Host(key));
             let sequences = PackedRows { query, key, ranges: &ranges, range, q_row_base, k_row_base };
             self.push_packed(tensors, &sequences, lse.clone(), launches)?;
-            operands.out.finish_output(&sequences.range, &out, launches)?;
+            self.finish_output(&operands, &sequences.range, &out, launches)?;
             launches.give_back(scratch);
         }
         Ok(())
@@ -256,7 +286,7 @@ impl Call<'_> {
     /// that fits the bindings.
     fn fused(&self, query: Side<'_>, key: Side<'_>, launches: &mut Launches<'_>) -> Result<()> {
         let (context, shape) = (self.context, self.attention.problem.shape);
-        let operands = self.operands(FirstDim::Batch, FirstDim::Batch)?;
+        let operands = self.operands(FirstDim::Batch, FirstDim::Batch)?.join(context, launches)?;
         let (query_tokens, key_tokens) = (query.token_lists(context)?, key.token_lists(context)?);
         let tiles = query.fused_tiles(context, self.tile_rows())?;
         let (bias, lse) = (self.bias()?, self.lse()?);
@@ -265,6 +295,10 @@ impl Call<'_> {
         let ranges = match (query, key) {
             (Side::Host(query), Side::Host(key)) => {
                 Ranges::fused(context, self.attention.ranges, query, key, (self.tile_rows(), lists_queries))?
+            }
+            (Side::Device(query), Side::Device(key)) => {
+                let (both, form) = ((query, key), (self.tile_rows(), lists_queries));
+                Ranges::of_device(context, self.attention.ranges, both, RangesOf::Fused, form, launches)?
             }
             _ => Ranges::none(context),
         };
@@ -298,7 +332,7 @@ impl Call<'_> {
             let keys = ranges.most_keys(key.sequences().longest(&range));
             let (lse_window, params) = self.bind_lse(lse.map(|lse| PlacedLse::of(&lse, &range)).transpose()?, params);
             let (bias_window, params) = self.place_bias(bias.as_ref(), &range, params)?;
-            let windows = match (lse, &bias, self.attention.ranges) {
+            let others = match (lse, &bias, self.attention.ranges) {
                 (None, None, _) => [tiles_window, query_window, key_window, ranges_window],
                 (None, Some(_), None) => [tiles_window, query_window, key_window, bias_window],
                 (None, Some(_), Some(_)) => [tiles_window, key_window, bias_window, ranges_window],
@@ -306,10 +340,12 @@ impl Call<'_> {
                 (Some(_), _, Some(_)) => [lse_window, tiles_window, key_window, ranges_window],
             };
             let out = tensors.out.clone();
-            self.push((tensors, windows.to_vec()), params, groups, keys, launches);
-            operands.out.finish_output(&range, &out, launches)?;
+            self.push((tensors, others), params, groups, keys, launches);
+            self.finish_output(&operands, &range, &out, launches)?;
             launches.give_back(scratch);
         }
+        operands.finish(launches);
+        ranges.finish(launches);
         Ok(())
     }
 
@@ -322,9 +358,13 @@ impl Call<'_> {
                 let ranges = ranges.of_packed_rows(query, key, false)?;
                 Ranges::packed(context, Some(&ranges), query.cu_seqlens(), self.tile_rows())?
             }
+            (ranges, Side::Device(query), Side::Device(key)) => {
+                let (both, form) = ((query, key), (self.tile_rows(), false));
+                Ranges::of_device(context, ranges, both, RangesOf::Packed, form, launches)?
+            }
             _ => Ranges::none(context),
         };
-        let operands = self.operands(FirstDim::Batch, FirstDim::Batch)?;
+        let operands = self.operands(FirstDim::Batch, FirstDim::Batch)?.join(context, launches)?;
         let lse = self.lse()?;
         let bound: Vec<_> = operands.all().chain(lse).collect();
         let row = |heads: usize| RowShape::new(heads, shape.head_dim, self.attention.problem.dtype.size());
@@ -368,7 +408,8 @@ impl Call<'_> {
                     Some(PlacedLse::of_packed_rows(&buffer, rows))
                 }
             };
-            self.push_packed(Tensors { q, k, v, out: out.clone() }, &sequences, packed_lse.clone(), launches)?;
+            let placed_out = PlacedOutput::Whole(out.clone());
+            self.push_packed(Tensors { q, k, v, out: placed_out }, &sequences, packed_lse.clone(), launches)?;
             let padded_out = operands.out.place_output(&range, launches, &mut scratch)?;
             move_placed(context, Move::Scatter, (&out, &padded_out), q_row, (query, &range), launches)?;
             operands.out.finish_output(&range, &padded_out, launches)?;
@@ -378,6 +419,8 @@ impl Call<'_> {
             }
             launches.give_back(scratch);
         }
+        operands.finish(launches);
+        ranges.finish(launches);
         Ok(())
     }
 
@@ -426,10 +469,24 @@ impl Call<'_> {
         let (lse_window, params) = self.bind_lse(lse, params);
         let (ranges_window, params) = sequences.ranges.bind(params, 0)?;
         let key_rows = sequences.key.cu_seqlens(self.context)?;
-        let windows = vec![lse_window, Window::whole(&tiles.buffer), key_rows, ranges_window];
+        let others = [lse_window, Window::whole(&tiles.buffer), key_rows, ranges_window];
         let keys = sequences.ranges.most_keys(sequences.key.longest(&sequences.range));
-        self.push((tensors, windows), params, groups, keys, launches);
+        self.push((tensors, others), params, groups, keys, launches);
         Ok(())
+    }
+
+    /// Copies the output to its segments, or to heads that are not filled, if it is not there already.
+    fn finish_output(
+        &self,
+        operands: &Operands<'_>,
+        range: &Range<usize>,
+        out: &PlacedOutput,
+        launches: &mut Launches<'_>,
+    ) -> Result<()> {
+        match out {
+            PlacedOutput::Whole(written) => operands.out.finish_output(range, written, launches),
+            PlacedOutput::Parts { .. } => Ok(()),
+        }
     }
 
     /// The bias, if there is one.
@@ -453,22 +510,24 @@ impl Call<'_> {
         (window, AttentionParams { lse_offset, lse_stride_b, lse_stride_h, lse_stride_s, ..params })
     }
 
-    /// Adds a launch on tensors and, after them, other windows, in which a tile meets `keys` keys
+    /// Adds a launch on tensors and the other windows of its form, in which a tile meets `keys` keys
     /// at most; several if a grid does not hold all heads. `groups` is the grid of one head.
     fn push(
         &self,
-        (Tensors { q, k, v, out }, others): (Tensors, Vec<Window>),
+        (Tensors { q, k, v, out }, others): (Tensors, [Window; 4]),
         params: AttentionParams,
         [x, y]: [u32; 2],
         keys: usize,
         launches: &mut Launches<'_>,
     ) {
         let shape = self.attention.problem.shape;
-        let windows: Vec<_> = [q.window, k.window, v.window, out.window].into_iter().chain(others).collect();
-        let windows = [windows, self.heads.iter().cloned().collect()].concat();
+        let mut outs = out.windows().into_iter();
+        let first_out = outs.next().unwrap_or_else(|| self.context.unused_write());
+        let of_form = [q.window, k.window, v.window, first_out].into_iter().chain(others);
+        let windows: Vec<_> = self.shader.bound(of_form).chain(outs).chain(self.heads.clone()).collect();
         for heads in head_ranges(shape.num_heads, shape.group_size(), MAX_GROUPS) {
             launches.push_attention(AttentionLaunch {
-                shader: self.shader,
+                shader: Shader::Attention(self.shader),
                 params: params.after_heads(heads.start),
                 windows: windows.clone(),
                 groups: [x, y, heads.len() as u32],
@@ -480,7 +539,7 @@ impl Call<'_> {
     /// What every launch is told.
     fn params(&self, Tensors { q, k, v, out }: &Tensors) -> AttentionParams {
         let shape = self.attention.problem.shape;
-        AttentionParams {
+        let params = AttentionParams {
             q_offset: q.offset,
             q_stride_b: q.stride_b,
             q_stride_s: q.stride_s,
@@ -493,16 +552,13 @@ impl Call<'_> {
             v_stride_b: v.stride_b,
             v_stride_s: v.stride_s,
             v_stride_h: v.stride_h,
-            out_offset: out.offset,
-            out_stride_b: out.stride_b,
-            out_stride_s: out.stride_s,
-            out_stride_h: out.stride_h,
             seq_q: shape.seq_q as u32,
             seq_k: shape.seq_k as u32,
             group_size: shape.group_size() as u32,
             score_scale: score_scale(self.attention),
             ..Default::default()
-        }
+        };
+        out.bind(params)
     }
 }
 

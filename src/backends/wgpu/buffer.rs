@@ -1,11 +1,11 @@
-//! Buffers: of tensors, external ones, and scratch that is reused from call to call.
+//! Buffers: of tensors, external ones, and scratch.
 
 use std::any::Any;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::num::NonZeroU64;
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 use wgpu::BufferUsages;
 
@@ -15,9 +15,7 @@ use crate::call::memory::DeviceBuffer;
 use crate::error::{Error, Result};
 
 use super::fault::Faults;
-
-/// Scratch buffers kept for reuse. One packed call needs fewer.
-const POOL_LEN: usize = 12;
+use super::scratch::{Kept, Taker};
 
 /// Storage bindings are whole u32s.
 const BINDING_SIZE_STEP: u64 = 4;
@@ -116,7 +114,8 @@ pub(super) struct Allocator {
     id: DeviceId,
     device_name: Arc<str>,
     max_buffer_bytes: u64,
-    pool: Mutex<Vec<wgpu::Buffer>>,
+    /// Scratch that is free.
+    pub kept: Kept,
     /// One storage buffer, to test whether a buffer can be bound.
     probe_layout: wgpu::BindGroupLayout,
 }
@@ -139,7 +138,7 @@ impl Allocator {
             id,
             device_name: Arc::clone(device_name),
             max_buffer_bytes: device.limits().max_buffer_size,
-            pool: Mutex::default(),
+            kept: Kept::default(),
             probe_layout,
         })
     }
@@ -212,27 +211,11 @@ impl Allocator {
         self.faults.capture("creating a buffer", size, || self.device.create_buffer(&descriptor))
     }
 
-    /// Uninitialised scratch of at least `size` bytes. Give it back as soon as the launches that
-    /// use it are recorded. Launches recorded later in the same operation run after them.
-    /// Launches of other operations never run between those of one, whatever the order of
-    /// submission, since an operation is one command buffer. Every operation writes scratch
-    /// before it reads it.
-    pub fn take_scratch(&self, size: u64) -> Result<wgpu::Buffer> {
-        let fits = |buffer: &wgpu::Buffer| buffer.size() >= size && buffer.size() / 2 <= size.max(WORD_BYTES);
-        {
-            let mut pool = self.pool.lock().unwrap_or_else(PoisonError::into_inner);
-            let found = (0..pool.len()).filter(|&i| fits(&pool[i])).min_by_key(|&i| pool[i].size());
-            if let Some(index) = found {
-                return Ok(pool.remove(index));
-            }
+    /// Scratch of at least `size` bytes, with contents that are not specified.
+    pub fn scratch(&self, taker: Taker, size: u64) -> Result<wgpu::Buffer> {
+        match self.kept.take(taker, size) {
+            Some(buffer) => Ok(buffer),
+            None => self.storage("scratch", size),
         }
-        self.storage("scratch", size)
-    }
-
-    pub fn give_back(&self, scratch: impl IntoIterator<Item = wgpu::Buffer>) {
-        let mut pool = self.pool.lock().unwrap_or_else(PoisonError::into_inner);
-        pool.extend(scratch);
-        let excess = pool.len().saturating_sub(POOL_LEN);
-        pool.drain(..excess);
     }
 }

@@ -20,6 +20,8 @@ pub(super) struct Context {
     pub allocator: Allocator,
     /// Bytes of the largest binding.
     pub max_binding_bytes: u64,
+    /// Storage buffers of a shader: [`MAX_STORAGE_BUFFERS`](super::shader::MAX_STORAGE_BUFFERS) at least.
+    pub max_storage_buffers: usize,
     /// Bound where a shader variant has a binding that it does not use, to read and to write.
     unused: [wgpu::Buffer; 2],
 }
@@ -33,8 +35,19 @@ impl Context {
     ) -> Result<Self> {
         let id = DeviceId::unique();
         let allocator = Allocator::new(&device, &faults, id, name)?;
+        let max_storage_buffers = device.limits().max_storage_buffers_per_shader_stage as usize;
         let unused = [allocator.storage("unused", 0)?, allocator.storage("unused", 0)?];
-        Ok(Self { id, name: Arc::clone(name), device, queue, faults, allocator, max_binding_bytes, unused })
+        Ok(Self {
+            id,
+            name: Arc::clone(name),
+            device,
+            queue,
+            faults,
+            allocator,
+            max_binding_bytes,
+            max_storage_buffers,
+            unused,
+        })
     }
 
     /// Zeros, which nobody overwrites: for a binding that nobody reads.

@@ -27,6 +27,7 @@ use super::launcher::Launcher;
 use super::launches::Launches;
 use super::pace::Pace;
 use super::recorder::Recorder;
+use super::scratch::Taker;
 use super::shader::Algorithm;
 use super::timer::Timer;
 use super::transfer::COPY_ALIGNMENT;
@@ -183,12 +184,12 @@ impl WgpuDevice {
 
     /// Records several operations, all of them or none.
     pub(crate) fn encode_all(&self, steps: Steps<'_>, recorder: Recorder<'_>) -> Result<()> {
-        self.launcher.record(&self.context, self.launches(steps)?.as_slice(), recorder)
+        self.launcher.record(&self.context, self.launches(steps, Taker::Recording)?.as_slice(), recorder)
     }
 
     /// The launches of all operations together.
-    fn launches(&self, steps: Steps<'_>) -> Result<Launches<'_>> {
-        let mut launches = Launches::new(&self.context.allocator);
+    fn launches(&self, steps: Steps<'_>, taker: Taker) -> Result<Launches<'_>> {
+        let mut launches = Launches::new(&self.context.allocator, taker);
         steps(&mut |op| self.add(op, &mut launches))?;
         Ok(launches)
     }
@@ -278,7 +279,7 @@ impl Backend for WgpuDevice {
 
     fn alloc_metadata(&self, batch: usize, seq: usize) -> Result<Storage> {
         let meta = DeviceMeta::alloc(&self.context, batch, seq, self.tile_rows())?;
-        let mut launches = Launches::new(&self.context.allocator);
+        let mut launches = Launches::new(&self.context.allocator, Taker::Submission);
         meta.build_empty(&self.context, &mut launches);
         self.launcher.submit(&self.context, &launches, &self.timer, &self.pace)?;
         Ok(Storage::device(meta))
@@ -309,7 +310,7 @@ impl Backend for WgpuDevice {
     }
 
     fn execute_all(&self, steps: Steps<'_>) -> Result<()> {
-        self.launcher.submit(&self.context, &self.launches(steps)?, &self.timer, &self.pace)
+        self.launcher.submit(&self.context, &self.launches(steps, Taker::Submission)?, &self.timer, &self.pace)
     }
 
     fn upload_meta(&self, meta: &VarlenMeta) -> Result<()> {
@@ -328,6 +329,10 @@ impl Backend for WgpuDevice {
 
     fn synchronize(&self) -> Result<()> {
         wait::now(self.name(), wait::WAITING, self.synchronize_async())
+    }
+
+    fn release_scratch(&self) {
+        self.context.allocator.kept.release();
     }
 
     fn start_timer(&self) -> Result<Instant> {

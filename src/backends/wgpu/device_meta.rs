@@ -45,7 +45,7 @@ pub(super) struct DeviceMeta {
     /// Kept tokens of, then before each block of words, and before each word: what the steps tell
     /// one another.
     block_sums: wgpu::Buffer,
-    word_starts: wgpu::Buffer,
+    pub word_starts: wgpu::Buffer,
 }
 
 /// Tiles of one number of rows.

@@ -245,7 +245,8 @@ impl Launcher {
         // the tensors, or from shaders that write every element of every list, whatever the mask
         // holds; `problem` compared their sizes with the tensors'. A token list names
         // each of the S tokens of its batch row once, and kernels read it only for rows and keys
-        // that their tile has. Positions in private and workgroup arrays are bounded by
+        // that their tile has. Ranges of keys end at the last of them, whoever numbered them.
+        // Segments of an output have all its tokens together, which `problem` checked. Positions in private and workgroup arrays are bounded by
         // constants, and so are the matrices that are loaded from workgroup arrays and stored to
         // them, with their strides. Every loop counts up to a bound that does not change in it;
         // the loop over steps of keys advances by a step at least each time.
@@ -284,7 +285,8 @@ fn bind_group_layout(context: &Context, shader: Shader, params_in: ParamsIn) -> 
         ty: BindingType::Buffer { ty, has_dynamic_offset: false, min_binding_size: None },
         count: None,
     };
-    let storage = shader.bindings().iter().map(|binding| BufferBindingType::Storage { read_only: !binding.writes });
+    let storage =
+        shader.bindings().into_iter().map(|binding| BufferBindingType::Storage { read_only: !binding.writes });
     let params = (params_in == ParamsIn::Uniform).then_some((0, BufferBindingType::Uniform));
     let heads = shader.has_head_table().then_some(BufferBindingType::Uniform);
     let entries: Vec<_> = params.into_iter().chain((1..).zip(storage.chain(heads))).map(entry).collect();

@@ -2,32 +2,39 @@
 
 use std::ops::Range;
 
+use crate::call::segments::Role;
 use crate::error::Result;
 
 use super::buffer::Allocator;
 use super::dispatch::{Launch, Window};
 use super::params::AttentionParams;
+use super::scratch::{Taker, smallest_of};
 use super::shader::Shader;
 use super::work::Work;
 
-/// The launches of one operation in order, and the scratch that is free for later ones.
+/// The launches of some operations in order, and the scratch that is free for later ones of them.
 #[derive(Debug)]
 pub(super) struct Launches<'a> {
     allocator: &'a Allocator,
+    taker: Taker,
     list: Vec<Launch>,
+    /// Free for later launches; kept for other operations in the end.
+    scratch: Vec<wgpu::Buffer>,
+    /// q and k of the attention that comes next, as far as they are joined already.
+    joined: [Option<Joined>; 2],
     /// The main shader of attention, and its floating-point operations.
     main: Option<(Shader, u64)>,
-    /// Only if the operation is long.
-    long: Option<Long>,
+    /// Floating-point operations of one submission, if these are more.
+    limit: Option<u64>,
 }
 
-/// State of an operation that is split into several submissions.
+/// Segments of q or k, one after another along S in one tensor.
 #[derive(Debug)]
-struct Long {
-    /// Floating-point operations of one submission.
-    limit: u64,
-    /// Other operations may run between its submissions, so it shares no scratch with them.
-    scratch: Vec<wgpu::Buffer>,
+pub(super) struct Joined {
+    /// `[B, S, H, D]` from its start on.
+    pub buffer: wgpu::Buffer,
+    /// First tokens of the segments that are there.
+    pub firsts: Vec<usize>,
 }
 
 /// Attention over a whole grid.
@@ -42,15 +49,15 @@ pub(super) struct AttentionLaunch {
 }
 
 impl<'a> Launches<'a> {
-    pub fn new(allocator: &'a Allocator) -> Self {
-        Self { allocator, list: Vec::new(), main: None, long: None }
+    pub fn new(allocator: &'a Allocator, taker: Taker) -> Self {
+        Self { allocator, taker, list: Vec::new(), scratch: Vec::new(), joined: [None, None], main: None, limit: None }
     }
 
-    /// Announces the work, before any launch or scratch. If it is more than `limit` floating-point
+    /// Announces the work, before its launches. If it is more than `limit` floating-point
     /// operations, attention is split into dispatches of at most that many, or of one workgroup.
     pub fn announce(&mut self, shader: Shader, work: Work, limit: u64) {
         self.main = Some((shader, work.operations));
-        self.long = (work.in_whole_tiles > limit).then_some(Long { limit, scratch: Vec::new() });
+        self.limit = (work.in_whole_tiles > limit).then_some(limit);
     }
 
     pub fn push(&mut self, launch: Launch) {
@@ -59,7 +66,7 @@ impl<'a> Launches<'a> {
 
     pub fn push_attention(&mut self, launch: AttentionLaunch) {
         let AttentionLaunch { shader, params, windows, groups, group_operations } = launch;
-        let most = self.long.as_ref().map_or(u64::MAX, |long| long.limit / group_operations.max(1));
+        let most = self.limit.map_or(u64::MAX, |limit| limit / group_operations.max(1));
         for Part { first, groups } in parts(groups, most) {
             let [first_group_x, first_group_y, first_group_z] = first;
             let params = AttentionParams { first_group_x, first_group_y, first_group_z, ..params };
@@ -73,23 +80,37 @@ impl<'a> Launches<'a> {
         }
     }
 
-    /// Scratch of at least `size` bytes; see [`Allocator::take_scratch`].
+    /// Scratch of at least `size` bytes, with contents that are not specified. Give it back as soon
+    /// as the launches that use it are listed: later ones run after them.
     pub fn take_scratch(&mut self, size: u64) -> Result<wgpu::Buffer> {
-        match &mut self.long {
-            None => self.allocator.take_scratch(size),
-            Some(long) => match long.scratch.iter().position(|buffer| buffer.size() >= size) {
-                Some(index) => Ok(long.scratch.swap_remove(index)),
-                None => self.allocator.storage("scratch", size),
-            },
+        match smallest_of(&self.scratch, size) {
+            Some(index) => Ok(self.scratch.swap_remove(index)),
+            None => self.allocator.scratch(self.taker, size),
         }
     }
 
-    /// Frees scratch for the next launches of this operation, and, unless this is a long one, for
-    /// other operations.
     pub fn give_back(&mut self, scratch: impl IntoIterator<Item = wgpu::Buffer>) {
-        match &mut self.long {
-            None => self.allocator.give_back(scratch),
-            Some(long) => long.scratch.extend(scratch),
+        self.scratch.extend(scratch);
+    }
+
+    /// Leaves segments that are joined to the attention that comes next.
+    pub fn leave_joined(&mut self, role: Role, joined: Joined) {
+        if let Some(place) = self.joined_of(role) {
+            *place = Some(joined);
+        }
+    }
+
+    /// What was left; give it back as scratch.
+    pub fn take_joined(&mut self, role: Role) -> Option<Joined> {
+        self.joined_of(role)?.take()
+    }
+
+    fn joined_of(&mut self, role: Role) -> Option<&mut Option<Joined>> {
+        let [q, k] = &mut self.joined;
+        match role {
+            Role::Q => Some(q),
+            Role::K => Some(k),
+            Role::V | Role::Out => None,
         }
     }
 
@@ -99,13 +120,20 @@ impl<'a> Launches<'a> {
 
     /// The launches of each submission: all of them in one, unless the operation is long.
     pub fn submissions(&self) -> Vec<Range<usize>> {
-        let limit = self.long.as_ref().map_or(u64::MAX, |long| long.limit);
-        submissions(self.list.iter().map(|launch| launch.operations), limit)
+        submissions(self.list.iter().map(|launch| launch.operations), self.limit.unwrap_or(u64::MAX))
     }
 
     /// The main shader of attention, and its floating-point operations. None in other operations.
     pub fn main(&self) -> Option<(Shader, u64)> {
         self.main
+    }
+}
+
+/// By now all is recorded or submitted, or nothing will be.
+impl Drop for Launches<'_> {
+    fn drop(&mut self) {
+        let joined = self.joined.iter_mut().filter_map(Option::take).map(|joined| joined.buffer);
+        self.allocator.kept.give_back(self.taker, self.scratch.drain(..).chain(joined));
     }
 }
 

@@ -24,6 +24,7 @@ mod placement;
 mod prepare_qk;
 mod ranges;
 mod recorder;
+mod scratch;
 mod segments;
 mod shader;
 mod sides;

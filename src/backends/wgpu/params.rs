@@ -51,10 +51,42 @@ params! {
         ranges_stride: u32, unions_offset: u32, unions_stride: u32,
         /// Where the dispatch starts in the grid.
         first_group_x: u32, first_group_y: u32, first_group_z: u32,
+        /// Of an output in segments: first tokens and places of those after the first one, which has
+        /// those of the output. Offsets have the number of the segment's binding in their highest bits.
+        out1_first: u32, out1_offset: u32, out1_stride_b: u32, out1_stride_s: u32, out1_stride_h: u32,
+        out2_first: u32, out2_offset: u32, out2_stride_b: u32, out2_stride_s: u32, out2_stride_h: u32,
+        out3_first: u32, out3_offset: u32, out3_stride_b: u32, out3_stride_s: u32, out3_stride_h: u32,
     }
 }
 
+/// Segments of an output that are written where they lie, at most: their places are parameters.
+pub(super) const MAX_OUT_PARTS: usize = 4;
+
 impl AttentionParams {
+    /// With the first token, offset and strides of segment `place` of the output, and of all that are
+    /// not there: they begin behind the last token.
+    pub fn set_out_part(&mut self, place: usize, [first, offset, stride_b, stride_s, stride_h]: [u32; 5]) {
+        match place {
+            0 => {
+                (self.out_offset, self.out_stride_b) = (offset, stride_b);
+                (self.out_stride_s, self.out_stride_h) = (stride_s, stride_h);
+                [self.out1_first, self.out2_first, self.out3_first] = [u32::MAX; 3];
+            }
+            1 => {
+                (self.out1_first, self.out1_offset, self.out1_stride_b) = (first, offset, stride_b);
+                (self.out1_stride_s, self.out1_stride_h) = (stride_s, stride_h);
+            }
+            2 => {
+                (self.out2_first, self.out2_offset, self.out2_stride_b) = (first, offset, stride_b);
+                (self.out2_stride_s, self.out2_stride_h) = (stride_s, stride_h);
+            }
+            _ => {
+                (self.out3_first, self.out3_offset, self.out3_stride_b) = (first, offset, stride_b);
+                (self.out3_stride_s, self.out3_stride_h) = (stride_s, stride_h);
+            }
+        }
+    }
+
     /// The same launch without its first `heads` query heads. They fit: offsets lie inside the
     /// bindings, which are below 2 GiB.
     pub fn after_heads(self, heads: usize) -> Self {
@@ -64,6 +96,9 @@ impl AttentionParams {
             k_offset: self.k_offset + kv_heads * self.k_stride_h,
             v_offset: self.v_offset + kv_heads * self.v_stride_h,
             out_offset: self.out_offset + heads * self.out_stride_h,
+            out1_offset: self.out1_offset + heads * self.out1_stride_h,
+            out2_offset: self.out2_offset + heads * self.out2_stride_h,
+            out3_offset: self.out3_offset + heads * self.out3_stride_h,
             bias_offset: self.bias_offset + heads * self.bias_stride_h,
             // Counts from rows that may lie before the binding: the sum of the kernel lies in it.
             lse_offset: self.lse_offset.wrapping_add(heads * self.lse_stride_h),
@@ -117,6 +152,8 @@ params! {
         has_mask: u32, mask_words: u32,
         /// The mask's place of the first token, and the first batch row of the launch.
         first_token: u32, batch_base: u32,
+        /// Where heads are written a second time, among those of all segments.
+        joint_offset: u32, joint_stride_b: u32, joint_stride_s: u32, joint_stride_h: u32,
     }
 }
 
@@ -137,6 +174,25 @@ params! {
         head_words: u32,
         /// 1 if the log-sum-exp is written.
         has_lse: u32,
+    }
+}
+
+params! {
+    /// Parameters of the shaders that number key ranges by metadata of the device.
+    RangesParams {
+        batch: u32, seq_q: u32, seq_k: u32,
+        /// Ranges of a batch row as they were given; 0 if all share the first one's.
+        given_stride: u32,
+        /// u32s of one row of bits of the queries and of the keys.
+        query_words: u32, key_words: u32,
+        /// Tiles, and the rows of one.
+        tiles: u32, tile_rows: u32,
+        /// Ranges of a batch row as they are written, where tiles count so.
+        numbered_stride: u32,
+        /// Ranges before those of tiles, and before the queries.
+        unions_offset: u32, queries_offset: u32,
+        /// 1 if the queries stand behind.
+        lists_queries: u32,
     }
 }
 

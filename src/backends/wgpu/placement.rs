@@ -124,9 +124,14 @@ impl<'a> Operand<'a> {
         misaligned_by(0, &self.layout, self.dtype.size())
     }
 
+    /// Whether the rows are of whole words.
+    pub fn is_of_words(&self) -> bool {
+        has_filled_heads(&self.layout) && self.misaligned_by().is_none()
+    }
+
     /// Whether kernels read or write the tensor where it lies, not a copy with filled heads whose rows start at words.
     fn is_in_place(&self) -> bool {
-        self.segment.is_none() && has_filled_heads(&self.layout) && self.misaligned_by().is_none()
+        self.segment.is_none() && self.is_of_words()
     }
 
     /// Bytes of a copy of a part, with those of the other segments.
@@ -149,8 +154,33 @@ impl<'a> Operand<'a> {
         Ok(Copied::of(self, &self.part(range)?)?.placed(copy))
     }
 
+    /// All batch rows.
+    pub fn batch_rows(&self) -> Range<usize> {
+        0..self.layout.shape().first().copied().unwrap_or(0)
+    }
+
+    /// Whether both lie in one buffer.
+    pub fn lies_beside(&self, other: &Self) -> bool {
+        self.buffer.raw == other.buffer.raw
+    }
+
+    /// The first token among those of all segments.
+    pub fn first_token(&self) -> usize {
+        self.segment.map_or(0, |segment| segment.first)
+    }
+
+    /// The bytes to bind for a range of batch rows, where the tensor lies.
+    pub fn bytes_in_place(&self, range: &Range<usize>) -> Result<Range<u64>> {
+        Ok(self.window_bytes(&self.part(range)?))
+    }
+
+    /// The place of a range of batch rows of whole words in a window of the buffer, given in bytes.
+    pub fn place_in(&self, range: &Range<usize>, bytes: Range<u64>) -> Result<Placed> {
+        Ok(self.place_words(&self.part(range)?, bytes))
+    }
+
     /// Bytes of the largest binding that a range of batch rows needs of this tensor.
-    fn binding_bytes(&self, range: &Range<usize>) -> Result<u64> {
+    pub fn binding_bytes(&self, range: &Range<usize>) -> Result<u64> {
         let part = self.part(range)?;
         let window = self.window_bytes(&part);
         let is_copied = !matches!(self.first_dim, FirstDim::BatchOfElements) && !self.is_in_place();
@@ -179,7 +209,10 @@ impl<'a> Operand<'a> {
 
     /// The binding of a part that has elements, each row of which starts at a word.
     fn place_aligned(&self, part: &Layout) -> Placed {
-        let bytes = self.window_bytes(part);
+        self.place_words(part, self.window_bytes(part))
+    }
+
+    fn place_words(&self, part: &Layout, bytes: Range<u64>) -> Placed {
         let offset = self.bytes_of(part.offset()) - bytes.start;
         let [stride_b, stride_s, stride_h] = row_strides(part).map(|stride| self.bytes_of(stride) / WORD_BYTES);
         Placed {
@@ -233,6 +266,10 @@ impl<'a> Operand<'a> {
             return Ok(());
         }
         let copied = Copied::of(self, &part)?;
+        if self.is_of_words() {
+            launches.push(copied.move_words(&copied.placed_part(&written.window.buffer), &self.place_aligned(&part)));
+            return Ok(());
+        }
         let (window, dst_offset) = self.place_elements(range)?;
         let [dst_stride_b, dst_stride_s, dst_stride_h] = copied.strides;
         let [src_offset, src_stride_b, src_stride_s] = copied.place_in_copy();
@@ -269,7 +306,12 @@ impl<'a> Operand<'a> {
 
     /// Copies a part that has elements to its place in a buffer, row after row.
     pub fn copy_input(&self, range: &Range<usize>, copy: &wgpu::Buffer, launches: &mut Launches<'_>) -> Result<()> {
-        let copied = Copied::of(self, &self.part(range)?)?;
+        let part = self.part(range)?;
+        let copied = Copied::of(self, &part)?;
+        if self.is_of_words() {
+            launches.push(copied.move_words(&self.place_aligned(&part), &copied.placed_part(copy)));
+            return Ok(());
+        }
         let (window, src_offset) = self.place_elements(range)?;
         let [src_stride_b, src_stride_s, src_stride_h] = copied.strides;
         let [dst_offset, dst_stride_b, dst_stride_s] = copied.place_in_copy();
@@ -340,6 +382,41 @@ impl Copied {
             groups: groups_for((self.rows * self.row.heads * self.head_u32s()) as u64),
             operations: 0,
         }
+    }
+
+    /// A launch that moves rows of words.
+    fn move_words(&self, src: &Placed, dst: &Placed) -> Launch {
+        let row = self.row;
+        // All fit: a binding is below 2 GiB.
+        let params = CopyParams {
+            src_offset: src.offset,
+            src_stride_b: src.stride_b,
+            src_stride_s: src.stride_s,
+            src_stride_h: src.stride_h,
+            dst_offset: dst.offset,
+            dst_stride_b: dst.stride_b,
+            dst_stride_s: dst.stride_s,
+            dst_stride_h: dst.stride_h,
+            rows: self.rows as u32,
+            heads: row.heads as u32,
+            head_words: row.head_words as u32,
+            seq: self.seq as u32,
+            ..Default::default()
+        };
+        Launch {
+            shader: Shader::MoveRows,
+            params: bytemuck::bytes_of(&params).to_vec(),
+            windows: vec![src.window.clone(), dst.window.clone()],
+            groups: groups_for(self.rows as u64 * row.words()),
+            operations: 0,
+        }
+    }
+
+    /// Where the part itself lies in the buffer of the copy.
+    fn placed_part(&self, copy: &wgpu::Buffer) -> Placed {
+        let placed = self.placed(copy);
+        // Fits if there is a row: a binding is below 2 GiB.
+        Placed { offset: placed.stride_s.wrapping_mul(self.segment.first as u32), ..placed }
     }
 
     /// Where the copy lies in its buffer.

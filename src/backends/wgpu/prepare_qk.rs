@@ -1,16 +1,22 @@
 //! Launches that normalise and rotate q and k: one for each of the two and each segment. One of both
 //! would bind nine buffers where q and k are copied; so q and k may also lie in one buffer.
+//!
+//! Where attention over several segments comes next, which reads whole tensors, the rows are written
+//! a second time, to their places among those of all segments: that is half of the bytes of a copy,
+//! and no pass of its own.
 
+use crate::backends::rows::{RowShape, WORD_BYTES, has_filled_heads};
 use crate::call::memory::{Input, Output};
 use crate::call::prepare_qk::{HeadRotary, PrepareQk, PrepareSegment, PreparedRows, RotaryPairing};
+use crate::call::segments::Role;
 use crate::dtype::DType;
 use crate::error::Result;
 use crate::layout::Layout;
 use crate::mask::key_mask::KeyMask;
 
 use super::context::Context;
-use super::dispatch::{Launch, MAX_GROUPS};
-use super::launches::Launches;
+use super::dispatch::{Launch, MAX_GROUPS, Window};
+use super::launches::{Joined, Launches};
 use super::params::PrepareQkParams;
 use super::placement::{FirstDim, Operand, split_batch};
 use super::shader::{INVOCATIONS, PrepareQkShader, Shader};
@@ -20,6 +26,7 @@ use super::sides::Kept;
 const ELEMENTS_OF_LANE: usize = 8;
 
 pub(super) fn prepare_qk(context: &Context, call: &PrepareQk<'_>, launches: &mut Launches<'_>) -> Result<()> {
+    let mut joints = [Joint::new(context, call, Role::Q, launches)?, Joint::new(context, call, Role::K, launches)?];
     for segment in &call.segments {
         let PrepareSegment { names, q, k, norm, rotary, first_token } = segment;
         let eps = norm.as_ref().map_or(0.0, |norm| norm.eps);
@@ -29,7 +36,9 @@ pub(super) fn prepare_qk(context: &Context, call: &PrepareQk<'_>, launches: &mut
         };
         let of_q = [names.q, names.q_out, names.q_weight];
         let of_k = [names.k, names.k_out, names.k_weight];
-        for (rows, weight, [input, output, weight_name]) in [(q, q_weight, of_q), (k, k_weight, of_k)] {
+        let [joint_q, joint_k] = &mut joints;
+        let of_both = [(q, q_weight, of_q, joint_q), (k, k_weight, of_k, joint_k)];
+        for (rows, weight, [input, output, weight_name], joint) in of_both {
             let heads = Heads {
                 from: match rows {
                     PreparedRows::InPlace(_) => None,
@@ -50,10 +59,48 @@ pub(super) fn prepare_qk(context: &Context, call: &PrepareQk<'_>, launches: &mut
                 is_interleaved: rotary.as_ref().is_some_and(|it| it.pairing == RotaryPairing::Interleaved),
                 first_token: *first_token,
             };
-            heads.launch(context, call.mask, launches)?;
+            heads.launch(context, call.mask, joint.as_mut(), launches)?;
         }
     }
+    for (role, joint) in [Role::Q, Role::K].into_iter().zip(joints) {
+        let Some(Joint { buffer, firsts, .. }) = joint else { continue };
+        launches.leave_joined(role, Joined { buffer, firsts });
+    }
     Ok(())
+}
+
+/// Where the heads of all segments of q or k are joined.
+struct Joint {
+    buffer: wgpu::Buffer,
+    row: RowShape,
+    seq: usize,
+    /// First tokens of the segments that are there.
+    firsts: Vec<usize>,
+}
+
+impl Joint {
+    /// None if nobody reads it, or if it does not fit a binding.
+    fn new(context: &Context, call: &PrepareQk<'_>, role: Role, launches: &mut Launches<'_>) -> Result<Option<Self>> {
+        let (Some(seq), Some(segment)) = (call.joint_seq, call.segments.first()) else { return Ok(None) };
+        let rows = if role == Role::Q { &segment.q } else { &segment.k };
+        let layout = rows.layout();
+        let row = RowShape::of(layout, call.dtype.size());
+        let batch = layout.shape().first().copied().unwrap_or(0);
+        let bytes = (batch as u64 * seq as u64).saturating_mul(row.bytes());
+        if bytes == 0 || bytes > context.max_binding_bytes || !has_filled_heads(layout) {
+            return Ok(None);
+        }
+        Ok(Some(Self { buffer: launches.take_scratch(bytes)?, row, seq, firsts: Vec::new() }))
+    }
+
+    /// The place of a segment's batch rows from `batch_row` on, and strides of batch row, token and head, in elements.
+    fn place(&self, first_token: usize, batch_row: usize, dtype: DType) -> [u32; 4] {
+        let elements = |words: usize| words * WORD_BYTES as usize / dtype.size();
+        let head = elements(self.row.head_words);
+        let token = self.row.heads * head;
+        // All fit: a binding is below 2 GiB.
+        [(batch_row * self.seq + first_token) * token, self.seq * token, token, head].map(|count| count as u32)
+    }
 }
 
 fn of_elements<'a>(context: &Context, name: &'static str, input: &Input<'a>) -> Result<Operand<'a>> {
@@ -78,12 +125,18 @@ struct Heads<'a> {
 }
 
 impl Heads<'_> {
-    fn launch(&self, context: &Context, mask: Option<&KeyMask>, launches: &mut Launches<'_>) -> Result<()> {
+    fn launch(
+        &self,
+        context: &Context,
+        mask: Option<&KeyMask>,
+        joint: Option<&mut Joint>,
+        launches: &mut Launches<'_>,
+    ) -> Result<()> {
         let &[batch, seq, heads, dim] = self.to.layout.shape() else { return Ok(()) };
         if self.to.layout.numel() == 0 {
             return Ok(());
         }
-        let shader = Shader::PrepareQk(self.shader());
+        let shader = Shader::PrepareQk(PrepareQkShader { joins: joint.is_some(), ..self.shader() });
         let lanes = dim.div_ceil(ELEMENTS_OF_LANE).next_power_of_two();
         let (kept, mask_words) = Kept::window(mask.map(Kept::Host), context)?;
         let unused = || (context.unused_read(), 0);
@@ -99,6 +152,8 @@ impl Heads<'_> {
                 None => [unused(), unused()],
                 Some([cos, sin]) => [cos.place_elements(&range)?, sin.place_elements(&range)?],
             };
+            let [joint_offset, joint_stride_b, joint_stride_s, joint_stride_h] =
+                joint.as_ref().map_or([0; 4], |joint| joint.place(self.first_token, range.start, self.to.dtype));
             let of_source = self.from.as_ref().unwrap_or(&self.to);
             let [src_stride_b, src_stride_s, src_stride_h] = strides(&of_source.layout);
             let [dst_stride_b, dst_stride_s, dst_stride_h] = strides(&self.to.layout);
@@ -138,16 +193,25 @@ impl Heads<'_> {
                 mask_words,
                 first_token: self.first_token as u32,
                 batch_base: range.start as u32,
+                joint_offset,
+                joint_stride_b,
+                joint_stride_s,
+                joint_stride_h,
             };
+            let joined = joint.as_ref().map(|joint| Window::whole(&joint.buffer));
+            let others = [target, weight.clone(), cos, sin, kept.clone()];
             let source = source.map(|(window, _)| window);
             let groups = (range.len() * seq * heads).div_ceil(INVOCATIONS / lanes);
             launches.push(Launch {
                 shader,
                 params: bytemuck::bytes_of(&params).to_vec(),
-                windows: source.into_iter().chain([target, weight.clone(), cos, sin, kept.clone()]).collect(),
+                windows: source.into_iter().chain(others).chain(joined).collect(),
                 groups: [groups.min(MAX_GROUPS) as u32, 1, 1],
                 operations: 0,
             });
+        }
+        if let Some(joint) = joint {
+            joint.firsts.push(self.first_token);
         }
         Ok(())
     }
@@ -165,6 +229,7 @@ impl Heads<'_> {
             dtype: self.to.dtype,
             in_place: self.from.is_none(),
             odd: is_16bit && (is_odd(&self.to) || self.from.as_ref().is_some_and(is_odd)),
+            joins: false,
         }
     }
 }

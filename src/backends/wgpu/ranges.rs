@@ -18,15 +18,20 @@ use crate::mask::key_ranges::KeyRanges;
 use crate::mask::meta::VarlenMeta;
 
 use super::context::Context;
-use super::dispatch::Window;
+use super::device_meta::DeviceMeta;
+use super::dispatch::{Launch, Window, groups_for};
+use super::launches::Launches;
 use super::metadata::{list_tokens, rows_of_fused_tiles, rows_of_packed_tiles};
-use super::params::AttentionParams;
+use super::params::{AttentionParams, RangesParams};
+use super::shader::{RangesOf, RangesStep, Shader};
 use super::transfer::uploaded;
 
 /// Where a launch finds its ranges; nowhere if it has none.
 pub(super) struct Ranges<'a> {
     context: &'a Context,
     copy: Option<Arc<RangesCopy>>,
+    /// The memory of ranges that are numbered anew in each call.
+    scratch: Option<wgpu::Buffer>,
 }
 
 /// The ranges of one list of tiles on a device.
@@ -54,7 +59,7 @@ type Key = (Option<[u64; 2]>, usize, bool);
 impl<'a> Ranges<'a> {
     /// Of a call without ranges.
     pub fn none(context: &'a Context) -> Self {
-        Self { context, copy: None }
+        Self { context, copy: None, scratch: None }
     }
 
     /// Of every row of padded tensors.
@@ -146,12 +151,95 @@ impl<'a> Ranges<'a> {
             let [unions_offset, queries_offset] = [unions_offset, queries_offset].map(|offset| offset as u32);
             Ok(RangesCopy { buffer, row_stride, unions_offset, unions_stride, queries_offset, most_keys })
         })?;
-        let (limit, got) = (context.max_binding_bytes, copy.buffer.size());
-        if got > limit {
-            let limit_name = "max_storage_buffer_binding_size (bytes)";
-            return Err(Error::TooLarge { argument: "ranges", limit_name, limit, got });
+        expect_bindable(context, copy.buffer.size())?;
+        Ok(Self { context, copy: Some(copy), scratch: None })
+    }
+
+    /// Of queries and keys that only the device knows: numbered by launches before attention's, in
+    /// scratch. With `lists_queries` the lists of all queries stand behind.
+    pub fn of_device(
+        context: &'a Context,
+        ranges: Option<&KeyRanges>,
+        (query, key): (&DeviceMeta, &DeviceMeta),
+        of: RangesOf,
+        (tile_rows, lists_queries): (usize, bool),
+        launches: &mut Launches<'_>,
+    ) -> Result<Self> {
+        let given = Self::dense(context, ranges, tile_rows)?;
+        let Some(copy) = given.copy else { return Ok(Self::none(context)) };
+        let list = match of {
+            RangesOf::Fused => Some(query.fused_tiles(tile_rows)?),
+            RangesOf::Packed => Some(query.packed_tiles(tile_rows)?),
+            RangesOf::Dense => None,
+        };
+        let (batch, queries) = (query.batch, query.batch * query.seq);
+        let tiles_of_row = query.seq.div_ceil(tile_rows);
+        let tiles = list.as_ref().map_or(batch * tiles_of_row, |list| list.of(&(0..batch)).len());
+        let unions_offset = queries;
+        let queries_offset = unions_offset + 2 * tiles;
+        let count = queries_offset + if lists_queries { queries } else { 0 };
+        let bytes = size_of::<[u32; 2]>() as u64 * count as u64;
+        expect_bindable(context, bytes)?;
+        let buffer = launches.take_scratch(bytes)?;
+        let row_stride = if of == RangesOf::Packed { 0 } else { query.seq };
+        // All fit: the buffer is below 2 GiB.
+        let params = RangesParams {
+            batch: batch as u32,
+            seq_q: query.seq as u32,
+            seq_k: key.seq as u32,
+            given_stride: copy.row_stride,
+            query_words: query.row_words,
+            key_words: key.row_words,
+            tiles: tiles as u32,
+            tile_rows: tile_rows as u32,
+            numbered_stride: row_stride as u32,
+            unions_offset: unions_offset as u32,
+            queries_offset: queries_offset as u32,
+            lists_queries: u32::from(lists_queries),
+        };
+        let numbered = Window::whole(&buffer);
+        let keys = [&key.bits, &key.word_starts, &key.cu_seqlens].map(Window::whole);
+        let of_queries = match of {
+            RangesOf::Fused => Window::whole(&query.token_lists.buffer),
+            RangesOf::Packed => Window::whole(&query.indices),
+            RangesOf::Dense => Window::whole(&query.bits),
+        };
+        let keys = keys.into_iter().filter(|_| of != RangesOf::Dense);
+        let steps = [
+            (
+                RangesStep::Queries(of),
+                [Window::whole(&copy.buffer)].into_iter().chain(keys).chain([of_queries, numbered.clone()]).collect(),
+                queries,
+            ),
+            (
+                RangesStep::Tiles { listed: list.is_some() },
+                list.iter().map(|list| Window::whole(&list.buffer)).chain([numbered]).collect(),
+                tiles,
+            ),
+        ];
+        for (step, windows, count) in steps {
+            launches.push(Launch {
+                shader: Shader::Ranges(step),
+                params: bytemuck::bytes_of(&params).to_vec(),
+                windows,
+                groups: groups_for(count as u64),
+                operations: 0,
+            });
         }
-        Ok(Self { context, copy: Some(copy) })
+        let numbered = RangesCopy {
+            buffer: buffer.clone(),
+            row_stride: row_stride as u32,
+            unions_offset: unions_offset as u32,
+            unions_stride: if of == RangesOf::Dense { tiles_of_row as u32 } else { 0 },
+            queries_offset: queries_offset as u32,
+            most_keys: usize::MAX,
+        };
+        Ok(Self { context, copy: Some(Arc::new(numbered)), scratch: Some(buffer) })
+    }
+
+    /// Frees what the launches of a call numbered, after the last of them.
+    pub fn finish(self, launches: &mut Launches<'_>) {
+        launches.give_back(self.scratch);
     }
 
     /// Keys that a tile meets at most, of `keys`.
@@ -175,6 +263,12 @@ impl<'a> Ranges<'a> {
             AttentionParams { ranges_stride: row_stride, unions_offset, unions_stride, ..params },
         ))
     }
+}
+
+fn expect_bindable(context: &Context, got: u64) -> Result<()> {
+    let (argument, limit_name, limit) =
+        ("ranges", "max_storage_buffer_binding_size (bytes)", context.max_binding_bytes);
+    if got > limit { Err(Error::TooLarge { argument, limit_name, limit, got }) } else { Ok(()) }
 }
 
 /// Ranges, those of tiles behind them, and perhaps queries behind those.

@@ -60,6 +60,11 @@ impl Application {
         self.adapter.features().contains(feature)
     }
 
+    /// Storage buffers of a shader that the adapter allows.
+    pub fn storage_buffers(&self) -> u32 {
+        self.adapter.limits().max_storage_buffers_per_shader_stage
+    }
+
     /// The library's device over this one.
     pub fn attach(&self) -> Result<Device> {
         self.attach_with(Config::default())

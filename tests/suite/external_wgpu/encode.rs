@@ -4,9 +4,10 @@ use anyhow::{Context, Result, ensure};
 use varlen_fa::wgpu;
 use varlen_fa::{
     AttentionMask, AttentionOutputs, DType, Device, DeviceChoice, DeviceMemory, DeviceVarlenMeta, Error,
-    JointAttention, JointSegment, KeyMask, Layout, MaskDType, MaskView, MaskedAttention, Path, QkNorm, QkSegment,
-    Rotary, RotaryPairing, ScoreModifiers, Tensor, TensorView, VarlenMeta, alibi_slopes, encode_merge_attention,
-    encode_pack, encode_prepare_qk, encode_scatter, merge_attention, pack, prepare_qk, scatter_to_padded,
+    JointAttention, JointSegment, KeyMask, KeyRanges, Layout, MaskDType, MaskView, MaskedAttention, Path, QkNorm,
+    QkSegment, Rotary, RotaryPairing, ScoreModifiers, Tensor, TensorView, VarlenMeta, alibi_slopes,
+    encode_merge_attention, encode_pack, encode_prepare_qk, encode_scatter, merge_attention, pack, prepare_qk,
+    scatter_to_padded,
 };
 use varlen_fa_testkit::random;
 
@@ -510,6 +511,13 @@ fn pack_and_scatter(own: &Device) -> Result<()> {
     application.expect_quiet()
 }
 
+fn in_ranges<'a>(mask: AttentionMask<'a>, ranges: Option<&'a KeyRanges>) -> AttentionMask<'a> {
+    match ranges {
+        Some(ranges) => mask.with_ranges(ranges),
+        None => mask,
+    }
+}
+
 /// Commands of one encoder write a mask, build its metadata, compute with it, and all that again with another mask: each call
 /// sees its own. The first row of the second mask is empty.
 fn metadata_of_a_mask_that_changes(own: &Device) -> Result<()> {
@@ -533,14 +541,18 @@ fn metadata_of_a_mask_that_changes(own: &Device) -> Result<()> {
         application.buffer(wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_DST, &as_bytes(&masks[1]))?;
     let memory = DeviceMemory::from_wgpu(&device, buffer.clone())?;
     let mut meta = DeviceVarlenMeta::new(&device, batch, seq)?;
-    for (path, into_pass) in [(Path::Fused, false), (Path::Fused, true), (Path::Packed, false), (Path::Dense, true)] {
-        let place = format!("{path}, into a pass: {into_pass}");
+    let causal = KeyRanges::causal([batch, seq, seq])?;
+    let forms = [(Path::Fused, false), (Path::Fused, true), (Path::Packed, false), (Path::Dense, true)];
+    let forms = forms.into_iter().flat_map(|form| [None, Some(&causal)].map(|ranges| (form, ranges)));
+    for ((path, into_pass), ranges) in forms {
+        let place = format!("{path}, into a pass: {into_pass}, ranges: {}", ranges.is_some());
         let layer = portable(&device).with_path(path);
         let mut stages = Vec::new();
         let mut encoder = application.encoder();
         for (keep, source) in masks.iter().zip(&sources) {
             let host = VarlenMeta::from_key_mask(&KeyMask::from_bool(batch, seq, keep)?)?;
-            let expected = case.expected_by(&portable(own).with_path(path), AttentionMask::varlen(&host))?;
+            let expected =
+                case.expected_by(&portable(own).with_path(path), in_ranges(AttentionMask::varlen(&host), ranges))?;
             let mut tensors = InPlace::new(&application, &device, &case, 0, 0)?;
             encoder.copy_buffer_to_buffer(source, 0, &buffer, 0, buffer.size());
             let mask = memory.mask_view(MaskDType::U8, layout);
@@ -548,10 +560,10 @@ fn metadata_of_a_mask_that_changes(own: &Device) -> Result<()> {
             if into_pass {
                 let mut pass = encoder.begin_compute_pass(&Default::default());
                 meta.encode_rebuild(&mut pass, mask)?;
-                layer.encode_into(&mut pass, q, k, v, AttentionMask::varlen(&meta), out)?;
+                layer.encode_into(&mut pass, q, k, v, in_ranges(AttentionMask::varlen(&meta), ranges), out)?;
             } else {
                 meta.encode_rebuild(&mut encoder, mask)?;
-                layer.encode_into(&mut encoder, q, k, v, AttentionMask::varlen(&meta), out)?;
+                layer.encode_into(&mut encoder, q, k, v, in_ranges(AttentionMask::varlen(&meta), ranges), out)?;
             }
             stages.push((tensors, expected));
         }

@@ -4,6 +4,8 @@ mod application;
 mod encode;
 mod pipeline_cache;
 mod refusals;
+mod scratch;
+mod segments;
 mod tensors;
 
 use super::trials::Trials;
@@ -15,5 +17,7 @@ pub fn register(trials: &mut Trials) {
         encode::register(trials);
         pipeline_cache::register(trials);
         refusals::register(trials);
+        scratch::register(trials);
+        segments::register(trials);
     }
 }

@@ -18,7 +18,7 @@ const fn writes(name: &'static str, element: &'static str) -> Binding {
     Binding { name, element, writes: true }
 }
 
-/// No shader has more storage buffers.
+/// No shader needs more storage buffers. What takes more leaves copies out.
 pub const MAX_STORAGE_BUFFERS: u32 = 8;
 
 /// 16 bytes, which one load moves.
@@ -54,9 +54,12 @@ pub(super) const ATTENTION_FUSED_LSE: &[Binding] = attention![LSE, TILES, QUERY_
 pub(super) const ATTENTION_FUSED_LSE_RANGES: &[Binding] = attention![LSE, TILES, KEY_TOKENS, RANGES];
 pub(super) const ATTENTION_FUSED_BIAS: &[Binding] = attention![TILES, QUERY_TOKENS, KEY_TOKENS, BIAS];
 pub(super) const ATTENTION_FUSED_BIAS_RANGES: &[Binding] = attention![TILES, KEY_TOKENS, BIAS, RANGES];
+/// Of an output in segments, after the other bindings.
+pub(super) const FURTHER_OUTPUTS: &[Binding] = &[writes("out1", WORD), writes("out2", WORD), writes("out3", WORD)];
 pub(super) const PACK_ROWS: &[Binding] = &[reads("src", WORD), writes("dst", WORD), reads("indices", "u32")];
 pub(super) const SCATTER_ROWS: &[Binding] = &[reads("src", WORD), writes("dst", WORD), reads("inv_indices", "i32")];
 pub(super) const ZERO_ROWS: &[Binding] = &[writes("dst", WORD)];
+pub(super) const MOVE_ROWS: &[Binding] = &[reads("src", WORD), writes("dst", WORD)];
 pub(super) const ALIGN_ROWS: &[Binding] = &[reads("src", "u32"), writes("dst", "u32")];
 /// Invocations may write halves of one u32.
 pub(super) const NARROW_ROWS: &[Binding] = &[reads("src", "u32"), writes("dst", "atomic<u32>")];
@@ -69,6 +72,7 @@ pub(super) const PREPARE_QK: &[Binding] = &[
     reads("cos_table", "u32"),
     reads("sin_table", "u32"),
     reads("kept_bits", "u32"),
+    writes("joint", "u32"),
 ];
 pub(super) const PREPARE_QK_ODD: &[Binding] = &[
     reads("src", "u32"),
@@ -77,6 +81,7 @@ pub(super) const PREPARE_QK_ODD: &[Binding] = &[
     reads("cos_table", "u32"),
     reads("sin_table", "u32"),
     reads("kept_bits", "u32"),
+    writes("joint", "u32"),
 ];
 pub(super) const MERGE: &[Binding] = &[
     reads("out1", WORD),
@@ -101,3 +106,18 @@ pub(super) const METADATA_LISTS: &[Binding] = &[
 ];
 pub(super) const METADATA_TILES: &[Binding] =
     &[reads("cu_seqlens", "u32"), writes("packed_tiles", WORD), writes("fused_tiles", WORD)];
+const GIVEN: Binding = reads("given", RANGE);
+const NUMBERED: Binding = writes("numbered", RANGE);
+
+/// Before the list of queries: what numbers keys.
+macro_rules! numbering {
+    ($queries:expr) => {
+        &[GIVEN, KEY_BITS, reads("word_starts_k", "u32"), CU_SEQLENS_K, $queries, NUMBERED]
+    };
+}
+
+pub(super) const RANGES_FUSED: &[Binding] = numbering!(QUERY_TOKENS);
+pub(super) const RANGES_PACKED: &[Binding] = numbering!(reads("indices", "u32"));
+pub(super) const RANGES_DENSE: &[Binding] = &[GIVEN, reads("query_bits", "u32"), NUMBERED];
+pub(super) const RANGES_OF_LISTED_TILES: &[Binding] = &[TILES, NUMBERED];
+pub(super) const RANGES_OF_TILES: &[Binding] = &[NUMBERED];

@@ -11,4 +11,6 @@ mod variant;
 pub(super) use bindings::MAX_STORAGE_BUFFERS;
 pub(super) use source::{ParamsIn, source};
 pub(super) use tiles::{Algorithm, CoopTile};
-pub(super) use variant::{AttentionRows, AttentionShader, INVOCATIONS, MetadataStep, PrepareQkShader, Shader};
+pub(super) use variant::{
+    AttentionRows, AttentionShader, INVOCATIONS, MetadataStep, PrepareQkShader, RangesOf, RangesStep, Shader,
+};

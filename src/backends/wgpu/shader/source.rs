@@ -6,11 +6,13 @@ use crate::dtype::DType;
 use crate::score_modifiers::ModifierSet;
 
 use super::super::head_table::MAX_HEADS;
-use super::super::params::{AttentionParams, CopyParams, MergeParams, MetadataParams, PrepareQkParams};
+use super::super::params::{AttentionParams, CopyParams, MergeParams, MetadataParams, PrepareQkParams, RangesParams};
 use super::bindings::Binding;
 use super::tiles::Algorithm;
 use super::unroll::unrolled;
-use super::variant::{AttentionRows, AttentionShader, INVOCATIONS, MetadataStep, PrepareQkShader, Shader};
+use super::variant::{
+    AttentionRows, AttentionShader, INVOCATIONS, MetadataStep, PrepareQkShader, RangesOf, RangesStep, Shader,
+};
 
 /// How a shader gets its parameters.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -45,6 +47,7 @@ pub fn source(shader: Shader, params: ParamsIn) -> String {
         Shader::Merge { .. } => MergeParams::WGSL,
         Shader::PrepareQk(_) => PrepareQkParams::WGSL,
         Shader::Metadata(_) => MetadataParams::WGSL,
+        Shader::Ranges(_) => RangesParams::WGSL,
         _ => CopyParams::WGSL,
     });
     source.push_str(params.declaration());
@@ -118,6 +121,7 @@ fn snippets(shader: Shader) -> Vec<&'static str> {
         Shader::PackRows => copy(&[snippet!("copy/pack_rows.wgsl")]),
         Shader::ScatterRows => copy(&[snippet!("copy/scatter_rows.wgsl")]),
         Shader::ZeroRows => copy(&[snippet!("copy/zero_rows.wgsl")]),
+        Shader::MoveRows => copy(&[snippet!("copy/move_rows.wgsl")]),
         Shader::AlignRows { element_bytes } => {
             let load =
                 if element_bytes == 2 { snippet!("copy/load_16bit.wgsl") } else { snippet!("copy/load_32bit.wgsl") };
@@ -132,6 +136,7 @@ fn snippets(shader: Shader) -> Vec<&'static str> {
         Shader::Merge { dtype } => [elements(dtype), &[snippet!("merge/merge.wgsl")]].concat(),
         Shader::PrepareQk(prepare_qk) => prepare_qk_snippets(prepare_qk),
         Shader::Metadata(step) => metadata_snippets(step).to_vec(),
+        Shader::Ranges(step) => ranges_snippets(step).to_vec(),
     }
 }
 
@@ -145,6 +150,24 @@ fn metadata_snippets(step: MetadataStep) -> &'static [&'static str] {
     }
 }
 
+fn ranges_snippets(step: RangesStep) -> &'static [&'static str] {
+    match step {
+        RangesStep::Queries(RangesOf::Fused) => {
+            &[snippet!("metadata/positions.wgsl"), snippet!("metadata/ranges_fused.wgsl")]
+        }
+        RangesStep::Queries(RangesOf::Packed) => {
+            &[snippet!("metadata/positions.wgsl"), snippet!("metadata/ranges_packed.wgsl")]
+        }
+        RangesStep::Queries(RangesOf::Dense) => &[snippet!("metadata/ranges_dense.wgsl")],
+        RangesStep::Tiles { listed: true } => {
+            &[snippet!("metadata/tiles_listed.wgsl"), snippet!("metadata/unions.wgsl")]
+        }
+        RangesStep::Tiles { listed: false } => {
+            &[snippet!("metadata/tiles_dense.wgsl"), snippet!("metadata/unions.wgsl")]
+        }
+    }
+}
+
 /// How words become numbers, and numbers words.
 fn elements(dtype: DType) -> &'static [&'static str] {
     match dtype {
@@ -154,7 +177,7 @@ fn elements(dtype: DType) -> &'static [&'static str] {
     }
 }
 
-fn prepare_qk_snippets(PrepareQkShader { dtype, in_place, odd }: PrepareQkShader) -> Vec<&'static str> {
+fn prepare_qk_snippets(PrepareQkShader { dtype, in_place, odd, joins }: PrepareQkShader) -> Vec<&'static str> {
     let mut snippets = elements(dtype).to_vec();
     snippets.extend([
         match (in_place, odd) {
@@ -167,13 +190,18 @@ fn prepare_qk_snippets(PrepareQkShader { dtype, in_place, odd }: PrepareQkShader
             (_, false) => snippet!("prepare_qk/elements_16bit.wgsl"),
             (_, true) => snippet!("prepare_qk/elements_16bit_odd.wgsl"),
         },
+        match (joins, dtype) {
+            (false, _) => snippet!("prepare_qk/joint_none.wgsl"),
+            (true, DType::F32) => snippet!("prepare_qk/joint_32bit.wgsl"),
+            (true, _) => snippet!("prepare_qk/joint_16bit.wgsl"),
+        },
         snippet!("prepare_qk/prepare_qk.wgsl"),
     ]);
     snippets
 }
 
 fn attention_snippets(shader: AttentionShader) -> Vec<&'static str> {
-    let AttentionShader { algorithm, dtype, rows, ranges, lse, modifiers, .. } = shader;
+    let AttentionShader { algorithm, dtype, rows, ranges, lse, modifiers, out_buffers, .. } = shader;
     let mut snippets = elements(dtype).to_vec();
     // Where tiles lie.
     snippets.push(snippet!("rows/tile.wgsl"));
@@ -205,6 +233,17 @@ fn attention_snippets(shader: AttentionShader) -> Vec<&'static str> {
         Some(DType::F32) => &[snippet!("rows/bias.wgsl"), snippet!("elements/bias_f32.wgsl")],
         Some(DType::F16) => &[snippet!("rows/bias.wgsl"), snippet!("elements/bias_f16.wgsl")],
         Some(DType::Bf16) => &[snippet!("rows/bias.wgsl"), snippet!("elements/bias_bf16.wgsl")],
+    });
+    snippets.push(match out_buffers {
+        0 => snippet!("rows/output.wgsl"),
+        _ => snippet!("rows/output_segments.wgsl"),
+    });
+    snippets.extend(match out_buffers {
+        0 => None,
+        1 => Some(snippet!("rows/output_in_1.wgsl")),
+        2 => Some(snippet!("rows/output_in_2.wgsl")),
+        3 => Some(snippet!("rows/output_in_3.wgsl")),
+        _ => Some(snippet!("rows/output_in_4.wgsl")),
     });
     snippets.push(if lse { snippet!("rows/lse.wgsl") } else { snippet!("rows/no_lse.wgsl") });
     snippets.extend((!modifiers.is_empty()).then_some(snippet!("scores/modifiers.wgsl")));

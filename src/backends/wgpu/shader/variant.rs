@@ -3,7 +3,7 @@
 use crate::dtype::DType;
 use crate::score_modifiers::ModifierSet;
 
-use super::super::params::{AttentionParams, CopyParams, MergeParams, MetadataParams, PrepareQkParams};
+use super::super::params::{AttentionParams, CopyParams, MergeParams, MetadataParams, PrepareQkParams, RangesParams};
 use super::bindings::{self, Binding};
 use super::tiles::Algorithm;
 
@@ -17,6 +17,7 @@ pub enum Shader {
     PackRows,
     ScatterRows,
     ZeroRows,
+    MoveRows,
     AlignRows { element_bytes: usize },
     NarrowRows { element_bytes: usize },
     ScatterLse,
@@ -24,6 +25,7 @@ pub enum Shader {
     Merge { dtype: DType },
     PrepareQk(PrepareQkShader),
     Metadata(MetadataStep),
+    Ranges(RangesStep),
 }
 
 /// A variant of norm and rotary embedding.
@@ -33,13 +35,19 @@ pub struct PrepareQkShader {
     pub in_place: bool,
     /// Whether heads of 16-bit elements start or end inside a u32.
     pub odd: bool,
+    /// Whether heads are written a second time, among those of all segments.
+    pub joins: bool,
 }
 
 impl PrepareQkShader {
-    fn bindings(self) -> &'static [Binding] {
+    fn bindings(self) -> Vec<&'static Binding> {
         let all = if self.odd { bindings::PREPARE_QK_ODD } else { bindings::PREPARE_QK };
-        // The source comes first.
-        if self.in_place { &all[1..] } else { all }
+        let is_bound = |binding: &&Binding| match binding.name {
+            "src" => !self.in_place,
+            "joint" => self.joins,
+            _ => true,
+        };
+        all.iter().filter(is_bound).collect()
     }
 }
 
@@ -51,6 +59,26 @@ pub enum MetadataStep {
     Starts,
     Lists,
     Tiles,
+}
+
+/// A step of numbering key ranges by metadata of the device: see `shaders/metadata/positions.wgsl`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum RangesStep {
+    /// The ranges of queries.
+    Queries(RangesOf),
+    /// Those of tiles, of a list unless all queries are computed.
+    Tiles { listed: bool },
+}
+
+/// Which queries have ranges, in which order.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum RangesOf {
+    /// All of each batch row in the order of its list.
+    Fused,
+    /// The kept ones, one after another.
+    Packed,
+    /// All in the order of their positions.
+    Dense,
 }
 
 /// A variant of attention.
@@ -66,6 +94,8 @@ pub struct AttentionShader {
     pub lse: bool,
     /// What happens to the scores beside their scale and a bias.
     pub modifiers: ModifierSet,
+    /// Buffers that segments of the output lie in; 0 if it is one tensor.
+    pub out_buffers: u32,
 }
 
 /// Where tiles lie, and what is masked or added.
@@ -95,7 +125,8 @@ impl AttentionRows {
 }
 
 impl AttentionShader {
-    fn bindings(self) -> &'static [Binding] {
+    /// What a form of attention may bind.
+    fn table(self) -> &'static [Binding] {
         match (self.rows, self.lse, self.ranges) {
             (AttentionRows::Dense { .. }, false, _) => bindings::ATTENTION_DENSE,
             (AttentionRows::Dense { .. }, true, false) => bindings::ATTENTION_DENSE_LSE,
@@ -108,6 +139,33 @@ impl AttentionShader {
             (AttentionRows::Packed, ..) => bindings::ATTENTION_PACKED,
         }
     }
+
+    fn binds(self, binding: &Binding) -> bool {
+        match binding.name {
+            "lse" => self.lse,
+            "key_bits" => self.rows.has_key_mask(),
+            "row_bits" => matches!(self.rows, AttentionRows::Dense { zero_rows: true, .. }),
+            "bias" => self.rows.bias().is_some(),
+            "ranges" => self.ranges,
+            _ => true,
+        }
+    }
+
+    fn bindings(self) -> Vec<&'static Binding> {
+        let further = bindings::FURTHER_OUTPUTS.iter().take(self.out_buffers.saturating_sub(1) as usize);
+        self.table().iter().filter(|binding| self.binds(binding)).chain(further).collect()
+    }
+
+    /// Those of a form's windows that the variant binds.
+    pub fn bound<T>(self, windows: impl IntoIterator<Item = T>) -> impl Iterator<Item = T> {
+        let of_form = windows.into_iter().zip(self.table());
+        of_form.filter(move |(_, binding)| self.binds(binding)).map(|(window, _)| window)
+    }
+
+    /// Storage buffers that the variant leaves to the output, of `all`.
+    pub fn left_for_output(self, all: usize) -> usize {
+        all.saturating_sub(self.bindings().len() - 1)
+    }
 }
 
 impl Shader {
@@ -118,6 +176,7 @@ impl Shader {
             Self::PackRows => "pack_rows",
             Self::ScatterRows => "scatter_rows",
             Self::ZeroRows => "zero_rows",
+            Self::MoveRows => "move_rows",
             Self::AlignRows { .. } => "align_rows",
             Self::NarrowRows { .. } => "narrow_rows",
             Self::ScatterLse => "scatter_lse",
@@ -129,6 +188,8 @@ impl Shader {
             Self::Metadata(MetadataStep::Starts) => "metadata_starts",
             Self::Metadata(MetadataStep::Lists) => "metadata_lists",
             Self::Metadata(MetadataStep::Tiles) => "metadata_tiles",
+            Self::Ranges(RangesStep::Queries(_)) => "metadata_ranges",
+            Self::Ranges(RangesStep::Tiles { .. }) => "metadata_unions",
         }
     }
 
@@ -139,6 +200,7 @@ impl Shader {
             Self::Merge { .. } => size_of::<MergeParams>(),
             Self::PrepareQk(_) => size_of::<PrepareQkParams>(),
             Self::Metadata(_) => size_of::<MetadataParams>(),
+            Self::Ranges(_) => size_of::<RangesParams>(),
             _ => size_of::<CopyParams>(),
         };
         bytes as u32
@@ -149,23 +211,30 @@ impl Shader {
         matches!(self, Self::Attention(AttentionShader { modifiers, .. }) if !modifiers.is_empty())
     }
 
-    pub fn bindings(self) -> &'static [Binding] {
-        match self {
-            Self::Attention(attention) => attention.bindings(),
+    pub fn bindings(self) -> Vec<&'static Binding> {
+        let all = match self {
+            Self::Attention(attention) => return attention.bindings(),
+            Self::PrepareQk(prepare_qk) => return prepare_qk.bindings(),
             Self::PackRows => bindings::PACK_ROWS,
             Self::ScatterRows => bindings::SCATTER_ROWS,
             Self::ZeroRows => bindings::ZERO_ROWS,
+            Self::MoveRows => bindings::MOVE_ROWS,
             Self::AlignRows { .. } => bindings::ALIGN_ROWS,
             Self::NarrowRows { .. } => bindings::NARROW_ROWS,
             Self::ScatterLse => bindings::SCATTER_LSE,
             Self::NoKeys => bindings::NO_KEYS,
             Self::Merge { .. } => bindings::MERGE,
-            Self::PrepareQk(prepare_qk) => prepare_qk.bindings(),
             Self::Metadata(MetadataStep::Bits) => bindings::METADATA_BITS,
             Self::Metadata(MetadataStep::Blocks) => bindings::METADATA_BLOCKS,
             Self::Metadata(MetadataStep::Starts) => bindings::METADATA_STARTS,
             Self::Metadata(MetadataStep::Lists) => bindings::METADATA_LISTS,
             Self::Metadata(MetadataStep::Tiles) => bindings::METADATA_TILES,
-        }
+            Self::Ranges(RangesStep::Queries(RangesOf::Fused)) => bindings::RANGES_FUSED,
+            Self::Ranges(RangesStep::Queries(RangesOf::Packed)) => bindings::RANGES_PACKED,
+            Self::Ranges(RangesStep::Queries(RangesOf::Dense)) => bindings::RANGES_DENSE,
+            Self::Ranges(RangesStep::Tiles { listed: true }) => bindings::RANGES_OF_LISTED_TILES,
+            Self::Ranges(RangesStep::Tiles { listed: false }) => bindings::RANGES_OF_TILES,
+        };
+        all.iter().collect()
     }
 }
