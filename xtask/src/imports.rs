@@ -24,6 +24,8 @@ const SOURCES: &[&str] = &[
     "testkit/src",
     "harness/src",
     "tests/suite",
+    "adapters/burn/src",
+    "adapters/burn/examples/encoder/src",
     "adapters/candle/src",
     "adapters/candle/examples/minilm/src",
     "examples/embed_sentences/src",
