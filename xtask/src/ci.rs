@@ -211,6 +211,12 @@ const STEPS: &[Step] = &[
         work: Function(candle),
     },
     Step {
+        name: "burn",
+        about: "the adapter of burn: its tests, on its CPU backend and its wgpu runtime, and its encoder with our attention",
+        variables: &[],
+        work: Function(burn),
+    },
+    Step {
         name: "benches",
         about: "the benches run, with small sizes",
         variables: DEVICES,
@@ -393,20 +399,37 @@ fn installed(folder: &Path, packages: &[&str]) -> Result<PathBuf> {
     Ok(programs)
 }
 
-/// The adapter is a workspace of its own. It is built into this one's folder, which has some of its
-/// dependencies.
 fn candle(workspace: &Workspace) -> Result<Outcome> {
-    const LINES: [&str; 3] = [
-        "cargo fmt --all --check",
-        "../../scripts/fetch_minilm.sh",
-        // Without candle-transformers' own model beside ours, which compiles for minutes.
-        "cargo test --release --locked --workspace --no-default-features",
-    ];
-    let folder = workspace.root.join("adapters/candle");
-    for line in LINES {
-        println!("+ {line} (in adapters/candle)");
+    adapter(
+        workspace,
+        "candle",
+        &[
+            "cargo fmt --all --check",
+            "../../scripts/fetch_minilm.sh",
+            // Without candle-transformers' own model beside ours, which compiles for minutes.
+            "cargo test --release --locked --workspace --no-default-features",
+        ],
+    )
+}
+
+/// In debug mode, since burn compiles for many minutes in release mode.
+fn burn(workspace: &Workspace) -> Result<Outcome> {
+    adapter(
+        workspace,
+        "burn",
+        &["cargo fmt --all --check", "cargo test --locked --workspace --features burn_encoder/wgpu"],
+    )
+}
+
+/// An adapter is a workspace of its own. It is built into this one's folder, which has some of its
+/// dependencies.
+fn adapter(workspace: &Workspace, name: &str, lines: &[&str]) -> Result<Outcome> {
+    let folder = workspace.root.join("adapters").join(name);
+    for line in lines {
+        println!("+ {line} (in adapters/{name})");
         let mut command = command(&folder, line)?;
-        command.env("CARGO_TARGET_DIR", &workspace.target).env("VARLEN_FA_TEST_REQUIRE_MODEL", "1");
+        command.env("CARGO_TARGET_DIR", &workspace.target);
+        command.env("VARLEN_FA_TEST_REQUIRE", "cpu,wgpu").env("VARLEN_FA_TEST_REQUIRE_MODEL", "1");
         run(&mut command)?;
     }
     Ok(Outcome::Passed)
