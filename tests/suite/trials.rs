@@ -182,12 +182,12 @@ impl Trials {
         run: impl Fn(&Variant) -> Result<R> + Copy + Send + 'static,
     ) {
         for kernel in self.device.capabilities().kernels.clone().into_iter().filter(has_modifiers) {
-            self.variants(self.dtypes_of_modifiers(kernel), test, kernel, None, run);
+            self.variants(self.few_dtypes(kernel), test, kernel, None, run);
         }
     }
 
-    /// Modifiers do not depend on the element type, and an emulated GPU compiles each kernel slowly.
-    fn dtypes_of_modifiers(&self, kernel: Kernel) -> &'static [DType] {
+    /// For what does not depend on the element type: an emulated GPU compiles each kernel slowly, and gets one.
+    fn few_dtypes(&self, kernel: Kernel) -> &'static [DType] {
         if is_emulated_gpu(&self.device) { &kernel.dtypes()[..1] } else { self.device.capabilities().dtypes }
     }
 
@@ -199,7 +199,7 @@ impl Trials {
     ) {
         for kernel in self.device.capabilities().kernels.clone().into_iter().filter(has_modifiers) {
             for path in PATHS_OF_METADATA {
-                self.variants(self.dtypes_of_modifiers(kernel), test, kernel, Some(path), run);
+                self.variants(self.few_dtypes(kernel), test, kernel, Some(path), run);
             }
         }
     }
@@ -260,7 +260,7 @@ impl Trials {
         let kernels = self.device.capabilities().kernels.clone();
         for kernel in kernels.into_iter().filter(|kernel| kernel.takes_all_with_device_meta()) {
             for path in PATHS_OF_METADATA {
-                self.variants(self.device.capabilities().dtypes, test, kernel, Some(path), run);
+                self.variants(self.few_dtypes(kernel), test, kernel, Some(path), run);
             }
         }
     }
