@@ -26,7 +26,7 @@ cd "$(dirname "$0")/../.."
 REAL_SIZES=(prod_c2 c8_prod all_valid_b4 workgroups many_sequences more_than_2_31_elements more_heads_than_a_grid
   more_words_than_one_scan)
 # The same many times over: random masks, every head dimension, many threads, key ranges of many sizes.
-REPEATED=(properties/ same_bits every_head_dim every_fourth_head_dim calls_from_many_threads many_ranges
+REPEATED=(properties/ device_meta/ranges/ same_bits every_head_dim every_fourth_head_dim calls_from_many_threads many_ranges
   ranges/every_tile_width ranges/lengths_around_tiles ranges/windows_around_tiles ranges/more_queries
   ranges/random ranges/one_infinite_value modifiers/every_tile_width modifiers/lengths_around_tiles)
 # Refusals on the host, which no adapter changes.
