@@ -26,3 +26,13 @@ fn out_row(tile: Tile, row: u32) -> u32 {
     return params.out_offset + tile.batch * params.out_stride_b + tile.head * params.out_stride_h
         + token * params.out_stride_s;
 }
+
+fn store_out(row_at: u32, word: u32, value: vec4<u32>) {
+    let at = (row_at & POSITION) + word;
+    switch row_at >> 28u {
+        case 1u: { out1[at] = value; } // with 2 buffers
+        case 2u: { out2[at] = value; } // with 3 buffers
+        case 3u: { out3[at] = value; } // with 4 buffers
+        default: { out[at] = value; }
+    }
+}

@@ -68,9 +68,16 @@ pub fn source(shader: Shader, params: ParamsIn) -> String {
         source.push_str(snippet);
     }
     match shader {
-        Shader::Attention(AttentionShader { algorithm, dtype, head_dim, ranges, modifiers, .. }) => {
-            let of_modifiers = of_variant(&source, "modifiers", !modifiers.is_empty());
-            unrolled(&of_variant(&of_modifiers, "ranges", ranges), &algorithm.unrolled_loops(dtype, head_dim))
+        Shader::Attention(AttentionShader { algorithm, dtype, head_dim, ranges, modifiers, out_buffers, .. }) => {
+            let marks = [
+                ("modifiers", !modifiers.is_empty()),
+                ("ranges", ranges),
+                ("2 buffers", out_buffers >= 2),
+                ("3 buffers", out_buffers >= 3),
+                ("4 buffers", out_buffers >= 4),
+            ];
+            let own = marks.iter().fold(source, |source, (what, has_it)| of_variant(&source, what, *has_it));
+            unrolled(&own, &algorithm.unrolled_loops(dtype, head_dim))
         }
         _ => source,
     }
@@ -237,13 +244,6 @@ fn attention_snippets(shader: AttentionShader) -> Vec<&'static str> {
     snippets.push(match out_buffers {
         0 => snippet!("rows/output.wgsl"),
         _ => snippet!("rows/output_segments.wgsl"),
-    });
-    snippets.extend(match out_buffers {
-        0 => None,
-        1 => Some(snippet!("rows/output_in_1.wgsl")),
-        2 => Some(snippet!("rows/output_in_2.wgsl")),
-        3 => Some(snippet!("rows/output_in_3.wgsl")),
-        _ => Some(snippet!("rows/output_in_4.wgsl")),
     });
     snippets.push(if lse { snippet!("rows/lse.wgsl") } else { snippet!("rows/no_lse.wgsl") });
     snippets.extend((!modifiers.is_empty()).then_some(snippet!("scores/modifiers.wgsl")));
