@@ -12,7 +12,7 @@ use super::context::Context;
 use super::dispatch::{Launch, groups_for};
 use super::launches::Launches;
 use super::params::CopyParams;
-use super::placement::{FirstDim, Operand, Placed, split_batch};
+use super::placement::{FirstDim, Operand, Placed, copy_params, split_batch};
 use super::shader::Shader;
 use super::sides::Side;
 
@@ -77,7 +77,7 @@ pub(super) fn move_placed(
         seq: meta.seq() as u32,
         batch_base: range.start as u32,
         row_base: row_base as u32,
-        ..params(row, src, dst)
+        ..copy_params(row, src, dst)
     };
     launches.push(Launch {
         shader,
@@ -123,7 +123,7 @@ pub(super) fn zero(context: &Context, out: &Output<'_>, launches: &mut Launches<
         // A segment may lie anywhere.
         let dst = to.place_output_anywhere(&range, launches, &mut scratch)?;
         let rows = range.len() * seq;
-        let params = CopyParams { rows: rows as u32, seq: seq as u32, ..params(row, &dst, &dst) };
+        let params = CopyParams { rows: rows as u32, seq: seq as u32, ..copy_params(row, &dst, &dst) };
         launches.push(Launch {
             shader: Shader::ZeroRows,
             params: bytemuck::bytes_of(&params).to_vec(),
@@ -139,20 +139,4 @@ pub(super) fn zero(context: &Context, out: &Output<'_>, launches: &mut Launches<
 
 fn row_shape(tensor: &Operand<'_>) -> RowShape {
     RowShape::of(&tensor.layout, tensor.dtype.size())
-}
-
-fn params(row: RowShape, src: &Placed, dst: &Placed) -> CopyParams {
-    CopyParams {
-        src_offset: src.offset,
-        src_stride_b: src.stride_b,
-        src_stride_s: src.stride_s,
-        src_stride_h: src.stride_h,
-        dst_offset: dst.offset,
-        dst_stride_b: dst.stride_b,
-        dst_stride_s: dst.stride_s,
-        dst_stride_h: dst.stride_h,
-        heads: row.heads as u32,
-        head_words: row.head_words as u32,
-        ..Default::default()
-    }
 }

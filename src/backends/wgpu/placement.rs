@@ -387,22 +387,7 @@ impl Copied {
     /// A launch that moves rows of words.
     fn move_words(&self, src: &Placed, dst: &Placed) -> Launch {
         let row = self.row;
-        // All fit: a binding is below 2 GiB.
-        let params = CopyParams {
-            src_offset: src.offset,
-            src_stride_b: src.stride_b,
-            src_stride_s: src.stride_s,
-            src_stride_h: src.stride_h,
-            dst_offset: dst.offset,
-            dst_stride_b: dst.stride_b,
-            dst_stride_s: dst.stride_s,
-            dst_stride_h: dst.stride_h,
-            rows: self.rows as u32,
-            heads: row.heads as u32,
-            head_words: row.head_words as u32,
-            seq: self.seq as u32,
-            ..Default::default()
-        };
+        let params = CopyParams { rows: self.rows as u32, seq: self.seq as u32, ..copy_params(row, src, dst) };
         Launch {
             shader: Shader::MoveRows,
             params: bytemuck::bytes_of(&params).to_vec(),
@@ -460,4 +445,21 @@ pub(super) fn split_batch(
         start = end;
     }
     Ok(ranges)
+}
+
+/// Where a copy reads and writes rows. All fits: a binding is below 2 GiB.
+pub(super) fn copy_params(row: RowShape, src: &Placed, dst: &Placed) -> CopyParams {
+    CopyParams {
+        src_offset: src.offset,
+        src_stride_b: src.stride_b,
+        src_stride_s: src.stride_s,
+        src_stride_h: src.stride_h,
+        dst_offset: dst.offset,
+        dst_stride_b: dst.stride_b,
+        dst_stride_s: dst.stride_s,
+        dst_stride_h: dst.stride_h,
+        heads: row.heads as u32,
+        head_words: row.head_words as u32,
+        ..Default::default()
+    }
 }
