@@ -32,10 +32,16 @@ pub struct ScoreModifiers {
     softcap: f32,
     slopes: Option<Arc<Vec<f32>>>,
     sinks: Option<Arc<Vec<f32>>>,
+    derived: Arc<Derived>,
+}
+
+/// What is made of modifiers when it is first asked for, and kept.
+#[derive(Debug, Default)]
+struct Derived {
     /// Of the values of heads, and of the cap on some devices.
-    copies: Arc<DeviceCopies>,
-    /// Those of some of the heads, as far as they were asked for.
-    of_heads: Arc<Mutex<Vec<OfHeads>>>,
+    copies: DeviceCopies,
+    /// Those of some of the heads.
+    of_heads: Mutex<Vec<OfHeads>>,
 }
 
 /// Query heads, and the modifiers of those alone.
@@ -71,8 +77,7 @@ impl ScoreModifiers {
     #[must_use]
     pub fn with_softcap(mut self, softcap: f32) -> Self {
         self.softcap = softcap;
-        self.copies = Arc::default();
-        self.of_heads = Arc::default();
+        self.derived = Arc::default();
         self
     }
 
@@ -82,8 +87,7 @@ impl ScoreModifiers {
     #[must_use]
     pub fn with_alibi(mut self, slopes: impl Into<Vec<f32>>) -> Self {
         self.slopes = Some(Arc::new(slopes.into()));
-        self.copies = Arc::default();
-        self.of_heads = Arc::default();
+        self.derived = Arc::default();
         self
     }
 
@@ -93,8 +97,7 @@ impl ScoreModifiers {
     #[must_use]
     pub fn with_sinks(mut self, sinks: impl Into<Vec<f32>>) -> Self {
         self.sinks = Some(Arc::new(sinks.into()));
-        self.copies = Arc::default();
-        self.of_heads = Arc::default();
+        self.derived = Arc::default();
         self
     }
 
@@ -122,7 +125,7 @@ impl ScoreModifiers {
         if values.clone().all(|values| *heads == (0..values.len())) {
             return self.clone();
         }
-        let mut kept = self.of_heads.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut kept = self.derived.of_heads.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some((_, found)) = kept.iter().find(|(of, _)| of == heads) {
             return found.clone();
         }
@@ -188,7 +191,7 @@ impl ScoreModifiers {
 
     /// What devices keep of the modifiers.
     pub(crate) fn copies(&self) -> &DeviceCopies {
-        &self.copies
+        &self.derived.copies
     }
 }
 
