@@ -258,7 +258,7 @@ impl<L: PeerLane> Drop for Ranked<L> {
 mod tests {
     use std::any::Any;
     use std::ops::Range;
-    use std::sync::Mutex;
+    use std::sync::{Mutex, MutexGuard, PoisonError};
     use std::thread;
 
     use super::*;
@@ -269,13 +269,18 @@ mod tests {
     #[derive(Debug, Default, Clone)]
     struct Memory(Arc<Mutex<Vec<u8>>>);
 
+    /// A rank that failed says so itself.
+    fn locked<T>(shared: &Mutex<T>) -> MutexGuard<'_, T> {
+        shared.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     impl Memory {
         fn of(bytes: &[u8]) -> Self {
             Self(Arc::new(Mutex::new(bytes.to_vec())))
         }
 
         fn bytes(&self) -> Vec<u8> {
-            self.0.lock().unwrap().clone()
+            locked(&self.0).clone()
         }
     }
 
@@ -287,7 +292,7 @@ mod tests {
             "none"
         }
         fn size(&self) -> u64 {
-            self.0.lock().unwrap().len() as u64
+            locked(&self.0).len() as u64
         }
         fn space(&self) -> u64 {
             1
@@ -329,7 +334,7 @@ mod tests {
 
         fn lend(&self, bytes: &DeviceBytes<'_>, (): &()) -> Result<TestLoan> {
             let (memory, range) = memory_of(bytes);
-            *self.lent.lock().unwrap() += 1;
+            *locked(&self.lent) += 1;
             Ok(TestLoan { memory, range, state: Mutex::new(Some(false)) })
         }
 
@@ -338,30 +343,30 @@ mod tests {
         }
 
         fn copy(&self, loan: &TestLoan, to: &DeviceBytes<'_>) -> Result<bool> {
-            let mut state = loan.state.lock().unwrap();
+            let mut state = locked(&loan.state);
             if *state != Some(false) {
                 return Ok(false);
             }
             let from = loan.memory.bytes()[loan.range.clone()].to_vec();
             let (to, range) = memory_of(to);
-            to.0.lock().unwrap()[range].copy_from_slice(&from);
-            *self.unjoined.lock().unwrap() += 1;
+            locked(&to.0)[range].copy_from_slice(&from);
+            *locked(&self.unjoined) += 1;
             *state = Some(true);
             Ok(true)
         }
 
         fn is_copied(loan: &TestLoan) -> bool {
-            *loan.state.lock().unwrap() == Some(true)
+            *locked(&loan.state) == Some(true)
         }
 
         fn join(&self) -> Result<()> {
-            *self.unjoined.lock().unwrap() = 0;
+            *locked(&self.unjoined) = 0;
             Ok(())
         }
 
         fn take_back(&self, loan: &TestLoan) -> Result<()> {
-            *loan.state.lock().unwrap() = None;
-            *self.lent.lock().unwrap() -= 1;
+            *locked(&loan.state) = None;
+            *locked(&self.lent) -= 1;
             Ok(())
         }
     }
@@ -385,7 +390,7 @@ mod tests {
         let receives = peers().map(|from| Incoming { from, to: incoming(Sink::Device(&came), place(from)) }).collect();
         let done =
             rank.exchange(Exchange { operation: "test", tag: [tag; 16], sends, receives }, &mut || meanwhile.clone());
-        assert_eq!((*rank.lane.lent.lock().unwrap(), *rank.lane.unjoined.lock().unwrap()), (0, 0), "all is ended");
+        assert_eq!((*locked(&rank.lane.lent), *locked(&rank.lane.unjoined)), (0, 0), "all is ended");
         done.inspect_err(|why| rank.abort(&why.to_string()))?;
         Ok(came.bytes())
     }
@@ -486,7 +491,7 @@ mod tests {
                     rank.exchange(exchange, &mut || std::panic::panic_any("on purpose"))
                 }));
                 assert!(panicked.is_err());
-                assert_eq!(*lent.lock().unwrap(), 0);
+                assert_eq!(*locked(&lent), 0);
                 return None;
             }
             Some(all_to_all(&mut rank, 0, Ok(())))
