@@ -374,9 +374,8 @@ fn typos(workspace: &Workspace) -> Result<Outcome> {
 /// Their seed is the same each time: what a random one finds is seldom the fault of the change at
 /// hand. The weekly workflow searches further, from other seeds.
 fn fuzz(workspace: &Workspace) -> Result<Outcome> {
-    const PACKAGE: &str = "numpy==2.4.6";
     const SEED: [&str; 2] = ["--seed", "1"];
-    let programs = python_with(&workspace.target.join("numpy"), &[PACKAGE])?;
+    let programs = python_with(&workspace.target.join("numpy"), &[python_package::NUMPY])?;
     run(Command::new(workspace.root.join("fuzz/run.sh")).args(["--seconds", "30"]).args(SEED))?;
     run(cargo().current_dir(&workspace.root).args(["build", "--release", "-p", "varlen-fa-capi"]))?;
     let mut python = Command::new(programs.join("python3"));

