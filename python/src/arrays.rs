@@ -144,6 +144,7 @@ pub(crate) struct Array {
     bytes: usize,
     place: Place,
     read_only: bool,
+    family: Family,
     _owner: Owner,
 }
 
@@ -152,11 +153,12 @@ impl Array {
     pub fn new(name: impl Into<Cow<'static, str>>, object: &Bound<'_, PyAny>) -> PyResult<Self> {
         let name = name.into();
         let family = Family::of(object);
-        match family {
+        let array = match family {
             Family::Torch => Self::of_torch(name, object),
             Family::Jax => Self::of_jax(name, object),
             _ => Self::of_dlpack(name, object, family),
-        }
+        }?;
+        Ok(Self { family, ..array })
     }
 
     /// The tensor, or none for an object that is not there.
@@ -370,7 +372,7 @@ impl Array {
                 Cause::Shape.argument(&name, "memory inside the address space", format!("shape {shape:?}"))
             })?;
         }
-        Ok(Self { name, data, element, layout, bytes, place, read_only, _owner: owner })
+        Ok(Self { name, data, element, layout, bytes, place, read_only, family: Family::Other, _owner: owner })
     }
 
     /// The argument's name.
@@ -533,8 +535,7 @@ pub(crate) fn new_like<'py>(
 ) -> PyResult<Bound<'py, PyAny>> {
     let py = like.py();
     let size = PyTuple::new(py, shape)?;
-    let family = Family::of(like);
-    let module = match family {
+    let module = match array.family {
         Family::Torch => {
             let Some(dtype) = dtype else {
                 // Half the time of `new_empty`, and as row-major as what it is like.
@@ -567,11 +568,11 @@ pub(crate) fn new_like<'py>(
     module.call_method1(intern!(py, "empty"), (size, dtype))
 }
 
-/// What [`new_like`] made like `like`, once it is written, as the package of `like` has tensors.
-pub(crate) fn delivered<'py>(like: &Bound<'py, PyAny>, made: Bound<'py, PyAny>) -> PyResult<Bound<'py, PyAny>> {
-    match Family::of(like) {
+/// What [`new_like`] made like `array`, once it is written, as the package of `array` has tensors.
+pub(crate) fn delivered<'py>(array: &Array, made: Bound<'py, PyAny>) -> PyResult<Bound<'py, PyAny>> {
+    match array.family {
         // Without a copy: the memory is aligned as JAX wants it.
-        Family::Jax => like.py().import("jax.numpy")?.call_method1("from_dlpack", (made,)),
+        Family::Jax => made.py().import("jax.numpy")?.call_method1("from_dlpack", (made,)),
         _ => Ok(made),
     }
 }

@@ -83,7 +83,7 @@ pub(crate) fn pack_qkv<'py>(
         return Ok(packed.into());
     }
     let [packed_q, packed_k, packed_v] = packed;
-    Ok((delivered(q, packed_q)?, delivered(k, packed_k)?, delivered(v, packed_v)?))
+    Ok((delivered(&arrays[0], packed_q)?, delivered(&arrays[1], packed_k)?, delivered(&arrays[2], packed_v)?))
 }
 
 /// Packed [total_valid, H, D] rows in a padded [B, S, H, D] tensor, bit for bit, with +0.0 in the

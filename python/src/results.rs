@@ -36,7 +36,7 @@ struct MaybeNew<'py> {
 }
 
 impl<'py> MaybeNew<'py> {
-    fn delivered(self, like: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyAny>> {
+    fn delivered(self, like: &Array) -> PyResult<Bound<'py, PyAny>> {
         if self.is_new { delivered(like, self.object) } else { Ok(self.object) }
     }
 }
@@ -44,7 +44,7 @@ impl<'py> MaybeNew<'py> {
 /// Results of a call, to be written.
 pub(crate) struct Results<'a, 'py> {
     /// What new ones are made like.
-    like: &'a Bound<'py, PyAny>,
+    like: &'a Array,
     out: MaybeNew<'py>,
     lse: Option<MaybeNew<'py>>,
     out_parts: Parts<'py>,
@@ -76,7 +76,7 @@ impl Opened<'_> {
 impl<'a, 'py> Results<'a, 'py> {
     /// An output alone, as [`new`](Self::new) has it.
     pub fn of_rows(
-        like: (&'a Bound<'py, PyAny>, &Array),
+        like: (&Bound<'py, PyAny>, &'a Array),
         out: (Option<&Bound<'py, PyAny>>, &[usize]),
     ) -> PyResult<Self> {
         Self::new(like, out, (&LseArgument::None, &[]))
@@ -84,7 +84,7 @@ impl<'a, 'py> Results<'a, 'py> {
 
     /// Those that the caller gave, and new ones of the kind of `like` where there are none.
     pub fn new(
-        (like, array): (&'a Bound<'py, PyAny>, &Array),
+        (like, array): (&Bound<'py, PyAny>, &'a Array),
         (out, out_shape): (Option<&Bound<'py, PyAny>>, &[usize]),
         (lse, lse_shape): (&LseArgument<'_, 'py>, &[usize]),
     ) -> PyResult<Self> {
@@ -99,7 +99,7 @@ impl<'a, 'py> Results<'a, 'py> {
         };
         let out_parts = Parts::new("out", &out.object)?;
         let lse_array = Array::optional("lse", lse.as_ref().map(|lse| &lse.object))?;
-        Ok(Self { like, out, lse, out_parts, lse_array })
+        Ok(Self { like: array, out, lse, out_parts, lse_array })
     }
 
     /// Lets `call` write them on the device, unless they share memory with `inputs`. Returns `out`, or

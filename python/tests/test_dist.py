@@ -50,6 +50,12 @@ def positions(shards, rank):
     return place[(place < shards.prefix) | ((place >= start) & (place < end)) | (place >= shards.seq - shards.suffix)]
 
 
+def of_rank(communicator, keep, shards, tensors):
+    """A rank's metadata, and its tokens of tensors of the whole sequence."""
+    at = positions(shards, communicator.rank)
+    return dist.ShardedMeta(keep, shards, communicator.rank), [x[:, at] for x in tensors]
+
+
 def poisoned(x, keep):
     """NaN in the rows of masked tokens."""
     return np.where(keep[:, :, None, None], x, np.float32(np.nan))
@@ -59,14 +65,14 @@ def on_ranks(world, run, **options):
     """What `run(communicator)` returned or raised in a thread of each rank."""
     results = [None] * world
 
-    def of_rank(communicator):
+    def started(communicator):
         try:
             results[communicator.rank] = run(communicator)
         except Exception as error:  # noqa: BLE001
             results[communicator.rank] = error
 
     threads = [
-        threading.Thread(target=of_rank, args=(communicator,), daemon=True)
+        threading.Thread(target=started, args=(communicator,), daemon=True)
         for communicator in dist.Communicator.threads(world, **options)
     ]
     for thread in threads:
@@ -174,8 +180,7 @@ def test_what_a_mode_cannot_says_why():
     shards = shards_of(2)
 
     def run(communicator):
-        meta = dist.ShardedMeta(keep, shards, communicator.rank)
-        local = [x[:, positions(shards, communicator.rank)] for x in (q, k, v)]
+        meta, local = of_rank(communicator, keep, shards, (q, k, v))
         return dist.attention(*local, meta=meta, communicator=communicator, mode="ring", lse=True)
 
     for error in on_ranks(2, run):
@@ -225,8 +230,7 @@ def test_masks_that_differ_are_an_error_on_every_rank():
     def run(communicator):
         own = keep.copy()
         own[0, -1] ^= communicator.rank == 1
-        meta = dist.ShardedMeta(own, shards, communicator.rank)
-        local = [x[:, positions(shards, communicator.rank)] for x in (q, k, v)]
+        meta, local = of_rank(communicator, own, shards, (q, k, v))
         return dist.attention(*local, meta=meta, communicator=communicator)
 
     for error in on_ranks(2, run):
@@ -238,8 +242,7 @@ def test_a_call_that_is_refused_is_an_error_on_every_rank():
     shards = shards_of(2)
 
     def run(communicator):
-        meta = dist.ShardedMeta(keep, shards, communicator.rank)
-        local = [x[:, positions(shards, communicator.rank)] for x in (q, k, v)]
+        meta, local = of_rank(communicator, keep, shards, (q, k, v))
         dist.attention(*local, meta=meta, communicator=communicator)
         if communicator.rank == 0:
             local[0] = local[0].astype(np.float64)
