@@ -20,19 +20,21 @@ use super::segments::Segment;
 use super::trials::{Trials, Variant, is_emulated_gpu};
 
 pub fn register(trials: &mut Trials) {
-    let every = trials.device().capabilities().dtypes;
-    let dtypes = if is_emulated_gpu(trials.device()) { &every[..1] } else { every };
     trials.once("joint/refusals", refusals);
-    trials.each_path_of(dtypes, "joint/layer", layer);
-    trials.each_path_of(dtypes, "joint/cross", cross);
-    trials.each_path_of_device_meta_in(dtypes, "joint/device_meta", device_meta);
-    trials.each_kernel_of(dtypes, "joint/parts_that_are_absent", parts_that_are_absent);
-    trials.each_kernel_of(dtypes, "joint/no_mask_and_key_masks", no_mask_and_key_masks);
-    trials.each_kernel_of(dtypes, "joint/numbers_of_segments", numbers_of_segments);
-    trials.each_kernel_of(dtypes, "joint/nothing_valid", nothing_valid);
-    trials.each_kernel_of(dtypes, "joint/forced_dense", forced_dense);
-    trials.each_kernel_of(dtypes, "joint/ranges", ranges);
-    trials.each_kernel_of(dtypes, "joint/bias", bias);
+    trials.in_few_dtypes(register_layers);
+}
+
+fn register_layers(trials: &mut Trials) {
+    trials.each_path("joint/layer", layer);
+    trials.each_path("joint/cross", cross);
+    trials.each_path_of_device_meta("joint/device_meta", device_meta);
+    trials.each_kernel("joint/parts_that_are_absent", parts_that_are_absent);
+    trials.each_kernel("joint/no_mask_and_key_masks", no_mask_and_key_masks);
+    trials.each_kernel("joint/numbers_of_segments", numbers_of_segments);
+    trials.each_kernel("joint/nothing_valid", nothing_valid);
+    trials.each_kernel("joint/forced_dense", forced_dense);
+    trials.each_kernel("joint/ranges", ranges);
+    trials.each_kernel("joint/bias", bias);
 }
 
 const LENGTHS: [usize; 4] = [17, 0, 48, 35];

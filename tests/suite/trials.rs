@@ -69,18 +69,20 @@ pub struct Trials {
     device: Device,
     /// What tells the device from others of its kind.
     label: Option<&'static str>,
+    /// Whether an emulated GPU runs one element type alone.
+    few_dtypes: bool,
     list: Vec<Trial>,
 }
 
 impl Trials {
     /// An empty list.
     pub fn new(device: Device) -> Self {
-        Self { device, label: None, list: Vec::new() }
+        Self { device, label: None, few_dtypes: false, list: Vec::new() }
     }
 
     /// Adds trials on another device of the same kind, with a label that follows the kind in their names.
     pub fn add_on(&mut self, label: &'static str, device: Device, registers: &[Register]) {
-        let mut others = Self { device, label: Some(label), list: Vec::new() };
+        let mut others = Self { device, label: Some(label), few_dtypes: false, list: Vec::new() };
         registers.iter().for_each(|register| register(&mut others));
         self.list.append(&mut others.list);
     }
@@ -93,6 +95,13 @@ impl Trials {
     /// The device under test.
     pub fn device(&self) -> &Device {
         &self.device
+    }
+
+    /// Adds trials of what does not depend on the element type: an emulated GPU compiles each kernel slowly, and gets one.
+    pub fn in_few_dtypes(&mut self, register: impl FnOnce(&mut Self)) {
+        let before = std::mem::replace(&mut self.few_dtypes, true);
+        register(self);
+        self.few_dtypes = before;
     }
 
     /// One trial.
@@ -181,14 +190,12 @@ impl Trials {
         test: &str,
         run: impl Fn(&Variant) -> Result<R> + Copy + Send + 'static,
     ) {
-        for kernel in self.device.capabilities().kernels.clone().into_iter().filter(has_modifiers) {
-            self.variants(self.few_dtypes(kernel), test, kernel, None, run);
-        }
-    }
-
-    /// For what does not depend on the element type: an emulated GPU compiles each kernel slowly, and gets one.
-    fn few_dtypes(&self, kernel: Kernel) -> &'static [DType] {
-        if is_emulated_gpu(&self.device) { &kernel.dtypes()[..1] } else { self.device.capabilities().dtypes }
+        let kernels = self.device.capabilities().kernels.clone();
+        self.in_few_dtypes(|trials| {
+            for kernel in kernels.into_iter().filter(has_modifiers) {
+                trials.variants(trials.device.capabilities().dtypes, test, kernel, None, run);
+            }
+        });
     }
 
     /// The same for each path that metadata can take.
@@ -197,11 +204,14 @@ impl Trials {
         test: &str,
         run: impl Fn(&Variant) -> Result<R> + Copy + Send + 'static,
     ) {
-        for kernel in self.device.capabilities().kernels.clone().into_iter().filter(has_modifiers) {
-            for path in PATHS_OF_METADATA {
-                self.variants(self.few_dtypes(kernel), test, kernel, Some(path), run);
+        let kernels = self.device.capabilities().kernels.clone();
+        self.in_few_dtypes(|trials| {
+            for kernel in kernels.into_iter().filter(has_modifiers) {
+                for path in PATHS_OF_METADATA {
+                    trials.variants(trials.device.capabilities().dtypes, test, kernel, Some(path), run);
+                }
             }
-        }
+        });
     }
 
     /// One trial for each kernel, each path that metadata can take, and each element type.
@@ -260,7 +270,7 @@ impl Trials {
         let kernels = self.device.capabilities().kernels.clone();
         for kernel in kernels.into_iter().filter(|kernel| kernel.takes_all_with_device_meta()) {
             for path in PATHS_OF_METADATA {
-                self.variants(self.few_dtypes(kernel), test, kernel, Some(path), run);
+                self.variants(self.device.capabilities().dtypes, test, kernel, Some(path), run);
             }
         }
     }
@@ -274,7 +284,8 @@ impl Trials {
         run: impl Fn(&Variant) -> Result<R> + Copy + Send + 'static,
     ) {
         let parts: Vec<_> = [Some(kernel.name()), path.map(Path::name)].into_iter().flatten().collect();
-        for &dtype in dtypes.iter().filter(|dtype| kernel.dtypes().contains(dtype)) {
+        let most = if self.few_dtypes && is_emulated_gpu(&self.device) { 1 } else { usize::MAX };
+        for &dtype in dtypes.iter().filter(|dtype| kernel.dtypes().contains(dtype)).take(most) {
             let variant = Variant { device: self.device.clone(), kernel, path, dtype };
             self.push(&parts, test, Some(dtype), move || run(&variant));
         }
