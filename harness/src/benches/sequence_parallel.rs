@@ -80,6 +80,8 @@ enum Transport {
     Host,
     /// From GPU to GPU.
     Peer,
+    /// By NCCL: a GPU for each rank.
+    Nccl,
 }
 
 /// A masked sequence, text before image.
@@ -214,16 +216,21 @@ fn measure(
     (transport, chunks): (Transport, &[usize]),
     rounds: usize,
 ) -> Result<(Vec<Row>, Vec<Measured>)> {
-    let communicators: Vec<Box<dyn Communicator>> = match transport {
-        Transport::Host => HostCommunicator::threads(devices.len())?.into_iter().map(boxed).collect(),
-        Transport::Peer => PeerCommunicator::of_devices(devices)?.into_iter().map(boxed).collect(),
+    let starts: Vec<Start<'_>> = match transport {
+        Transport::Peer => PeerCommunicator::of_devices(devices)?.into_iter().map(start).collect(),
+        Transport::Host => HostCommunicator::threads(devices.len())?.into_iter().map(start).collect(),
+        // To join NCCL each rank waits for all, in its own thread.
+        Transport::Nccl => HostCommunicator::threads(devices.len())?
+            .into_iter()
+            .map(|met| -> Start<'_> { Box::new(move |device| over_nccl(met, device)) })
+            .collect(),
     };
     let rows = rows_of(problem.heads, devices.len(), chunks);
     let each = thread::scope(|scope| {
         let rows = &rows;
-        let ranks = communicators.into_iter().zip(devices);
+        let ranks = starts.into_iter().zip(devices);
         let threads: Vec<_> = ranks
-            .map(|(communicator, device)| scope.spawn(move || run_rank(problem, device, communicator, rows, rounds)))
+            .map(|(start, device)| scope.spawn(move || run_rank(problem, device, start(device)?, rows, rounds)))
             .collect();
         let joined = threads.into_iter().map(|thread| thread.join().map_err(|_| anyhow!("a rank panicked"))?);
         joined.collect::<Result<Vec<_>>>()
@@ -238,8 +245,21 @@ fn measure(
     Ok((rows, slowest))
 }
 
-fn boxed(communicator: impl Communicator + 'static) -> Box<dyn Communicator> {
-    Box::new(communicator)
+/// What makes a rank's communicator, in its own thread.
+type Start<'a> = Box<dyn FnOnce(&Device) -> Result<Box<dyn Communicator>> + Send + 'a>;
+
+fn start<'a>(communicator: impl Communicator + Send + 'static) -> Start<'a> {
+    Box::new(move |_| Ok(Box::new(communicator)))
+}
+
+#[cfg(feature = "nccl")]
+fn over_nccl(met: HostCommunicator, device: &Device) -> Result<Box<dyn Communicator>> {
+    Ok(Box::new(varlen_fa::dist::NcclCommunicator::new(met, device)?))
+}
+
+#[cfg(not(feature = "nccl"))]
+fn over_nccl(_: HostCommunicator, device: &Device) -> Result<Box<dyn Communicator>> {
+    anyhow::bail!("built without NCCL for {}: add `--features nccl`", device.name())
 }
 
 fn run_rank(
