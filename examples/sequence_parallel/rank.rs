@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use varlen_fa::dist::{Communicator, Mode, ParallelPlan, SequenceParallel, ShardedMeta};
+use varlen_fa::dist::{Communicator, Mode, ParallelNeeds, ParallelPlan, SequenceParallel, ShardedMeta};
 use varlen_fa::{BackendKind, DType, Device, Tensor};
 
 use super::problem::{Problem, Value};
@@ -37,7 +37,7 @@ pub fn run_rank<T: Value>(
     let inputs = problem.inputs::<T>(device, &tokens)?;
     // Once a request: no rank asks another what is masked.
     let meta = ShardedMeta::new(&problem.mask, &problem.shards, rank)?;
-    let plan = ParallelPlan::new(&meta, &heads, &SequenceParallel::new(device).machine(), None)?;
+    let plan = ParallelPlan::new(&meta, &heads, ParallelNeeds::new(), &SequenceParallel::new(device).machine(), None)?;
     let mut modes: Vec<(Mode, u64)> = Vec::new();
     for (mode, estimate) in &plan.candidates {
         let sent = estimate.as_ref().map(|estimate| estimate.bytes_in_host + estimate.bytes_between_hosts);

@@ -7,8 +7,8 @@ use std::time::Duration;
 
 use pyo3::prelude::*;
 use varlen_fa::dist::{
-    Communicator as Transport, Heads, HostCommunicator, Machine, Mode, ParallelCall, ParallelRequest, Rendezvous,
-    SequenceParallel,
+    Communicator as Transport, Heads, HostCommunicator, Machine, Mode, ParallelCall, ParallelNeeds, ParallelRequest,
+    Rendezvous, SequenceParallel,
 };
 use varlen_fa::{AttentionOutputs, Error};
 
@@ -115,6 +115,7 @@ struct Prepared {
 #[derive(Debug, Clone, Copy, PartialEq)]
 struct Settings {
     heads: Heads,
+    needs: ParallelNeeds,
     scale: Option<f32>,
     mode: Option<Mode>,
     chunks: Option<usize>,
@@ -199,8 +200,8 @@ impl ShardedMeta {
         if let Some(found) = kept.iter().find(|kept| is_it(kept)) {
             return Ok(Arc::clone(found));
         }
-        let Settings { heads, scale, mode, chunks } = settings;
-        let layer = SequenceParallel::new(device);
+        let Settings { heads, needs, scale, mode, chunks } = settings;
+        let layer = SequenceParallel::new(device).with_needs(needs);
         let layer = scale.into_iter().fold(layer, SequenceParallel::with_softmax_scale);
         let layer = mode.into_iter().fold(layer, SequenceParallel::with_mode);
         let layer = chunks.into_iter().fold(layer, SequenceParallel::with_chunks);
@@ -437,7 +438,8 @@ impl<'py> Call<'py> {
     fn new(
         [q, k, v]: [&Bound<'py, PyAny>; 3],
         device: Option<&Bound<'py, Device>>,
-        (scale, mode, chunks): (Option<f32>, Option<&str>, Option<usize>),
+        (needs, scale): (ParallelNeeds, Option<f32>),
+        (mode, chunks): (Option<&str>, Option<usize>),
     ) -> PyResult<Self> {
         let qkv = [Parts::new("q", q)?, Parts::new("k", k)?, Parts::new("v", v)?];
         let (like, array) = qkv[0].first();
@@ -445,7 +447,7 @@ impl<'py> Call<'py> {
         let ([_, _, num_heads, head_dim], [_, _, num_kv_heads, _]) = (qkv[0].shape()?, qkv[1].shape()?);
         let heads = Heads { num_heads, num_kv_heads, head_dim, dtype: array.dtype()? };
         let mode = mode.map(str::parse).transpose().or_raise()?;
-        Ok(Self { device, qkv, settings: Settings { heads, scale, mode, chunks } })
+        Ok(Self { device, qkv, settings: Settings { heads, needs, scale, mode, chunks } })
     }
 }
 
@@ -479,11 +481,12 @@ pub(crate) fn parallel_attention<'py>(
 ) -> PyResult<Bound<'py, PyAny>> {
     let (meta, communicator) = (meta.get(), communicator.get());
     let run = || -> PyResult<_> {
-        let Call { device, qkv, settings } = Call::new([q, k, v], device, (scale, mode, chunks))?;
         let bias = Array::optional("bias", bias)?;
         let modifiers = modifiers.map(|modifiers| &modifiers.get().0);
-        let shape @ [batch, seq, heads, _] = qkv[0].shape()?;
         let lse = LseArgument::new(lse);
+        let needs = needs(bias.is_some(), modifiers, lse.is_wanted());
+        let Call { device, qkv, settings } = Call::new([q, k, v], device, (needs, scale), (mode, chunks))?;
+        let shape @ [batch, seq, heads, _] = qkv[0].shape()?;
         let results = Results::new(qkv[0].first(), (out, &shape), (&lse, &[batch, heads, seq]))?;
         let inputs: Vec<&Array> = qkv.iter().flat_map(Parts::arrays).chain(&bias).collect();
         results.write(py, &device, &inputs, |Opened { out, lse }| {
@@ -508,20 +511,34 @@ pub(crate) fn parallel_attention<'py>(
     run().inspect_err(|error| communicator.give_up(py, error))
 }
 
-/// The mode that `attention` would take with these tensors, and why. Nothing is sent.
+/// What a call carries that not every mode computes.
+fn needs(bias: bool, modifiers: Option<&varlen_fa::ScoreModifiers>, lse: bool) -> ParallelNeeds {
+    let needs = modifiers.into_iter().fold(ParallelNeeds::new(), ParallelNeeds::with_modifiers);
+    let needs = if bias { needs.with_bias() } else { needs };
+    if lse { needs.with_lse() } else { needs }
+}
+
+/// The mode that `attention` would take with these tensors, and why. Nothing is sent. `bias` and `lse` say
+/// whether the call has them.
 #[pyfunction]
-#[pyo3(signature = (q, k, v, *, meta, mode=None, device=None))]
+#[pyo3(signature = (q, k, v, *, meta, modifiers=None, bias=false, lse=false, mode=None, device=None))]
+#[expect(clippy::too_many_arguments, reason = "Python names them")]
 pub(crate) fn parallel_plan<'py>(
     q: &Bound<'py, PyAny>,
     k: &Bound<'py, PyAny>,
     v: &Bound<'py, PyAny>,
     meta: &Bound<'py, ShardedMeta>,
+    modifiers: Option<&Bound<'py, ScoreModifiers>>,
+    bias: bool,
+    lse: bool,
     mode: Option<&str>,
     device: Option<&Bound<'py, Device>>,
 ) -> PyResult<ParallelPlan> {
-    let Call { device, settings, .. } = Call::new([q, k, v], device, (None, mode, None))?;
+    let needs = needs(bias, modifiers.map(|modifiers| &modifiers.get().0), lse);
+    let Call { device, settings, .. } = Call::new([q, k, v], device, (needs, None), (mode, None))?;
     let machine: Machine = SequenceParallel::new(&device).machine();
-    let plan = varlen_fa::dist::ParallelPlan::new(&meta.get().meta, &settings.heads, &machine, settings.mode);
+    let Settings { heads, needs, mode, .. } = settings;
+    let plan = varlen_fa::dist::ParallelPlan::new(&meta.get().meta, &heads, needs, &machine, mode);
     plan.map(ParallelPlan).or_raise()
 }
 

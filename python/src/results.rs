@@ -27,6 +27,10 @@ impl<'a, 'py> LseArgument<'a, 'py> {
             },
         }
     }
+
+    pub fn is_wanted(&self) -> bool {
+        !matches!(self, Self::None)
+    }
 }
 
 /// A result, of the caller or made here.

@@ -184,7 +184,7 @@ def test_what_a_mode_cannot_says_why():
         return dist.attention(*local, meta=meta, communicator=communicator, mode="ring", lse=True)
 
     for error in on_ranks(2, run):
-        assert isinstance(error, fa.NotApplicableError) and "take gather" in str(error), error
+        assert isinstance(error, fa.NotApplicableError) and "as in gather" in str(error), error
 
 
 def test_plans_say_why():
@@ -201,6 +201,11 @@ def test_plans_say_why():
         "ulysses-gather:2",
         "ulysses-ring:2",
     }
+    # What a call carries: named, and a mode is taken that computes it.
+    told = dist.plan(*local, meta=meta, bias=True, lse=True)
+    assert told.mode == "gather" and {mode: why for mode, _, why in told.candidates}["ring"].startswith("a log-sum-exp")
+    alibi = fa.ScoreModifiers(alibi=fa.alibi_slopes(q.shape[2]))
+    assert dist.plan(*local, meta=meta, modifiers=alibi).mode == "ulysses"
     forced = dist.plan(*local, meta=meta, mode="ring")
     assert (forced.mode, forced.reason, forced.chunks) == ("ring", "the caller forced this mode", 1)
     odd = dist.plan(local[0][:, :, :6], local[1][:, :, :3], local[2][:, :, :3], meta=meta)

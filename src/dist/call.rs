@@ -1,11 +1,11 @@
 //! What a call says beside its tensors: [`ParallelCall`].
 
 use super::digest::{Digest, Tag};
-use super::mode::Outer;
+use super::needs::ParallelNeeds;
 use super::request::ParallelRequest;
 use super::scores::OnScores;
 use crate::call::problem::broadcast_bias;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::score_modifiers::ScoreModifiers;
 use crate::tensor::TensorView;
 
@@ -59,46 +59,19 @@ impl<'a> ParallelCall<'a> {
         if bias.is_none() && modifiers.is_none() && !has_lse {
             return Ok((OnScores { bias: None, modifiers: None }, request.tag));
         }
-        let seq = meta.shards().seq();
+        let (seq, ranks) = (meta.shards().seq(), meta.shards().ranks());
         let shape = [meta.batch(), heads.num_heads, seq, seq];
-        let refuse = |argument, got: &str, why: &str| {
-            let got = format!("{got} in the mode {}", request.plan().mode);
-            Err(Error::NotApplicable { argument, got, why: why.to_owned() })
-        };
-        let (ulysses, outer) = request.plan().mode.levels(meta.shards().ranks());
-        let (is_ring, is_one_group) = (outer == Outer::Ring, ulysses == meta.shards().ranks());
-        let mut digest = Digest::new().bytes(&request.tag).sizes([usize::from(has_lse)]);
-        if has_lse && (is_ring || ulysses > 1) {
-            let why = "a rank has that of its own rows where queries stay and keys are not merged: take gather";
-            return refuse("lse", "a log-sum-exp", why);
-        }
+        let set = modifiers.map(ScoreModifiers::set).unwrap_or_default();
+        let needs = ParallelNeeds { bias: bias.is_some(), modifiers: set, lse: has_lse };
+        needs.check(request.plan().mode, ranks)?;
+        let mut digest = needs.digest(Digest::new().bytes(&request.tag));
         if let Some(view) = &bias {
-            if is_ring {
-                return refuse(
-                    "bias",
-                    "a bias",
-                    "a ring computes packed rows, which have none: take gather or ulysses",
-                );
-            }
             broadcast_bias(&view.info(), shape)?;
             digest = digest.sizes(view.shape().iter().copied()).bytes(view.dtype().name().as_bytes());
         }
         if let Some(modifiers) = modifiers {
             modifiers.check(heads.num_heads)?;
-            let set = modifiers.set();
-            if set.sinks && is_ring {
-                return refuse(
-                    "sinks",
-                    "sinks",
-                    "they would count once for each part of the keys: take gather or ulysses",
-                );
-            }
-            if set.alibi && (is_ring || !is_one_group) {
-                let why = "ALiBi counts positions of the whole sequence, which one group of ranks has: take ulysses";
-                return refuse("alibi", "ALiBi", why);
-            }
             let values = modifiers.alibi().into_iter().chain(modifiers.sinks()).flatten();
-            digest = digest.bytes(&[set.softcap.into(), set.alibi.into(), set.sinks.into()]);
             digest = digest.bytes(&modifiers.softcap().to_bits().to_le_bytes());
             digest = values.fold(digest, |digest, value| digest.bytes(&value.to_bits().to_le_bytes()));
         }

@@ -16,6 +16,7 @@ mod mailbox;
 mod mode;
 #[cfg(feature = "nccl")]
 mod nccl;
+mod needs;
 mod peer;
 mod peer_lane;
 mod plan;
@@ -35,6 +36,7 @@ pub use host::HostCommunicator;
 pub use mode::{Heads, Mode};
 #[cfg(feature = "nccl")]
 pub use nccl::NcclCommunicator;
+pub use needs::ParallelNeeds;
 pub use peer::PeerCommunicator;
 pub use plan::{Machine, ModeEstimate, ModeReason, ParallelPlan};
 pub use rendezvous::{MeetingPoint, Rendezvous};

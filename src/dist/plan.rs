@@ -1,10 +1,13 @@
 //! Which mode to take, and why: pure, from sizes, heads, memory and bandwidth.
 
 use std::fmt;
+use std::ops::Range;
 
 use super::mode::{Heads, Mode, Outer};
+use super::needs::ParallelNeeds;
 use super::sharded_meta::ShardedMeta;
 use crate::error::{Error, Result};
+use crate::host_vec;
 
 /// What a plan knows of the ranks' devices and of the links between them. All ranks must be given the same.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -105,6 +108,8 @@ pub enum ModeReason {
     Fastest,
     /// A ring would be faster by less than a tenth, and this has the bits of one device.
     SameBits,
+    /// Another mode would be chosen, but for what calls carry: [`ParallelNeeds`].
+    Needs,
     /// The heads and the memory allow no other.
     OnlyOne,
     /// No mode fits the memory: it needs the least.
@@ -118,6 +123,7 @@ impl fmt::Display for ModeReason {
             Self::OneRank => "there is one rank",
             Self::Fastest => "it has the least estimated time",
             Self::SameBits => "a ring gains less than a tenth by the estimate, and this has the bits of one device",
+            Self::Needs => "it is the best of those that compute what calls carry, which a better one does not",
             Self::OnlyOne => "no other mode can be taken",
             Self::LeastMemory => "no mode fits the memory, and it needs the least",
         })
@@ -159,88 +165,122 @@ impl fmt::Display for ParallelPlan {
 }
 
 impl ParallelPlan {
-    /// The plan of a request: every rank comes to the same, since all it looks at is the same on every rank. Ranges of keys are not
-    /// looked at. `forced` takes that mode whatever the estimate.
+    /// The plan of a request: every rank comes to the same, since all it looks at is the same on every rank. `needs` is what calls
+    /// carry; `forced` takes that mode whatever the estimate.
     ///
     /// # Errors
-    /// [`Error::HeadsNotDivisible`], [`Error::HeadDim`]; [`Error::NotApplicable`] for a forced mode that the ranks or the heads do
-    /// not allow, with the reason.
-    pub fn new(meta: &ShardedMeta, heads: &Heads, machine: &Machine, forced: Option<Mode>) -> Result<Self> {
+    /// [`Error::HeadsNotDivisible`], [`Error::HeadDim`]; [`Error::NotApplicable`] for a forced mode that the ranks, the heads or the
+    /// needs do not allow, or for needs that no mode of the ranks computes, with the reason.
+    pub fn new(
+        meta: &ShardedMeta,
+        heads: &Heads,
+        needs: ParallelNeeds,
+        machine: &Machine,
+        forced: Option<Mode>,
+    ) -> Result<Self> {
         heads.check()?;
         let world = meta.shards().ranks();
         let rows = Rows::of(meta)?;
         if let Some(mode) = forced {
-            let chunks = || rows.chunks(mode, heads, machine);
-            return match mode.refusal(world, heads) {
-                None => Ok(Self { mode, reason: ModeReason::Forced, chunks: chunks(), candidates: Vec::new() }),
-                Some(why) => Err(Error::NotApplicable { argument: "mode", got: mode.to_string(), why }),
-            };
+            if let Some(why) = mode.refusal(world, heads) {
+                return Err(Error::NotApplicable { argument: "mode", got: mode.to_string(), why });
+            }
+            needs.check(mode, world)?;
+            let chunks = rows.chunks(mode, heads, machine);
+            return Ok(Self { mode, reason: ModeReason::Forced, chunks, candidates: Vec::new() });
         }
         if world == 1 {
             return Ok(Self { mode: Mode::Gather, reason: ModeReason::OneRank, chunks: 1, candidates: Vec::new() });
         }
-        let candidates: Vec<_> = Mode::all(world)
+        let of_heads: Vec<_> = Mode::all(world)
             .into_iter()
             .map(|mode| (mode, mode.refusal(world, heads).map_or_else(|| Ok(rows.estimate(mode, heads, machine)), Err)))
             .collect();
-        let taken: Vec<_> =
-            candidates.iter().filter_map(|(mode, estimate)| Some((*mode, estimate.as_ref().ok()?))).collect();
-        let fits = |estimate: &ModeEstimate| machine.memory.is_none_or(|limit| estimate.memory <= limit);
-        let fitting: Vec<_> = taken.iter().filter(|(_, estimate)| fits(estimate)).collect();
-        let by_time =
-            |(_, a): &&&(Mode, &ModeEstimate), (_, b): &&&(Mode, &ModeEstimate)| a.seconds.total_cmp(&b.seconds);
-        let fastest = fitting.iter().min_by(by_time);
-        let is_merged = |mode: Mode| mode.levels(world).1 == Outer::Ring;
-        let same_bits = fitting.iter().filter(|(mode, _)| !is_merged(*mode)).min_by(by_time);
-        let smallest = taken.iter().min_by_key(|(_, estimate)| estimate.memory);
-        let (mode, reason) = match (fastest, smallest) {
-            (Some((mode, _)), _) if fitting.len() == 1 => (*mode, ModeReason::OnlyOne),
-            (Some((mode, least)), _) if is_merged(*mode) => match same_bits {
-                Some((other, estimate)) if least.seconds > 0.9 * estimate.seconds => (*other, ModeReason::SameBits),
-                _ => (*mode, ModeReason::Fastest),
-            },
-            (Some((mode, _)), _) => (*mode, ModeReason::Fastest),
-            (None, Some((mode, _))) => (*mode, ModeReason::LeastMemory),
-            // Gather and ring take any heads.
-            (None, None) => (Mode::Gather, ModeReason::OnlyOne),
+        let of_needs = |(mode, estimate): &(Mode, Result<ModeEstimate, String>)| match needs.refusal(*mode, world) {
+            Some(refusal) if estimate.is_ok() => (*mode, Err(refusal.to_string())),
+            _ => (*mode, estimate.clone()),
         };
+        let candidates: Vec<_> = of_heads.iter().map(of_needs).collect();
+        let Some((mode, reason)) = choose(&candidates, machine, world) else {
+            let why =
+                candidates.iter().filter_map(|(mode, estimate)| Some(format!("{mode}: {}", estimate.as_ref().err()?)));
+            let why = format!("no mode of {world} ranks computes it ({})", why.collect::<Vec<_>>().join("; "));
+            return Err(Error::NotApplicable { argument: "needs", got: needs.to_string(), why });
+        };
+        let is_for_needs = choose(&of_heads, machine, world).is_some_and(|(of_heads, _)| of_heads != mode);
+        let reason = if is_for_needs { ModeReason::Needs } else { reason };
         Ok(Self { mode, reason, chunks: rows.chunks(mode, heads, machine), candidates })
+    }
+}
+
+/// The best of the modes that have an estimate, and why; none if none has.
+fn choose(
+    candidates: &[(Mode, Result<ModeEstimate, String>)],
+    machine: &Machine,
+    world: usize,
+) -> Option<(Mode, ModeReason)> {
+    let taken: Vec<_> =
+        candidates.iter().filter_map(|(mode, estimate)| Some((*mode, estimate.as_ref().ok()?))).collect();
+    let fits = |estimate: &ModeEstimate| machine.memory.is_none_or(|limit| estimate.memory <= limit);
+    let fitting: Vec<_> = taken.iter().filter(|(_, estimate)| fits(estimate)).collect();
+    let by_time = |(_, a): &&&(Mode, &ModeEstimate), (_, b): &&&(Mode, &ModeEstimate)| a.seconds.total_cmp(&b.seconds);
+    let is_merged = |mode: Mode| mode.levels(world).1 == Outer::Ring;
+    let same_bits = fitting.iter().filter(|(mode, _)| !is_merged(*mode)).min_by(by_time);
+    match fitting.iter().min_by(by_time) {
+        Some((mode, _)) if fitting.len() == 1 => Some((*mode, ModeReason::OnlyOne)),
+        Some((mode, least)) if is_merged(*mode) => match same_bits {
+            Some((other, estimate)) if least.seconds > 0.9 * estimate.seconds => Some((*other, ModeReason::SameBits)),
+            _ => Some((*mode, ModeReason::Fastest)),
+        },
+        Some((mode, _)) => Some((*mode, ModeReason::Fastest)),
+        None => {
+            let smallest = taken.iter().min_by_key(|(_, estimate)| estimate.memory);
+            smallest.map(|(mode, _)| (*mode, ModeReason::LeastMemory))
+        }
     }
 }
 
 /// The most chunks that a plan takes: each is a call of its own.
 const MAX_CHUNKS: usize = 4;
 
-/// Valid rows of each batch row: of each shard, and of prefix and suffix together.
+/// What tokens a request has, summed over batch rows: of each shard, and of prefix and suffix together.
 struct Rows {
     batch: usize,
     /// Tokens, valid or not, of the longest shard, and of prefix and suffix.
     longest: usize,
     replicated_tokens: usize,
-    shards: Vec<Vec<u64>>,
-    replicated: Vec<u64>,
+    shards: Vec<Part>,
+    replicated: Part,
+}
+
+/// Some of the tokens.
+#[derive(Debug, Clone, Copy, Default)]
+struct Part {
+    /// Valid ones.
+    rows: u64,
+    /// Pairs of one of them and a key that it sees.
+    pairs: u64,
 }
 
 impl Rows {
     fn of(meta: &ShardedMeta) -> Result<Self> {
-        let (batch, shards) = (meta.batch(), meta.shards());
-        let lengths = |rows: &[i32]| rows.windows(2).map(|row| u64::from(row[1].abs_diff(row[0]))).collect::<Vec<_>>();
-        let of_shard = |rank| Ok(lengths(meta.keys_of(rank)?.cu_seqlens().as_slice()));
-        let of_shards = (0..shards.ranks()).map(of_shard).collect::<Result<Vec<_>>>()?;
-        let all = lengths(meta.keys().cu_seqlens().as_slice());
-        let sharded = |row: usize| of_shards.iter().map(|shard| shard[row]).sum::<u64>();
-        let replicated = all.iter().enumerate().map(|(row, all)| all - sharded(row)).collect();
-        Ok(Self {
-            batch,
+        let shards = meta.shards();
+        let mut rows = Self {
+            batch: meta.batch(),
             longest: shards.lengths().max().unwrap_or(0),
             replicated_tokens: shards.prefix() + shards.suffix(),
-            shards: of_shards,
-            replicated,
-        })
-    }
-
-    fn of_shard(&self, rank: usize) -> u64 {
-        self.shards[rank].iter().sum()
+            shards: vec![Part::default(); shards.ranks()],
+            replicated: Part::default(),
+        };
+        for row in 0..meta.batch() {
+            let seen = Seen::of(meta, row)?;
+            for (rank, part) in rows.shards.iter_mut().enumerate() {
+                seen.add(shards.shard(rank), part);
+            }
+            seen.add(0..shards.prefix(), &mut rows.replicated);
+            seen.add(shards.seq() - shards.suffix()..shards.seq(), &mut rows.replicated);
+        }
+        Ok(rows)
     }
 
     /// The number of chunks with the least time, of those that heads allow.
@@ -287,14 +327,14 @@ impl Rows {
         let [own_heads, own_kv_heads] = heads.of_each(ulysses);
         let (q_row, kv_row) = (heads.row_bytes(own_heads), heads.row_bytes(2 * own_kv_heads));
         let members = |group: usize| group * ulysses..(group + 1) * ulysses;
-        let of_group = |group: usize| members(group).map(|rank| self.of_shard(rank)).sum::<u64>();
-        let replicated: u64 = self.replicated.iter().sum();
+        let of_group = |group: usize| members(group).map(|rank| self.shards[rank].rows).sum::<u64>();
+        let replicated = self.replicated.rows;
 
         let mut exchanged = Traffic::default();
         for peer in members(group).filter(|&peer| peer != rank) {
             let same = machine.is_same_host(rank, peer);
-            exchanged.add(same, self.of_shard(rank) * (q_row + kv_row));
-            exchanged.add(same, (self.of_shard(peer) + replicated) * q_row);
+            exchanged.add(same, self.shards[rank].rows * (q_row + kv_row));
+            exchanged.add(same, (self.shards[peer].rows + replicated) * q_row);
         }
         exchanged.exchanges = if ulysses > 1 { 2 } else { 0 };
         let mut around = Traffic::default();
@@ -313,13 +353,7 @@ impl Rows {
             }
         }
 
-        let pairs: u64 = (0..self.batch)
-            .map(|row| {
-                let queries = self.replicated[row] + members(group).map(|rank| self.shards[rank][row]).sum::<u64>();
-                let keys = self.replicated[row] + self.shards.iter().map(|shard| shard[row]).sum::<u64>();
-                queries * keys
-            })
-            .sum();
+        let pairs = self.replicated.pairs + members(group).map(|rank| self.shards[rank].pairs).sum::<u64>();
         // Two products, of two operations each.
         let attention = 4.0 * pairs as f64 * own_heads as f64 * heads.head_dim as f64 / machine.flops;
 
@@ -367,6 +401,49 @@ impl Rows {
     }
 }
 
+/// The valid tokens of one batch row, and the keys that each sees.
+struct Seen<'a> {
+    meta: &'a ShardedMeta,
+    row: usize,
+    /// Valid tokens before each position, where key ranges need them.
+    before: Vec<u32>,
+}
+
+impl<'a> Seen<'a> {
+    fn of(meta: &'a ShardedMeta, row: usize) -> Result<Self> {
+        let mut before = Vec::new();
+        if meta.ranges().is_some() {
+            let seq = meta.shards().seq();
+            before = host_vec::zeroed::<u32>(seq + 1)?;
+            for run in meta.keys().runs(row) {
+                before[run.range()].fill(1);
+            }
+            let mut count = 0;
+            for before in &mut before {
+                count += std::mem::replace(before, count);
+            }
+        }
+        Ok(Self { meta, row, before })
+    }
+
+    /// Adds the tokens of a place in the whole sequence.
+    fn add(&self, place: Range<usize>, part: &mut Part) {
+        let runs = self.meta.keys().runs(self.row).iter().map(|run| run.range());
+        let runs = runs.map(|run| run.start.max(place.start)..run.end.min(place.end)).filter(|run| !run.is_empty());
+        for run in runs {
+            part.rows += run.len() as u64;
+            part.pairs += match self.meta.ranges() {
+                None => run.len() as u64 * self.meta.keys().cu_seqlens().rows(self.row).len() as u64,
+                Some(ranges) => {
+                    let before = |position: u32| self.before[position as usize];
+                    let seen = |&[first, end]: &[u32; 2]| u64::from(before(end).saturating_sub(before(first)));
+                    ranges.row(self.row)[run].iter().map(seen).sum()
+                }
+            };
+        }
+    }
+}
+
 /// What a rank sends.
 #[derive(Debug, Default)]
 struct Traffic {
@@ -401,7 +478,7 @@ mod tests {
     fn estimates(seq: usize, prefix: usize, ranks: usize, heads: Heads, machine: Machine) -> Result<ParallelPlan> {
         let shards = Shards::equal(seq, ranks)?.with_prefix(prefix)?;
         let meta = ShardedMeta::new(&KeyMask::all(1, shards.seq())?, &shards, 0)?;
-        ParallelPlan::new(&meta, &heads, &machine, None)
+        ParallelPlan::new(&meta, &heads, ParallelNeeds::new(), &machine, None)
     }
 
     /// The table of docs/sequence-parallel.md.
@@ -446,7 +523,7 @@ mod tests {
         let chunks = |seq, mode, heads, machine: &Machine| -> Result<_> {
             let shards = Shards::equal(seq, 2)?;
             let meta = ShardedMeta::new(&KeyMask::all(1, seq)?, &shards, 0)?;
-            Ok(ParallelPlan::new(&meta, &heads, machine, Some(mode))?.chunks)
+            Ok(ParallelPlan::new(&meta, &heads, ParallelNeeds::new(), machine, Some(mode))?.chunks)
         };
         assert!(chunks(32_768, Mode::Gather, heads, &Machine::H100)? > 1);
         assert!(chunks(32_768, Mode::Ulysses, heads, &Machine::H100)? > 1);

@@ -7,6 +7,7 @@ use super::gather::Gather;
 use super::kept::{Kept, Room};
 use super::local::{Local, LocalMut, places};
 use super::mode::{Heads, Mode, Outer};
+use super::needs::ParallelNeeds;
 use super::plan::{Machine, ParallelPlan};
 use super::request::{AmongGroups, ParallelRequest};
 use super::ring::Ring;
@@ -64,6 +65,7 @@ pub struct SequenceParallel {
     device: Device,
     softmax_scale: Option<f32>,
     kernel: Option<Kernel>,
+    needs: ParallelNeeds,
     mode: Option<Mode>,
     chunks: Option<usize>,
     machine: Machine,
@@ -78,7 +80,8 @@ impl SequenceParallel {
             BackendKind::Cuda => Machine::H100,
             _ => Machine::CPU,
         };
-        Self { device: device.clone(), softmax_scale: None, kernel: None, mode: None, chunks: None, machine }
+        let (device, needs) = (device.clone(), ParallelNeeds::new());
+        Self { device, softmax_scale: None, kernel: None, needs, mode: None, chunks: None, machine }
     }
 
     /// The factor on `q·kᵀ` before the softmax; any finite number, the same on every rank.
@@ -92,6 +95,14 @@ impl SequenceParallel {
     #[must_use]
     pub fn with_kernel(mut self, kernel: Kernel) -> Self {
         self.kernel = Some(kernel);
+        self
+    }
+
+    /// What calls carry beside `q`, `k` and `v`, the same on every rank: the plan takes a mode that computes it. A call may carry
+    /// anything else that the mode computes, too.
+    #[must_use]
+    pub fn with_needs(mut self, needs: ParallelNeeds) -> Self {
+        self.needs = needs;
         self
     }
 
@@ -127,7 +138,7 @@ impl SequenceParallel {
     /// Every rank calls it once a request.
     ///
     /// # Errors
-    /// [`Error::RanksDiffer`] on every rank if masks, shards, heads, ranges, modes or scales differ; [`Error::Sharding`] if the metadata is of
+    /// [`Error::RanksDiffer`] on every rank if masks, shards, heads, ranges, needs, modes or scales differ; [`Error::Sharding`] if the metadata is of
     /// another rank or world; those of [`ParallelPlan::new`] and [`Communicator::exchange`]. The communicator takes no more calls
     /// afterwards, on any rank.
     pub fn prepare(
@@ -152,7 +163,7 @@ impl SequenceParallel {
             let name = |(rank, world)| format!("metadata of rank {rank} of {world}");
             return Err(Error::Sharding { argument: "meta", expected: name(expected), got: name(got) });
         }
-        let mut plan = ParallelPlan::new(meta, heads, &self.machine, self.mode)?;
+        let mut plan = ParallelPlan::new(meta, heads, self.needs, &self.machine, self.mode)?;
         let (ulysses, outer) = plan.mode.levels(meta.shards().ranks());
         if let (Some(chunks), Outer::Gather) = (self.chunks, outer) {
             if let Some(why) = heads.chunks_refusal(ulysses, chunks) {
@@ -203,7 +214,10 @@ impl SequenceParallel {
             let [a, b, c, d] = bits.to_le_bytes();
             [1, a, b, c, d]
         });
-        let of_settings = || Digest::new().bytes(plan.mode.to_string().as_bytes()).sizes([plan.chunks]).bytes(&scale);
+        let of_settings = || {
+            let digest = Digest::new().bytes(plan.mode.to_string().as_bytes()).sizes([plan.chunks]).bytes(&scale);
+            self.needs.digest(digest)
+        };
         // The order in which a reader would look: shards that differ make masks differ too.
         let kinds = [
             ("shards", of_shards().tag()),

@@ -4,8 +4,8 @@ use std::thread;
 
 use anyhow::{Context, Result, anyhow, ensure};
 use varlen_fa::dist::{
-    Communicator, Heads, HostCommunicator, Machine, Mode, ModeReason, ParallelPlan, SequenceParallel, ShardedMeta,
-    Shards,
+    Communicator, Heads, HostCommunicator, Machine, Mode, ModeReason, ParallelNeeds, ParallelPlan, SequenceParallel,
+    ShardedMeta, Shards,
 };
 use varlen_fa::{BackendKind, DType, Device, KeyMask, RangesOf, Tensor};
 use varlen_fa_testkit::OracleShape;
@@ -377,7 +377,7 @@ pub fn random_cases_on(device: &Device, dtype: DType, make: Ranks) -> Result<()>
         for mode in all_modes(ranks) {
             let judge = || -> Result<()> {
                 let meta = ShardedMeta::new(&KeyMask::all(batch, seq)?, &shards, 0)?;
-                if ParallelPlan::new(&meta, &sizes, &Machine::CPU, Some(mode)).is_err() {
+                if ParallelPlan::new(&meta, &sizes, ParallelNeeds::new(), &Machine::CPU, Some(mode)).is_err() {
                     // The heads do not divide.
                     return Ok(());
                 }
@@ -481,8 +481,8 @@ fn plans(_: &Device) -> Result<()> {
         let mask = KeyMask::all(batch, shards.seq())?;
         let sizes = Heads { num_heads: heads[0], num_kv_heads: heads[1], head_dim: 128, dtype: DType::Bf16 };
         let plans = (0..ranks).map(|rank| {
-            ParallelPlan::new(&ShardedMeta::new(&mask, &shards, rank)?, &sizes, &machine, None)
-                .map_err(anyhow::Error::from)
+            let meta = ShardedMeta::new(&mask, &shards, rank)?;
+            ParallelPlan::new(&meta, &sizes, ParallelNeeds::new(), &machine, None).map_err(anyhow::Error::from)
         });
         let plans = plans.collect::<Result<Vec<_>>>()?;
         ensure!(plans.iter().all(|plan| *plan == plans[0]), "ranks plan differently");

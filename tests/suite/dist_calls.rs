@@ -3,9 +3,12 @@
 
 use anyhow::{Context, Result, ensure};
 use varlen_fa::dist::{
-    Communicator, Heads, HostCommunicator, Mode, ParallelCall, ParallelRequest, SequenceParallel, ShardedMeta, Shards,
+    Communicator, Heads, HostCommunicator, Machine, Mode, ModeReason, ParallelCall, ParallelNeeds, ParallelPlan,
+    ParallelRequest, SequenceParallel, ShardedMeta, Shards,
 };
-use varlen_fa::{AttentionOutputs, BackendKind, DType, Device, Error, KeyMask, ScoreModifiers, Tensor, alibi_slopes};
+use varlen_fa::{
+    AttentionOutputs, BackendKind, DType, Device, Error, KeyMask, KeyRanges, ScoreModifiers, Tensor, alibi_slopes,
+};
 use varlen_fa_testkit::{OracleShape, random};
 
 use super::bias::broadcast;
@@ -22,6 +25,9 @@ pub fn register(trials: &mut Trials) {
     trials.each_kernel_with_bias("dist/bias", bias);
     trials.each_kernel_with_modifiers("dist/modifiers", modifiers);
     trials.once("dist/what_a_mode_cannot", what_a_mode_cannot);
+    trials.once("dist/plans_for_needs", plans_for_needs);
+    trials.once("dist/requests_for_needs", requests_for_needs);
+    trials.once("dist/plans_for_ranges", plans_for_ranges);
     trials.once("dist/scores_that_differ", scores_that_differ);
     trials.once("dist/segments_that_do_not_fit", segments_that_do_not_fit);
 }
@@ -364,6 +370,122 @@ fn what_a_mode_cannot(device: &Device) -> Result<()> {
             let error = error?.map(|error| error.to_string()).unwrap_or_default();
             ensure!(error.contains(expected), "{mode}: expected {expected}, got {error}");
         }
+    }
+    Ok(())
+}
+
+/// A plan that is told what calls carry takes the best mode that computes it, and says which do not and why.
+fn plans_for_needs(_: &Device) -> Result<()> {
+    let plan = |ranks: usize, heads: usize, needs: ParallelNeeds, forced| {
+        let shards = Shards::equal(75_776, ranks)?;
+        let meta = ShardedMeta::new(&KeyMask::all(1, shards.seq())?, &shards, 0)?;
+        let heads = Heads { num_heads: heads, num_kv_heads: heads, head_dim: 128, dtype: DType::Bf16 };
+        // Links between hosts that a ring hides best.
+        ParallelPlan::new(&meta, &heads, needs, &Machine::H100.with_bandwidth(2e11, 1.5e10), forced)
+    };
+    let (none, kinds) = (ParallelNeeds::new(), ScoreModifiers::new());
+    let alibi = none.with_modifiers(&kinds.clone().with_alibi([1.0]));
+    let sinks = none.with_modifiers(&kinds.clone().with_sinks([1.0]));
+    let (softcap, lse, bias) = (none.with_modifiers(&kinds.with_softcap(30.0)), none.with_lse(), none.with_bias());
+    // Two hosts: whole heads inside, and keys go round between them.
+    let (ring, gather) = (Mode::UlyssesRing { ulysses: 8 }, Mode::UlyssesGather { ulysses: 8 });
+    let cases = [
+        (16, 80, none, ring, ModeReason::Fastest, ""),
+        (16, 80, softcap, ring, ModeReason::Fastest, ""),
+        (16, 80, bias, gather, ModeReason::Needs, "not ulysses-ring:8: a bias: a ring computes packed rows"),
+        (16, 80, sinks, gather, ModeReason::Needs, "not ulysses-ring:8: sinks: a ring would count them"),
+        (16, 80, alibi, Mode::Ulysses, ModeReason::Needs, "not ulysses-gather:8: ALiBi: it counts positions"),
+        (16, 80, lse, Mode::Gather, ModeReason::Needs, "not ulysses: a log-sum-exp: a rank has that"),
+        // Nothing is better where they do not count.
+        (8, 40, bias, Mode::Ulysses, ModeReason::Fastest, "not ring: a bias"),
+        (8, 40, alibi, Mode::Ulysses, ModeReason::OnlyOne, "not gather: ALiBi"),
+        (8, 41, lse, Mode::Gather, ModeReason::Needs, "not ulysses: 8 ranks do not divide 41 heads"),
+        (1, 40, alibi.with_lse(), Mode::Gather, ModeReason::OneRank, ""),
+    ];
+    for (ranks, heads, needs, mode, reason, says) in cases {
+        let plan = plan(ranks, heads, needs, None)?;
+        ensure!(plan.mode == mode && plan.reason == reason, "{needs}: {plan}");
+        ensure!(plan.to_string().contains(says), "{needs}: {plan} does not say {says}");
+    }
+    let refused = |ranks, heads, needs, forced, expected: &str| -> Result<()> {
+        match plan(ranks, heads, needs, forced) {
+            Err(error @ Error::NotApplicable { .. }) if error.to_string().contains(expected) => Ok(()),
+            other => anyhow::bail!("{needs}: expected {expected}, got {other:?}"),
+        }
+    };
+    refused(8, 42, alibi, None, "ulysses: 8 ranks do not divide 42 heads")?;
+    refused(8, 40, alibi.with_lse(), None, "`needs`: ALiBi, a log-sum-exp")?;
+    refused(8, 40, sinks, Some(Mode::Ring), "`sinks`: sinks in the mode ring")
+}
+
+/// Requests that were told what calls carry compute it, though another mode would be chosen; ranks that were told other
+/// things differ.
+fn requests_for_needs(device: &Device) -> Result<()> {
+    let dtype = device.capabilities().dtypes[0];
+    let (call, shards) = (call(dtype)?, shards()?);
+    let OracleShape { batch, seq_q: seq, heads: num_heads, kv_heads: num_kv_heads, head_dim, .. } = call.shape;
+    let mask = KeyMask::from_bool(batch, seq, call.mask.query_keep().context("the mask is of metadata")?)?;
+    let sizes = Heads { num_heads, num_kv_heads, head_dim, dtype };
+    let prepare = |communicator: &mut HostCommunicator, needs: ParallelNeeds| {
+        let meta = ShardedMeta::new(&mask, &shards, communicator.rank())?;
+        SequenceParallel::new(device).with_needs(needs).prepare(communicator, &meta, &sizes)
+    };
+    let alibi = ScoreModifiers::new().with_alibi(alibi_slopes(8));
+    let needs = ParallelNeeds::new();
+    for (needs, mode) in [(needs.with_lse(), Mode::Gather), (needs.with_modifiers(&alibi), Mode::Ulysses)] {
+        let modes = on_ranks(HostCommunicator::threads(RANKS)?, |mut communicator| {
+            let request = prepare(&mut communicator, needs)?;
+            communicator.barrier()?;
+            Ok(request.plan().mode)
+        })?;
+        for of_rank in modes {
+            ensure!(of_rank? == mode, "{needs} is not computed by {mode}");
+        }
+    }
+    let errors = on_ranks(HostCommunicator::threads(RANKS)?, |mut communicator| {
+        let needs = if communicator.rank() == 2 { needs.with_bias() } else { needs };
+        Ok(prepare(&mut communicator, needs).err())
+    })?;
+    let errors = errors.into_iter().collect::<Result<Vec<_>>>()?;
+    ensure!(errors.iter().any(|error| matches!(error, Some(Error::RanksDiffer { .. }))), "{errors:?}");
+    ensure!(errors.iter().all(Option::is_some), "{errors:?}");
+    Ok(())
+}
+
+/// A plan counts the pairs that ranges leave: under a causal mask the last shard has more of them than the others, unless ranks
+/// share heads.
+fn plans_for_ranges(_: &Device) -> Result<()> {
+    let (ranks, prefix, length) = (4, 96, 1000);
+    let shards = Shards::from_lengths(&[length; 4])?.with_prefix(prefix)?;
+    let seq = shards.seq();
+    let keep = super::masks::mask(2, seq, |b, at| at % 5 != 3 && (b == 1 || at < 2500));
+    let ranges = KeyRanges::causal([2, seq, seq])?;
+    let meta = ShardedMeta::new(&KeyMask::from_bool(2, seq, &keep)?, &shards, 0)?.with_ranges(&ranges)?;
+    let heads = Heads { num_heads: 8, num_kv_heads: 8, head_dim: 64, dtype: DType::F32 };
+    let plan = ParallelPlan::new(&meta, &heads, ParallelNeeds::new(), &Machine::CPU, None)?;
+    let seconds = |mode: Mode| {
+        let found = plan.candidates.iter().find(|(of, _)| *of == mode);
+        found.and_then(|(_, estimate)| Some(estimate.as_ref().ok()?.attention)).context("the plan has no such mode")
+    };
+    // By hand: a query and a key before it or itself, in the same batch row, both kept.
+    let pairs = |queries: &dyn Fn(usize) -> bool| -> f64 {
+        let mut pairs = 0_u64;
+        for row in keep.chunks(seq) {
+            let mut keys = 0;
+            for (at, &kept) in row.iter().enumerate() {
+                keys += u64::from(kept);
+                pairs += if kept && queries(at) { keys } else { 0 };
+            }
+        }
+        pairs as f64
+    };
+    let of_head = |pairs: f64| 4.0 * pairs * 64.0 / Machine::CPU.flops;
+    let of_rank = |rank: usize| pairs(&|at| at < prefix || shards.shard(rank).contains(&at));
+    let most = (0..ranks).map(of_rank).fold(0.0, f64::max);
+    let expected = [(Mode::Gather, 8.0 * of_head(most)), (Mode::Ulysses, 2.0 * of_head(pairs(&|_| true)))];
+    for (mode, expected) in expected {
+        let got = seconds(mode)?;
+        ensure!((got / expected - 1.0).abs() < 1e-9, "{mode}: {got} s of attention, expected {expected}");
     }
     Ok(())
 }
