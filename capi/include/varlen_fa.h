@@ -718,8 +718,15 @@ typedef struct varlen_fa_parallel_options {
   uint32_t has_softmax_scale;
   // Factor on q*k before the softmax; any finite number.
   float softmax_scale;
+  // What calls carry that not every mode computes, so that the plan takes one that does: modifiers
+  // of these kinds, whose values do not count; NULL for none.
+  const struct varlen_fa_score_modifiers *modifiers;
+  // 1 for a bias, else 0.
+  uint32_t has_bias;
+  // 1 for the log-sum-exp, else 0.
+  uint32_t has_lse;
   // 0.
-  uint64_t reserved[4];
+  uint64_t reserved[2];
 } varlen_fa_parallel_options;
 
 // What was decided for a request.
@@ -735,6 +742,18 @@ typedef struct varlen_fa_parallel_plan {
   // 0.
   uint64_t reserved[2];
 } varlen_fa_parallel_plan;
+
+// What a call of sequence parallelism does to the scores, the same on every rank. Start from zeros,
+// as with a tensor.
+typedef struct varlen_fa_parallel_scores {
+  // Is added to the scores of the whole sequence: floating-point, broadcast over [B, H, S, S], the
+  // one that one device would be given. Any strides. NULL for none.
+  const struct varlen_fa_tensor *bias;
+  // Of all H heads; NULL for none.
+  const struct varlen_fa_score_modifiers *modifiers;
+  // 0.
+  uint64_t reserved[4];
+} varlen_fa_parallel_scores;
 
 #ifdef __cplusplus
 extern "C" {
@@ -1244,6 +1263,28 @@ varlen_fa_status varlen_fa_parallel_forward(const struct varlen_fa_communicator 
                                             const struct varlen_fa_tensor *k,
                                             const struct varlen_fa_tensor *v,
                                             const struct varlen_fa_tensor *out);
+
+// varlen_fa_parallel_forward on tensors in segments along S, with a bias or score modifiers, and with
+// the log-sum-exp. docs/sequence-parallel.md says which modes compute what; others are refused with
+// NOT_APPLICABLE before anything is sent. To have a mode chosen that does, say so in the options of
+// varlen_fa_parallel_prepare.
+//
+// `q`, `k`, `v`, `out`: each is cut where prefix, shard and suffix meet, or only at some of these
+// places; one segment is the whole tensor.
+// `scores`: NULL for neither a bias nor modifiers.
+// `lse`: [B, H, prefix + shard + suffix] f32, receives the log-sum-exp of this rank's rows over all
+// keys, as in varlen_fa_forward_with_lse; NULL for none.
+//
+// Outputs share no memory with one another or with an input. Messages name a segment as in
+// `segments[1].k`.
+varlen_fa_status varlen_fa_parallel_forward_segments(const struct varlen_fa_communicator *communicator,
+                                                     const struct varlen_fa_parallel_request *request,
+                                                     const struct varlen_fa_segments *q,
+                                                     const struct varlen_fa_segments *k,
+                                                     const struct varlen_fa_segments *v,
+                                                     const struct varlen_fa_parallel_scores *scores,
+                                                     const struct varlen_fa_segments *out,
+                                                     const struct varlen_fa_tensor *lse);
 
 // Makes the device ready for calls of varlen_fa_forward of this kind, so that the first of them
 // takes no longer than the others: compiles their shaders and uploads the metadata. It runs one

@@ -218,8 +218,17 @@ class ParallelOptions(Structure):
         ("mode", c_uint32),
         ("has_softmax_scale", c_uint32),
         ("softmax_scale", c_float),
-        ("reserved", c_uint64 * 4),
+        ("modifiers", c_void_p),
+        ("has_bias", c_uint32),
+        ("has_lse", c_uint32),
+        ("reserved", c_uint64 * 2),
     ]
+
+
+class ParallelScores(Structure):
+    """varlen_fa_parallel_scores"""
+
+    _fields_ = [("bias", POINTER(Tensor)), ("modifiers", c_void_p), ("reserved", c_uint64 * 4)]
 
 
 class ParallelPlan(Structure):
@@ -437,6 +446,7 @@ _FUNCTIONS = {
     "parallel_prepare": [_HANDLE, _HANDLE, _HANDLE, POINTER(ParallelOptions), _NEW, POINTER(ParallelPlan)],
     "parallel_request_free": [_HANDLE],
     "parallel_forward": [_HANDLE, _HANDLE, _TENSOR, _TENSOR, _TENSOR, _TENSOR],
+    "parallel_forward_segments": [_HANDLE, _HANDLE, *[_SEGMENTS] * 3, POINTER(ParallelScores), _SEGMENTS, _TENSOR],
     "merge_attention": [_HANDLE, _TENSOR, _TENSOR, _TENSOR, _TENSOR, _TENSOR, _TENSOR],
     "prepare_qk": [_HANDLE, POINTER(QkSegment), c_uint64, _HANDLE, _HANDLE],
     "warm_up": [
@@ -760,10 +770,23 @@ class ParallelRequest(Handle):
 
     _free = "parallel_request_free"
 
-    def forward(self, communicator, q, k, v, out):
-        """Attention of this rank's tokens to those of all ranks, which all call it."""
-        tensors = map(byref, [q, k, v, out])
-        self.library.call("parallel_forward", communicator.handle, self.handle, *tensors)
+    def forward(self, communicator, q, k, v, out, bias=None, modifiers=None, lse=None):
+        """Attention of this rank's tokens to those of all ranks, which all call it. `q`, `k`, `v` and
+        `out` are tensors, or lists of segments that meet where prefix, shard and suffix do. `bias` is
+        that of the whole sequence, `modifiers` a ScoreModifiers of all heads, and `lse`,
+        `[B, H, prefix + shard + suffix]` f32, receives the log-sum-exp of this rank's rows."""
+        tensors = [q, k, v, out]
+        if bias is None and modifiers is None and lse is None and all(isinstance(one, Tensor) for one in tensors):
+            self.library.call("parallel_forward", communicator.handle, self.handle, *map(byref, tensors))
+            return
+        q, k, v, out = map(_segments, tensors)
+        scores = ParallelScores()
+        if bias is not None:
+            scores.bias = ctypes.pointer(bias)
+        if modifiers is not None:
+            scores.modifiers = modifiers.handle
+        before = [communicator.handle, self.handle, byref(q), byref(k), byref(v), byref(scores)]
+        self.library.call("parallel_forward_segments", *before, byref(out), _at(lse))
 
 
 def _at(structure):
@@ -802,11 +825,15 @@ class Device(Handle):
             self.library.call("forward_with_lse", *before, _at(lse), _at(plan))
 
     def parallel_prepare(
-        self, communicator, meta, dtype, heads, kv_heads, head_dim, mode="auto", ulysses=0, softmax_scale=None
+        self, communicator, meta, dtype, heads, kv_heads, head_dim, mode="auto", ulysses=0, softmax_scale=None,
+        modifiers=None, bias=False, lse=False
     ):
-        """Prepares a request on this rank; all ranks do. The mode by name or number."""
+        """Prepares a request on this rank; all ranks do. The mode by name or number. `modifiers`,
+        `bias` and `lse`: what calls will carry, so that the plan takes a mode that computes it."""
         options = ParallelOptions(heads, kv_heads, head_dim, ulysses, dtype)
         options.mode = _number(PARALLEL_MODES, "mode", mode)
+        options.modifiers = None if modifiers is None else modifiers.handle
+        options.has_bias, options.has_lse = int(bias), int(lse)
         if softmax_scale is not None:
             options.has_softmax_scale, options.softmax_scale = 1, softmax_scale
         handle, plan = c_void_p(), ParallelPlan()

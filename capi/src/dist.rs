@@ -2,28 +2,32 @@
 
 use std::ffi::{CStr, c_char, c_void};
 use std::net::SocketAddr;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::ptr;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use varlen::Device;
 #[cfg(not(feature = "nccl"))]
 use varlen::Error;
 #[cfg(feature = "nccl")]
 use varlen::dist::NcclCommunicator;
 use varlen::dist::{
-    Communicator, Heads, HostCommunicator, Mode, ParallelRequest, PeerCommunicator, Rendezvous, SequenceParallel,
-    ShardedMeta, Shards,
+    Communicator, Heads, HostCommunicator, Mode, ParallelCall, ParallelNeeds, ParallelRequest, PeerCommunicator,
+    Rendezvous, SequenceParallel, ShardedMeta, Shards,
 };
+use varlen::{Device, ScoreModifiers};
 
-use crate::arguments::{Name, Place, choose, expect_zeros, read, reserve, size, slice, text};
+use crate::arguments::{Name, Place, choose, expect_zeros, read, read_optional, reserve, size, slice, text};
 use crate::failure::{Failure, Result, guard};
 use crate::handles::{self, handle};
 use crate::key_ranges;
-use crate::tensors::{Described, Input, Output, expect_apart, finish};
+use crate::outputs::Outputs;
+use crate::score_modifiers;
+use crate::segments::{self, List, views};
+use crate::tensors::{Described, Input, expect_apart};
 use crate::types::{
     varlen_fa_communicator, varlen_fa_device, varlen_fa_key_mask, varlen_fa_key_ranges, varlen_fa_parallel_mode,
-    varlen_fa_parallel_options, varlen_fa_parallel_plan, varlen_fa_parallel_request, varlen_fa_sharded_meta,
-    varlen_fa_shards, varlen_fa_status, varlen_fa_tensor,
+    varlen_fa_parallel_options, varlen_fa_parallel_plan, varlen_fa_parallel_request, varlen_fa_parallel_scores,
+    varlen_fa_segments, varlen_fa_sharded_meta, varlen_fa_shards, varlen_fa_status, varlen_fa_tensor,
 };
 
 /// A rank of any transport.
@@ -312,14 +316,9 @@ unsafe fn prepare(
         head_dim: size(name.field("head_dim"), options.head_dim)?,
         dtype: choose(name.field("dtype"), options.dtype)?.meaning,
     };
-    let mut layer = SequenceParallel::new(&device);
-    match options.has_softmax_scale {
-        0 => {}
-        1 => layer = layer.with_softmax_scale(options.softmax_scale),
-        got => {
-            let name = name.field("has_softmax_scale");
-            return Err(Failure::argument(varlen_fa_status::BadValue, name, "0 or 1", got));
-        }
+    let mut layer = SequenceParallel::new(&device).with_needs(needs(name, &options)?);
+    if flag(name.field("has_softmax_scale"), options.has_softmax_scale)? {
+        layer = layer.with_softmax_scale(options.softmax_scale);
     }
     let ulysses = size(name.field("ulysses"), options.ulysses)?;
     let mode = choose(name.field("mode"), options.mode)?.value;
@@ -355,6 +354,29 @@ unsafe fn prepare(
     Ok(())
 }
 
+fn flag(name: Name, given: u32) -> Result<bool> {
+    match given {
+        0 => Ok(false),
+        1 => Ok(true),
+        got => Err(Failure::argument(varlen_fa_status::BadValue, name, "0 or 1", got)),
+    }
+}
+
+/// What calls carry that not every mode computes.
+fn needs(name: Name, options: &varlen_fa_parallel_options) -> Result<ParallelNeeds> {
+    let mut needs = ParallelNeeds::new();
+    if let Some(modifiers) = score_modifiers::optional(name.field("modifiers"), options.modifiers)? {
+        needs = needs.with_modifiers(&modifiers);
+    }
+    if flag(name.field("has_bias"), options.has_bias)? {
+        needs = needs.with_bias();
+    }
+    if flag(name.field("has_lse"), options.has_lse)? {
+        needs = needs.with_lse();
+    }
+    Ok(needs)
+}
+
 /// Frees a request. NULL is ignored.
 #[unsafe(no_mangle)]
 pub extern "C" fn varlen_fa_parallel_request_free(request: *mut varlen_fa_parallel_request) -> varlen_fa_status {
@@ -379,36 +401,141 @@ pub unsafe extern "C" fn varlen_fa_parallel_forward(
     v: *const varlen_fa_tensor,
     out: *const varlen_fa_tensor,
 ) -> varlen_fa_status {
-    guard(|| {
-        let communicator = handles::get(Name::of("communicator"), communicator)?;
-        let mut communicator = lock(&communicator);
-        // SAFETY: the caller obeys the header's rules for pointers.
-        let done = unsafe { forward(&mut **communicator, request, [q, k, v], out) };
-        done.inspect_err(|failure| communicator.abort(&failure.message))
-    })
+    // SAFETY: the caller obeys the header's rules for pointers; as in the lines below.
+    let q = || unsafe { segments::whole(&segments::Q, q) };
+    // SAFETY: as above.
+    let k = || unsafe { segments::whole(&segments::K, k) };
+    // SAFETY: as above.
+    let v = || unsafe { segments::whole(&segments::V, v) };
+    // SAFETY: as above.
+    let out = || unsafe { segments::whole(&segments::OUT, out) };
+    let tensors = || Ok(([q()?, k()?, v()?], out()?));
+    // SAFETY: as above.
+    guard(|| unsafe { forward(communicator, request, tensors, ptr::null(), ptr::null()) })
+}
+
+/// varlen_fa_parallel_forward on tensors in segments along S, with a bias or score modifiers, and with
+/// the log-sum-exp. docs/sequence-parallel.md says which modes compute what; others are refused with
+/// NOT_APPLICABLE before anything is sent. To have a mode chosen that does, say so in the options of
+/// varlen_fa_parallel_prepare.
+///
+/// `q`, `k`, `v`, `out`: each is cut where prefix, shard and suffix meet, or only at some of these
+/// places; one segment is the whole tensor.
+/// `scores`: NULL for neither a bias nor modifiers.
+/// `lse`: [B, H, prefix + shard + suffix] f32, receives the log-sum-exp of this rank's rows over all
+/// keys, as in varlen_fa_forward_with_lse; NULL for none.
+///
+/// Outputs share no memory with one another or with an input. Messages name a segment as in
+/// `segments[1].k`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn varlen_fa_parallel_forward_segments(
+    communicator: *const varlen_fa_communicator,
+    request: *const varlen_fa_parallel_request,
+    q: *const varlen_fa_segments,
+    k: *const varlen_fa_segments,
+    v: *const varlen_fa_segments,
+    scores: *const varlen_fa_parallel_scores,
+    out: *const varlen_fa_segments,
+    lse: *const varlen_fa_tensor,
+) -> varlen_fa_status {
+    // SAFETY: the caller obeys the header's rules for pointers; as in the lines below.
+    let q = || unsafe { segments::parts(&segments::Q, q) };
+    // SAFETY: as above.
+    let k = || unsafe { segments::parts(&segments::K, k) };
+    // SAFETY: as above.
+    let v = || unsafe { segments::parts(&segments::V, v) };
+    // SAFETY: as above.
+    let out = || unsafe { segments::parts(&segments::OUT, out) };
+    let tensors = || Ok(([q()?, k()?, v()?], out()?));
+    // SAFETY: as above.
+    guard(|| unsafe { forward(communicator, request, tensors, scores, lse) })
+}
+
+/// The call on q, k, v and the output, which `tensors` reads. A rank that fails tells the others.
+///
+/// # Safety
+/// The header's rules for pointers.
+unsafe fn forward<'a>(
+    communicator: *const varlen_fa_communicator,
+    request: *const varlen_fa_parallel_request,
+    tensors: impl FnOnce() -> Result<([List<Described<'a>>; 3], List<Described<'a>>)>,
+    scores: *const varlen_fa_parallel_scores,
+    lse: *const varlen_fa_tensor,
+) -> Result<()> {
+    let communicator = handles::get(Name::of("communicator"), communicator)?;
+    let mut communicator = lock(&communicator);
+    // SAFETY: by this function's contract.
+    let done = unsafe { attend(&mut **communicator, request, tensors, scores, lse) };
+    done.inspect_err(|failure| communicator.abort(&failure.message))
 }
 
 /// # Safety
 /// The header's rules for pointers.
-unsafe fn forward(
+unsafe fn attend<'a>(
     communicator: &mut dyn Communicator,
     request: *const varlen_fa_parallel_request,
-    [q, k, v]: [*const varlen_fa_tensor; 3],
-    out: *const varlen_fa_tensor,
+    tensors: impl FnOnce() -> Result<([List<Described<'a>>; 3], List<Described<'a>>)>,
+    scores: *const varlen_fa_parallel_scores,
+    lse: *const varlen_fa_tensor,
 ) -> Result<()> {
     let request = handles::get(Name::of("request"), request)?;
     let Request { device, layer, request } = &*request;
-    // SAFETY: by this function's contract; as in the lines below.
-    let q = unsafe { Described::new("q", q) }?;
+    let (inputs, out) = tensors()?;
+    // SAFETY: by this function's contract.
+    let lse = unsafe { Described::optional("lse", lse) }?;
+    let outputs: Vec<_> = out.as_slice().iter().chain(&lse).collect();
+    expect_apart(&outputs, &inputs.iter().flat_map(List::as_slice).collect::<Vec<_>>())?;
     // SAFETY: as above.
-    let k = unsafe { Described::new("k", k) }?;
-    // SAFETY: as above.
-    let v = unsafe { Described::new("v", v) }?;
-    // SAFETY: as above.
-    let out = unsafe { Described::new("out", out) }?;
-    expect_apart(&[&out], &[&q, &k, &v])?;
-    let [q, k, v] = [Input::new(device, &q)?, Input::new(device, &k)?, Input::new(device, &v)?];
-    let mut out = Output::new(device, &out)?;
-    layer.forward_into(communicator, request, q.view(), k.view(), v.view(), out.view_mut()?)?;
-    finish([out])
+    let scores = unsafe { Scores::read(device, scores, &outputs) }?;
+    let [q, k, v] = inputs;
+    let [q, k, v] = [segments::inputs(device, &q)?, segments::inputs(device, &k)?, segments::inputs(device, &v)?];
+    let mut outputs = Outputs::new(device, &out, lse.as_ref())?;
+    let written = outputs.of_attention()?;
+    layer.forward_into(communicator, scores.on(request), views(&q), views(&k), views(&v), written)?;
+    outputs.finish()
+}
+
+/// What a call does to the scores, checked. It keeps the objects of its handles alive during the call.
+#[derive(Debug, Default)]
+struct Scores<'a> {
+    bias: Option<Input<'a>>,
+    modifiers: Option<Arc<ScoreModifiers>>,
+}
+
+impl<'a> Scores<'a> {
+    /// Reads them; a bias must overlap no output.
+    ///
+    /// # Safety
+    /// `scores` is null, misaligned, or points to what C initialised, whose bias obeys
+    /// [`Described::new`].
+    unsafe fn read(
+        device: &Device,
+        scores: *const varlen_fa_parallel_scores,
+        outputs: &[&Described<'_>],
+    ) -> Result<Self> {
+        let name = Name::of("scores");
+        // SAFETY: by this function's contract.
+        let Some(scores) = unsafe { read_optional(name, scores) }? else { return Ok(Self::default()) };
+        expect_zeros(name.field("reserved"), &scores.reserved)?;
+        let mut bias = None;
+        // SAFETY: as above.
+        if let Some(described) = unsafe { Described::optional("bias", scores.bias) }? {
+            expect_apart(outputs, &[&described])?;
+            bias = Some(Input::of_any_strides(device, &described)?);
+        }
+        let modifiers = score_modifiers::optional(name.field("modifiers"), scores.modifiers)?;
+        Ok(Self { bias, modifiers })
+    }
+
+    /// The call of a request.
+    fn on<'s>(&'s self, request: &'s ParallelRequest) -> ParallelCall<'s> {
+        let mut call = ParallelCall::from(request);
+        if let Some(bias) = &self.bias {
+            call = call.with_bias(bias.view());
+        }
+        if let Some(modifiers) = &self.modifiers {
+            call = call.with_modifiers(modifiers);
+        }
+        call
+    }
 }

@@ -610,6 +610,27 @@ pub struct varlen_fa_parallel_options {
     pub has_softmax_scale: u32,
     /// Factor on q*k before the softmax; any finite number.
     pub softmax_scale: f32,
+    /// What calls carry that not every mode computes, so that the plan takes one that does: modifiers
+    /// of these kinds, whose values do not count; NULL for none.
+    pub modifiers: *const varlen_fa_score_modifiers,
+    /// 1 for a bias, else 0.
+    pub has_bias: u32,
+    /// 1 for the log-sum-exp, else 0.
+    pub has_lse: u32,
+    /// 0.
+    pub reserved: [u64; 2],
+}
+
+/// What a call of sequence parallelism does to the scores, the same on every rank. Start from zeros,
+/// as with a tensor.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct varlen_fa_parallel_scores {
+    /// Is added to the scores of the whole sequence: floating-point, broadcast over [B, H, S, S], the
+    /// one that one device would be given. Any strides. NULL for none.
+    pub bias: *const varlen_fa_tensor,
+    /// Of all H heads; NULL for none.
+    pub modifiers: *const varlen_fa_score_modifiers,
     /// 0.
     pub reserved: [u64; 4],
 }

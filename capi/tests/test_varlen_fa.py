@@ -798,8 +798,8 @@ class Structs(unittest.TestCase):
     @unittest.skipIf(ctypes.sizeof(ctypes.c_void_p) != 8, "the sizes are those of 64-bit systems")
     def test_sizes_are_those_of_the_header(self):
         structs = [vf.Tensor, vf.MaskView, vf.AttentionMask, vf.Plan, vf.Options, vf.Run, vf.DeviceInfo, vf.MetaInfo]
-        structs += [vf.KeyRange, vf.RangesOf, vf.Shards, vf.ParallelOptions, vf.ParallelPlan]
-        sizes = [112, 72, 88, 272, 48, 24, 440, 64, 16, 72, 64, 80, 528]
+        structs += [vf.KeyRange, vf.RangesOf, vf.Shards, vf.ParallelOptions, vf.ParallelPlan, vf.ParallelScores]
+        sizes = [112, 72, 88, 272, 48, 24, 440, 64, 16, 72, 64, 80, 528, 48]
         self.assertEqual([ctypes.sizeof(struct) for struct in structs], sizes)
 
 
@@ -855,6 +855,58 @@ class Parallel(unittest.TestCase):
                 for at, token in enumerate(tokens):
                     for one, other in zip(got[at * row :][:row], expected[token * row :][:row]):
                         self.assertAlmostEqual(one, other, delta=2e-2)
+
+    def test_what_calls_carry(self):
+        # A bias of the whole sequence, sinks, text and image apart, and the log-sum-exp.
+        row, shape = self.HEADS * self.DIM, [1, self.seq, self.HEADS, self.DIM]
+        bias = Memory(DTYPE, [math.cos(at) for at in range(self.seq * self.seq)])
+        added = bias.tensor([1, 1, self.seq, self.seq])
+        modifiers = library.score_modifiers(sinks=[0.5, -1.0, 0.0, 2.0])
+        x, out = Memory(DTYPE, self.values), Memory(DTYPE, [0.0] * len(self.values))
+        lse = Memory(vf.F32, [0.0] * (self.HEADS * self.seq))
+        mask = vf.varlen(library.meta(self.mask), bias=added, modifiers=modifiers)
+        tensor = x.tensor(shape)
+        device.forward(tensor, tensor, tensor, out.tensor(shape), mask, lse=lse.tensor([1, self.HEADS, self.seq]))
+        expected, expected_lse = out.values(), lse.values()
+        outputs = {}
+
+        def run(communicator, rank):
+            start = 2 + sum(self.LENGTHS[:rank])
+            parts = [[0, 1], [*range(start, start + self.LENGTHS[rank])]]
+            shapes = [[1, len(tokens), self.HEADS, self.DIM] for tokens in parts]
+            inputs = [Memory(DTYPE, [self.values[t * row + i] for t in tokens for i in range(row)]) for tokens in parts]
+            outs = [Memory(DTYPE, [0.0] * (len(tokens) * row)) for tokens in parts]
+            tokens = sum(parts, [])
+            lse = Memory(vf.F32, [0.0] * (self.HEADS * len(tokens)))
+            meta = library.sharded_meta(self.mask, self.LENGTHS, rank, prefix=2)
+            heads = [self.HEADS, self.HEADS, self.DIM]
+            request = device.parallel_prepare(
+                communicator, meta, DTYPE, *heads, modifiers=modifiers, bias=True, lse=True
+            )
+            x = [memory.tensor(shape) for memory, shape in zip(inputs, shapes)]
+            out = [memory.tensor(shape) for memory, shape in zip(outs, shapes)]
+            lse_tensor = lse.tensor([1, self.HEADS, len(tokens)])
+            request.forward(communicator, x, x, x, out, bias=added, modifiers=modifiers, lse=lse_tensor)
+            got = [value for memory in outs for value in memory.values()]
+            outputs[rank] = (str(request.plan), tokens, got, lse.values())
+
+        threads = [
+            threading.Thread(target=run, args=(communicator, rank))
+            for rank, communicator in enumerate(library.communicators(2, 30000))
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        self.assertEqual(sorted(outputs), [0, 1])
+        for plan, tokens, got, got_lse in outputs.values():
+            self.assertTrue(plan.startswith("gather"), plan)
+            for at, token in enumerate(tokens):
+                for one, other in zip(got[at * row :][:row], expected[token * row :][:row]):
+                    self.assertAlmostEqual(one, other, delta=2e-2)
+                for head in range(self.HEADS):
+                    one, other = got_lse[head * len(tokens) + at], expected_lse[head * self.seq + token]
+                    self.assertTrue(one == other or abs(one - other) < 2e-2, (one, other))
 
     def test_ranks_that_differ(self):
         errors = self.run_both([self.LENGTHS, [4, 4]], mode="gather")
