@@ -27,6 +27,7 @@ use super::driver::fault::{self, Faults};
 use super::driver::lane::Lane;
 use super::driver::memory::CudaBuffer;
 use super::driver::probe::{self, CudaDeviceInfo};
+use super::driver::scratch::KeptScratch;
 use super::driver::timer::Timers;
 use super::kernels::module::{AttentionImages, KERNELS_CUDA, Modules};
 use super::kernels::tiles::tilings;
@@ -114,6 +115,7 @@ impl CudaDevice {
             // Never negative: the driver counts them.
             multiprocessors: info.multiprocessors.unsigned_abs().max(1) as usize,
             max_buffer_bytes: capabilities.max_buffer_bytes,
+            kept: KeptScratch::default(),
         };
         Ok(Self { name, capabilities, launcher, timers: Timers::default() })
     }

@@ -11,6 +11,7 @@ use crate::error::{Error, Result};
 use super::driver::context::Context;
 use super::driver::launch::{self, Function};
 use super::driver::memory::CudaBuffer;
+use super::driver::scratch::{KeptScratch, LentScratch};
 use super::kernels::module::{Entry, Modules};
 
 /// Allocates, finds buffers and launches kernels, all in the order of one stream. The context is
@@ -23,6 +24,8 @@ pub struct Launcher {
     pub multiprocessors: usize,
     /// The device's memory: no buffer is larger.
     pub max_buffer_bytes: u64,
+    /// Scratch that calls use again.
+    pub kept: KeptScratch,
 }
 
 impl Launcher {
@@ -37,6 +40,7 @@ impl Launcher {
             modules: Arc::clone(&self.modules),
             multiprocessors: self.multiprocessors,
             max_buffer_bytes: self.max_buffer_bytes,
+            kept: KeptScratch::default(),
         })
     }
 
@@ -53,7 +57,24 @@ impl Launcher {
             let limit_name = "the device's memory (bytes)";
             return Err(Error::TooLarge { argument: "tensor", limit_name, limit, got: bytes });
         }
-        CudaBuffer::new(&self.context, self.id, bytes)
+        match CudaBuffer::new(&self.context, self.id, bytes) {
+            // What is kept may be what is missing.
+            Err(Error::OutOfMemory { .. }) => {
+                self.kept.clear();
+                CudaBuffer::new(&self.context, self.id, bytes)
+            }
+            made => made,
+        }
+    }
+
+    /// [`scratch`](Self::scratch) of at least so many bytes that calls use again, one after another: dropped once the work that
+    /// uses it is launched. While the stream is being captured the memory is the graph's own.
+    pub fn lent_scratch(&self, bytes: u64) -> Result<LentScratch<'_>> {
+        if self.context.is_captured()? {
+            return self.scratch(bytes).map(LentScratch::of_graph);
+        }
+        let buffer = self.kept.take(bytes).map_or_else(|| self.scratch(bytes), Ok)?;
+        Ok(self.kept.lend(buffer))
     }
 
     /// New memory that holds the bytes and may outlive a capture of the stream.

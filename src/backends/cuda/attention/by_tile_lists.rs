@@ -5,6 +5,7 @@
 use std::sync::Arc;
 
 use crate::backends::cuda::driver::memory::CudaBuffer;
+use crate::backends::cuda::driver::scratch::LentScratch;
 use crate::backends::cuda::driver::transfer;
 use crate::backends::cuda::kernels::module::Entry;
 use crate::backends::cuda::kernels::params::{
@@ -477,7 +478,7 @@ impl<'a> Call<'a> {
         extent: &Extent,
         params: &mut TileListParams,
         ranged: &Ranged<'_>,
-    ) -> Result<(usize, Option<CudaBuffer>)> {
+    ) -> Result<(usize, Option<LentScratch<'a>>)> {
         let mut copy = self.work(ranged, extent.zero_items, true)?;
         let mut scratch = None;
         if copy.split.parts > 1 {
@@ -497,7 +498,7 @@ impl<'a> Call<'a> {
 
     /// How query tiles are shared out, which the parameters then say, and scratch for the parts of
     /// split ones.
-    fn split(&self, extent: &Extent, params: &mut TileListParams) -> Result<(Split, Option<CudaBuffer>)> {
+    fn split(&self, extent: &Extent, params: &mut TileListParams) -> Result<(Split, Option<LentScratch<'a>>)> {
         let mut split = Split::of(self.tile, extent.items, extent.fewest_key_tiles, self.launcher.multiprocessors);
         let mut scratch = None;
         if split.parts > 1 {
@@ -515,13 +516,13 @@ impl<'a> Call<'a> {
 
     /// Memory for the parts of query tiles, and zeroed counts of the parts that are done. The
     /// parameters then name both.
-    fn parts_scratch(&self, split: &Split, params: &mut TileListParams) -> Result<CudaBuffer> {
+    fn parts_scratch(&self, split: &Split, params: &mut TileListParams) -> Result<LentScratch<'a>> {
         let bytes = split.part_items() as u64 * self.tile.part_bytes();
         let count_bytes = split.split_items() as u64 * self.tile.part_count_bytes();
-        let scratch = self.launcher.scratch(bytes + count_bytes)?;
+        let scratch = self.launcher.lent_scratch(bytes + count_bytes)?;
         params.part_chunks = scratch.address();
         params.parts_done = scratch.address() + bytes;
-        // SAFETY: the end of the buffer that was just made.
+        // SAFETY: behind the parts, in the buffer that this call has.
         unsafe { transfer::fill(&self.launcher.context, params.parts_done, 0, count_bytes) }?;
         Ok(scratch)
     }

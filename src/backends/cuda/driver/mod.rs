@@ -11,6 +11,7 @@
 //! | `context` | a context, its one stream, its pool and its faults |
 //! | `alloc` | allocating and freeing, also while the stream is being captured |
 //! | `memory` | buffers: the library's own, or external memory |
+//! | `scratch` | scratch that calls use again |
 //! | `lane` | copies from other GPUs of the process, beside the stream |
 //! | `nccl`, `nccl_library` | copies between processes and hosts, with the feature `nccl` |
 //! | `transfer` | copies to, from and on the device, and fills |
@@ -31,5 +32,6 @@ pub mod nccl;
 mod nccl_library;
 pub mod pool;
 pub mod probe;
+pub mod scratch;
 pub mod timer;
 pub mod transfer;
