@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::communicator::{Communicator, Exchange, Outgoing, Transfer, TransferMut};
+use super::communicator::{Communicator, DeviceBytes, Exchange, Incoming, Outgoing, Transfer, TransferMut};
 use super::host::HostCommunicator;
 use super::mailbox::{Mailbox, Message};
 use super::peer_lane::{Lane, PeerLane, lanes};
@@ -121,9 +121,8 @@ struct Lending<'a, L: PeerLane> {
 
 impl<L: PeerLane> Lending<'_, L> {
     fn end(&mut self) -> Result<()> {
-        let taken = self.loans.drain(..).map(|(_, loan)| self.lane.take_back(&loan));
-        // Each is taken back, whatever becomes of the others.
-        let taken = taken.fold(Ok(()), Result::and);
+        let taken = self.lane.take_back(self.loans.iter().map(|(_, loan)| &**loan));
+        self.loans.clear();
         self.lane.join().and(taken)
     }
 }
@@ -197,8 +196,9 @@ impl<L: PeerLane> Ranked<L> {
         let world = self.mailboxes.len();
         // Each from another one first, so that not all copy from the same GPU. The order of one peer's messages stays.
         receives.sort_by_key(|receive| (receive.from + world - self.rank) % world);
-        for receive in receives {
-            let rank = receive.from;
+        let mut receives = receives.into_iter().peekable();
+        let mut lent = Vec::new();
+        while let Some(Incoming { from: rank, to }) = receives.next() {
             let message = self.mailboxes[self.rank].take(operation, rank, within)?;
             let differ = |what: String| Error::RanksDiffer { operation, own_rank: self.rank, rank, what };
             if message.tag != tag {
@@ -208,25 +208,36 @@ impl<L: PeerLane> Ranked<L> {
                 true => Ok(()),
                 false => Err(differ(format!("shapes ({got} bytes where {room} fit)"))),
             };
-            match (message.body, receive.to) {
+            match (message.body, to) {
                 (Parcel::Bytes(bytes), TransferMut::Host(into)) => {
                     expect_len(bytes.len() as u64, into.len() as u64)?;
                     into.copy_from_slice(&bytes);
                 }
                 (Parcel::Loan(loan), TransferMut::Device(into)) => {
                     expect_len(L::bytes_of(&loan), into.len())?;
-                    let is_copied = self.lane.copy(&loan, &into)?;
-                    self.mailboxes[rank].wake();
-                    if !is_copied {
-                        let lost = self.mailboxes[self.rank].cause();
-                        let (rank, why) = lost.unwrap_or_else(|| (rank, "it took back what it sent".to_owned()));
-                        return Err(Error::RankLost { operation, rank, why });
-                    }
+                    lent.push((loan, into));
                 }
                 _ => return Err(differ("devices (one sends host memory, and one that of a GPU)".to_owned())),
             }
+            // All that one peer lends at once: to mark where each copy ends would take the host longer.
+            if receives.peek().is_none_or(|next| next.from != rank) && !lent.is_empty() {
+                self.copy(operation, rank, &lent)?;
+                lent.clear();
+            }
         }
         Ok(())
+    }
+
+    fn copy(&self, operation: &'static str, rank: usize, lent: &[(Arc<L::Loan>, DeviceBytes<'_>)]) -> Result<()> {
+        let loans: Vec<_> = lent.iter().map(|(loan, to)| (&**loan, *to)).collect();
+        let is_copied = self.lane.copy(&loans)?;
+        self.mailboxes[rank].wake();
+        if is_copied {
+            return Ok(());
+        }
+        let lost = self.mailboxes[self.rank].cause();
+        let (rank, why) = lost.unwrap_or_else(|| (rank, "it took back what it sent".to_owned()));
+        Err(Error::RankLost { operation, rank, why })
     }
 
     fn abort(&mut self, why: &str) {
@@ -263,7 +274,7 @@ mod tests {
 
     use super::*;
     use crate::call::memory::{DeviceBuffer, Sink, Source};
-    use crate::dist::communicator::{DeviceBytes, Incoming, incoming, outgoing};
+    use crate::dist::communicator::{incoming, outgoing};
 
     /// Memory of a device that is none: what a lane moves, without a GPU.
     #[derive(Debug, Default, Clone)]
@@ -342,16 +353,18 @@ mod tests {
             loan.range.len() as u64
         }
 
-        fn copy(&self, loan: &TestLoan, to: &DeviceBytes<'_>) -> Result<bool> {
-            let mut state = locked(&loan.state);
-            if *state != Some(false) {
+        fn copy(&self, loans: &[(&TestLoan, DeviceBytes<'_>)]) -> Result<bool> {
+            let mut states: Vec<_> = loans.iter().map(|(loan, _)| locked(&loan.state)).collect();
+            if states.iter().any(|state| **state != Some(false)) {
                 return Ok(false);
             }
-            let from = loan.memory.bytes()[loan.range.clone()].to_vec();
-            let (to, range) = memory_of(to);
-            locked(&to.0)[range].copy_from_slice(&from);
-            *locked(&self.unjoined) += 1;
-            *state = Some(true);
+            for ((loan, to), state) in loans.iter().zip(&mut states) {
+                let from = loan.memory.bytes()[loan.range.clone()].to_vec();
+                let (to, range) = memory_of(to);
+                locked(&to.0)[range].copy_from_slice(&from);
+                *locked(&self.unjoined) += 1;
+                **state = Some(true);
+            }
             Ok(true)
         }
 
@@ -364,9 +377,11 @@ mod tests {
             Ok(())
         }
 
-        fn take_back(&self, loan: &TestLoan) -> Result<()> {
-            *locked(&loan.state) = None;
-            *locked(&self.lent) -= 1;
+        fn take_back<'l>(&self, loans: impl Iterator<Item = &'l TestLoan>) -> Result<()> {
+            for loan in loans {
+                *locked(&loan.state) = None;
+                *locked(&self.lent) -= 1;
+            }
             Ok(())
         }
     }

@@ -20,13 +20,13 @@ pub(super) trait PeerLane: Debug + Send + Sync + 'static {
     /// Lends what is written at the mark. It is taken back before the memory is given up.
     fn lend(&self, memory: &DeviceBytes<'_>, mark: &Self::Mark) -> Result<Self::Loan>;
     fn bytes_of(loan: &Self::Loan) -> u64;
-    /// Copies all of it, beside the device's work; false if it was taken back before.
-    fn copy(&self, loan: &Self::Loan, to: &DeviceBytes<'_>) -> Result<bool>;
+    /// Copies all that one peer lends, beside the device's work; false, and nothing is copied, if any of it was taken back before.
+    fn copy(&self, loans: &[(&Self::Loan, DeviceBytes<'_>)]) -> Result<bool>;
     fn is_copied(loan: &Self::Loan) -> bool;
     /// Later work of the device comes after all copies.
     fn join(&self) -> Result<()>;
-    /// Nobody copies any more, and later work of the device comes after whoever did.
-    fn take_back(&self, loan: &Self::Loan) -> Result<()>;
+    /// Nobody copies from them any more, and later work of the device comes after whoever did.
+    fn take_back<'l>(&self, loans: impl Iterator<Item = &'l Self::Loan>) -> Result<()>;
 }
 
 #[cfg(all(feature = "cuda", not(target_arch = "wasm32")))]
@@ -50,8 +50,9 @@ mod with_cuda {
             loan.bytes()
         }
 
-        fn copy(&self, loan: &Loan, to: &DeviceBytes<'_>) -> Result<bool> {
-            self.copy(loan, to.buffer(), to.range().start)
+        fn copy(&self, loans: &[(&Loan, DeviceBytes<'_>)]) -> Result<bool> {
+            let places: Vec<_> = loans.iter().map(|(loan, to)| (*loan, to.buffer(), to.range().start)).collect();
+            self.copy(&places)
         }
 
         fn is_copied(loan: &Loan) -> bool {
@@ -62,8 +63,8 @@ mod with_cuda {
             self.join()
         }
 
-        fn take_back(&self, loan: &Loan) -> Result<()> {
-            self.take_back(loan)
+        fn take_back<'l>(&self, loans: impl Iterator<Item = &'l Loan>) -> Result<()> {
+            self.take_back(loans)
         }
     }
 }
@@ -104,7 +105,7 @@ mod without_cuda {
             0
         }
 
-        fn copy(&self, (): &(), _: &DeviceBytes<'_>) -> Result<bool> {
+        fn copy(&self, _: &[(&(), DeviceBytes<'_>)]) -> Result<bool> {
             match *self {}
         }
 
@@ -116,7 +117,7 @@ mod without_cuda {
             match *self {}
         }
 
-        fn take_back(&self, (): &()) -> Result<()> {
+        fn take_back<'l>(&self, _: impl Iterator<Item = &'l ()>) -> Result<()> {
             match *self {}
         }
     }

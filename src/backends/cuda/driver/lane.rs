@@ -67,9 +67,14 @@ impl Drop for Event {
 #[derive(Debug, Clone)]
 pub struct Mark(Arc<Event>);
 
-#[cfg(feature = "nccl")]
 impl Mark {
+    /// Whether both are the same place of the same stream.
+    fn is(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+
     /// Whether the stream has come past it, or will never: the context is current.
+    #[cfg(feature = "nccl")]
     pub(super) fn is_past(&self) -> bool {
         // SAFETY: the event is live and was recorded.
         let asked = unsafe { event::query(self.0.raw) };
@@ -226,34 +231,51 @@ impl Lane {
         })
     }
 
-    /// Copies all that is lent to the device's memory, from byte `start` of a buffer. False if it was taken back before, or
-    /// does not fit.
-    pub fn copy(&self, loan: &Loan, to: &dyn DeviceBuffer, start: u64) -> Result<bool> {
-        let to = self.own(to)?;
-        // While it is locked it is not taken back.
-        let mut state = loan.lock();
-        let fits = start.checked_add(loan.bytes).is_some_and(|end| end <= to.size());
-        if !matches!(*state, LoanState::Open) || !fits {
-            return Ok(false);
+    /// Copies what a peer has lent to the device's memory: each loan to a buffer, from a byte on. False, and nothing is
+    /// copied, if one of them was taken back before, or does not fit.
+    pub fn copy(&self, loans: &[(&Loan, &dyn DeviceBuffer, u64)]) -> Result<bool> {
+        let mut copies = Vec::with_capacity(loans.len());
+        for &(loan, to, start) in loans {
+            // While it is locked it is not taken back.
+            let (to, state) = (self.own(to)?, loan.lock());
+            let fits = start.checked_add(loan.bytes).is_some_and(|end| end <= to.size());
+            if !matches!(*state, LoanState::Open) || !fits {
+                return Ok(false);
+            }
+            copies.push((loan, to.address() + start, state));
         }
         let _current = self.context.enter()?;
-        self.wait(self.side, &loan.ready)?;
+        let mut waited: Option<&Mark> = None;
+        let enqueued = copies.iter().try_for_each(|&(loan, to, _)| {
+            // A peer lends all messages of one exchange at one mark.
+            if waited.is_none_or(|mark| !mark.is(&loan.ready)) {
+                self.wait(self.side, &loan.ready)?;
+                waited = Some(&loan.ready);
+            }
+            self.enqueue(loan, to)
+        });
+        // Recorded in any case: part of what was refused may be under way.
+        let end = self.record(self.side)?;
+        *self.last_copy.lock().unwrap_or_else(PoisonError::into_inner) = Some(end.clone());
+        for (_, _, state) in &mut copies {
+            **state = LoanState::Copied(end.clone());
+        }
+        enqueued.map(|()| true)
+    }
+
+    /// The copy of a loan that is locked and fits. The context is current.
+    fn enqueue(&self, loan: &Loan, to: u64) -> Result<()> {
         let (from_context, to_context) = (loan.context.raw(), self.context.raw());
-        let (from, to, bytes) = (loan.address, to.address() + start, loan.bytes as usize);
+        let (from, bytes) = (loan.address, loan.bytes as usize);
         let copied = match (bytes, from_context == to_context) {
             (0, _) => Ok(()),
             // SAFETY: the source is a buffer that its lender keeps until the loan is over; the destination is in bounds,
-            // as checked above. Both are of the current context.
+            // as checked by `copy`. Both are of the current context.
             (_, true) => unsafe { result::memcpy_dtod_async(to, from, bytes, self.side) },
             // SAFETY: as above, each of its own context, which the loan and the lane keep.
             (_, false) => unsafe { result::memcpy_peer_async(to_context, to, from_context, from, bytes, self.side) },
         };
-        let copied = self.context.check(copied, "copying from another rank");
-        // Recorded in any case: part of a copy that was refused may be under way.
-        let end = self.record(self.side)?;
-        *self.last_copy.lock().unwrap_or_else(PoisonError::into_inner) = Some(end.clone());
-        *state = LoanState::Copied(end);
-        copied.map(|()| true)
+        self.context.check(copied, "copying from another rank")
     }
 
     /// Later work of the device comes after all copies of this lane.
@@ -264,12 +286,26 @@ impl Lane {
         self.wait(self.context.stream(), &last)
     }
 
-    /// Ends a loan of this lane: nobody copies from it any more, and later work of the device comes after whoever did.
-    pub fn take_back(&self, loan: &Loan) -> Result<()> {
-        let state = std::mem::replace(&mut *loan.lock(), LoanState::Over);
-        let LoanState::Copied(end) = state else { return Ok(()) };
-        let _current = self.context.enter()?;
-        self.wait(self.context.stream(), &end)
+    /// Ends loans of this lane: nobody copies from them any more, and later work of the device comes after whoever did.
+    pub fn take_back<'l>(&self, loans: impl Iterator<Item = &'l Loan>) -> Result<()> {
+        let current = self.context.enter();
+        let mut waited: Option<Mark> = None;
+        let mut done = Ok(());
+        // Each is taken back, whatever becomes of the others.
+        for loan in loans {
+            let state = std::mem::replace(&mut *loan.lock(), LoanState::Over);
+            let LoanState::Copied(end) = state else { continue };
+            // A peer copies all messages of one exchange before one mark.
+            if waited.as_ref().is_some_and(|mark| mark.is(&end)) {
+                continue;
+            }
+            done = done.and_then(|()| current.as_ref().map_err(Clone::clone).map(drop));
+            if current.is_ok() {
+                done = self.wait(self.context.stream(), &end).and(done);
+            }
+            waited = Some(end);
+        }
+        done
     }
 
     fn own<'a>(&self, buffer: &'a dyn DeviceBuffer) -> Result<&'a CudaBuffer> {
