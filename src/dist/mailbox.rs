@@ -26,6 +26,8 @@ pub(super) struct Mailbox<B> {
     changes: AtomicU64,
     /// How long a rank looks before it sleeps: to be woken takes longer than what a GPU's rank waits for.
     looks: Duration,
+    /// Whether it lets other threads run while it looks, which takes the system: where ranks share a core, the other one must run.
+    yields: bool,
 }
 
 #[derive(Debug)]
@@ -48,12 +50,15 @@ impl<B> Mailbox<B> {
             aborted: None,
             sleepers: 0,
         };
-        Self { state: Mutex::new(state), changed: Condvar::new(), changes: AtomicU64::new(0), looks: Duration::ZERO }
+        let (changed, changes) = (Condvar::new(), AtomicU64::new(0));
+        Self { state: Mutex::new(state), changed, changes, looks: Duration::ZERO, yields: true }
     }
 
     /// A mailbox whose rank looks for so long before it sleeps.
     pub(super) fn looking(self, looks: Duration) -> Self {
-        Self { looks, ..self }
+        let world = self.lock().queues.len();
+        let yields = thread::available_parallelism().map_or(true, |cores| cores.get() <= world);
+        Self { looks, yields, ..self }
     }
 
     /// A message of a rank.
@@ -162,8 +167,7 @@ impl<B> Mailbox<B> {
         let mut looked = 0_u32;
         while self.changes.load(Ordering::Acquire) == seen && Instant::now() < until {
             looked += 1;
-            // Where ranks share a core, the other one must run.
-            if looked.is_multiple_of(64) { thread::yield_now() } else { hint::spin_loop() }
+            if self.yields && looked.is_multiple_of(64) { thread::yield_now() } else { hint::spin_loop() }
         }
     }
 
