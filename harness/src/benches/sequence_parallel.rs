@@ -248,7 +248,7 @@ fn measure(
 /// What makes a rank's communicator, in its own thread.
 type Start<'a> = Box<dyn FnOnce(&Device) -> Result<Box<dyn Communicator>> + Send + 'a>;
 
-fn start<'a>(communicator: impl Communicator + Send + 'static) -> Start<'a> {
+fn start<'a>(communicator: impl Communicator + 'static) -> Start<'a> {
     Box::new(move |_| Ok(Box::new(communicator)))
 }
 
