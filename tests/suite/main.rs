@@ -78,7 +78,7 @@ use std::process::ExitCode;
 use libtest_mimic::{Arguments, Failed, Trial};
 use varlen_fa::{BackendKind, Device};
 
-use self::trials::{Register, Trials};
+use self::trials::{Register, Trials, is_emulated_gpu};
 
 /// What every device passes.
 const SHARED: &[Register] = &[
@@ -156,7 +156,8 @@ fn main() -> ExitCode {
 }
 
 fn trials_of(kind: BackendKind, device: Device) -> Vec<Trial> {
-    let mut trials = Trials::new(device);
+    let second = if is_emulated_gpu(&device) { presence::another(kind) } else { None };
+    let mut trials = Trials::new(device, second);
     SHARED.iter().chain(own(kind)).for_each(|register| register(&mut trials));
     trials.into_list()
 }

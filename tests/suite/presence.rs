@@ -30,6 +30,12 @@ pub fn open(kind: BackendKind, is_required: bool) -> (Trial, Option<Device>) {
     (present, opened.ok())
 }
 
+/// A device of the same GPU as the one that was [opened](open).
+pub fn another(kind: BackendKind) -> Option<Device> {
+    let opened = limits::open(Config::default().with_device(kind.into()));
+    opened.inspect_err(|error| eprintln!("the suite has one {kind} device alone: {error:#}")).ok()
+}
+
 /// The kinds of devices whose absence is a failure.
 pub fn required() -> Result<Vec<BackendKind>> {
     let value = env::var(REQUIRE).unwrap_or_default();

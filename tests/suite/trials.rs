@@ -67,6 +67,9 @@ impl Outcome for Completion {
 #[derive(Debug)]
 pub struct Trials {
     device: Device,
+    /// Another one of the same GPU, for every second variant. An emulated GPU compiles each shader in the one thread of a device's
+    /// queue, which is most of what its trials do: with two devices, two processors do it.
+    second: Option<Device>,
     /// What tells the device from others of its kind.
     label: Option<&'static str>,
     /// Whether an emulated GPU runs one element type alone.
@@ -75,14 +78,14 @@ pub struct Trials {
 }
 
 impl Trials {
-    /// An empty list.
-    pub fn new(device: Device) -> Self {
-        Self { device, label: None, few_dtypes: false, list: Vec::new() }
+    /// An empty list. A second device of the same GPU, if any, gets every other variant.
+    pub fn new(device: Device, second: Option<Device>) -> Self {
+        Self { device, second, label: None, few_dtypes: false, list: Vec::new() }
     }
 
     /// Adds trials on another device of the same kind, with a label that follows the kind in their names.
     pub fn add_on(&mut self, label: &'static str, device: Device, registers: &[Register]) {
-        let mut others = Self { device, label: Some(label), few_dtypes: false, list: Vec::new() };
+        let mut others = Self { device, second: None, label: Some(label), few_dtypes: false, list: Vec::new() };
         registers.iter().for_each(|register| register(&mut others));
         self.list.append(&mut others.list);
     }
@@ -286,7 +289,8 @@ impl Trials {
         let parts: Vec<_> = [Some(kernel.name()), path.map(Path::name)].into_iter().flatten().collect();
         let most = if self.few_dtypes && is_emulated_gpu(&self.device) { 1 } else { usize::MAX };
         for &dtype in dtypes.iter().filter(|dtype| kernel.dtypes().contains(dtype)).take(most) {
-            let variant = Variant { device: self.device.clone(), kernel, path, dtype };
+            let device = self.second.as_ref().filter(|_| self.list.len() % 2 == 1).unwrap_or(&self.device);
+            let variant = Variant { device: device.clone(), kernel, path, dtype };
             self.push(&parts, test, Some(dtype), move || run(&variant));
         }
     }
