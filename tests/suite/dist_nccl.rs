@@ -15,9 +15,9 @@ use super::dist::on_ranks;
 use super::trials::Trials;
 
 pub fn register(trials: &mut Trials) {
-    trials.once("dist/nccl/modes", modes);
-    trials.once("dist/nccl/a_rank_that_is_silent", a_rank_that_is_silent);
-    trials.once("dist/nccl/refusals", refusals);
+    trials.alone("dist/nccl/modes", modes);
+    trials.alone("dist/nccl/a_rank_that_is_silent", a_rank_that_is_silent);
+    trials.alone("dist/nccl/refusals", refusals);
 }
 
 const HEADS: Heads = Heads { num_heads: 8, num_kv_heads: 8, head_dim: 64, dtype: DType::Bf16 };
