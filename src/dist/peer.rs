@@ -42,6 +42,9 @@ pub struct PeerCommunicator {
 /// How long a rank looks for a peer's message before it sleeps.
 const LOOKS: Duration = Duration::from_millis(1);
 
+/// How long a rank that takes back what it lent may take to say why.
+const LAST_WORD: Duration = Duration::from_secs(1);
+
 impl PeerCommunicator {
     /// A rank for each device, in order.
     ///
@@ -235,9 +238,9 @@ impl<L: PeerLane> Ranked<L> {
         if is_copied {
             return Ok(());
         }
-        let lost = self.mailboxes[self.rank].cause();
-        let (rank, why) = lost.unwrap_or_else(|| (rank, "it took back what it sent".to_owned()));
-        Err(Error::RankLost { operation, rank, why })
+        // It has given up, and says so after it took back what it lent.
+        self.mailboxes[self.rank].check_last_word(operation, rank, LAST_WORD)?;
+        Err(Error::RankLost { operation, rank, why: "it took back what it sent".to_owned() })
     }
 
     fn abort(&mut self, why: &str) {
