@@ -114,9 +114,18 @@ impl Gather {
             return layer.forward_into(q.segments(), k.segments(), v.segments(), mask, outputs).map(drop);
         }
         let room = steps.room;
-        let mut arrived = self.receive(steps, 0, [k, v], &mut || Ok(()))?;
+        let first = self.pack(room, 0, [k, v])?;
+        // What other chunks send is packed while the first one's comes: nothing else can be done then.
+        let mut others = Vec::with_capacity(self.chunks - 1);
+        let mut pack_others = || -> Result<()> {
+            for chunk in 1..self.chunks {
+                others.push(self.pack(room, chunk, [k, v])?);
+            }
+            Ok(())
+        };
+        let mut arrived = self.receive(steps, 0, &first, &mut pack_others)?;
         for chunk in 0..self.chunks {
-            let [q_heads, kv_heads] = self.heads.chunk(self.ulysses, (chunk, self.chunks));
+            let [q_heads, kv_heads] = self.chunk(chunk);
             let mut attend = || -> Result<()> {
                 let (q, k, v) = (q.heads(&q_heads)?, k.heads(&kv_heads)?, v.heads(&kv_heads)?);
                 let [k_came, v_came] = [0, 1].map(|which| self.padded(room, &arrived, which, kv_heads.len()));
@@ -144,13 +153,17 @@ impl Gather {
                 }
                 Ok(())
             };
-            if chunk + 1 == self.chunks {
-                attend()?;
-                break;
+            match others.get(chunk) {
+                Some(next) => arrived = self.receive(steps, chunk + 1, next, &mut attend)?,
+                None => attend()?,
             }
-            arrived = self.receive(steps, chunk + 1, [k, v], &mut attend)?;
         }
         Ok(())
+    }
+
+    /// The heads of a chunk, among the rank's own.
+    fn chunk(&self, chunk: usize) -> [Range<usize>; 2] {
+        self.heads.growing_chunk(self.ulysses, (chunk, self.chunks))
     }
 
     /// The rank's heads among all.
@@ -168,20 +181,25 @@ impl Gather {
         self.before.iter().chain(&self.after)
     }
 
+    /// What the other groups get of one chunk: keys and values of the rank's own shards. None without a valid row.
+    fn pack<'k>(&self, room: Room<'k>, chunk: usize, own: [Local<'_>; 2]) -> Result<Option<Rows<'k>>> {
+        let [_, heads] = self.chunk(chunk);
+        let [k, v] = own.map(|tensor| tensor.parts()[1].slice(2, heads.clone()));
+        Rows::pack(room, [k?, v?], &self.own_meta)
+    }
+
     /// One chunk of the keys and values of the other groups.
     fn receive<'k>(
         &self,
         steps: &mut Steps<'k>,
         chunk: usize,
-        own: [Local<'_>; 2],
+        sent: &Option<Rows<'_>>,
         meanwhile: &mut dyn FnMut() -> Result<()>,
     ) -> Result<Vec<Option<Rows<'k>>>> {
         let room = steps.room;
-        let [_, heads] = self.heads.chunk(self.ulysses, (chunk, self.chunks));
-        let [k, v] = own.map(|tensor| tensor.parts()[1].slice(2, heads.clone()));
-        let packed = Rows::pack(room, [k?, v?], &self.own_meta)?;
-        let packed = packed.as_ref().map(Rows::memory);
-        let sends = packed.iter().flat_map(|rows| self.sources().map(move |source| (source.rank, *rows))).collect();
+        let [_, heads] = self.chunk(chunk);
+        let sent = sent.as_ref().map(Rows::memory);
+        let sends = sent.iter().flat_map(|rows| self.sources().map(move |source| (source.rank, *rows))).collect();
         let mut arrived = Vec::with_capacity(self.before.len() + self.after.len());
         let row = (self.heads.head_dim, self.heads.dtype);
         for source in self.sources() {

@@ -155,10 +155,9 @@ impl Heads {
 
     /// Why the heads of a rank of a group cannot be computed in so many chunks.
     pub(super) fn chunks_refusal(&self, ulysses: usize, chunks: usize) -> Option<String> {
-        let [heads, kv_heads] = self.of_each(ulysses);
-        let divides = chunks > 0 && kv_heads.is_multiple_of(chunks) && heads.is_multiple_of(chunks);
-        (!divides)
-            .then(|| format!("{chunks} chunks do not divide a rank's {heads} heads and {kv_heads} key/value heads"))
+        let [_, kv_heads] = self.of_each(ulysses);
+        let fits = (1..=kv_heads).contains(&chunks);
+        (!fits).then(|| format!("a rank's {kv_heads} key/value heads cannot be divided into {chunks} chunks"))
     }
 
     /// The heads of the `at`-th rank of a group: those of queries, and those of keys that they read.
@@ -169,10 +168,32 @@ impl Heads {
         [at * heads..(at + 1) * heads, first..first + kv_heads]
     }
 
-    /// One of so many chunks of a rank's heads, which [divide](Self::chunks_refusal) them: those of queries, and those of the keys
-    /// that they read, counted among the rank's own.
+    /// One of so many chunks of a rank's heads: those of queries, and those of the keys that they read, counted among the rank's
+    /// own. Chunks are as even as can be.
     pub(super) fn chunk(&self, ulysses: usize, (at, chunks): (usize, usize)) -> [Range<usize>; 2] {
-        self.of_each(ulysses).map(|heads| at * heads / chunks..(at + 1) * heads / chunks)
+        self.between(ulysses, [at, at + 1].map(|at| move |kv_heads| at * kv_heads / chunks))
+    }
+
+    /// The same, but each chunk has about two and a half times the heads of the one before: nothing hides what the first one waits
+    /// for, and each hides what the next one waits for.
+    pub(super) fn growing_chunk(&self, ulysses: usize, (at, chunks): (usize, usize)) -> [Range<usize>; 2] {
+        // (g^at - 1) / (g^chunks - 1), without large numbers.
+        const GROWTH: f64 = 2.5;
+        let power = |exponent: usize| GROWTH.powf(exponent as f64 - chunks as f64);
+        let share = |at| (power(at) - power(0)) / (1.0 - power(0));
+        let start = move |at: usize| {
+            // A chunk has a head at least.
+            move |kv_heads: usize| ((kv_heads as f64 * share(at)).round() as usize).clamp(at, kv_heads + at - chunks)
+        };
+        self.between(ulysses, [start(at), start(at + 1)])
+    }
+
+    /// Heads between two places among the key/value heads of each rank.
+    fn between(&self, ulysses: usize, ends: [impl Fn(usize) -> usize; 2]) -> [Range<usize>; 2] {
+        let [heads, kv_heads] = self.of_each(ulysses);
+        let [start, end] = ends.map(|place| place(kv_heads));
+        // How many heads share one of the keys.
+        [heads / kv_heads, 1].map(|shared| start * shared..end * shared)
     }
 
     /// Bytes of one row of so many heads.
@@ -203,6 +224,30 @@ mod tests {
                 }
             }
         }
+    }
+
+    /// Chunks follow one another, none is empty, and each has whole key heads.
+    #[test]
+    fn chunks_share_out_all_heads() {
+        for kv_heads in 1..40 {
+            let all = heads(3 * kv_heads, kv_heads);
+            for chunks in 1..=kv_heads {
+                assert_eq!(all.chunks_refusal(1, chunks), None);
+                for chunk in [Heads::chunk, Heads::growing_chunk] {
+                    let mut next = 0;
+                    for at in 0..chunks {
+                        let [q, kv] = chunk(&all, 1, (at, chunks));
+                        assert_eq!((kv.start, q.start, q.end), (next, 3 * kv.start, 3 * kv.end), "{at} of {chunks}");
+                        assert!(!kv.is_empty(), "{at} of {chunks}, {kv_heads} heads");
+                        next = kv.end;
+                    }
+                    assert_eq!(next, kv_heads);
+                }
+            }
+            assert!(all.chunks_refusal(1, 0).is_some() && all.chunks_refusal(1, kv_heads + 1).is_some());
+        }
+        let sizes = [0, 1, 2].map(|at| heads(24, 24).growing_chunk(1, (at, 3))[1].len());
+        assert_eq!(sizes, [2, 7, 15]);
     }
 
     #[test]

@@ -48,13 +48,13 @@ impl Machine {
     /// GPUs of the class of an H100, eight a host, on NVLink, with a network card of 400 Gbit/s for each.
     pub const H100: Self = Self {
         ranks_per_host: 8,
-        in_host: 2e11,
+        in_host: 3e11,
         between_hosts: 4.5e10,
         latency: 15e-6,
-        copies: 1.2e12,
+        copies: 2.4e12,
         flops: 6.5e14,
         memory: None,
-        chunk: 30e-6,
+        chunk: 20e-6,
     };
 
     /// With so many consecutive ranks on each host.
@@ -366,28 +366,31 @@ impl Rows {
             Outer::Ring => tokens(ulysses) * (2 * kv_row + 2 * q_row),
         };
         let (first, second) = (exchanged.seconds(machine), around.seconds(machine));
-        // What is sent is packed, and what comes is unpacked: about as much. A ring merges the output at each hop.
+        // What is sent is packed, and what comes is unpacked: about as much.
         let queries = of_group(group) + replicated;
-        let merged = if outer == Outer::Ring { (groups as u64 - 1) * 3 * queries * q_row } else { 0 };
-        let packed = match outer {
-            Outer::Gather => exchanged.bytes() + around.bytes(),
-            Outer::Ring => exchanged.bytes() + of_group(group) * kv_row,
-        };
-        let copies = (2 * packed + merged) as f64 / machine.copies;
+        let copied = |bytes: u64| 2.0 * bytes as f64 / machine.copies;
         let seconds = match outer {
-            Outer::Gather if chunks == 1 => first + second + attention + copies,
-            // The first chunk's rows come before any attention, and those of the others meanwhile; copies are the device's work.
+            // The first chunk's rows come before any attention, and those of each other one under attention of the one before it.
             Outer::Gather => {
                 let (outside, links) = if groups == 1 { (0.0, first) } else { (first, second) };
-                let n = chunks as f64;
-                let further = (n - 1.0) * (machine.chunk + machine.latency);
-                outside + (links + attention) / n + (n - 1.0) / n * attention.max(links) + copies + further
+                let chunk = if groups == 1 { Heads::chunk } else { Heads::growing_chunk };
+                let share = |at| match at < chunks {
+                    true => chunk(heads, ulysses, (at, chunks))[1].len() as f64 / own_kv_heads as f64,
+                    false => 0.0,
+                };
+                let steps = (0..chunks).map(|at| (attention * share(at)).max(links * share(at + 1)));
+                // Keys of other chunks than the first are packed while the first one's come.
+                let packs = copied(exchanged.bytes()) + copied(around.bytes()) * share(0);
+                outside + links * share(0) + steps.sum::<f64>() + packs + (chunks - 1) as f64 * machine.chunk
             }
-            // Hops run under attention to what came before. Prefix and suffix are queries of their own, with own keys first.
+            // Hops run under attention to what came before, and the output is merged at each. Prefix and suffix are queries of
+            // their own, with own keys first.
             Outer::Ring => {
                 let of_replicated = if replicated > 0 { groups + 1 } else { 0 };
                 let calls = (groups + of_replicated - 1) as f64;
                 let parts = if machine.chunk.is_finite() { calls * machine.chunk } else { 0.0 };
+                let merged = (groups as u64 - 1) * 3 * queries * q_row;
+                let copies = copied(exchanged.bytes() + of_group(group) * kv_row) + merged as f64 / machine.copies;
                 first + second.max(attention) + copies + machine.latency + parts
             }
         };
@@ -475,27 +478,40 @@ mod tests {
     use crate::dtype::DType;
     use crate::mask::key_mask::KeyMask;
 
-    fn estimates(seq: usize, prefix: usize, ranks: usize, heads: Heads, machine: Machine) -> Result<ParallelPlan> {
-        let shards = Shards::equal(seq, ranks)?.with_prefix(prefix)?;
-        let meta = ShardedMeta::new(&KeyMask::all(1, shards.seq())?, &shards, 0)?;
-        ParallelPlan::new(&meta, &heads, ParallelNeeds::new(), &machine, None)
-    }
-
-    /// The table of docs/sequence-parallel.md.
+    /// The table of docs/sequence-parallel.md is what the model says.
     #[test]
-    fn modes_of_the_paper() -> Result<()> {
-        let heads = |num_heads| Heads { num_heads, num_kv_heads: num_heads, head_dim: 128, dtype: DType::Bf16 };
-        let (gather, ring) = (Mode::UlyssesGather { ulysses: 8 }, Mode::UlyssesRing { ulysses: 8 });
-        for (seq, prefix, heads, modes) in [
-            (4096, 256, heads(24), [Mode::Ulysses, gather, gather, gather, gather, gather]),
-            (32_768, 0, heads(24), [Mode::Ulysses, ring, ring, gather, gather, gather]),
-            (75_776, 0, heads(40), [Mode::Ulysses, ring, ring, ring, ring, gather]),
-        ] {
-            for (ranks, mode) in [8, 16, 32, 64, 128, 512].into_iter().zip(modes) {
-                let plan = estimates(seq, prefix, ranks, heads, Machine::H100)?;
-                assert_eq!(plan.mode, mode, "{seq} tokens, {ranks} ranks: {plan}");
+    fn the_page_has_the_estimates() -> Result<()> {
+        let machine = Machine::H100;
+        let row = |name: &str, (seq, prefix, num_heads): (usize, usize, usize), only: Option<Mode>| -> Result<String> {
+            let heads = Heads { num_heads, num_kv_heads: num_heads, head_dim: 128, dtype: DType::Bf16 };
+            let mut row = format!("| {name} |");
+            for ranks in [1, 2, 4, 8, 16, 32, 64, 128, 512] {
+                let shards = Shards::equal(seq, ranks)?.with_prefix(prefix)?;
+                let meta = ShardedMeta::new(&KeyMask::all(1, shards.seq())?, &shards, 0)?;
+                let mode = only.unwrap_or(ParallelPlan::new(&meta, &heads, ParallelNeeds::new(), &machine, None)?.mode);
+                let short = match mode {
+                    _ if ranks == 1 || only.is_some() => "",
+                    Mode::Gather => " g",
+                    Mode::Ulysses => " u",
+                    Mode::Ring => " r",
+                    Mode::UlyssesGather { .. } => " ug",
+                    Mode::UlyssesRing { .. } => " ur",
+                };
+                let ms = Rows::of(&meta)?.estimate(mode, &heads, &machine).seconds * 1e3;
+                let digits = [10.0, 100.0].iter().filter(|&&limit| ms < limit).count();
+                row += &format!(" {ms:.digits$}{short} |");
             }
-        }
+            Ok(row)
+        };
+        let video = (75_776, 0, 40);
+        let rows = [
+            row("joint 256 + 4096, 24×128", (4096, 256, 24), None)?,
+            row("video 32k, 24×128", (32_768, 0, 24), None)?,
+            row("video 75,776, 40×128", video, None)?,
+            row("the same, gather", video, Some(Mode::Gather))?,
+        ];
+        let page = include_str!("../../docs/sequence-parallel.md");
+        assert!(rows.iter().all(|row| page.contains(row.as_str())), "the page lacks some of\n{}", rows.join("\n"));
         Ok(())
     }
 
@@ -507,7 +523,9 @@ mod tests {
         let machine = Machine { copies: f64::INFINITY, latency: 0.0, chunk: f64::INFINITY, ..Machine::H100 };
         let rows = (machine.flops / machine.in_host) as usize;
         for (of_rank, hides) in [(rows / 2, false), (2 * rows, true)] {
-            let plan = estimates(4 * of_rank, 0, 4, heads, machine)?;
+            let shards = Shards::equal(4 * of_rank, 4)?;
+            let meta = ShardedMeta::new(&KeyMask::all(1, shards.seq())?, &shards, 0)?;
+            let plan = ParallelPlan::new(&meta, &heads, ParallelNeeds::new(), &machine, None)?;
             let ring = plan.candidates.iter().find(|(mode, _)| *mode == Mode::Ring);
             let estimate = ring.and_then(|(_, estimate)| estimate.as_ref().ok());
             let is_hidden = estimate.is_some_and(|ring| ring.seconds < 1.01 * ring.attention);

@@ -262,8 +262,8 @@ fn refusals(device: &Device) -> Result<()> {
     ensure!(of_dim.starts_with("`q`: head_dim must be"), "{of_dim}");
     let of_mode = refused(&parallel.clone().with_mode(Mode::UlyssesRing { ulysses: 2 }), &meta(1)?, &HEADS)?;
     ensure!(of_mode == "`mode`: ulysses-ring:2 cannot be forced here: groups of 2 do not divide 1 ranks", "{of_mode}");
-    let of_chunks = refused(&parallel.clone().with_chunks(4), &meta(1)?, &HEADS)?;
-    ensure!(of_chunks.ends_with("4 chunks do not divide a rank's 6 heads and 6 key/value heads"), "{of_chunks}");
+    let of_chunks = refused(&parallel.clone().with_chunks(7), &meta(1)?, &HEADS)?;
+    ensure!(of_chunks.ends_with("a rank's 6 key/value heads cannot be divided into 7 chunks"), "{of_chunks}");
     // A rank that is not there, or is this one.
     for to in [0, 1, usize::MAX] {
         let sends = vec![Outgoing { to, from: Transfer::Host(&[1]) }];

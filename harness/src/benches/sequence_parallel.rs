@@ -14,10 +14,12 @@ use anyhow::{Context, Result, anyhow, ensure};
 use clap::{Args, ValueEnum};
 use serde::Serialize;
 use varlen_fa::dist::{
-    Communicator, Heads, HostCommunicator, Mode, ParallelRequest, PeerCommunicator, SequenceParallel, ShardedMeta,
-    Shards,
+    Communicator, Heads, HostCommunicator, Machine, Mode, ParallelRequest, PeerCommunicator, SequenceParallel,
+    ShardedMeta, Shards,
 };
-use varlen_fa::{AttentionMask, Config, DType, Device, DeviceChoice, KeyMask, MaskedAttention, Tensor, VarlenMeta};
+use varlen_fa::{
+    AttentionMask, BackendKind, Config, DType, Device, DeviceChoice, KeyMask, MaskedAttention, Tensor, VarlenMeta,
+};
 use varlen_fa::{bf16, f16};
 
 use crate::arguments::{ElementType, RoundArguments};
@@ -29,8 +31,10 @@ use crate::times::{Times, milliseconds};
 /// A joint layer at 1024² of two requests, and videos of 16k and 32k tokens.
 const DEFAULTS: [&str; 3] = ["256+4096:valid=256,120", "16384", "32768"];
 const SMOKE: &str = "5+40:valid=3,5:heads=4:dim=16";
-/// Several calls a timing: the host's work for one hides behind the device's for another.
-const REPEATS: u32 = 16;
+/// Several calls a timing, as a model makes them: the host's work for one hides behind the device's for another.
+const REPEATS: [f64; 2] = [4.0, 64.0];
+/// How long the calls of a timing shall take, by a plan's idea of the device.
+const SECONDS: f64 = 0.03;
 
 /// Time sequence parallelism against one device.
 #[derive(Debug, Args)]
@@ -119,6 +123,15 @@ impl Problem {
         Ok(Self { name: spec.to_owned(), shards, mask, heads })
     }
 
+    /// How many calls a timing takes.
+    fn repeats(&self, device: &Device) -> u32 {
+        let machine = if device.capabilities().backend == BackendKind::Cpu { Machine::CPU } else { Machine::H100 };
+        let Heads { num_heads, head_dim, .. } = self.heads;
+        let operations = 4.0 * (self.mask.batch() * num_heads * head_dim) as f64 * (self.mask.seq() as f64).powi(2);
+        let [least, most] = REPEATS;
+        (SECONDS * machine.flops / operations).clamp(least, most) as u32
+    }
+
     fn tensors(&self, device: &Device, seq: usize, seed: u64) -> Result<[Tensor; 4]> {
         let Heads { num_heads, num_kv_heads, head_dim, dtype } = self.heads;
         let new = |seed, heads| -> Result<Tensor> {
@@ -175,7 +188,7 @@ pub fn run(arguments: &Arguments, sizes: Sizes) -> Result<()> {
     let distinct = if arguments.device == Kind::Cuda { gpus.len().min(ranks) } else { 1 };
     writeln!(
         report.text,
-        "{}; {ranks} ranks on {distinct} device(s), rows by {transport:?}, {rounds} rounds of {REPEATS} calls, {dtype}",
+        "{}; {ranks} ranks on {distinct} device(s), rows by {transport:?}, {rounds} rounds, {dtype}",
         first.capabilities()
     )?;
     let given: Vec<&str> = arguments.workloads.iter().map(String::as_str).collect();
@@ -193,8 +206,8 @@ fn rows_of(heads: Heads, ranks: usize, chunks: &[usize]) -> Vec<Row> {
     for (mode, ulysses) in [(Mode::Gather, 1), (Mode::Ulysses, ranks)] {
         let fits = |of: usize, heads: usize| of > 0 && heads.is_multiple_of(of);
         if fits(ulysses, heads.num_heads) && fits(ulysses, heads.num_kv_heads) {
-            let divides = |chunks: &&usize| fits(**chunks, heads.num_kv_heads / ulysses);
-            rows.extend(chunks.iter().filter(divides).map(|&chunks| Row::Forced(mode, Some(chunks))));
+            let enough = |chunks: &&usize| (1..=heads.num_kv_heads / ulysses).contains(*chunks);
+            rows.extend(chunks.iter().filter(enough).map(|&chunks| Row::Forced(mode, Some(chunks))));
         }
     }
     rows.push(Row::Forced(Mode::Ring, None));
@@ -278,6 +291,7 @@ fn run_rank(
         _ => None,
     };
     let attention = MaskedAttention::new(device);
+    let repeats = problem.repeats(device);
     let mut requests: Vec<Option<(SequenceParallel, ParallelRequest)>> = Vec::new();
     let mut measured = vec![Measured::default(); rows.len()];
     for (row, measured) in rows.iter().zip(&mut measured) {
@@ -300,7 +314,7 @@ fn run_rank(
         for (request, measured) in requests.iter().zip(&mut measured) {
             communicator.barrier()?;
             let started = Instant::now();
-            for _ in 0..REPEATS {
+            for _ in 0..repeats {
                 match (request, &mut whole) {
                     (Some((layer, request)), _) => {
                         let [q, k, v, out] = &mut local;
@@ -317,8 +331,8 @@ fn run_rank(
             let done = started.elapsed();
             // The first round warms up.
             if round > 0 {
-                measured.calls.push(done / REPEATS);
-                measured.host.push(launched / REPEATS);
+                measured.calls.push(done / repeats);
+                measured.host.push(launched / repeats);
             }
         }
     }
