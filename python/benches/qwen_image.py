@@ -73,7 +73,7 @@ def main():
     own = dict(model.attn_processors)
     joint = {
         "joint": varlen_fa.diffusers.QwenImageAttnProcessor(),
-        "joint, mask not read": varlen_fa.diffusers.QwenImageAttnProcessor(read_mask="needed"),
+        "joint, mask not read": varlen_fa.diffusers.QwenImageAttnProcessor(read_mask="never"),
     }
 
     def choose(way):

@@ -27,9 +27,12 @@ def mask():
     return torch.tensor(KEEP, dtype=torch.bool)
 
 
-def expected(qkv, keep):
+def expected(qkv, keep, *, causal=False):
     heads_first = [x.transpose(1, 2) for x in qkv]
-    out = torch.nn.functional.scaled_dot_product_attention(*heads_first, attn_mask=keep.bool()[:, None, None])
+    seen = keep.bool()[:, None, None]
+    if causal:
+        seen = seen & torch.ones(6, 6, dtype=torch.bool).tril()
+    out = torch.nn.functional.scaled_dot_product_attention(*heads_first, attn_mask=seen)
     return out.transpose(1, 2)
 
 
@@ -85,16 +88,14 @@ def test_captured_graphs_follow_the_mask(qkv, gpu):
     right(qkv, keep, read_mask="first")
     gpu.captured = True
     gpu.told()
-    for reading in ("first", "second", "needed"):
+    for reading in ("first", "second", "never"):
         right(qkv, keep, read_mask=reading)
         assert gpu.told() == (0, 2)
-    # Beside `causal` it is what the host has read before, or an error.
-    with pytest.raises(fa.InvalidValueError, match="captured"):
-        fat.attention(*qkv, keep.clone(), causal=True)
-    gpu.captured = False
-    close(fat.attention(*qkv, keep, causal=True, window=(5, 5)), fat.attention(*qkv, keep, causal=True))
-    gpu.captured = True
-    fat.attention(*qkv, keep, causal=True)
+    # What the host has read before is not looked at beside `causal` or a bias either.
+    for reading in ("first", "second", "never"):
+        close(fat.attention(*qkv, keep, causal=True, read_mask=reading), expected(qkv, keep, causal=True))
+        close(fat.attention(*qkv, keep, torch.zeros(1, 1, 6, 6), read_mask=reading), expected(qkv, keep))
+        assert gpu.told() == (0, 2)
 
 
 def test_streams_have_rooms_of_their_own(qkv, gpu):
@@ -109,13 +110,17 @@ def test_streams_have_rooms_of_their_own(qkv, gpu):
         fat.attention(*qkv, keep)
 
 
-def test_what_is_read_only_where_it_must_be(qkv, gpu):
-    keep = mask()
+def test_nothing_is_read_unless_it_is_asked_for(qkv, gpu):
+    keep, bias = mask(), torch.zeros(1, 1, 6, 6)
     right(qkv, keep)
     assert gpu.told() == (0, 2)
-    bias = torch.zeros(1, 1, 6, 6)
     for call in range(2):
         close(fat.attention(*qkv, keep, bias), expected(qkv, keep))
+        close(fat.attention(*qkv, keep, causal=True), expected(qkv, keep, causal=True))
+        close(fat.attention(*qkv, keep, bias, window=(9, 0)), expected(qkv, keep, causal=True))
+        assert gpu.told() == (0, 3)
+    for call in range(2):
+        close(fat.attention(*qkv, keep, bias, causal=True, read_mask="first"), expected(qkv, keep, causal=True))
         assert gpu.told() == ((1, 0) if call == 0 else (0, 0))
 
 
@@ -128,8 +133,8 @@ def test_inference_tensors_are_not_kept(qkv, gpu):
         keep[1, 2:] = False
         right(qkv, keep, read_mask="first")
         for _ in range(2):
-            fat.attention(*qkv, keep, causal=True)
-        assert gpu.told()[0] == 2
+            fat.attention(*qkv, keep, causal=True, read_mask="first")
+        assert gpu.told() == (0, 4)
 
 
 def test_compiled_graphs_keep_nothing(qkv, gpu, monkeypatch):
@@ -137,12 +142,12 @@ def test_compiled_graphs_keep_nothing(qkv, gpu, monkeypatch):
     monkeypatch.setattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
     keep = mask()
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    for reading in ("first", "second", "needed"):
+    for reading in ("first", "second", "never"):
         right(qkv, keep, read_mask=reading)
         assert gpu.told() == (0, 2)
     for _ in range(2):
-        fat.attention(*qkv, keep, causal=True)
-        assert gpu.told() == (1, 0)
+        close(fat.attention(*qkv, keep, causal=True, read_mask="first"), expected(qkv, keep, causal=True))
+        assert gpu.told() == (0, 1)
 
 
 def test_masks_of_segments(qkv, gpu):
@@ -172,8 +177,8 @@ def test_masks_of_segments(qkv, gpu):
 
 
 def test_unknown_readings_are_refused(qkv):
-    with pytest.raises(fa.InvalidValueError, match="`read_mask`.*never"):
-        fat.attention(*qkv, mask(), read_mask="never")
+    with pytest.raises(fa.InvalidValueError, match="`read_mask`.*never, second, first, got 'always'"):
+        fat.attention(*qkv, mask(), read_mask="always")
 
 
 def test_things_go_with_their_tensors():

@@ -299,13 +299,20 @@ def test_numpy_and_torch_agree(qkv, device):
 
 
 @pytest.mark.parametrize("segments", [False, True])
-@pytest.mark.parametrize("read_mask", ["needed", "second", "first"])
-def test_a_captured_graph_follows_the_mask(qkv, keep, device, read_mask, segments):
+@pytest.mark.parametrize("read_mask", ["never", "second", "first"])
+@pytest.mark.parametrize("beside", ["nothing", "causal", "bias"])
+def test_a_captured_graph_follows_the_mask(qkv, keep, device, read_mask, segments, beside):
     if device != "cuda":
         pytest.skip("graphs are captured on a CUDA device")
+    seq = keep.shape[1]
+    seen, bias = torch.ones(seq, seq, dtype=torch.bool, device=device), None
+    if beside == "causal":
+        seen = seen.tril()
+    elif beside == "bias":
+        bias = torch.randn(1, 1, seq, seq, dtype=torch.float32, device=device)
     q, k, v = (x.to(torch.bfloat16).transpose(1, 2) for x in qkv)
     mask, stream = keep.clone(), torch.cuda.Stream()
-    options = {"zero_masked": True, "read_mask": read_mask}
+    options = {"zero_masked": True, "read_mask": read_mask, "bias": bias, "causal": beside == "causal"}
     with torch.no_grad(), torch.cuda.stream(stream):
         if segments:
             parts = [[x[:, :5].clone(), x[:, 5:].clone()] for x in (q, k, v)]
@@ -325,7 +332,9 @@ def test_a_captured_graph_follows_the_mask(qkv, keep, device, read_mask, segment
                 part.fill_(float("nan"))
             graph.replay()
             stream.synchronize()
-            expected = sdpa(*(x.to(torch.bfloat16).float() for x in qkv), attn_mask=other[:, None, None])
+            added = torch.zeros(seen.shape, device=device) if bias is None else bias
+            added = added.masked_fill(~(seen & other[:, None, None]), float("-inf"))
+            expected = sdpa(*(x.to(torch.bfloat16).float() for x in qkv), attn_mask=added)
             got = torch.cat(out, dim=1)
             close(got[other], expected.transpose(1, 2)[other], 2e-2)
             assert (got[~other] == 0).all()

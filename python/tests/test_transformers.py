@@ -180,6 +180,50 @@ def test_soft_caps_and_sinks(device):
         interface(module, q, k, v, None, dropout=0.1, s_aux=sinks)
 
 
+def test_sinks_are_read_once_until_they_change():
+    interface, listed = transformers.AttentionInterface()["varlen_fa"], varlen_fa.transformers._listed
+    with torch.inference_mode(False), torch.no_grad():
+        q, sinks = torch.randn(2, 4, 5, 8), torch.nn.Parameter(torch.randn(4))
+        attend = lambda: interface(torch.nn.Module(), q, q, q, None, is_causal=False, s_aux=sinks)[0]  # noqa: E731
+        first = attend()
+        assert torch.equal(attend(), first) and listed(sinks) is listed(sinks)
+        # Nothing goes to a sink any more.
+        sinks.fill_(-1e4)
+        close(attend(), torch.nn.functional.scaled_dot_product_attention(q, q, q).transpose(1, 2))
+        assert listed(sinks) is listed(sinks)
+
+
+@pytest.mark.parametrize("reading", ["first", "never"])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_in_a_captured_graph(device, name, reading):
+    if device != "cuda":
+        pytest.skip("graphs are captured on a CUDA device")
+    varlen_fa.transformers.register(read_mask=reading)
+    model, stream = made(name), torch.cuda.Stream()
+    inputs = {"input_ids": torch.randint(3, 60, (3, SEQ)), "attention_mask": torch.ones(3, SEQ, dtype=torch.long)}
+    call = lambda: model(**inputs, use_cache=False).last_hidden_state  # noqa: E731
+    with torch.cuda.stream(stream):
+        model.set_attn_implementation("varlen_fa")
+        inputs["attention_mask"].copy_(padding("right", 3, SEQ))
+        call()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            got = call()
+        for form in ("left", "right", "joint"):
+            keep = padding(form, 3, SEQ)
+            inputs["attention_mask"].copy_(keep)
+            graph.replay()
+            stream.synchronize()
+            model.set_attn_implementation("sdpa")
+            close(got[keep], call()[keep])
+            model.set_attn_implementation("varlen_fa")
+
+
+def test_unknown_readings_are_refused():
+    with pytest.raises(fa.InvalidValueError, match="`read_mask`.*first or never, got 'second'"):
+        varlen_fa.transformers.register(read_mask="second")
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_gradients_go_to_sdpa(name, caplog, calls):
     _say_once.cache_clear()

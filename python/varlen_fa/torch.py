@@ -4,7 +4,7 @@ flash-attention.
 The operators work under `torch.compile(fullgraph=True)` and `torch.export`: they take tensors, lists
 of them and numbers alone. On the CPU the metadata of a mask is looked up by what the mask holds. On a
 GPU the device builds it anew in each call, without a wait of the host, so that a captured graph
-follows the mask; or the host reads a mask once, where it must or `read_mask` says so.
+follows the mask; or the host reads a mask once, where `read_mask` says so.
 
 Inference only: inputs that require gradients are refused.
 """
@@ -27,7 +27,7 @@ _NOT_CAUSAL, _TOP_LEFT, _BOTTOM_RIGHT = 0, 1, 2
 _library = torch.library.Library("varlen_fa", "DEF")
 _OPTIONS = (
     "Tensor? bias=None, *, bool zero_masked=False, float? scale=None, int causal=0, int window_left=-1, "
-    'int window_right=-1, float softcap=0.0, float[]? alibi=None, float[]? sinks=None, str read_mask="needed"'
+    'int window_right=-1, float softcap=0.0, float[]? alibi=None, float[]? sinks=None, str read_mask="never"'
 )
 _library.define(f"attention(Tensor q, Tensor k, Tensor v, Tensor? key_mask=None, {_OPTIONS}) -> (Tensor, Tensor)")
 _library.define(
@@ -76,7 +76,7 @@ def _tuple(numbers):
 
 def _attend(q, k, v, out, lse, key_masks=(), bias=None, *, zero_masked=False, scale=None, causal=_NOT_CAUSAL,
             window_left=-1, window_right=-1, softcap=0.0, alibi=None, sinks=None,
-            read_mask=_metadata.NEEDED):  # fmt: skip
+            read_mask=_metadata.NEVER):  # fmt: skip
     """Attention of tensors or lists of segments into `out`, and into `lse` unless it is None. `key_masks`: none,
     one, or one or None for each segment of k."""
     batch, seq_q, lengths_q = _sizes(q)
@@ -88,9 +88,8 @@ def _attend(q, k, v, out, lse, key_masks=(), bias=None, *, zero_masked=False, sc
     if any(key_mask is not None for key_mask in key_masks):
         queries = (batch, seq_q, _first(q).device)
         mask, meta = _metadata.of_keys(
-            key_masks, lengths_k or (seq_k,), queries, zero_masked=zero_masked,
-            host_needed=ranges is not None or bias is not None, reading=read_mask,
-        )  # fmt: skip
+            key_masks, lengths_k or (seq_k,), queries, zero_masked=zero_masked, reading=read_mask
+        )
     elif (lengths_q or lengths_k) and bias is None:
         # Some kernels take segments where they lie if there is metadata.
         meta = tuple(_metadata.of_all(batch, seq) for seq in (seq_q, seq_k))
@@ -217,7 +216,7 @@ def _is_plain(*tensors):
 
 
 def attention(q, k, v, key_mask=None, bias=None, *, zero_masked=False, scale=None, causal=False, window=(-1, -1),
-              softcap=0.0, alibi=None, sinks=None, return_lse=False, out=None, read_mask="needed"):  # fmt: skip
+              softcap=0.0, alibi=None, sinks=None, return_lse=False, out=None, read_mask="never"):  # fmt: skip
     """Attention of q [B, Sq, H, D] to k and v [B, Sk, Hkv, D], as an operator of PyTorch. q, k, v and `out` may
     each be a list of 1 to 8 segments [B, S_i, H, D] that follow one another along S.
 
@@ -228,10 +227,10 @@ def attention(q, k, v, key_mask=None, bias=None, *, zero_masked=False, scale=Non
     key. `window`: keys before and after a query's place, -1 for no limit. `alibi`, `sinks`: a number
     for each head. `out`: where the result goes; a new tensor otherwise.
 
-    `read_mask`: when the host reads a mask on a GPU, and waits for it. "needed": beside `causal`, a window
-    or a bias alone; else the GPU builds the metadata in each call. "first": in the first call with this
-    mask. "second": in the second one. What was read is kept until PyTorch counts a change of the mask,
-    and lets kernels work in place. In captured graphs, in compiled ones and for inference tensors, whose
+    `read_mask`: when the host reads a mask on a GPU, and waits for it. "never": the GPU builds the metadata
+    in each call. "first": in the first call with this mask. "second": in the second one. What was read is
+    kept until PyTorch counts a change of the mask, and saves the work of building it; beside it `sm90`
+    takes `causal` and windows too. In captured graphs, in compiled ones and for inference tensors, whose
     changes nobody counts, the GPU builds it.
 
     Returns out [B, Sq, H, D], with `return_lse` also the log-sum-exp [B, H, Sq] f32, which there is
@@ -239,7 +238,7 @@ def attention(q, k, v, key_mask=None, bias=None, *, zero_masked=False, scale=Non
     if return_lse and sinks is not None:
         raise InvalidValueError(f"`return_lse`: expected False beside `sinks`, got {return_lse}")
     if read_mask not in _metadata.READINGS:
-        raise InvalidValueError(f"`read_mask`: expected one of {', '.join(_metadata.READINGS[1:])}, got {read_mask!r}")
+        raise InvalidValueError(f"`read_mask`: expected one of {', '.join(_metadata.READINGS)}, got {read_mask!r}")
     _gradients.refuse(q=q, k=k, v=v, bias=bias)
     q, k, v = _autocast(q, k, v)
     if bias is not None and bias.dtype not in (_first(q).dtype, torch.float32):
@@ -247,7 +246,7 @@ def attention(q, k, v, key_mask=None, bias=None, *, zero_masked=False, scale=Non
     options = {
         "zero_masked": zero_masked, "scale": scale, "causal": _BOTTOM_RIGHT if causal else _NOT_CAUSAL,
         "window_left": window[0], "window_right": window[1], "softcap": softcap, "alibi": alibi, "sinks": sinks,
-        "read_mask": _metadata.ANEW if torch.compiler.is_compiling() else read_mask,
+        "read_mask": _metadata.NEVER if torch.compiler.is_compiling() else read_mask,
     }  # fmt: skip
     return _called(q, k, v, out, key_mask, bias, options, return_lse)
 
@@ -321,8 +320,6 @@ def scaled_dot_product_attention(query, key, value, attn_mask=None, dropout_p=0.
     if is_causal and bias is not None and key_mask is None:
         raise InvalidValueError("`is_causal`: expected False beside a mask that is no key mask")
     options = {"scale": scale, "causal": _TOP_LEFT if is_causal else _NOT_CAUSAL}
-    if torch.compiler.is_compiling():
-        options["read_mask"] = _metadata.ANEW
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     out = _called(q, k, v, None, key_mask, bias, options, False)
     return out.transpose(1, 2)
