@@ -95,7 +95,24 @@ def test_qwen_image_compiled(compiled, way):
         model.set_attention_backend("varlen_fa")
     else:
         model.set_attn_processor(varlen_fa.diffusers.QwenImageAttnProcessor())
-    close(compiled(model, fullgraph=way == "backend")(**inputs).sample, expected)
+    close(compiled(model, fullgraph=True)(**inputs).sample, expected)
+
+
+def test_one_line_enables_a_model(calls):
+    """Qwen-Image's layers have our processor, a model of another kind the backend, and what was registered stays."""
+    model, inputs = qwen_image(), of_qwen_image("right", 3)
+    expected = model(**inputs).sample
+    kept = model.transformer_blocks[1].attn
+    other = type("Other", (type(kept.processor),), {})()
+    kept.set_processor(other)
+    varlen_fa.diffusers.register(read_mask="never")
+    varlen_fa.diffusers.enable(model)
+    processors = [block.attn.processor for block in model.transformer_blocks]
+    ours = varlen_fa.diffusers.QwenImageAttnProcessor
+    assert [type(processor) is ours for processor in processors] == [True, False, True] and processors[1] is other
+    close(model(**inputs).sample, expected)
+    assert [call["read_mask"] for call in calls] == ["first", "never", "first"]
+    model.set_attention_backend("native")
 
 
 def test_the_processor_leaves_other_norms_to_diffusers(calls, caplog):
@@ -148,29 +165,44 @@ def test_the_processor_leaves_its_inputs_alone():
     close(model(**inputs).sample, expected)
 
 
-@pytest.mark.parametrize("is_compiled", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bool, torch.long])
-def test_the_processor_reads_a_mask_once(gpu, compiled, dtype, is_compiled, device):
+def test_the_processor_reads_a_mask_once(gpu, dtype, device):
     if device != "cpu":
         pytest.skip("the CPU device stands for a GPU here")
     model, inputs = qwen_image(), of_qwen_image("right", 2)
     inputs["encoder_hidden_states_mask"] = mask = inputs["encoder_hidden_states_mask"].to(dtype)
     expected = model(**inputs).sample
     model.set_attn_processor(varlen_fa.diffusers.QwenImageAttnProcessor())
-    call = compiled(model, fullgraph=False) if is_compiled else model
     for step in range(3):
-        close(call(**inputs).sample, expected)
+        close(model(**inputs).sample, expected)
         # Masks of integers the model makes booleans of, in each step.
         assert gpu.told() == (int(dtype == torch.long or step == 0), 0)
     mask.fill_(1)
-    call(**inputs)
+    model(**inputs)
     assert gpu.told() == (1, 0)
     gpu.captured = True
     mask[1, 3:] = 0
-    got = call(**inputs).sample
+    got = model(**inputs).sample
     assert gpu.told() == (0, 3)
     gpu.captured = False
-    close(got, call(**inputs).sample)
+    close(got, model(**inputs).sample)
+
+
+def test_a_compiled_processor_follows_the_mask(gpu, compiled, device):
+    if device != "cpu":
+        pytest.skip("the CPU device stands for a GPU here")
+    model, inputs = qwen_image(), of_qwen_image("right", 2)
+    mask = inputs["encoder_hidden_states_mask"]
+    varlen_fa.diffusers.enable(model)
+    call = compiled(model)
+    call(**inputs)
+    gpu.told()
+    for form in ("right", "left", "holes"):
+        mask.copy_(padding(form, 2, TEXT))
+        got = call(**inputs).sample
+        assert gpu.told() == (0, 3)
+        close(got, model(**inputs).sample)
+        gpu.told()
 
 
 def test_the_backend_reads_masks_that_come_again(gpu, device):

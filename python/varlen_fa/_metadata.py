@@ -64,7 +64,7 @@ def of_keys(masks, lengths, queries, *, zero_masked, reading):
     tokens and the device of queries."""
     given = masks if len(masks) == 1 else tuple(mask for mask in masks if mask is not None)
     if not _is_on_gpu(given[0]):
-        meta = of_host(_concatenated(masks, queries[0], lengths))
+        meta = of_host(concatenated(masks, queries[0], lengths))
     elif _is_read(given, lengths, reading):
         meta = _read_by_host(masks, given, queries[0], lengths)
         # A graph that is captured after this call, which warms up for it, can make none.
@@ -72,13 +72,14 @@ def of_keys(masks, lengths, queries, *, zero_masked, reading):
         if not zero_masked:
             _every_query(*queries)
     else:
-        meta = _built_by_gpu(_concatenated(masks, queries[0], lengths))
+        meta = _built_by_gpu(concatenated(masks, queries[0], lengths))
         # Its queries are computed like any other unless they are to be zeros.
         return None, meta if zero_masked else (_every_query(*queries), meta)
     return (None, meta) if zero_masked else (meta.key_mask, None)
 
 
-def _concatenated(masks, batch, lengths):
+def concatenated(masks, batch, lengths):
+    """One mask [B, Sk] of those of all segments."""
     if len(masks) == 1:
         return masks[0]
     if len(masks) != len(lengths):
@@ -105,7 +106,7 @@ def _is_read(given, lengths, reading):
 
 def _read_by_host(masks, given, batch, lengths):
     def make():
-        return of_host(_concatenated([None if mask is None else mask.cpu() for mask in masks], batch, lengths))
+        return of_host(concatenated([None if mask is None else mask.cpu() for mask in masks], batch, lengths))
 
     return _read.get(given, make, (lengths, tuple(mask is None for mask in masks)))
 

@@ -18,7 +18,9 @@ from varlen_fa import _gradients, _metadata
 from varlen_fa._errors import InvalidValueError, ShapeError
 from varlen_fa._masks import key_mask_and_bias
 
-__all__ = ["attention", "flash_attn_varlen_func", "scaled_dot_product_attention", "varlen_attention"]
+__all__ = [
+    "attention", "flash_attn_varlen_func", "prepare_qk", "scaled_dot_product_attention", "varlen_attention",
+]  # fmt: skip
 
 # What `causal` of the operators means: none, query i level with key i, or the last query with the
 # last key.
@@ -38,6 +40,10 @@ _library.define(
     "varlen_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, *, float? scale=None, "
     "bool causal=False, int window_left=-1, int window_right=-1, float softcap=0.0, float[]? alibi=None) "
     "-> (Tensor, Tensor)"
+)
+_library.define(
+    "prepare_qk(Tensor(a!)[] q, Tensor(b!)[] k, Tensor?[] q_weight, Tensor?[] k_weight, float[] eps, Tensor?[] cos, "
+    "Tensor?[] sin, str pairing) -> ()"
 )
 
 
@@ -147,6 +153,17 @@ def _varlen_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, **options):
     return _varlen_attend(q, k, v, cu_seqlens_q, cu_seqlens_k, lse, **options), lse
 
 
+def _prepare_qk(q, k, q_weight, k_weight, eps, cos, sin, pairing):
+    """In place; None in the place of a weight or a table says that there is none."""
+    _fa.prepare_qk([
+        _fa.QkSegment(
+            q[at], k[at], norm=None if q_weight[at] is None else (q_weight[at], k_weight[at], eps[at]),
+            rotary=None if cos[at] is None else (cos[at], sin[at]), pairing=pairing,
+        )
+        for at in range(len(q))
+    ])  # fmt: skip
+
+
 def _packed_lse_of(q):
     return q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
 
@@ -174,6 +191,10 @@ def _fake_attention_of_segments(q, k, v, out, key_mask, bias=None, *, sinks=None
     return _lse_of(q, sinks)
 
 
+def _fake_prepare_qk(*_):
+    return None
+
+
 def _fake_varlen_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, **_):
     return _new(q), _packed_lse_of(q)
 
@@ -182,9 +203,11 @@ for _key in ("CPU", "CUDA"):
     _library.impl("attention", _attention, _key)
     _library.impl("attention_of_segments", _attention_of_segments, _key)
     _library.impl("varlen_attention", _varlen_attention, _key)
+    _library.impl("prepare_qk", _prepare_qk, _key)
 torch.library.register_fake("varlen_fa::attention", _fake_attention, lib=_library)
 torch.library.register_fake("varlen_fa::attention_of_segments", _fake_attention_of_segments, lib=_library)
 torch.library.register_fake("varlen_fa::varlen_attention", _fake_varlen_attention, lib=_library)
+torch.library.register_fake("varlen_fa::prepare_qk", _fake_prepare_qk, lib=_library)
 
 
 def _autocast(*tensors):
@@ -265,6 +288,9 @@ def _called(q, k, v, out, key_mask, bias, options, return_lse):
         batch, seq, _ = _sizes(q)
         out = q[0].new_empty((batch, seq, *q[0].shape[2:]))
     outs, masks = _listed(out), [] if key_mask is None else _listed(key_mask)
+    if len(masks) > 1 and torch.compiler.is_compiling():
+        # A compiler does this once for all layers.
+        masks = [_metadata.concatenated(masks, q[0].shape[0], _sizes(k)[2])]
     if _is_plain(*q, *k, *v, *outs, *masks, bias):
         lse = _lse_of(q, None) if return_lse else None
         _attend(q, k, v, outs, lse, masks, bias, **options)
@@ -275,6 +301,28 @@ def _called(q, k, v, out, key_mask, bias, options, return_lse):
 
 def _listed(x):
     return list(x) if isinstance(x, (list, tuple)) else [x]
+
+
+def prepare_qk(q, k, *, norm=None, rotary=None, pairing="interleaved"):
+    """QK-norm and rotary embedding of q [B, S, H, D] and k [B, S, Hkv, D] in place, as an operator of PyTorch; or
+    of lists of 1 to 8 segments.
+
+    `norm`: (q_weight, k_weight, eps), weights of [D]. `rotary`: (cos, sin), tables of [S, R/2] or
+    [B, S, R/2]. Either may be None; for lists it is a list with one or None for each segment. `pairing`:
+    "interleaved", elements 2i and 2i + 1, or "halves", elements i and i + R/2.
+
+    Raises what `varlen_fa.prepare_qk` does, ShapeError and GradientError."""
+    if not isinstance(q, (list, tuple)):
+        q, k, norm, rotary = [q], [k], [norm], [rotary]
+    norms, tables = ([None] * len(q) if x is None else list(x) for x in (norm, rotary))
+    for name, given in (("k", k), ("norm", norms), ("rotary", tables)):
+        if len(given) != len(q):
+            raise ShapeError(f"`{name}`: expected {len(q)} of them, one for each segment of `q`, got {len(given)}")
+    q_weight, k_weight, eps = zip(*(norm or (None, None, 0.0) for norm in norms))
+    _gradients.refuse(q=q, k=k, norm=(*q_weight, *k_weight))
+    cos, sin = zip(*(table or (None, None) for table in tables))
+    prepare = _prepare_qk if _is_plain(*q, *k, *q_weight, *k_weight, *cos, *sin) else torch.ops.varlen_fa.prepare_qk
+    prepare(list(q), list(k), list(q_weight), list(k_weight), list(eps), list(cos), list(sin), pairing)
 
 
 def varlen_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, *, scale=None, causal=False, window=(-1, -1), softcap=0.0,
