@@ -289,7 +289,7 @@ def _called(q, k, v, out, key_mask, bias, options, return_lse):
         out = q[0].new_empty((batch, seq, *q[0].shape[2:]))
     outs, masks = _listed(out), [] if key_mask is None else _listed(key_mask)
     if len(masks) > 1 and torch.compiler.is_compiling():
-        # A compiler does this once for all layers.
+        # What a compiler fuses, for all layers together.
         masks = [_metadata.concatenated(masks, q[0].shape[0], _sizes(k)[2])]
     if _is_plain(*q, *k, *v, *outs, *masks, bias):
         lse = _lse_of(q, None) if return_lse else None
