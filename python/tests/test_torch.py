@@ -373,7 +373,7 @@ def test_a_captured_graph_follows_the_mask(qkv, keep, device, read_mask, segment
                 part.fill_(float("nan"))
             graph.replay()
             stream.synchronize()
-            added = torch.zeros(seen.shape, device=device) if bias is None else bias
+            added = torch.zeros(seen.shape, dtype=torch.float32) if bias is None else bias
             added = added.masked_fill(~(seen & other[:, None, None]), float("-inf"))
             expected = sdpa(*(x.to(torch.bfloat16).float() for x in qkv), attn_mask=added)
             got = torch.cat(out, dim=1)

@@ -16,7 +16,7 @@ from diffusers.models.transformers.transformer_qwenimage import QwenDoubleStream
 from varlen_fa import _gradients
 from varlen_fa import torch as _operators
 from varlen_fa._by_tensor import ByTensor
-from varlen_fa._fallback import NO_KERNEL, say, why_not
+from varlen_fa._fallback import NO_KERNEL, say, slow_bias, why_not
 from varlen_fa._masks import key_mask_and_bias
 
 __all__ = ["QwenImageAttnProcessor", "enable", "register"]
@@ -79,6 +79,7 @@ def _attention(
         key_mask, bias = key_mask_and_bias(attn_mask, query.shape[0], key.shape[1], query.dtype)
         if is_causal and (query.shape[1] != key.shape[1] or (bias is not None and key_mask is None)):
             reason = "is_causal beside a mask that is no key mask, or of queries and keys that differ in number"
+        reason = reason or slow_bias(query, bias)
     if reason is None:
         try:
             made = _operators.attention(
@@ -99,16 +100,26 @@ class QwenImageAttnProcessor(QwenDoubleStreamAttnProcessor2_0):
 
     Norm and rotation of q and k of text and image are one call, in place, and attention takes and writes
     text and image where they lie: nothing is concatenated or split. The rows of masked text are zeros.
-    `read_mask`: when the host reads the text's mask on a GPU, as in `varlen_fa.torch.attention`. What
-    varlen_fa does not compute goes to diffusers' own processor."""
+    `read_mask`: when the host reads the text's mask on a GPU, as in `varlen_fa.torch.attention`.
+    `in_graph`: whether a compiled graph has the processor's operators. It builds the metadata in each
+    layer; outside of the graph the mask is read, but each layer breaks the graph twice. What varlen_fa does
+    not compute goes to diffusers' own processor."""
 
-    def __init__(self, *, read_mask="first"):
+    def __init__(self, *, read_mask="first", in_graph=True):
         super().__init__()
-        self._read_mask = read_mask
+        self._read_mask, self._in_graph = read_mask, in_graph
 
     def __call__(
         self, attn, hidden_states, encoder_hidden_states=None, encoder_hidden_states_mask=None, attention_mask=None,
         image_rotary_emb=None,
+    ):  # fmt: skip
+        compute = self._compute if self._in_graph else torch.compiler.disable(self._compute)
+        return compute(
+            attn, hidden_states, encoder_hidden_states, encoder_hidden_states_mask, attention_mask, image_rotary_emb
+        )
+
+    def _compute(
+        self, attn, hidden_states, encoder_hidden_states, encoder_hidden_states_mask, attention_mask, image_rotary_emb
     ):  # fmt: skip
         reason = self._why_not(attn, encoder_hidden_states, attention_mask)
         if reason is None:

@@ -22,7 +22,7 @@ from varlen_fa import _gradients, _metadata
 from varlen_fa import torch as _operators
 from varlen_fa._by_tensor import ByTensor
 from varlen_fa._errors import InvalidValueError, NotApplicableError
-from varlen_fa._fallback import NO_KERNEL, say, why_not
+from varlen_fa._fallback import NO_KERNEL, say, slow_bias, why_not
 from varlen_fa._masks import key_mask_and_bias
 
 __all__ = ["register"]
@@ -203,6 +203,9 @@ def _attention(
         pattern = _Pattern(key_mask, False, (-1, -1))
         if position_bias is not None:
             reason = reason or "there is a position bias beside a mask of every query and key"
+    if softcap is None and s_aux is None:
+        # SDPA has neither.
+        reason = reason or slow_bias(query, bias)
     if reason is None:
         own = zero_masked and seq_q == seq_k and _is_self_attention(type(module))
         try:
