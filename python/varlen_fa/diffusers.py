@@ -3,7 +3,8 @@
     varlen_fa.diffusers.enable(model)
 
 What varlen_fa does not compute (dropout, gradients, context parallelism, devices and element types
-without a kernel) goes to diffusers' native backend; the logger "varlen_fa" says why, once.
+without a kernel), and a bias on CUDA, goes to diffusers' native backend; the logger "varlen_fa" says
+why, once.
 """
 
 import functools
@@ -113,7 +114,9 @@ class QwenImageAttnProcessor(QwenDoubleStreamAttnProcessor2_0):
         self, attn, hidden_states, encoder_hidden_states=None, encoder_hidden_states_mask=None, attention_mask=None,
         image_rotary_emb=None,
     ):  # fmt: skip
-        compute = self._compute if self._in_graph else torch.compiler.disable(self._compute)
+        compute = self._compute
+        if not self._in_graph and torch.compiler.is_compiling():
+            compute = torch.compiler.disable(compute)
         return compute(
             attn, hidden_states, encoder_hidden_states, encoder_hidden_states_mask, attention_mask, image_rotary_emb
         )

@@ -5,8 +5,8 @@
 
 Padding stays a key mask [B, Sk], and causal masks and windows are ranges of keys, so that what they
 drop costs nothing; other patterns become a bias. What varlen_fa does not compute (dropout, gradients,
-devices and element types without a kernel) goes to transformers' SDPA; the logger "varlen_fa" says
-why, once.
+devices and element types without a kernel), and a bias on CUDA, goes to transformers' SDPA; the logger
+"varlen_fa" says why, once.
 """
 
 import functools
