@@ -103,11 +103,27 @@ def test_streams_have_rooms_of_their_own(qkv, gpu):
     for gpu.stream in (0, 1):
         right(qkv, keep)
         right(qkv, keep, read_mask="first")
-    kept = {(role, stream) for role, _device, stream, _size in _metadata._device_metas}
+    kept = {(role, stream) for role, _device, stream, _size in _metadata._rooms._kept}
     assert kept == {(role, stream) for role in ("keys", "queries") for stream in (0, 1)}
     gpu.stream, gpu.captured = 2, True
-    with pytest.raises(AssertionError):
+    with pytest.raises(fa.InvalidValueError, match="before its capture"):
         fat.attention(*qkv, keep)
+
+
+def test_rooms_are_bounded_but_for_those_of_graphs(qkv, gpu):
+    short = lambda seq: [x[:, :seq] for x in qkv]  # noqa: E731
+    keep = mask()
+    for seq in range(1, 7):
+        fat.attention(*short(seq), keep[:, :seq])
+    assert {size for _role, _device, _stream, size in _metadata._rooms._kept} == {(2, 5), (2, 6)}
+    gpu.captured = True
+    right(qkv, keep)
+    gpu.captured = False
+    for seq in range(1, 6):
+        fat.attention(*short(seq), keep[:, :seq])
+    assert (2, 6) not in {size for _role, _device, _stream, size in _metadata._rooms._kept}
+    gpu.captured = True
+    right(qkv, keep)
 
 
 def test_nothing_has_to_be_read(qkv, gpu):

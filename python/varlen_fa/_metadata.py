@@ -9,7 +9,7 @@ import torch
 
 import varlen_fa as _fa
 from varlen_fa._by_tensor import ByTensor
-from varlen_fa._errors import ShapeError
+from varlen_fa._errors import InvalidValueError, ShapeError
 
 # When the host reads a mask on a GPU, for which it waits. What it has read it keeps for as long as the
 # mask is not changed. A GPU builds metadata for the other calls, in each of them; beside it `sm80` alone
@@ -41,7 +41,8 @@ class ByContent:
 
 
 _metas, _read, _seen = ByContent(32), ByTensor(), ByTensor()
-_device_metas = {}
+# Those that captured graphs use are kept for good.
+_rooms, _rooms_of_graphs = ByContent(64), {}
 
 
 def of_host(mask):
@@ -125,16 +126,30 @@ def _every_query(batch, seq, device):
 
 def _room(role, size, device):
     """Metadata in a GPU's memory, of keys or of queries; at first it keeps all. There is one of each size and
-    stream: later calls on the stream build that of keys anew. A captured graph may use it for as long as it
-    lives, but cannot make it: call once on the stream before."""
+    stream: later calls on the stream build that of keys anew. A captured graph may use it for as long as the
+    program runs, but cannot make it."""
     key = (role, device, _stream(device), size)
-    meta = _device_metas.get(key)
-    if meta is None:
-        every = torch.ones(size, dtype=torch.bool, device=device)
-        meta = _fa.DeviceMeta(_fa.Device.of(every), *size)
-        meta.rebuild(every)
-        meta = _device_metas.setdefault(key, meta)
+    meta = _rooms_of_graphs.get(key)
+    if meta is not None:
+        return meta
+    if not _is_captured():
+        return _rooms.get(key, lambda: _new_room(size, device))
+    meta = _rooms_of_graphs[key] = _rooms.get(key, _refuse_capture)
     return meta
+
+
+def _new_room(size, device):
+    every = torch.ones(size, dtype=torch.bool, device=device)
+    meta = _fa.DeviceMeta(_fa.Device.of(every), *size)
+    meta.rebuild(every)
+    return meta
+
+
+def _refuse_capture():
+    raise InvalidValueError(
+        "`key_mask`: expected a call of these sizes on this stream before its capture, which makes no room for "
+        "metadata; a mask that the host has read for it does not count"
+    )
 
 
 # What tests on the CPU put others in the place of.

@@ -45,8 +45,8 @@ def register(*, zero_masked=True, read_mask="first"):
     that they are self-attention. Otherwise they are computed like any other, as SDPA does. Results of
     other tokens do not depend on it. `read_mask`: when the host reads a mask on a GPU beside a causal mask
     or a window. "first": once a pass, for which it waits, so that newer kernels than `sm80` take part.
-    "never": the GPU builds the metadata in each layer, as for other masks, and in captured and compiled
-    graphs in any case.
+    "never": the GPU builds the metadata in each layer, as for other masks and in compiled graphs, so that a
+    pass can be captured.
 
     Raises InvalidValueError for another `read_mask`."""
     if read_mask not in (_metadata.FIRST, _metadata.NEVER):
