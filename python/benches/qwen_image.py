@@ -1,7 +1,8 @@
 """Milliseconds of a step of diffusers' own Qwen-Image transformer with random weights, by its own SDPA,
 by the attention backend "varlen_fa" (one line changed), and by the processor for joint layers, once
 with metadata that the GPU builds in each layer and once with a mask that the host has read, in turns
-on one GPU in bf16; eager, and with --compile under torch.compile.
+on one GPU in bf16; eager, and with --compile under torch.compile, where the first of them is in the
+graph and the second outside of it.
 
     pip install diffusers
     python python/benches/qwen_image.py [--layers N] [--size PIXELS] [--compile] [--json FILE]
@@ -71,10 +72,12 @@ def main():
     torch.set_default_dtype(torch.float32)
     varlen_fa.diffusers.register()
     own = dict(model.attn_processors)
-    joint = {
-        "joint": varlen_fa.diffusers.QwenImageAttnProcessor(),
-        "joint, mask not read": varlen_fa.diffusers.QwenImageAttnProcessor(read_mask="needed"),
-    }
+    processor = varlen_fa.diffusers.QwenImageAttnProcessor
+    joint = {"joint": processor()}
+    if options.compile:
+        joint["joint, outside"] = processor(in_graph=False)
+    else:
+        joint["joint, mask not read"] = processor(read_mask="never")
 
     def choose(way):
         model.set_attn_processor(joint.get(way) or dict(own))

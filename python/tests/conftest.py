@@ -109,7 +109,8 @@ def gpu(monkeypatch):
     monkeypatch.setattr(_metadata, "_is_on_gpu", lambda mask: True)
     monkeypatch.setattr(_metadata, "_is_captured", lambda: watched.captured)
     monkeypatch.setattr(_metadata, "_stream", lambda device: watched.stream)
-    monkeypatch.setattr(_metadata, "_device_metas", {})
+    monkeypatch.setattr(_metadata, "_rooms", _metadata.ByContent(4))
+    monkeypatch.setattr(_metadata, "_rooms_of_graphs", {})
     monkeypatch.setattr(fa, "DeviceMeta", Room)
     return watched
 

@@ -3,6 +3,7 @@
 import copy
 import logging
 import math
+import types
 
 import pytest
 from conftest import close, padding
@@ -87,15 +88,32 @@ def test_qwen_image_bf16(way, calls):
     assert len(calls) == 3
 
 
-@pytest.mark.parametrize("way", ["backend", "processor"])
+@pytest.mark.parametrize("way", ["backend", "processor", "processor outside"])
 def test_qwen_image_compiled(compiled, way):
     model, inputs = qwen_image(), of_qwen_image("right", 2)
     expected = model(**inputs).sample
     if way == "backend":
         model.set_attention_backend("varlen_fa")
     else:
-        model.set_attn_processor(varlen_fa.diffusers.QwenImageAttnProcessor())
-    close(compiled(model, fullgraph=way == "backend")(**inputs).sample, expected)
+        model.set_attn_processor(varlen_fa.diffusers.QwenImageAttnProcessor(in_graph=way == "processor"))
+    close(compiled(model, fullgraph=way != "processor outside")(**inputs).sample, expected)
+
+
+def test_one_line_enables_a_model(calls):
+    """Qwen-Image's layers have our processor, a model of another kind the backend, and what was registered stays."""
+    model, inputs = qwen_image(), of_qwen_image("right", 3)
+    expected = model(**inputs).sample
+    kept = model.transformer_blocks[1].attn
+    other = type("Other", (type(kept.processor),), {})()
+    kept.set_processor(other)
+    varlen_fa.diffusers.register(read_mask="never")
+    varlen_fa.diffusers.enable(model)
+    processors = [block.attn.processor for block in model.transformer_blocks]
+    ours = varlen_fa.diffusers.QwenImageAttnProcessor
+    assert [type(processor) is ours for processor in processors] == [True, False, True] and processors[1] is other
+    close(model(**inputs).sample, expected)
+    assert [call["read_mask"] for call in calls] == ["first", "never", "first"]
+    model.set_attention_backend("native")
 
 
 def test_the_processor_leaves_other_norms_to_diffusers(calls, caplog):
@@ -148,29 +166,46 @@ def test_the_processor_leaves_its_inputs_alone():
     close(model(**inputs).sample, expected)
 
 
-@pytest.mark.parametrize("is_compiled", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bool, torch.long])
-def test_the_processor_reads_a_mask_once(gpu, compiled, dtype, is_compiled, device):
+def test_the_processor_reads_a_mask_once(gpu, dtype, device):
     if device != "cpu":
         pytest.skip("the CPU device stands for a GPU here")
     model, inputs = qwen_image(), of_qwen_image("right", 2)
     inputs["encoder_hidden_states_mask"] = mask = inputs["encoder_hidden_states_mask"].to(dtype)
     expected = model(**inputs).sample
     model.set_attn_processor(varlen_fa.diffusers.QwenImageAttnProcessor())
-    call = compiled(model, fullgraph=False) if is_compiled else model
     for step in range(3):
-        close(call(**inputs).sample, expected)
+        close(model(**inputs).sample, expected)
         # Masks of integers the model makes booleans of, in each step.
         assert gpu.told() == (int(dtype == torch.long or step == 0), 0)
     mask.fill_(1)
-    call(**inputs)
+    model(**inputs)
     assert gpu.told() == (1, 0)
     gpu.captured = True
     mask[1, 3:] = 0
-    got = call(**inputs).sample
+    got = model(**inputs).sample
     assert gpu.told() == (0, 3)
     gpu.captured = False
-    close(got, call(**inputs).sample)
+    close(got, model(**inputs).sample)
+
+
+def test_a_compiled_processor_follows_the_mask(gpu, compiled, device):
+    if device != "cpu":
+        pytest.skip("the CPU device stands for a GPU here")
+    model, inputs = qwen_image(), of_qwen_image("right", 2)
+    mask = inputs["encoder_hidden_states_mask"]
+    for in_graph in (True, False):
+        model.set_attn_processor(varlen_fa.diffusers.QwenImageAttnProcessor(in_graph=in_graph))
+        call = compiled(model, fullgraph=in_graph)
+        call(**inputs)
+        gpu.told()
+        for form in ("right", "left", "holes"):
+            mask.copy_(padding(form, 2, TEXT))
+            got = call(**inputs).sample
+            # Outside of the graph it is read, once a pass.
+            assert gpu.told() == ((0, 3) if in_graph else (1, 0))
+            close(got, model(**inputs).sample)
+            gpu.told()
 
 
 def test_the_backend_reads_masks_that_come_again(gpu, device):
@@ -234,7 +269,7 @@ def test_hunyuan_video(calls):
     assert [call["key_mask"] is not None for call in calls] == [True, True]
 
 
-def test_ltx_video(calls):
+def test_ltx_video(calls, device):
     """Cross-attention with additive masks [B, H, 1, S]."""
     sizes = {"in_channels": 8, "out_channels": 8, "num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 2}
     model = ready(diffusers.LTXVideoTransformer3DModel(**sizes, cross_attention_dim=32, caption_channels=12))
@@ -246,7 +281,8 @@ def test_ltx_video(calls):
     expected = model(**inputs).sample
     model.set_attention_backend("varlen_fa")
     close(model(**inputs).sample, expected)
-    assert [call["bias"] is not None for call in calls] == [False, True] * 2
+    # On CUDA native attention adds a bias.
+    assert [call["bias"] is not None for call in calls] == ([False] * 2 if device == "cuda" else [False, True] * 2)
 
 
 def test_flux(calls):
@@ -286,6 +322,9 @@ def test_forms_of_masks(form, zero_masked, calls, device):
     mask, qkv = FORMS[form](keep), [torch.randn(2, 6, 4, 16) for _ in range(3)]
     expected = dispatch_attention_fn(*qkv, attn_mask=mask, backend="native")
     got = dispatch_attention_fn(*qkv, attn_mask=mask, backend="varlen_fa")
+    if device == "cuda" and form not in ("none", "bool [B, S]", "bool [B, 1, 1, S]", "bool, expanded"):
+        assert not calls and torch.equal(got, expected)
+        return
     assert len(calls) == 1
     key_mask = calls[0]["key_mask"]
     reads = "bool" in form or device == "cpu"
@@ -326,6 +365,20 @@ def test_what_is_lacking_goes_to_the_native_backend(lack, caplog):
     assert torch.equal(got, expected) and got.requires_grad == (lack == "gradients")
     assert len(caplog.records) == 1 and caplog.records[0].name == "varlen_fa"
     assert any(word in caplog.records[0].getMessage() for word in said.split("|"))
+
+
+def test_a_slow_bias_goes_to_the_native_backend(monkeypatch, caplog, calls):
+    """As on CUDA."""
+    slow = varlen_fa.diffusers.slow_bias
+    monkeypatch.setattr(varlen_fa.diffusers, "slow_bias", lambda _, bias: slow(types.SimpleNamespace(is_cuda=True), bias))
+    q, k, v = (torch.randn(2, 6, 4, 16) for _ in range(3))
+    mask = torch.randn(2, 1, 1, 6)
+    with caplog.at_level(logging.WARNING, "varlen_fa"):
+        got = dispatch_attention_fn(q, k, v, attn_mask=mask, backend="varlen_fa")
+    assert torch.equal(got, dispatch_attention_fn(q, k, v, attn_mask=mask, backend="native")) and not calls
+    assert [True] == ["a bias" in record.getMessage() for record in caplog.records]
+    dispatch_attention_fn(q, k, v, attn_mask=mask > 0, backend="varlen_fa")
+    assert len(calls) == 1
 
 
 def test_log_sum_exp():

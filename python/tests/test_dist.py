@@ -299,14 +299,14 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def processes(world, run, init_method, limit=240):
+def processes(world, run, init_method, limit=240, backend="gloo"):
     """What `run(communicator, torch)` gave, or the error's class and text, in a process of each rank; None of one
     that ended without a word."""
     pytest.importorskip("torch.distributed", reason="PyTorch is not installed")
     context = multiprocessing.get_context("spawn")
     ends = [context.Pipe(duplex=False) for _ in range(world)]
     children = [
-        context.Process(target=_in_process, args=(rank, world, run, init_method, ends[rank][1]), daemon=True)
+        context.Process(target=_in_process, args=(rank, world, run, init_method, backend, ends[rank][1]), daemon=True)
         for rank in range(world)
     ]
     for child in children:
@@ -327,12 +327,12 @@ def processes(world, run, init_method, limit=240):
     return results
 
 
-def _in_process(rank, world, run, init_method, sends):
+def _in_process(rank, world, run, init_method, backend, sends):
     import torch
 
     # PyTorch's own ranks must not wait either for one that ended.
     limit = timedelta(seconds=60)
-    torch.distributed.init_process_group("gloo", init_method=init_method, rank=rank, world_size=world, timeout=limit)
+    torch.distributed.init_process_group(backend, init_method=init_method, rank=rank, world_size=world, timeout=limit)
     try:
         sends.send(run(torch))
     except fa.VarlenFaError as error:
@@ -410,6 +410,41 @@ def _one_does_not_come(torch):
 def test_a_rank_that_does_not_come_is_timed_out(tmp_path):
     results = processes(2, _one_does_not_come, f"file://{tmp_path}/store")
     assert results[1] is not None and results[1][0] == "RankError" and "store" in results[1][1], results
+
+
+def _modes_of_gpus(torch):
+    q, k, v, keep = problem(2)
+    shards = shards_of(2)
+    device = torch.device("cuda", torch.distributed.get_rank())
+    torch.cuda.set_device(device)
+    # PyTorch makes its communicator for the first collective.
+    torch.distributed.all_reduce(torch.zeros(1, device=device))
+    communicator = dist.of_group(device=device)
+    at = positions(shards, communicator.rank)
+    meta = dist.ShardedMeta(keep, shards, communicator.rank)
+    local = [torch.from_numpy(poisoned(x, keep)[:, at]).to(device, torch.float16) for x in (q, k, v)]
+    outputs = {}
+    for mode in MODES[2]:
+        out = dist.attention(*local, meta=meta, communicator=communicator, mode=mode)
+        assert out.device == device
+        outputs[mode] = out.float().cpu().numpy()
+    communicator.barrier()
+    return outputs
+
+
+def test_a_process_group_of_gpus(tmp_path):
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+    if torch.cuda.device_count() < 2:
+        pytest.skip(f"it takes two GPUs, and there are {torch.cuda.device_count()}")
+    results = processes(2, _modes_of_gpus, f"file://{tmp_path}/store", backend="nccl")
+    assert all(isinstance(result, dict) for result in results), results
+    q, k, v, keep = problem(2)
+    expected = np.where(keep[:, :, None, None], reference(q, k, v, keep)[0], 0.0)
+    for rank, outputs in enumerate(results):
+        at = positions(shards_of(2), rank)
+        for mode, out in outputs.items():
+            np.testing.assert_allclose(out, expected[:, at], rtol=4e-3, atol=4e-3, err_msg=f"rank {rank}, {mode}")
+            assert (out[~keep[:, at]] == 0).all()
 
 
 def _over_nccl(torch):

@@ -27,9 +27,12 @@ def mask():
     return torch.tensor(KEEP, dtype=torch.bool)
 
 
-def expected(qkv, keep):
+def expected(qkv, keep, *, causal=False):
     heads_first = [x.transpose(1, 2) for x in qkv]
-    out = torch.nn.functional.scaled_dot_product_attention(*heads_first, attn_mask=keep.bool()[:, None, None])
+    seen = keep.bool()[:, None, None]
+    if causal:
+        seen = seen & torch.ones(6, 6, dtype=torch.bool).tril()
+    out = torch.nn.functional.scaled_dot_product_attention(*heads_first, attn_mask=seen)
     return out.transpose(1, 2)
 
 
@@ -85,16 +88,14 @@ def test_captured_graphs_follow_the_mask(qkv, gpu):
     right(qkv, keep, read_mask="first")
     gpu.captured = True
     gpu.told()
-    for reading in ("first", "second", "needed"):
+    for reading in ("first", "second", "never"):
         right(qkv, keep, read_mask=reading)
         assert gpu.told() == (0, 2)
-    # Beside `causal` it is what the host has read before, or an error.
-    with pytest.raises(fa.InvalidValueError, match="captured"):
-        fat.attention(*qkv, keep.clone(), causal=True)
-    gpu.captured = False
-    close(fat.attention(*qkv, keep, causal=True, window=(5, 5)), fat.attention(*qkv, keep, causal=True))
-    gpu.captured = True
-    fat.attention(*qkv, keep, causal=True)
+    # What the host has read before is not looked at beside `causal` or a bias either.
+    for reading in ("first", "second", "never"):
+        close(fat.attention(*qkv, keep, causal=True, read_mask=reading), expected(qkv, keep, causal=True))
+        close(fat.attention(*qkv, keep, torch.zeros(1, 1, 6, 6), read_mask=reading), expected(qkv, keep))
+        assert gpu.told() == (0, 2)
 
 
 def test_streams_have_rooms_of_their_own(qkv, gpu):
@@ -102,21 +103,48 @@ def test_streams_have_rooms_of_their_own(qkv, gpu):
     for gpu.stream in (0, 1):
         right(qkv, keep)
         right(qkv, keep, read_mask="first")
-    kept = {(role, stream) for role, _device, stream, _size in _metadata._device_metas}
+    kept = {(role, stream) for role, _device, stream, _size in _metadata._rooms._kept}
     assert kept == {(role, stream) for role in ("keys", "queries") for stream in (0, 1)}
     gpu.stream, gpu.captured = 2, True
-    with pytest.raises(AssertionError):
+    with pytest.raises(fa.InvalidValueError, match="before its capture"):
         fat.attention(*qkv, keep)
 
 
-def test_what_is_read_only_where_it_must_be(qkv, gpu):
+def test_rooms_are_bounded_but_for_those_of_graphs(qkv, gpu):
+    short = lambda seq: [x[:, :seq] for x in qkv]  # noqa: E731
     keep = mask()
+    for seq in range(1, 7):
+        fat.attention(*short(seq), keep[:, :seq])
+    assert {size for _role, _device, _stream, size in _metadata._rooms._kept} == {(2, 5), (2, 6)}
+    gpu.captured = True
     right(qkv, keep)
+    gpu.captured = False
+    for seq in range(1, 6):
+        fat.attention(*short(seq), keep[:, :seq])
+    assert (2, 6) not in {size for _role, _device, _stream, size in _metadata._rooms._kept}
+    gpu.captured = True
+    right(qkv, keep)
+
+
+def test_nothing_has_to_be_read(qkv, gpu):
+    keep, bias = mask(), torch.zeros(1, 1, 6, 6)
+    right(qkv, keep, read_mask="never")
     assert gpu.told() == (0, 2)
-    bias = torch.zeros(1, 1, 6, 6)
     for call in range(2):
-        close(fat.attention(*qkv, keep, bias), expected(qkv, keep))
+        close(fat.attention(*qkv, keep, bias, read_mask="never"), expected(qkv, keep))
+        close(fat.attention(*qkv, keep, causal=True, read_mask="never"), expected(qkv, keep, causal=True))
+        close(fat.attention(*qkv, keep, bias, window=(9, 0), read_mask="never"), expected(qkv, keep, causal=True))
+        assert gpu.told() == (0, 3)
+    for call in range(2):
+        close(fat.attention(*qkv, keep, bias, causal=True, read_mask="first"), expected(qkv, keep, causal=True))
         assert gpu.told() == ((1, 0) if call == 0 else (0, 0))
+    # Unless the caller says so, the host reads nothing, since not every change of a mask is counted.
+    keep, heads_first = mask(), [x.transpose(1, 2) for x in qkv]
+    for _ in range(3):
+        close(fat.attention(*qkv, keep, causal=True), expected(qkv, keep, causal=True))
+        out = fat.scaled_dot_product_attention(*heads_first, keep[:, None, None])
+        close(out.transpose(1, 2), expected(qkv, keep))
+        assert gpu.told() == (0, 2)
 
 
 def test_inference_tensors_are_not_kept(qkv, gpu):
@@ -128,8 +156,8 @@ def test_inference_tensors_are_not_kept(qkv, gpu):
         keep[1, 2:] = False
         right(qkv, keep, read_mask="first")
         for _ in range(2):
-            fat.attention(*qkv, keep, causal=True)
-        assert gpu.told()[0] == 2
+            fat.attention(*qkv, keep, causal=True, read_mask="first")
+        assert gpu.told() == (0, 4)
 
 
 def test_compiled_graphs_keep_nothing(qkv, gpu, monkeypatch):
@@ -137,12 +165,12 @@ def test_compiled_graphs_keep_nothing(qkv, gpu, monkeypatch):
     monkeypatch.setattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
     keep = mask()
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    for reading in ("first", "second", "needed"):
+    for reading in ("first", "second", "never"):
         right(qkv, keep, read_mask=reading)
         assert gpu.told() == (0, 2)
     for _ in range(2):
-        fat.attention(*qkv, keep, causal=True)
-        assert gpu.told() == (1, 0)
+        close(fat.attention(*qkv, keep, causal=True, read_mask="first"), expected(qkv, keep, causal=True))
+        assert gpu.told() == (0, 1)
 
 
 def test_masks_of_segments(qkv, gpu):
@@ -172,8 +200,8 @@ def test_masks_of_segments(qkv, gpu):
 
 
 def test_unknown_readings_are_refused(qkv):
-    with pytest.raises(fa.InvalidValueError, match="`read_mask`.*never"):
-        fat.attention(*qkv, mask(), read_mask="never")
+    with pytest.raises(fa.InvalidValueError, match="`read_mask`.*never, second, first, got 'always'"):
+        fat.attention(*qkv, mask(), read_mask="always")
 
 
 def test_things_go_with_their_tensors():

@@ -298,14 +298,62 @@ def test_numpy_and_torch_agree(qkv, device):
     np.testing.assert_array_equal(fa.attention(q.numpy(), k.numpy(), v.numpy()), fa.attention(q, k, v).numpy())
 
 
+@pytest.mark.parametrize("is_compiled", [False, True])
+@pytest.mark.parametrize("pairing", ["interleaved", "halves"])
+def test_prepare_qk(compiled, is_compiled, pairing):
+    eps = 1e-5
+
+    def prepared(x, weight, table):
+        """After its definition, in f32; `table` is (cos, sin) or None."""
+        x = x.float()
+        if weight is not None:
+            x = x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight.float()
+        if table is None:
+            return x
+        cos, sin = (of[:, None] for of in table)
+        a, b = (x[..., 0::2], x[..., 1::2]) if pairing == "interleaved" else x.chunk(2, -1)
+        turned = (a * cos - b * sin, a * sin + b * cos)
+        return torch.stack(turned, -1).flatten(-2) if pairing == "interleaved" else torch.cat(turned, -1)
+
+    def call(q, k, norm, rotary):
+        q, k = ([x * 1 for x in given] for given in (q, k))
+        fat.prepare_qk(q, k, norm=norm, rotary=rotary, pairing=pairing)
+        return *q, *k
+
+    q, k = ([torch.randn(2, seq, heads, 16) for seq in (5, 9)] for heads in (4, 2))
+    angles = torch.rand(9, 8, dtype=torch.float32)
+    norm, rotary = [(torch.rand(16), torch.rand(16), eps), None], [None, (angles.cos(), angles.sin())]
+    with torch.no_grad():
+        got = (compiled(call) if is_compiled else call)(q, k, norm, rotary)
+        weights = [[of and of[at] for of in norm] for at in (0, 1)]
+        expected = [prepared(*x) for side, of in zip((q, k), weights) for x in zip(side, of, rotary)]
+        for one, other in zip(got, expected):
+            close(one, other.to(one.dtype))
+        # A tensor is one segment.
+        one, other = q[0].clone(), k[0].clone()
+        fat.prepare_qk(one, other, norm=norm[0], pairing=pairing)
+        close(one, expected[0].to(one.dtype))
+    with pytest.raises(fa.ShapeError, match="`rotary`: expected 2 of them.*got 1"):
+        fat.prepare_qk(q, k, rotary=rotary[:1])
+    with pytest.raises(fa.GradientError):
+        fat.prepare_qk(q, [k[0], k[1].requires_grad_()])
+
+
 @pytest.mark.parametrize("segments", [False, True])
-@pytest.mark.parametrize("read_mask", ["needed", "second", "first"])
-def test_a_captured_graph_follows_the_mask(qkv, keep, device, read_mask, segments):
+@pytest.mark.parametrize("read_mask", ["never", "second", "first"])
+@pytest.mark.parametrize("beside", ["nothing", "causal", "bias"])
+def test_a_captured_graph_follows_the_mask(qkv, keep, device, read_mask, segments, beside):
     if device != "cuda":
         pytest.skip("graphs are captured on a CUDA device")
+    seq = keep.shape[1]
+    seen, bias = torch.ones(seq, seq, dtype=torch.bool, device=device), None
+    if beside == "causal":
+        seen = seen.tril()
+    elif beside == "bias":
+        bias = torch.randn(1, 1, seq, seq, dtype=torch.float32, device=device)
     q, k, v = (x.to(torch.bfloat16).transpose(1, 2) for x in qkv)
     mask, stream = keep.clone(), torch.cuda.Stream()
-    options = {"zero_masked": True, "read_mask": read_mask}
+    options = {"zero_masked": True, "read_mask": read_mask, "bias": bias, "causal": beside == "causal"}
     with torch.no_grad(), torch.cuda.stream(stream):
         if segments:
             parts = [[x[:, :5].clone(), x[:, 5:].clone()] for x in (q, k, v)]
@@ -325,7 +373,9 @@ def test_a_captured_graph_follows_the_mask(qkv, keep, device, read_mask, segment
                 part.fill_(float("nan"))
             graph.replay()
             stream.synchronize()
-            expected = sdpa(*(x.to(torch.bfloat16).float() for x in qkv), attn_mask=other[:, None, None])
+            added = torch.zeros(seen.shape, dtype=torch.float32) if bias is None else bias
+            added = added.masked_fill(~(seen & other[:, None, None]), float("-inf"))
+            expected = sdpa(*(x.to(torch.bfloat16).float() for x in qkv), attn_mask=added)
             got = torch.cat(out, dim=1)
             close(got[other], expected.transpose(1, 2)[other], 2e-2)
             assert (got[~other] == 0).all()

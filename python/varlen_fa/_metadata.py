@@ -12,14 +12,13 @@ from varlen_fa._by_tensor import ByTensor
 from varlen_fa._errors import InvalidValueError, ShapeError
 
 # When the host reads a mask on a GPU, for which it waits. What it has read it keeps for as long as the
-# mask is not changed. A GPU builds metadata for the other calls; it takes neither ranges nor a bias, beside
-# which the host reads in any case, and keeps some kernels from working in place.
-#   ANEW    where it must, and keeps nothing: a compiled graph changes its tensors behind PyTorch's back
-#   NEEDED  where it must
+# mask is not changed. A GPU builds metadata for the other calls, in each of them; beside it `sm80` alone
+# takes ranges, and nobody notices a mask that keeps all.
+#   NEVER   nothing waits
 #   SECOND  when the same mask comes again, so that masks that are made for one call cause no wait
 #   FIRST   at once
-ANEW, NEEDED, SECOND, FIRST = "anew", "needed", "second", "first"
-READINGS = (ANEW, NEEDED, SECOND, FIRST)
+NEVER, SECOND, FIRST = "never", "second", "first"
+READINGS = (NEVER, SECOND, FIRST)
 
 
 class ByContent:
@@ -42,7 +41,8 @@ class ByContent:
 
 
 _metas, _read, _seen = ByContent(32), ByTensor(), ByTensor()
-_device_metas = {}
+# Those that captured graphs use are kept for good.
+_rooms, _rooms_of_graphs = ByContent(64), {}
 
 
 def of_host(mask):
@@ -59,29 +59,28 @@ def of_all(batch, seq):
     return _fa.Meta(_fa.KeyMask.all(batch, seq))
 
 
-def of_keys(masks, lengths, queries, *, zero_masked, host_needed, reading):
+def of_keys(masks, lengths, queries, *, zero_masked, reading):
     """What `varlen_fa.attention` takes as (mask, meta). `masks`: one [B, Sk], or one for each segment of the
     keys, [B, S_i] or None, which keeps all; `lengths` are those of the segments. `queries`: batch rows,
     tokens and the device of queries."""
     given = masks if len(masks) == 1 else tuple(mask for mask in masks if mask is not None)
     if not _is_on_gpu(given[0]):
-        meta = of_host(_concatenated(masks, queries[0], lengths))
-    elif host_needed:
-        meta = _read_by_host(masks, given, queries[0], lengths, reading)
+        meta = of_host(concatenated(masks, queries[0], lengths))
     elif _is_read(given, lengths, reading):
-        meta = _read_by_host(masks, given, queries[0], lengths, reading)
+        meta = _read_by_host(masks, given, queries[0], lengths)
         # A graph that is captured after this call, which warms up for it, can make none.
         _room("keys", (queries[0], sum(lengths)), given[0].device)
         if not zero_masked:
             _every_query(*queries)
     else:
-        meta = _built_by_gpu(_concatenated(masks, queries[0], lengths))
+        meta = _built_by_gpu(concatenated(masks, queries[0], lengths))
         # Its queries are computed like any other unless they are to be zeros.
         return None, meta if zero_masked else (_every_query(*queries), meta)
     return (None, meta) if zero_masked else (meta.key_mask, None)
 
 
-def _concatenated(masks, batch, lengths):
+def concatenated(masks, batch, lengths):
+    """One mask [B, Sk] of those of all segments."""
     if len(masks) == 1:
         return masks[0]
     if len(masks) != len(lengths):
@@ -96,8 +95,8 @@ def _concatenated(masks, batch, lengths):
 
 
 def _is_read(given, lengths, reading):
-    """Whether the host reads masks that the GPU could do with."""
-    if reading in (ANEW, NEEDED) or not _read.keeps(*given) or _is_captured():
+    """Whether the host reads these masks."""
+    if reading == NEVER or not _read.keeps(*given) or _is_captured():
         return False
     if reading == FIRST:
         return True
@@ -106,17 +105,10 @@ def _is_read(given, lengths, reading):
     return is_second
 
 
-def _read_by_host(masks, given, batch, lengths, reading):
+def _read_by_host(masks, given, batch, lengths):
     def make():
-        if _is_captured():
-            raise InvalidValueError(
-                "`key_mask`: expected one in host memory, or one that an earlier call has read: beside `causal`, a "
-                "window or a bias the host reads it, which a captured graph cannot"
-            )
-        return of_host(_concatenated([None if mask is None else mask.cpu() for mask in masks], batch, lengths))
+        return of_host(concatenated([None if mask is None else mask.cpu() for mask in masks], batch, lengths))
 
-    if reading == ANEW:
-        return make()
     return _read.get(given, make, (lengths, tuple(mask is None for mask in masks)))
 
 
@@ -134,16 +126,30 @@ def _every_query(batch, seq, device):
 
 def _room(role, size, device):
     """Metadata in a GPU's memory, of keys or of queries; at first it keeps all. There is one of each size and
-    stream: later calls on the stream build that of keys anew. A captured graph may use it for as long as it
-    lives, but cannot make it: call once on the stream before."""
+    stream: later calls on the stream build that of keys anew. A captured graph may use it for as long as the
+    program runs, but cannot make it."""
     key = (role, device, _stream(device), size)
-    meta = _device_metas.get(key)
-    if meta is None:
-        every = torch.ones(size, dtype=torch.bool, device=device)
-        meta = _fa.DeviceMeta(_fa.Device.of(every), *size)
-        meta.rebuild(every)
-        meta = _device_metas.setdefault(key, meta)
+    meta = _rooms_of_graphs.get(key)
+    if meta is not None:
+        return meta
+    if not _is_captured():
+        return _rooms.get(key, lambda: _new_room(size, device))
+    meta = _rooms_of_graphs[key] = _rooms.get(key, _refuse_capture)
     return meta
+
+
+def _new_room(size, device):
+    every = torch.ones(size, dtype=torch.bool, device=device)
+    meta = _fa.DeviceMeta(_fa.Device.of(every), *size)
+    meta.rebuild(every)
+    return meta
+
+
+def _refuse_capture():
+    raise InvalidValueError(
+        "`key_mask`: expected a call of these sizes on this stream before its capture, which makes no room for "
+        "metadata; a mask that the host has read for it does not count"
+    )
 
 
 # What tests on the CPU put others in the place of.

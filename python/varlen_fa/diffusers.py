@@ -1,10 +1,10 @@
 """The attention backend "varlen_fa" of diffusers, and a processor for Qwen-Image's joint layers.
 
-    varlen_fa.diffusers.register()
-    model.set_attention_backend("varlen_fa")
+    varlen_fa.diffusers.enable(model)
 
 What varlen_fa does not compute (dropout, gradients, context parallelism, devices and element types
-without a kernel) goes to diffusers' native backend; the logger "varlen_fa" says why, once.
+without a kernel), and a bias on CUDA, goes to diffusers' native backend; the logger "varlen_fa" says
+why, once.
 """
 
 import functools
@@ -14,16 +14,27 @@ from diffusers.models import attention_dispatch as _dispatch
 from diffusers.models.normalization import RMSNorm
 from diffusers.models.transformers.transformer_qwenimage import QwenDoubleStreamAttnProcessor2_0
 
-import varlen_fa as _fa
 from varlen_fa import _gradients
 from varlen_fa import torch as _operators
 from varlen_fa._by_tensor import ByTensor
-from varlen_fa._fallback import NO_KERNEL, say, why_not
+from varlen_fa._fallback import NO_KERNEL, say, slow_bias, why_not
 from varlen_fa._masks import key_mask_and_bias
 
-__all__ = ["QwenImageAttnProcessor", "register"]
+__all__ = ["QwenImageAttnProcessor", "enable", "register"]
 
 NAME = "varlen_fa"
+
+
+def enable(model):
+    """Has `model` compute its attention by varlen_fa: `register()`, unless that was called before;
+    `model.set_attention_backend("varlen_fa")`; and QwenImageAttnProcessor in the place of Qwen-Image's own
+    processors."""
+    if _backend_name() not in _dispatch._AttentionBackendRegistry._backends:
+        register()
+    for module in model.modules():
+        if type(getattr(module, "processor", None)) is QwenDoubleStreamAttnProcessor2_0:
+            module.set_processor(QwenImageAttnProcessor())
+    model.set_attention_backend(NAME)
 
 
 def register(*, zero_masked=False, read_mask="second"):
@@ -69,6 +80,7 @@ def _attention(
         key_mask, bias = key_mask_and_bias(attn_mask, query.shape[0], key.shape[1], query.dtype)
         if is_causal and (query.shape[1] != key.shape[1] or (bias is not None and key_mask is None)):
             reason = "is_causal beside a mask that is no key mask, or of queries and keys that differ in number"
+        reason = reason or slow_bias(query, bias)
     if reason is None:
         try:
             made = _operators.attention(
@@ -89,18 +101,28 @@ class QwenImageAttnProcessor(QwenDoubleStreamAttnProcessor2_0):
 
     Norm and rotation of q and k of text and image are one call, in place, and attention takes and writes
     text and image where they lie: nothing is concatenated or split. The rows of masked text are zeros.
-    `read_mask`: when the host reads the text's mask on a GPU, as in `varlen_fa.torch.attention`. What
-    varlen_fa does not compute goes to diffusers' own processor. In a compiled model the processor is
-    outside of the graph."""
+    `read_mask`: when the host reads the text's mask on a GPU, as in `varlen_fa.torch.attention`.
+    `in_graph`: whether a compiled graph has the processor's operators. It builds the metadata in each
+    layer; outside of the graph the mask is read, but each layer breaks the graph twice. What varlen_fa does
+    not compute goes to diffusers' own processor."""
 
-    def __init__(self, *, read_mask="first"):
+    def __init__(self, *, read_mask="first", in_graph=True):
         super().__init__()
-        self._read_mask = read_mask
+        self._read_mask, self._in_graph = read_mask, in_graph
 
-    @torch.compiler.disable
     def __call__(
         self, attn, hidden_states, encoder_hidden_states=None, encoder_hidden_states_mask=None, attention_mask=None,
         image_rotary_emb=None,
+    ):  # fmt: skip
+        compute = self._compute
+        if not self._in_graph and torch.compiler.is_compiling():
+            compute = torch.compiler.disable(compute)
+        return compute(
+            attn, hidden_states, encoder_hidden_states, encoder_hidden_states_mask, attention_mask, image_rotary_emb
+        )
+
+    def _compute(
+        self, attn, hidden_states, encoder_hidden_states, encoder_hidden_states_mask, attention_mask, image_rotary_emb
     ):  # fmt: skip
         reason = self._why_not(attn, encoder_hidden_states, attention_mask)
         if reason is None:
@@ -138,13 +160,15 @@ class QwenImageAttnProcessor(QwenDoubleStreamAttnProcessor2_0):
         head_dim = attn.inner_dim // attn.heads
         of_text = _heads(text, (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj), head_dim)
         of_image = _heads(image, (attn.to_q, attn.to_k, attn.to_v), head_dim)
-        norms = (attn.norm_added_q, attn.norm_added_k), (attn.norm_q, attn.norm_k)
-        tables = (None, None) if rotary is None else reversed([_cos_and_sin(rotations) for rotations in rotary])
-        _fa.prepare_qk([
-            _fa.QkSegment(q, k, norm=(norm_q.weight, norm_k.weight, norm_q.eps), rotary=tables_of_segment)
-            for (q, k, _v), (norm_q, norm_k), tables_of_segment in zip((of_text, of_image), norms, tables)
-        ])  # fmt: skip
+        norms = [(attn.norm_added_q, attn.norm_added_k), (attn.norm_q, attn.norm_k)]
+        tables = None
+        if rotary is not None:
+            of_image_tokens, of_text_tokens = rotary
+            tables = [_cos_and_sin(of_text_tokens), _cos_and_sin(of_image_tokens)]
         q, k, v = zip(of_text, of_image)
+        _operators.prepare_qk(
+            q, k, norm=[(of_q.weight, of_k.weight, of_q.eps) for of_q, of_k in norms], rotary=tables
+        )
         out = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in q]
         _operators.attention(
             q, k, v, None if text_mask is None else [text_mask, None], zero_masked=True, out=out,
@@ -155,9 +179,21 @@ class QwenImageAttnProcessor(QwenDoubleStreamAttnProcessor2_0):
 
 def _heads(given, projections, head_dim):
     """Projections of [B, S, E] as heads [B, S, H, D], in memory of their own: q and k are changed in place."""
-    projected = [project(given) for project in projections]
-    owns = lambda x: x.untyped_storage().data_ptr() != given.untyped_storage().data_ptr()  # noqa: E731
-    return [(x if owns(x) else x.clone()).unflatten(-1, (-1, head_dim)) for x in projected]
+    projected = [(project, project(given)) for project in projections]
+    own = [x if _owns(project, x, given) else x.clone() for project, x in projected]
+    return [x.unflatten(-1, (-1, head_dim)) for x in own]
+
+
+def _is_there(tensor):
+    """Whether a tensor is memory, rather than a compiler's thought of it."""
+    return not torch.compiler.is_compiling() and type(tensor) is torch.Tensor
+
+
+def _owns(project, projected, given):
+    """Whether a projection of a tensor has memory of its own."""
+    if _is_there(projected):
+        return projected.untyped_storage().data_ptr() != given.untyped_storage().data_ptr()
+    return isinstance(project, torch.nn.Linear)
 
 
 # Of rotations, which are the same in every layer of a pass.
@@ -166,4 +202,6 @@ _tables = ByTensor(of_inference=True)
 
 def _cos_and_sin(rotations):
     """Tables [S, D / 2] of complex numbers [S, D / 2]."""
+    if not _is_there(rotations):
+        return rotations.real.contiguous(), rotations.imag.contiguous()
     return _tables.get((rotations,), lambda: (rotations.real.contiguous(), rotations.imag.contiguous()))

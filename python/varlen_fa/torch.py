@@ -4,7 +4,7 @@ flash-attention.
 The operators work under `torch.compile(fullgraph=True)` and `torch.export`: they take tensors, lists
 of them and numbers alone. On the CPU the metadata of a mask is looked up by what the mask holds. On a
 GPU the device builds it anew in each call, without a wait of the host, so that a captured graph
-follows the mask; or the host reads a mask once, where it must or `read_mask` says so.
+follows the mask; or the host reads a mask once, where `read_mask` says so.
 
 Inference only: inputs that require gradients are refused.
 """
@@ -18,7 +18,9 @@ from varlen_fa import _gradients, _metadata
 from varlen_fa._errors import InvalidValueError, ShapeError
 from varlen_fa._masks import key_mask_and_bias
 
-__all__ = ["attention", "flash_attn_varlen_func", "scaled_dot_product_attention", "varlen_attention"]
+__all__ = [
+    "attention", "flash_attn_varlen_func", "prepare_qk", "scaled_dot_product_attention", "varlen_attention",
+]  # fmt: skip
 
 # What `causal` of the operators means: none, query i level with key i, or the last query with the
 # last key.
@@ -27,7 +29,7 @@ _NOT_CAUSAL, _TOP_LEFT, _BOTTOM_RIGHT = 0, 1, 2
 _library = torch.library.Library("varlen_fa", "DEF")
 _OPTIONS = (
     "Tensor? bias=None, *, bool zero_masked=False, float? scale=None, int causal=0, int window_left=-1, "
-    'int window_right=-1, float softcap=0.0, float[]? alibi=None, float[]? sinks=None, str read_mask="needed"'
+    'int window_right=-1, float softcap=0.0, float[]? alibi=None, float[]? sinks=None, str read_mask="never"'
 )
 _library.define(f"attention(Tensor q, Tensor k, Tensor v, Tensor? key_mask=None, {_OPTIONS}) -> (Tensor, Tensor)")
 _library.define(
@@ -38,6 +40,10 @@ _library.define(
     "varlen_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, *, float? scale=None, "
     "bool causal=False, int window_left=-1, int window_right=-1, float softcap=0.0, float[]? alibi=None) "
     "-> (Tensor, Tensor)"
+)
+_library.define(
+    "prepare_qk(Tensor(a!)[] q, Tensor(b!)[] k, Tensor?[] q_weight, Tensor?[] k_weight, float[] eps, Tensor?[] cos, "
+    "Tensor?[] sin, str pairing) -> ()"
 )
 
 
@@ -76,7 +82,7 @@ def _tuple(numbers):
 
 def _attend(q, k, v, out, lse, key_masks=(), bias=None, *, zero_masked=False, scale=None, causal=_NOT_CAUSAL,
             window_left=-1, window_right=-1, softcap=0.0, alibi=None, sinks=None,
-            read_mask=_metadata.NEEDED):  # fmt: skip
+            read_mask=_metadata.NEVER):  # fmt: skip
     """Attention of tensors or lists of segments into `out`, and into `lse` unless it is None. `key_masks`: none,
     one, or one or None for each segment of k."""
     batch, seq_q, lengths_q = _sizes(q)
@@ -88,9 +94,8 @@ def _attend(q, k, v, out, lse, key_masks=(), bias=None, *, zero_masked=False, sc
     if any(key_mask is not None for key_mask in key_masks):
         queries = (batch, seq_q, _first(q).device)
         mask, meta = _metadata.of_keys(
-            key_masks, lengths_k or (seq_k,), queries, zero_masked=zero_masked,
-            host_needed=ranges is not None or bias is not None, reading=read_mask,
-        )  # fmt: skip
+            key_masks, lengths_k or (seq_k,), queries, zero_masked=zero_masked, reading=read_mask
+        )
     elif (lengths_q or lengths_k) and bias is None:
         # Some kernels take segments where they lie if there is metadata.
         meta = tuple(_metadata.of_all(batch, seq) for seq in (seq_q, seq_k))
@@ -148,6 +153,17 @@ def _varlen_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, **options):
     return _varlen_attend(q, k, v, cu_seqlens_q, cu_seqlens_k, lse, **options), lse
 
 
+def _prepare_qk(q, k, q_weight, k_weight, eps, cos, sin, pairing):
+    """In place; None in the place of a weight or a table says that there is none."""
+    _fa.prepare_qk([
+        _fa.QkSegment(
+            q[at], k[at], norm=None if q_weight[at] is None else (q_weight[at], k_weight[at], eps[at]),
+            rotary=None if cos[at] is None else (cos[at], sin[at]), pairing=pairing,
+        )
+        for at in range(len(q))
+    ])  # fmt: skip
+
+
 def _packed_lse_of(q):
     return q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
 
@@ -175,6 +191,10 @@ def _fake_attention_of_segments(q, k, v, out, key_mask, bias=None, *, sinks=None
     return _lse_of(q, sinks)
 
 
+def _fake_prepare_qk(*_):
+    return None
+
+
 def _fake_varlen_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, **_):
     return _new(q), _packed_lse_of(q)
 
@@ -183,9 +203,11 @@ for _key in ("CPU", "CUDA"):
     _library.impl("attention", _attention, _key)
     _library.impl("attention_of_segments", _attention_of_segments, _key)
     _library.impl("varlen_attention", _varlen_attention, _key)
+    _library.impl("prepare_qk", _prepare_qk, _key)
 torch.library.register_fake("varlen_fa::attention", _fake_attention, lib=_library)
 torch.library.register_fake("varlen_fa::attention_of_segments", _fake_attention_of_segments, lib=_library)
 torch.library.register_fake("varlen_fa::varlen_attention", _fake_varlen_attention, lib=_library)
+torch.library.register_fake("varlen_fa::prepare_qk", _fake_prepare_qk, lib=_library)
 
 
 def _autocast(*tensors):
@@ -217,7 +239,7 @@ def _is_plain(*tensors):
 
 
 def attention(q, k, v, key_mask=None, bias=None, *, zero_masked=False, scale=None, causal=False, window=(-1, -1),
-              softcap=0.0, alibi=None, sinks=None, return_lse=False, out=None, read_mask="needed"):  # fmt: skip
+              softcap=0.0, alibi=None, sinks=None, return_lse=False, out=None, read_mask="never"):  # fmt: skip
     """Attention of q [B, Sq, H, D] to k and v [B, Sk, Hkv, D], as an operator of PyTorch. q, k, v and `out` may
     each be a list of 1 to 8 segments [B, S_i, H, D] that follow one another along S.
 
@@ -228,10 +250,10 @@ def attention(q, k, v, key_mask=None, bias=None, *, zero_masked=False, scale=Non
     key. `window`: keys before and after a query's place, -1 for no limit. `alibi`, `sinks`: a number
     for each head. `out`: where the result goes; a new tensor otherwise.
 
-    `read_mask`: when the host reads a mask on a GPU, and waits for it. "needed": beside `causal`, a window
-    or a bias alone; else the GPU builds the metadata in each call. "first": in the first call with this
-    mask. "second": in the second one. What was read is kept until PyTorch counts a change of the mask,
-    and lets kernels work in place. In captured graphs, in compiled ones and for inference tensors, whose
+    `read_mask`: when the host reads a mask on a GPU, and waits for it. "never": the GPU builds the metadata
+    in each call. "first": in the first call with this mask. "second": in the second one. What was read is
+    kept until PyTorch counts a change of the mask, and saves the work of building it; beside it `sm90`
+    takes `causal` and windows too. In captured graphs, in compiled ones and for inference tensors, whose
     changes nobody counts, the GPU builds it.
 
     Returns out [B, Sq, H, D], with `return_lse` also the log-sum-exp [B, H, Sq] f32, which there is
@@ -239,7 +261,7 @@ def attention(q, k, v, key_mask=None, bias=None, *, zero_masked=False, scale=Non
     if return_lse and sinks is not None:
         raise InvalidValueError(f"`return_lse`: expected False beside `sinks`, got {return_lse}")
     if read_mask not in _metadata.READINGS:
-        raise InvalidValueError(f"`read_mask`: expected one of {', '.join(_metadata.READINGS[1:])}, got {read_mask!r}")
+        raise InvalidValueError(f"`read_mask`: expected one of {', '.join(_metadata.READINGS)}, got {read_mask!r}")
     _gradients.refuse(q=q, k=k, v=v, bias=bias)
     q, k, v = _autocast(q, k, v)
     if bias is not None and bias.dtype not in (_first(q).dtype, torch.float32):
@@ -247,7 +269,7 @@ def attention(q, k, v, key_mask=None, bias=None, *, zero_masked=False, scale=Non
     options = {
         "zero_masked": zero_masked, "scale": scale, "causal": _BOTTOM_RIGHT if causal else _NOT_CAUSAL,
         "window_left": window[0], "window_right": window[1], "softcap": softcap, "alibi": alibi, "sinks": sinks,
-        "read_mask": _metadata.ANEW if torch.compiler.is_compiling() else read_mask,
+        "read_mask": _metadata.NEVER if torch.compiler.is_compiling() else read_mask,
     }  # fmt: skip
     return _called(q, k, v, out, key_mask, bias, options, return_lse)
 
@@ -266,6 +288,9 @@ def _called(q, k, v, out, key_mask, bias, options, return_lse):
         batch, seq, _ = _sizes(q)
         out = q[0].new_empty((batch, seq, *q[0].shape[2:]))
     outs, masks = _listed(out), [] if key_mask is None else _listed(key_mask)
+    if len(masks) > 1 and torch.compiler.is_compiling():
+        # What a compiler fuses, for all layers together.
+        masks = [_metadata.concatenated(masks, q[0].shape[0], _sizes(k)[2])]
     if _is_plain(*q, *k, *v, *outs, *masks, bias):
         lse = _lse_of(q, None) if return_lse else None
         _attend(q, k, v, outs, lse, masks, bias, **options)
@@ -276,6 +301,28 @@ def _called(q, k, v, out, key_mask, bias, options, return_lse):
 
 def _listed(x):
     return list(x) if isinstance(x, (list, tuple)) else [x]
+
+
+def prepare_qk(q, k, *, norm=None, rotary=None, pairing="interleaved"):
+    """QK-norm and rotary embedding of q [B, S, H, D] and k [B, S, Hkv, D] in place, as an operator of PyTorch; or
+    of lists of 1 to 8 segments.
+
+    `norm`: (q_weight, k_weight, eps), weights of [D]. `rotary`: (cos, sin), tables of [S, R/2] or
+    [B, S, R/2]. Either may be None; for lists it is a list with one or None for each segment. `pairing`:
+    "interleaved", elements 2i and 2i + 1, or "halves", elements i and i + R/2.
+
+    Raises what `varlen_fa.prepare_qk` does, ShapeError and GradientError."""
+    if not isinstance(q, (list, tuple)):
+        q, k, norm, rotary = [q], [k], [norm], [rotary]
+    norms, tables = ([None] * len(q) if x is None else list(x) for x in (norm, rotary))
+    for name, given in (("k", k), ("norm", norms), ("rotary", tables)):
+        if len(given) != len(q):
+            raise ShapeError(f"`{name}`: expected {len(q)} of them, one for each segment of `q`, got {len(given)}")
+    q_weight, k_weight, eps = zip(*(norm or (None, None, 0.0) for norm in norms))
+    _gradients.refuse(q=q, k=k, norm=(*q_weight, *k_weight))
+    cos, sin = zip(*(table or (None, None) for table in tables))
+    prepare = _prepare_qk if _is_plain(*q, *k, *q_weight, *k_weight, *cos, *sin) else torch.ops.varlen_fa.prepare_qk
+    prepare(list(q), list(k), list(q_weight), list(k_weight), list(eps), list(cos), list(sin), pairing)
 
 
 def varlen_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, *, scale=None, causal=False, window=(-1, -1), softcap=0.0,
@@ -321,8 +368,6 @@ def scaled_dot_product_attention(query, key, value, attn_mask=None, dropout_p=0.
     if is_causal and bias is not None and key_mask is None:
         raise InvalidValueError("`is_causal`: expected False beside a mask that is no key mask")
     options = {"scale": scale, "causal": _TOP_LEFT if is_causal else _NOT_CAUSAL}
-    if torch.compiler.is_compiling():
-        options["read_mask"] = _metadata.ANEW
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     out = _called(q, k, v, None, key_mask, bias, options, False)
     return out.transpose(1, 2)

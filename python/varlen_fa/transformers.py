@@ -5,8 +5,8 @@
 
 Padding stays a key mask [B, Sk], and causal masks and windows are ranges of keys, so that what they
 drop costs nothing; other patterns become a bias. What varlen_fa does not compute (dropout, gradients,
-devices and element types without a kernel) goes to transformers' SDPA; the logger "varlen_fa" says
-why, once.
+devices and element types without a kernel), and a bias on CUDA, goes to transformers' SDPA; the logger
+"varlen_fa" says why, once.
 """
 
 import functools
@@ -18,11 +18,11 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import prepare_padding_mask, sdpa_mask
 
-from varlen_fa import _gradients
+from varlen_fa import _gradients, _metadata
 from varlen_fa import torch as _operators
 from varlen_fa._by_tensor import ByTensor
-from varlen_fa._errors import NotApplicableError
-from varlen_fa._fallback import NO_KERNEL, say, why_not
+from varlen_fa._errors import InvalidValueError, NotApplicableError
+from varlen_fa._fallback import NO_KERNEL, say, slow_bias, why_not
 from varlen_fa._masks import key_mask_and_bias
 
 __all__ = ["register"]
@@ -37,15 +37,23 @@ _OF_SELF_ATTENTION = {
 }  # fmt: skip
 
 
-def register(*, zero_masked=True):
+def register(*, zero_masked=True, read_mask="first"):
     """Makes "varlen_fa" an `attn_implementation` of every model that takes transformers' attention
     interface. A second call replaces the first.
 
     `zero_masked`: queries of padding are zeros, and cost nothing, in modules whose `forward` shows
     that they are self-attention. Otherwise they are computed like any other, as SDPA does. Results of
-    other tokens do not depend on it."""
+    other tokens do not depend on it. `read_mask`: when the host reads a mask on a GPU beside a causal mask
+    or a window. "first": once a pass, for which it waits, so that newer kernels than `sm80` take part.
+    "never": the GPU builds the metadata in each layer, as for other masks and in compiled graphs, so that a
+    pass can be captured.
+
+    Raises InvalidValueError for another `read_mask`."""
+    if read_mask not in (_metadata.FIRST, _metadata.NEVER):
+        expected = f"{_metadata.FIRST} or {_metadata.NEVER}"
+        raise InvalidValueError(f"`read_mask`: expected {expected}, got {read_mask!r}")
     AttentionInterface.register(NAME, functools.partial(_attention, zero_masked=zero_masked))
-    AttentionMaskInterface.register(NAME, _mask)
+    AttentionMaskInterface.register(NAME, functools.partial(_mask, is_read=read_mask == _metadata.FIRST))
 
 
 class _Pattern(NamedTuple):
@@ -73,7 +81,7 @@ class _Pattern(NamedTuple):
 
 def _mask(
     batch_size, q_length, kv_length, q_offset=0, kv_offset=0, attention_mask=None, local_size=None,
-    allow_is_causal_skip=True, allow_is_bidirectional_skip=False, config=None, **others,
+    allow_is_causal_skip=True, allow_is_bidirectional_skip=False, config=None, *, is_read, **others,
 ):  # fmt: skip
     """The mask of a model: None, a _Pattern, or what transformers makes for SDPA where the pattern is
     neither causal nor a window nor padding alone."""
@@ -100,8 +108,8 @@ def _mask(
     keep = prepare_padding_mask(attention_mask, kv_length, kv_offset)
     if keep is not None:
         keep = keep[:, kv_offset : kv_offset + kv_length]
-        if keep.is_cuda and (causal or left >= 0):
-            # Attention beside ranges needs the mask in host memory: read it once for all layers.
+        if is_read and (causal or left >= 0) and _may_wait_for(keep):
+            # Once for all layers.
             keep = keep.cpu()
         if not keep.is_cuda and not torch.compiler.is_compiling() and bool(keep.all()):
             keep = None
@@ -109,6 +117,10 @@ def _mask(
         # The module says whether it is causal.
         return None
     return _Pattern(keep, causal, (left, right))
+
+
+def _may_wait_for(mask):
+    return mask.is_cuda and not torch.compiler.is_compiling() and not torch.cuda.is_current_stream_capturing()
 
 
 @functools.lru_cache(maxsize=None)
@@ -134,6 +146,16 @@ def _in_host_memory(lengths):
     if not lengths.is_cuda or torch.compiler.is_compiling():
         return lengths
     return _on_host.get((lengths,), lengths.cpu)
+
+
+# Of attention sinks, which are weights.
+_numbers = ByTensor()
+
+
+def _listed(sinks):
+    if sinks is None:
+        return None
+    return sinks.tolist() if torch.compiler.is_compiling() else _numbers.get((sinks,), sinks.tolist)
 
 
 def _packed_attention(
@@ -181,13 +203,16 @@ def _attention(
         pattern = _Pattern(key_mask, False, (-1, -1))
         if position_bias is not None:
             reason = reason or "there is a position bias beside a mask of every query and key"
+    if softcap is None and s_aux is None:
+        # SDPA has neither.
+        reason = reason or slow_bias(query, bias)
     if reason is None:
         own = zero_masked and seq_q == seq_k and _is_self_attention(type(module))
         try:
             out = _operators.attention(
                 query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), pattern.key_mask, bias,
                 zero_masked=own, scale=scaling, causal=pattern.causal, window=pattern.window, softcap=softcap or 0.0,
-                sinks=None if s_aux is None else s_aux.tolist(),
+                sinks=_listed(s_aux),
             )  # fmt: skip
             return out, None
         except NO_KERNEL as error:

@@ -5,7 +5,7 @@
 //!    query a                  first xxxxxxxxxxx end
 //!    query b                     first xxxxxxxxxxxxx end
 //!                             |--------- part ---------|     what is computed for the strip
-//!                                |-- common --|              no score here is masked
+//!                                |-- common --|              seen by all: no score here is masked
 //! ```
 
 use std::ops::Range;
@@ -85,15 +85,60 @@ impl SeenKeys {
             return None;
         }
         let part = (first - tile.start) / block * block..end - tile.start;
-        if common.start <= tile.start + part.start && common.end >= end {
+        let start = tile.start + part.start;
+        let common = [common.start, common.end].map(|key| key.clamp(start, end) - start);
+        if common == [0, part.len()] {
             return Some((part, None));
         }
+        let common = if common[0] < common[1] { common } else { [0; 2] };
         // What lies outside of the tile counts from its borders; so small a number is exact in f32.
         let place = |key: u32| (key as usize).clamp(tile.start, tile.end) - tile.start;
         self.firsts.clear();
         self.firsts.extend(self.lanes[lanes.clone()].iter().map(|seen| place(seen.start) as f32));
         self.ends.clear();
         self.ends.extend(self.lanes[lanes.clone()].iter().map(|seen| place(seen.end) as f32));
-        Some((part, Some(Limits { firsts: &self.firsts, ends: &self.ends })))
+        Some((part, Some(Limits { firsts: &self.firsts, ends: &self.ends, common })))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::ops::Range;
+
+    use super::SeenKeys;
+    use crate::backends::cpu::processor::Processor;
+    use crate::backends::cpu::strip::Strips;
+
+    #[test]
+    fn parts_hold_what_some_query_sees_and_common_keys_are_seen_by_all() {
+        const QUERIES: usize = 75;
+        // Windows, queries that see nothing, and some that see a lot.
+        let keys_of = |lane: usize| -> Range<usize> {
+            let first = lane + lane % 3 * 7;
+            first..first + [40, 44, 0, 120][if lane < 30 { lane % 2 } else { lane % 4 }]
+        };
+        for processor in Processor::all() {
+            let strips = Strips::new(processor, QUERIES, true);
+            let mut seen = SeenKeys::new(strips.lanes(), strips.widest()).unwrap();
+            seen.start(strips, QUERIES, keys_of);
+            let mut common_keys = 0;
+            for (strip, lanes) in strips.ranges().enumerate() {
+                for tile in [0..48, 48..96, 96..240] {
+                    let sees = |lane: usize, key| keys_of(lane.min(QUERIES - 1)).contains(&key);
+                    let seen_by_some = |key: &usize| lanes.clone().any(|lane| sees(lane, *key));
+                    let Some((part, limits)) = seen.of_strip(strip, &lanes, &tile, strips.block_keys()) else {
+                        assert!(!tile.clone().any(|key| seen_by_some(&key)));
+                        continue;
+                    };
+                    let start = tile.start + part.start;
+                    let [first, end] = limits.map_or([0, part.len()], |limits| limits.common);
+                    assert!(first <= end && end <= part.len());
+                    assert!(tile.clone().filter(seen_by_some).all(|key| (start..start + part.len()).contains(&key)));
+                    assert!((start + first..start + end).all(|key| lanes.clone().all(|lane| sees(lane, key))));
+                    common_keys += end - first;
+                }
+            }
+            assert!(common_keys > 0);
+        }
     }
 }

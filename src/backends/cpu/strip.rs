@@ -155,6 +155,8 @@ pub(super) struct KeyTile<'a> {
 pub(super) struct Limits<'a> {
     pub firsts: &'a [f32],
     pub ends: &'a [f32],
+    /// First and end of the keys that all of them see, from the start of the part; equal where there are none.
+    pub common: [usize; 2],
 }
 
 /// Attention of one strip of a query tile to one tile of keys.
@@ -219,11 +221,12 @@ impl<O: Operand> AtWidth for (O, Step<'_>) {
             }
             scale = 1.0;
         }
+        let [first_common, end_common] = seen.map_or([0; 2], |limits| limits.common);
         let mut seen = seen.and_then(|limits| Seen::<S, W>::new(limits, part.start));
         if let Some(seen) = &seen {
             let nothing = simd.splat_f32s(f32::NEG_INFINITY);
-            for (i, score) in scores.iter_mut().enumerate() {
-                for (w, score) in score.iter_mut().enumerate() {
+            for i in (0..first_common).chain(end_common..scores.len()) {
+                for (w, score) in scores[i].iter_mut().enumerate() {
                     *score = simd.select_f32s(seen.sees(simd, i, w), *score, nothing);
                 }
             }
