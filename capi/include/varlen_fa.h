@@ -1197,7 +1197,7 @@ varlen_fa_status varlen_fa_communicator_connect(const char *meeting,
                                                 struct varlen_fa_communicator **communicator);
 
 // Joins processes whose CUDA devices send and receive by NCCL (libnccl.so.2, loaded at run time):
-// this one is rank `rank` of `world_size`. Returns when all are there. Not yet run on several GPUs.
+// this one is rank `rank` of `world_size`. Returns when all are there. Run on two GPUs of one host, and never between hosts.
 //
 // `device`: a CUDA device, on a GPU of its own. Requests of this rank are prepared with it.
 // `meeting`, `time_out_ms`: as of varlen_fa_communicator_connect. What takes longer than the time-out

@@ -649,7 +649,7 @@ class Library:
     def nccl(self, device, meeting, rank, world_size, time_out_ms=0, comm=None):
         """Joins processes whose CUDA devices send and receive by NCCL; `meeting` as of `connect`.
         `comm` is the address of an ncclComm_t of the caller's, such as that of a process group of
-        torch.distributed; None makes one. Not yet run on several GPUs."""
+        torch.distributed; None makes one."""
         before = [device.handle, meeting.encode(), rank, world_size, time_out_ms, c_void_p(comm)]
         return self.make(Communicator, "communicator_nccl", *before)
 

@@ -163,7 +163,7 @@ unsafe fn meet(meeting: *const c_char, (rank, world_size): (u64, u64), time_out_
 }
 
 /// Joins processes whose CUDA devices send and receive by NCCL (libnccl.so.2, loaded at run time):
-/// this one is rank `rank` of `world_size`. Returns when all are there. Not yet run on several GPUs.
+/// this one is rank `rank` of `world_size`. Returns when all are there. Run on two GPUs of one host, and never between hosts.
 ///
 /// `device`: a CUDA device, on a GPU of its own. Requests of this rank are prepared with it.
 /// `meeting`, `time_out_ms`: as of varlen_fa_communicator_connect. What takes longer than the time-out

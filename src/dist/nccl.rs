@@ -10,8 +10,8 @@ use crate::cache::DeviceId;
 use crate::device::Device;
 use crate::error::{Error, Result};
 
-/// A [`Communicator`] by NCCL, with the feature `nccl`: one CUDA device a rank, in processes of one host or of several. **It was
-/// compiled and run with one rank only**, not yet on several GPUs.
+/// A [`Communicator`] by NCCL, with the feature `nccl`: one CUDA device a rank, in processes of one host or of several. It has run
+/// on two GPUs of one host, in threads and in processes, and never between hosts.
 ///
 /// The library is loaded at run time (`libnccl.so.2`, version 2.14 or later). Ranks first meet as those of a [`HostCommunicator`],
 /// by TCP or a file, or as threads; that one carries NCCL's id to all, and later what is in host memory and why a rank gave up.
