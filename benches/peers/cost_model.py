@@ -82,8 +82,6 @@ class Work:
     # The same of the last item, and how many there are of its wave if that is not full.
     last: tuple[int, int, int, int]
     tail: int
-    # Blocks of a launch that have rows of zeros alone to write.
-    idle: int
     blocks: int
     # Bytes of attention and of the copies around it, and launches of the latter.
     bytes: float
@@ -98,7 +96,7 @@ class Work:
         tiles, heads, kv_heads = features["tiles"][kernel], features["heads"], features["kv_heads"]
         by_lists = kernel != "sm80"
         by_groups = path == "fused" and by_lists
-        rows, idle = [], 0
+        rows = []
         for b, (queries, keys) in enumerate(zip(features["queries"], features["keys"])):
             full, masked, dropped = -(-keys // tiles["keys"]), 0, 0
             if by_groups:
@@ -112,8 +110,6 @@ class Work:
             items = -(-queries // tiles["rows"]) * heads if by_lists or keys > 0 else 0
             if items > 0:
                 rows.append((items, full, masked, dropped))
-            if path == "fused" and not by_lists:
-                idle += -(-features["seq_q"] // tiles["rows"]) * heads - items
         rows.sort(key=lambda row: -(row[1] + row[2]))
         blocks = multiprocessors * blocks_of(kernel, tiles["width"])
         slowest, items = [0, 0, 0, 0], 0
@@ -154,7 +150,7 @@ class Work:
         elif path == "fused":
             zero_pieces = heads * masked_rows / blocks
         last = (1, *rows[-1][1:]) if rows else (0, 0, 0, 0)
-        return cls(kernel, tiles["width"], path, slowest, last, items % blocks, idle, blocks, attention, launches, copied * row_bytes, zero_pieces, zero_rows)
+        return cls(kernel, tiles["width"], path, slowest, last, items % blocks, blocks, attention, launches, copied * row_bytes, zero_pieces, zero_rows)
 
     def time(self, chip, tiles, multiprocessors):
         """Nanoseconds."""
@@ -180,7 +176,8 @@ class Work:
     def last_wave(self, cost, item, each, multiprocessors):
         if self.kernel != "sm90":
             most = self.blocks // multiprocessors
-            share = min(-(-(self.tail + self.idle) // multiprocessors), most)
+            # Blocks that only write zeros are gone before.
+            share = min(-(-self.tail // multiprocessors), most)
             return each * (cost.alone + (1 - cost.alone) * (share - 1) / (most - 1)) if most > 1 else each
         best, steps = each, self.last[1] + self.last[2]
         for parts in range(2, min(max(steps // MIN_PART_STEPS, 1), MAX_PARTS) + 1):

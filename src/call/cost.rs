@@ -200,8 +200,8 @@ struct Items {
 impl Call<'_> {
     fn time(&self) -> f64 {
         let chip = self.machine.chip;
-        let (items, idle) = self.items();
-        let (launch, mut busy) = (self.launch(), self.busy(&items, idle));
+        let items = self.items();
+        let (launch, mut busy) = (self.launch(), self.busy(&items));
         let mut zeros = self.zeros(items.iter().map(|items| items.count).sum());
         if !self.by_lists() {
             busy += std::mem::take(&mut zeros);
@@ -227,17 +227,16 @@ impl Call<'_> {
         if self.by_lists() { self.machine.chip.lists_launch } else { self.machine.chip.launch }
     }
 
-    /// Items of every batch row that has some, those with the most keys first, and blocks that have none but zeros to write.
-    fn items(&self) -> (Vec<Items>, usize) {
+    /// Items of every batch row that has some, those with the most keys first.
+    fn items(&self) -> Vec<Items> {
         let shape = self.problem.shape;
         let Some((query, key)) = self.metas else {
             let mut items = self.batch_row(shape.seq_q, self.whole_keys(shape.seq_k));
             items.count *= shape.batch;
-            return (vec![items], 0);
+            return vec![items];
         };
         let (by_lists, is_fused) = (self.by_lists(), self.path == Path::Fused);
-        let blocks = shape.seq_q.div_ceil(self.tiling.rows) * shape.num_heads;
-        let (mut all, mut idle) = (Vec::with_capacity(query.batch()), 0);
+        let mut all = Vec::with_capacity(query.batch());
         for row in 0..query.batch() {
             let (queries, keys) = (query.cu_seqlens().rows(row).len(), key.cu_seqlens().rows(row).len());
             let items = if is_fused && by_lists {
@@ -249,9 +248,6 @@ impl Call<'_> {
                 // Blocks of sm80 end at once if there is no key.
                 Items { count: 0, steps: 0, time: 0.0 }
             };
-            if is_fused && !by_lists {
-                idle += blocks.saturating_sub(items.count);
-            }
             match self.ranges {
                 Some(ranges) => all.extend(self.seen_items(items, ranges.row(row))),
                 None if items.count > 0 => all.push(items),
@@ -259,7 +255,7 @@ impl Call<'_> {
             }
         }
         all.sort_by_key(|items| std::cmp::Reverse(items.steps));
-        (all, idle)
+        all
     }
 
     /// Start and end of an item.
@@ -312,7 +308,7 @@ impl Call<'_> {
     }
 
     /// The time of the slowest block. Block b of those that run at once takes items b, b + blocks, ...
-    fn busy(&self, items: &[Items], idle: usize) -> f64 {
+    fn busy(&self, items: &[Items]) -> f64 {
         let blocks = self.machine.multiprocessors * self.tiling.blocks;
         if self.ranges.is_some() {
             let all: f64 = items.iter().map(|items| items.count as f64 * items.time).sum();
@@ -328,20 +324,20 @@ impl Call<'_> {
         }
         let tail = before % blocks;
         match items.last() {
-            Some(last) if tail > 0 => time - last.time + self.last_wave(tail, last, idle),
+            Some(last) if tail > 0 => time - last.time + self.last_wave(tail, last),
             _ => time,
         }
     }
 
     /// The time of a last wave of `tail` items, which leaves blocks idle.
-    fn last_wave(&self, tail: usize, last: &Items, idle: usize) -> f64 {
+    fn last_wave(&self, tail: usize, last: &Items) -> f64 {
         let (multiprocessors, blocks) = (self.machine.multiprocessors, self.tiling.blocks);
         if !self.tiling.splits {
             if blocks == 1 {
                 return last.time;
             }
-            // Blocks that only write zeros have taken places before, so the others may lie together.
-            let sharing = (tail + idle).div_ceil(multiprocessors).min(blocks);
+            // Blocks that only write zeros are gone before.
+            let sharing = tail.div_ceil(multiprocessors).min(blocks);
             let share = (sharing - 1) as f64 / (blocks - 1) as f64;
             return last.time * (self.cost.alone + (1.0 - self.cost.alone) * share);
         }
