@@ -57,6 +57,11 @@ struct Producer {
                 // A query tile may have no keys. The first ones come before the queries, which may have to
                 // wait for their place.
                 for (int i = first_tile; i == first_tile || i < end_tile; ++i) {
+                    // All wait for the first queries and keys of a block, so its first values come after
+                    // them. These queries stay as long as their values are not there.
+                    if (loads_values && work_index == 0 && i == first_tile && i < end_tile) {
+                        ptx::mbarrier_wait(base + S::full_q(0, 0), 0);
+                    }
                     if (i < end_tile) load(i, state);
                     if (i == first_tile && !loads_values) load_queries(work, work_index, group);
                 }
