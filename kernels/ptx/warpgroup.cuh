@@ -1,5 +1,5 @@
-// Registers and barriers of warpgroups: four warps each (PTX ISA, "setmaxnreg" and "bar"); and
-// values that are the same in all lanes of a warp ("redux").
+// Registers and barriers of warpgroups: four warps each (PTX ISA, "setmaxnreg" and "bar"); values that
+// are the same in all lanes of a warp ("redux"); and one lane of them ("elect").
 #pragma once
 #include <cstdint>
 
@@ -28,6 +28,18 @@ __device__ inline void take_registers() {
 template <typename T>
 __device__ inline T uniform(T value) {
     return __reduce_max_sync(0xffffffff, value);
+}
+
+// True in one lane of a warp, all of whose lanes call it. The compiler knows that it is one: elsewhere it
+// makes a loop over the lanes of everything that the copy engine is told.
+__device__ inline bool elect_lane() {
+    uint32_t elected;
+    asm volatile(
+        "{.reg .pred one;\n"
+        "elect.sync _|one, 0xffffffff;\n"
+        "selp.u32 %0, 1, 0, one;}"
+        : "=r"(elected));
+    return elected != 0;
 }
 
 // Named barriers: `threads` of those that arrive and those that wait open it.

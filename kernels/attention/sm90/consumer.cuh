@@ -348,7 +348,6 @@ private:
         float scores[KEYS / 8][4];
         issue_scores(scores, q, keys(state.stage()));
         give_back_stored();
-        if constexpr (S::RANGED) seen.find_all();
         ptx::wgmma_wait<0>();
         ptx::pin_registers(scores);
         if (masked_tiles > 0) mask(scores, state.stage());
@@ -392,7 +391,6 @@ private:
         ExactSoftmax softmax(fabsf(params.score_scale));
         if constexpr (S::RANGED) {
             seen.read(params.ranges, rows_info(work_index));
-            seen.find_all();
             sees_some[0] = sees_some[1] = masked_tiles != key_tiles;
         }
         const Matrix q = queries(work_index);

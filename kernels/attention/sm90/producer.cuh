@@ -57,6 +57,11 @@ struct Producer {
                 // A query tile may have no keys. The first ones come before the queries, which may have to
                 // wait for their place.
                 for (int i = first_tile; i == first_tile || i < end_tile; ++i) {
+                    // All wait for the first queries and keys of a block, so its first values come after
+                    // them. These queries stay as long as their values are not there.
+                    if (loads_values && work_index == 0 && i == first_tile && i < end_tile) {
+                        ptx::mbarrier_wait(base + S::full_q(0, 0), 0);
+                    }
                     if (i < end_tile) load(i, state);
                     if (i == first_tile && !loads_values) load_queries(work, work_index, group);
                 }
@@ -77,6 +82,21 @@ struct Producer {
 
 private:
     static constexpr int KEY_GROUPS = S::TILE_N / GROUP_ROWS;
+    // Whether the compiler is told which numbers are the same in all lanes. With key ranges that takes
+    // fewer instructions for a tile, else more.
+    static constexpr bool IS_UNIFORM = S::RANGED;
+
+    // The same number, as the compiler is to know it.
+    template <typename Number>
+    __device__ static Number told(Number number) {
+        if constexpr (IS_UNIFORM) return ptx::uniform(number);
+        return number;
+    }
+
+    // With segments: the maps of a group of a tile, where each lane has the place of its group.
+    __device__ const SegmentMaps& maps_of_group(int group, const SegmentRow& own) const {
+        return segments->maps[ptx::uniform(lane == group ? own.segment : 0)];
+    }
 
     __device__ static auto ends_of(const SegmentTable* segments, bool of_queries) {
         if constexpr (S::SEGMENTED) {
@@ -99,8 +119,9 @@ private:
 
     // The work item's key tiles, and this lane's 16 query rows.
     __device__ RowGroup find(const Work& work) {
-        kv_head = work.head / params.group_size;
+        kv_head = told(work.head / params.group_size);
         const RowGroup group = tiles.find(params, work, lane);
+        tiles.batch = told(tiles.batch);
         if constexpr (S::RANGED) {
             const RangeTile& seen = params.range_tiles[range_tile];
             tiles.count = seen.masked + seen.end - seen.first;
@@ -122,6 +143,8 @@ private:
     // all warpgroups have long left this one; with one place, a warpgroup's rows are loaded as soon
     // as it is done with those before.
     __device__ void load_queries(const Work& work, int work_index, RowGroup group) const {
+        work_index = told(work_index);
+        const int head = told(work.head);
         SegmentRow place = {};
         if constexpr (S::SEGMENTED) {
             int left;
@@ -162,14 +185,23 @@ private:
             }
             if (lane == 0) ptx::mbarrier_arrive_expect(full, S::TileQ::BYTES / S::WARPGROUPS);
             __syncwarp();
-            if (lane / 4 == warpgroup) {
+            if constexpr (IS_UNIFORM) {
+                constexpr int GROUPS = SM90_WARPGROUP_ROWS / GROUP_ROWS;
+                const auto map_of = [&](int of_group) -> const ptx::TensorMap& {
+                    if constexpr (S::SEGMENTED) return maps_of_group(of_group, place).q;
+                    return params.q_map;
+                };
+                load_groups<typename S::TileQ, GROUPS>(base + S::query_tile(work_index), warpgroup * GROUPS, map_of, full,
+                                                       ptx::policy_evict_first(), S::SEGMENTED ? place.row : group.first_row, head,
+                                                       tiles.batch);
+            } else if (lane / 4 == warpgroup) {
                 const ptx::TensorMap* map = &params.q_map;
                 int row = group.first_row;
                 if constexpr (S::SEGMENTED) {
                     map = &segments->maps[place.segment].q;
                     row = place.row;
                 }
-                load_group<typename S::TileQ>(base + S::query_tile(work_index), lane, *map, full, ptx::policy_evict_first(), row, work.head,
+                load_group<typename S::TileQ>(base + S::query_tile(work_index), lane, *map, full, ptx::policy_evict_first(), row, head,
                                               tiles.batch);
             }
         }
@@ -251,7 +283,8 @@ private:
 
     // Has key tile i copied, its keys or its values, to the next stage.
     __device__ void load(int i, KeysState& state) {
-        const int tile = tile_at(i);
+        const int tile = told(tile_at(i));
+        state.count = told(state.count);
         // Before the wait, which takes long.
         int left = GROUP_ROWS;
         const SegmentRow at = place_of_keys(tile, left);
@@ -266,7 +299,19 @@ private:
         __syncwarp();
         const uint32_t to = base + (loads_values ? S::V : S::K) + state.stage() * S::TileKV::BYTES;
         ++state.count;
-        if constexpr (S::SEGMENTED) {
+        if constexpr (S::SEGMENTED && IS_UNIFORM) {
+            if (tile >= 0) {
+                const SegmentMaps& maps = segments->maps[told(at.segment)];
+                const ptx::TensorMap& map = loads_values ? maps.v : maps.k;
+                load_uniform_key_tile<typename S::TileKV>(to, map, map, nullptr, full, told(at.row), kv_head, tiles.batch);
+            } else {
+                const auto map_of = [&](int group) -> const ptx::TensorMap& {
+                    const SegmentMaps& maps = maps_of_group(group, at);
+                    return loads_values ? maps.v_group : maps.k_group;
+                };
+                load_groups<typename S::TileKV, KEY_GROUPS>(to, 0, map_of, full, ptx::policy_evict_last(), at.row, kv_head, tiles.batch);
+            }
+        } else if constexpr (S::SEGMENTED) {
             if (tile < 0 && lane >= KEY_GROUPS) return;
             const SegmentMaps& maps = segments->maps[at.segment];
             if (tile >= 0) {
@@ -279,7 +324,11 @@ private:
         } else {
             const ptx::TensorMap& map = loads_values ? params.v_map : params.k_map;
             const ptx::TensorMap& group_map = loads_values ? params.v_group_map : params.k_group_map;
-            load_key_tile<typename S::TileKV>(to, map, group_map, params.key_groups, full, tile, kv_head, tiles.batch);
+            if constexpr (IS_UNIFORM) {
+                load_uniform_key_tile<typename S::TileKV>(to, map, group_map, params.key_groups, full, tile, kv_head, tiles.batch);
+            } else {
+                load_key_tile<typename S::TileKV>(to, map, group_map, params.key_groups, full, tile, kv_head, tiles.batch);
+            }
         }
     }
 };

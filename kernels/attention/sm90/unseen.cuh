@@ -21,11 +21,9 @@ __device__ inline bool some_see(const RangedTileKeys& keys, int some_first, int 
     return ptx::uniform(static_cast<int>(__any_sync(0xffffffff, sees))) != 0;
 }
 
-// What this lane's two rows see; and what all rows of the warp see.
+// What this lane's two rows see.
 struct SeenByRows {
     int2 row[2];
-    int all_first;
-    int all_end;
 
     // The lane's rows. Those that do not exist count as seeing everything.
     __device__ void read(const KeyRangeParams& params, const TileRows& tile) {
@@ -38,12 +36,6 @@ struct SeenByRows {
             row[half] = make_int2(0, INT32_MAX);
             if (at < group.rows) row[half] = __ldg(reinterpret_cast<const int2*>(params.ranges) + (first_query + group.first_row + at));
         }
-    }
-
-    // Apart from `read`, whose numbers take long to come.
-    __device__ void find_all() {
-        all_first = __reduce_max_sync(0xffffffff, max(row[0].x, row[1].x));
-        all_end = __reduce_min_sync(0xffffffff, min(row[0].y, row[1].y));
     }
 
     __device__ bool has_keys(int half) const { return row[half].x < row[half].y; }
@@ -63,23 +55,35 @@ struct SeenByRows {
         return seen != 0;
     }
 
-    // Scores of keys that a row does not see become -inf.
+    // Scores of keys that a row does not see become -inf. Most tiles hold ends of what rows see alone, as
+    // under a causal mask, or starts alone.
     template <int TILES>
     __device__ void hide_others(float (&scores)[TILES][4], const RangedTileKeys& keys) const {
+        const int lane_key = threadIdx.x % 4 * 2;
 #pragma unroll
         for (int group = 0; group < TILES / 2; ++group) {
-            const int first = keys.first_keys[group];
-            if (all_first <= first && first + static_cast<int>(GROUP_ROWS) <= all_end) continue;
-            const int own = first + threadIdx.x % 4 * 2;
+            const int own = keys.first_keys[group] + lane_key;
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-                const int seen_first = row[half].x - own;
                 const int seen_end = row[half].y - own;
 #pragma unroll
                 for (int at = 0; at < 4; ++at) {
-                    const int key = at / 2 * 8 + at % 2;
                     // Selected: a score may be NaN.
-                    if (key < seen_first || key >= seen_end) scores[2 * group + at / 2][2 * half + at % 2] = -INFINITY;
+                    if (at / 2 * 8 + at % 2 >= seen_end) scores[2 * group + at / 2][2 * half + at % 2] = -INFINITY;
+                }
+            }
+        }
+        // Groups come in the order of their keys.
+        if (__all_sync(0xffffffff, max(row[0].x, row[1].x) <= keys.first_keys[0])) return;
+#pragma unroll
+        for (int group = 0; group < TILES / 2; ++group) {
+            const int own = keys.first_keys[group] + lane_key;
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const int seen_first = row[half].x - own;
+#pragma unroll
+                for (int at = 0; at < 4; ++at) {
+                    if (at / 2 * 8 + at % 2 < seen_first) scores[2 * group + at / 2][2 * half + at % 2] = -INFINITY;
                 }
             }
         }
