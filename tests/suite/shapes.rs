@@ -1,9 +1,10 @@
 //! Head counts, head dimensions, and sizes of nothing.
 
 use anyhow::{Context, Result, ensure};
+use libtest_mimic::Completion;
 use varlen_fa::{
-    AttentionMask, BackendKind, CuSeqlens, DType, KeyMask, Layout, MaskedAttention, Path, Tensor, VarlenMeta,
-    VarlenOptions, varlen_attention_into,
+    AttentionMask, CuSeqlens, DType, KeyMask, Layout, MaskedAttention, Path, Tensor, VarlenMeta, VarlenOptions,
+    varlen_attention_into,
 };
 use varlen_fa_testkit::{OracleShape, random};
 
@@ -11,7 +12,7 @@ use super::call::{Call, Mask};
 use super::head_dims::{explain, few};
 use super::masks::mask;
 use super::memory::upload;
-use super::trials::{Trials, Variant};
+use super::trials::{Trials, Variant, is_emulated_gpu};
 
 pub fn register(trials: &mut Trials) {
     register_head_dims(trials);
@@ -19,27 +20,45 @@ pub fn register(trials: &mut Trials) {
     trials.each_path("shapes/heads_times_dim_not_a_power_of_two", heads_times_dim_not_a_power_of_two);
     trials.each_path("shapes/sizes_of_nothing", sizes_of_nothing);
     // Grids do not depend on the element type.
-    trials.each_path_of(&[DType::F16], "shapes/more_batch_rows_than_workgroups", more_batch_rows_than_workgroups);
-    trials.each_path_of(&[DType::F16], "shapes/more_heads_than_workgroups", more_heads_than_workgroups);
-    trials.each_path_of(&[DType::F16], "shapes/more_heads_than_a_grid", more_heads_than_a_grid);
+    trials.each_path_of(&[DType::F16], "shapes/more_batch_rows_than_workgroups", |variant| {
+        unless_slow(variant, Path::Fused, more_batch_rows_than_workgroups)
+    });
+    trials.each_path_of(&[DType::F16], "shapes/more_heads_than_workgroups", |variant| {
+        unless_slow(variant, Path::Packed, more_heads_than_workgroups)
+    });
+    trials.each_path_of(&[DType::F16], "shapes/more_heads_than_a_grid", |variant| {
+        unless_slow(variant, Path::Dense, more_heads_than_a_grid)
+    });
     trials.each_kernel("shapes/no_mask", no_mask);
     trials.each_kernel("shapes/packed_rows_of_nothing", packed_rows_of_nothing);
     trials.each_kernel("shapes/sizes_of_nothing_without_metadata", sizes_of_nothing_without_metadata);
 }
 
 /// A GPU compiles a shader for each head dimension and element type, which takes an emulated one a second: there f16 and bf16,
-/// whose shaders are those of f32 but for the conversion, run every fourth.
+/// whose shaders are those of f32 but for the conversion, run every fourth, and so do other paths than the fused one.
 fn register_head_dims(trials: &mut Trials) {
     let capabilities = trials.device().capabilities().clone();
-    if !capabilities.is_software || capabilities.backend == BackendKind::Cpu {
+    if !is_emulated_gpu(trials.device()) {
         trials.each_path("shapes/every_head_dim", |variant| head_dims(variant, 8));
         return;
     }
-    eprintln!("shapes/every_head_dim: every fourth in f16 and bf16, since {capabilities} is emulated");
+    eprintln!("shapes/every_head_dim: every fourth but in f32 on the fused path, since {capabilities} is emulated");
     explain(trials.device(), "shapes/every_head_dim");
-    let (f32, halves): (Vec<_>, Vec<_>) = capabilities.dtypes.iter().partition(|&&dtype| dtype == DType::F32);
-    trials.each_path_of(&f32, "shapes/every_head_dim", |variant| head_dims(variant, 8));
-    trials.each_path_of(&halves, "shapes/every_fourth_head_dim", |variant| head_dims(variant, 32));
+    let step = |variant: &Variant| if variant.path == Some(Path::Fused) { 8 } else { 32 };
+    trials.each_path_of(&[DType::F32], "shapes/every_head_dim", move |variant| head_dims(variant, step(variant)));
+    let halves: Vec<_> = capabilities.dtypes.iter().copied().filter(|&dtype| dtype != DType::F32).collect();
+    trials.each_path_of(&halves, "shapes/every_fourth_head_dim", |variant| match variant.path {
+        Some(Path::Fused) => head_dims(variant, 32).map(|()| Completion::Completed),
+        _ => Ok(Completion::ignored_with("the fused path has these on an emulated GPU")),
+    });
+}
+
+/// On an emulated GPU, which takes 10 seconds for so many workgroups, on one path alone.
+fn unless_slow(variant: &Variant, path: Path, run: fn(&Variant) -> Result<()>) -> Result<Completion> {
+    if is_emulated_gpu(&variant.device) && variant.path != Some(path) {
+        return Ok(Completion::ignored_with(format!("an emulated GPU takes 10 seconds: the {path} path runs this")));
+    }
+    run(variant).map(|()| Completion::Completed)
 }
 
 fn head_dims(variant: &Variant, step: usize) -> Result<()> {
@@ -131,11 +150,9 @@ fn more_heads_than_workgroups(variant: &Variant) -> Result<()> {
 }
 
 /// More heads than WebGPU and CUDA launch in one dimension of a grid: on a few key heads, on as many, and on one. An emulated
-/// GPU takes 10 seconds for so many workgroups: it computes the first, where both parts start inside a tensor.
+/// GPU computes the first, where both parts start inside a tensor.
 fn more_heads_than_a_grid(variant: &Variant) -> Result<()> {
-    let capabilities = variant.device.capabilities();
-    let is_emulated = capabilities.is_software && capabilities.backend != BackendKind::Cpu;
-    let kv_heads: &[usize] = if is_emulated { &[2] } else { &[2, 65_538, 1] };
+    let kv_heads: &[usize] = if is_emulated_gpu(&variant.device) { &[2] } else { &[2, 65_538, 1] };
     for &kv_heads in kv_heads {
         let shape = OracleShape { batch: 1, seq_q: 4, seq_k: 4, heads: 65_538, kv_heads, head_dim: 8 };
         let call = Call::random(shape, Mask::Varlen(vec![true, false, true, true]), variant.dtype, 8);
