@@ -171,7 +171,8 @@ impl Heads {
     /// One of so many chunks of a rank's heads: those of queries, and those of the keys that they read, counted among the rank's
     /// own. Chunks are as even as can be.
     pub(super) fn chunk(&self, ulysses: usize, (at, chunks): (usize, usize)) -> [Range<usize>; 2] {
-        self.between(ulysses, [at, at + 1].map(|at| move |kv_heads| at * kv_heads / chunks))
+        let [_, kv_heads] = self.of_each(ulysses);
+        self.with_queries(ulysses, at * kv_heads / chunks..(at + 1) * kv_heads / chunks)
     }
 
     /// The same, but each chunk has about two and a half times the heads of the one before: nothing hides what the first one waits
@@ -181,19 +182,17 @@ impl Heads {
         const GROWTH: f64 = 2.5;
         let power = |exponent: usize| GROWTH.powf(exponent as f64 - chunks as f64);
         let share = |at| (power(at) - power(0)) / (1.0 - power(0));
-        let start = move |at: usize| {
-            // A chunk has a head at least.
-            move |kv_heads: usize| ((kv_heads as f64 * share(at)).round() as usize).clamp(at, kv_heads + at - chunks)
-        };
-        self.between(ulysses, [start(at), start(at + 1)])
+        let [_, kv_heads] = self.of_each(ulysses);
+        // A chunk has a head at least.
+        let start = |at| ((kv_heads as f64 * share(at)).round() as usize).clamp(at, kv_heads + at - chunks);
+        self.with_queries(ulysses, start(at)..start(at + 1))
     }
 
-    /// Heads between two places among the key/value heads of each rank.
-    fn between(&self, ulysses: usize, ends: [impl Fn(usize) -> usize; 2]) -> [Range<usize>; 2] {
+    /// Some of a rank's key/value heads, after the query heads that read them.
+    fn with_queries(&self, ulysses: usize, kv: Range<usize>) -> [Range<usize>; 2] {
         let [heads, kv_heads] = self.of_each(ulysses);
-        let [start, end] = ends.map(|place| place(kv_heads));
-        // How many heads share one of the keys.
-        [heads / kv_heads, 1].map(|shared| start * shared..end * shared)
+        let group = heads / kv_heads;
+        [kv.start * group..kv.end * group, kv]
     }
 
     /// Bytes of one row of so many heads.

@@ -47,13 +47,12 @@ fn register_head_dims(trials: &mut Trials) {
     let step = |variant: &Variant| if variant.path == Some(Path::Fused) { 8 } else { 32 };
     trials.each_path_of(&[DType::F32], "shapes/every_head_dim", move |variant| head_dims(variant, step(variant)));
     let halves: Vec<_> = capabilities.dtypes.iter().copied().filter(|&dtype| dtype != DType::F32).collect();
-    trials.each_path_of(&halves, "shapes/every_fourth_head_dim", |variant| match variant.path {
-        Some(Path::Fused) => head_dims(variant, 32).map(|()| Completion::Completed),
-        _ => Ok(Completion::ignored_with("the fused path has these on an emulated GPU")),
+    trials.each_path_of(&halves, "shapes/every_fourth_head_dim", |variant| {
+        unless_slow(variant, Path::Fused, |variant| head_dims(variant, 32))
     });
 }
 
-/// On an emulated GPU, which takes 10 seconds for so many workgroups, on one path alone.
+/// On an emulated GPU, which takes 10 seconds for this, on one path alone.
 fn unless_slow(variant: &Variant, path: Path, run: fn(&Variant) -> Result<()>) -> Result<Completion> {
     if is_emulated_gpu(&variant.device) && variant.path != Some(path) {
         return Ok(Completion::ignored_with(format!("an emulated GPU takes 10 seconds: the {path} path runs this")));
