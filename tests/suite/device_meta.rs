@@ -18,19 +18,16 @@ use super::trials::{Trials, Variant, is_emulated_gpu};
 pub fn register(trials: &mut Trials) {
     let is_wgpu = trials.device().capabilities().backend == BackendKind::Wgpu;
     trials.each_path_of_device_meta("device_meta/masks", masks);
-    // Metadata does not depend on the element type.
-    trials.in_few_dtypes(|trials| {
-        trials.each_path_of_device_meta("device_meta/cross", cross);
-        trials.each_path_of_device_meta("device_meta/rows_longer_than_a_chunk", rows_longer_than_a_chunk);
-        trials.each_path_of_device_meta("device_meta/more_rows_than_are_ordered", more_rows_than_are_ordered);
-        trials.each_path_of_device_meta("device_meta/same_bits_as_the_host", same_bits_as_the_host);
-        trials.each_path_of_device_meta("device_meta/rebuilt", rebuilt);
-        trials.each_path_of_all_with_device_meta("device_meta/ranges", ranges);
-        trials.each_path_of_all_with_device_meta("device_meta/ranges_of_cross_attention", ranges_of_cross_attention);
-        trials.each_path_of_all_with_device_meta("device_meta/bias", bias);
-        trials.each_path("device_meta/paths_that_need_the_host", paths_that_need_the_host);
-        trials.each_path_of_device_meta("device_meta/nothing_valid_at_first", nothing_valid_at_first);
-    });
+    trials.each_path_of_device_meta("device_meta/cross", cross);
+    trials.each_path_of_device_meta("device_meta/rows_longer_than_a_chunk", rows_longer_than_a_chunk);
+    trials.each_path_of_device_meta("device_meta/more_rows_than_are_ordered", more_rows_than_are_ordered);
+    trials.each_path_of_device_meta("device_meta/same_bits_as_the_host", same_bits_as_the_host);
+    trials.each_path_of_device_meta("device_meta/rebuilt", rebuilt);
+    trials.each_path_of_all_with_device_meta("device_meta/ranges", ranges);
+    trials.each_path_of_all_with_device_meta("device_meta/ranges_of_cross_attention", ranges_of_cross_attention);
+    trials.each_path_of_all_with_device_meta("device_meta/bias", bias);
+    trials.each_path("device_meta/paths_that_need_the_host", paths_that_need_the_host);
+    trials.each_path_of_device_meta("device_meta/nothing_valid_at_first", nothing_valid_at_first);
     trials.once("device_meta/bias_beside_lse", bias_beside_lse);
     trials.once("device_meta/mask_types_and_strides", mask_types_and_strides);
     trials.once("device_meta/refusals", refusals);

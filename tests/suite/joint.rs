@@ -21,10 +21,6 @@ use super::trials::{Trials, Variant, is_emulated_gpu};
 
 pub fn register(trials: &mut Trials) {
     trials.once("joint/refusals", refusals);
-    trials.in_few_dtypes(register_layers);
-}
-
-fn register_layers(trials: &mut Trials) {
     trials.each_path("joint/layer", layer);
     trials.each_path("joint/cross", cross);
     trials.each_path_of_device_meta("joint/device_meta", device_meta);

@@ -8,6 +8,7 @@
 //! |---|---|
 //! | `VARLEN_FA_TEST_REQUIRE` | `cpu,wgpu,cuda` or some of them: devices whose absence is a failure |
 //! | `VARLEN_FA_TEST_LIMITS` | `webgpu`: wgpu devices have WebGPU's default limits and no optional feature |
+//! | `VARLEN_FA_TEST_EMULATED` | `whole`: an emulated GPU runs every trial in every element type, not a share of them |
 //! | `VARLEN_FA_TEST_CASES` | number of cases of each property test (64, or 8 on an emulated GPU) |
 //! | `VARLEN_FA_TEST_SEED` | seed of the property tests (0) |
 //!
@@ -80,20 +81,27 @@ use varlen_fa::{BackendKind, Device};
 
 use self::trials::{Register, Trials, is_emulated_gpu};
 
-/// What every device passes.
-const SHARED: &[Register] = &[
-    plans::register,
+/// What every device passes in every element type, on an emulated GPU too.
+const ABOUT_DTYPES: &[Register] = &[
     cases::register,
     masks::register,
+    layouts::register,
+    numerics::register,
+    bias::register,
+    dense::register,
+    packed::register,
+    tensors::register,
+];
+
+/// What else every device passes.
+const SHARED: &[Register] = &[
+    plans::register,
     ranges::register,
     device_meta::register,
     shapes::register,
     any_head_dim::register,
-    layouts::register,
     segments::register,
     long_keys::register,
-    numerics::register,
-    bias::register,
     lse::register,
     merge::register,
     modifiers::register,
@@ -101,9 +109,6 @@ const SHARED: &[Register] = &[
     joint::register,
     dist::register,
     dist_calls::register,
-    dense::register,
-    packed::register,
-    tensors::register,
     repeats::register,
     properties::register,
     refusals::register,
@@ -158,6 +163,7 @@ fn main() -> ExitCode {
 fn trials_of(kind: BackendKind, device: Device) -> Vec<Trial> {
     let second = if is_emulated_gpu(&device) { presence::another(kind) } else { None };
     let mut trials = Trials::new(device, second);
+    trials.in_every_dtype(|trials| ABOUT_DTYPES.iter().for_each(|register| register(trials)));
     SHARED.iter().chain(own(kind)).for_each(|register| register(&mut trials));
     trials.into_list()
 }

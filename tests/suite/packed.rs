@@ -34,7 +34,7 @@ pub fn register(trials: &mut Trials) {
     trials.each_kernel("varlen_attention/empty_sequences", empty_sequences);
     trials.each_kernel("varlen_attention/lengths_around_tiles", lengths_around_tiles);
     trials.each_kernel("varlen_attention/few_queries_and_many_keys", few_queries_and_many_keys);
-    trials.in_few_dtypes(|trials| trials.each_kernel("varlen_attention/many_sequences", many_sequences));
+    trials.each_kernel("varlen_attention/many_sequences", many_sequences);
     trials.each_kernel("varlen_attention/softmax_scales", softmax_scales);
     trials.each_kernel("varlen_attention/strided_views", strided_views);
     trials.each_kernel("varlen_attention/overflowing_scores", overflowing_scores);

@@ -21,13 +21,11 @@ use super::trials::{Trials, Variant, is_emulated_gpu};
 pub fn register(trials: &mut Trials) {
     trials.once("segments/refusals", refusals);
     trials.each_path("segments/numbers_and_lengths", numbers_and_lengths);
-    trials.in_few_dtypes(|trials| {
-        trials.each_path("segments/joint_layer", joint_layer);
-        trials.each_path("segments/cross", cross);
-        trials.each_path("segments/lse", with_lse);
-        trials.each_path_with_ranges("segments/ranges", ranges);
-        trials.each_path_of_device_meta("segments/device_meta", device_meta);
-    });
+    trials.each_path("segments/joint_layer", joint_layer);
+    trials.each_path("segments/cross", cross);
+    trials.each_path("segments/lse", with_lse);
+    trials.each_path_with_ranges("segments/ranges", ranges);
+    trials.each_path_of_device_meta("segments/device_meta", device_meta);
     trials.each_kernel("segments/no_mask_and_key_masks", no_mask_and_key_masks);
     trials.each_kernel("segments/head_dim_of_odd_length", head_dim_of_odd_length);
     trials.each_kernel_with_bias("segments/bias", bias);

@@ -9,6 +9,37 @@ use varlen_fa::{BackendKind, DType, Device, Kernel, MaskedAttention, Path};
 /// Trials that fill the device's memory run alone; every other one holds this for reading.
 static MEMORY: RwLock<()> = RwLock::new(());
 
+/// The variable that has an emulated GPU run all trials, in every element type: `whole`.
+const WHOLE: &str = "VARLEN_FA_TEST_EMULATED";
+
+/// What a shortened run leaves out, by words of the names.
+const LEFT_TO_OTHERS: &[&str] = &[
+    // Sizes of real models, and grids past 65,535 workgroups.
+    "prod_c2",
+    "c8_prod",
+    "all_valid_b4",
+    "workgroups",
+    "many_sequences",
+    "more_heads_than_a_grid",
+    "more_words_than_one_scan",
+    // The same many times over: random masks, every head dimension, many threads, key ranges of many sizes.
+    "properties/",
+    "device_meta/ranges/",
+    "same_bits",
+    "every_head_dim",
+    "every_fourth_head_dim",
+    "calls_from_many_threads",
+    "many_ranges",
+    "ranges/every_tile_width",
+    "ranges/lengths_around_tiles",
+    "ranges/windows_around_tiles",
+    "ranges/more_queries",
+    "ranges/random",
+    "ranges/one_infinite_value",
+    "modifiers/every_tile_width",
+    "modifiers/lengths_around_tiles",
+];
+
 /// What a trial runs: one kernel of a device, forced, on one path, with one element type.
 #[derive(Debug, Clone)]
 pub struct Variant {
@@ -72,20 +103,27 @@ pub struct Trials {
     second: Option<Device>,
     /// What tells the device from others of its kind.
     label: Option<&'static str>,
-    /// Whether an emulated GPU runs one element type alone.
-    few_dtypes: bool,
+    /// Whether some trials are left to a GPU, and others to one element type: on an emulated GPU, unless all is asked for.
+    is_short: bool,
+    /// Whether the trials being added are about element types, and so run in each of them.
+    in_every_dtype: bool,
     list: Vec<Trial>,
 }
 
 impl Trials {
     /// An empty list. A second device of the same GPU, if any, gets every other variant.
     pub fn new(device: Device, second: Option<Device>) -> Self {
-        Self { device, second, label: None, few_dtypes: false, list: Vec::new() }
+        let is_short = is_emulated_gpu(&device) && std::env::var(WHOLE).as_deref() != Ok("whole");
+        if is_short {
+            eprintln!("{}: emulated, so most trials are in one element type; {WHOLE}=whole runs all", device.name());
+        }
+        Self { device, second, label: None, is_short, in_every_dtype: false, list: Vec::new() }
     }
 
     /// Adds trials on another device of the same kind, with a label that follows the kind in their names.
     pub fn add_on(&mut self, label: &'static str, device: Device, registers: &[Register]) {
-        let mut others = Self { device, second: None, label: Some(label), few_dtypes: false, list: Vec::new() };
+        let mut others = Self::new(device, None);
+        others.label = Some(label);
         registers.iter().for_each(|register| register(&mut others));
         self.list.append(&mut others.list);
     }
@@ -100,11 +138,12 @@ impl Trials {
         &self.device
     }
 
-    /// Adds trials of what does not depend on the element type: an emulated GPU compiles each kernel slowly, and gets one.
-    pub fn in_few_dtypes(&mut self, register: impl FnOnce(&mut Self)) {
-        let before = std::mem::replace(&mut self.few_dtypes, true);
+    /// Adds trials of what depends on the element type: loads and stores, rounding, places at odd addresses. Of others, an emulated
+    /// GPU, which compiles each kernel for about a second, gets one type.
+    pub fn in_every_dtype(&mut self, register: impl FnOnce(&mut Self)) {
+        let before = std::mem::replace(&mut self.in_every_dtype, true);
         register(self);
-        self.few_dtypes = before;
+        self.in_every_dtype = before;
     }
 
     /// One trial.
@@ -193,12 +232,9 @@ impl Trials {
         test: &str,
         run: impl Fn(&Variant) -> Result<R> + Copy + Send + 'static,
     ) {
-        let kernels = self.device.capabilities().kernels.clone();
-        self.in_few_dtypes(|trials| {
-            for kernel in kernels.into_iter().filter(has_modifiers) {
-                trials.variants(trials.device.capabilities().dtypes, test, kernel, None, run);
-            }
-        });
+        for kernel in self.device.capabilities().kernels.clone().into_iter().filter(has_modifiers) {
+            self.variants(self.device.capabilities().dtypes, test, kernel, None, run);
+        }
     }
 
     /// The same for each path that metadata can take.
@@ -207,14 +243,11 @@ impl Trials {
         test: &str,
         run: impl Fn(&Variant) -> Result<R> + Copy + Send + 'static,
     ) {
-        let kernels = self.device.capabilities().kernels.clone();
-        self.in_few_dtypes(|trials| {
-            for kernel in kernels.into_iter().filter(has_modifiers) {
-                for path in PATHS_OF_METADATA {
-                    trials.variants(trials.device.capabilities().dtypes, test, kernel, Some(path), run);
-                }
+        for kernel in self.device.capabilities().kernels.clone().into_iter().filter(has_modifiers) {
+            for path in PATHS_OF_METADATA {
+                self.variants(self.device.capabilities().dtypes, test, kernel, Some(path), run);
             }
-        });
+        }
     }
 
     /// One trial for each kernel, each path that metadata can take, and each element type.
@@ -287,7 +320,7 @@ impl Trials {
         run: impl Fn(&Variant) -> Result<R> + Copy + Send + 'static,
     ) {
         let parts: Vec<_> = [Some(kernel.name()), path.map(Path::name)].into_iter().flatten().collect();
-        let most = if self.few_dtypes && is_emulated_gpu(&self.device) { 1 } else { usize::MAX };
+        let most = if self.is_short && !self.in_every_dtype { 1 } else { usize::MAX };
         for &dtype in dtypes.iter().filter(|dtype| kernel.dtypes().contains(dtype)).take(most) {
             let device = self.second.as_ref().filter(|_| self.list.len() % 2 == 1).unwrap_or(&self.device);
             let variant = Variant { device: device.clone(), kernel, path, dtype };
@@ -303,6 +336,11 @@ impl Trials {
         run: impl FnOnce() -> Result<R> + Send + 'static,
     ) {
         let name = self.name(parts, test, dtype);
+        if self.is_short && LEFT_TO_OTHERS.iter().any(|word| name.contains(word)) {
+            let why = || Ok(Completion::ignored_with(format!("an emulated GPU runs it where {WHOLE}=whole")));
+            self.list.push(Trial::ignorable_test(name, why));
+            return;
+        }
         self.list.push(Trial::ignorable_test(name, move || {
             let _beside_others = MEMORY.read().unwrap_or_else(PoisonError::into_inner);
             completion(run())

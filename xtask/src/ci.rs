@@ -110,8 +110,8 @@ const STEPS: &[Step] = &[
     },
     Step {
         name: "test",
-        about: "the README's command: every test of every package, on the CPU and on a software Vulkan adapter",
-        variables: DEVICES,
+        about: "every test of every package, on the CPU and, in every element type, on a software Vulkan adapter",
+        variables: &[("VARLEN_FA_TEST_REQUIRE", "cpu,wgpu"), ("VARLEN_FA_TEST_EMULATED", "whole")],
         work: Commands(&["cargo test --release --workspace"]),
     },
     Step {
