@@ -30,6 +30,7 @@ const LEFT_TO_OTHERS: &[&str] = &[
     "every_fourth_head_dim",
     "calls_from_many_threads",
     "many_ranges",
+    "lse/head_dims",
     "ranges/every_tile_width",
     "ranges/lengths_around_tiles",
     "ranges/windows_around_tiles",
