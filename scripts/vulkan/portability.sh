@@ -14,13 +14,18 @@
 # same suite on the Vulkan adapter of an NVIDIA GPU (subgroup 32, cooperative matrix 16x16). `run.sh
 # suite` does so; with VARLEN_FA_TEST_LIMITS=webgpu before it, at WebGPU's default limits.
 #
-# These adapters compute on the CPU. Without --full the suite leaves out what it does on such adapters
-# by itself: repetitions, sizes of real models, and all element types but one where the type does not
-# matter. With --full it runs everything. Every skip is printed, with its reason.
+# These adapters compute on the CPU. With --full the suite runs all of its trials on each. Without it,
+# it leaves out what it does on every such adapter (VARLEN_FA_TEST_EMULATED), and the trials whose
+# names hold one of the words in REPEATED and SETTLED below, which CI runs on lavapipe. What an adapter
+# skips by itself is printed by the suite, each with its reason.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
-# Refusals on the host, and a tensor larger than these adapters fill soon: adapters do not differ in them.
+# The same many times over: random masks, every head dimension, many threads, key ranges of many sizes.
+REPEATED=(properties/ device_meta/ranges/ same_bits every_head_dim calls_from_many_threads many_ranges
+  ranges/every_tile_width ranges/lengths_around_tiles ranges/windows_around_tiles ranges/more_queries
+  ranges/random ranges/one_infinite_value modifiers/every_tile_width modifiers/lengths_around_tiles)
+# Refusals on the host, which no adapter changes, and a tensor that fills the memory of most.
 SETTLED=(external_wgpu/refusals more_than_2_31_elements)
 
 full=
@@ -38,7 +43,7 @@ skips=()
 if [ -n "$full" ]; then
   export VARLEN_FA_TEST_EMULATED=whole
 else
-  for word in "${SETTLED[@]}"; do skips+=(--skip "$word"); done
+  for word in "${REPEATED[@]}" "${SETTLED[@]}"; do skips+=(--skip "$word"); done
   echo "not run, without --full: trials with ${skips[*]//--skip/}"
 fi
 

@@ -12,8 +12,8 @@ static MEMORY: RwLock<()> = RwLock::new(());
 /// The variable that has an emulated GPU run all trials, in every element type: `whole`.
 const WHOLE: &str = "VARLEN_FA_TEST_EMULATED";
 
-/// What a shortened run leaves out, by words of the names.
-const LEFT_TO_OTHERS: &[&str] = &[
+/// What an emulated GPU leaves out otherwise, by words of the names.
+const LEFT_OUT: &[&str] = &[
     // Sizes of real models, and grids past 65,535 workgroups.
     "prod_c2",
     "c8_prod",
@@ -22,23 +22,9 @@ const LEFT_TO_OTHERS: &[&str] = &[
     "many_sequences",
     "more_heads_than_a_grid",
     "more_words_than_one_scan",
-    // The same many times over: random masks, every head dimension, many threads, key ranges of many sizes.
-    "properties/",
-    "device_meta/ranges/",
-    "same_bits",
-    "every_head_dim",
+    // A kernel for each of many head dimensions.
     "every_fourth_head_dim",
-    "calls_from_many_threads",
-    "many_ranges",
     "lse/head_dims",
-    "ranges/every_tile_width",
-    "ranges/lengths_around_tiles",
-    "ranges/windows_around_tiles",
-    "ranges/more_queries",
-    "ranges/random",
-    "ranges/one_infinite_value",
-    "modifiers/every_tile_width",
-    "modifiers/lengths_around_tiles",
 ];
 
 /// What a trial runs: one kernel of a device, forced, on one path, with one element type.
@@ -337,7 +323,7 @@ impl Trials {
         run: impl FnOnce() -> Result<R> + Send + 'static,
     ) {
         let name = self.name(parts, test, dtype);
-        if self.is_short && LEFT_TO_OTHERS.iter().any(|word| name.contains(word)) {
+        if self.is_short && LEFT_OUT.iter().any(|word| name.contains(word)) {
             let why = || Ok(Completion::ignored_with(format!("an emulated GPU runs it where {WHOLE}=whole")));
             self.list.push(Trial::ignorable_test(name, why));
             return;

@@ -110,8 +110,8 @@ const STEPS: &[Step] = &[
     },
     Step {
         name: "test",
-        about: "every test of every package, on the CPU and, in every element type, on a software Vulkan adapter",
-        variables: &[("VARLEN_FA_TEST_REQUIRE", "cpu,wgpu"), ("VARLEN_FA_TEST_EMULATED", "whole")],
+        about: "every test of every package, on the CPU and on a software Vulkan adapter",
+        variables: DEVICES,
         work: Commands(&["cargo test --release --workspace"]),
     },
     Step {
