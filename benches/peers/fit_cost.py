@@ -72,19 +72,18 @@ def read(files, multiprocessors):
     """The calls of all files, and the library's estimates as (call, choice, milliseconds)."""
     calls, estimates = [], []
     for file in files:
-        on, key = multiprocessors, "median_ms"
+        on = multiprocessors
         for line in file.read_text().splitlines():
             entry = json.loads(line)
             if "facts" in entry:
                 on = on or entry["facts"].get("multiprocessors")
-                key = entry["facts"].get("statistic", key)
                 continue
             features = entry["features"]
             # The plan takes the dense path where every token is valid, and nowhere else.
             paths = ["dense"] if is_all_valid(features) else ["fused", "packed"]
-            times = {name: found[key] for name, found in entry["times"].items() if name.split(" by ")[0] in paths}
+            times = {name: found["median_ms"] for name, found in entry["times"].items() if name.split(" by ")[0] in paths}
             best = min(times.values())
-            every = (found[key] for name, found in entry["times"].items() if name.split(" by ")[0] in ("dense", "fused", "packed"))
+            every = (found["median_ms"] for name, found in entry["times"].items() if name.split(" by ")[0] in ("dense", "fused", "packed"))
             samples = {}
             for name, ms in times.items():
                 path, _, kernel = name.partition(" by ")

@@ -23,9 +23,8 @@ class Size:
     width: int
 
 
-# Calls of transformers on GPUs, and calls that a few processor cores compute in milliseconds.
+# Calls of transformers on GPUs.
 GPU = Size((1_000, 17_000), 64, [4, 8, 12, 16, 20, 24, 32, 40], [64, 64, 64, 72, 96, 128, 128, 128, 192, 256], 5120)
-CPU = Size((100, 1_500), 16, [1, 2, 4, 6], [32, 64, 64, 128], 512)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,13 +4,12 @@ that can be forced, and against pack → FlashAttention-3 → scatter.
     cargo build --release -p varlen-fa-capi
     pip install torch triton numpy            # PyTorch 2.11 or newer; and fa3-fwd, on Hopper
     python benches/peers/regret.py --seed 1 --count 200 --json regret.jsonl
-    python benches/peers/regret.py --device cpu --seed 1 --count 40
 
 The calls are random (random_workloads.py): six kinds of masks and none, 1,000 to 17,000 tokens,
-grouped heads, head dimensions 64 to 256, one in seven a cross-attention; smaller ones on the CPU. A
-choice is a path and a kernel, and each of them is forced by turns. On a GPU times are those of
-CUDA-graph replays on rotating inputs; on the CPU those of the host's clock, and PyTorch is not
-needed. All outputs of a workload are compared with one another.
+grouped heads, head dimensions 64 to 256, one in seven a cross-attention. A choice is a path and a
+kernel, and each of them is forced by turns. Times are those of CUDA-graph replays on rotating
+inputs. All outputs of a workload are compared with one another. Without peers, and on wgpu and the
+CPU too: `cargo bench --bench regret`.
 
 Prints the distribution of the regret and the ten worst. The file has one JSON object a line: the
 machine, then each workload with its masks, its tiles (kernel_tiles.py) and its times;
@@ -18,14 +17,10 @@ machine, then each workload with its masks, its tiles (kernel_tiles.py) and its 
 """
 
 import argparse
-import ctypes
 import gc
 import json
 import math
 import pathlib
-import random
-import statistics
-import struct
 import sys
 import time
 
@@ -41,20 +36,17 @@ SETS_BYTES = 400e6
 # A replay takes at least this long, so that events and the graph's start do not count.
 REPLAY_MS = 0.3
 MOST_CALLS = 60
-# The least time of a sample on the CPU, in seconds.
-SAMPLE_S = 0.004
 PEER = "pack + fa3 + scatter"
 
 
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--seed", default="1", help="any text")
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--only", type=int, action="append", help="number of a workload to run alone")
     parser.add_argument("--rounds", type=int, default=5, help="timed replays, or samples, of each choice")
     parser.add_argument("--seconds", type=float, default=math.inf, help="stop after the workload that ends then")
-    parser.add_argument("--dtype", choices=["bf16", "f16", "f32"], help="bf16 on a GPU, f32 on the CPU by default")
+    parser.add_argument("--dtype", choices=["bf16", "f16"], default="bf16")
     parser.add_argument("--no-peers", action="store_true")
     parser.add_argument("--library", help="the C library, if it is not in target/release")
     parser.add_argument("--json", type=pathlib.Path, help="where to write the results")
@@ -103,7 +95,7 @@ class Gpu:
         import pytorch_peers
 
         self.torch, self.graphs, self.view, self.peers = torch, graph_timing, our_calls.view, pytorch_peers
-        self.dtype = {"bf16": torch.bfloat16, "f16": torch.float16}[options.dtype or "bf16"]
+        self.dtype = {"bf16": torch.bfloat16, "f16": torch.float16}[options.dtype]
         self.with_peers = not options.no_peers and pytorch_peers.flash_attn_varlen_func is not None
         self.rounds = options.rounds
         self.stream = torch.cuda.Stream()
@@ -115,7 +107,7 @@ class Gpu:
         self.facts = {
             "device": torch.cuda.get_device_name(),
             "multiprocessors": torch.cuda.get_device_properties(0).multi_processor_count,
-            "dtype": options.dtype or "bf16",
+            "dtype": options.dtype,
             "torch": torch.__version__,
             "missing": {} if options.no_peers else pytorch_peers.missing(),
         }
@@ -187,90 +179,6 @@ class Gpu:
         return -(-calls // sets) * sets
 
 
-class Cpu:
-    """Times by the host's clock, in host memory."""
-
-    def __init__(self, options):
-        library = varlen_fa.Library(options.library)
-        self.choices = Choices(library, library.open("cpu"))
-        self.dtype = {"f32": varlen_fa.F32, "f16": varlen_fa.F16, "bf16": varlen_fa.BF16}[options.dtype or "f32"]
-        self.rounds, self.size = options.rounds, random_workloads.CPU
-        self.facts = {"device": self.choices.device.info().name.decode(), "dtype": options.dtype or "f32"}
-
-    def tensor(self, shape, seed):
-        """A tensor of values that repeat after a while, and its memory."""
-        count = math.prod(shape)
-        rng = random.Random(seed)
-        values = [rng.gauss(0, 1) for _ in range(min(count, 4093))]
-        values = (values * (count // len(values) + 1))[:count]
-        if self.dtype == varlen_fa.F32:
-            memory = (ctypes.c_float * count)(*values)
-        else:
-            memory = (ctypes.c_uint16 * count)(*(narrow(value, self.dtype) for value in values))
-        return memory, varlen_fa.tensor(ctypes.addressof(memory), shape, None, self.dtype)
-
-    def run(self, workload):
-        device, mask = self.choices.device, self.choices.mask(workload)
-        shapes = [workload.q_shape, workload.kv_shape, workload.kv_shape, workload.q_shape]
-        memories, views = zip(*(self.tensor(shape, seed) for seed, shape in enumerate(shapes)))
-        record = {"plan": None, "chosen": None, "times": {}, "refused": {}, "wrong": []}
-        record["chosen"], record["plan"] = self.choices.planned(views, mask)
-        methods, reference = {}, None
-        for name, options in self.choices.forced.items():
-
-            def call(options=options):
-                device.forward(*views, mask, options=options)
-
-            ctypes.memset(memories[3], 0xFF, ctypes.sizeof(memories[3]))
-            start = time.perf_counter()
-            try:
-                call()
-            except varlen_fa.Error as error:  # a choice may not fit the call: kept, not hidden
-                record["refused"][name] = str(error)
-                continue
-            found = self.values(memories[3])
-            if reference is None:
-                reference = found
-                allowed = 0.03 * max(map(abs, reference)) + 1e-3
-            elif not all(abs(a - b) <= allowed for a, b in zip(found, reference)):
-                record["wrong"].append(name)
-            repeats = max(1, math.ceil(SAMPLE_S / max(time.perf_counter() - start, 1e-6)))
-            methods[name] = call, repeats
-        samples = {name: [] for name in methods}
-        for turn in range(self.rounds + 1):
-            for name, (call, repeats) in methods.items():
-                start = time.perf_counter()
-                for _ in range(repeats):
-                    call()
-                # The first round warms up.
-                if turn > 0:
-                    samples[name].append((time.perf_counter() - start) / repeats * 1e3)
-        for name, found in samples.items():
-            times = {"median_ms": statistics.median(found), "min_ms": min(found), "max_ms": max(found)}
-            record["times"][name] = times
-        return record
-
-    def values(self, memory):
-        """Every seventh element, as numbers."""
-        if self.dtype == varlen_fa.F32:
-            return memory[::7]
-        return [widen(bits, self.dtype) for bits in memory[::7]]
-
-
-def narrow(value, dtype):
-    """The 16 bits of a number."""
-    if dtype == varlen_fa.F16:
-        return struct.unpack("<H", struct.pack("<e", value))[0]
-    return struct.unpack("<I", struct.pack("<f", value))[0] >> 16
-
-
-def widen(bits, dtype):
-    """The number that 16 bits stand for."""
-    if dtype == varlen_fa.F16:
-        return struct.unpack("<e", struct.pack("<H", bits))[0]
-    return struct.unpack("<f", struct.pack("<I", bits << 16))[0]
-
-
 def share(values, part):
     """The least value that this part of all values does not exceed."""
     ordered = sorted(values)
@@ -310,10 +218,8 @@ def print_summary(records, key):
 def main():
     options = arguments()
     start = time.monotonic()
-    runner = (Gpu if options.device == "cuda" else Cpu)(options)
-    # What is compared of a choice's times: the least where other work disturbs the clock.
-    key = "min_ms" if options.device == "cpu" else "median_ms"
-    facts = {**runner.facts, "ours": runner.choices.library.version, "seed": options.seed, "statistic": key}
+    runner, key = Gpu(options), "median_ms"
+    facts = {**runner.facts, "ours": runner.choices.library.version, "seed": options.seed}
     print(json.dumps(facts))
     file = options.json.open("w") if options.json else None
     if file:

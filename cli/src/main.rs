@@ -15,7 +15,7 @@ use anyhow::Result;
 use clap::{Args, CommandFactory, Parser, Subcommand};
 use clap_complete::Shell;
 use varlen_fa_harness::benches::{
-    attention, device_meta, key_mask, metadata, prepare_qk, ranges, segments, sequence_parallel,
+    attention, device_meta, key_mask, metadata, prepare_qk, ranges, regret, segments, sequence_parallel,
 };
 use varlen_fa_harness::comparison;
 use varlen_fa_harness::report;
@@ -80,6 +80,7 @@ enum Bench {
     Metadata(metadata::Arguments),
     PrepareQk(comparison::Arguments<prepare_qk::PrepareQk>),
     Ranges(comparison::Arguments<ranges::Ranges>),
+    Regret(regret::Arguments),
     Segments(comparison::Arguments<segments::TextAndImage>),
     SequenceParallel(sequence_parallel::Arguments),
 }
@@ -122,6 +123,7 @@ fn bench(arguments: &BenchArguments) -> Result<()> {
         Bench::Metadata(arguments) => metadata::run(arguments, sizes),
         Bench::PrepareQk(arguments) => comparison::run(arguments, sizes),
         Bench::Ranges(arguments) => comparison::run(arguments, sizes),
+        Bench::Regret(arguments) => regret::run(arguments, sizes),
         Bench::Segments(arguments) => comparison::run(arguments, sizes),
         Bench::SequenceParallel(arguments) => sequence_parallel::run(arguments, sizes),
     }

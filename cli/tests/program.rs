@@ -124,7 +124,7 @@ fn calls_follow_from_their_seeds() -> Result<()> {
 
 #[test]
 fn benches_run() -> Result<()> {
-    for bench in ["attention", "key-mask", "metadata", "prepare-qk", "ranges", "segments"] {
+    for bench in ["attention", "key-mask", "metadata", "prepare-qk", "ranges", "regret", "segments"] {
         let mut arguments = vec!["bench", bench, "--smoke", "--json", "-"];
         if bench != "metadata" {
             arguments.extend(["--device", "cpu"]);

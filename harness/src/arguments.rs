@@ -106,7 +106,8 @@ impl ElementType {
         }
     }
 
-    fn default_on(capabilities: &Capabilities) -> Self {
+    /// The usual one of a device.
+    pub fn default_on(capabilities: &Capabilities) -> Self {
         if capabilities.backend == BackendKind::Cpu { Self::F32 } else { Self::F16 }
     }
 }

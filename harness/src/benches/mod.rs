@@ -7,6 +7,7 @@ pub mod key_mask;
 pub mod metadata;
 pub mod prepare_qk;
 pub mod ranges;
+pub mod regret;
 pub mod segments;
 pub mod sequence_parallel;
 
