@@ -177,6 +177,27 @@ impl CustomOp3 for Attention {
         }
     }
 
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        q: &CudaStorage,
+        q_layout: &Layout,
+        k: &CudaStorage,
+        k_layout: &Layout,
+        v: &CudaStorage,
+        v_layout: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        let inputs = [(q, q_layout), (k, k_layout), (v, v_layout)];
+        match q.dtype() {
+            // The library's error says which types its CUDA kernels have.
+            DType::F32 => crate::cuda::forward::<f32>(self, inputs),
+            DType::F16 => crate::cuda::forward::<f16>(self, inputs),
+            DType::BF16 => crate::cuda::forward::<bf16>(self, inputs),
+            other => candle_core::bail!("`q`: expected elements of type f16 or bf16, got {}", other.as_str()),
+        }
+    }
+
+    #[cfg(not(feature = "cuda"))]
     fn cuda_fwd(
         &self,
         _: &CudaStorage,
