@@ -8,7 +8,7 @@ use candle_core::cuda_backend::cudarc::driver::{
 };
 use candle_core::cuda_backend::{CudaDType, CudaDevice};
 use candle_core::{CudaStorage, Error, Layout, Result, Shape};
-use varlen_fa::{Config, Device, DeviceChoice, DeviceMemory};
+use varlen_fa::{Config, DType, Device, DeviceChoice, DeviceMemory, TensorView};
 
 use crate::attention::Attention;
 use crate::layout;
@@ -73,6 +73,10 @@ impl<'a> Input<'a> {
         let memory = unsafe { DeviceMemory::from_cuda(on, address, bytes_of(slice)) }.map_err(Error::wrap)?;
         Ok(Self { memory, _read: read })
     }
+
+    fn view(&self, dtype: DType, at: &Layout) -> Result<TensorView<'_>> {
+        Ok(self.memory.view(dtype, layout::of(at)?))
+    }
 }
 
 fn bytes_of<T>(slice: &CudaSlice<T>) -> u64 {
@@ -89,13 +93,12 @@ pub fn forward<T: Shared>(attention: &Attention, inputs: [(&CudaStorage, &Layout
     {
         let [q, k, v] = [("q", q), ("k", k), ("v", v)].map(|(name, x)| Input::new::<T>(name, x, &device, &stream));
         let (q, k, v) = (q?, k?, v?);
-        let view = |input: &'_ Input<'_>, at| Ok::<_, Error>(input.memory.view(T::DTYPE, layout::of(at)?));
         let bytes = bytes_of(&out);
         let (address, _written) = out.device_ptr_mut(&stream);
         // SAFETY: as of the inputs.
         let mut memory = unsafe { DeviceMemory::from_cuda(&device, address, bytes) }.map_err(Error::wrap)?;
         let contiguous = varlen_fa::Layout::contiguous(shape.dims()).map_err(Error::wrap)?;
-        let views = [view(&q, q_layout)?, view(&k, k_layout)?, view(&v, v_layout)?];
+        let views = [q.view(T::DTYPE, q_layout)?, k.view(T::DTYPE, k_layout)?, v.view(T::DTYPE, v_layout)?];
         attention.launch(&device, views, memory.view_mut(T::DTYPE, contiguous)).map_err(Error::wrap)?;
     }
     Ok((CudaStorage::wrap_cuda_slice(out, candle), shape))

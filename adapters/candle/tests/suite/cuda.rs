@@ -1,7 +1,4 @@
 //! What a GPU alone can show: whose stream it is, and that nothing is copied.
-#![cfg(feature = "cuda")]
-
-mod reference;
 
 use std::ptr;
 

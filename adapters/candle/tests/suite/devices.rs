@@ -1,7 +1,5 @@
 //! Every function, on every device, against a computation by candle's own operations.
 
-mod reference;
-
 use candle_core::{DType, Device, Error, Result, Tensor, Var};
 use varlen_fa_candle::varlen_fa::{KeyMask, KeyRanges, VarlenMeta, alibi_slopes};
 use varlen_fa_candle::{
