@@ -398,8 +398,8 @@ fn onnxruntime(workspace: &Workspace) -> Result<Outcome> {
     Ok(Outcome::Passed)
 }
 
-/// Without its feature `cuda`: candle compiles some twenty files with nvcc for it, even to be checked, which takes longer than all
-/// of this. Its README says how to try it on a GPU.
+/// Without its feature `cuda`: candle compiles its kernels for it even to be checked, which takes nvcc and many minutes, and nothing
+/// here would run them. Its README says how to try it on a GPU.
 fn candle(workspace: &Workspace) -> Result<Outcome> {
     adapter(
         workspace,
