@@ -8,9 +8,8 @@ use candle_core::cuda_backend::cudarc::driver::{
 };
 use candle_core::cuda_backend::{CudaDType, CudaDevice};
 use candle_core::{CudaStorage, Error, Layout, Result, Shape};
-use varlen_fa::{Config, DType, Device, DeviceChoice, DeviceMemory, TensorView};
+use varlen_fa::{Config, DType, Device, DeviceChoice, DeviceMemory, TensorView, TensorViewMut};
 
-use crate::attention::Attention;
 use crate::layout;
 
 /// `CU_STREAM_PER_THREAD`, which candle's devices have unless they are made with a stream of their own.
@@ -83,8 +82,11 @@ fn bytes_of<T>(slice: &CudaSlice<T>) -> u64 {
     slice.num_bytes() as u64
 }
 
-/// Launches the attention on the stream of q's device. The output is the one allocation.
-pub fn forward<T: Shared>(attention: &Attention, inputs: [(&CudaStorage, &Layout); 3]) -> Result<(CudaStorage, Shape)> {
+/// Has `launch` compute an output like q from q, k and v, on the stream of q's device. The output is the one allocation.
+pub fn forward<T: Shared>(
+    inputs: [(&CudaStorage, &Layout); 3],
+    launch: impl FnOnce(&Device, [TensorView<'_>; 3], TensorViewMut<'_>) -> varlen_fa::Result<()>,
+) -> Result<(CudaStorage, Shape)> {
     let [(q, q_layout), (k, k_layout), (v, v_layout)] = inputs;
     let (candle, shape) = (q.device.clone(), q_layout.shape().clone());
     let (device, stream) = (device(&candle)?, candle.cuda_stream());
@@ -99,7 +101,7 @@ pub fn forward<T: Shared>(attention: &Attention, inputs: [(&CudaStorage, &Layout
         let mut memory = unsafe { DeviceMemory::from_cuda(&device, address, bytes) }.map_err(Error::wrap)?;
         let contiguous = varlen_fa::Layout::contiguous(shape.dims()).map_err(Error::wrap)?;
         let views = [q.view(T::DTYPE, q_layout)?, k.view(T::DTYPE, k_layout)?, v.view(T::DTYPE, v_layout)?];
-        attention.launch(&device, views, memory.view_mut(T::DTYPE, contiguous)).map_err(Error::wrap)?;
+        launch(&device, views, memory.view_mut(T::DTYPE, contiguous)).map_err(Error::wrap)?;
     }
     Ok((CudaStorage::wrap_cuda_slice(out, candle), shape))
 }
