@@ -32,7 +32,7 @@ const ONE: u16 = 0x3c00;
 const CALLS: u32 = 200;
 const ROUNDS: usize = 41;
 
-static KERNELS: &[u8] = include_bytes!("../../kernels/prebuilt/attention_sm80.fatbin");
+static KERNELS: &[u8] = include_bytes!("../../kernels/prebuilt/varlen-fa-kernels-sm80/attention_sm80.fatbin");
 
 fn main() -> Result<()> {
     // SAFETY: loads the NVIDIA driver, if there is one.

@@ -172,7 +172,7 @@ const STEPS: &[Step] = &[
     },
     Step {
         name: "package",
-        about: "the crate as it is published: contents, size, that it builds by itself; other crates' types in its API",
+        about: "the crates as they are published: contents, size, that they build by themselves; other crates' types in the API",
         variables: &[],
         work: Function(|workspace| {
             package::check(workspace)?;
@@ -398,6 +398,8 @@ fn onnxruntime(workspace: &Workspace) -> Result<Outcome> {
     Ok(Outcome::Passed)
 }
 
+/// Without its feature `cuda`: candle compiles its kernels for it even to be checked, which takes nvcc and many minutes, and nothing
+/// here would run them. Its README says how to try it on a GPU.
 fn candle(workspace: &Workspace) -> Result<Outcome> {
     adapter(
         workspace,

@@ -27,6 +27,7 @@ const SOURCES: &[&str] = &[
     "adapters/burn/src",
     "adapters/burn/examples/encoder/src",
     "adapters/candle/src",
+    "adapters/candle/tests/suite",
     "adapters/candle/examples/minilm/src",
     "examples/embed_sentences/src",
     "examples/joint_block",

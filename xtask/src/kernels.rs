@@ -21,11 +21,20 @@ use crate::workspace::{Workspace, capture, text};
 /// Every fatbin together; they are part of each program that uses the library.
 const MAX_TOTAL_BYTES: usize = 8_000_000;
 
+/// The packages of compiled kernels, folders of `kernels/prebuilt`: crates.io's users download what is in them with the feature
+/// `cuda` alone, and none is larger than `package.rs` allows.
+pub const IMAGE_PACKAGES: [&str; 3] = [KERNELS, KERNELS_SM80, KERNELS_SM80_LATER];
+const KERNELS: &str = "varlen-fa-kernels";
+const KERNELS_SM80: &str = "varlen-fa-kernels-sm80";
+const KERNELS_SM80_LATER: &str = "varlen-fa-kernels-sm80-later";
+
 /// One source, and what it is compiled for.
 #[derive(Debug)]
 struct Source {
     /// The name of its fatbin.
     name: &'static str,
+    /// The package that its fatbin is in.
+    package: &'static str,
     /// Where it is in the kernels folder.
     path: &'static str,
     target: Target,
@@ -35,35 +44,50 @@ struct Source {
 }
 
 /// A row for each fatbin; the library's `module.rs` loads them by these names.
-const SOURCES: [Source; 8] = [
-    Source {
-        name: "attention_sm80",
-        path: "attention/sm80/attention.cu",
-        target: Target::EVERY,
-        // A few pointers. The fragments at head dimension 128 fill the register file, and the
-        // compiler puts load addresses aside that it reads back once a tile; keeping them in shared
-        // memory instead ended the spills and cost 3 to 5% on an H200.
-        // Key ranges add a few more at head dimension 64, where three blocks share the registers, and
-        // score modifiers and a bias by lists at 32 and 128.
-        spill_bytes: 128,
-    },
-    Source {
-        name: "attention_sm90",
-        path: "attention/sm90/attention.cu",
-        target: Target::SM90,
-        // The exact softmax and the sums of parts are in the kernel too, and what a query tile
-        // needs at its end is put aside while its loop runs. The loop itself has no spills. With key
-        // ranges, head dimension 96 has the most: three warpgroups, and what each row sees; with segments
-        // the loading warps add theirs.
-        spill_bytes: 448,
-    },
-    Source { name: "attention_sm100", path: "attention/sm100/attention.cu", target: Target::SM100, spill_bytes: 48 },
-    Source { name: "lse", path: "rows/lse.cu", target: Target::EVERY, spill_bytes: 0 },
-    Source { name: "metadata", path: "rows/metadata.cu", target: Target::EVERY, spill_bytes: 0 },
-    Source { name: "prepare_qk", path: "rows/prepare_qk.cu", target: Target::EVERY, spill_bytes: 0 },
-    Source { name: "pack", path: "rows/pack.cu", target: Target::EVERY, spill_bytes: 0 },
-    Source { name: "tile_lists", path: "rows/tile_lists.cu", target: Target::EVERY, spill_bytes: 0 },
+const SOURCES: [Source; 9] = [
+    sm80("attention_sm80", KERNELS_SM80, Target::UP_TO_SM100),
+    sm80("attention_sm80_later", KERNELS_SM80_LATER, Target::FROM_SM120),
+    // The exact softmax and the sums of parts are in the kernel too, and what a query tile
+    // needs at its end is put aside while its loop runs. The loop itself has no spills. With key
+    // ranges, head dimension 96 has the most: three warpgroups, and what each row sees; with segments
+    // the loading warps add theirs.
+    Source { target: Target::SM90, spill_bytes: 448, ..source("attention_sm90", "attention/sm90/attention.cu") },
+    Source { target: Target::SM100, spill_bytes: 48, ..source("attention_sm100", "attention/sm100/attention.cu") },
+    source("lse", "rows/lse.cu"),
+    source("metadata", "rows/metadata.cu"),
+    source("prepare_qk", "rows/prepare_qk.cu"),
+    source("pack", "rows/pack.cu"),
+    source("tile_lists", "rows/tile_lists.cu"),
 ];
+
+/// A source for every chip, whose kernels spill nothing.
+const fn source(name: &'static str, path: &'static str) -> Source {
+    Source { name, package: KERNELS, path, target: Target::EVERY, spill_bytes: 0 }
+}
+
+/// The sm80 kernel, for some of the chips that `Target::EVERY` has: one package would be too large for all of them.
+const fn sm80(name: &'static str, package: &'static str, target: Target) -> Source {
+    // A few pointers. The fragments at head dimension 128 fill the register file, and the
+    // compiler puts load addresses aside that it reads back once a tile; keeping them in shared
+    // memory instead ended the spills and cost 3 to 5% on an H200.
+    // Key ranges add a few more at head dimension 64, where three blocks share the registers, and
+    // score modifiers and a bias by lists at 32 and 128.
+    let spill_bytes = 128;
+    let path = "attention/sm80/attention.cu";
+    Source { name, package, path, target, spill_bytes }
+}
+
+impl Source {
+    /// Where its fatbin is in `kernels/prebuilt`.
+    fn place(&self) -> String {
+        format!("{}/{}", self.package, fatbin_name(self.name))
+    }
+}
+
+/// The files of a package of compiled kernels.
+pub fn images(package: &str) -> impl Iterator<Item = String> {
+    SOURCES.iter().filter(move |source| source.package == package).map(|source| fatbin_name(source.name))
+}
 
 /// What a source is compiled for.
 #[derive(Debug, Clone, Copy)]
@@ -87,6 +111,13 @@ impl Target {
             "arch=compute_80,code=compute_80",
         ],
     };
+    /// The halves of `EVERY`: machine code that chips up to 10.3 run; and what the others do.
+    const UP_TO_SM100: Self = Self {
+        archs: &["sm_80", "sm_90", "sm_100"],
+        codes: &["arch=compute_80,code=sm_80", "arch=compute_80,code=sm_90", "arch=compute_80,code=sm_100"],
+    };
+    const FROM_SM120: Self =
+        Self { archs: &["sm_120"], codes: &["arch=compute_80,code=sm_120", "arch=compute_80,code=compute_80"] };
     /// 9.0 alone, with the instructions that only it has.
     const SM90: Self = Self { archs: &["sm_90a"], codes: &["arch=compute_90a,code=sm_90a"] };
     /// The family of 10.0, of which 10.3 is.
@@ -123,13 +154,12 @@ pub fn build(workspace: &Workspace) -> Result<()> {
     let kernels = Kernels::read(workspace)?;
     let built = kernels.compile(workspace)?;
     let folder = kernels.folder.join("prebuilt");
-    fs::create_dir_all(&folder).with_context(|| format!("cannot create {}", folder.display()))?;
-    for stale in fatbins_in(&folder)?.into_iter().filter(|name| !built.fatbins.contains_key(name)) {
-        fs::remove_file(folder.join(fatbin_name(&stale)))?;
-        println!("removed {}: its source is gone", fatbin_name(&stale));
+    for stale in fatbins_in(&folder)?.into_iter().filter(|place| !built.fatbins.contains_key(place)) {
+        fs::remove_file(folder.join(&stale))?;
+        println!("removed {stale}: its source is gone");
     }
-    for (name, bytes) in &built.fatbins {
-        let path = folder.join(fatbin_name(name));
+    for (place, bytes) in &built.fatbins {
+        let path = folder.join(place);
         // Renamed into place: a compilation of the library beside this one reads whole files.
         let part = path.with_extension("part");
         fs::write(&part, bytes)
@@ -241,12 +271,12 @@ impl Kernels {
         let mut fatbins = BTreeMap::new();
         let mut usages = vec![];
         let mut defects = vec![];
-        let mut rows = vec![["source", "seconds", "kernels", "fatbin bytes"].map(str::to_owned).to_vec()];
+        let mut rows = vec![["image", "seconds", "kernels", "fatbin bytes"].map(str::to_owned).to_vec()];
         for (source, one) in SOURCES.iter().zip(compiled) {
             let text = self.files.get(source.path).with_context(|| format!("there is no {}", source.path))?;
             let kernels: BTreeSet<_> = one.usages.iter().map(|usage| usage.kernel.clone()).collect();
             rows.push(vec![
-                source.path.to_owned(),
+                source.name.to_owned(),
                 format!("{:.1}", one.time.as_secs_f64()),
                 kernels.len().to_string(),
                 one.fatbin.len().to_string(),
@@ -254,7 +284,7 @@ impl Kernels {
             manifest.add(source.name, source.path, text, kernels, &one.fatbin);
             let spilling = one.usages.iter().filter(|usage| usage.is_defect(source.spill_bytes));
             defects.extend(spilling.map(|usage| format!("{} ({})", usage.kernel, usage.arch)));
-            fatbins.insert(source.name.to_owned(), one.fatbin);
+            fatbins.insert(source.place(), one.fatbin);
             usages.extend(one.usages);
         }
         println!("{}", compiler.version);
@@ -277,7 +307,7 @@ impl Kernels {
         let mut nvcc = compiler.command();
         nvcc.current_dir(&self.folder)
             .args(FLAGS)
-            .args(target.flags())
+            .args(source.target.flags())
             .args(["--threads", &threads.to_string()])
             .arg("-o")
             .arg(&fatbin);
@@ -296,7 +326,7 @@ impl Kernels {
             );
         }
         let time = start.elapsed();
-        eprintln!("{path}: {:.1} s", time.as_secs_f64());
+        eprintln!("{name}: {:.1} s", time.as_secs_f64());
         Ok(Compiled { fatbin: read(&fatbin)?, usages, time })
     }
 }
@@ -311,6 +341,7 @@ struct Compiled {
 /// What all sources were compiled to.
 struct Built {
     manifest: Manifest,
+    /// By their places in `kernels/prebuilt`.
     fatbins: BTreeMap<String, Vec<u8>>,
     /// Hot kernels that spill more than their source may.
     defects: Vec<String>,
@@ -323,35 +354,37 @@ impl Built {
     }
 }
 
-/// How the files of a folder differ from what they must be.
+/// How the files of the packages in a folder differ from what they must be.
 fn file_differences(built: &BTreeMap<String, Vec<u8>>, folder: &Path) -> Result<Vec<String>> {
     let mut differences = vec![];
-    for (name, bytes) in built {
-        let file = fatbin_name(name);
-        match fs::read(folder.join(&file)) {
-            Err(error) => differences.push(format!("cannot read prebuilt/{file}: {error}")),
+    for (place, bytes) in built {
+        match fs::read(folder.join(place)) {
+            Err(error) => differences.push(format!("cannot read prebuilt/{place}: {error}")),
             Ok(found) if found != *bytes => {
                 let same = found.iter().zip(bytes).take_while(|(a, b)| a == b).count();
                 let (was, is) = (found.len(), bytes.len());
                 differences
-                    .push(format!("prebuilt/{file} has {was} bytes, {is} expected, and differs from byte {same} on"));
+                    .push(format!("prebuilt/{place} has {was} bytes, {is} expected, and differs from byte {same} on"));
             }
             Ok(_) => {}
         }
     }
-    if folder.is_dir() {
-        for name in fatbins_in(folder)?.into_iter().filter(|name| !built.contains_key(name)) {
-            differences.push(format!("prebuilt/{} has no source", fatbin_name(&name)));
-        }
+    for place in fatbins_in(folder)?.into_iter().filter(|place| !built.contains_key(place)) {
+        differences.push(format!("prebuilt/{place} has no source"));
     }
     Ok(differences)
 }
 
-/// Names of the fatbins in a folder, without the extension.
+/// The fatbins of a folder and of the packages in it, by their places there, in order.
 fn fatbins_in(folder: &Path) -> Result<Vec<String>> {
-    let paths = entries(folder)?;
-    let names = paths.iter().filter_map(|path| path.file_name()?.to_str()?.strip_suffix(".fatbin"));
-    Ok(names.map(str::to_owned).collect())
+    let mut found = vec![];
+    for path in entries(folder)? {
+        let files = if path.is_dir() { entries(&path)? } else { vec![path] };
+        let fatbins = files.iter().filter(|file| file.extension().is_some_and(|is| is == "fatbin"));
+        found.extend(fatbins.filter_map(|file| Some(file.strip_prefix(folder).ok()?.to_str()?.to_owned())));
+    }
+    found.sort();
+    Ok(found)
 }
 
 fn fatbin_name(name: &str) -> String {
@@ -421,12 +454,12 @@ fn in_parallel<I: Sync, T: Send>(items: &[I], threads: usize, work: impl Fn(&I) 
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeMap;
+    use std::collections::{BTreeMap, BTreeSet};
     use std::{env, fs, process};
 
     use anyhow::ensure;
 
-    use super::{SOURCES, file_differences, in_parallel};
+    use super::{IMAGE_PACKAGES, KERNELS_SM80_LATER, SOURCES, Source, Target, file_differences, images, in_parallel};
 
     #[test]
     fn every_architecture_is_asked_for() {
@@ -436,6 +469,22 @@ mod tests {
                 codes.iter().map(|&(_, code)| code).filter(|code| code.starts_with("sm_")).collect();
             assert_eq!(machine_codes, source.target.archs, "{}", source.name);
         }
+    }
+
+    #[test]
+    fn halves_are_the_whole() {
+        let halves = [Target::UP_TO_SM100, Target::FROM_SM120];
+        assert_eq!(halves.map(|half| half.archs).concat(), Target::EVERY.archs);
+        assert_eq!(halves.map(|half| half.codes).concat(), Target::EVERY.codes);
+    }
+
+    #[test]
+    fn every_package_has_images() {
+        let listed: BTreeSet<_> = SOURCES.iter().map(|source| source.package).collect();
+        assert_eq!(listed, BTreeSet::from(IMAGE_PACKAGES));
+        assert_eq!(images(KERNELS_SM80_LATER).collect::<Vec<_>>(), ["attention_sm80_later.fatbin"]);
+        let places: BTreeSet<_> = SOURCES.iter().map(Source::place).collect();
+        assert_eq!(places.len(), SOURCES.len());
     }
 
     #[test]
@@ -455,20 +504,24 @@ mod tests {
     #[test]
     fn files_that_differ_are_named() {
         let folder = env::temp_dir().join(format!("xtask-test-{}", process::id()));
-        fs::create_dir_all(&folder).unwrap();
+        fs::create_dir_all(folder.join("package")).unwrap();
         for (name, bytes) in [("same", "abc"), ("changed", "abc"), ("longer", "abcd"), ("stale", "abc")] {
-            fs::write(folder.join(format!("{name}.fatbin")), bytes).unwrap();
+            fs::write(folder.join(format!("package/{name}.fatbin")), bytes).unwrap();
         }
+        fs::write(folder.join("manifest.json"), "").unwrap();
+        fs::write(folder.join("outside.fatbin"), "abc").unwrap();
         let built = [("same", "abc"), ("changed", "abx"), ("longer", "abc"), ("absent", "abc")];
-        let built = BTreeMap::from(built.map(|(name, bytes)| (name.to_owned(), bytes.as_bytes().to_vec())));
+        let built =
+            BTreeMap::from(built.map(|(name, bytes)| (format!("package/{name}.fatbin"), bytes.as_bytes().to_vec())));
         let found = file_differences(&built, &folder);
         fs::remove_dir_all(&folder).unwrap();
         let found = found.unwrap();
         let expected = [
-            "cannot read prebuilt/absent.fatbin",
-            "prebuilt/changed.fatbin has 3 bytes, 3 expected, and differs from byte 2",
-            "prebuilt/longer.fatbin has 4 bytes, 3 expected, and differs from byte 3",
-            "prebuilt/stale.fatbin has no source",
+            "cannot read prebuilt/package/absent.fatbin",
+            "prebuilt/package/changed.fatbin has 3 bytes, 3 expected, and differs from byte 2",
+            "prebuilt/package/longer.fatbin has 4 bytes, 3 expected, and differs from byte 3",
+            "prebuilt/outside.fatbin has no source",
+            "prebuilt/package/stale.fatbin has no source",
         ];
         assert_eq!(found.len(), expected.len(), "{found:?}");
         for (found, expected) in found.iter().zip(expected) {

@@ -58,12 +58,11 @@ enum Chore {
     },
     /// Write kernels/common/params.cuh, and compile the CUDA kernels into kernels/prebuilt
     ///
-    /// The header is made from src/backends/cuda/kernels/params.rs. Each source becomes one fatbin:
-    /// machine code for sm_80, sm_90, sm_100 and sm_120, and PTX for newer chips; or for the one
-    /// architecture whose instructions it uses. The compiler, CUDA 13.0, is installed into
-    /// target/cuda-compiler the first time (about 500 MB, through pip); no CUDA toolkit and no GPU
-    /// is needed, only python3 with venv, gcc and g++. Prints the registers and the spills of every
-    /// kernel.
+    /// The header is made from src/backends/cuda/kernels/params.rs. Each source becomes one fatbin, that
+    /// of sm80 two, in one of the packages of kernels/prebuilt: machine code for sm_80, sm_90, sm_100
+    /// and sm_120, and PTX for newer chips; or for the one architecture whose instructions it uses. The compiler, CUDA 13.0, is installed into target/cuda-compiler the first
+    /// time (about 500 MB, through pip); no CUDA toolkit and no GPU is needed, only python3 with venv,
+    /// gcc and g++. Prints the registers and the spills of every kernel.
     ///
     /// Fails on a compiler warning, on more register spills than xtask/src/kernels.rs allows the
     /// source, and when the fatbins exceed 8 MB together.
@@ -116,7 +115,7 @@ enum Chore {
         /// Cargo's profile
         #[arg(long, default_value = "dist")]
         profile: String,
-        /// Unpack the archive, and the published crate, in a temporary folder, and build and run projects
+        /// Unpack the archive, and the published crates, in a temporary folder, and build and run projects
         /// there in C, C++, Python and Rust; for another system in C and C++, in an emulator
         #[arg(long)]
         check: bool,
@@ -125,11 +124,12 @@ enum Chore {
     ///
     /// Adds their standard libraries by rustup. Nothing is linked or run. A weekly workflow starts it.
     Targets,
-    /// Try everything that publishing the crate needs, and publish nothing
+    /// Try everything that publishing the crates needs, and publish nothing
     ///
     /// The changelog, the header and the pages; types of other crates in the API; the API beside that of
-    /// the last tag, by cargo-semver-checks where both are there; the package, verified by cargo, its
-    /// size, its contents and its tests where it is unpacked; the oldest versions of the dependencies.
+    /// the last tag, by cargo-semver-checks where both are there; the packages, verified by cargo, their
+    /// sizes and contents, and the library's tests where they are unpacked; the oldest versions of the
+    /// dependencies.
     /// Nothing may be uncommitted. Takes some minutes.
     Release {
         /// Publish nothing. There is no other way: a person publishes, by RELEASE.md

@@ -5,13 +5,13 @@ use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 
-use crate::package::{self, Source};
+use crate::package::{LIBRARY, Source, Unpacked, published};
 use crate::workspace::{Workspace, cargo, is_installed, run, stdout_of};
 use crate::{external_types, header, pages};
 
 /// Fails with the first thing that stands in the way of publishing the commit. Says what a person does.
 pub fn dry_run(workspace: &Workspace) -> Result<()> {
-    let version = workspace.version("varlen-fa")?;
+    let version = workspace.version(LIBRARY)?;
     let tag = format!("v{version}");
     println!("=== {tag}: changelog, header, pages");
     let changelog = fs::read_to_string(workspace.root.join("CHANGELOG.md")).context("cannot read CHANGELOG.md")?;
@@ -29,17 +29,22 @@ pub fn dry_run(workspace: &Workspace) -> Result<()> {
     println!("=== what the API promised in the version before");
     semver(workspace, tags.last().copied())?;
 
-    println!("=== the package, as cargo verifies it, and its tests");
-    run(cargo().current_dir(&workspace.root).args(["package", "-p", "varlen-fa", "--locked", "--quiet"]))?;
-    let folder = package::unpacked(workspace, Source::Commit)?;
-    package::in_package(workspace, &folder, &["test", "--release", "--locked"])?;
+    println!("=== the packages, as cargo verifies them, and the library's tests");
+    let names: Vec<_> = published().flat_map(|name| ["-p", name]).collect();
+    run(cargo().current_dir(&workspace.root).args(["package", "--locked", "--quiet"]).args(&names))?;
+    let unpacked = Unpacked::new(workspace, Source::Commit)?;
+    unpacked.cargo(workspace, &["test", "--release", "--locked"])?;
 
     println!("=== the oldest versions of the dependencies that Cargo.toml allows");
     // An option of unstable cargo, which resolves only: the stable one compiles.
     let mut resolve = cargo();
-    resolve.current_dir(&folder).env("RUSTC_BOOTSTRAP", "1").args(["update", "--quiet", "-Zdirect-minimal-versions"]);
+    resolve.current_dir(&unpacked.library).env("RUSTC_BOOTSTRAP", "1").args([
+        "update",
+        "--quiet",
+        "-Zdirect-minimal-versions",
+    ]);
     run(&mut resolve)?;
-    package::in_package(workspace, &folder, &["check", "--release", "--lib", "--locked"])?;
+    unpacked.cargo(workspace, &["check", "--release", "--lib", "--locked"])?;
 
     println!("\nNothing here stands in the way of {tag}. The tag needs, by RELEASE.md:");
     if entries > 0 {
@@ -50,7 +55,7 @@ pub fn dry_run(workspace: &Workspace) -> Result<()> {
     println!(
         "- a run of the GPU bundle, and `cargo deny check advisories`: no machine without a GPU or a network knows"
     );
-    println!("- cargo publish -p varlen-fa, then git tag {tag}");
+    println!("- cargo publish {}, then git tag {tag}", names.join(" "));
     Ok(())
 }
 
@@ -69,7 +74,7 @@ fn semver(workspace: &Workspace, before: Option<&str>) -> Result<()> {
         "semver-checks",
         "check-release",
         "-p",
-        "varlen-fa",
+        LIBRARY,
         "--baseline-rev",
         before,
     ]);

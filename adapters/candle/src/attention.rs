@@ -177,6 +177,29 @@ impl CustomOp3 for Attention {
         }
     }
 
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        q: &CudaStorage,
+        q_layout: &Layout,
+        k: &CudaStorage,
+        k_layout: &Layout,
+        v: &CudaStorage,
+        v_layout: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        let inputs = [(q, q_layout), (k, k_layout), (v, v_layout)];
+        let launch =
+            |device: &Device, views: [TensorView<'_>; 3], out: TensorViewMut<'_>| self.launch(device, views, out);
+        match q.dtype() {
+            // The library's error says which types its CUDA kernels have.
+            DType::F32 => crate::cuda::forward::<f32>(inputs, launch),
+            DType::F16 => crate::cuda::forward::<f16>(inputs, launch),
+            DType::BF16 => crate::cuda::forward::<bf16>(inputs, launch),
+            other => candle_core::bail!("`q`: expected elements of type f16 or bf16, got {}", other.as_str()),
+        }
+    }
+
+    #[cfg(not(feature = "cuda"))]
     fn cuda_fwd(
         &self,
         _: &CudaStorage,

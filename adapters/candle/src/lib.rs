@@ -11,6 +11,8 @@
 
 mod attention;
 mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
 mod flash;
 mod layout;
 

@@ -8,7 +8,7 @@ use std::process::{self, Command};
 use anyhow::{Context, Result, ensure};
 
 use super::layout::{Format, Layout};
-use crate::package::{self, Source};
+use crate::package::{Source, Unpacked};
 use crate::workspace::{Workspace, capture, cargo, is_installed, run, stdout_of};
 
 /// Builds and runs them; leaves nothing behind unless one fails.
@@ -139,19 +139,19 @@ impl Stranger<'_> {
         Ok(())
     }
 
-    /// The crate as it is published, in a project with the README's program.
+    /// The crates as they are published, in a project with the README's program.
     fn rust(&self) -> Result<()> {
         let workspace = self.workspace;
         println!("+ Rust");
-        let package = package::unpacked(workspace, Source::WorkingTree)?;
+        let Unpacked { library, patches } = Unpacked::new(workspace, Source::WorkingTree)?;
         let project = self.folder.join("rust");
         fs::create_dir_all(project.join("src"))?;
         let manifest = format!(
-            "[package]\nname = \"stranger\"\nversion = \"1.0.0\"\nedition = \"2024\"\n\n[dependencies]\nvarlen-fa = {{ path = {:?} }}\n",
-            package.display().to_string()
+            "[package]\nname = \"stranger\"\nversion = \"1.0.0\"\nedition = \"2024\"\n\n[dependencies]\nvarlen-fa = {{ path = {:?} }}\n{patches}",
+            library.display().to_string()
         );
         fs::write(project.join("Cargo.toml"), manifest)?;
-        let readme = fs::read_to_string(package.join("README.md"))?;
+        let readme = fs::read_to_string(library.join("README.md"))?;
         let program = readme.split("```rust\n").nth(1).and_then(|rest| rest.split("```").next());
         fs::write(project.join("src/main.rs"), program.context("the README has no program")?)?;
         // The versions that are tested, and compiled already.

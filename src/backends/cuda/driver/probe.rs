@@ -5,6 +5,7 @@ use std::fmt;
 
 use cudarc::driver::result;
 use cudarc::driver::sys::{self, CUdevice_attribute};
+use libloading::Library;
 
 /// Compute capability below which no kernel of this crate runs.
 const OLDEST: (i32, i32) = (8, 0);
@@ -74,14 +75,18 @@ impl CudaDeviceInfo {
     }
 }
 
+/// The driver's library, as its installation names it; cudarc looks for the same ones, and more.
+const LIBRARIES: &[&str] = if cfg!(windows) { &["nvcuda.dll"] } else { &["libcuda.so.1", "libcuda.so"] };
+
 /// Loads and starts the driver. Without it, every other call of the driver API would panic.
 ///
 /// # Errors
 /// Why there is none, in words.
 pub fn start_driver() -> Result<(), String> {
+    // cudarc's own question is there only where it loads the driver, and not where it is linked.
     // SAFETY: loads the driver library, whose initialisers are the vendor's own and safe to run;
     // nothing else is called.
-    if !unsafe { sys::is_culib_present() } {
+    if !LIBRARIES.iter().any(|&name| unsafe { Library::new(name) }.is_ok()) {
         return Err("the NVIDIA driver library (libcuda.so.1 or nvcuda.dll) is not installed".to_owned());
     }
     result::init().map_err(|error| format!("the NVIDIA driver does not start: {error}"))

@@ -33,14 +33,15 @@ struct Aligned<Bytes: ?Sized>(Bytes);
 
 type Image = &'static Aligned<[u8]>;
 
-static ATTENTION_SM80: Image = &Aligned(*include_bytes!("../../../../kernels/prebuilt/attention_sm80.fatbin"));
-static ATTENTION_SM90: Image = &Aligned(*include_bytes!("../../../../kernels/prebuilt/attention_sm90.fatbin"));
-static ATTENTION_SM100: Image = &Aligned(*include_bytes!("../../../../kernels/prebuilt/attention_sm100.fatbin"));
-static LSE: Image = &Aligned(*include_bytes!("../../../../kernels/prebuilt/lse.fatbin"));
-static METADATA: Image = &Aligned(*include_bytes!("../../../../kernels/prebuilt/metadata.fatbin"));
-static PREPARE_QK: Image = &Aligned(*include_bytes!("../../../../kernels/prebuilt/prepare_qk.fatbin"));
-static PACK: Image = &Aligned(*include_bytes!("../../../../kernels/prebuilt/pack.fatbin"));
-static TILE_LISTS: Image = &Aligned(*include_bytes!("../../../../kernels/prebuilt/tile_lists.fatbin"));
+static ATTENTION_SM80: Image = &Aligned(*varlen_fa_kernels_sm80::ATTENTION_SM80);
+static ATTENTION_SM80_LATER: Image = &Aligned(*varlen_fa_kernels_sm80_later::ATTENTION_SM80_LATER);
+static ATTENTION_SM90: Image = &Aligned(*varlen_fa_kernels::ATTENTION_SM90);
+static ATTENTION_SM100: Image = &Aligned(*varlen_fa_kernels::ATTENTION_SM100);
+static LSE: Image = &Aligned(*varlen_fa_kernels::LSE);
+static METADATA: Image = &Aligned(*varlen_fa_kernels::METADATA);
+static PREPARE_QK: Image = &Aligned(*varlen_fa_kernels::PREPARE_QK);
+static PACK: Image = &Aligned(*varlen_fa_kernels::PACK);
+static TILE_LISTS: Image = &Aligned(*varlen_fa_kernels::TILE_LISTS);
 
 /// Where an attention kernel's code is, and what runs it.
 struct AttentionImage {
@@ -50,12 +51,20 @@ struct AttentionImage {
     capabilities: Option<&'static [(i32, i32)]>,
 }
 
-/// A row for each attention kernel, the preferred ones first.
-static ATTENTION: [AttentionImage; 3] = [
+/// A row for each image of an attention kernel, the preferred kernels first. Of a kernel's images the first one counts that a chip runs.
+static ATTENTION: [AttentionImage; 4] = [
     // Code for the family of 10.0, of which 10.3 is.
     AttentionImage { kernel: Kernel::CudaSm100, image: ATTENTION_SM100, capabilities: Some(&[(10, 0), (10, 3)]) },
     AttentionImage { kernel: Kernel::CudaSm90, image: ATTENTION_SM90, capabilities: Some(&[(9, 0)]) },
-    AttentionImage { kernel: Kernel::CudaSm80, image: ATTENTION_SM80, capabilities: None },
+    // Machine code of 8.0 serves 8.6 and 8.9 too, and that of 10.0 serves 10.3. No chip of an embedded module is among them: 8.7 does
+    // not run the code of 8.0.
+    AttentionImage {
+        kernel: Kernel::CudaSm80,
+        image: ATTENTION_SM80,
+        capabilities: Some(&[(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (10, 3)]),
+    },
+    // Machine code of 12.0, and PTX.
+    AttentionImage { kernel: Kernel::CudaSm80, image: ATTENTION_SM80_LATER, capabilities: None },
 ];
 
 /// The attention kernels that a chip runs, the preferred ones first.
@@ -68,7 +77,10 @@ impl AttentionImages {
         let runs = |row: &&AttentionImage| row.capabilities.is_none_or(|all| all.contains(&compute_capability));
         let emulated = (compute_capability == (9, 0)).then(emulated_sm100).flatten();
         let emulated = emulated.map(|image| (Kernel::CudaSm100, image));
-        Self(emulated.into_iter().chain(ATTENTION.iter().filter(runs).map(|row| (row.kernel, row.image))).collect())
+        let compiled = ATTENTION.iter().filter(runs).map(|row| (row.kernel, row.image));
+        let mut images: Vec<_> = emulated.into_iter().chain(compiled).collect();
+        images.dedup_by_key(|&mut (kernel, _)| kernel);
+        Self(images)
     }
 
     /// The kernels.
@@ -356,7 +368,8 @@ mod tests {
 
     #[test]
     fn images_are_fatbins_at_aligned_addresses() {
-        for image in [ATTENTION_SM80, ATTENTION_SM90, ATTENTION_SM100, LSE, METADATA, PACK, PREPARE_QK, TILE_LISTS] {
+        let rows = [LSE, METADATA, PACK, PREPARE_QK, TILE_LISTS];
+        for image in ATTENTION.iter().map(|row| row.image).chain(rows) {
             assert_eq!(image.0[..4], 0xba55_ed50_u32.to_le_bytes());
             assert!((image.0.as_ptr() as usize).is_multiple_of(16));
         }
@@ -378,6 +391,38 @@ mod tests {
         assert_eq!(kernels((9, 0)), [Kernel::CudaSm90, Kernel::CudaSm80]);
         for capability in [(10, 0), (10, 3)] {
             assert_eq!(kernels(capability), [Kernel::CudaSm100, Kernel::CudaSm80], "{capability:?}");
+        }
+    }
+
+    /// Entries of a fatbin: whether it is PTX, and the architecture that it is for.
+    fn contents(image: Image) -> BTreeSet<(bool, u16)> {
+        let word = |at: usize| u16::from_le_bytes([image.0[at], image.0[at + 1]]);
+        let long = |at: usize| usize::from(word(at)) | usize::from(word(at + 2)) << 16;
+        // A header of 16 bytes; then each entry has its kind at 0, the size of its own header at 4 and that of what follows at 8, and
+        // its architecture at 28.
+        let mut found = BTreeSet::new();
+        let mut at = 16;
+        while at < image.0.len() {
+            found.insert((word(at) == 1, word(at + 28)));
+            at += long(at + 4) + long(at + 8);
+        }
+        assert_eq!(at, image.0.len());
+        found
+    }
+
+    #[test]
+    fn every_chip_has_an_image_of_the_oldest_kernel_that_it_runs() {
+        let chips = [(8, 0), (8, 6), (8, 7), (8, 9), (9, 0), (10, 0), (10, 3), (11, 0), (12, 0), (12, 1), (13, 0)];
+        for (major, minor) in chips {
+            let images = AttentionImages::of((major, minor)).0;
+            let found: Vec<_> = images.iter().filter(|(kernel, _)| *kernel == Kernel::CudaSm80).collect();
+            let [(_, image)] = found[..] else { panic!("{} images for {major}.{minor}", found.len()) };
+            let contents = contents(image);
+            // What serves a minor version serves later ones, but for 8.7, which runs code of its own or PTX.
+            let machine_code = contents.contains(&(false, 10 * major as u16)) && (major, minor) != (8, 7);
+            assert!(machine_code || contents.contains(&(true, 80)), "{major}.{minor}: {contents:?}");
+            // The driver compiles PTX each time that it is new to it: not for chips that have machine code.
+            assert_eq!(machine_code, matches!(major, 8..=10 | 12) && (major, minor) != (8, 7), "{major}.{minor}");
         }
     }
 
@@ -420,6 +465,9 @@ mod tests {
             };
             looked_up.entry(fatbin).or_default().insert(entry.name());
         }
+        // Both are made from one source.
+        let of_later_chips = looked_up["attention_sm80"].clone();
+        looked_up.insert("attention_sm80_later".to_owned(), of_later_chips);
         let compiled: BTreeMap<_, _> =
             manifest().fatbins.into_iter().map(|(name, fatbin)| (name, fatbin.kernels)).collect();
         assert_eq!(looked_up, compiled);

@@ -1,6 +1,9 @@
-//! BERT as candle-transformers has it, layer by layer of candle-nn, but for its attention.
+//! BERT as candle-transformers has it, layer by layer of candle-nn, with varlen-fa's attention, or candle's own.
 
-use candle_core::{D, Device, Module, Result, Tensor};
+use std::ops::Range;
+
+use candle_core::{D, DType, Device, Module, Result, Shape, Tensor};
+use candle_nn::ops::softmax_last_dim;
 use candle_nn::{Embedding, LayerNorm, Linear, VarBuilder, embedding, layer_norm, linear};
 use embed_sentences::model::Config;
 use embed_sentences::ops::mean_pool;
@@ -8,17 +11,42 @@ use embed_sentences::tokens::Batch;
 use varlen_fa_candle::Attention;
 use varlen_fa_candle::varlen_fa::{CuSeqlens, KeyMask, VarlenMeta};
 
-/// How the tokens of a batch lie.
+/// How the tokens of a batch lie, and what attention they have.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Rows {
+    /// `[B, S]`, with padding, which all layers compute: candle's operations, as candle-transformers has them.
+    Candle,
     /// `[B, S]`, with padding: linear layers compute it, attention does not.
     Padded,
     /// `[total]`, sentence after sentence: nothing computes padding.
     Packed,
 }
 
+/// Attention of the tokens of one batch.
+enum Attend {
+    Ours(Attention),
+    /// What is added to the scores, `[B, 1, 1, S]`: a large negative number at padding.
+    Candle(Tensor),
+}
+
+impl Attend {
+    /// `q`, `k` and `v` are `[.., H, D]`.
+    fn forward(&self, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
+        let added = match self {
+            Self::Ours(attention) => return attention.forward(q, k, v),
+            Self::Candle(added) => added,
+        };
+        let by_head = |x: &Tensor| x.transpose(1, 2)?.contiguous();
+        let scale = 1.0 / (q.dim(D::Minus1)? as f64).sqrt();
+        let scores = (by_head(q)?.matmul(&by_head(k)?.t()?)? * scale)?.broadcast_add(added)?;
+        softmax_last_dim(&scores)?.matmul(&by_head(v)?)?.transpose(1, 2)?.contiguous()
+    }
+}
+
 /// The model without its pooling.
 pub struct Encoder {
+    device: Device,
+    dtype: DType,
     words: Embedding,
     positions: Embedding,
     /// Of the one type that single sentences have.
@@ -48,6 +76,8 @@ impl Encoder {
             .map(|index| Layer::load(&weights.pp(format!("encoder.layer.{index}")), config))
             .collect::<Result<_>>()?;
         Ok(Self {
+            device: weights.device().clone(),
+            dtype: weights.dtype(),
             words: embedding(config.vocab_size, hidden, of.pp("word_embeddings"))?,
             positions: embedding(config.max_position_embeddings, hidden, of.pp("position_embeddings"))?,
             token_type: token_types.get(0)?,
@@ -58,42 +88,55 @@ impl Encoder {
 
     /// The embeddings of the batch's sentences, `[sentences, hidden]`, each of length 1.
     pub fn embed(&self, batch: &Batch, rows: Rows) -> anyhow::Result<Vec<f32>> {
-        match rows {
-            Rows::Padded => self.embed_padded(batch),
-            Rows::Packed => self.embed_packed(batch),
-        }
-    }
-
-    fn embed_padded(&self, batch: &Batch) -> anyhow::Result<Vec<f32>> {
         let &Batch { ref ids, ref lengths, seq } = batch;
-        let meta = VarlenMeta::from_key_mask(&KeyMask::from_lengths(seq, lengths)?)?;
-        let ids = Tensor::from_slice(ids, (lengths.len(), seq), &Device::Cpu)?;
-        let positions = Tensor::arange(0, seq as u32, &Device::Cpu)?;
-        let x = self.forward(&ids, &positions, &Attention::masked(&meta))?;
-        let width = x.dim(2)?;
-        Ok(mean_pool(&x.flatten_all()?.to_vec1::<f32>()?, lengths, seq, width))
-    }
-
-    fn embed_packed(&self, batch: &Batch) -> anyhow::Result<Vec<f32>> {
-        let &Batch { ref ids, ref lengths, seq } = batch;
-        let sequences = CuSeqlens::from_lengths(lengths)?;
-        let valid = |(row, &length): (&[u32], &usize)| row[..length].to_vec();
-        let ids: Vec<u32> = ids.chunks(seq.max(1)).zip(lengths).flat_map(valid).collect();
-        let positions: Vec<u32> = lengths.iter().flat_map(|&length| 0..length as u32).collect();
-        let (ids, positions) = (Tensor::new(ids, &Device::Cpu)?, Tensor::new(positions, &Device::Cpu)?);
-        let x = self.forward(&ids, &positions, &Attention::packed(&sequences, &sequences))?;
-        let (width, x) = (x.dim(1)?, x.flatten_all()?.to_vec1::<f32>()?);
-        let mut rest = &x[..];
-        let of_sentence = |&length: &usize| {
-            let (rows, others) = rest.split_at(length * width);
-            rest = others;
-            mean_pool(rows, &[length], length, width)
+        let (device, batch) = (&self.device, lengths.len());
+        let pooled = if rows == Rows::Packed {
+            let sequences = CuSeqlens::from_lengths(lengths)?;
+            let valid = |(row, &length): (&[u32], &usize)| row[..length].to_vec();
+            let ids: Vec<u32> = ids.chunks(seq.max(1)).zip(lengths).flat_map(valid).collect();
+            let positions: Vec<u32> = lengths.iter().flat_map(|&length| 0..length as u32).collect();
+            let total = ids.len();
+            let (ids, positions) = (Tensor::new(ids, device)?, Tensor::new(positions, device)?);
+            let x = self.forward(&ids, &positions, &Attend::Ours(Attention::packed(&sequences, &sequences)))?;
+            let mut start = 0;
+            let own = lengths.iter().map(|&length| {
+                start += length;
+                start - length..start
+            });
+            self.means(own, total, (batch, total))?.matmul(&x)?
+        } else {
+            let attend = match rows {
+                Rows::Candle => {
+                    let added = lengths.iter().flat_map(|&length| (0..seq).map(move |at| at < length));
+                    // Less than any score, and a number of 16 bits too.
+                    let added: Vec<f32> = added.map(|is_valid| if is_valid { 0.0 } else { -1e4 }).collect();
+                    Attend::Candle(Tensor::from_vec(added, (batch, 1, 1, seq), device)?.to_dtype(self.dtype)?)
+                }
+                _ => {
+                    Attend::Ours(Attention::masked(&VarlenMeta::from_key_mask(&KeyMask::from_lengths(seq, lengths)?)?))
+                }
+            };
+            let ids = Tensor::from_slice(ids, (batch, seq), device)?;
+            let x = self.forward(&ids, &Tensor::arange(0, seq as u32, device)?, &attend)?;
+            self.means(lengths.iter().map(|&length| 0..length), seq, (batch, 1, seq))?.matmul(&x)?.squeeze(1)?
         };
-        Ok(lengths.iter().flat_map(of_sentence).collect())
+        let width = pooled.dim(1)?;
+        let pooled = pooled.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
+        // Each is a mean already: to length 1.
+        Ok(mean_pool(&pooled, &vec![1; batch], 1, width))
+    }
+
+    /// What makes the means of these ranges of `rows` rows each, as a matrix of this shape.
+    fn means<S: Into<Shape>>(&self, of: impl Iterator<Item = Range<usize>>, rows: usize, shape: S) -> Result<Tensor> {
+        let weights = of.flat_map(|range| {
+            let weight = 1.0 / range.len().max(1) as f32;
+            (0..rows).map(move |row| if range.contains(&row) { weight } else { 0.0 })
+        });
+        Tensor::from_vec(weights.collect::<Vec<f32>>(), shape, &self.device)?.to_dtype(self.dtype)
     }
 
     /// Hidden states of tokens that lie in any way that `attention` is for; `positions` broadcast over `ids`.
-    fn forward(&self, ids: &Tensor, positions: &Tensor, attention: &Attention) -> Result<Tensor> {
+    fn forward(&self, ids: &Tensor, positions: &Tensor, attention: &Attend) -> Result<Tensor> {
         let x = self.words.forward(ids)?.broadcast_add(&self.token_type)?;
         let x = self.norm.forward(&x.broadcast_add(&self.positions.forward(positions)?)?)?;
         self.layers.iter().try_fold(x, |x, layer| layer.forward(&x, attention))
@@ -119,7 +162,7 @@ impl Layer {
         })
     }
 
-    fn forward(&self, x: &Tensor, attention: &Attention) -> Result<Tensor> {
+    fn forward(&self, x: &Tensor, attention: &Attend) -> Result<Tensor> {
         // [.., hidden] is [.., heads, head_dim] as it lies.
         let (shape, hidden) = (x.dims(), x.dim(D::Minus1)?);
         let by_head = [&shape[..shape.len() - 1], &[self.heads, hidden / self.heads]].concat();

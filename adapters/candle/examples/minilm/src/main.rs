@@ -6,7 +6,8 @@
 //! cd adapters/candle && RUSTFLAGS="-C target-cpu=native" cargo run --release -p candle_minilm
 //! ```
 //!
-//! candle chooses its instructions when it is compiled, so it is built for this processor.
+//! candle chooses its instructions when it is compiled, so it is built for this processor. With `--features cuda` and `--device cuda`
+//! it runs on a GPU, in f16.
 
 mod encoder;
 #[cfg(feature = "peer")]
@@ -14,12 +15,13 @@ mod peer;
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::PoisonError;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use candle_core::{DType, Device};
-use candle_nn::VarBuilder;
-use clap::Parser;
+use candle_nn::{VarBuilder, VarMap};
+use clap::{Parser, ValueEnum};
 use embed_sentences::model::Config;
 use embed_sentences::model_files::require_file;
 use embed_sentences::reference::{MIN_COSINE, REFERENCE, Reference, SENTENCES};
@@ -41,6 +43,13 @@ struct Arguments {
     /// Folder of the model, as scripts/fetch_minilm.sh leaves it.
     #[arg(long, value_name = "DIR", default_value = concat!(env!("CARGO_MANIFEST_DIR"), "/../../../../models/all-MiniLM-L6-v2"))]
     model: PathBuf,
+    /// Where to compute.
+    #[arg(long, value_enum, default_value_t = On::Cpu)]
+    device: On,
+    /// Draw the weights instead of reading them, and check nothing against the reference vectors: the model's folder needs
+    /// `config.json` and `tokenizer.json` alone.
+    #[arg(long)]
+    random_weights: bool,
     /// Sentences to time.
     #[arg(long, value_name = "N", default_value_t = 2000)]
     sentences: usize,
@@ -52,20 +61,39 @@ struct Arguments {
     rounds: usize,
 }
 
+/// A device, and the element type that it computes in.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum On {
+    /// f32.
+    Cpu,
+    /// The first GPU, in f16.
+    Cuda,
+}
+
+impl On {
+    fn open(self) -> Result<(Device, DType)> {
+        Ok(match self {
+            Self::Cpu => (Device::Cpu, DType::F32),
+            Self::Cuda => (Device::new_cuda_with_stream(0).context("built with --features cuda?")?, DType::F16),
+        })
+    }
+}
+
 /// A way to compute the embeddings.
 #[derive(Clone, Copy, Debug)]
 enum Way {
     #[cfg(feature = "peer")]
-    Candle,
-    Ours(Rows),
+    Transformers,
+    Layers(Rows),
 }
 
 /// The first is what the others are compared with.
 const WAYS: &[(&str, Way)] = &[
     #[cfg(feature = "peer")]
-    ("candle-transformers, padded", Way::Candle),
-    ("varlen-fa, padded", Way::Ours(Rows::Padded)),
-    ("varlen-fa, packed rows", Way::Ours(Rows::Packed)),
+    ("candle-transformers, padded", Way::Transformers),
+    ("candle's attention, padded", Way::Layers(Rows::Candle)),
+    ("varlen-fa, padded", Way::Layers(Rows::Padded)),
+    ("varlen-fa, packed rows", Way::Layers(Rows::Packed)),
 ];
 
 /// What one way made of the sentences.
@@ -79,35 +107,60 @@ struct Run {
 struct Model {
     tokenizer: SentenceTokenizer,
     encoder: Encoder,
+    /// On the CPU alone: in 16 bits its mask of valid tokens is 0 · −∞.
     #[cfg(feature = "peer")]
-    peer: Peer,
+    peer: Option<Peer>,
     width: usize,
+    has_real_weights: bool,
 }
 
 impl Model {
-    fn load(folder: &Path) -> Result<Self> {
+    fn load(folder: &Path, on: On, random_weights: bool) -> Result<Self> {
+        let (device, dtype) = on.open()?;
         let path = require_file(folder, "config.json")?;
         let json = fs::read(&path)?;
         let config: Config =
             serde_json::from_slice(&json).with_context(|| format!("cannot read {}", path.display()))?;
-        let weights = fs::read(require_file(folder, "model.safetensors")?)?;
-        let weights = VarBuilder::from_buffered_safetensors(weights, DType::F32, &Device::Cpu)?;
+        let weights = match random_weights {
+            false => candle_core::safetensors::load_buffer(
+                &fs::read(require_file(folder, "model.safetensors")?)?,
+                &Device::Cpu,
+            )?,
+            true => {
+                // Variables are drawn when they are first asked for.
+                let drawn = VarMap::new();
+                Encoder::load(&VarBuilder::from_varmap(&drawn, DType::F32, &Device::Cpu), &config)?;
+                let drawn = drawn.data().lock().unwrap_or_else(PoisonError::into_inner);
+                drawn.iter().map(|(name, variable)| (name.clone(), variable.as_tensor().clone())).collect()
+            }
+        };
+        let weights = VarBuilder::from_tensors(weights, dtype, &device);
         Ok(Self {
             tokenizer: SentenceTokenizer::load(folder, config.max_position_embeddings)?,
             encoder: Encoder::load(&weights, &config)?,
             width: config.hidden_size,
+            has_real_weights: !random_weights,
             #[cfg(feature = "peer")]
-            peer: Peer::load(weights, &json)?,
+            peer: device.is_cpu().then(|| Peer::load(weights, &json)).transpose()?,
         })
     }
 
     fn embed(&self, way: Way, batches: &[Batch]) -> Result<Vec<f32>> {
         let embed = |batch| match way {
             #[cfg(feature = "peer")]
-            Way::Candle => Ok(self.peer.embed(batch)?),
-            Way::Ours(rows) => self.encoder.embed(batch, rows),
+            Way::Transformers => Ok(self.peer.as_ref().context("the peer is not there")?.embed(batch)?),
+            Way::Layers(rows) => self.encoder.embed(batch, rows),
         };
         Ok(batches.iter().map(embed).collect::<Result<Vec<_>>>()?.concat())
+    }
+
+    fn ways(&self) -> impl Iterator<Item = (&'static str, Way)> {
+        let is_there = |way: Way| match way {
+            #[cfg(feature = "peer")]
+            Way::Transformers => self.peer.is_some(),
+            Way::Layers(_) => true,
+        };
+        WAYS.iter().copied().filter(move |&(_, way)| is_there(way))
     }
 
     fn batches(&self, tokens: &[Tokens], size: usize) -> Vec<Batch> {
@@ -116,10 +169,14 @@ impl Model {
 
     /// The bundled sentences against vectors of an independent implementation.
     fn check(&self) -> Result<()> {
+        if !self.has_real_weights {
+            println!("not compared with the reference vectors: the weights are random");
+            return Ok(());
+        }
         let reference = Reference::from_json(REFERENCE)?;
         let sentences: Vec<String> = SENTENCES.lines().map(str::to_owned).collect();
         let batches = self.batches(&self.tokenizer.encode(&sentences)?, 7);
-        for &(name, way) in WAYS {
+        for (name, way) in self.ways() {
             let cosine = reference.compare(&self.embed(way, &batches)?, self.width)?.min_cosine;
             println!("{name:<28} least cosine to {} reference vectors {cosine:.7}", sentences.len());
             ensure!(
@@ -136,7 +193,7 @@ impl Model {
         let percent = 100.0 * padding_fraction(&batches);
         println!("\n{name}: {} sentences, batches of {}, {percent:.0}% padding", tokens.len(), arguments.batch_size);
         let mut runs =
-            WAYS.iter().map(|&(name, way)| Run { name, way, fastest: Duration::MAX, made: vec![] }).collect::<Vec<_>>();
+            self.ways().map(|(name, way)| Run { name, way, fastest: Duration::MAX, made: vec![] }).collect::<Vec<_>>();
         for _ in 0..arguments.rounds.max(1) {
             for run in &mut runs {
                 let start = Instant::now();
@@ -180,7 +237,7 @@ fn sentences(count: usize) -> Result<Vec<String>> {
 
 fn main() -> Result<()> {
     let arguments = Arguments::parse();
-    let model = Model::load(&arguments.model)?;
+    let model = Model::load(&arguments.model, arguments.device, arguments.random_weights)?;
     model.check()?;
     if arguments.sentences == 0 {
         return Ok(());
@@ -208,9 +265,20 @@ mod tests {
             println!("skipped: {error}");
             return Ok(());
         }
-        let model = Model::load(&folder)?;
+        let model = Model::load(&folder, On::Cpu, false)?;
         model.check()?;
         let tokens = model.tokenizer.encode(&sentences(64)?)?;
-        model.time("in order", &tokens, &Arguments { model: folder, sentences: 64, batch_size: 16, rounds: 1 })
+        model.time(
+            "in order",
+            &tokens,
+            &Arguments {
+                model: folder,
+                device: On::Cpu,
+                random_weights: false,
+                sentences: 64,
+                batch_size: 16,
+                rounds: 1,
+            },
+        )
     }
 }
