@@ -54,13 +54,11 @@ fn find_non_finite(tile: Tile, step: Step, values: Words) {
     if seen_by_all(tile, step.first_key) {
         return;
     }
-    var found = false;
+    var overflows = vec4<u32>(0u);
     for (var f = 0u; f < FETCHES; f++) { // unroll
-        for (var part = 0u; part < 2u; part++) {
-            found = found || any(is_non_finite(widen(values[f], part)));
-        }
+        overflows |= exponent_overflows(values[f]);
     }
-    if found {
+    if any(overflows != vec4<u32>(0u)) {
         atomicOr(&growing, HAS_NON_FINITE);
     }
 }
