@@ -395,11 +395,13 @@ fn attention(
                     row_sum += p.x + p.y + p.z + p.w;
                     probs[probs_row + i * LANES + lane_in_row] = vec4<f16>(p);
                 }
-                if subgroupAny(grew) {
+                if subgroupAny(grew) { // without ranges
                     atomicStore(&growing, 1u); // without ranges
-                    atomicOr(&growing, 1u); // with ranges
-                }
-                find_non_finite(tile, step, values); // with ranges
+                } // without ranges
+                let asks_for = select(0u, 1u, grew) | non_finite_in(tile, step, values); // with ranges
+                if subgroupAny(asks_for != 0u) { // with ranges
+                    atomicOr(&growing, asks_for); // with ranges
+                } // with ranges
                 pin(keys, values);
 
                 workgroupBarrier();

@@ -48,21 +48,16 @@ fn sees_a_key(tile: Tile, seen: KeyRange) -> bool {
     return false;
 }
 
-// Asks for `add_non_finite` and `clear_non_finite` if a step needs them. Numbers that the factor
-// brings out of range do not count: the tile is computed once more then.
-fn find_non_finite(tile: Tile, step: Step, values: Words) {
-    if seen_by_all(tile, step.first_key) {
-        return;
-    }
-    var found = false;
+// HAS_NON_FINITE if a step needs `add_non_finite` and `clear_non_finite`. Numbers that the factor brings
+// out of range do not count: the tile is computed once more then. Without a branch, which would keep
+// products from running beside the softmax in every step.
+fn non_finite_in(tile: Tile, step: Step, values: Words) -> u32 {
+    var overflows = vec4<u32>(0u);
     for (var f = 0u; f < FETCHES; f++) { // unroll
-        for (var part = 0u; part < 2u; part++) {
-            found = found || any(is_non_finite(widen(values[f], part)));
-        }
+        overflows |= exponent_overflows(values[f]);
     }
-    if found {
-        atomicOr(&growing, HAS_NON_FINITE);
-    }
+    let is_found = any(overflows != vec4<u32>(0u)) & !seen_by_all(tile, step.first_key);
+    return select(0u, HAS_NON_FINITE, is_found);
 }
 
 // Makes zeros of what this invocation staged of values that are not finite.

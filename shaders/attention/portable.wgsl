@@ -243,27 +243,38 @@ fn attention(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_
         }
 
         // Scale, bias, mask; the maximum of each row over this lane's keys.
-        var row_kept: array<vec4<bool>, ROWS>;
-        var maxima: array<vec4<f32>, ROW_QUADS>;
+        var row_kept: array<vec4<bool>, ROWS>; // without ranges
         let bits = select(kept.x, kept.y, lane >= 8u) >> ((lane * 4u) & 31u);
         let lane_kept = (vec4<u32>(bits) & vec4<u32>(1u, 2u, 4u, 8u)) != vec4<u32>(0u);
         for (var quad = 0u; quad < ROW_QUADS; quad++) { // unroll
             for (var i = 0u; i < QUAD; i++) { // unroll
                 let m = quad * 4u + i;
-                let seen = seen_by(tile, row_group + m * GROUPS); // with ranges
-                row_kept[m] = lane_kept;
+                var own_kept = lane_kept;
                 for (var n = 0u; n < QUAD; n++) { // unroll
                     let key = first_key + lane * 4u + n;
                     let score = biased(tile, row_group + m * GROUPS, key, scores[m][n] * params.score_scale); // without modifiers
                     let scaled = modified(tile, row_group + m * GROUPS, key, scores[m][n] * params.score_scale); // with modifiers
                     let score = biased(tile, row_group + m * GROUPS, key, scaled); // with modifiers
-                    let is_seen = all_see | ((key >= seen.first) & (key < seen.end)); // with ranges
-                    row_kept[m][n] = lane_kept[n] && score.kept && is_seen; // with ranges
-                    row_kept[m][n] = lane_kept[n] && score.kept; // without ranges
+                    own_kept[n] = own_kept[n] & score.kept;
                     scores[m][n] = score.score;
                 }
-                scores[m] = select(vec4<f32>(LOWEST), scores[m], row_kept[m]);
-                let pairs = max(scores[m].xy, scores[m].zw);
+                scores[m] = select(vec4<f32>(LOWEST), scores[m], own_kept);
+                row_kept[m] = own_kept; // without ranges
+            }
+        }
+        // Most steps of a long range have nothing to mask, and read no range. // with ranges
+        if !all_see { // with ranges
+            let own = first_key + lane * 4u + vec4<u32>(0u, 1u, 2u, 3u); // with ranges
+            for (var m = 0u; m < ROWS; m++) { // unroll // with ranges
+                let seen = seen_by(tile, row_group + m * GROUPS); // with ranges
+                let is_seen = (own >= vec4<u32>(seen.first)) & (own < vec4<u32>(seen.end)); // with ranges
+                scores[m] = select(vec4<f32>(LOWEST), scores[m], is_seen); // with ranges
+            } // with ranges
+        } // with ranges
+        var maxima: array<vec4<f32>, ROW_QUADS>;
+        for (var quad = 0u; quad < ROW_QUADS; quad++) { // unroll
+            for (var i = 0u; i < QUAD; i++) { // unroll
+                let pairs = max(scores[quad * 4u + i].xy, scores[quad * 4u + i].zw);
                 maxima[quad][i] = max(pairs.x, pairs.y);
             }
         }
@@ -287,7 +298,10 @@ fn attention(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_
         for (var quad = 0u; quad < ROW_QUADS; quad++) { // unroll
             for (var i = 0u; i < QUAD; i++) { // unroll
                 let m = quad * 4u + i;
-                let p = select(vec4<f32>(0.0), exp2(scores[m] - row_max[quad][i]), row_kept[m]);
+                // Scores of keys that are seen are above LOWEST, and none of 32 flags stays in a register. // with ranges
+                let is_weighed = bitcast<vec4<u32>>(scores[m]) != vec4<u32>(bitcast<u32>(LOWEST)); // with ranges
+                let p = select(vec4<f32>(0.0), exp2(scores[m] - row_max[quad][i]), is_weighed); // with ranges
+                let p = select(vec4<f32>(0.0), exp2(scores[m] - row_max[quad][i]), row_kept[m]); // without ranges
                 scores[m] = p;
                 row_sum[quad][i] += p.x + p.y + p.z + p.w;
                 for (var block = 0u; block < BLOCKS; block++) { // unroll
@@ -338,11 +352,15 @@ fn attention(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_
                     }
                     // A weight of 0 does not keep NaN and infinities from queries that do not see the
                     // key. The sums are those of the other branch, rounded in the same places.
-                    var sums = vec4<f32>(0.0); // with ranges
-                    for (var i = 0u; i < VECS; i++) { // unroll // with ranges
-                        sums += v0[i] + v1[i] + v2[i] + v3[i]; // with ranges
+                    var is_careful = false; // with ranges
+                    if !all_see { // with ranges
+                        var sums = vec4<f32>(0.0); // with ranges
+                        for (var i = 0u; i < VECS; i++) { // unroll // with ranges
+                            sums += v0[i] + v1[i] + v2[i] + v3[i]; // with ranges
+                        } // with ranges
+                        is_careful = !all_finite(sums); // with ranges
                     } // with ranges
-                    if !all_see && !all_finite(sums) { // with ranges
+                    if is_careful { // with ranges
                         for (var m = 0u; m < ROWS; m++) { // unroll // with ranges
                             let p = rows[p_at + m * GROUPS * QUADS]; // with ranges
                             for (var i = 0u; i < VECS; i++) { // unroll // with ranges

@@ -18,6 +18,11 @@ fn largest_of(word: vec4<u32>) -> f32 {
     return select(0.0, largest, largest <= 3.3895314e38);
 }
 
+// Not 0 where a pair has an infinity or NaN: one more than the largest exponent reaches the sign's bit.
+fn exponent_overflows(word: vec4<u32>) -> vec4<u32> {
+    return ((word & vec4<u32>(0x7f807f80u)) + vec4<u32>(0x00800080u)) & vec4<u32>(0x80008000u);
+}
+
 // A word of output.
 fn rounded(low: vec4<f32>, high: vec4<f32>) -> vec4<u32> {
     return narrow(low, high);

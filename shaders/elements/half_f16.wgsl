@@ -12,6 +12,11 @@ fn largest_of(word: vec4<u32>) -> f32 {
     return 0.0;
 }
 
+// Not 0 where a pair has an infinity or NaN: one more than the largest exponent reaches the sign's bit.
+fn exponent_overflows(word: vec4<u32>) -> vec4<u32> {
+    return ((word & vec4<u32>(0x7c007c00u)) + vec4<u32>(0x04000400u)) & vec4<u32>(0x80008000u);
+}
+
 // A word of output. The conversions round as the device does, which takes one instruction per
 // element where `narrow` takes a dozen. Packing their results is exact.
 fn rounded(low: vec4<f32>, high: vec4<f32>) -> vec4<u32> {

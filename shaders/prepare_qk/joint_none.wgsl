@@ -1,3 +1,3 @@
 // Heads are written once.
 
-fn store_joint(element: u32, pair: vec2<f32>) {}
+fn store_joint(element: u32, part: Part) {}

@@ -1,5 +1,5 @@
 // What is read is what is written.
 
-fn source_word(at: u32) -> u32 {
+fn source_word(at: u32) -> Word {
     return dst[at];
 }

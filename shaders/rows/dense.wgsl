@@ -1,12 +1,9 @@
-// Padded tensors, every query row computed. Workgroup (x, y, z) takes tile x of batch row y of the
-// window and query head z.
+// Padded tensors, every query row computed. A workgroup takes tile x of batch row y of the window and
+// query head z, where (x, y, z) is its place in the grid; with ranges x counts from the last tile.
 //
 //            q, out                     k, v
 //   batch y  [ . . . . . . . . ]        [ k k k k k k ]   all Sk keys
 //                 └ tile x ┘
-//
-// With ranges x counts from the last tile. Causal masks give later tiles more keys, and what starts
-// last should be short: nothing is left to do beside it.
 
 fn locate(workgroup: vec3<u32>) -> Tile {
     let group = in_grid(workgroup);

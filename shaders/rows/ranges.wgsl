@@ -12,9 +12,10 @@ fn find_keys(tile: ptr<function, Tile>, count: u32) {
     (*tile).shared_keys = KeyRange(all.x, all.y);
 }
 
-// Whether every query of the tile sees every key of a step.
+// Whether every query of the tile sees every key of a step. `&`, since `&&` is a branch.
 fn seen_by_all(tile: Tile, first_key: u32) -> bool {
-    return tile.shared_keys.first <= first_key && min(first_key + TILE_KEYS, tile.keys.end) <= tile.shared_keys.end;
+    return (tile.shared_keys.first <= first_key)
+        & (min(first_key + TILE_KEYS, tile.keys.end) <= tile.shared_keys.end);
 }
 
 // The keys that one query of the tile sees.

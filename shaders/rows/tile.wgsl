@@ -45,9 +45,16 @@ struct Tile {
     out: u32,
 }
 
-// The workgroup's place in the whole grid. Long work is split into dispatches of parts of the grid.
+// The workgroup's place in the whole grid: tile, batch row or row of a list, head. Long work is split
+// into dispatches of parts of the grid.
+//
+// With ranges tiles have more or less work, and what starts last should be short, since nothing is left
+// to do beside it. So heads lie along x there, which devices count first, and tiles count from the last
+// one, which causal masks give the most keys: the longest tiles of all heads start first.
 fn in_grid(group: vec3<u32>) -> vec3<u32> {
-    return group + vec3<u32>(params.first_group_x, params.first_group_y, params.first_group_z);
+    let place = group + vec3<u32>(params.first_group_x, params.first_group_y, params.first_group_z);
+    return place; // without ranges
+    return place.yzx; // with ranges
 }
 
 // A score, and whether the query needs the key at all.

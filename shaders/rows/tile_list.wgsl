@@ -1,5 +1,5 @@
-// Tiles of a list. Workgroup (x, y, z) takes tile x + y · grid_width of the launch and query head
-// z. With ranges it counts from the last tile: see dense.wgsl.
+// Tiles of a list. The workgroup at (x, y, z) of the grid takes tile x + y · grid_width of the launch
+// and query head z. With ranges it counts from the last tile.
 
 struct Listed {
     // Whether the list is as long as that, and its tile has rows: devices build lists with empty

@@ -511,7 +511,8 @@ impl Call<'_> {
     }
 
     /// Adds a launch on tensors and the other windows of its form, in which a tile meets `keys` keys
-    /// at most; several if a grid does not hold all heads. `groups` is the grid of one head.
+    /// at most; several if a grid does not hold all heads. `groups` is the grid of one head. With ranges
+    /// heads lie along x: see `shaders/rows/tile.wgsl`.
     fn push(
         &self,
         (Tensors { q, k, v, out }, others): (Tensors, [Window; 4]),
@@ -530,7 +531,7 @@ impl Call<'_> {
                 shader: Shader::Attention(self.shader),
                 params: params.after_heads(heads.start),
                 windows: windows.clone(),
-                groups: [x, y, heads.len() as u32],
+                groups: if self.shader.ranges { [heads.len() as u32, x, y] } else { [x, y, heads.len() as u32] },
                 group_operations: group_operations(self.algorithm, keys, shape.head_dim),
             });
         }

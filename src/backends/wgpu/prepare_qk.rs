@@ -19,7 +19,7 @@ use super::dispatch::{Launch, MAX_GROUPS, Window};
 use super::launches::{Joined, Launches};
 use super::params::PrepareQkParams;
 use super::placement::{FirstDim, Operand, split_batch};
-use super::shader::{INVOCATIONS, PrepareQkShader, Shader};
+use super::shader::{HeadAccess, INVOCATIONS, PrepareQkShader, Shader};
 use super::sides::Kept;
 
 /// Elements of a head that one invocation takes, at most.
@@ -136,7 +136,6 @@ impl Heads<'_> {
         if self.to.layout.numel() == 0 {
             return Ok(());
         }
-        let shader = Shader::PrepareQk(PrepareQkShader { joins: joint.is_some(), ..self.shader() });
         let lanes = dim.div_ceil(ELEMENTS_OF_LANE).next_power_of_two();
         let (kept, mask_words) = Kept::window(mask.map(Kept::Host), context)?;
         let unused = || (context.unused_read(), 0);
@@ -198,12 +197,17 @@ impl Heads<'_> {
                 joint_stride_s,
                 joint_stride_h,
             };
+            let access = self.access(&params);
+            let shader =
+                PrepareQkShader { dtype: self.to.dtype, in_place: self.from.is_none(), access, joins: joint.is_some() };
             let joined = joint.as_ref().map(|joint| Window::whole(&joint.buffer));
             let others = [target, weight.clone(), cos, sin, kept.clone()];
             let source = source.map(|(window, _)| window);
-            let groups = (range.len() * seq * heads).div_ceil(INVOCATIONS / lanes);
+            // Of 16-bit elements an invocation takes two octets.
+            let at_once = if access == HeadAccess::Octets { 4 / self.to.dtype.size() } else { 1 };
+            let groups = (range.len() * seq * heads).div_ceil(INVOCATIONS / lanes * at_once);
             launches.push(Launch {
-                shader,
+                shader: Shader::PrepareQk(shader),
                 params: bytemuck::bytes_of(&params).to_vec(),
                 windows: source.into_iter().chain(others).chain(joined).collect(),
                 groups: [groups.min(MAX_GROUPS) as u32, 1, 1],
@@ -216,20 +220,37 @@ impl Heads<'_> {
         Ok(())
     }
 
-    fn shader(&self) -> PrepareQkShader {
-        let is_odd = |operand: &Operand<'_>| {
-            let Operand { layout, .. } = operand;
-            let (shape, strides) = (layout.shape(), layout.strides());
-            let stepped = shape.iter().zip(strides).take(3).filter(|&(&size, _)| size > 1);
-            let odd_size = shape.last().is_some_and(|dim| dim % 2 == 1);
-            odd_size || layout.offset() % 2 == 1 || stepped.into_iter().any(|(_, stride)| stride % 2 == 1)
-        };
-        let is_16bit = self.to.dtype != DType::F32;
-        PrepareQkShader {
-            dtype: self.to.dtype,
-            in_place: self.from.is_none(),
-            odd: is_16bit && (is_odd(&self.to) || self.from.as_ref().is_some_and(is_odd)),
-            joins: false,
+    /// How the heads of a launch can be read and written.
+    fn access(&self, params: &PrepareQkParams) -> HeadAccess {
+        let [batch, seq, heads] = [0, 1, 2].map(|dim| self.to.layout.shape().get(dim).copied().unwrap_or(0));
+        // Strides that nobody steps over may be anything.
+        let stepped = |size: usize, stride: u32| if size > 1 { stride } else { 0 };
+        let of_heads = |[offset, b, s, h]: [u32; 4]| [offset, stepped(batch, b), stepped(seq, s), stepped(heads, h)];
+        let src = of_heads([params.src_offset, params.src_stride_b, params.src_stride_s, params.src_stride_h]);
+        let dst = of_heads([params.dst_offset, params.dst_stride_b, params.dst_stride_s, params.dst_stride_h]);
+        let is_multiple = |numbers: &[u32], of: u32| numbers.iter().all(|number| number.is_multiple_of(of));
+        let are_multiples = |of: u32| is_multiple(&src, of) && is_multiple(&dst, of);
+        // Elements of 16 bytes, of which a u32 holds 1 << shift.
+        let of_word = |shift: u32| 4 << shift;
+        let weight = is_multiple(&[params.weight_offset], of_word(params.weight_shift));
+        let tables = [
+            params.cos_offset,
+            stepped(batch, params.cos_stride_b),
+            stepped(seq, params.cos_stride_s),
+            params.sin_offset,
+            stepped(batch, params.sin_stride_b),
+            stepped(seq, params.sin_stride_s),
+        ];
+        let tables = is_multiple(&tables, of_word(params.table_shift));
+        // Octets have both of every pair, or half as many octets are the other ones of all pairs.
+        let pairs = params.half.is_multiple_of(if params.is_interleaved == 1 { 4 } else { 8 });
+        let shift = shift(self.to.dtype);
+        if params.head_dim.is_multiple_of(8) && are_multiples(of_word(shift)) && weight && tables && pairs {
+            HeadAccess::Octets
+        } else if shift == 0 || (params.head_dim.is_multiple_of(2) && are_multiples(2)) {
+            HeadAccess::Pairs
+        } else {
+            HeadAccess::Elements
         }
     }
 }

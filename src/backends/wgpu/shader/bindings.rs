@@ -65,6 +65,15 @@ pub(super) const ALIGN_ROWS: &[Binding] = &[reads("src", "u32"), writes("dst", "
 pub(super) const NARROW_ROWS: &[Binding] = &[reads("src", "u32"), writes("dst", "atomic<u32>")];
 pub(super) const SCATTER_LSE: &[Binding] = &[reads("src", "u32"), writes("dst", "u32"), reads("inv_indices", "i32")];
 pub(super) const NO_KEYS: &[Binding] = &[writes("dst", "u32")];
+pub(super) const PREPARE_QK_OCTETS: &[Binding] = &[
+    reads("src", WORD),
+    writes("dst", WORD),
+    reads("weight", WORD),
+    reads("cos_table", WORD),
+    reads("sin_table", WORD),
+    reads("kept_bits", "u32"),
+    writes("joint", WORD),
+];
 pub(super) const PREPARE_QK: &[Binding] = &[
     reads("src", "u32"),
     writes("dst", "u32"),

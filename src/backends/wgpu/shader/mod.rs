@@ -12,5 +12,6 @@ pub(super) use bindings::MAX_STORAGE_BUFFERS;
 pub(super) use source::{ParamsIn, source};
 pub(super) use tiles::{Algorithm, CoopTile};
 pub(super) use variant::{
-    AttentionRows, AttentionShader, INVOCATIONS, MetadataStep, PrepareQkShader, RangesOf, RangesStep, Shader,
+    AttentionRows, AttentionShader, HeadAccess, INVOCATIONS, MetadataStep, PrepareQkShader, RangesOf, RangesStep,
+    Shader,
 };

@@ -11,7 +11,8 @@ use super::bindings::Binding;
 use super::tiles::Algorithm;
 use super::unroll::unrolled;
 use super::variant::{
-    AttentionRows, AttentionShader, INVOCATIONS, MetadataStep, PrepareQkShader, RangesOf, RangesStep, Shader,
+    AttentionRows, AttentionShader, HeadAccess, INVOCATIONS, MetadataStep, PrepareQkShader, RangesOf, RangesStep,
+    Shader,
 };
 
 /// How a shader gets its parameters.
@@ -78,6 +79,11 @@ pub fn source(shader: Shader, params: ParamsIn) -> String {
             ];
             let own = marks.iter().fold(source, |source, (what, has_it)| of_variant(&source, what, *has_it));
             unrolled(&own, &algorithm.unrolled_loops(dtype, head_dim))
+        }
+        Shader::PrepareQk(PrepareQkShader { dtype, access: HeadAccess::Octets, .. }) => {
+            // Words of eight elements, and of eight elements of 16 bits.
+            let octet_words = dtype.size() as u32 / 2;
+            unrolled(&source, &[("OCTET_WORDS", octet_words), ("HEADS_OF_LANE", 2 / octet_words)])
         }
         _ => source,
     }
@@ -184,26 +190,32 @@ fn elements(dtype: DType) -> &'static [&'static str] {
     }
 }
 
-fn prepare_qk_snippets(PrepareQkShader { dtype, in_place, odd, joins }: PrepareQkShader) -> Vec<&'static str> {
+fn prepare_qk_snippets(PrepareQkShader { dtype, in_place, access, joins }: PrepareQkShader) -> Vec<&'static str> {
     let mut snippets = elements(dtype).to_vec();
     snippets.extend([
-        match (in_place, odd) {
+        match (in_place, access) {
             (false, _) => snippet!("prepare_qk/source_other.wgsl"),
-            (true, false) => snippet!("prepare_qk/source_in_place.wgsl"),
-            (true, true) => snippet!("prepare_qk/source_in_place_odd.wgsl"),
+            (true, HeadAccess::Octets | HeadAccess::Pairs) => snippet!("prepare_qk/source_in_place.wgsl"),
+            (true, HeadAccess::Elements) => snippet!("prepare_qk/source_in_place_odd.wgsl"),
         },
-        match (dtype, odd) {
-            (DType::F32, _) => snippet!("prepare_qk/elements_32bit.wgsl"),
-            (_, false) => snippet!("prepare_qk/elements_16bit.wgsl"),
-            (_, true) => snippet!("prepare_qk/elements_16bit_odd.wgsl"),
+        match (joins, access, dtype) {
+            (false, ..) => snippet!("prepare_qk/joint_none.wgsl"),
+            (true, HeadAccess::Octets, _) => snippet!("prepare_qk/joint_octets.wgsl"),
+            (true, _, DType::F32) => snippet!("prepare_qk/joint_32bit.wgsl"),
+            (true, ..) => snippet!("prepare_qk/joint_16bit.wgsl"),
         },
-        match (joins, dtype) {
-            (false, _) => snippet!("prepare_qk/joint_none.wgsl"),
-            (true, DType::F32) => snippet!("prepare_qk/joint_32bit.wgsl"),
-            (true, _) => snippet!("prepare_qk/joint_16bit.wgsl"),
-        },
-        snippet!("prepare_qk/prepare_qk.wgsl"),
+        snippet!("prepare_qk/heads.wgsl"),
     ]);
+    snippets.extend(match (access, dtype) {
+        (HeadAccess::Octets, _) => None,
+        (_, DType::F32) => Some(snippet!("prepare_qk/elements_32bit.wgsl")),
+        (HeadAccess::Pairs, _) => Some(snippet!("prepare_qk/elements_16bit.wgsl")),
+        (HeadAccess::Elements, _) => Some(snippet!("prepare_qk/elements_16bit_odd.wgsl")),
+    });
+    snippets.push(match access {
+        HeadAccess::Octets => snippet!("prepare_qk/octets.wgsl"),
+        HeadAccess::Pairs | HeadAccess::Elements => snippet!("prepare_qk/prepare_qk.wgsl"),
+    });
     snippets
 }
 

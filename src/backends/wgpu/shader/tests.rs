@@ -46,10 +46,11 @@ fn every_variant() -> Vec<Shader> {
     ];
     let merges = DTYPES.map(|dtype| Shader::Merge { dtype });
     let prepared = DTYPES.into_iter().flat_map(|dtype| {
-        let odd = [false, true].into_iter().filter(move |odd| !odd || dtype != DType::F32);
-        odd.flat_map(move |odd| {
+        let accesses = [HeadAccess::Octets, HeadAccess::Pairs, HeadAccess::Elements];
+        let exists = move |access: &HeadAccess| *access != HeadAccess::Elements || dtype != DType::F32;
+        accesses.into_iter().filter(exists).flat_map(move |access| {
             let forms = [(false, false), (true, false), (false, true), (true, true)];
-            forms.map(|(in_place, joins)| Shader::PrepareQk(PrepareQkShader { dtype, in_place, odd, joins }))
+            forms.map(|(in_place, joins)| Shader::PrepareQk(PrepareQkShader { dtype, in_place, access, joins }))
         })
     });
     let steps =

@@ -33,15 +33,29 @@ pub enum Shader {
 pub struct PrepareQkShader {
     pub dtype: DType,
     pub in_place: bool,
-    /// Whether heads of 16-bit elements start or end inside a u32.
-    pub odd: bool,
+    pub access: HeadAccess,
     /// Whether heads are written a second time, among those of all segments.
     pub joins: bool,
 }
 
+/// How heads are read and written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum HeadAccess {
+    /// In whole words of 16 bytes, as weights and tables are read.
+    Octets,
+    /// A u32 at a time.
+    Pairs,
+    /// Half a u32 at a time: heads of 16-bit elements start or end inside one.
+    Elements,
+}
+
 impl PrepareQkShader {
     fn bindings(self) -> Vec<&'static Binding> {
-        let all = if self.odd { bindings::PREPARE_QK_ODD } else { bindings::PREPARE_QK };
+        let all = match self.access {
+            HeadAccess::Octets => bindings::PREPARE_QK_OCTETS,
+            HeadAccess::Pairs => bindings::PREPARE_QK,
+            HeadAccess::Elements => bindings::PREPARE_QK_ODD,
+        };
         let is_bound = |binding: &&Binding| match binding.name {
             "src" => !self.in_place,
             "joint" => self.joins,
