@@ -104,7 +104,7 @@ pub(crate) struct KernelTraits {
     pub(crate) has_fused_bias_beside_lse: bool,
     /// Whether it takes a range of keys for each query.
     has_ranges: bool,
-    /// Whether it adds a bias and takes ranges beside metadata that a GPU built.
+    /// Whether it takes what else it takes, a bias and ranges, beside metadata that a GPU built too.
     takes_all_with_device_meta: bool,
     /// Whether its dense path costs what a key mask keeps, so that the fused one has no advantage.
     pub(crate) skips_dropped_keys: bool,
@@ -204,6 +204,7 @@ const TABLE: &[KernelTraits; 6] = &[
         name: "sm90",
         segments: SegmentAccess::InPlaceFused,
         has_ranges: true,
+        takes_all_with_device_meta: true,
         scatters: true,
         ..TILE_LISTS
     },
@@ -282,8 +283,8 @@ impl Kernel {
         self.traits().has_fused_bias
     }
 
-    /// Whether it adds a bias and takes key ranges beside metadata that a GPU built,
-    /// [`DeviceVarlenMeta`](crate::DeviceVarlenMeta).
+    /// Whether it takes what else it takes, a [bias](Self::has_bias) and [key ranges](Self::has_ranges), beside metadata that a GPU
+    /// built too, [`DeviceVarlenMeta`](crate::DeviceVarlenMeta).
     #[must_use]
     pub const fn takes_all_with_device_meta(self) -> bool {
         self.traits().takes_all_with_device_meta

@@ -601,8 +601,7 @@ typedef struct varlen_fa_tensor {
 } varlen_fa_tensor;
 
 // Which queries attend to which keys. All zeros, or a NULL struct, means no mask. Pointers that
-// `kind` does not use must be NULL; `bias` and `ranges` go with every kind, but metadata that a GPU
-// built takes neither.
+// `kind` does not use must be NULL; `bias` and `ranges` go with every kind.
 typedef struct varlen_fa_attention_mask {
   // Which of the fields below are used.
   varlen_fa_mask_kind kind;

@@ -333,8 +333,7 @@ def bias(descriptor, ranges=None, modifiers=None):
 def varlen(meta, key_meta=None, ranges=None, bias=None, modifiers=None):
     """Attention among the valid tokens, or of valid queries to valid keys; other rows are zero.
     Both are Meta, or both DeviceMeta. `ranges` says which keys each query sees, and the tensor
-    `bias` is added to the scaled scores; a DeviceMeta of a GPU takes neither. `modifiers` say what else
-    happens to the scores."""
+    `bias` is added to the scaled scores. `modifiers` say what else happens to the scores."""
     keys = None if key_meta is None else key_meta.handle
     if isinstance(meta, DeviceMeta):
         kind = DEVICE_VARLEN if key_meta is None else DEVICE_VARLEN_CROSS

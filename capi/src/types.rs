@@ -437,8 +437,7 @@ pub struct varlen_fa_ranges_of {
 }
 
 /// Which queries attend to which keys. All zeros, or a NULL struct, means no mask. Pointers that
-/// `kind` does not use must be NULL; `bias` and `ranges` go with every kind, but metadata that a GPU
-/// built takes neither.
+/// `kind` does not use must be NULL; `bias` and `ranges` go with every kind.
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct varlen_fa_attention_mask {

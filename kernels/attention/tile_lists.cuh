@@ -27,7 +27,8 @@
 //
 // Key ranges. With one range of keys for each query, `range_tiles` says which key tiles each query
 // tile needs: those that hold what some of its queries see. It is made for each pair of query tile
-// and batch row (or sequence), once for all heads, by src/backends/cuda/attention/range_tiles.rs:
+// and batch row (or sequence), once for all heads, by src/backends/cuda/attention/range_tiles.rs or,
+// where the device alone knows the mask, ../rows/range_tiles.cuh:
 //
 //   keys some queries see     ·····░░░░░░████████████████████░░░░░░░░░·······
 //   all queries               ·····░░░░░░████████████████████░░░░░░░░░·······

@@ -47,8 +47,12 @@ constexpr int METADATA_THREADS = 256;
 constexpr int METADATA_SCAN_THREADS = 1024;
 // Tokens of one row that a block of the metadata kernels reads.
 constexpr int METADATA_CHUNK = 2048;
-// Threads of the block that makes tile lists.
+// Threads of the block that makes tile lists, and of a block of `range_tiles`.
 constexpr int TILE_LISTS_THREADS = 1024;
+// The most blocks that `range_tiles` deals work out to: four threads find the place of each.
+constexpr int MAX_DEALT_BLOCKS = 256;
+// The most query tiles that `range_tiles` puts in the order of their lengths together.
+constexpr int MAX_ORDERED_TILES = 256;
 
 // Distances between neighbours of each dimension. A packed tensor has no batch rows.
 struct Strides {
@@ -753,11 +757,14 @@ static_assert(offsetof(MetadataRangesParams, unused) == 68);
 // What the device counts in tile lists. It lies just before `zero_spans` and is as large as a span.
 struct TileListCounts {
     int32_t zero_spans;
-    int32_t unused[3];
+    // `RangeTilesParams::blocks_done`.
+    uint32_t blocks_done;
+    int32_t unused[2];
 };
 static_assert(sizeof(TileListCounts) == 16);
 static_assert(offsetof(TileListCounts, zero_spans) == 0);
-static_assert(offsetof(TileListCounts, unused) == 4);
+static_assert(offsetof(TileListCounts, blocks_done) == 4);
+static_assert(offsetof(TileListCounts, unused) == 8);
 
 // Parameters of the kernel that makes tile lists (`rows/tile_lists.cu`).
 struct TileListsParams {
@@ -811,3 +818,57 @@ static_assert(offsetof(TileListsParams, tile_keys) == 160);
 static_assert(offsetof(TileListsParams, row_query_tiles) == 164);
 static_assert(offsetof(TileListsParams, row_masked_tiles) == 168);
 static_assert(offsetof(TileListsParams, row_key_tiles) == 172);
+
+// A query tile in the order of work: its entry of `range_tiles`, and its key tiles.
+struct OrderedTile {
+    int32_t tile;
+    int32_t steps;
+};
+static_assert(sizeof(OrderedTile) == 8);
+static_assert(offsetof(OrderedTile, tile) == 0);
+static_assert(offsetof(OrderedTile, steps) == 4);
+
+// Parameters of `range_tiles`, which makes what a call with key ranges needs beside tile lists that
+// the device made (`rows/range_tiles.cuh`), and deals out its work (`rows/deal.cuh`).
+struct RangeTilesParams {
+    // Of packed sequences: their number, the longest one's queries (an upper bound), and tiles.
+    TileListsParams lists;
+    // Of every query of padded tensors; of packed sequences one after another.
+    KeyRangeParams ranges;
+    // `[B + 1]` of packed sequences; null for padded tensors.
+    const int32_t* cu_seqlens_q;
+    // `[B, row_query_tiles]`: the tiles of each entry of `batches`, or sequence.
+    RangeTile* range_tiles;
+    // As `TileListParams` has it, for `blocks` blocks.
+    RangeWork* range_work;
+    // `[B, row_query_tiles]`: those of a section's groups together, the longest first; and for each
+    // section's groups how many there are.
+    OrderedTile* order;
+    int32_t* section_tiles;
+    // Blocks of this launch that are done: 0 before it.
+    uint32_t* blocks_done;
+    // Of the launch that does the work: at most `MAX_DEALT_BLOCKS`.
+    int32_t blocks;
+    int32_t heads;
+    // Groups and heads of a section; of several groups it has all heads.
+    int32_t section_groups;
+    int32_t section_heads;
+    // An estimate of what a query tile takes: so much, and so much for each key tile.
+    int32_t item_cycles;
+    int32_t step_cycles;
+};
+static_assert(sizeof(RangeTilesParams) == 264);
+static_assert(offsetof(RangeTilesParams, lists) == 0);
+static_assert(offsetof(RangeTilesParams, ranges) == 176);
+static_assert(offsetof(RangeTilesParams, cu_seqlens_q) == 192);
+static_assert(offsetof(RangeTilesParams, range_tiles) == 200);
+static_assert(offsetof(RangeTilesParams, range_work) == 208);
+static_assert(offsetof(RangeTilesParams, order) == 216);
+static_assert(offsetof(RangeTilesParams, section_tiles) == 224);
+static_assert(offsetof(RangeTilesParams, blocks_done) == 232);
+static_assert(offsetof(RangeTilesParams, blocks) == 240);
+static_assert(offsetof(RangeTilesParams, heads) == 244);
+static_assert(offsetof(RangeTilesParams, section_groups) == 248);
+static_assert(offsetof(RangeTilesParams, section_heads) == 252);
+static_assert(offsetof(RangeTilesParams, item_cycles) == 256);
+static_assert(offsetof(RangeTilesParams, step_cycles) == 260);

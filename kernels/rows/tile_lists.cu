@@ -14,7 +14,12 @@
 // One block: a warp goes through the queries or the keys of a batch row from left to right, then through
 // those of another. So few launches are short, and nothing has to be zeroed before this one. In the end
 // the block puts the batch rows in the order of work.
+//
+// Where the call has key ranges, `range_tiles` follows: each warp finds which key tiles a query tile
+// needs, and the block that is done last deals out the work.
 #include "../common/params.cuh"
+#include "deal.cuh"
+#include "range_tiles.cuh"
 
 namespace tile_lists {
 
@@ -186,7 +191,10 @@ extern "C" __global__ void __launch_bounds__(THREADS) tile_lists(const __grid_co
         }
     }
     __syncthreads();
-    if (threadIdx.x == 0) params.counts->zero_spans = zero_spans;
+    if (threadIdx.x == 0) {
+        params.counts->zero_spans = zero_spans;
+        params.counts->blocks_done = 0;
+    }
     for (int own = threadIdx.x; own < params.batch; own += THREADS) {
         const BatchTiles own_tiles = params.unordered[own];
         int rank = own;
@@ -196,6 +204,21 @@ extern "C" __global__ void __launch_bounds__(THREADS) tile_lists(const __grid_co
         }
         params.batches[rank] = own_tiles;
     }
+}
+
+// Grid: a warp for each query tile that there may be.
+extern "C" __global__ void __launch_bounds__(THREADS) range_tiles(const __grid_constant__ RangeTilesParams params) {
+    const int slots = params.lists.batch * params.lists.row_query_tiles;
+    const int slot = blockIdx.x * (THREADS / WARP) + threadIdx.x / WARP;
+    if (slot < slots) find_range_tile(params, slot);
+    __shared__ bool is_last;
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) is_last = atomicAdd(params.blocks_done, 1u) + 1 == gridDim.x;
+    __syncthreads();
+    if (!is_last) return;
+    __threadfence();
+    deal_out(params);
 }
 
 }  // namespace tile_lists

@@ -12,8 +12,8 @@ from varlen_fa._by_tensor import ByTensor
 from varlen_fa._errors import InvalidValueError, ShapeError
 
 # When the host reads a mask on a GPU, for which it waits. What it has read it keeps for as long as the
-# mask is not changed. A GPU builds metadata for the other calls, in each of them; beside it `sm80` alone
-# takes ranges, and nobody notices a mask that keeps all.
+# mask is not changed. A GPU builds metadata for the other calls, in each of them, where nobody notices a
+# mask that keeps all.
 #   NEVER   nothing waits
 #   SECOND  when the same mask comes again, so that masks that are made for one call cause no wait
 #   FIRST   at once

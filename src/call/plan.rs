@@ -704,15 +704,21 @@ mod tests {
             space: 0,
             touched: 0..0,
         };
+        let with_ranges = MaskInfo { ranges: Some(&ranges), ..mask.clone() };
         let with_bias = MaskInfo { bias: Some(bias), ..mask.clone() };
-        for mask in [MaskInfo { ranges: Some(&ranges), ..mask.clone() }, with_bias] {
-            let got = plan(&both, &mask, Forced::default())?;
-            assert_eq!((got.kernel, got.path, got.reason), (Kernel::CudaSm80, Path::Fused, Reason::Fused));
-            assert_eq!(plan(&both, &mask, forced(Path::Dense, Kernel::CudaSm80))?.path, Path::Dense);
-            let got = plan(&[Kernel::WgslPortable], &mask, Forced::default())?;
+        for (mask, kernel) in [(&with_ranges, Kernel::CudaSm90), (&with_bias, Kernel::CudaSm80)] {
+            let got = plan(&both, mask, Forced::default())?;
+            assert_eq!((got.kernel, got.path, got.reason), (kernel, Path::Fused, Reason::Fused));
+            assert_eq!(plan(&both, mask, forced(Path::Dense, Kernel::CudaSm80))?.path, Path::Dense);
+            let got = plan(&[Kernel::WgslPortable], mask, Forced::default())?;
             assert_eq!((got.path, got.reason), (Path::Fused, Reason::Fused));
-            assert!(plan(&[Kernel::CudaSm90], &mask, Forced::default()).is_err());
         }
+        assert!(plan(&[Kernel::CudaSm90], &with_bias, Forced::default()).is_err());
+        // One whose kernel has no form with ranges.
+        let newer = [Kernel::CudaSm100, Kernel::CudaSm80];
+        assert_eq!(plan(&newer, &with_ranges, Forced::default())?.kernel, Kernel::CudaSm80);
+        assert_eq!(plan(&both, &with_ranges, forced(Path::Packed, Kernel::CudaSm90))?.path, Path::Packed);
+        assert!(is_refusal(plan(&both, &with_ranges, forced(Path::Dense, Kernel::CudaSm90)).err()));
         Ok(())
     }
 

@@ -67,12 +67,11 @@ impl DeviceMemory {
 /// number where the device has it. So [`rebuild`](Self::rebuild) and the calls that use the metadata may be captured in a CUDA
 /// graph, whose replays then follow whatever the mask holds. On wgpu devices `encode_rebuild` and
 /// `MaskedAttention::encode_into` record both into the application's commands. The price is a plan that cannot know the mask: the
-/// shortcuts for batches that are all valid or all masked are not taken, and a kernel whose work in place needs the host's
-/// lists ([`Kernel::CudaSm90`](crate::Kernel::CudaSm90)) packs, through scratch as large as the padded tensors. Where the host
-/// has the mask, [`VarlenMeta`] is the better choice.
+/// shortcuts for batches that are all valid or all masked are not taken, and lists that a kernel reads are made anew by each call.
+/// Where the host has the mask, [`VarlenMeta`] is the better choice.
 ///
-/// It takes neither key ranges nor a bias on GPUs. On the CPU device the mask is in host memory, and the one builder of
-/// [`VarlenMeta`] is used.
+/// Key ranges and a bias go beside it where [a kernel takes them](crate::Kernel::takes_all_with_device_meta). On the CPU device the
+/// mask is in host memory, and the one builder of [`VarlenMeta`] is used.
 ///
 /// ```
 /// use varlen_fa::{AttentionMask, Device, DeviceChoice, DeviceVarlenMeta, MaskView, MaskedAttention, Tensor};

@@ -435,7 +435,7 @@ fn capture_of_metadata_on_the_device(variant: &Variant) -> Result<()> {
     let application = Application::new()?;
     let variant = application.variant(variant)?;
     check_captured_metadata(&application, &variant, None)?;
-    match variant.kernel.takes_all_with_device_meta() {
+    match variant.kernel.has_ranges() && variant.kernel.takes_all_with_device_meta() {
         true => check_captured_metadata(&application, &variant, Some(Rule::Window(Some(50), Some(9)))),
         false => Ok(()),
     }

@@ -378,7 +378,7 @@ fn ranges_with_metadata_of_the_device(device: &Device) -> Result<libtest_mimic::
     let mask = AttentionMask::varlen_cross(&query, &key).with_ranges(&ranges);
     let call = Call { mask, ..stage.call() };
     let kernels = &device.capabilities().kernels;
-    let takes_them = kernels.iter().any(|kernel| kernel.takes_all_with_device_meta());
+    let takes_them = kernels.iter().any(|kernel| kernel.has_ranges() && kernel.takes_all_with_device_meta());
     if device.capabilities().backend == BackendKind::Cpu || takes_them {
         // The first query comes before the first key and sees none; the others' rows are means of ones.
         let out = download(&call.layer.forward(call.q, call.k, call.v, mask)?.out)?;

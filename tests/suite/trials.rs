@@ -259,12 +259,7 @@ impl Trials {
         run: impl Fn(&Variant) -> Result<R> + Copy + Send + 'static,
     ) {
         for kernel in self.device.capabilities().kernels.clone() {
-            let paths: &[Path] = match kernel.works_by_tile_lists() {
-                // The dense one needs metadata on the host.
-                true => &[Path::Fused, Path::Packed],
-                false => &PATHS_OF_METADATA,
-            };
-            for &path in paths {
+            for &path in paths_of_device_meta(kernel) {
                 self.variants(dtypes, test, kernel, Some(path), run);
             }
         }
@@ -284,15 +279,16 @@ impl Trials {
         }
     }
 
-    /// The same for kernels that add a bias and take key ranges beside such metadata.
-    pub fn each_path_of_all_with_device_meta<R: Outcome>(
+    /// The same for kernels that take more beside such metadata: what `takes` says.
+    pub fn each_path_of_more_with_device_meta<R: Outcome>(
         &mut self,
+        takes: impl Fn(Kernel) -> bool,
         test: &str,
         run: impl Fn(&Variant) -> Result<R> + Copy + Send + 'static,
     ) {
         let kernels = self.device.capabilities().kernels.clone();
-        for kernel in kernels.into_iter().filter(|kernel| kernel.takes_all_with_device_meta()) {
-            for path in PATHS_OF_METADATA {
+        for kernel in kernels.into_iter().filter(|&kernel| kernel.takes_all_with_device_meta() && takes(kernel)) {
+            for &path in paths_of_device_meta(kernel) {
                 self.variants(self.device.capabilities().dtypes, test, kernel, Some(path), run);
             }
         }
@@ -338,6 +334,15 @@ impl Trials {
         let backend = self.device.capabilities().backend.name();
         let before = [backend].into_iter().chain(self.label).chain(parts.iter().copied());
         before.chain([test]).chain(dtype.map(DType::name)).collect::<Vec<_>>().join("/")
+    }
+}
+
+/// Paths that a kernel takes with metadata that the device built.
+fn paths_of_device_meta(kernel: Kernel) -> &'static [Path] {
+    match kernel.works_by_tile_lists() {
+        // The dense one needs metadata on the host.
+        true => &[Path::Fused, Path::Packed],
+        false => &PATHS_OF_METADATA,
     }
 }
 

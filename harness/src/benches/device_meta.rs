@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! cargo bench --bench device_meta -- --device cuda --dtype bf16
+//! cargo bench --bench device_meta -- --device cuda --dtype bf16 --causal --left
 //! ```
 
 use std::io::Write;
@@ -9,8 +10,8 @@ use std::io::Write;
 use anyhow::Result;
 use clap::Args;
 use varlen_fa::{
-    AttentionMask, Device, DeviceMemory, DeviceVarlenMeta, Element, KeyMask, Layout, MaskDType, MaskedAttention, Path,
-    VarlenMeta,
+    AttentionMask, Device, DeviceMemory, DeviceVarlenMeta, Element, KeyMask, KeyRanges, Layout, MaskDType,
+    MaskedAttention, Path, VarlenMeta,
 };
 
 use crate::arguments::Problem;
@@ -21,7 +22,14 @@ use crate::times::{in_turns, repeats_of};
 
 /// Time metadata that the device built against the host's.
 #[derive(Debug, Args)]
-pub struct DeviceMetadata {}
+pub struct DeviceMetadata {
+    /// Queries see keys up to their own place
+    #[arg(long)]
+    causal: bool,
+    /// The mask turned around: padding comes before the tokens of a row
+    #[arg(long)]
+    left: bool,
+}
 
 impl Comparison for DeviceMetadata {
     /// Qwen-Image at 1024² and at 512², an encoder's batch, and a mask with holes.
@@ -35,8 +43,13 @@ impl Comparison for DeviceMetadata {
         let tensor = |seed, shape: [usize; 4]| tensor::<T>(device, seed, &shape);
         let (q, k, v) = (tensor(1, shape)?, tensor(2, kv_shape)?, tensor(3, kv_shape)?);
         let mut out = tensor(4, shape)?;
-        let host = VarlenMeta::from_key_mask(&KeyMask::from_bool(batch, seq, &problem.workload.mask)?)?;
-        let bytes: Vec<u8> = problem.workload.mask.iter().map(|&keep| u8::from(keep)).collect();
+        let mut keep = problem.workload.mask.clone();
+        if self.left {
+            keep.chunks_mut(seq).for_each(<[bool]>::reverse);
+        }
+        let host = VarlenMeta::from_key_mask(&KeyMask::from_bool(batch, seq, &keep)?)?;
+        let causal = self.causal.then(|| KeyRanges::causal([batch, seq, seq])).transpose()?;
+        let bytes: Vec<u8> = keep.iter().map(|&keep| u8::from(keep)).collect();
         let mut memory = DeviceMemory::alloc(device, bytes.len() as u64)?;
         memory.write(&bytes)?;
         let mut on_device = DeviceVarlenMeta::new(device, batch, seq)?;
@@ -53,13 +66,17 @@ impl Comparison for DeviceMetadata {
         let repeats = repeats_of(device);
         let timed = in_turns(device, rounds, rows.len(), |row| {
             let (_, mask, attention) = &rows[row];
-            let mut call = || attention.forward_into(&q, &k, &v, *mask, &mut out);
+            let mask = causal.as_ref().map_or(*mask, |causal| mask.with_ranges(causal));
+            let mut call = || attention.forward_into(&q, &k, &v, mask, &mut out);
             for _ in 1..repeats {
                 call()?;
             }
             call()
         })?;
-        writeln!(report.text, "\n{shape:?} {}, {} of {} tokens valid", T::DTYPE, host.total_valid(), batch * seq)?;
+        let (side, ranges) =
+            (if self.left { ", the last ones" } else { "" }, if self.causal { ", causal" } else { "" });
+        let valid = format!("{} of {} tokens valid{side}{ranges}", host.total_valid(), batch * seq);
+        writeln!(report.text, "\n{shape:?} {}, {valid}", T::DTYPE)?;
         let rows = rows.iter().map(|&(row, ..)| row).zip(timed);
         comparison::report_ratios((report, device, problem), (host.total_valid(), repeats), rows)
     }

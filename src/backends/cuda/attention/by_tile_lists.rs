@@ -28,6 +28,7 @@ use crate::mask::meta::{GROUP_ROWS, VarlenMeta};
 use super::call::{PackedRows, SegmentedTensors, Tensors, score_scale};
 use super::dense_metas::DenseMeta;
 use super::device_lists::DeviceLists;
+use super::device_work::DeviceWork;
 use super::range_tiles::{Deal, DealtWork, RangeTiles};
 use super::split::Split;
 use super::tile_lists::{Ends, TileLists};
@@ -61,6 +62,13 @@ struct WorkCopy {
 /// Kept with the ranges, by the ids of the metadata of queries and keys (0 without lists), where
 /// segments end, and what the work is dealt out for.
 type WorkCopies = FifoCache<([u64; 2], Ends, Deal), WorkCopy>;
+
+/// The work of a call with key ranges, and who finds and deals it out.
+#[derive(Clone, Copy)]
+enum RangedWork<'a> {
+    Host(Ranged<'a>),
+    Device(&'a DeviceWork),
+}
 
 /// The key ranges of a call, and whose lists its tiles come from.
 #[derive(Clone, Copy)]
@@ -165,11 +173,17 @@ pub fn packed(launcher: &Launcher, attention: &Attention<'_>, tensors: &Tensors,
         zero_items = padded_rows.div_ceil(ZEROED_ROWS);
     }
     let tile = call.tile;
-    // The host knows the lengths of every call with ranges: checked by plan.
     let of_keys = rows.lengths.map(|[_, key]| move |ranges: &KeyRanges| RangeTiles::packed(ranges, key, tile));
-    let ranged = match (&rows.ranges, &of_keys) {
-        (Some(placed), Some(tiles)) => Some(Ranged { placed, tiles, metas: [0; 2] }),
+    let by_device = match (&rows.ranges, rows.lengths) {
+        (Some(placed), None) => {
+            let (deal, keys) = (call.deal(zero_items, false), attention.problem.shape.seq_k);
+            Some(DeviceWork::of_packed(launcher, rows, placed, (deal, keys))?)
+        }
         _ => None,
+    };
+    let ranged = match (&rows.ranges, &of_keys) {
+        (Some(placed), Some(tiles)) => Some(RangedWork::Host(Ranged { placed, tiles, metas: [0; 2] })),
+        _ => by_device.as_ref().map(RangedWork::Device),
     };
     let (tiles, fewest_key_tiles) = packed_tiles(call.tile, rows);
     // Packed tensors have no batch rows: all of their rows are tokens.
@@ -250,7 +264,8 @@ impl<'a> Call<'a> {
         };
         let placed = self.placed_ranges()?;
         let tiles = |ranges: &KeyRanges| RangeTiles::padded(ranges, batch, seq_k, self.tile);
-        self.launch(params, &extent, placed.as_ref().map(|placed| Ranged { placed, tiles: &tiles, metas: [0; 2] }))
+        let ranged = placed.as_ref().map(|placed| RangedWork::Host(Ranged { placed, tiles: &tiles, metas: [0; 2] }));
+        self.launch(params, &extent, ranged)
     }
 
     /// The call's ranges, of every query of padded tensors.
@@ -298,7 +313,8 @@ impl<'a> Call<'a> {
         let placed = self.placed_ranges()?;
         let tiles = |ranges: &KeyRanges| RangeTiles::listed(ranges, lists, query, key, self.tile);
         let metas = [query.id(), key.id()];
-        self.launch(params, &extent, placed.as_ref().map(|placed| Ranged { placed, tiles: &tiles, metas }))
+        let ranged = placed.as_ref().map(|placed| RangedWork::Host(Ranged { placed, tiles: &tiles, metas }));
+        self.launch(params, &extent, ranged)
     }
 
     /// Padded tensors by lists that the device makes. It does not wait for the host, which knows
@@ -318,7 +334,10 @@ impl<'a> Call<'a> {
             fewest_key_tiles: 0,
             zero_items: (batch * seq_q).div_ceil(ZEROED_ROWS),
         };
-        self.launch(lists.in_params(params), &extent, None)
+        let placed = self.placed_ranges()?;
+        let deal = self.deal(extent.zero_items, false);
+        let work = placed.map(|placed| DeviceWork::of_lists(self.launcher, &lists, &placed, deal)).transpose()?;
+        self.launch(lists.in_params(params), &extent, work.as_ref().map(RangedWork::Device))
     }
 
     /// The lists on the device, made and uploaded if they are not there yet.
@@ -339,20 +358,24 @@ impl<'a> Call<'a> {
         })
     }
 
-    /// The work of a call with key ranges, dealt out and uploaded if it is not there yet. Only with
-    /// `splits` are query tiles split.
-    fn work(&self, ranged: &Ranged<'_>, zero_items: usize, splits: bool) -> Result<Arc<WorkCopy>> {
-        let Self { launcher, tile, .. } = *self;
+    /// What the work of a call with key ranges is dealt out for.
+    fn deal(&self, zero_items: usize, splits: bool) -> Deal {
         let shape = self.attention.problem.shape;
-        let deal = Deal {
-            tile,
+        Deal {
+            tile: self.tile,
             heads: shape.num_heads,
             group_size: shape.group_size(),
             head_dim: shape.head_dim,
-            multiprocessors: launcher.multiprocessors,
+            multiprocessors: self.launcher.multiprocessors,
             zero_items,
             splits,
-        };
+        }
+    }
+
+    /// The work of a call with key ranges, dealt out and uploaded if it is not there yet. Only with
+    /// `splits` are query tiles split.
+    fn work(&self, ranged: &Ranged<'_>, zero_items: usize, splits: bool) -> Result<Arc<WorkCopy>> {
+        let (launcher, deal) = (self.launcher, self.deal(zero_items, splits));
         let ranges = &ranged.placed.ranges;
         let copies = ranges.copies().get_or_make(launcher.id, || Ok(WorkCopies::default()))?;
         copies.get_or_make((ranged.metas, self.ends(), deal), launcher.context.is_captured()?, || {
@@ -367,7 +390,7 @@ impl<'a> Call<'a> {
         })
     }
 
-    fn launch(&self, mut params: TileListParams, extent: &Extent, ranged: Option<Ranged<'_>>) -> Result<()> {
+    fn launch(&self, mut params: TileListParams, extent: &Extent, ranged: Option<RangedWork<'_>>) -> Result<()> {
         let &Extent { items, zero_items, .. } = extent;
         if items + zero_items == 0 {
             return Ok(());
@@ -385,7 +408,11 @@ impl<'a> Call<'a> {
         let function = launcher.function(Entry::AttentionByLists { dtype, tile, form })?;
         // The scratch lives until the launch, which keeps its memory.
         let (blocks, _scratch) = match &ranged {
-            Some(ranged) => self.deal_out(extent, &mut params, ranged)?,
+            Some(RangedWork::Host(ranged)) => self.deal_out(extent, &mut params, ranged)?,
+            Some(RangedWork::Device(work)) => {
+                params = work.in_params(params);
+                (work.blocks(), None)
+            }
             None => {
                 let (split, scratch) = self.split(extent, &mut params)?;
                 // As many blocks as run at once; each takes one item after the other.

@@ -69,6 +69,11 @@ impl DeviceLists {
         Ok(Self { _memory: memory, params })
     }
 
+    /// The parameters that made them.
+    pub fn made_by(&self) -> &TileListsParams {
+        &self.params
+    }
+
     /// Parameters of a launch, with these lists and the bits that they were made of.
     pub fn in_params(&self, params: TileListParams) -> TileListParams {
         let lists = &self.params;

@@ -9,7 +9,8 @@
 //! | `tile_lists` | how tile lists are made from metadata |
 //! | `device_lists` | how the device makes them where it alone knows the mask |
 //! | `dense_metas` | metadata that stands for the masks of dense calls |
-//! | `range_tiles` | the same for calls with key ranges, and how their work is dealt out |
+//! | `range_tiles` | which key tiles calls with key ranges need, and how their work is dealt out |
+//! | `device_work` | how the device does both where it alone knows the mask |
 //! | `split` | how query tiles are shared out among blocks |
 //! | `fifo_cache` | the cache that tile lists are kept in |
 
@@ -17,6 +18,7 @@ mod by_tile_lists;
 mod call;
 mod dense_metas;
 mod device_lists;
+mod device_work;
 mod packing;
 mod range_tiles;
 mod sm80;

@@ -23,7 +23,7 @@ use super::split::{self, Split};
 use super::tile_lists::TileLists;
 
 /// Keys and values of a section, a third of Hopper's L2: 32 MiB took up to 1 % longer, 8 MiB at long sequences.
-const SECTION_BYTES: usize = 16 << 20;
+pub const SECTION_BYTES: usize = 16 << 20;
 
 /// The query tiles of a call.
 #[derive(Debug, Default)]

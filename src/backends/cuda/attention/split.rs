@@ -70,8 +70,13 @@ impl Split {
 /// An estimate of the cycles of a query tile, fitted to measurements at head dimension 128 on an
 /// H100: a step for each key tile, and its start and end.
 pub const fn item_cycles(steps: usize) -> usize {
-    steps * 3300 + 7000
+    steps * STEP_CYCLES + ITEM_CYCLES
 }
+
+/// Of each key tile.
+pub const STEP_CYCLES: usize = 3300;
+/// Of the start and the end.
+pub const ITEM_CYCLES: usize = 7000;
 
 /// The same of one of the parts of a query tile, which are computed by the exact softmax, in order;
 /// each is written.

@@ -138,6 +138,7 @@ pub enum Entry {
     MetadataIndex,
     MetadataRanges,
     TileLists,
+    RangeTiles,
     /// Of the sm80 kernel.
     Attention {
         dtype: DType,
@@ -195,7 +196,7 @@ impl Entry {
             Self::ScatterLse | Self::Merge { .. } => Home::Lse,
             Self::MetadataCount | Self::MetadataScan | Self::MetadataIndex | Self::MetadataRanges => Home::Metadata,
             Self::PrepareQk { .. } => Home::PrepareQk,
-            Self::TileLists => Home::TileLists,
+            Self::TileLists | Self::RangeTiles => Home::TileLists,
             Self::Attention { .. } => Home::Attention(Kernel::CudaSm80),
             Self::AttentionByLists { tile, .. } => Home::Attention(tile.kernel),
         }
@@ -213,6 +214,7 @@ impl Entry {
             Self::MetadataIndex => "metadata_index".to_owned(),
             Self::MetadataRanges => "metadata_ranges".to_owned(),
             Self::TileLists => "tile_lists".to_owned(),
+            Self::RangeTiles => "range_tiles".to_owned(),
             Self::Attention { dtype, tile, form } => {
                 format!("attention_{}_{dtype}_{}", Kernel::CudaSm80, tile.name(form))
             }
@@ -443,7 +445,7 @@ mod tests {
             })
         });
         let metadata = [Entry::MetadataCount, Entry::MetadataScan, Entry::MetadataIndex, Entry::MetadataRanges];
-        let others = [Entry::Pack, Entry::Scatter, Entry::TileLists].into_iter().chain(metadata);
+        let others = [Entry::Pack, Entry::Scatter, Entry::TileLists, Entry::RangeTiles].into_iter().chain(metadata);
         let lse = [DType::F32, DType::F16, DType::Bf16].map(|dtype| Entry::Merge { dtype });
         let prepare_qk = [DType::F32, DType::F16, DType::Bf16]
             .into_iter()

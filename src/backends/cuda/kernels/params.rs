@@ -182,8 +182,12 @@ constants! {
     METADATA_SCAN_THREADS: u32 = 1024;
     /// Tokens of one row that a block of the metadata kernels reads.
     METADATA_CHUNK: usize = 2048;
-    /// Threads of the block that makes tile lists.
+    /// Threads of the block that makes tile lists, and of a block of `range_tiles`.
     TILE_LISTS_THREADS: u32 = 1024;
+    /// The most blocks that `range_tiles` deals work out to: four threads find the place of each.
+    MAX_DEALT_BLOCKS: usize = 256;
+    /// The most query tiles that `range_tiles` puts in the order of their lengths together.
+    MAX_ORDERED_TILES: usize = 256;
 }
 
 shared_struct! {
@@ -692,7 +696,9 @@ shared_struct! {
     /// What the device counts in tile lists. It lies just before `zero_spans` and is as large as a span.
     TileListCounts {
         zero_spans: i32,
-        unused: [i32; 3],
+        /// `RangeTilesParams::blocks_done`.
+        blocks_done: u32,
+        unused: [i32; 2],
     }
 }
 
@@ -726,6 +732,46 @@ shared_struct! {
         row_query_tiles: i32,
         row_masked_tiles: i32,
         row_key_tiles: i32,
+    }
+}
+
+shared_struct! {
+    /// A query tile in the order of work: its entry of `range_tiles`, and its key tiles.
+    OrderedTile {
+        tile: i32,
+        steps: i32,
+    }
+}
+
+shared_struct! {
+    /// Parameters of `range_tiles`, which makes what a call with key ranges needs beside tile lists that
+    /// the device made (`rows/range_tiles.cuh`), and deals out its work (`rows/deal.cuh`).
+    RangeTilesParams {
+        /// Of packed sequences: their number, the longest one's queries (an upper bound), and tiles.
+        lists: TileListsParams,
+        /// Of every query of padded tensors; of packed sequences one after another.
+        ranges: KeyRangeParams,
+        /// `[B + 1]` of packed sequences; null for padded tensors.
+        cu_seqlens_q: *const i32,
+        /// `[B, row_query_tiles]`: the tiles of each entry of `batches`, or sequence.
+        range_tiles: *mut RangeTile,
+        /// As `TileListParams` has it, for `blocks` blocks.
+        range_work: *mut RangeWork,
+        /// `[B, row_query_tiles]`: those of a section's groups together, the longest first; and for each
+        /// section's groups how many there are.
+        order: *mut OrderedTile,
+        section_tiles: *mut i32,
+        /// Blocks of this launch that are done: 0 before it.
+        blocks_done: *mut u32,
+        /// Of the launch that does the work: at most `MAX_DEALT_BLOCKS`.
+        blocks: i32,
+        heads: i32,
+        /// Groups and heads of a section; of several groups it has all heads.
+        section_groups: i32,
+        section_heads: i32,
+        /// An estimate of what a query tile takes: so much, and so much for each key tile.
+        item_cycles: i32,
+        step_cycles: i32,
     }
 }
 
@@ -777,6 +823,8 @@ pub fn header() -> String {
         MetadataRangesParams::text(),
         TileListCounts::text(),
         TileListsParams::text(),
+        OrderedTile::text(),
+        RangeTilesParams::text(),
     ];
     items.join("\n")
 }

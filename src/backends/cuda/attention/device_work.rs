@@ -1,0 +1,182 @@
+//! The work of calls with key ranges where the device alone knows the mask: which key tiles each query
+//! tile needs, and which block computes it. As `range_tiles`, by the kernel of that name in
+//! `kernels/rows/tile_lists.cu`. It is made anew by each call, as the lists are.
+
+use std::mem::offset_of;
+
+use crate::backends::cuda::driver::memory::CudaBuffer;
+use crate::backends::cuda::driver::transfer;
+use crate::backends::cuda::kernels::module::Entry;
+use crate::backends::cuda::kernels::params::{
+    ELEMENT_BYTES, MAX_DEALT_BLOCKS, MAX_ORDERED_TILES, OrderedTile, RangeTile, RangeTilesParams, RangeWork,
+    TILE_LISTS_THREADS, TileListCounts, TileListParams, TileListsParams,
+};
+use crate::backends::cuda::launcher::Launcher;
+use crate::backends::cuda::tensors::key_ranges::PlacedRanges;
+use crate::error::Result;
+
+use super::call::PackedRows;
+use super::device_lists::DeviceLists;
+use super::range_tiles::{Deal, SECTION_BYTES};
+use super::split::{ITEM_CYCLES, STEP_CYCLES};
+
+/// Tables start at multiples of this.
+const TABLE_ALIGNMENT: u64 = 16;
+
+/// Query tiles that a block of the kernel finds, one a warp.
+const BLOCK_TILES: usize = TILE_LISTS_THREADS as usize / 32;
+
+/// The work of one call. It lives until the launch that reads it, which keeps its memory.
+#[derive(Debug)]
+pub struct DeviceWork {
+    _memory: CudaBuffer,
+    params: RangeTilesParams,
+}
+
+impl DeviceWork {
+    /// Launches the kernel that finds the work of padded tensors, by their lists.
+    pub fn of_lists(launcher: &Launcher, lists: &DeviceLists, ranges: &PlacedRanges, deal: Deal) -> Result<Self> {
+        let lists = *lists.made_by();
+        let params = RangeTilesParams {
+            lists,
+            ranges: ranges.params(),
+            blocks_done: lists.counts + offset_of!(TileListCounts, blocks_done) as u64,
+            ..Default::default()
+        };
+        // Not negative.
+        Self::make(launcher, params, (deal, lists.seq_k as usize))
+    }
+
+    /// The same of packed sequences of at most so many keys.
+    pub fn of_packed(
+        launcher: &Launcher,
+        rows: &PackedRows<'_>,
+        ranges: &PlacedRanges,
+        (deal, keys): (Deal, usize),
+    ) -> Result<Self> {
+        let counts = launcher.scratch(size_of::<TileListCounts>() as u64)?;
+        // SAFETY: the buffer is new and has this size.
+        unsafe { transfer::fill(&launcher.context, counts.address(), 0, size_of::<TileListCounts>() as u64) }?;
+        let tile = deal.tile;
+        let lists = TileListsParams {
+            // All fit: batch · seq does.
+            batch: rows.batch as i32,
+            seq_q: rows.max_queries as i32,
+            tile_queries: tile.rows as i32,
+            tile_keys: tile.keys as i32,
+            row_query_tiles: rows.max_queries.div_ceil(tile.rows as usize) as i32,
+            ..Default::default()
+        };
+        let params = RangeTilesParams {
+            lists,
+            ranges: ranges.params(),
+            cu_seqlens_q: rows.cu_seqlens_q.unwrap_or_default(),
+            blocks_done: counts.address() + offset_of!(TileListCounts, blocks_done) as u64,
+            ..Default::default()
+        };
+        Self::make(launcher, params, (deal, keys))
+    }
+
+    fn make(launcher: &Launcher, params: RangeTilesParams, (deal, keys): (Deal, usize)) -> Result<Self> {
+        // Not negative.
+        let (batch, row_tiles) = (params.lists.batch as usize, params.lists.row_query_tiles as usize);
+        let places = Places::of(batch * row_tiles, batch, deal);
+        let section = Section::of(deal, keys, row_tiles);
+        let memory = launcher.scratch(places.bytes)?;
+        let start = memory.address();
+        let params = RangeTilesParams {
+            range_tiles: start + places.range_tiles,
+            range_work: start + places.range_work,
+            order: start + places.order,
+            section_tiles: start + places.section_tiles,
+            // All fit: a chip has few multiprocessors, and heads are counted in an i32.
+            blocks: places.blocks as i32,
+            heads: deal.heads as i32,
+            section_groups: section.groups as i32,
+            section_heads: section.heads as i32,
+            item_cycles: ITEM_CYCLES as i32,
+            step_cycles: STEP_CYCLES as i32,
+            ..params
+        };
+        let function = launcher.function(Entry::RangeTiles)?;
+        // Fits: batch · seq does.
+        let blocks = (batch * row_tiles).div_ceil(BLOCK_TILES).max(1) as u32;
+        // SAFETY: the lists, or `cu_seqlens`, are those of the call's batch rows, the ranges of its
+        // queries, and each table has room for as many entries as these can need.
+        unsafe { launcher.launch(function, [blocks, 1, 1], TILE_LISTS_THREADS, &params) }?;
+        Ok(Self { _memory: memory, params })
+    }
+
+    /// Blocks of the launch that does the work.
+    pub fn blocks(&self) -> usize {
+        // Not negative.
+        self.params.blocks as usize
+    }
+
+    /// Parameters of that launch.
+    pub fn in_params(&self, params: TileListParams) -> TileListParams {
+        let RangeTilesParams { ranges, range_tiles, range_work, .. } = self.params;
+        TileListParams { ranges, range_tiles, range_work, parts: 1, ..params }
+    }
+}
+
+/// What is computed together, as far as its keys and values fit in L2: some heads of one batch row, or
+/// all heads of several.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Section {
+    groups: usize,
+    /// Query heads.
+    heads: usize,
+}
+
+impl Section {
+    /// For batch rows of at most so many keys and query tiles.
+    fn of(deal: Deal, keys: usize, row_tiles: usize) -> Self {
+        let kv_heads = deal.heads / deal.group_size.max(1);
+        // Keys and values.
+        let row_bytes = (2 * kv_heads * keys * deal.head_dim * ELEMENT_BYTES as usize).max(1);
+        // To the nearest.
+        let sections = ((row_bytes + SECTION_BYTES / 2) / SECTION_BYTES).clamp(1, kv_heads.max(1));
+        if sections > 1 {
+            return Self { groups: 1, heads: kv_heads.div_ceil(sections) * deal.group_size };
+        }
+        // As many as are put in order together.
+        let most = (MAX_ORDERED_TILES / row_tiles.max(1)).max(1);
+        Self { groups: (SECTION_BYTES / row_bytes).clamp(1, most), heads: deal.heads }
+    }
+}
+
+/// Where the tables lie in their memory, in bytes.
+#[derive(Debug, Clone, Copy)]
+struct Places {
+    range_tiles: u64,
+    range_work: u64,
+    order: u64,
+    section_tiles: u64,
+    bytes: u64,
+    blocks: usize,
+}
+
+impl Places {
+    /// For at most so many query tiles of batch rows.
+    fn of(tiles: usize, batch: usize, deal: Deal) -> Self {
+        let items = tiles * deal.heads;
+        let blocks = items.max(deal.zero_items).min(deal.multiprocessors).clamp(1, MAX_DEALT_BLOCKS);
+        // Each round has an entry for each block, and the last one only entries without work.
+        let rounds = items.div_ceil(blocks) + 1;
+        let mut bytes = 0;
+        let mut take = |entries: usize, entry_bytes: usize| {
+            let start = bytes;
+            bytes += (entries as u64 * entry_bytes as u64).next_multiple_of(TABLE_ALIGNMENT);
+            start
+        };
+        Self {
+            range_work: take(rounds * blocks, size_of::<RangeWork>()),
+            range_tiles: take(tiles, size_of::<RangeTile>()),
+            order: take(tiles, size_of::<OrderedTile>()),
+            section_tiles: take(batch, size_of::<i32>()),
+            bytes,
+            blocks,
+        }
+    }
+}
