@@ -83,7 +83,7 @@ pub trait Communicator: Debug + Send {
 /// A communicator whose bytes come while a device's kernel that reads them runs. Of this library alone.
 #[doc(hidden)]
 pub trait ExchangeInPieces {
-    /// Sends and receives in pieces, the first of which are written now. `write_rest` writes the others. `attend` works on what comes:
+    /// Sends and receives in pieces, the first of which are written now. `write_rest` writes the others, if there are some. `attend` works on what comes:
     /// a `u32` of the device's memory counts the heads that are there, from the other argument on. The device's work that `attend` starts
     /// may wait for it on every multiprocessor; what comes after `attend` finds everything there.
     ///
@@ -92,7 +92,7 @@ pub trait ExchangeInPieces {
     fn exchange_in_pieces(
         &mut self,
         exchange: InPieces<'_>,
-        write_rest: &mut dyn FnMut() -> Result<()>,
+        write_rest: &mut dyn FnMut() -> Result<bool>,
         attend: &mut dyn FnMut(DeviceBytes<'_>, u32) -> Result<()>,
     ) -> Result<()>;
 }

@@ -104,7 +104,7 @@ impl ExchangeInPieces for PeerCommunicator {
     fn exchange_in_pieces(
         &mut self,
         exchange: InPieces<'_>,
-        write_rest: &mut dyn FnMut() -> Result<()>,
+        write_rest: &mut dyn FnMut() -> Result<bool>,
         attend: &mut dyn FnMut(DeviceBytes<'_>, u32) -> Result<()>,
     ) -> Result<()> {
         self.ranked.exchange_in_pieces(exchange, write_rest, attend)
@@ -190,15 +190,14 @@ impl<L: PeerLane> Ranked<L> {
     fn exchange_in_pieces(
         &mut self,
         InPieces { operation, tag, own, to, rooms, pieces }: InPieces<'_>,
-        write_rest: &mut dyn FnMut() -> Result<()>,
+        write_rest: &mut dyn FnMut() -> Result<bool>,
         attend: &mut dyn FnMut(DeviceBytes<'_>, u32) -> Result<()>,
     ) -> Result<()> {
         self.check_open(operation)?;
         let within = (Instant::now(), self.limit);
         let lane = &**self.lane;
         let first = lane.mark()?;
-        write_rest()?;
-        let all = lane.note()?;
+        let all = if write_rest()? { lane.note()? } else { first.clone() };
         let mut lending = Lending { lane, loans: Vec::with_capacity(to.len()) };
         for &to in own.iter().flat_map(|_| &to) {
             let Some(own) = &own else { continue };
@@ -646,9 +645,9 @@ mod tests {
         };
         let mut before = None;
         // What is written last comes too.
-        let mut write_rest = || -> Result<()> {
+        let mut write_rest = || -> Result<bool> {
             locked(&own.0)[7] = 100 + own_rank as u8;
-            Ok(())
+            Ok(true)
         };
         let mut attend = |_: DeviceBytes<'_>, count: u32| -> Result<()> {
             before = Some(count);

@@ -18,7 +18,7 @@ pub(super) trait PeerLane: Debug + Send + Sync + 'static {
     /// Memory that others may copy from.
     type Loan: Debug + Send + Sync;
     /// How far the device's work has come.
-    type Mark;
+    type Mark: Clone;
     /// How far it has come now. Copies come after that.
     fn mark(&self) -> Result<Self::Mark>;
     /// How far it has come now, for peers alone.

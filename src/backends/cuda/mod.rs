@@ -105,10 +105,12 @@ pub(crate) fn lanes(devices: &[&dyn Backend]) -> Result<Vec<Lane>> {
         for (_, other) in lanes.iter().enumerate().filter(|(other, _)| *other != at) {
             count &= reader.reach(other)?;
         }
-        count &= reader.can_count()?;
     }
-    if count {
-        lanes.iter_mut().try_for_each(Lane::count_arrivals)?;
+    for lane in &mut lanes {
+        count = count && lane.count_arrivals()?;
+    }
+    if !count {
+        lanes.iter_mut().for_each(Lane::count_nothing);
     }
     Ok(lanes)
 }

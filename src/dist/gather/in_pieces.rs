@@ -90,8 +90,7 @@ impl Gather {
         let [_, kv_heads] = heads.of_each(self.ulysses);
         let bytes = |meta: &VarlenMeta| (meta.batch() * meta.seq()) as u64 * heads.row_bytes(kv_heads);
         let fits = |meta: &VarlenMeta| meta.is_all_valid() && bytes(meta) <= MOST_BYTES;
-        self.chunks > 1
-            && !scores.varies_with_queries()
+        !scores.varies_with_queries()
             && (heads.head_dim * heads.dtype.size()).is_multiple_of(WORD_BYTES)
             && self.before.len() + self.after.len() + OWN_SEGMENTS <= Segments::MAX
             && fits(own_meta)
@@ -123,9 +122,10 @@ impl Gather {
         let pieces = Pieces::new((kv_heads, own_meta.batch().max(1)), rows, self.chunks);
         let first = pieces.first_heads();
         let shards = [k, v].map(|tensor| tensor.parts()[1]);
+        // Whether there is something to pack.
         let pack = |heads: &Range<usize>| match &own {
-            Some(own) if !heads.is_empty() => own.pack(room.device, shards, heads, own_meta),
-            _ => Ok(()),
+            Some(own) if !heads.is_empty() => own.pack(room.device, shards, heads, own_meta).map(|()| true),
+            _ => Ok(false),
         };
         pack(&first)?;
         let rooms = self.sources().zip(&came).filter_map(|(source, came)| Some((source.rank, came.as_ref()?.bytes()?)));

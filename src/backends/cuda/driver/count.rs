@@ -1,23 +1,60 @@
 //! A number in a device's memory that streams set and wait for, and kernels read: what has come from
 //! other devices so far. It counts modulo 2^32. The context is current.
 
-use cudarc::driver::sys::{
-    self, CUdevice_attribute, CUdeviceptr, CUstream, CUstreamWaitValue_flags, CUstreamWriteValue_flags,
-};
+use std::sync::Arc;
 
+use cudarc::driver::result;
+use cudarc::driver::sys::{self, CUdeviceptr, CUstream, CUstreamWaitValue_flags, CUstreamWriteValue_flags};
+
+use crate::cache::DeviceId;
 use crate::error::Result;
 
+use super::capture::RelaxedCapture;
 use super::context::Context;
+use super::memory::CudaBuffer;
 
-/// Whether streams of a device can do so.
-pub fn is_supported(context: &Context, device: sys::CUdevice) -> Result<bool> {
-    let mut can = 0;
-    let asked = CUdevice_attribute::CU_DEVICE_ATTRIBUTE_CAN_USE_STREAM_WAIT_VALUE_NOR;
-    // SAFETY: the device comes from the driver, and the pointer is to an integer. Where the driver has this attribute,
-    // streams set and wait for 32-bit values.
-    let answer = unsafe { sys::cuDeviceGetAttribute(&mut can, asked, device) }.result();
-    context.check(answer, "asking whether streams can wait for a number")?;
-    Ok(can != 0)
+const BYTES: usize = size_of::<u32>();
+
+/// The number, 0 at first.
+#[derive(Debug)]
+pub struct Count {
+    /// Over the memory, which this owns.
+    buffer: CudaBuffer,
+    context: Arc<Context>,
+}
+
+impl Count {
+    /// Of a device with an id, whose context this is. Not from the pool: streams set no numbers in memory of pools.
+    pub fn new(context: &Arc<Context>, device: DeviceId) -> Result<Self> {
+        // Another thread may be capturing a stream.
+        let relaxed = context.check(RelaxedCapture::enter(), "allocating memory")?;
+        // SAFETY: nothing is assumed of the contents.
+        let address = context.check(unsafe { result::malloc_sync(BYTES) }, "allocating memory")?;
+        drop(relaxed);
+        // SAFETY: just allocated; freed when this is dropped, which waits for the device's work.
+        let buffer = unsafe { CudaBuffer::external(context, device, address, BYTES as u64) };
+        let made = Self { buffer, context: Arc::clone(context) };
+        made.buffer.upload(&0_u32.to_ne_bytes())?;
+        Ok(made)
+    }
+
+    /// Its memory.
+    pub fn buffer(&self) -> &CudaBuffer {
+        &self.buffer
+    }
+}
+
+impl Drop for Count {
+    fn drop(&mut self) {
+        let Ok(_current) = self.context.enter() else { return };
+        let freed = RelaxedCapture::enter().and_then(|_relaxed| {
+            // SAFETY: allocated in `new`, and this is its only owner; the driver waits for work that uses it.
+            unsafe { result::free_sync(self.buffer.address()) }
+        });
+        if let Err(error) = freed {
+            log::debug!("a number on a device is not freed: {error}");
+        }
+    }
 }
 
 /// Sets the number after all that the stream has been given before.

@@ -28,7 +28,7 @@ use crate::call::memory::{DeviceBuffer, Source};
 use crate::error::Result;
 
 use super::context::Context;
-use super::count;
+use super::count::{self, Count};
 use super::memory::CudaBuffer;
 
 /// An event of a context, without a time.
@@ -100,7 +100,7 @@ pub struct Lane {
 
 /// A `u32` of the device's memory, which counts what copies have brought.
 struct Arrivals {
-    count: CudaBuffer,
+    count: Count,
     /// What it says when all copies that are enqueued are done.
     counted: Mutex<u32>,
 }
@@ -217,24 +217,30 @@ impl Lane {
         Ok(true)
     }
 
-    /// Whether the device's streams can set numbers and wait for them.
-    pub fn can_count(&self) -> Result<bool> {
-        let device = self.ordinal()?;
+    /// Counts from now on what [`copy_blocks`](Self::copy_blocks) brings; false where the driver sets no numbers on streams.
+    pub fn count_arrivals(&mut self) -> Result<bool> {
         let _current = self.context.enter()?;
-        Ok(count::is_supported(&self.context, device)? && !self.context.is_captured()?)
+        if self.context.is_captured()? {
+            return Ok(false);
+        }
+        let count = Count::new(&self.context, self.device)?;
+        // SAFETY: the number is this device's, and so is the stream.
+        let set = unsafe { count::set(&self.context, self.side, count.buffer().address(), 0) };
+        match set {
+            Ok(()) => self.arrivals = Some(Arrivals { count, counted: Mutex::default() }),
+            Err(why) => log::info!("attention does not begin before all keys have come: {why}"),
+        }
+        Ok(self.arrivals.is_some())
     }
 
-    /// Counts from now on what [`copy_blocks`](Self::copy_blocks) brings.
-    pub fn count_arrivals(&mut self) -> Result<()> {
-        let _current = self.context.enter()?;
-        let count = CudaBuffer::holding(&self.context, self.device, &0_u32.to_ne_bytes())?;
-        self.arrivals = Some(Arrivals { count, counted: Mutex::default() });
-        Ok(())
+    /// Counts no more.
+    pub fn count_nothing(&mut self) {
+        self.arrivals = None;
     }
 
     /// The `u32` that counts them, if something does.
     pub fn arrivals(&self) -> Option<&dyn DeviceBuffer> {
-        self.arrivals.as_ref().map(|arrivals| &arrivals.count as &dyn DeviceBuffer)
+        self.arrivals.as_ref().map(|arrivals| arrivals.count.buffer() as &dyn DeviceBuffer)
     }
 
     /// The stream beside the device's own.
@@ -381,7 +387,7 @@ impl Lane {
                 waited = waited.max(needed);
                 *counted = counted.wrapping_add(*heads);
                 // SAFETY: the number is this device's, and so is the stream.
-                unsafe { count::set(&self.context, self.side, count.address(), *counted) }?;
+                unsafe { count::set(&self.context, self.side, count.buffer().address(), *counted) }?;
             }
             // Only copy engines are waited for from then on: the device's own work may take every multiprocessor and wait.
             lent.iter().try_for_each(|(loan, ..)| self.wait(self.context.stream(), &loan.all_ready))
