@@ -2,7 +2,7 @@
 
 use crate::attention_mask::{AttentionMask, ResolvedMask};
 use crate::attention_outputs::AttentionOutputs;
-use crate::call::op::{Attention, Op};
+use crate::call::op::{Arrivals, Attention, Op};
 use crate::call::path::Path;
 use crate::call::plan::{Forced, Plan, plan_padded};
 use crate::call::problem::{AttentionProblem, AttentionViews, ViewInfo};
@@ -268,6 +268,29 @@ impl MaskedAttention {
         Ok(plan)
     }
 
+    /// [`forward_into`](Self::forward_into) with keys and values that come meanwhile.
+    pub(crate) fn forward_arriving_into<'a>(
+        &self,
+        [q, k, v]: [Segments<'a>; 3],
+        mask: AttentionMask<'_>,
+        outputs: AttentionOutputs<'_>,
+        arrivals: Arrivals<'_>,
+    ) -> Result<Plan> {
+        let inputs = [q, k, v];
+        let (problem, plan, mask) = {
+            let (out, lse) = outputs.infos();
+            self.prepare(&inputs, mask, (&out, lse.as_ref()))?
+        };
+        let backend = self.device.backend()?;
+        self.launch(problem, plan, inputs, mask, outputs, |op| match op {
+            Op::Attention(attention) => {
+                backend.execute(Op::Attention(Attention { arrivals: Some(arrivals), ..attention }))
+            }
+            op => backend.execute(op),
+        })?;
+        Ok(plan)
+    }
+
     /// Checks and plans a call. The mask is resolved once, for both and for the launch.
     pub(crate) fn prepare<'m>(
         &self,
@@ -309,6 +332,7 @@ impl MaskedAttention {
         let (rows, ranges, bias) = (mask.rows(plan.path, every_query.as_deref()), mask.ranges(), mask.bias(&problem));
         let modifiers = mask.modifiers();
         let [q, k, v] = inputs.map(Segments::inputs);
-        execute(Op::Attention(Attention { problem: &problem, plan, q, k, v, out, lse, rows, ranges, modifiers, bias }))
+        let (problem, arrivals) = (&problem, None);
+        execute(Op::Attention(Attention { problem, plan, q, k, v, out, lse, rows, ranges, modifiers, bias, arrivals }))
     }
 }

@@ -290,7 +290,20 @@ pub fn varlen_attention_into<'a, 'o, 'l>(
         let rows = Rows::Packed { query: cu_seqlens_q, key: cu_seqlens_k };
         let [q, k, v] = [q, k, v].map(|tensor| Segmented::One(tensor.input()));
         let out = Segmented::One(out);
-        let attention = Attention { problem: &problem, plan, q, k, v, out, lse, rows, ranges, modifiers, bias: None };
+        let attention = Attention {
+            problem: &problem,
+            plan,
+            q,
+            k,
+            v,
+            out,
+            lse,
+            rows,
+            ranges,
+            modifiers,
+            bias: None,
+            arrivals: None,
+        };
         device.backend()?.execute(Op::Attention(attention))?;
     }
     Ok(plan)

@@ -455,7 +455,11 @@ struct SegmentTable {
     int32_t key_ends[8];
     int32_t query_count;
     int32_t key_count;
-    int32_t unused[14];
+    // Counts the heads whose keys and values are there, of one batch row after another, from
+    // `arrived_before` on (`attention/arrivals.cuh`); null if all are there when the kernel starts.
+    const uint32_t* arrived;
+    uint32_t arrived_before;
+    int32_t unused[11];
 };
 static_assert(sizeof(SegmentTable) == 6528);
 static_assert(offsetof(SegmentTable, maps) == 0);
@@ -464,7 +468,9 @@ static_assert(offsetof(SegmentTable, query_ends) == 6400);
 static_assert(offsetof(SegmentTable, key_ends) == 6432);
 static_assert(offsetof(SegmentTable, query_count) == 6464);
 static_assert(offsetof(SegmentTable, key_count) == 6468);
-static_assert(offsetof(SegmentTable, unused) == 6472);
+static_assert(offsetof(SegmentTable, arrived) == 6472);
+static_assert(offsetof(SegmentTable, arrived_before) == 6480);
+static_assert(offsetof(SegmentTable, unused) == 6484);
 
 // Parameters of the forms of the sm90 kernel with tensors in segments, which read by the lists.
 struct SegmentedTileListParams {

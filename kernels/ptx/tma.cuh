@@ -52,4 +52,7 @@ __device__ inline void tma_store_wait() { asm volatile("cp.async.bulk.wait_group
 // the tensor cores.
 __device__ inline void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
+// Orders what this thread knows of global memory before later loads of the copy engine.
+__device__ inline void fence_async_proxy_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
+
 }  // namespace ptx

@@ -94,6 +94,24 @@ pub(crate) struct Attention<'a> {
     pub modifiers: Option<&'a ScoreModifiers>,
     /// Added to the scaled scores, laid out as `problem.bias`; not with packed rows.
     pub bias: Option<Input<'a>>,
+    /// Which keys and values are there; all if there are none.
+    #[cfg_attr(
+        any(not(feature = "cuda"), target_arch = "wasm32"),
+        allow(dead_code, reason = "CUDA devices alone have it")
+    )]
+    pub arrivals: Option<Arrivals<'a>>,
+}
+
+/// Keys and values that come while a call computes, on a device whose memory others copy to. All copies are under way when the call
+/// is launched. Heads come one after another, those of one batch row after those of the row before; segments that come are `[B, S, Hkv, D]`
+/// whose rows are whole words of 16 bytes.
+#[cfg_attr(any(not(feature = "cuda"), target_arch = "wasm32"), allow(dead_code, reason = "CUDA devices alone have it"))]
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Arrivals<'a> {
+    /// A `u32` of the device's memory, which counts the heads that are there, modulo 2³².
+    pub count: Source<'a>,
+    /// What it says before the first.
+    pub before: u32,
 }
 
 impl<'a> Attention<'a> {
@@ -161,10 +179,6 @@ pub(crate) trait Backend: Debug + Send + Sync {
     fn capabilities(&self) -> &Capabilities;
     /// New memory with contents that are not specified.
     fn alloc(&self, bytes: u64) -> Result<Storage>;
-    /// Whether memory that is allocated now may be used by later calls: not while it belongs to a graph that is being captured.
-    fn keeps_memory(&self) -> Result<bool> {
-        Ok(true)
-    }
     /// Where metadata of masks on the device is kept.
     fn metadata_place(&self) -> MetadataPlace {
         MetadataPlace::Nowhere

@@ -331,6 +331,7 @@ impl<'a> Bench<'a> {
             ranges: None,
             modifiers: None,
             bias: None,
+            arrivals: None,
         }))?;
         device.download_async(self.out.source(), bytemuck::cast_slice_mut(&mut bits)).await?;
         Ok(bits)

@@ -3,6 +3,7 @@
 use std::fmt::Debug;
 use std::ops::Range;
 
+use super::pieces::Pieces;
 use crate::call::memory::{DeviceBuffer, Sink, Source};
 use crate::device::Device;
 use crate::error::{Error, Result};
@@ -64,6 +65,12 @@ pub trait Communicator: Debug + Send {
         Ok(all)
     }
 
+    /// This, where one call of attention may begin before all of its keys have come: on every rank or on none.
+    #[doc(hidden)]
+    fn in_pieces(&mut self) -> Option<&mut dyn ExchangeInPieces> {
+        None
+    }
+
     /// Waits for every rank.
     ///
     /// # Errors
@@ -71,6 +78,36 @@ pub trait Communicator: Debug + Send {
     fn barrier(&mut self) -> Result<()> {
         self.all_gather_16("barrier", [0; 16]).map(drop)
     }
+}
+
+/// A communicator whose bytes come while a device's kernel that reads them runs. Of this library alone.
+#[doc(hidden)]
+pub trait ExchangeInPieces {
+    /// Sends and receives in pieces, the first of which are written now. `write_rest` writes the others, if there are some. `attend` works on what comes:
+    /// a `u32` of the device's memory counts the heads that are there, from the other argument on. The device's work that `attend` starts
+    /// may wait for it on every multiprocessor; what comes after `attend` finds everything there.
+    ///
+    /// # Errors
+    /// As [`Communicator::exchange`].
+    fn exchange_in_pieces(
+        &mut self,
+        exchange: InPieces<'_>,
+        write_rest: &mut dyn FnMut() -> Result<bool>,
+        attend: &mut dyn FnMut(DeviceBytes<'_>, u32) -> Result<()>,
+    ) -> Result<()>;
+}
+
+/// Keys and values that go round in pieces, while attention to them is under way.
+#[derive(Debug)]
+pub struct InPieces<'a> {
+    pub(super) operation: &'static str,
+    pub(super) tag: [u8; 16],
+    /// What every peer gets, all of it; nothing if this rank has no row.
+    pub(super) own: Option<DeviceBytes<'a>>,
+    pub(super) to: Vec<usize>,
+    /// Room for all that each peer has.
+    pub(super) rooms: Vec<(usize, DeviceBytes<'a>)>,
+    pub(super) pieces: &'a Pieces,
 }
 
 /// What a rank sends and receives in one [`Communicator::exchange`].
@@ -146,8 +183,12 @@ pub struct DeviceBytes<'a> {
 }
 
 impl<'a> DeviceBytes<'a> {
+    /// The first ones of a buffer, which has as many.
+    pub(super) fn first(buffer: &'a dyn DeviceBuffer, len: u64) -> Self {
+        Self { buffer, start: 0, len }
+    }
+
     /// The memory that they are part of.
-    #[cfg(any(test, all(feature = "cuda", not(target_arch = "wasm32"))))]
     pub(super) fn buffer(&self) -> &'a dyn DeviceBuffer {
         self.buffer
     }

@@ -1,4 +1,7 @@
-//! Queries stay; keys and values of all groups come to each.
+//! Queries stay; keys and values of all groups come to each. Heads are computed in chunks, one call each, or all in one call
+//! that begins before all keys have come: `in_pieces`.
+
+mod in_pieces;
 
 use std::ops::Range;
 
@@ -112,6 +115,9 @@ impl Gather {
             let outputs = outputs(out.heads(&(0..heads))?, lse);
             let mask = scores.on(self.mask_of_all());
             return layer.forward_into(q.segments(), k.segments(), v.segments(), mask, outputs).map(drop);
+        }
+        if self.fits_pieces(steps, scores) {
+            return self.attend_in_pieces(steps, (layer, scores), [q, k, v], (out, lse));
         }
         let room = steps.room;
         let first = self.pack(room, 0, [k, v])?;

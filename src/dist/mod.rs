@@ -19,6 +19,7 @@ mod nccl;
 mod needs;
 mod peer;
 mod peer_lane;
+mod pieces;
 mod plan;
 mod rendezvous;
 mod request;

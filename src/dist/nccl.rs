@@ -21,7 +21,8 @@ use crate::error::{Error, Result};
 /// any rank, is aborted, on the device too, and later calls fail. So the time-out must be longer than the device's work between two
 /// exchanges. Tags are not compared: ranks that call in another order are noticed by sizes or by the time-out.
 ///
-/// While the device's stream is being captured into a graph an exchange is refused with [`Error::StreamCaptured`].
+/// Calls can be captured into a CUDA graph, after a first direct call of their request and with the output given: every rank then starts
+/// its graph, in the same order. Nobody watches over what a graph sends.
 ///
 /// ```no_run
 /// use std::time::Duration;

@@ -3,7 +3,10 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::communicator::{Communicator, DeviceBytes, Exchange, Incoming, Outgoing, Transfer, TransferMut};
+use super::communicator::{
+    Communicator, DeviceBytes, Exchange, ExchangeInPieces, InPieces, Incoming, Outgoing, Transfer, TransferMut,
+};
+use super::digest::Tag;
 use super::host::HostCommunicator;
 use super::mailbox::{Mailbox, Message};
 use super::peer_lane::{Lane, PeerLane, lanes};
@@ -90,6 +93,22 @@ impl Communicator for PeerCommunicator {
     fn abort(&mut self, why: &str) {
         self.ranked.abort(why);
     }
+
+    fn in_pieces(&mut self) -> Option<&mut dyn ExchangeInPieces> {
+        // All lanes count, or none.
+        self.ranked.lane.arrivals().is_some().then_some(self)
+    }
+}
+
+impl ExchangeInPieces for PeerCommunicator {
+    fn exchange_in_pieces(
+        &mut self,
+        exchange: InPieces<'_>,
+        write_rest: &mut dyn FnMut() -> Result<bool>,
+        attend: &mut dyn FnMut(DeviceBytes<'_>, u32) -> Result<()>,
+    ) -> Result<()> {
+        self.ranked.exchange_in_pieces(exchange, write_rest, attend)
+    }
 }
 
 /// What one rank gives another.
@@ -153,16 +172,85 @@ impl<L: PeerLane> Ranked<L> {
         lanes.into_iter().enumerate().map(of_rank).collect()
     }
 
-    fn exchange(&mut self, exchange: Exchange<'_>, meanwhile: &mut dyn FnMut() -> Result<()>) -> Result<()> {
-        exchange.check_peers(self.rank, self.mailboxes.len())?;
-        let operation = exchange.operation;
+    /// Fails after an error, and in another process.
+    fn check_open(&self, operation: &'static str) -> Result<()> {
         if self.process != process::current() {
             let why = "the process was forked from the one that the communicator belongs to".to_owned();
             return Err(Error::RankLost { operation, rank: self.rank, why });
         }
-        if let Some((rank, why)) = &self.aborted {
-            return Err(Error::RankLost { operation, rank: *rank, why: why.clone() });
+        match &self.aborted {
+            Some((rank, why)) => Err(Error::RankLost { operation, rank: *rank, why: why.clone() }),
+            None => Ok(()),
         }
+    }
+
+    /// An exchange in pieces, the first of which are written now. `write_rest` writes the others; `attend` works on what comes: the
+    /// first argument counts the heads that are there, from the other one on. On the host it waits for nothing but what peers say
+    /// before they attend themselves.
+    fn exchange_in_pieces(
+        &mut self,
+        InPieces { operation, tag, own, to, rooms, pieces }: InPieces<'_>,
+        write_rest: &mut dyn FnMut() -> Result<bool>,
+        attend: &mut dyn FnMut(DeviceBytes<'_>, u32) -> Result<()>,
+    ) -> Result<()> {
+        self.check_open(operation)?;
+        let within = (Instant::now(), self.limit);
+        let lane = &**self.lane;
+        let first = lane.mark()?;
+        let all = if write_rest()? { lane.note()? } else { first.clone() };
+        let mut lending = Lending { lane, loans: Vec::with_capacity(to.len()) };
+        for &to in own.iter().flat_map(|_| &to) {
+            let Some(own) = &own else { continue };
+            let loan = Arc::new(lane.lend(own, [&first, &all])?);
+            lending.loans.push((to, Arc::clone(&loan)));
+            self.mailboxes[to].put(self.rank, Message { tag, body: Parcel::Loan(loan) });
+        }
+        let mut lent = Vec::with_capacity(rooms.len());
+        for (rank, room) in &rooms {
+            let message = self.mailboxes[self.rank].take(operation, *rank, within)?;
+            lent.push((self.expect_loan((operation, tag), *rank, message, room.len())?, *room));
+        }
+        let loans: Vec<_> = lent.iter().map(|(loan, room)| (&**loan, *room)).collect();
+        let copied = lane.copy_pieces(&loans, pieces)?;
+        rooms.iter().for_each(|(rank, _)| self.mailboxes[*rank].wake());
+        match (copied, lane.arrivals()) {
+            (Some(before), Some(count)) => attend(DeviceBytes::first(count, 4), before)?,
+            _ => {
+                // One has given up, and says so after it took back what it lent.
+                let rank = rooms.first().map_or(self.rank, |(rank, _)| *rank);
+                self.mailboxes[self.rank].check_last_word(operation, rank, LAST_WORD)?;
+                return Err(Error::RankLost { operation, rank, why: "it took back what it sent".to_owned() });
+            }
+        }
+        for (to, loan) in &lending.loans {
+            self.mailboxes[self.rank].wait_until(operation, *to, within, || L::is_copied(loan))?;
+        }
+        lending.end()
+    }
+
+    /// The loan of so many bytes that a message has to be.
+    fn expect_loan(
+        &self,
+        (operation, tag): (&'static str, Tag),
+        rank: usize,
+        message: Message<Parcel<L::Loan>>,
+        room: u64,
+    ) -> Result<Arc<L::Loan>> {
+        let differ = |what: String| Error::RanksDiffer { operation, own_rank: self.rank, rank, what };
+        if message.tag != tag {
+            return Err(differ("calls, masks or settings".to_owned()));
+        }
+        match message.body {
+            Parcel::Loan(loan) if L::bytes_of(&loan) == room => Ok(loan),
+            Parcel::Loan(loan) => Err(differ(format!("shapes ({} bytes where {room} fit)", L::bytes_of(&loan)))),
+            Parcel::Bytes(_) => Err(differ("devices (one sends host memory, and one that of a GPU)".to_owned())),
+        }
+    }
+
+    fn exchange(&mut self, exchange: Exchange<'_>, meanwhile: &mut dyn FnMut() -> Result<()>) -> Result<()> {
+        exchange.check_peers(self.rank, self.mailboxes.len())?;
+        let operation = exchange.operation;
+        self.check_open(operation)?;
         let within = (Instant::now(), self.limit);
         let is_of_device = exchange.sends.iter().any(|send| matches!(send.from, Transfer::Device(_)))
             || exchange.receives.iter().any(|receive| matches!(receive.to, TransferMut::Device(_)));
@@ -181,7 +269,7 @@ impl<L: PeerLane> Ranked<L> {
         for Outgoing { to, from } in &exchange.sends {
             let body = match (from, mark) {
                 (Transfer::Device(memory), Some(mark)) => {
-                    let loan = Arc::new(self.lane.lend(memory, mark)?);
+                    let loan = Arc::new(self.lane.lend(memory, [mark, mark])?);
                     lending.loans.push((*to, Arc::clone(&loan)));
                     Parcel::Loan(loan)
                 }
@@ -278,6 +366,7 @@ mod tests {
     use super::*;
     use crate::call::memory::{DeviceBuffer, Sink, Source};
     use crate::dist::communicator::{incoming, outgoing};
+    use crate::dist::pieces::Pieces;
 
     /// Memory of a device that is none: what a lane moves, without a GPU.
     #[derive(Debug, Default, Clone)]
@@ -324,6 +413,9 @@ mod tests {
     struct TestLane {
         lent: Arc<Mutex<usize>>,
         unjoined: Mutex<usize>,
+        /// What counts arrivals, and what it says.
+        arrivals: Memory,
+        counted: Mutex<u32>,
     }
 
     #[derive(Debug)]
@@ -346,7 +438,26 @@ mod tests {
             Ok(())
         }
 
-        fn lend(&self, bytes: &DeviceBytes<'_>, (): &()) -> Result<TestLoan> {
+        fn note(&self) -> Result<()> {
+            Ok(())
+        }
+
+        fn arrivals(&self) -> Option<&dyn DeviceBuffer> {
+            Some(&self.arrivals)
+        }
+
+        fn copy_pieces(&self, loans: &[(&TestLoan, DeviceBytes<'_>)], pieces: &Pieces) -> Result<Option<u32>> {
+            if !self.copy(loans)? {
+                return Ok(None);
+            }
+            let heads: usize = pieces.all().iter().map(|piece| piece.batches.len() * piece.heads.len()).sum();
+            let mut counted = locked(&self.counted);
+            let before = *counted;
+            *counted += heads as u32;
+            Ok(Some(before))
+        }
+
+        fn lend(&self, bytes: &DeviceBytes<'_>, _: [&(); 2]) -> Result<TestLoan> {
             let (memory, range) = memory_of(bytes);
             *locked(&self.lent) += 1;
             Ok(TestLoan { memory, range, state: Mutex::new(Some(false)) })
@@ -515,6 +626,75 @@ mod tests {
             Some(all_to_all(&mut rank, 0, Ok(())))
         });
         assert!(matches!(lost[0], Some(Err(Error::RankLost { rank: 1, .. }))), "{lost:?}");
+    }
+
+    /// Each rank has two heads, keys and values of two bytes each, and gets what the others have. Also what the count said before.
+    fn in_pieces(rank: &mut Ranked<TestLane>, tag: u8, attended: Result<()>) -> Result<(Vec<Vec<u8>>, u32)> {
+        let (own_rank, world) = (rank.rank, rank.mailboxes.len());
+        let peers: Vec<_> = (0..world).filter(|&peer| peer != own_rank).collect();
+        let own = Memory::of(&[own_rank as u8; 8]);
+        let rooms: Vec<_> = peers.iter().map(|_| Memory::of(&[0xff; 8])).collect();
+        let pieces = Pieces::new((2, 1), 1 << 20, 2);
+        let exchange = InPieces {
+            operation: "test",
+            tag: [tag; 16],
+            own: Some(DeviceBytes::first(&own, 8)),
+            to: peers.clone(),
+            rooms: peers.iter().zip(&rooms).map(|(&from, room)| (from, DeviceBytes::first(room, 8))).collect(),
+            pieces: &pieces,
+        };
+        let mut before = None;
+        // What is written last comes too.
+        let mut write_rest = || -> Result<bool> {
+            locked(&own.0)[7] = 100 + own_rank as u8;
+            Ok(true)
+        };
+        let mut attend = |_: DeviceBytes<'_>, count: u32| -> Result<()> {
+            before = Some(count);
+            attended.clone()
+        };
+        let done = rank.exchange_in_pieces(exchange, &mut write_rest, &mut attend);
+        assert_eq!((*locked(&rank.lane.lent), *locked(&rank.lane.unjoined)), (0, 0), "all is ended");
+        done.inspect_err(|why| rank.abort(&why.to_string()))?;
+        Ok((rooms.iter().map(Memory::bytes).collect(), before.unwrap()))
+    }
+
+    #[test]
+    fn pieces_come_from_every_rank_and_are_counted() {
+        on_ranks(ranks(3, LONG), |mut rank| {
+            for call in 0..20_u8 {
+                let (came, before) = in_pieces(&mut rank, call, Ok(())).unwrap();
+                let peers = (0..3).filter(|&peer| peer != rank.rank as u8);
+                let expected: Vec<_> = peers.map(|peer| [vec![peer; 7], vec![100 + peer]].concat()).collect();
+                assert_eq!((came, before), (expected, 2 * u32::from(call)));
+            }
+        });
+    }
+
+    #[test]
+    fn a_rank_that_fails_or_differs_in_pieces_is_an_error_on_the_others() {
+        let why = Error::HeadDim { got: 0 };
+        let results = on_ranks(ranks(3, LONG), |mut rank| {
+            let attended = if rank.rank == 1 { Err(why.clone()) } else { Ok(()) };
+            in_pieces(&mut rank, 0, attended).and_then(|_| in_pieces(&mut rank, 1, Ok(())))
+        });
+        assert_eq!(results[1], Err(why));
+        for other in [0, 2] {
+            assert!(matches!(&results[other], Err(Error::RankLost { rank: 1, why, .. }) if why.contains("gave up")));
+        }
+        let results = on_ranks(ranks(2, LONG), |mut rank| {
+            let tag = rank.rank as u8;
+            in_pieces(&mut rank, tag, Ok(()))
+        });
+        assert!(results.iter().any(|result| matches!(result, Err(Error::RanksDiffer { .. }))), "{results:?}");
+        assert!(results.iter().all(Result::is_err), "{results:?}");
+        // One that comes too late finds that what it was lent is taken back.
+        let results = on_ranks(ranks(2, Duration::from_millis(30)), |mut rank| {
+            thread::sleep(Duration::from_millis(200 * rank.rank as u64));
+            in_pieces(&mut rank, 0, Ok(()))
+        });
+        assert!(matches!(results[0], Err(Error::RankTimedOut { rank: 1, .. })), "{results:?}");
+        assert!(matches!(results[1], Err(Error::RankLost { rank: 0, .. })), "{results:?}");
     }
 
     #[test]

@@ -4,7 +4,11 @@ use std::fmt::Debug;
 
 use super::communicator::DeviceBytes;
 #[cfg(all(feature = "cuda", not(target_arch = "wasm32")))]
+use super::pieces::Piece;
+use super::pieces::Pieces;
+#[cfg(all(feature = "cuda", not(target_arch = "wasm32")))]
 pub(super) use crate::backends::cuda::{Lane, lanes};
+use crate::call::memory::DeviceBuffer;
 use crate::error::Result;
 #[cfg(any(not(feature = "cuda"), target_arch = "wasm32"))]
 pub(super) use without_cuda::{Lane, lanes};
@@ -14,14 +18,23 @@ pub(super) trait PeerLane: Debug + Send + Sync + 'static {
     /// Memory that others may copy from.
     type Loan: Debug + Send + Sync;
     /// How far the device's work has come.
-    type Mark;
+    type Mark: Clone;
     /// How far it has come now. Copies come after that.
     fn mark(&self) -> Result<Self::Mark>;
-    /// Lends what is written at the mark. It is taken back before the memory is given up.
-    fn lend(&self, memory: &DeviceBytes<'_>, mark: &Self::Mark) -> Result<Self::Loan>;
+    /// How far it has come now, for peers alone.
+    fn note(&self) -> Result<Self::Mark>;
+    /// Lends memory: what is copied first is written at the first mark, and all at the other one. It is taken back before the memory
+    /// is given up.
+    fn lend(&self, memory: &DeviceBytes<'_>, marks: [&Self::Mark; 2]) -> Result<Self::Loan>;
     fn bytes_of(loan: &Self::Loan) -> u64;
     /// Copies all that one peer lends, beside the device's work; false, and nothing is copied, if any of it was taken back before.
     fn copy(&self, loans: &[(&Self::Loan, DeviceBytes<'_>)]) -> Result<bool>;
+    /// The number that counts the heads which [`copy_pieces`](Self::copy_pieces) brings, if this lane and those of all peers count:
+    /// where copies need nothing but copy engines.
+    fn arrivals(&self) -> Option<&dyn DeviceBuffer>;
+    /// Copies what each peer lends in pieces, beside the device's work, which comes after all is written on the peers' side alone. What
+    /// the number says before the first piece; nothing, and nothing is copied, if something was taken back before.
+    fn copy_pieces(&self, loans: &[(&Self::Loan, DeviceBytes<'_>)], pieces: &Pieces) -> Result<Option<u32>>;
     fn is_copied(loan: &Self::Loan) -> bool;
     /// Later work of the device comes after all copies.
     fn join(&self) -> Result<()>;
@@ -31,8 +44,13 @@ pub(super) trait PeerLane: Debug + Send + Sync + 'static {
 
 #[cfg(all(feature = "cuda", not(target_arch = "wasm32")))]
 mod with_cuda {
-    use super::{DeviceBytes, Lane, PeerLane, Result};
-    use crate::backends::cuda::{Loan, Mark};
+    use super::{DeviceBuffer, DeviceBytes, Lane, PeerLane, Piece, Pieces, Result};
+    use crate::backends::cuda::{Block, Loan, Mark};
+    use crate::dist::pieces;
+
+    fn block(pieces::Block { start, width, pitch, rows, slice_rows, slices }: pieces::Block) -> Block {
+        Block { start, width, pitch, rows, slice_rows, slices }
+    }
 
     impl PeerLane for Lane {
         type Loan = Loan;
@@ -42,8 +60,12 @@ mod with_cuda {
             self.mark()
         }
 
-        fn lend(&self, memory: &DeviceBytes<'_>, mark: &Mark) -> Result<Loan> {
-            self.lend(memory.buffer(), memory.range(), mark)
+        fn note(&self) -> Result<Mark> {
+            self.note()
+        }
+
+        fn lend(&self, memory: &DeviceBytes<'_>, marks: [&Mark; 2]) -> Result<Loan> {
+            self.lend(memory.buffer(), memory.range(), marks)
         }
 
         fn bytes_of(loan: &Loan) -> u64 {
@@ -53,6 +75,20 @@ mod with_cuda {
         fn copy(&self, loans: &[(&Loan, DeviceBytes<'_>)]) -> Result<bool> {
             let places: Vec<_> = loans.iter().map(|(loan, to)| (*loan, to.buffer(), to.range().start)).collect();
             self.copy(&places)
+        }
+
+        fn arrivals(&self) -> Option<&dyn DeviceBuffer> {
+            self.arrivals()
+        }
+
+        fn copy_pieces(&self, loans: &[(&Loan, DeviceBytes<'_>)], pieces: &Pieces) -> Result<Option<u32>> {
+            let places: Vec<_> = loans.iter().map(|(loan, to)| (*loan, to.buffer(), to.range().start)).collect();
+            let of_piece = |piece: &Piece| {
+                let blocks = loans.iter().map(|(loan, _)| block(pieces.block(piece, loan.bytes()))).collect();
+                // Fits: heads and batch rows are counted in 32 bits by kernels.
+                (blocks, piece.is_first, (piece.batches.len() * piece.heads.len()) as u32)
+            };
+            self.copy_blocks(&places, &pieces.all().iter().map(of_piece).collect::<Vec<_>>())
         }
 
         fn is_copied(loan: &Loan) -> bool {
@@ -72,7 +108,7 @@ mod with_cuda {
 /// A library that is built without CUDA has no device whose memory others copy.
 #[cfg(any(not(feature = "cuda"), target_arch = "wasm32"))]
 mod without_cuda {
-    use super::{DeviceBytes, PeerLane, Result};
+    use super::{DeviceBuffer, DeviceBytes, PeerLane, Pieces, Result};
     use crate::call::op::Backend;
     use crate::error::Error;
 
@@ -97,7 +133,11 @@ mod without_cuda {
             match *self {}
         }
 
-        fn lend(&self, _: &DeviceBytes<'_>, (): &()) -> Result<()> {
+        fn note(&self) -> Result<()> {
+            match *self {}
+        }
+
+        fn lend(&self, _: &DeviceBytes<'_>, _: [&(); 2]) -> Result<()> {
             match *self {}
         }
 
@@ -106,6 +146,14 @@ mod without_cuda {
         }
 
         fn copy(&self, _: &[(&(), DeviceBytes<'_>)]) -> Result<bool> {
+            match *self {}
+        }
+
+        fn arrivals(&self) -> Option<&dyn DeviceBuffer> {
+            match *self {}
+        }
+
+        fn copy_pieces(&self, _: &[(&(), DeviceBytes<'_>)], _: &Pieces) -> Result<Option<u32>> {
             match *self {}
         }
 

@@ -56,13 +56,14 @@ impl ParallelRequest {
     }
 
     /// Bytes of the device's memory that calls of the request use again: what they send and receive, and partial results. The first
-    /// call takes them; none before it, and none while a CUDA graph is captured.
+    /// call takes them; none before it. A CUDA graph that calls are captured into uses them too.
     #[must_use]
     pub fn kept_bytes(&self) -> u64 {
         self.kept.bytes()
     }
 
-    /// Gives that memory back, until the next call. Calls that are under way keep theirs.
+    /// Gives that memory back, until the next call. Calls that are under way keep theirs; graphs that calls were captured into must
+    /// not run afterwards, nor after the request is dropped.
     pub fn release_memory(&self) {
         self.kept.clear();
     }

@@ -323,13 +323,10 @@ impl SequenceParallel {
         // Once for all that follows.
         let backend = self.device.backend()?;
         let _current = backend.stay_current()?;
-        // Memory of a graph that is being captured ends with the capture.
-        let of_call = Kept::default();
-        let kept = if backend.keeps_memory()? { &request.kept } else { &of_call };
-        let room = Room { device: &self.device, kept };
+        let room = Room { device: &self.device, kept: &request.kept };
         let done = self.run_in(Steps { communicator, room, tag }, (request, &scores), inputs, (out, lse));
         // Whoever failed may leave work behind that uses it.
-        done.inspect_err(|_| kept.clear())
+        done.inspect_err(|_| request.kept.clear())
     }
 
     fn run_in(

@@ -40,6 +40,14 @@ struct Case {
 
 const CASES: &[Case] = &[
     Case { name: "all valid", batch: 2, prefix: 0, lengths: &[40, 40], suffix: 0, keep: |_, _| true },
+    Case {
+        name: "valid shards beside text",
+        batch: 3,
+        prefix: 20,
+        lengths: &[150, 90],
+        suffix: 9,
+        keep: |b, at| at >= 20 && at < 260 || (at + b) % 3 == 0,
+    },
     Case { name: "nothing valid", batch: 1, prefix: 3, lengths: &[4, 4], suffix: 0, keep: |_, _| false },
     Case { name: "seven tokens", batch: 1, prefix: 0, lengths: &[4, 3], suffix: 0, keep: |_, at| at != 5 },
     Case { name: "a shard of padding", batch: 2, prefix: 0, lengths: &[33, 20, 33], suffix: 0, keep: |_, at| at < 33 },

@@ -12,10 +12,12 @@ use varlen_fa::dist::{
 use varlen_fa::{DType, Device, DeviceChoice, Error, KeyMask, Tensor, bf16};
 
 use super::dist::on_ranks;
+use super::external_cuda::{Application, LOCAL};
 use super::trials::Trials;
 
 pub fn register(trials: &mut Trials) {
     trials.alone("dist/nccl/modes", modes);
+    trials.alone("dist/nccl/captured", captured);
     trials.alone("dist/nccl/a_rank_that_is_silent", a_rank_that_is_silent);
     trials.alone("dist/nccl/refusals", refusals);
 }
@@ -83,6 +85,54 @@ fn modes(device: &Device) -> Result<Completion> {
             ensure!(same, "rank {rank} of {world} has other bits by NCCL");
         }
     }
+    Ok(Completion::Completed)
+}
+
+/// Calls that are captured into a graph give the bits of direct calls each time that it runs, on whatever the tensors hold by then. The
+/// first call of a request is a direct one, which takes the memory.
+fn captured(device: &Device) -> Result<Completion> {
+    if let Some(why) = absence(device)? {
+        return Ok(Completion::ignored_with(why));
+    }
+    let gpus = gpus(device)?.len();
+    if gpus < 2 {
+        return Ok(Completion::ignored_with("there is one GPU"));
+    }
+    let applications = (0..2).map(Application::on_gpu).collect::<Result<Vec<_>>>()?;
+    let ranks = HostCommunicator::threads(2)?.into_iter().zip(&applications).collect();
+    let done = on_ranks(ranks, |(rank, application): (HostCommunicator, &Application)| {
+        let device = application.device()?;
+        let mut rank = NcclCommunicator::new(rank, &device)?;
+        let meta = ShardedMeta::new(&KeyMask::from_lengths(SEQ, &[SEQ - 7])?, &Shards::equal(SEQ, 2)?, rank.rank())?;
+        let shape = [1, SEQ / 2, HEADS.num_heads, HEADS.head_dim];
+        let values = |seed: usize| -> Vec<bf16> {
+            let value = |at: usize| ((at * 37 + seed * 11) % 61) as f32 / 61.0 - 0.5;
+            (0..shape.iter().product()).map(|at| bf16::from_f32(value(at))).collect()
+        };
+        for (mode, chunks) in [(Mode::Gather, 1), (Mode::Gather, 2), (Mode::Ulysses, 1), (Mode::Ring, 1)] {
+            let parallel = SequenceParallel::new(&device).with_mode(mode).with_chunks(chunks);
+            let request = parallel.prepare(&mut rank, &meta, &HEADS)?;
+            let mut x = Tensor::zeros(&device, HEADS.dtype, &shape)?;
+            let mut out = Tensor::zeros(&device, HEADS.dtype, &shape)?;
+            parallel.forward_into(&mut rank, &request, &x, &x, &x, &mut out)?;
+            let graph =
+                application.capture(LOCAL, || Ok(parallel.forward_into(&mut rank, &request, &x, &x, &x, &mut out)?))?;
+            for seed in [1, 2] {
+                x.write(&values(seed + rank.rank()))?;
+                parallel.forward_into(&mut rank, &request, &x, &x, &x, &mut out)?;
+                let direct = out.to_vec::<bf16>()?;
+                ensure!(direct.iter().any(|value| value.to_f32() != 0.0), "{mode}: zeros alone");
+                out.write(&vec![bf16::NAN; direct.len()])?;
+                rank.barrier()?;
+                graph.launch().map_err(|error| anyhow!("{mode}: the graph does not start: {error:?}"))?;
+                application.synchronize()?;
+                ensure!(out.to_vec::<bf16>()? == direct, "{mode}, {chunks} chunks: other bits");
+            }
+            rank.barrier()?;
+        }
+        Ok(())
+    })?;
+    done.into_iter().collect::<Result<Vec<_>>>()?;
     Ok(Completion::Completed)
 }
 

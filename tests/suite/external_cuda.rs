@@ -66,8 +66,12 @@ pub struct Application {
 impl Application {
     /// On the first GPU.
     pub fn new() -> Result<Self> {
+        Self::on_gpu(0)
+    }
+
+    pub fn on_gpu(ordinal: usize) -> Result<Self> {
         let _beside = beside_no_capture();
-        let context = CudaContext::new(0).map_err(driver)?;
+        let context = CudaContext::new(ordinal).map_err(driver)?;
         let stream = context.new_stream().map_err(driver)?;
         Ok(Self { context, stream })
     }

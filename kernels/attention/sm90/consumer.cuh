@@ -466,7 +466,8 @@ private:
         __threadfence();
         ptx::barrier_sync(BARRIER_WARPGROUP + warpgroup, WARPGROUP);
         auto* const done = reinterpret_cast<volatile uint32_t*>(shared + S::PARTS_DONE) + warpgroup;
-        if (thread == 0) *done = atomicAdd(params.parts_done + query_tile * S::WARPGROUPS + warpgroup, 1u);
+        // The last part leaves 0 again, for the launch that comes next.
+        if (thread == 0) *done = atomicInc(params.parts_done + query_tile * S::WARPGROUPS + warpgroup, params.parts - 1);
         ptx::barrier_sync(BARRIER_WARPGROUP + warpgroup, WARPGROUP);
         if (*done + 1 != params.parts) return false;
         __threadfence();

@@ -5,6 +5,7 @@
 #pragma once
 #include "../../ptx/mbarrier.cuh"
 #include "../../ptx/tma.cuh"
+#include "../arrivals.cuh"
 #include "../key_range.cuh"
 #include "../loader.cuh"
 #include "../schedule.cuh"
@@ -54,6 +55,7 @@ struct Producer {
             for (; schedule.next(work) && !(is_exact && work.part >= 0); ++work_index) {
                 if constexpr (S::RANGED) range_tile = schedule.tile;
                 const RowGroup group = find(work);
+                if constexpr (S::SEGMENTED) wait_for_arrival(*segments, tiles.batch * (params.heads / params.group_size) + kv_head);
                 // A query tile may have no keys. The first ones come before the queries, which may have to
                 // wait for their place.
                 for (int i = first_tile; i == first_tile || i < end_tile; ++i) {

@@ -87,8 +87,20 @@ fn attend_packed(
     let [q, k, v] = [q, k, v].map(Segmented::One);
     let (out_of_rows, lse_of_rows) =
         (Segmented::One(packed_out.output()), packed_lse.as_mut().map(PackedScratch::output));
-    let attention =
-        Attention { problem, plan, q, k, v, out: out_of_rows, lse: lse_of_rows, rows, ranges, modifiers, bias: None };
+    let attention = Attention {
+        problem,
+        plan,
+        q,
+        k,
+        v,
+        out: out_of_rows,
+        lse: lse_of_rows,
+        rows,
+        ranges,
+        modifiers,
+        bias: None,
+        arrivals: None,
+    };
     attend(attention, processor, threads)?;
     copy::scatter(packed_out.input(), out, query, threads)?;
     if let (Some(packed), Some(padded)) = (packed_lse, lse) {

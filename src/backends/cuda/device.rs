@@ -29,6 +29,7 @@ use super::driver::memory::CudaBuffer;
 use super::driver::probe::{self, CudaDeviceInfo};
 use super::driver::scratch::KeptScratch;
 use super::driver::timer::Timers;
+use super::driver::zeroed::KeptCounts;
 use super::kernels::module::{AttentionImages, KERNELS_CUDA, Modules};
 use super::kernels::tiles::tilings;
 use super::launcher::Launcher;
@@ -116,6 +117,7 @@ impl CudaDevice {
             multiprocessors: info.multiprocessors.unsigned_abs().max(1) as usize,
             max_buffer_bytes: capabilities.max_buffer_bytes,
             kept: KeptScratch::default(),
+            counts: KeptCounts::default(),
         };
         Ok(Self { name, capabilities, launcher, timers: Timers::default() })
     }
@@ -244,10 +246,6 @@ impl Backend for CudaDevice {
     fn alloc(&self, bytes: u64) -> Result<Storage> {
         let _current = self.launcher.context.enter()?;
         Ok(Storage::device(self.launcher.lasting(bytes)?))
-    }
-
-    fn keeps_memory(&self) -> Result<bool> {
-        Ok(!self.launcher.context.is_captured()?)
     }
 
     fn metadata_place(&self) -> MetadataPlace {

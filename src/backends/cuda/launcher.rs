@@ -12,6 +12,7 @@ use super::driver::context::Context;
 use super::driver::launch::{self, Function};
 use super::driver::memory::CudaBuffer;
 use super::driver::scratch::{KeptScratch, LentScratch};
+use super::driver::zeroed::{KeptCounts, ZeroedCounts};
 use super::kernels::module::{Entry, Modules};
 
 /// Allocates, finds buffers and launches kernels, all in the order of one stream. The context is
@@ -26,6 +27,8 @@ pub struct Launcher {
     pub max_buffer_bytes: u64,
     /// Scratch that calls use again.
     pub kept: KeptScratch,
+    /// Counts that are zero, which calls use again.
+    pub counts: KeptCounts,
 }
 
 impl Launcher {
@@ -41,6 +44,7 @@ impl Launcher {
             multiprocessors: self.multiprocessors,
             max_buffer_bytes: self.max_buffer_bytes,
             kept: KeptScratch::default(),
+            counts: KeptCounts::default(),
         })
     }
 
@@ -75,6 +79,11 @@ impl Launcher {
         }
         let buffer = self.kept.take(bytes).map_or_else(|| self.scratch(bytes), Ok)?;
         Ok(self.kept.lend(buffer))
+    }
+
+    /// Zeros that a launch counts in, and leaves as zeros: at least so many bytes, which later launches have again.
+    pub fn zeroed_counts(&self, bytes: u64) -> Result<ZeroedCounts> {
+        self.counts.take(&self.context, self.id, bytes)
     }
 
     /// New memory that holds the bytes and may outlive a capture of the stream.

@@ -36,7 +36,7 @@ use crate::kernel::Kernel;
 
 use device::CudaDevice;
 
-pub(crate) use driver::lane::{Lane, Loan, Mark};
+pub(crate) use driver::lane::{Block, Lane, Loan, Mark};
 #[cfg(feature = "nccl")]
 pub(crate) use driver::nccl::{Cause, NcclRank, UniqueId};
 
@@ -92,15 +92,25 @@ pub(crate) fn set_emulated_sm100(fatbin: &[u8]) -> bool {
     kernels::module::set_emulated_sm100(fatbin)
 }
 
-/// A lane of each device, all of which can read the memory of all.
+/// A lane of each device, all of which can read the memory of all. Where each has a GPU of its own, with direct access to the others,
+/// all lanes count what arrives; else none does.
 ///
 /// # Errors
 /// [`DeviceKind`](crate::Error::DeviceKind) for a device of another backend;
 /// [`DeviceLost`](crate::Error::DeviceLost), [`Backend`](crate::Error::Backend).
 pub(crate) fn lanes(devices: &[&dyn Backend]) -> Result<Vec<Lane>> {
-    let lanes: Vec<Lane> = devices.iter().map(|device| cuda("devices", *device)?.lane()).collect::<Result<_>>()?;
-    for reader in &lanes {
-        lanes.iter().try_for_each(|other| reader.reach(other))?;
+    let mut lanes: Vec<Lane> = devices.iter().map(|device| cuda("devices", *device)?.lane()).collect::<Result<_>>()?;
+    let mut count = lanes.len() > 1;
+    for (at, reader) in lanes.iter().enumerate() {
+        for (_, other) in lanes.iter().enumerate().filter(|(other, _)| *other != at) {
+            count &= reader.reach(other)?;
+        }
+    }
+    for lane in &mut lanes {
+        count = count && lane.count_arrivals()?;
+    }
+    if !count {
+        lanes.iter_mut().for_each(Lane::count_nothing);
     }
     Ok(lanes)
 }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use crate::backends::cuda::driver::memory::CudaBuffer;
 use crate::backends::cuda::driver::scratch::LentScratch;
-use crate::backends::cuda::driver::transfer;
+use crate::backends::cuda::driver::zeroed::ZeroedCounts;
 use crate::backends::cuda::kernels::module::Entry;
 use crate::backends::cuda::kernels::params::{
     SegmentOutput, SegmentTable, SegmentedTileListParams, TensorMap, TileListForm, TileListParams,
@@ -76,6 +76,12 @@ struct Ranged<'a> {
     placed: &'a PlacedRanges,
     tiles: &'a dyn Fn(&KeyRanges) -> RangeTiles,
     metas: [u64; 2],
+}
+
+/// Memory of the parts of query tiles. It lives until the launch.
+struct PartsScratch<'a> {
+    _parts: LentScratch<'a>,
+    _counts: ZeroedCounts,
 }
 
 /// The extent of a launch: of its tensors, and of its work.
@@ -460,6 +466,10 @@ impl<'a> Call<'a> {
         // They fit: there are few.
         let [query_count, key_count] = [queries, keys].map(|pieces| pieces.ends.len() as i32);
         let mut table = Box::new(SegmentTable { query_ends, key_ends, query_count, key_count, ..Default::default() });
+        if let Some(arrivals) = &self.attention.arrivals {
+            table.arrived = self.launcher.source(arrivals.count)?.address();
+            table.arrived_before = arrivals.before;
+        }
         let group = GROUP_ROWS as u32;
         // As many as there is room for: checked by plan.
         for (at, (tokens, &[q, out])) in queries.spans().enumerate() {
@@ -505,7 +515,7 @@ impl<'a> Call<'a> {
         extent: &Extent,
         params: &mut TileListParams,
         ranged: &Ranged<'_>,
-    ) -> Result<(usize, Option<LentScratch<'a>>)> {
+    ) -> Result<(usize, Option<PartsScratch<'a>>)> {
         let mut copy = self.work(ranged, extent.zero_items, true)?;
         let mut scratch = None;
         if copy.split.parts > 1 {
@@ -525,7 +535,7 @@ impl<'a> Call<'a> {
 
     /// How query tiles are shared out, which the parameters then say, and scratch for the parts of
     /// split ones.
-    fn split(&self, extent: &Extent, params: &mut TileListParams) -> Result<(Split, Option<LentScratch<'a>>)> {
+    fn split(&self, extent: &Extent, params: &mut TileListParams) -> Result<(Split, Option<PartsScratch<'a>>)> {
         let mut split = Split::of(self.tile, extent.items, extent.fewest_key_tiles, self.launcher.multiprocessors);
         let mut scratch = None;
         if split.parts > 1 {
@@ -543,14 +553,12 @@ impl<'a> Call<'a> {
 
     /// Memory for the parts of query tiles, and zeroed counts of the parts that are done. The
     /// parameters then name both.
-    fn parts_scratch(&self, split: &Split, params: &mut TileListParams) -> Result<LentScratch<'a>> {
+    fn parts_scratch(&self, split: &Split, params: &mut TileListParams) -> Result<PartsScratch<'a>> {
         let bytes = split.part_items() as u64 * self.tile.part_bytes();
         let count_bytes = split.split_items() as u64 * self.tile.part_count_bytes();
-        let scratch = self.launcher.lent_scratch(bytes + count_bytes)?;
-        params.part_chunks = scratch.address();
-        params.parts_done = scratch.address() + bytes;
-        // SAFETY: behind the parts, in the buffer that this call has.
-        unsafe { transfer::fill(&self.launcher.context, params.parts_done, 0, count_bytes) }?;
-        Ok(scratch)
+        let parts = self.launcher.lent_scratch(bytes)?;
+        let counts = self.launcher.zeroed_counts(count_bytes)?;
+        (params.part_chunks, params.parts_done) = (parts.address(), counts.address());
+        Ok(PartsScratch { _parts: parts, _counts: counts })
     }
 }

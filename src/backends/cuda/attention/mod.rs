@@ -25,6 +25,7 @@ mod sm80;
 mod split;
 mod tile_lists;
 
+use crate::backends::cuda::driver::count;
 use crate::backends::cuda::driver::memory::CudaBuffer;
 use crate::backends::cuda::launcher::Launcher;
 use crate::backends::cuda::tensors::key_ranges::PlacedRanges;
@@ -33,8 +34,9 @@ use crate::backends::cuda::tensors::metadata::{self, Tables};
 use crate::backends::cuda::tensors::placement::{Operand, place_input, place_input_for_maps};
 use crate::backends::cuda::tensors::segments::{Pieces, Segments};
 use crate::backends::rows::with_filled_heads;
-use crate::call::op::{Attention, DeviceTables, Rows};
+use crate::call::op::{Arrivals, Attention, DeviceTables, Rows};
 use crate::call::path::Path;
+use crate::call::problem::{AttentionProblem, AttentionShape};
 use crate::call::segments::{Cuts, Role, Segmented};
 use crate::error::Result;
 use crate::mask::cu_seqlens::CuSeqlens;
@@ -48,8 +50,13 @@ use packing::Packing;
 pub fn attend(launcher: &Launcher, attention: Attention<'_>) -> Result<()> {
     // Tensors keep their layouts: placing them says which are copied.
     let filled = with_filled_heads(attention.problem);
+    let copies_heads = attention.problem.shape.head_dim != filled.shape.head_dim;
     let attention = &attention.on(&filled);
     let fuses_segments = attention.problem.cuts != Cuts::None && !attention.plan.copies_segments;
+    if let Some(arrivals) = attention.arrivals.filter(|_| copies_heads || !fuses_segments) {
+        // What copies tensors, or reads them by another kernel, comes after all of them.
+        wait_for_all(launcher, arrivals, attention.problem)?;
+    }
     match &attention.rows {
         Rows::Varlen { query, key } if fuses_segments => {
             let run = |tensors: Placement<'_>| by_tile_lists::fused(launcher, attention, tensors, query, key);
@@ -67,6 +74,20 @@ pub fn attend(launcher: &Launcher, attention: Attention<'_>) -> Result<()> {
     let tensors = place(launcher, attention, &mut scratch)?;
     launch(launcher, attention, tensors)?;
     Segments::output(launcher, Role::Out, &attention.out)?.finish_output(launcher, &tensors.out)
+}
+
+/// Later work comes after the last of the keys and values that arrive.
+fn wait_for_all(
+    launcher: &Launcher,
+    Arrivals { count, before }: Arrivals<'_>,
+    problem: &AttentionProblem,
+) -> Result<()> {
+    let AttentionShape { batch, num_kv_heads, .. } = problem.shape;
+    // The number counts modulo 2^32, as the sum does.
+    let last = before.wrapping_add((batch * num_kv_heads) as u32);
+    let count = launcher.source(count)?;
+    // SAFETY: a `u32` of this device's memory, which what is under way sets (`Arrivals`).
+    unsafe { count::wait(&launcher.context, count.address(), last) }
 }
 
 /// A fused call on segments, where they lie: `run` launches it.

@@ -18,7 +18,7 @@ pub struct Split {
 const MAX_PARTS: usize = 8;
 /// A part has at least this many key tiles.
 const MIN_PART_STEPS: usize = 2;
-/// Cycles that zeroing the counts of parts takes beside the kernel.
+/// Cycles that parts cost beside their own work; fitted when each launch had its counts of parts zeroed before it.
 const LAUNCH_CYCLES: usize = 3500;
 
 impl Split {

@@ -14,17 +14,21 @@
 
 use std::fmt;
 use std::ops::Range;
+use std::ptr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use cudarc::driver::DriverError;
 use cudarc::driver::result::{self, event, stream};
-use cudarc::driver::sys::{self, CUcontext, CUdevice, CUevent, CUevent_flags, CUevent_wait_flags, CUresult, CUstream};
+use cudarc::driver::sys::{
+    self, CUcontext, CUdevice, CUevent, CUevent_flags, CUevent_wait_flags, CUmemorytype, CUresult, CUstream,
+};
 
 use crate::cache::DeviceId;
 use crate::call::memory::{DeviceBuffer, Source};
 use crate::error::Result;
 
 use super::context::Context;
+use super::count::{self, Count};
 use super::memory::CudaBuffer;
 
 /// An event of a context, without a time.
@@ -90,6 +94,41 @@ pub struct Lane {
     events: Mutex<Vec<Arc<Event>>>,
     /// The end of the last copy that the device's stream does not wait for yet.
     last_copy: Mutex<Option<Mark>>,
+    /// Where the device's work finds what has come, if it can look.
+    arrivals: Option<Arrivals>,
+}
+
+/// A `u32` of the device's memory, which counts what copies have brought.
+struct Arrivals {
+    count: Count,
+    /// What it says when all copies that are enqueued are done.
+    counted: Mutex<u32>,
+}
+
+/// Bytes that lie in the same places of two pieces of memory: slices of rows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Block {
+    /// Where the first row begins.
+    pub start: u64,
+    /// Bytes of a row.
+    pub width: u64,
+    /// Bytes from row to row.
+    pub pitch: u64,
+    pub rows: u64,
+    /// Rows from slice to slice.
+    pub slice_rows: u64,
+    pub slices: u64,
+}
+
+impl Block {
+    /// The first byte past it.
+    fn end(&self) -> Option<u64> {
+        if self.width == 0 || self.rows == 0 || self.slices == 0 {
+            return Some(self.start);
+        }
+        let last_row = (self.slices - 1).checked_mul(self.slice_rows)?.checked_add(self.rows - 1)?;
+        self.start.checked_add(last_row.checked_mul(self.pitch)?)?.checked_add(self.width)
+    }
 }
 
 // SAFETY: the stream may be used from any thread, and its context lives as long.
@@ -109,8 +148,9 @@ pub struct Loan {
     context: Arc<Context>,
     address: u64,
     bytes: u64,
-    /// Where the lender's stream has written it.
+    /// Where the lender's stream has written what is copied first, and all of it.
     ready: Mark,
+    all_ready: Mark,
     state: Mutex<LoanState>,
 }
 
@@ -144,23 +184,25 @@ impl Lane {
     pub fn new(context: &Arc<Context>, device: DeviceId) -> Result<Self> {
         let _current = context.enter()?;
         let side = context.check(stream::create(stream::StreamKind::NonBlocking), "making a stream")?;
-        Ok(Self { context: Arc::clone(context), device, side, events: Mutex::default(), last_copy: Mutex::default() })
+        let (events, last_copy) = (Mutex::default(), Mutex::default());
+        Ok(Self { context: Arc::clone(context), device, side, events, last_copy, arrivals: None })
     }
 
     /// Lets this lane read memory of another one's device without the host, where the GPUs can. Where they cannot,
-    /// the driver copies through host memory: slower, and as right.
-    pub fn reach(&self, other: &Self) -> Result<()> {
+    /// the driver copies through host memory: slower, and as right. Whether it is another GPU and access is direct: then
+    /// copy engines alone move what is copied.
+    pub fn reach(&self, other: &Self) -> Result<bool> {
         if self.context.raw() == other.context.raw() {
-            return Ok(());
+            return Ok(false);
         }
         let (own_device, their_device) = (self.ordinal()?, other.ordinal()?);
         if own_device == their_device {
-            return Ok(());
+            return Ok(false);
         }
         let can = self.context.check(can_reach(own_device, their_device), "asking about access between GPUs")?;
         if !can {
             log::info!("GPU {own_device} has no access to GPU {their_device}: copies go through host memory");
-            return Ok(());
+            return Ok(false);
         }
         {
             let _current = self.context.enter()?;
@@ -171,7 +213,34 @@ impl Lane {
         let _current = other.context.enter()?;
         // Memory of pools has rights of its own.
         let allowed = other.context.pool().let_read(own_device);
-        other.context.check(allowed, "enabling access to a memory pool")
+        other.context.check(allowed, "enabling access to a memory pool")?;
+        Ok(true)
+    }
+
+    /// Counts from now on what [`copy_blocks`](Self::copy_blocks) brings; false where the driver sets no numbers on streams.
+    pub fn count_arrivals(&mut self) -> Result<bool> {
+        let _current = self.context.enter()?;
+        if self.context.is_captured()? {
+            return Ok(false);
+        }
+        let count = Count::new(&self.context, self.device)?;
+        // SAFETY: the number is this device's, and so is the stream.
+        let set = unsafe { count::set(&self.context, self.side, count.buffer().address(), 0) };
+        match set {
+            Ok(()) => self.arrivals = Some(Arrivals { count, counted: Mutex::default() }),
+            Err(why) => log::info!("attention does not begin before all keys have come: {why}"),
+        }
+        Ok(self.arrivals.is_some())
+    }
+
+    /// Counts no more.
+    pub fn count_nothing(&mut self) {
+        self.arrivals = None;
+    }
+
+    /// The `u32` that counts them, if something does.
+    pub fn arrivals(&self) -> Option<&dyn DeviceBuffer> {
+        self.arrivals.as_ref().map(|arrivals| arrivals.count.buffer() as &dyn DeviceBuffer)
     }
 
     /// The stream beside the device's own.
@@ -210,16 +279,31 @@ impl Lane {
 
     /// Where the device's stream has come to. Copies of this lane come after that.
     pub fn mark(&self) -> Result<Mark> {
+        let mark = self.note()?;
         let _current = self.context.enter()?;
-        self.context.expect_no_capture("exchanging with other ranks")?;
-        let mark = self.record(self.context.stream())?;
         self.wait(self.side, &mark)?;
         Ok(mark)
     }
 
-    /// Lends bytes of the device's memory, which are written where the mark is. Whoever lends them
-    /// [takes them back](Self::take_back) before the memory is given up or written.
-    pub fn lend(&self, buffer: &dyn DeviceBuffer, bytes: Range<u64>, mark: &Mark) -> Result<Loan> {
+    /// What the stream beside the device's own does later comes after the device's work so far; in a graph too that the device's
+    /// stream is being captured into, which the other one then is as well until [`join`](Self::join).
+    #[cfg(feature = "nccl")]
+    pub(super) fn fork(&self) -> Result<()> {
+        let _current = self.context.enter()?;
+        let mark = self.record(self.context.stream())?;
+        self.wait(self.side, &mark)
+    }
+
+    /// Where the device's stream has come to, for others.
+    pub fn note(&self) -> Result<Mark> {
+        let _current = self.context.enter()?;
+        self.context.expect_no_capture("exchanging with other ranks")?;
+        self.record(self.context.stream())
+    }
+
+    /// Lends bytes of the device's memory, of which those that are copied first are written where the first mark is, and all where
+    /// the other one is. Whoever lends them [takes them back](Self::take_back) before the memory is given up or written.
+    pub fn lend(&self, buffer: &dyn DeviceBuffer, bytes: Range<u64>, [mark, all]: [&Mark; 2]) -> Result<Loan> {
         let buffer = self.own(buffer)?;
         let (start, end) = (bytes.start.min(buffer.size()), bytes.end.min(buffer.size()));
         Ok(Loan {
@@ -227,6 +311,7 @@ impl Lane {
             address: buffer.address() + start,
             bytes: end.saturating_sub(start),
             ready: mark.clone(),
+            all_ready: all.clone(),
             state: Mutex::new(LoanState::Open),
         })
     }
@@ -261,6 +346,100 @@ impl Lane {
             **state = LoanState::Copied(end.clone());
         }
         enqueued.map(|()| true)
+    }
+
+    /// Copies pieces of what peers have lent, one piece of all after the other, and counts each. `pieces` has, for each, a block of
+    /// each loan, whether the loans' first marks are enough for it, and what to add to the count when it is there. The device's later
+    /// work comes after all is written on the peers' side, so it waits for copy engines alone. What the count says before the first
+    /// piece; nothing, and nothing is copied, if a loan was taken back before, or does not fit, or nothing counts.
+    pub fn copy_blocks(
+        &self,
+        loans: &[(&Loan, &dyn DeviceBuffer, u64)],
+        pieces: &[(Vec<Block>, bool, u32)],
+    ) -> Result<Option<u32>> {
+        let Some(Arrivals { count, counted }) = &self.arrivals else { return Ok(None) };
+        let mut lent = Vec::with_capacity(loans.len());
+        for (at, &(loan, to, start)) in loans.iter().enumerate() {
+            // While it is locked it is not taken back.
+            let (to, state) = (self.own(to)?, loan.lock());
+            let room = to.size().checked_sub(start).map_or(0, |room| room.min(loan.bytes));
+            let fits =
+                |(blocks, ..): &(Vec<Block>, _, _)| blocks.get(at).and_then(Block::end).is_some_and(|end| end <= room);
+            if !matches!(*state, LoanState::Open) || !pieces.iter().all(fits) {
+                return Ok(None);
+            }
+            lent.push((loan, to.address() + start, state));
+        }
+        let _current = self.context.enter()?;
+        let mut counted = counted.lock().unwrap_or_else(PoisonError::into_inner);
+        let before = *counted;
+        let mut enqueue = || -> Result<()> {
+            // 0: nothing is waited for yet; 1: the first marks; 2: all.
+            let mut waited = 0;
+            for (blocks, is_first, heads) in pieces {
+                let needed = if *is_first { 1 } else { 2 };
+                for ((loan, to, _), block) in lent.iter().zip(blocks) {
+                    if waited < needed {
+                        self.wait(self.side, if *is_first { &loan.ready } else { &loan.all_ready })?;
+                    }
+                    self.enqueue_block(loan, *to, block)?;
+                }
+                waited = waited.max(needed);
+                *counted = counted.wrapping_add(*heads);
+                // SAFETY: the number is this device's, and so is the stream.
+                unsafe { count::set(&self.context, self.side, count.buffer().address(), *counted) }?;
+            }
+            // Only copy engines are waited for from then on: the device's own work may take every multiprocessor and wait.
+            lent.iter().try_for_each(|(loan, ..)| self.wait(self.context.stream(), &loan.all_ready))
+        };
+        let enqueued = enqueue();
+        // Recorded in any case: part of what was refused may be under way.
+        let end = self.record(self.side)?;
+        *self.last_copy.lock().unwrap_or_else(PoisonError::into_inner) = Some(end.clone());
+        for (_, _, state) in &mut lent {
+            **state = LoanState::Copied(end.clone());
+        }
+        enqueued.map(|()| Some(before))
+    }
+
+    /// A block of a loan that is locked and fits. The context is current.
+    fn enqueue_block(&self, loan: &Loan, to: u64, block: &Block) -> Result<()> {
+        let Block { start, width, pitch, rows, slice_rows, slices } = *block;
+        if width == 0 || rows == 0 || slices == 0 {
+            return Ok(());
+        }
+        let copy = sys::CUDA_MEMCPY3D_PEER {
+            srcXInBytes: 0,
+            srcY: 0,
+            srcZ: 0,
+            srcLOD: 0,
+            srcMemoryType: CUmemorytype::CU_MEMORYTYPE_DEVICE,
+            srcHost: ptr::null(),
+            srcDevice: loan.address + start,
+            srcArray: ptr::null_mut(),
+            srcContext: loan.context.raw(),
+            srcPitch: pitch as usize,
+            srcHeight: slice_rows as usize,
+            dstXInBytes: 0,
+            dstY: 0,
+            dstZ: 0,
+            dstLOD: 0,
+            dstMemoryType: CUmemorytype::CU_MEMORYTYPE_DEVICE,
+            dstHost: ptr::null_mut(),
+            dstDevice: to + start,
+            dstArray: ptr::null_mut(),
+            dstContext: self.context.raw(),
+            dstPitch: pitch as usize,
+            dstHeight: slice_rows as usize,
+            WidthInBytes: width as usize,
+            Height: rows as usize,
+            Depth: slices as usize,
+        };
+        // SAFETY: the source is a buffer that its lender keeps until the loan is over; the destination is in bounds, as
+        // checked by `copy_blocks`. Each is of its own context, which the loan and the lane keep. The struct is read before
+        // the call returns.
+        let copied = unsafe { sys::cuMemcpy3DPeerAsync(&copy, self.side) }.result();
+        self.context.check(copied, "copying from another rank")
     }
 
     /// The copy of a loan that is locked and fits. The context is current.

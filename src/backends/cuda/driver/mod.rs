@@ -21,6 +21,7 @@
 pub mod alloc;
 pub mod capture;
 pub mod context;
+pub mod count;
 pub mod external;
 pub mod fault;
 pub mod lane;
@@ -35,3 +36,4 @@ pub mod probe;
 pub mod scratch;
 pub mod timer;
 pub mod transfer;
+pub mod zeroed;

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use crate::call::memory::DeviceBuffer;
 use crate::error::{Error, Result};
 
+use super::capture::RelaxedCapture;
 use super::context::Context;
 use super::lane::{Lane, Mark};
 use super::nccl_library::{Nccl, Progress, RawComm};
@@ -161,8 +162,9 @@ impl NcclRank {
     pub fn start(&self, sends: &[PeerBytes<'_>], receives: &[PeerBytes<'_>]) -> Result<()> {
         let shared = &*self.0;
         let lane = &shared.lane;
-        lane.mark()?;
+        lane.fork()?;
         let _current = shared.context.enter()?;
+        let is_captured = shared.context.is_captured()?;
         let mut state = shared.lock();
         let comm = state.live(shared)?;
         let (nccl, side) = (shared.nccl, lane.side());
@@ -195,7 +197,11 @@ impl NcclRank {
         // In any case: some of it may be under way.
         let end = lane.note_copies();
         taken?;
-        state.pending.push_back((end?, started));
+        let end = end?;
+        // What a graph holds runs when the application says: nobody knows how long it may take.
+        if !is_captured {
+            state.pending.push_back((end, started));
+        }
         Ok(())
     }
 
@@ -275,6 +281,8 @@ impl State {
     fn look(&mut self, shared: &Shared) {
         let Some(comm) = self.comm else { return };
         let Ok(_current) = shared.context.enter() else { return };
+        // Another thread may be capturing a stream.
+        let Ok(_relaxed) = RelaxedCapture::enter() else { return };
         while self.pending.front().is_some_and(|(end, _)| end.is_past()) {
             self.pending.pop_front();
         }

@@ -493,7 +493,11 @@ shared_struct! {
         key_ends: [i32; MAX_SEGMENTS],
         query_count: i32,
         key_count: i32,
-        unused: [i32; 14],
+        /// Counts the heads whose keys and values are there, of one batch row after another, from
+        /// `arrived_before` on (`attention/arrivals.cuh`); null if all are there when the kernel starts.
+        arrived: *const u32,
+        arrived_before: u32,
+        unused: [i32; 11],
     }
 }
 
