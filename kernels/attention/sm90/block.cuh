@@ -87,8 +87,6 @@ struct Shape {
     static constexpr int WARPGROUPS = WARPGROUPS_;
     static constexpr int TILE_M = WARPGROUPS * SM90_WARPGROUP_ROWS;
     static constexpr int TILE_N = TILE_N_;
-    // Keys of half a tile, in whole groups.
-    static constexpr int HALF_N = (TILE_N / 2 + GROUP_ROWS - 1) / GROUP_ROWS * GROUP_ROWS;
     // The first key tile of a query tile is computed for so many keys, or 64 more and so on.
     static constexpr int FEW_KEYS = TILE_N >= 112 ? 64 : 48;
     static constexpr int THREADS = (WARPGROUPS + 1) * WARPGROUP;
