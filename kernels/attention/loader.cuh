@@ -18,11 +18,12 @@ __device__ inline void load_group(uint32_t tile, int group, const ptx::TensorMap
     }
 }
 
-// Starts to copy COUNT groups of a tile, from group `first` on; `map_of` gives the map of a group. Called by a
-// whole warp, in which lane l has the row of group l. All else is the same in all lanes, and the compiler
-// knows it (`ptx::uniform`): so there is no loop over lanes for each copy.
+// Starts to copy the first `count` of COUNT groups of a tile, from group `first` on; `map_of` gives the map of
+// a group. Called by a whole warp, in which lane l has the row of group l. All else is the same in all lanes,
+// and the compiler knows it (`ptx::uniform`): so there is no loop over lanes for each copy.
 template <typename Tile, int COUNT, typename MapOf>
-__device__ inline void load_groups(uint32_t tile, int first, MapOf map_of, uint32_t barrier, uint64_t policy, int row, int head, int batch) {
+__device__ inline void load_groups(uint32_t tile, int first, MapOf map_of, uint32_t barrier, uint64_t policy, int row, int head, int batch,
+                                   int count = COUNT) {
     const int lane = threadIdx.x % 32;
     const ptx::TensorMap* maps[COUNT];
     int rows[COUNT];
@@ -33,7 +34,31 @@ __device__ inline void load_groups(uint32_t tile, int first, MapOf map_of, uint3
     }
     if (ptx::elect_lane()) {
 #pragma unroll
-        for (int at = 0; at < COUNT; ++at) load_group<Tile>(tile, first + at, *maps[at], barrier, policy, rows[at], head, batch);
+        for (int at = 0; at < COUNT; ++at) {
+            if (at < count) load_group<Tile>(tile, first + at, *maps[at], barrier, policy, rows[at], head, batch);
+        }
+    }
+}
+
+// Starts to copy a tile of keys or values in a row. Called by a whole warp.
+template <typename Tile>
+__device__ inline void load_rows(uint32_t tile, const ptx::TensorMap& map, uint32_t barrier, int row, int head, int batch) {
+    const int lane = threadIdx.x % 32;
+    if (lane < Tile::PANELS) {
+        const uint32_t to = tile + lane * Tile::ROWS * Tile::ROW_BYTES;
+        ptx::tma_load(to, &map, barrier, ptx::policy_evict_last(), lane * Tile::PANEL, row, head, batch);
+    }
+}
+
+// The same with numbers that the compiler knows to be the same in all lanes.
+template <typename Tile>
+__device__ inline void load_uniform_rows(uint32_t tile, const ptx::TensorMap& map, uint32_t barrier, int row, int head, int batch) {
+    const uint64_t policy = ptx::policy_evict_last();
+    if (ptx::elect_lane()) {
+#pragma unroll
+        for (int panel = 0; panel < Tile::PANELS; ++panel) {
+            ptx::tma_load(tile + panel * Tile::ROWS * Tile::ROW_BYTES, &map, barrier, policy, panel * Tile::PANEL, row, head, batch);
+        }
     }
 }
 
@@ -45,32 +70,10 @@ __device__ inline void load_key_tile(uint32_t tile, const ptx::TensorMap& map, c
                                      uint32_t barrier, int key, int head, int batch) {
     constexpr int GROUPS = Tile::ROWS / GROUP_ROWS;
     const int lane = threadIdx.x % 32;
-    const uint64_t policy = ptx::policy_evict_last();
     if (key >= 0) {
-        if (lane < Tile::PANELS) {
-            ptx::tma_load(tile + lane * Tile::ROWS * Tile::ROW_BYTES, &map, barrier, policy, lane * Tile::PANEL, key, head, batch);
-        }
+        load_rows<Tile>(tile, map, barrier, key, head, batch);
     } else if (lane < GROUPS) {
-        load_group<Tile>(tile, lane, group_map, barrier, policy, key_groups[~key * GROUPS + lane], head, batch);
-    }
-}
-
-// The same with numbers that the compiler knows to be the same in all lanes.
-template <typename Tile>
-__device__ inline void load_uniform_key_tile(uint32_t tile, const ptx::TensorMap& map, const ptx::TensorMap& group_map,
-                                             const int32_t* key_groups, uint32_t barrier, int key, int head, int batch) {
-    constexpr int GROUPS = Tile::ROWS / GROUP_ROWS;
-    const uint64_t policy = ptx::policy_evict_last();
-    if (key >= 0) {
-        if (ptx::elect_lane()) {
-#pragma unroll
-            for (int panel = 0; panel < Tile::PANELS; ++panel) {
-                ptx::tma_load(tile + panel * Tile::ROWS * Tile::ROW_BYTES, &map, barrier, policy, panel * Tile::PANEL, key, head, batch);
-            }
-        }
-    } else {
-        const int row = key_groups[~key * GROUPS + min(static_cast<int>(threadIdx.x % 32), GROUPS - 1)];
-        load_groups<Tile, GROUPS>(tile, 0, [&](int) -> const ptx::TensorMap& { return group_map; }, barrier, policy, row, head, batch);
+        load_group<Tile>(tile, lane, group_map, barrier, ptx::policy_evict_last(), key_groups[~key * GROUPS + lane], head, batch);
     }
 }
 

@@ -46,8 +46,10 @@ struct TileRows {
 struct TileKeys {
     // Whether there are rows of V that must be zeroed.
     uint32_t has_masked_values;
-    // Bits of the keys, for masked tiles.
+    // For masked tiles: bits of the keys; and how many groups there are up to the last kept key, counted
+    // by whole words of bits.
     uint32_t kept[6];
+    int32_t groups;
 };
 
 // The same where queries see ranges of keys.
@@ -85,8 +87,8 @@ struct Shape {
     static constexpr int WARPGROUPS = WARPGROUPS_;
     static constexpr int TILE_M = WARPGROUPS * SM90_WARPGROUP_ROWS;
     static constexpr int TILE_N = TILE_N_;
-    // Keys of half a tile, in whole groups.
-    static constexpr int HALF_N = (TILE_N / 2 + GROUP_ROWS - 1) / GROUP_ROWS * GROUP_ROWS;
+    // The first key tile of a query tile is computed for so many keys, or 64 more and so on.
+    static constexpr int FEW_KEYS = TILE_N >= 112 ? 64 : 48;
     static constexpr int THREADS = (WARPGROUPS + 1) * WARPGROUP;
     static constexpr int CONSUMER_WARPS = WARPGROUPS * 4;
     static constexpr int CONSUMERS = WARPGROUPS * WARPGROUP;

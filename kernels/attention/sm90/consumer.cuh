@@ -161,7 +161,9 @@ struct Consumer {
         if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(base + barrier);
     }
 
-    // Consumers issue their products in turn.
+    // Consumers issue their products in turn. Not where every key tile is masked: there are few, and
+    // each consumer passes others on, so that one would wait for the end of another's.
+    __device__ bool takes_turns() const { return !(S::RANGED && descends); }
     __device__ void wait_turn() const {
         ptx::barrier_sync(BARRIER_TURN + warpgroup, 2 * WARPGROUP);
     }
@@ -248,7 +250,7 @@ private:
         KeysState state = this->state;
         for (int i = 0; i < key_tiles; ++i, ++state.count) {
             ptx::mbarrier_wait(base + S::FULL_K + 8 * state.stage(), state.parity());
-            if (i > 0 && !is_in_order) {
+            if (i > 0 && !is_in_order && takes_turns()) {
                 wait_turn();
                 give_turn();
             }
@@ -260,21 +262,30 @@ private:
 
     __device__ unsigned char* value_tile(int stage) const { return shared + S::V + stage * S::TileKV::BYTES; }
 
-    // With key ranges: whether this warpgroup sees a key of a masked tile from its key FIRST on. It
-    // waits for the tile.
-    template <int FIRST = 0>
-    __device__ bool sees_tile(KeysState state) const {
+    // How many groups of a masked tile there are up to the last one that this warpgroup needs. It waits
+    // for the tile.
+    __device__ int needed_groups(KeysState state) const {
         ptx::mbarrier_wait(base + S::FULL_K + 8 * state.stage(), state.parity());
-        const auto& rows = rows_info(work_index);
-        return some_see<N, FIRST>(keys_info(state.stage()), rows.some_first[warpgroup], rows.some_end[warpgroup]);
+        const auto& keys = keys_info(state.stage());
+        if constexpr (S::RANGED) {
+            const auto& rows = rows_info(work_index);
+            return seen_groups<N>(keys, rows.some_first[warpgroup], rows.some_end[warpgroup]);
+        } else {
+            return ptx::uniform(keys.groups);
+        }
     }
 
-    // Keeps pace with the other warpgroups at a tile that this one does not see.
-    __device__ void pass_tile(KeysState state) const {
+    // Keeps pace with the other warpgroups at a tile that this one does not see. As where tiles are computed,
+    // the keys of the next one come before the values of this one.
+    __device__ void pass_keys(KeysState state) const {
         ptx::mbarrier_wait(base + S::FULL_K + 8 * state.stage(), state.parity());
-        wait_turn();
-        give_turn();
+        if (takes_turns()) {
+            wait_turn();
+            give_turn();
+        }
         arrive(S::EMPTY_K + 8 * state.stage());
+    }
+    __device__ void pass_values(KeysState state) const {
         ptx::mbarrier_wait(base + S::FULL_V + 8 * state.stage(), state.parity());
         arrive(S::EMPTY_V + 8 * state.stage());
     }
@@ -282,12 +293,14 @@ private:
     // With key ranges: whether a row's sums may hold values that it does not see. Rows that see
     // nothing are right without a sum.
     __device__ void doubt(RowSums& sums, const float (&acc)[D / 8][4]) const {
-        float zero[2] = {0.0f, 0.0f};
+        // Four chains, since the latency of one is not hidden.
+        float zeros[4] = {};
 #pragma unroll
         for (int tile = 0; tile < D / 8; ++tile) {
 #pragma unroll
-            for (int i = 0; i < 4; ++i) zero[i / 2] = __fmaf_rn(acc[tile][i], 0.0f, zero[i / 2]);
+            for (int i = 0; i < 4; ++i) zeros[i] = __fmaf_rn(acc[tile][i], 0.0f, zeros[i]);
         }
+        const float zero[2] = {zeros[0] + zeros[1], zeros[2] + zeros[3]};
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             sums.out_of_range[half] = seen.has_keys(half) && (sums.out_of_range[half] || zero[half] != 0.0f);
@@ -302,25 +315,26 @@ private:
         KeysState state = this->state;
         const uint32_t last_masked = state.count + max(masked_tiles, 1) - 1;
         uint32_t last = state.count + key_tiles - 1;
-        if constexpr (S::RANGED) {
-            for (; state.count != last_masked && !sees_tile(state); ++state.count) pass_tile(state);
-        }
         uint32_t probs[N / 16][4];
-        ptx::mbarrier_wait(base + S::FULL_K + 8 * state.stage(), state.parity());
-        if constexpr (S::RANGED) {
-            // A tile that ends beyond what the rows see is half seen as often as not.
-            if (masked_tiles > 0 && !sees_tile<S::HALF_N>(state)) {
-                start<S::HALF_N>(probs, softmax, q, state);
-            } else {
-                start<N>(probs, softmax, q, state);
+        int groups = N / GROUP_ROWS;
+        if (masked_tiles > 0) {
+            groups = needed_groups(state);
+            if constexpr (S::RANGED) {
+                for (; state.count != last_masked && groups == 0; groups = needed_groups(state)) {
+                    pass_keys(state);
+                    if (state.count != this->state.count) pass_values({state.count - 1});
+                    ++state.count;
+                }
             }
         } else {
-            start<N>(probs, softmax, q, state);
+            ptx::mbarrier_wait(base + S::FULL_K + 8 * state.stage(), state.parity());
         }
+        start_with(groups, probs, softmax, q, state);
+        if (S::RANGED && state.count != this->state.count) pass_values({state.count - 1});
         for (; state.count != last_masked; ++state.count) {
             if constexpr (S::RANGED) {
                 // Nor does it see those further to the left.
-                if (descends && !sees_tile({state.count + 1})) {
+                if (descends && needed_groups({state.count + 1}) == 0) {
                     last = state.count;
                     break;
                 }
@@ -331,6 +345,9 @@ private:
         const Matrix v = values(state.stage());
         ptx::mbarrier_wait(base + S::FULL_V + 8 * state.stage(), state.parity());
         issue_output(acc, probs, v);
+        const uint32_t end = this->state.count + key_tiles;
+        // The next tile's keys, which `needed_groups` has waited for.
+        if (S::RANGED && state.count + 1 != end) arrive(S::EMPTY_K + 8 * KeysState{state.count + 1}.stage());
         ptx::wgmma_wait<0>();
         ptx::pin_registers(acc);
         arrive(S::EMPTY_V + 8 * state.stage());
@@ -338,11 +355,29 @@ private:
         sums.read_from(softmax);
         if constexpr (S::RANGED) {
             doubt(sums, acc);
-            for (++state.count; state.count != this->state.count + key_tiles; ++state.count) pass_tile(state);
+            for (++state.count; state.count != end; ++state.count) {
+                if (state.count + 1 != end) pass_keys({state.count + 1});
+                pass_values(state);
+            }
         }
     }
 
-    // The probabilities of the first tile, of which this warpgroup sees KEYS keys.
+    // The probabilities of the first tile, which often ends beyond what this warpgroup needs: nothing
+    // hides what its scores and their softmax take, so they are computed for as few keys as will do.
+    template <int KEYS = S::FEW_KEYS>
+    __device__ void start_with(int groups, uint32_t (&probs)[N / 16][4], WarpgroupSoftmax& softmax, Matrix q, KeysState state) {
+        if constexpr (KEYS < N) {
+            if (groups <= KEYS / GROUP_ROWS) {
+                start<KEYS>(probs, softmax, q, state);
+            } else {
+                start_with<KEYS + 64>(groups, probs, softmax, q, state);
+            }
+        } else {
+            start<N>(probs, softmax, q, state);
+        }
+    }
+
+    // The same for KEYS keys.
     template <int KEYS>
     __device__ void start(uint32_t (&probs)[N / 16][4], WarpgroupSoftmax& softmax, Matrix q, KeysState state) {
         float scores[KEYS / 8][4];
@@ -350,7 +385,7 @@ private:
         give_back_stored();
         ptx::wgmma_wait<0>();
         ptx::pin_registers(scores);
-        if (masked_tiles > 0) mask(scores, state.stage());
+        if (KEYS < N || masked_tiles > 0) mask(scores, state.stage());
         arrive(S::EMPTY_K + 8 * state.stage());
         softmax.raise_max(scores);
         softmax.exponentiate(scores);
@@ -365,12 +400,12 @@ private:
         const Matrix v = values(state.stage());
         float scores[N / 8][4];
         ptx::mbarrier_wait(base + S::FULL_K + 8 * next.stage(), next.parity());
-        wait_turn();
+        if (!IS_MASKED || takes_turns()) wait_turn();
         issue_scores(scores, q, k);
         // While the scores are computed.
         ptx::mbarrier_wait(base + S::FULL_V + 8 * state.stage(), state.parity());
         issue_output(acc, probs, v);
-        give_turn();
+        if (!IS_MASKED || takes_turns()) give_turn();
         ptx::wgmma_wait<1>();
         ptx::pin_registers(scores);
         if constexpr (IS_MASKED) mask(scores, next.stage());
@@ -534,10 +569,9 @@ private:
             for (int i = 0; i < 4; ++i) {
                 const int half = i % 2;
                 const float(&pair)[4] = acc[tile + i / 2];
+                const uint32_t word = ptx::pack_pair<T>(pair[2 * half] * inverse[half], pair[2 * half + 1] * inverse[half]);
                 // Selected, not multiplied: a masked row may hold NaN.
-                const float low = zero[half] ? 0.0f : pair[2 * half] * inverse[half];
-                const float high = zero[half] ? 0.0f : pair[2 * half + 1] * inverse[half];
-                words[i] = ptx::pack_pair<T>(low, high);
+                words[i] = zero[half] ? 0 : word;
             }
             ptx::stmatrix_x4(base + tile_start + S::TileQ::offset(row, tile + lane / 16), words);
         }

@@ -55,9 +55,10 @@ struct Producer {
             for (; schedule.next(work) && !(is_exact && work.part >= 0); ++work_index) {
                 if constexpr (S::RANGED) range_tile = schedule.tile;
                 const RowGroup group = find(work);
+                // A query tile may have no keys. With two places for queries theirs is free long before that
+                // of the first keys. With one place it is the other way round.
+                if (S::QUERY_TILES == 2 && !loads_values) load_queries(work, work_index, group);
                 if constexpr (S::SEGMENTED) wait_for_arrival(*segments, tiles.batch * (params.heads / params.group_size) + kv_head);
-                // A query tile may have no keys. The first ones come before the queries, which may have to
-                // wait for their place.
                 for (int i = first_tile; i == first_tile || i < end_tile; ++i) {
                     // All wait for the first queries and keys of a block, so its first values come after
                     // them. These queries stay as long as their values are not there.
@@ -65,7 +66,7 @@ struct Producer {
                         ptx::mbarrier_wait(base + S::full_q(0, 0), 0);
                     }
                     if (i < end_tile) load(i, state);
-                    if (i == first_tile && !loads_values) load_queries(work, work_index, group);
+                    if (S::QUERY_TILES == 1 && i == first_tile && !loads_values) load_queries(work, work_index, group);
                 }
             }
             if (!loads_values) {
@@ -84,9 +85,9 @@ struct Producer {
 
 private:
     static constexpr int KEY_GROUPS = S::TILE_N / GROUP_ROWS;
-    // Whether the compiler is told which numbers are the same in all lanes. With key ranges that takes
-    // fewer instructions for a tile, else more.
-    static constexpr bool IS_UNIFORM = S::RANGED;
+    // Whether the compiler is told which numbers are the same in all lanes. With key ranges or segments
+    // that takes fewer instructions for a tile, else more.
+    static constexpr bool IS_UNIFORM = S::RANGED || S::SEGMENTED;
 
     // The same number, as the compiler is to know it.
     template <typename Number>
@@ -95,9 +96,23 @@ private:
         return number;
     }
 
-    // With segments: the maps of a group of a tile, where each lane has the place of its group.
-    __device__ const SegmentMaps& maps_of_group(int group, const SegmentRow& own) const {
-        return segments->maps[ptx::uniform(lane == group ? own.segment : 0)];
+    // The map of what this warp has copied, keys or values: of tiles in a row, and of groups. With
+    // segments, that of one.
+    __device__ const ptx::TensorMap& row_map(int segment) const {
+        if constexpr (S::SEGMENTED) {
+            const SegmentMaps& maps = segments->maps[told(segment)];
+            return loads_values ? maps.v : maps.k;
+        } else {
+            return loads_values ? params.v_map : params.k_map;
+        }
+    }
+    __device__ const ptx::TensorMap& group_map(int segment) const {
+        if constexpr (S::SEGMENTED) {
+            const SegmentMaps& maps = segments->maps[told(segment)];
+            return loads_values ? maps.v_group : maps.k_group;
+        } else {
+            return loads_values ? params.v_group_map : params.k_group_map;
+        }
     }
 
     __device__ static auto ends_of(const SegmentTable* segments, bool of_queries) {
@@ -190,7 +205,7 @@ private:
             if constexpr (IS_UNIFORM) {
                 constexpr int GROUPS = SM90_WARPGROUP_ROWS / GROUP_ROWS;
                 const auto map_of = [&](int of_group) -> const ptx::TensorMap& {
-                    if constexpr (S::SEGMENTED) return maps_of_group(of_group, place).q;
+                    if constexpr (S::SEGMENTED) return segments->maps[told(lane == of_group ? place.segment : 0)].q;
                     return params.q_map;
                 };
                 load_groups<typename S::TileQ, GROUPS>(base + S::query_tile(work_index), warpgroup * GROUPS, map_of, full,
@@ -219,7 +234,9 @@ private:
             }
             return __shfl_sync(0xffffffff, lane_tile, i - window);
         }
-        return params.form == FORM_FUSED ? tiles.list[i] : tiles.first_key + (tiles.count - 1 - i) * S::TILE_N;
+        if (params.form != FORM_FUSED) return tiles.first_key + (tiles.count - 1 - i) * S::TILE_N;
+        // Of the masked ones the last comes first, which may have few groups.
+        return tiles.list[i < tiles.masked ? tiles.masked - 1 - i : i];
     }
 
     // The same by the query tile's ranges: masked tiles of the lists; tiles that only some queries
@@ -260,23 +277,28 @@ private:
         return {};
     }
 
+    // The bits of a masked tile's keys. Only `left` rows of this lane's group are left in its segment.
+    __device__ uint32_t kept_keys(int tile, int left) const {
+        if constexpr (S::SEGMENTED) {
+            const auto rows_of = [&](int) { return min(left, static_cast<int>(GROUP_ROWS)); };
+            return tiles.kept_keys(params, tile, tile - tiles.first_key, lane, rows_of);
+        } else {
+            return tiles.kept_keys(params, tile, tile - tiles.first_key, lane);
+        }
+    }
+
     // Tells consumers about a key tile: which keys are kept, and whether rows of V must be zeroed.
-    // Only `left` rows of this lane's group are left in its segment.
-    __device__ void describe_keys(int i, int tile, typename S::Keys& info, int left) const {
+    // `start` is that of this lane's group in the lists.
+    __device__ void describe_keys(int i, int tile, typename S::Keys& info, uint32_t kept, int start) const {
         if (i < masked_end) {
-            uint32_t kept;
-            if constexpr (S::SEGMENTED) {
-                const auto rows_of = [&](int) { return min(left, static_cast<int>(GROUP_ROWS)); };
-                kept = tiles.kept_keys(params, tile, tile - tiles.first_key, lane, rows_of);
-            } else {
-                kept = tiles.kept_keys(params, tile, tile - tiles.first_key, lane);
-            }
-            if (lane < (S::TILE_N + 31) / 32) info.kept[lane] = kept;
+            const bool has_word = lane < (S::TILE_N + 31) / 32;
+            if (has_word) info.kept[lane] = kept;
+            const int words = 32 - __clz(__ballot_sync(0xffffffff, has_word && kept != 0));
+            if (lane == 0) info.groups = words * 32 / GROUP_ROWS;
             if constexpr (S::RANGED) {
                 if (lane < KEY_GROUPS) {
                     const bool is_listed = params.form == FORM_FUSED && tile < 0;
-                    info.first_keys[lane] =
-                        is_listed ? params.key_groups[~tile * KEY_GROUPS + lane] : tile - tiles.first_key + lane * GROUP_ROWS;
+                    info.first_keys[lane] = is_listed ? start : tile - tiles.first_key + lane * GROUP_ROWS;
                 }
             }
         }
@@ -287,50 +309,46 @@ private:
     __device__ void load(int i, KeysState& state) {
         const int tile = told(tile_at(i));
         state.count = told(state.count);
-        // Before the wait, which takes long.
+        // Before the wait, which takes long. The last of a row's masked tiles is filled up with groups past
+        // the row's end, which need no copies.
+        int start = 0;
+        int groups = KEY_GROUPS;
+        if (tile < 0) {
+            start = params.key_groups[~tile * KEY_GROUPS + min(lane, KEY_GROUPS - 1)];
+            groups = told(__popc(__ballot_sync(0xffffffff, lane < KEY_GROUPS && start < params.seq_k)));
+        }
         int left = GROUP_ROWS;
         const SegmentRow at = place_of_keys(tile, left);
+        uint32_t kept = 0;
+        if (!loads_values && i < masked_end) kept = kept_keys(tile, left);
         const uint32_t empty = loads_values ? S::EMPTY_V : S::EMPTY_K;
         uint32_t full = loads_values ? S::FULL_V : S::FULL_K;
         if (loads_values && has_masked_values(i, tile)) full = S::RAW_V;
         full += base + 8 * state.stage();
         ptx::mbarrier_wait(base + empty + 8 * state.stage(), state.parity() ^ 1);
-        if (!loads_values) describe_keys(i, tile, reinterpret_cast<typename S::Keys*>(shared + S::KEYS_INFO)[state.stage()], left);
+        if (!loads_values) describe_keys(i, tile, reinterpret_cast<typename S::Keys*>(shared + S::KEYS_INFO)[state.stage()], kept, start);
         __syncwarp();
-        if (lane == 0) ptx::mbarrier_arrive_expect(full, S::TileKV::BYTES);
+        if (lane == 0) ptx::mbarrier_arrive_expect(full, groups * (S::TileKV::BYTES / KEY_GROUPS));
         __syncwarp();
         const uint32_t to = base + (loads_values ? S::V : S::K) + state.stage() * S::TileKV::BYTES;
         ++state.count;
-        if constexpr (S::SEGMENTED && IS_UNIFORM) {
-            if (tile >= 0) {
-                const SegmentMaps& maps = segments->maps[told(at.segment)];
-                const ptx::TensorMap& map = loads_values ? maps.v : maps.k;
-                load_uniform_key_tile<typename S::TileKV>(to, map, map, nullptr, full, told(at.row), kv_head, tiles.batch);
-            } else {
-                const auto map_of = [&](int group) -> const ptx::TensorMap& {
-                    const SegmentMaps& maps = maps_of_group(group, at);
-                    return loads_values ? maps.v_group : maps.k_group;
-                };
-                load_groups<typename S::TileKV, KEY_GROUPS>(to, 0, map_of, full, ptx::policy_evict_last(), at.row, kv_head, tiles.batch);
-            }
-        } else if constexpr (S::SEGMENTED) {
-            if (tile < 0 && lane >= KEY_GROUPS) return;
-            const SegmentMaps& maps = segments->maps[at.segment];
-            if (tile >= 0) {
-                const ptx::TensorMap& map = loads_values ? maps.v : maps.k;
-                load_key_tile<typename S::TileKV>(to, map, map, nullptr, full, at.row, kv_head, tiles.batch);
-            } else {
-                const ptx::TensorMap& map = loads_values ? maps.v_group : maps.k_group;
-                load_group<typename S::TileKV>(to, lane, map, full, ptx::policy_evict_last(), at.row, kv_head, tiles.batch);
-            }
-        } else {
-            const ptx::TensorMap& map = loads_values ? params.v_map : params.k_map;
-            const ptx::TensorMap& group_map = loads_values ? params.v_group_map : params.k_group_map;
+        if (tile >= 0) {
+            const ptx::TensorMap& map = row_map(at.segment);
+            const int row = S::SEGMENTED ? at.row : tile;
             if constexpr (IS_UNIFORM) {
-                load_uniform_key_tile<typename S::TileKV>(to, map, group_map, params.key_groups, full, tile, kv_head, tiles.batch);
+                load_uniform_rows<typename S::TileKV>(to, map, full, told(row), kv_head, tiles.batch);
             } else {
-                load_key_tile<typename S::TileKV>(to, map, group_map, params.key_groups, full, tile, kv_head, tiles.batch);
+                load_rows<typename S::TileKV>(to, map, full, row, kv_head, tiles.batch);
             }
+            return;
+        }
+        const int row = S::SEGMENTED ? at.row : start;
+        const uint64_t policy = ptx::policy_evict_last();
+        if constexpr (IS_UNIFORM) {
+            const auto map_of = [&](int group) -> const ptx::TensorMap& { return group_map(lane == group ? at.segment : 0); };
+            load_groups<typename S::TileKV, KEY_GROUPS>(to, 0, map_of, full, policy, row, kv_head, tiles.batch, groups);
+        } else if (lane < groups) {
+            load_group<typename S::TileKV>(to, lane, group_map(at.segment), full, policy, row, kv_head, tiles.batch);
         }
     }
 };

@@ -11,14 +11,16 @@
 
 namespace sm90 {
 
-// Whether some row of a warpgroup, whose rows see keys from `some_first` to `some_end`, may see a key
-// of a tile of N keys from its key FIRST on. A whole warp asks.
-template <int N, int FIRST>
-__device__ inline bool some_see(const RangedTileKeys& keys, int some_first, int some_end) {
-    const int group = max(static_cast<int>(threadIdx.x % 32), FIRST / static_cast<int>(GROUP_ROWS));
-    const int first = keys.first_keys[min(group, N / static_cast<int>(GROUP_ROWS) - 1)];
-    const bool sees = first < some_end && first + static_cast<int>(GROUP_ROWS) > some_first;
-    return ptx::uniform(static_cast<int>(__any_sync(0xffffffff, sees))) != 0;
+// How many groups of a tile of N keys there are up to the last one of which some row of a warpgroup,
+// whose rows see keys from `some_first` to `some_end`, may see a key; 0 if there is none. A whole warp
+// asks.
+template <int N>
+__device__ inline int seen_groups(const RangedTileKeys& keys, int some_first, int some_end) {
+    constexpr int GROUPS = N / GROUP_ROWS;
+    const int group = threadIdx.x % 32;
+    const int first = keys.first_keys[min(group, GROUPS - 1)];
+    const bool sees = group < GROUPS && first < some_end && first + static_cast<int>(GROUP_ROWS) > some_first;
+    return ptx::uniform(32 - __clz(__ballot_sync(0xffffffff, sees)));
 }
 
 // What this lane's two rows see.
@@ -55,25 +57,28 @@ struct SeenByRows {
         return seen != 0;
     }
 
-    // Scores of keys that a row does not see become -inf. Most tiles hold ends of what rows see alone, as
+    // Scores of keys that a row does not see become -inf. Most tiles hold ends alone of what rows see, as
     // under a causal mask, or starts alone.
     template <int TILES>
     __device__ void hide_others(float (&scores)[TILES][4], const RangedTileKeys& keys) const {
         const int lane_key = threadIdx.x % 4 * 2;
+        // Groups come in the order of their keys.
+        const int tile_end = keys.first_keys[TILES / 2 - 1] + static_cast<int>(GROUP_ROWS);
+        if (!__all_sync(0xffffffff, min(row[0].y, row[1].y) >= tile_end)) {
 #pragma unroll
-        for (int group = 0; group < TILES / 2; ++group) {
-            const int own = keys.first_keys[group] + lane_key;
+            for (int group = 0; group < TILES / 2; ++group) {
+                const int own = keys.first_keys[group] + lane_key;
 #pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                const int seen_end = row[half].y - own;
+                for (int half = 0; half < 2; ++half) {
+                    const int seen_end = row[half].y - own;
 #pragma unroll
-                for (int at = 0; at < 4; ++at) {
-                    // Selected: a score may be NaN.
-                    if (at / 2 * 8 + at % 2 >= seen_end) scores[2 * group + at / 2][2 * half + at % 2] = -INFINITY;
+                    for (int at = 0; at < 4; ++at) {
+                        // Selected: a score may be NaN.
+                        if (at / 2 * 8 + at % 2 >= seen_end) scores[2 * group + at / 2][2 * half + at % 2] = -INFINITY;
+                    }
                 }
             }
         }
-        // Groups come in the order of their keys.
         if (__all_sync(0xffffffff, max(row[0].x, row[1].x) <= keys.first_keys[0])) return;
 #pragma unroll
         for (int group = 0; group < TILES / 2; ++group) {
