@@ -47,9 +47,11 @@ constexpr int METADATA_THREADS = 256;
 constexpr int METADATA_SCAN_THREADS = 1024;
 // Tokens of one row that a block of the metadata kernels reads.
 constexpr int METADATA_CHUNK = 2048;
-// Threads of the block that makes tile lists, and of a block of `range_tiles`.
+// Threads of the block that makes tile lists.
 constexpr int TILE_LISTS_THREADS = 1024;
-// The most blocks that `range_tiles` deals work out to: four threads find the place of each.
+// Threads of a block of `range_tiles`.
+constexpr int RANGE_TILES_THREADS = 256;
+// The most blocks that it deals work out to, one a thread.
 constexpr int MAX_DEALT_BLOCKS = 256;
 // The most query tiles that `range_tiles` puts in the order of their lengths together.
 constexpr int MAX_ORDERED_TILES = 256;

@@ -4,10 +4,13 @@
 // another, each to the block that is free the soonest, here a round has a tile for each block:
 //
 //   tiles, the longest first     12 11 11 10 | 9 9 8 8 | ...
-//   blocks, the soonest free     ▲  ▲  ▲  ▲    ▲ ▲ ▲ ▲
+//   places in the round          0  1  2  3    0 1 2 3
+//   warp that deals them out     0  1  0  1    0 1 0 1
 //
-// So one block of threads deals out a hundred tiles at a time. Where many are left, two rounds follow
-// one another before blocks are put in order again, the second one backwards.
+// Each warp has some of the blocks, at most one a lane, and of every round as many tiles. Of these the
+// one that is free the soonest takes the longest. So warps need not wait for one another. Where many
+// tiles are left, two rounds follow one another before blocks are put in order again, the second one
+// backwards.
 #pragma once
 #include "../common/params.cuh"
 #include "range_tiles.cuh"
@@ -54,40 +57,29 @@ struct WorkPlace {
     }
 };
 
-// Puts the tiles of a set in the order of work; gives their number. Called by a whole warp.
-__device__ inline int order_tiles(const RangeTilesParams& params, int first, int slots, OrderedTile* order) {
+// Puts a set of at most PASSES · 32 tiles in the order of their lengths; gives their number. Called by a
+// whole warp.
+template <int PASSES>
+__device__ inline int order_by_length(const int32_t* steps, int first, int slots, OrderedTile* order) {
+    constexpr int MOST = PASSES * 32;
     const int lane = threadIdx.x % 32;
-    // Other blocks wrote them in this launch.
-    const auto steps_of = [&](int at) { return __ldcg(&params.order[first + at].steps); };
-    int count = 0;
-    // So many are of one group. From the last to the first is the order of causal ones.
-    if (slots > MAX_ORDERED_TILES) {
-        count = query_tiles_of(params, first / params.lists.row_query_tiles);
-        // Both ends at once: `order` may be where they are read from.
-        for (int at = lane; at < (count + 1) / 2; at += 32) {
-            const int other = count - 1 - at;
-            const int steps = steps_of(at), other_steps = steps_of(other);
-            order[at] = {first + other, other_steps};
-            order[other] = {first + at, steps};
-        }
-        return count;
-    }
-    constexpr int PASSES = MAX_ORDERED_TILES / 32;
     // Larger for longer tiles and, among equals, for earlier ones; negative where there is no tile.
     int keys[PASSES];
+    int ranks[PASSES];
+    int count = 0;
 #pragma unroll
     for (int pass = 0; pass < PASSES; ++pass) {
         const int at = pass * 32 + lane;
-        const int steps = at < slots ? steps_of(at) : -1;
-        keys[pass] = steps < 0 ? -1 : steps * MAX_ORDERED_TILES + MAX_ORDERED_TILES - 1 - at;
+        // Other blocks wrote them in this launch.
+        const int own = at < slots ? __ldcg(steps + at * (sizeof(OrderedTile) / sizeof(int32_t))) : -1;
+        keys[pass] = own < 0 ? -1 : own * MOST + MOST - 1 - at;
+        ranks[pass] = 0;
     }
-    int ranks[PASSES] = {};
 #pragma unroll
     for (int others = 0; others < PASSES; ++others) {
         count += lanes_where(keys[others] >= 0);
-        if (others * 32 >= slots) continue;
 #pragma unroll 4
-        for (int source = 0; source < 32; ++source) {
+        for (int source = 0; source < min(slots - others * 32, 32); ++source) {
             const int other = __shfl_sync(0xffffffff, keys[others], source);
 #pragma unroll
             for (int pass = 0; pass < PASSES; ++pass) ranks[pass] += other > keys[pass];
@@ -95,28 +87,40 @@ __device__ inline int order_tiles(const RangeTilesParams& params, int first, int
     }
 #pragma unroll
     for (int pass = 0; pass < PASSES; ++pass) {
-        if (keys[pass] >= 0) order[ranks[pass]] = {first + pass * 32 + lane, keys[pass] / MAX_ORDERED_TILES};
+        if (keys[pass] >= 0) order[ranks[pass]] = {first + pass * 32 + lane, keys[pass] / MOST};
+    }
+    return count;
+}
+
+// Puts the tiles of a set in the order of work; gives their number. Called by a whole warp.
+__device__ inline int order_tiles(const RangeTilesParams& params, int first, int slots, OrderedTile* order) {
+    OrderedTile* const found = params.order + first;
+    if (slots <= 32) return order_by_length<1>(&found->steps, first, slots, order);
+    if (slots <= MAX_ORDERED_TILES) return order_by_length<MAX_ORDERED_TILES / 32>(&found->steps, first, slots, order);
+    // So many are of one group. From the last to the first is the order of causal ones. Both ends at once,
+    // since `order` may be where they are read from.
+    const int count = query_tiles_of(params, first / params.lists.row_query_tiles);
+    for (int at = threadIdx.x % 32; at < (count + 1) / 2; at += 32) {
+        const int other = count - 1 - at;
+        const int steps = __ldcg(&found[at].steps), other_steps = __ldcg(&found[other].steps);
+        order[at] = {first + other, other_steps};
+        order[other] = {first + at, steps};
     }
     return count;
 }
 
 // Deals out all work. Called by a whole block.
 __device__ inline void deal_out(const RangeTilesParams& params) {
-    constexpr int THREADS = TILE_LISTS_THREADS;
-    constexpr int LANES = THREADS / MAX_DEALT_BLOCKS;
+    constexpr int WARPS = RANGE_TILES_THREADS / 32;
     constexpr int MAX_SHARED_TILES = 2048;
     constexpr int MAX_SHARED_SETS = 1024;
-    // How soon a block is free: its cycles in units, and its number, which makes them differ.
-    constexpr int UNIT = 128;
-    // Few calls are long enough for more units, and those are only dealt out less evenly.
-    constexpr uint32_t ONE_UNIT = MAX_DEALT_BLOCKS;
-    __shared__ __align__(16) uint32_t free_at[MAX_DEALT_BLOCKS];
     __shared__ OrderedTile shared_order[MAX_SHARED_TILES];
     __shared__ int32_t shared_tiles[MAX_SHARED_SETS];
     __shared__ int all_tiles;
-    // One at least for each round.
-    static_assert(LANES >= 2);
+    __shared__ __align__(16) uint32_t shared_keys[WARPS][32];
 
+    const int lane = threadIdx.x % 32;
+    const int warp = threadIdx.x / 32;
     const int groups = params.lists.batch;
     const int row_tiles = params.lists.row_query_tiles;
     const int sets = (groups + params.section_groups - 1) / params.section_groups;
@@ -124,67 +128,71 @@ __device__ inline void deal_out(const RangeTilesParams& params) {
     OrderedTile* const order = groups * row_tiles <= MAX_SHARED_TILES ? shared_order : params.order;
     int32_t* const tiles = sets <= MAX_SHARED_SETS ? shared_tiles : params.section_tiles;
     const Sections sections = {params, sets, pieces, tiles, order};
-    const int blocks = params.blocks;
     if (threadIdx.x == 0) all_tiles = 0;
-    if (threadIdx.x < MAX_DEALT_BLOCKS) free_at[threadIdx.x] = threadIdx.x < blocks ? threadIdx.x : UINT32_MAX;
     __syncthreads();
-    for (int set = threadIdx.x / 32; set < sets; set += THREADS / 32) {
+    for (int set = warp; set < sets; set += WARPS) {
         const int first = sections.first_of(set);
         const int slots = min(params.section_groups * row_tiles, groups * row_tiles - first);
         const int count = order_tiles(params, first, slots, order + first);
-        if (threadIdx.x % 32 == 0) {
+        if (lane == 0) {
             tiles[set] = count;
             atomicAdd(&all_tiles, count);
         }
     }
     __syncthreads();
 
-    // A few neighbouring lanes work for each block.
-    const int block = threadIdx.x / LANES;
-    const int lane = threadIdx.x % LANES;
+    const int blocks = params.blocks;
+    // Warps that deal; of each round, the places that this one has: its number, and every so many-th.
+    const int dealers = (blocks + 31) / 32;
+    if (warp >= dealers) return;
+    const int own_place = lane * dealers + warp;
+    const bool has_block = own_place < blocks;
+    uint32_t* const keys = shared_keys[warp];
+    // How soon this lane's block is free: units of 128 cycles, and the lane's number, which makes keys
+    // differ. Few calls are long enough for more units than fit, and those are dealt out less evenly.
+    uint32_t key = has_block ? lane : UINT32_MAX;
     const int items = all_tiles * params.heads;
     WorkPlace place;
     place.move(sections, 0);
-    RangeWork* work = params.range_work + block;
+    RangeWork* work = params.range_work + own_place;
     for (int done = 0; done < items;) {
         const int left = items - done;
         const int rounds = left >= 4 * blocks ? 2 : 1;
         const int count = min(left, rounds * blocks);
-        // Which of the blocks that are free the soonest it is.
-        int rank = block;
-        if (done > 0) {
-            rank = 0;
-            const uint32_t own = free_at[block];
-            for (int others = lane * 4; others < blocks; others += LANES * 4) {
-                const uint4 other = *reinterpret_cast<const uint4*>(free_at + others);
-                rank += (other.x < own) + (other.y < own) + (other.z < own) + (other.w < own);
-            }
+        // How many of the warp's blocks are free sooner.
+        keys[lane] = key;
+        __syncwarp();
+        int rank = 0;
 #pragma unroll
-            for (int distance = 1; distance < LANES; distance *= 2) rank += __shfl_xor_sync(0xffffffff, rank, distance);
-            __syncthreads();
+        for (int at = 0; at < 32; at += 4) {
+            const uint4 other = *reinterpret_cast<const uint4*>(keys + at);
+            rank += (other.x < key) + (other.y < key) + (other.z < key) + (other.w < key);
         }
+        __syncwarp();
         // What is left of this section is shorter than what the next one begins with.
-        const int rest = place.items(sections) - place.at;
-        if (block < blocks && lane < rounds) {
-            const int item = lane * blocks + (lane % 2 == 0 ? rank : blocks - 1 - rank);
-            RangeWork own_work = {-1, 0, -1, 0};
-            if (item < count) {
-                WorkPlace at = place;
-                at.move(sections, rest < count ? (item < count - rest ? item + rest : item - (count - rest)) : item);
-                const int heads = sections.heads_of(at.piece);
-                const OrderedTile tile = order[sections.first_of(at.set) + at.at / heads];
-                own_work.tile = tile.tile;
-                own_work.head = at.piece * params.section_heads + at.at % heads;
-                atomicAdd(free_at + block, static_cast<uint32_t>((tile.steps * params.step_cycles + params.item_cycles) / UNIT) * ONE_UNIT);
+        const int rest = min(place.items(sections) - place.at, count);
+        if (has_block) {
+            for (int round = 0; round < rounds; ++round, work += blocks) {
+                const int taken = rank * dealers + warp;
+                const int item = round == 0 ? taken : 2 * blocks - 1 - taken;
+                RangeWork own = {-1, 0, -1, 0};
+                if (item < count) {
+                    WorkPlace at = place;
+                    at.move(sections, item < count - rest ? item + rest : item - (count - rest));
+                    const int heads = sections.heads_of(at.piece);
+                    const int number = at.at / heads;
+                    const OrderedTile tile = order[sections.first_of(at.set) + number];
+                    own.tile = tile.tile;
+                    own.head = at.piece * params.section_heads + at.at - number * heads;
+                    key += static_cast<uint32_t>(tile.steps * params.step_cycles + params.item_cycles) / 128 * 32;
+                }
+                *work = own;
             }
-            work[lane * blocks] = own_work;
         }
-        work += rounds * blocks;
         done += count;
         place.move(sections, count);
-        __syncthreads();
     }
-    if (block < blocks && lane == 0) *work = {-1, 0, -1, 0};
+    if (has_block) *work = {-1, 0, -1, 0};
 }
 
 }  // namespace tile_lists

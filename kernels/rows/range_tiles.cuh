@@ -24,6 +24,8 @@ struct TileQueries {
     int end;
     int start;
     uint32_t kept;
+    // Of a tile.
+    int rows;
 };
 
 // What the queries of a tile see; all lanes hold the same.
@@ -45,11 +47,15 @@ struct SeenByTile {
         int2 ranges[PASSES];
 #pragma unroll
         for (int pass = 0; pass < PASSES; ++pass) {
+            if (pass * WARP >= queries.rows) break;
             const int query = __shfl_sync(0xffffffff, queries.start, (pass * WARP + lane) / GROUP_ROWS) + lane % GROUP_ROWS;
             ranges[pass] = query < queries.end ? queries.ranges[query] : int2{0, 0};
         }
 #pragma unroll
         for (int warpgroup = 0; warpgroup < MAX_WARPGROUPS; ++warpgroup) {
+            some_first[warpgroup] = INT32_MAX;
+            some_end[warpgroup] = 0;
+            if (warpgroup * SM90_WARPGROUP_ROWS >= queries.rows) continue;
             int own_first = INT32_MAX, own_end = 0;
 #pragma unroll
             for (int pass = warpgroup * PASSES_OF_WARPGROUP; pass < (warpgroup + 1) * PASSES_OF_WARPGROUP; ++pass) {
@@ -174,7 +180,7 @@ __device__ inline void find_range_tile(const RangeTilesParams& params, int slot)
         if (lane == 0) params.order[slot].steps = -1;
         return;
     }
-    TileQueries queries = {reinterpret_cast<const int2*>(params.ranges.ranges), lists.seq_q, 0, 0};
+    TileQueries queries = {reinterpret_cast<const int2*>(params.ranges.ranges), lists.seq_q, 0, 0, lists.tile_queries};
     const int tile_groups = lists.tile_queries / GROUP_ROWS;
     if (is_listed) {
         queries.ranges += batch.batch * params.ranges.row_stride;

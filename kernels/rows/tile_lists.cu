@@ -207,9 +207,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) tile_lists(const __grid_co
 }
 
 // Grid: a warp for each query tile that there may be.
-extern "C" __global__ void __launch_bounds__(THREADS) range_tiles(const __grid_constant__ RangeTilesParams params) {
+extern "C" __global__ void __launch_bounds__(RANGE_TILES_THREADS, 1) range_tiles(const __grid_constant__ RangeTilesParams params) {
     const int slots = params.lists.batch * params.lists.row_query_tiles;
-    const int slot = blockIdx.x * (THREADS / WARP) + threadIdx.x / WARP;
+    const int slot = blockIdx.x * (RANGE_TILES_THREADS / WARP) + threadIdx.x / WARP;
     if (slot < slots) find_range_tile(params, slot);
     __shared__ bool is_last;
     __threadfence();

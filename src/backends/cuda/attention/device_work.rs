@@ -8,8 +8,8 @@ use crate::backends::cuda::driver::memory::CudaBuffer;
 use crate::backends::cuda::driver::transfer;
 use crate::backends::cuda::kernels::module::Entry;
 use crate::backends::cuda::kernels::params::{
-    ELEMENT_BYTES, MAX_DEALT_BLOCKS, MAX_ORDERED_TILES, OrderedTile, RangeTile, RangeTilesParams, RangeWork,
-    TILE_LISTS_THREADS, TileListCounts, TileListParams, TileListsParams,
+    ELEMENT_BYTES, MAX_DEALT_BLOCKS, MAX_ORDERED_TILES, OrderedTile, RANGE_TILES_THREADS, RangeTile, RangeTilesParams,
+    RangeWork, TileListCounts, TileListParams, TileListsParams,
 };
 use crate::backends::cuda::launcher::Launcher;
 use crate::backends::cuda::tensors::key_ranges::PlacedRanges;
@@ -24,7 +24,7 @@ use super::split::{ITEM_CYCLES, STEP_CYCLES};
 const TABLE_ALIGNMENT: u64 = 16;
 
 /// Query tiles that a block of the kernel finds, one a warp.
-const BLOCK_TILES: usize = TILE_LISTS_THREADS as usize / 32;
+const BLOCK_TILES: usize = RANGE_TILES_THREADS as usize / 32;
 
 /// The work of one call. It lives until the launch that reads it, which keeps its memory.
 #[derive(Debug)]
@@ -103,7 +103,7 @@ impl DeviceWork {
         let blocks = (batch * row_tiles).div_ceil(BLOCK_TILES).max(1) as u32;
         // SAFETY: the lists, or `cu_seqlens`, are those of the call's batch rows, the ranges of its
         // queries, and each table has room for as many entries as these can need.
-        unsafe { launcher.launch(function, [blocks, 1, 1], TILE_LISTS_THREADS, &params) }?;
+        unsafe { launcher.launch(function, [blocks, 1, 1], RANGE_TILES_THREADS, &params) }?;
         Ok(Self { _memory: memory, params })
     }
 
@@ -178,5 +178,53 @@ impl Places {
             bytes,
             blocks,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backends::cuda::kernels::tiles::ListTile;
+    use crate::error::Error;
+    use crate::kernel::Kernel;
+
+    fn deal(heads: usize, group_size: usize) -> Result<Deal> {
+        let tile = ListTile::of(Kernel::CudaSm90, 128).ok_or(Error::HeadDim { got: 128 })?;
+        Ok(Deal { tile, heads, group_size, head_dim: 128, multiprocessors: 132, zero_items: 0, splits: false })
+    }
+
+    #[test]
+    fn sections_fit_in_l2_as_nearly_as_whole_heads_and_rows_do() -> Result<()> {
+        for (heads, group_size) in [(24, 1), (16, 4), (1, 1), (5, 5)] {
+            for keys in [1, 77, 512, 2048, 4096, 16_384, 1 << 20] {
+                let row_tiles = keys.div_ceil(128);
+                let section = Section::of(deal(heads, group_size)?, keys, row_tiles);
+                assert!(
+                    section.heads.is_multiple_of(group_size) && (1..=heads).contains(&section.heads),
+                    "{section:?}"
+                );
+                assert!(section.groups == 1 || section.heads == heads, "{section:?}");
+                assert!(section.groups == 1 || section.groups * row_tiles <= MAX_ORDERED_TILES, "{section:?}");
+                let head_bytes = 2 * keys * 128 * 2;
+                let bytes = section.groups * section.heads / group_size * head_bytes;
+                assert!(bytes <= (2 * SECTION_BYTES).max(head_bytes), "{keys} keys: {section:?}");
+            }
+        }
+        assert_eq!(Section::of(deal(24, 1)?, 2048, 17), Section { groups: 1, heads: 12 });
+        assert_eq!(Section::of(deal(24, 1)?, 128, 1), Section { groups: 10, heads: 24 });
+        Ok(())
+    }
+
+    #[test]
+    fn there_is_room_for_all_work_and_its_end() -> Result<()> {
+        for (tiles, heads, zero_items, blocks) in
+            [(136, 24, 64, 132), (1, 1, 0, 1), (1, 1, 50, 50), (0, 4, 0, 1), (3, 40, 9, 120)]
+        {
+            let places = Places::of(tiles, 8, Deal { zero_items, ..deal(heads, 1)? });
+            assert_eq!(places.blocks, blocks);
+            let entries = (places.range_tiles - places.range_work) / size_of::<RangeWork>() as u64;
+            assert!(entries >= (tiles * heads + blocks) as u64 && entries.is_multiple_of(blocks as u64), "{places:?}");
+        }
+        Ok(())
     }
 }

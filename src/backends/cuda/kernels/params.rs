@@ -182,9 +182,11 @@ constants! {
     METADATA_SCAN_THREADS: u32 = 1024;
     /// Tokens of one row that a block of the metadata kernels reads.
     METADATA_CHUNK: usize = 2048;
-    /// Threads of the block that makes tile lists, and of a block of `range_tiles`.
+    /// Threads of the block that makes tile lists.
     TILE_LISTS_THREADS: u32 = 1024;
-    /// The most blocks that `range_tiles` deals work out to: four threads find the place of each.
+    /// Threads of a block of `range_tiles`.
+    RANGE_TILES_THREADS: u32 = 256;
+    /// The most blocks that it deals work out to, one a thread.
     MAX_DEALT_BLOCKS: usize = 256;
     /// The most query tiles that `range_tiles` puts in the order of their lengths together.
     MAX_ORDERED_TILES: usize = 256;
