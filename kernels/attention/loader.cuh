@@ -44,9 +44,9 @@ __device__ inline void load_groups(uint32_t tile, int first, MapOf map_of, uint3
 template <typename Tile>
 __device__ inline void load_rows(uint32_t tile, const ptx::TensorMap& map, uint32_t barrier, int row, int head, int batch) {
     const int lane = threadIdx.x % 32;
+    const uint64_t policy = ptx::policy_evict_last();
     if (lane < Tile::PANELS) {
-        const uint32_t to = tile + lane * Tile::ROWS * Tile::ROW_BYTES;
-        ptx::tma_load(to, &map, barrier, ptx::policy_evict_last(), lane * Tile::PANEL, row, head, batch);
+        ptx::tma_load(tile + lane * Tile::ROWS * Tile::ROW_BYTES, &map, barrier, policy, lane * Tile::PANEL, row, head, batch);
     }
 }
 
