@@ -42,9 +42,8 @@ __device__ inline void load_groups(uint32_t tile, int first, MapOf map_of, uint3
 
 // Starts to copy a tile of keys or values in a row. Called by a whole warp.
 template <typename Tile>
-__device__ inline void load_rows(uint32_t tile, const ptx::TensorMap& map, uint32_t barrier, int row, int head, int batch) {
+__device__ inline void load_rows(uint32_t tile, const ptx::TensorMap& map, uint32_t barrier, uint64_t policy, int row, int head, int batch) {
     const int lane = threadIdx.x % 32;
-    const uint64_t policy = ptx::policy_evict_last();
     if (lane < Tile::PANELS) {
         ptx::tma_load(tile + lane * Tile::ROWS * Tile::ROW_BYTES, &map, barrier, policy, lane * Tile::PANEL, row, head, batch);
     }
@@ -70,10 +69,11 @@ __device__ inline void load_key_tile(uint32_t tile, const ptx::TensorMap& map, c
                                      uint32_t barrier, int key, int head, int batch) {
     constexpr int GROUPS = Tile::ROWS / GROUP_ROWS;
     const int lane = threadIdx.x % 32;
+    const uint64_t policy = ptx::policy_evict_last();
     if (key >= 0) {
-        load_rows<Tile>(tile, map, barrier, key, head, batch);
+        load_rows<Tile>(tile, map, barrier, policy, key, head, batch);
     } else if (lane < GROUPS) {
-        load_group<Tile>(tile, lane, group_map, barrier, ptx::policy_evict_last(), key_groups[~key * GROUPS + lane], head, batch);
+        load_group<Tile>(tile, lane, group_map, barrier, policy, key_groups[~key * GROUPS + lane], head, batch);
     }
 }
 

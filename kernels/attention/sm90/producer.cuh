@@ -338,7 +338,7 @@ private:
             if constexpr (IS_UNIFORM) {
                 load_uniform_rows<typename S::TileKV>(to, map, full, told(row), kv_head, tiles.batch);
             } else {
-                load_rows<typename S::TileKV>(to, map, full, row, kv_head, tiles.batch);
+                load_rows<typename S::TileKV>(to, map, full, ptx::policy_evict_last(), row, kv_head, tiles.batch);
             }
             return;
         }
