@@ -60,7 +60,7 @@ struct WorkPlace {
 // Puts a set of at most PASSES · 32 tiles in the order of their lengths; gives their number. Called by a
 // whole warp.
 template <int PASSES>
-__device__ inline int order_by_length(const int32_t* steps, int first, int slots, OrderedTile* order) {
+__device__ inline int order_by_length(const OrderedTile* found, int first, int slots, OrderedTile* order) {
     constexpr int MOST = PASSES * 32;
     const int lane = threadIdx.x % 32;
     // Larger for longer tiles and, among equals, for earlier ones; negative where there is no tile.
@@ -71,7 +71,7 @@ __device__ inline int order_by_length(const int32_t* steps, int first, int slots
     for (int pass = 0; pass < PASSES; ++pass) {
         const int at = pass * 32 + lane;
         // Other blocks wrote them in this launch.
-        const int own = at < slots ? __ldcg(steps + at * (sizeof(OrderedTile) / sizeof(int32_t))) : -1;
+        const int own = at < slots ? __ldcg(&found[at].steps) : -1;
         keys[pass] = own < 0 ? -1 : own * MOST + MOST - 1 - at;
         ranks[pass] = 0;
     }
@@ -94,9 +94,9 @@ __device__ inline int order_by_length(const int32_t* steps, int first, int slots
 
 // Puts the tiles of a set in the order of work; gives their number. Called by a whole warp.
 __device__ inline int order_tiles(const RangeTilesParams& params, int first, int slots, OrderedTile* order) {
-    OrderedTile* const found = params.order + first;
-    if (slots <= 32) return order_by_length<1>(&found->steps, first, slots, order);
-    if (slots <= MAX_ORDERED_TILES) return order_by_length<MAX_ORDERED_TILES / 32>(&found->steps, first, slots, order);
+    const OrderedTile* const found = params.order + first;
+    if (slots <= 32) return order_by_length<1>(found, first, slots, order);
+    if (slots <= MAX_ORDERED_TILES) return order_by_length<MAX_ORDERED_TILES / 32>(found, first, slots, order);
     // So many are of one group. From the last to the first is the order of causal ones. Both ends at once,
     // since `order` may be where they are read from.
     const int count = query_tiles_of(params, first / params.lists.row_query_tiles);

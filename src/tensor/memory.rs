@@ -58,7 +58,8 @@ impl DeviceMemory {
     /// # Errors
     /// [`Error::DeviceMismatch`](crate::Error::DeviceMismatch) if the device is not a CUDA one.
     /// [`Error::Handle`](crate::Error::Handle) for null with bytes, a range past the last address, memory of another GPU, memory
-    /// that the driver does not know (freed, or of the host), and, where the driver says how long the allocation is, more bytes
+    /// that the driver does not know (freed, or of the host; but what a graph allocates is unknown while the device's stream is being
+    /// captured, so that is taken on trust), and, where the driver says how long the allocation is, more bytes
     /// than that.
     ///
     /// # Safety

@@ -196,7 +196,7 @@ mod tests {
     #[test]
     fn sections_fit_in_l2_as_nearly_as_whole_heads_and_rows_do() -> Result<()> {
         for (heads, group_size) in [(24, 1), (16, 4), (1, 1), (5, 5)] {
-            for keys in [1, 77, 512, 2048, 4096, 16_384, 1 << 20] {
+            for keys in [1_usize, 77, 512, 2048, 4096, 16_384, 1 << 20] {
                 let row_tiles = keys.div_ceil(128);
                 let section = Section::of(deal(heads, group_size)?, keys, row_tiles);
                 assert!(
