@@ -222,7 +222,8 @@ impl RandomCall {
         let head_dim = draws.pick(size.head_dims).unwrap_or(64);
         let fitting: Vec<_> = size.heads.iter().copied().filter(|heads| heads * head_dim <= size.width).collect();
         let heads = draws.pick(&fitting).unwrap_or(1);
-        let groups: Vec<_> = [1, 1, 1, 1, 2, 3, 4, 8].into_iter().filter(|&group| heads.is_multiple_of(group)).collect();
+        let groups: Vec<_> =
+            [1, 1, 1, 1, 2, 3, 4, 8].into_iter().filter(|&group| heads.is_multiple_of(group)).collect();
         let kv_heads = heads / draws.pick(&groups).unwrap_or(1);
         // One in seven: as many queries as a self-attention would have, and fewer keys.
         let (query, key) = if draws.one_in(7) {
