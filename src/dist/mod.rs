@@ -19,6 +19,10 @@ mod nccl;
 mod needs;
 mod peer;
 mod peer_lane;
+#[cfg_attr(
+    any(not(feature = "cuda"), target_arch = "wasm32"),
+    allow(dead_code, reason = "the GPUs of CUDA alone copy in pieces")
+)]
 mod pieces;
 mod plan;
 mod rendezvous;

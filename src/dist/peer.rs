@@ -25,6 +25,9 @@ use crate::process::{self, OfProcess};
 /// beside its device's own, so what `meanwhile` of [`exchange`](Communicator::exchange) launches runs at the same time. What the
 /// device does later comes after what came, and after the peers' copies of what was sent.
 ///
+/// Where each rank has a GPU of its own with direct access to the others, a gather of shards without masked tokens launches attention
+/// while keys still come: its blocks wait on the GPU, for copies that are under way.
+///
 /// Making the ranks enables access between their contexts, which stays. While the device's stream is being captured into a graph an
 /// exchange is refused with [`Error::StreamCaptured`]. In a child made by `fork` it is an error.
 ///

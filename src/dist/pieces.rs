@@ -173,8 +173,8 @@ mod tests {
                 let Block { start, width, pitch, rows, slice_rows, slices } = pieces.block(piece, bytes);
                 for line in (0..slices).flat_map(|slice| (0..rows).map(move |row| slice * slice_rows + row)) {
                     let first = (start + line * pitch) as usize;
-                    for byte in first..first + width as usize {
-                        covered[byte] += 1;
+                    for (byte, times) in covered.iter_mut().enumerate().skip(first).take(width as usize) {
+                        *times += 1;
                         // Of which head and batch row it is.
                         let of_row = byte / row % (heads * batch);
                         let (head, batch_row) = (of_row / batch, of_row % batch);

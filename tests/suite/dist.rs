@@ -46,7 +46,7 @@ const CASES: &[Case] = &[
         prefix: 20,
         lengths: &[150, 90],
         suffix: 9,
-        keep: |b, at| at >= 20 && at < 260 || (at + b) % 3 == 0,
+        keep: |b, at| (20..260).contains(&at) || (at + b) % 3 == 0,
     },
     Case { name: "nothing valid", batch: 1, prefix: 3, lengths: &[4, 4], suffix: 0, keep: |_, _| false },
     Case { name: "seven tokens", batch: 1, prefix: 0, lengths: &[4, 3], suffix: 0, keep: |_, at| at != 5 },

@@ -46,19 +46,29 @@ fn peers(device: &Device, ranks: usize) -> Result<Vec<(Box<dyn Communicator>, De
 const HEADS: Heads = Heads { num_heads: 8, num_kv_heads: 8, head_dim: 64, dtype: DType::Bf16 };
 const SEQ: usize = 600;
 
-/// A rank's layer and tensors.
+/// A rank's metadata and tensors, of a sequence with masked tokens at its end.
 fn inputs(device: &Device, rank: usize, ranks: usize) -> Result<(ShardedMeta, [Tensor; 3])> {
+    inputs_of(device, rank, ranks, SEQ - 5)
+}
+
+/// The same with so many valid tokens.
+fn inputs_of(device: &Device, rank: usize, ranks: usize, valid: usize) -> Result<(ShardedMeta, [Tensor; 3])> {
     let shards = Shards::equal(SEQ, ranks)?;
-    let meta = ShardedMeta::new(&KeyMask::from_lengths(SEQ, &[SEQ - 5])?, &shards, rank)?;
+    let meta = ShardedMeta::new(&KeyMask::from_lengths(SEQ, &[valid])?, &shards, rank)?;
     let shape = [1, meta.query().seq(), HEADS.num_heads, HEADS.head_dim];
     let zeros = || Tensor::zeros(device, HEADS.dtype, &shape);
     Ok((meta, [zeros()?, zeros()?, zeros()?]))
 }
 
-/// Calls follow one another without a wait on the host, and memory of one is reused by the next: each gives the same bits.
+/// Calls follow one another without a wait on the host, and memory of one is reused by the next: each gives the same bits. Where all
+/// tokens are valid, attention begins before all keys have come.
 fn many_calls(device: &Device) -> Result<()> {
+    [SEQ - 5, SEQ].into_iter().try_for_each(|valid| many_calls_of(device, valid))
+}
+
+fn many_calls_of(device: &Device, valid: usize) -> Result<()> {
     let results = dist::on_ranks(communicators(device, 2)?, |(mut communicator, device)| {
-        let (meta, mut tensors) = inputs(&device, communicator.rank(), 2)?;
+        let (meta, mut tensors) = inputs_of(&device, communicator.rank(), 2, valid)?;
         for (seed, tensor) in tensors.iter_mut().enumerate() {
             let count: usize = tensor.shape().iter().product();
             let value = |at: usize| ((at * 37 + seed * 11 + communicator.rank() * 5) % 61) as f32 / 61.0 - 0.5;
