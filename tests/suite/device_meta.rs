@@ -102,7 +102,8 @@ fn ranges(variant: &Variant) -> Result<()> {
         false if is_emulated_gpu(&variant.device) => [32, 257, 32, 32, 257, 32, 32],
         false => [32, 257, 64, 128, 512, 64, 64],
     };
-    for (keep, head_dim) in masks.into_iter().zip(head_dims) {
+    let most = if is_emulated_gpu(&variant.device) { 5 } else { masks.len() };
+    for (keep, head_dim) in masks.into_iter().zip(head_dims).take(most) {
         for rule in &rules {
             let shape = OracleShape { batch, seq_q: seq, seq_k: seq, heads: 4, kv_heads: 2, head_dim };
             let mut call = Call::random(shape, Mask::Device(keep.clone()), variant.dtype, 21);
@@ -140,7 +141,7 @@ fn ranges_as_the_host(variant: &Variant) -> Result<Completion> {
     let (sizes, head_dims): (&[[usize; 2]], &[usize]) = if is_by_tiles {
         (&[[1201, 1201], [300, 700], [700, 300]], &[64, 128])
     } else {
-        (&[[301, 301], [90, 200]], &[8])
+        (&[[150, 150], [60, 110]], &[8])
     };
     for (&[seq_q, seq_k], &head_dim) in sizes.iter().flat_map(|size| head_dims.iter().map(move |dim| (size, dim))) {
         let batch = 5;
