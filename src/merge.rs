@@ -44,6 +44,7 @@ pub struct MergedAttention {
 ///     attention.forward(&x, keys, keys, AttentionMask::none())
 /// };
 /// let (first, second, whole) = (among(0..4)?, among(4..6)?, among(0..6)?);
+/// // Both are there: `with_lse` asked for them.
 /// let [lse1, lse2] = [first.lse.as_ref().unwrap(), second.lse.as_ref().unwrap()];
 /// let merged = merge_attention(&device, &first.out, lse1, &second.out, lse2)?;
 /// for (merged, whole) in merged.out.to_vec::<f32>()?.iter().zip(whole.out.to_vec::<f32>()?) {

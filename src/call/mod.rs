@@ -1,5 +1,10 @@
 //! One call: checked, planned, and handed to a backend as one operation.
 
+#[cfg_attr(
+    any(not(feature = "cuda"), target_arch = "wasm32"),
+    allow(dead_code, reason = "the GPUs of CUDA alone copy in pieces")
+)]
+pub(crate) mod block;
 pub(crate) mod chips;
 #[cfg_attr(not(any(feature = "cuda", test)), expect(dead_code, reason = "only CUDA devices have a cost model"))]
 pub(crate) mod cost;

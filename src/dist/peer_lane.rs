@@ -45,12 +45,7 @@ pub(super) trait PeerLane: Debug + Send + Sync + 'static {
 #[cfg(all(feature = "cuda", not(target_arch = "wasm32")))]
 mod with_cuda {
     use super::{DeviceBuffer, DeviceBytes, Lane, PeerLane, Piece, Pieces, Result};
-    use crate::backends::cuda::{Block, Loan, Mark};
-    use crate::dist::pieces;
-
-    fn block(pieces::Block { start, width, pitch, rows, slice_rows, slices }: pieces::Block) -> Block {
-        Block { start, width, pitch, rows, slice_rows, slices }
-    }
+    use crate::backends::cuda::{Loan, Mark};
 
     impl PeerLane for Lane {
         type Loan = Loan;
@@ -84,7 +79,7 @@ mod with_cuda {
         fn copy_pieces(&self, loans: &[(&Loan, DeviceBytes<'_>)], pieces: &Pieces) -> Result<Option<u32>> {
             let places: Vec<_> = loans.iter().map(|(loan, to)| (*loan, to.buffer(), to.range().start)).collect();
             let of_piece = |piece: &Piece| {
-                let blocks = loans.iter().map(|(loan, _)| block(pieces.block(piece, loan.bytes()))).collect();
+                let blocks = loans.iter().map(|(loan, _)| pieces.block(piece, loan.bytes())).collect();
                 // Fits: heads and batch rows are counted in 32 bits by kernels.
                 (blocks, piece.is_first, (piece.batches.len() * piece.heads.len()) as u32)
             };

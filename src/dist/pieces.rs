@@ -2,6 +2,8 @@
 
 use std::ops::Range;
 
+use crate::call::block::Block;
+
 /// Query rows times heads that a GPU computes at once: 128 by each of 132 multiprocessors.
 const ROWS_AT_ONCE: usize = 132 * 128;
 
@@ -23,19 +25,6 @@ pub(super) struct Pieces {
     heads: usize,
     batch: usize,
     all: Vec<Piece>,
-}
-
-/// Bytes of a rank's keys and values: slices of rows.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Block {
-    pub start: u64,
-    /// Bytes of a row, and from row to row.
-    pub width: u64,
-    pub pitch: u64,
-    pub rows: u64,
-    /// Rows from slice to slice.
-    pub slice_rows: u64,
-    pub slices: u64,
 }
 
 impl Pieces {

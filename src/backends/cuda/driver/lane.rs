@@ -24,6 +24,7 @@ use cudarc::driver::sys::{
 };
 
 use crate::cache::DeviceId;
+use crate::call::block::Block;
 use crate::call::memory::{DeviceBuffer, Source};
 use crate::error::Result;
 
@@ -103,32 +104,6 @@ struct Arrivals {
     count: Count,
     /// What it says when all copies that are enqueued are done.
     counted: Mutex<u32>,
-}
-
-/// Bytes that lie in the same places of two pieces of memory: slices of rows.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Block {
-    /// Where the first row begins.
-    pub start: u64,
-    /// Bytes of a row.
-    pub width: u64,
-    /// Bytes from row to row.
-    pub pitch: u64,
-    pub rows: u64,
-    /// Rows from slice to slice.
-    pub slice_rows: u64,
-    pub slices: u64,
-}
-
-impl Block {
-    /// The first byte past it.
-    fn end(&self) -> Option<u64> {
-        if self.width == 0 || self.rows == 0 || self.slices == 0 {
-            return Some(self.start);
-        }
-        let last_row = (self.slices - 1).checked_mul(self.slice_rows)?.checked_add(self.rows - 1)?;
-        self.start.checked_add(last_row.checked_mul(self.pitch)?)?.checked_add(self.width)
-    }
 }
 
 // SAFETY: the stream may be used from any thread, and its context lives as long.
