@@ -14,6 +14,7 @@ SPLIT, PART, ADDED_PART, PART_TIME = 2000.0, 2900.0, 1450.0, 1.125
 # Bytes that a warp writes at once, and rows of zeros that are enough work for a block: of those that
 # packed rows leave, and of those that no group covers.
 PIECE, ZEROED_ROWS, ZERO_SPAN_ROWS = 512, 256, 64
+FIRST_KEYS, MIXED_BLOCKS = 64, 6
 # What plans and files call the kernels of the table.
 NAMES = {"CudaSm80": "sm80", "CudaSm90": "sm90", "CudaSm100": "sm100"}
 
@@ -41,6 +42,7 @@ class TileCost:
     step: float
     masked: float
     dropped: float
+    spared: float
     alone: float
 
 
@@ -52,7 +54,7 @@ def constants(compute_capability):
     values = {name: float(value) for name, value in re.findall(r"(\w+): ([\d.e]+),", row)}
     chip = Chip(*(values[field.name] for field in dataclasses.fields(Chip)))
     tiles = {}
-    for kernel, width, costs in re.findall(r"\(Kernel::(\w+), (\d+), tile\(([^)]*)\)\)", text):
+    for kernel, width, costs in re.findall(r"\(Kernel::(\w+), (\d+), tile\(\[([^\]]*)\]\)\)", text):
         tiles[NAMES[kernel], int(width)] = TileCost(*map(float, costs.split(",")))
     return chip, tiles
 
@@ -76,13 +78,17 @@ class Work:
     kernel: str
     width: int
     path: str
-    # Of the block that takes the first item of each wave: items, full and masked key tiles, and
-    # dropped keys in those.
+    # Of the block that takes the first item of each wave: items, full and masked key tiles, dropped
+    # keys in those, and keys that first tiles have fewer.
     slowest: list[int]
-    # The same of the last item, and how many there are of its wave if that is not full.
-    last: tuple[int, int, int, int]
+    # The same of all items, and of the last one.
+    all: list[int]
+    last: tuple[int, int, int, int, int]
+    # Items of the last wave if that is not full; blocks that run at once; and those that take a place
+    # where one wave is all.
     tail: int
     blocks: int
+    places: int
     # Bytes of attention and of the copies around it, and launches of the latter.
     bytes: float
     launches: int
@@ -99,23 +105,28 @@ class Work:
         rows = []
         for b, (queries, keys) in enumerate(zip(features["queries"], features["keys"])):
             full, masked, dropped = -(-keys // tiles["keys"]), 0, 0
+            rest = keys
             if by_groups:
                 queries = features["query_groups"][b] * GROUP
                 full, in_groups = tiles["full_key_tiles"][b], tiles["masked_key_groups"][b] * GROUP
-                masked = -(-in_groups // tiles["keys"])
+                masked, rest = -(-in_groups // tiles["keys"]), in_groups
                 dropped = full * tiles["keys"] + in_groups - keys
             elif path == "fused":
                 full, masked = 0, full
             # Blocks of sm80 end at once if there is no key.
             items = -(-queries // tiles["rows"]) * heads if by_lists or keys > 0 else 0
+            rest %= tiles["keys"]
+            computed = min(-(-rest // FIRST_KEYS) * FIRST_KEYS, tiles["keys"]) if by_lists else rest
+            spared = tiles["keys"] - computed if rest else 0
             if items > 0:
-                rows.append((items, full, masked, dropped))
+                rows.append((items, full, masked, dropped, spared))
         rows.sort(key=lambda row: -(row[1] + row[2]))
         blocks = multiprocessors * blocks_of(kernel, tiles["width"])
-        slowest, items = [0, 0, 0, 0], 0
+        slowest, all_, items = [0] * 5, [0] * 5, 0
         for count, *parts in rows:
             waves = -(-(items + count) // blocks) - -(-items // blocks)
             slowest = [sum_ + waves * part for sum_, part in zip(slowest, (1, *parts))]
+            all_ = [sum_ + count * part for sum_, part in zip(all_, (1, *parts))]
             items += count
         queries, keys = sum(features["queries"]), sum(features["keys"])
         all_queries, all_keys = features["batch"] * features["seq_q"], features["batch"] * features["seq_k"]
@@ -149,8 +160,10 @@ class Work:
             zero_pieces = row_bytes * heads * masked_rows / (warps * PIECE)
         elif path == "fused":
             zero_pieces = heads * masked_rows / blocks
-        last = (1, *rows[-1][1:]) if rows else (0, 0, 0, 0)
-        return cls(kernel, tiles["width"], path, slowest, last, items % blocks, blocks, attention, launches, copied * row_bytes, zero_pieces, zero_rows)
+        last = (1, *rows[-1][1:]) if rows else (0,) * 5
+        every = -(-features["seq_q"] // tiles["rows"]) * heads * features["batch"]
+        places = every if path == "fused" and items < every <= blocks and items * MIXED_BLOCKS >= every else items
+        return cls(kernel, tiles["width"], path, slowest, all_, last, items % blocks, blocks, places, attention, launches, copied * row_bytes, zero_pieces, zero_rows)
 
     def time(self, chip, tiles, multiprocessors):
         """Nanoseconds."""
@@ -168,17 +181,27 @@ class Work:
             item += cost.listed
         elif self.kernel == "sm90" and self.path == "packed":
             item += cost.scattered
-        sums = [parts[0] * item + parts[1] * cost.step + parts[2] * cost.masked + parts[3] * cost.dropped for parts in (self.slowest, self.last)]
+        slowest, all_, last = (
+            parts[0] * item + parts[1] * cost.step + parts[2] * cost.masked + parts[3] * cost.dropped - parts[4] * cost.spared
+            for parts in (self.slowest, self.all, self.last)
+        )
+        if self.slowest[0] == 1 and self.kernel != "sm90":
+            return slowest * self.sharing(cost, self.places, all_ / max(self.all[0] * slowest, 1.0), multiprocessors)
         if self.tail == 0:
-            return sums[0]
-        return sums[0] - sums[1] + self.last_wave(cost, item, sums[1], multiprocessors)
+            return slowest
+        return slowest - last + self.last_wave(cost, item, last, multiprocessors)
+
+    def sharing(self, cost, count, evenness, multiprocessors):
+        most = self.blocks // multiprocessors
+        if most == 1:
+            return 1.0
+        others = max(1, min(-(-count // multiprocessors), most)) - 1
+        return cost.alone + (1 - cost.alone) * others / (most - 1) * evenness
 
     def last_wave(self, cost, item, each, multiprocessors):
         if self.kernel != "sm90":
-            most = self.blocks // multiprocessors
             # Blocks that only write zeros are gone before.
-            share = min(-(-self.tail // multiprocessors), most)
-            return each * (cost.alone + (1 - cost.alone) * (share - 1) / (most - 1)) if most > 1 else each
+            return each * self.sharing(cost, self.tail, 1.0, multiprocessors)
         best, steps = each, self.last[1] + self.last[2]
         for parts in range(2, min(max(steps // MIN_PART_STEPS, 1), MAX_PARTS) + 1):
             rounds = -(-self.tail * parts // self.blocks)

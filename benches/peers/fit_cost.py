@@ -178,7 +178,7 @@ def rows(chip, tiles):
     kernels = {name: kernel for kernel, name in NAMES.items()}
     for (kernel, width), cost in tiles.items():
         values = [f"{getattr(cost, field.name):.{2 if field.name in ('alone', 'dropped') else 1}f}" for field in dataclasses.fields(cost)]
-        lines.append(f"(Kernel::{kernels[kernel]}, {width}, tile({', '.join(values)})),")
+        lines.append(f"(Kernel::{kernels[kernel]}, {width}, tile([{', '.join(values)}])),")
     return lines
 
 
@@ -192,7 +192,7 @@ def write(chip, tiles, compute_capability):
         name = line.split(":")[0]
         if line.startswith("(Kernel"):
             which = re.match(r"\(Kernel::\w+, \d+", line).group(0)
-            text = re.sub(re.escape(which) + r", tile\([^)]*\)\),", lambda _: line, text)
+            text = re.sub(re.escape(which) + r", tile\(\[[^\]]*\]\)\),", lambda _: line, text)
         else:
             text = text.replace(row, changed := re.sub(rf"\b{name}: [\d.e]+,", line, row))
             row = changed

@@ -3,7 +3,8 @@
 //! ```text
 //!   attention   launch + √(busy² + memory² + zeros²): each hides most of the others, but none wholly
 //!     busy      items in the order of work, dealt out to the blocks that run at once: the time of the slowest block
-//!     item      a query tile of a head: start and end + keys of a tile · steps (+ more for a tile that is made of groups)
+//!     item      a query tile of a head: start and end + keys of a tile · steps (+ more for a tile that is made of groups,
+//!               − what the first one has fewer keys)
 //!     memory    rows read and written / rate
 //!     zeros     what one warp writes of the masked rows; with sm80 a part of busy, since the same warps compute
 //!   packed      attention + for each copy, launch + rows read and written / rate
@@ -75,6 +76,11 @@ const PART: f64 = 2900.0;
 const ADDED_PART: f64 = 1450.0;
 /// Parts are computed by a slower softmax.
 const PART_TIME: f64 = 1.125;
+
+/// Kernels that work by tile lists compute the scores of a query tile's first key tile for a multiple of as many keys.
+const FIRST_KEYS: usize = 64;
+/// If at least one block in so many computes, and all of them are there at once, some multiprocessor has none that does not.
+const MIXED_BLOCKS: usize = 6;
 
 /// Bytes that a warp writes at once.
 const PIECE: f64 = 512.0;
@@ -294,7 +300,14 @@ impl Call<'_> {
     fn whole_keys(&self, keys: usize) -> (usize, f64) {
         let steps = keys.div_ceil(self.tiling.keys);
         let step = if self.path == Path::Fused && !self.by_lists() { self.cost.masked } else { self.cost.step };
-        (steps, steps as f64 * step)
+        (steps, steps as f64 * step - self.spared(keys))
+    }
+
+    /// What the first of the tiles of so many keys takes less than the others.
+    fn spared(&self, keys: usize) -> f64 {
+        let (tile, rest) = (self.tiling.keys, keys % self.tiling.keys);
+        let computed = if self.by_lists() { rest.next_multiple_of(FIRST_KEYS).min(tile) } else { rest };
+        if rest == 0 { 0.0 } else { (tile - computed) as f64 * self.cost.spared }
     }
 
     /// Steps over the tiles of runs, and their time.
@@ -303,7 +316,8 @@ impl Call<'_> {
         let (in_full, in_groups) = (full * self.tiling.keys, groups * GROUP_ROWS);
         let masked = in_groups.div_ceil(self.tiling.keys);
         let dropped = in_full + in_groups - keys;
-        let time = full as f64 * self.cost.step + masked as f64 * self.cost.masked + dropped as f64 * self.cost.dropped;
+        let steps = full as f64 * self.cost.step + masked as f64 * self.cost.masked;
+        let time = steps + dropped as f64 * self.cost.dropped - self.spared(in_groups);
         (full + masked, time)
     }
 
@@ -322,6 +336,11 @@ impl Call<'_> {
             time += (end.div_ceil(blocks) - before.div_ceil(blocks)) as f64 * of_rows.time;
             before = end;
         }
+        if let (Some(longest), true) = (items.first(), before <= blocks && !self.tiling.splits) {
+            let all: f64 = items.iter().map(|items| items.count as f64 * items.time).sum();
+            let evenness = all / (before as f64 * longest.time).max(1.0);
+            return longest.time * self.sharing(self.computing_blocks(before), evenness);
+        }
         let tail = before % blocks;
         match items.last() {
             Some(last) if tail > 0 => time - last.time + self.last_wave(tail, last),
@@ -329,17 +348,36 @@ impl Call<'_> {
         }
     }
 
+    /// The time of so many blocks that run at once, over that of as many as fit. Evenness is the mean of their times over the
+    /// longest.
+    fn sharing(&self, count: usize, evenness: f64) -> f64 {
+        let most = self.tiling.blocks;
+        if most == 1 {
+            return 1.0;
+        }
+        let others = count.div_ceil(self.machine.multiprocessors).clamp(1, most) - 1;
+        let share = others as f64 / (most - 1) as f64;
+        self.cost.alone + (1.0 - self.cost.alone) * share * evenness
+    }
+
+    /// Of a wave that is not full, the blocks among which the items are as good as dealt out: where a launch has blocks that
+    /// only write zeros, they take places of a multiprocessor too.
+    fn computing_blocks(&self, items: usize) -> usize {
+        if self.path != Path::Fused {
+            return items;
+        }
+        let shape = self.problem.shape;
+        let all = shape.seq_q.div_ceil(self.tiling.rows) * shape.num_heads * shape.batch;
+        let at_once = self.machine.multiprocessors * self.tiling.blocks;
+        if all <= at_once && items * MIXED_BLOCKS >= all { all.max(items) } else { items }
+    }
+
     /// The time of a last wave of `tail` items, which leaves blocks idle.
     fn last_wave(&self, tail: usize, last: &Items) -> f64 {
         let (multiprocessors, blocks) = (self.machine.multiprocessors, self.tiling.blocks);
         if !self.tiling.splits {
-            if blocks == 1 {
-                return last.time;
-            }
             // Blocks that only write zeros are gone before.
-            let sharing = tail.div_ceil(multiprocessors).min(blocks);
-            let share = (sharing - 1) as f64 / (blocks - 1) as f64;
-            return last.time * (self.cost.alone + (1.0 - self.cost.alone) * share);
+            return last.time * self.sharing(tail, 1.0);
         }
         let most = (last.steps / MIN_PART_STEPS).clamp(1, MAX_PARTS);
         let in_parts = |parts: usize| {
