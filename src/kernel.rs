@@ -112,6 +112,8 @@ pub(crate) struct KernelTraits {
     modifiers: ModifierSet,
     /// Whether it writes packed output to its padded places itself, and zeros to the others.
     pub(crate) scatters: bool,
+    /// Whether heads of a key/value head can share its query tiles.
+    pub(crate) packs_heads: bool,
     /// Whether a packed call may have one padded side, on which every token is valid.
     pub(crate) mixes_padded_and_packed: bool,
 }
@@ -137,6 +139,7 @@ const ROWS: KernelTraits = KernelTraits {
     skips_dropped_keys: false,
     modifiers: ModifierSet { softcap: false, alibi: false, sinks: false },
     scatters: false,
+    packs_heads: false,
     mixes_padded_and_packed: false,
 };
 
@@ -206,6 +209,7 @@ const TABLE: &[KernelTraits; 6] = &[
         has_ranges: true,
         takes_all_with_device_meta: true,
         scatters: true,
+        packs_heads: true,
         ..TILE_LISTS
     },
     KernelTraits { kernel: Kernel::CudaSm100, name: "sm100", max_head_dim: 128, ..TILE_LISTS },

@@ -102,6 +102,18 @@ class Work:
         tiles, heads, kv_heads = features["tiles"][kernel], features["heads"], features["kv_heads"]
         by_lists = kernel != "sm80"
         by_groups = path == "fused" and by_lists
+
+        def tiles_of(queries, packed):
+            """Query tiles of a batch row, of all heads, of which so many share tiles."""
+            queries = queries if packed == 1 else -(-queries // GROUP) * GROUP * packed
+            return -(-queries // tiles["rows"]) * (heads // packed)
+
+        # As packed_heads.rs decides.
+        packed = 1
+        if kernel == "sm90":
+            every = [count * GROUP for count in features["query_groups"]] if by_groups else features["queries"]
+            alone, shared = (sum(tiles_of(queries, count) for queries in every) for count in (1, heads // kv_heads))
+            packed = heads // kv_heads if alone > multiprocessors and shared < alone else 1
         rows = []
         for b, (queries, keys) in enumerate(zip(features["queries"], features["keys"])):
             full, masked, dropped = -(-keys // tiles["keys"]), 0, 0
@@ -114,7 +126,7 @@ class Work:
             elif path == "fused":
                 full, masked = 0, full
             # Blocks of sm80 end at once if there is no key.
-            items = -(-queries // tiles["rows"]) * heads if by_lists or keys > 0 else 0
+            items = tiles_of(queries, packed) if by_lists or keys > 0 else 0
             rest %= tiles["keys"]
             computed = min(-(-rest // FIRST_KEYS) * FIRST_KEYS, tiles["keys"]) if by_lists else rest
             spared = tiles["keys"] - computed if rest else 0

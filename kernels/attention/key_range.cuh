@@ -109,37 +109,56 @@ struct KeyTiles {
     // The entries of `key_tiles`, with lists.
     const int32_t* list;
 
-    // Finds the key tiles of a work item. Gives lane l group l of the query tile.
+    // Finds the key tiles of a work item. Gives lane l group l of the query tile. Only with PACKS_HEADS can
+    // that be one of another head.
+    template <bool PACKS_HEADS>
     __device__ RowGroup find(const TileListParams& params, const Work& work, int lane) {
         batch = work.group;
         first_key = 0;
         keys = params.seq_k;
-        int first_row = work.tile * M + lane * GROUP_ROWS;
+        int group = work.tile * ROW_GROUPS + lane;
+        int head = work.head;
+        // Of lists of groups, with packed heads.
+        const auto take_head = [&](int groups) {
+            const int set = group / groups;
+            group -= set * groups;
+            // Past the last head's groups: past the end of the rows.
+            if (set >= params.packed_heads) group = groups;
+            else head += set;
+            return group < groups;
+        };
+        const bool packs = PACKS_HEADS && params.packed_heads > 1;
         int queries = params.seq_q;
         uint32_t kept = 0xffff;
+        int first_row;
         if (params.form == FORM_FUSED) {
             const BatchTiles tiles = params.batches[work.group];
             batch = tiles.batch;
             count = tiles.key_tiles;
             masked = tiles.masked_key_tiles;
             list = params.key_tiles + tiles.first_key_tile;
-            const int tile = tiles.first_query_tile + work.tile;
-            if (lane < ROW_GROUPS) {
-                first_row = params.query_groups[tile * ROW_GROUPS + lane];
+            first_row = params.seq_q;
+            const bool is_listed = packs ? take_head(tiles.query_tiles) : lane < ROW_GROUPS;
+            if (is_listed) {
+                first_row = params.query_groups[tiles.first_query_tile * (packs ? 1 : ROW_GROUPS) + group];
                 kept = group_bits(params.row_bits, params.row_words, batch, first_row);
             }
         } else {
+            int before = 0;
             if (params.form == FORM_PACKED) {
-                first_row += params.cu_seqlens_q[work.group];
+                before = params.cu_seqlens_q[work.group];
                 queries = params.cu_seqlens_q[work.group + 1];
                 first_key = params.cu_seqlens_k[work.group];
                 keys = max(params.cu_seqlens_k[work.group + 1] - first_key, 0);
                 batch = 0;
             }
+            if (packs) take_head((queries - before + GROUP_ROWS - 1) / GROUP_ROWS);
+            first_row = before + group * GROUP_ROWS;
             count = (keys + N - 1) / N;
             masked = keys % N == 0 ? 0 : 1;
         }
-        return {first_row, min(max(queries - first_row, 0), GROUP_ROWS), kept};
+        const int rows = min(max(queries - first_row, 0), GROUP_ROWS);
+        return {first_row, static_cast<int16_t>(rows), static_cast<uint16_t>(kept), head};
     }
 
     // Which keys of a tile are kept: the bits of keys 32 · lane and on. Without lists, `before`

@@ -3,6 +3,9 @@
 //   items    batch row 0 (the longest)                           batch row 1 ...
 //            head 0: tile 0, 1, 2, ... | head 1: tile 0, ...     head 0: ...
 //
+// Where `packed_heads` heads share query tiles, these take the place of a head: the 16-row groups of the
+// first head, then those of the second, and so on, fill one tile after the other.
+//
 // Block b takes items b, b + blocks, ... Blocks that run side by side thus share keys and values in
 // L2. Where the last items would leave blocks without work, each item from `split_from` on becomes
 // several, one for each part of its keys.
@@ -12,6 +15,7 @@
 struct Work {
     // The entry of `batches`, sequence or batch row that the tile belongs to.
     int group;
+    // The first one, where several share query tiles.
     int head;
     // The query tile in the group.
     int tile;
@@ -44,8 +48,9 @@ private:
     int at;
 };
 
-// Called by all lanes of one warp together, each lane holding one of 32 groups.
-template <int TILE_M>
+// Called by all lanes of one warp together, each lane holding one of 32 groups. Only with PACKS_HEADS can
+// heads share query tiles.
+template <int TILE_M, bool PACKS_HEADS>
 class Schedule {
 public:
     __device__ Schedule(const TileListParams& params) : params(params), item(blockIdx.x), first_group(0), first_item(0) { load(); }
@@ -64,15 +69,21 @@ public:
         }
         const int at_lane = __popc(__ballot_sync(0xffffffff, whole - first_item >= items_through));
         const int tiles = __shfl_sync(0xffffffff, lane_tiles, at_lane);
-        const int at = whole - first_item - (__shfl_sync(0xffffffff, items_through, at_lane) - tiles * params.heads);
-        work = {__shfl_sync(0xffffffff, lane_group, at_lane), at / tiles, at % tiles, part < 0 ? -1 : part};
+        const int at = whole - first_item - (__shfl_sync(0xffffffff, items_through, at_lane) - tiles * heads());
+        const int head = PACKS_HEADS ? at / tiles * params.packed_heads : at / tiles;
+        work = {__shfl_sync(0xffffffff, lane_group, at_lane), head, at % tiles, part < 0 ? -1 : part};
         item += gridDim.x;
         return true;
     }
 
 private:
+    // Heads, or sets of heads that share query tiles.
+    __device__ int heads() const { return PACKS_HEADS ? params.head_sets : params.heads; }
+
     __device__ void load() {
         const int lane = threadIdx.x % 32;
+        const bool packs = PACKS_HEADS && params.packed_heads > 1;
+        const int rows = packs ? GROUP_ROWS : TILE_M;
         lane_group = first_group + lane;
         lane_tiles = 0;
         if (lane_group < params.groups) {
@@ -81,12 +92,14 @@ private:
             } else if (params.form == FORM_PACKED) {
                 if (params.order != nullptr) lane_group = params.order[lane_group];
                 const int queries = params.cu_seqlens_q[lane_group + 1] - params.cu_seqlens_q[lane_group];
-                lane_tiles = (queries + TILE_M - 1) / TILE_M;
+                lane_tiles = (queries + rows - 1) / rows;
             } else {
-                lane_tiles = (params.seq_q + TILE_M - 1) / TILE_M;
+                lane_tiles = (params.seq_q + rows - 1) / rows;
             }
         }
-        items_through = lane_tiles * params.heads;
+        // The lists have tiles of one group where heads are packed.
+        if (packs) lane_tiles = (lane_tiles * params.packed_heads + TILE_M / GROUP_ROWS - 1) / (TILE_M / GROUP_ROWS);
+        items_through = lane_tiles * heads();
 #pragma unroll
         for (int distance = 1; distance < 32; distance *= 2) {
             const int before = __shfl_up_sync(0xffffffff, items_through, distance);

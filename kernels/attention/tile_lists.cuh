@@ -14,7 +14,7 @@
 // query tiles; the last tile is filled up with starts of seq_q, which load zeros and store nothing.
 // Batch rows are listed longest first (query tiles · key tiles), those without a kept query not at
 // all. Rows that no group covers are written as zeros: `zero_spans` lists them in pieces of at most
-// 64 rows.
+// 64 rows. Where heads share query tiles (schedule.cuh), each group is a query tile of the lists.
 //
 // Key side, `key_tiles` and `key_groups`. From the left, at the first kept key p that nothing
 // covers yet: if the N keys from p on are all kept, they are a full tile, whose entry in
@@ -44,8 +44,9 @@
 struct RowGroup {
     // The first row in the tensor, how many rows are the tile's, and a bit for each that is kept.
     int32_t first_row;
-    int32_t rows;
-    uint32_t kept;
+    int16_t rows;
+    uint16_t kept;
+    int32_t head;
 };
 
 // Where a row of the output is.

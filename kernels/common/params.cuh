@@ -376,8 +376,12 @@ struct TileListParams {
     KeyRangeParams ranges;
     const RangeTile* range_tiles;
     const RangeWork* range_work;
+    // Heads of one key/value head that share query tiles, and how many such sets there are.
+    int32_t packed_heads;
+    int32_t head_sets;
+    int32_t unused[14];
 };
-static_assert(sizeof(TileListParams) == 1024);
+static_assert(sizeof(TileListParams) == 1088);
 static_assert(offsetof(TileListParams, q_map) == 0);
 static_assert(offsetof(TileListParams, k_map) == 128);
 static_assert(offsetof(TileListParams, v_map) == 256);
@@ -420,6 +424,9 @@ static_assert(offsetof(TileListParams, lse_batch_stride) == 984);
 static_assert(offsetof(TileListParams, ranges) == 992);
 static_assert(offsetof(TileListParams, range_tiles) == 1008);
 static_assert(offsetof(TileListParams, range_work) == 1016);
+static_assert(offsetof(TileListParams, packed_heads) == 1024);
+static_assert(offsetof(TileListParams, head_sets) == 1028);
+static_assert(offsetof(TileListParams, unused) == 1032);
 
 // A segment of q and of the output, and one of k and of v, as the tensors in `TileListParams`.
 struct SegmentMaps {
@@ -479,9 +486,9 @@ struct SegmentedTileListParams {
     TileListParams lists;
     SegmentTable segments;
 };
-static_assert(sizeof(SegmentedTileListParams) == 7552);
+static_assert(sizeof(SegmentedTileListParams) == 7616);
 static_assert(offsetof(SegmentedTileListParams, lists) == 0);
-static_assert(offsetof(SegmentedTileListParams, segments) == 1024);
+static_assert(offsetof(SegmentedTileListParams, segments) == 1088);
 
 // A tensor to pack or scatter. Rows move as 16-byte words: H heads of `head_words` words each.
 // All strides count words.

@@ -5,6 +5,7 @@
 //!     busy      items in the order of work, dealt out to the blocks that run at once: the time of the slowest block
 //!     item      a query tile of a head: start and end + keys of a tile · steps (+ more for a tile that is made of groups,
 //!               − what the first one has fewer keys)
+//!               heads that share query tiles (`packed_heads`) are an item together
 //!     memory    rows read and written / rate
 //!     zeros     what one warp writes of the masked rows; with sm80 a part of busy, since the same warps compute
 //!   packed      attention + for each copy, launch + rows read and written / rate
@@ -20,8 +21,10 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::cache::DeviceId;
 use crate::call::chips::{Chip, TileCost};
+use crate::call::packed_heads::Heads;
 use crate::call::path::Path;
 use crate::call::problem::AttentionProblem;
+use crate::call::segments::Cuts;
 use crate::error::Result;
 use crate::kernel::Kernel;
 use crate::mask::key_mask::Run;
@@ -236,8 +239,9 @@ impl Call<'_> {
     /// Items of every batch row that has some, those with the most keys first.
     fn items(&self) -> Vec<Items> {
         let shape = self.problem.shape;
+        let packed = self.packed_heads();
         let Some((query, key)) = self.metas else {
-            let mut items = self.batch_row(shape.seq_q, self.whole_keys(shape.seq_k));
+            let mut items = self.batch_row(packed, shape.seq_q, self.whole_keys(shape.seq_k));
             items.count *= shape.batch;
             return vec![items];
         };
@@ -247,9 +251,9 @@ impl Call<'_> {
             let (queries, keys) = (query.cu_seqlens().rows(row).len(), key.cu_seqlens().rows(row).len());
             let items = if is_fused && by_lists {
                 let rows = groups(query.runs(row)) * GROUP_ROWS;
-                self.batch_row(rows, self.keys_in_groups(key.runs(row), keys))
+                self.batch_row(packed, rows, self.keys_in_groups(key.runs(row), keys))
             } else if by_lists || keys > 0 {
-                self.batch_row(queries, self.whole_keys(keys))
+                self.batch_row(packed, queries, self.whole_keys(keys))
             } else {
                 // Blocks of sm80 end at once if there is no key.
                 Items { count: 0, steps: 0, time: 0.0 }
@@ -274,9 +278,37 @@ impl Call<'_> {
         self.cost.item + more
     }
 
-    /// The items of a batch row with so many rows of queries, whose keys are so many steps that take so long.
-    fn batch_row(&self, rows: usize, (steps, keys_time): (usize, f64)) -> Items {
-        let count = rows.div_ceil(self.tiling.rows) * self.problem.shape.num_heads;
+    /// Heads that share query tiles.
+    fn packed_heads(&self) -> usize {
+        let can_pack = self.tiling.kernel.traits().packs_heads && self.ranges.is_none();
+        if !can_pack || self.problem.shape.group_size() == 1 || !matches!(self.problem.cuts, Cuts::None) {
+            return 1;
+        }
+        let (batch, is_fused) = (self.problem.shape.batch, self.path == Path::Fused);
+        self.heads().packed((0..batch).map(|row| match self.metas {
+            None => self.problem.shape.seq_q.div_ceil(GROUP_ROWS),
+            Some((query, _)) if is_fused => groups(query.runs(row)),
+            Some((query, _)) => query.cu_seqlens().rows(row).len().div_ceil(GROUP_ROWS),
+        }))
+    }
+
+    fn heads(&self) -> Heads {
+        let shape = self.problem.shape;
+        Heads {
+            count: shape.num_heads,
+            group_size: shape.group_size(),
+            tile_rows: self.tiling.rows,
+            multiprocessors: self.machine.multiprocessors,
+        }
+    }
+
+    /// The items of a batch row with so many rows of queries, whose keys are so many steps that take so long. So many heads share
+    /// query tiles.
+    fn batch_row(&self, packed_heads: usize, rows: usize, (steps, keys_time): (usize, f64)) -> Items {
+        let count = match packed_heads {
+            1 => rows.div_ceil(self.tiling.rows) * self.problem.shape.num_heads,
+            packed => self.heads().tiles(packed, [rows.div_ceil(GROUP_ROWS)].into_iter()),
+        };
         Items { count, steps, time: self.item() + keys_time }
     }
 

@@ -39,6 +39,7 @@ mod emulated_sm100;
 mod external_cuda;
 #[cfg(feature = "wgpu")]
 mod external_wgpu;
+mod grouped_heads;
 mod head_dims;
 mod host_memory;
 mod instruction_sets;
@@ -99,6 +100,7 @@ const SHARED: &[Register] = &[
     ranges::register,
     device_meta::register,
     shapes::register,
+    grouped_heads::register,
     any_head_dim::register,
     segments::register,
     long_keys::register,

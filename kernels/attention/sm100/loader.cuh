@@ -26,14 +26,14 @@ struct LoadWarp {
     __device__ explicit LoadWarp(const Block<S>& block) : block(block), params(block.params), lane(threadIdx.x % 32) {}
 
     __device__ void run() {
-        Schedule<TILES * TILE_M> schedule(params);
+        Schedule<TILES * TILE_M, false> schedule(params);
         KeysState state;
         Work work;
         uint32_t work_index = 0;
         uint32_t uses[TILES] = {};
         for (; schedule.next(work); ++work_index) {
             kv_head = work.head / params.group_size;
-            const RowGroup group = tiles.find(params, work, lane);
+            const RowGroup group = tiles.template find<false>(params, work, lane);
             const bool has_second = __shfl_sync(0xffffffff, group.rows, TILE_GROUPS) > 0;
             const int query_tiles = tiles.count == 0 ? 0 : has_second ? TILES : 1;
             describe_rows(work, work_index, query_tiles, group);

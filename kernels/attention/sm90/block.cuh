@@ -33,7 +33,6 @@ struct TileRows {
     int32_t key_tiles;
     int32_t masked_tiles;
     int32_t batch;
-    int32_t head;
     // Padded tensors: rows past the end are clipped by the copy engine.
     int32_t clips;
     // `Work::part`.
@@ -80,6 +79,8 @@ struct Shape {
     static constexpr bool RANGED = RANGED_;
     // Whether tensors come in segments along S, which the lists are cut for.
     static constexpr bool SEGMENTED = SEGMENTED_;
+    // Whether heads of one key/value head can share query tiles.
+    static constexpr bool PACKS_HEADS = !RANGED && !SEGMENTED;
     using WholeRows = std::conditional_t<RANGED, RangedTileRows, TileRows>;
     using Rows = std::conditional_t<SEGMENTED, SegmentedTileRows<WholeRows>, WholeRows>;
     using Keys = std::conditional_t<RANGED, RangedTileKeys, TileKeys>;

@@ -68,7 +68,7 @@ struct Consumer {
         __device__ void read(const TileRows& tile) {
             const auto& group = tile.groups[threadIdx.x / 32 - 4];
             batch = tile.batch;
-            head = tile.head;
+            head = group.head;
             first_row = group.first_row;
             rows = group.rows;
             kept = group.kept;

@@ -50,7 +50,7 @@ struct Producer {
         KeysState state;
         int work_index = 0;
         for (bool is_exact = false;; is_exact = true) {
-            std::conditional_t<S::RANGED, DealtWork, Schedule<S::TILE_M>> schedule(params);
+            std::conditional_t<S::RANGED, DealtWork, Schedule<S::TILE_M, S::PACKS_HEADS>> schedule(params);
             Work work;
             for (; schedule.next(work) && !(is_exact && work.part >= 0); ++work_index) {
                 if constexpr (S::RANGED) range_tile = schedule.tile;
@@ -137,7 +137,7 @@ private:
     // The work item's key tiles, and this lane's 16 query rows.
     __device__ RowGroup find(const Work& work) {
         kv_head = told(work.head / params.group_size);
-        const RowGroup group = tiles.find(params, work, lane);
+        const RowGroup group = tiles.template find<S::PACKS_HEADS>(params, work, lane);
         tiles.batch = told(tiles.batch);
         if constexpr (S::RANGED) {
             const RangeTile& seen = params.range_tiles[range_tile];
@@ -166,7 +166,7 @@ private:
         if constexpr (S::SEGMENTED) {
             int left;
             place = query_ends.find(group.first_row, left);
-            group.rows = min(group.rows, left);
+            group.rows = min(static_cast<int>(group.rows), left);
             group.kept &= (1u << group.rows) - 1;
         }
         if (S::QUERY_TILES == 2) {
@@ -187,7 +187,6 @@ private:
                     rows.masked_tiles = min(max(masked_end - first_tile, 0), end_tile - first_tile);
                     rows.part = work.part;
                     rows.batch = tiles.batch;
-                    rows.head = work.head;
                     rows.clips = params.form != FORM_PACKED;
                     if constexpr (S::RANGED) {
                         const RangeTile& seen = params.range_tiles[range_tile];
@@ -218,8 +217,8 @@ private:
                     map = &segments->maps[place.segment].q;
                     row = place.row;
                 }
-                load_group<typename S::TileQ>(base + S::query_tile(work_index), lane, *map, full, ptx::policy_evict_first(), row, head,
-                                              tiles.batch);
+                load_group<typename S::TileQ>(base + S::query_tile(work_index), lane, *map, full, ptx::policy_evict_first(), row,
+                                              group.head, tiles.batch);
             }
         }
     }

@@ -17,7 +17,9 @@ use crate::backends::cuda::tensors::key_ranges::PlacedRanges;
 use crate::backends::cuda::tensors::metadata;
 use crate::backends::cuda::tensors::placement::Placed;
 use crate::backends::cuda::tensors::tensor_map::MappedTensor;
+use crate::call::cost;
 use crate::call::op::{Attention, DeviceTables};
+use crate::call::packed_heads::Heads;
 use crate::call::problem::{AttentionProblem, AttentionShape};
 use crate::error::{Error, Result};
 use crate::fifo_cache::FifoCache;
@@ -45,10 +47,13 @@ struct ListsCopy {
     key_tiles: CudaBuffer,
     key_groups: CudaBuffer,
     zero_spans: CudaBuffer,
+    /// Heads that share query tiles, each of which is a group in the lists if there are several.
+    packed_heads: usize,
 }
 
-/// Kept with the query's metadata, by the id of the key's metadata, the tile, and where segments end.
-type ListsCopies = FifoCache<(u64, ListTile, Ends), ListsCopy>;
+/// Kept with the query's metadata, by the id of the key's metadata, the tile, where segments end, and heads: of the call, and of a
+/// key/value head (1 and 1 where none can share tiles).
+type ListsCopies = FifoCache<(u64, ListTile, Ends, [usize; 2]), ListsCopy>;
 
 /// The work of a call with key ranges, on the device.
 #[derive(Debug)]
@@ -191,13 +196,20 @@ pub fn packed(launcher: &Launcher, attention: &Attention<'_>, tensors: &Tensors,
         (Some(placed), Some(tiles)) => Some(RangedWork::Host(Ranged { placed, tiles, metas: [0; 2] })),
         _ => by_device.as_ref().map(RangedWork::Device),
     };
+    let groups = rows
+        .lengths
+        .filter(|_| rows.ranges.is_none())
+        .map(|[queries, _]| (0..rows.batch).map(|row| queries.rows(row).len().div_ceil(GROUP_ROWS)));
+    let packed_heads = groups.clone().map_or(1, |groups| call.packed_heads(groups));
+    call.pack_heads(&mut params, packed_heads);
     let (tiles, fewest_key_tiles) = packed_tiles(call.tile, rows);
     // Packed tensors have no batch rows: all of their rows are tokens.
     let extent = Extent {
         batch: 1,
         queries: rows.queries,
         keys: rows.keys,
-        items: tiles * attention.problem.shape.num_heads,
+        items: groups
+            .map_or(tiles * attention.problem.shape.num_heads, |groups| call.heads().tiles(packed_heads, groups)),
         fewest_key_tiles,
         zero_items,
     };
@@ -242,10 +254,41 @@ impl<'a> Call<'a> {
             // All fit: checked by problem.
             heads: shape.num_heads as i32,
             group_size: shape.group_size() as i32,
+            packed_heads: 1,
+            head_sets: shape.num_heads as i32,
             head_dim: shape.head_dim as i32,
             score_scale: score_scale(self.attention.problem),
             ..Default::default()
         }
+    }
+
+    /// The call's heads.
+    fn heads(&self) -> Heads {
+        let shape = self.attention.problem.shape;
+        Heads {
+            count: shape.num_heads,
+            group_size: shape.group_size(),
+            tile_rows: self.tile.rows as usize,
+            multiprocessors: self.launcher.multiprocessors,
+        }
+    }
+
+    /// Whether heads of the call can share query tiles.
+    fn can_pack_heads(&self) -> bool {
+        let is_whole = matches!(self.tensors, Placement::Whole(_));
+        self.attention.plan.kernel.traits().packs_heads && is_whole && self.attention.ranges.is_none()
+    }
+
+    /// Heads that share query tiles, for batch rows with so many groups of queries.
+    fn packed_heads(&self, groups: impl Iterator<Item = usize> + Clone) -> usize {
+        if self.can_pack_heads() { self.heads().packed(groups) } else { 1 }
+    }
+
+    /// Has so many heads share query tiles.
+    fn pack_heads(&self, params: &mut TileListParams, packed_heads: usize) {
+        // Both fit: as many as heads at most.
+        params.packed_heads = packed_heads as i32;
+        params.head_sets = (self.attention.problem.shape.num_heads / packed_heads) as i32;
     }
 
     /// The same for padded tensors.
@@ -257,14 +300,18 @@ impl<'a> Call<'a> {
 
     /// Every query row and every key of padded tensors.
     fn without_a_mask(&self) -> Result<()> {
-        let AttentionShape { batch, seq_q, seq_k, num_heads, .. } = self.attention.problem.shape;
+        let AttentionShape { batch, seq_q, seq_k, .. } = self.attention.problem.shape;
         // Fits: checked by problem.
-        let params = TileListParams { form: TileListForm::Dense as i32, groups: batch as i32, ..self.padded_params() };
+        let mut params =
+            TileListParams { form: TileListForm::Dense as i32, groups: batch as i32, ..self.padded_params() };
+        let groups = std::iter::repeat_n(seq_q.div_ceil(GROUP_ROWS), batch);
+        let packed_heads = self.packed_heads(groups.clone());
+        self.pack_heads(&mut params, packed_heads);
         let extent = Extent {
             batch,
             queries: seq_q,
             keys: seq_k,
-            items: seq_q.div_ceil(self.tile.rows as usize) * batch * num_heads,
+            items: self.heads().tiles(packed_heads, groups),
             fewest_key_tiles: seq_k.div_ceil(self.tile.keys as usize),
             zero_items: 0,
         };
@@ -290,7 +337,7 @@ impl<'a> Call<'a> {
         let lists = &copy.lists;
         let key_bits = metadata::mask_bits(self.launcher, key_mask)?;
         let row_bits = row_mask.map(|mask| metadata::mask_bits(self.launcher, mask)).transpose()?;
-        let params = TileListParams {
+        let mut params = TileListParams {
             form: TileListForm::Fused as i32,
             // All fit: there are at most as many as tokens.
             groups: lists.batches.len() as i32,
@@ -306,12 +353,16 @@ impl<'a> Call<'a> {
             zero_spans: copy.zero_spans.address(),
             ..self.padded_params()
         };
+        self.pack_heads(&mut params, copy.packed_heads);
         let AttentionShape { batch, seq_q, seq_k, num_heads, .. } = self.attention.problem.shape;
         let extent = Extent {
             batch,
             queries: seq_q,
             keys: seq_k,
-            items: lists.query_tiles() * num_heads,
+            items: match copy.packed_heads {
+                1 => lists.query_tiles() * num_heads,
+                packed => self.heads().tiles(packed, lists.batches.iter().map(|row| row.query_tiles as usize)),
+            },
             // The last batch row in the order of work.
             fewest_key_tiles: lists.batches.last().map_or(0, |batch| batch.key_tiles as usize),
             zero_items: lists.zero_spans.len() * num_heads,
@@ -350,10 +401,17 @@ impl<'a> Call<'a> {
     fn lists(&self, query: &VarlenMeta, key: &VarlenMeta) -> Result<Arc<ListsCopy>> {
         let Self { launcher, tile, .. } = *self;
         let copies = query.copies().get_or_make(launcher.id, || Ok(ListsCopies::default()))?;
-        let ends = self.ends();
-        copies.get_or_make((key.id(), tile, ends), launcher.context.is_captured()?, || {
-            let lists = TileLists::new((query, key), &ends, (tile.rows as usize, tile.keys as usize));
+        let (ends, heads) = (self.ends(), self.heads());
+        let packs = self.can_pack_heads() && heads.group_size > 1;
+        let of_heads = if packs { [heads.count, heads.group_size] } else { [1; 2] };
+        copies.get_or_make((key.id(), tile, ends, of_heads), launcher.context.is_captured()?, || {
+            let groups = (0..query.batch()).map(|row| cost::groups(query.runs(row)));
+            let packed_heads = if packs { heads.packed(groups.clone()) } else { 1 };
+            // Packed heads fill the tiles one after the other.
+            let rows = if packed_heads > 1 { GROUP_ROWS } else { tile.rows as usize };
+            let lists = TileLists::new((query, key), &ends, (rows, tile.keys as usize));
             Ok(ListsCopy {
+                packed_heads,
                 batches: launcher.uploaded(bytemuck::cast_slice(&lists.batches))?,
                 query_groups: launcher.uploaded(bytemuck::cast_slice(&lists.query_groups))?,
                 key_tiles: launcher.uploaded(bytemuck::cast_slice(&lists.key_tiles))?,

@@ -461,6 +461,10 @@ shared_struct! {
         ranges: KeyRangeParams,
         range_tiles: *const RangeTile,
         range_work: *const RangeWork,
+        /// Heads of one key/value head that share query tiles, and how many such sets there are.
+        packed_heads: i32,
+        head_sets: i32,
+        unused: [i32; 14],
     }
 }
 
