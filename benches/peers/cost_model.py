@@ -13,7 +13,7 @@ MAX_PARTS, MIN_PART_STEPS = 8, 2
 SPLIT, PART, ADDED_PART, PART_TIME = 2000.0, 2900.0, 1450.0, 1.125
 # Bytes that a warp writes at once, and rows of zeros that are enough work for a block: of those that
 # packed rows leave, and of those that no group covers.
-PIECE, ZEROED_ROWS, ZERO_SPAN_ROWS = 512, 256, 64
+PIECE, ZEROED_ROWS, ZERO_SPAN_ROWS = 512, 64, 64
 FIRST_KEYS, MIXED_BLOCKS = 64, 6
 # What plans and files call the kernels of the table.
 NAMES = {"CudaSm80": "sm80", "CudaSm90": "sm90", "CudaSm100": "sm100"}

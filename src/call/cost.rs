@@ -89,7 +89,7 @@ const MIXED_BLOCKS: usize = 6;
 const PIECE: f64 = 512.0;
 /// Rows of zeros that are enough work for a block: of those that packed rows leave, and of those that no group covers. As the
 /// CUDA backend launches.
-const ZEROED_ROWS: usize = 256;
+const ZEROED_ROWS: usize = 64;
 const ZERO_SPAN_ROWS: usize = 64;
 
 /// Choices of one kind of call that are kept with the metadata.

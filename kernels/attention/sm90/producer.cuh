@@ -395,14 +395,26 @@ template <typename T, int D>
 __device__ inline void write_masked_zeros(const TileListParams& params) {
     using Lanes = ZeroLanes<D>;
     const int lane = threadIdx.x % 32;
-    for (int first = blockIdx.x * 32; first < params.padded_rows; first += gridDim.x * 32) {
-        const bool is_masked = first + lane < params.padded_rows && params.inv_indices[first + lane] < 0;
+    const Strides& strides = params.out_strides;
+    // Unsigned, so that the sum past the last row does not overflow.
+    const uint32_t rows = params.padded_rows;
+    const uint32_t seq_q = params.seq_q;
+    const auto masked_from = [&](uint32_t first) { return first + lane < rows && __ldg(params.inv_indices + first + lane) < 0; };
+    uint32_t first = blockIdx.x * 32;
+    bool is_masked = masked_from(first);
+    while (first < rows) {
+        const uint32_t next = first + gridDim.x * 32;
+        // Before the stores, which the compiler moves no load across.
+        const bool next_is_masked = masked_from(next);
+        // Each lane finds where its own row starts: divisions take long.
+        const uint32_t row = first + lane;
+        const int64_t own = static_cast<int64_t>(row / seq_q) * strides.batch + static_cast<int64_t>(row % seq_q) * strides.token;
         for (uint32_t left = __ballot_sync(0xffffffff, is_masked); left != 0; left &= left - 1) {
-            const int flat = first + __ffs(left) - 1;
-            T* const out = static_cast<T*>(params.out) + static_cast<int64_t>(flat / params.seq_q) * params.out_strides.batch +
-                           static_cast<int64_t>(flat % params.seq_q) * params.out_strides.token;
-            Lanes::write(out, params.out_strides.head, params.heads, params.head_dim, lane, 32);
+            const int64_t start = __shfl_sync(0xffffffff, own, __ffs(left) - 1);
+            Lanes::write(static_cast<T*>(params.out) + start, strides.head, params.heads, params.head_dim, lane, 32);
         }
+        first = next;
+        is_masked = next_is_masked;
     }
 }
 

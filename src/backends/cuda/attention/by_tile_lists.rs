@@ -36,7 +36,7 @@ use super::split::Split;
 use super::tile_lists::{Ends, TileLists};
 
 /// Rows of a padded output whose zeros are enough work for a block.
-const ZEROED_ROWS: usize = 256;
+const ZEROED_ROWS: usize = 64;
 
 /// Tile lists, and their copies on the device.
 #[derive(Debug)]
