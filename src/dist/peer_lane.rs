@@ -45,7 +45,7 @@ pub(super) trait PeerLane: Debug + Send + Sync + 'static {
 #[cfg(all(feature = "cuda", not(target_arch = "wasm32")))]
 mod with_cuda {
     use super::{DeviceBuffer, DeviceBytes, Lane, PeerLane, Piece, Pieces, Result};
-    use crate::backends::cuda::{Loan, Mark};
+    use crate::backends::cuda::{Loan, Mark, PieceCopy};
 
     impl PeerLane for Lane {
         type Loan = Loan;
@@ -78,12 +78,13 @@ mod with_cuda {
 
         fn copy_pieces(&self, loans: &[(&Loan, DeviceBytes<'_>)], pieces: &Pieces) -> Result<Option<u32>> {
             let places: Vec<_> = loans.iter().map(|(loan, to)| (*loan, to.buffer(), to.range().start)).collect();
-            let of_piece = |piece: &Piece| {
-                let blocks = loans.iter().map(|(loan, _)| pieces.block(piece, loan.bytes())).collect();
+            let of_piece = |piece: &Piece| PieceCopy {
+                blocks: loans.iter().map(|(loan, _)| pieces.block(piece, loan.bytes())).collect(),
+                is_first: piece.is_first,
                 // Fits: heads and batch rows are counted in 32 bits by kernels.
-                (blocks, piece.is_first, (piece.batches.len() * piece.heads.len()) as u32)
+                heads: (piece.batches.len() * piece.heads.len()) as u32,
             };
-            self.copy_blocks(&places, &pieces.all().iter().map(of_piece).collect::<Vec<_>>())
+            self.copy_blocks(&places, pieces.all().iter().map(of_piece).collect())
         }
 
         fn is_copied(loan: &Loan) -> bool {

@@ -20,7 +20,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use cudarc::driver::DriverError;
 use cudarc::driver::result::{self, event, stream};
 use cudarc::driver::sys::{
-    self, CUcontext, CUdevice, CUevent, CUevent_flags, CUevent_wait_flags, CUmemorytype, CUresult, CUstream,
+    self, CUcontext, CUdevice, CUdeviceptr, CUevent, CUevent_flags, CUevent_wait_flags, CUmemorytype, CUresult, CUstream,
 };
 
 use crate::cache::DeviceId;
@@ -30,6 +30,7 @@ use crate::error::Result;
 
 use super::context::Context;
 use super::count::{self, Count};
+use super::graph::{Graph, Steps};
 use super::memory::CudaBuffer;
 
 /// An event of a context, without a time.
@@ -100,10 +101,45 @@ pub struct Lane {
 }
 
 /// A `u32` of the device's memory, which counts what copies have brought.
+///
+/// Each call of [`Lane::copy_blocks`] counts from 0 or from 2^31, in turns: half of the range away from all that the number has been
+/// since it was there last. Who waits for it looks at the sign of the difference, so it takes none of the old numbers for a new one.
+/// Thus every other call sets the same numbers, and what was described for one can be launched for another.
 struct Arrivals {
     count: Count,
-    /// What it says when all copies that are enqueued are done.
-    counted: Mutex<u32>,
+    turn: Mutex<Turn>,
+}
+
+/// Whose turn it is, and what was described for earlier calls, the last one at the end.
+#[derive(Default)]
+struct Turn {
+    is_upper: bool,
+    described: Vec<Described>,
+    /// Whether the driver takes no such graphs.
+    no_graphs: bool,
+}
+
+/// Copies of pieces that came at least once: what is the same in all such calls.
+struct Described {
+    /// Of each loan the context, and where it lies and goes.
+    places: Vec<(CUcontext, u64, u64)>,
+    pieces: Vec<PieceCopy>,
+    /// Of each turn, from the second such call on: the first pieces, and the others.
+    graphs: [Option<[Option<Graph>; 2]>; 2],
+}
+
+/// How many of them a lane keeps: the layers of a model may each have memory of their own.
+const MOST_DESCRIBED: usize = 64;
+
+/// What one piece copies.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PieceCopy {
+    /// Of each loan.
+    pub blocks: Vec<Block>,
+    /// Whether the loans' first marks are enough for it. Such pieces come before others.
+    pub is_first: bool,
+    /// What to add to the count when it is there.
+    pub heads: u32,
 }
 
 // SAFETY: the stream may be used from any thread, and its context lives as long.
@@ -202,7 +238,7 @@ impl Lane {
         // SAFETY: the number is this device's, and so is the stream.
         let set = unsafe { count::set(&self.context, self.side, count.buffer().address(), 0) };
         match set {
-            Ok(()) => self.arrivals = Some(Arrivals { count, counted: Mutex::default() }),
+            Ok(()) => self.arrivals = Some(Arrivals { count, turn: Mutex::default() }),
             Err(why) => log::info!("attention does not begin before all keys have come: {why}"),
         }
         Ok(self.arrivals.is_some())
@@ -323,46 +359,66 @@ impl Lane {
         enqueued.map(|()| true)
     }
 
-    /// Copies pieces of what peers have lent, one piece of all after the other, and counts each. `pieces` has, for each, a block of
-    /// each loan, whether the loans' first marks are enough for it, and what to add to the count when it is there. The device's later
-    /// work comes after all is written on the peers' side, so it waits for copy engines alone. What the count says before the first
-    /// piece; nothing, and nothing is copied, if a loan was taken back before, or does not fit, or nothing counts.
+    /// Copies pieces of what peers have lent, one piece of all after the other, and counts each. The device's later work comes after all
+    /// is written on the peers' side, so it waits for copy engines alone. What the count says before the first piece; nothing, and
+    /// nothing is copied, if a loan was taken back before, or does not fit, or nothing counts.
     pub fn copy_blocks(
         &self,
         loans: &[(&Loan, &dyn DeviceBuffer, u64)],
-        pieces: &[(Vec<Block>, bool, u32)],
+        pieces: Vec<PieceCopy>,
     ) -> Result<Option<u32>> {
-        let Some(Arrivals { count, counted }) = &self.arrivals else { return Ok(None) };
+        let Some(Arrivals { count, turn }) = &self.arrivals else { return Ok(None) };
         let mut lent = Vec::with_capacity(loans.len());
         for (at, &(loan, to, start)) in loans.iter().enumerate() {
             // While it is locked it is not taken back.
             let (to, state) = (self.own(to)?, loan.lock());
             let room = to.size().checked_sub(start).map_or(0, |room| room.min(loan.bytes));
-            let fits =
-                |(blocks, ..): &(Vec<Block>, _, _)| blocks.get(at).and_then(Block::end).is_some_and(|end| end <= room);
+            let fits = |piece: &PieceCopy| piece.blocks.get(at).and_then(Block::end).is_some_and(|end| end <= room);
             if !matches!(*state, LoanState::Open) || !pieces.iter().all(fits) {
                 return Ok(None);
             }
             lent.push((loan, to.address() + start, state));
         }
         let _current = self.context.enter()?;
-        let mut counted = counted.lock().unwrap_or_else(PoisonError::into_inner);
-        let before = *counted;
-        let mut enqueue = || -> Result<()> {
-            // 0: nothing is waited for yet; 1: the first marks; 2: all.
-            let mut waited = 0;
-            for (blocks, is_first, heads) in pieces {
-                let needed = if *is_first { 1 } else { 2 };
-                for ((loan, to, _), block) in lent.iter().zip(blocks) {
-                    if waited < needed {
-                        self.wait(self.side, if *is_first { &loan.ready } else { &loan.all_ready })?;
+        let mut turn = turn.lock().unwrap_or_else(PoisonError::into_inner);
+        turn.is_upper = !turn.is_upper;
+        let before = if turn.is_upper { 1 << 31 } else { 0 };
+        let places: Vec<_> = lent.iter().map(|(loan, to, _)| (loan.context.raw(), loan.address, *to)).collect();
+        let enqueue = || -> Result<()> {
+            let Turn { is_upper, described, no_graphs } = &mut *turn;
+            let (described, is_known) = remembered(described, places, pieces);
+            let Described { places, pieces, graphs } = described;
+            let counted = Counted { count: count.buffer().address(), before };
+            let (first, others) = pieces.split_at(pieces.iter().take_while(|piece| piece.is_first).count());
+            let graphs = &mut graphs[usize::from(*is_upper)];
+            if is_known && graphs.is_none() && !*no_graphs {
+                match self.describe(places, [first, others], counted) {
+                    Ok(made) => *graphs = Some(made),
+                    Err(why) => {
+                        log::info!("copies between GPUs are enqueued one by one: {why}");
+                        *no_graphs = true;
                     }
-                    self.enqueue_block(loan, *to, block)?;
                 }
-                waited = waited.max(needed);
-                *counted = counted.wrapping_add(*heads);
-                // SAFETY: the number is this device's, and so is the stream.
-                unsafe { count::set(&self.context, self.side, count.buffer().address(), *counted) }?;
+            }
+            let heads_of = |pieces: &[PieceCopy]| pieces.iter().map(|piece| piece.heads).sum::<u32>();
+            let all_counted = Counted { before: before.wrapping_add(heads_of(first)), ..counted };
+            for (at, (pieces, counted)) in [(first, counted), (others, all_counted)].into_iter().enumerate() {
+                if pieces.is_empty() {
+                    continue;
+                }
+                for (loan, ..) in &lent {
+                    match at {
+                        0 => self.wait(self.side, &loan.ready)?,
+                        _ if loan.all_ready.is(&loan.ready) && !first.is_empty() => {}
+                        _ => self.wait(self.side, &loan.all_ready)?,
+                    }
+                }
+                match graphs.as_ref().and_then(|graphs| graphs[at].as_ref()) {
+                    // SAFETY: the stream is this lane's. The loans' memory and the rooms are those that were described, and in
+                    // bounds; lenders keep theirs until the loans are over, and so does whoever made the rooms.
+                    Some(graph) => unsafe { graph.launch(self.side) }?,
+                    None => self.enqueue_pieces(places, pieces, counted)?,
+                }
             }
             // Only copy engines are waited for from then on: the device's own work may take every multiprocessor and wait.
             lent.iter().try_for_each(|(loan, ..)| self.wait(self.context.stream(), &loan.all_ready))
@@ -377,12 +433,57 @@ impl Lane {
         enqueued.map(|()| Some(before))
     }
 
-    /// A block of a loan that is locked and fits. The context is current.
-    fn enqueue_block(&self, loan: &Loan, to: u64, block: &Block) -> Result<()> {
-        let Block { start, width, pitch, rows, slice_rows, slices } = *block;
-        if width == 0 || rows == 0 || slices == 0 {
-            return Ok(());
+    /// Graphs of some pieces, if there are any, and of those after them. The context is current.
+    fn describe(
+        &self,
+        places: &[(CUcontext, u64, u64)],
+        parts: [&[PieceCopy]; 2],
+        Counted { count, before }: Counted,
+    ) -> Result<[Option<Graph>; 2], DriverError> {
+        let mut number = before;
+        let mut of_part = |pieces: &[PieceCopy]| {
+            if pieces.is_empty() {
+                return Ok(None);
+            }
+            let mut steps = Steps::new(&self.context)?;
+            for PieceCopy { blocks, heads, .. } in pieces {
+                for (&(_, from, to), block) in places.iter().zip(blocks) {
+                    if let Some(copy) = copy_of(from, to, block) {
+                        // SAFETY: whoever launches it sees to the memory. Access between the devices is enabled: else nothing counts.
+                        unsafe { steps.copy(&copy) }?;
+                    }
+                }
+                number = number.wrapping_add(*heads);
+                // SAFETY: the number is the lane's, which keeps it as long as its graphs.
+                unsafe { steps.set(count, number) }?;
+            }
+            steps.finish().map(Some)
+        };
+        Ok([of_part(parts[0])?, of_part(parts[1])?])
+    }
+
+    /// Pieces of loans that are locked and fit, one by one. The context is current.
+    fn enqueue_pieces(
+        &self,
+        places: &[(CUcontext, u64, u64)],
+        pieces: &[PieceCopy],
+        Counted { count, before }: Counted,
+    ) -> Result<()> {
+        let mut number = before;
+        for PieceCopy { blocks, heads, .. } in pieces {
+            for (&place, block) in places.iter().zip(blocks) {
+                self.enqueue_block(place, block)?;
+            }
+            number = number.wrapping_add(*heads);
+            // SAFETY: the number is this device's, and so is the stream.
+            unsafe { count::set(&self.context, self.side, count, number) }?;
         }
+        Ok(())
+    }
+
+    /// A block of a loan that is locked and fits. The context is current.
+    fn enqueue_block(&self, (of, from, to): (CUcontext, u64, u64), block: &Block) -> Result<()> {
+        let Some(copy) = copy_of(from, to, block) else { return Ok(()) };
         let copy = sys::CUDA_MEMCPY3D_PEER {
             srcXInBytes: 0,
             srcY: 0,
@@ -390,25 +491,25 @@ impl Lane {
             srcLOD: 0,
             srcMemoryType: CUmemorytype::CU_MEMORYTYPE_DEVICE,
             srcHost: ptr::null(),
-            srcDevice: loan.address + start,
+            srcDevice: copy.srcDevice,
             srcArray: ptr::null_mut(),
-            srcContext: loan.context.raw(),
-            srcPitch: pitch as usize,
-            srcHeight: slice_rows as usize,
+            srcContext: of,
+            srcPitch: copy.srcPitch,
+            srcHeight: copy.srcHeight,
             dstXInBytes: 0,
             dstY: 0,
             dstZ: 0,
             dstLOD: 0,
             dstMemoryType: CUmemorytype::CU_MEMORYTYPE_DEVICE,
             dstHost: ptr::null_mut(),
-            dstDevice: to + start,
+            dstDevice: copy.dstDevice,
             dstArray: ptr::null_mut(),
             dstContext: self.context.raw(),
-            dstPitch: pitch as usize,
-            dstHeight: slice_rows as usize,
-            WidthInBytes: width as usize,
-            Height: rows as usize,
-            Depth: slices as usize,
+            dstPitch: copy.dstPitch,
+            dstHeight: copy.dstHeight,
+            WidthInBytes: copy.WidthInBytes,
+            Height: copy.Height,
+            Depth: copy.Depth,
         };
         // SAFETY: the source is a buffer that its lender keeps until the loan is over; the destination is in bounds, as
         // checked by `copy_blocks`. Each is of its own context, which the loan and the lane keep. The struct is read before
@@ -503,6 +604,67 @@ impl Drop for Lane {
             log::debug!("a stream is not destroyed: {error}");
         }
     }
+}
+
+/// The number that pieces are counted in, and what it says before them.
+#[derive(Debug, Clone, Copy)]
+struct Counted {
+    count: CUdeviceptr,
+    before: u32,
+}
+
+/// What was described for such copies, and whether they came before. It is the last one then.
+fn remembered(
+    all: &mut Vec<Described>,
+    places: Vec<(CUcontext, u64, u64)>,
+    pieces: Vec<PieceCopy>,
+) -> (&mut Described, bool) {
+    let found = all.iter().rposition(|described| described.places == places && described.pieces == pieces);
+    let described = match found {
+        Some(at) => all.remove(at),
+        None => {
+            if all.len() >= MOST_DESCRIBED {
+                all.remove(0);
+            }
+            Described { places, pieces, graphs: [None, None] }
+        }
+    };
+    all.push(described);
+    let last = all.len() - 1;
+    (&mut all[last], found.is_some())
+}
+
+/// A copy of a block from one address to another, in memory that both GPUs have access to; none without bytes.
+fn copy_of(from: u64, to: u64, block: &Block) -> Option<sys::CUDA_MEMCPY3D> {
+    let Block { start, width, pitch, rows, slice_rows, slices } = *block;
+    let unified = CUmemorytype::CU_MEMORYTYPE_UNIFIED;
+    (width > 0 && rows > 0 && slices > 0).then(|| sys::CUDA_MEMCPY3D {
+        srcXInBytes: 0,
+        srcY: 0,
+        srcZ: 0,
+        srcLOD: 0,
+        srcMemoryType: unified,
+        srcHost: ptr::null(),
+        srcDevice: from + start,
+        srcArray: ptr::null_mut(),
+        reserved0: ptr::null_mut(),
+        srcPitch: pitch as usize,
+        srcHeight: slice_rows as usize,
+        dstXInBytes: 0,
+        dstY: 0,
+        dstZ: 0,
+        dstLOD: 0,
+        dstMemoryType: unified,
+        dstHost: ptr::null_mut(),
+        dstDevice: to + start,
+        dstArray: ptr::null_mut(),
+        reserved1: ptr::null_mut(),
+        dstPitch: pitch as usize,
+        dstHeight: slice_rows as usize,
+        WidthInBytes: width as usize,
+        Height: rows as usize,
+        Depth: slices as usize,
+    })
 }
 
 /// Whether one GPU can have access to the memory of another.
