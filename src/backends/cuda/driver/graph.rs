@@ -9,9 +9,10 @@ use cudarc::driver::DriverError;
 use cudarc::driver::result::graph;
 use cudarc::driver::sys::{
     self, CUDA_BATCH_MEM_OP_NODE_PARAMS, CUDA_MEMCPY3D, CUdeviceptr, CUgraph, CUgraphExec, CUgraphInstantiate_flags,
-    CUgraphNode, CUresult, CUstream, CUstreamBatchMemOpParams, CUstreamBatchMemOpType,
+    CUgraphNode, CUresult, CUstream, CUstreamBatchMemOpParams,
     CUstreamBatchMemOpParams_union_CUstreamMemOpWriteValueParams_st as WriteValue,
-    CUstreamBatchMemOpParams_union_CUstreamMemOpWriteValueParams_st__bindgen_ty_1 as Value, CUstreamWriteValue_flags,
+    CUstreamBatchMemOpParams_union_CUstreamMemOpWriteValueParams_st__bindgen_ty_1 as Value, CUstreamBatchMemOpType,
+    CUstreamWriteValue_flags,
 };
 
 use crate::error::Result;

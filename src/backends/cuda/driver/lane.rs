@@ -13,6 +13,7 @@
 //! ranks do, streams cannot wait for one another in a circle.
 
 use std::fmt;
+#[cfg(feature = "nccl")]
 use std::ops::Range;
 use std::ptr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -20,11 +21,12 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use cudarc::driver::DriverError;
 use cudarc::driver::result::{self, event, stream};
 use cudarc::driver::sys::{
-    self, CUcontext, CUdevice, CUdeviceptr, CUevent, CUevent_flags, CUevent_wait_flags, CUmemorytype, CUresult, CUstream,
+    self, CUcontext, CUdevice, CUdeviceptr, CUevent, CUevent_flags, CUevent_wait_flags, CUmemorytype, CUresult,
+    CUstream,
 };
 
 use crate::cache::DeviceId;
-use crate::call::block::Block;
+use crate::call::block::{Block, BlockCopy, Lines};
 use crate::call::memory::{DeviceBuffer, Source};
 use crate::error::Result;
 
@@ -121,11 +123,22 @@ struct Turn {
 
 /// Copies of pieces that came at least once: what is the same in all such calls.
 struct Described {
-    /// Of each loan the context, and where it lies and goes.
-    places: Vec<(CUcontext, u64, u64)>,
+    /// Of each loan.
+    places: Vec<Place>,
     pieces: Vec<PieceCopy>,
+    /// How many of them come before what is written later.
+    first: usize,
     /// Of each turn, from the second such call on: the first pieces, and the others.
     graphs: [Option<[Option<Graph>; 2]>; 2],
+}
+
+/// Where a loan lies and goes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Place {
+    of: CUcontext,
+    /// Of each part.
+    from: Vec<u64>,
+    to: u64,
 }
 
 /// How many of them a lane keeps: the layers of a model may each have memory of their own.
@@ -135,7 +148,7 @@ const MOST_DESCRIBED: usize = 64;
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PieceCopy {
     /// Of each loan.
-    pub blocks: Vec<Block>,
+    pub blocks: Vec<Vec<BlockCopy>>,
     /// Whether the loans' first marks are enough for it. Such pieces come before others.
     pub is_first: bool,
     /// What to add to the count when it is there.
@@ -157,7 +170,10 @@ impl fmt::Debug for Lane {
 #[derive(Debug)]
 pub struct Loan {
     context: Arc<Context>,
-    address: u64,
+    /// Where each part begins, and how its rows lie.
+    addresses: Vec<u64>,
+    lines: Vec<Lines>,
+    /// Of all parts, without what lies between rows.
     bytes: u64,
     /// Where the lender's stream has written what is copied first, and all of it.
     ready: Mark,
@@ -183,6 +199,11 @@ impl Loan {
     /// Number of bytes.
     pub fn bytes(&self) -> u64 {
         self.bytes
+    }
+
+    /// How the rows of each part lie.
+    pub fn lines(&self) -> &[Lines] {
+        &self.lines
     }
 
     fn lock(&self) -> MutexGuard<'_, LoanState> {
@@ -312,15 +333,34 @@ impl Lane {
         self.record(self.context.stream())
     }
 
-    /// Lends bytes of the device's memory, of which those that are copied first are written where the first mark is, and all where
-    /// the other one is. Whoever lends them [takes them back](Self::take_back) before the memory is given up or written.
-    pub fn lend(&self, buffer: &dyn DeviceBuffer, bytes: Range<u64>, [mark, all]: [&Mark; 2]) -> Result<Loan> {
-        let buffer = self.own(buffer)?;
-        let (start, end) = (bytes.start.min(buffer.size()), bytes.end.min(buffer.size()));
+    /// Whether peers can copy from this memory: they have been given access to the library's own. Other memory need not be such that
+    /// access to the context is enough.
+    pub fn can_lend(&self, memory: &dyn DeviceBuffer) -> bool {
+        self.own(memory).is_ok_and(CudaBuffer::is_own)
+    }
+
+    /// Lends parts of the device's memory, each from a byte on, which hold so many bytes. Those that are copied first are written where
+    /// the first mark is, and all where the other one is. Whoever lends them [takes them back](Self::take_back) before the memory is
+    /// given up or written.
+    pub fn lend<'b>(
+        &self,
+        parts: impl Iterator<Item = (&'b dyn DeviceBuffer, u64, Lines)>,
+        bytes: u64,
+        [mark, all]: [&Mark; 2],
+    ) -> Result<Loan> {
+        let (mut addresses, mut lines) = (Vec::new(), Vec::new());
+        for (buffer, start, of_part) in parts {
+            let buffer = self.own(buffer)?;
+            let start = start.min(buffer.size());
+            addresses.push(buffer.address() + start);
+            // What is not there is not copied: it does not fit.
+            lines.push(Lines { bytes: of_part.bytes.min(buffer.size() - start), ..of_part });
+        }
         Ok(Loan {
             context: Arc::clone(&self.context),
-            address: buffer.address() + start,
-            bytes: end.saturating_sub(start),
+            addresses,
+            lines,
+            bytes,
             ready: mark.clone(),
             all_ready: all.clone(),
             state: Mutex::new(LoanState::Open),
@@ -335,25 +375,26 @@ impl Lane {
             // While it is locked it is not taken back.
             let (to, state) = (self.own(to)?, loan.lock());
             let fits = start.checked_add(loan.bytes).is_some_and(|end| end <= to.size());
-            if !matches!(*state, LoanState::Open) || !fits {
+            let (&[from], &[Lines { bytes, .. }]) = (&loan.addresses[..], &loan.lines[..]) else { return Ok(false) };
+            if !matches!(*state, LoanState::Open) || !fits || bytes != loan.bytes {
                 return Ok(false);
             }
-            copies.push((loan, to.address() + start, state));
+            copies.push((loan, from, to.address() + start, state));
         }
         let _current = self.context.enter()?;
         let mut waited: Option<&Mark> = None;
-        let enqueued = copies.iter().try_for_each(|&(loan, to, _)| {
+        let enqueued = copies.iter().try_for_each(|&(loan, from, to, _)| {
             // A peer lends all messages of one exchange at one mark.
             if waited.is_none_or(|mark| !mark.is(&loan.ready)) {
                 self.wait(self.side, &loan.ready)?;
                 waited = Some(&loan.ready);
             }
-            self.enqueue(loan, to)
+            self.enqueue(loan, from, to)
         });
         // Recorded in any case: part of what was refused may be under way.
         let end = self.record(self.side)?;
         *self.last_copy.lock().unwrap_or_else(PoisonError::into_inner) = Some(end.clone());
-        for (_, _, state) in &mut copies {
+        for (.., state) in &mut copies {
             **state = LoanState::Copied(end.clone());
         }
         enqueued.map(|()| true)
@@ -373,8 +414,13 @@ impl Lane {
             // While it is locked it is not taken back.
             let (to, state) = (self.own(to)?, loan.lock());
             let room = to.size().checked_sub(start).map_or(0, |room| room.min(loan.bytes));
-            let fits = |piece: &PieceCopy| piece.blocks.get(at).and_then(Block::end).is_some_and(|end| end <= room);
-            if !matches!(*state, LoanState::Open) || !pieces.iter().all(fits) {
+            let fits = |copy: &BlockCopy| {
+                let lent = loan.lines.get(copy.part).map_or(0, |lines| lines.bytes);
+                let ends_by = |block: &Block, limit| block.end().is_some_and(|end| end <= limit);
+                ends_by(&copy.from, lent) && ends_by(&copy.to, room)
+            };
+            let all_fit = |piece: &PieceCopy| piece.blocks.get(at).is_some_and(|blocks| blocks.iter().all(fits));
+            if !matches!(*state, LoanState::Open) || !pieces.iter().all(all_fit) {
                 return Ok(None);
             }
             lent.push((loan, to.address() + start, state));
@@ -383,13 +429,16 @@ impl Lane {
         let mut turn = turn.lock().unwrap_or_else(PoisonError::into_inner);
         turn.is_upper = !turn.is_upper;
         let before = if turn.is_upper { 1 << 31 } else { 0 };
-        let places: Vec<_> = lent.iter().map(|(loan, to, _)| (loan.context.raw(), loan.address, *to)).collect();
+        let place = |loan: &Loan, to: u64| Place { of: loan.context.raw(), from: loan.addresses.clone(), to };
+        let places: Vec<_> = lent.iter().map(|(loan, to, _)| place(loan, *to)).collect();
         let enqueue = || -> Result<()> {
             let Turn { is_upper, described, no_graphs } = &mut *turn;
-            let (described, is_known) = remembered(described, places, pieces);
-            let Described { places, pieces, graphs } = described;
+            let is_all_written = lent.iter().all(|(loan, ..)| loan.ready.is(&loan.all_ready));
+            let first = pieces.iter().take_while(|piece| piece.is_first || is_all_written).count();
+            let (described, is_known) = remembered(described, (places, pieces, first));
+            let Described { places, pieces, first, graphs } = described;
             let counted = Counted { count: count.buffer().address(), before };
-            let (first, others) = pieces.split_at(pieces.iter().take_while(|piece| piece.is_first).count());
+            let (first, others) = pieces.split_at(*first);
             let graphs = &mut graphs[usize::from(*is_upper)];
             if is_known && graphs.is_none() && !*no_graphs {
                 match self.describe(places, [first, others], counted) {
@@ -407,11 +456,7 @@ impl Lane {
                     continue;
                 }
                 for (loan, ..) in &lent {
-                    match at {
-                        0 => self.wait(self.side, &loan.ready)?,
-                        _ if loan.all_ready.is(&loan.ready) && !first.is_empty() => {}
-                        _ => self.wait(self.side, &loan.all_ready)?,
-                    }
+                    self.wait(self.side, if at == 0 { &loan.ready } else { &loan.all_ready })?;
                 }
                 match graphs.as_ref().and_then(|graphs| graphs[at].as_ref()) {
                     // SAFETY: the stream is this lane's. The loans' memory and the rooms are those that were described, and in
@@ -436,7 +481,7 @@ impl Lane {
     /// Graphs of some pieces, if there are any, and of those after them. The context is current.
     fn describe(
         &self,
-        places: &[(CUcontext, u64, u64)],
+        places: &[Place],
         parts: [&[PieceCopy]; 2],
         Counted { count, before }: Counted,
     ) -> Result<[Option<Graph>; 2], DriverError> {
@@ -447,8 +492,8 @@ impl Lane {
             }
             let mut steps = Steps::new(&self.context)?;
             for PieceCopy { blocks, heads, .. } in pieces {
-                for (&(_, from, to), block) in places.iter().zip(blocks) {
-                    if let Some(copy) = copy_of(from, to, block) {
+                for (place, block) in each_block(places, blocks) {
+                    if let Some(copy) = copy_of(place, block) {
                         // SAFETY: whoever launches it sees to the memory. Access between the devices is enabled: else nothing counts.
                         unsafe { steps.copy(&copy) }?;
                     }
@@ -463,15 +508,10 @@ impl Lane {
     }
 
     /// Pieces of loans that are locked and fit, one by one. The context is current.
-    fn enqueue_pieces(
-        &self,
-        places: &[(CUcontext, u64, u64)],
-        pieces: &[PieceCopy],
-        Counted { count, before }: Counted,
-    ) -> Result<()> {
+    fn enqueue_pieces(&self, places: &[Place], pieces: &[PieceCopy], Counted { count, before }: Counted) -> Result<()> {
         let mut number = before;
         for PieceCopy { blocks, heads, .. } in pieces {
-            for (&place, block) in places.iter().zip(blocks) {
+            for (place, block) in each_block(places, blocks) {
                 self.enqueue_block(place, block)?;
             }
             number = number.wrapping_add(*heads);
@@ -482,8 +522,8 @@ impl Lane {
     }
 
     /// A block of a loan that is locked and fits. The context is current.
-    fn enqueue_block(&self, (of, from, to): (CUcontext, u64, u64), block: &Block) -> Result<()> {
-        let Some(copy) = copy_of(from, to, block) else { return Ok(()) };
+    fn enqueue_block(&self, place: &Place, block: &BlockCopy) -> Result<()> {
+        let Some(copy) = copy_of(place, block) else { return Ok(()) };
         let copy = sys::CUDA_MEMCPY3D_PEER {
             srcXInBytes: 0,
             srcY: 0,
@@ -493,7 +533,7 @@ impl Lane {
             srcHost: ptr::null(),
             srcDevice: copy.srcDevice,
             srcArray: ptr::null_mut(),
-            srcContext: of,
+            srcContext: place.of,
             srcPitch: copy.srcPitch,
             srcHeight: copy.srcHeight,
             dstXInBytes: 0,
@@ -519,9 +559,9 @@ impl Lane {
     }
 
     /// The copy of a loan that is locked and fits. The context is current.
-    fn enqueue(&self, loan: &Loan, to: u64) -> Result<()> {
+    fn enqueue(&self, loan: &Loan, from: u64, to: u64) -> Result<()> {
         let (from_context, to_context) = (loan.context.raw(), self.context.raw());
-        let (from, bytes) = (loan.address, loan.bytes as usize);
+        let bytes = loan.bytes as usize;
         let copied = match (bytes, from_context == to_context) {
             (0, _) => Ok(()),
             // SAFETY: the source is a buffer that its lender keeps until the loan is over; the destination is in bounds,
@@ -613,20 +653,21 @@ struct Counted {
     before: u32,
 }
 
-/// What was described for such copies, and whether they came before. It is the last one then.
+/// What was described for such copies, of which so many come first, and whether they came before. It is the last one then.
 fn remembered(
     all: &mut Vec<Described>,
-    places: Vec<(CUcontext, u64, u64)>,
-    pieces: Vec<PieceCopy>,
+    (places, pieces, first): (Vec<Place>, Vec<PieceCopy>, usize),
 ) -> (&mut Described, bool) {
-    let found = all.iter().rposition(|described| described.places == places && described.pieces == pieces);
+    let is_it =
+        |described: &Described| described.places == places && described.pieces == pieces && described.first == first;
+    let found = all.iter().rposition(is_it);
     let described = match found {
         Some(at) => all.remove(at),
         None => {
             if all.len() >= MOST_DESCRIBED {
                 all.remove(0);
             }
-            Described { places, pieces, graphs: [None, None] }
+            Described { places, pieces, first, graphs: [None, None] }
         }
     };
     all.push(described);
@@ -634,9 +675,18 @@ fn remembered(
     (&mut all[last], found.is_some())
 }
 
-/// A copy of a block from one address to another, in memory that both GPUs have access to; none without bytes.
-fn copy_of(from: u64, to: u64, block: &Block) -> Option<sys::CUDA_MEMCPY3D> {
-    let Block { start, width, pitch, rows, slice_rows, slices } = *block;
+/// The blocks of all loans, and of which loan each is.
+fn each_block<'a>(
+    places: &'a [Place],
+    blocks: &'a [Vec<BlockCopy>],
+) -> impl Iterator<Item = (&'a Place, &'a BlockCopy)> {
+    places.iter().zip(blocks).flat_map(|(place, blocks)| blocks.iter().map(move |block| (place, block)))
+}
+
+/// The copy of a block of a loan, in memory that both GPUs have access to; none without bytes.
+fn copy_of(place: &Place, BlockCopy { part, from, to }: &BlockCopy) -> Option<sys::CUDA_MEMCPY3D> {
+    let source = place.from.get(*part)? + from.start;
+    let Block { width, rows, slices, .. } = *from;
     let unified = CUmemorytype::CU_MEMORYTYPE_UNIFIED;
     (width > 0 && rows > 0 && slices > 0).then(|| sys::CUDA_MEMCPY3D {
         srcXInBytes: 0,
@@ -645,22 +695,22 @@ fn copy_of(from: u64, to: u64, block: &Block) -> Option<sys::CUDA_MEMCPY3D> {
         srcLOD: 0,
         srcMemoryType: unified,
         srcHost: ptr::null(),
-        srcDevice: from + start,
+        srcDevice: source,
         srcArray: ptr::null_mut(),
         reserved0: ptr::null_mut(),
-        srcPitch: pitch as usize,
-        srcHeight: slice_rows as usize,
+        srcPitch: from.pitch as usize,
+        srcHeight: from.slice_rows as usize,
         dstXInBytes: 0,
         dstY: 0,
         dstZ: 0,
         dstLOD: 0,
         dstMemoryType: unified,
         dstHost: ptr::null_mut(),
-        dstDevice: to + start,
+        dstDevice: place.to + to.start,
         dstArray: ptr::null_mut(),
         reserved1: ptr::null_mut(),
-        dstPitch: pitch as usize,
-        dstHeight: slice_rows as usize,
+        dstPitch: to.pitch as usize,
+        dstHeight: to.slice_rows as usize,
         WidthInBytes: width as usize,
         Height: rows as usize,
         Depth: slices as usize,
