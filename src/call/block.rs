@@ -15,6 +15,42 @@ pub(crate) struct Block {
     pub slices: u64,
 }
 
+/// How the rows of a tensor's tokens lie in a part of memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(crate) struct Lines {
+    /// Of the part, from the first row's first byte on.
+    pub bytes: u64,
+    /// Bytes from token to token.
+    pub pitch: u64,
+    /// Tokens from batch row to batch row.
+    pub slice_rows: u64,
+}
+
+/// The copy of a block from one of several parts of memory to another block of as many rows as wide.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct BlockCopy {
+    pub part: usize,
+    pub from: Block,
+    pub to: Block,
+}
+
+impl BlockCopy {
+    /// With one row, where nothing lies between the rows on either side.
+    pub fn merged(self) -> Self {
+        let (from, to) = (self.from, self.to);
+        let is_one =
+            |block: &Block| block.width == block.pitch && (block.slices <= 1 || block.slice_rows == block.rows);
+        if !is_one(&from) || !is_one(&to) {
+            return self;
+        }
+        let merged = |block: Block| {
+            let width = block.width * block.rows * block.slices;
+            Block { width, pitch: width, rows: 1, slice_rows: 1, slices: 1, ..block }
+        };
+        Self { from: merged(from), to: merged(to), ..self }
+    }
+}
+
 impl Block {
     /// The first byte past it.
     pub fn end(&self) -> Option<u64> {

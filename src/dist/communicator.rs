@@ -4,6 +4,7 @@ use std::fmt::Debug;
 use std::ops::Range;
 
 use super::pieces::Pieces;
+use crate::call::block::Lines;
 use crate::call::memory::{DeviceBuffer, Sink, Source};
 use crate::device::Device;
 use crate::error::{Error, Result};
@@ -83,6 +84,9 @@ pub trait Communicator: Debug + Send {
 /// A communicator whose bytes come while a device's kernel that reads them runs. Of this library alone.
 #[doc(hidden)]
 pub trait ExchangeInPieces {
+    /// Whether peers can copy from this memory of the device, which need not be the communicator's own.
+    fn can_lend(&self, memory: &DeviceBytes<'_>) -> bool;
+
     /// Sends and receives in pieces, the first of which are written now. `write_rest` writes the others, if there are some. `attend` works on what comes:
     /// a `u32` of the device's memory counts the heads that are there, from the other argument on. The device's work that `attend` starts
     /// may wait for it on every multiprocessor; what comes after `attend` finds everything there.
@@ -102,12 +106,35 @@ pub trait ExchangeInPieces {
 pub struct InPieces<'a> {
     pub(super) operation: &'static str,
     pub(super) tag: [u8; 16],
-    /// What every peer gets, all of it; nothing if this rank has no row.
-    pub(super) own: Option<DeviceBytes<'a>>,
+    /// What every peer gets, all of it, in parts as [`Pieces::copies`] takes them; none if this rank has no row.
+    pub(super) own: Vec<Part<'a>>,
+    /// Its bytes, without what lies between rows.
+    pub(super) own_bytes: u64,
     pub(super) to: Vec<usize>,
     /// Room for all that each peer has.
     pub(super) rooms: Vec<(usize, DeviceBytes<'a>)>,
     pub(super) pieces: &'a Pieces,
+}
+
+/// Memory that peers copy rows from.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Part<'a> {
+    pub memory: DeviceBytes<'a>,
+    /// Bytes from token to token, and tokens from batch row to batch row, where that is looked at.
+    pub pitch: u64,
+    pub slice_rows: u64,
+}
+
+impl<'a> Part<'a> {
+    /// All that lies there.
+    pub(super) fn whole(memory: DeviceBytes<'a>) -> Self {
+        Self { memory, pitch: 0, slice_rows: 0 }
+    }
+
+    /// How its rows lie.
+    pub(super) fn lines(&self) -> Lines {
+        Lines { bytes: self.memory.len, pitch: self.pitch, slice_rows: self.slice_rows }
+    }
 }
 
 /// What a rank sends and receives in one [`Communicator::exchange`].
@@ -186,6 +213,11 @@ impl<'a> DeviceBytes<'a> {
     /// The first ones of a buffer, which has as many.
     pub(super) fn first(buffer: &'a dyn DeviceBuffer, len: u64) -> Self {
         Self { buffer, start: 0, len }
+    }
+
+    /// Some of a buffer's, which has them.
+    pub(super) fn of(buffer: &'a dyn DeviceBuffer, bytes: Range<u64>) -> Self {
+        Self { buffer, start: bytes.start, len: bytes.end.saturating_sub(bytes.start) }
     }
 
     /// The memory that they are part of.

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::communicator::{
-    Communicator, DeviceBytes, Exchange, ExchangeInPieces, InPieces, Incoming, Outgoing, Transfer, TransferMut,
+    Communicator, DeviceBytes, Exchange, ExchangeInPieces, InPieces, Incoming, Outgoing, Part, Transfer, TransferMut,
 };
 use super::digest::Tag;
 use super::host::HostCommunicator;
@@ -104,6 +104,10 @@ impl Communicator for PeerCommunicator {
 }
 
 impl ExchangeInPieces for PeerCommunicator {
+    fn can_lend(&self, memory: &DeviceBytes<'_>) -> bool {
+        self.ranked.can_lend(memory)
+    }
+
     fn exchange_in_pieces(
         &mut self,
         exchange: InPieces<'_>,
@@ -187,12 +191,16 @@ impl<L: PeerLane> Ranked<L> {
         }
     }
 
+    fn can_lend(&self, memory: &DeviceBytes<'_>) -> bool {
+        self.lane.can_lend(memory.buffer())
+    }
+
     /// An exchange in pieces, the first of which are written now. `write_rest` writes the others; `attend` works on what comes: the
     /// first argument counts the heads that are there, from the other one on. On the host it waits for nothing but what peers say
     /// before they attend themselves.
     fn exchange_in_pieces(
         &mut self,
-        InPieces { operation, tag, own, to, rooms, pieces }: InPieces<'_>,
+        InPieces { operation, tag, own, own_bytes, to, rooms, pieces }: InPieces<'_>,
         write_rest: &mut dyn FnMut() -> Result<bool>,
         attend: &mut dyn FnMut(DeviceBytes<'_>, u32) -> Result<()>,
     ) -> Result<()> {
@@ -202,9 +210,11 @@ impl<L: PeerLane> Ranked<L> {
         let first = lane.mark()?;
         let all = if write_rest()? { lane.note()? } else { first.clone() };
         let mut lending = Lending { lane, loans: Vec::with_capacity(to.len()) };
-        for &to in own.iter().flat_map(|_| &to) {
-            let Some(own) = &own else { continue };
-            let loan = Arc::new(lane.lend(own, [&first, &all])?);
+        for to in to {
+            if own.is_empty() {
+                continue;
+            }
+            let loan = Arc::new(lane.lend(&own, own_bytes, [&first, &all])?);
             lending.loans.push((to, Arc::clone(&loan)));
             self.mailboxes[to].put(self.rank, Message { tag, body: Parcel::Loan(loan) });
         }
@@ -272,7 +282,7 @@ impl<L: PeerLane> Ranked<L> {
         for Outgoing { to, from } in &exchange.sends {
             let body = match (from, mark) {
                 (Transfer::Device(memory), Some(mark)) => {
-                    let loan = Arc::new(self.lane.lend(memory, [mark, mark])?);
+                    let loan = Arc::new(self.lane.lend(&[Part::whole(*memory)], memory.len(), [mark, mark])?);
                     lending.loans.push((*to, Arc::clone(&loan)));
                     Parcel::Loan(loan)
                 }
@@ -367,9 +377,10 @@ mod tests {
     use std::thread;
 
     use super::*;
+    use crate::call::block::{Block, BlockCopy, Lines};
     use crate::call::memory::{DeviceBuffer, Sink, Source};
     use crate::dist::communicator::{incoming, outgoing};
-    use crate::dist::pieces::Pieces;
+    use crate::dist::pieces::{Order, Pieces};
 
     /// Memory of a device that is none: what a lane moves, without a GPU.
     #[derive(Debug, Default, Clone)]
@@ -423,14 +434,44 @@ mod tests {
 
     #[derive(Debug)]
     struct TestLoan {
-        memory: Memory,
-        range: Range<usize>,
+        parts: Vec<(Memory, Range<usize>, Lines)>,
+        bytes: u64,
         state: Mutex<Option<bool>>,
     }
 
     fn memory_of(bytes: &DeviceBytes<'_>) -> (Memory, Range<usize>) {
         let memory: &Memory = bytes.buffer().as_any().downcast_ref().unwrap();
         (memory.clone(), bytes.range().start as usize..bytes.range().end as usize)
+    }
+
+    /// Where the rows of a block lie.
+    fn rows_of(block: Block, first: usize) -> impl Iterator<Item = Range<usize>> {
+        let Block { start, width, pitch, rows, slice_rows, slices } = block;
+        let lines = (0..slices).flat_map(move |slice| (0..rows).map(move |row| slice * slice_rows + row));
+        lines.map(move |line| {
+            let start = first + (start + line * pitch) as usize;
+            start..start + width as usize
+        })
+    }
+
+    impl TestLane {
+        /// False if something was taken back before.
+        fn copy_each(
+            &self,
+            loans: &[(&TestLoan, DeviceBytes<'_>)],
+            copy: impl Fn(&TestLoan, &DeviceBytes<'_>),
+        ) -> bool {
+            let mut states: Vec<_> = loans.iter().map(|(loan, _)| locked(&loan.state)).collect();
+            if states.iter().any(|state| **state != Some(false)) {
+                return false;
+            }
+            for ((loan, to), state) in loans.iter().zip(&mut states) {
+                copy(loan, to);
+                *locked(&self.unjoined) += 1;
+                **state = Some(true);
+            }
+            true
+        }
     }
 
     impl PeerLane for TestLane {
@@ -450,7 +491,20 @@ mod tests {
         }
 
         fn copy_pieces(&self, loans: &[(&TestLoan, DeviceBytes<'_>)], pieces: &Pieces) -> Result<Option<u32>> {
-            if !self.copy(loans)? {
+            let copied = self.copy_each(loans, |loan, to| {
+                let lines: Vec<_> = loan.parts.iter().map(|(_, _, lines)| *lines).collect();
+                let (to, room) = memory_of(to);
+                let copies = pieces.all().iter().flat_map(|piece| pieces.copies(piece, &lines, room.len() as u64));
+                for BlockCopy { part, from, to: into } in copies {
+                    let (memory, range, _) = &loan.parts[part];
+                    let from = rows_of(from, range.start).zip(rows_of(into, room.start));
+                    for (from, into) in from {
+                        let bytes = memory.bytes()[from].to_vec();
+                        locked(&to.0)[into].copy_from_slice(&bytes);
+                    }
+                }
+            });
+            if !copied {
                 return Ok(None);
             }
             let heads: usize = pieces.all().iter().map(|piece| piece.batches.len() * piece.heads.len()).sum();
@@ -460,29 +514,30 @@ mod tests {
             Ok(Some(before))
         }
 
-        fn lend(&self, bytes: &DeviceBytes<'_>, _: [&(); 2]) -> Result<TestLoan> {
-            let (memory, range) = memory_of(bytes);
+        fn can_lend(&self, _: &dyn DeviceBuffer) -> bool {
+            true
+        }
+
+        fn lend(&self, parts: &[Part<'_>], bytes: u64, _: [&(); 2]) -> Result<TestLoan> {
+            let of_part = |part: &Part<'_>| {
+                let (memory, range) = memory_of(&part.memory);
+                (memory, range, part.lines())
+            };
             *locked(&self.lent) += 1;
-            Ok(TestLoan { memory, range, state: Mutex::new(Some(false)) })
+            Ok(TestLoan { parts: parts.iter().map(of_part).collect(), bytes, state: Mutex::new(Some(false)) })
         }
 
         fn bytes_of(loan: &TestLoan) -> u64 {
-            loan.range.len() as u64
+            loan.bytes
         }
 
         fn copy(&self, loans: &[(&TestLoan, DeviceBytes<'_>)]) -> Result<bool> {
-            let mut states: Vec<_> = loans.iter().map(|(loan, _)| locked(&loan.state)).collect();
-            if states.iter().any(|state| **state != Some(false)) {
-                return Ok(false);
-            }
-            for ((loan, to), state) in loans.iter().zip(&mut states) {
-                let from = loan.memory.bytes()[loan.range.clone()].to_vec();
+            Ok(self.copy_each(loans, |loan, to| {
+                let (memory, range, _) = &loan.parts[0];
+                let from = memory.bytes()[range.clone()].to_vec();
                 let (to, range) = memory_of(to);
                 locked(&to.0)[range].copy_from_slice(&from);
-                *locked(&self.unjoined) += 1;
-                **state = Some(true);
-            }
-            Ok(true)
+            }))
         }
 
         fn is_copied(loan: &TestLoan) -> bool {
@@ -631,25 +686,53 @@ mod tests {
         assert!(matches!(lost[0], Some(Err(Error::RankLost { rank: 1, .. }))), "{lost:?}");
     }
 
-    /// Each rank has two heads, keys and values of two bytes each, and gets what the others have. Also what the count said before.
-    fn in_pieces(rank: &mut Ranked<TestLane>, tag: u8, attended: Result<()>) -> Result<(Vec<Vec<u8>>, u32)> {
+    /// Each rank has two heads, keys and values of two bytes each, and gets what the others have. Also what the count said before. The
+    /// heads are packed, or lie as in tensors: then `[k, -, v, -]` of each of two heads, of which `-` does not travel.
+    fn in_pieces(
+        rank: &mut Ranked<TestLane>,
+        tag: u8,
+        head_bytes: usize,
+        attended: Result<()>,
+    ) -> Result<(Vec<Vec<u8>>, u32)> {
         let (own_rank, world) = (rank.rank, rank.mailboxes.len());
         let peers: Vec<_> = (0..world).filter(|&peer| peer != own_rank).collect();
-        let own = Memory::of(&[own_rank as u8; 8]);
-        let rooms: Vec<_> = peers.iter().map(|_| Memory::of(&[0xff; 8])).collect();
-        let pieces = Pieces::new((2, 1), 1 << 20, 2);
+        let pieces = Pieces::new((2, 1), head_bytes, 1 << 20, 2);
+        let bytes = 4 * head_bytes;
+        let half = bytes / 2;
+        let own = match pieces.order() {
+            Order::Heads => Memory::of(&vec![own_rank as u8; bytes]),
+            Order::Rows => {
+                Memory::of(&[own_rank as u8, 0xee, own_rank as u8, 0xee].map(|byte| vec![byte; half]).concat())
+            }
+        };
+        let part = |which: usize| Part {
+            memory: DeviceBytes::of(&own, (2 * which * half) as u64..((2 * which + 1) * half) as u64),
+            pitch: 2 * half as u64,
+            slice_rows: 1,
+        };
+        let parts = match pieces.order() {
+            Order::Heads => vec![Part::whole(DeviceBytes::first(&own, bytes as u64))],
+            Order::Rows => vec![part(0), part(1)],
+        };
+        let rooms: Vec<_> = peers.iter().map(|_| Memory::of(&vec![0xff; bytes])).collect();
         let exchange = InPieces {
             operation: "test",
             tag: [tag; 16],
-            own: Some(DeviceBytes::first(&own, 8)),
+            own: parts,
+            own_bytes: bytes as u64,
             to: peers.clone(),
-            rooms: peers.iter().zip(&rooms).map(|(&from, room)| (from, DeviceBytes::first(room, 8))).collect(),
+            rooms: peers
+                .iter()
+                .zip(&rooms)
+                .map(|(&from, room)| (from, DeviceBytes::first(room, bytes as u64)))
+                .collect(),
             pieces: &pieces,
         };
         let mut before = None;
         // What is written last comes too.
+        let last = if pieces.order() == Order::Heads { bytes } else { 3 * half } - 1;
         let mut write_rest = || -> Result<bool> {
-            locked(&own.0)[7] = 100 + own_rank as u8;
+            locked(&own.0)[last] = 100 + own_rank as u8;
             Ok(true)
         };
         let mut attend = |_: DeviceBytes<'_>, count: u32| -> Result<()> {
@@ -666,10 +749,12 @@ mod tests {
     fn pieces_come_from_every_rank_and_are_counted() {
         on_ranks(ranks(3, LONG), |mut rank| {
             for call in 0..20_u8 {
-                let (came, before) = in_pieces(&mut rank, call, Ok(())).unwrap();
+                // Heads of which two are narrow, so that they are packed, and wide ones.
+                let head_bytes = [2, 4096][usize::from(call % 2)];
+                let (came, before) = in_pieces(&mut rank, call, head_bytes, Ok(())).unwrap();
                 let peers = (0..3).filter(|&peer| peer != rank.rank as u8);
-                let expected: Vec<_> = peers.map(|peer| [vec![peer; 7], vec![100 + peer]].concat()).collect();
-                assert_eq!((came, before), (expected, 2 * u32::from(call)));
+                let of_peer = |peer: u8| [vec![peer; 4 * head_bytes - 1], vec![100 + peer]].concat();
+                assert_eq!((came, before), (peers.map(of_peer).collect(), 2 * u32::from(call)));
             }
         });
     }
@@ -679,7 +764,7 @@ mod tests {
         let why = Error::HeadDim { got: 0 };
         let results = on_ranks(ranks(3, LONG), |mut rank| {
             let attended = if rank.rank == 1 { Err(why.clone()) } else { Ok(()) };
-            in_pieces(&mut rank, 0, attended).and_then(|_| in_pieces(&mut rank, 1, Ok(())))
+            in_pieces(&mut rank, 0, 2, attended).and_then(|_| in_pieces(&mut rank, 1, 2, Ok(())))
         });
         assert_eq!(results[1], Err(why));
         for other in [0, 2] {
@@ -687,14 +772,14 @@ mod tests {
         }
         let results = on_ranks(ranks(2, LONG), |mut rank| {
             let tag = rank.rank as u8;
-            in_pieces(&mut rank, tag, Ok(()))
+            in_pieces(&mut rank, tag, 2, Ok(()))
         });
         assert!(results.iter().any(|result| matches!(result, Err(Error::RanksDiffer { .. }))), "{results:?}");
         assert!(results.iter().all(Result::is_err), "{results:?}");
         // One that comes too late finds that what it was lent is taken back.
         let results = on_ranks(ranks(2, Duration::from_millis(30)), |mut rank| {
             thread::sleep(Duration::from_millis(200 * rank.rank as u64));
-            in_pieces(&mut rank, 0, Ok(()))
+            in_pieces(&mut rank, 0, 2, Ok(()))
         });
         assert!(matches!(results[0], Err(Error::RankTimedOut { rank: 1, .. })), "{results:?}");
         assert!(matches!(results[1], Err(Error::RankLost { rank: 0, .. })), "{results:?}");

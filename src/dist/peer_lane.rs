@@ -2,7 +2,7 @@
 
 use std::fmt::Debug;
 
-use super::communicator::DeviceBytes;
+use super::communicator::{DeviceBytes, Part};
 #[cfg(all(feature = "cuda", not(target_arch = "wasm32")))]
 use super::pieces::Piece;
 use super::pieces::Pieces;
@@ -23,11 +23,14 @@ pub(super) trait PeerLane: Debug + Send + Sync + 'static {
     fn mark(&self) -> Result<Self::Mark>;
     /// How far it has come now, for peers alone.
     fn note(&self) -> Result<Self::Mark>;
-    /// Lends memory: what is copied first is written at the first mark, and all at the other one. It is taken back before the memory
-    /// is given up.
-    fn lend(&self, memory: &DeviceBytes<'_>, marks: [&Self::Mark; 2]) -> Result<Self::Loan>;
+    /// Whether others can copy from this memory.
+    fn can_lend(&self, memory: &dyn DeviceBuffer) -> bool;
+    /// Lends parts of memory that hold so many bytes: what is copied first is written at the first mark, and all at the other one. They
+    /// are taken back before the memory is given up.
+    fn lend(&self, parts: &[Part<'_>], bytes: u64, marks: [&Self::Mark; 2]) -> Result<Self::Loan>;
     fn bytes_of(loan: &Self::Loan) -> u64;
-    /// Copies all that one peer lends, beside the device's work; false, and nothing is copied, if any of it was taken back before.
+    /// Copies all that one peer lends, each in one part, beside the device's work; false, and nothing is copied, if any of it was taken
+    /// back before.
     fn copy(&self, loans: &[(&Self::Loan, DeviceBytes<'_>)]) -> Result<bool>;
     /// The number that counts the heads which [`copy_pieces`](Self::copy_pieces) brings, if this lane and those of all peers count:
     /// where copies need nothing but copy engines.
@@ -44,8 +47,8 @@ pub(super) trait PeerLane: Debug + Send + Sync + 'static {
 
 #[cfg(all(feature = "cuda", not(target_arch = "wasm32")))]
 mod with_cuda {
-    use super::{DeviceBuffer, DeviceBytes, Lane, PeerLane, Piece, Pieces, Result};
-    use crate::backends::cuda::{Loan, Mark};
+    use super::{DeviceBuffer, DeviceBytes, Lane, Part, PeerLane, Piece, Pieces, Result};
+    use crate::backends::cuda::{Loan, Mark, PieceCopy};
 
     impl PeerLane for Lane {
         type Loan = Loan;
@@ -59,8 +62,13 @@ mod with_cuda {
             self.note()
         }
 
-        fn lend(&self, memory: &DeviceBytes<'_>, marks: [&Mark; 2]) -> Result<Loan> {
-            self.lend(memory.buffer(), memory.range(), marks)
+        fn can_lend(&self, memory: &dyn DeviceBuffer) -> bool {
+            self.can_lend(memory)
+        }
+
+        fn lend(&self, parts: &[Part<'_>], bytes: u64, marks: [&Mark; 2]) -> Result<Loan> {
+            let parts = parts.iter().map(|part| (part.memory.buffer(), part.memory.range().start, part.lines()));
+            self.lend(parts, bytes, marks)
         }
 
         fn bytes_of(loan: &Loan) -> u64 {
@@ -78,12 +86,13 @@ mod with_cuda {
 
         fn copy_pieces(&self, loans: &[(&Loan, DeviceBytes<'_>)], pieces: &Pieces) -> Result<Option<u32>> {
             let places: Vec<_> = loans.iter().map(|(loan, to)| (*loan, to.buffer(), to.range().start)).collect();
-            let of_piece = |piece: &Piece| {
-                let blocks = loans.iter().map(|(loan, _)| pieces.block(piece, loan.bytes())).collect();
+            let of_piece = |piece: &Piece| PieceCopy {
+                blocks: loans.iter().map(|(loan, to)| pieces.copies(piece, loan.lines(), to.len())).collect(),
+                is_first: piece.is_first,
                 // Fits: heads and batch rows are counted in 32 bits by kernels.
-                (blocks, piece.is_first, (piece.batches.len() * piece.heads.len()) as u32)
+                heads: (piece.batches.len() * piece.heads.len()) as u32,
             };
-            self.copy_blocks(&places, &pieces.all().iter().map(of_piece).collect::<Vec<_>>())
+            self.copy_blocks(&places, pieces.all().iter().map(of_piece).collect())
         }
 
         fn is_copied(loan: &Loan) -> bool {
@@ -103,7 +112,7 @@ mod with_cuda {
 /// A library that is built without CUDA has no device whose memory others copy.
 #[cfg(any(not(feature = "cuda"), target_arch = "wasm32"))]
 mod without_cuda {
-    use super::{DeviceBuffer, DeviceBytes, PeerLane, Pieces, Result};
+    use super::{DeviceBuffer, DeviceBytes, Part, PeerLane, Pieces, Result};
     use crate::call::op::Backend;
     use crate::error::Error;
 
@@ -132,7 +141,11 @@ mod without_cuda {
             match *self {}
         }
 
-        fn lend(&self, _: &DeviceBytes<'_>, _: [&(); 2]) -> Result<()> {
+        fn can_lend(&self, _: &dyn DeviceBuffer) -> bool {
+            match *self {}
+        }
+
+        fn lend(&self, _: &[Part<'_>], _: u64, _: [&(); 2]) -> Result<()> {
             match *self {}
         }
 

@@ -2,10 +2,12 @@
 
 use std::ops::Range;
 
-use crate::call::block::Block;
+use crate::call::block::{Block, BlockCopy, Lines};
 
 /// Query rows times heads that a GPU computes at once: 128 by each of 132 multiprocessors.
 const ROWS_AT_ONCE: usize = 132 * 128;
+/// Bytes from which on copy engines read rows that lie apart nearly as fast as others.
+const WIDE_ROW: usize = 2048;
 
 /// Keys and values of some heads of some batch rows.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -17,23 +19,41 @@ pub(super) struct Piece {
     pub is_first: bool,
 }
 
-/// Pieces of `[2, Hkv, B, S, D]`, keys before values, in the order in which attention reads them: the heads of one batch row after those
-/// of the row before. The first ones are as large as what a GPU computes at once, which nothing hides; each chunk after them is larger
-/// than the one before, under whose attention it travels.
+/// How keys and values lie that travel, keys before values. The same on every rank.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Order {
+    /// `[2, Hkv, B, S, D]`: the heads of one batch row that come in one piece lie together. Ranks pack them so.
+    Heads,
+    /// `[2, B, S, Hkv, D]`, as in tensors: the rows of a piece are wide enough to be copied from where they lie.
+    Rows,
+}
+
+/// Pieces of keys and values in the order in which attention reads them: the heads of one batch row after those of the row before. The
+/// first ones are as large as what a GPU computes at once, which nothing hides; each chunk after them is larger than the one before,
+/// under whose attention it travels.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Pieces {
     heads: usize,
     batch: usize,
+    head_bytes: usize,
+    order: Order,
     all: Vec<Piece>,
 }
 
 impl Pieces {
-    /// Of `heads` heads of keys and `batch` batch rows, none of them 0. `rows`: the rank's query rows of a batch row and head of keys.
-    pub(super) fn new((heads, batch): (usize, usize), rows: usize, chunks: usize) -> Self {
+    /// Of `heads` heads of keys and `batch` batch rows, none of them 0, each row of a head of so many bytes. `rows`: query rows of a batch
+    /// row and head of keys, on the rank with the most: all ranks have the same pieces.
+    pub(super) fn new((heads, batch): (usize, usize), head_bytes: usize, rows: usize, chunks: usize) -> Self {
         let first = ROWS_AT_ONCE.div_ceil(rows.max(1));
+        let mut ends = ends(heads * batch, first, chunks);
+        let wide = WIDE_ROW.div_ceil(head_bytes.max(1)).min(heads);
+        let order = if ends.first().is_some_and(|&end| end >= wide) { Order::Rows } else { Order::Heads };
+        if order == Order::Rows {
+            widen(&mut ends, wide);
+        }
         let mut all = Vec::new();
         let mut start = 0;
-        for (at, end) in ends(heads * batch, first, chunks).into_iter().enumerate() {
+        for (at, end) in ends.into_iter().enumerate() {
             while start < end {
                 let (row, head) = (start / heads, start % heads);
                 let whole_rows = (end - start) / heads;
@@ -45,11 +65,15 @@ impl Pieces {
                 all.push(Piece { batches: row..row + rows, heads: of_heads, is_first: at == 0 });
             }
         }
-        Self { heads, batch, all }
+        Self { heads, batch, head_bytes, order, all }
     }
 
     pub(super) fn all(&self) -> &[Piece] {
         &self.all
+    }
+
+    pub(super) fn order(&self) -> Order {
+        self.order
     }
 
     /// The heads of all batch rows that the first pieces are of.
@@ -58,8 +82,46 @@ impl Pieces {
         0..first.map(|piece| piece.heads.end).max().unwrap_or(0)
     }
 
-    /// Where a piece lies in so many bytes of a rank.
-    pub(super) fn block(&self, piece: &Piece, bytes: u64) -> Block {
+    /// The copies of a piece to room of so many bytes. `parts` is what the rank lent: in the order of heads all of it in one part that lies
+    /// as the room does, else keys and values.
+    pub(super) fn copies(&self, piece: &Piece, parts: &[Lines], room: u64) -> Vec<BlockCopy> {
+        match self.order {
+            Order::Heads => {
+                let block = self.block_of_heads(piece, room);
+                vec![BlockCopy { part: 0, from: block, to: block }]
+            }
+            Order::Rows => {
+                parts.iter().enumerate().map(|(part, lines)| self.copy_of_rows(piece, (part, lines), room)).collect()
+            }
+        }
+    }
+
+    fn copy_of_rows(&self, piece: &Piece, (part, lines): (usize, &Lines), room: u64) -> BlockCopy {
+        let (heads, batch, head_bytes) = (self.heads as u64, self.batch as u64, self.head_bytes as u64);
+        let (row, half) = (heads * head_bytes, room / 2);
+        let tokens = half / (batch * row);
+        let (first_batch, first_head) = (piece.batches.start as u64, piece.heads.start as u64);
+        let (width, slices) = (piece.heads.len() as u64 * head_bytes, piece.batches.len() as u64);
+        // With one batch row the distance to the next one is not looked at.
+        let slice_rows = if slices > 1 { lines.slice_rows } else { tokens };
+        let from = Block {
+            start: first_batch * lines.slice_rows * lines.pitch + first_head * head_bytes,
+            width,
+            pitch: lines.pitch,
+            rows: tokens,
+            slice_rows,
+            slices,
+        };
+        let to = Block {
+            start: part as u64 * half + first_batch * tokens * row + first_head * head_bytes,
+            pitch: row,
+            slice_rows: tokens,
+            ..from
+        };
+        BlockCopy { part, from, to }.merged()
+    }
+
+    fn block_of_heads(&self, piece: &Piece, bytes: u64) -> Block {
         let (heads, batch) = (self.heads as u64, self.batch as u64);
         let row = bytes / (2 * heads * batch);
         let [first_batch, first_head] = [piece.batches.start as u64, piece.heads.start as u64];
@@ -80,6 +142,16 @@ impl Pieces {
             }
         }
     }
+}
+
+/// Makes each chunk end at a multiple of so many heads, or where all end. There may be fewer then.
+fn widen(ends: &mut Vec<usize>, wide: usize) {
+    let Some(&count) = ends.last() else { return };
+    for end in ends.iter_mut().filter(|end| **end < count) {
+        *end = (*end + wide / 2) / wide * wide;
+    }
+    ends.retain(|&end| (1..=count).contains(&end));
+    ends.dedup();
 }
 
 /// Where each of so many chunks of `count` ends, at least one each. The first one has `first`, or less where chunks would else shrink;
@@ -118,13 +190,15 @@ fn ends(count: usize, first: usize, chunks: usize) -> Vec<usize> {
 mod tests {
     use super::*;
 
+    const HEAD_BYTES: usize = 256;
+
     /// Every head of every batch row comes once, in order, and the first of them first.
     #[test]
     fn pieces_have_all_heads_in_the_order_of_work() {
         for (heads, batch, rows) in [(1, 1, 1), (24, 2, 2304), (24, 1, 8192), (8, 3, 64), (2, 5, 100_000), (3, 7, 9000)]
         {
             for chunks in 1..=4.min(heads) {
-                let pieces = Pieces::new((heads, batch), rows, chunks);
+                let pieces = Pieces::new((heads, batch), HEAD_BYTES, rows, chunks);
                 let mut place = 0;
                 for piece in pieces.all() {
                     assert_eq!(piece.batches.start * heads + piece.heads.start, place, "{pieces:?}");
@@ -150,28 +224,95 @@ mod tests {
         assert_eq!(ends(5, 1, 1), [5]);
     }
 
-    /// Blocks of all pieces cover the memory, each byte once.
+    /// Rows are copied from where they lie if those of the first piece are wide; then those of the others are.
     #[test]
-    fn blocks_cover_the_memory() {
-        for (heads, batch, rows, chunks) in [(24, 2, 2304, 3), (5, 3, 9000, 2), (4, 1, 64, 4), (2, 4, 50_000, 2)] {
-            let pieces = Pieces::new((heads, batch), rows, chunks);
-            let row = 3;
-            let bytes = (2 * heads * batch * row) as u64;
-            let mut covered = vec![0; bytes as usize];
-            for (at, piece) in pieces.all().iter().enumerate() {
-                let Block { start, width, pitch, rows, slice_rows, slices } = pieces.block(piece, bytes);
-                for line in (0..slices).flat_map(|slice| (0..rows).map(move |row| slice * slice_rows + row)) {
-                    let first = (start + line * pitch) as usize;
-                    for (byte, times) in covered.iter_mut().enumerate().skip(first).take(width as usize) {
-                        *times += 1;
-                        // Of which head and batch row it is.
-                        let of_row = byte / row % (heads * batch);
-                        let (head, batch_row) = (of_row / batch, of_row % batch);
-                        assert!(piece.heads.contains(&head) && piece.batches.contains(&batch_row), "piece {at}");
+    fn wide_rows_are_copied_from_where_they_lie() {
+        let of_rows = |heads, batch, rows, chunks| {
+            let pieces = Pieces::new((heads, batch), HEAD_BYTES, rows, chunks);
+            let widths: Vec<_> = pieces.all().iter().map(|piece| piece.heads.len()).collect();
+            (pieces.order(), widths)
+        };
+        assert_eq!(of_rows(24, 2, 2304, 3), (Order::Rows, vec![8, 16, 24]));
+        assert_eq!(of_rows(24, 1, 8192, 3), (Order::Heads, vec![3, 7, 14]));
+        assert_eq!(of_rows(24, 1, 8192, 1), (Order::Rows, vec![24]));
+        // Few heads are as wide as it gets.
+        assert_eq!(of_rows(2, 5, 100_000, 1), (Order::Rows, vec![2]));
+        let mut ends = vec![3, 9, 11, 20];
+        widen(&mut ends, 8);
+        assert_eq!(ends, [8, 20]);
+    }
+
+    /// The bytes of a block, in order.
+    fn bytes_of(Block { start, width, pitch, rows, slice_rows, slices }: Block) -> Vec<usize> {
+        let lines = (0..slices).flat_map(|slice| (0..rows).map(move |row| slice * slice_rows + row));
+        lines.flat_map(|line| start + line * pitch..start + line * pitch + width).map(|byte| byte as usize).collect()
+    }
+
+    /// The copies of all pieces fill the room, each byte once and from the right one; the room has no other order than it says.
+    #[test]
+    fn copies_fill_the_room() {
+        for (heads, batch, rows, chunks, head_bytes) in [
+            (24, 2, 2304, 3, 256),
+            (24, 2, 2304, 1, 256),
+            (5, 3, 9000, 2, 2),
+            (4, 1, 64, 4, 1024),
+            (2, 4, 50_000, 2, 2048),
+            (3, 4, 50_000, 2, 1024),
+        ] {
+            let pieces = Pieces::new((heads, batch), head_bytes, rows, chunks);
+            let tokens = 3;
+            let room = 2 * heads * batch * tokens * head_bytes;
+            // Rows that lie apart, and batch rows too.
+            let lines = Lines {
+                bytes: (2 * batch * tokens * 3 * heads * head_bytes) as u64,
+                pitch: (3 * heads * head_bytes) as u64,
+                slice_rows: 2 * tokens as u64,
+            };
+            let parts = if pieces.order() == Order::Heads {
+                vec![Lines { bytes: room as u64, ..lines }]
+            } else {
+                vec![lines; 2]
+            };
+            let mut filled = vec![false; room];
+            for piece in pieces.all() {
+                for BlockCopy { part, from, to } in pieces.copies(piece, &parts, room as u64) {
+                    assert!(from.end().unwrap() <= parts[part].bytes && to.end().unwrap() <= room as u64);
+                    for (from, to) in bytes_of(from).into_iter().zip(bytes_of(to)) {
+                        assert!(!std::mem::replace(&mut filled[to], true), "{pieces:?}");
+                        let byte = to % head_bytes;
+                        let (which, batch_row, token, head) = match pieces.order() {
+                            Order::Heads => {
+                                assert_eq!(from, to);
+                                let at = to / head_bytes;
+                                let (token, at) = (at % tokens, at / tokens);
+                                (at / batch / heads, at % batch, token, at / batch % heads)
+                            }
+                            Order::Rows => {
+                                let at = to / head_bytes;
+                                let (head, at) = (at % heads, at / heads);
+                                (at / tokens / batch, at / tokens % batch, at % tokens, head)
+                            }
+                        };
+                        assert!(piece.heads.contains(&head) && piece.batches.contains(&batch_row), "{piece:?}");
+                        if pieces.order() == Order::Rows {
+                            let line = batch_row * lines.slice_rows as usize + token;
+                            assert_eq!((part, from), (which, line * lines.pitch as usize + head * head_bytes + byte));
+                        }
                     }
                 }
             }
-            assert!(covered.iter().all(|&times| times == 1), "{pieces:?}");
+            assert!(filled.iter().all(|&is_there| is_there), "{pieces:?}");
         }
+    }
+
+    /// Nothing lies between whole rows: they are one.
+    #[test]
+    fn whole_tensors_are_one_row() {
+        let pieces = Pieces::new((4, 2), 64, 1, 1);
+        let room = 2 * 4 * 2 * 10 * 64_u64;
+        let lines = Lines { bytes: room / 2, pitch: 4 * 64, slice_rows: 10 };
+        let copies = pieces.copies(&pieces.all()[0], &[lines; 2], room);
+        let rows: Vec<_> = copies.iter().map(|copy| (copy.from.rows, copy.to.start, copy.to.width)).collect();
+        assert_eq!(rows, [(1, 0, room / 2), (1, room / 2, room / 2)]);
     }
 }

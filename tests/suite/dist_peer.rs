@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
 use varlen_fa::dist::{Communicator, Heads, Mode, PeerCommunicator, SequenceParallel, ShardedMeta, Shards};
-use varlen_fa::{DType, Device, DeviceChoice, Error, KeyMask, Tensor};
+use varlen_fa::{DType, Device, DeviceChoice, DeviceMemory, Error, KeyMask, Layout, Tensor};
 
 use super::dist;
 use super::trials::Trials;
@@ -17,6 +17,7 @@ pub fn register(trials: &mut Trials) {
     trials.each_dtype("dist/peer/random", |device, dtype| dist::random_cases_on(device, dtype, peers));
     trials.once("dist/peer/repeats", |device| dist::repeats_on(device, peers));
     trials.once("dist/peer/many_calls", many_calls);
+    trials.once("dist/peer/uneven_batch_rows", uneven_batch_rows);
     trials.once("dist/peer/a_rank_that_fails", a_rank_that_fails);
     trials.once("dist/peer/a_rank_that_is_silent", a_rank_that_is_silent);
     trials.once("dist/peer/memory_of_another_device", memory_of_another_device);
@@ -87,6 +88,51 @@ fn many_calls_of(device: &Device, valid: usize) -> Result<()> {
             ensure!(first.iter().any(|value| value.to_f32() != 0.0), "{mode}: zeros alone");
             for output in &outputs[1..] {
                 ensure!(output.to_vec::<varlen_fa::bf16>()? == first, "{mode}, {chunks} chunks: other bits");
+            }
+        }
+        communicator.barrier()?;
+        Ok(())
+    })?;
+    results.into_iter().collect()
+}
+
+/// Batch rows that lie apart by no whole number of tokens cannot be copied from where they lie: they are packed, and the bits are
+/// those of batch rows that can. Nothing between them is looked at.
+fn uneven_batch_rows(device: &Device) -> Result<()> {
+    const BATCH: usize = 2;
+    let results = dist::on_ranks(communicators(device, 2)?, |(mut communicator, device)| {
+        let shards = Shards::equal(SEQ, 2)?;
+        let meta = ShardedMeta::new(&KeyMask::all(BATCH, SEQ)?, &shards, communicator.rank())?;
+        let Heads { num_heads, head_dim, .. } = HEADS;
+        let shape = [BATCH, meta.query().seq(), num_heads, head_dim];
+        let row = shape[1] * num_heads * head_dim;
+        let uneven = Layout::strided(
+            &shape,
+            &[row + head_dim, num_heads * head_dim, head_dim, 1].map(|stride| stride as u64),
+            0,
+        )?;
+        let (mut even, mut apart) = (Vec::new(), Vec::new());
+        for seed in 0..3 {
+            let value = |at: usize| ((at * 37 + seed * 11 + communicator.rank() * 5) % 61) as f32 / 61.0 - 0.5;
+            let values: Vec<varlen_fa::bf16> =
+                (0..BATCH * row).map(|at| varlen_fa::bf16::from_f32(value(at))).collect();
+            even.push(Tensor::from_slice(&device, &values, &shape)?);
+            let between = vec![varlen_fa::bf16::NAN; head_dim];
+            let values = [&values[..row], &between, &values[row..]].concat();
+            let mut memory = DeviceMemory::alloc(&device, 2 * values.len() as u64)?;
+            memory.write(&values)?;
+            apart.push(memory);
+        }
+        for chunks in [1, 3] {
+            let parallel = SequenceParallel::new(&device).with_mode(Mode::Gather).with_chunks(chunks);
+            let request = parallel.prepare(&mut communicator, &meta, &HEADS)?;
+            let expected = parallel.forward(&mut communicator, &request, &even[0], &even[1], &even[2])?;
+            let expected = expected.to_vec::<varlen_fa::bf16>()?;
+            // The second and the third call repeat what the first one described.
+            for call in 0..4 {
+                let view = |which: usize| apart[which].view(HEADS.dtype, uneven);
+                let out = parallel.forward(&mut communicator, &request, view(0), view(1), view(2))?;
+                ensure!(out.to_vec::<varlen_fa::bf16>()? == expected, "{chunks} chunks, call {call}: other bits");
             }
         }
         communicator.barrier()?;

@@ -36,7 +36,7 @@ use crate::kernel::Kernel;
 
 use device::CudaDevice;
 
-pub(crate) use driver::lane::{Lane, Loan, Mark};
+pub(crate) use driver::lane::{Lane, Loan, Mark, PieceCopy};
 #[cfg(feature = "nccl")]
 pub(crate) use driver::nccl::{Cause, NcclRank, UniqueId};
 

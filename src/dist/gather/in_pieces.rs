@@ -6,14 +6,14 @@ use std::ops::Range;
 use super::{Gather, OWN_SEGMENTS, outputs};
 use crate::attention::MaskedAttention;
 use crate::attention_mask::AttentionMask;
-use crate::call::memory::{Sink, Source};
+use crate::call::memory::{Input, Sink, Source};
 use crate::call::op::Arrivals;
 use crate::device::Device;
-use crate::dist::communicator::{DeviceBytes, InPieces};
+use crate::dist::communicator::{DeviceBytes, InPieces, Part};
 use crate::dist::digest::Digest;
 use crate::dist::kept::{Lent, Room};
 use crate::dist::local::{Local, LocalMut};
-use crate::dist::pieces::Pieces;
+use crate::dist::pieces::{Order, Pieces};
 use crate::dist::scores::OnScores;
 use crate::dist::transfer::Steps;
 use crate::error::Result;
@@ -27,20 +27,21 @@ const WORD_BYTES: usize = 16;
 /// The most bytes of keys, or of values, of a group: the copy engines' largest distance between rows.
 const MOST_BYTES: u64 = i32::MAX as u64;
 
-/// Keys and values of one group, all of whose tokens are valid: `[2, Hkv, B, S, D]`. The heads of one batch row that come in one piece
-/// thus lie together. In memory of a device, which others read and write while this is used.
+/// Keys and values of one group, all of whose tokens are valid, as they travel. In memory of a device, which others read and write while
+/// this is used.
 #[derive(Debug)]
-struct ByHeads<'a> {
+struct Travelling<'a> {
     memory: TensorViewMut<'a>,
     /// `[B, S, Hkv, D]`.
     shape: [usize; 4],
+    order: Order,
 }
 
-impl<'a> ByHeads<'a> {
-    fn over(memory: &'a mut Lent<'_>, meta: &VarlenMeta, heads: usize) -> Self {
+impl<'a> Travelling<'a> {
+    fn over(memory: &'a mut Lent<'_>, meta: &VarlenMeta, heads: usize, order: Order) -> Self {
         let memory = memory.view_mut();
         let head_dim = memory.shape()[2];
-        Self { memory, shape: [meta.batch(), meta.seq(), heads, head_dim] }
+        Self { memory, shape: [meta.batch(), meta.seq(), heads, head_dim], order }
     }
 
     /// All of its bytes.
@@ -49,6 +50,22 @@ impl<'a> ByHeads<'a> {
         match self.memory.alias()?.output().memory {
             Sink::Device(buffer) => Some(DeviceBytes::first(buffer, elements * self.memory.dtype().size() as u64)),
             Sink::Host(_) => None,
+        }
+    }
+
+    /// What to lend where it was packed.
+    fn parts(&self) -> Vec<Part<'a>> {
+        let Some(bytes) = self.bytes() else { return Vec::new() };
+        let [_, seq, heads, dim] = self.shape;
+        let half = bytes.len() / 2;
+        let of_rows = |which: u64| Part {
+            memory: DeviceBytes::of(bytes.buffer(), which * half..(which + 1) * half),
+            pitch: (heads * dim * self.memory.dtype().size()) as u64,
+            slice_rows: seq as u64,
+        };
+        match self.order {
+            Order::Heads => vec![Part::whole(bytes)],
+            Order::Rows => vec![of_rows(0), of_rows(1)],
         }
     }
 
@@ -64,7 +81,11 @@ impl<'a> ByHeads<'a> {
         let rows = batch * seq;
         let half = |which: usize| -> Result<Option<TensorViewMut<'_>>> {
             let Some(memory) = self.memory.alias() else { return Ok(None) };
-            let strides = [dim, rows * dim, 1].map(|stride| stride as u64);
+            let strides = match self.order {
+                Order::Heads => [dim, rows * dim, 1],
+                Order::Rows => [of_all * dim, dim, 1],
+            };
+            let strides = strides.map(|stride| stride as u64);
             let layout = Layout::strided(&[rows, of_all, dim], &strides, (which * of_all * rows * dim) as u64)?;
             memory.with_layout(layout).slice(1, heads.clone()).map(Some)
         };
@@ -77,10 +98,36 @@ impl<'a> ByHeads<'a> {
     /// Keys (0) or values (1), `[B, S, Hkv, D]`.
     fn padded(&self, which: usize) -> Result<TensorView<'_>> {
         let [batch, seq, heads, dim] = self.shape;
-        let strides = [seq * dim, dim, batch * seq * dim, 1].map(|stride| stride as u64);
+        let strides = match self.order {
+            Order::Heads => [seq * dim, dim, batch * seq * dim, 1],
+            Order::Rows => [seq * heads * dim, heads * dim, dim, 1],
+        };
         let offset = (which * heads * batch * seq * dim) as u64;
-        Ok(self.memory.as_view().with_layout(Layout::strided(&self.shape, &strides, offset)?))
+        let layout = Layout::strided(&self.shape, &strides.map(|stride| stride as u64), offset)?;
+        Ok(self.memory.as_view().with_layout(layout))
     }
+}
+
+/// The rows of a `[B, S, Hkv, D]` tensor, for peers to copy from where they lie; nothing where copy engines or peers could not.
+fn rows_of<'a>(tensor: TensorView<'a>, can_lend: impl Fn(&DeviceBytes<'_>) -> bool) -> Option<Part<'a>> {
+    let Input { memory: Source::Device(buffer), layout, dtype } = tensor.input() else { return None };
+    let (&[batch, seq, heads, dim], &[of_batch, of_token, of_head, of_element]) = (layout.shape(), layout.strides())
+    else {
+        return None;
+    };
+    let (element, row) = (dtype.size() as u64, (heads * dim) as u64);
+    let of_token = if seq > 1 { of_token } else { row };
+    let of_batch = if batch > 1 { of_batch } else { of_token * seq as u64 };
+    let is_row = (dim == 1 || of_element == 1) && (heads == 1 || of_head == dim as u64) && row > 0;
+    let is_regular =
+        is_row && of_token >= row && of_batch.is_multiple_of(of_token) && of_batch / of_token >= seq as u64;
+    let is_there = layout.end().checked_mul(element).is_some_and(|end| end <= buffer.size());
+    let pitch = of_token.checked_mul(element).filter(|&pitch| pitch <= MOST_BYTES)?;
+    if !is_regular || !is_there {
+        return None;
+    }
+    let memory = DeviceBytes::of(buffer, layout.offset() * element..layout.end() * element);
+    can_lend(&memory).then(|| Part { memory, pitch, slice_rows: of_batch / of_token })
 }
 
 impl Gather {
@@ -109,19 +156,26 @@ impl Gather {
         const OPERATION: &str = "gathering keys and values in pieces";
         let (room, own_meta) = (steps.room, &self.own_meta);
         let [heads, kv_heads] = self.heads.of_each(self.ulysses);
-        let memory_of = |meta: &VarlenMeta| self.memory_by_heads(room, meta);
-        let mut own_memory = memory_of(own_meta)?;
-        let mut memories = self.sources().map(|source| memory_of(&source.meta)).collect::<Result<Vec<_>>>()?;
-        let own = own_memory.as_mut().map(|memory| ByHeads::over(memory, own_meta, kv_heads));
-        let sources = self.sources().zip(&mut memories);
-        let came: Vec<_> = sources
-            .map(|(source, memory)| memory.as_mut().map(|memory| ByHeads::over(memory, &source.meta, kv_heads)))
-            .collect();
-
-        let rows = self.query.seq() * heads / kv_heads;
-        let pieces = Pieces::new((kv_heads, own_meta.batch().max(1)), rows, self.chunks);
-        let first = pieces.first_heads();
+        let pieces = self.pieces();
         let shards = [k, v].map(|tensor| tensor.parts()[1]);
+        let mut communicator = steps.communicator.in_pieces();
+        let can_lend =
+            |memory: &DeviceBytes<'_>| communicator.as_ref().is_some_and(|communicator| communicator.can_lend(memory));
+        let lent = match pieces.order() {
+            Order::Rows => shards.map(|tensor| rows_of(tensor, can_lend)),
+            Order::Heads => [None, None],
+        };
+        let memory_of = |meta: &VarlenMeta| self.memory_of(room, meta);
+        // What is not lent where it lies is packed.
+        let mut own_memory = if let [Some(_), Some(_)] = lent { None } else { memory_of(own_meta)? };
+        let mut memories = self.sources().map(|source| memory_of(&source.meta)).collect::<Result<Vec<_>>>()?;
+        let travelling = |memory, meta| Travelling::over(memory, meta, kv_heads, pieces.order());
+        let own = own_memory.as_mut().map(|memory| travelling(memory, own_meta));
+        let sources = self.sources().zip(&mut memories);
+        let came: Vec<_> =
+            sources.map(|(source, memory)| memory.as_mut().map(|memory| travelling(memory, &source.meta))).collect();
+
+        let first = pieces.first_heads();
         // Whether there is something to pack.
         let pack = |heads: &Range<usize>| match &own {
             Some(own) if !heads.is_empty() => own.pack(room.device, shards, heads, own_meta).map(|()| true),
@@ -129,10 +183,16 @@ impl Gather {
         };
         pack(&first)?;
         let rooms = self.sources().zip(&came).filter_map(|(source, came)| Some((source.rank, came.as_ref()?.bytes()?)));
+        let rows = (own_meta.batch() * own_meta.seq()) as u64;
         let exchange = InPieces {
             operation: OPERATION,
             tag: Digest::new().bytes(&steps.tag).bytes(OPERATION.as_bytes()).tag(),
-            own: own.as_ref().and_then(ByHeads::bytes),
+            own: match (&own, lent) {
+                (Some(own), _) => own.parts(),
+                (None, [Some(k), Some(v)]) if rows > 0 => vec![k, v],
+                _ => Vec::new(),
+            },
+            own_bytes: rows * self.heads.row_bytes(2 * kv_heads),
             to: self.sources().map(|source| source.rank).collect(),
             rooms: rooms.collect(),
             pieces: &pieces,
@@ -146,7 +206,7 @@ impl Gather {
             let arrivals = Arrivals { count: Source::Device(count.buffer()), before };
             layer.forward_arriving_into([q.segments(), k?, v?], mask, outputs, arrivals).map(drop)
         };
-        match steps.communicator.in_pieces() {
+        match &mut communicator {
             Some(communicator) => {
                 communicator.exchange_in_pieces(exchange, &mut || pack(&(first.end..kv_heads)), &mut attend)
             }
@@ -155,8 +215,18 @@ impl Gather {
         }
     }
 
+    /// The same on every rank, so that each knows what the others write first.
+    fn pieces(&self) -> Pieces {
+        let [heads, kv_heads] = self.heads.of_each(self.ulysses);
+        let own = self.own_meta.seq();
+        let longest = self.sources().map(|source| source.meta.seq()).fold(own, usize::max);
+        let rows = (self.query.seq() - own + longest) * heads / kv_heads;
+        let head_bytes = self.heads.head_dim * self.heads.dtype.size();
+        Pieces::new((kv_heads, self.own_meta.batch().max(1)), head_bytes, rows, self.chunks)
+    }
+
     /// Memory for keys and values of a group; none without a token.
-    fn memory_by_heads<'k>(&self, room: Room<'k>, meta: &VarlenMeta) -> Result<Option<Lent<'k>>> {
+    fn memory_of<'k>(&self, room: Room<'k>, meta: &VarlenMeta) -> Result<Option<Lent<'k>>> {
         let [_, kv_heads] = self.heads.of_each(self.ulysses);
         let rows = meta.batch() * meta.seq();
         let shape = [2 * kv_heads, rows, self.heads.head_dim];
@@ -167,15 +237,40 @@ impl Gather {
     fn with_arriving<'a>(
         &self,
         own: &Local<'a>,
-        came: &'a [Option<ByHeads<'_>>],
+        came: &'a [Option<Travelling<'_>>],
         which: usize,
     ) -> Result<Segments<'a>> {
         let [prefix, shards, suffix] = *own.parts();
         let (before, after) = came.split_at(self.before.len());
-        let views = |came: &'a [Option<ByHeads<'_>>]| -> Result<Vec<TensorView<'a>>> {
+        let views = |came: &'a [Option<Travelling<'_>>]| -> Result<Vec<TensorView<'a>>> {
             came.iter().flatten().map(|came| came.padded(which)).collect()
         };
         let all = [vec![prefix], views(before)?, vec![shards], views(after)?, vec![suffix]];
         Ok(all.into_iter().flatten().collect())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::dist::{Heads, ShardedMeta, Shards};
+    use crate::dtype::DType;
+    use crate::mask::key_mask::KeyMask;
+
+    /// What a rank writes first is what the others copy first, however unequal their shards.
+    #[test]
+    fn all_ranks_have_the_same_pieces() -> Result<()> {
+        let heads = Heads { num_heads: 24, num_kv_heads: 24, head_dim: 64, dtype: DType::F16 };
+        for (lengths, prefix) in [([9000, 700, 2000], 0), ([0, 5000, 40], 30)] {
+            let shards = Shards::from_lengths(&lengths)?.with_prefix(prefix)?;
+            let groups: Vec<_> = (0..3).map(|rank| rank..rank + 1).collect();
+            let of_rank = |rank: usize| -> Result<Pieces> {
+                let meta = ShardedMeta::new(&KeyMask::all(2, shards.seq())?, &shards, rank)?;
+                Ok(Gather::new(&meta, &groups, (rank, 0), (&heads, 3))?.pieces())
+            };
+            let first = of_rank(0)?;
+            assert_eq!([of_rank(1)?, of_rank(2)?], [first.clone(), first]);
+        }
+        Ok(())
     }
 }

@@ -13,6 +13,7 @@
 //! ranks do, streams cannot wait for one another in a circle.
 
 use std::fmt;
+#[cfg(feature = "nccl")]
 use std::ops::Range;
 use std::ptr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -20,16 +21,18 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use cudarc::driver::DriverError;
 use cudarc::driver::result::{self, event, stream};
 use cudarc::driver::sys::{
-    self, CUcontext, CUdevice, CUevent, CUevent_flags, CUevent_wait_flags, CUmemorytype, CUresult, CUstream,
+    self, CUcontext, CUdevice, CUdeviceptr, CUevent, CUevent_flags, CUevent_wait_flags, CUmemorytype, CUresult,
+    CUstream,
 };
 
 use crate::cache::DeviceId;
-use crate::call::block::Block;
+use crate::call::block::{Block, BlockCopy, Lines};
 use crate::call::memory::{DeviceBuffer, Source};
 use crate::error::Result;
 
 use super::context::Context;
 use super::count::{self, Count};
+use super::graph::{Graph, Steps};
 use super::memory::CudaBuffer;
 
 /// An event of a context, without a time.
@@ -100,10 +103,56 @@ pub struct Lane {
 }
 
 /// A `u32` of the device's memory, which counts what copies have brought.
+///
+/// Each call of [`Lane::copy_blocks`] counts from 0 or from 2^31, in turns: half of the range away from all that the number has been
+/// since it was there last. Who waits for it looks at the sign of the difference, so it takes none of the old numbers for a new one.
+/// Thus every other call sets the same numbers, and what was described for one can be launched for another.
 struct Arrivals {
     count: Count,
-    /// What it says when all copies that are enqueued are done.
-    counted: Mutex<u32>,
+    turn: Mutex<Turn>,
+}
+
+/// Whose turn it is, and what was described for earlier calls, the last one at the end.
+#[derive(Default)]
+struct Turn {
+    is_upper: bool,
+    described: Vec<Described>,
+    /// Whether the driver takes no such graphs.
+    no_graphs: bool,
+}
+
+/// Copies of pieces that came at least once: what is the same in all such calls.
+struct Described {
+    /// Of each loan.
+    places: Vec<Place>,
+    pieces: Vec<PieceCopy>,
+    /// How many of them come before what is written later.
+    first: usize,
+    /// Of each turn, from the second such call on: the first pieces, and the others.
+    graphs: [Option<[Option<Graph>; 2]>; 2],
+}
+
+/// Where a loan lies and goes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Place {
+    of: CUcontext,
+    /// Of each part.
+    from: Vec<u64>,
+    to: u64,
+}
+
+/// How many of them a lane keeps: the layers of a model may each have memory of their own.
+const MOST_DESCRIBED: usize = 64;
+
+/// What one piece copies.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PieceCopy {
+    /// Of each loan.
+    pub blocks: Vec<Vec<BlockCopy>>,
+    /// Whether the loans' first marks are enough for it. Such pieces come before others.
+    pub is_first: bool,
+    /// What to add to the count when it is there.
+    pub heads: u32,
 }
 
 // SAFETY: the stream may be used from any thread, and its context lives as long.
@@ -121,7 +170,10 @@ impl fmt::Debug for Lane {
 #[derive(Debug)]
 pub struct Loan {
     context: Arc<Context>,
-    address: u64,
+    /// Where each part begins, and how its rows lie.
+    addresses: Vec<u64>,
+    lines: Vec<Lines>,
+    /// Of all parts, without what lies between rows.
     bytes: u64,
     /// Where the lender's stream has written what is copied first, and all of it.
     ready: Mark,
@@ -147,6 +199,11 @@ impl Loan {
     /// Number of bytes.
     pub fn bytes(&self) -> u64 {
         self.bytes
+    }
+
+    /// How the rows of each part lie.
+    pub fn lines(&self) -> &[Lines] {
+        &self.lines
     }
 
     fn lock(&self) -> MutexGuard<'_, LoanState> {
@@ -202,7 +259,7 @@ impl Lane {
         // SAFETY: the number is this device's, and so is the stream.
         let set = unsafe { count::set(&self.context, self.side, count.buffer().address(), 0) };
         match set {
-            Ok(()) => self.arrivals = Some(Arrivals { count, counted: Mutex::default() }),
+            Ok(()) => self.arrivals = Some(Arrivals { count, turn: Mutex::default() }),
             Err(why) => log::info!("attention does not begin before all keys have come: {why}"),
         }
         Ok(self.arrivals.is_some())
@@ -276,15 +333,34 @@ impl Lane {
         self.record(self.context.stream())
     }
 
-    /// Lends bytes of the device's memory, of which those that are copied first are written where the first mark is, and all where
-    /// the other one is. Whoever lends them [takes them back](Self::take_back) before the memory is given up or written.
-    pub fn lend(&self, buffer: &dyn DeviceBuffer, bytes: Range<u64>, [mark, all]: [&Mark; 2]) -> Result<Loan> {
-        let buffer = self.own(buffer)?;
-        let (start, end) = (bytes.start.min(buffer.size()), bytes.end.min(buffer.size()));
+    /// Whether peers can copy from this memory: they have been given access to the library's own. Other memory need not be such that
+    /// access to the context is enough.
+    pub fn can_lend(&self, memory: &dyn DeviceBuffer) -> bool {
+        self.own(memory).is_ok_and(CudaBuffer::is_own)
+    }
+
+    /// Lends parts of the device's memory, each from a byte on, which hold so many bytes. Those that are copied first are written where
+    /// the first mark is, and all where the other one is. Whoever lends them [takes them back](Self::take_back) before the memory is
+    /// given up or written.
+    pub fn lend<'b>(
+        &self,
+        parts: impl Iterator<Item = (&'b dyn DeviceBuffer, u64, Lines)>,
+        bytes: u64,
+        [mark, all]: [&Mark; 2],
+    ) -> Result<Loan> {
+        let (mut addresses, mut lines) = (Vec::new(), Vec::new());
+        for (buffer, start, of_part) in parts {
+            let buffer = self.own(buffer)?;
+            let start = start.min(buffer.size());
+            addresses.push(buffer.address() + start);
+            // What is not there is not copied: it does not fit.
+            lines.push(Lines { bytes: of_part.bytes.min(buffer.size() - start), ..of_part });
+        }
         Ok(Loan {
             context: Arc::clone(&self.context),
-            address: buffer.address() + start,
-            bytes: end.saturating_sub(start),
+            addresses,
+            lines,
+            bytes,
             ready: mark.clone(),
             all_ready: all.clone(),
             state: Mutex::new(LoanState::Open),
@@ -299,70 +375,95 @@ impl Lane {
             // While it is locked it is not taken back.
             let (to, state) = (self.own(to)?, loan.lock());
             let fits = start.checked_add(loan.bytes).is_some_and(|end| end <= to.size());
-            if !matches!(*state, LoanState::Open) || !fits {
+            let (&[from], &[Lines { bytes, .. }]) = (&loan.addresses[..], &loan.lines[..]) else { return Ok(false) };
+            if !matches!(*state, LoanState::Open) || !fits || bytes != loan.bytes {
                 return Ok(false);
             }
-            copies.push((loan, to.address() + start, state));
+            copies.push((loan, from, to.address() + start, state));
         }
         let _current = self.context.enter()?;
         let mut waited: Option<&Mark> = None;
-        let enqueued = copies.iter().try_for_each(|&(loan, to, _)| {
+        let enqueued = copies.iter().try_for_each(|&(loan, from, to, _)| {
             // A peer lends all messages of one exchange at one mark.
             if waited.is_none_or(|mark| !mark.is(&loan.ready)) {
                 self.wait(self.side, &loan.ready)?;
                 waited = Some(&loan.ready);
             }
-            self.enqueue(loan, to)
+            self.enqueue(loan, from, to)
         });
         // Recorded in any case: part of what was refused may be under way.
         let end = self.record(self.side)?;
         *self.last_copy.lock().unwrap_or_else(PoisonError::into_inner) = Some(end.clone());
-        for (_, _, state) in &mut copies {
+        for (.., state) in &mut copies {
             **state = LoanState::Copied(end.clone());
         }
         enqueued.map(|()| true)
     }
 
-    /// Copies pieces of what peers have lent, one piece of all after the other, and counts each. `pieces` has, for each, a block of
-    /// each loan, whether the loans' first marks are enough for it, and what to add to the count when it is there. The device's later
-    /// work comes after all is written on the peers' side, so it waits for copy engines alone. What the count says before the first
-    /// piece; nothing, and nothing is copied, if a loan was taken back before, or does not fit, or nothing counts.
+    /// Copies pieces of what peers have lent, one piece of all after the other, and counts each. The device's later work comes after all
+    /// is written on the peers' side, so it waits for copy engines alone. What the count says before the first piece; nothing, and
+    /// nothing is copied, if a loan was taken back before, or does not fit, or nothing counts.
     pub fn copy_blocks(
         &self,
         loans: &[(&Loan, &dyn DeviceBuffer, u64)],
-        pieces: &[(Vec<Block>, bool, u32)],
+        pieces: Vec<PieceCopy>,
     ) -> Result<Option<u32>> {
-        let Some(Arrivals { count, counted }) = &self.arrivals else { return Ok(None) };
+        let Some(Arrivals { count, turn }) = &self.arrivals else { return Ok(None) };
         let mut lent = Vec::with_capacity(loans.len());
         for (at, &(loan, to, start)) in loans.iter().enumerate() {
             // While it is locked it is not taken back.
             let (to, state) = (self.own(to)?, loan.lock());
             let room = to.size().checked_sub(start).map_or(0, |room| room.min(loan.bytes));
-            let fits =
-                |(blocks, ..): &(Vec<Block>, _, _)| blocks.get(at).and_then(Block::end).is_some_and(|end| end <= room);
-            if !matches!(*state, LoanState::Open) || !pieces.iter().all(fits) {
+            let fits = |copy: &BlockCopy| {
+                let lent = loan.lines.get(copy.part).map_or(0, |lines| lines.bytes);
+                let ends_by = |block: &Block, limit| block.end().is_some_and(|end| end <= limit);
+                ends_by(&copy.from, lent) && ends_by(&copy.to, room)
+            };
+            let all_fit = |piece: &PieceCopy| piece.blocks.get(at).is_some_and(|blocks| blocks.iter().all(fits));
+            if !matches!(*state, LoanState::Open) || !pieces.iter().all(all_fit) {
                 return Ok(None);
             }
             lent.push((loan, to.address() + start, state));
         }
         let _current = self.context.enter()?;
-        let mut counted = counted.lock().unwrap_or_else(PoisonError::into_inner);
-        let before = *counted;
-        let mut enqueue = || -> Result<()> {
-            // 0: nothing is waited for yet; 1: the first marks; 2: all.
-            let mut waited = 0;
-            for (blocks, is_first, heads) in pieces {
-                let needed = if *is_first { 1 } else { 2 };
-                for ((loan, to, _), block) in lent.iter().zip(blocks) {
-                    if waited < needed {
-                        self.wait(self.side, if *is_first { &loan.ready } else { &loan.all_ready })?;
+        let mut turn = turn.lock().unwrap_or_else(PoisonError::into_inner);
+        turn.is_upper = !turn.is_upper;
+        let before = if turn.is_upper { 1 << 31 } else { 0 };
+        let place = |loan: &Loan, to: u64| Place { of: loan.context.raw(), from: loan.addresses.clone(), to };
+        let places: Vec<_> = lent.iter().map(|(loan, to, _)| place(loan, *to)).collect();
+        let enqueue = || -> Result<()> {
+            let Turn { is_upper, described, no_graphs } = &mut *turn;
+            let is_all_written = lent.iter().all(|(loan, ..)| loan.ready.is(&loan.all_ready));
+            let first = pieces.iter().take_while(|piece| piece.is_first || is_all_written).count();
+            let (described, is_known) = remembered(described, (places, pieces, first));
+            let Described { places, pieces, first, graphs } = described;
+            let counted = Counted { count: count.buffer().address(), before };
+            let (first, others) = pieces.split_at(*first);
+            let graphs = &mut graphs[usize::from(*is_upper)];
+            if is_known && graphs.is_none() && !*no_graphs {
+                match self.describe(places, [first, others], counted) {
+                    Ok(made) => *graphs = Some(made),
+                    Err(why) => {
+                        log::info!("copies between GPUs are enqueued one by one: {why}");
+                        *no_graphs = true;
                     }
-                    self.enqueue_block(loan, *to, block)?;
                 }
-                waited = waited.max(needed);
-                *counted = counted.wrapping_add(*heads);
-                // SAFETY: the number is this device's, and so is the stream.
-                unsafe { count::set(&self.context, self.side, count.buffer().address(), *counted) }?;
+            }
+            let heads_of = |pieces: &[PieceCopy]| pieces.iter().map(|piece| piece.heads).sum::<u32>();
+            let all_counted = Counted { before: before.wrapping_add(heads_of(first)), ..counted };
+            for (at, (pieces, counted)) in [(first, counted), (others, all_counted)].into_iter().enumerate() {
+                if pieces.is_empty() {
+                    continue;
+                }
+                for (loan, ..) in &lent {
+                    self.wait(self.side, if at == 0 { &loan.ready } else { &loan.all_ready })?;
+                }
+                match graphs.as_ref().and_then(|graphs| graphs[at].as_ref()) {
+                    // SAFETY: the stream is this lane's. The loans' memory and the rooms are those that were described, and in
+                    // bounds; lenders keep theirs until the loans are over, and so does whoever made the rooms.
+                    Some(graph) => unsafe { graph.launch(self.side) }?,
+                    None => self.enqueue_pieces(places, pieces, counted)?,
+                }
             }
             // Only copy engines are waited for from then on: the device's own work may take every multiprocessor and wait.
             lent.iter().try_for_each(|(loan, ..)| self.wait(self.context.stream(), &loan.all_ready))
@@ -377,12 +478,52 @@ impl Lane {
         enqueued.map(|()| Some(before))
     }
 
-    /// A block of a loan that is locked and fits. The context is current.
-    fn enqueue_block(&self, loan: &Loan, to: u64, block: &Block) -> Result<()> {
-        let Block { start, width, pitch, rows, slice_rows, slices } = *block;
-        if width == 0 || rows == 0 || slices == 0 {
-            return Ok(());
+    /// Graphs of some pieces, if there are any, and of those after them. The context is current.
+    fn describe(
+        &self,
+        places: &[Place],
+        parts: [&[PieceCopy]; 2],
+        Counted { count, before }: Counted,
+    ) -> Result<[Option<Graph>; 2], DriverError> {
+        let mut number = before;
+        let mut of_part = |pieces: &[PieceCopy]| {
+            if pieces.is_empty() {
+                return Ok(None);
+            }
+            let mut steps = Steps::new(&self.context)?;
+            for PieceCopy { blocks, heads, .. } in pieces {
+                for (place, block) in each_block(places, blocks) {
+                    if let Some(copy) = copy_of(place, block) {
+                        // SAFETY: whoever launches it sees to the memory. Access between the devices is enabled: else nothing counts.
+                        unsafe { steps.copy(&copy) }?;
+                    }
+                }
+                number = number.wrapping_add(*heads);
+                // SAFETY: the number is the lane's, which keeps it as long as its graphs.
+                unsafe { steps.set(count, number) }?;
+            }
+            steps.finish().map(Some)
+        };
+        Ok([of_part(parts[0])?, of_part(parts[1])?])
+    }
+
+    /// Pieces of loans that are locked and fit, one by one. The context is current.
+    fn enqueue_pieces(&self, places: &[Place], pieces: &[PieceCopy], Counted { count, before }: Counted) -> Result<()> {
+        let mut number = before;
+        for PieceCopy { blocks, heads, .. } in pieces {
+            for (place, block) in each_block(places, blocks) {
+                self.enqueue_block(place, block)?;
+            }
+            number = number.wrapping_add(*heads);
+            // SAFETY: the number is this device's, and so is the stream.
+            unsafe { count::set(&self.context, self.side, count, number) }?;
         }
+        Ok(())
+    }
+
+    /// A block of a loan that is locked and fits. The context is current.
+    fn enqueue_block(&self, place: &Place, block: &BlockCopy) -> Result<()> {
+        let Some(copy) = copy_of(place, block) else { return Ok(()) };
         let copy = sys::CUDA_MEMCPY3D_PEER {
             srcXInBytes: 0,
             srcY: 0,
@@ -390,25 +531,25 @@ impl Lane {
             srcLOD: 0,
             srcMemoryType: CUmemorytype::CU_MEMORYTYPE_DEVICE,
             srcHost: ptr::null(),
-            srcDevice: loan.address + start,
+            srcDevice: copy.srcDevice,
             srcArray: ptr::null_mut(),
-            srcContext: loan.context.raw(),
-            srcPitch: pitch as usize,
-            srcHeight: slice_rows as usize,
+            srcContext: place.of,
+            srcPitch: copy.srcPitch,
+            srcHeight: copy.srcHeight,
             dstXInBytes: 0,
             dstY: 0,
             dstZ: 0,
             dstLOD: 0,
             dstMemoryType: CUmemorytype::CU_MEMORYTYPE_DEVICE,
             dstHost: ptr::null_mut(),
-            dstDevice: to + start,
+            dstDevice: copy.dstDevice,
             dstArray: ptr::null_mut(),
             dstContext: self.context.raw(),
-            dstPitch: pitch as usize,
-            dstHeight: slice_rows as usize,
-            WidthInBytes: width as usize,
-            Height: rows as usize,
-            Depth: slices as usize,
+            dstPitch: copy.dstPitch,
+            dstHeight: copy.dstHeight,
+            WidthInBytes: copy.WidthInBytes,
+            Height: copy.Height,
+            Depth: copy.Depth,
         };
         // SAFETY: the source is a buffer that its lender keeps until the loan is over; the destination is in bounds, as
         // checked by `copy_blocks`. Each is of its own context, which the loan and the lane keep. The struct is read before
@@ -418,9 +559,9 @@ impl Lane {
     }
 
     /// The copy of a loan that is locked and fits. The context is current.
-    fn enqueue(&self, loan: &Loan, to: u64) -> Result<()> {
+    fn enqueue(&self, loan: &Loan, from: u64, to: u64) -> Result<()> {
         let (from_context, to_context) = (loan.context.raw(), self.context.raw());
-        let (from, bytes) = (loan.address, loan.bytes as usize);
+        let bytes = loan.bytes as usize;
         let copied = match (bytes, from_context == to_context) {
             (0, _) => Ok(()),
             // SAFETY: the source is a buffer that its lender keeps until the loan is over; the destination is in bounds,
@@ -503,6 +644,77 @@ impl Drop for Lane {
             log::debug!("a stream is not destroyed: {error}");
         }
     }
+}
+
+/// The number that pieces are counted in, and what it says before them.
+#[derive(Debug, Clone, Copy)]
+struct Counted {
+    count: CUdeviceptr,
+    before: u32,
+}
+
+/// What was described for such copies, of which so many come first, and whether they came before. It is the last one then.
+fn remembered(
+    all: &mut Vec<Described>,
+    (places, pieces, first): (Vec<Place>, Vec<PieceCopy>, usize),
+) -> (&mut Described, bool) {
+    let is_it =
+        |described: &Described| described.places == places && described.pieces == pieces && described.first == first;
+    let found = all.iter().rposition(is_it);
+    let described = match found {
+        Some(at) => all.remove(at),
+        None => {
+            if all.len() >= MOST_DESCRIBED {
+                all.remove(0);
+            }
+            Described { places, pieces, first, graphs: [None, None] }
+        }
+    };
+    all.push(described);
+    let last = all.len() - 1;
+    (&mut all[last], found.is_some())
+}
+
+/// The blocks of all loans, and of which loan each is.
+fn each_block<'a>(
+    places: &'a [Place],
+    blocks: &'a [Vec<BlockCopy>],
+) -> impl Iterator<Item = (&'a Place, &'a BlockCopy)> {
+    places.iter().zip(blocks).flat_map(|(place, blocks)| blocks.iter().map(move |block| (place, block)))
+}
+
+/// The copy of a block of a loan, in memory that both GPUs have access to; none without bytes.
+fn copy_of(place: &Place, BlockCopy { part, from, to }: &BlockCopy) -> Option<sys::CUDA_MEMCPY3D> {
+    let source = place.from.get(*part)? + from.start;
+    let Block { width, rows, slices, .. } = *from;
+    let unified = CUmemorytype::CU_MEMORYTYPE_UNIFIED;
+    (width > 0 && rows > 0 && slices > 0).then(|| sys::CUDA_MEMCPY3D {
+        srcXInBytes: 0,
+        srcY: 0,
+        srcZ: 0,
+        srcLOD: 0,
+        srcMemoryType: unified,
+        srcHost: ptr::null(),
+        srcDevice: source,
+        srcArray: ptr::null_mut(),
+        reserved0: ptr::null_mut(),
+        srcPitch: from.pitch as usize,
+        srcHeight: from.slice_rows as usize,
+        dstXInBytes: 0,
+        dstY: 0,
+        dstZ: 0,
+        dstLOD: 0,
+        dstMemoryType: unified,
+        dstHost: ptr::null_mut(),
+        dstDevice: place.to + to.start,
+        dstArray: ptr::null_mut(),
+        reserved1: ptr::null_mut(),
+        dstPitch: to.pitch as usize,
+        dstHeight: to.slice_rows as usize,
+        WidthInBytes: width as usize,
+        Height: rows as usize,
+        Depth: slices as usize,
+    })
 }
 
 /// Whether one GPU can have access to the memory of another.

@@ -65,6 +65,11 @@ impl CudaBuffer {
         Self { context: Arc::clone(context), address, size, device, own: None }
     }
 
+    /// Whether it is the library's own memory.
+    pub fn is_own(&self) -> bool {
+        self.own.is_some()
+    }
+
     /// Address of the first byte; a multiple of 256 unless the memory is external.
     pub fn address(&self) -> CUdeviceptr {
         self.address

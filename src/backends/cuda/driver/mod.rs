@@ -13,6 +13,7 @@
 //! | `memory` | buffers: the library's own, or external memory |
 //! | `scratch` | scratch that calls use again |
 //! | `lane` | copies from other GPUs of the process, beside the stream |
+//! | `graph` | copies that are described once and launched again and again |
 //! | `nccl`, `nccl_library` | copies between processes and hosts, with the feature `nccl` |
 //! | `transfer` | copies to, from and on the device, and fills |
 //! | `launch` | kernel launches |
@@ -24,6 +25,7 @@ pub mod context;
 pub mod count;
 pub mod external;
 pub mod fault;
+mod graph;
 pub mod lane;
 pub mod launch;
 pub mod memory;
