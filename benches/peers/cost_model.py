@@ -16,7 +16,16 @@ SPLIT, PART, ADDED_PART, PART_TIME = 2000.0, 2900.0, 1450.0, 1.125
 PIECE, ZEROED_ROWS, ZERO_SPAN_ROWS = 512, 64, 64
 FIRST_KEYS, MIXED_BLOCKS = 64, 6
 # What plans and files call the kernels of the table.
-NAMES = {"CudaSm80": "sm80", "CudaSm90": "sm90", "CudaSm100": "sm100"}
+NAMES = {
+    "CudaSm80": "sm80",
+    "CudaSm90": "sm90",
+    "CudaSm100": "sm100",
+    "WgslPortable": "wgsl-portable",
+    "WgslCoop": "wgsl-coop",
+}
+# Kernels of wgpu, and all that read single rows.
+WGSL = {"wgsl-portable", "wgsl-coop"}
+BY_ROWS = WGSL | {"sm80"}
 
 
 @dataclasses.dataclass
@@ -47,7 +56,8 @@ class TileCost:
 
 
 def constants(compute_capability):
-    """The constants of a chip, and those of each (kernel, width), on the H100."""
+    """The constants of a chip, and those of each (kernel, width), on the H100. (0, 0) is any GPU through
+    wgpu."""
     text = CHIPS.read_text()
     major, minor = compute_capability
     row = re.search(rf"compute_capability: \({major}, {minor}\),(.*?)source:", text, re.DOTALL).group(1)
@@ -100,7 +110,7 @@ class Work:
     @classmethod
     def of(cls, features, path, kernel, multiprocessors):
         tiles, heads, kv_heads = features["tiles"][kernel], features["heads"], features["kv_heads"]
-        by_lists = kernel != "sm80"
+        by_lists = kernel not in BY_ROWS
         by_groups = path == "fused" and by_lists
 
         def tiles_of(queries, packed):
@@ -125,7 +135,10 @@ class Work:
                 dropped = full * tiles["keys"] + in_groups - keys
             elif path == "fused":
                 full, masked = 0, full
-            # Blocks of sm80 end at once if there is no key.
+            elif path == "dense" and "key_steps" in tiles and keys > 0:
+                # Every row; steps of which every key is dropped are passed over.
+                queries, full = features["seq_q"], tiles["key_steps"][b]
+            # Blocks of kernels that read single rows end at once if there is no key.
             items = tiles_of(queries, packed) if by_lists or keys > 0 else 0
             rest %= tiles["keys"]
             computed = min(-(-rest // FIRST_KEYS) * FIRST_KEYS, tiles["keys"]) if by_lists else rest
@@ -133,7 +146,7 @@ class Work:
             if items > 0:
                 rows.append((items, full, masked, dropped, spared))
         rows.sort(key=lambda row: -(row[1] + row[2]))
-        blocks = multiprocessors * blocks_of(kernel, tiles["width"])
+        blocks = multiprocessors * (tiles.get("blocks") or blocks_of(kernel, tiles["width"]))
         slowest, all_, items = [0] * 5, [0] * 5, 0
         for count, *parts in rows:
             waves = -(-(items + count) // blocks) - -(-items // blocks)
@@ -143,15 +156,19 @@ class Work:
         queries, keys = sum(features["queries"]), sum(features["keys"])
         all_queries, all_keys = features["batch"] * features["seq_q"], features["batch"] * features["seq_k"]
         scatters = path == "packed" and kernel == "sm90"
-        row_bytes = 2 * features["head_dim"]
+        row_bytes = features.get("element", 2) * features["head_dim"]
         written = queries if path == "packed" and not scatters else all_queries
-        attention = row_bytes * (heads * (queries + written) + 2 * kv_heads * keys)
+        read = all_queries if path == "dense" else queries
+        attention = row_bytes * (heads * (read + written) + 2 * kv_heads * keys)
         launches = copied = 0
         if path == "packed":
             packs_queries = not (kernel == "sm80" and queries == all_queries)
             packs_keys = not (kernel == "sm80" and keys == all_keys)
             launches = packs_queries + packs_keys
-            if not features["is_cross"] and launches == 2:
+            if kernel in WGSL:
+                # Each tensor in a launch of its own.
+                launches += packs_keys
+            elif not features["is_cross"] and launches == 2:
                 launches = 1
             copied = 2 * heads * queries * packs_queries + 4 * kv_heads * keys * packs_keys
             if packs_queries and not scatters:
@@ -179,7 +196,7 @@ class Work:
 
     def time(self, chip, tiles, multiprocessors):
         """Nanoseconds."""
-        cost, by_lists = tiles[self.kernel, self.width], self.kernel != "sm80"
+        cost, by_lists = tiles[self.kernel, self.width], self.kernel not in BY_ROWS
         busy = self.busy(cost, multiprocessors)
         zeros = self.zero_pieces * chip.zero_piece + self.zero_rows * chip.zero_row
         if not by_lists:
@@ -189,7 +206,7 @@ class Work:
 
     def busy(self, cost, multiprocessors):
         item = cost.item
-        if self.kernel != "sm80" and self.path == "fused":
+        if self.kernel not in BY_ROWS and self.path == "fused":
             item += cost.listed
         elif self.kernel == "sm90" and self.path == "packed":
             item += cost.scattered
@@ -209,6 +226,12 @@ class Work:
             return 1.0
         others = max(1, min(-(-count // multiprocessors), most)) - 1
         return cost.alone + (1 - cost.alone) * others / (most - 1) * evenness
+
+    def work(self, tiles):
+        """The time of all items, one after another, of kernels that read single rows."""
+        cost = tiles[self.kernel, self.width]
+        items, full, masked = self.all[:3]
+        return items * cost.item + full * cost.step + masked * cost.masked
 
     def last_wave(self, cost, item, each, multiprocessors):
         if self.kernel != "sm90":

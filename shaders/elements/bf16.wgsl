@@ -7,7 +7,7 @@ fn widen(word: vec4<u32>, part: u32) -> vec4<f32> {
     return bitcast<vec4<f32>>(vec4<u32>(even.x, odd.x, even.y, odd.y));
 }
 
-// Rounds to nearest, ties to even. NaN stays NaN.
+// Rounds to nearest, ties to even. NaN is one NaN.
 fn narrow_one(value: f32) -> u32 {
     let bits = bitcast<u32>(value);
     let rounded = (bits + 0x7fffu + ((bits >> 16u) & 1u)) >> 16u;

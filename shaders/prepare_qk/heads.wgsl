@@ -35,8 +35,11 @@ fn head_at(at: u32) -> Head {
 }
 
 // The same numbers, with one bit pattern of NaN: which of two NaN comes out of a sum is up to the compiler,
-// and variants of the shader are to write the same bits.
+// and variants of the shader are to write the same bits. Of 16-bit elements `narrow` sees to that.
 fn with_one_nan(x: vec4<f32>) -> vec4<f32> {
+    if VECS_PER_WORD == 2u {
+        return x;
+    }
     let bits = bitcast<vec4<u32>>(x);
     let is_nan = (bits & vec4<u32>(0x7fffffffu)) > vec4<u32>(0x7f800000u);
     return bitcast<vec4<f32>>(select(bits, vec4<u32>(0x7fc00000u), is_nan));

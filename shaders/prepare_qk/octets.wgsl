@@ -17,7 +17,7 @@ const PLACES: u32 = HEADS_OF_LANE * INVOCATIONS;
 alias Word = vec4<u32>;
 alias Raw = array<Word, OCTET_WORDS>;
 // What is stored at once.
-alias Part = Octet;
+alias Part = Raw;
 
 struct Octet {
     low: vec4<f32>,
@@ -46,13 +46,19 @@ fn load_raw(element: u32) -> Raw {
     return raw;
 }
 
-fn store_octet(element: u32, octet: Octet) {
-    let at = word_of(element);
-    if OCTET_WORDS == 1u {
-        dst[at] = narrow(octet.low, octet.high);
-    } else {
-        dst[at] = narrow(octet.low, octet.low);
-        dst[at + 1u] = narrow(octet.high, octet.high);
+// `narrow` makes a word of f32 of its first argument alone.
+fn raw_of(octet: Octet) -> Raw {
+    var raw: Raw;
+    raw[0] = narrow(octet.low, octet.high);
+    if OCTET_WORDS == 2u {
+        raw[OCTET_WORDS - 1u] = narrow(octet.high, octet.high);
+    }
+    return raw;
+}
+
+fn store_octet(element: u32, raw: Raw) {
+    for (var i = 0u; i < OCTET_WORDS; i++) { // unroll
+        dst[word_of(element) + i] = raw[i];
     }
 }
 
@@ -164,8 +170,9 @@ fn prepare_qk(
                     y = Octet(fma(y.low, c.low, sign * s.low * z.low), fma(y.high, c.high, sign * s.high * z.high));
                 }
                 y = Octet(with_one_nan(y.low), with_one_nan(y.high));
-                store_octet(head.write_at + element, y);
-                store_joint(head.joint_at + element, y);
+                let raw = raw_of(y);
+                store_octet(head.write_at + element, raw);
+                store_joint(head.joint_at + element, raw);
             }
         }
         workgroupBarrier();

@@ -9,7 +9,7 @@ use crate::kernel::Kernel;
 /// What differs between chips.
 #[derive(Debug, PartialEq)]
 pub(crate) struct Chip {
-    /// Major and minor. A chip that has no row takes the last one before it.
+    /// Major and minor. A chip that has no row takes the last one before it. (0, 0) is any GPU through wgpu, which does not tell.
     compute_capability: (i32, i32),
     /// Until the first block of an attention kernel works, and after its last.
     pub launch: f64,
@@ -118,7 +118,28 @@ const CHIPS: &[Chip] = &[
     },
 ];
 
+/// A GPU through wgpu, whatever it is. Copies are those of a desktop's card: faster memory than a GPU has would have it pack in
+/// vain, and costs an H200 nothing of note.
+const ADAPTER: Chip = Chip {
+    compute_capability: (0, 0),
+    launch: 8867.6,
+    lists_launch: 8000.0,
+    copy_launch: 1000.0,
+    copy_rate: 1000.0,
+    memory_rate: 1486.0,
+    zero_piece: 7.5,
+    zero_row: 100.0,
+    rows_time: 1.0,
+    lists_time: 1.0,
+    source: "fitted to 67 random calls (`cargo bench --bench regret`) on an H200's Vulkan, but for the copies",
+};
+
 impl Chip {
+    /// The row of every GPU through wgpu.
+    pub fn of_adapter() -> &'static Self {
+        &ADAPTER
+    }
+
     /// The row of a chip, if it is not older than the first.
     pub fn of(compute_capability: (i32, i32)) -> Option<&'static Self> {
         CHIPS.iter().rev().find(|chip| chip.compute_capability <= compute_capability)
@@ -167,8 +188,8 @@ const fn tile([item, listed, scattered, step, masked, dropped, spared, alone]: [
     TileCost { item, listed, scattered, step, masked, dropped, spared, alone }
 }
 
-/// Kernel, width of its tiles, and their costs. Those of sm80 and sm90 were fitted on the H100. Those of sm100 are from the B200's
-/// data sheet, at 60 % of its products.
+/// Kernel, width of its tiles, and their costs. Those of sm80 and sm90 were fitted on the H100, those of WGSL on an H200, as if one
+/// workgroup had a multiprocessor. Those of sm100 are from the B200's data sheet, at 60 % of its products.
 const TILE_COSTS: &[(Kernel, usize, TileCost)] = &[
     (Kernel::CudaSm80, 32, tile([2000.0, 0.0, 0.0, 2500.0, 2600.0, 0.00, 15.0, 0.63])),
     (Kernel::CudaSm80, 64, tile([3502.7, 0.0, 0.0, 2550.4, 2704.0, 0.00, 5.5, 0.58])),
@@ -184,6 +205,14 @@ const TILE_COSTS: &[(Kernel, usize, TileCost)] = &[
     (Kernel::CudaSm100, 64, tile([3500.0, 500.0, 0.0, 1200.0, 1450.0, 4.00, 0.0, 1.00])),
     (Kernel::CudaSm100, 96, tile([3500.0, 500.0, 0.0, 1500.0, 1800.0, 4.00, 0.0, 1.00])),
     (Kernel::CudaSm100, 128, tile([3500.0, 500.0, 0.0, 1850.0, 2200.0, 4.00, 0.0, 1.00])),
+    (Kernel::WgslPortable, 64, tile([310.8, 0.0, 0.0, 4781.7, 5152.3, 0.00, 0.0, 1.00])),
+    (Kernel::WgslPortable, 128, tile([3515.7, 0.0, 0.0, 8152.1, 8494.2, 0.00, 0.0, 1.00])),
+    (Kernel::WgslPortable, 256, tile([2185.6, 0.0, 0.0, 10186.6, 10180.7, 0.00, 0.0, 1.00])),
+    (Kernel::WgslCoop, 64, tile([4000.0, 0.0, 0.0, 800.0, 840.0, 0.00, 0.0, 1.00])),
+    (Kernel::WgslCoop, 96, tile([5377.6, 0.0, 0.0, 1083.5, 1130.0, 0.00, 0.0, 1.00])),
+    (Kernel::WgslCoop, 128, tile([9000.0, 0.0, 0.0, 1180.0, 1290.0, 0.00, 0.0, 1.00])),
+    (Kernel::WgslCoop, 192, tile([10703.3, 0.0, 0.0, 969.2, 1000.0, 0.00, 0.0, 1.00])),
+    (Kernel::WgslCoop, 256, tile([7107.4, 0.0, 0.0, 1371.6, 1421.8, 0.00, 0.0, 1.00])),
 ];
 
 #[cfg(test)]
