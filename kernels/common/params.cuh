@@ -421,6 +421,20 @@ static_assert(offsetof(TileListParams, ranges) == 992);
 static_assert(offsetof(TileListParams, range_tiles) == 1008);
 static_assert(offsetof(TileListParams, range_work) == 1016);
 
+// Parameters of the forms of the sm100 kernel with key ranges.
+struct RangedTileListParams {
+    TileListParams lists;
+    // What `v_map` describes.
+    const void* values;
+    Strides value_strides;
+    int32_t unused[8];
+};
+static_assert(sizeof(RangedTileListParams) == 1088);
+static_assert(offsetof(RangedTileListParams, lists) == 0);
+static_assert(offsetof(RangedTileListParams, values) == 1024);
+static_assert(offsetof(RangedTileListParams, value_strides) == 1032);
+static_assert(offsetof(RangedTileListParams, unused) == 1056);
+
 // A segment of q and of the output, and one of k and of v, as the tensors in `TileListParams`.
 struct SegmentMaps {
     ptx::TensorMap q;

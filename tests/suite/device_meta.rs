@@ -98,7 +98,7 @@ fn ranges(variant: &Variant) -> Result<()> {
     ];
     // An emulated GPU compiles for seconds for each head dimension, with a log-sum-exp and without.
     let head_dims = match variant.kernel.works_by_tile_lists() {
-        true => [32, 256, 64, 128, 192, 96, 128],
+        true => [32, 256, 64, 128, 192, 96, 128].map(|head_dim| variant.kernel.max_head_dim().min(head_dim)),
         false if is_emulated_gpu(&variant.device) => [32, 257, 32, 32, 257, 32, 32],
         false => [32, 257, 64, 128, 512, 64, 64],
     };

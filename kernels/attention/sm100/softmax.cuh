@@ -11,6 +11,7 @@
 #include "../../ptx/packed_f32.cuh"
 #include "../../ptx/tcgen05.cuh"
 #include "block.cuh"
+#include "unseen.cuh"
 
 namespace sm100 {
 
@@ -128,7 +129,7 @@ struct SoftmaxWarpgroup {
 
     __device__ void run() {
         for (uint32_t work_index = 0;; ++work_index) {
-            const volatile TileRows& rows = block.wait_rows(work_index);
+            const volatile auto& rows = block.wait_rows(work_index);
             const int key_tiles = rows.key_tiles;
             if (key_tiles < 0) return;
             const int tiles = rows.tiles;
@@ -147,19 +148,26 @@ struct SoftmaxWarpgroup {
         }
     }
 
-    __device__ void attend(RowSoftmax& softmax, int key_tiles, const volatile TileRows& rows) {
+    __device__ void attend(RowSoftmax& softmax, int key_tiles, const volatile typename S::Rows& rows) {
         float* const factors = reinterpret_cast<float*>(block.shared + S::FACTORS) + tile * TILE_M;
         float* const inverses = reinterpret_cast<float*>(block.shared + S::INVERSES) + tile * TILE_M;
+        // Whether the row has a key.
+        bool sees_some = !S::RANGED;
         for (int i = 0; i < key_tiles; ++i, ++count, ++steps) {
             uint32_t scores[4][32];
-            const volatile TileKeys& info = block.wait_keys(count);
+            const volatile auto& info = block.wait_keys(count);
             const bool masked = info.masked;
+            uint32_t seen[4];
+            if constexpr (S::RANGED) {
+                if (masked) seen_keys(block, rows, tile * TILE_GROUPS, info, seen);
+                sees_some = sees_some || !masked || (seen[0] | seen[1] | seen[2] | seen[3]) != 0;
+            }
             block.wait_full(S::SCORES + 8 * tile, steps);
             ptx::tensor_fence_after();
 #pragma unroll
             for (int part = 0; part < 4; ++part) ptx::tensor_load(scores[part], tensor + part * 32);
             ptx::tensor_wait_load(scores[0], scores[1], scores[2], scores[3]);
-            if (masked) mask(scores, info);
+            if (masked) mask(scores, info, seen);
             block.leave_keys(count);
             softmax.raise(scores, scale);
             if (i > 0) {
@@ -179,7 +187,7 @@ struct SoftmaxWarpgroup {
             block.arrive(S::PROBS + 8 * tile);
         }
         // Every kept score is below every float.
-        if (key_tiles > 0 && softmax.sum == 0.0f) softmax.sum = NAN;
+        if (key_tiles > 0 && sees_some && softmax.sum == 0.0f) softmax.sum = NAN;
         // Read this late, since registers are scarce before.
         const uint32_t kept = rows.groups[tile * TILE_GROUPS + row / GROUP_ROWS].kept;
         const bool zero = softmax.sum == 0.0f || (kept >> (row % GROUP_ROWS) & 1) == 0;
@@ -189,7 +197,8 @@ struct SoftmaxWarpgroup {
         ++uses;
     }
 
-    __device__ void mask(uint32_t (&scores)[4][32], const volatile TileKeys& info) const {
+    // `seen` is of the row's keys, with key ranges.
+    __device__ void mask(uint32_t (&scores)[4][32], const volatile TileKeys& info, const uint32_t (&seen)[4]) const {
         // The maximum is taken before scaling, so the sign of the scale goes to the scores.
         if (block.params.score_scale < 0.0f) {
 #pragma unroll
@@ -200,7 +209,7 @@ struct SoftmaxWarpgroup {
         }
 #pragma unroll
         for (int part = 0; part < 4; ++part) {
-            const uint32_t kept = info.kept[part];
+            const uint32_t kept = S::RANGED ? seen[part] : info.kept[part];
 #pragma unroll
             for (int i = 0; i < 32; ++i) {
                 if ((kept >> i & 1) == 0) scores[part][i] = __float_as_uint(-INFINITY);

@@ -465,6 +465,17 @@ shared_struct! {
 }
 
 shared_struct! {
+    /// Parameters of the forms of the sm100 kernel with key ranges.
+    RangedTileListParams {
+        lists: TileListParams,
+        /// What `v_map` describes.
+        values: *const c_void,
+        value_strides: Strides,
+        unused: [i32; 8],
+    }
+}
+
+shared_struct! {
     /// A segment of q and of the output, and one of k and of v, as the tensors in `TileListParams`.
     SegmentMaps {
         q: TensorMap,
@@ -814,6 +825,7 @@ pub fn header() -> String {
         RangeWork::text(),
         tensor_map,
         TileListParams::text(),
+        RangedTileListParams::text(),
         SegmentMaps::text(),
         SegmentOutput::text(),
         SegmentTable::text(),
