@@ -331,7 +331,7 @@ impl<'a> Call<'a> {
         if batch * seq_q * num_heads == 0 {
             return Ok(());
         }
-        let lists = DeviceLists::make(self.launcher, (query, key), &self.ends(), self.tile)?;
+        let lists = DeviceLists::of(self.launcher, (query, key), &self.ends(), self.tile)?;
         let params = TileListParams { form: TileListForm::Fused as i32, ..self.padded_params() };
         let extent = Extent {
             batch,
@@ -344,7 +344,7 @@ impl<'a> Call<'a> {
         let placed = self.placed_ranges()?;
         let deal = self.deal(extent.zero_items, false);
         let work = placed.map(|placed| DeviceWork::of_lists(self.launcher, &lists, &placed, deal)).transpose()?;
-        self.launch(lists.in_params(params), &extent, work.as_ref().map(RangedWork::Device))
+        self.launch(lists.in_params(params), &extent, work.as_deref().map(RangedWork::Device))
     }
 
     /// The lists on the device, made and uploaded if they are not there yet.

@@ -12,7 +12,7 @@ use std::collections::BinaryHeap;
 use std::ops::Range;
 
 use crate::backends::cuda::kernels::params::{
-    ELEMENT_BYTES, MAX_WARPGROUPS, RangeTile, RangeWork, SM90_WARPGROUP_ROWS,
+    ELEMENT_BYTES, MAX_WARPGROUPS, RangeTile, RangeWork, SECTION_BYTES, SM90_WARPGROUP_ROWS,
 };
 use crate::backends::cuda::kernels::tiles::ListTile;
 use crate::mask::cu_seqlens::CuSeqlens;
@@ -21,9 +21,6 @@ use crate::mask::meta::{GROUP_ROWS, VarlenMeta};
 
 use super::split::{self, Split};
 use super::tile_lists::TileLists;
-
-/// Keys and values of a section, a third of Hopper's L2: 32 MiB took up to 1 % longer, 8 MiB at long sequences.
-pub const SECTION_BYTES: usize = 16 << 20;
 
 /// The query tiles of a call.
 #[derive(Debug, Default)]
