@@ -343,7 +343,7 @@ impl<'a> Call<'a> {
         };
         let placed = self.placed_ranges()?;
         let deal = self.deal(extent.zero_items, false);
-        let work = placed.map(|placed| DeviceWork::of_lists(self.launcher, &lists, &placed, deal)).transpose()?;
+        let work = placed.map(|placed| lists.work(self.launcher, &placed, deal)).transpose()?;
         self.launch(lists.in_params(params), &extent, work.as_deref().map(RangedWork::Device))
     }
 

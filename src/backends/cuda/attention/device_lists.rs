@@ -20,13 +20,15 @@ use crate::backends::cuda::kernels::params::{
 };
 use crate::backends::cuda::kernels::tiles::ListTile;
 use crate::backends::cuda::launcher::Launcher;
+use crate::backends::cuda::tensors::key_ranges::PlacedRanges;
 use crate::backends::cuda::tensors::metadata;
 use crate::call::op::DeviceTables;
 use crate::error::Result;
 use crate::fifo_cache::FifoCache;
 use crate::mask::meta::GROUP_ROWS;
 
-use super::device_work::WorkOfLists;
+use super::device_work::DeviceWork;
+use super::range_tiles::Deal;
 use super::tile_lists::{Ends, ZERO_ROWS};
 
 /// Lists start at multiples of this.
@@ -38,8 +40,8 @@ const LIST_ALIGNMENT: u64 = 16;
 pub struct DeviceLists {
     _memory: CudaBuffer,
     params: TileListsParams,
-    /// What calls with key ranges need beside them.
-    pub work: WorkOfLists,
+    /// What calls with key ranges need beside them, by the id of these and what the work is dealt out for.
+    work: FifoCache<(u64, Deal), DeviceWork>,
     /// Whether a graph makes these lists anew, and the work that was there then.
     is_renewed: AtomicBool,
 }
@@ -125,17 +127,17 @@ impl DeviceLists {
             row_key_tiles: places.row_key_tiles as i32,
         };
         launch(launcher, &params)?;
-        Ok(Self { _memory: memory, params, work: WorkOfLists::default(), is_renewed: AtomicBool::new(false) })
+        Ok(Self { _memory: memory, params, work: FifoCache::default(), is_renewed: AtomicBool::new(false) })
     }
 
-    /// Whether a graph makes these lists anew, and the work that was there then.
-    pub fn is_renewed(&self) -> bool {
-        self.is_renewed.load(Ordering::Relaxed)
-    }
-
-    /// The parameters that made them.
-    pub fn made_by(&self) -> &TileListsParams {
-        &self.params
+    /// The work of a call with key ranges: made, or as an earlier call has made it.
+    pub fn work(&self, launcher: &Launcher, ranges: &PlacedRanges, deal: Deal) -> Result<Arc<DeviceWork>> {
+        let place = (ranges.ranges.id(), deal);
+        let make = || DeviceWork::of_lists(launcher, self.params, ranges, deal);
+        match self.is_renewed.load(Ordering::Relaxed) {
+            false => self.work.get_or_make(place, false, make),
+            true => self.work.get(&place).map_or_else(|| make().map(Arc::new), Ok),
+        }
     }
 
     /// Parameters of a launch, with these lists and the bits that they were made of.

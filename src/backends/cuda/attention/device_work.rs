@@ -4,7 +4,6 @@
 //! made by each call.
 
 use std::mem::offset_of;
-use std::sync::Arc;
 
 use crate::backends::cuda::driver::memory::CudaBuffer;
 use crate::backends::cuda::driver::transfer;
@@ -16,10 +15,8 @@ use crate::backends::cuda::kernels::params::{
 use crate::backends::cuda::launcher::Launcher;
 use crate::backends::cuda::tensors::key_ranges::PlacedRanges;
 use crate::error::Result;
-use crate::fifo_cache::FifoCache;
 
 use super::call::PackedRows;
-use super::device_lists::DeviceLists;
 use super::range_tiles::Deal;
 use super::split::{ITEM_CYCLES, STEP_CYCLES};
 
@@ -28,9 +25,6 @@ const TABLE_ALIGNMENT: u64 = 16;
 
 /// Query tiles that a block of the kernel finds, one a warp.
 const BLOCK_TILES: usize = RANGE_TILES_THREADS as usize / 32;
-
-/// Kept with lists, by the id of the key ranges and what the work is dealt out for.
-pub type WorkOfLists = FifoCache<(u64, Deal), DeviceWork>;
 
 /// The work of calls with the same lists and key ranges. Whoever has it keeps it until the launch that
 /// reads it, which keeps its memory.
@@ -43,17 +37,8 @@ pub struct DeviceWork {
 }
 
 impl DeviceWork {
-    /// That of padded tensors by their lists: made, or as an earlier call has made it.
-    pub fn of_lists(launcher: &Launcher, lists: &DeviceLists, ranges: &PlacedRanges, deal: Deal) -> Result<Arc<Self>> {
-        let place = (ranges.ranges.id(), deal);
-        let make = || Self::make_of_lists(launcher, *lists.made_by(), ranges, deal);
-        match lists.is_renewed() {
-            false => lists.work.get_or_make(place, false, make),
-            true => lists.work.get(&place).map_or_else(|| make().map(Arc::new), Ok),
-        }
-    }
-
-    fn make_of_lists(launcher: &Launcher, lists: TileListsParams, ranges: &PlacedRanges, deal: Deal) -> Result<Self> {
+    /// Launches the kernel that finds the work of padded tensors, by the lists that these parameters made.
+    pub fn of_lists(launcher: &Launcher, lists: TileListsParams, ranges: &PlacedRanges, deal: Deal) -> Result<Self> {
         let params = RangeTilesParams {
             lists,
             ranges: ranges.params(),
