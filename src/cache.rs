@@ -131,3 +131,43 @@ impl fmt::Debug for DeviceCopies {
         write!(f, "{} device copies", entries.len())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What is kept for the CPU's id.
+    fn kept(copies: &BuildCopies, new: usize) -> Result<Option<usize>> {
+        copies.copies().map(|copies| copies.get_or_make(DeviceId::CPU, || Ok(new)).map(|kept| *kept)).transpose()
+    }
+
+    #[test]
+    fn builds_are_told_apart_and_give_up_what_is_kept() -> Result<()> {
+        let (mut copies, others) = (BuildCopies::new(), BuildCopies::new());
+        let first = copies.build();
+        assert!(first > 0 && first != others.build());
+        assert_eq!((kept(&copies, 1)?, kept(&copies, 2)?), (Some(1), Some(1)));
+        copies.renew();
+        assert!(copies.build() != first && copies.build() != others.build());
+        assert_eq!(kept(&copies, 3)?, Some(3));
+        copies.lose();
+        assert_eq!(kept(&copies, 4)?, None);
+        copies.renew();
+        assert_eq!(kept(&copies, 5)?, Some(5));
+        Ok(())
+    }
+
+    #[test]
+    fn what_a_graph_makes_anew_stays_unless_it_is_lost() -> Result<()> {
+        let mut copies = BuildCopies::new();
+        assert_eq!(kept(&copies, 1)?, Some(1));
+        copies.set_replayed();
+        copies.renew();
+        assert!(copies.is_replayed());
+        assert_eq!(kept(&copies, 2)?, Some(1));
+        copies.lose();
+        copies.renew();
+        assert_eq!(kept(&copies, 3)?, None);
+        Ok(())
+    }
+}
