@@ -46,6 +46,26 @@ impl<Key: PartialEq, Value> FifoCache<Key, Value> {
         entries.push(Entry { key, value: Arc::clone(&value), is_pinned: pin });
         Ok(value)
     }
+
+    /// The value of a key, if there is one.
+    #[cfg_attr(
+        any(not(feature = "cuda"), target_arch = "wasm32"),
+        allow(dead_code, reason = "CUDA devices alone look without making")
+    )]
+    pub(crate) fn get(&self, key: &Key) -> Option<Arc<Value>> {
+        let entries = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        entries.iter().find(|entry| entry.key == *key).map(|entry| Arc::clone(&entry.value))
+    }
+
+    /// All values that some keys have.
+    #[cfg_attr(
+        any(not(feature = "cuda"), target_arch = "wasm32"),
+        allow(dead_code, reason = "CUDA devices alone make them anew")
+    )]
+    pub(crate) fn values_of(&self, is_one: impl Fn(&Key) -> bool) -> Vec<Arc<Value>> {
+        let entries = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        entries.iter().filter(|entry| is_one(&entry.key)).map(|entry| Arc::clone(&entry.value)).collect()
+    }
 }
 
 #[cfg(test)]
@@ -67,7 +87,10 @@ mod tests {
         for key in [0, 2] {
             assert_eq!(*cache.get_or_make(key, false, || Ok(999))?, key);
         }
+        assert_eq!((cache.get(&1), cache.get(&2).as_deref()), (None, Some(&2)));
         assert_eq!(*cache.get_or_make(1, false, || Ok(999))?, 999);
+        let values: Vec<_> = cache.values_of(|&key| key < 3).iter().map(|value| **value).collect();
+        assert_eq!(values, [0, 2, 999]);
         assert_eq!(cache.0.lock().unwrap_or_else(PoisonError::into_inner).len(), CAPACITY);
         Ok(())
     }

@@ -151,6 +151,8 @@ const TILE_LISTS: KernelTraits = KernelTraits {
     min_efficient_head_dim: 33,
     padded: PaddedAccess::TileLists,
     has_bias: false,
+    has_ranges: true,
+    takes_all_with_device_meta: true,
     ..ROWS
 };
 
@@ -206,8 +208,6 @@ const TABLE: &[KernelTraits; 6] = &[
         kernel: Kernel::CudaSm90,
         name: "sm90",
         segments: SegmentAccess::InPlaceFused,
-        has_ranges: true,
-        takes_all_with_device_meta: true,
         scatters: true,
         packs_heads: true,
         ..TILE_LISTS

@@ -338,7 +338,6 @@ class Fuzzer:
         info = self.device.info()
         self.dtypes = [dtype for dtype in NAMES if info.dtypes >> dtype & 1]
         self.kernels = [number for number in self.library.kernels.values() if number and info.kernels >> number & 1]
-        self.builds_on_host = name == "cpu"
         # The largest head dimension of any of its kernels.
         self.widest = 256 if name == "cuda" else 512
         self.about = f"{info.name.decode()}, {', '.join(NAMES[dtype] for dtype in self.dtypes)}"
@@ -495,15 +494,13 @@ class Fuzzer:
         self.described += f", mask {kind}, {int(key_keep.sum())} keys"
         ranges = added = held = bias = None
         sees = np.ones((call.batch, call.seq_q, call.seq_k), bool)
-        # What a GPU built takes neither.
-        takes_more = not is_device or self.builds_on_host
-        if takes_more and rng.random() < 0.5:
+        if rng.random() < 0.5:
             of = (call.batch, call.seq_q, call.seq_k)
             ranges, allowed = self.ranges(call, of, [of[1:]] * call.batch)
             sees = np.array(allowed, bool).reshape(of)
         if ids is not None:
             sees = sees & (ids[:, :, None] == ids[:, None, :])
-        if kind == "bias" or takes_more and rng.random() < 0.2:
+        if kind == "bias" or rng.random() < 0.2:
             added, held, bias = self.bias(call)
         modifiers, handle = self.modifiers(call)
         more = (ranges, added, handle)

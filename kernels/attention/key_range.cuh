@@ -161,6 +161,25 @@ struct KeyTiles {
         return {first_row, static_cast<int16_t>(rows), static_cast<uint16_t>(kept), head};
     }
 
+    // Key tile i by the ranges of the query tile, in the order of work: masked tiles of the lists; tiles
+    // that only some queries see, from right to left; and those that all see. Its first key in the
+    // tensor, or ~ its number among the masked tiles of the lists.
+    __device__ int seen_tile(const TileListParams& params, const RangeTile& seen, int i) const {
+        if (i < seen.masked) return list[seen.first_masked + i];
+        i -= seen.masked;
+        const int right = seen.end - seen.inner_end;
+        const int left = seen.inner_first - seen.first;
+        int at;
+        if (i < right) {
+            at = seen.end - 1 - i;
+        } else if (i < right + left) {
+            at = seen.inner_first - 1 - (i - right);
+        } else {
+            at = seen.inner_first + (i - right - left);
+        }
+        return params.form == FORM_FUSED ? list[at] : first_key + seen.first_key + at * N;
+    }
+
     // Which keys of a tile are kept: the bits of keys 32 · lane and on. Without lists, `before`
     // keys of the sequence are before the tile.
     __device__ uint32_t kept_keys(const TileListParams& params, int tile, int before, int lane) const {

@@ -1,6 +1,6 @@
 // The lists by which the sm90 and the sm100 kernel read padded tensors under a mask. The host makes
-// them once per request (src/backends/cuda/attention/tile_lists.rs), or the device for each call where
-// it alone knows the mask (../rows/tile_lists.cu). M and N are the query rows and keys of a tile.
+// them once per request (src/backends/cuda/attention/tile_lists.rs), or the device where it alone knows
+// the mask (../rows/tile_lists.cu). M and N are the query rows and keys of a tile.
 //
 // Groups. Query tiles and masked key tiles are made of groups: 16 consecutive rows from any start.
 // The host covers the kept rows of a batch row from the left: a group starts at the first kept row

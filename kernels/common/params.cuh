@@ -55,6 +55,9 @@ constexpr int RANGE_TILES_THREADS = 256;
 constexpr int MAX_DEALT_BLOCKS = 256;
 // The most query tiles that `range_tiles` puts in the order of their lengths together.
 constexpr int MAX_ORDERED_TILES = 256;
+// Keys and values of a section, whose query tiles are computed together: a third of Hopper's L2. 32 MiB took up to 1 % longer,
+// 8 MiB at long sequences.
+constexpr int SECTION_BYTES = 16777216;
 
 // Distances between neighbours of each dimension. A packed tensor has no batch rows.
 struct Strides {
@@ -427,6 +430,20 @@ static_assert(offsetof(TileListParams, range_work) == 1016);
 static_assert(offsetof(TileListParams, packed_heads) == 1024);
 static_assert(offsetof(TileListParams, head_sets) == 1028);
 static_assert(offsetof(TileListParams, unused) == 1032);
+
+// Parameters of the forms of the sm100 kernel with key ranges.
+struct RangedTileListParams {
+    TileListParams lists;
+    // What `v_map` describes.
+    const void* values;
+    Strides value_strides;
+    int32_t unused[8];
+};
+static_assert(sizeof(RangedTileListParams) == 1088);
+static_assert(offsetof(RangedTileListParams, lists) == 0);
+static_assert(offsetof(RangedTileListParams, values) == 1024);
+static_assert(offsetof(RangedTileListParams, value_strides) == 1032);
+static_assert(offsetof(RangedTileListParams, unused) == 1056);
 
 // A segment of q and of the output, and one of k and of v, as the tensors in `TileListParams`.
 struct SegmentMaps {
@@ -843,6 +860,15 @@ static_assert(sizeof(OrderedTile) == 8);
 static_assert(offsetof(OrderedTile, tile) == 0);
 static_assert(offsetof(OrderedTile, steps) == 4);
 
+// A set of groups that sections are made of: its query tiles, and the query heads of a section.
+struct SectionSet {
+    int32_t tiles;
+    int32_t heads;
+};
+static_assert(sizeof(SectionSet) == 8);
+static_assert(offsetof(SectionSet, tiles) == 0);
+static_assert(offsetof(SectionSet, heads) == 4);
+
 // Parameters of `range_tiles`, which makes what a call with key ranges needs beside tile lists that
 // the device made (`rows/range_tiles.cuh`), and deals out its work (`rows/deal.cuh`).
 struct RangeTilesParams {
@@ -852,38 +878,46 @@ struct RangeTilesParams {
     KeyRangeParams ranges;
     // `[B + 1]` of packed sequences; null for padded tensors.
     const int32_t* cu_seqlens_q;
+    const int32_t* cu_seqlens_k;
     // `[B, row_query_tiles]`: the tiles of each entry of `batches`, or sequence.
     RangeTile* range_tiles;
     // As `TileListParams` has it, for `blocks` blocks.
     RangeWork* range_work;
-    // `[B, row_query_tiles]`: those of a section's groups together, the longest first; and for each
-    // section's groups how many there are.
+    // `[B, row_query_tiles]`: those of a section's groups together, the longest first; and `[B]` sets
+    // of groups.
     OrderedTile* order;
-    int32_t* section_tiles;
+    SectionSet* section_sets;
     // Blocks of this launch that are done: 0 before it.
     uint32_t* blocks_done;
     // Of the launch that does the work: at most `MAX_DEALT_BLOCKS`.
     int32_t blocks;
     int32_t heads;
-    // Groups and heads of a section; of several groups it has all heads.
+    // Query heads of one key/value head.
+    int32_t group_size;
+    // Of one key: in keys and values of all heads.
+    int32_t key_bytes;
+    // Groups of a section; of several groups it has all heads.
     int32_t section_groups;
-    int32_t section_heads;
+    int32_t unused;
     // An estimate of what a query tile takes: so much, and so much for each key tile.
     int32_t item_cycles;
     int32_t step_cycles;
 };
-static_assert(sizeof(RangeTilesParams) == 264);
+static_assert(sizeof(RangeTilesParams) == 280);
 static_assert(offsetof(RangeTilesParams, lists) == 0);
 static_assert(offsetof(RangeTilesParams, ranges) == 176);
 static_assert(offsetof(RangeTilesParams, cu_seqlens_q) == 192);
-static_assert(offsetof(RangeTilesParams, range_tiles) == 200);
-static_assert(offsetof(RangeTilesParams, range_work) == 208);
-static_assert(offsetof(RangeTilesParams, order) == 216);
-static_assert(offsetof(RangeTilesParams, section_tiles) == 224);
-static_assert(offsetof(RangeTilesParams, blocks_done) == 232);
-static_assert(offsetof(RangeTilesParams, blocks) == 240);
-static_assert(offsetof(RangeTilesParams, heads) == 244);
-static_assert(offsetof(RangeTilesParams, section_groups) == 248);
-static_assert(offsetof(RangeTilesParams, section_heads) == 252);
-static_assert(offsetof(RangeTilesParams, item_cycles) == 256);
-static_assert(offsetof(RangeTilesParams, step_cycles) == 260);
+static_assert(offsetof(RangeTilesParams, cu_seqlens_k) == 200);
+static_assert(offsetof(RangeTilesParams, range_tiles) == 208);
+static_assert(offsetof(RangeTilesParams, range_work) == 216);
+static_assert(offsetof(RangeTilesParams, order) == 224);
+static_assert(offsetof(RangeTilesParams, section_sets) == 232);
+static_assert(offsetof(RangeTilesParams, blocks_done) == 240);
+static_assert(offsetof(RangeTilesParams, blocks) == 248);
+static_assert(offsetof(RangeTilesParams, heads) == 252);
+static_assert(offsetof(RangeTilesParams, group_size) == 256);
+static_assert(offsetof(RangeTilesParams, key_bytes) == 260);
+static_assert(offsetof(RangeTilesParams, section_groups) == 264);
+static_assert(offsetof(RangeTilesParams, unused) == 268);
+static_assert(offsetof(RangeTilesParams, item_cycles) == 272);
+static_assert(offsetof(RangeTilesParams, step_cycles) == 276);

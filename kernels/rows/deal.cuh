@@ -17,17 +17,29 @@
 
 namespace tile_lists {
 
+// The query heads of a section of a set of groups: all heads of several groups, or as many of one group as
+// fit, by the keys that count.
+__device__ inline int section_heads(const RangeTilesParams& params, int set) {
+    if (params.section_groups > 1) return params.heads;
+    const bool is_listed = params.cu_seqlens_q == nullptr;
+    const int keys = is_listed ? params.lists.batches[set].key_tiles * params.lists.tile_keys
+                               : params.cu_seqlens_k[set + 1] - params.cu_seqlens_k[set];
+    // To the nearest.
+    const int64_t sections = (static_cast<int64_t>(max(keys, 0)) * params.key_bytes + SECTION_BYTES / 2) / SECTION_BYTES;
+    const int kv_heads = params.heads / params.group_size;
+    const int count = static_cast<int>(min(max(sections, static_cast<int64_t>(1)), static_cast<int64_t>(kv_heads)));
+    return (kv_heads + count - 1) / count * params.group_size;
+}
+
 // The work in its order: tile by tile of a section, each of them for all heads of the section.
 struct Sections {
     const RangeTilesParams& params;
-    // Sets of groups that sections are made of, and sections of a set.
-    int sets;
-    int pieces;
-    // For each set: its tiles.
-    const int32_t* tiles;
+    // Sets of groups that sections are made of.
+    int count;
+    const SectionSet* sets;
     const OrderedTile* order;
 
-    __device__ int heads_of(int piece) const { return min(params.section_heads, params.heads - piece * params.section_heads); }
+    __device__ int heads_of(int set, int piece) const { return min(sets[set].heads, params.heads - piece * sets[set].heads); }
 
     // The entry of `order` that a set's first one is.
     __device__ int first_of(int set) const { return set * params.section_groups * params.lists.row_query_tiles; }
@@ -40,16 +52,16 @@ struct WorkPlace {
     // Items of the section before it.
     int at = 0;
 
-    __device__ int items(const Sections& sections) const { return sections.tiles[set] * sections.heads_of(piece); }
+    __device__ int items(const Sections& sections) const { return sections.sets[set].tiles * sections.heads_of(set, piece); }
 
     // Goes on by so many items; past the last one to no set.
     __device__ void move(const Sections& sections, int count) {
         at += count;
-        while (set < sections.sets) {
+        while (set < sections.count) {
             const int own = items(sections);
             if (at < own) return;
             at -= own;
-            if (++piece == sections.pieces) {
+            if (++piece * sections.sets[set].heads >= sections.params.heads) {
                 piece = 0;
                 ++set;
             }
@@ -115,7 +127,7 @@ __device__ inline void deal_out(const RangeTilesParams& params) {
     constexpr int MAX_SHARED_TILES = 2048;
     constexpr int MAX_SHARED_SETS = 1024;
     __shared__ OrderedTile shared_order[MAX_SHARED_TILES];
-    __shared__ int32_t shared_tiles[MAX_SHARED_SETS];
+    __shared__ SectionSet shared_sets[MAX_SHARED_SETS];
     __shared__ int all_tiles;
     __shared__ __align__(16) uint32_t shared_keys[WARPS][32];
 
@@ -123,19 +135,18 @@ __device__ inline void deal_out(const RangeTilesParams& params) {
     const int warp = threadIdx.x / 32;
     const int groups = params.lists.batch;
     const int row_tiles = params.lists.row_query_tiles;
-    const int sets = (groups + params.section_groups - 1) / params.section_groups;
-    const int pieces = (params.heads + params.section_heads - 1) / params.section_heads;
+    const int count_of_sets = (groups + params.section_groups - 1) / params.section_groups;
     OrderedTile* const order = groups * row_tiles <= MAX_SHARED_TILES ? shared_order : params.order;
-    int32_t* const tiles = sets <= MAX_SHARED_SETS ? shared_tiles : params.section_tiles;
-    const Sections sections = {params, sets, pieces, tiles, order};
+    SectionSet* const sets = count_of_sets <= MAX_SHARED_SETS ? shared_sets : params.section_sets;
+    const Sections sections = {params, count_of_sets, sets, order};
     if (threadIdx.x == 0) all_tiles = 0;
     __syncthreads();
-    for (int set = warp; set < sets; set += WARPS) {
+    for (int set = warp; set < count_of_sets; set += WARPS) {
         const int first = sections.first_of(set);
         const int slots = min(params.section_groups * row_tiles, groups * row_tiles - first);
         const int count = order_tiles(params, first, slots, order + first);
         if (lane == 0) {
-            tiles[set] = count;
+            sets[set] = {count, section_heads(params, set)};
             atomicAdd(&all_tiles, count);
         }
     }
@@ -179,11 +190,11 @@ __device__ inline void deal_out(const RangeTilesParams& params) {
                 if (item < count) {
                     WorkPlace at = place;
                     at.move(sections, item < count - rest ? item + rest : item - (count - rest));
-                    const int heads = sections.heads_of(at.piece);
+                    const int heads = sections.heads_of(at.set, at.piece);
                     const int number = at.at / heads;
                     const OrderedTile tile = order[sections.first_of(at.set) + number];
                     own.tile = tile.tile;
-                    own.head = at.piece * params.section_heads + at.at - number * heads;
+                    own.head = at.piece * sets[at.set].heads + at.at - number * heads;
                     key += static_cast<uint32_t>(tile.steps * params.step_cycles + params.item_cycles) / 128 * 32;
                 }
                 *work = own;

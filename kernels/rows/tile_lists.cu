@@ -214,7 +214,8 @@ extern "C" __global__ void __launch_bounds__(RANGE_TILES_THREADS, 1) range_tiles
     __shared__ bool is_last;
     __threadfence();
     __syncthreads();
-    if (threadIdx.x == 0) is_last = atomicAdd(params.blocks_done, 1u) + 1 == gridDim.x;
+    // The last block leaves 0 again, for the launch that comes next.
+    if (threadIdx.x == 0) is_last = atomicInc(params.blocks_done, gridDim.x - 1) == gridDim.x - 1;
     __syncthreads();
     if (!is_last) return;
     __threadfence();

@@ -27,7 +27,7 @@ def key_mask_and_bias(mask, batch, seq_k, dtype):
 
     No value is looked at, so that this works in a compiled graph and waits for no GPU. A key mask of
     floating-point numbers is therefore a bias, and in host memory both: it drops keys, and what it
-    holds for others is added. (Metadata that a GPU builds takes a bias on CUDA alone.)"""
+    holds for others is added."""
     if mask is None:
         return None, None
     rows = _rows_of(mask, batch, seq_k)

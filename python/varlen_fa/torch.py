@@ -252,9 +252,8 @@ def attention(q, k, v, key_mask=None, bias=None, *, zero_masked=False, scale=Non
 
     `read_mask`: when the host reads a mask on a GPU, and waits for it. "never": the GPU builds the metadata
     in each call. "first": in the first call with this mask. "second": in the second one. What was read is
-    kept until PyTorch counts a change of the mask, and saves the work of building it; beside it `sm90`
-    takes `causal` and windows too. In captured graphs, in compiled ones and for inference tensors, whose
-    changes nobody counts, the GPU builds it.
+    kept until PyTorch counts a change of the mask, and saves the work of building it. In captured graphs,
+    in compiled ones and for inference tensors, whose changes nobody counts, the GPU builds it.
 
     Returns out [B, Sq, H, D], with `return_lse` also the log-sum-exp [B, H, Sq] f32, which there is
     not beside sinks. Raises what `varlen_fa.attention` does, and GradientError."""

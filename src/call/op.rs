@@ -11,7 +11,7 @@ pub(crate) use std::time::Instant;
 #[cfg(target_arch = "wasm32")]
 pub(crate) use web_time::Instant;
 
-use crate::cache::DeviceId;
+use crate::cache::{BuildCopies, DeviceId};
 use crate::call::memory::{Input, Output, Sink, Source, Storage};
 use crate::call::plan::{Capabilities, Plan};
 use crate::call::prepare_qk::PrepareQk;
@@ -54,6 +54,12 @@ pub(crate) struct DeviceTables<'a> {
     pub memory: Source<'a>,
     pub batch: usize,
     pub seq: usize,
+    /// What the device makes of them for its kernels.
+    #[cfg_attr(
+        any(not(feature = "cuda"), target_arch = "wasm32"),
+        allow(dead_code, reason = "CUDA devices alone keep something")
+    )]
+    pub kept: &'a BuildCopies,
 }
 
 /// A `[B, S]` mask to read.

@@ -1,6 +1,6 @@
 //! Metadata of a mask that is on the device already: built there, without waiting for the host.
 
-use crate::cache::DeviceId;
+use crate::cache::{BuildCopies, DeviceId};
 use crate::call::memory::{Source, Storage, foreign_memory};
 use crate::call::op::{DeviceTables, MaskInput, MetadataPlace, Op, no_device_tables};
 use crate::call::problem::{DeviceMaskInfo, DeviceMetaInfo, check_device_mask};
@@ -67,8 +67,10 @@ impl DeviceMemory {
 /// number where the device has it. So [`rebuild`](Self::rebuild) and the calls that use the metadata may be captured in a CUDA
 /// graph, whose replays then follow whatever the mask holds. On wgpu devices `encode_rebuild` and
 /// `MaskedAttention::encode_into` record both into the application's commands. The price is a plan that cannot know the mask: the
-/// shortcuts for batches that are all valid or all masked are not taken, and lists that a kernel reads are made anew by each call.
-/// Where the host has the mask, [`VarlenMeta`] is the better choice.
+/// shortcuts for batches that are all valid or all masked are not taken. What a kernel reads beside the metadata, its lists of tiles, is
+/// made by the first call and kept until the next [`rebuild`](Self::rebuild). A rebuild that is captured after such a call makes it anew
+/// in the graph, for the graph's calls too; else each captured call makes its own. Where the host has the mask, [`VarlenMeta`] is the
+/// better choice.
 ///
 /// Key ranges and a bias go beside it where [a kernel takes them](crate::Kernel::takes_all_with_device_meta). On the CPU device the
 /// mask is in host memory, and the one builder of [`VarlenMeta`] is used.
@@ -90,6 +92,7 @@ pub struct DeviceVarlenMeta {
     batch: usize,
     seq: usize,
     tables: Tables,
+    kept: BuildCopies,
 }
 
 #[derive(Debug)]
@@ -114,7 +117,7 @@ impl DeviceVarlenMeta {
             MetadataPlace::Device => Tables::Device(device.backend()?.alloc_metadata(batch, seq)?),
             MetadataPlace::Nowhere => return Err(no_device_tables(device.name())),
         };
-        Ok(Self { device: device.clone(), batch, seq, tables })
+        Ok(Self { device: device.clone(), batch, seq, tables, kept: BuildCopies::new() })
     }
 
     /// Builds the metadata of a mask anew. Calls made before this one still see the metadata as it was.
@@ -131,6 +134,8 @@ impl DeviceVarlenMeta {
     /// The same by launches that `execute` takes.
     pub(crate) fn rebuild_by(&mut self, mask: MaskView<'_>, execute: impl FnOnce(Op<'_>) -> Result<()>) -> Result<()> {
         check_device_mask(self.device.info(), &mask.info(), [self.batch, self.seq])?;
+        // First, as a build that fails may leave anything.
+        self.kept.renew();
         match &mut self.tables {
             Tables::Host(meta) => {
                 let keep = host_mask(&mask, self.batch, self.seq)?;
@@ -138,7 +143,8 @@ impl DeviceVarlenMeta {
                 Ok(())
             }
             Tables::Device(storage) => {
-                let tables = DeviceTables { memory: storage.source(), batch: self.batch, seq: self.seq };
+                let (memory, kept) = (storage.source(), &self.kept);
+                let tables = DeviceTables { memory, batch: self.batch, seq: self.seq, kept };
                 execute(Op::Metadata { mask: mask.input(), tables })
             }
         }
@@ -180,7 +186,8 @@ impl DeviceVarlenMeta {
         match &self.tables {
             Tables::Host(_) => None,
             Tables::Device(storage) => {
-                Some(DeviceTables { memory: storage.source(), batch: self.batch, seq: self.seq })
+                let (memory, kept) = (storage.source(), &self.kept);
+                Some(DeviceTables { memory, batch: self.batch, seq: self.seq, kept })
             }
         }
     }

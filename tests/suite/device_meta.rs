@@ -23,6 +23,7 @@ pub fn register(trials: &mut Trials) {
     trials.each_path_of_device_meta("device_meta/more_rows_than_are_ordered", more_rows_than_are_ordered);
     trials.each_path_of_device_meta("device_meta/same_bits_as_the_host", same_bits_as_the_host);
     trials.each_path_of_device_meta("device_meta/rebuilt", rebuilt);
+    trials.each_path_of_device_meta("device_meta/each_side_rebuilt", each_side_rebuilt);
     let has_ranges = Kernel::has_ranges;
     trials.each_path_of_more_with_device_meta(has_ranges, "device_meta/ranges", ranges);
     trials.each_path_of_more_with_device_meta(has_ranges, "device_meta/ranges_cross", ranges_cross);
@@ -98,7 +99,7 @@ fn ranges(variant: &Variant) -> Result<()> {
     ];
     // An emulated GPU compiles for seconds for each head dimension, with a log-sum-exp and without.
     let head_dims = match variant.kernel.works_by_tile_lists() {
-        true => [32, 256, 64, 128, 192, 96, 128],
+        true => [32, 256, 64, 128, 192, 96, 128].map(|head_dim| variant.kernel.max_head_dim().min(head_dim)),
         false if is_emulated_gpu(&variant.device) => [32, 257, 32, 32, 257, 32, 32],
         false => [32, 257, 64, 128, 512, 64, 64],
     };
@@ -350,6 +351,55 @@ fn rebuilt(variant: &Variant) -> Result<()> {
             call.judge(&bits, &call.reference(usize::MAX)?, Rules::standard(variant.dtype))?;
         } else {
             ensure!(bits == call.run(variant)?, "rebuild {seed}: other bits than with metadata from the host");
+        }
+    }
+    Ok(())
+}
+
+/// What is kept between calls is that of the latest build of each side: the bits are those of metadata from the host.
+fn each_side_rebuilt(variant: &Variant) -> Result<()> {
+    let (batch, seqs) = (3, [150, 190]);
+    let [seq_q, seq_k] = seqs;
+    let shape = OracleShape { batch, seq_q, seq_k, heads: 2, kv_heads: 1, head_dim: 64 };
+    let device = &variant.device;
+    let mut memory = DeviceMemory::alloc(device, (batch * seq_k) as u64)?;
+    let mut sides = [DeviceVarlenMeta::new(device, batch, seq_q)?, DeviceVarlenMeta::new(device, batch, seq_k)?];
+    let mut keeps = seqs.map(|seq| vec![false; batch * seq]);
+    let takes_ranges = variant.kernel.has_ranges() && variant.kernel.takes_all_with_device_meta();
+    let rules = [None, Some(Rule::Causal), Some(Rule::Window(Some(20), Some(5)))];
+    // The same ones for all builds.
+    let of = RangesOf::from([batch, seq_q, seq_k]);
+    let rules = rules.into_iter().filter(|rule| rule.is_none() || takes_ranges).map(|rule| {
+        let ranges = rule.as_ref().map(|rule| rule.ranges(&of)).transpose()?;
+        anyhow::Ok((rule, ranges))
+    });
+    let rules = rules.collect::<Result<Vec<_>>>()?;
+    for (step, built) in [&[0, 1][..], &[1], &[0], &[], &[1], &[0, 1]].into_iter().enumerate() {
+        for &side in built {
+            let (seq, p) = (seqs[side], [0.9, 0.5, 0.97, 0.2][(step + side) % 4]);
+            keeps[side] = bernoulli((10 * step + side) as u64, batch * seq, p)?;
+            memory.write(&keeps[side].iter().map(|&keep| u8::from(keep)).collect::<Vec<_>>())?;
+            sides[side].rebuild(memory.mask_view(MaskDType::U8, Layout::contiguous(&[batch, seq])?))?;
+        }
+        let [query, key] = &keeps;
+        for (rule, ranges) in &rules {
+            let mask = Mask::Cross { query: query.clone(), key: key.clone() };
+            let mut call = Call::random(shape, mask, variant.dtype, step as u64);
+            call.rule = rule.clone();
+            let expected = call.run(variant)?;
+            for time in 0..2 {
+                let what = || format!("step {step}, {rule:?}, time {time}");
+                let mask = AttentionMask::varlen_cross(&sides[0], &sides[1]);
+                let mask = ranges.as_ref().map_or(mask, |ranges| mask.with_ranges(ranges));
+                let (_, bits) = call.run_as(variant, mask)?;
+                if variant.path == Some(Path::Dense) {
+                    // As in `rebuilt`.
+                    call.judge(&bits, &call.reference(usize::MAX)?, Rules::standard(variant.dtype))
+                        .with_context(what)?;
+                } else {
+                    ensure!(bits == expected, "{}: other bits than with metadata from the host", what());
+                }
+            }
         }
     }
     Ok(())

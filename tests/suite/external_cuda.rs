@@ -461,6 +461,11 @@ fn check_captured_metadata(application: &Application, variant: &Variant, rule: O
     let memory = mask.on(&variant.device, 2)?;
     let view = memory.mask_view(MaskDType::U16, Layout::contiguous(&[batch, seq])?);
     let mut meta = DeviceVarlenMeta::new(&variant.device, batch, seq)?;
+    // Whatever calls keep, a graph of a call alone follows builds outside of it.
+    meta.rebuild(view)?;
+    external.launch(variant, masked_by(&meta, ranges.as_ref()))?;
+    let call_alone =
+        application.capture(LOCAL, || external.launch(variant, masked_by(&meta, ranges.as_ref())).map(drop))?;
 
     let graph = application.capture(LOCAL, || {
         ensure!(
@@ -470,6 +475,8 @@ fn check_captured_metadata(application: &Application, variant: &Variant, rule: O
         meta.rebuild(view)?;
         external.launch(variant, masked_by(&meta, ranges.as_ref())).map(drop)
     })?;
+    let later_call =
+        application.capture(LOCAL, || external.launch(variant, masked_by(&meta, ranges.as_ref())).map(drop))?;
     for (seed, p) in [(201, 0.5), (202, 0.9), (203, 0.0), (204, 1.0)] {
         let keep = random::bernoulli_mask(seed, batch * seq, p)?;
         external.call.mask = Mask::Varlen(keep.clone());
@@ -480,10 +487,19 @@ fn check_captured_metadata(application: &Application, variant: &Variant, rule: O
         graph.launch().map_err(driver)?;
         let replayed = external.read()?;
         external.judge().with_context(|| format!("replay on a mask that keeps {p}"))?;
+        // The host does not know that the graph has built the metadata anew.
+        external.clear()?;
+        external.launch(variant, masked_by(&meta, ranges.as_ref()))?;
+        ensure!(external.read()? == replayed, "a direct call after a replay on a mask that keeps {p}: other bits");
         external.clear()?;
         meta.rebuild(view)?;
         external.launch(variant, masked_by(&meta, ranges.as_ref()))?;
         ensure!(external.read()? == replayed, "replay on a mask that keeps {p}: other bits than a direct call");
+        for (graph, what) in [(&call_alone, "a call alone"), (&later_call, "a call after the graph with a rebuild")] {
+            external.clear()?;
+            graph.launch().map_err(driver)?;
+            ensure!(external.read()? == replayed, "a graph of {what} on a mask that keeps {p}: other bits");
+        }
     }
     Ok(())
 }

@@ -57,7 +57,7 @@ const SOURCES: [Source; 9] = [
     source("metadata", "rows/metadata.cu"),
     source("prepare_qk", "rows/prepare_qk.cu"),
     source("pack", "rows/pack.cu"),
-    source("tile_lists", "rows/tile_lists.cu"),
+    Source { target: Target::BY_TILE_LISTS, ..source("tile_lists", "rows/tile_lists.cu") },
 ];
 
 /// A source for every chip, whose kernels spill nothing.
@@ -118,6 +118,9 @@ impl Target {
     };
     const FROM_SM120: Self =
         Self { archs: &["sm_120"], codes: &["arch=compute_80,code=sm_120", "arch=compute_80,code=compute_80"] };
+    /// Chips whose attention kernels read tile lists.
+    const BY_TILE_LISTS: Self =
+        Self { archs: &["sm_90", "sm_100"], codes: &["arch=compute_80,code=sm_90", "arch=compute_80,code=sm_100"] };
     /// 9.0 alone, with the instructions that only it has.
     const SM90: Self = Self { archs: &["sm_90a"], codes: &["arch=compute_90a,code=sm_90a"] };
     /// The family of 10.0, of which 10.3 is.

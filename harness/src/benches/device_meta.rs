@@ -1,4 +1,5 @@
-//! Times attention under metadata that the device built beside the same call under the host's, in turns on one device.
+//! Times attention under metadata that the device built beside the same call under the host's, in turns on one device. In the row
+//! "device, rebuilt" each time begins with a rebuild, as a request of that many layers does.
 //!
 //! ```text
 //! cargo bench --bench device_meta -- --device cuda --dtype bf16
@@ -52,21 +53,32 @@ impl Comparison for DeviceMetadata {
         let bytes: Vec<u8> = keep.iter().map(|&keep| u8::from(keep)).collect();
         let mut memory = DeviceMemory::alloc(device, bytes.len() as u64)?;
         memory.write(&bytes)?;
+        let view = memory.mask_view(MaskDType::U8, Layout::contiguous(&[batch, seq])?);
         let mut on_device = DeviceVarlenMeta::new(device, batch, seq)?;
-        on_device.rebuild(memory.mask_view(MaskDType::U8, Layout::contiguous(&[batch, seq])?))?;
+        on_device.rebuild(view)?;
+        // Built anew before the calls of each time, which are the layers of a request.
+        let mut of_request = DeviceVarlenMeta::new(device, batch, seq)?;
 
         let attention = MaskedAttention::new(device);
         let forced = |path| MaskedAttention::new(device).with_path(path);
         let rows = [
-            ("host", AttentionMask::varlen(&host), attention.clone()),
-            ("device", AttentionMask::varlen(&on_device), attention),
-            ("host, fused", AttentionMask::varlen(&host), forced(Path::Fused)),
-            ("device, packed", AttentionMask::varlen(&on_device), forced(Path::Packed)),
+            ("host", Some(AttentionMask::varlen(&host)), attention.clone()),
+            ("device", Some(AttentionMask::varlen(&on_device)), attention.clone()),
+            ("device, rebuilt", None, attention),
+            ("host, fused", Some(AttentionMask::varlen(&host)), forced(Path::Fused)),
+            ("device, packed", Some(AttentionMask::varlen(&on_device)), forced(Path::Packed)),
         ];
         let repeats = repeats_of(device);
         let timed = in_turns(device, rounds, rows.len(), |row| {
             let (_, mask, attention) = &rows[row];
-            let mask = causal.as_ref().map_or(*mask, |causal| mask.with_ranges(causal));
+            let mask = match *mask {
+                Some(mask) => mask,
+                None => {
+                    of_request.rebuild(view)?;
+                    AttentionMask::varlen(&of_request)
+                }
+            };
+            let mask = causal.as_ref().map_or(mask, |causal| mask.with_ranges(causal));
             let mut call = || attention.forward_into(&q, &k, &v, mask, &mut out);
             for _ in 1..repeats {
                 call()?;

@@ -27,7 +27,7 @@
 //                                                                                           ──FREE_OUTPUT▶
 //
 // Masks work as in the sm90 kernel: `TileRows` and `TileKeys` describe each query and key tile to
-// the other warps.
+// the other warps. So do key ranges, whose entries are others, with what `unseen.cuh` has.
 #include "../../ptx/mbarrier.cuh"
 #include "../../ptx/tcgen05.cuh"
 #include "../../ptx/warpgroup.cuh"
@@ -37,6 +37,7 @@
 #include "loader.cuh"
 #include "mma.cuh"
 #include "softmax.cuh"
+#include "unseen.cuh"
 
 namespace sm100 {
 
@@ -62,16 +63,19 @@ __device__ inline void init_barriers(uint32_t base, bool zeroes_values) {
             ptx::mbarrier_init(base + barrier + 8 * t, WARPS);
         }
     }
+    if constexpr (S::RANGED) {
+        for (int slot = 0; slot < ROWS_SLOTS; ++slot) ptx::mbarrier_init(base + S::CHECKED + 8 * slot, 1);
+    }
     ptx::mbarrier_init_fence();
 }
 
 template <typename S>
-__device__ inline void attention(const TileListParams& params) {
+__device__ inline void attention(const typename S::Params& all_params, const TileListParams& params) {
     extern __shared__ __align__(1024) unsigned char shared[];
     const uint32_t base = ptx::shared_address(shared);
     // A shuffle, so that the compiler knows the value to be the same for all lanes.
     const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32, 0);
-    const bool zeroes_values = params.form != FORM_DENSE;
+    const bool zeroes_values = S::RANGED || params.form != FORM_DENSE;
     if (threadIdx.x == 0) {
         // The swizzle of the tensor cores and the copy engine follows the address.
         if (base % 1024 != 0) __trap();
@@ -82,7 +86,7 @@ __device__ inline void attention(const TileListParams& params) {
     __syncthreads();
     ptx::tensor_fence_after();
     const uint32_t tensor = *reinterpret_cast<const volatile uint32_t*>(shared + S::TENSOR);
-    const Block<S> block = {params, shared, base};
+    const Block<S> block = {all_params, params, shared, base};
     if (warp < 8) {
         ptx::take_registers<SOFTMAX_REGISTERS>();
         SoftmaxWarpgroup<S>(block, tensor, warp / 4).run();
@@ -106,14 +110,20 @@ __device__ inline void attention(const TileListParams& params) {
     if (warp == 12) ptx::tensor_free(tensor, ptx::TENSOR_COLUMNS);
 }
 
-// attention_sm100_{f16, bf16}_d{head_dim}
-#define VARLEN_FA_ENTRY(NAME, ...)                                                                                       \
+// attention_sm100_{f16, bf16}_d{head_dim}, and the same with key ranges: .._ranged
+#define VARLEN_FA_ENTRY(NAME, ...)                                                                                 \
     extern "C" __global__ void __launch_bounds__(THREADS, 1) NAME(const __grid_constant__ TileListParams params) { \
-        attention<Shape<__VA_ARGS__>>(params);                                                                           \
+        attention<Shape<__VA_ARGS__>>(params, params);                                                             \
     }
-#define VARLEN_FA_ENTRIES(D, STAGES)                                     \
-    VARLEN_FA_ENTRY(attention_sm100_f16_d##D, __half, D, STAGES)         \
-    VARLEN_FA_ENTRY(attention_sm100_bf16_d##D, __nv_bfloat16, D, STAGES)
+#define VARLEN_FA_RANGED_ENTRY(NAME, ...)                                                                                \
+    extern "C" __global__ void __launch_bounds__(THREADS, 1) NAME(const __grid_constant__ RangedTileListParams params) { \
+        attention<Shape<__VA_ARGS__, true>>(params, params.lists);                                                       \
+    }
+#define VARLEN_FA_ENTRIES(D, STAGES)                                                   \
+    VARLEN_FA_ENTRY(attention_sm100_f16_d##D, __half, D, STAGES)                       \
+    VARLEN_FA_ENTRY(attention_sm100_bf16_d##D, __nv_bfloat16, D, STAGES)               \
+    VARLEN_FA_RANGED_ENTRY(attention_sm100_f16_d##D##_ranged, __half, D, STAGES)       \
+    VARLEN_FA_RANGED_ENTRY(attention_sm100_bf16_d##D##_ranged, __nv_bfloat16, D, STAGES)
 VARLEN_FA_SM100_TILES(VARLEN_FA_ENTRIES)
 
 }  // namespace sm100

@@ -1,6 +1,8 @@
 // A block of the sm100 kernel: its tiles, its shared and tensor memory, and what its loading warp
 // tells the others.
 #pragma once
+#include <type_traits>
+
 #include "../../common/params.cuh"
 #include "../../common/shared_tile.cuh"
 #include "../../ptx/mbarrier.cuh"
@@ -47,9 +49,28 @@ struct TileKeys {
     uint32_t kept[TILE_N / 32];
 };
 
-template <typename T_, int D_, int STAGES_>
+// The same where queries see ranges of keys.
+struct RangedTileRows : TileRows {
+    // Where ranges begin to count: the first key of the sequence in the tensor.
+    int32_t first_key;
+    // Whether a value of a masked tile was NaN or infinite. Known when `Shape::CHECKED` is full.
+    int32_t has_nonfinite;
+};
+
+struct RangedTileKeys : TileKeys {
+    // The tile's first key, counted as ranges count keys; or ~ its number among the masked tiles of the
+    // lists.
+    int32_t tile;
+};
+
+template <typename T_, int D_, int STAGES_, bool RANGED_ = false>
 struct Shape {
     using T = T_;
+    // Whether each query sees a range of keys.
+    static constexpr bool RANGED = RANGED_;
+    using Rows = std::conditional_t<RANGED, RangedTileRows, TileRows>;
+    using Keys = std::conditional_t<RANGED, RangedTileKeys, TileKeys>;
+    using Params = std::conditional_t<RANGED, RangedTileListParams, TileListParams>;
     static constexpr int D = D_;
     static constexpr int STAGES = STAGES_;
     static_assert(D % 32 == 0 && D <= 128);
@@ -68,8 +89,8 @@ struct Shape {
     static constexpr int FACTORS = OUT + Tile::BYTES;
     static constexpr int INVERSES = FACTORS + TILES * TILE_M * 4;
     static constexpr int ROWS_INFO = INVERSES + TILES * TILE_M * 4;
-    static constexpr int KEYS_INFO = ROWS_INFO + ROWS_SLOTS * sizeof(TileRows);
-    static constexpr int TENSOR = KEYS_INFO + KEYS_SLOTS * sizeof(TileKeys);
+    static constexpr int KEYS_INFO = ROWS_INFO + ROWS_SLOTS * sizeof(Rows);
+    static constexpr int TENSOR = KEYS_INFO + KEYS_SLOTS * sizeof(Keys);
     static constexpr int BARRIERS = (TENSOR + 4 + 7) / 8 * 8;
     // Barriers of `TileRows` and `TileKeys`.
     static constexpr int FULL_ROWS = BARRIERS;
@@ -94,7 +115,9 @@ struct Shape {
     static constexpr int FREE_SUMS = SUMS + 8 * TILES;
     static constexpr int OUTPUT = FREE_SUMS + 8 * TILES;
     static constexpr int FREE_OUTPUT = OUTPUT + 8 * TILES;
-    static constexpr int BYTES = FREE_OUTPUT + 8 * TILES;
+    // With key ranges: the values of the masked tiles of a query tile are searched.
+    static constexpr int CHECKED = FREE_OUTPUT + 8 * TILES;
+    static constexpr int BYTES = CHECKED + (RANGED ? 8 * ROWS_SLOTS : 0);
     // The host asks for the tiles and SM100_EXTRA_SHARED_BYTES.
     static_assert(BYTES <= FACTORS + SM100_EXTRA_SHARED_BYTES && FACTORS + SM100_EXTRA_SHARED_BYTES <= SM90_MAX_SHARED_BYTES);
 
@@ -107,15 +130,19 @@ struct Shape {
 // What every warp of a block works with.
 template <typename S>
 struct Block {
+    const typename S::Params& all_params;
     const TileListParams& params;
     unsigned char* shared;
     uint32_t base;
 
-    __device__ volatile TileRows& rows_info(uint32_t work_index) const {
-        return reinterpret_cast<volatile TileRows*>(shared + S::ROWS_INFO)[work_index % ROWS_SLOTS];
+    using Rows = typename S::Rows;
+    using Keys = typename S::Keys;
+
+    __device__ volatile Rows& rows_info(uint32_t work_index) const {
+        return reinterpret_cast<volatile Rows*>(shared + S::ROWS_INFO)[work_index % ROWS_SLOTS];
     }
-    __device__ volatile TileKeys& keys_info(uint32_t count) const {
-        return reinterpret_cast<volatile TileKeys*>(shared + S::KEYS_INFO)[count % KEYS_SLOTS];
+    __device__ volatile Keys& keys_info(uint32_t count) const {
+        return reinterpret_cast<volatile Keys*>(shared + S::KEYS_INFO)[count % KEYS_SLOTS];
     }
 
     // Waits until use number `use` of a barrier, counted from 0, is full; or until the use before
@@ -129,17 +156,24 @@ struct Block {
         if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(base + barrier);
     }
 
-    __device__ const volatile TileRows& wait_rows(uint32_t work_index) const {
+    __device__ const volatile Rows& wait_rows(uint32_t work_index) const {
         wait_full(S::FULL_ROWS + 8 * (work_index % ROWS_SLOTS), work_index / ROWS_SLOTS);
         return rows_info(work_index);
     }
     __device__ void leave_rows(uint32_t work_index) const { arrive(S::FREE_ROWS + 8 * (work_index % ROWS_SLOTS)); }
 
-    __device__ const volatile TileKeys& wait_keys(uint32_t count) const {
+    __device__ const volatile Keys& wait_keys(uint32_t count) const {
         wait_full(S::FULL_KEYS + 8 * (count % KEYS_SLOTS), count / KEYS_SLOTS);
         return keys_info(count);
     }
     __device__ void leave_keys(uint32_t count) const { arrive(S::FREE_KEYS + 8 * (count % KEYS_SLOTS)); }
+
+    // With key ranges: that the values of a query tile's masked tiles are searched.
+    __device__ void tell_checked(uint32_t work_index, bool has_nonfinite) const {
+        if (threadIdx.x % 32 == 0) rows_info(work_index).has_nonfinite = has_nonfinite;
+        arrive(S::CHECKED + 8 * (work_index % ROWS_SLOTS));
+    }
+    __device__ void wait_checked(uint32_t work_index) const { wait_full(S::CHECKED + 8 * (work_index % ROWS_SLOTS), work_index / ROWS_SLOTS); }
 };
 
 }  // namespace sm100

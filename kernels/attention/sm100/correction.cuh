@@ -6,6 +6,7 @@
 #include "../../ptx/tcgen05.cuh"
 #include "../../ptx/tma.cuh"
 #include "block.cuh"
+#include "unseen.cuh"
 
 namespace sm100 {
 
@@ -28,7 +29,7 @@ struct CorrectionWarpgroup {
 
     __device__ void run() {
         for (uint32_t work_index = 0;; ++work_index) {
-            const volatile TileRows& rows = block.wait_rows(work_index);
+            const volatile auto& rows = block.wait_rows(work_index);
             const int key_tiles = rows.key_tiles;
             if (key_tiles < 0) break;
             const int tiles = rows.tiles;
@@ -38,6 +39,7 @@ struct CorrectionWarpgroup {
                     if (t < tiles) rescale(t);
                 }
             }
+            if constexpr (S::RANGED) block.wait_checked(work_index);
 #pragma unroll
             for (int t = 0; t < TILES; ++t) store(t, rows, t < tiles);
             block.leave_rows(work_index);
@@ -74,7 +76,7 @@ struct CorrectionWarpgroup {
     // Stores a tile's output, or zeros if there were no keys. It leaves through shared memory by
     // the copy engine; or by 16-byte stores, where the copy engine would write rows of the next
     // sequence. A warp stores the 32 rows that it reaches.
-    __device__ void store(int t, const volatile TileRows& rows, bool is_computed) {
+    __device__ void store(int t, const volatile typename S::Rows& rows, bool is_computed) {
         if (!is_computed && rows.groups[t * TILE_GROUPS].rows == 0) return;
         float inverse = 0.0f;
         if (is_computed) {
@@ -83,6 +85,9 @@ struct CorrectionWarpgroup {
             block.arrive(S::FREE_SUMS + 8 * t);
             block.wait_full(S::OUTPUT + 8 * t, work_uses[t]++);
             ptx::tensor_fence_after();
+            if constexpr (S::RANGED) {
+                if (rows.has_nonfinite) add_nonfinite(block, rows, tensor + t * S::OUTPUT_STEP, t * TILE_GROUPS + warp * 2);
+            }
         }
         // This warp's last output has left.
         if (lane == 0) ptx::tma_store_wait_read();

@@ -8,6 +8,7 @@
 #include "../schedule.cuh"
 #include "../tile_lists.cuh"
 #include "block.cuh"
+#include "unseen.cuh"
 
 namespace sm100 {
 
@@ -19,6 +20,8 @@ struct LoadWarp {
     int lane;
     KeyTiles<TILES * TILE_M, TILE_N> tiles;
     int kv_head;
+    // With key ranges: the entry of `range_tiles`.
+    int range_tile;
 
     using Tile = typename S::Tile;
     using KeysState = PipelineState<S::STAGES>;
@@ -26,7 +29,7 @@ struct LoadWarp {
     __device__ explicit LoadWarp(const Block<S>& block) : block(block), params(block.params), lane(threadIdx.x % 32) {}
 
     __device__ void run() {
-        Schedule<TILES * TILE_M, false> schedule(params);
+        std::conditional_t<S::RANGED, DealtWork, Schedule<TILES * TILE_M, false>> schedule(params);
         KeysState state;
         Work work;
         uint32_t work_index = 0;
@@ -34,6 +37,12 @@ struct LoadWarp {
         for (; schedule.next(work); ++work_index) {
             kv_head = work.head / params.group_size;
             const RowGroup group = tiles.template find<false>(params, work, lane);
+            if constexpr (S::RANGED) {
+                range_tile = schedule.tile;
+                const RangeTile& seen = params.range_tiles[range_tile];
+                tiles.count = seen.masked + seen.end - seen.first;
+                tiles.masked = tiles.count - (seen.inner_end - seen.inner_first);
+            }
             const bool has_second = __shfl_sync(0xffffffff, group.rows, TILE_GROUPS) > 0;
             const int query_tiles = tiles.count == 0 ? 0 : has_second ? TILES : 1;
             describe_rows(work, work_index, query_tiles, group);
@@ -63,7 +72,7 @@ struct LoadWarp {
 private:
     __device__ void describe_rows(const Work& work, uint32_t work_index, int query_tiles, const RowGroup& group) const {
         block.wait_free(S::FREE_ROWS + 8 * (work_index % ROWS_SLOTS), work_index / ROWS_SLOTS);
-        volatile TileRows& rows = block.rows_info(work_index);
+        volatile auto& rows = block.rows_info(work_index);
         if (lane < TILES * TILE_GROUPS) {
             rows.groups[lane].first_row = group.first_row;
             rows.groups[lane].rows = group.rows;
@@ -75,6 +84,7 @@ private:
             rows.batch = tiles.batch;
             rows.head = work.head;
             rows.clips = params.form != FORM_PACKED;
+            if constexpr (S::RANGED) rows.first_key = tiles.first_key;
         }
         block.arrive(S::FULL_ROWS + 8 * (work_index % ROWS_SLOTS));
     }
@@ -95,11 +105,18 @@ private:
     }
 
     // Key tile i: its first key in the tensor, or ~ its number among the masked tiles of the lists.
-    __device__ int tile_at(int i) const { return params.form == FORM_FUSED ? tiles.list[i] : tiles.first_key + i * TILE_N; }
+    __device__ int tile_at(int i) const {
+        if constexpr (S::RANGED) return tiles.seen_tile(params, params.range_tiles[range_tile], i);
+        return params.form == FORM_FUSED ? tiles.list[i] : tiles.first_key + i * TILE_N;
+    }
 
-    __device__ bool is_masked(int i, int tile) const { return params.form == FORM_FUSED ? tile < 0 : (i + 1) * TILE_N > tiles.keys; }
+    __device__ bool is_masked(int i, int tile) const {
+        if constexpr (S::RANGED) return i < tiles.masked;
+        return params.form == FORM_FUSED ? tile < 0 : (i + 1) * TILE_N > tiles.keys;
+    }
 
-    __device__ bool has_masked_values(int i, int tile) const { return params.form != FORM_DENSE && is_masked(i, tile); }
+    // With key ranges those of every masked tile are searched.
+    __device__ bool has_masked_values(int i, int tile) const { return (S::RANGED || params.form != FORM_DENSE) && is_masked(i, tile); }
 
     __device__ void load_tile(const ptx::TensorMap& map, const ptx::TensorMap& group_map, int to, int barrier, int tile) const {
         expect(barrier);
@@ -108,15 +125,16 @@ private:
 
     __device__ void load_keys(int i, int tile, KeysState state) const {
         block.wait_free(S::FREE_KEYS + 8 * (state.count % KEYS_SLOTS), state.count / KEYS_SLOTS);
-        volatile TileKeys& info = block.keys_info(state.count);
+        volatile auto& info = block.keys_info(state.count);
         const bool is_changed = is_masked(i, tile) || params.score_scale < 0.0f;
         if (is_changed) {
-            const uint32_t kept = tiles.kept_keys(params, tile, i * TILE_N, lane);
+            const uint32_t kept = tiles.kept_keys(params, tile, S::RANGED ? tile - tiles.first_key : i * TILE_N, lane);
             if (lane < TILE_N / 32) info.kept[lane] = kept;
         }
         if (lane == 0) {
             info.masked = is_changed;
             info.has_masked_values = has_masked_values(i, tile);
+            if constexpr (S::RANGED) info.tile = tile < 0 ? tile : tile - tiles.first_key;
         }
         block.arrive(S::FULL_KEYS + 8 * (state.count % KEYS_SLOTS));
         ptx::mbarrier_wait(block.base + S::FREE_K + 8 * state.stage(), state.parity() ^ 1);
@@ -143,6 +161,7 @@ __device__ inline void zero_masked_values(const Block<S>& block) {
         const int tiles = rows.tiles;
         block.leave_rows(work_index);
         if (key_tiles < 0) return;
+        bool has_nonfinite = false;
         for (int i = 0; i < key_tiles && tiles > 0; ++i, ++state.count) {
             const volatile TileKeys& info = block.wait_keys(state.count);
             const bool has_masked_values = info.has_masked_values;
@@ -151,10 +170,20 @@ __device__ inline void zero_masked_values(const Block<S>& block) {
             if (!has_masked_values) continue;
             ptx::mbarrier_wait(block.base + S::RAW_V + 8 * state.stage(), raw_parities >> state.stage() & 1);
             raw_parities ^= 1u << state.stage();
-            zero_rows<typename S::Tile>(block.shared + S::V + state.stage() * S::Tile::BYTES, kept, lane);
+            unsigned char* const values = block.shared + S::V + state.stage() * S::Tile::BYTES;
+            if constexpr (S::RANGED) {
+                if (__any_sync(0xffffffff, lane < TILE_N / 32 && kept != 0xffffffff)) {
+                    zero_rows<typename S::Tile>(values, kept, lane);
+                    __syncwarp();
+                }
+                has_nonfinite |= take_out_nonfinite<S>(values);
+            } else {
+                zero_rows<typename S::Tile>(values, kept, lane);
+            }
             ptx::fence_async_proxy();
             block.arrive(S::FULL_V + 8 * state.stage());
         }
+        if constexpr (S::RANGED) block.tell_checked(work_index, has_nonfinite);
     }
 }
 

@@ -11,23 +11,34 @@
 #include "../../ptx/packed_f32.cuh"
 #include "../../ptx/tcgen05.cuh"
 #include "block.cuh"
+#include "unseen.cuh"
 
 namespace sm100 {
 
 // One pair of scores in this many is computed by the polynomial.
 constexpr int POLYNOMIAL_PAIRS = 4;
 
-// 2^x, x at most 127: 2^round(x) by adding to the exponent, the rest by a polynomial whose relative
-// error is at most 1.02e-4 on [-1/2, 1/2] (minimax among those that are 1 at 0, so that 2^-127 and
-// all below come out as +0).
+// 2^x, x at most 127: 2^round(x) by adding to the exponent, the rest by a polynomial on [-1/2, 1/2]
+// (minimax among those that are 1 at 0, so that 2^-127 and all below come out as +0). Its relative error
+// is at most 1.02e-4 at degree 3, and 2.9e-6 at degree 4. With key ranges, rows with few keys are
+// common, whose errors do not cancel out in the log-sum-exp.
+template <int DEGREE>
 __device__ inline float2 exp2_polynomial(float2 x) {
+    static_assert(DEGREE == 3 || DEGREE == 4);
     constexpr float ROUNDING = 12582912.0f;  // 1.5 · 2^23: what is added to it is rounded to an integer, in the lowest bits
     x = {fmaxf(x.x, -127.0f), fmaxf(x.y, -127.0f)};
     const float2 shifted = ptx::add_pair(x, {ROUNDING, ROUNDING});
     const float2 whole = ptx::add_pair(shifted, {-ROUNDING, -ROUNDING});
     const float2 rest = ptx::fma_pair(whole, {-1.0f, -1.0f}, x);
-    float2 y = ptx::fma_pair(rest, {0.05500829f, 0.05500829f}, {0.24221106f, 0.24221106f});
-    y = ptx::fma_pair(y, rest, {0.693283f, 0.693283f});
+    float2 y;
+    if constexpr (DEGREE == 3) {
+        y = ptx::fma_pair(rest, {0.05500829f, 0.05500829f}, {0.24221106f, 0.24221106f});
+        y = ptx::fma_pair(y, rest, {0.693283f, 0.693283f});
+    } else {
+        y = ptx::fma_pair(rest, {0.009582853f, 0.009582853f}, {0.055906426f, 0.055906426f});
+        y = ptx::fma_pair(y, rest, {0.24024099f, 0.24024099f});
+        y = ptx::fma_pair(y, rest, {0.6931242f, 0.6931242f});
+    }
     y = ptx::fma_pair(y, rest, {1.0f, 1.0f});
     return {__uint_as_float(__float_as_uint(y.x) + (__float_as_uint(shifted.x) << 23)),
             __uint_as_float(__float_as_uint(y.y) + (__float_as_uint(shifted.y) << 23))};
@@ -87,7 +98,7 @@ struct RowSoftmax {
     }
 
     // Scores become probabilities exp2(score · scale - subtrahend), two of type T a word.
-    template <typename T>
+    template <typename T, int DEGREE>
     __device__ void exponentiate(uint32_t (&probs)[16], const uint32_t (&scores)[32], float scale) {
         // Two chains, for the latency of an addition.
         float2 sums[2] = {{sum, 0.0f}, {0.0f, 0.0f}};
@@ -95,7 +106,7 @@ struct RowSoftmax {
         for (int pair = 0; pair < 16; ++pair) {
             float2 x = {__uint_as_float(scores[2 * pair]), __uint_as_float(scores[2 * pair + 1])};
             x = ptx::fma_pair(x, {scale, scale}, {-subtrahend, -subtrahend});
-            const float2 y = pair % POLYNOMIAL_PAIRS == POLYNOMIAL_PAIRS - 1 ? exp2_polynomial(x)
+            const float2 y = pair % POLYNOMIAL_PAIRS == POLYNOMIAL_PAIRS - 1 ? exp2_polynomial<DEGREE>(x)
                                                                              : float2{ptx::exp2_approx(x.x), ptx::exp2_approx(x.y)};
             sums[pair % 2] = ptx::add_pair(sums[pair % 2], y);
             probs[pair] = ptx::pack_pair<T>(y.x, y.y);
@@ -128,7 +139,7 @@ struct SoftmaxWarpgroup {
 
     __device__ void run() {
         for (uint32_t work_index = 0;; ++work_index) {
-            const volatile TileRows& rows = block.wait_rows(work_index);
+            const volatile auto& rows = block.wait_rows(work_index);
             const int key_tiles = rows.key_tiles;
             if (key_tiles < 0) return;
             const int tiles = rows.tiles;
@@ -147,19 +158,26 @@ struct SoftmaxWarpgroup {
         }
     }
 
-    __device__ void attend(RowSoftmax& softmax, int key_tiles, const volatile TileRows& rows) {
+    __device__ void attend(RowSoftmax& softmax, int key_tiles, const volatile typename S::Rows& rows) {
         float* const factors = reinterpret_cast<float*>(block.shared + S::FACTORS) + tile * TILE_M;
         float* const inverses = reinterpret_cast<float*>(block.shared + S::INVERSES) + tile * TILE_M;
+        // Whether the row has a key.
+        bool sees_some = !S::RANGED;
         for (int i = 0; i < key_tiles; ++i, ++count, ++steps) {
             uint32_t scores[4][32];
-            const volatile TileKeys& info = block.wait_keys(count);
+            const volatile auto& info = block.wait_keys(count);
             const bool masked = info.masked;
+            uint32_t seen[4];
+            if constexpr (S::RANGED) {
+                if (masked) seen_keys(block, rows, tile * TILE_GROUPS, info, seen);
+                sees_some = sees_some || !masked || (seen[0] | seen[1] | seen[2] | seen[3]) != 0;
+            }
             block.wait_full(S::SCORES + 8 * tile, steps);
             ptx::tensor_fence_after();
 #pragma unroll
             for (int part = 0; part < 4; ++part) ptx::tensor_load(scores[part], tensor + part * 32);
             ptx::tensor_wait_load(scores[0], scores[1], scores[2], scores[3]);
-            if (masked) mask(scores, info);
+            if (masked) mask(scores, info, seen);
             block.leave_keys(count);
             softmax.raise(scores, scale);
             if (i > 0) {
@@ -171,7 +189,7 @@ struct SoftmaxWarpgroup {
 #pragma unroll
             for (int part = 0; part < 4; ++part) {
                 uint32_t probs[16];
-                softmax.template exponentiate<T>(probs, scores[part], scale);
+                softmax.template exponentiate<T, S::RANGED ? 4 : 3>(probs, scores[part], scale);
                 ptx::tensor_store(tensor + part * 16, probs);
             }
             ptx::tensor_wait_store();
@@ -179,7 +197,7 @@ struct SoftmaxWarpgroup {
             block.arrive(S::PROBS + 8 * tile);
         }
         // Every kept score is below every float.
-        if (key_tiles > 0 && softmax.sum == 0.0f) softmax.sum = NAN;
+        if (key_tiles > 0 && sees_some && softmax.sum == 0.0f) softmax.sum = NAN;
         // Read this late, since registers are scarce before.
         const uint32_t kept = rows.groups[tile * TILE_GROUPS + row / GROUP_ROWS].kept;
         const bool zero = softmax.sum == 0.0f || (kept >> (row % GROUP_ROWS) & 1) == 0;
@@ -189,7 +207,8 @@ struct SoftmaxWarpgroup {
         ++uses;
     }
 
-    __device__ void mask(uint32_t (&scores)[4][32], const volatile TileKeys& info) const {
+    // `seen` is of the row's keys, with key ranges.
+    __device__ void mask(uint32_t (&scores)[4][32], const volatile TileKeys& info, const uint32_t (&seen)[4]) const {
         // The maximum is taken before scaling, so the sign of the scale goes to the scores.
         if (block.params.score_scale < 0.0f) {
 #pragma unroll
@@ -200,7 +219,7 @@ struct SoftmaxWarpgroup {
         }
 #pragma unroll
         for (int part = 0; part < 4; ++part) {
-            const uint32_t kept = info.kept[part];
+            const uint32_t kept = S::RANGED ? seen[part] : info.kept[part];
 #pragma unroll
             for (int i = 0; i < 32; ++i) {
                 if ((kept >> i & 1) == 0) scores[part][i] = __float_as_uint(-INFINITY);

@@ -229,33 +229,13 @@ private:
         if constexpr (S::RANGED) {
             if (i - window >= 32) {
                 window = i;
-                lane_tile = seen_tile(i + lane);
+                lane_tile = i + lane < tiles.count ? tiles.seen_tile(params, params.range_tiles[range_tile], i + lane) : 0;
             }
             return __shfl_sync(0xffffffff, lane_tile, i - window);
         }
         if (params.form != FORM_FUSED) return tiles.first_key + (tiles.count - 1 - i) * S::TILE_N;
         // Of the masked ones the last comes first, which may have few groups.
         return tiles.list[i < tiles.masked ? tiles.masked - 1 - i : i];
-    }
-
-    // The same by the query tile's ranges: masked tiles of the lists; tiles that only some queries
-    // see, from right to left; and those that all see.
-    __device__ int seen_tile(int i) const {
-        const RangeTile& seen = params.range_tiles[range_tile];
-        if (i >= tiles.count) return 0;
-        if (i < seen.masked) return tiles.list[seen.first_masked + i];
-        i -= seen.masked;
-        const int right = seen.end - seen.inner_end;
-        const int left = seen.inner_first - seen.first;
-        int at;
-        if (i < right) {
-            at = seen.end - 1 - i;
-        } else if (i < right + left) {
-            at = seen.inner_first - 1 - (i - right);
-        } else {
-            at = seen.inner_first + (i - right - left);
-        }
-        return params.form == FORM_FUSED ? tiles.list[at] : tiles.first_key + seen.first_key + at * S::TILE_N;
     }
 
     __device__ bool has_masked_values(int i, int tile) const {

@@ -278,7 +278,10 @@ impl Backend for CudaDevice {
             Op::NoKeys(lse) => lse::no_keys(launcher, &lse),
             Op::Merge(merge) => lse::merge(launcher, &merge),
             Op::PrepareQk(call) => prepare_qk::prepare_qk(launcher, &call),
-            Op::Metadata { mask, tables } => metadata::build(launcher, &mask, &tables),
+            Op::Metadata { mask, tables } => {
+                let built = metadata::build(launcher, &mask, &tables);
+                built.and_then(|()| attention::renew_lists(launcher, &tables)).inspect_err(|_| tables.kept.lose())
+            }
         }
     }
 

@@ -9,7 +9,7 @@ use crate::backends::cuda::driver::scratch::LentScratch;
 use crate::backends::cuda::driver::zeroed::ZeroedCounts;
 use crate::backends::cuda::kernels::module::Entry;
 use crate::backends::cuda::kernels::params::{
-    SegmentOutput, SegmentTable, SegmentedTileListParams, TensorMap, TileListForm, TileListParams,
+    RangedTileListParams, SegmentOutput, SegmentTable, SegmentedTileListParams, TensorMap, TileListForm, TileListParams,
 };
 use crate::backends::cuda::kernels::tiles::{ListForm, ListTile};
 use crate::backends::cuda::launcher::Launcher;
@@ -23,6 +23,7 @@ use crate::call::packed_heads::Heads;
 use crate::call::problem::{AttentionProblem, AttentionShape};
 use crate::error::{Error, Result};
 use crate::fifo_cache::FifoCache;
+use crate::kernel::Kernel;
 use crate::mask::key_mask::KeyMask;
 use crate::mask::key_ranges::KeyRanges;
 use crate::mask::meta::{GROUP_ROWS, VarlenMeta};
@@ -381,7 +382,7 @@ impl<'a> Call<'a> {
         if batch * seq_q * num_heads == 0 {
             return Ok(());
         }
-        let lists = DeviceLists::make(self.launcher, (query, key), &self.ends(), self.tile)?;
+        let lists = DeviceLists::of(self.launcher, (query, key), &self.ends(), self.tile)?;
         let params = TileListParams { form: TileListForm::Fused as i32, ..self.padded_params() };
         let extent = Extent {
             batch,
@@ -393,8 +394,8 @@ impl<'a> Call<'a> {
         };
         let placed = self.placed_ranges()?;
         let deal = self.deal(extent.zero_items, false);
-        let work = placed.map(|placed| DeviceWork::of_lists(self.launcher, &lists, &placed, deal)).transpose()?;
-        self.launch(lists.in_params(params), &extent, work.as_ref().map(RangedWork::Device))
+        let work = placed.map(|placed| lists.work(self.launcher, &placed, deal)).transpose()?;
+        self.launch(lists.in_params(params), &extent, work.as_deref().map(RangedWork::Device))
     }
 
     /// The lists on the device, made and uploaded if they are not there yet.
@@ -486,6 +487,12 @@ impl<'a> Call<'a> {
         // Fits: a chip has few multiprocessors.
         let blocks = blocks as u32;
         let grid = [blocks, 1, 1];
+        if let (true, Placement::Whole(tensors)) = (form.has_ranges && tile.kernel == Kernel::CudaSm100, self.tensors) {
+            let (values, value_strides) = (tensors.v.address, tensors.v.strides);
+            let params = RangedTileListParams { lists: params, values, value_strides, ..Default::default() };
+            // SAFETY: as below.
+            return unsafe { launcher.launch(function, grid, tile.threads, &params) };
+        }
         let Some(segments) = segments else {
             // SAFETY: the tensors have the problem's shape and lie inside their buffers, those of
             // packed rows as `cu_seqlens` says (checked by problem; scratch is made so), and their

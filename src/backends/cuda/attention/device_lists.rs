@@ -1,6 +1,17 @@
 //! Tile lists that the device makes, of masks that the host does not know: as `tile_lists`, by the
-//! kernel in `kernels/rows/tile_lists.cu`. They are made anew by each call, since the metadata may be
-//! built anew between two runs of a captured graph.
+//! kernel in `kernels/rows/tile_lists.cu`. They are kept with the metadata that they were made of:
+//!
+//! | a graph holds a rebuild | a call | a rebuild |
+//! |---|---|---|
+//! | no | takes the lists that are kept, or keeps what it makes; a captured call makes its own | gives up what is kept |
+//! | yes, captured after calls | takes those calls' lists, also while it is captured; makes others for itself | makes them anew with the metadata, in the graph too |
+//!
+//! Lists of a query's and another key's metadata are of one build of each, and not of metadata that a
+//! graph rebuilds. All launches are in the order of the device's stream.
+
+use std::ptr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::backends::cuda::driver::memory::CudaBuffer;
 use crate::backends::cuda::kernels::module::Entry;
@@ -9,25 +20,78 @@ use crate::backends::cuda::kernels::params::{
 };
 use crate::backends::cuda::kernels::tiles::ListTile;
 use crate::backends::cuda::launcher::Launcher;
+use crate::backends::cuda::tensors::key_ranges::PlacedRanges;
 use crate::backends::cuda::tensors::metadata;
 use crate::call::op::DeviceTables;
 use crate::error::Result;
+use crate::fifo_cache::FifoCache;
 use crate::mask::meta::GROUP_ROWS;
 
+use super::device_work::DeviceWork;
+use super::range_tiles::Deal;
 use super::tile_lists::{Ends, ZERO_ROWS};
 
 /// Lists start at multiples of this.
 const LIST_ALIGNMENT: u64 = 16;
 
-/// The lists of one call. They live until the launch that reads them, which keeps their memory.
+/// The lists of calls with the same metadata, and what is made of them. Whoever has them keeps them until
+/// the launch that reads them, which keeps their memory.
+#[derive(Debug)]
 pub struct DeviceLists {
     _memory: CudaBuffer,
     params: TileListsParams,
+    /// What calls with key ranges need beside them, by the id of these and what the work is dealt out for.
+    work: FifoCache<(u64, Deal), DeviceWork>,
+    /// Whether a graph makes these lists anew, and the work that was there then.
+    is_renewed: AtomicBool,
 }
 
+/// In place of the key's build, where the query's tables are the key's.
+const OF_BOTH: u64 = 0;
+
+/// Kept with the query's tables, by the build of the key's tables, the tile, and where segments end.
+type ListsCopies = FifoCache<(u64, ListTile, Ends), DeviceLists>;
+
 impl DeviceLists {
-    /// Launches the kernel that makes them for tiles of this size.
-    pub fn make(
+    /// Those for tiles of this size.
+    pub fn of(
+        launcher: &Launcher,
+        (query, key): (&DeviceTables<'_>, &DeviceTables<'_>),
+        ends: &Ends,
+        tile: ListTile,
+    ) -> Result<Arc<Self>> {
+        let is_self = ptr::eq(query.kept, key.kept);
+        let is_replayed = query.kept.is_replayed() || key.kept.is_replayed();
+        let place = (if is_self { OF_BOTH } else { key.kept.build() }, tile, *ends);
+        let make = || Self::make(launcher, (query, key), ends, tile);
+        let Some(copies) = query.kept.copies() else { return make().map(Arc::new) };
+        let copies = copies.get_or_make(launcher.id, || Ok(ListsCopies::default()))?;
+        if !is_replayed && !launcher.context.is_captured()? {
+            return copies.get_or_make(place, false, make);
+        }
+        match copies.get(&place) {
+            Some(lists) if is_self && is_replayed => Ok(lists),
+            _ => make().map(Arc::new),
+        }
+    }
+
+    /// Makes all lists anew that calls take although a graph rebuilds the metadata, and the work of
+    /// theirs; launched after the metadata.
+    pub fn renew(launcher: &Launcher, tables: &DeviceTables<'_>) -> Result<()> {
+        let Some(copies) = tables.kept.copies() else { return Ok(()) };
+        let copies = copies.get_or_make(launcher.id, || Ok(ListsCopies::default()))?;
+        for lists in copies.values_of(|&(key, ..)| key == OF_BOTH) {
+            lists.is_renewed.store(true, Ordering::Relaxed);
+            launch(launcher, &lists.params)?;
+            for work in lists.work.values_of(|_| true) {
+                work.launch(launcher)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Launches the kernel that makes them.
+    fn make(
         launcher: &Launcher,
         (query, key): (&DeviceTables<'_>, &DeviceTables<'_>),
         ends: &Ends,
@@ -62,16 +126,18 @@ impl DeviceLists {
             row_masked_tiles: places.row_masked_tiles as i32,
             row_key_tiles: places.row_key_tiles as i32,
         };
-        let function = launcher.function(Entry::TileLists)?;
-        // SAFETY: the bits are those of the metadata's batch rows and sequence lengths, and each list
-        // has room for as many entries as these can need.
-        unsafe { launcher.launch(function, [1; 3], TILE_LISTS_THREADS, &params) }?;
-        Ok(Self { _memory: memory, params })
+        launch(launcher, &params)?;
+        Ok(Self { _memory: memory, params, work: FifoCache::default(), is_renewed: AtomicBool::new(false) })
     }
 
-    /// The parameters that made them.
-    pub fn made_by(&self) -> &TileListsParams {
-        &self.params
+    /// The work of a call with key ranges: made, or as an earlier call has made it.
+    pub fn work(&self, launcher: &Launcher, ranges: &PlacedRanges, deal: Deal) -> Result<Arc<DeviceWork>> {
+        let place = (ranges.ranges.id(), deal);
+        let make = || DeviceWork::of_lists(launcher, self.params, ranges, deal);
+        match self.is_renewed.load(Ordering::Relaxed) {
+            false => self.work.get_or_make(place, false, make),
+            true => self.work.get(&place).map_or_else(|| make().map(Arc::new), Ok),
+        }
     }
 
     /// Parameters of a launch, with these lists and the bits that they were made of.
@@ -92,6 +158,15 @@ impl DeviceLists {
             ..params
         }
     }
+}
+
+/// Launches the kernel that makes lists.
+fn launch(launcher: &Launcher, params: &TileListsParams) -> Result<()> {
+    let function = launcher.function(Entry::TileLists)?;
+    // SAFETY: the bits are those of the metadata's batch rows and sequence lengths, and each list has room
+    // for as many entries as these can need. Both are there: whoever has the lists has their memory, and
+    // the metadata is the caller's.
+    unsafe { launcher.launch(function, [1; 3], TILE_LISTS_THREADS, params) }
 }
 
 /// Where the lists lie in their memory, in bytes, and how many entries a batch row can need.

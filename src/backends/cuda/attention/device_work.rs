@@ -1,6 +1,7 @@
 //! The work of calls with key ranges where the device alone knows the mask: which key tiles each query
 //! tile needs, and which block computes it. As `range_tiles`, by the kernel of that name in
-//! `kernels/rows/tile_lists.cu`. It is made anew by each call, as the lists are.
+//! `kernels/rows/tile_lists.cu`. It is kept with the lists that it was made of; that of packed rows is
+//! made by each call.
 
 use std::mem::offset_of;
 
@@ -9,15 +10,14 @@ use crate::backends::cuda::driver::transfer;
 use crate::backends::cuda::kernels::module::Entry;
 use crate::backends::cuda::kernels::params::{
     ELEMENT_BYTES, MAX_DEALT_BLOCKS, MAX_ORDERED_TILES, OrderedTile, RANGE_TILES_THREADS, RangeTile, RangeTilesParams,
-    RangeWork, TileListCounts, TileListParams, TileListsParams,
+    RangeWork, SECTION_BYTES, SectionSet, TileListCounts, TileListParams, TileListsParams,
 };
 use crate::backends::cuda::launcher::Launcher;
 use crate::backends::cuda::tensors::key_ranges::PlacedRanges;
 use crate::error::Result;
 
 use super::call::PackedRows;
-use super::device_lists::DeviceLists;
-use super::range_tiles::{Deal, SECTION_BYTES};
+use super::range_tiles::Deal;
 use super::split::{ITEM_CYCLES, STEP_CYCLES};
 
 /// Tables start at multiples of this.
@@ -26,17 +26,19 @@ const TABLE_ALIGNMENT: u64 = 16;
 /// Query tiles that a block of the kernel finds, one a warp.
 const BLOCK_TILES: usize = RANGE_TILES_THREADS as usize / 32;
 
-/// The work of one call. It lives until the launch that reads it, which keeps its memory.
+/// The work of calls with the same lists and key ranges. Whoever has it keeps it until the launch that
+/// reads it, which keeps its memory.
 #[derive(Debug)]
 pub struct DeviceWork {
     _memory: CudaBuffer,
+    /// A graph that makes it anew reads them.
+    _ranges: PlacedRanges,
     params: RangeTilesParams,
 }
 
 impl DeviceWork {
-    /// Launches the kernel that finds the work of padded tensors, by their lists.
-    pub fn of_lists(launcher: &Launcher, lists: &DeviceLists, ranges: &PlacedRanges, deal: Deal) -> Result<Self> {
-        let lists = *lists.made_by();
+    /// Launches the kernel that finds the work of padded tensors, by the lists that these parameters made.
+    pub fn of_lists(launcher: &Launcher, lists: TileListsParams, ranges: &PlacedRanges, deal: Deal) -> Result<Self> {
         let params = RangeTilesParams {
             lists,
             ranges: ranges.params(),
@@ -44,7 +46,7 @@ impl DeviceWork {
             ..Default::default()
         };
         // Not negative.
-        Self::make(launcher, params, (deal, lists.seq_k as usize))
+        Self::make(launcher, params, ranges, (deal, lists.seq_k as usize))
     }
 
     /// The same of packed sequences of at most so many keys.
@@ -71,40 +73,54 @@ impl DeviceWork {
             lists,
             ranges: ranges.params(),
             cu_seqlens_q: rows.cu_seqlens_q.unwrap_or_default(),
+            cu_seqlens_k: rows.cu_seqlens_k.unwrap_or_default(),
             blocks_done: counts.address() + offset_of!(TileListCounts, blocks_done) as u64,
             ..Default::default()
         };
-        Self::make(launcher, params, (deal, keys))
+        Self::make(launcher, params, ranges, (deal, keys))
     }
 
-    fn make(launcher: &Launcher, params: RangeTilesParams, (deal, keys): (Deal, usize)) -> Result<Self> {
+    fn make(
+        launcher: &Launcher,
+        params: RangeTilesParams,
+        ranges: &PlacedRanges,
+        (deal, keys): (Deal, usize),
+    ) -> Result<Self> {
         // Not negative.
         let (batch, row_tiles) = (params.lists.batch as usize, params.lists.row_query_tiles as usize);
         let places = Places::of(batch * row_tiles, batch, deal);
-        let section = Section::of(deal, keys, row_tiles);
         let memory = launcher.scratch(places.bytes)?;
         let start = memory.address();
         let params = RangeTilesParams {
             range_tiles: start + places.range_tiles,
             range_work: start + places.range_work,
             order: start + places.order,
-            section_tiles: start + places.section_tiles,
+            section_sets: start + places.section_sets,
             // All fit: a chip has few multiprocessors, and heads are counted in an i32.
             blocks: places.blocks as i32,
             heads: deal.heads as i32,
-            section_groups: section.groups as i32,
-            section_heads: section.heads as i32,
+            group_size: deal.group_size as i32,
+            key_bytes: deal.key_bytes() as i32,
+            section_groups: section_groups(deal, keys, row_tiles) as i32,
             item_cycles: ITEM_CYCLES as i32,
             step_cycles: STEP_CYCLES as i32,
             ..params
         };
+        let made = Self { _memory: memory, _ranges: ranges.clone(), params };
+        made.launch(launcher)?;
+        Ok(made)
+    }
+
+    /// Launches the kernel that makes it, again if its lists were made anew.
+    pub fn launch(&self, launcher: &Launcher) -> Result<()> {
+        let lists = &self.params.lists;
         let function = launcher.function(Entry::RangeTiles)?;
-        // Fits: batch · seq does.
-        let blocks = (batch * row_tiles).div_ceil(BLOCK_TILES).max(1) as u32;
+        // Not negative, and fits: batch · seq does.
+        let tiles = lists.batch as usize * lists.row_query_tiles as usize;
+        let blocks = tiles.div_ceil(BLOCK_TILES).max(1) as u32;
         // SAFETY: the lists, or `cu_seqlens`, are those of the call's batch rows, the ranges of its
         // queries, and each table has room for as many entries as these can need.
-        unsafe { launcher.launch(function, [blocks, 1, 1], RANGE_TILES_THREADS, &params) }?;
-        Ok(Self { _memory: memory, params })
+        unsafe { launcher.launch(function, [blocks, 1, 1], RANGE_TILES_THREADS, &self.params) }
     }
 
     /// Blocks of the launch that does the work.
@@ -120,29 +136,18 @@ impl DeviceWork {
     }
 }
 
-/// What is computed together, as far as its keys and values fit in L2: some heads of one batch row, or
-/// all heads of several.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Section {
-    groups: usize,
-    /// Query heads.
-    heads: usize,
+/// How many batch rows of at most so many keys and query tiles are computed together: as many as have
+/// keys and values that fit in L2. Of one row the device takes as many heads as fit, by its keys.
+fn section_groups(deal: Deal, keys: usize, row_tiles: usize) -> usize {
+    // As many as are put in order together.
+    let most = (MAX_ORDERED_TILES / row_tiles.max(1)).max(1);
+    (SECTION_BYTES / (deal.key_bytes() * keys).max(1)).clamp(1, most)
 }
 
-impl Section {
-    /// For batch rows of at most so many keys and query tiles.
-    fn of(deal: Deal, keys: usize, row_tiles: usize) -> Self {
-        let kv_heads = deal.heads / deal.group_size.max(1);
-        // Keys and values.
-        let row_bytes = (2 * kv_heads * keys * deal.head_dim * ELEMENT_BYTES as usize).max(1);
-        // To the nearest.
-        let sections = ((row_bytes + SECTION_BYTES / 2) / SECTION_BYTES).clamp(1, kv_heads.max(1));
-        if sections > 1 {
-            return Self { groups: 1, heads: kv_heads.div_ceil(sections) * deal.group_size };
-        }
-        // As many as are put in order together.
-        let most = (MAX_ORDERED_TILES / row_tiles.max(1)).max(1);
-        Self { groups: (SECTION_BYTES / row_bytes).clamp(1, most), heads: deal.heads }
+impl Deal {
+    /// Bytes of one key, in keys and values of all heads.
+    fn key_bytes(self) -> usize {
+        2 * (self.heads / self.group_size.max(1)) * self.head_dim * ELEMENT_BYTES as usize
     }
 }
 
@@ -152,7 +157,7 @@ struct Places {
     range_tiles: u64,
     range_work: u64,
     order: u64,
-    section_tiles: u64,
+    section_sets: u64,
     bytes: u64,
     blocks: usize,
 }
@@ -174,7 +179,7 @@ impl Places {
             range_work: take(rounds * blocks, size_of::<RangeWork>()),
             range_tiles: take(tiles, size_of::<RangeTile>()),
             order: take(tiles, size_of::<OrderedTile>()),
-            section_tiles: take(batch, size_of::<i32>()),
+            section_sets: take(batch, size_of::<SectionSet>()),
             bytes,
             blocks,
         }
@@ -194,24 +199,17 @@ mod tests {
     }
 
     #[test]
-    fn sections_fit_in_l2_as_nearly_as_whole_heads_and_rows_do() -> Result<()> {
+    fn sections_of_several_rows_fit_in_l2() -> Result<()> {
         for (heads, group_size) in [(24, 1), (16, 4), (1, 1), (5, 5)] {
             for keys in [1_usize, 77, 512, 2048, 4096, 16_384, 1 << 20] {
                 let row_tiles = keys.div_ceil(128);
-                let section = Section::of(deal(heads, group_size)?, keys, row_tiles);
-                assert!(
-                    section.heads.is_multiple_of(group_size) && (1..=heads).contains(&section.heads),
-                    "{section:?}"
-                );
-                assert!(section.groups == 1 || section.heads == heads, "{section:?}");
-                assert!(section.groups == 1 || section.groups * row_tiles <= MAX_ORDERED_TILES, "{section:?}");
-                let head_bytes = 2 * keys * 128 * 2;
-                let bytes = section.groups * section.heads / group_size * head_bytes;
-                assert!(bytes <= (2 * SECTION_BYTES).max(head_bytes), "{keys} keys: {section:?}");
+                let groups = section_groups(deal(heads, group_size)?, keys, row_tiles);
+                let bytes = groups * heads / group_size * keys * 2 * 128 * 2;
+                assert!(groups == 1 || (groups * row_tiles <= MAX_ORDERED_TILES && bytes <= SECTION_BYTES), "{groups}");
             }
         }
-        assert_eq!(Section::of(deal(24, 1)?, 2048, 17), Section { groups: 1, heads: 12 });
-        assert_eq!(Section::of(deal(24, 1)?, 128, 1), Section { groups: 10, heads: 24 });
+        assert_eq!(section_groups(deal(24, 1)?, 2048, 17), 1);
+        assert_eq!(section_groups(deal(24, 1)?, 128, 1), 10);
         Ok(())
     }
 

@@ -44,6 +44,7 @@ use crate::mask::meta::VarlenMeta;
 
 use by_tile_lists::Placement;
 use call::{PackedRows, SegmentedTensors, Tensors};
+use device_lists::DeviceLists;
 use packing::Packing;
 
 /// Launches a call.
@@ -119,6 +120,11 @@ fn launch(launcher: &Launcher, attention: &Attention<'_>, tensors: Tensors) -> R
         Rows::Varlen { query, key } => varlen(launcher, attention, tensors, query, key),
         Rows::DeviceVarlen { query, key } => device_varlen(launcher, attention, tensors, query, key),
     }
+}
+
+/// Has what calls keep of metadata made anew, after the metadata, if a graph rebuilds that.
+pub fn renew_lists(launcher: &Launcher, tables: &DeviceTables<'_>) -> Result<()> {
+    if tables.kept.is_replayed() { DeviceLists::renew(launcher, tables) } else { Ok(()) }
 }
 
 fn by_tile_lists(attention: &Attention<'_>) -> bool {

@@ -12,7 +12,7 @@ use std::collections::BinaryHeap;
 use std::ops::Range;
 
 use crate::backends::cuda::kernels::params::{
-    ELEMENT_BYTES, MAX_WARPGROUPS, RangeTile, RangeWork, SM90_WARPGROUP_ROWS,
+    ELEMENT_BYTES, MAX_WARPGROUPS, RangeTile, RangeWork, SECTION_BYTES, SM90_WARPGROUP_ROWS,
 };
 use crate::backends::cuda::kernels::tiles::ListTile;
 use crate::mask::cu_seqlens::CuSeqlens;
@@ -21,9 +21,6 @@ use crate::mask::meta::{GROUP_ROWS, VarlenMeta};
 
 use super::split::{self, Split};
 use super::tile_lists::TileLists;
-
-/// Keys and values of a section, a third of Hopper's L2: 32 MiB took up to 1 % longer, 8 MiB at long sequences.
-pub const SECTION_BYTES: usize = 16 << 20;
 
 /// The query tiles of a call.
 #[derive(Debug, Default)]
@@ -367,6 +364,13 @@ mod tests {
         ListTile::of(Kernel::CudaSm90, head_dim).ok_or(Error::HeadDim { got: head_dim })
     }
 
+    /// Tiles of different sizes.
+    fn list_tiles() -> Result<Vec<ListTile>> {
+        let sm90 = [64, 128, 256].map(list_tile);
+        let sm100 = ListTile::of(Kernel::CudaSm100, 128).ok_or(Error::HeadDim { got: 128 });
+        sm90.into_iter().chain([sm100]).collect()
+    }
+
     fn deal(head_dim: usize, heads: usize, group_size: usize) -> Result<Deal> {
         let tile = list_tile(head_dim)?;
         Ok(Deal { tile, heads, group_size, head_dim, multiprocessors: 132, zero_items: 0, splits: true })
@@ -441,8 +445,7 @@ mod tests {
     #[test]
     fn tiles_hold_what_queries_see_once() -> Result<()> {
         for (seq_q, seq_k) in [(700, 700), (130, 900), (900, 130)] {
-            for head_dim in [64, 128, 256] {
-                let tile = list_tile(head_dim)?;
+            for tile in list_tiles()? {
                 for ranges in all_rules([2, seq_q, seq_k])? {
                     let made = RangeTiles::padded(&ranges, 2, seq_k, tile);
                     assert_eq!(made.tiles.len(), 2 * seq_q.div_ceil(tile.rows as usize));
@@ -468,8 +471,7 @@ mod tests {
             vec![],
         ];
         let meta = VarlenMeta::from_key_mask(&KeyMask::from_runs(seq, &rows)?)?;
-        for head_dim in [64, 128, 256] {
-            let tile = list_tile(head_dim)?;
+        for tile in list_tiles()? {
             let lists = TileLists::new((&meta, &meta), &Ends::NONE, (tile.rows as usize, tile.keys as usize));
             for ranges in all_rules([rows.len(), seq, seq])? {
                 let made = RangeTiles::listed(&ranges, &lists, &meta, &meta, tile);

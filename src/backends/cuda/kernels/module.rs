@@ -242,7 +242,8 @@ pub struct Modules {
     metadata: CUmodule,
     pack: CUmodule,
     prepare_qk: CUmodule,
-    tile_lists: CUmodule,
+    /// Where a kernel reads tile lists.
+    tile_lists: Option<CUmodule>,
     functions: Mutex<HashMap<Entry, Function>>,
 }
 
@@ -291,7 +292,9 @@ impl Modules {
             unsafe { module::load_data(image.0.as_ptr().cast::<c_void>()) }
         };
         let (lse, metadata, pack) = (load(LSE)?, load(METADATA)?, load(PACK)?);
-        let (prepare_qk, tile_lists) = (load(PREPARE_QK)?, load(TILE_LISTS)?);
+        let prepare_qk = load(PREPARE_QK)?;
+        let reads_lists = images.kernels().any(Kernel::works_by_tile_lists);
+        let tile_lists = reads_lists.then(|| load(TILE_LISTS)).transpose()?;
         let mut attention = vec![];
         for &(kernel, image) in &images.0 {
             match load(image) {
@@ -327,8 +330,8 @@ impl Modules {
             Home::Lse => Some(self.lse),
             Home::Metadata => Some(self.metadata),
             Home::PrepareQk => Some(self.prepare_qk),
-            Home::TileLists => Some(self.tile_lists),
-            // Planned only where it is loaded.
+            // Planned only where they are loaded.
+            Home::TileLists => self.tile_lists,
             Home::Attention(kernel) => {
                 self.attention.iter().find_map(|&(loaded, module)| (loaded == kernel).then_some(module))
             }
@@ -426,6 +429,19 @@ mod tests {
             // The driver compiles PTX each time that it is new to it: not for chips that have machine code.
             assert_eq!(machine_code, matches!(major, 8..=10 | 12) && (major, minor) != (8, 7), "{major}.{minor}");
         }
+    }
+
+    #[test]
+    fn every_chip_whose_kernel_reads_tile_lists_has_an_image_that_makes_them() {
+        let found = contents(TILE_LISTS);
+        let mut chips = 0;
+        for row in ATTENTION.iter().filter(|row| row.kernel.works_by_tile_lists()) {
+            for &(major, _) in row.capabilities.unwrap_or_default() {
+                assert!(found.contains(&(false, 10 * major as u16)), "{}: {found:?}", row.kernel);
+                chips += 1;
+            }
+        }
+        assert_eq!(chips, 3);
     }
 
     /// Every function that can be asked for.

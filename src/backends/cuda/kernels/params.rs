@@ -190,6 +190,9 @@ constants! {
     MAX_DEALT_BLOCKS: usize = 256;
     /// The most query tiles that `range_tiles` puts in the order of their lengths together.
     MAX_ORDERED_TILES: usize = 256;
+    /// Keys and values of a section, whose query tiles are computed together: a third of Hopper's L2. 32 MiB took up to 1 % longer,
+    /// 8 MiB at long sequences.
+    SECTION_BYTES: usize = 16 << 20;
 }
 
 shared_struct! {
@@ -465,6 +468,17 @@ shared_struct! {
         packed_heads: i32,
         head_sets: i32,
         unused: [i32; 14],
+    }
+}
+
+shared_struct! {
+    /// Parameters of the forms of the sm100 kernel with key ranges.
+    RangedTileListParams {
+        lists: TileListParams,
+        /// What `v_map` describes.
+        values: *const c_void,
+        value_strides: Strides,
+        unused: [i32; 8],
     }
 }
 
@@ -754,6 +768,14 @@ shared_struct! {
 }
 
 shared_struct! {
+    /// A set of groups that sections are made of: its query tiles, and the query heads of a section.
+    SectionSet {
+        tiles: i32,
+        heads: i32,
+    }
+}
+
+shared_struct! {
     /// Parameters of `range_tiles`, which makes what a call with key ranges needs beside tile lists that
     /// the device made (`rows/range_tiles.cuh`), and deals out its work (`rows/deal.cuh`).
     RangeTilesParams {
@@ -763,22 +785,27 @@ shared_struct! {
         ranges: KeyRangeParams,
         /// `[B + 1]` of packed sequences; null for padded tensors.
         cu_seqlens_q: *const i32,
+        cu_seqlens_k: *const i32,
         /// `[B, row_query_tiles]`: the tiles of each entry of `batches`, or sequence.
         range_tiles: *mut RangeTile,
         /// As `TileListParams` has it, for `blocks` blocks.
         range_work: *mut RangeWork,
-        /// `[B, row_query_tiles]`: those of a section's groups together, the longest first; and for each
-        /// section's groups how many there are.
+        /// `[B, row_query_tiles]`: those of a section's groups together, the longest first; and `[B]` sets
+        /// of groups.
         order: *mut OrderedTile,
-        section_tiles: *mut i32,
+        section_sets: *mut SectionSet,
         /// Blocks of this launch that are done: 0 before it.
         blocks_done: *mut u32,
         /// Of the launch that does the work: at most `MAX_DEALT_BLOCKS`.
         blocks: i32,
         heads: i32,
-        /// Groups and heads of a section; of several groups it has all heads.
+        /// Query heads of one key/value head.
+        group_size: i32,
+        /// Of one key: in keys and values of all heads.
+        key_bytes: i32,
+        /// Groups of a section; of several groups it has all heads.
         section_groups: i32,
-        section_heads: i32,
+        unused: i32,
         /// An estimate of what a query tile takes: so much, and so much for each key tile.
         item_cycles: i32,
         step_cycles: i32,
@@ -818,6 +845,7 @@ pub fn header() -> String {
         RangeWork::text(),
         tensor_map,
         TileListParams::text(),
+        RangedTileListParams::text(),
         SegmentMaps::text(),
         SegmentOutput::text(),
         SegmentTable::text(),
@@ -834,6 +862,7 @@ pub fn header() -> String {
         TileListCounts::text(),
         TileListsParams::text(),
         OrderedTile::text(),
+        SectionSet::text(),
         RangeTilesParams::text(),
     ];
     items.join("\n")

@@ -121,7 +121,7 @@ pub fn empty_tables(launcher: &Launcher, batch: usize, seq: usize) -> Result<Cud
 
 /// Tables that the device built.
 pub fn device_tables(launcher: &Launcher, tables: &DeviceTables<'_>) -> Result<Tables> {
-    let &DeviceTables { memory, batch, seq } = tables;
+    let &DeviceTables { memory, batch, seq, .. } = tables;
     let (start, places) = (launcher.source(memory)?.address(), Places::of(batch, seq));
     Ok(Tables {
         cu_seqlens: start + places.cu_seqlens,
@@ -148,6 +148,9 @@ pub fn build(launcher: &Launcher, mask: &MaskInput<'_>, tables: &DeviceTables<'_
     let (batch, seq) = (tables.batch, tables.seq);
     if batch * seq == 0 {
         return Ok(());
+    }
+    if launcher.context.is_captured()? {
+        tables.kept.set_replayed();
     }
     let element_bytes = mask.element_bytes as u64;
     let address = launcher.source(mask.memory)?.address() + mask.layout.offset() * element_bytes;
