@@ -27,7 +27,7 @@ def tile(kernel, head_dim):
     if kernel == "sm80":
         return row[:3]
     if kernel == "sm90":
-        width, warpgroups, keys, _ = row
+        width, warpgroups, keys, *_ = row
         return width, warpgroups * WARPGROUP_ROWS, keys
     return row[0], 256, 128
 

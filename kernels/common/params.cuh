@@ -12,7 +12,7 @@ constexpr int ELEMENT_BYTES = 2;
 constexpr int GROUP_ROWS = 16;
 // Dynamic shared memory of an sm90 block beside its tiles: barriers, and what its warps tell
 // one another.
-constexpr int SM90_EXTRA_SHARED_BYTES = 1024;
+constexpr int SM90_EXTRA_SHARED_BYTES = 2048;
 // The same for an sm100 block, with the factors of its rows.
 constexpr int SM100_EXTRA_SHARED_BYTES = 3072;
 // The most dynamic shared memory of a block on compute capability 9.0 and 10.0.

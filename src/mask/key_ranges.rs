@@ -11,8 +11,8 @@
 //! ```
 
 use std::ops::Range;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use crate::cache::DeviceCopies;
 use crate::error::{Error, Result};
@@ -160,6 +160,8 @@ struct Ranges {
     is_shared: bool,
     /// Those of packed rows, by the ids of the metadata of queries and keys.
     packed: FifoCache<[u64; 2], KeyRanges>,
+    /// `KeyRanges::pairs`, once it was asked for.
+    pairs: OnceLock<u64>,
     copies: DeviceCopies,
 }
 
@@ -335,10 +337,15 @@ impl KeyRanges {
     /// Pairs of query and key that the ranges allow, masked or not.
     pub(crate) fn pairs(&self) -> u64 {
         let of_row = |b| self.row(b).iter().map(|[first, end]| u64::from(end - first)).sum::<u64>();
-        match self.0.is_shared {
+        *self.0.pairs.get_or_init(|| match self.0.is_shared {
             true => of_row(0) * self.0.of.batch() as u64,
             false => (0..self.0.of.batch()).map(of_row).sum(),
-        }
+        })
+    }
+
+    /// Keys that a query sees, masked or not: the mean over all queries, 0 without any.
+    pub(crate) fn mean_keys(&self) -> u64 {
+        self.pairs().checked_div(self.0.of.total() as u64).unwrap_or(0)
     }
 
     /// Checks that the ranges are for padded tensors of this size.
@@ -381,6 +388,7 @@ impl KeyRanges {
             ranges,
             is_shared,
             packed: FifoCache::default(),
+            pairs: OnceLock::new(),
             copies: DeviceCopies::default(),
         }))
     }
@@ -441,6 +449,8 @@ mod tests {
             assert!(made.row(batch).is_empty() && made.row(usize::MAX).is_empty());
             let pairs = expected.iter().flatten().filter(|&&sees| sees).count() * batch;
             assert_eq!(made.pairs(), pairs as u64, "[{batch}, {seq_q}, {seq_k}]");
+            let mean = pairs.checked_div(batch * seq_q).unwrap_or(0);
+            assert_eq!(made.mean_keys(), mean as u64, "[{batch}, {seq_q}, {seq_k}]");
             assert_eq!(made.distinct_rows(), batch.min(1));
         }
         let [query, key] = [1, 2].map(|side| SIZES.map(|sizes| sizes[side]));

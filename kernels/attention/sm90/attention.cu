@@ -3,7 +3,7 @@
 // each, as in FlashAttention-3 (Shah et al., 2024).
 //
 //                   work list                             shared memory
-//   producer  warp 0 ────────▶ copy engine ──▶  Q Q │ K K │        two stages of K and V; full and empty barriers for each.
+//   producer  warp 0 ────────▶ copy engine ──▶  Q Q │ K K │        two to four stages of K and V; full and empty barriers for each.
 //             warp 3 ────────▶ copy engine ─────────────▶ V V      The output of a query tile takes its place; where there is
 //             warp 1 zeroes masked rows of V ─────────────┘        room for two, the next one is loaded early
 //             warp 2 writes the rows without a query tile as zeros
@@ -51,7 +51,7 @@ __device__ inline void attention(const TileListParams& params, const SegmentTabl
                 ptx::mbarrier_init(base + S::empty_q(work_index, warpgroup), warpgroup == 0 ? 4 + helpers : 4);
             }
         }
-        for (int stage = 0; stage < STAGES; ++stage) {
+        for (int stage = 0; stage < S::STAGES; ++stage) {
             ptx::mbarrier_init(base + S::FULL_K + 8 * stage, 1);
             ptx::mbarrier_init(base + S::EMPTY_K + 8 * stage, S::CONSUMER_WARPS + helpers);
             ptx::mbarrier_init(base + S::FULL_V + 8 * stage, 1);
@@ -96,7 +96,8 @@ __device__ inline void attention(const TileListParams& params, const SegmentTabl
 }
 
 // attention_sm90_{f16, bf16}_d{head_dim}_w{warpgroups}, and the same with key ranges: .._ranged; and
-// both with tensors in segments: .._segments, .._ranged_segments
+// both with tensors in segments: .._segments, .._ranged_segments. With shorter key tiles:
+// .._short_ranged
 #define VARLEN_FA_ENTRY(NAME, THREADS, ...)                                                                        \
     extern "C" __global__ void __launch_bounds__(THREADS, 1) NAME(const __grid_constant__ TileListParams params) { \
         attention<Shape<__VA_ARGS__>>(params, nullptr);                                                            \
@@ -114,5 +115,8 @@ __device__ inline void attention(const TileListParams& params, const SegmentTabl
     VARLEN_FA_TYPES(VARLEN_FA_SEGMENTS_ENTRY, d##D##_w##WARPGROUPS##_segments, D, WARPGROUPS, __VA_ARGS__, false, true)               \
     VARLEN_FA_TYPES(VARLEN_FA_SEGMENTS_ENTRY, d##D##_w##WARPGROUPS##_ranged_segments, D, WARPGROUPS, __VA_ARGS__, true, true)
 VARLEN_FA_SM90_TILES(VARLEN_FA_ENTRIES)
+#define VARLEN_FA_SHORT_ENTRIES(D, WARPGROUPS, ...) \
+    VARLEN_FA_TYPES(VARLEN_FA_ENTRY, d##D##_w##WARPGROUPS##_short_ranged, D, WARPGROUPS, __VA_ARGS__, true)
+VARLEN_FA_SM90_SHORT_TILES(VARLEN_FA_SHORT_ENTRIES)
 
 }  // namespace sm90

@@ -16,6 +16,7 @@ namespace sm90 {
 template <typename S>
 struct Consumer {
     using T = typename S::T;
+    using KeysState = typename S::KeysState;
     static constexpr int N = S::TILE_N;
     static constexpr int D = S::D;
     static constexpr int ROW_BYTES = S::ROW_BYTES;

@@ -17,6 +17,8 @@ namespace sm90 {
 
 template <typename S>
 struct Producer {
+    using KeysState = typename S::KeysState;
+
     // Whether this warp has values copied, and the other one queries and keys.
     const bool loads_values;
     const TileListParams& params;
@@ -57,7 +59,8 @@ struct Producer {
                 const RowGroup group = find(work);
                 // A query tile may have no keys. With two places for queries theirs is free long before that
                 // of the first keys. With one place it is the other way round.
-                if (S::QUERY_TILES == 2 && !loads_values) load_queries(work, work_index, group);
+                // The block's first ones are loaded by the other warp, so that its first keys do not wait.
+                if (S::QUERY_TILES == 2 && loads_values == (work_index == 0)) load_queries(work, work_index, group);
                 if constexpr (S::SEGMENTED) wait_for_arrival(*segments, tiles.batch * (params.heads / params.group_size) + kv_head);
                 for (int i = first_tile; i == first_tile || i < end_tile; ++i) {
                     // All wait for the first queries and keys of a block, so its first values come after
@@ -337,7 +340,7 @@ private:
 template <typename S>
 __device__ inline void zero_masked_values(unsigned char* shared, uint32_t base) {
     const int lane = threadIdx.x % 32;
-    KeysState state;
+    typename S::KeysState state;
     // A bit for each stage.
     uint32_t raw_parities = 0;
     bool is_exact = false;

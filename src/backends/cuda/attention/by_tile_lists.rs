@@ -39,6 +39,10 @@ use super::tile_lists::{Ends, TileLists};
 /// Rows of a padded output whose zeros are enough work for a block.
 const ZEROED_ROWS: usize = 64;
 
+/// The most keys that a query sees, the mean of all, for which shorter key tiles take less time: under a causal mask on an H200 they
+/// took 2 % less at 1024, as long at 2048 and 3 % longer at 8192.
+const FEW_KEYS: u64 = 1280;
+
 /// Tile lists, and their copies on the device.
 #[derive(Debug)]
 struct ListsCopy {
@@ -235,7 +239,9 @@ impl<'a> Call<'a> {
     fn new(launcher: &'a Launcher, attention: &'a Attention<'a>, tensors: Placement<'a>) -> Result<Self> {
         let head_dim = attention.problem.shape.head_dim;
         let tile = ListTile::of(attention.plan.kernel, head_dim).ok_or(Error::HeadDim { got: head_dim })?;
-        Ok(Self { launcher, attention, tensors, tile })
+        let sees_few = attention.ranges.is_some_and(|ranges| ranges.mean_keys() <= FEW_KEYS);
+        let short = tile.short().filter(|_| sees_few && matches!(tensors, Placement::Whole(_)));
+        Ok(Self { launcher, attention, tensors, tile: short.unwrap_or(tile) })
     }
 
     /// The parameters that every form has.

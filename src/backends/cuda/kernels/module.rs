@@ -453,8 +453,11 @@ mod tests {
                 });
                 let lists = ATTENTION.iter().flat_map(move |row| {
                     let forms = ListForm::ALL.into_iter().filter(move |form| form.is_of(row.kernel));
-                    forms.filter_map(move |form| {
-                        ListTile::of(row.kernel, head_dim).map(|tile| Entry::AttentionByLists { dtype, tile, form })
+                    forms.flat_map(move |form| {
+                        let tile = ListTile::of(row.kernel, head_dim);
+                        let short = tile.and_then(ListTile::short).filter(|_| form.has_ranges && !form.has_segments);
+                        let entry = move |tile| Entry::AttentionByLists { dtype, tile, form };
+                        tile.into_iter().chain(short).map(entry)
                     })
                 });
                 rows.chain(lists)

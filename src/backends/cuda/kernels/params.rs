@@ -147,7 +147,7 @@ constants! {
     GROUP_ROWS: u32 = 16;
     /// Dynamic shared memory of an sm90 block beside its tiles: barriers, and what its warps tell
     /// one another.
-    SM90_EXTRA_SHARED_BYTES: u32 = 1024;
+    SM90_EXTRA_SHARED_BYTES: u32 = 2048;
     /// The same for an sm100 block, with the factors of its rows.
     SM100_EXTRA_SHARED_BYTES: u32 = 3072;
     /// The most dynamic shared memory of a block on compute capability 9.0 and 10.0.
@@ -164,7 +164,7 @@ constants! {
     SM100_THREADS: u32 = 512;
     /// Threads of a warpgroup, the four warps that wgmma and tcgen05 work with.
     WARPGROUP_THREADS: u32 = 128;
-    /// Stages of keys and values in shared memory, sm80 and sm90.
+    /// Stages of keys and values in shared memory, sm80.
     STAGES: u32 = 2;
     /// Threads of a block of `pack_rows`, `scatter_rows`, `scatter_lse`, `merge_*` and `prepare_qk_*`.
     ROW_COPY_THREADS: u32 = 256;

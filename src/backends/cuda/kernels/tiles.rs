@@ -199,10 +199,13 @@ pub struct ListTile {
     pub shared_bytes: u32,
     /// Warpgroups that share a query tile's rows, if several blocks can share its keys.
     pub splitting_warpgroups: Option<u32>,
+    /// Whether it is one of the shorter ones, which calls with key ranges alone have.
+    is_short: bool,
 }
 
 impl ListTile {
-    const SM90: [[u32; 4]; count(SM90_TILES)] = parse(SM90_TILES);
+    const SM90: [[u32; 5]; count(SM90_TILES)] = parse(SM90_TILES);
+    const SM90_SHORT: [[u32; 5]; count(SM90_SHORT_TILES)] = parse(SM90_SHORT_TILES);
     const SM100: [[u32; 2]; count(SM100_TILES)] = parse(SM100_TILES);
 
     /// The narrowest tile of a kernel that holds a head dimension.
@@ -214,11 +217,17 @@ impl ListTile {
         }
     }
 
+    /// The same with fewer keys a step, for key ranges of whole tensors, if the kernel has it.
+    pub fn short(self) -> Option<Self> {
+        let entry = Self::SM90_SHORT.into_iter().find(|entry| entry[0] == self.width);
+        entry.filter(|_| self.kernel == Kernel::CudaSm90).map(|entry| Self { is_short: true, ..Self::sm90(entry) })
+    }
+
     /// Shared memory: the query tiles, whose places outputs take, and the stages of key and value
     /// tiles.
-    const fn sm90([width, warpgroups, keys, query_tiles]: [u32; 4]) -> Self {
+    const fn sm90([width, warpgroups, keys, query_tiles, stages]: [u32; 5]) -> Self {
         let rows = warpgroups * SM90_WARPGROUP_ROWS;
-        let tile_rows = query_tiles * rows + STAGES * STAGE_TENSORS * keys;
+        let tile_rows = query_tiles * rows + stages * STAGE_TENSORS * keys;
         Self {
             kernel: Kernel::CudaSm90,
             width,
@@ -228,6 +237,7 @@ impl ListTile {
             threads: (warpgroups + 1) * WARPGROUP_THREADS,
             shared_bytes: tile_rows * width * ELEMENT_BYTES + SM90_EXTRA_SHARED_BYTES,
             splitting_warpgroups: Some(warpgroups),
+            is_short: false,
         }
     }
 
@@ -242,6 +252,7 @@ impl ListTile {
             threads: SM100_THREADS,
             shared_bytes: tiles * SM100_TILE_ROWS * width * ELEMENT_BYTES + SM100_EXTRA_SHARED_BYTES,
             splitting_warpgroups: None,
+            is_short: false,
         }
     }
 
@@ -264,11 +275,12 @@ impl ListTile {
 
     /// The end of the kernel's name, after the element type.
     pub fn name(self, ListForm { has_ranges, has_segments }: ListForm) -> String {
-        let Self { width, splitting_warpgroups, .. } = self;
+        let Self { width, splitting_warpgroups, is_short, .. } = self;
         let warpgroups = splitting_warpgroups.map_or_else(String::new, |warpgroups| format!("_w{warpgroups}"));
+        let short = if is_short { "_short" } else { "" };
         let ranged = if has_ranges { "_ranged" } else { "" };
         let segments = if has_segments { "_segments" } else { "" };
-        format!("d{width}{warpgroups}{ranged}{segments}")
+        format!("d{width}{warpgroups}{short}{ranged}{segments}")
     }
 
     const fn assert_fits(self) {
@@ -283,6 +295,11 @@ const _: () = {
     let mut i = 0;
     while i < ListTile::SM90.len() {
         ListTile::sm90(ListTile::SM90[i]).assert_fits();
+        i += 1;
+    }
+    let mut i = 0;
+    while i < ListTile::SM90_SHORT.len() {
+        ListTile::sm90(ListTile::SM90_SHORT[i]).assert_fits();
         i += 1;
     }
     let mut i = 0;
@@ -329,6 +346,7 @@ pub fn tilings(shared_bytes: u32) -> impl Iterator<Item = Tiling> {
 
 const SM80_TILES: &[u8] = include_bytes!("../../../../kernels/attention/sm80/tiles.h");
 const SM90_TILES: &[u8] = include_bytes!("../../../../kernels/attention/sm90/tiles.h");
+const SM90_SHORT_TILES: &[u8] = include_bytes!("../../../../kernels/attention/sm90/short_tiles.h");
 const SM100_TILES: &[u8] = include_bytes!("../../../../kernels/attention/sm100/tiles.h");
 
 /// The first entry of a table, by rising widths, that is as wide as a head dimension.
@@ -435,14 +453,32 @@ mod tests {
 
     /// As kernels/attention/sm90/block.cuh lays it out.
     #[test]
-    fn a_block_of_sm90_has_its_query_tiles_and_two_stages() {
+    fn a_block_of_sm90_has_its_query_tiles_and_its_stages() {
+        let bytes = |head_dim| ListTile::of(Kernel::CudaSm90, head_dim).map(|tile| tile.shared_bytes);
+        assert_eq!(bytes(64), Some((2 * 192 + 2 * 4 * 128) * 128 + 2048));
+        assert_eq!(bytes(96), Some((2 * 192 + 2 * 3 * 112) * 192 + 2048));
         let tile = ListTile::of(Kernel::CudaSm90, 128);
         let found = tile.map(|tile| (tile.rows, tile.keys, tile.threads, tile.panel(), tile.shared_bytes));
-        assert_eq!(found, Some((128, 160, 384, 64, (2 * 128 + 4 * 160) * 256 + 1024)));
+        assert_eq!(found, Some((128, 160, 384, 64, (2 * 128 + 2 * 2 * 160) * 256 + 2048)));
         let names = ListForm::ALL.map(|form| tile.map(|tile| tile.name(form)).unwrap_or_default());
         assert_eq!(names, ["d128_w2", "d128_w2_ranged", "d128_w2_segments", "d128_w2_ranged_segments"]);
         assert_eq!(tile.map(ListTile::part_bytes), Some(256 * 17 * 16));
         assert_eq!(tile.map(ListTile::part_count_bytes), Some(8));
+    }
+
+    #[test]
+    fn short_tiles_of_sm90_have_fewer_keys_and_a_name_of_their_own() {
+        let ranged = ListForm { has_ranges: true, ..ListForm::PLAIN };
+        for (head_dim, expected) in [(64, None), (104, Some(128)), (128, Some(128)), (192, None)] {
+            let tile = ListTile::of(Kernel::CudaSm90, head_dim);
+            assert_eq!(tile.and_then(ListTile::short).map(|short| short.keys), expected, "{head_dim}");
+        }
+        let tile = ListTile::of(Kernel::CudaSm90, 128);
+        let short = tile.and_then(ListTile::short);
+        assert_eq!(short.map(|short| short.name(ranged)).as_deref(), Some("d128_w2_short_ranged"));
+        // Query tiles are the same, so that what is counted in them stays.
+        assert_eq!(tile.map(|tile| (tile.rows, tile.threads)), short.map(|short| (short.rows, short.threads)));
+        assert_eq!(ListTile::of(Kernel::CudaSm100, 128).and_then(ListTile::short), None);
     }
 
     #[test]
