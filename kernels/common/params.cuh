@@ -29,7 +29,7 @@ constexpr int SM100_TILE_ROWS = 128;
 constexpr int SM100_THREADS = 512;
 // Threads of a warpgroup, the four warps that wgmma and tcgen05 work with.
 constexpr int WARPGROUP_THREADS = 128;
-// Stages of keys and values in shared memory, sm80 and sm90.
+// Stages of keys and values in shared memory, sm80.
 constexpr int STAGES = 2;
 // Threads of a block of `pack_rows`, `scatter_rows`, `scatter_lse`, `merge_*` and `prepare_qk_*`.
 constexpr int ROW_COPY_THREADS = 256;
