@@ -439,11 +439,11 @@ struct RangedTileListParams {
     Strides value_strides;
     int32_t unused[8];
 };
-static_assert(sizeof(RangedTileListParams) == 1088);
+static_assert(sizeof(RangedTileListParams) == 1152);
 static_assert(offsetof(RangedTileListParams, lists) == 0);
-static_assert(offsetof(RangedTileListParams, values) == 1024);
-static_assert(offsetof(RangedTileListParams, value_strides) == 1032);
-static_assert(offsetof(RangedTileListParams, unused) == 1056);
+static_assert(offsetof(RangedTileListParams, values) == 1088);
+static_assert(offsetof(RangedTileListParams, value_strides) == 1096);
+static_assert(offsetof(RangedTileListParams, unused) == 1120);
 
 // A segment of q and of the output, and one of k and of v, as the tensors in `TileListParams`.
 struct SegmentMaps {
