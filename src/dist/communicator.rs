@@ -106,7 +106,7 @@ pub trait ExchangeInPieces {
 pub struct InPieces<'a> {
     pub(super) operation: &'static str,
     pub(super) tag: [u8; 16],
-    /// What every peer gets, all of it, in parts as [`Pieces::copies`] takes them; none if this rank has no row.
+    /// What every peer gets, all of it, in parts as `Pieces::copies` takes them; none if this rank has no row.
     pub(super) own: Vec<Part<'a>>,
     /// Its bytes, without what lies between rows.
     pub(super) own_bytes: u64,

@@ -239,11 +239,19 @@ fn measure(
             .collect(),
     };
     let rows = rows_of(problem.heads, devices.len(), chunks);
+    let of_rank = |rank: usize| devices[rank].config().device;
+    let has_own_gpu = |rank: usize| {
+        devices[rank].capabilities().backend == BackendKind::Cuda
+            && (0..devices.len()).all(|other| other == rank || of_rank(other) != of_rank(rank))
+    };
     let each = thread::scope(|scope| {
         let rows = &rows;
-        let ranks = starts.into_iter().zip(devices);
+        let ranks = starts.into_iter().zip(devices).enumerate();
         let threads: Vec<_> = ranks
-            .map(|(start, device)| scope.spawn(move || run_rank(problem, device, start(device)?, rows, rounds)))
+            .map(|(rank, (start, device))| {
+                let has_own_gpu = has_own_gpu(rank);
+                scope.spawn(move || run_rank(problem, (device, has_own_gpu), start(device)?, rows, rounds))
+            })
             .collect();
         let joined = threads.into_iter().map(|thread| thread.join().map_err(|_| anyhow!("a rank panicked"))?);
         joined.collect::<Result<Vec<_>>>()
@@ -277,7 +285,7 @@ fn over_nccl(_: HostCommunicator, device: &Device) -> Result<Box<dyn Communicato
 
 fn run_rank(
     problem: &Problem,
-    device: &Device,
+    (device, has_own_gpu): (&Device, bool),
     mut communicator: Box<dyn Communicator>,
     rows: &[Row],
     rounds: usize,
@@ -285,10 +293,11 @@ fn run_rank(
     let rank = communicator.rank();
     let meta = ShardedMeta::new(&problem.mask, &problem.shards, rank)?;
     let mut local = problem.tensors(device, problem.shards.local_len(rank), 1)?;
-    // Rank 0 computes the whole, too.
-    let mut whole = match rank {
-        0 => Some((problem.tensors(device, problem.shards.seq(), 5)?, VarlenMeta::from_key_mask(&problem.mask)?)),
-        _ => None,
+    // Rank 0 computes the whole, too. So do others with a GPU of their own, and do not count: one that has waited meanwhile is slower
+    // at what comes next.
+    let mut whole = match rank == 0 || has_own_gpu {
+        true => Some((problem.tensors(device, problem.shards.seq(), 5)?, VarlenMeta::from_key_mask(&problem.mask)?)),
+        false => None,
     };
     let attention = MaskedAttention::new(device);
     let repeats = problem.repeats(device);
@@ -330,7 +339,7 @@ fn run_rank(
             device.synchronize()?;
             let done = started.elapsed();
             // The first round warms up.
-            if round > 0 {
+            if round > 0 && (request.is_some() || rank == 0) {
                 measured.calls.push(done / repeats);
                 measured.host.push(launched / repeats);
             }

@@ -144,6 +144,9 @@ struct Place {
 /// How many of them a lane keeps: the layers of a model may each have memory of their own.
 const MOST_DESCRIBED: usize = 64;
 
+/// Fewer copies are enqueued one by one: the driver takes as long for a graph of two.
+const LEAST_DESCRIBED: usize = 3;
+
 /// What one piece copies.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PieceCopy {
@@ -440,7 +443,8 @@ impl Lane {
             let counted = Counted { count: count.buffer().address(), before };
             let (first, others) = pieces.split_at(*first);
             let graphs = &mut graphs[usize::from(*is_upper)];
-            if is_known && graphs.is_none() && !*no_graphs {
+            let copies: usize = pieces.iter().flat_map(|piece| &piece.blocks).map(Vec::len).sum();
+            if is_known && graphs.is_none() && copies >= LEAST_DESCRIBED && !*no_graphs {
                 match self.describe(places, [first, others], counted) {
                     Ok(made) => *graphs = Some(made),
                     Err(why) => {
