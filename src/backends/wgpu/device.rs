@@ -105,7 +105,7 @@ impl WgpuDevice {
             max_buffer_bytes: limits.max_buffer_size,
             max_binding_bytes: config.max_binding_bytes.map_or(largest, |bytes| largest.min(bytes)),
             has_timestamps: device.features().contains(Features::TIMESTAMP_QUERY),
-            machine: (info.device_type == DeviceType::DiscreteGpu).then(|| Machine::of_adapter(tilings(coop))),
+            machine: (info.device_type == DeviceType::DiscreteGpu).then(|| Machine::of_adapter(tilings())),
         };
         let name: Arc<str> = capabilities.to_string().into();
         let faults = Faults::of(&device, &name);
