@@ -123,7 +123,7 @@ impl Bench<'_> {
     }
 
     fn kernel<T: Element>(&self, kernel: Kernel, width: usize, tiling: Option<Tiling>) -> Result<String> {
-        let multiprocessors = self.device.capabilities().multiprocessors().unwrap_or(1);
+        let multiprocessors = self.device.capabilities().modelled_multiprocessors().unwrap_or(1);
         let tile =
             tiling.map_or(Tile { rows: 128, keys: 64, blocks: 1, multiprocessors: 1, by_groups: false }, |tiling| {
                 Tile {

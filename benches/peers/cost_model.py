@@ -15,7 +15,16 @@ SPLIT, PART, ADDED_PART, PART_TIME = 2000.0, 2900.0, 1450.0, 1.125
 # packed rows leave, and of those that no group covers.
 PIECE, ZEROED_ROWS, ZERO_SPAN_ROWS = 512, 256, 64
 # What plans and files call the kernels of the table.
-NAMES = {"CudaSm80": "sm80", "CudaSm90": "sm90", "CudaSm100": "sm100"}
+NAMES = {
+    "CudaSm80": "sm80",
+    "CudaSm90": "sm90",
+    "CudaSm100": "sm100",
+    "WgslPortable": "wgsl-portable",
+    "WgslCoop": "wgsl-coop",
+}
+# Kernels of wgpu, and all that read single rows.
+WGSL = {"wgsl-portable", "wgsl-coop"}
+BY_ROWS = WGSL | {"sm80"}
 
 
 @dataclasses.dataclass
@@ -45,7 +54,8 @@ class TileCost:
 
 
 def constants(compute_capability):
-    """The constants of a chip, and those of each (kernel, width), on the H100."""
+    """The constants of a chip, and those of each (kernel, width), on the H100. (0, 0) is any GPU through
+    wgpu."""
     text = CHIPS.read_text()
     major, minor = compute_capability
     row = re.search(rf"compute_capability: \({major}, {minor}\),(.*?)source:", text, re.DOTALL).group(1)
@@ -82,6 +92,8 @@ class Work:
     # The same of the last item, and how many there are of its wave if that is not full.
     last: tuple[int, int, int, int]
     tail: int
+    # The same parts of all items.
+    total: list[int]
     blocks: int
     # Bytes of attention and of the copies around it, and launches of the latter.
     bytes: float
@@ -94,7 +106,7 @@ class Work:
     @classmethod
     def of(cls, features, path, kernel, multiprocessors):
         tiles, heads, kv_heads = features["tiles"][kernel], features["heads"], features["kv_heads"]
-        by_lists = kernel != "sm80"
+        by_lists = kernel not in BY_ROWS
         by_groups = path == "fused" and by_lists
         rows = []
         for b, (queries, keys) in enumerate(zip(features["queries"], features["keys"])):
@@ -106,29 +118,37 @@ class Work:
                 dropped = full * tiles["keys"] + in_groups - keys
             elif path == "fused":
                 full, masked = 0, full
-            # Blocks of sm80 end at once if there is no key.
+            elif path == "dense" and "key_steps" in tiles and keys > 0:
+                # Every row; steps of which every key is dropped are passed over.
+                queries, full = features["seq_q"], tiles["key_steps"][b]
+            # Blocks of kernels that read single rows end at once if there is no key.
             items = -(-queries // tiles["rows"]) * heads if by_lists or keys > 0 else 0
             if items > 0:
                 rows.append((items, full, masked, dropped))
         rows.sort(key=lambda row: -(row[1] + row[2]))
-        blocks = multiprocessors * blocks_of(kernel, tiles["width"])
-        slowest, items = [0, 0, 0, 0], 0
+        blocks = multiprocessors * (tiles.get("blocks") or blocks_of(kernel, tiles["width"]))
+        slowest, total, items = [0, 0, 0, 0], [0, 0, 0, 0], 0
         for count, *parts in rows:
+            total = [sum_ + count * part for sum_, part in zip(total, (1, *parts))]
             waves = -(-(items + count) // blocks) - -(-items // blocks)
             slowest = [sum_ + waves * part for sum_, part in zip(slowest, (1, *parts))]
             items += count
         queries, keys = sum(features["queries"]), sum(features["keys"])
         all_queries, all_keys = features["batch"] * features["seq_q"], features["batch"] * features["seq_k"]
         scatters = path == "packed" and kernel == "sm90"
-        row_bytes = 2 * features["head_dim"]
+        row_bytes = features.get("element", 2) * features["head_dim"]
         written = queries if path == "packed" and not scatters else all_queries
-        attention = row_bytes * (heads * (queries + written) + 2 * kv_heads * keys)
+        read = all_queries if path == "dense" else queries
+        attention = row_bytes * (heads * (read + written) + 2 * kv_heads * keys)
         launches = copied = 0
         if path == "packed":
             packs_queries = not (kernel == "sm80" and queries == all_queries)
             packs_keys = not (kernel == "sm80" and keys == all_keys)
             launches = packs_queries + packs_keys
-            if not features["is_cross"] and launches == 2:
+            if kernel in WGSL:
+                # Each tensor in a launch of its own.
+                launches += packs_keys
+            elif not features["is_cross"] and launches == 2:
                 launches = 1
             copied = 2 * heads * queries * packs_queries + 4 * kv_heads * keys * packs_keys
             if packs_queries and not scatters:
@@ -150,11 +170,11 @@ class Work:
         elif path == "fused":
             zero_pieces = heads * masked_rows / blocks
         last = (1, *rows[-1][1:]) if rows else (0, 0, 0, 0)
-        return cls(kernel, tiles["width"], path, slowest, last, items % blocks, blocks, attention, launches, copied * row_bytes, zero_pieces, zero_rows)
+        return cls(kernel, tiles["width"], path, slowest, last, items % blocks, total, blocks, attention, launches, copied * row_bytes, zero_pieces, zero_rows)
 
     def time(self, chip, tiles, multiprocessors):
         """Nanoseconds."""
-        cost, by_lists = tiles[self.kernel, self.width], self.kernel != "sm80"
+        cost, by_lists = tiles[self.kernel, self.width], self.kernel not in BY_ROWS
         busy = self.busy(cost, multiprocessors)
         zeros = self.zero_pieces * chip.zero_piece + self.zero_rows * chip.zero_row
         if not by_lists:
@@ -164,7 +184,7 @@ class Work:
 
     def busy(self, cost, multiprocessors):
         item = cost.item
-        if self.kernel != "sm80" and self.path == "fused":
+        if self.kernel not in BY_ROWS and self.path == "fused":
             item += cost.listed
         elif self.kernel == "sm90" and self.path == "packed":
             item += cost.scattered
@@ -172,6 +192,11 @@ class Work:
         if self.tail == 0:
             return sums[0]
         return sums[0] - sums[1] + self.last_wave(cost, item, sums[1], multiprocessors)
+
+    def work(self, tiles):
+        """The time of all items, one after another, of kernels that read single rows."""
+        cost = tiles[self.kernel, self.width]
+        return self.total[0] * cost.item + self.total[1] * cost.step + self.total[2] * cost.masked
 
     def last_wave(self, cost, item, each, multiprocessors):
         if self.kernel != "sm90":

@@ -18,7 +18,7 @@ import math
 import pathlib
 import re
 
-from cost_model import CHIPS, NAMES, Work, constants
+from cost_model import CHIPS, NAMES, WGSL, Work, constants
 
 
 # Differences of logarithms beyond this count by their absolute value.
@@ -33,7 +33,7 @@ DRIFT = 0.01
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", type=pathlib.Path, nargs="+", help="what regret.py wrote")
-    parser.add_argument("--compute-capability", default="9.0")
+    parser.add_argument("--compute-capability", default="9.0", help="0.0 is any GPU through wgpu")
     parser.add_argument("--multiprocessors", type=int, help="of the machine that measured, if the file does not tell")
     parser.add_argument("--passes", type=int, default=12, help="over all constants")
     parser.add_argument("--no-fit", action="store_true", help="judge the constants of the tables as they are")
@@ -81,6 +81,8 @@ def read(files, multiprocessors):
             features = entry["features"]
             # The plan takes the dense path where every token is valid, and nowhere else.
             paths = ["dense"] if is_all_valid(features) else ["fused", "packed"]
+            if WGSL & features["tiles"].keys() and not is_all_valid(features):
+                paths.append("dense")
             times = {name: found["median_ms"] for name, found in entry["times"].items() if name.split(" by ")[0] in paths}
             best = min(times.values())
             every = (found["median_ms"] for name, found in entry["times"].items() if name.split(" by ")[0] in ("dense", "fused", "packed"))
@@ -149,6 +151,13 @@ def is_sensible(of):
     return not hasattr(of, "alone") or of.alone <= 1
 
 
+def may_take(call, name, tiles):
+    """Whether the plan may take a choice: the dense path of metadata only if it is no more work."""
+    path, _, kernel = name.partition(" by ")
+    fused = call.samples.get(f"fused by {kernel}")
+    return path != "dense" or not fused or call.samples[name].work.work(tiles) <= fused.work.work(tiles)
+
+
 def judge(title, calls, chip, tiles, worst):
     """Prints how well the model predicts, and the regret of its choices and of those measured."""
     offs, regrets, planned = [], [], []
@@ -156,7 +165,7 @@ def judge(title, calls, chip, tiles, worst):
         guess = {name: s.work.time(chip, tiles, s.multiprocessors) / 1e6 for name, s in call.samples.items()}
         offs += [abs(math.log(guess[name] / sample.ms)) for name, sample in call.samples.items()]
         best = call.best_ms
-        choice = min(guess, key=guess.get)
+        choice = min((name for name in guess if may_take(call, name, tiles)), key=guess.get)
         regrets.append((call.samples[choice].ms / best, choice, guess, call))
         if call.chosen in call.samples:
             planned.append(call.samples[call.chosen].ms / best)

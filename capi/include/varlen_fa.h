@@ -369,6 +369,8 @@ enum varlen_fa_reason
   VARLEN_FA_REASON_FRAGMENTED = 13,
   // Key ranges were given, and no mask of tokens.
   VARLEN_FA_REASON_KEY_RANGES = 14,
+  // Metadata was given, but so few tokens are masked that computing every row takes less time.
+  VARLEN_FA_REASON_FEW_MASKED = 15,
   // One that this header does not list; the text names it.
   VARLEN_FA_REASON_UNLISTED = 255,
 };

@@ -139,7 +139,8 @@ table!(varlen_fa_reason: Reason {
     PathForced: c"path-forced",
     AlreadyPacked: c"already-packed",
     Fragmented: c"fragmented",
-    KeyRanges: c"key-ranges"
+    KeyRanges: c"key-ranges",
+    FewMasked: c"few-masked"
 });
 table!(varlen_fa_status {
     Ok: c"OK",

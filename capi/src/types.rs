@@ -216,6 +216,8 @@ pub enum varlen_fa_reason {
     Fragmented = 13,
     /// Key ranges were given, and no mask of tokens.
     KeyRanges = 14,
+    /// Metadata was given, but so few tokens are masked that computing every row takes less time.
+    FewMasked = 15,
     /// One that this header does not list; the text names it.
     Unlisted = 255,
 }

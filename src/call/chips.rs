@@ -9,7 +9,7 @@ use crate::kernel::Kernel;
 /// What differs between chips.
 #[derive(Debug, PartialEq)]
 pub(crate) struct Chip {
-    /// Major and minor. A chip that has no row takes the last one before it.
+    /// Major and minor. A chip that has no row takes the last one before it. (0, 0) is any GPU through wgpu, which does not tell.
     compute_capability: (i32, i32),
     /// Until the first block of an attention kernel works, and after its last.
     pub launch: f64,
@@ -118,7 +118,28 @@ const CHIPS: &[Chip] = &[
     },
 ];
 
+/// A GPU through wgpu, whatever it is. Copies are those of a desktop's card: faster memory than a GPU has would have it pack in
+/// vain, and costs an H200 nothing of note.
+const ADAPTER: Chip = Chip {
+    compute_capability: (0, 0),
+    launch: 15962.5,
+    lists_launch: 15962.5,
+    copy_launch: 982.6,
+    copy_rate: 1000.0,
+    memory_rate: 1881.0,
+    zero_piece: 24.2,
+    zero_row: 100.0,
+    rows_time: 1.0,
+    lists_time: 1.0,
+    source: "fitted to 35 random calls in f32 (`cargo bench --bench regret`, seed 2) on an H200's Vulkan, but for the copies",
+};
+
 impl Chip {
+    /// The row of every GPU through wgpu.
+    pub fn of_adapter() -> &'static Self {
+        &ADAPTER
+    }
+
     /// The row of a chip, if it is not older than the first.
     pub fn of(compute_capability: (i32, i32)) -> Option<&'static Self> {
         CHIPS.iter().rev().find(|chip| chip.compute_capability <= compute_capability)
@@ -163,8 +184,8 @@ const fn tile(item: f64, listed: f64, scattered: f64, step: f64, masked: f64, dr
     TileCost { item, listed, scattered, step, masked, dropped, alone }
 }
 
-/// Kernel, width of its tiles, and their costs. Those of sm80 and sm90 were fitted on the H100. Those of sm100 are from the B200's
-/// data sheet, at 60 % of its products.
+/// Kernel, width of its tiles, and their costs. Those of sm80 and sm90 were fitted on the H100, that of WGSL on an H200, as if one
+/// workgroup had a multiprocessor. Those of sm100 are from the B200's data sheet, at 60 % of its products.
 const TILE_COSTS: &[(Kernel, usize, TileCost)] = &[
     (Kernel::CudaSm80, 32, tile(2000.0, 0.0, 0.0, 2500.0, 2600.0, 0.00, 0.63)),
     (Kernel::CudaSm80, 64, tile(3110.2, 0.0, 0.0, 2550.4, 2704.0, 0.00, 0.56)),
@@ -180,6 +201,9 @@ const TILE_COSTS: &[(Kernel, usize, TileCost)] = &[
     (Kernel::CudaSm100, 64, tile(3500.0, 500.0, 0.0, 1200.0, 1450.0, 4.00, 1.00)),
     (Kernel::CudaSm100, 96, tile(3500.0, 500.0, 0.0, 1500.0, 1800.0, 4.00, 1.00)),
     (Kernel::CudaSm100, 128, tile(3500.0, 500.0, 0.0, 1850.0, 2200.0, 4.00, 1.00)),
+    (Kernel::WgslPortable, 64, tile(432.6, 0.0, 0.0, 4547.0, 4718.4, 0.00, 1.00)),
+    (Kernel::WgslPortable, 128, tile(2563.9, 0.0, 0.0, 8161.7, 8455.0, 0.00, 1.00)),
+    (Kernel::WgslPortable, 256, tile(1431.9, 0.0, 0.0, 10074.7, 10099.2, 0.00, 1.00)),
 ];
 
 #[cfg(test)]

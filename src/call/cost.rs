@@ -22,18 +22,18 @@ use crate::call::chips::{Chip, TileCost};
 use crate::call::path::Path;
 use crate::call::problem::AttentionProblem;
 use crate::error::Result;
-use crate::kernel::Kernel;
+use crate::kernel::{BackendKind, Kernel};
 use crate::mask::key_mask::Run;
 use crate::mask::key_ranges::KeyRanges;
 use crate::mask::meta::{GROUP_ROWS, VarlenMeta};
 
-/// How a CUDA kernel cuts calls into tiles.
+/// How a GPU's kernel cuts calls into tiles.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Tiling {
     /// Whose tiles they are.
     pub kernel: Kernel,
-    /// The largest head dimension that they hold, in elements.
+    /// The largest head dimension that they hold, or that the cost model takes them to be made for, in elements.
     pub width: usize,
     /// Query rows of a block.
     pub rows: usize,
@@ -54,6 +54,8 @@ pub(crate) struct Machine {
     id: DeviceId,
     chip: &'static Chip,
     multiprocessors: usize,
+    /// Whether that is only assumed, and the chip any.
+    is_assumed: bool,
     /// Of every kernel that runs there, by rising width.
     tilings: Vec<(Tiling, TileCost)>,
 }
@@ -83,6 +85,10 @@ const PIECE: f64 = 512.0;
 const ZEROED_ROWS: usize = 256;
 const ZERO_SPAN_ROWS: usize = 64;
 
+/// What a GPU through wgpu is taken to have: an H200's, as `Chip::of_adapter`. A GPU with fewer has less memory bandwidth too, so
+/// steps and copies grow alike.
+const ASSUMED_MULTIPROCESSORS: usize = 132;
+
 /// Choices of one kind of call that are kept with the metadata.
 const CAPACITY: usize = 16;
 
@@ -100,15 +106,29 @@ impl Machine {
         multiprocessors: usize,
         tilings: impl IntoIterator<Item = Tiling>,
     ) -> Option<Self> {
-        let chip = Chip::of(compute_capability)?;
+        Some(Self::of_chip(Chip::of(compute_capability)?, multiprocessors.max(1), tilings))
+    }
+
+    /// A GPU that tells neither what it is nor how many multiprocessors it has: through wgpu.
+    pub fn of_adapter(tilings: impl IntoIterator<Item = Tiling>) -> Self {
+        Self { is_assumed: true, ..Self::of_chip(Chip::of_adapter(), ASSUMED_MULTIPROCESSORS, tilings) }
+    }
+
+    fn of_chip(chip: &'static Chip, multiprocessors: usize, tilings: impl IntoIterator<Item = Tiling>) -> Self {
         let cost = |tiling: Tiling| Some((tiling, chip.tile_cost(tiling.kernel, tiling.width)?));
         let mut tilings: Vec<_> = tilings.into_iter().filter_map(cost).collect();
         tilings.sort_by_key(|(tiling, _)| tiling.width);
-        Some(Self { id: DeviceId::unique(), chip, multiprocessors: multiprocessors.max(1), tilings })
+        Self { id: DeviceId::unique(), chip, multiprocessors, is_assumed: false, tilings }
     }
 
+    /// What the model reckons with.
     pub fn multiprocessors(&self) -> usize {
         self.multiprocessors
+    }
+
+    /// Whether the model only assumes what GPU it is.
+    pub fn is_assumed(&self) -> bool {
+        self.is_assumed
     }
 
     /// The narrowest tiles of a kernel that hold a head dimension.
@@ -135,9 +155,11 @@ impl Machine {
         if let Some((_, choices)) = known.iter().find(|(of, _)| *of == call) {
             return Ok(Arc::clone(choices));
         }
-        let paths = [Path::Fused, Path::Packed];
+        // On other GPUs the dense path is the best of few masks, and by little.
+        let with_dense = [Path::Fused, Path::Packed, Path::Dense];
+        let paths = if self.is_assumed { &with_dense[..] } else { &with_dense[..2] };
         let listed = ranges.map(|ranges| ranges.of_packed_rows(query, key, false)).transpose()?;
-        let choices: Arc<[Choice]> = self.estimates(problem, Some((query, key)), listed.as_deref(), &paths).into();
+        let choices: Arc<[Choice]> = self.estimates(problem, Some((query, key)), listed.as_deref(), paths).into();
         if known.len() >= CAPACITY {
             known.remove(0);
         }
@@ -164,9 +186,14 @@ impl Machine {
                 tiling.kernel == kernel && tiling.width >= shape.head_dim && tiling.max_heads >= shape.num_heads
             };
             let Some((tiling, cost)) = self.tilings.iter().find(|(tiling, _)| fits(tiling)) else { continue };
+            let call = |path| Call { machine: self, tiling, cost, problem, metas, ranges, path };
             for &path in paths {
-                let call = Call { machine: self, tiling, cost, problem, metas, ranges, path };
-                choices.push(Choice { path, kernel, time: call.time() });
+                // Work that this many multiprocessors have room for beside the rest takes time on fewer.
+                let is_padding = path == Path::Dense && metas.is_some();
+                if is_padding && call(Path::Dense).work() > call(Path::Fused).work() {
+                    continue;
+                }
+                choices.push(Choice { path, kernel, time: call(path).time() });
             }
         }
         // Times are finite: sums and quotients of positive constants.
@@ -215,6 +242,11 @@ impl Call<'_> {
         attention + launches as f64 * chip.copy_launch + bytes / chip.copy_rate
     }
 
+    /// The time of all items, one after another.
+    fn work(&self) -> f64 {
+        self.items().iter().map(|items| items.count as f64 * items.time).sum()
+    }
+
     fn by_lists(&self) -> bool {
         self.tiling.kernel.works_by_tile_lists()
     }
@@ -239,13 +271,17 @@ impl Call<'_> {
         let mut all = Vec::with_capacity(query.batch());
         for row in 0..query.batch() {
             let (queries, keys) = (query.cu_seqlens().rows(row).len(), key.cu_seqlens().rows(row).len());
-            let items = if is_fused && by_lists {
+            let items = if self.path == Path::Dense && keys > 0 {
+                // Every row; steps of which every key is dropped are passed over.
+                let steps = key_steps(key.runs(row), self.tiling.keys);
+                self.batch_row(shape.seq_q, (steps, steps as f64 * self.cost.step))
+            } else if is_fused && by_lists {
                 let rows = groups(query.runs(row)) * GROUP_ROWS;
                 self.batch_row(rows, self.keys_in_groups(key.runs(row), keys))
             } else if by_lists || keys > 0 {
                 self.batch_row(queries, self.whole_keys(keys))
             } else {
-                // Blocks of sm80 end at once if there is no key.
+                // Blocks of kernels that read single rows end at once if there is no key.
                 Items { count: 0, steps: 0, time: 0.0 }
             };
             match self.ranges {
@@ -397,8 +433,9 @@ impl Call<'_> {
         let shape = self.problem.shape;
         let [[queries, all_queries], [keys, _]] = self.rows();
         let is_padded = self.path != Path::Packed || self.scatters();
+        let read = if self.path == Path::Dense { all_queries } else { queries };
         let written = if is_padded { all_queries } else { queries };
-        self.row_bytes() * (shape.num_heads as f64 * (queries + written) + 2.0 * shape.num_kv_heads as f64 * keys)
+        self.row_bytes() * (shape.num_heads as f64 * (read + written) + 2.0 * shape.num_kv_heads as f64 * keys)
     }
 
     /// Launches of the copies around attention on packed rows, and bytes that they read and write.
@@ -411,7 +448,10 @@ impl Call<'_> {
         let is_self_attention = self.metas.is_some_and(|(query, key)| query.id() == key.id());
         let (heads, kv_heads) = (shape.num_heads as f64, shape.num_kv_heads as f64);
         let (mut launches, mut rows) = (usize::from(packs_queries) + usize::from(packs_keys), 0.0);
-        if is_self_attention && launches == 2 {
+        if self.tiling.kernel.backend() == BackendKind::Wgpu {
+            // Each tensor in a launch of its own, and the log-sum-exp.
+            launches += usize::from(packs_keys) + usize::from(self.problem.lse);
+        } else if is_self_attention && launches == 2 {
             // All three tensors in one launch.
             launches = 1;
         }
@@ -427,6 +467,17 @@ impl Call<'_> {
         }
         (launches, rows * self.row_bytes())
     }
+}
+
+/// Steps of `keys` neighbours of a batch row that have a valid key.
+fn key_steps(runs: &[Run], keys: usize) -> usize {
+    let (mut steps, mut next) = (0, 0);
+    for run in runs {
+        let (first, end) = ((run.start as usize / keys).max(next), run.end().div_ceil(keys));
+        steps += end.saturating_sub(first);
+        next = next.max(end);
+    }
+    steps
 }
 
 /// Groups that cover the runs of a batch row, from the left.
@@ -615,6 +666,46 @@ mod tests {
             }
         }
         Ok(())
+    }
+
+    #[test]
+    fn of_a_gpu_that_is_not_known_every_row_is_computed_where_few_are_masked() -> Result<()> {
+        let kernel = Kernel::WgslPortable;
+        let machine = Machine::of_adapter([Tiling {
+            kernel,
+            width: 128,
+            rows: 64,
+            keys: 64,
+            blocks: 1,
+            splits: false,
+            max_heads: usize::MAX,
+        }]);
+        let of = |seq, rows: &[Vec<Range<usize>>]| -> Result<[f64; 3]> {
+            let times = [Path::Dense, Path::Fused, Path::Packed].map(|path| time(&machine, seq, rows, (path, kernel)));
+            let [dense, fused, packed] = times;
+            Ok([dense?, fused?, packed?])
+        };
+        // One token in a hundred: lists cost more than they save.
+        let [dense, fused, _] = of(4000, &vec![(0..40).map(|at| at * 100..at * 100 + 99).collect(); 2])?;
+        assert!(dense < fused, "{kernel}: dense {dense} ns, fused {fused} ns");
+        // Half of the tokens: more work, so no choice even where there is room for it.
+        for batch in [1, 8] {
+            let [dense, fused, _] = of(512, &vec![vec![0..256]; batch])?;
+            assert!(dense.is_nan() && fused > 0.0, "{kernel}: dense {dense} ns");
+        }
+        // Few keys: nothing is worth a copy.
+        let [_, fused, packed] = of(128, &vec![vec![0..64]; 8])?;
+        assert!(fused < packed, "{kernel}: fused {fused} ns, packed {packed} ns");
+        Ok(())
+    }
+
+    #[test]
+    fn steps_with_a_valid_key_count_once() {
+        let run = |start: u32, len: u32| Run { start, len };
+        assert_eq!(key_steps(&[], 32), 0);
+        assert_eq!(key_steps(&[run(0, 1), run(2, 29)], 32), 1);
+        assert_eq!(key_steps(&[run(31, 1), run(33, 1), run(96, 65)], 32), 5);
+        assert_eq!(key_steps(&[run(0, 320)], 32), 10);
     }
 
     #[test]

@@ -94,6 +94,9 @@ pub enum Reason {
     Fused,
     /// A mask was given, but packing takes less time than the fused path: runs are short, say.
     Fragmented,
+    /// Metadata was given, but so few tokens are masked that computing every row takes less time than reading the valid ones by
+    /// lists.
+    FewMasked,
     /// `VARLEN_FA=0`, or [`Config::force_dense`].
     DenseForced,
     /// The caller forced the path.
@@ -114,6 +117,7 @@ impl fmt::Display for Reason {
             Self::NothingValid => "no query or no key is valid, so the output is zeros",
             Self::Fused => "metadata was given and the kernel reads padded tensors directly",
             Self::Fragmented => "packing the rows that count takes less time than reading them in place",
+            Self::FewMasked => "computing the few masked rows too takes less time than reading the others by lists",
             Self::DenseForced => "dense attention is forced (VARLEN_FA=0)",
             Self::PathForced => "the caller forced this path",
             Self::AlreadyPacked => "the rows are packed already",
@@ -219,6 +223,13 @@ impl Capabilities {
     /// The multiprocessors of a CUDA device; `None` for other devices.
     #[must_use]
     pub fn multiprocessors(&self) -> Option<usize> {
+        self.machine.as_ref().filter(|machine| !machine.is_assumed()).map(Machine::multiprocessors)
+    }
+
+    /// The multiprocessors that the cost model reckons with, where the device has one: those of a CUDA device, or as many as a GPU
+    /// through wgpu, which does not tell, is taken to have. For benches.
+    #[must_use]
+    pub fn modelled_multiprocessors(&self) -> Option<usize> {
         self.machine.as_ref().map(Machine::multiprocessors)
     }
 
@@ -298,7 +309,9 @@ pub(crate) fn plan_padded(
     let may_take = |choice: &Choice| {
         // The model knows how many tiles ranges leave, but not the speed of each kernel's form with ranges.
         // Nor does it know copies of segments.
-        let is_free = forced == Forced::default() && mask.ranges.is_none() && problem.cuts == Cuts::None;
+        // Nor, of a GPU that it does not know, how much faster one kernel is than another.
+        let is_known = capabilities.machine.as_ref().is_some_and(|machine| !machine.is_assumed());
+        let is_free = is_known && forced == Forced::default() && mask.ranges.is_none() && problem.cuts == Cuts::None;
         let is_kernel =
             choice.kernel == preferred || is_free && is_suited(choice.kernel, preferred, capabilities, needs);
         is_kernel && forced.path.is_none_or(|path| choice.path == path)
@@ -307,6 +320,7 @@ pub(crate) fn plan_padded(
     let reason = match (forced.path, best.path) {
         (None, Path::Fused) if !matches!(mask.tokens, TokenInfo::Key(_)) => Reason::Fused,
         (None, Path::Packed) => Reason::Fragmented,
+        (None, Path::Dense) if path != Path::Dense && !matches!(mask.tokens, TokenInfo::Key(_)) => Reason::FewMasked,
         _ => reason,
     };
     let duration = |choice: Choice| Duration::from_nanos(choice.time as u64);
@@ -318,7 +332,7 @@ pub(crate) fn plan_padded(
 }
 
 /// The choices of a call on a path that the cost model knows: fused and packed by every kernel under a key mask or metadata of the
-/// host, dense by every kernel where no key is dropped and there are no ranges.
+/// host, on a GPU that it does not know dense too; dense by every kernel where no key is dropped and there are no ranges.
 fn choices(
     problem: &AttentionProblem,
     mask: &MaskInfo<'_>,
@@ -328,6 +342,10 @@ fn choices(
     let Some(machine) = &capabilities.machine else { return Ok(None) };
     // The model knows neither what a bias costs nor what else is done to scores.
     if mask.bias.is_some() || mask.modifiers.is_some() {
+        return Ok(None);
+    }
+    // Nor, of a GPU that it does not know, what ranges and segments do to each path.
+    if machine.is_assumed() && (mask.ranges.is_some() || problem.cuts != Cuts::None) {
         return Ok(None);
     }
     let keeps_all = match mask.tokens {
@@ -574,6 +592,45 @@ mod tests {
             let only = Capabilities { kernels: vec![Kernel::CudaSm80], ..device.clone() };
             assert_eq!(plan_on(&only, &mask, free)?.kernel, Kernel::CudaSm80);
         }
+        Ok(())
+    }
+
+    /// A GPU through wgpu, of which nothing is known.
+    fn adapter() -> Machine {
+        Machine::of_adapter([Tiling {
+            kernel: Kernel::WgslPortable,
+            width: 128,
+            rows: 64,
+            keys: 64,
+            blocks: 1,
+            splits: false,
+            max_heads: usize::MAX,
+        }])
+    }
+
+    #[test]
+    fn of_a_gpu_that_is_not_known_the_model_chooses_the_path_alone() -> Result<()> {
+        let device = Capabilities { machine: Some(adapter()), ..device(&[Kernel::WgslCoop, Kernel::WgslPortable]) };
+        assert_eq!((device.multiprocessors(), device.modelled_multiprocessors().is_some()), (None, true));
+        let (meta, ranges) = (meta(true)?, KeyRanges::causal([BATCH, SEQ, SEQ])?);
+        let mask = masked(TokenInfo::Varlen { query: &meta, key: &meta });
+        for kernel in [None, Some(Kernel::WgslPortable)] {
+            let forced = Forced { path: None, kernel };
+            let kernel = kernel.unwrap_or(Kernel::WgslCoop);
+            let plan = plan_on(&device, &mask, forced)?;
+            assert_eq!(plan.kernel, kernel);
+            // Of the other kernel it knows nothing.
+            assert_eq!(plan.estimate.is_some(), kernel == Kernel::WgslPortable, "{plan}");
+            assert!(plan.estimate.is_some() || plan.path == Path::Fused, "{plan}");
+            // Ranges and segments it does not know.
+            let plan = plan_on(&device, &MaskInfo { ranges: Some(&ranges), ..mask.clone() }, forced)?;
+            assert_eq!((plan.path, plan.kernel, plan.estimate), (Path::Fused, kernel, None));
+            let cut = AttentionProblem { cuts: Cuts::Few, ..problem() };
+            let plan = plan_padded(&cut, &mask, &device, &Config::default(), forced)?;
+            assert_eq!((plan.path, plan.kernel, plan.estimate), (Path::Fused, kernel, None));
+        }
+        let all = plan_on(&device, &masked(TokenInfo::All), Forced::default())?;
+        assert_eq!((all.path, all.kernel), (Path::Dense, Kernel::WgslCoop));
         Ok(())
     }
 

@@ -6,6 +6,7 @@
 //!
 //! `benches/peers/regret.py` times CUDA by graphs, beside pack → FlashAttention-3 → scatter.
 
+use std::collections::BTreeMap;
 use std::io::Write;
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
@@ -15,8 +16,8 @@ use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
 use serde::Serialize;
 use varlen_fa::{
-    AttentionMask, BackendKind, Device, DeviceChoice, Element, Error, KeyMask, MaskedAttention, Path, Tensor,
-    VarlenMeta, bf16, f16,
+    AttentionMask, BackendKind, Device, DeviceChoice, Element, Error, Kernel, KeyMask, MaskedAttention, Path, Tensor,
+    Tiling, VarlenMeta, bf16, f16,
 };
 use varlen_fa_testkit::random::Draws;
 
@@ -81,6 +82,9 @@ fn run_in<T: Element + Into<f32>>(arguments: &Arguments, sizes: Sizes, device: &
     let size = if device.capabilities().is_software { &SMALL } else { &LARGE };
     let mut report = Report::new(arguments.json.as_deref())?;
     writeln!(report.text, "{}, {}, seed {}, {rounds} rounds", device.capabilities(), T::DTYPE, arguments.seed)?;
+    let capabilities = device.capabilities();
+    let (multiprocessors, dtype) = (capabilities.modelled_multiprocessors(), T::DTYPE.to_string());
+    report.json(&Header { facts: Facts { device: device.name().to_owned(), multiprocessors, dtype } })?;
     let mut records = Vec::new();
     for number in 0..count {
         if start.elapsed() > limit {
@@ -90,7 +94,7 @@ fn run_in<T: Element + Into<f32>>(arguments: &Arguments, sizes: Sizes, device: &
         let call = RandomCall::new(&mut Draws::new(arguments.seed, number), number, size);
         let record = call.time::<T>(device, rounds).with_context(|| call.title())?;
         if let Some(record) = record {
-            writeln!(report.text, "{:.3}  {:<26} {}", record.regret, record.chosen, record.call)?;
+            writeln!(report.text, "{:.3}  {:<26} {}", record.regret, record.chosen, record.title)?;
             report.json(&record)?;
             records.push(record);
         }
@@ -179,7 +183,18 @@ impl Side {
     }
 
     fn valid(&self) -> usize {
-        self.keep.iter().filter(|&&keep| keep).count()
+        self.lengths().into_iter().sum()
+    }
+
+    /// Steps of `step` tokens of which some are valid, of each batch row.
+    fn steps(&self, step: usize) -> Vec<usize> {
+        let steps_of = |row: &[bool]| row.chunks(step).filter(|tokens| tokens.contains(&true)).count();
+        self.keep.chunks(self.seq).map(steps_of).collect()
+    }
+
+    /// Valid tokens of each batch row.
+    fn lengths(&self) -> Vec<usize> {
+        self.keep.chunks(self.seq).map(|row| row.iter().filter(|&&keep| keep).count()).collect()
     }
 }
 
@@ -197,15 +212,67 @@ struct RandomCall {
     key: Option<Side>,
 }
 
-/// What one call gave.
+/// What one call gave. `benches/peers/fit_cost.py` reads it.
 #[derive(Debug, Serialize)]
 struct Record {
-    call: String,
+    number: u64,
+    title: String,
     plan: String,
     chosen: String,
     best: String,
     regret: f64,
-    times_ms: Vec<(String, f64)>,
+    features: Features,
+    times: BTreeMap<String, Measured>,
+}
+
+/// Of one choice.
+#[derive(Debug, Serialize)]
+struct Measured {
+    median_ms: f64,
+}
+
+/// What the cost model needs of a call.
+#[derive(Debug, Serialize)]
+struct Features {
+    batch: usize,
+    seq_q: usize,
+    seq_k: usize,
+    heads: usize,
+    kv_heads: usize,
+    head_dim: usize,
+    /// Bytes of an element.
+    element: usize,
+    is_cross: bool,
+    /// Valid tokens of each batch row.
+    queries: Vec<usize>,
+    keys: Vec<usize>,
+    /// Of the kernels that the model knows.
+    tiles: BTreeMap<&'static str, TileFeatures>,
+}
+
+/// How a kernel cuts the call.
+#[derive(Debug, Serialize)]
+struct TileFeatures {
+    width: usize,
+    rows: usize,
+    keys: usize,
+    blocks: usize,
+    /// Steps of as many keys, in which some key is valid, of each batch row.
+    key_steps: Vec<usize>,
+}
+
+/// The machine, in the first line.
+#[derive(Debug, Serialize)]
+struct Facts {
+    device: String,
+    multiprocessors: Option<usize>,
+    dtype: String,
+}
+
+/// A line that is not a call's.
+#[derive(Debug, Serialize)]
+struct Header {
+    facts: Facts,
 }
 
 impl RandomCall {
@@ -308,7 +375,34 @@ impl RandomCall {
             bail!("the plan chose {chosen}, which cannot be forced");
         };
         let (regret, best) = (time / least, best.clone());
-        Ok(Some(Record { call: self.title(), plan: plan.to_string(), chosen, best, regret, times_ms }))
+        let times = times_ms.into_iter().map(|(name, median_ms)| (name, Measured { median_ms })).collect();
+        let features = self.features(device, T::DTYPE.size());
+        let (number, title, plan) = (self.number, self.title(), plan.with_estimate().to_string());
+        Ok(Some(Record { number, title, plan, chosen, best, regret, features, times }))
+    }
+
+    fn features(&self, device: &Device, element: usize) -> Features {
+        let &Self { batch, heads, kv_heads, head_dim, ref query, ref key, .. } = self;
+        let keys = key.as_ref().unwrap_or(query);
+        let tile = |&kernel: &Kernel| {
+            let tiling = device.capabilities().tiling(kernel, head_dim)?;
+            let Tiling { width, rows, keys: step, blocks, .. } = tiling;
+            let key_steps = keys.steps(step);
+            Some((kernel.name(), TileFeatures { width, rows, keys: step, blocks, key_steps }))
+        };
+        Features {
+            batch,
+            seq_q: query.seq,
+            seq_k: keys.seq,
+            heads,
+            kv_heads,
+            head_dim,
+            element,
+            is_cross: key.is_some(),
+            queries: query.lengths(),
+            keys: keys.lengths(),
+            tiles: device.capabilities().kernels.iter().filter_map(tile).collect(),
+        }
     }
 }
 
@@ -348,11 +442,11 @@ fn summarize(report: &mut Report, mut records: Vec<Record>) -> Result<()> {
         writeln!(report.text, "  {name:<24} is the best of {:3}, chosen in {chosen:3} of those", of_it().count())?;
     }
     writeln!(report.text, "the ten worst:")?;
-    for Record { call, plan, best, regret, times_ms, .. } in records.iter().rev().take(10) {
-        let mut times = times_ms.clone();
+    for Record { title, plan, best, regret, times, .. } in records.iter().rev().take(10) {
+        let mut times: Vec<_> = times.iter().map(|(name, measured)| (name, measured.median_ms)).collect();
         times.sort_by(|a, b| a.1.total_cmp(&b.1));
-        let times: Vec<_> = times.iter().map(|(name, ms)| format!("{name} {ms:.4}")).collect();
-        writeln!(report.text, "  {regret:.3}  {call}\n         {plan}; best: {best}; ms: {}", times.join(", "))?;
+        let times: Vec<_> = times.into_iter().map(|(name, ms)| format!("{name} {ms:.4}")).collect();
+        writeln!(report.text, "  {regret:.3}  {title}\n         {plan}; best: {best}; ms: {}", times.join(", "))?;
     }
     Ok(())
 }

@@ -8,6 +8,7 @@ use wgpu::{BufferUsages, DeviceType, Features};
 
 use crate::backends::rows::HEAD_DIM_STEP;
 use crate::cache::DeviceId;
+use crate::call::cost::Machine;
 use crate::call::memory::{Sink, Source, Storage};
 use crate::call::op::{Attention, Backend, Instant, Later, MetadataPlace, Op, Steps, Timing};
 use crate::call::plan::Capabilities;
@@ -29,6 +30,7 @@ use super::pace::Pace;
 use super::recorder::Recorder;
 use super::scratch::Taker;
 use super::shader::Algorithm;
+use super::tilings::tilings;
 use super::timer::Timer;
 use super::transfer::COPY_ALIGNMENT;
 use super::trust::{Defendant, VERDICTS};
@@ -103,7 +105,7 @@ impl WgpuDevice {
             max_buffer_bytes: limits.max_buffer_size,
             max_binding_bytes: config.max_binding_bytes.map_or(largest, |bytes| largest.min(bytes)),
             has_timestamps: device.features().contains(Features::TIMESTAMP_QUERY),
-            machine: None,
+            machine: (info.device_type == DeviceType::DiscreteGpu).then(|| Machine::of_adapter(tilings())),
         };
         let name: Arc<str> = capabilities.to_string().into();
         let faults = Faults::of(&device, &name);

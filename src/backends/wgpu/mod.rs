@@ -28,6 +28,7 @@ mod scratch;
 mod segments;
 mod shader;
 mod sides;
+mod tilings;
 mod timer;
 mod transfer;
 mod trust;

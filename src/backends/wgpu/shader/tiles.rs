@@ -21,6 +21,14 @@ impl Algorithm {
         }
     }
 
+    /// Keys of a step.
+    pub fn step_keys(self) -> usize {
+        match self {
+            Self::Portable => PortableTile::KEYS as usize,
+            Self::Coop(tile) => tile.keys as usize,
+        }
+    }
+
     /// Constants of the kernel's shader.
     pub(super) fn constants(self, head_dim: usize) -> Vec<(&'static str, String)> {
         match self {
