@@ -39,6 +39,8 @@ class Chip:
     memory_rate: float
     zero_piece: float
     zero_row: float
+    zero_beside: float
+    zero_alone: float
 
 
 @dataclasses.dataclass
@@ -106,6 +108,9 @@ class Work:
     # What the warp with the most zeros writes: pieces, and rows that it must find.
     zero_pieces: float
     zero_rows: float
+    # With kernels that read single rows: rows that blocks write before they compute, and alone.
+    zero_beside: float
+    zero_alone: float
 
     @classmethod
     def of(cls, features, path, kernel, multiprocessors):
@@ -175,7 +180,7 @@ class Work:
                 launches += 1
                 copied += heads * (queries + all_queries)
         masked_rows = all_queries - queries
-        zero_pieces = zero_rows = 0.0
+        zero_pieces = zero_rows = zero_beside = zero_alone = 0.0
         if scatters:
             # A warp of each block takes 32 rows at a time, which are masked in runs.
             warps = min(multiprocessors, max(1, items, -(-all_queries // ZEROED_ROWS)))
@@ -188,17 +193,26 @@ class Work:
             warps = min(multiprocessors, max(1, items, -(-masked_rows * heads // ZERO_SPAN_ROWS)))
             zero_pieces = row_bytes * heads * masked_rows / (warps * PIECE)
         elif path == "fused":
-            zero_pieces = heads * masked_rows / blocks
+            beside = 0
+            for queries_, keys_, runs in zip(features["queries"], features["keys"], features["runs"]):
+                end = min(-(-queries_ // tiles["rows"]) * tiles["rows"], features["seq_q"]) if keys_ > 0 else 0
+                beside += end - sum(max(min(run_end, end) - start, 0) for start, run_end in runs)
+            row_tiles = -(-features["seq_q"] // tiles["rows"])
+            every = row_tiles * heads * features["batch"]
+            of_warps = row_tiles * tiles["rows"] / (-(-features["seq_q"] // 32) * 32)
+            each = heads * of_warps * max(every / blocks, 1.0) / max(every, 1)
+            zero_beside, zero_alone = beside * each, (masked_rows - beside) * each
         last = (1, *rows[-1][1:]) if rows else (0,) * 5
         every = -(-features["seq_q"] // tiles["rows"]) * heads * features["batch"]
         places = every if path == "fused" and items < every <= blocks and items * MIXED_BLOCKS >= every else items
-        return cls(kernel, tiles["width"], path, slowest, all_, last, items % blocks, blocks, places, attention, launches, copied * row_bytes, zero_pieces, zero_rows)
+        return cls(kernel, tiles["width"], path, slowest, all_, last, items % blocks, blocks, places, attention, launches, copied * row_bytes, zero_pieces, zero_rows, zero_beside, zero_alone)
 
     def time(self, chip, tiles, multiprocessors):
         """Nanoseconds."""
         cost, by_lists = tiles[self.kernel, self.width], self.kernel not in BY_ROWS
         busy = self.busy(cost, multiprocessors)
         zeros = self.zero_pieces * chip.zero_piece + self.zero_rows * chip.zero_row
+        zeros += self.zero_beside * chip.zero_beside + self.zero_alone * chip.zero_alone
         if not by_lists:
             busy, zeros = busy + zeros, 0.0
         attention = (chip.lists_launch if by_lists else chip.launch) + math.hypot(busy, self.bytes / chip.memory_rate, zeros)

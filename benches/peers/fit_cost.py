@@ -78,7 +78,7 @@ def read(files, multiprocessors):
             if "facts" in entry:
                 on = on or entry["facts"].get("multiprocessors")
                 continue
-            features = entry["features"]
+            features = {**entry["features"], "runs": entry["query_runs"]}
             # The plan takes the dense path where every token is valid, and nowhere else.
             paths = ["dense"] if is_all_valid(features) else ["fused", "packed"]
             if WGSL & features["tiles"].keys() and not is_all_valid(features):
@@ -215,7 +215,7 @@ def write_cases(file, files, multiprocessors, chip, tiles):
         entry = json.loads(line)
         if "facts" in entry or sum(map(len, entry["query_runs"] + entry["key_runs"])) > MOST_RUNS:
             continue
-        features = entry["features"]
+        features = {**entry["features"], "runs": entry["query_runs"]}
         paths = ["dense"] if is_all_valid(features) else ["fused", "packed"]
         times = {}
         for path in paths:

@@ -25,6 +25,10 @@ pub(crate) struct Chip {
     pub zero_piece: f64,
     /// A warp's search for a row that it writes as zeros, where no list has them.
     pub zero_row: f64,
+    /// A row of one head that a block of a kernel that reads single rows writes as zeros before it computes, and one of a block that
+    /// does nothing else.
+    pub zero_beside: f64,
+    pub zero_alone: f64,
     /// Times of blocks over those of the table below: of the sm80 kernel, and of kernels that work by tile lists.
     rows_time: f64,
     lists_time: f64,
@@ -47,6 +51,8 @@ const CHIPS: &[Chip] = &[
         memory_rate: 1.6e3,
         zero_piece: 18.0,
         zero_row: 100.0,
+        zero_beside: 12.0,
+        zero_alone: 25.0,
         rows_time: 1.33,
         lists_time: 1.0,
         source: "data sheet of the A100 80GB: 312 TFLOP/s, 108 multiprocessors, 2.0 TB/s",
@@ -60,6 +66,8 @@ const CHIPS: &[Chip] = &[
         memory_rate: 0.75e3,
         zero_piece: 18.0,
         zero_row: 100.0,
+        zero_beside: 12.0,
+        zero_alone: 25.0,
         rows_time: 3.8,
         lists_time: 1.0,
         source: "data sheet of the RTX 3090: 71 TFLOP/s, 82 multiprocessors, 0.94 TB/s",
@@ -73,22 +81,26 @@ const CHIPS: &[Chip] = &[
         memory_rate: 0.8e3,
         zero_piece: 18.0,
         zero_row: 100.0,
+        zero_beside: 12.0,
+        zero_alone: 25.0,
         rows_time: 2.6,
         lists_time: 1.0,
         source: "data sheet of the RTX 4090: 165 TFLOP/s, 128 multiprocessors, 1.0 TB/s",
     },
     Chip {
         compute_capability: (9, 0),
-        launch: 2386.3,
-        lists_launch: 5187.5,
-        copy_launch: 1189.0,
+        launch: 2285.2,
+        lists_launch: 4587.9,
+        copy_launch: 1241.2,
         copy_rate: 4385.3,
-        memory_rate: 3917.5,
-        zero_piece: 22.3,
-        zero_row: 98.8,
+        memory_rate: 4101.2,
+        zero_piece: 16.8,
+        zero_row: 65.1,
+        zero_beside: 17.6,
+        zero_alone: 26.3,
         rows_time: 1.0,
         lists_time: 1.0,
-        source: "fitted to 1200 random calls (`regret.py`, seeds 4 to 9) on an H200",
+        source: "fitted to 1200 random calls (`regret.py`, seeds 4, 6 and 16 to 19) on an H200",
     },
     Chip {
         compute_capability: (10, 0),
@@ -99,6 +111,8 @@ const CHIPS: &[Chip] = &[
         memory_rate: 6.4e3,
         zero_piece: 18.0,
         zero_row: 100.0,
+        zero_beside: 12.0,
+        zero_alone: 25.0,
         rows_time: 1.0,
         lists_time: 1.0,
         source: "data sheet of the B200: 2250 TFLOP/s, 148 multiprocessors, 8.0 TB/s; mma.sync as on the H100",
@@ -112,6 +126,8 @@ const CHIPS: &[Chip] = &[
         memory_rate: 1.4e3,
         zero_piece: 18.0,
         zero_row: 100.0,
+        zero_beside: 12.0,
+        zero_alone: 25.0,
         rows_time: 2.7,
         lists_time: 1.0,
         source: "data sheet of the RTX 5090: 210 TFLOP/s, 170 multiprocessors, 1.8 TB/s",
@@ -129,6 +145,8 @@ const ADAPTER: Chip = Chip {
     memory_rate: 1881.0,
     zero_piece: 24.2,
     zero_row: 100.0,
+    zero_beside: 24.2,
+    zero_alone: 24.2,
     rows_time: 1.0,
     lists_time: 1.0,
     source: "fitted to 35 random calls in f32 (`cargo bench --bench regret`, seed 2) on an H200's Vulkan, but for the copies",
@@ -192,16 +210,16 @@ const fn tile([item, listed, scattered, step, masked, dropped, spared, alone]: [
 /// workgroup had a multiprocessor. Those of sm100 are from the B200's data sheet, at 60 % of its products.
 const TILE_COSTS: &[(Kernel, usize, TileCost)] = &[
     (Kernel::CudaSm80, 32, tile([2000.0, 0.0, 0.0, 2500.0, 2600.0, 0.00, 15.0, 0.63])),
-    (Kernel::CudaSm80, 64, tile([3502.7, 0.0, 0.0, 2550.4, 2704.0, 0.00, 5.5, 0.58])),
-    (Kernel::CudaSm80, 96, tile([4284.6, 0.0, 0.0, 2346.5, 2381.0, 0.00, 11.2, 0.70])),
-    (Kernel::CudaSm80, 128, tile([4488.0, 0.0, 0.0, 3021.9, 2909.5, 0.00, 11.4, 0.67])),
-    (Kernel::CudaSm80, 192, tile([3603.6, 0.0, 0.0, 1594.1, 1644.7, 0.00, 15.5, 1.00])),
-    (Kernel::CudaSm80, 256, tile([4001.3, 0.0, 0.0, 1991.9, 1959.3, 0.00, 17.8, 0.68])),
-    (Kernel::CudaSm90, 64, tile([1476.3, 183.8, 680.5, 1436.6, 1887.8, 0.91, 9.9, 1.00])),
-    (Kernel::CudaSm90, 96, tile([2459.2, 45.2, 1050.8, 1668.6, 2409.9, 3.59, 14.0, 1.00])),
-    (Kernel::CudaSm90, 128, tile([1269.4, 495.3, 1359.8, 1851.9, 2204.5, 2.87, 9.0, 1.00])),
-    (Kernel::CudaSm90, 192, tile([2697.2, 117.9, 1484.6, 1748.1, 2258.1, 3.17, 11.5, 1.00])),
-    (Kernel::CudaSm90, 256, tile([3570.7, 116.0, 2640.2, 1708.2, 2201.6, 7.35, 34.2, 1.00])),
+    (Kernel::CudaSm80, 64, tile([3443.5, 0.0, 0.0, 2550.4, 2750.5, 0.00, 3.3, 0.56])),
+    (Kernel::CudaSm80, 96, tile([4123.7, 0.0, 0.0, 2346.5, 2381.0, 0.00, 3.8, 0.69])),
+    (Kernel::CudaSm80, 128, tile([4412.2, 0.0, 0.0, 2942.9, 2909.5, 0.00, 7.1, 0.68])),
+    (Kernel::CudaSm80, 192, tile([3603.6, 0.0, 0.0, 1594.1, 1644.7, 0.00, 16.4, 1.00])),
+    (Kernel::CudaSm80, 256, tile([4065.2, 0.0, 0.0, 1939.8, 1908.1, 0.00, 15.2, 0.91])),
+    (Kernel::CudaSm90, 64, tile([1405.6, 277.5, 955.7, 1390.0, 1838.4, 0.75, 1.7, 1.00])),
+    (Kernel::CudaSm90, 96, tile([2825.4, 45.1, 1665.4, 1591.2, 2409.9, 3.83, 12.8, 1.00])),
+    (Kernel::CudaSm90, 128, tile([1534.3, 453.7, 1424.9, 1803.5, 2204.5, 2.48, 8.5, 1.00])),
+    (Kernel::CudaSm90, 192, tile([3011.2, 150.0, 1667.3, 1748.1, 2258.1, 3.44, 9.6, 1.00])),
+    (Kernel::CudaSm90, 256, tile([3986.5, 124.5, 2558.0, 1708.2, 2201.6, 8.68, 25.8, 1.00])),
     (Kernel::CudaSm100, 64, tile([3500.0, 500.0, 0.0, 1200.0, 1450.0, 4.00, 0.0, 1.00])),
     (Kernel::CudaSm100, 96, tile([3500.0, 500.0, 0.0, 1500.0, 1800.0, 4.00, 0.0, 1.00])),
     (Kernel::CudaSm100, 128, tile([3500.0, 500.0, 0.0, 1850.0, 2200.0, 4.00, 0.0, 1.00])),
@@ -230,7 +248,8 @@ mod tests {
         for chip in CHIPS {
             assert!(!chip.source.is_empty());
             let launches = [chip.launch, chip.lists_launch, chip.copy_launch];
-            let rates = [chip.copy_rate, chip.memory_rate, chip.zero_piece, chip.zero_row];
+            let rates =
+                [chip.copy_rate, chip.memory_rate, chip.zero_piece, chip.zero_row, chip.zero_beside, chip.zero_alone];
             let times = launches.into_iter().chain(rates).chain([chip.rows_time, chip.lists_time]);
             assert!(times.into_iter().all(|time| time > 0.0), "{chip:?}");
         }

@@ -478,11 +478,32 @@ impl Call<'_> {
                 let zero_items = (masked_rows * shape.num_heads).div_ceil(ZERO_SPAN_ROWS);
                 heads * masked * self.row_bytes() / (warps(zero_items) * PIECE)
             }
-            // All four warps of a block of sm80, each one row at a time, which take as long as one of the others does.
-            Path::Fused => heads * masked / (self.machine.multiprocessors * self.tiling.blocks) as f64,
+            Path::Fused => return self.zeros_of_rows(),
             _ => 0.0,
         };
         pieces * chip.zero_piece
+    }
+
+    /// The same of kernels that read single rows, whose blocks write the masked rows at the place of their tile.
+    fn zeros_of_rows(&self) -> f64 {
+        let Some((query, key)) = self.metas else { return 0.0 };
+        let (shape, chip, rows) = (self.problem.shape, self.machine.chip, self.tiling.rows);
+        let masked = shape.batch * shape.seq_q - query.total_valid();
+        let beside: usize = (0..query.batch())
+            .map(|row| {
+                let (queries, keys) = (query.cu_seqlens().rows(row).len(), key.cu_seqlens().rows(row).len());
+                let end = if keys > 0 { queries.next_multiple_of(rows).min(shape.seq_q) } else { 0 };
+                let valid = |run: &Run| run.end().min(end).saturating_sub(run.start as usize);
+                end - query.runs(row).iter().map(valid).sum::<usize>()
+            })
+            .sum();
+        let tiles = shape.seq_q.div_ceil(rows);
+        let all = (tiles * shape.num_heads * shape.batch) as f64;
+        let at_once = (self.machine.multiprocessors * self.tiling.blocks) as f64;
+        // Each warp of a block has 32 rows, so warps of a short row's tile have none.
+        let of_warps = (tiles * rows) as f64 / shape.seq_q.next_multiple_of(32) as f64;
+        let time = beside as f64 * chip.zero_beside + (masked - beside) as f64 * chip.zero_alone;
+        time * shape.num_heads as f64 * of_warps * (all / at_once).max(1.0) / all.max(1.0)
     }
 
     /// Bytes of a row of one head.
