@@ -11,7 +11,6 @@ pub(crate) mod cost;
 pub(crate) mod joint;
 pub(crate) mod memory;
 pub(crate) mod op;
-#[cfg_attr(not(any(feature = "cuda", test)), expect(dead_code, reason = "only CUDA devices share query tiles"))]
 pub(crate) mod packed_heads;
 pub(crate) mod path;
 pub(crate) mod plan;

@@ -99,10 +99,11 @@ fn ranges(variant: &Variant) -> Result<()> {
     ];
     // An emulated GPU compiles for seconds for each head dimension, with a log-sum-exp and without.
     let head_dims = match variant.kernel.works_by_tile_lists() {
-        true => [32, 256, 64, 128, 192, 96, 128].map(|head_dim| variant.kernel.max_head_dim().min(head_dim)),
+        true => [32, 256, 64, 128, 192, 96, 128],
         false if is_emulated_gpu(&variant.device) => [32, 257, 32, 32, 257, 32, 32],
         false => [32, 257, 64, 128, 512, 64, 64],
     };
+    let head_dims = head_dims.map(|head_dim| head_dim.min(variant.kernel.max_head_dim()));
     let most = if is_emulated_gpu(&variant.device) { 5 } else { masks.len() };
     for (keep, head_dim) in masks.into_iter().zip(head_dims).take(most) {
         for rule in &rules {
