@@ -1,6 +1,6 @@
 //! What copies between the memories of devices move.
 
-/// Bytes that lie in the same places of two pieces of memory: slices of rows.
+/// Bytes of a memory: slices of rows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Block {
     /// Where the first row begins.

@@ -72,9 +72,10 @@ pub(crate) struct Choice {
     pub time: f64,
 }
 
-/// More parts of a query tile than this are not made, nor parts of fewer key tiles: as the CUDA backend splits.
-const MAX_PARTS: usize = 8;
-const MIN_PART_STEPS: usize = 2;
+/// More parts of a query tile than this would mostly add up one another's sums, and a part has at least this many key tiles. The
+/// CUDA backend splits by these.
+pub(crate) const MAX_PARTS: usize = 8;
+pub(crate) const MIN_PART_STEPS: usize = 2;
 /// What parts of a query tile cost beside their steps: counting them, each one's sums, and adding those up.
 const SPLIT: f64 = 2000.0;
 const PART: f64 = 2900.0;
@@ -89,10 +90,10 @@ const MIXED_BLOCKS: usize = 6;
 
 /// Bytes that a warp writes at once.
 const PIECE: f64 = 512.0;
-/// Rows of zeros that are enough work for a block: of those that packed rows leave, and of those that no group covers. As the
-/// CUDA backend launches.
-const ZEROED_ROWS: usize = 64;
-const ZERO_SPAN_ROWS: usize = 64;
+/// Rows of zeros that are enough work for a block: of those that packed rows leave, and of those that no group covers. The CUDA
+/// backend launches by these.
+pub(crate) const ZEROED_ROWS: usize = 64;
+pub(crate) const ZERO_SPAN_ROWS: usize = 64;
 
 /// What a GPU through wgpu is taken to have: an H200's, as `Chip::of_adapter`. A GPU with fewer has less memory bandwidth too, so
 /// steps and copies grow alike.
@@ -211,6 +212,16 @@ impl Machine {
     }
 }
 
+#[cfg(test)]
+impl Machine {
+    /// A GPU through wgpu, of which nothing is known, with the tiles of `wgsl-portable` at head dimension 128.
+    pub fn portable() -> Self {
+        let kernel = Kernel::WgslPortable;
+        let max_heads = usize::MAX;
+        Self::of_adapter([Tiling { kernel, width: 128, rows: 64, keys: 64, blocks: 1, splits: false, max_heads }])
+    }
+}
+
 /// One choice for one call.
 struct Call<'a> {
     machine: &'a Machine,
@@ -321,11 +332,12 @@ impl Call<'_> {
             return 1;
         }
         let (batch, is_fused) = (self.problem.shape.batch, self.path == Path::Fused);
-        self.heads().packed((0..batch).map(|row| match self.metas {
+        let groups = (0..batch).map(|row| match self.metas {
             None => self.problem.shape.seq_q.div_ceil(GROUP_ROWS),
             Some((query, _)) if is_fused => groups(query.runs(row)),
             Some((query, _)) => query.cu_seqlens().rows(row).len().div_ceil(GROUP_ROWS),
-        }))
+        });
+        self.heads().share(groups).packed
     }
 
     fn heads(&self) -> Heads {
@@ -437,7 +449,7 @@ impl Call<'_> {
         let shape = self.problem.shape;
         let all = shape.seq_q.div_ceil(self.tiling.rows) * shape.num_heads * shape.batch;
         let at_once = self.machine.multiprocessors * self.tiling.blocks;
-        if all <= at_once && items * MIXED_BLOCKS >= all { all.max(items) } else { items }
+        if all <= at_once && items * MIXED_BLOCKS >= all { all } else { items }
     }
 
     /// The time of a last wave of `tail` items, which leaves blocks idle.
@@ -761,16 +773,7 @@ mod tests {
 
     #[test]
     fn of_a_gpu_that_is_not_known_every_row_is_computed_where_few_are_masked() -> Result<()> {
-        let kernel = Kernel::WgslPortable;
-        let machine = Machine::of_adapter([Tiling {
-            kernel,
-            width: 128,
-            rows: 64,
-            keys: 64,
-            blocks: 1,
-            splits: false,
-            max_heads: usize::MAX,
-        }]);
+        let (kernel, machine) = (Kernel::WgslPortable, Machine::portable());
         let of = |seq, rows: &[Vec<Range<usize>>]| -> Result<[f64; 3]> {
             let times = [Path::Dense, Path::Fused, Path::Packed].map(|path| time(&machine, seq, rows, (path, kernel)));
             let [dense, fused, packed] = times;

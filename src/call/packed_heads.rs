@@ -15,12 +15,30 @@ pub(crate) struct Heads {
     pub multiprocessors: usize,
 }
 
+/// How the heads of a call share query tiles.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Sharing {
+    /// Heads that share tiles; 1 where none do.
+    pub packed: usize,
+    /// Query tiles of all heads.
+    pub tiles: usize,
+}
+
 impl Heads {
-    /// Heads that share query tiles, for batch rows with so many groups of [`GROUP_ROWS`] queries: those of a key/value head where
-    /// that makes fewer tiles, else 1. A call whose tiles all run at once does not gain by fewer of them.
-    pub fn packed(self, groups: impl Iterator<Item = usize> + Clone) -> usize {
-        let (alone, packed) = (self.tiles(1, groups.clone()), self.tiles(self.group_size, groups));
-        if alone > self.multiprocessors && packed < alone { self.group_size } else { 1 }
+    /// For batch rows with so many groups of [`GROUP_ROWS`] queries: the heads of a key/value head share tiles where that makes fewer
+    /// of them. A call whose tiles all run at once does not gain by that.
+    pub fn share(self, groups: impl Iterator<Item = usize> + Clone) -> Sharing {
+        let alone = self.alone(groups.clone());
+        if alone.tiles <= self.multiprocessors || self.group_size == 1 {
+            return alone;
+        }
+        let together = Sharing { packed: self.group_size, tiles: self.tiles(self.group_size, groups) };
+        if together.tiles < alone.tiles { together } else { alone }
+    }
+
+    /// The same where heads share nothing.
+    pub fn alone(self, groups: impl Iterator<Item = usize>) -> Sharing {
+        Sharing { packed: 1, tiles: self.tiles(1, groups) }
     }
 
     /// Query tiles of all heads, of which `packed` share tiles.
@@ -38,15 +56,15 @@ mod tests {
     #[test]
     fn heads_share_tiles_where_that_makes_fewer_of_them() {
         let heads = Heads { count: 16, group_size: 4, tile_rows: 128, multiprocessors: 132 };
-        let packed = |heads: Heads, rows: usize, batch| {
-            let groups = std::iter::repeat_n(rows.div_ceil(GROUP_ROWS), batch);
-            (heads.packed(groups.clone()), heads.tiles(heads.packed(groups.clone()), groups))
+        let share = |heads: Heads, rows: usize, batch| {
+            let Sharing { packed, tiles } = heads.share(std::iter::repeat_n(rows.div_ceil(GROUP_ROWS), batch));
+            (packed, tiles)
         };
-        assert_eq!(packed(heads, 165, 32), (4, 32 * 4 * 6));
-        assert_eq!(packed(heads, 256, 32), (1, 32 * 16 * 2));
+        assert_eq!(share(heads, 165, 32), (4, 32 * 4 * 6));
+        assert_eq!(share(heads, 256, 32), (1, 32 * 16 * 2));
         // All at once; no head to share with.
-        assert_eq!(packed(heads, 165, 4), (1, 4 * 16 * 2));
-        assert_eq!(packed(Heads { group_size: 1, ..heads }, 165, 32), (1, 32 * 16 * 2));
-        assert_eq!(packed(heads, 0, 32), (1, 0));
+        assert_eq!(share(heads, 165, 4), (1, 4 * 16 * 2));
+        assert_eq!(share(Heads { group_size: 1, ..heads }, 165, 32), (1, 32 * 16 * 2));
+        assert_eq!(share(heads, 0, 32), (1, 0));
     }
 }

@@ -595,22 +595,10 @@ mod tests {
         Ok(())
     }
 
-    /// A GPU through wgpu, of which nothing is known.
-    fn adapter() -> Machine {
-        Machine::of_adapter([Tiling {
-            kernel: Kernel::WgslPortable,
-            width: 128,
-            rows: 64,
-            keys: 64,
-            blocks: 1,
-            splits: false,
-            max_heads: usize::MAX,
-        }])
-    }
-
     #[test]
     fn of_a_gpu_that_is_not_known_the_model_chooses_the_path_alone() -> Result<()> {
-        let device = Capabilities { machine: Some(adapter()), ..device(&[Kernel::WgslCoop, Kernel::WgslPortable]) };
+        let device =
+            Capabilities { machine: Some(Machine::portable()), ..device(&[Kernel::WgslCoop, Kernel::WgslPortable]) };
         assert_eq!((device.multiprocessors(), device.modelled_multiprocessors().is_some()), (None, true));
         let (meta, ranges) = (meta(true)?, KeyRanges::causal([BATCH, SEQ, SEQ])?);
         let mask = masked(TokenInfo::Varlen { query: &meta, key: &meta });

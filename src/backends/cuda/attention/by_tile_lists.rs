@@ -17,9 +17,9 @@ use crate::backends::cuda::tensors::key_ranges::PlacedRanges;
 use crate::backends::cuda::tensors::metadata;
 use crate::backends::cuda::tensors::placement::Placed;
 use crate::backends::cuda::tensors::tensor_map::MappedTensor;
-use crate::call::cost;
+use crate::call::cost::{self, ZEROED_ROWS};
 use crate::call::op::{Attention, DeviceTables};
-use crate::call::packed_heads::Heads;
+use crate::call::packed_heads::{Heads, Sharing};
 use crate::call::problem::{AttentionProblem, AttentionShape};
 use crate::error::{Error, Result};
 use crate::fifo_cache::FifoCache;
@@ -35,9 +35,6 @@ use super::device_work::DeviceWork;
 use super::range_tiles::{Deal, DealtWork, RangeTiles};
 use super::split::Split;
 use super::tile_lists::{Ends, TileLists};
-
-/// Rows of a padded output whose zeros are enough work for a block.
-const ZEROED_ROWS: usize = 64;
 
 /// The most keys that a query sees, the mean of all, for which shorter key tiles take less time: under a causal mask on an H200 they
 /// took 2 % less at 1024, as long at 2048 and 3 % longer at 8192.
@@ -201,38 +198,12 @@ pub fn packed(launcher: &Launcher, attention: &Attention<'_>, tensors: &Tensors,
         (Some(placed), Some(tiles)) => Some(RangedWork::Host(Ranged { placed, tiles, metas: [0; 2] })),
         _ => by_device.as_ref().map(RangedWork::Device),
     };
-    let groups = rows
-        .lengths
-        .filter(|_| rows.ranges.is_none())
-        .map(|[queries, _]| (0..rows.batch).map(|row| queries.rows(row).len().div_ceil(GROUP_ROWS)));
-    let packed_heads = groups.clone().map_or(1, |groups| call.packed_heads(groups));
-    call.pack_heads(&mut params, packed_heads);
-    let (tiles, fewest_key_tiles) = packed_tiles(call.tile, rows);
+    let (sharing, fewest_key_tiles) = call.packed_tiles(rows);
+    call.pack_heads(&mut params, sharing.packed);
     // Packed tensors have no batch rows: all of their rows are tokens.
-    let extent = Extent {
-        batch: 1,
-        queries: rows.queries,
-        keys: rows.keys,
-        items: groups
-            .map_or(tiles * attention.problem.shape.num_heads, |groups| call.heads().tiles(packed_heads, groups)),
-        fewest_key_tiles,
-        zero_items,
-    };
+    let extent =
+        Extent { batch: 1, queries: rows.queries, keys: rows.keys, items: sharing.tiles, fewest_key_tiles, zero_items };
     call.launch(params, &extent, ranged)
-}
-
-/// Query tiles of all sequences, and key tiles of the sequence with the fewest that has queries. If
-/// the host does not know the lengths: an upper bound, and 0.
-fn packed_tiles(tile: ListTile, rows: &PackedRows<'_>) -> (usize, usize) {
-    let tiles_of = |queries: usize| queries.div_ceil(tile.rows as usize);
-    let Some([queries, keys]) = rows.lengths else {
-        return (tiles_of(rows.max_queries) * rows.batch, 0);
-    };
-    let (tiles, fewest_keys) = (0..rows.batch).fold((0, usize::MAX), |(tiles, fewest), row| {
-        let (queries, keys) = (queries.rows(row).len(), keys.rows(row).len());
-        (tiles + tiles_of(queries), if queries == 0 { fewest } else { fewest.min(keys) })
-    });
-    (tiles, fewest_keys.div_ceil(tile.keys as usize))
 }
 
 impl<'a> Call<'a> {
@@ -286,9 +257,22 @@ impl<'a> Call<'a> {
         self.attention.plan.kernel.traits().packs_heads && is_whole && self.attention.ranges.is_none()
     }
 
-    /// Heads that share query tiles, for batch rows with so many groups of queries.
-    fn packed_heads(&self, groups: impl Iterator<Item = usize> + Clone) -> usize {
-        if self.can_pack_heads() { self.heads().packed(groups) } else { 1 }
+    /// How heads share query tiles, for batch rows with so many groups of queries.
+    fn share_heads(&self, groups: impl Iterator<Item = usize> + Clone) -> Sharing {
+        if self.can_pack_heads() { self.heads().share(groups) } else { self.heads().alone(groups) }
+    }
+
+    /// The query tiles of all sequences, and key tiles of the sequence with the fewest that has queries. If
+    /// the host does not know the lengths: an upper bound, of heads that share nothing, and 0.
+    fn packed_tiles(&self, rows: &PackedRows<'_>) -> (Sharing, usize) {
+        let Some([queries, keys]) = rows.lengths else {
+            let groups = std::iter::repeat_n(rows.max_queries.div_ceil(GROUP_ROWS), rows.batch);
+            return (self.heads().alone(groups), 0);
+        };
+        let groups = (0..rows.batch).map(|row| queries.rows(row).len().div_ceil(GROUP_ROWS));
+        let with_queries = (0..rows.batch).filter(|&row| !queries.rows(row).is_empty());
+        let fewest_keys = with_queries.map(|row| keys.rows(row).len()).min().unwrap_or(usize::MAX);
+        (self.share_heads(groups), fewest_keys.div_ceil(self.tile.keys as usize))
     }
 
     /// Has so many heads share query tiles.
@@ -312,13 +296,13 @@ impl<'a> Call<'a> {
         let mut params =
             TileListParams { form: TileListForm::Dense as i32, groups: batch as i32, ..self.padded_params() };
         let groups = std::iter::repeat_n(seq_q.div_ceil(GROUP_ROWS), batch);
-        let packed_heads = self.packed_heads(groups.clone());
-        self.pack_heads(&mut params, packed_heads);
+        let sharing = self.share_heads(groups);
+        self.pack_heads(&mut params, sharing.packed);
         let extent = Extent {
             batch,
             queries: seq_q,
             keys: seq_k,
-            items: self.heads().tiles(packed_heads, groups),
+            items: sharing.tiles,
             fewest_key_tiles: seq_k.div_ceil(self.tile.keys as usize),
             zero_items: 0,
         };
@@ -413,7 +397,7 @@ impl<'a> Call<'a> {
         let of_heads = if packs { [heads.count, heads.group_size] } else { [1; 2] };
         copies.get_or_make((key.id(), tile, ends, of_heads), launcher.context.is_captured()?, || {
             let groups = (0..query.batch()).map(|row| cost::groups(query.runs(row)));
-            let packed_heads = if packs { heads.packed(groups.clone()) } else { 1 };
+            let packed_heads = if packs { heads.share(groups).packed } else { 1 };
             // Packed heads fill the tiles one after the other.
             let rows = if packed_heads > 1 { GROUP_ROWS } else { tile.rows as usize };
             let lists = TileLists::new((query, key), &ends, (rows, tile.keys as usize));

@@ -22,6 +22,7 @@ use crate::backends::cuda::kernels::tiles::ListTile;
 use crate::backends::cuda::launcher::Launcher;
 use crate::backends::cuda::tensors::key_ranges::PlacedRanges;
 use crate::backends::cuda::tensors::metadata;
+use crate::call::cost::ZERO_SPAN_ROWS;
 use crate::call::op::DeviceTables;
 use crate::error::Result;
 use crate::fifo_cache::FifoCache;
@@ -29,7 +30,7 @@ use crate::mask::meta::GROUP_ROWS;
 
 use super::device_work::DeviceWork;
 use super::range_tiles::Deal;
-use super::tile_lists::{Ends, ZERO_ROWS};
+use super::tile_lists::Ends;
 
 /// Lists start at multiples of this.
 const LIST_ALIGNMENT: u64 = 16;
@@ -194,7 +195,7 @@ impl Places {
         let row_key_tiles = row_masked_tiles + seq_k / tile_keys;
         // There is a span before each group and after the last one, and one more for each piece of
         // rows and each segment that a span is cut at.
-        let zero_spans = groups(seq_q) + 1 + seq_q / ZERO_ROWS + MAX_SEGMENTS - 1;
+        let zero_spans = groups(seq_q) + 1 + seq_q / ZERO_SPAN_ROWS + MAX_SEGMENTS - 1;
         let mut bytes = 0;
         let mut take = |entries: usize, entry_bytes: usize| {
             let start = bytes;

@@ -2,6 +2,7 @@
 //! idle.
 
 use crate::backends::cuda::kernels::tiles::ListTile;
+use crate::call::cost::{MAX_PARTS, MIN_PART_STEPS};
 
 /// Query tiles of a launch, the last of which may be split: several blocks share the keys of each.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -14,10 +15,6 @@ pub struct Split {
     pub items: usize,
 }
 
-/// More parts would mostly add up one another's sums.
-const MAX_PARTS: usize = 8;
-/// A part has at least this many key tiles.
-const MIN_PART_STEPS: usize = 2;
 /// Cycles that parts cost beside their own work; fitted when each launch had its counts of parts zeroed before it.
 const LAUNCH_CYCLES: usize = 3500;
 

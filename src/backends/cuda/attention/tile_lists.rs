@@ -5,11 +5,9 @@
 use std::ops::Range;
 
 use crate::backends::cuda::kernels::params::{BatchTiles, MAX_SEGMENTS, ZeroSpan};
+use crate::call::cost::ZERO_SPAN_ROWS;
 use crate::mask::key_mask::Run;
 use crate::mask::meta::{GROUP_ROWS, VarlenMeta};
-
-/// Most rows of a range of zeros.
-pub const ZERO_ROWS: usize = 64;
 
 /// Where the tensors of a call are cut into segments: the first row past each segment, counted over
 /// all; the largest number for the last segment and those that there are not. No segment is empty.
@@ -110,7 +108,7 @@ impl TileLists {
     fn zeros(&mut self, row: usize, ends: &[i32; MAX_SEGMENTS], span: Range<usize>) {
         let mut first = span.start;
         while first < span.end {
-            let end = span.end.min(first + ZERO_ROWS).min(end_of(ends, first));
+            let end = span.end.min(first + ZERO_SPAN_ROWS).min(end_of(ends, first));
             let rows = (end - first) as i32;
             self.zero_spans.push(ZeroSpan { batch: row as i32, first_query: first as i32, rows, unused: 0 });
             first = end;
@@ -169,7 +167,7 @@ mod tests {
             }
         }
         for span in &lists.zero_spans {
-            assert!((1..=ZERO_ROWS as i32).contains(&span.rows));
+            assert!((1..=ZERO_SPAN_ROWS as i32).contains(&span.rows));
             for at in span.first_query..span.first_query + span.rows {
                 zeros[span.batch as usize][at as usize] += 1;
             }
