@@ -72,19 +72,29 @@ impl Coop {
         None
     }
 
-    /// The tile for a head dimension: the first of the list that fits. The last one always does.
+    /// The tile for a head dimension.
     pub fn tile(self, head_dim: usize) -> CoopTile {
+        // Devices with matrices of 8 are processors, which compile large tiles for seconds.
+        let subgroups = if self.shape == 8 { 4 } else { 8 };
+        // In the order of their speed on an H100 (docs/log/wgsl-coop.md).
+        self.first_that_fits(&[(subgroups, 32), (8, 16), (4, 32), (2, 16)], head_dim)
+    }
+
+    /// The same for queries that see few keys each: a smaller one, of which several share a multiprocessor, so that some work
+    /// while others start or end.
+    pub fn tile_for_few_keys(self, head_dim: usize) -> CoopTile {
+        if self.shape == 8 { self.tile(head_dim) } else { self.first_that_fits(&[(4, 16), (2, 16)], head_dim) }
+    }
+
+    /// The first tile of a list of subgroups and keys that fits, or the smallest, which always does.
+    fn first_that_fits(self, tiles: &[(u32, u32)], head_dim: usize) -> CoopTile {
         let Self { shape, subgroup_size, .. } = self;
-        let tile = |subgroups, keys| CoopTile { shape, subgroup_size, subgroups, keys };
+        let tile = |(subgroups, keys)| CoopTile { shape, subgroup_size, subgroups, keys };
         let fits = |tile: &CoopTile| {
             tile.workgroup_bytes(head_dim) <= self.workgroup_bytes
                 && tile.subgroups * tile.subgroup_size <= self.invocations
         };
-        // Devices with matrices of 8 are processors, which compile large tiles for seconds.
-        let subgroups = if shape == 8 { 4 } else { 8 };
-        // In the order of their speed on an H100 (docs/log/wgsl-coop.md).
-        let tiles = [tile(subgroups, 32), tile(8, 16), tile(4, 32), tile(2, 16)];
-        tiles.into_iter().find(fits).unwrap_or(tile(1, 16))
+        tiles.iter().copied().map(tile).find(fits).unwrap_or(tile((1, 16)))
     }
 }
 

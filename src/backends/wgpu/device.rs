@@ -36,6 +36,10 @@ use super::transfer::COPY_ALIGNMENT;
 use super::trust::{Defendant, VERDICTS};
 use super::{adapter, attention, copy, external, lse, metadata, prepare_qk, transfer, wait};
 
+/// Keys that a query sees on average, up to which the smaller tiles of the kernel on cooperative matrices are quicker: on an
+/// H200 up to about 300 at head dimension 128, and 2000 at 64 (docs/log/wgsl-coop.md).
+const FEW_KEYS: u64 = 256;
+
 /// A wgpu device with its queue, and what was compiled and allocated on it.
 #[derive(Debug)]
 pub(crate) struct WgpuDevice {
@@ -219,7 +223,14 @@ impl WgpuDevice {
 
     fn algorithm(&self, attention: &Attention<'_>) -> Algorithm {
         match (attention.plan.kernel, self.coop) {
-            (Kernel::WgslCoop, Some(coop)) => Algorithm::Coop(coop.tile(attention.problem.shape.head_dim)),
+            (Kernel::WgslCoop, Some(coop)) => {
+                let head_dim = attention.problem.shape.head_dim;
+                let sees_few = attention.ranges.is_some_and(|ranges| ranges.mean_keys() <= FEW_KEYS);
+                Algorithm::Coop(match sees_few {
+                    true => coop.tile_for_few_keys(head_dim),
+                    false => coop.tile(head_dim),
+                })
+            }
             _ => Algorithm::Portable,
         }
     }
@@ -229,8 +240,9 @@ impl WgpuDevice {
         let head_dims = (HEAD_DIM_STEP..=MAX_HEAD_DIM).step_by(HEAD_DIM_STEP);
         head_dims
             .flat_map(|head_dim| {
-                let coop = self.coop.map(|coop| Algorithm::Coop(coop.tile(head_dim)));
-                let algorithms = coop.into_iter().chain([Algorithm::Portable]);
+                let tiles = self.coop.map(|coop| [coop.tile(head_dim), coop.tile_for_few_keys(head_dim)]);
+                let coop = tiles.into_iter().flatten().map(Algorithm::Coop);
+                let algorithms = coop.chain([Algorithm::Portable]);
                 algorithms.map(move |algorithm| algorithm.tile_rows(head_dim))
             })
             .collect()

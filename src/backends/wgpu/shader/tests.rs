@@ -15,7 +15,7 @@ const WIDE_HEAD_DIMS: [usize; 3] = [264, 384, 512];
 
 const COOP_TILES: [CoopTile; 3] = [
     CoopTile { shape: 16, subgroup_size: 32, subgroups: 8, keys: 32 },
-    CoopTile { shape: 16, subgroup_size: 32, subgroups: 2, keys: 64 },
+    CoopTile { shape: 16, subgroup_size: 32, subgroups: 4, keys: 16 },
     CoopTile { shape: 8, subgroup_size: 8, subgroups: 4, keys: 16 },
 ];
 
