@@ -19,6 +19,7 @@ import pathlib
 import re
 
 from cost_model import CHIPS, NAMES, WGSL, Work, constants
+from kernel_tiles import portable_tile, steps
 
 
 # Differences of logarithms beyond this count by their absolute value.
@@ -28,6 +29,7 @@ MOST_RUNS, MOST_CASES = 30, 60
 # What a constant costs that is e times as large as in the tables, or an e-th: so that those on which
 # few calls depend stay near.
 DRIFT = 0.01
+PORTABLE = "wgsl-portable"
 
 
 def arguments():
@@ -208,8 +210,19 @@ def write(chip, tiles, compute_capability):
     CHIPS.write_text(text)
 
 
+def portable_features(features, key_runs):
+    """The same call with the tiles of `wgsl-portable`. None for head dimensions without costs."""
+    tile = portable_tile(features["head_dim"])
+    if tile is None:
+        return None
+    width, rows, keys = tile
+    found = {"width": width, "rows": rows, "keys": keys, "blocks": 1, "key_steps": [steps(runs, keys) for runs in key_runs]}
+    return {**features, "tiles": {PORTABLE: found}}
+
+
 def write_cases(file, files, multiprocessors, chip, tiles):
-    """The estimates of calls with few runs, of every kernel and path."""
+    """The estimates of calls with few runs, of every kernel and path, those of `wgsl-portable` too."""
+    adapter_chip, adapter_tiles = constants((0, 0))
     cases = []
     for line in (line for found in files for line in found.read_text().splitlines()):
         entry = json.loads(line)
@@ -223,6 +236,12 @@ def write_cases(file, files, multiprocessors, chip, tiles):
                 if (kernel, features["tiles"][kernel]["width"]) in tiles and kernel != "sm100":
                     work = Work.of(features, path, kernel, multiprocessors)
                     times[f"{path} by {kernel}"] = round(work.time(chip, tiles, multiprocessors), 3)
+        if portable := portable_features(features, entry["key_runs"]):
+            works = {path: Work.of(portable, path, PORTABLE, multiprocessors) for path in {*paths, "dense"}}
+            if "fused" in works and works["dense"].work(adapter_tiles) > works["fused"].work(adapter_tiles):
+                del works["dense"]
+            for path, work in sorted(works.items()):
+                times[f"{path} by {PORTABLE}"] = round(work.time(adapter_chip, adapter_tiles, multiprocessors), 3)
         names = ["seq_q", "seq_k", "heads", "kv_heads", "head_dim", "is_cross"]
         runs = {name: entry[name] for name in ["query_runs", "key_runs"]}
         cases.append({**{name: features[name] for name in names}, **runs, "times": times})

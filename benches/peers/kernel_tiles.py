@@ -32,6 +32,23 @@ def tile(kernel, head_dim):
     return row[0], 256, 128
 
 
+def portable_tile(head_dim):
+    """The same of `wgsl-portable`, for the widths that the model has costs of. A unit test holds them to
+    src/backends/wgpu/tilings.rs."""
+    tiles = [(64, 64, 64), (128, 64, 64), (256, 32, 64)]
+    return next((tile for tile in tiles if tile[0] >= head_dim), None)
+
+
+def steps(runs, keys):
+    """Steps over so many keys each that have a valid one."""
+    count = covered = 0
+    for start, end in runs:
+        first, after = max(start // keys, covered), -(-end // keys)
+        if start < end and first < after:
+            count, covered = count + after - first, after
+    return count
+
+
 def groups(runs):
     """Groups that cover the runs of a batch row, from the left."""
     count = covered = 0

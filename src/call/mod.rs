@@ -6,8 +6,10 @@
 )]
 pub(crate) mod block;
 pub(crate) mod chips;
-#[cfg_attr(not(any(feature = "cuda", test)), expect(dead_code, reason = "only CUDA devices have a cost model"))]
+#[cfg_attr(not(any(feature = "cuda", test)), expect(dead_code, reason = "only CUDA devices have all of the model"))]
 pub(crate) mod cost;
+#[cfg(all(test, any(feature = "cuda", feature = "wgpu")))]
+pub(crate) mod cost_cases;
 pub(crate) mod joint;
 pub(crate) mod memory;
 pub(crate) mod op;

@@ -1,73 +1,15 @@
-//! The cost model's formulas against those of the script that fits its constants, for the tiles that
-//! the kernels have.
-
-use std::ops::Range;
+//! The cost model's formulas for the tiles that the kernels have.
 
 use crate::call::cost::Machine;
-use crate::call::problem::{AttentionProblem, AttentionShape};
-use crate::call::segments::Cuts;
-use crate::dtype::DType;
+use crate::call::cost_cases::check;
 use crate::error::Result;
-use crate::mask::key_mask::KeyMask;
-use crate::mask::meta::VarlenMeta;
+use crate::kernel::Kernel;
 
 use super::kernels::tiles::tilings;
 
-/// A call of `cost_cases.json`, and nanoseconds by "path by kernel".
-#[derive(serde::Deserialize)]
-struct Case {
-    seq_q: usize,
-    seq_k: usize,
-    heads: usize,
-    kv_heads: usize,
-    head_dim: usize,
-    is_cross: bool,
-    query_runs: Vec<Vec<[usize; 2]>>,
-    key_runs: Vec<Vec<[usize; 2]>>,
-    times: std::collections::BTreeMap<String, f64>,
-}
-
-/// `benches/peers/fit_cost.py --cases` writes them.
 #[test]
 fn the_script_that_fits_the_constants_has_the_same_formulas() -> Result<()> {
     // What the blocks of a multiprocessor share on an H100.
     let Some(machine) = Machine::new((9, 0), 132, tilings(228 * 1024)) else { unreachable!("the H100 has a row") };
-    let Ok(cases) = serde_json::from_str::<Vec<Case>>(include_str!("../../call/cost_cases.json")) else {
-        unreachable!("the file has cases")
-    };
-    assert!(cases.len() >= 50);
-    for (number, case) in cases.iter().enumerate() {
-        let meta = |seq: usize, runs: &[Vec<[usize; 2]>]| {
-            let rows: Vec<Vec<Range<usize>>> =
-                runs.iter().map(|row| row.iter().map(|&[start, end]| start..end).collect()).collect();
-            VarlenMeta::from_key_mask(&KeyMask::from_runs(seq, &rows)?)
-        };
-        let query = meta(case.seq_q, &case.query_runs)?;
-        let key = if case.is_cross { Some(meta(case.seq_k, &case.key_runs)?) } else { None };
-        let key = key.as_ref().unwrap_or(&query);
-        let shape = AttentionShape {
-            batch: case.query_runs.len(),
-            seq_q: case.seq_q,
-            seq_k: case.seq_k,
-            num_heads: case.heads,
-            num_kv_heads: case.kv_heads,
-            head_dim: case.head_dim,
-        };
-        let problem = AttentionProblem {
-            shape,
-            dtype: DType::Bf16,
-            softmax_scale: 1.0,
-            bias: None,
-            cuts: Cuts::None,
-            lse: false,
-        };
-        let mut choices = machine.choices(&problem, &query, key, None)?.to_vec();
-        choices.extend(machine.dense_choices(&problem));
-        for (name, &expected) in &case.times {
-            let found = choices.iter().find(|choice| format!("{} by {}", choice.path, choice.kernel) == *name);
-            let time = found.map_or(f64::NAN, |choice| choice.time);
-            assert!((time / expected - 1.0).abs() < 1e-6, "case {number}, {name}: {time}, the script's {expected}");
-        }
-    }
-    Ok(())
+    check(&machine, &[Kernel::CudaSm80, Kernel::CudaSm90])
 }

@@ -21,3 +21,16 @@ pub(super) fn tilings() -> impl Iterator<Item = Tiling> {
         max_heads: usize::MAX,
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::call::cost::Machine;
+    use crate::call::cost_cases::check;
+    use crate::error::Result;
+
+    #[test]
+    fn the_script_that_fits_the_constants_has_the_same_formulas() -> Result<()> {
+        check(&Machine::of_adapter(tilings()), &[Kernel::WgslPortable])
+    }
+}
