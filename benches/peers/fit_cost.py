@@ -19,7 +19,7 @@ import pathlib
 import re
 
 from cost_model import CHIPS, NAMES, WGSL, Work, constants
-from kernel_tiles import portable_tile, steps
+from kernel_tiles import steps, tile
 
 
 # Differences of logarithms beyond this count by their absolute value.
@@ -29,7 +29,7 @@ MOST_RUNS, MOST_CASES = 30, 60
 # What a constant costs that is e times as large as in the tables, or an e-th: so that those on which
 # few calls depend stay near.
 DRIFT = 0.01
-PORTABLE = "wgsl-portable"
+PORTABLE = NAMES["WgslPortable"]
 
 
 def arguments():
@@ -153,11 +153,16 @@ def is_sensible(of):
     return not hasattr(of, "alone") or of.alone <= 1
 
 
+def takes_dense(dense, fused, tiles):
+    """Whether the plan may take the dense path: that of metadata only if it is no more work."""
+    return fused is None or dense.work(tiles) <= fused.work(tiles)
+
+
 def may_take(call, name, tiles):
-    """Whether the plan may take a choice: the dense path of metadata only if it is no more work."""
+    """Whether the plan may take a choice."""
     path, _, kernel = name.partition(" by ")
     fused = call.samples.get(f"fused by {kernel}")
-    return path != "dense" or not fused or call.samples[name].work.work(tiles) <= fused.work.work(tiles)
+    return path != "dense" or takes_dense(call.samples[name].work, fused and fused.work, tiles)
 
 
 def judge(title, calls, chip, tiles, worst):
@@ -212,11 +217,11 @@ def write(chip, tiles, compute_capability):
 
 def portable_features(features, key_runs):
     """The same call with the tiles of `wgsl-portable`. None for head dimensions without costs."""
-    tile = portable_tile(features["head_dim"])
-    if tile is None:
+    sizes = tile(PORTABLE, features["head_dim"])
+    if sizes is None:
         return None
-    width, rows, keys = tile
-    found = {"width": width, "rows": rows, "keys": keys, "blocks": 1, "key_steps": [steps(runs, keys) for runs in key_runs]}
+    width, rows, keys = sizes
+    found = {"width": width, "rows": rows, "keys": keys, "key_steps": [steps(runs, keys) for runs in key_runs]}
     return {**features, "tiles": {PORTABLE: found}}
 
 
@@ -238,7 +243,7 @@ def write_cases(file, files, multiprocessors, chip, tiles):
                     times[f"{path} by {kernel}"] = round(work.time(chip, tiles, multiprocessors), 3)
         if portable := portable_features(features, entry["key_runs"]):
             works = {path: Work.of(portable, path, PORTABLE, multiprocessors) for path in {*paths, "dense"}}
-            if "fused" in works and works["dense"].work(adapter_tiles) > works["fused"].work(adapter_tiles):
+            if not takes_dense(works["dense"], works.get("fused"), adapter_tiles):
                 del works["dense"]
             for path, work in sorted(works.items()):
                 times[f"{path} by {PORTABLE}"] = round(work.time(adapter_chip, adapter_tiles, multiprocessors), 3)

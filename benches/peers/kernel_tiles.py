@@ -10,10 +10,14 @@ KERNELS = pathlib.Path(__file__).resolve().parents[2] / "kernels" / "attention"
 # Rows of a group, which tiles are made of where runs are short.
 GROUP = 16
 WARPGROUP_ROWS = 64
+# The tiles of `wgsl-portable`, as src/backends/wgpu/tilings.rs has them: a unit test compares estimates.
+PORTABLE_TILES = [(64, 64, 64), (128, 64, 64), (256, 32, 64)]
 
 
 def table(kernel):
     """The rows of a kernel's tiles.h."""
+    if kernel == "wgsl-portable":
+        return PORTABLE_TILES
     text = (KERNELS / kernel / "tiles.h").read_text()
     return [tuple(map(int, row.split(","))) for row in re.findall(r"^ *X\((\d[^)]*)\)", text, re.MULTILINE)]
 
@@ -24,19 +28,12 @@ def tile(kernel, head_dim):
     row = next((row for row in table(kernel) if row[0] >= head_dim), None)
     if row is None:
         return None
-    if kernel == "sm80":
+    if kernel in ("sm80", "wgsl-portable"):
         return row[:3]
     if kernel == "sm90":
         width, warpgroups, keys, *_ = row
         return width, warpgroups * WARPGROUP_ROWS, keys
     return row[0], 256, 128
-
-
-def portable_tile(head_dim):
-    """The same of `wgsl-portable`, for the widths that the model has costs of. A unit test holds them to
-    src/backends/wgpu/tilings.rs."""
-    tiles = [(64, 64, 64), (128, 64, 64), (256, 32, 64)]
-    return next((tile for tile in tiles if tile[0] >= head_dim), None)
 
 
 def steps(runs, keys):

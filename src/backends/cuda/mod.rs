@@ -21,9 +21,6 @@ mod launcher;
 mod tensors;
 mod trust;
 
-#[cfg(test)]
-mod cost_cases;
-
 use std::ffi::c_void;
 use std::sync::{Arc, Mutex, PoisonError};
 #[cfg(feature = "nccl")]

@@ -226,10 +226,7 @@ impl WgpuDevice {
             (Kernel::WgslCoop, Some(coop)) => {
                 let head_dim = attention.problem.shape.head_dim;
                 let sees_few = attention.ranges.is_some_and(|ranges| ranges.mean_keys() <= FEW_KEYS);
-                Algorithm::Coop(match sees_few {
-                    true => coop.tile_for_few_keys(head_dim),
-                    false => coop.tile(head_dim),
-                })
+                Algorithm::Coop(if sees_few { coop.tile_for_few_keys(head_dim) } else { coop.tile(head_dim) })
             }
             _ => Algorithm::Portable,
         }

@@ -13,8 +13,9 @@ const HEAD_DIMS: [usize; 10] = [8, 16, 32, 64, 72, 96, 128, 136, 192, 256];
 /// Those of the portable kernel alone: with the blocks of 512 columns.
 const WIDE_HEAD_DIMS: [usize; 3] = [264, 384, 512];
 
-const COOP_TILES: [CoopTile; 3] = [
+const COOP_TILES: [CoopTile; 4] = [
     CoopTile { shape: 16, subgroup_size: 32, subgroups: 8, keys: 32 },
+    CoopTile { shape: 16, subgroup_size: 32, subgroups: 2, keys: 64 },
     CoopTile { shape: 16, subgroup_size: 32, subgroups: 4, keys: 16 },
     CoopTile { shape: 8, subgroup_size: 8, subgroups: 4, keys: 16 },
 ];
