@@ -320,7 +320,7 @@ fn same_bits_as_the_host(variant: &Variant) -> Result<Completion> {
 /// wgpu devices scan 256 blocks of 256 words of 32 tokens at a time; here are a few more, of short rows and of a long one.
 /// The packed path, which reads most tables, gives what it gives with metadata from the host.
 fn more_words_than_one_scan(device: &Device) -> Result<()> {
-    let variant = Variant { dtype: DType::F16, ..Variant::first(device, Some(Path::Packed)) };
+    let variant = Variant::of_dtype(device, DType::F16, Some(Path::Packed))?;
     for (batch, seq) in [(33_000, 33), (1, 300_000)] {
         let keep =
             mask(batch, seq, |row, token| (row * seq + token) % 1009 == 7 || row + 1 == batch && token + 3 > seq);

@@ -256,7 +256,7 @@ pub fn modes_and_chunks(ranks: usize, kv_heads: usize) -> Vec<(Mode, Option<usiz
 /// A case in every mode: near the oracle, and on the CPU the bits of one device where keys are not merged.
 fn check(case: &Case, call: &Call, (device, make): (&Device, Ranks)) -> Result<()> {
     let (shards, ranks) = (case.shards()?, case.lengths.len());
-    let variant = Variant { dtype: call.dtype, ..Variant::first(device, None) };
+    let variant = Variant::of_dtype(device, call.dtype, None)?;
     let reference = call.reference(400)?;
     let alone = call.run(&variant)?;
     for (mode, chunks) in modes_and_chunks(ranks, call.shape.kv_heads) {
@@ -359,7 +359,7 @@ fn random_cases(device: &Device, dtype: DType) -> Result<()> {
 
 /// The same on some ranks.
 pub fn random_cases_on(device: &Device, dtype: DType, make: Ranks) -> Result<()> {
-    let variant = Variant { dtype, ..Variant::first(device, None) };
+    let variant = Variant::of_dtype(device, dtype, None)?;
     for seed in 0..if is_emulated_gpu(device) { 1 } else { 24 } {
         let mut state = 0x9e37_79b9_7f4a_7c15_u64.wrapping_mul(seed + 1);
         let mut below = |limit: usize| {

@@ -4,7 +4,7 @@
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use varlen_fa::dist::{Communicator, Heads, Mode, PeerCommunicator, SequenceParallel, ShardedMeta, Shards};
 use varlen_fa::{DType, Device, DeviceChoice, DeviceMemory, Error, KeyMask, Layout, Tensor};
 
@@ -49,27 +49,37 @@ const SEQ: usize = 600;
 
 /// A rank's metadata and tensors, of a sequence with masked tokens at its end.
 fn inputs(device: &Device, rank: usize, ranks: usize) -> Result<(ShardedMeta, [Tensor; 3])> {
-    inputs_of(device, rank, ranks, SEQ - 5)
+    inputs_of(device, (rank, ranks), HEADS, (SEQ, SEQ - 5))
 }
 
-/// The same with so many valid tokens.
-fn inputs_of(device: &Device, rank: usize, ranks: usize, valid: usize) -> Result<(ShardedMeta, [Tensor; 3])> {
-    let shards = Shards::equal(SEQ, ranks)?;
-    let meta = ShardedMeta::new(&KeyMask::from_lengths(SEQ, &[valid])?, &shards, rank)?;
-    let shape = [1, meta.query().seq(), HEADS.num_heads, HEADS.head_dim];
-    let zeros = || Tensor::zeros(device, HEADS.dtype, &shape);
+/// The same of heads and tokens, so many of which are valid.
+fn inputs_of(
+    device: &Device,
+    (rank, ranks): (usize, usize),
+    heads: Heads,
+    (seq, valid): (usize, usize),
+) -> Result<(ShardedMeta, [Tensor; 3])> {
+    let shards = Shards::equal(seq, ranks)?;
+    let meta = ShardedMeta::new(&KeyMask::from_lengths(seq, &[valid])?, &shards, rank)?;
+    let shape = [1, meta.query().seq(), heads.num_heads, heads.head_dim];
+    let zeros = || Tensor::zeros(device, heads.dtype, &shape);
     Ok((meta, [zeros()?, zeros()?, zeros()?]))
 }
 
 /// Calls follow one another without a wait on the host, and memory of one is reused by the next: each gives the same bits. Where all
-/// tokens are valid, attention begins before all keys have come.
+/// tokens are valid, attention begins before all keys have come; rows of 20 elements are copied to wider ones first, which waits for
+/// all keys, of a copy that takes long.
 fn many_calls(device: &Device) -> Result<()> {
-    [SEQ - 5, SEQ].into_iter().try_for_each(|valid| many_calls_of(device, valid))
+    let narrow = Heads { head_dim: 20, ..HEADS };
+    for (heads, tokens) in [(HEADS, (SEQ, SEQ - 5)), (HEADS, (SEQ, SEQ)), (narrow, (8192, 8192))] {
+        many_calls_of(device, heads, tokens).with_context(|| format!("{heads:?}, {tokens:?} tokens"))?;
+    }
+    Ok(())
 }
 
-fn many_calls_of(device: &Device, valid: usize) -> Result<()> {
+fn many_calls_of(device: &Device, heads: Heads, tokens: (usize, usize)) -> Result<()> {
     let results = dist::on_ranks(communicators(device, 2)?, |(mut communicator, device)| {
-        let (meta, mut tensors) = inputs_of(&device, communicator.rank(), 2, valid)?;
+        let (meta, mut tensors) = inputs_of(&device, (communicator.rank(), 2), heads, tokens)?;
         for (seed, tensor) in tensors.iter_mut().enumerate() {
             let count: usize = tensor.shape().iter().product();
             let value = |at: usize| ((at * 37 + seed * 11 + communicator.rank() * 5) % 61) as f32 / 61.0 - 0.5;
@@ -80,7 +90,7 @@ fn many_calls_of(device: &Device, valid: usize) -> Result<()> {
             [(Mode::Gather, 1), (Mode::Gather, 4), (Mode::Ulysses, 1), (Mode::Ulysses, 2), (Mode::Ring, 1)]
         {
             let parallel = SequenceParallel::new(&device).with_mode(mode).with_chunks(chunks);
-            let request = parallel.prepare(&mut communicator, &meta, &HEADS)?;
+            let request = parallel.prepare(&mut communicator, &meta, &heads)?;
             let [q, k, v] = &tensors;
             let outputs: Vec<Tensor> =
                 (0..40).map(|_| parallel.forward(&mut communicator, &request, q, k, v)).collect::<Result<_, _>>()?;

@@ -2,7 +2,7 @@
 
 use std::sync::{PoisonError, RwLock};
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use libtest_mimic::{Completion, Failed, Trial};
 use varlen_fa::{BackendKind, DType, Device, Kernel, MaskedAttention, Path};
 
@@ -48,6 +48,14 @@ impl Variant {
     pub fn first(device: &Device, path: Option<Path>) -> Self {
         let kernel = device.capabilities().kernels[0];
         Self { device: device.clone(), kernel, path, dtype: kernel.dtypes()[0] }
+    }
+
+    /// The device's first kernel that computes with an element type: tensors of it exist on the device.
+    pub fn of_dtype(device: &Device, dtype: DType, path: Option<Path>) -> Result<Self> {
+        let kernels = &device.capabilities().kernels;
+        let kernel = kernels.iter().find(|kernel| kernel.dtypes().contains(&dtype));
+        let kernel = kernel.copied().with_context(|| format!("no kernel here computes with {dtype}"))?;
+        Ok(Self { device: device.clone(), kernel, path, dtype })
     }
 
     /// The layer with everything forced.

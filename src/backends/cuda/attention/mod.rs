@@ -87,7 +87,8 @@ fn wait_for_all(
     // The number counts modulo 2^32, as the sum does.
     let last = before.wrapping_add((batch * num_kv_heads) as u32);
     let count = launcher.source(count)?;
-    // SAFETY: a `u32` of this device's memory, which what is under way sets (`Arrivals`).
+    // SAFETY: a `u32` of this device's memory, which what is under way sets (`Arrivals`). Copies of later calls come after this
+    // stream's work so far (`Lane::mark`), and with them the next numbers.
     unsafe { count::wait(&launcher.context, count.address(), last) }
 }
 

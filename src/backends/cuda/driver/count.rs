@@ -68,12 +68,13 @@ pub unsafe fn set(context: &Context, stream: CUstream, address: CUdeviceptr, num
     context.check(set, "setting a number on a stream")
 }
 
-/// Later work of the context's stream comes after the number has been set to this one, or past it.
+/// Later work of the context's stream comes after the number has been set to this one. It compares for equality: the driver's other
+/// comparison looks at the sign of the difference, which says nothing of a number that was half of the range away.
 ///
 /// # Safety
-/// As for [`set`]; what sets it has been enqueued.
+/// As for [`set`]; what sets it has been enqueued, and what sets it to another one later comes after this.
 pub unsafe fn wait(context: &Context, address: CUdeviceptr, number: u32) -> Result<()> {
-    let flags = CUstreamWaitValue_flags::CU_STREAM_WAIT_VALUE_GEQ as u32;
+    let flags = CUstreamWaitValue_flags::CU_STREAM_WAIT_VALUE_EQ as u32;
     // SAFETY: by the caller's promise.
     let waits = unsafe { sys::cuStreamWaitValue32_v2(context.stream(), address, number, flags) }.result();
     context.check(waits, "waiting for a number on a stream")
