@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use varlen_fa::dist::{Communicator, Heads, Mode, PeerCommunicator, SequenceParallel, ShardedMeta, Shards};
-use varlen_fa::{DType, Device, DeviceChoice, DeviceMemory, Error, KeyMask, Layout, Tensor};
+use varlen_fa::{DType, Device, DeviceChoice, DeviceMemory, Error, Kernel, KeyMask, Layout, Tensor};
 
 use super::dist;
 use super::trials::Trials;
@@ -49,37 +49,34 @@ const SEQ: usize = 600;
 
 /// A rank's metadata and tensors, of a sequence with masked tokens at its end.
 fn inputs(device: &Device, rank: usize, ranks: usize) -> Result<(ShardedMeta, [Tensor; 3])> {
-    inputs_of(device, (rank, ranks), HEADS, (SEQ, SEQ - 5))
+    inputs_of(device, (rank, ranks), (SEQ, SEQ - 5))
 }
 
-/// The same of heads and tokens, so many of which are valid.
+/// The same of so many tokens, of which so many are valid.
 fn inputs_of(
     device: &Device,
     (rank, ranks): (usize, usize),
-    heads: Heads,
     (seq, valid): (usize, usize),
 ) -> Result<(ShardedMeta, [Tensor; 3])> {
     let shards = Shards::equal(seq, ranks)?;
     let meta = ShardedMeta::new(&KeyMask::from_lengths(seq, &[valid])?, &shards, rank)?;
-    let shape = [1, meta.query().seq(), heads.num_heads, heads.head_dim];
-    let zeros = || Tensor::zeros(device, heads.dtype, &shape);
+    let shape = [1, meta.query().seq(), HEADS.num_heads, HEADS.head_dim];
+    let zeros = || Tensor::zeros(device, HEADS.dtype, &shape);
     Ok((meta, [zeros()?, zeros()?, zeros()?]))
 }
 
 /// Calls follow one another without a wait on the host, and memory of one is reused by the next: each gives the same bits. Where all
-/// tokens are valid, attention begins before all keys have come; rows of 20 elements are copied to wider ones first, which waits for
-/// all keys, of a copy that takes long.
+/// tokens are valid, attention begins before all keys have come, or by a kernel that cannot wait itself after a copy that takes long.
 fn many_calls(device: &Device) -> Result<()> {
-    let narrow = Heads { head_dim: 20, ..HEADS };
-    for (heads, tokens) in [(HEADS, (SEQ, SEQ - 5)), (HEADS, (SEQ, SEQ)), (narrow, (8192, 8192))] {
-        many_calls_of(device, heads, tokens).with_context(|| format!("{heads:?}, {tokens:?} tokens"))?;
+    for (kernel, tokens) in [(None, (SEQ, SEQ - 5)), (None, (SEQ, SEQ)), (Some(Kernel::CudaSm80), (8192, 8192))] {
+        many_calls_of(device, kernel, tokens).with_context(|| format!("{kernel:?}, {tokens:?} tokens"))?;
     }
     Ok(())
 }
 
-fn many_calls_of(device: &Device, heads: Heads, tokens: (usize, usize)) -> Result<()> {
+fn many_calls_of(device: &Device, kernel: Option<Kernel>, tokens: (usize, usize)) -> Result<()> {
     let results = dist::on_ranks(communicators(device, 2)?, |(mut communicator, device)| {
-        let (meta, mut tensors) = inputs_of(&device, (communicator.rank(), 2), heads, tokens)?;
+        let (meta, mut tensors) = inputs_of(&device, (communicator.rank(), 2), tokens)?;
         for (seed, tensor) in tensors.iter_mut().enumerate() {
             let count: usize = tensor.shape().iter().product();
             let value = |at: usize| ((at * 37 + seed * 11 + communicator.rank() * 5) % 61) as f32 / 61.0 - 0.5;
@@ -90,7 +87,8 @@ fn many_calls_of(device: &Device, heads: Heads, tokens: (usize, usize)) -> Resul
             [(Mode::Gather, 1), (Mode::Gather, 4), (Mode::Ulysses, 1), (Mode::Ulysses, 2), (Mode::Ring, 1)]
         {
             let parallel = SequenceParallel::new(&device).with_mode(mode).with_chunks(chunks);
-            let request = parallel.prepare(&mut communicator, &meta, &heads)?;
+            let parallel = kernel.into_iter().fold(parallel, SequenceParallel::with_kernel);
+            let request = parallel.prepare(&mut communicator, &meta, &HEADS)?;
             let [q, k, v] = &tensors;
             let outputs: Vec<Tensor> =
                 (0..40).map(|_| parallel.forward(&mut communicator, &request, q, k, v)).collect::<Result<_, _>>()?;
