@@ -104,6 +104,15 @@ impl MaskedAttention {
         self
     }
 
+    /// Takes the kernel's tiles of so many keys whatever the plan would, for calls without key ranges and segments; for tests and
+    /// comparisons. Where the kernel has no such tiles for the head dimension it takes its longest.
+    /// [`Capabilities::tilings`](crate::Capabilities::tilings) has what there are.
+    #[must_use]
+    pub fn with_tile_keys(mut self, keys: usize) -> Self {
+        self.forced.tile_keys = Some(keys);
+        self
+    }
+
     /// The layer's device.
     #[must_use]
     pub fn device(&self) -> &Device {

@@ -280,8 +280,12 @@ pub fn varlen_attention_into<'a, 'o, 'l>(
         let views = AttentionViews { q, k, v, out, lse: lse.as_ref() };
         let cu_seqlens = (cu_seqlens_q, cu_seqlens_k);
         let problem = AttentionProblem::packed(device.info(), &views, cu_seqlens, on_scores, options.softmax_scale)?;
-        let plan =
-            plan_packed(&problem, on_scores, device.capabilities(), Forced { path: None, kernel: options.kernel })?;
+        let plan = plan_packed(
+            &problem,
+            on_scores,
+            device.capabilities(),
+            Forced { kernel: options.kernel, ..Forced::default() },
+        )?;
         log::debug!("{} {:?}: {plan}", problem.dtype, problem.shape);
         (problem, plan)
     };

@@ -66,8 +66,8 @@ def constants(compute_capability):
     values = {name: float(value) for name, value in re.findall(r"(\w+): ([\d.e]+),", row)}
     chip = Chip(*(values[field.name] for field in dataclasses.fields(Chip)))
     tiles = {}
-    for kernel, width, costs in re.findall(r"\(Kernel::(\w+), (\d+), tile\(\[([^\]]*)\]\)\)", text):
-        tiles[NAMES[kernel], int(width)] = TileCost(*map(float, costs.split(",")))
+    for kernel, width, keys, costs in re.findall(r"\(Kernel::(\w+), (\d+), (\d+), tile\(\[([^\]]*)\]\)\)", text):
+        tiles[NAMES[kernel], int(width), int(keys)] = TileCost(*map(float, costs.split(",")))
     return chip, tiles
 
 
@@ -88,7 +88,9 @@ class Work:
     """What the model needs of a call on a path by a kernel, without any constant."""
 
     kernel: str
+    # Width and keys of its tiles.
     width: int
+    keys: int
     path: str
     # Of the block that takes the first item of each wave: items, full and masked key tiles, dropped
     # keys in those, and keys that first tiles have fewer.
@@ -114,7 +116,9 @@ class Work:
 
     @classmethod
     def of(cls, features, path, kernel, multiprocessors):
+        """`kernel` may be followed by the keys of shorter tiles (`kernel_tiles.tiles_of`)."""
         tiles, heads, kv_heads = features["tiles"][kernel], features["heads"], features["kv_heads"]
+        kernel = kernel.split()[0]
         by_lists = kernel not in BY_ROWS
         by_groups = path == "fused" and by_lists
 
@@ -205,11 +209,11 @@ class Work:
         last = (1, *rows[-1][1:]) if rows else (0,) * 5
         every = -(-features["seq_q"] // tiles["rows"]) * heads * features["batch"]
         places = every if path == "fused" and items < every <= blocks and items * MIXED_BLOCKS >= every else items
-        return cls(kernel, tiles["width"], path, slowest, all_, last, items % blocks, blocks, places, attention, launches, copied * row_bytes, zero_pieces, zero_rows, zero_beside, zero_alone)
+        return cls(kernel, tiles["width"], tiles["keys"], path, slowest, all_, last, items % blocks, blocks, places, attention, launches, copied * row_bytes, zero_pieces, zero_rows, zero_beside, zero_alone)
 
     def time(self, chip, tiles, multiprocessors):
         """Nanoseconds."""
-        cost, by_lists = tiles[self.kernel, self.width], self.kernel not in BY_ROWS
+        cost, by_lists = tiles[self.kernel, self.width, self.keys], self.kernel not in BY_ROWS
         busy = self.busy(cost, multiprocessors)
         zeros = self.zero_pieces * chip.zero_piece + self.zero_rows * chip.zero_row
         zeros += self.zero_beside * chip.zero_beside + self.zero_alone * chip.zero_alone
@@ -243,7 +247,7 @@ class Work:
 
     def work(self, tiles):
         """The time of all items, one after another, of kernels that read single rows."""
-        cost = tiles[self.kernel, self.width]
+        cost = tiles[self.kernel, self.width, self.keys]
         items, full, masked = self.all[:3]
         return items * cost.item + full * cost.step + masked * cost.masked
 

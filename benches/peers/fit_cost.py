@@ -19,7 +19,7 @@ import pathlib
 import re
 
 from cost_model import CHIPS, NAMES, WGSL, Work, constants
-from kernel_tiles import steps, tile
+from kernel_tiles import cut, steps, tile, tiles_of
 
 
 # Differences of logarithms beyond this count by their absolute value.
@@ -91,6 +91,9 @@ def read(files, multiprocessors):
             samples = {}
             for name, ms in times.items():
                 path, _, kernel = name.partition(" by ")
+                keys = entry.get("tile_keys", {}).get(name)
+                if f"{kernel} {keys}" in features["tiles"]:
+                    kernel = f"{kernel} {keys}"
                 # Choices that are far from the best need not be known as well.
                 weight = min(1.0, 1.5 * best / ms) ** 2
                 samples[name] = Sample(Work.of(features, path, kernel, on or 132), ms, weight, on or 132)
@@ -116,7 +119,7 @@ def fit(calls, chip, tiles, passes):
     samples = [sample for call in calls for sample in call.samples.values()]
     by_tile = {}
     for sample in samples:
-        by_tile.setdefault((sample.work.kernel, sample.work.width), []).append(sample)
+        by_tile.setdefault((sample.work.kernel, sample.work.width, sample.work.keys), []).append(sample)
     step = 0.2
     for _ in range(passes):
         for of, found in by_tile.items():
@@ -192,9 +195,9 @@ def rows(chip, tiles):
     """The constants, as chips.rs has them."""
     lines = [f"{field.name}: {getattr(chip, field.name):.1f}," for field in dataclasses.fields(chip)]
     kernels = {name: kernel for kernel, name in NAMES.items()}
-    for (kernel, width), cost in tiles.items():
+    for (kernel, width, keys), cost in tiles.items():
         values = [f"{getattr(cost, field.name):.{2 if field.name in ('alone', 'dropped') else 1}f}" for field in dataclasses.fields(cost)]
-        lines.append(f"(Kernel::{kernels[kernel]}, {width}, tile([{', '.join(values)}])),")
+        lines.append(f"(Kernel::{kernels[kernel]}, {width}, {keys}, tile([{', '.join(values)}])),")
     return lines
 
 
@@ -207,7 +210,7 @@ def write(chip, tiles, compute_capability):
     for line in rows(chip, tiles):
         name = line.split(":")[0]
         if line.startswith("(Kernel"):
-            which = re.match(r"\(Kernel::\w+, \d+", line).group(0)
+            which = re.match(r"\(Kernel::\w+, \d+, \d+", line).group(0)
             text = re.sub(re.escape(which) + r", tile\(\[[^\]]*\]\)\),", lambda _: line, text)
         else:
             text = text.replace(row, changed := re.sub(rf"\b{name}: [\d.e]+,", line, row))
@@ -237,10 +240,16 @@ def write_cases(file, files, multiprocessors, chip, tiles):
         paths = ["dense"] if is_all_valid(features) else ["fused", "packed"]
         times = {}
         for path in paths:
-            for kernel in features["tiles"]:
-                if (kernel, features["tiles"][kernel]["width"]) in tiles and kernel != "sm100":
-                    work = Work.of(features, path, kernel, multiprocessors)
-                    times[f"{path} by {kernel}"] = round(work.time(chip, tiles, multiprocessors), 3)
+            for kernel in ("sm80", "sm90"):
+                # A kernel takes the tiles that take it the least time.
+                estimates = []
+                for name, sizes in tiles_of(kernel, features["head_dim"]).items():
+                    features["tiles"].setdefault(name, cut(sizes, entry["key_runs"]))
+                    if (kernel, sizes[0], sizes[2]) in tiles:
+                        work = Work.of(features, path, name, multiprocessors)
+                        estimates.append(work.time(chip, tiles, multiprocessors))
+                if estimates:
+                    times[f"{path} by {kernel}"] = round(min(estimates), 3)
         if portable := portable_features(features, entry["key_runs"]):
             works = {path: Work.of(portable, path, PORTABLE, multiprocessors) for path in {*paths, "dense"}}
             if not takes_dense(works["dense"], works.get("fused"), adapter_tiles):

@@ -14,11 +14,13 @@ WARPGROUP_ROWS = 64
 PORTABLE_TILES = [(64, 64, 64), (128, 64, 64), (256, 32, 64)]
 
 
-def table(kernel):
-    """The rows of a kernel's tiles.h."""
+
+
+def table(kernel, file="tiles.h"):
+    """The rows of one of a kernel's tables of tiles."""
     if kernel == "wgsl-portable":
         return PORTABLE_TILES
-    text = (KERNELS / kernel / "tiles.h").read_text()
+    text = (KERNELS / kernel / file).read_text()
     return [tuple(map(int, row.split(","))) for row in re.findall(r"^ *X\((\d[^)]*)\)", text, re.MULTILINE)]
 
 
@@ -91,16 +93,33 @@ def features(workload):
         "tiles": {},
     }
     for kernel in ["sm80", "sm90", "sm100"]:
-        sizes = tile(kernel, workload.head_dim)
-        if sizes is None:
-            continue
-        width, rows, keys = sizes
-        full_and_groups = [key_tiles(runs, keys) for runs in key.runs]
-        found["tiles"][kernel] = {
-            "width": width,
-            "rows": rows,
-            "keys": keys,
-            "full_key_tiles": [full for full, _ in full_and_groups],
-            "masked_key_groups": [groups for _, groups in full_and_groups],
-        }
+        for name, sizes in tiles_of(kernel, workload.head_dim).items():
+            found["tiles"][name] = cut(sizes, key.runs)
     return found
+
+
+def tiles_of(kernel, head_dim):
+    """(width, query rows, keys) of all tiles among which a kernel chooses for a head dimension, by name:
+    the kernel's, and for tiles that are shorter than the longest one the kernel's and their keys."""
+    longest = tile(kernel, head_dim)
+    if longest is None:
+        return {}
+    found = {kernel: longest}
+    if kernel == "sm90":
+        for width, warpgroups, keys, *_ in table(kernel, "short_tiles.h"):
+            if width == longest[0]:
+                found[f"{kernel} {keys}"] = width, warpgroups * WARPGROUP_ROWS, keys
+    return found
+
+
+def cut(sizes, key_runs):
+    """Tiles of these sizes, and how many of keys each batch row has."""
+    width, rows, keys = sizes
+    full_and_groups = [key_tiles(runs, keys) for runs in key_runs]
+    return {
+        "width": width,
+        "rows": rows,
+        "keys": keys,
+        "full_key_tiles": [full for full, _ in full_and_groups],
+        "masked_key_groups": [groups for _, groups in full_and_groups],
+    }

@@ -21,6 +21,7 @@ import gc
 import json
 import math
 import pathlib
+import re
 import sys
 import time
 
@@ -37,6 +38,8 @@ SETS_BYTES = 400e6
 REPLAY_MS = 0.3
 MOST_CALLS = 60
 PEER = "pack + fa3 + scatter"
+# What a plan's text says of tiles among which it chose.
+TILE_KEYS = re.compile(r"in tiles of (\d+) keys")
 
 
 def arguments():
@@ -130,15 +133,20 @@ class Gpu:
         mask = self.choices.mask(workload)
         record = {"plan": None, "chosen": None, "times": {}, "refused": {}, "wrong": []}
         record["chosen"], record["plan"] = self.choices.planned(views[0], mask)
+        record["tile_keys"] = {}
 
-        def ours(options):
+        def ours(name, options):
+            plan = varlen_fa.Plan()
+
             def call(at):
-                device.forward(*views[at], mask, options=options)
+                device.forward(*views[at], mask, options=options, plan=plan)
+                if keys := TILE_KEYS.search(str(plan)):
+                    record["tile_keys"][name] = int(keys.group(1))
                 return outs[at]
 
             return call
 
-        methods = {name: ours(options) for name, options in self.choices.forced.items()}
+        methods = {name: ours(name, options) for name, options in self.choices.forced.items()}
         query_rows = self.rows(workload.query)
         if self.with_peers:
             sides = [None if side.is_all_valid else self.peers.ValidRows(self.rows(side)) for side in (workload.query, workload.key)]

@@ -100,7 +100,7 @@ const CHIPS: &[Chip] = &[
         zero_alone: 26.3,
         rows_time: 1.0,
         lists_time: 1.0,
-        source: "fitted to 1200 random calls (`regret.py`, seeds 4, 6 and 16 to 19) on an H200",
+        source: "fitted to 1200 random calls (`regret.py`, seeds 4, 6 and 16 to 19) on an H200; shorter tiles to 1000 pairs with the others",
     },
     Chip {
         compute_capability: (10, 0),
@@ -163,10 +163,10 @@ impl Chip {
         CHIPS.iter().rev().find(|chip| chip.compute_capability <= compute_capability)
     }
 
-    /// The costs of a kernel's tiles of a width on this chip.
-    pub fn tile_cost(&self, kernel: Kernel, width: usize) -> Option<TileCost> {
+    /// The costs of a kernel's tiles of a width and so many keys on this chip.
+    pub fn tile_cost(&self, kernel: Kernel, width: usize, keys: usize) -> Option<TileCost> {
         let time = if kernel.works_by_tile_lists() { self.lists_time } else { self.rows_time };
-        let (_, _, found) = TILE_COSTS.iter().find(|&&(of, at, _)| of == kernel && at == width)?;
+        let (.., found) = TILE_COSTS.iter().find(|&&(of, at, step, _)| (of, at, step) == (kernel, width, keys))?;
         Some(TileCost {
             item: found.item * time,
             listed: found.listed * time,
@@ -206,26 +206,33 @@ const fn tile([item, listed, scattered, step, masked, dropped, spared, alone]: [
     TileCost { item, listed, scattered, step, masked, dropped, spared, alone }
 }
 
-/// Kernel, width of its tiles, and their costs. Those of sm80 and sm90 were fitted on the H100, that of WGSL on an H200, as if one
+/// Kernel, width and keys of its tiles, and their costs. Those of sm80 and sm90 were fitted on the H100, that of WGSL on an H200, as if one
 /// workgroup had a multiprocessor. Those of sm100 are from the B200's data sheet, at 60 % of its products.
-const TILE_COSTS: &[(Kernel, usize, TileCost)] = &[
-    (Kernel::CudaSm80, 32, tile([2000.0, 0.0, 0.0, 2500.0, 2600.0, 0.00, 15.0, 0.63])),
-    (Kernel::CudaSm80, 64, tile([3443.5, 0.0, 0.0, 2550.4, 2750.5, 0.00, 3.3, 0.56])),
-    (Kernel::CudaSm80, 96, tile([4123.7, 0.0, 0.0, 2346.5, 2381.0, 0.00, 3.8, 0.69])),
-    (Kernel::CudaSm80, 128, tile([4412.2, 0.0, 0.0, 2942.9, 2909.5, 0.00, 7.1, 0.68])),
-    (Kernel::CudaSm80, 192, tile([3603.6, 0.0, 0.0, 1594.1, 1644.7, 0.00, 16.4, 1.00])),
-    (Kernel::CudaSm80, 256, tile([4065.2, 0.0, 0.0, 1939.8, 1908.1, 0.00, 15.2, 0.91])),
-    (Kernel::CudaSm90, 64, tile([1405.6, 277.5, 955.7, 1390.0, 1838.4, 0.75, 1.7, 1.00])),
-    (Kernel::CudaSm90, 96, tile([2825.4, 45.1, 1665.4, 1591.2, 2409.9, 3.83, 12.8, 1.00])),
-    (Kernel::CudaSm90, 128, tile([1534.3, 453.7, 1424.9, 1803.5, 2204.5, 2.48, 8.5, 1.00])),
-    (Kernel::CudaSm90, 192, tile([3011.2, 150.0, 1667.3, 1748.1, 2258.1, 3.44, 9.6, 1.00])),
-    (Kernel::CudaSm90, 256, tile([3986.5, 124.5, 2558.0, 1708.2, 2201.6, 8.68, 25.8, 1.00])),
-    (Kernel::CudaSm100, 64, tile([3500.0, 500.0, 0.0, 1200.0, 1450.0, 4.00, 0.0, 1.00])),
-    (Kernel::CudaSm100, 96, tile([3500.0, 500.0, 0.0, 1500.0, 1800.0, 4.00, 0.0, 1.00])),
-    (Kernel::CudaSm100, 128, tile([3500.0, 500.0, 0.0, 1850.0, 2200.0, 4.00, 0.0, 1.00])),
-    (Kernel::WgslPortable, 64, tile([432.6, 0.0, 0.0, 4547.0, 4718.4, 0.00, 0.0, 1.00])),
-    (Kernel::WgslPortable, 128, tile([2563.9, 0.0, 0.0, 8161.7, 8455.0, 0.00, 0.0, 1.00])),
-    (Kernel::WgslPortable, 256, tile([1431.9, 0.0, 0.0, 10074.7, 10099.2, 0.00, 0.0, 1.00])),
+const TILE_COSTS: &[(Kernel, usize, usize, TileCost)] = &[
+    (Kernel::CudaSm80, 32, 128, tile([2000.0, 0.0, 0.0, 2500.0, 2600.0, 0.00, 15.0, 0.63])),
+    (Kernel::CudaSm80, 64, 64, tile([3443.5, 0.0, 0.0, 2550.4, 2750.5, 0.00, 3.3, 0.56])),
+    (Kernel::CudaSm80, 96, 64, tile([4123.7, 0.0, 0.0, 2346.5, 2381.0, 0.00, 3.8, 0.69])),
+    (Kernel::CudaSm80, 128, 64, tile([4412.2, 0.0, 0.0, 2942.9, 2909.5, 0.00, 7.1, 0.68])),
+    (Kernel::CudaSm80, 192, 32, tile([3603.6, 0.0, 0.0, 1594.1, 1644.7, 0.00, 16.4, 1.00])),
+    (Kernel::CudaSm80, 256, 32, tile([4065.2, 0.0, 0.0, 1939.8, 1908.1, 0.00, 15.2, 0.91])),
+    (Kernel::CudaSm90, 64, 128, tile([1405.6, 277.5, 955.7, 1390.0, 1838.4, 0.75, 1.7, 1.00])),
+    (Kernel::CudaSm90, 64, 64, tile([1396.3, 239.6, 792.2, 811.1, 1240.3, 1.09, 1.7, 1.00])),
+    (Kernel::CudaSm90, 96, 112, tile([2825.4, 45.1, 1665.4, 1591.2, 2409.9, 3.83, 12.8, 1.00])),
+    (Kernel::CudaSm90, 96, 64, tile([2450.4, 44.9, 1023.7, 1052.5, 1731.5, 0.63, 12.8, 1.00])),
+    (Kernel::CudaSm90, 128, 160, tile([1534.3, 453.7, 1424.9, 1803.5, 2204.5, 2.48, 8.5, 1.00])),
+    (Kernel::CudaSm90, 128, 128, tile([1302.9, 454.5, 1339.4, 1467.6, 1997.2, 2.34, 8.4, 1.00])),
+    (Kernel::CudaSm90, 128, 64, tile([974.4, 695.3, 1202.1, 889.7, 1367.1, 1.39, 8.5, 1.00])),
+    (Kernel::CudaSm90, 192, 112, tile([3011.2, 150.0, 1667.3, 1748.1, 2258.1, 3.44, 9.6, 1.00])),
+    (Kernel::CudaSm90, 192, 80, tile([1956.5, 205.8, 1241.0, 1330.4, 1934.6, 3.36, 11.1, 1.00])),
+    (Kernel::CudaSm90, 192, 64, tile([1581.1, 425.3, 1179.8, 1150.7, 1690.3, 7.94, 12.5, 1.00])),
+    (Kernel::CudaSm90, 256, 80, tile([3986.5, 124.5, 2558.0, 1708.2, 2201.6, 8.68, 25.8, 1.00])),
+    (Kernel::CudaSm90, 256, 48, tile([1865.8, 599.5, 1542.8, 1210.8, 1691.1, 9.36, 20.0, 1.00])),
+    (Kernel::CudaSm100, 64, 128, tile([3500.0, 500.0, 0.0, 1200.0, 1450.0, 4.00, 0.0, 1.00])),
+    (Kernel::CudaSm100, 96, 128, tile([3500.0, 500.0, 0.0, 1500.0, 1800.0, 4.00, 0.0, 1.00])),
+    (Kernel::CudaSm100, 128, 128, tile([3500.0, 500.0, 0.0, 1850.0, 2200.0, 4.00, 0.0, 1.00])),
+    (Kernel::WgslPortable, 64, 64, tile([432.6, 0.0, 0.0, 4547.0, 4718.4, 0.00, 0.0, 1.00])),
+    (Kernel::WgslPortable, 128, 64, tile([2563.9, 0.0, 0.0, 8161.7, 8455.0, 0.00, 0.0, 1.00])),
+    (Kernel::WgslPortable, 256, 64, tile([1431.9, 0.0, 0.0, 10074.7, 10099.2, 0.00, 0.0, 1.00])),
 ];
 
 #[cfg(test)]
@@ -253,7 +260,7 @@ mod tests {
             let times = launches.into_iter().chain(rates).chain([chip.rows_time, chip.lists_time]);
             assert!(times.into_iter().all(|time| time > 0.0), "{chip:?}");
         }
-        for &(kernel, width, cost) in TILE_COSTS {
+        for &(kernel, width, _, cost) in TILE_COSTS {
             assert!(cost.item > 0.0 && cost.step > 0.0 && cost.masked > 0.0, "{kernel} {width}: {cost:?}");
             assert!(cost.alone > 0.0 && cost.alone <= 1.0, "{kernel} {width}: {cost:?}");
             assert!(cost.spared >= 0.0 && cost.scattered >= 0.0, "{kernel} {width}: {cost:?}");

@@ -60,7 +60,7 @@ pub(crate) struct Machine {
     multiprocessors: usize,
     /// Whether that is only assumed, and the chip any.
     is_assumed: bool,
-    /// Of every kernel that runs there, by rising width.
+    /// Of every kernel that runs there, by rising width, the longest of a width first.
     tilings: Vec<(Tiling, TileCost)>,
 }
 
@@ -69,6 +69,8 @@ pub(crate) struct Machine {
 pub(crate) struct Choice {
     pub path: Path,
     pub kernel: Kernel,
+    /// Keys of its tiles, if it has several.
+    pub tile_keys: Option<usize>,
     pub time: f64,
 }
 
@@ -125,9 +127,9 @@ impl Machine {
     }
 
     fn of_chip(chip: &'static Chip, multiprocessors: usize, tilings: impl IntoIterator<Item = Tiling>) -> Self {
-        let cost = |tiling: Tiling| Some((tiling, chip.tile_cost(tiling.kernel, tiling.width)?));
+        let cost = |tiling: Tiling| Some((tiling, chip.tile_cost(tiling.kernel, tiling.width, tiling.keys)?));
         let mut tilings: Vec<_> = tilings.into_iter().filter_map(cost).collect();
-        tilings.sort_by_key(|(tiling, _)| tiling.width);
+        tilings.sort_by_key(|(tiling, _)| (tiling.width, std::cmp::Reverse(tiling.keys)));
         Self { id: DeviceId::unique(), chip, multiprocessors, is_assumed: false, tilings }
     }
 
@@ -141,12 +143,11 @@ impl Machine {
         self.is_assumed
     }
 
-    /// The narrowest tiles of a kernel that hold a head dimension.
-    pub fn tiling(&self, kernel: Kernel, head_dim: usize) -> Option<Tiling> {
-        self.tilings
-            .iter()
-            .map(|&(tiling, _)| tiling)
-            .find(|tiling| tiling.kernel == kernel && tiling.width >= head_dim)
+    /// The narrowest tiles of a kernel that hold a head dimension, and the shorter ones of their width.
+    pub fn tilings(&self, kernel: Kernel, head_dim: usize) -> impl Iterator<Item = &(Tiling, TileCost)> {
+        let of_kernel = move |&&(tiling, _): &&(Tiling, TileCost)| tiling.kernel == kernel && tiling.width >= head_dim;
+        let width = self.tilings.iter().find(of_kernel).map(|(tiling, _)| tiling.width);
+        self.tilings.iter().filter(of_kernel).filter(move |(tiling, _)| Some(tiling.width) == width)
     }
 
     /// The choices of a call under metadata, the quickest first. Kept with the metadata.
@@ -192,18 +193,27 @@ impl Machine {
         let shape = problem.shape;
         let mut choices = Vec::new();
         for kernel in Kernel::ALL.iter().copied() {
-            let fits = |tiling: &Tiling| {
-                tiling.kernel == kernel && tiling.width >= shape.head_dim && tiling.max_heads >= shape.num_heads
+            let tilings = || {
+                let fits = |(tiling, _): &&(Tiling, TileCost)| tiling.max_heads >= shape.num_heads;
+                // Calls with ranges and segments have one.
+                let is_plain = ranges.is_none() && matches!(problem.cuts, Cuts::None);
+                self.tilings(kernel, shape.head_dim).filter(fits).take(if is_plain { usize::MAX } else { 1 })
             };
-            let Some((tiling, cost)) = self.tilings.iter().find(|(tiling, _)| fits(tiling)) else { continue };
-            let call = |path| Call { machine: self, tiling, cost, problem, metas, ranges, path };
+            let Some(longest) = tilings().next() else { continue };
+            let has_several = tilings().nth(1).is_some();
+            let call = |of, path| {
+                let (tiling, cost): &(Tiling, TileCost) = of;
+                Call { machine: self, tiling, cost, problem, metas, ranges, path }
+            };
             for &path in paths {
                 // Work that this many multiprocessors have room for beside the rest takes time on fewer.
                 let is_padding = path == Path::Dense && metas.is_some();
-                if is_padding && call(Path::Dense).work() > call(Path::Fused).work() {
+                if is_padding && call(longest, Path::Dense).work() > call(longest, Path::Fused).work() {
                     continue;
                 }
-                choices.push(Choice { path, kernel, time: call(path).time() });
+                let times = tilings().map(|of| (of.0.keys, call(of, path).time()));
+                let Some((keys, time)) = times.min_by(|(_, a), (_, b)| a.total_cmp(b)) else { continue };
+                choices.push(Choice { path, kernel, tile_keys: has_several.then_some(keys), time });
             }
         }
         // Times are finite: sums and quotients of positive constants.
@@ -621,6 +631,7 @@ mod tests {
             width: 128,
             rows: 128,
             keys,
+
             blocks,
             splits,
             max_heads: 1000,

@@ -138,6 +138,8 @@ pub struct Plan {
     /// Whether the device copies [`Segments`](crate::Segments) to one tensor first, or the output from one afterwards, since the
     /// kernel does not take them where they lie.
     pub copies_segments: bool,
+    /// Keys of the kernel's tiles, where it has several for the head dimension and the cost model chose.
+    pub(crate) tile_keys: Option<usize>,
     /// How long that takes by the cost model, where the device has one and the host knows the mask.
     pub estimate: Option<Estimate>,
 }
@@ -147,7 +149,13 @@ impl fmt::Display for Plan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.path {
             Path::Zero => write!(f, "{}: {}", self.path, self.reason)?,
-            path => write!(f, "{path} by {}: {}", self.kernel, self.reason)?,
+            path => {
+                write!(f, "{path} by {}", self.kernel)?;
+                if let Some(keys) = self.tile_keys {
+                    write!(f, " in tiles of {keys} keys")?;
+                }
+                write!(f, ": {}", self.reason)?;
+            }
         }
         if self.copies_segments {
             f.write_str("; segments are copied, since the kernel takes whole tensors")?;
@@ -236,7 +244,12 @@ impl Capabilities {
     /// How a kernel cuts calls of a head dimension into tiles, where the device has a cost model. For benches.
     #[must_use]
     pub fn tiling(&self, kernel: Kernel, head_dim: usize) -> Option<Tiling> {
-        self.machine.as_ref().and_then(|machine| machine.tiling(kernel, head_dim))
+        self.tilings(kernel, head_dim).next()
+    }
+
+    /// The same, and after it shorter tiles among which the cost model chooses, if the kernel has such.
+    pub fn tilings(&self, kernel: Kernel, head_dim: usize) -> impl Iterator<Item = Tiling> {
+        self.machine.iter().flat_map(move |machine| machine.tilings(kernel, head_dim)).map(|&(tiling, _)| tiling)
     }
 }
 
@@ -245,6 +258,8 @@ impl Capabilities {
 pub(crate) struct Forced {
     pub path: Option<Path>,
     pub kernel: Option<Kernel>,
+    /// Keys of the kernel's tiles, where it has several.
+    pub tile_keys: Option<usize>,
 }
 
 /// Plans a call on padded tensors.
@@ -295,16 +310,24 @@ pub(crate) fn plan_padded(
         None => chosen,
         Some(path) => (path, check_forced_path(path, mask, preferred, problem.lse)?),
     };
-    let plan_of = |path, kernel: Kernel, reason, estimate| {
+    let plan_of = |path, kernel: Kernel, reason, tile_keys, estimate| {
         let is_in_place = match kernel.traits().segments {
             SegmentAccess::InPlace => true,
             SegmentAccess::InPlaceFused => path == Path::Fused && problem.cuts == Cuts::Few,
             SegmentAccess::Copied => false,
         };
         let copies_segments = path != Path::Zero && problem.cuts != Cuts::None && !is_in_place;
-        Plan { path, kernel, reason, copies_segments, estimate }
+        // Calls with ranges and segments have their own.
+        let is_plain = !needs.ranges && problem.cuts == Cuts::None;
+        let is_there = |&keys: &usize| capabilities.tilings(kernel, needs.head_dim).any(|tiling| tiling.keys == keys);
+        let tile_keys = match forced.tile_keys {
+            Some(keys) => Some(keys).filter(is_there),
+            None => tile_keys,
+        };
+        let tile_keys = tile_keys.filter(|_| is_plain);
+        Plan { path, kernel, reason, copies_segments, tile_keys, estimate }
     };
-    let plan = plan_of(path, preferred, reason, None);
+    let plan = plan_of(path, preferred, reason, None, None);
     let Some(choices) = choices(problem, mask, capabilities, path)? else { return Ok(plan) };
     let may_take = |choice: &Choice| {
         // The model knows how many tiles ranges leave, but not the speed of each kernel's form with ranges.
@@ -328,7 +351,7 @@ pub(crate) fn plan_padded(
     let other = choices.iter().copied().find(|choice| *choice != best && capabilities.kernels.contains(&choice.kernel));
     let other = other.map(|choice| (choice.path, choice.kernel, duration(choice)));
     let estimate = Some(Estimate { time: duration(best), other });
-    Ok(plan_of(best.path, best.kernel, reason, estimate))
+    Ok(plan_of(best.path, best.kernel, reason, best.tile_keys, estimate))
 }
 
 /// The choices of a call on a path that the cost model knows: fused and packed by every kernel under a key mask or metadata of the
@@ -383,7 +406,14 @@ pub(crate) fn plan_packed(
 ) -> Result<Plan> {
     let mask = MaskInfo { tokens: TokenInfo::All, ranges, modifiers, bias: None };
     let kernel = pick_kernel(capabilities, forced, Needs::new(problem, &mask, false))?;
-    Ok(Plan { path: Path::Packed, kernel, reason: Reason::AlreadyPacked, copies_segments: false, estimate: None })
+    Ok(Plan {
+        path: Path::Packed,
+        kernel,
+        reason: Reason::AlreadyPacked,
+        copies_segments: false,
+        tile_keys: None,
+        estimate: None,
+    })
 }
 
 fn pick_kernel(capabilities: &Capabilities, forced: Forced, needs: Needs) -> Result<Kernel> {
@@ -573,7 +603,7 @@ mod tests {
             );
 
             // A forced choice has its own estimate, and the best of the others beside it.
-            let forced = |path, kernel| Forced { path: Some(path), kernel: Some(kernel) };
+            let forced = |path, kernel| Forced { path: Some(path), kernel: Some(kernel), ..Forced::default() };
             let slow = plan_on(&device, &mask, forced(Path::Packed, Kernel::CudaSm80))?;
             assert_eq!((slow.path, slow.kernel, slow.reason), (Path::Packed, Kernel::CudaSm80, Reason::PathForced));
             let other = slow.estimate.and_then(|estimate| estimate.other);
@@ -603,7 +633,7 @@ mod tests {
         let (meta, ranges) = (meta(true)?, KeyRanges::causal([BATCH, SEQ, SEQ])?);
         let mask = masked(TokenInfo::Varlen { query: &meta, key: &meta });
         for kernel in [None, Some(Kernel::WgslPortable)] {
-            let forced = Forced { path: None, kernel };
+            let forced = Forced { kernel, ..Forced::default() };
             let kernel = kernel.unwrap_or(Kernel::WgslCoop);
             let plan = plan_on(&device, &mask, forced)?;
             assert_eq!(plan.kernel, kernel);
@@ -652,7 +682,7 @@ mod tests {
         assert!([(Path::Packed, Reason::Fragmented), (Path::Fused, Reason::KeyMask)].contains(&packed), "{packed:?}");
         assert_eq!(outcome(&device(&[Kernel::CpuTiled]), short, free)?, (Path::Dense, Reason::KeyMask));
         for path in [Path::Dense, Path::Fused, Path::Packed] {
-            let forced = Forced { path: Some(path), kernel: None };
+            let forced = Forced { path: Some(path), ..Forced::default() };
             assert_eq!(outcome(&plain, &half, forced)?, (path, Reason::PathForced));
         }
         let nothing = KeyMask::from_lengths(SEQ, &[0; BATCH])?;
@@ -673,7 +703,7 @@ mod tests {
         let first = |kernels: &[Kernel]| plan(kernels, &mask, Forced::default()).map(|plan| (plan.kernel, plan.path));
         for (at, kernel) in both.into_iter().enumerate() {
             assert_eq!(first(&both[at..])?, (kernel, Path::Fused));
-            let forced = Forced { path: None, kernel: Some(kernel) };
+            let forced = Forced { kernel: Some(kernel), ..Forced::default() };
             assert_eq!(plan(&both, &mask, forced)?.kernel, kernel);
         }
         Ok(())
@@ -697,7 +727,7 @@ mod tests {
         ];
         for (modifiers, why_not) in &lacking {
             assert_eq!(plan(&both, &with(modifiers), free)?.kernel, Kernel::WgslPortable);
-            let forced = Forced { path: None, kernel: Some(Kernel::CudaSm90) };
+            let forced = Forced { kernel: Some(Kernel::CudaSm90), ..Forced::default() };
             for refused in [plan(&both, &with(modifiers), forced), plan(&both[..1], &with(modifiers), free)] {
                 let refused = refused.err();
                 assert!(
@@ -708,7 +738,7 @@ mod tests {
         }
         // Short runs, which a cost model would pack: not with modifiers, which it does not know, and never with ALiBi.
         let hopper = Capabilities { machine: hopper(), ..device(Kernel::ALL) };
-        let packed = Forced { path: Some(Path::Packed), kernel: None };
+        let packed = Forced { path: Some(Path::Packed), ..Forced::default() };
         for (modifiers, _) in &lacking {
             assert_eq!(plan_on(&hopper, &with(modifiers), free)?.path, Path::Fused);
             let forced = plan_on(&hopper, &with(modifiers), packed);
@@ -728,7 +758,7 @@ mod tests {
         let outcome = |kernels: &[Kernel], forced| plan(kernels, &mask, forced).map(|plan| (plan.path, plan.reason));
         assert_eq!(outcome(&both[1..], Forced::default())?, (Path::Fused, Reason::Fused));
         assert_eq!(outcome(&both, Forced::default())?, (Path::Fused, Reason::Fused));
-        let forced = |path, kernel| Forced { path: Some(path), kernel: Some(kernel) };
+        let forced = |path, kernel| Forced { path: Some(path), kernel: Some(kernel), ..Forced::default() };
         for kernel in both {
             assert_eq!(outcome(&both, forced(Path::Fused, kernel))?, (Path::Fused, Reason::PathForced));
         }
@@ -776,7 +806,7 @@ mod tests {
                 let got = plan_padded(&problem, &mask, &hopper, &Config::default(), Forced::default())?;
                 assert_eq!((got.kernel, got.path, got.estimate), (Kernel::CudaSm80, path, None), "{head_dim}");
             }
-            let forced = Forced { path: None, kernel: Some(Kernel::CudaSm90) };
+            let forced = Forced { kernel: Some(Kernel::CudaSm90), ..Forced::default() };
             let refused = plan_padded(&problem, &masked(TokenInfo::All), &hopper, &Config::default(), forced).err();
             assert!(
                 matches!(&refused, Some(Error::NotApplicable { why, .. }) if why.contains("as wide as the head dimension")),

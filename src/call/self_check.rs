@@ -320,6 +320,7 @@ impl<'a> Bench<'a> {
                 kernel,
                 reason: Reason::PathForced,
                 copies_segments: false,
+                tile_keys: None,
                 estimate: None,
             },
             q: Segmented::One(Input { memory: self.q.source(), layout: of_queries, dtype }),

@@ -550,7 +550,7 @@ fn capture_in_the_global_mode(device: &Device) -> Result<()> {
 
 fn packed_variant(device: &Device) -> Result<Variant> {
     let kernel = *device.capabilities().kernels.first().context("no kernel")?;
-    Ok(Variant { device: device.clone(), kernel, path: Some(Path::Packed), dtype: DType::Bf16 })
+    Ok(Variant { device: device.clone(), kernel, path: Some(Path::Packed), dtype: DType::Bf16, tile_keys: None })
 }
 
 /// Each thing that a graph cannot hold is an error of its own kind, and the capture is none the worse for it.

@@ -44,6 +44,7 @@ mod head_dims;
 mod host_memory;
 mod instruction_sets;
 mod joint;
+mod key_tiles;
 mod large;
 mod layouts;
 mod limits;
@@ -101,6 +102,7 @@ const SHARED: &[Register] = &[
     device_meta::register,
     shapes::register,
     grouped_heads::register,
+    key_tiles::register,
     any_head_dim::register,
     segments::register,
     long_keys::register,

@@ -102,7 +102,13 @@ fn same_bits_with_metadata_uploaded_before(variant: &Variant) -> Result<()> {
 fn same_bits_in_place_and_packed(device: &Device, dtype: DType) -> Result<()> {
     for (head_dim, p) in [(32, 0.5), (64, 0.7), (72, 0.9), (128, 0.3), (160, 0.6), (256, 0.8)] {
         let shape = OracleShape { batch: 3, seq_q: 400, seq_k: 400, heads: 4, kv_heads: 2, head_dim };
-        let on = |path| Variant { device: device.clone(), kernel: Kernel::CudaSm80, path: Some(path), dtype };
+        let on = |path| Variant {
+            device: device.clone(),
+            kernel: Kernel::CudaSm80,
+            path: Some(path),
+            dtype,
+            tile_keys: None,
+        };
         let stage = Stage::new(&on(Path::Packed), shape, p)?;
         let packed = stage.run_into(&on(Path::Packed))?;
         ensure!(stage.run_into(&on(Path::Fused))? == packed, "head dimension {head_dim}: the paths gave other bits");

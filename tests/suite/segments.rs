@@ -170,7 +170,7 @@ impl Call {
 
     /// Judges the call on whole tensors, and compares those on segments with it, bit by bit.
     pub fn check_segments(&self, variant: &Variant, numbers: &[usize]) -> Result<()> {
-        let whole = self.run(variant)?;
+        let whole = self.run(&variant.with_longest_tiles())?;
         self.judge(&whole, &self.reference(usize::MAX)?, Rules::standard(self.dtype))?;
         for cuts in numbers.iter().map(|&count| Cuts::of(self, count)) {
             let result = self.under_mask(variant, |mask| {
@@ -230,7 +230,7 @@ fn joint_layer(variant: &Variant) -> Result<()> {
     let text = 48;
     let keep: Vec<_> = [17, 40].iter().flat_map(|&len| (0..SEQ).map(move |s| s < len || s >= text)).collect();
     let call = Call::random(SHAPE, Mask::Varlen(keep), variant.dtype, 12);
-    let whole = call.run(variant)?;
+    let whole = call.run(&variant.with_longest_tiles())?;
     let cuts = Cuts([(); 4].map(|()| vec![text, SEQ - text]));
     let bits = call.under_mask(variant, |mask| call.run_in_segments(variant, mask, &cuts, None))?;
     call.expect_bits(&bits, &whole, &cuts)
@@ -264,7 +264,7 @@ fn no_mask_and_key_masks(variant: &Variant) -> Result<()> {
     // Around the tiles of every kernel.
     let shape = OracleShape { batch: 1, ..SHAPE };
     let call = Call::random(shape, Mask::None, variant.dtype, 7);
-    let whole = call.run(variant)?;
+    let whole = call.run(&variant.with_longest_tiles())?;
     for tile in [16, 48, 64, 120, 128] {
         for text in [tile - 1, tile, tile + 1] {
             let cuts = Cuts([(); 4].map(|()| vec![text, SEQ - text]));
@@ -305,7 +305,7 @@ fn bias(variant: &Variant) -> Result<()> {
 /// One log-sum-exp over all segments.
 fn with_lse(variant: &Variant) -> Result<()> {
     let call = Call::random(SHAPE, Mask::Varlen(keep(11, 2 * SEQ)?), variant.dtype, 10);
-    let whole = call.run(variant)?;
+    let whole = call.run(&variant.with_longest_tiles())?;
     let expected = call.reference_lse()?;
     for cuts in [2, 8].map(|count| Cuts::of(&call, count)) {
         let (plan, bits, values) = call.under_mask(variant, |mask| {

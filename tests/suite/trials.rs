@@ -38,6 +38,8 @@ pub struct Variant {
     pub path: Option<Path>,
     /// Element type of q, k, v and the output.
     pub dtype: DType,
+    /// Keys of the kernel's tiles, to force one length of several.
+    pub tile_keys: Option<usize>,
 }
 
 /// Paths that a call with metadata can take.
@@ -47,7 +49,7 @@ impl Variant {
     /// The device's first kernel, and the first element type that it computes with.
     pub fn first(device: &Device, path: Option<Path>) -> Self {
         let kernel = device.capabilities().kernels[0];
-        Self { device: device.clone(), kernel, path, dtype: kernel.dtypes()[0] }
+        Self { device: device.clone(), kernel, path, dtype: kernel.dtypes()[0], tile_keys: None }
     }
 
     /// The device's first kernel that computes with an element type: tensors of it exist on the device.
@@ -55,12 +57,20 @@ impl Variant {
         let kernels = &device.capabilities().kernels;
         let kernel = kernels.iter().find(|kernel| kernel.dtypes().contains(&dtype));
         let kernel = kernel.copied().with_context(|| format!("no kernel here computes with {dtype}"))?;
-        Ok(Self { device: device.clone(), kernel, path, dtype })
+        Ok(Self { device: device.clone(), kernel, path, dtype, tile_keys: None })
     }
 
-    /// The layer with everything forced.
+    /// With the longest of the kernel's key tiles, which calls take on segments and under metadata of the device.
+    pub fn with_longest_tiles(&self) -> Self {
+        Self { tile_keys: Some(usize::MAX), ..self.clone() }
+    }
+
+    /// The layer with everything forced. Of tiles of several lengths f16 takes the longest, and other element types what the plan
+    /// chooses: kernels have the same instructions for both.
     pub fn layer(&self) -> MaskedAttention {
         let layer = MaskedAttention::new(&self.device).with_kernel(self.kernel);
+        let longest = (self.dtype == DType::F16).then_some(usize::MAX);
+        let layer = self.tile_keys.or(longest).into_iter().fold(layer, MaskedAttention::with_tile_keys);
         match self.path {
             Some(path) => layer.with_path(path),
             None => layer,
@@ -314,7 +324,7 @@ impl Trials {
         let most = if self.is_short && !self.in_every_dtype { 1 } else { usize::MAX };
         for &dtype in dtypes.iter().filter(|dtype| kernel.dtypes().contains(dtype)).take(most) {
             let device = self.second.as_ref().filter(|_| self.list.len() % 2 == 1).unwrap_or(&self.device);
-            let variant = Variant { device: device.clone(), kernel, path, dtype };
+            let variant = Variant { device: device.clone(), kernel, path, dtype, tile_keys: None };
             self.push(&parts, test, Some(dtype), move || run(&variant));
         }
     }

@@ -96,8 +96,8 @@ __device__ inline void attention(const TileListParams& params, const SegmentTabl
 }
 
 // attention_sm90_{f16, bf16}_d{head_dim}_w{warpgroups}, and the same with key ranges: .._ranged; and
-// both with tensors in segments: .._segments, .._ranged_segments. With shorter key tiles:
-// .._short_ranged
+// both with tensors in segments: .._segments, .._ranged_segments. With shorter key tiles of so many
+// keys: .._k{keys}, .._k{keys}_ranged
 #define VARLEN_FA_ENTRY(NAME, THREADS, ...)                                                                        \
     extern "C" __global__ void __launch_bounds__(THREADS, 1) NAME(const __grid_constant__ TileListParams params) { \
         attention<Shape<__VA_ARGS__>>(params, nullptr);                                                            \
@@ -115,8 +115,11 @@ __device__ inline void attention(const TileListParams& params, const SegmentTabl
     VARLEN_FA_TYPES(VARLEN_FA_SEGMENTS_ENTRY, d##D##_w##WARPGROUPS##_segments, D, WARPGROUPS, __VA_ARGS__, false, true)               \
     VARLEN_FA_TYPES(VARLEN_FA_SEGMENTS_ENTRY, d##D##_w##WARPGROUPS##_ranged_segments, D, WARPGROUPS, __VA_ARGS__, true, true)
 VARLEN_FA_SM90_TILES(VARLEN_FA_ENTRIES)
-#define VARLEN_FA_SHORT_ENTRIES(D, WARPGROUPS, ...) \
-    VARLEN_FA_TYPES(VARLEN_FA_ENTRY, d##D##_w##WARPGROUPS##_short_ranged, D, WARPGROUPS, __VA_ARGS__, true)
+#define VARLEN_FA_SHORT_ENTRIES(D, WARPGROUPS, KEYS, ...) \
+    VARLEN_FA_TYPES(VARLEN_FA_ENTRY, d##D##_w##WARPGROUPS##_k##KEYS, D, WARPGROUPS, KEYS, __VA_ARGS__)
 VARLEN_FA_SM90_SHORT_TILES(VARLEN_FA_SHORT_ENTRIES)
+#define VARLEN_FA_SHORT_RANGED_ENTRIES(D, WARPGROUPS, KEYS, ...) \
+    VARLEN_FA_TYPES(VARLEN_FA_ENTRY, d##D##_w##WARPGROUPS##_k##KEYS##_ranged, D, WARPGROUPS, KEYS, __VA_ARGS__, true)
+VARLEN_FA_SM90_SHORT_RANGED_TILES(VARLEN_FA_SHORT_RANGED_ENTRIES)
 
 }  // namespace sm90

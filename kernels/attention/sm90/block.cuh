@@ -8,6 +8,7 @@
 #include "../../ptx/warpgroup.cuh"
 #include "../segments.cuh"
 #include "../tile_lists.cuh"
+#include "short_ranged_tiles.h"
 #include "short_tiles.h"
 #include "tiles.h"
 

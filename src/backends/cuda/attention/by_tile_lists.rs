@@ -210,8 +210,11 @@ impl<'a> Call<'a> {
     fn new(launcher: &'a Launcher, attention: &'a Attention<'a>, tensors: Placement<'a>) -> Result<Self> {
         let head_dim = attention.problem.shape.head_dim;
         let tile = ListTile::of(attention.plan.kernel, head_dim).ok_or(Error::HeadDim { got: head_dim })?;
-        let sees_few = attention.ranges.is_some_and(|ranges| ranges.mean_keys() <= FEW_KEYS);
-        let short = tile.short().filter(|_| sees_few && matches!(tensors, Placement::Whole(_)));
+        let short = match attention.ranges {
+            Some(ranges) => tile.short_ranged().filter(|_| ranges.mean_keys() <= FEW_KEYS),
+            None => attention.plan.tile_keys.and_then(|keys| tile.short_of(keys)),
+        };
+        let short = short.filter(|_| matches!(tensors, Placement::Whole(_)));
         Ok(Self { launcher, attention, tensors, tile: short.unwrap_or(tile) })
     }
 

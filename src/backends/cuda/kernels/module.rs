@@ -455,9 +455,11 @@ mod tests {
                     let forms = ListForm::ALL.into_iter().filter(move |form| form.is_of(row.kernel));
                     forms.flat_map(move |form| {
                         let tile = ListTile::of(row.kernel, head_dim);
-                        let short = tile.and_then(ListTile::short).filter(|_| form.has_ranges && !form.has_segments);
+                        let plain = tile.into_iter().flat_map(ListTile::short).filter(move |_| form == ListForm::PLAIN);
+                        let ranged = tile.and_then(ListTile::short_ranged);
+                        let ranged = ranged.filter(|_| form.has_ranges && !form.has_segments);
                         let entry = move |tile| Entry::AttentionByLists { dtype, tile, form };
-                        tile.into_iter().chain(short).map(entry)
+                        tile.into_iter().chain(plain).chain(ranged).map(entry)
                     })
                 });
                 rows.chain(lists)

@@ -199,13 +199,14 @@ pub struct ListTile {
     pub shared_bytes: u32,
     /// Warpgroups that share a query tile's rows, if several blocks can share its keys.
     pub splitting_warpgroups: Option<u32>,
-    /// Whether it is one of the shorter ones, which calls with key ranges alone have.
+    /// Whether it is one of the shorter ones.
     is_short: bool,
 }
 
 impl ListTile {
     const SM90: [[u32; 5]; count(SM90_TILES)] = parse(SM90_TILES);
     const SM90_SHORT: [[u32; 5]; count(SM90_SHORT_TILES)] = parse(SM90_SHORT_TILES);
+    const SM90_SHORT_RANGED: [[u32; 5]; count(SM90_SHORT_RANGED_TILES)] = parse(SM90_SHORT_RANGED_TILES);
     const SM100: [[u32; 2]; count(SM100_TILES)] = parse(SM100_TILES);
 
     /// The narrowest tile of a kernel that holds a head dimension.
@@ -217,10 +218,25 @@ impl ListTile {
         }
     }
 
-    /// The same with fewer keys a step, for key ranges of whole tensors, if the kernel has it.
-    pub fn short(self) -> Option<Self> {
-        let entry = Self::SM90_SHORT.into_iter().find(|entry| entry[0] == self.width);
-        entry.filter(|_| self.kernel == Kernel::CudaSm90).map(|entry| Self { is_short: true, ..Self::sm90(entry) })
+    /// Those with fewer keys a step, for whole tensors without key ranges.
+    pub fn short(self) -> impl Iterator<Item = Self> {
+        let entries = Self::SM90_SHORT.into_iter().filter(move |entry| entry[0] == self.width);
+        entries.filter(move |_| self.kernel == Kernel::CudaSm90).map(Self::sm90_short)
+    }
+
+    /// Those of so many keys a step, for whole tensors without key ranges, if the kernel has them.
+    pub fn short_of(self, keys: usize) -> Option<Self> {
+        self.short().find(|tile| tile.keys as usize == keys)
+    }
+
+    /// Those with fewer keys a step, for whole tensors with key ranges, if the kernel has them.
+    pub fn short_ranged(self) -> Option<Self> {
+        let entry = Self::SM90_SHORT_RANGED.into_iter().find(|entry| entry[0] == self.width);
+        entry.filter(|_| self.kernel == Kernel::CudaSm90).map(Self::sm90_short)
+    }
+
+    const fn sm90_short(entry: [u32; 5]) -> Self {
+        Self { is_short: true, ..Self::sm90(entry) }
     }
 
     /// Shared memory: the query tiles, whose places outputs take, and the stages of key and value
@@ -275,9 +291,9 @@ impl ListTile {
 
     /// The end of the kernel's name, after the element type.
     pub fn name(self, ListForm { has_ranges, has_segments }: ListForm) -> String {
-        let Self { width, splitting_warpgroups, is_short, .. } = self;
+        let Self { width, splitting_warpgroups, is_short, keys, .. } = self;
         let warpgroups = splitting_warpgroups.map_or_else(String::new, |warpgroups| format!("_w{warpgroups}"));
-        let short = if is_short { "_short" } else { "" };
+        let short = if is_short { format!("_k{keys}") } else { String::new() };
         let ranged = if has_ranges { "_ranged" } else { "" };
         let segments = if has_segments { "_segments" } else { "" };
         format!("d{width}{warpgroups}{short}{ranged}{segments}")
@@ -300,6 +316,11 @@ const _: () = {
     let mut i = 0;
     while i < ListTile::SM90_SHORT.len() {
         ListTile::sm90(ListTile::SM90_SHORT[i]).assert_fits();
+        i += 1;
+    }
+    let mut i = 0;
+    while i < ListTile::SM90_SHORT_RANGED.len() {
+        ListTile::sm90(ListTile::SM90_SHORT_RANGED[i]).assert_fits();
         i += 1;
     }
     let mut i = 0;
@@ -339,14 +360,16 @@ pub fn tilings(shared_bytes: u32) -> impl Iterator<Item = Tiling> {
         splits: tile.splitting_warpgroups.is_some(),
         max_heads: usize::MAX,
     };
-    let sm90 = ListTile::SM90.map(ListTile::sm90).map(by_lists);
+    let sm90 = ListTile::SM90.map(ListTile::sm90);
+    let short = sm90.into_iter().flat_map(ListTile::short).map(by_lists);
     let sm100 = ListTile::SM100.map(ListTile::sm100).map(by_lists);
-    sm80.into_iter().chain(sm90).chain(sm100)
+    sm80.into_iter().chain(sm90.map(by_lists)).chain(short).chain(sm100)
 }
 
 const SM80_TILES: &[u8] = include_bytes!("../../../../kernels/attention/sm80/tiles.h");
 const SM90_TILES: &[u8] = include_bytes!("../../../../kernels/attention/sm90/tiles.h");
 const SM90_SHORT_TILES: &[u8] = include_bytes!("../../../../kernels/attention/sm90/short_tiles.h");
+const SM90_SHORT_RANGED_TILES: &[u8] = include_bytes!("../../../../kernels/attention/sm90/short_ranged_tiles.h");
 const SM100_TILES: &[u8] = include_bytes!("../../../../kernels/attention/sm100/tiles.h");
 
 /// The first entry of a table, by rising widths, that is as wide as a head dimension.
@@ -478,17 +501,23 @@ mod tests {
 
     #[test]
     fn short_tiles_of_sm90_have_fewer_keys_and_a_name_of_their_own() {
-        let ranged = ListForm { has_ranges: true, ..ListForm::PLAIN };
-        for (head_dim, expected) in [(64, None), (104, Some(128)), (128, Some(128)), (192, None)] {
-            let tile = ListTile::of(Kernel::CudaSm90, head_dim);
-            assert_eq!(tile.and_then(ListTile::short).map(|short| short.keys), expected, "{head_dim}");
+        for entry in ListTile::SM90 {
+            let tile = ListTile::sm90(entry);
+            assert!(tile.short().count() > 0, "{tile:?}");
+            for short in tile.short().chain(tile.short_ranged()) {
+                assert!(short.keys < tile.keys && short.is_short, "{short:?}");
+                // Query tiles are the same, so that what is counted in them stays.
+                assert_eq!((tile.rows, tile.threads), (short.rows, short.threads));
+            }
         }
-        let tile = ListTile::of(Kernel::CudaSm90, 128);
-        let short = tile.and_then(ListTile::short);
-        assert_eq!(short.map(|short| short.name(ranged)).as_deref(), Some("d128_w2_short_ranged"));
-        // Query tiles are the same, so that what is counted in them stays.
-        assert_eq!(tile.map(|tile| (tile.rows, tile.threads)), short.map(|short| (short.rows, short.threads)));
-        assert_eq!(ListTile::of(Kernel::CudaSm100, 128).and_then(ListTile::short), None);
+        let tile = ListTile::of(Kernel::CudaSm90, 104);
+        let ranged = ListForm { has_ranges: true, ..ListForm::PLAIN };
+        let name = |short: Option<ListTile>, form| short.map(|short| short.name(form)).unwrap_or_default();
+        assert_eq!(name(tile.and_then(|tile| tile.short_of(64)), ListForm::PLAIN), "d128_w2_k64");
+        assert_eq!(name(tile.and_then(ListTile::short_ranged), ranged), "d128_w2_k128_ranged");
+        assert_eq!(tile.and_then(|tile| tile.short_of(160)), None);
+        let wide = ListTile::of(Kernel::CudaSm100, 128);
+        assert_eq!((wide.and_then(|tile| tile.short_of(64)), wide.and_then(ListTile::short_ranged)), (None, None));
     }
 
     #[test]
