@@ -53,12 +53,31 @@ private:
 template <int TILE_M, bool PACKS_HEADS>
 class Schedule {
 public:
-    __device__ Schedule(const TileListParams& params) : params(params), item(blockIdx.x), first_group(0), first_item(0) { load(); }
+    __device__ Schedule(const TileListParams& params) : params(params), item(blockIdx.x), first_group(0), first_item(0) {
+        // Without a mask all groups have as many.
+        if (params.form == FORM_DENSE) {
+            lane_tiles = tiles_of(params.seq_q);
+        } else {
+            load();
+        }
+    }
 
     // False when nothing is left.
     __device__ bool next(Work& work) {
         const int part = item - params.split_from;
         const int whole = part < 0 ? item : params.split_from + part / params.parts;
+        if (params.form == FORM_DENSE) {
+            const uint32_t tiles = lane_tiles;
+            const uint32_t items_of_one = tiles * heads();
+            const uint32_t group = whole / items_of_one;
+            if (group >= static_cast<uint32_t>(params.groups)) return false;
+            const uint32_t at = whole - group * items_of_one;
+            const uint32_t set = at / tiles;
+            const int head = PACKS_HEADS ? set * params.packed_heads : set;
+            work = {static_cast<int>(group), head, static_cast<int>(at - set * tiles), part < 0 ? -1 : part};
+            item += gridDim.x;
+            return true;
+        }
         while (true) {
             if (first_group >= params.groups) return false;
             const int items_of_all = __shfl_sync(0xffffffff, items_through, 31);
@@ -80,25 +99,32 @@ private:
     // Heads, or sets of heads that share query tiles.
     __device__ int heads() const { return PACKS_HEADS ? params.head_sets : params.heads; }
 
+    __device__ bool packs() const { return PACKS_HEADS && params.packed_heads > 1; }
+
+    // Query tiles of so many groups of 16 rows of each of several heads.
+    __device__ int shared_tiles(int groups) const {
+        return (groups * params.packed_heads + TILE_M / GROUP_ROWS - 1) / (TILE_M / GROUP_ROWS);
+    }
+
+    // Query tiles of so many queries.
+    __device__ int tiles_of(int queries) const {
+        return packs() ? shared_tiles((queries + GROUP_ROWS - 1) / GROUP_ROWS) : (queries + TILE_M - 1) / TILE_M;
+    }
+
     __device__ void load() {
         const int lane = threadIdx.x % 32;
-        const bool packs = PACKS_HEADS && params.packed_heads > 1;
-        const int rows = packs ? GROUP_ROWS : TILE_M;
         lane_group = first_group + lane;
         lane_tiles = 0;
         if (lane_group < params.groups) {
             if (params.form == FORM_FUSED) {
-                lane_tiles = params.batches[lane_group].query_tiles;
-            } else if (params.form == FORM_PACKED) {
-                if (params.order != nullptr) lane_group = params.order[lane_group];
-                const int queries = params.cu_seqlens_q[lane_group + 1] - params.cu_seqlens_q[lane_group];
-                lane_tiles = (queries + rows - 1) / rows;
+                // The lists have tiles of one group where heads are packed.
+                const int listed = params.batches[lane_group].query_tiles;
+                lane_tiles = packs() ? shared_tiles(listed) : listed;
             } else {
-                lane_tiles = (params.seq_q + rows - 1) / rows;
+                if (params.order != nullptr) lane_group = params.order[lane_group];
+                lane_tiles = tiles_of(params.cu_seqlens_q[lane_group + 1] - params.cu_seqlens_q[lane_group]);
             }
         }
-        // The lists have tiles of one group where heads are packed.
-        if (packs) lane_tiles = (lane_tiles * params.packed_heads + TILE_M / GROUP_ROWS - 1) / (TILE_M / GROUP_ROWS);
         items_through = lane_tiles * heads();
 #pragma unroll
         for (int distance = 1; distance < 32; distance *= 2) {
@@ -112,6 +138,7 @@ private:
     int first_group;
     int first_item;
     int lane_group;
+    // Its query tiles; without a mask those of any group.
     int lane_tiles;
     // Items of this lane's group and of the groups of lower lanes.
     int items_through;

@@ -51,8 +51,6 @@ constexpr int METADATA_CHUNK = 2048;
 constexpr int TILE_LISTS_THREADS = 1024;
 // Threads of a block of `range_tiles`.
 constexpr int RANGE_TILES_THREADS = 256;
-// The most blocks that it deals work out to, one a thread.
-constexpr int MAX_DEALT_BLOCKS = 256;
 // The most query tiles that `range_tiles` puts in the order of their lengths together.
 constexpr int MAX_ORDERED_TILES = 256;
 // Keys and values of a section, whose query tiles are computed together: a third of Hopper's L2. 32 MiB took up to 1 % longer,
@@ -889,7 +887,7 @@ struct RangeTilesParams {
     SectionSet* section_sets;
     // Blocks of this launch that are done: 0 before it.
     uint32_t* blocks_done;
-    // Of the launch that does the work: at most `MAX_DEALT_BLOCKS`.
+    // Of the launch that does the work.
     int32_t blocks;
     int32_t heads;
     // Query heads of one key/value head.

@@ -23,6 +23,16 @@ __device__ inline void wgmma_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
 }
 
+// Registers that hold anything. To the compiler they have a value, which it takes no instruction for.
+template <int TILES>
+__device__ inline void leave_undefined(float (&values)[TILES][4]) {
+#pragma unroll
+    for (int tile = 0; tile < TILES; ++tile) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) asm volatile("" : "=f"(values[tile][i]));
+    }
+}
+
 // Keeps the compiler from moving uses of these registers across this point.
 template <int TILES>
 __device__ inline void pin_registers(float (&values)[TILES][4]) {

@@ -8,7 +8,8 @@
 //   warp that deals them out     0  1  0  1    0 1 0 1
 //
 // Each warp has some of the blocks, at most one a lane, and of every round as many tiles. Of these the
-// one that is free the soonest takes the longest. So warps need not wait for one another. Where many
+// one that is free the soonest takes the longest. So warps need not wait for one another; and where
+// there are more blocks than threads, a warp then deals to others. Where many
 // tiles are left, two rounds follow one another before blocks are put in order again, the second one
 // backwards.
 #pragma once
@@ -153,57 +154,59 @@ __device__ inline void deal_out(const RangeTilesParams& params) {
     __syncthreads();
 
     const int blocks = params.blocks;
-    // Warps that deal; of each round, the places that this one has: its number, and every so many-th.
+    // Sets of blocks, to each of which a warp deals; of each round, the places that a set has: its number,
+    // and every so many-th.
     const int dealers = (blocks + 31) / 32;
-    if (warp >= dealers) return;
-    const int own_place = lane * dealers + warp;
-    const bool has_block = own_place < blocks;
-    uint32_t* const keys = shared_keys[warp];
-    // How soon this lane's block is free: units of 128 cycles, and the lane's number, which makes keys
-    // differ. Few calls are long enough for more units than fit, and those are dealt out less evenly.
-    uint32_t key = has_block ? lane : UINT32_MAX;
-    const int items = all_tiles * params.heads;
-    WorkPlace place;
-    place.move(sections, 0);
-    RangeWork* work = params.range_work + own_place;
-    for (int done = 0; done < items;) {
-        const int left = items - done;
-        const int rounds = left >= 4 * blocks ? 2 : 1;
-        const int count = min(left, rounds * blocks);
-        // How many of the warp's blocks are free sooner.
-        keys[lane] = key;
-        __syncwarp();
-        int rank = 0;
+    for (int dealer = warp; dealer < dealers; dealer += WARPS) {
+        const int own_place = lane * dealers + dealer;
+        const bool has_block = own_place < blocks;
+        uint32_t* const keys = shared_keys[warp];
+        // How soon this lane's block is free: units of 128 cycles, and the lane's number, which makes keys
+        // differ. Few calls are long enough for more units than fit, and those are dealt out less evenly.
+        uint32_t key = has_block ? lane : UINT32_MAX;
+        const int items = all_tiles * params.heads;
+        WorkPlace place;
+        place.move(sections, 0);
+        RangeWork* work = params.range_work + own_place;
+        for (int done = 0; done < items;) {
+            const int left = items - done;
+            const int rounds = left >= 4 * blocks ? 2 : 1;
+            const int count = min(left, rounds * blocks);
+            // How many of the warp's blocks are free sooner.
+            keys[lane] = key;
+            __syncwarp();
+            int rank = 0;
 #pragma unroll
-        for (int at = 0; at < 32; at += 4) {
-            const uint4 other = *reinterpret_cast<const uint4*>(keys + at);
-            rank += (other.x < key) + (other.y < key) + (other.z < key) + (other.w < key);
-        }
-        __syncwarp();
-        // What is left of this section is shorter than what the next one begins with.
-        const int rest = min(place.items(sections) - place.at, count);
-        if (has_block) {
-            for (int round = 0; round < rounds; ++round, work += blocks) {
-                const int taken = rank * dealers + warp;
-                const int item = round == 0 ? taken : 2 * blocks - 1 - taken;
-                RangeWork own = {-1, 0, -1, 0};
-                if (item < count) {
-                    WorkPlace at = place;
-                    at.move(sections, item < count - rest ? item + rest : item - (count - rest));
-                    const int heads = sections.heads_of(at.set, at.piece);
-                    const int number = at.at / heads;
-                    const OrderedTile tile = order[sections.first_of(at.set) + number];
-                    own.tile = tile.tile;
-                    own.head = at.piece * sets[at.set].heads + at.at - number * heads;
-                    key += static_cast<uint32_t>(tile.steps * params.step_cycles + params.item_cycles) / 128 * 32;
-                }
-                *work = own;
+            for (int at = 0; at < 32; at += 4) {
+                const uint4 other = *reinterpret_cast<const uint4*>(keys + at);
+                rank += (other.x < key) + (other.y < key) + (other.z < key) + (other.w < key);
             }
+            __syncwarp();
+            // What is left of this section is shorter than what the next one begins with.
+            const int rest = min(place.items(sections) - place.at, count);
+            if (has_block) {
+                for (int round = 0; round < rounds; ++round, work += blocks) {
+                    const int taken = rank * dealers + dealer;
+                    const int item = round == 0 ? taken : 2 * blocks - 1 - taken;
+                    RangeWork own = {-1, 0, -1, 0};
+                    if (item < count) {
+                        WorkPlace at = place;
+                        at.move(sections, item < count - rest ? item + rest : item - (count - rest));
+                        const int heads = sections.heads_of(at.set, at.piece);
+                        const int number = at.at / heads;
+                        const OrderedTile tile = order[sections.first_of(at.set) + number];
+                        own.tile = tile.tile;
+                        own.head = at.piece * sets[at.set].heads + at.at - number * heads;
+                        key += static_cast<uint32_t>(tile.steps * params.step_cycles + params.item_cycles) / 128 * 32;
+                    }
+                    *work = own;
+                }
+            }
+            done += count;
+            place.move(sections, count);
         }
-        done += count;
-        place.move(sections, count);
+        if (has_block) *work = {-1, 0, -1, 0};
     }
-    if (has_block) *work = {-1, 0, -1, 0};
 }
 
 }  // namespace tile_lists

@@ -91,15 +91,16 @@ __device__ inline void attention(const TileListParams& params, const SegmentTabl
         }
     } else {
         ptx::take_registers<S::CONSUMER_REGISTERS>();
-        Consumer<S>(params, segments, shared, base, warp / 4 - 1).run();
+        Consumer<S>(params, segments, shared, base, S::WARPGROUPS == 1 ? 0 : warp / 4 - 1).run();
     }
 }
 
 // attention_sm90_{f16, bf16}_d{head_dim}_w{warpgroups}, and the same with key ranges: .._ranged; and
 // both with tensors in segments: .._segments, .._ranged_segments. With shorter key tiles of so many
-// keys: .._k{keys}, .._k{keys}_ranged
+// keys: .._k{keys}, .._k{keys}_ranged; with several blocks a multiprocessor: .._narrow_ranged
 #define VARLEN_FA_ENTRY(NAME, THREADS, ...)                                                                        \
-    extern "C" __global__ void __launch_bounds__(THREADS, 1) NAME(const __grid_constant__ TileListParams params) { \
+    extern "C" __global__ void __launch_bounds__(THREADS, (Shape<__VA_ARGS__>::BLOCKS))                             \
+        NAME(const __grid_constant__ TileListParams params) {                                                      \
         attention<Shape<__VA_ARGS__>>(params, nullptr);                                                            \
     }
 #define VARLEN_FA_SEGMENTS_ENTRY(NAME, THREADS, ...)                                                                        \
@@ -121,5 +122,9 @@ VARLEN_FA_SM90_SHORT_TILES(VARLEN_FA_SHORT_ENTRIES)
 #define VARLEN_FA_SHORT_RANGED_ENTRIES(D, WARPGROUPS, KEYS, ...) \
     VARLEN_FA_TYPES(VARLEN_FA_ENTRY, d##D##_w##WARPGROUPS##_k##KEYS##_ranged, D, WARPGROUPS, KEYS, __VA_ARGS__, true)
 VARLEN_FA_SM90_SHORT_RANGED_TILES(VARLEN_FA_SHORT_RANGED_ENTRIES)
+#define VARLEN_FA_NARROW_ENTRIES(D, WARPGROUPS, KEYS, QUERY_TILES, STAGES, BLOCKS)                                                \
+    VARLEN_FA_TYPES(VARLEN_FA_ENTRY, d##D##_w##WARPGROUPS##_narrow_ranged, D, WARPGROUPS, KEYS, QUERY_TILES, STAGES, true, false, \
+                    BLOCKS)
+VARLEN_FA_SM90_NARROW_TILES(VARLEN_FA_NARROW_ENTRIES)
 
 }  // namespace sm90

@@ -8,6 +8,7 @@
 #include "../../ptx/warpgroup.cuh"
 #include "../segments.cuh"
 #include "../tile_lists.cuh"
+#include "narrow_tiles.h"
 #include "short_ranged_tiles.h"
 #include "short_tiles.h"
 #include "tiles.h"
@@ -48,7 +49,7 @@ struct TileKeys {
     // Whether there are rows of V that must be zeroed.
     uint32_t has_masked_values;
     // For masked tiles: bits of the keys; and how many groups there are up to the last kept key, counted
-    // by whole words of bits.
+    // by whole words of bits, which blocks that share a multiprocessor do not ask.
     uint32_t kept[6];
     int32_t groups;
 };
@@ -74,7 +75,8 @@ struct SegmentedTileRows : Base {
     SegmentRow places[12];
 };
 
-template <typename T_, int D_, int WARPGROUPS_, int TILE_N_, int QUERY_TILES_, int STAGES_, bool RANGED_ = false, bool SEGMENTED_ = false>
+template <typename T_, int D_, int WARPGROUPS_, int TILE_N_, int QUERY_TILES_, int STAGES_, bool RANGED_ = false, bool SEGMENTED_ = false,
+          int BLOCKS_ = 1>
 struct Shape {
     using T = T_;
     // Whether each query sees a range of keys.
@@ -93,7 +95,12 @@ struct Shape {
     // The first key tile of a query tile is computed for so many keys, or 64 more and so on. Not at head
     // dimension 64 without ranges: with one start alone, descriptors of the loop stay in registers of
     // their own, which saves 10 of its 433 instructions.
-    static constexpr int FEW_KEYS = D == 64 && !RANGED ? TILE_N : TILE_N >= 112 ? 64 : 48;
+    static constexpr int FEW_KEYS = (D == 64 && !RANGED) || TILE_N <= 64 ? TILE_N : TILE_N >= 112 ? 64 : 48;
+    // Whether the first product of a query tile is added to zeros. Else it is the first output: 64 and more
+    // instructions less, but at head dimension 64 dense calls then take 1.5 % longer.
+    static constexpr bool STARTS_WITH_ZEROS = D == 64 && WARPGROUPS > 1;
+    // Blocks that share a multiprocessor.
+    static constexpr int BLOCKS = BLOCKS_;
     static constexpr int THREADS = (WARPGROUPS + 1) * WARPGROUP;
     static constexpr int CONSUMER_WARPS = WARPGROUPS * 4;
     static constexpr int CONSUMERS = WARPGROUPS * WARPGROUP;
@@ -104,8 +111,11 @@ struct Shape {
     // Whether consumers wait for the product before they compute exponentials. Both at once need
     // more registers.
     static constexpr bool WAITS_EARLY = D == 256;
-    static constexpr int PRODUCER_REGISTERS = WARPGROUPS == 2 ? 40 : 32;
-    static constexpr int CONSUMER_REGISTERS = WARPGROUPS == 2 ? 232 : 160;
+    // Of the registers that threads have at entry, consumers take what the producer gives back. They come
+    // by eights.
+    static constexpr int ENTRY_REGISTERS = 65536 / (BLOCKS * THREADS) / 8 * 8;
+    static constexpr int PRODUCER_REGISTERS = WARPGROUPS == 2 && BLOCKS == 1 ? 40 : 32;
+    static constexpr int CONSUMER_REGISTERS = (ENTRY_REGISTERS + (ENTRY_REGISTERS - PRODUCER_REGISTERS) / WARPGROUPS) / 8 * 8;
 
     using TileQ = SharedTile<TILE_M, D>;
     using TileKV = SharedTile<TILE_N, D>;
@@ -134,7 +144,10 @@ struct Shape {
     static constexpr int NONFINITE = PARTS_DONE + 4 * WARPGROUPS;
     static constexpr int BYTES = NONFINITE + (RANGED ? 4 * STAGES : 0);
     // The host asks for the tiles and SM90_EXTRA_SHARED_BYTES.
-    static_assert(BYTES <= ROWS_INFO + SM90_EXTRA_SHARED_BYTES && ROWS_INFO + SM90_EXTRA_SHARED_BYTES <= SM90_MAX_SHARED_BYTES);
+    static_assert(BYTES <= ROWS_INFO + SM90_EXTRA_SHARED_BYTES);
+    // The driver takes some for each block.
+    static constexpr int RESERVED_BYTES = 1024;
+    static_assert(BLOCKS * (ROWS_INFO + SM90_EXTRA_SHARED_BYTES + RESERVED_BYTES) <= SM90_MAX_SHARED_BYTES + RESERVED_BYTES);
     static_assert(TILE_N % 16 == 0 && TILE_N <= 192 && TILE_M <= 192);
 
     // Where the query tile of a work item lies, and its barriers for each warpgroup.

@@ -40,7 +40,8 @@ struct Consumer {
     // The results of a softmax for this lane's two rows; zeros for a query tile without keys.
     struct RowSums {
         float sum[2] = {0.0f, 0.0f};
-        float log2_sum[2];
+        // Log2 of what sums are divided by.
+        float top[2];
         bool out_of_range[2] = {false, false};
         // Whether these are sums over all keys. False for a part of a query tile while other parts
         // are not done.
@@ -51,7 +52,7 @@ struct Consumer {
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
                 sum[half] = softmax.row_sum[half];
-                log2_sum[half] = softmax.log2_sum(half);
+                top[half] = softmax.log2_factor(half);
                 out_of_range[half] = softmax.out_of_range(half);
             }
         }
@@ -90,11 +91,11 @@ struct Consumer {
         ptx::wgmma_commit();
     }
 
-    // O += P·V
-    __device__ static void issue_output(float (&acc)[D / 8][4], uint32_t (&probs)[N / 16][4], Matrix v) {
+    // O += P·V, or O = P·V where there is none yet.
+    __device__ static void issue_output(float (&acc)[D / 8][4], uint32_t (&probs)[N / 16][4], Matrix v, bool accumulates) {
         ptx::wgmma_fence();
 #pragma unroll
-        for (int step = 0; step < N / 16; ++step) ptx::Wgmma<D, T>::rs(acc, probs[step], v.at(step * 16 * ROW_BYTES), 1);
+        for (int step = 0; step < N / 16; ++step) ptx::Wgmma<D, T>::rs(acc, probs[step], v.at(step * 16 * ROW_BYTES), step > 0 || accumulates);
         ptx::wgmma_commit();
     }
 
@@ -113,6 +114,11 @@ struct Consumer {
                 probs[step][i] = ptx::pack_pair<T>(pair[i % 2 * 2], pair[i % 2 * 2 + 1]);
             }
         }
+    }
+
+    __device__ static void fill_zeros(float (&acc)[D / 8][4]) {
+#pragma unroll
+        for (int tile = 0; tile < D / 8; ++tile) acc[tile][0] = acc[tile][1] = acc[tile][2] = acc[tile][3] = 0.0f;
     }
 
     __device__ static void rescale(float (&acc)[D / 8][4], const float (&factor)[2]) {
@@ -162,13 +168,19 @@ struct Consumer {
         if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(base + barrier);
     }
 
+    // A query tile's key tiles are those of which its only warpgroup sees something.
+    static constexpr bool SEES_ALL_TILES = S::WARPGROUPS == 1;
+
     // Consumers issue their products in turn. Not where every key tile is masked: there are few, and
     // each consumer passes others on, so that one would wait for the end of another's.
-    __device__ bool takes_turns() const { return !(S::RANGED && descends); }
+    static constexpr bool HAS_TURNS = S::WARPGROUPS > 1;
+    __device__ bool takes_turns() const { return HAS_TURNS && !(S::RANGED && descends); }
     __device__ void wait_turn() const {
+        if constexpr (!HAS_TURNS) return;
         ptx::barrier_sync(BARRIER_TURN + warpgroup, 2 * WARPGROUP);
     }
     __device__ void give_turn() const {
+        if constexpr (!HAS_TURNS) return;
         const int next = warpgroup + 1 == S::WARPGROUPS ? 0 : warpgroup + 1;
         ptx::barrier_arrive(BARRIER_TURN + next, 2 * WARPGROUP);
     }
@@ -177,7 +189,9 @@ struct Consumer {
         for (bool is_exact = false;; is_exact = true) {
             if (warpgroup + 1 == S::WARPGROUPS) give_turn();
             for (; open(); ++work_index) {
-                float acc[D / 8][4] = {};
+                // Without a product nothing of it is written.
+                float acc[D / 8][4];
+                ptx::leave_undefined(acc);
                 RowSums sums;
                 const bool is_part = part() >= 0;
                 if ((!has_rows && !takes_out_values(is_exact || is_part)) || (key_tiles == 0 && !is_part)) {
@@ -318,7 +332,7 @@ private:
         uint32_t last = state.count + key_tiles - 1;
         uint32_t probs[N / 16][4];
         int groups = N / GROUP_ROWS;
-        if (masked_tiles > 0) {
+        if (masked_tiles > 0 && !SEES_ALL_TILES) {
             groups = needed_groups(state);
             if constexpr (S::RANGED) {
                 for (; state.count != last_masked && groups == 0; groups = needed_groups(state)) {
@@ -331,24 +345,26 @@ private:
             ptx::mbarrier_wait(base + S::FULL_K + 8 * state.stage(), state.parity());
         }
         start_with(groups, probs, softmax, q, state);
-        if (S::RANGED && state.count != this->state.count) pass_values({state.count - 1});
+        const uint32_t first = state.count;
+        if constexpr (S::STARTS_WITH_ZEROS) fill_zeros(acc);
+        if (S::RANGED && !SEES_ALL_TILES && state.count != this->state.count) pass_values({state.count - 1});
         for (; state.count != last_masked; ++state.count) {
             if constexpr (S::RANGED) {
                 // Nor does it see those further to the left.
-                if (descends && needed_groups({state.count + 1}) == 0) {
+                if (!SEES_ALL_TILES && descends && needed_groups({state.count + 1}) == 0) {
                     last = state.count;
                     break;
                 }
             }
-            step<true>(acc, probs, softmax, q, state);
+            step<true>(acc, probs, softmax, q, state, state.count != first);
         }
-        for (; state.count != last; ++state.count) step<false>(acc, probs, softmax, q, state);
+        for (; state.count != last; ++state.count) step<false>(acc, probs, softmax, q, state, state.count != first);
         const Matrix v = values(state.stage());
         ptx::mbarrier_wait(base + S::FULL_V + 8 * state.stage(), state.parity());
-        issue_output(acc, probs, v);
+        issue_output(acc, probs, v, S::STARTS_WITH_ZEROS || state.count != first);
         const uint32_t end = this->state.count + key_tiles;
         // The next tile's keys, which `needed_groups` has waited for.
-        if (S::RANGED && state.count + 1 != end) arrive(S::EMPTY_K + 8 * KeysState{state.count + 1}.stage());
+        if (S::RANGED && !SEES_ALL_TILES && state.count + 1 != end) arrive(S::EMPTY_K + 8 * KeysState{state.count + 1}.stage());
         ptx::wgmma_wait<0>();
         ptx::pin_registers(acc);
         arrive(S::EMPTY_V + 8 * state.stage());
@@ -356,7 +372,8 @@ private:
         sums.read_from(softmax);
         if constexpr (S::RANGED) {
             doubt(sums, acc);
-            for (++state.count; state.count != end; ++state.count) {
+            // Those that this warpgroup does not see.
+            for (++state.count; !SEES_ALL_TILES && state.count != end; ++state.count) {
                 if (state.count + 1 != end) pass_keys({state.count + 1});
                 pass_values(state);
             }
@@ -395,7 +412,8 @@ private:
 
     // The product of a key tile, and the probabilities of the next one.
     template <bool IS_MASKED>
-    __device__ void step(float (&acc)[D / 8][4], uint32_t (&probs)[N / 16][4], WarpgroupSoftmax& softmax, Matrix q, KeysState state) {
+    __device__ void step(float (&acc)[D / 8][4], uint32_t (&probs)[N / 16][4], WarpgroupSoftmax& softmax, Matrix q, KeysState state,
+                         bool accumulates) {
         const KeysState next = {state.count + 1};
         const Matrix k = keys(next.stage());
         const Matrix v = values(state.stage());
@@ -405,7 +423,7 @@ private:
         issue_scores(scores, q, k);
         // While the scores are computed.
         ptx::mbarrier_wait(base + S::FULL_V + 8 * state.stage(), state.parity());
-        issue_output(acc, probs, v);
+        issue_output(acc, probs, v, S::STARTS_WITH_ZEROS || accumulates);
         if (!IS_MASKED || takes_turns()) give_turn();
         ptx::wgmma_wait<1>();
         ptx::pin_registers(scores);
@@ -433,6 +451,7 @@ private:
         KeysState state = this->state;
         const uint32_t masked_end = state.count + masked_tiles;
         const uint32_t end = state.count + key_tiles;
+        fill_zeros(acc);
         give_back_stored();
         for (; state.count != masked_end; ++state.count) step_exactly<true>(acc, softmax, q, state);
         for (; state.count != end; ++state.count) step_exactly<false>(acc, softmax, q, state);
@@ -475,7 +494,7 @@ private:
             take_out_nonfinite<S>(shared, stage, [&] { add_nonfinite<S>(acc, value_tile(stage), keys, seen); });
             arrive(S::EMPTY_K + 8 * stage);
         }
-        issue_output(acc, probs, v);
+        issue_output(acc, probs, v, true);
         ptx::wgmma_wait<0>();
         ptx::pin_registers(acc);
         ptx::pin_registers(probs);
@@ -514,8 +533,7 @@ private:
             softmax.row_max[1] = fmaxf(softmax.row_max[1], ends.y);
         }
         softmax.row_sum[0] = softmax.row_sum[1] = 0.0f;
-#pragma unroll
-        for (int tile = 0; tile < D / 8; ++tile) acc[tile][0] = acc[tile][1] = acc[tile][2] = acc[tile][3] = 0.0f;
+        fill_zeros(acc);
 #pragma unroll 1
         for (int other = first; other < first + params.parts; ++other) {
             const float4* const theirs = chunks_of(other);
@@ -538,7 +556,7 @@ private:
     // The output takes the place of the queries in shared memory, and leaves by the copy engine; or
     // by 16-byte stores, where the copy engine would write rows of the next sequence, or where
     // `out_rows` lists the rows' places.
-    __device__ void write_output(const float (&acc)[D / 8][4], const RowSums& sums) {
+    __device__ void write_output(float (&acc)[D / 8][4], const RowSums& sums) {
         const int lane = threadIdx.x % 32;
         const int warp = threadIdx.x / 32 - 4;
         const int tile_start = S::query_tile(work_index);
@@ -557,8 +575,16 @@ private:
             zero[half] = sum == 0.0f || !is_kept;
             inverse[half] = zero[half] ? 0.0f : __fdividef(1.0f, sum);
             if (params.lse != nullptr && lane % 4 == 0 && row < mine.rows) {
-                const float lse = zero[half] ? -INFINITY : sums.log2_sum[half] * LN_2;
+                const float lse = zero[half] ? -INFINITY : (sums.top[half] + log2f(sum)) * LN_2;
                 params.lse[mine.batch * params.lse_batch_stride + mine.head * params.lse_head_stride + mine.first_row + row] = lse;
+            }
+        }
+        // Selected, not multiplied: they may hold NaN. Few query tiles have such rows.
+        if (__any_sync(0xffffffff, zero[0] || zero[1])) {
+#pragma unroll
+            for (int tile = 0; tile < D / 8; ++tile) {
+#pragma unroll
+                for (int i = 0; i < 4; ++i) acc[tile][i] = zero[i / 2] ? 0.0f : acc[tile][i];
             }
         }
         // Four matrices of 8 rows x 8 columns at a time: upper and lower rows of two chunks.
@@ -570,9 +596,7 @@ private:
             for (int i = 0; i < 4; ++i) {
                 const int half = i % 2;
                 const float(&pair)[4] = acc[tile + i / 2];
-                const uint32_t word = ptx::pack_pair<T>(pair[2 * half] * inverse[half], pair[2 * half + 1] * inverse[half]);
-                // Selected, not multiplied: a masked row may hold NaN.
-                words[i] = zero[half] ? 0 : word;
+                words[i] = ptx::pack_pair<T>(pair[2 * half] * inverse[half], pair[2 * half + 1] * inverse[half]);
             }
             ptx::stmatrix_x4(base + tile_start + S::TileQ::offset(row, tile + lane / 16), words);
         }

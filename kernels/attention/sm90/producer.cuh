@@ -35,6 +35,9 @@ struct Producer {
     // Tiles before this one need their scores changed: for keys that are not kept, or for a
     // negative scale.
     int masked_end;
+    // Whether consumers may ask for the bits of a masked tile of which no value is to be zeroed. Of key ranges
+    // the exact softmax alone does; only where blocks share a multiprocessor, bits are worth saving.
+    bool needs_bits;
     // With key ranges: the entry of `range_tiles`; and 32 key tiles from `window` on, one a lane.
     int range_tile;
     int window;
@@ -56,6 +59,7 @@ struct Producer {
             Work work;
             for (; schedule.next(work) && !(is_exact && work.part >= 0); ++work_index) {
                 if constexpr (S::RANGED) range_tile = schedule.tile;
+                needs_bits = S::BLOCKS == 1 || is_exact || work.part >= 0;
                 const RowGroup group = find(work);
                 // A query tile may have no keys. With two places for queries theirs is free long before that
                 // of the first keys. With one place it is the other way round.
@@ -139,7 +143,7 @@ private:
 
     // The work item's key tiles, and this lane's 16 query rows.
     __device__ RowGroup find(const Work& work) {
-        kv_head = told(work.head / params.group_size);
+        kv_head = told(S::BLOCKS > 1 && params.group_size == 1 ? work.head : work.head / params.group_size);
         const RowGroup group = tiles.template find<S::PACKS_HEADS>(params, work, lane);
         tiles.batch = told(tiles.batch);
         if constexpr (S::RANGED) {
@@ -275,8 +279,10 @@ private:
         if (i < masked_end) {
             const bool has_word = lane < (S::TILE_N + 31) / 32;
             if (has_word) info.kept[lane] = kept;
-            const int words = 32 - __clz(__ballot_sync(0xffffffff, has_word && kept != 0));
-            if (lane == 0) info.groups = words * 32 / GROUP_ROWS;
+            if constexpr (S::BLOCKS == 1) {
+                const int words = 32 - __clz(__ballot_sync(0xffffffff, has_word && kept != 0));
+                if (lane == 0) info.groups = words * 32 / GROUP_ROWS;
+            }
             if constexpr (S::RANGED) {
                 if (lane < KEY_GROUPS) {
                     const bool is_listed = params.form == FORM_FUSED && tile < 0;
@@ -297,12 +303,14 @@ private:
         int groups = KEY_GROUPS;
         if (tile < 0) {
             start = params.key_groups[~tile * KEY_GROUPS + min(lane, KEY_GROUPS - 1)];
-            groups = told(__popc(__ballot_sync(0xffffffff, lane < KEY_GROUPS && start < params.seq_k)));
+            // The compiler knows that it is the same in all lanes: through a reduction, ptxas 13.0 once had it depend
+            // on a predicate that nothing sets.
+            groups = __popc(__ballot_sync(0xffffffff, lane < KEY_GROUPS && start < params.seq_k));
         }
         int left = GROUP_ROWS;
         const SegmentRow at = place_of_keys(tile, left);
         uint32_t kept = 0;
-        if (!loads_values && i < masked_end) kept = kept_keys(tile, left);
+        if (!loads_values && i < masked_end && (needs_bits || has_masked_values(i, tile))) kept = kept_keys(tile, left);
         const uint32_t empty = loads_values ? S::EMPTY_V : S::EMPTY_K;
         uint32_t full = loads_values ? S::FULL_V : S::FULL_K;
         if (loads_values && has_masked_values(i, tile)) full = S::RAW_V;

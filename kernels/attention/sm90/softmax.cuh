@@ -83,8 +83,8 @@ struct WarpgroupSoftmax {
     // After `finish`: whether this half's row may be wrong.
     __device__ bool out_of_range(int half) const { return top[half] > RANGE || row_sum[half] == 0.0f; }
 
-    // Log2 of the sum of exponentials.
-    __device__ float log2_sum(int half) const { return top[half] + log2f(row_sum[half]); }
+    // Log2 of what the sum of exponentials is divided by.
+    __device__ float log2_factor(int half) const { return top[half]; }
 };
 
 struct ExactSoftmax {
@@ -146,7 +146,7 @@ struct ExactSoftmax {
 
     __device__ static bool out_of_range(int) { return false; }
 
-    __device__ float log2_sum(int half) const { return row_max[half] * scale + log2f(row_sum[half]); }
+    __device__ float log2_factor(int half) const { return row_max[half] * scale; }
 
 private:
     // A row with no key so far: any finite number in place of the maximum makes exp2(-inf) zero.

@@ -40,6 +40,9 @@ use super::tile_lists::{Ends, TileLists};
 /// took 2 % less at 1024, as long at 2048 and 3 % longer at 8192.
 const FEW_KEYS: u64 = 1280;
 
+/// The same for tiles that several blocks of a multiprocessor compute.
+const NARROW_KEYS: u64 = 512;
+
 /// Tile lists, and their copies on the device.
 #[derive(Debug)]
 struct ListsCopy {
@@ -210,12 +213,16 @@ impl<'a> Call<'a> {
     fn new(launcher: &'a Launcher, attention: &'a Attention<'a>, tensors: Placement<'a>) -> Result<Self> {
         let head_dim = attention.problem.shape.head_dim;
         let tile = ListTile::of(attention.plan.kernel, head_dim).ok_or(Error::HeadDim { got: head_dim })?;
-        let short = match attention.ranges {
-            Some(ranges) => tile.short_ranged().filter(|_| ranges.mean_keys() <= FEW_KEYS),
+        let of_ranges = |ranges: &KeyRanges| {
+            let narrow = tile.narrow(head_dim).filter(|_| ranges.mean_keys() <= NARROW_KEYS);
+            narrow.or_else(|| tile.short_ranged().filter(|_| ranges.mean_keys() <= FEW_KEYS))
+        };
+        let other = match attention.ranges {
+            Some(ranges) => of_ranges(ranges),
             None => attention.plan.tile_keys.and_then(|keys| tile.short_of(keys)),
         };
-        let short = short.filter(|_| matches!(tensors, Placement::Whole(_)));
-        Ok(Self { launcher, attention, tensors, tile: short.unwrap_or(tile) })
+        let other = other.filter(|_| matches!(tensors, Placement::Whole(_)));
+        Ok(Self { launcher, attention, tensors, tile: other.unwrap_or(tile) })
     }
 
     /// The parameters that every form has.
@@ -252,6 +259,11 @@ impl<'a> Call<'a> {
             tile_rows: self.tile.rows as usize,
             multiprocessors: self.launcher.multiprocessors,
         }
+    }
+
+    /// Blocks that run at once.
+    fn blocks_at_once(&self) -> usize {
+        self.launcher.multiprocessors * self.tile.blocks as usize
     }
 
     /// Whether heads of the call can share query tiles.
@@ -424,7 +436,7 @@ impl<'a> Call<'a> {
             heads: shape.num_heads,
             group_size: shape.group_size(),
             head_dim: shape.head_dim,
-            multiprocessors: self.launcher.multiprocessors,
+            blocks_at_once: self.blocks_at_once(),
             zero_items,
             splits,
         }
@@ -474,7 +486,7 @@ impl<'a> Call<'a> {
             None => {
                 let (split, scratch) = self.split(extent, &mut params)?;
                 // As many blocks as run at once; each takes one item after the other.
-                (split.work_items().max(zero_items).min(launcher.multiprocessors), scratch)
+                (split.work_items().max(zero_items).min(self.blocks_at_once()), scratch)
             }
         };
         // Fits: a chip has few multiprocessors.
@@ -594,7 +606,7 @@ impl<'a> Call<'a> {
     /// How query tiles are shared out, which the parameters then say, and scratch for the parts of
     /// split ones.
     fn split(&self, extent: &Extent, params: &mut TileListParams) -> Result<(Split, Option<PartsScratch<'a>>)> {
-        let mut split = Split::of(self.tile, extent.items, extent.fewest_key_tiles, self.launcher.multiprocessors);
+        let mut split = Split::of(self.tile, extent.items, extent.fewest_key_tiles, self.blocks_at_once());
         let mut scratch = None;
         if split.parts > 1 {
             match self.parts_scratch(&split, params) {

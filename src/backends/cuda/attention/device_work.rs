@@ -9,8 +9,8 @@ use crate::backends::cuda::driver::memory::CudaBuffer;
 use crate::backends::cuda::driver::transfer;
 use crate::backends::cuda::kernels::module::Entry;
 use crate::backends::cuda::kernels::params::{
-    ELEMENT_BYTES, MAX_DEALT_BLOCKS, MAX_ORDERED_TILES, OrderedTile, RANGE_TILES_THREADS, RangeTile, RangeTilesParams,
-    RangeWork, SECTION_BYTES, SectionSet, TileListCounts, TileListParams, TileListsParams,
+    ELEMENT_BYTES, MAX_ORDERED_TILES, OrderedTile, RANGE_TILES_THREADS, RangeTile, RangeTilesParams, RangeWork,
+    SECTION_BYTES, SectionSet, TileListCounts, TileListParams, TileListsParams,
 };
 use crate::backends::cuda::launcher::Launcher;
 use crate::backends::cuda::tensors::key_ranges::PlacedRanges;
@@ -166,7 +166,7 @@ impl Places {
     /// For at most so many query tiles of batch rows.
     fn of(tiles: usize, batch: usize, deal: Deal) -> Self {
         let items = tiles * deal.heads;
-        let blocks = items.max(deal.zero_items).min(deal.multiprocessors).clamp(1, MAX_DEALT_BLOCKS);
+        let blocks = items.max(deal.zero_items).min(deal.blocks_at_once).max(1);
         // Each round has an entry for each block, and the last one only entries without work.
         let rounds = items.div_ceil(blocks) + 1;
         let mut bytes = 0;
@@ -195,7 +195,7 @@ mod tests {
 
     fn deal(heads: usize, group_size: usize) -> Result<Deal> {
         let tile = ListTile::of(Kernel::CudaSm90, 128).ok_or(Error::HeadDim { got: 128 })?;
-        Ok(Deal { tile, heads, group_size, head_dim: 128, multiprocessors: 132, zero_items: 0, splits: false })
+        Ok(Deal { tile, heads, group_size, head_dim: 128, blocks_at_once: 132, zero_items: 0, splits: false })
     }
 
     #[test]
@@ -223,6 +223,9 @@ mod tests {
             let entries = (places.range_tiles - places.range_work) / size_of::<RangeWork>() as u64;
             assert!(entries >= (tiles * heads + blocks) as u64 && entries.is_multiple_of(blocks as u64), "{places:?}");
         }
+        // As many as run at once, though more than a block of the kernel has threads.
+        let many = Places::of(512, 8, Deal { blocks_at_once: 396, ..deal(12, 1)? });
+        assert_eq!(many.blocks, 396);
         Ok(())
     }
 }

@@ -53,7 +53,7 @@ pub struct Deal {
     /// Query heads of one key/value head.
     pub group_size: usize,
     pub head_dim: usize,
-    pub multiprocessors: usize,
+    pub blocks_at_once: usize,
     /// Blocks that have zeros to write.
     pub zero_items: usize,
     /// Whether query tiles may be split.
@@ -191,13 +191,13 @@ impl RangeTiles {
     pub fn deal(&self, deal: Deal) -> DealtWork {
         let order = self.order(deal);
         let items = order.len();
-        let tail = items % deal.multiprocessors;
+        let tail = items % deal.blocks_at_once;
         let fewest = order[items - tail..].iter().map(|item| item.steps).min().unwrap_or(0);
         let split = match deal.splits {
-            true => Split::of(deal.tile, items, fewest, deal.multiprocessors),
+            true => Split::of(deal.tile, items, fewest, deal.blocks_at_once),
             false => Split::none(items),
         };
-        let blocks = split.work_items().max(deal.zero_items).min(deal.multiprocessors).max(1);
+        let blocks = split.work_items().max(deal.zero_items).min(deal.blocks_at_once).max(1);
         // By the time at which they are done with what they have.
         let mut free: BinaryHeap<_> = (0..blocks).map(|block| Reverse((0, block))).collect();
         let mut of_blocks = vec![vec![]; blocks];
@@ -373,7 +373,7 @@ mod tests {
 
     fn deal(head_dim: usize, heads: usize, group_size: usize) -> Result<Deal> {
         let tile = list_tile(head_dim)?;
-        Ok(Deal { tile, heads, group_size, head_dim, multiprocessors: 132, zero_items: 0, splits: true })
+        Ok(Deal { tile, heads, group_size, head_dim, blocks_at_once: 132, zero_items: 0, splits: true })
     }
 
     /// Key positions of each key tile that a query tile needs, and whether every query is to see all.

@@ -22,16 +22,17 @@ impl Split {
     /// Splits the last, incomplete wave of query tiles into as many parts as take the least time.
     /// `fewest_steps` is the number of key tiles of the query tile with the fewest, 0 if it is not
     /// known: then nothing is split.
-    pub fn of(tile: ListTile, items: usize, fewest_steps: usize, multiprocessors: usize) -> Self {
-        if tile.splitting_warpgroups.is_none() {
+    pub fn of(tile: ListTile, items: usize, fewest_steps: usize, blocks_at_once: usize) -> Self {
+        // Narrow tiles have few steps.
+        if tile.splitting_warpgroups.is_none() || tile.blocks > 1 {
             return Self::none(items);
         }
-        let tail = items % multiprocessors;
+        let tail = items % blocks_at_once;
         let cycles = |parts: usize| {
             if parts == 1 {
                 return item_cycles(fewest_steps);
             }
-            let rounds = (tail * parts).div_ceil(multiprocessors);
+            let rounds = (tail * parts).div_ceil(blocks_at_once);
             // All of a query tile are read by one block.
             LAUNCH_CYCLES + rounds * part_cycles(fewest_steps, parts) + parts * 2500
         };
@@ -111,8 +112,12 @@ mod tests {
     }
 
     #[test]
-    fn kernels_that_cannot_add_up_parts_split_nothing() -> Result<()> {
+    fn kernels_that_cannot_add_up_parts_and_narrow_tiles_split_nothing() -> Result<()> {
         assert_eq!(Split::of(tile(Kernel::CudaSm100)?, 3, 100, 132), Split::none(3));
+        let wide = ListTile::of(Kernel::CudaSm90, 64).ok_or(Error::HeadDim { got: 64 })?;
+        let narrow = wide.narrow(64).ok_or(Error::HeadDim { got: 64 })?;
+        assert_eq!(Split::of(narrow, 3, 8, 396), Split::none(3));
+        assert_ne!(Split::of(wide, 3, 8, 132), Split::none(3));
         Ok(())
     }
 }

@@ -224,6 +224,11 @@ impl Entry {
         }
     }
 
+    /// Whether several of its blocks are to share a multiprocessor and its shared memory.
+    fn shares_multiprocessors(self) -> bool {
+        matches!(self, Self::AttentionByLists { tile, .. } if tile.blocks > 1)
+    }
+
     /// Dynamic shared memory.
     fn shared_bytes(self) -> u32 {
         match self {
@@ -345,6 +350,12 @@ impl Modules {
         // More than 48 KiB must be asked for; asking for less does no harm.
         // SAFETY: the function was just found.
         unsafe { function::set_function_attribute(raw, attribute, shared_bytes as i32) }?;
+        if entry.shares_multiprocessors() {
+            let share = CUfunction_attribute::CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT;
+            // In percent. The driver alone may leave room for one block.
+            // SAFETY: as above.
+            unsafe { function::set_function_attribute(raw, share, 100) }?;
+        }
         Ok(Function { raw, shared_bytes })
     }
 }
@@ -456,10 +467,11 @@ mod tests {
                     forms.flat_map(move |form| {
                         let tile = ListTile::of(row.kernel, head_dim);
                         let plain = tile.into_iter().flat_map(ListTile::short).filter(move |_| form == ListForm::PLAIN);
-                        let ranged = tile.and_then(ListTile::short_ranged);
-                        let ranged = ranged.filter(|_| form.has_ranges && !form.has_segments);
+                        let of_ranges = |tile: Option<ListTile>| tile.filter(|_| form.has_ranges && !form.has_segments);
+                        let short = of_ranges(tile.and_then(ListTile::short_ranged));
+                        let narrow = of_ranges(tile.and_then(|tile| tile.narrow(head_dim)));
                         let entry = move |tile| Entry::AttentionByLists { dtype, tile, form };
-                        tile.into_iter().chain(plain).chain(ranged).map(entry)
+                        tile.into_iter().chain(plain).chain(short).chain(narrow).map(entry)
                     })
                 });
                 rows.chain(lists)

@@ -186,8 +186,6 @@ constants! {
     TILE_LISTS_THREADS: u32 = 1024;
     /// Threads of a block of `range_tiles`.
     RANGE_TILES_THREADS: u32 = 256;
-    /// The most blocks that it deals work out to, one a thread.
-    MAX_DEALT_BLOCKS: usize = 256;
     /// The most query tiles that `range_tiles` puts in the order of their lengths together.
     MAX_ORDERED_TILES: usize = 256;
     /// Keys and values of a section, whose query tiles are computed together: a third of Hopper's L2. 32 MiB took up to 1 % longer,
@@ -796,7 +794,7 @@ shared_struct! {
         section_sets: *mut SectionSet,
         /// Blocks of this launch that are done: 0 before it.
         blocks_done: *mut u32,
-        /// Of the launch that does the work: at most `MAX_DEALT_BLOCKS`.
+        /// Of the launch that does the work.
         blocks: i32,
         heads: i32,
         /// Query heads of one key/value head.

@@ -201,12 +201,15 @@ pub struct ListTile {
     pub splitting_warpgroups: Option<u32>,
     /// Whether it is one of the shorter ones.
     is_short: bool,
+    /// Blocks that share a multiprocessor; several only for narrow key ranges.
+    pub blocks: u32,
 }
 
 impl ListTile {
     const SM90: [[u32; 5]; count(SM90_TILES)] = parse(SM90_TILES);
     const SM90_SHORT: [[u32; 5]; count(SM90_SHORT_TILES)] = parse(SM90_SHORT_TILES);
     const SM90_SHORT_RANGED: [[u32; 5]; count(SM90_SHORT_RANGED_TILES)] = parse(SM90_SHORT_RANGED_TILES);
+    const SM90_NARROW: [[u32; 6]; count(SM90_NARROW_TILES)] = parse(SM90_NARROW_TILES);
     const SM100: [[u32; 2]; count(SM100_TILES)] = parse(SM100_TILES);
 
     /// The narrowest tile of a kernel that holds a head dimension.
@@ -239,6 +242,17 @@ impl ListTile {
         Self { is_short: true, ..Self::sm90(entry) }
     }
 
+    /// The same for key ranges of whole tensors that are very narrow, if the kernel has it: several blocks share a multiprocessor. Only
+    /// for rows as wide as the tile: others take so long to write that some calls take longer.
+    pub fn narrow(self, head_dim: usize) -> Option<Self> {
+        let entry = Self::SM90_NARROW.into_iter().find(|entry| entry[0] as usize == head_dim);
+        entry.filter(|_| self.kernel == Kernel::CudaSm90).map(Self::sm90_narrow)
+    }
+
+    const fn sm90_narrow([width, warpgroups, keys, query_tiles, stages, blocks]: [u32; 6]) -> Self {
+        Self { blocks, ..Self::sm90([width, warpgroups, keys, query_tiles, stages]) }
+    }
+
     /// Shared memory: the query tiles, whose places outputs take, and the stages of key and value
     /// tiles.
     const fn sm90([width, warpgroups, keys, query_tiles, stages]: [u32; 5]) -> Self {
@@ -254,6 +268,7 @@ impl ListTile {
             shared_bytes: tile_rows * width * ELEMENT_BYTES + SM90_EXTRA_SHARED_BYTES,
             splitting_warpgroups: Some(warpgroups),
             is_short: false,
+            blocks: 1,
         }
     }
 
@@ -269,6 +284,7 @@ impl ListTile {
             shared_bytes: tiles * SM100_TILE_ROWS * width * ELEMENT_BYTES + SM100_EXTRA_SHARED_BYTES,
             splitting_warpgroups: None,
             is_short: false,
+            blocks: 1,
         }
     }
 
@@ -291,16 +307,19 @@ impl ListTile {
 
     /// The end of the kernel's name, after the element type.
     pub fn name(self, ListForm { has_ranges, has_segments }: ListForm) -> String {
-        let Self { width, splitting_warpgroups, is_short, keys, .. } = self;
+        let Self { width, splitting_warpgroups, is_short, keys, blocks, .. } = self;
         let warpgroups = splitting_warpgroups.map_or_else(String::new, |warpgroups| format!("_w{warpgroups}"));
         let short = if is_short { format!("_k{keys}") } else { String::new() };
+        let narrow = if blocks > 1 { "_narrow" } else { "" };
         let ranged = if has_ranges { "_ranged" } else { "" };
         let segments = if has_segments { "_segments" } else { "" };
-        format!("d{width}{warpgroups}{short}{ranged}{segments}")
+        format!("d{width}{warpgroups}{short}{narrow}{ranged}{segments}")
     }
 
     const fn assert_fits(self) {
-        assert!(self.shared_bytes <= SM90_MAX_SHARED_BYTES);
+        // A block alone may have all of a multiprocessor's but what the driver takes.
+        let all = SM90_MAX_SHARED_BYTES + RESERVED_SHARED_BYTES;
+        assert!(self.blocks * (self.shared_bytes + RESERVED_SHARED_BYTES) <= all);
         assert!(self.rows.is_multiple_of(GROUP_ROWS) && self.keys.is_multiple_of(GROUP_ROWS));
     }
 }
@@ -321,6 +340,11 @@ const _: () = {
     let mut i = 0;
     while i < ListTile::SM90_SHORT_RANGED.len() {
         ListTile::sm90(ListTile::SM90_SHORT_RANGED[i]).assert_fits();
+        i += 1;
+    }
+    let mut i = 0;
+    while i < ListTile::SM90_NARROW.len() {
+        ListTile::sm90_narrow(ListTile::SM90_NARROW[i]).assert_fits();
         i += 1;
     }
     let mut i = 0;
@@ -370,6 +394,7 @@ const SM80_TILES: &[u8] = include_bytes!("../../../../kernels/attention/sm80/til
 const SM90_TILES: &[u8] = include_bytes!("../../../../kernels/attention/sm90/tiles.h");
 const SM90_SHORT_TILES: &[u8] = include_bytes!("../../../../kernels/attention/sm90/short_tiles.h");
 const SM90_SHORT_RANGED_TILES: &[u8] = include_bytes!("../../../../kernels/attention/sm90/short_ranged_tiles.h");
+const SM90_NARROW_TILES: &[u8] = include_bytes!("../../../../kernels/attention/sm90/narrow_tiles.h");
 const SM100_TILES: &[u8] = include_bytes!("../../../../kernels/attention/sm100/tiles.h");
 
 /// The first entry of a table, by rising widths, that is as wide as a head dimension.
@@ -518,6 +543,20 @@ mod tests {
         assert_eq!(tile.and_then(|tile| tile.short_of(160)), None);
         let wide = ListTile::of(Kernel::CudaSm100, 128);
         assert_eq!((wide.and_then(|tile| tile.short_of(64)), wide.and_then(ListTile::short_ranged)), (None, None));
+    }
+
+    #[test]
+    fn narrow_tiles_of_sm90_share_a_multiprocessor_and_have_a_name_of_their_own() {
+        let ranged = ListForm { has_ranges: true, ..ListForm::PLAIN };
+        let narrow = |head_dim| ListTile::of(Kernel::CudaSm90, head_dim).and_then(|tile| tile.narrow(head_dim));
+        let found = narrow(64).map(|tile| (tile.rows, tile.keys, tile.threads, tile.blocks, tile.shared_bytes));
+        assert_eq!(found, Some((64, 64, 256, 3, (2 * 64 + 2 * 3 * 64) * 128 + 2048)));
+        assert_eq!(narrow(64).map(|tile| tile.name(ranged)).as_deref(), Some("d64_w1_narrow_ranged"));
+        assert_eq!(narrow(64).map(ListTile::part_count_bytes), Some(4));
+        assert_eq!(narrow(96).map(|tile| (tile.rows, tile.keys, tile.blocks)), Some((64, 64, 3)));
+        // Rows that are less wide, widths without such tiles, another kernel.
+        assert_eq!((narrow(48), narrow(80), narrow(128)), (None, None, None));
+        assert_eq!(ListTile::of(Kernel::CudaSm100, 64).and_then(|tile| tile.narrow(64)), None);
     }
 
     #[test]
