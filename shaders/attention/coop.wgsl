@@ -1,16 +1,16 @@
 // Attention of one tile of query rows against all its keys on cooperative matrices: f16 operands,
 // f32 accumulators.
 //
-// A subgroup owns SHAPE rows. Its queries and its output stay in matrices throughout. Scores and
-// weights pass through workgroup memory, since WGSL cannot read an element of a matrix:
+// Queries and output stay in matrices throughout. Scores and weights pass through workgroup memory,
+// since WGSL cannot read an element of a matrix:
 //
 //      k, v ──▶ staged (f16) ──▶ S = Q·Kᵀ ──▶ scores (f32)
 //                                                 │ softmax, a row to LANES lanes
 //                                                 ▼
 //                                O += P·V ◀── probs (f16)
 //
-// Each subgroup has its part of `scores` and `probs`, but the barriers around them are the
-// workgroup's: naga's `subgroupBarrier` does not order workgroup memory. Scores are computed a
+// Of softmax a subgroup has SHAPE rows. Of the products it has, where that fits, half of the columns of
+// twice as many rows, so that each matrix of keys or values that it loads serves two products. Scores are computed a
 // step ahead and products with values a step behind, so that a step needs only two barriers and
 // products run beside exponentials:
 //
@@ -20,7 +20,8 @@
 //                                                                                  scores of n+1
 //
 // What phase 2 stages is fetched in phase 1 and pinned there: drivers move loads of memory that
-// nobody writes down to their use.
+// nobody writes down to their use. Where there are registers for it, rows of keys are looked up a step
+// before they are fetched, and with FETCHES_EARLY they are fetched a step before they are staged.
 //
 // Weights are relative to a base of each row. It follows the row's maximum only when that has
 // grown by more than 2^8 (the rule of FlashAttention-4). Only then O goes through workgroup
@@ -39,6 +40,10 @@ const DIM: u32 = (HEAD_DIM + SHAPE - 1u) / SHAPE * SHAPE;
 const DIM_FRAGMENTS: u32 = DIM / SHAPE;
 const KEY_FRAGMENTS: u32 = TILE_KEYS / SHAPE;
 const SLICES: u32 = (DIM_FRAGMENTS + KEY_FRAGMENTS - 1u) / KEY_FRAGMENTS;
+// A subgroup computes the products of BLOCKS blocks of SHAPE rows, and of one of as many parts of the
+// columns: keys of the scores, dimensions of the output.
+const OWN_KEY_FRAGMENTS: u32 = KEY_FRAGMENTS / BLOCKS;
+const OWN_DIM_FRAGMENTS: u32 = DIM_FRAGMENTS / BLOCKS;
 // Words of a row that are read, and that are staged.
 const HEAD_WORDS: u32 = HEAD_DIM / 8u;
 const DIM_WORDS: u32 = DIM / 8u;
@@ -112,6 +117,15 @@ fn step_from(tile: Tile, first_key: u32, invocation: u32) -> Step {
     return step;
 }
 
+alias Steps = array<Step, STEPS_AFTER + 1u>;
+
+fn take_step(steps: ptr<function, Steps>, last: Step) {
+    for (var i = 0u; i < STEPS_AFTER; i++) { // unroll
+        (*steps)[i] = (*steps)[i + 1u];
+    }
+    (*steps)[STEPS_AFTER] = last;
+}
+
 // What an invocation fetches of a step's keys or values: word `invocation` and every
 // INVOCATIONS-th after it.
 alias Words = array<vec4<u32>, FETCHES>;
@@ -155,45 +169,90 @@ fn stage(words: Words, first: u32, invocation: u32, factor: f32) -> f32 {
     return largest;
 }
 
-alias Queries = array<MatrixA, DIM_FRAGMENTS>;
-alias Sums = array<MatrixC, KEY_FRAGMENTS>;
-alias Output = array<MatrixC, DIM_FRAGMENTS>;
-alias Weights = array<MatrixA, KEY_FRAGMENTS>;
+alias Queries = array<MatrixA, BLOCKS * DIM_FRAGMENTS>;
+alias Sums = array<MatrixC, BLOCKS * OWN_KEY_FRAGMENTS>;
+alias Output = array<MatrixC, BLOCKS * OWN_DIM_FRAGMENTS>;
+alias Weights = array<MatrixA, BLOCKS * KEY_FRAGMENTS>;
+
+// Where a subgroup's share of the products begins: among keys and values that are staged, and its
+// first row's among weights and scores.
+struct Share {
+    keys: u32,
+    values: u32,
+    probs: u32,
+    scores: u32,
+}
+
+fn share_of(subgroup: u32) -> Share {
+    let part = subgroup % BLOCKS;
+    let row = (subgroup - part) * SHAPE;
+    return Share(
+        part * OWN_KEY_FRAGMENTS * SHAPE * STAGED_STRIDE,
+        VALUES + part * OWN_DIM_FRAGMENTS * FRAGMENT,
+        row * PROBS_STRIDE,
+        row * SCORES_STRIDE + part * OWN_KEY_FRAGMENTS * FRAGMENT,
+    );
+}
+
+// Output passes through `scores` in slices, of each subgroup as many columns as of its scores. This is
+// the quad of a head that lies at a quad of a slice; past the head if there is none.
+fn head_quad(slice: u32, quad: u32) -> u32 {
+    let in_part = slice * (OWN_KEY_FRAGMENTS * FRAGMENT) + quad % (OWN_KEY_FRAGMENTS * FRAGMENT);
+    let part = quad / (OWN_KEY_FRAGMENTS * FRAGMENT);
+    let at = part * (OWN_DIM_FRAGMENTS * FRAGMENT) + in_part;
+    return select(DIM / 4u, at, in_part < OWN_DIM_FRAGMENTS * FRAGMENT);
+}
 
 // S = Q·Kᵀ with the staged keys.
-fn multiply_keys(queries: ptr<function, Queries>, sums: ptr<function, Sums>) {
-    for (var n = 0u; n < KEY_FRAGMENTS; n++) { // unroll
-        (*sums)[n] = MatrixC();
+fn multiply_keys(queries: ptr<function, Queries>, share: Share, sums: ptr<function, Sums>) {
+    for (var n = 0u; n < OWN_KEY_FRAGMENTS; n++) { // unroll
+        for (var b = 0u; b < BLOCKS; b++) { // unroll
+            (*sums)[b * OWN_KEY_FRAGMENTS + n] = MatrixC();
+        }
     }
     for (var c = 0u; c < DIM_FRAGMENTS; c++) { // unroll
-        for (var n = 0u; n < KEY_FRAGMENTS; n++) { // unroll
-            let keys = coopLoad<MatrixB>(&staged[n * SHAPE * STAGED_STRIDE + c * FRAGMENT], STAGED_STRIDE);
-            (*sums)[n] = coopMultiplyAdd((*queries)[c], keys, (*sums)[n]);
+        for (var n = 0u; n < OWN_KEY_FRAGMENTS; n++) { // unroll
+            let at = share.keys + n * SHAPE * STAGED_STRIDE + c * FRAGMENT;
+            let keys = coopLoad<MatrixB>(&staged[at], STAGED_STRIDE);
+            for (var b = 0u; b < BLOCKS; b++) { // unroll
+                (*sums)[b * OWN_KEY_FRAGMENTS + n] =
+                    coopMultiplyAdd((*queries)[b * DIM_FRAGMENTS + c], keys, (*sums)[b * OWN_KEY_FRAGMENTS + n]);
+            }
         }
     }
 }
 
-// Stores scores of the subgroup whose rows begin at `own_scores`.
-fn store_scores(sums: ptr<function, Sums>, own_scores: u32) {
-    for (var n = 0u; n < KEY_FRAGMENTS; n++) { // unroll
-        coopStoreT((*sums)[n], &scores[own_scores + n * FRAGMENT], SCORES_STRIDE);
+fn store_scores(sums: ptr<function, Sums>, share: Share) {
+    for (var b = 0u; b < BLOCKS; b++) { // unroll
+        for (var n = 0u; n < OWN_KEY_FRAGMENTS; n++) { // unroll
+            let at = share.scores + b * SHAPE * SCORES_STRIDE + n * FRAGMENT;
+            coopStoreT((*sums)[b * OWN_KEY_FRAGMENTS + n], &scores[at], SCORES_STRIDE);
+        }
     }
 }
 
-// The weights of the subgroup whose rows begin at `own_probs`.
-fn load_weights(weights: ptr<function, Weights>, own_probs: u32) {
-    for (var n = 0u; n < KEY_FRAGMENTS; n++) { // unroll
-        (*weights)[n] = coopLoadT<MatrixA>(&probs[own_probs + n * FRAGMENT], PROBS_STRIDE);
+fn load_weights(weights: ptr<function, Weights>, share: Share) {
+    for (var b = 0u; b < BLOCKS; b++) { // unroll
+        for (var n = 0u; n < KEY_FRAGMENTS; n++) { // unroll
+            let at = share.probs + b * SHAPE * PROBS_STRIDE + n * FRAGMENT;
+            (*weights)[b * KEY_FRAGMENTS + n] = coopLoadT<MatrixA>(&probs[at], PROBS_STRIDE);
+        }
     }
 }
 
 // O += P·V with the staged values.
-fn multiply_values(weights: ptr<function, Weights>, output: ptr<function, Output>) {
+fn multiply_values(weights: ptr<function, Weights>, share: Share, output: ptr<function, Output>) {
     for (var n = 0u; n < KEY_FRAGMENTS; n++) { // unroll
-        for (var c = 0u; c < DIM_FRAGMENTS; c++) { // unroll
-            let at = VALUES + n * SHAPE * STAGED_STRIDE + c * FRAGMENT;
+        for (var c = 0u; c < OWN_DIM_FRAGMENTS; c++) { // unroll
+            let at = share.values + n * SHAPE * STAGED_STRIDE + c * FRAGMENT;
             let values = coopLoadT<MatrixB>(&staged[at], STAGED_STRIDE);
-            (*output)[c] = coopMultiplyAdd((*weights)[n], values, (*output)[c]);
+            for (var b = 0u; b < BLOCKS; b++) { // unroll
+                (*output)[b * OWN_DIM_FRAGMENTS + c] = coopMultiplyAdd(
+                    (*weights)[b * KEY_FRAGMENTS + n],
+                    values,
+                    (*output)[b * OWN_DIM_FRAGMENTS + c],
+                );
+            }
         }
     }
 }
@@ -243,11 +302,9 @@ fn attention(
     let lane_row = lane / LANES;
     let lane_in_row = lane % LANES;
     let row = subgroup * SHAPE + lane_row;
-    // This subgroup's part of `probs` and `scores`, and this lane's row in it.
-    let own_probs = subgroup * SHAPE * PROBS_STRIDE;
-    let own_scores = subgroup * SHAPE * SCORES_STRIDE;
-    let probs_row = own_probs + lane_row * PROBS_STRIDE;
-    let scores_row = own_scores + lane_row * SCORES_STRIDE;
+    let share = share_of(subgroup);
+    let probs_row = row * PROBS_STRIDE;
+    let scores_row = row * SCORES_STRIDE;
     let own_keys = seen_by(tile, row); // with ranges
 
     var factors = Factors(1.0, 1.0, 1.0);
@@ -262,8 +319,10 @@ fn attention(
     for (var attempt = 0u; attempt < ATTEMPTS; attempt++) {
         var seen = vec3<f32>(0.0);
         var output: Output;
-        for (var c = 0u; c < DIM_FRAGMENTS; c++) { // unroll
-            output[c] = MatrixC();
+        for (var c = 0u; c < OWN_DIM_FRAGMENTS; c++) { // unroll
+            for (var b = 0u; b < BLOCKS; b++) { // unroll
+                output[b * OWN_DIM_FRAGMENTS + c] = MatrixC();
+            }
         }
 
         // Queries pass through `probs`, as many columns at a time as there are keys in a step.
@@ -293,8 +352,11 @@ fn attention(
             workgroupBarrier();
             for (var n = 0u; n < KEY_FRAGMENTS; n++) { // unroll
                 if slice * KEY_FRAGMENTS + n < DIM_FRAGMENTS {
-                    queries[slice * KEY_FRAGMENTS + n] =
-                        coopLoadT<MatrixA>(&probs[own_probs + n * FRAGMENT], PROBS_STRIDE);
+                    for (var b = 0u; b < BLOCKS; b++) { // unroll
+                        let at = share.probs + b * SHAPE * PROBS_STRIDE + n * FRAGMENT;
+                        queries[b * DIM_FRAGMENTS + slice * KEY_FRAGMENTS + n] =
+                            coopLoadT<MatrixA>(&probs[at], PROBS_STRIDE);
+                    }
                 }
             }
         }
@@ -309,36 +371,48 @@ fn attention(
         }
 
         var sums: Sums;
-        var step = step_from(tile, tile.keys.first, invocation);
-        var next: Step;
-        let has_keys = step.first_key < tile.keys.end;
+        // This step and those after it.
+        var steps: Steps;
+        steps[0] = step_from(tile, tile.keys.first, invocation);
+        let has_keys = steps[0].first_key < tile.keys.end;
+        var keys: Words;
+        var values: Words;
         if has_keys {
-            next = step_from(tile, step.first_key + TILE_KEYS, invocation);
-            seen.y = max(seen.y, stage(fetch_keys(tile, step, invocation), 0u, invocation, factors.k));
+            for (var i = 0u; i < STEPS_AFTER; i++) { // unroll
+                steps[i + 1u] = step_from(tile, steps[i].first_key + TILE_KEYS, invocation);
+            }
+            seen.y = max(seen.y, stage(fetch_keys(tile, steps[0], invocation), 0u, invocation, factors.k));
             workgroupBarrier();
-            multiply_keys(&queries, &sums);
+            multiply_keys(&queries, share, &sums);
             workgroupBarrier();
-            store_scores(&sums, own_scores);
-            seen.y = max(seen.y, stage(fetch_keys(tile, next, invocation), 0u, invocation, factors.k));
+            store_scores(&sums, share);
+            seen.y = max(seen.y, stage(fetch_keys(tile, steps[1], invocation), 0u, invocation, factors.k));
+            if FETCHES_EARLY {
+                keys = fetch_keys(tile, steps[STEPS_AFTER - 1u], invocation);
+                values = fetch_values(tile, steps[0], invocation);
+            }
             // The first product with values has no keys yet.
             var nothing: Words;
             seen.z = max(seen.z, stage(nothing, VALUES, invocation, factors.v));
         }
         var weights: Weights;
         for (var n = 0u; n < KEY_FRAGMENTS; n++) { // unroll
-            weights[n] = MatrixA();
+            for (var b = 0u; b < BLOCKS; b++) { // unroll
+                weights[b * KEY_FRAGMENTS + n] = MatrixA();
+            }
         }
         // The outer loop handles steps that scale O: a branch for them in the inner loop would
         // cost every step copies of O.
-        while step.first_key < tile.keys.end {
-            var after: Step;
-            var keys: Words;
-            var values: Words;
+        while steps[0].first_key < tile.keys.end {
+            var last: Step;
+            var next_keys: Words;
+            var next_values: Words;
             var scale = 1.0;
             var must_scale = 0u;
-            while step.first_key < tile.keys.end {
+            while steps[0].first_key < tile.keys.end {
                 workgroupBarrier();
-                after = step_from(tile, next.first_key + TILE_KEYS, invocation);
+                let step = steps[0];
+                last = step_from(tile, steps[STEPS_AFTER].first_key + TILE_KEYS, invocation);
                 var row_scores: array<vec4<f32>, QUADS>;
                 for (var i = 0u; i < QUADS; i++) { // unroll
                     let quad = i * LANES + lane_in_row;
@@ -364,10 +438,19 @@ fn attention(
                     row_scores[i] = select(vec4<f32>(LOWEST), row_scores[i], bits != vec4<u32>(0u));
                 }
 
-                keys = fetch_keys(tile, after, invocation);
-                values = fetch_values(tile, step, invocation);
-                multiply_keys(&queries, &sums);
-                multiply_values(&weights, &output);
+                if FETCHES_EARLY {
+                    next_keys = fetch_keys(tile, steps[STEPS_AFTER], invocation);
+                    next_values = fetch_values(tile, steps[1], invocation);
+                } else {
+                    if STEPS_AFTER == 1u {
+                        keys = fetch_keys(tile, last, invocation);
+                    } else {
+                        keys = fetch_keys(tile, steps[STEPS_AFTER], invocation);
+                    }
+                    values = fetch_values(tile, step, invocation);
+                }
+                multiply_keys(&queries, share, &sums);
+                multiply_values(&weights, share, &output);
                 // Softmax.
                 var row_max = LOWEST;
                 for (var i = 0u; i < QUADS; i++) { // unroll
@@ -402,32 +485,41 @@ fn attention(
                 if subgroupAny(asks_for != 0u) { // with ranges
                     atomicOr(&growing, asks_for); // with ranges
                 } // with ranges
-                pin(keys, values);
+                if !FETCHES_EARLY {
+                    pin(keys, values);
+                }
 
                 workgroupBarrier();
                 must_scale = atomicLoad(&growing);
                 if must_scale != 0u {
                     break;
                 }
-                load_weights(&weights, own_probs);
-                store_scores(&sums, own_scores);
+                load_weights(&weights, share);
+                store_scores(&sums, share);
                 seen.y = max(seen.y, stage(keys, 0u, invocation, factors.k));
                 seen.z = max(seen.z, stage(values, VALUES, invocation, factors.v));
-                step = next;
-                next = after;
+                take_step(&steps, last);
+                if FETCHES_EARLY {
+                    keys = next_keys;
+                    values = next_values;
+                }
             }
             if must_scale != 0u {
+                let step = steps[0]; // with ranges
                 let own_seen = seen_in(step.kept, own_keys, step.first_key); // with ranges
                 let lane_row = LaneRow(own_seen, probs_row, scores_row, lane_in_row); // with ranges
                 for (var slice = 0u; slice < SLICES; slice++) { // unroll
                     workgroupBarrier();
-                    for (var n = 0u; n < KEY_FRAGMENTS; n++) { // unroll
-                        if slice * KEY_FRAGMENTS + n < DIM_FRAGMENTS {
-                            coopStoreT(
-                                output[slice * KEY_FRAGMENTS + n],
-                                &scores[own_scores + n * FRAGMENT],
-                                SCORES_STRIDE,
-                            );
+                    for (var n = 0u; n < OWN_KEY_FRAGMENTS; n++) { // unroll
+                        if slice * OWN_KEY_FRAGMENTS + n < OWN_DIM_FRAGMENTS {
+                            for (var b = 0u; b < BLOCKS; b++) { // unroll
+                                let at = share.scores + b * SHAPE * SCORES_STRIDE + n * FRAGMENT;
+                                coopStoreT(
+                                    output[b * OWN_DIM_FRAGMENTS + slice * OWN_KEY_FRAGMENTS + n],
+                                    &scores[at],
+                                    SCORES_STRIDE,
+                                );
+                            }
                         }
                     }
                     workgroupBarrier();
@@ -438,29 +530,35 @@ fn attention(
                         add_non_finite(tile, step.first_key, lane_row, slice, factors.v); // with ranges
                     } // with ranges
                     workgroupBarrier();
-                    for (var n = 0u; n < KEY_FRAGMENTS; n++) { // unroll
-                        if slice * KEY_FRAGMENTS + n < DIM_FRAGMENTS {
-                            output[slice * KEY_FRAGMENTS + n] =
-                                coopLoadT<MatrixC>(&scores[own_scores + n * FRAGMENT], SCORES_STRIDE);
+                    for (var n = 0u; n < OWN_KEY_FRAGMENTS; n++) { // unroll
+                        if slice * OWN_KEY_FRAGMENTS + n < OWN_DIM_FRAGMENTS {
+                            for (var b = 0u; b < BLOCKS; b++) { // unroll
+                                let at = share.scores + b * SHAPE * SCORES_STRIDE + n * FRAGMENT;
+                                output[b * OWN_DIM_FRAGMENTS + slice * OWN_KEY_FRAGMENTS + n] =
+                                    coopLoadT<MatrixC>(&scores[at], SCORES_STRIDE);
+                            }
                         }
                     }
                 }
                 atomicStore(&growing, 0u);
                 workgroupBarrier();
-                load_weights(&weights, own_probs);
-                store_scores(&sums, own_scores);
+                load_weights(&weights, share);
+                store_scores(&sums, share);
                 seen.y = max(seen.y, stage(keys, 0u, invocation, factors.k));
                 seen.z = max(seen.z, stage(values, VALUES, invocation, factors.v));
                 if (must_scale & HAS_NON_FINITE) != 0u { // with ranges
                     clear_non_finite(invocation); // with ranges
                 } // with ranges
-                step = next;
-                next = after;
+                take_step(&steps, last);
+                if FETCHES_EARLY {
+                    keys = next_keys;
+                    values = next_values;
+                }
             }
         }
 
         workgroupBarrier();
-        multiply_values(&weights, &output);
+        multiply_values(&weights, share, &output);
 
         if HAS_RANGE && attempt == 0u {
             for (var i = 0u; i < 3u; i++) {
@@ -500,23 +598,27 @@ fn attention(
         let own_out = out_row(tile, min(row, tile.rows - 1u));
         for (var slice = 0u; slice < SLICES; slice++) { // unroll
             workgroupBarrier();
-            for (var n = 0u; n < KEY_FRAGMENTS; n++) { // unroll
-                if slice * KEY_FRAGMENTS + n < DIM_FRAGMENTS {
-                    coopStoreT(
-                        output[slice * KEY_FRAGMENTS + n],
-                        &scores[own_scores + n * FRAGMENT],
-                        SCORES_STRIDE,
-                    );
+            for (var n = 0u; n < OWN_KEY_FRAGMENTS; n++) { // unroll
+                if slice * OWN_KEY_FRAGMENTS + n < OWN_DIM_FRAGMENTS {
+                    for (var b = 0u; b < BLOCKS; b++) { // unroll
+                        let at = share.scores + b * SHAPE * SCORES_STRIDE + n * FRAGMENT;
+                        coopStoreT(
+                            output[b * OWN_DIM_FRAGMENTS + slice * OWN_KEY_FRAGMENTS + n],
+                            &scores[at],
+                            SCORES_STRIDE,
+                        );
+                    }
                 }
             }
             workgroupBarrier();
             for (var w = 0u; w < LANE_WORDS; w++) { // unroll
                 let word = w * LANES + lane_in_row;
-                if row < tile.rows && word < KEY_WORDS && slice * KEY_WORDS + word < HEAD_WORDS {
+                let of_head = head_quad(slice, word * 2u) / 2u;
+                if row < tile.rows && word < KEY_WORDS && of_head < HEAD_WORDS {
                     let at = scores_row + word * 2u;
                     let low = select(scores[at] * inverse_sum * inverse_factor, vec4<f32>(0.0), is_zero);
                     let high = select(scores[at + 1u] * inverse_sum * inverse_factor, vec4<f32>(0.0), is_zero);
-                    store_out(own_out, slice * KEY_WORDS + word, rounded(low, high));
+                    store_out(own_out, of_head, rounded(low, high));
                 }
             }
         }

@@ -84,7 +84,7 @@ struct LaneRow {
 fn add_non_finite(tile: Tile, first_key: u32, row: LaneRow, slice: u32, factor: f32) {
     for (var i = 0u; i < QUADS; i++) {
         let quad = i * LANES + row.lane;
-        let column = slice * (TILE_KEYS / 4u) + quad;
+        let column = head_quad(slice, quad);
         if column >= HEAD_DIM / 4u {
             continue;
         }

@@ -69,7 +69,8 @@ pub fn source(shader: Shader, params: ParamsIn) -> String {
         source.push_str(snippet);
     }
     match shader {
-        Shader::Attention(AttentionShader { algorithm, dtype, head_dim, ranges, modifiers, out_buffers, .. }) => {
+        Shader::Attention(attention) => {
+            let AttentionShader { algorithm, dtype, head_dim, ranges, modifiers, out_buffers, .. } = attention;
             let marks = [
                 ("modifiers", !modifiers.is_empty()),
                 ("ranges", ranges),
@@ -78,7 +79,7 @@ pub fn source(shader: Shader, params: ParamsIn) -> String {
                 ("4 buffers", out_buffers >= 4),
             ];
             let own = marks.iter().fold(source, |source, (what, has_it)| of_variant(&source, what, *has_it));
-            unrolled(&own, &algorithm.unrolled_loops(dtype, head_dim))
+            unrolled(&own, &algorithm.unrolled_loops(dtype, head_dim, attention.is_plain()))
         }
         Shader::PrepareQk(PrepareQkShader { dtype, access: HeadAccess::Octets, .. }) => {
             // Words of eight elements, and of eight elements of 16 bits.
@@ -102,7 +103,7 @@ fn of_variant(source: &str, what: &str, has_it: bool) -> String {
 /// Constants rather than overrides: they size private arrays, and branches on them must vanish
 /// before translation.
 fn constants(shader: Shader) -> Vec<(&'static str, String)> {
-    let Shader::Attention(AttentionShader { algorithm, head_dim, rows, modifiers, .. }) = shader else {
+    let Shader::Attention(attention @ AttentionShader { algorithm, head_dim, rows, modifiers, .. }) = shader else {
         return vec![("INVOCATIONS", format!("{INVOCATIONS}u"))];
     };
     let mut constants = vec![
@@ -116,7 +117,7 @@ fn constants(shader: Shader) -> Vec<(&'static str, String)> {
         constants.extend(named.map(|(name, has_it)| (name, has_it.to_string())));
         constants.push(("MAX_HEADS", format!("{MAX_HEADS}u")));
     }
-    constants.extend(algorithm.constants(head_dim));
+    constants.extend(algorithm.constants(head_dim, attention.is_plain()));
     constants
 }
 

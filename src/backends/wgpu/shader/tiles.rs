@@ -29,8 +29,9 @@ impl Algorithm {
         }
     }
 
-    /// Constants of the kernel's shader.
-    pub(super) fn constants(self, head_dim: usize) -> Vec<(&'static str, String)> {
+    /// Constants of the kernel's shader. `is_plain` if elements are f16 and scores are only scaled, which
+    /// leaves registers to spare.
+    pub(super) fn constants(self, head_dim: usize, is_plain: bool) -> Vec<(&'static str, String)> {
         match self {
             Self::Portable => {
                 let tile = PortableTile::of(head_dim);
@@ -43,20 +44,26 @@ impl Algorithm {
                     ("TILE_KEYS", format!("{}u", PortableTile::KEYS)),
                 ]
             }
-            Self::Coop(tile) => vec![
-                ("SUBGROUP_SIZE", format!("{}u", tile.subgroup_size)),
-                ("SUBGROUPS", format!("{}u", tile.subgroups)),
-                ("TILE_ROWS", format!("{}u", tile.rows())),
-                ("TILE_KEYS", format!("{}u", tile.keys)),
-            ],
+            Self::Coop(tile) => {
+                let (blocks, ahead) = (tile.blocks(head_dim, is_plain), tile.ahead(head_dim, is_plain));
+                vec![
+                    ("SUBGROUP_SIZE", format!("{}u", tile.subgroup_size)),
+                    ("SUBGROUPS", format!("{}u", tile.subgroups)),
+                    ("TILE_ROWS", format!("{}u", tile.rows())),
+                    ("TILE_KEYS", format!("{}u", tile.keys)),
+                    ("BLOCKS", format!("{blocks}u")),
+                    ("STEPS_AFTER", format!("{}u", ahead.steps)),
+                    ("FETCHES_EARLY", ahead.fetches.to_string()),
+                ]
+            }
         }
     }
 
     /// Bounds of the loops that are written out, by their names in the kernel's shader.
-    pub(super) fn unrolled_loops(self, dtype: DType, head_dim: usize) -> Vec<(&'static str, u32)> {
+    pub(super) fn unrolled_loops(self, dtype: DType, head_dim: usize, is_plain: bool) -> Vec<(&'static str, u32)> {
         match self {
             Self::Portable => PortableTile::of(head_dim).unrolled_loops(dtype, head_dim),
-            Self::Coop(tile) => tile.unrolled_loops(head_dim),
+            Self::Coop(tile) => tile.unrolled_loops(head_dim, is_plain),
         }
     }
 }
@@ -74,6 +81,15 @@ pub struct CoopTile {
     pub keys: u32,
 }
 
+/// What the cooperative-matrix kernel looks up early.
+#[derive(Debug, Clone, Copy)]
+struct Ahead {
+    /// Steps after the one at hand whose rows are known.
+    steps: u32,
+    /// Whether keys and values are fetched a step before they are staged.
+    fetches: bool,
+}
+
 impl CoopTile {
     /// Query rows of a workgroup.
     pub fn rows(self) -> usize {
@@ -89,18 +105,37 @@ impl CoopTile {
         staged + self.rows() as u32 * (probs + scores) + 20
     }
 
-    fn unrolled_loops(self, head_dim: usize) -> Vec<(&'static str, u32)> {
+    /// Blocks of rows whose scores and output a subgroup computes: 1 or 2. Of 2 it computes one half
+    /// of the columns, so that each matrix of keys or values that it loads serves two products.
+    fn blocks(self, head_dim: usize, is_plain: bool) -> u32 {
+        let dims = (head_dim as u32).div_ceil(self.shape);
+        let are_even = [self.subgroups, self.keys / self.shape, dims].iter().all(|count| count.is_multiple_of(2));
+        if are_even && (is_plain || head_dim <= 64) { 2 } else { 1 }
+    }
+
+    /// As early as registers allow (docs/log/wgsl-coop.md).
+    fn ahead(self, head_dim: usize, is_plain: bool) -> Ahead {
+        let looks_up = self.blocks(head_dim, is_plain) == 2;
+        let fetches = looks_up && is_plain && head_dim <= 64;
+        Ahead { steps: 1 + u32::from(looks_up) + u32::from(fetches), fetches }
+    }
+
+    fn unrolled_loops(self, head_dim: usize, is_plain: bool) -> Vec<(&'static str, u32)> {
         // Devices with matrices of 8 are processors, which take seconds to compile unrolled loops.
         if self.shape == 8 {
             return Vec::new();
         }
         let dim = (head_dim as u32).next_multiple_of(self.shape);
         let (dim_fragments, key_fragments) = (dim / self.shape, self.keys / self.shape);
-        let lanes = self.subgroup_size / self.shape;
+        let (lanes, blocks) = (self.subgroup_size / self.shape, self.blocks(head_dim, is_plain));
         vec![
             ("DIM_FRAGMENTS", dim_fragments),
             ("KEY_FRAGMENTS", key_fragments),
             ("SLICES", dim_fragments.div_ceil(key_fragments)),
+            ("BLOCKS", blocks),
+            ("OWN_KEY_FRAGMENTS", key_fragments / blocks),
+            ("OWN_DIM_FRAGMENTS", dim_fragments / blocks),
+            ("STEPS_AFTER", self.ahead(head_dim, is_plain).steps),
             ("LANE_WORDS", (self.keys / 8).div_ceil(lanes)),
             ("QUADS", self.keys / 4 / lanes),
             ("FETCHES", (self.keys * dim / 8).div_ceil(self.subgroups * self.subgroup_size)),

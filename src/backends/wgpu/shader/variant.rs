@@ -170,6 +170,11 @@ impl AttentionShader {
         self.table().iter().filter(|binding| self.binds(binding)).chain(further).collect()
     }
 
+    /// Whether elements are f16 and scores are only scaled.
+    pub(super) fn is_plain(self) -> bool {
+        self.dtype == DType::F16 && self.modifiers.is_empty() && self.rows.bias().is_none()
+    }
+
     /// Those of a form's windows that the variant binds.
     pub fn bound<T>(self, windows: impl IntoIterator<Item = T>) -> impl Iterator<Item = T> {
         let of_form = windows.into_iter().zip(self.table());
