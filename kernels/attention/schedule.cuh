@@ -49,13 +49,14 @@ private:
 };
 
 // Called by all lanes of one warp together, each lane holding one of 32 groups. Only with PACKS_HEADS can
-// heads share query tiles.
-template <int TILE_M, bool PACKS_HEADS>
+// heads share query tiles, and only with HAS_DENSE are there calls without a mask: what is not asked for
+// takes no registers.
+template <int TILE_M, bool PACKS_HEADS, bool HAS_DENSE>
 class Schedule {
 public:
     __device__ Schedule(const TileListParams& params) : params(params), item(blockIdx.x), first_group(0), first_item(0) {
         // Without a mask all groups have as many.
-        if (params.form == FORM_DENSE) {
+        if (is_dense()) {
             lane_tiles = tiles_of(params.seq_q);
         } else {
             load();
@@ -66,7 +67,7 @@ public:
     __device__ bool next(Work& work) {
         const int part = item - params.split_from;
         const int whole = part < 0 ? item : params.split_from + part / params.parts;
-        if (params.form == FORM_DENSE) {
+        if (is_dense()) {
             const uint32_t tiles = lane_tiles;
             const uint32_t items_of_one = tiles * heads();
             const uint32_t group = whole / items_of_one;
@@ -98,6 +99,8 @@ public:
 private:
     // Heads, or sets of heads that share query tiles.
     __device__ int heads() const { return PACKS_HEADS ? params.head_sets : params.heads; }
+
+    __device__ bool is_dense() const { return HAS_DENSE && params.form == FORM_DENSE; }
 
     __device__ bool packs() const { return PACKS_HEADS && params.packed_heads > 1; }
 

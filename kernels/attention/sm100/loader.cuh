@@ -29,7 +29,7 @@ struct LoadWarp {
     __device__ explicit LoadWarp(const Block<S>& block) : block(block), params(block.params), lane(threadIdx.x % 32) {}
 
     __device__ void run() {
-        std::conditional_t<S::RANGED, DealtWork, Schedule<TILES * TILE_M, false>> schedule(params);
+        std::conditional_t<S::RANGED, DealtWork, Schedule<TILES * TILE_M, false, true>> schedule(params);
         KeysState state;
         Work work;
         uint32_t work_index = 0;

@@ -85,6 +85,8 @@ struct Shape {
     static constexpr bool SEGMENTED = SEGMENTED_;
     // Whether heads of one key/value head can share query tiles.
     static constexpr bool PACKS_HEADS = !RANGED && !SEGMENTED;
+    // Calls on segments are fused.
+    static constexpr bool HAS_DENSE = !SEGMENTED;
     using WholeRows = std::conditional_t<RANGED, RangedTileRows, TileRows>;
     using Rows = std::conditional_t<SEGMENTED, SegmentedTileRows<WholeRows>, WholeRows>;
     using Keys = std::conditional_t<RANGED, RangedTileKeys, TileKeys>;

@@ -55,7 +55,7 @@ struct Producer {
         KeysState state;
         int work_index = 0;
         for (bool is_exact = false;; is_exact = true) {
-            std::conditional_t<S::RANGED, DealtWork, Schedule<S::TILE_M, S::PACKS_HEADS>> schedule(params);
+            std::conditional_t<S::RANGED, DealtWork, Schedule<S::TILE_M, S::PACKS_HEADS, S::HAS_DENSE>> schedule(params);
             Work work;
             for (; schedule.next(work) && !(is_exact && work.part >= 0); ++work_index) {
                 if constexpr (S::RANGED) range_tile = schedule.tile;

@@ -116,8 +116,8 @@ mod tests {
         assert_eq!(Split::of(tile(Kernel::CudaSm100)?, 3, 100, 132), Split::none(3));
         let wide = ListTile::of(Kernel::CudaSm90, 64).ok_or(Error::HeadDim { got: 64 })?;
         let narrow = wide.narrow(64).ok_or(Error::HeadDim { got: 64 })?;
-        assert_eq!(Split::of(narrow, 3, 8, 396), Split::none(3));
-        assert_ne!(Split::of(wide, 3, 8, 132), Split::none(3));
+        assert_eq!(Split::of(narrow, 3, 100, 396), Split::none(3));
+        assert_ne!(Split::of(wide, 3, 100, 132), Split::none(3));
         Ok(())
     }
 }
