@@ -139,7 +139,7 @@ pub struct Plan {
     /// kernel does not take them where they lie.
     pub copies_segments: bool,
     /// Keys of the kernel's tiles, where it has several for the head dimension and the cost model chose.
-    pub(crate) tile_keys: Option<usize>,
+    pub(crate) tile_keys: Option<u16>,
     /// How long that takes by the cost model, where the device has one and the host knows the mask.
     pub estimate: Option<Estimate>,
 }
@@ -324,7 +324,8 @@ pub(crate) fn plan_padded(
             Some(keys) => Some(keys).filter(is_there),
             None => tile_keys,
         };
-        let tile_keys = tile_keys.filter(|_| is_plain);
+        // Fits: a tile has some hundred keys at most.
+        let tile_keys = tile_keys.filter(|_| is_plain).and_then(|keys| u16::try_from(keys).ok());
         Plan { path, kernel, reason, copies_segments, tile_keys, estimate }
     };
     let plan = plan_of(path, preferred, reason, None, None);

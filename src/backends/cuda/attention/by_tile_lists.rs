@@ -219,7 +219,7 @@ impl<'a> Call<'a> {
         };
         let other = match attention.ranges {
             Some(ranges) => of_ranges(ranges),
-            None => attention.plan.tile_keys.and_then(|keys| tile.short_of(keys)),
+            None => attention.plan.tile_keys.and_then(|keys| tile.short_of(keys.into())),
         };
         let other = other.filter(|_| matches!(tensors, Placement::Whole(_)));
         Ok(Self { launcher, attention, tensors, tile: other.unwrap_or(tile) })
