@@ -631,7 +631,6 @@ mod tests {
             width: 128,
             rows: 128,
             keys,
-
             blocks,
             splits,
             max_heads: 1000,
