@@ -60,16 +60,19 @@ impl Variant {
         Ok(Self { device: device.clone(), kernel, path, dtype, tile_keys: None })
     }
 
+    /// Keys of no kernel's tiles: the longest are taken.
+    const LONGEST_TILES: usize = usize::MAX;
+
     /// With the longest of the kernel's key tiles, which calls take on segments and under metadata of the device.
     pub fn with_longest_tiles(&self) -> Self {
-        Self { tile_keys: Some(usize::MAX), ..self.clone() }
+        Self { tile_keys: Some(Self::LONGEST_TILES), ..self.clone() }
     }
 
     /// The layer with everything forced. Of tiles of several lengths f16 takes the longest, and other element types what the plan
     /// chooses: kernels have the same instructions for both.
     pub fn layer(&self) -> MaskedAttention {
         let layer = MaskedAttention::new(&self.device).with_kernel(self.kernel);
-        let longest = (self.dtype == DType::F16).then_some(usize::MAX);
+        let longest = (self.dtype == DType::F16).then_some(Self::LONGEST_TILES);
         let layer = self.tile_keys.or(longest).into_iter().fold(layer, MaskedAttention::with_tile_keys);
         match self.path {
             Some(path) => layer.with_path(path),

@@ -316,6 +316,15 @@ impl ListTile {
         format!("d{width}{warpgroups}{short}{narrow}{ranged}{segments}")
     }
 
+    /// Of a table of `sm90`.
+    const fn assert_sm90_fits(table: &[[u32; 5]]) {
+        let mut i = 0;
+        while i < table.len() {
+            Self::sm90(table[i]).assert_fits();
+            i += 1;
+        }
+    }
+
     const fn assert_fits(self) {
         // A block alone may have all of a multiprocessor's but what the driver takes.
         let all = SM90_MAX_SHARED_BYTES + RESERVED_SHARED_BYTES;
@@ -327,21 +336,9 @@ impl ListTile {
 const _: () = {
     assert_widths(&ListTile::SM90, Kernel::CudaSm90);
     assert_widths(&ListTile::SM100, Kernel::CudaSm100);
-    let mut i = 0;
-    while i < ListTile::SM90.len() {
-        ListTile::sm90(ListTile::SM90[i]).assert_fits();
-        i += 1;
-    }
-    let mut i = 0;
-    while i < ListTile::SM90_SHORT.len() {
-        ListTile::sm90(ListTile::SM90_SHORT[i]).assert_fits();
-        i += 1;
-    }
-    let mut i = 0;
-    while i < ListTile::SM90_SHORT_RANGED.len() {
-        ListTile::sm90(ListTile::SM90_SHORT_RANGED[i]).assert_fits();
-        i += 1;
-    }
+    ListTile::assert_sm90_fits(&ListTile::SM90);
+    ListTile::assert_sm90_fits(&ListTile::SM90_SHORT);
+    ListTile::assert_sm90_fits(&ListTile::SM90_SHORT_RANGED);
     let mut i = 0;
     while i < ListTile::SM90_NARROW.len() {
         ListTile::sm90_narrow(ListTile::SM90_NARROW[i]).assert_fits();
@@ -462,11 +459,15 @@ mod tests {
     use crate::call::cost_cases::check;
     use crate::error::Result;
 
+    /// An H100, by what the blocks of a multiprocessor share there.
+    fn h100() -> Machine {
+        let Some(machine) = Machine::new((9, 0), 132, tilings(228 * 1024)) else { unreachable!("the H100 has a row") };
+        machine
+    }
+
     #[test]
     fn the_script_that_fits_the_constants_has_the_same_formulas() -> Result<()> {
-        // What the blocks of a multiprocessor share on an H100.
-        let Some(machine) = Machine::new((9, 0), 132, tilings(228 * 1024)) else { unreachable!("the H100 has a row") };
-        check(&machine, &[Kernel::CudaSm80, Kernel::CudaSm90])
+        check(&h100(), &[Kernel::CudaSm80, Kernel::CudaSm90])
     }
 
     #[test]
@@ -526,7 +527,7 @@ mod tests {
 
     #[test]
     fn short_tiles_of_sm90_have_fewer_keys_and_a_name_of_their_own() {
-        let Some(machine) = Machine::new((9, 0), 132, tilings(228 * 1024)) else { unreachable!("the H100 has a row") };
+        let machine = h100();
         for entry in ListTile::SM90 {
             let tile = ListTile::sm90(entry);
             // The cost model knows all of them, the longest first.
