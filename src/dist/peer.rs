@@ -380,7 +380,7 @@ mod tests {
     use crate::call::block::{Block, BlockCopy, Lines};
     use crate::call::memory::{DeviceBuffer, Sink, Source};
     use crate::dist::communicator::{incoming, outgoing};
-    use crate::dist::pieces::{Order, Pieces};
+    use crate::dist::pieces::Pieces;
 
     /// Memory of a device that is none: what a lane moves, without a GPU.
     #[derive(Debug, Default, Clone)]
@@ -686,8 +686,8 @@ mod tests {
         assert!(matches!(lost[0], Some(Err(Error::RankLost { rank: 1, .. }))), "{lost:?}");
     }
 
-    /// Each rank has two heads, keys and values of two bytes each, and gets what the others have. Also what the count said before. The
-    /// heads are packed, or lie as in tensors: then `[k, -, v, -]` of each of two heads, of which `-` does not travel.
+    /// Each rank has two heads, keys and values of so many bytes, and gets what the others have. Also what the count said before. They lie
+    /// as in tensors: `[k, -, v, -]` of both heads, of which `-` does not travel.
     fn in_pieces(
         rank: &mut Ranked<TestLane>,
         tag: u8,
@@ -699,21 +699,14 @@ mod tests {
         let pieces = Pieces::new((2, 1), head_bytes, 1 << 20, 2);
         let bytes = 4 * head_bytes;
         let half = bytes / 2;
-        let own = match pieces.order() {
-            Order::Heads => Memory::of(&vec![own_rank as u8; bytes]),
-            Order::Rows => {
-                Memory::of(&[own_rank as u8, 0xee, own_rank as u8, 0xee].map(|byte| vec![byte; half]).concat())
-            }
-        };
+        let own = [own_rank as u8, 0xee, own_rank as u8, 0xee].map(|byte| vec![byte; half]).concat();
+        let own = Memory::of(&own);
         let part = |which: usize| Part {
             memory: DeviceBytes::of(&own, (2 * which * half) as u64..((2 * which + 1) * half) as u64),
             pitch: 2 * half as u64,
             slice_rows: 1,
         };
-        let parts = match pieces.order() {
-            Order::Heads => vec![Part::whole(DeviceBytes::first(&own, bytes as u64))],
-            Order::Rows => vec![part(0), part(1)],
-        };
+        let parts = vec![part(0), part(1)];
         let rooms: Vec<_> = peers.iter().map(|_| Memory::of(&vec![0xff; bytes])).collect();
         let exchange = InPieces {
             operation: "test",
@@ -730,7 +723,7 @@ mod tests {
         };
         let mut before = None;
         // What is written last comes too.
-        let last = if pieces.order() == Order::Heads { bytes } else { 3 * half } - 1;
+        let last = 3 * half - 1;
         let mut write_rest = || -> Result<bool> {
             locked(&own.0)[last] = 100 + own_rank as u8;
             Ok(true)
@@ -749,7 +742,7 @@ mod tests {
     fn pieces_come_from_every_rank_and_are_counted() {
         on_ranks(ranks(3, LONG), |mut rank| {
             for call in 0..20_u8 {
-                // Heads of which two are narrow, so that they are packed, and wide ones.
+                // Heads that come together, since they are narrow, and wide ones.
                 let head_bytes = [2, 4096][usize::from(call % 2)];
                 let (came, before) = in_pieces(&mut rank, call, head_bytes, Ok(())).unwrap();
                 let peers = (0..3).filter(|&peer| peer != rank.rank as u8);

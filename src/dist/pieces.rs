@@ -6,8 +6,8 @@ use crate::call::block::{Block, BlockCopy, Lines};
 
 /// Query rows times heads that a GPU computes at once: 128 by each of 132 multiprocessors.
 const ROWS_AT_ONCE: usize = 132 * 128;
-/// Bytes from which on copy engines read rows that lie apart nearly as fast as others.
-const WIDE_ROW: usize = 2048;
+/// Bytes of the narrowest rows that copy engines are given: rows that lie apart come nearly as fast as wider ones from there on.
+const NARROW_ROW: usize = 768;
 
 /// Keys and values of some heads of some batch rows.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -19,15 +19,6 @@ pub(super) struct Piece {
     pub is_first: bool,
 }
 
-/// How keys and values lie that travel, keys before values. The same on every rank.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Order {
-    /// `[2, Hkv, B, S, D]`: the heads of one batch row that come in one piece lie together. Ranks pack them so.
-    Heads,
-    /// `[2, B, S, Hkv, D]`, as in tensors: the rows of a piece are wide enough to be copied from where they lie.
-    Rows,
-}
-
 /// Pieces of keys and values in the order in which attention reads them: the heads of one batch row after those of the row before. The
 /// first ones are as large as what a GPU computes at once, which nothing hides; each chunk after them is larger than the one before,
 /// under whose attention it travels.
@@ -36,7 +27,6 @@ pub(super) struct Pieces {
     heads: usize,
     batch: usize,
     head_bytes: usize,
-    order: Order,
     all: Vec<Piece>,
 }
 
@@ -44,13 +34,12 @@ impl Pieces {
     /// Of `heads` heads of keys and `batch` batch rows, none of them 0, each row of a head of so many bytes. `rows`: query rows of a batch
     /// row and head of keys, on the rank with the most: all ranks have the same pieces.
     pub(super) fn new((heads, batch): (usize, usize), head_bytes: usize, rows: usize, chunks: usize) -> Self {
-        let first = ROWS_AT_ONCE.div_ceil(rows.max(1));
+        let narrow = NARROW_ROW.div_ceil(head_bytes.max(1)).min(heads);
+        let first = ROWS_AT_ONCE.div_ceil(rows.max(1)).max(narrow);
         let mut ends = ends(heads * batch, first, chunks);
-        let wide = WIDE_ROW.div_ceil(head_bytes.max(1)).min(heads);
-        let order = if ends.first().is_some_and(|&end| end >= wide) { Order::Rows } else { Order::Heads };
-        if order == Order::Rows {
-            widen(&mut ends, wide);
-        }
+        // No piece is much narrower than the first.
+        let wide = ends.first().map_or(narrow, |&first| first.clamp(narrow, heads));
+        widen(&mut ends, wide);
         let mut all = Vec::new();
         let mut start = 0;
         for (at, end) in ends.into_iter().enumerate() {
@@ -65,15 +54,11 @@ impl Pieces {
                 all.push(Piece { batches: row..row + rows, heads: of_heads, is_first: at == 0 });
             }
         }
-        Self { heads, batch, head_bytes, order, all }
+        Self { heads, batch, head_bytes, all }
     }
 
     pub(super) fn all(&self) -> &[Piece] {
         &self.all
-    }
-
-    pub(super) fn order(&self) -> Order {
-        self.order
     }
 
     /// The heads of all batch rows that the first pieces are of.
@@ -82,21 +67,12 @@ impl Pieces {
         0..first.map(|piece| piece.heads.end).max().unwrap_or(0)
     }
 
-    /// The copies of a piece to room of so many bytes. `parts` is what the rank lent: in the order of heads all of it in one part that lies
-    /// as the room does, else keys and values.
+    /// The copies of a piece to room of so many bytes. `parts` is what the rank lent: keys and values.
     pub(super) fn copies(&self, piece: &Piece, parts: &[Lines], room: u64) -> Vec<BlockCopy> {
-        match self.order {
-            Order::Heads => {
-                let block = self.block_of_heads(piece, room);
-                vec![BlockCopy { part: 0, from: block, to: block }]
-            }
-            Order::Rows => {
-                parts.iter().enumerate().map(|(part, lines)| self.copy_of_rows(piece, (part, lines), room)).collect()
-            }
-        }
+        parts.iter().enumerate().map(|part| self.copy_of(piece, part, room)).collect()
     }
 
-    fn copy_of_rows(&self, piece: &Piece, (part, lines): (usize, &Lines), room: u64) -> BlockCopy {
+    fn copy_of(&self, piece: &Piece, (part, lines): (usize, &Lines), room: u64) -> BlockCopy {
         let (heads, batch, head_bytes) = (self.heads as u64, self.batch as u64, self.head_bytes as u64);
         let (row, half) = (heads * head_bytes, room / 2);
         let tokens = half / (batch * row);
@@ -119,28 +95,6 @@ impl Pieces {
             ..from
         };
         BlockCopy { part, from, to }.merged()
-    }
-
-    fn block_of_heads(&self, piece: &Piece, bytes: u64) -> Block {
-        let (heads, batch) = (self.heads as u64, self.batch as u64);
-        let row = bytes / (2 * heads * batch);
-        let [first_batch, first_head] = [piece.batches.start as u64, piece.heads.start as u64];
-        let (batches, of_heads) = (piece.batches.len() as u64, piece.heads.len() as u64);
-        let start = (first_head * batch + first_batch) * row;
-        match batches == batch {
-            // Heads lie one after another.
-            true => Block {
-                start,
-                width: of_heads * batch * row,
-                pitch: heads * batch * row,
-                rows: 2,
-                slice_rows: 2,
-                slices: 1,
-            },
-            false => {
-                Block { start, width: batches * row, pitch: batch * row, rows: of_heads, slice_rows: heads, slices: 2 }
-            }
-        }
     }
 }
 
@@ -224,19 +178,19 @@ mod tests {
         assert_eq!(ends(5, 1, 1), [5]);
     }
 
-    /// Rows are copied from where they lie if those of the first piece are wide; then those of the others are.
+    /// No piece is left that is much narrower than the first.
     #[test]
-    fn wide_rows_are_copied_from_where_they_lie() {
-        let of_rows = |heads, batch, rows, chunks| {
-            let pieces = Pieces::new((heads, batch), HEAD_BYTES, rows, chunks);
-            let widths: Vec<_> = pieces.all().iter().map(|piece| piece.heads.len()).collect();
-            (pieces.order(), widths)
+    fn pieces_are_about_as_wide_as_the_first() {
+        let of_rows = |heads, batch, rows, chunks, head_bytes| {
+            let pieces = Pieces::new((heads, batch), head_bytes, rows, chunks);
+            pieces.all().iter().map(|piece| piece.heads.len()).collect::<Vec<_>>()
         };
-        assert_eq!(of_rows(24, 2, 2304, 3), (Order::Rows, vec![8, 16, 24]));
-        assert_eq!(of_rows(24, 1, 8192, 3), (Order::Heads, vec![3, 7, 14]));
-        assert_eq!(of_rows(24, 1, 8192, 1), (Order::Rows, vec![24]));
-        // Few heads are as wide as it gets.
-        assert_eq!(of_rows(2, 5, 100_000, 1), (Order::Rows, vec![2]));
+        assert_eq!(of_rows(24, 2, 2304, 3, HEAD_BYTES), [8, 16, 24]);
+        assert_eq!(of_rows(24, 1, 8192, 3, HEAD_BYTES), [3, 6, 15]);
+        assert_eq!(of_rows(24, 1, 8192, 1, HEAD_BYTES), [24]);
+        // Narrow heads: as many as are wide enough, or all.
+        assert_eq!(of_rows(24, 1, 100_000, 2, NARROW_ROW / 4), [4, 20]);
+        assert_eq!(of_rows(2, 5, 100_000, 1, 2), [2]);
         let mut ends = vec![3, 9, 11, 20];
         widen(&mut ends, 8);
         assert_eq!(ends, [8, 20]);
@@ -268,11 +222,7 @@ mod tests {
                 pitch: (3 * heads * head_bytes) as u64,
                 slice_rows: 2 * tokens as u64,
             };
-            let parts = if pieces.order() == Order::Heads {
-                vec![Lines { bytes: room as u64, ..lines }]
-            } else {
-                vec![lines; 2]
-            };
+            let parts = [lines; 2];
             let mut filled = vec![false; room];
             for piece in pieces.all() {
                 for BlockCopy { part, from, to } in pieces.copies(piece, &parts, room as u64) {
@@ -280,24 +230,13 @@ mod tests {
                     for (from, to) in bytes_of(from).into_iter().zip(bytes_of(to)) {
                         assert!(!std::mem::replace(&mut filled[to], true), "{pieces:?}");
                         let byte = to % head_bytes;
-                        let (which, batch_row, token, head) = match pieces.order() {
-                            Order::Heads => {
-                                assert_eq!(from, to);
-                                let at = to / head_bytes;
-                                let (token, at) = (at % tokens, at / tokens);
-                                (at / batch / heads, at % batch, token, at / batch % heads)
-                            }
-                            Order::Rows => {
-                                let at = to / head_bytes;
-                                let (head, at) = (at % heads, at / heads);
-                                (at / tokens / batch, at / tokens % batch, at % tokens, head)
-                            }
-                        };
+                        let at = to / head_bytes;
+                        let (head, at) = (at % heads, at / heads);
+                        let (which, batch_row, token) = (at / tokens / batch, at / tokens % batch, at % tokens);
                         assert!(piece.heads.contains(&head) && piece.batches.contains(&batch_row), "{piece:?}");
-                        if pieces.order() == Order::Rows {
-                            let line = batch_row * lines.slice_rows as usize + token;
-                            assert_eq!((part, from), (which, line * lines.pitch as usize + head * head_bytes + byte));
-                        }
+                        let line = batch_row * lines.slice_rows as usize + token;
+                        let place = line * lines.pitch as usize + head * head_bytes + byte;
+                        assert_eq!((part, from), (which, place));
                     }
                 }
             }

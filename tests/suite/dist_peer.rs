@@ -6,7 +6,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use varlen_fa::dist::{Communicator, Heads, Mode, PeerCommunicator, SequenceParallel, ShardedMeta, Shards};
-use varlen_fa::{DType, Device, DeviceChoice, DeviceMemory, Error, Kernel, KeyMask, Layout, Tensor};
+use varlen_fa::{
+    AttentionMask, DType, Device, DeviceChoice, DeviceMemory, Error, Kernel, KeyMask, Layout, MaskedAttention, Tensor,
+};
 
 use super::dist;
 use super::trials::Trials;
@@ -17,6 +19,7 @@ pub fn register(trials: &mut Trials) {
     trials.each_dtype("dist/peer/random", |device, dtype| dist::random_cases_on(device, dtype, peers));
     trials.once("dist/peer/repeats", |device| dist::repeats_on(device, peers));
     trials.once("dist/peer/many_calls", many_calls);
+    trials.once("dist/peer/long_shards", long_shards);
     trials.once("dist/peer/uneven_batch_rows", uneven_batch_rows);
     trials.once("dist/peer/a_rank_that_fails", a_rank_that_fails);
     trials.once("dist/peer/a_rank_that_is_silent", a_rank_that_is_silent);
@@ -102,6 +105,77 @@ fn many_calls_of(device: &Device, kernel: Option<Kernel>, tokens: (usize, usize)
         Ok(())
     })?;
     results.into_iter().collect()
+}
+
+/// Long shards, whose keys come while attention is under way: the result is that of a call that finds all keys there, in one chunk its
+/// bits, since a rank may compute several in one call each. Calls bring keys and values to the same memory, values of the other sign in
+/// turns: one that begins too early computes with those of the call before.
+fn long_shards(device: &Device) -> Result<()> {
+    let heads = Heads { num_heads: 8, num_kv_heads: 4, head_dim: 128, dtype: DType::Bf16 };
+    // A prefix, of which a batch row keeps some tokens, and shards: about as long as each other, around the ends of tiles of keys, very
+    // short and empty ones.
+    let cases = [
+        (0, vec![0], [8192, 8192]),
+        (70, vec![70, 3], [9001, 8399]),
+        (5, vec![0, 5], [8161, 159]),
+        (0, vec![0], [1, 9000]),
+        (33, vec![20], [8300, 0]),
+        (16, vec![16], [160, 8321]),
+        (16, vec![16], [700, 900]),
+    ];
+    for (prefix, valid, lengths) in cases {
+        let shards = Shards::from_lengths(&lengths)?.with_prefix(prefix)?;
+        let rows: Vec<_> = valid.iter().map(|&valid| vec![0..valid, prefix..shards.seq()]).collect();
+        let mask = KeyMask::from_runs(shards.seq(), &rows)?;
+        let results = dist::on_ranks(communicators(device, 2)?, |(mut communicator, device)| {
+            let rank = communicator.rank();
+            let meta = ShardedMeta::new(&mask, &shards, rank)?;
+            let tensor = |seed: usize, seq: usize, heads_of: usize, around: f32| -> Result<Tensor> {
+                let shape = [mask.batch(), seq, heads_of, heads.head_dim];
+                let value = |at: usize| ((at * 37 + seed * 11 + at / 977) % 61) as f32 / 61.0 - 0.5 + around;
+                let count = shape.iter().product();
+                let values: Vec<_> = (0..count).map(|at| varlen_fa::bf16::from_f32(value(at))).collect();
+                Ok(Tensor::from_slice(&device, &values, &shape)?)
+            };
+            let q = tensor(rank, meta.query().seq(), heads.num_heads, 0.0)?;
+            // Of each call, prefix and shards of all ranks: keys and values.
+            let of_call = |call: usize| -> Result<Vec<[Tensor; 2]>> {
+                let part = |(at, seq)| -> Result<[Tensor; 2]> {
+                    let (seed, around) = (7 * call + 2 * at, if call == 0 { 1.5 } else { -1.5 });
+                    let keys = tensor(seed, seq, heads.num_kv_heads, 0.0)?;
+                    Ok([keys, tensor(seed + 1, seq, heads.num_kv_heads, around)?])
+                };
+                [prefix, lengths[0], lengths[1]].into_iter().enumerate().map(part).collect()
+            };
+            let calls = [of_call(0)?, of_call(1)?];
+            let attention = MaskedAttention::new(&device);
+            for chunks in 1..=3 {
+                let parallel = SequenceParallel::new(&device).with_mode(Mode::Gather).with_chunks(chunks);
+                let request = parallel.prepare(&mut communicator, &meta, &heads)?;
+                let mut outputs = Vec::new();
+                for call in 0..6 {
+                    let parts = &calls[call % 2];
+                    let own = |which: usize| vec![parts[0][which].view(), parts[1 + rank][which].view()];
+                    outputs.push(parallel.forward(&mut communicator, &request, &q, own(0), own(1))?);
+                }
+                for (call, output) in outputs.iter().enumerate() {
+                    let all = |which: usize| calls[call % 2].iter().map(|part| part[which].view()).collect::<Vec<_>>();
+                    let mask = AttentionMask::varlen_cross(meta.query(), meta.keys());
+                    let expected = attention.forward(&q, all(0), all(1), mask)?.out.to_vec::<varlen_fa::bf16>()?;
+                    let bits = output.to_vec::<varlen_fa::bf16>()?;
+                    let is_near = |(got, right): (&varlen_fa::bf16, &varlen_fa::bf16)| {
+                        (got.to_f32() - right.to_f32()).abs() <= 1.0 / 64.0
+                    };
+                    let is_right = if chunks == 1 { bits == expected } else { bits.iter().zip(&expected).all(is_near) };
+                    ensure!(is_right, "{prefix} + {lengths:?}, {chunks} chunks, call {call}: other values");
+                }
+            }
+            communicator.barrier()?;
+            Ok(())
+        })?;
+        results.into_iter().collect::<Result<Vec<()>>>()?;
+    }
+    Ok(())
 }
 
 /// Batch rows that lie apart by no whole number of tokens cannot be copied from where they lie: they are packed, and the bits are

@@ -13,7 +13,7 @@ use crate::dist::communicator::{DeviceBytes, InPieces, Part};
 use crate::dist::digest::Digest;
 use crate::dist::kept::{Lent, Room};
 use crate::dist::local::{Local, LocalMut};
-use crate::dist::pieces::{Order, Pieces};
+use crate::dist::pieces::Pieces;
 use crate::dist::scores::OnScores;
 use crate::dist::transfer::Steps;
 use crate::error::Result;
@@ -27,21 +27,20 @@ const WORD_BYTES: usize = 16;
 /// The most bytes of keys, or of values, of a group: the copy engines' largest distance between rows.
 const MOST_BYTES: u64 = i32::MAX as u64;
 
-/// Keys and values of one group, all of whose tokens are valid, as they travel. In memory of a device, which others read and write while
-/// this is used.
+/// Keys and values of one group, all of whose tokens are valid, as they travel: `[2, B, S, Hkv, D]`, keys before values. In memory of a
+/// device, which others read and write while this is used.
 #[derive(Debug)]
 struct Travelling<'a> {
     memory: TensorViewMut<'a>,
     /// `[B, S, Hkv, D]`.
     shape: [usize; 4],
-    order: Order,
 }
 
 impl<'a> Travelling<'a> {
-    fn over(memory: &'a mut Lent<'_>, meta: &VarlenMeta, heads: usize, order: Order) -> Self {
+    fn over(memory: &'a mut Lent<'_>, meta: &VarlenMeta, heads: usize) -> Self {
         let memory = memory.view_mut();
         let head_dim = memory.shape()[2];
-        Self { memory, shape: [meta.batch(), meta.seq(), heads, head_dim], order }
+        Self { memory, shape: [meta.batch(), meta.seq(), heads, head_dim] }
     }
 
     /// All of its bytes.
@@ -63,10 +62,7 @@ impl<'a> Travelling<'a> {
             pitch: (heads * dim * self.memory.dtype().size()) as u64,
             slice_rows: seq as u64,
         };
-        match self.order {
-            Order::Heads => vec![Part::whole(bytes)],
-            Order::Rows => vec![of_rows(0), of_rows(1)],
-        }
+        vec![of_rows(0), of_rows(1)]
     }
 
     /// Copies some heads of keys and values there.
@@ -81,11 +77,7 @@ impl<'a> Travelling<'a> {
         let rows = batch * seq;
         let half = |which: usize| -> Result<Option<TensorViewMut<'_>>> {
             let Some(memory) = self.memory.alias() else { return Ok(None) };
-            let strides = match self.order {
-                Order::Heads => [dim, rows * dim, 1],
-                Order::Rows => [of_all * dim, dim, 1],
-            };
-            let strides = strides.map(|stride| stride as u64);
+            let strides = [of_all * dim, dim, 1].map(|stride| stride as u64);
             let layout = Layout::strided(&[rows, of_all, dim], &strides, (which * of_all * rows * dim) as u64)?;
             memory.with_layout(layout).slice(1, heads.clone()).map(Some)
         };
@@ -98,12 +90,9 @@ impl<'a> Travelling<'a> {
     /// Keys (0) or values (1), `[B, S, Hkv, D]`.
     fn padded(&self, which: usize) -> Result<TensorView<'_>> {
         let [batch, seq, heads, dim] = self.shape;
-        let strides = match self.order {
-            Order::Heads => [seq * dim, dim, batch * seq * dim, 1],
-            Order::Rows => [seq * heads * dim, heads * dim, dim, 1],
-        };
+        let strides = [seq * heads * dim, heads * dim, dim, 1].map(|stride| stride as u64);
         let offset = (which * heads * batch * seq * dim) as u64;
-        let layout = Layout::strided(&self.shape, &strides.map(|stride| stride as u64), offset)?;
+        let layout = Layout::strided(&self.shape, &strides, offset)?;
         Ok(self.memory.as_view().with_layout(layout))
     }
 }
@@ -161,15 +150,12 @@ impl Gather {
         let mut communicator = steps.communicator.in_pieces();
         let can_lend =
             |memory: &DeviceBytes<'_>| communicator.as_ref().is_some_and(|communicator| communicator.can_lend(memory));
-        let lent = match pieces.order() {
-            Order::Rows => shards.map(|tensor| rows_of(tensor, can_lend)),
-            Order::Heads => [None, None],
-        };
+        let lent = shards.map(|tensor| rows_of(tensor, can_lend));
         let memory_of = |meta: &VarlenMeta| self.memory_of(room, meta);
         // What is not lent where it lies is packed.
         let mut own_memory = if let [Some(_), Some(_)] = lent { None } else { memory_of(own_meta)? };
         let mut memories = self.sources().map(|source| memory_of(&source.meta)).collect::<Result<Vec<_>>>()?;
-        let travelling = |memory, meta| Travelling::over(memory, meta, kv_heads, pieces.order());
+        let travelling = |memory, meta| Travelling::over(memory, meta, kv_heads);
         let own = own_memory.as_mut().map(|memory| travelling(memory, own_meta));
         let sources = self.sources().zip(&mut memories);
         let came: Vec<_> =
