@@ -3,15 +3,19 @@
 //! a concatenation and a split by compute shaders of its own, around attention on concatenated tensors, which is ours in both.
 //! In turns; outputs are compared first.
 //!
+//! A submission has as many layers as `--layers` says, since a model records a step of many into one. Its time is that between the
+//! GPU's timestamps around it, or from its start to its end by the host's clock if there are none: what the host does before, it
+//! does while the GPU computes the step before.
+//!
 //! ```text
 //! cargo bench --bench joint_layer -- --device wgpu --dtype f16
 //! ```
 
+mod clock;
 mod passes;
 
 use std::io::Write;
 use std::process::ExitCode;
-use std::time::Instant;
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
@@ -25,16 +29,21 @@ use varlen_fa_harness::benches::program;
 use varlen_fa_harness::comparison::{self, Comparison};
 use varlen_fa_harness::random::standard_normal;
 use varlen_fa_harness::report::Report;
-use varlen_fa_harness::times::{Times, repeats_of};
+use varlen_fa_harness::times::Times;
 use varlen_fa_testkit::WorkloadKind;
 
+use clock::Clock;
 use passes::{Kernel, Passes};
 
 const EPS: f32 = 1e-6;
 
 /// Time a joint layer against separate passes for norm, rotation, concatenation, attention and split.
 #[derive(Debug, Args)]
-struct JointLayer {}
+struct JointLayer {
+    /// Layers of a submission
+    #[arg(long, value_name = "N", default_value = "8", value_parser = clap::value_parser!(u32).range(1..))]
+    layers: u32,
+}
 
 fn main() -> ExitCode {
     program(comparison::run::<JointLayer>)
@@ -140,20 +149,30 @@ impl Separate {
 
     fn record(
         &mut self,
-        encoder: &mut wgpu::CommandEncoder,
+        pass: &mut wgpu::ComputePass<'_>,
+        attention: &MaskedAttention,
+        meta: &VarlenMeta,
+        form: (DType, [usize; 4]),
+    ) -> varlen_fa::Result<Plan> {
+        self.before.iter().for_each(|kernel| kernel.record(pass));
+        let plan = self.attend(pass, attention, meta, form)?;
+        self.after.iter().for_each(|kernel| kernel.record(pass));
+        Ok(plan)
+    }
+
+    /// Attention alone, on the concatenated tensors.
+    fn attend(
+        &mut self,
+        pass: &mut wgpu::ComputePass<'_>,
         attention: &MaskedAttention,
         meta: &VarlenMeta,
         (dtype, shape): (DType, [usize; 4]),
     ) -> varlen_fa::Result<Plan> {
         let layout = Layout::contiguous(&shape)?;
-        let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor::default());
-        self.before.iter().for_each(|kernel| kernel.record(&mut pass));
         let [q, k, v, out] = &mut self.whole;
         let [q, k, v] = [q, k, v].map(|tensor| tensor.memory.view(dtype, layout));
         let out = out.memory.view_mut(dtype, layout);
-        let plan = attention.encode_into(&mut pass, q, k, v, AttentionMask::varlen(meta), out)?;
-        self.after.iter().for_each(|kernel| kernel.record(&mut pass));
-        Ok(plan)
+        attention.encode_into(pass, q, k, v, AttentionMask::varlen(meta), out)
     }
 }
 
@@ -182,22 +201,29 @@ impl Comparison for JointLayer {
         let mut ours = streams()?;
         let mut separate = Separate::new::<T>(device, streams()?, shape)?;
         let (joint, attention) = (JointAttention::new(device), MaskedAttention::new(device));
-        // One submission a layer.
-        let layer = |row: usize, ours: &mut [Stream; 2], separate: &mut Separate| -> varlen_fa::Result<Plan> {
-            let mut encoder = handle.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
-            let plan = if row == 0 {
-                separate.record(&mut encoder, &attention, &meta, (T::DTYPE, shape))?
-            } else {
-                let segments = ours.iter_mut().map(|stream| stream.segment(T::DTYPE, shape));
-                let segments = segments.collect::<varlen_fa::Result<Vec<_>>>()?;
-                joint.encode_into(&mut encoder, segments, AttentionMask::varlen(&meta))?.attention
-            };
-            queue.submit([encoder.finish()]);
-            Ok(plan)
+        let clock = Clock::new(handle, queue);
+        let submit = |row: usize, layers: u32, ours: &mut [Stream; 2], separate: &mut Separate| {
+            clock.time(|pass| {
+                let mut layer = || -> varlen_fa::Result<Plan> {
+                    let form = (T::DTYPE, shape);
+                    match row {
+                        0 => separate.record(pass, &attention, &meta, form),
+                        1 => {
+                            let segments = ours.iter_mut().map(|stream| stream.segment(T::DTYPE, shape));
+                            let segments = segments.collect::<varlen_fa::Result<Vec<_>>>()?;
+                            let mask = AttentionMask::varlen(&meta);
+                            Ok(joint.encode_into(&mut *pass, segments, mask)?.attention)
+                        }
+                        _ => separate.attend(pass, &attention, &meta, form),
+                    }
+                };
+                (1..layers).try_for_each(|_| layer().map(drop))?;
+                Ok(layer()?)
+            })
         };
         // Norms and rotations are in place, so the outputs of the first calls are compared.
         for row in 0..2 {
-            layer(row, &mut ours, &mut separate)?;
+            submit(row, 1, &mut ours, &mut separate)?;
         }
         let mut difference = 0.0_f32;
         for (own, other) in ours.iter().zip(&separate.streams) {
@@ -210,34 +236,29 @@ impl Comparison for JointLayer {
         }
         let allowed = if T::DTYPE == DType::F32 { 1e-4 } else { 3e-2 };
         ensure!(difference <= allowed, "outputs differ by {difference}, more than {allowed}");
-        let repeats = repeats_of(device);
-        let names = ["separate passes", "joint layer"];
-        let (mut plans, mut times) = (Vec::new(), [Vec::new(), Vec::new()]);
-        // By the host's clock, since submissions are the application's; the first round warms up.
+        let names = ["separate passes", "joint layer", "attention alone"];
+        let (mut plans, mut times) = (Vec::new(), [Vec::new(), Vec::new(), Vec::new()]);
+        // The first round warms up.
         for round in 0..=rounds {
             for (row, times) in times.iter_mut().enumerate() {
-                let start = Instant::now();
-                for _ in 1..repeats {
-                    layer(row, &mut ours, &mut separate)?;
-                }
-                let plan = layer(row, &mut ours, &mut separate)?;
-                device.synchronize()?;
+                let (plan, time) = submit(row, self.layers, &mut ours, &mut separate)?;
                 match round {
                     0 => plans.push(plan),
-                    _ => times.push(start.elapsed()),
+                    _ => times.push(time),
                 }
             }
         }
         let timed = plans.into_iter().zip(times.map(Times::of));
         writeln!(
             report.text,
-            "\n{shape:?} {}, text of {text} tokens, {} valid; outputs differ by {difference:.1e}",
+            "\n{shape:?} {}, text of {text} tokens, {} valid; outputs differ by {difference:.1e}; {} layers a submission",
             T::DTYPE,
-            meta.total_valid()
+            meta.total_valid(),
+            self.layers
         )?;
         comparison::report_ratios(
             (report, device, problem),
-            (meta.total_valid(), repeats),
+            (meta.total_valid(), self.layers),
             names.into_iter().zip(timed),
         )
     }

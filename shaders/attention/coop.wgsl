@@ -30,6 +30,9 @@
 // Tensors are read as u32s, 16 bytes at a time, with no branch around a load, so that loads need
 // not wait for each other.
 //
+// Where few workgroups would work at the end, several take a tile, each some of its keys: what they find is
+// merged (coop_splits.wgsl).
+//
 // Lines marked `// with ranges` or `// without ranges` are only in variants where queries have
 // ranges of keys, or none; coop_ranges.wgsl has what they call.
 
@@ -268,18 +271,6 @@ fn pin(keys: Words, values: Words) {
     }
 }
 
-// A tile without keys.
-fn write_zeros(tile: Tile, invocation: u32) {
-    for (var i = invocation; i < tile.rows * HEAD_WORDS; i += INVOCATIONS) {
-        store_out(out_row(tile, i / HEAD_WORDS), i % HEAD_WORDS, vec4<u32>(0u));
-    }
-    for (var row = invocation; row < tile.rows; row += INVOCATIONS) {
-        write_lse(tile, row, LOWEST, 0.0); // without modifiers
-        let sunk = with_sink(tile, LOWEST, 0.0); // with modifiers
-        write_lse(tile, row, sunk.row_max, sunk.row_sum); // with modifiers
-    }
-}
-
 // naga demands uniform control flow around matrices, and assumes that whatever went through a
 // variable is not uniform. Here control flow depends on constants, parameters, the workgroup's
 // tile, and on workgroup memory that all invocations read after a barrier.
@@ -291,12 +282,13 @@ fn attention(
     @builtin(subgroup_id) subgroup: u32,
     @builtin(subgroup_invocation_id) lane: u32,
 ) {
-    let tile = locate(group);
+    let tile = locate(group); // without splits
+    let tile = split_of(locate(group), split_number(group)); // with splits
     if !tile.exists {
         return;
     }
     if tile.keys.end == tile.keys.first {
-        write_zeros(tile, invocation);
+        write_zeros(tile, invocation); // without splits
         return;
     }
     let lane_row = lane / LANES;
@@ -585,17 +577,18 @@ fn attention(
         for (var distance = 1u; distance < LANES; distance *= 2u) {
             row_sum += subgroupShuffleXor(row_sum, distance);
         }
-        row_sum = spread_overflow(has_keys, base, row_sum); // without ranges
+        row_sum = spread_overflow(has_keys, base, row_sum); // without ranges // without splits
         row_sum = spread_overflow(row_sum == 0.0 && sees_a_key(tile, own_keys), base, row_sum); // with ranges
         // Selected, not multiplied: a dropped row may hold NaN.
-        let is_zero = row_sum == 0.0 || !row_is_kept(tile, row);
+        let is_zero = row_sum == 0.0 || !row_is_kept(tile, row); // without splits
         let sunk = with_sink(tile, base, row_sum); // with modifiers
         base = sunk.row_max; // with modifiers
         row_sum = sunk.row_sum; // with modifiers
-        let inverse_sum = 1.0 / row_sum; // without modifiers
+        let inverse_sum = 1.0 / row_sum; // without modifiers // without splits
         let inverse_sum = sunk.factor / row_sum; // with modifiers
         let inverse_factor = inverse(factors.v);
-        let own_out = out_row(tile, min(row, tile.rows - 1u));
+        let own_out = out_row(tile, min(row, tile.rows - 1u)); // without splits
+        let own_split = split_row(split_slot(group, split_number(group)), row); // with splits
         for (var slice = 0u; slice < SLICES; slice++) { // unroll
             workgroupBarrier();
             for (var n = 0u; n < OWN_KEY_FRAGMENTS; n++) { // unroll
@@ -616,14 +609,17 @@ fn attention(
                 let of_head = head_quad(slice, word * 2u) / 2u;
                 if row < tile.rows && word < KEY_WORDS && of_head < HEAD_WORDS {
                     let at = scores_row + word * 2u;
-                    let low = select(scores[at] * inverse_sum * inverse_factor, vec4<f32>(0.0), is_zero);
-                    let high = select(scores[at + 1u] * inverse_sum * inverse_factor, vec4<f32>(0.0), is_zero);
-                    store_out(own_out, of_head, rounded(low, high));
+                    let low = select(scores[at] * inverse_sum * inverse_factor, vec4<f32>(0.0), is_zero); // without splits
+                    let high = select(scores[at + 1u] * inverse_sum * inverse_factor, vec4<f32>(0.0), is_zero); // without splits
+                    store_out(own_out, of_head, rounded(low, high)); // without splits
+                    splits[own_split + of_head * 2u] = scores[at] * inverse_factor; // with splits
+                    splits[own_split + of_head * 2u + 1u] = scores[at + 1u] * inverse_factor; // with splits
                 }
             }
         }
         if row < tile.rows && lane_in_row == 0u {
-            write_lse(tile, row, base, row_sum);
+            write_lse(tile, row, base, row_sum); // without splits
+            splits[own_split + HEAD_DIM / 4u] = vec4<f32>(base, row_sum, 0.0, 0.0); // with splits
         }
         break;
     }

@@ -11,6 +11,7 @@ use super::trials::{Trials, Variant};
 pub fn register(trials: &mut Trials) {
     explain(trials.device(), "long_keys/few_queries");
     trials.each_path("long_keys/few_queries", few_queries);
+    trials.each_kernel("long_keys/no_mask", no_mask);
     trials.each_path("long_keys/parts_of_unequal_scores", parts_of_unequal_scores);
     trials.each_path("long_keys/same_bits_each_time", same_bits_each_time);
 }
@@ -48,6 +49,17 @@ fn few_queries(variant: &Variant) -> Result<()> {
                 .check(variant)
                 .with_context(|| format!("head_dim {head_dim}, keys {key_lengths:?}, holes {has_holes}"))?;
         }
+    }
+    Ok(())
+}
+
+/// Of two batch rows and grouped heads, every key.
+fn no_mask(variant: &Variant) -> Result<()> {
+    for head_dim in head_dims(variant) {
+        let shape = OracleShape { heads: 4, kv_heads: 2, ..shape(2, head_dim) };
+        Call::random(shape, Mask::None, variant.dtype, 12)
+            .check(variant)
+            .with_context(|| format!("head_dim {head_dim}"))?;
     }
     Ok(())
 }

@@ -22,8 +22,9 @@ use super::params::AttentionParams;
 use super::placement::{FirstDim, Operand, Placed, split_batch};
 use super::ranges::Ranges;
 use super::segments::{PlacedOutput, Segments};
-use super::shader::{Algorithm, AttentionRows, AttentionShader, RangesOf, Shader};
+use super::shader::{Algorithm, AttentionRows, AttentionShader, RangesOf, Shader, TileKeys};
 use super::sides::{Kept, Sequences, Side};
+use super::splits::{SPLITS, split_heads};
 use super::work::{Work, group_operations};
 
 /// Makes a call into launches.
@@ -74,7 +75,8 @@ fn shader_for(context: &Context, attention: &Attention<'_>, algorithm: Algorithm
     };
     let (ranges, lse) = (attention.ranges.is_some(), attention.lse.is_some());
     let modifiers = attention.modifiers.map(ScoreModifiers::set).unwrap_or_default();
-    let whole = AttentionShader { algorithm, dtype, head_dim, rows, ranges, lse, modifiers, out_buffers: 0 };
+    let (out_buffers, tiles) = (0, TileKeys::All);
+    let whole = AttentionShader { algorithm, dtype, head_dim, rows, ranges, lse, modifiers, out_buffers, tiles };
     if rows == AttentionRows::Packed {
         return Ok(whole);
     }
@@ -230,7 +232,7 @@ impl Call<'_> {
             };
             let groups = [tiles as u32, range.len() as u32];
             let out = tensors.out.clone();
-            self.push((tensors, others), params, groups, ranges.most_keys(shape.seq_k), launches);
+            self.push((tensors, others), params, groups, ranges.most_keys(shape.seq_k), launches)?;
             self.finish_output(&operands, &range, &out, launches)?;
             launches.give_back(scratch);
         }
@@ -340,7 +342,7 @@ impl Call<'_> {
                 (Some(_), _, Some(_)) => [lse_window, tiles_window, key_window, ranges_window],
             };
             let out = tensors.out.clone();
-            self.push((tensors, others), params, groups, keys, launches);
+            self.push((tensors, others), params, groups, keys, launches)?;
             self.finish_output(&operands, &range, &out, launches)?;
             launches.give_back(scratch);
         }
@@ -471,8 +473,7 @@ impl Call<'_> {
         let key_rows = sequences.key.cu_seqlens(self.context)?;
         let others = [lse_window, Window::whole(&tiles.buffer), key_rows, ranges_window];
         let keys = sequences.ranges.most_keys(sequences.key.longest(&sequences.range));
-        self.push((tensors, others), params, groups, keys, launches);
-        Ok(())
+        self.push((tensors, others), params, groups, keys, launches)
     }
 
     /// Copies the output to its segments, or to heads that are not filled, if it is not there already.
@@ -520,21 +521,83 @@ impl Call<'_> {
         [x, y]: [u32; 2],
         keys: usize,
         launches: &mut Launches<'_>,
-    ) {
+    ) -> Result<()> {
         let shape = self.attention.problem.shape;
-        let mut outs = out.windows().into_iter();
-        let first_out = outs.next().unwrap_or_else(|| self.context.unused_write());
-        let of_form = [q.window, k.window, v.window, first_out].into_iter().chain(others);
-        let windows: Vec<_> = self.shader.bound(of_form).chain(outs).chain(self.heads.clone()).collect();
+        let group_operations = group_operations(self.algorithm, keys, shape.head_dim);
+        let windows = self.windows((q, k, v, out), others);
         for heads in head_ranges(shape.num_heads, shape.group_size(), MAX_GROUPS) {
-            launches.push_attention(AttentionLaunch {
-                shader: Shader::Attention(self.shader),
-                params: params.after_heads(heads.start),
-                windows: windows.clone(),
-                groups: if self.shader.ranges { [heads.len() as u32, x, y] } else { [x, y, heads.len() as u32] },
-                group_operations: group_operations(self.algorithm, keys, shape.head_dim),
-            });
+            let params = params.after_heads(heads.start);
+            let split = self.split_heads(heads.len(), [x, y], keys);
+            let whole = heads.len() - split;
+            if whole > 0 {
+                launches.push_attention(AttentionLaunch {
+                    shader: Shader::Attention(self.shader),
+                    params,
+                    windows: windows(self.shader).collect(),
+                    first: [0; 3],
+                    groups: if self.shader.ranges { [whole as u32, x, y] } else { [x, y, whole as u32] },
+                    group_operations,
+                });
+            }
+            if split > 0 {
+                let params = AttentionParams {
+                    splits: SPLITS,
+                    first_split_head: whole as u32,
+                    split_width: x,
+                    split_height: y,
+                    ..params
+                };
+                let tiles = u64::from(x) * u64::from(y) * split as u64;
+                let bytes = split_bytes(self.algorithm, shape.head_dim, tiles);
+                let splits = launches.take_scratch(bytes)?;
+                for (tiles, group_operations) in
+                    [(TileKeys::Split, group_operations.div_ceil(u64::from(SPLITS))), (TileKeys::Merged, 0)]
+                {
+                    let shader = AttentionShader { tiles, ..self.shader };
+                    launches.push_attention(AttentionLaunch {
+                        shader: Shader::Attention(shader),
+                        params,
+                        windows: windows(shader).chain([Window::whole(&splits)]).collect(),
+                        first: [0, 0, whole as u32 * SPLITS],
+                        groups: [x, y, split as u32 * SPLITS],
+                        group_operations,
+                    });
+                }
+                launches.give_back([splits]);
+            }
         }
+        Ok(())
+    }
+
+    /// The windows that a variant of the call's shader binds, but for splits.
+    fn windows(
+        &self,
+        (q, k, v, out): (Placed, Placed, Placed, PlacedOutput),
+        others: [Window; 4],
+    ) -> impl Fn(AttentionShader) -> std::vec::IntoIter<Window> {
+        let mut outs = out.windows();
+        let further = if outs.is_empty() { Vec::new() } else { outs.split_off(1) };
+        let first_out = outs.pop().unwrap_or_else(|| self.context.unused_write());
+        let of_form: Vec<_> = [q.window, k.window, v.window, first_out].into_iter().chain(others).collect();
+        let heads = self.heads.clone();
+        move |shader| {
+            let further = if shader.tiles == TileKeys::Split { &[] } else { &further[..] };
+            let windows: Vec<_> =
+                shader.bound(of_form.iter().cloned()).chain(further.iter().cloned()).chain(heads.clone()).collect();
+            windows.into_iter()
+        }
+    }
+
+    /// How many of the last heads of a launch have tiles whose keys are split. Tiles that only the device knows may be
+    /// fewer than there are workgroups for.
+    fn split_heads(&self, heads: usize, [x, y]: [u32; 2], keys: usize) -> usize {
+        if !self.shader.can_split() || matches!(self.attention.rows, Rows::DeviceVarlen { .. }) {
+            return 0;
+        }
+        let tiles = u64::from(x) * u64::from(y);
+        let split = split_heads(heads, tiles, keys.div_ceil(self.algorithm.step_keys()));
+        let bytes = split_bytes(self.algorithm, self.shader.head_dim, tiles * split as u64);
+        if bytes <= self.context.max_binding_bytes { split } else { 0 }
     }
 
     /// What every launch is told.
@@ -576,4 +639,10 @@ fn score_scale(attention: &Attention<'_>) -> f32 {
 fn list_groups(tiles: usize) -> [u32; 2] {
     let width = tiles.min(MAX_GROUPS);
     [width as u32, tiles.div_ceil(width) as u32]
+}
+
+/// Bytes that the splits of tiles leave: rows of f32, and a word beside each.
+fn split_bytes(algorithm: Algorithm, head_dim: usize, tiles: u64) -> u64 {
+    let rows = (tiles * u64::from(SPLITS)).saturating_mul(algorithm.tile_rows(head_dim) as u64);
+    rows.saturating_mul(4 * head_dim as u64 + WORD_BYTES)
 }

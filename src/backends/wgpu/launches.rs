@@ -43,6 +43,8 @@ pub(super) struct AttentionLaunch {
     pub shader: Shader,
     pub params: AttentionParams,
     pub windows: Vec<Window>,
+    /// Where its grid begins in that of all heads, and its size.
+    pub first: [u32; 3],
     pub groups: [u32; 3],
     /// Floating-point operations of the largest workgroup.
     pub group_operations: u64,
@@ -65,10 +67,10 @@ impl<'a> Launches<'a> {
     }
 
     pub fn push_attention(&mut self, launch: AttentionLaunch) {
-        let AttentionLaunch { shader, params, windows, groups, group_operations } = launch;
+        let AttentionLaunch { shader, params, windows, first: [x, y, z], groups, group_operations } = launch;
         let most = self.limit.map_or(u64::MAX, |limit| limit / group_operations.max(1));
         for Part { first, groups } in parts(groups, most) {
-            let [first_group_x, first_group_y, first_group_z] = first;
+            let [first_group_x, first_group_y, first_group_z] = [x + first[0], y + first[1], z + first[2]];
             let params = AttentionParams { first_group_x, first_group_y, first_group_z, ..params };
             self.list.push(Launch {
                 shader,

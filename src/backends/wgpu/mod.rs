@@ -28,6 +28,7 @@ mod scratch;
 mod segments;
 mod shader;
 mod sides;
+mod splits;
 mod tilings;
 mod timer;
 mod transfer;

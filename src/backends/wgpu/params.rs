@@ -51,6 +51,9 @@ params! {
         ranges_stride: u32, unions_offset: u32, unions_stride: u32,
         /// Where the dispatch starts in the grid.
         first_group_x: u32, first_group_y: u32, first_group_z: u32,
+        /// Workgroups that share the keys of a tile; of the grid of such tiles the first head, and what it
+        /// has along x and y.
+        splits: u32, first_split_head: u32, split_width: u32, split_height: u32,
         /// Of an output in segments: first tokens and places of those after the first one, which has
         /// those of the output. Offsets have the number of the segment's binding in their highest bits.
         out1_first: u32, out1_offset: u32, out1_stride_b: u32, out1_stride_s: u32, out1_stride_h: u32,

@@ -56,6 +56,9 @@ pub(super) const ATTENTION_FUSED_BIAS: &[Binding] = attention![TILES, QUERY_TOKE
 pub(super) const ATTENTION_FUSED_BIAS_RANGES: &[Binding] = attention![TILES, KEY_TOKENS, BIAS, RANGES];
 /// Of an output in segments, after the other bindings.
 pub(super) const FURTHER_OUTPUTS: &[Binding] = &[writes("out1", WORD), writes("out2", WORD), writes("out3", WORD)];
+/// What the splits of tiles leave for what merges them.
+pub(super) const WRITES_SPLITS: Binding = writes("splits", "vec4<f32>");
+pub(super) const READS_SPLITS: Binding = reads("splits", "vec4<f32>");
 pub(super) const PACK_ROWS: &[Binding] = &[reads("src", WORD), writes("dst", WORD), reads("indices", "u32")];
 pub(super) const SCATTER_ROWS: &[Binding] = &[reads("src", WORD), writes("dst", WORD), reads("inv_indices", "i32")];
 pub(super) const ZERO_ROWS: &[Binding] = &[writes("dst", WORD)];

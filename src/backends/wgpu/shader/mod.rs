@@ -13,5 +13,5 @@ pub(super) use source::{ParamsIn, source};
 pub(super) use tiles::{Algorithm, CoopTile};
 pub(super) use variant::{
     AttentionRows, AttentionShader, HeadAccess, INVOCATIONS, MetadataStep, PrepareQkShader, RangesOf, RangesStep,
-    Shader,
+    Shader, TileKeys,
 };

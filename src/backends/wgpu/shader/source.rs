@@ -12,7 +12,7 @@ use super::tiles::Algorithm;
 use super::unroll::unrolled;
 use super::variant::{
     AttentionRows, AttentionShader, HeadAccess, INVOCATIONS, MetadataStep, PrepareQkShader, RangesOf, RangesStep,
-    Shader,
+    Shader, TileKeys,
 };
 
 /// How a shader gets its parameters.
@@ -70,8 +70,9 @@ pub fn source(shader: Shader, params: ParamsIn) -> String {
     }
     match shader {
         Shader::Attention(attention) => {
-            let AttentionShader { algorithm, dtype, head_dim, ranges, modifiers, out_buffers, .. } = attention;
+            let AttentionShader { algorithm, dtype, head_dim, ranges, modifiers, out_buffers, tiles, .. } = attention;
             let marks = [
+                ("splits", tiles != TileKeys::All),
                 ("modifiers", !modifiers.is_empty()),
                 ("ranges", ranges),
                 ("2 buffers", out_buffers >= 2),
@@ -221,7 +222,7 @@ fn prepare_qk_snippets(PrepareQkShader { dtype, in_place, access, joins }: Prepa
 }
 
 fn attention_snippets(shader: AttentionShader) -> Vec<&'static str> {
-    let AttentionShader { algorithm, dtype, rows, ranges, lse, modifiers, out_buffers, .. } = shader;
+    let AttentionShader { algorithm, dtype, rows, ranges, lse, modifiers, out_buffers, tiles, .. } = shader;
     let mut snippets = elements(dtype).to_vec();
     // Where tiles lie.
     snippets.push(snippet!("rows/tile.wgsl"));
@@ -254,9 +255,10 @@ fn attention_snippets(shader: AttentionShader) -> Vec<&'static str> {
         Some(DType::F16) => &[snippet!("rows/bias.wgsl"), snippet!("elements/bias_f16.wgsl")],
         Some(DType::Bf16) => &[snippet!("rows/bias.wgsl"), snippet!("elements/bias_bf16.wgsl")],
     });
-    snippets.push(match out_buffers {
-        0 => snippet!("rows/output.wgsl"),
-        _ => snippet!("rows/output_segments.wgsl"),
+    snippets.extend(match (tiles, out_buffers) {
+        (TileKeys::Split, _) => None,
+        (_, 0) => Some(snippet!("rows/output.wgsl")),
+        _ => Some(snippet!("rows/output_segments.wgsl")),
     });
     snippets.push(if lse { snippet!("rows/lse.wgsl") } else { snippet!("rows/no_lse.wgsl") });
     snippets.extend((!modifiers.is_empty()).then_some(snippet!("scores/modifiers.wgsl")));
@@ -264,19 +266,25 @@ fn attention_snippets(shader: AttentionShader) -> Vec<&'static str> {
     match algorithm {
         Algorithm::Portable => snippets.push(snippet!("attention/portable.wgsl")),
         Algorithm::Coop(tile) => {
+            snippets.extend([if dtype == DType::F16 {
+                snippet!("elements/half_f16.wgsl")
+            } else {
+                snippet!("elements/half_bf16.wgsl")
+            }]);
+            snippets.extend((tiles != TileKeys::All).then_some(snippet!("attention/coop_splits.wgsl")));
+            if tiles == TileKeys::Merged {
+                snippets.push(snippet!("attention/coop_merge.wgsl"));
+                return snippets;
+            }
             snippets.extend([
                 if tile.shape == 8 {
                     snippet!("attention/coop_8x8.wgsl")
                 } else {
                     snippet!("attention/coop_16x16.wgsl")
                 },
-                if dtype == DType::F16 {
-                    snippet!("elements/half_f16.wgsl")
-                } else {
-                    snippet!("elements/half_bf16.wgsl")
-                },
                 snippet!("attention/coop.wgsl"),
             ]);
+            snippets.extend((tiles == TileKeys::All).then_some(snippet!("attention/coop_zeros.wgsl")));
             snippets.extend(ranges.then_some(snippet!("attention/coop_ranges.wgsl")));
         }
     }

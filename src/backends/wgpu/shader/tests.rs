@@ -76,7 +76,14 @@ fn portable_variants() -> impl Iterator<Item = AttentionShader> {
 fn coop_variants() -> impl Iterator<Item = AttentionShader> {
     let dtypes = [DType::F16, DType::Bf16];
     let tiles = COOP_TILES.map(Algorithm::Coop);
-    tiles.into_iter().flat_map(move |tile| dtypes.map(|dtype| attention_variants(tile, dtype))).flatten()
+    let whole = tiles.into_iter().flat_map(move |tile| dtypes.map(|dtype| attention_variants(tile, dtype))).flatten();
+    whole.flat_map(|shader| {
+        let splits = shader.can_split().then_some([TileKeys::Split, TileKeys::Merged]);
+        [TileKeys::All]
+            .into_iter()
+            .chain(splits.into_iter().flatten())
+            .map(move |tiles| AttentionShader { tiles, ..shader })
+    })
 }
 
 fn attention_variants(algorithm: Algorithm, dtype: DType) -> Vec<AttentionShader> {
@@ -113,6 +120,7 @@ fn attention_variants(algorithm: Algorithm, dtype: DType) -> Vec<AttentionShader
                 lse,
                 modifiers,
                 out_buffers: 0,
+                tiles: TileKeys::All,
             })
         };
         rows.iter().flat_map(of_rows)
@@ -226,7 +234,8 @@ fn knows_its_workgroup_memory(shader: Shader, module: &naga::Module) {
     let Shader::Attention(AttentionShader { algorithm: Algorithm::Coop(tile), head_dim, .. }) = shader else {
         panic!("{shader:?}")
     };
-    assert_eq!(workgroup_bytes(module), tile.workgroup_bytes(head_dim), "{shader:?}");
+    let is_merge = matches!(shader, Shader::Attention(AttentionShader { tiles: TileKeys::Merged, .. }));
+    assert_eq!(workgroup_bytes(module), if is_merge { 0 } else { tile.workgroup_bytes(head_dim) }, "{shader:?}");
     let [x, ..] = module.entry_points[0].workgroup_size;
     assert_eq!(x, tile.subgroups * tile.subgroup_size, "{shader:?}");
     assert_eq!(module.entry_points[0].name, shader.entry_point());

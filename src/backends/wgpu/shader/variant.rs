@@ -110,6 +110,17 @@ pub struct AttentionShader {
     pub modifiers: ModifierSet,
     /// Buffers that segments of the output lie in; 0 if it is one tensor.
     pub out_buffers: u32,
+    pub tiles: TileKeys,
+}
+
+/// Which keys of its tile a workgroup takes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum TileKeys {
+    All,
+    /// A split of them, of which it leaves what merges.
+    Split,
+    /// None: it merges what splits left.
+    Merged,
 }
 
 /// Where tiles lie, and what is masked or added.
@@ -156,6 +167,8 @@ impl AttentionShader {
 
     fn binds(self, binding: &Binding) -> bool {
         match binding.name {
+            "q" | "k" | "v" => self.tiles != TileKeys::Merged,
+            "out" | "out1" | "out2" | "out3" => self.tiles != TileKeys::Split,
             "lse" => self.lse,
             "key_bits" => self.rows.has_key_mask(),
             "row_bits" => matches!(self.rows, AttentionRows::Dense { zero_rows: true, .. }),
@@ -167,12 +180,24 @@ impl AttentionShader {
 
     fn bindings(self) -> Vec<&'static Binding> {
         let further = bindings::FURTHER_OUTPUTS.iter().take(self.out_buffers.saturating_sub(1) as usize);
-        self.table().iter().filter(|binding| self.binds(binding)).chain(further).collect()
+        let splits = match self.tiles {
+            TileKeys::All => None,
+            TileKeys::Split => Some(&bindings::WRITES_SPLITS),
+            TileKeys::Merged => Some(&bindings::READS_SPLITS),
+        };
+        self.table().iter().chain(further).filter(|binding| self.binds(binding)).chain(splits).collect()
     }
 
     /// Whether elements are f16 and scores are only scaled.
     pub(super) fn is_plain(self) -> bool {
         self.dtype == DType::F16 && self.modifiers.is_empty() && self.rows.bias().is_none()
+    }
+
+    /// Whether several workgroups may share the keys of a tile: where each has steps of its own, and nothing beside the
+    /// output is written.
+    pub fn can_split(self) -> bool {
+        let is_plain = !self.ranges && !self.lse && self.modifiers.is_empty() && self.rows.bias().is_none();
+        matches!(self.algorithm, Algorithm::Coop(_)) && is_plain && !self.rows.has_key_mask()
     }
 
     /// Those of a form's windows that the variant binds.
@@ -191,6 +216,7 @@ impl Shader {
     /// Name of the entry point.
     pub fn entry_point(self) -> &'static str {
         match self {
+            Self::Attention(AttentionShader { tiles: TileKeys::Merged, .. }) => "merge_splits",
             Self::Attention(_) => "attention",
             Self::PackRows => "pack_rows",
             Self::ScatterRows => "scatter_rows",
