@@ -1,5 +1,6 @@
 // Where the heads of q or k lie, and which are prepared. Offsets and strides count elements.
 
+// A head, or the first one of a row of them.
 struct Head {
     exists: bool,
     read_at: u32,
@@ -19,18 +20,26 @@ fn is_kept(batch: u32, token: u32) -> bool {
     return ((word >> (at & 31u)) & 1u) == 1u;
 }
 
-fn head_at(at: u32) -> Head {
-    let row = at / params.heads;
-    let head = at % params.heads;
+// The heads of a token.
+fn row_at(row: u32) -> Head {
     let batch = row / params.seq;
     let token = row % params.seq;
     var found: Head;
-    found.exists = at < params.rows * params.heads && is_kept(batch, token);
-    found.read_at = params.src_offset + batch * params.src_stride_b + token * params.src_stride_s + head * params.src_stride_h;
-    found.write_at = params.dst_offset + batch * params.dst_stride_b + token * params.dst_stride_s + head * params.dst_stride_h;
-    found.joint_at = params.joint_offset + batch * params.joint_stride_b + token * params.joint_stride_s + head * params.joint_stride_h;
+    found.exists = row < params.rows && is_kept(batch, token);
+    found.read_at = params.src_offset + batch * params.src_stride_b + token * params.src_stride_s;
+    found.write_at = params.dst_offset + batch * params.dst_stride_b + token * params.dst_stride_s;
+    found.joint_at = params.joint_offset + batch * params.joint_stride_b + token * params.joint_stride_s;
     found.cos = params.cos_offset + batch * params.cos_stride_b + token * params.cos_stride_s;
     found.sin = params.sin_offset + batch * params.sin_stride_b + token * params.sin_stride_s;
+    return found;
+}
+
+fn head_at(at: u32) -> Head {
+    let head = at % params.heads;
+    var found = row_at(at / params.heads);
+    found.read_at += head * params.src_stride_h;
+    found.write_at += head * params.dst_stride_h;
+    found.joint_at += head * params.joint_stride_h;
     return found;
 }
 

@@ -7,12 +7,11 @@
 // Results have the bits of prepare_qk.wgsl: sums are in the same order, and drivers are left no choice of
 // which product is fused with a sum.
 //
-// It takes HEADS_OF_LANE heads at once, so that two words are on their way to it, as a copy would have.
+// The invocations of a token take its heads in turn, params.heads_beside at a time: where the token lies, its
+// cosines and sines and the weights are looked up once for all of them.
 
 const OCTET: u32 = 8u;
 const OCTET_WORDS: u32 = 2u / VECS_PER_WORD;
-const HEADS_OF_LANE: u32 = VECS_PER_WORD;
-const PLACES: u32 = HEADS_OF_LANE * INVOCATIONS;
 
 alias Word = vec4<u32>;
 alias Raw = array<Word, OCTET_WORDS>;
@@ -25,9 +24,9 @@ struct Octet {
 }
 
 // Sums of squares of octets.
-var<workgroup> squares: array<f32, PLACES>;
+var<workgroup> squares: array<f32, INVOCATIONS>;
 // What the workgroup has read, for lanes that need octets of others.
-var<workgroup> octets: array<Raw, PLACES>;
+var<workgroup> octets: array<Raw, INVOCATIONS>;
 
 fn octet_of(raw: Raw) -> Octet {
     return Octet(widen(raw[0], 0u), widen(raw[OCTET_WORDS - 1u], VECS_PER_WORD - 1u));
@@ -110,71 +109,80 @@ fn prepare_qk(
 ) {
     let lane = local % params.lanes;
     let place = local / params.lanes;
-    let heads_at_once = INVOCATIONS / params.lanes;
+    let first_lane = place * params.lanes;
+    let own_head = place % params.heads_beside;
+    let tokens = INVOCATIONS / params.lanes / params.heads_beside;
     let element = lane * OCTET;
+    let is_inside = element < params.head_dim;
     let is_turned = element < 2u * params.half;
     // The other octet of pairs that are not neighbours.
     let is_second = element >= params.half;
     let other = select(element + params.half, element - params.half, is_second);
-    let count = params.rows * params.heads;
-    let step = heads_at_once * HEADS_OF_LANE;
-    for (var start = group.x * step; start < count; start += groups.x * step) {
-        var heads: array<Head, HEADS_OF_LANE>;
-        var raws: array<Raw, HEADS_OF_LANE>;
-        for (var h = 0u; h < HEADS_OF_LANE; h++) { // unroll
-            heads[h] = head_at(start + h * heads_at_once + place);
-            if heads[h].exists && element < params.head_dim {
-                raws[h] = load_raw(heads[h].read_at + element);
-            }
+    let pair = min(element, other);
+    let sign = select(-1.0, 1.0, is_second);
+    var weights: Octet;
+    var other_weights: Octet;
+    if params.has_norm == 1u && is_inside {
+        weights = weights_of(element);
+        if params.is_interleaved == 0u && is_turned {
+            other_weights = weights_of(other);
         }
-        for (var h = 0u; h < HEADS_OF_LANE; h++) { // unroll
-            let x = octet_of(raws[h]);
-            let at = h * INVOCATIONS + local;
-            squares[at] = sum_of_squares(sum_of_squares(0.0, x.low), x.high);
+    }
+    for (var start = group.x * tokens; start < params.rows; start += groups.x * tokens) {
+        let row = row_at(start + place / params.heads_beside);
+        let is_prepared = is_inside && row.exists;
+        // Of four pairs of neighbours, or of eight others.
+        var c: Octet;
+        var s: Octet;
+        if is_prepared && is_turned && params.is_interleaved == 1u {
+            let cos_at = row.cos + element / 2u;
+            let sin_at = row.sin + element / 2u;
+            c.low = four_of(cos_table[words_at(cos_at, params.table_shift).x], cos_at, params.table_shift);
+            s.low = four_of(sin_table[words_at(sin_at, params.table_shift).x], sin_at, params.table_shift);
+        } else if is_prepared && is_turned {
+            let cos_at = words_at(row.cos + pair, params.table_shift);
+            let sin_at = words_at(row.sin + pair, params.table_shift);
+            c = eight_of(cos_table[cos_at.x], cos_table[cos_at.y], params.table_shift);
+            s = eight_of(sin_table[sin_at.x], sin_table[sin_at.y], params.table_shift);
+        }
+        for (var first = 0u; first < params.heads; first += params.heads_beside) {
+            let head = first + own_head;
+            let exists = is_prepared && head < params.heads;
+            var raw: Raw;
+            if exists {
+                raw = load_raw(row.read_at + head * params.src_stride_h + element);
+            }
+            var y = octet_of(raw);
+            squares[local] = sum_of_squares(sum_of_squares(0.0, y.low), y.high);
             if params.is_interleaved == 0u {
-                octets[at] = raws[h];
+                octets[local] = raw;
             }
-        }
-        workgroupBarrier();
-        for (var h = 0u; h < HEADS_OF_LANE; h++) { // unroll
-            let head = heads[h];
-            if head.exists && element < params.head_dim {
-                let first = h * INVOCATIONS + place * params.lanes;
-                var y = octet_of(raws[h]);
+            workgroupBarrier();
+            if exists {
                 var factor = 1.0;
                 if params.has_norm == 1u {
                     var total = 0.0;
                     for (var i = 0u; i < params.lanes; i++) {
-                        total += squares[first + i];
+                        total += squares[first_lane + i];
                     }
                     factor = 1.0 / sqrt(total / f32(params.head_dim) + params.eps);
-                    y = times(y, factor, weights_of(element));
+                    y = times(y, factor, weights);
                 }
                 if is_turned && params.is_interleaved == 1u {
-                    let cos_at = head.cos + element / 2u;
-                    let sin_at = head.sin + element / 2u;
-                    let c = four_of(cos_table[words_at(cos_at, params.table_shift).x], cos_at, params.table_shift);
-                    let s = four_of(sin_table[words_at(sin_at, params.table_shift).x], sin_at, params.table_shift);
-                    y = Octet(turned(y.low, c.xy, s.xy), turned(y.high, c.zw, s.zw));
+                    y = Octet(turned(y.low, c.low.xy, s.low.xy), turned(y.high, c.low.zw, s.low.zw));
                 } else if is_turned {
-                    var z = octet_of(octets[first + other / OCTET]);
+                    var z = octet_of(octets[first_lane + other / OCTET]);
                     if params.has_norm == 1u {
-                        z = times(z, factor, weights_of(other));
+                        z = times(z, factor, other_weights);
                     }
-                    let pair = min(element, other);
-                    let cos_at = words_at(head.cos + pair, params.table_shift);
-                    let sin_at = words_at(head.sin + pair, params.table_shift);
-                    let c = eight_of(cos_table[cos_at.x], cos_table[cos_at.y], params.table_shift);
-                    let s = eight_of(sin_table[sin_at.x], sin_table[sin_at.y], params.table_shift);
-                    let sign = select(-1.0, 1.0, is_second);
                     y = Octet(fma(y.low, c.low, sign * s.low * z.low), fma(y.high, c.high, sign * s.high * z.high));
                 }
                 y = Octet(with_one_nan(y.low), with_one_nan(y.high));
-                let raw = raw_of(y);
-                store_octet(head.write_at + element, raw);
-                store_joint(head.joint_at + element, raw);
+                let prepared = raw_of(y);
+                store_octet(row.write_at + head * params.dst_stride_h + element, prepared);
+                store_joint(row.joint_at + head * params.joint_stride_h + element, prepared);
             }
+            workgroupBarrier();
         }
-        workgroupBarrier();
     }
 }

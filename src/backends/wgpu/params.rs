@@ -140,8 +140,8 @@ params! {
         /// Tokens of the launch, and of a batch row.
         rows: u32, seq: u32,
         heads: u32, head_dim: u32,
-        /// Invocations of a head.
-        lanes: u32,
+        /// Invocations of a head, and heads of a token that a workgroup takes at once.
+        lanes: u32, heads_beside: u32,
         /// Columns of the tables; 0 without a rotation.
         half: u32,
         /// 1 if elements 2i and 2i + 1 are a pair, 0 if i and i + half.

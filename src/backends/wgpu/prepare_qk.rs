@@ -24,6 +24,8 @@ use super::sides::Kept;
 
 /// Elements of a head that one invocation takes, at most.
 const ELEMENTS_OF_LANE: usize = 8;
+/// Heads of a token beside one another, at most: as was fastest (docs/log/wgsl-coop.md).
+const HEADS_BESIDE: usize = 4;
 
 pub(super) fn prepare_qk(context: &Context, call: &PrepareQk<'_>, launches: &mut Launches<'_>) -> Result<()> {
     let mut joints = [Joint::new(context, call, Role::Q, launches)?, Joint::new(context, call, Role::K, launches)?];
@@ -137,6 +139,7 @@ impl Heads<'_> {
             return Ok(());
         }
         let lanes = dim.div_ceil(ELEMENTS_OF_LANE).next_power_of_two();
+        let heads_beside = heads.next_power_of_two().min(HEADS_BESIDE).min(INVOCATIONS / lanes);
         let (kept, mask_words) = Kept::window(mask.map(Kept::Host), context)?;
         let unused = || (context.unused_read(), 0);
         let (weight, weight_offset) = match &self.weight {
@@ -182,6 +185,7 @@ impl Heads<'_> {
                 heads: heads as u32,
                 head_dim: dim as u32,
                 lanes: lanes as u32,
+                heads_beside: heads_beside as u32,
                 half: self.tables.map_or(0, |[cos, _]| cos.layout.shape().last().map_or(0, |&half| half as u32)),
                 is_interleaved: u32::from(self.is_interleaved),
                 weight_shift: self.weight.map_or(0, |weight| shift(weight.dtype)),
@@ -203,9 +207,11 @@ impl Heads<'_> {
             let joined = joint.as_ref().map(|joint| Window::whole(&joint.buffer));
             let others = [target, weight.clone(), cos, sin, kept.clone()];
             let source = source.map(|(window, _)| window);
-            // Of 16-bit elements an invocation takes two octets.
-            let at_once = if access == HeadAccess::Octets { 4 / self.to.dtype.size() } else { 1 };
-            let groups = (range.len() * seq * heads).div_ceil(INVOCATIONS / lanes * at_once);
+            let (rows, at_once) = (range.len() * seq, INVOCATIONS / lanes);
+            let groups = match access {
+                HeadAccess::Octets => rows.div_ceil(at_once / heads_beside),
+                HeadAccess::Pairs | HeadAccess::Elements => (rows * heads).div_ceil(at_once),
+            };
             launches.push(Launch {
                 shader: Shader::PrepareQk(shader),
                 params: bytemuck::bytes_of(&params).to_vec(),

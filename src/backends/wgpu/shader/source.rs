@@ -83,9 +83,8 @@ pub fn source(shader: Shader, params: ParamsIn) -> String {
             unrolled(&own, &algorithm.unrolled_loops(dtype, head_dim, attention.is_plain()))
         }
         Shader::PrepareQk(PrepareQkShader { dtype, access: HeadAccess::Octets, .. }) => {
-            // Words of eight elements, and of eight elements of 16 bits.
-            let octet_words = dtype.size() as u32 / 2;
-            unrolled(&source, &[("OCTET_WORDS", octet_words), ("HEADS_OF_LANE", 2 / octet_words)])
+            // Words of eight elements.
+            unrolled(&source, &[("OCTET_WORDS", dtype.size() as u32 / 2)])
         }
         _ => source,
     }
