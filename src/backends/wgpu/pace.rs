@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use wgpu::DeviceType;
 
-use super::shader::Shader;
+use super::shader::{Algorithm, AttentionShader, Shader};
 
 /// A submission may take this many seconds.
 const SUBMISSION_SECONDS: f64 = 0.5;
@@ -32,26 +32,36 @@ fn least_rate(device_type: DeviceType) -> f64 {
     }
 }
 
+/// How many times as fast cooperative matrices are on a GPU that has them, at least. Calls that are recorded, not submitted, tell
+/// nothing about speed: only this keeps them from more dispatches than they need.
+const ON_MATRICES: f64 = 3.0;
+
 /// The operations that one submission may have on a device: those for the slowest adapters of its
 /// kind, until it was seen to be faster.
 #[derive(Debug)]
 pub(super) struct Pace {
     /// Fixed by [`Config::max_dispatch_operations`](crate::Config::max_dispatch_operations).
     fixed: Option<u64>,
-    least: f64,
+    device_type: DeviceType,
     /// The highest rate seen of each shader. Shaders differ a lot in speed.
     seen: Mutex<HashMap<Shader, f64>>,
 }
 
 impl Pace {
     pub fn new(fixed: Option<u64>, device_type: DeviceType) -> Self {
-        Self { fixed, least: least_rate(device_type), seen: Mutex::default() }
+        Self { fixed, device_type, seen: Mutex::default() }
     }
 
     /// The most operations of one submission that mostly runs `shader`.
     pub fn limit(&self, shader: Shader) -> u64 {
         let seen = || self.seen.lock().unwrap_or_else(PoisonError::into_inner).get(&shader).copied();
-        self.fixed.unwrap_or_else(|| (seen().unwrap_or(0.0).max(self.least) * SUBMISSION_SECONDS) as u64)
+        self.fixed.unwrap_or_else(|| (seen().unwrap_or(0.0).max(self.least(shader)) * SUBMISSION_SECONDS) as u64)
+    }
+
+    fn least(&self, shader: Shader) -> f64 {
+        let is_on_matrices = matches!(shader, Shader::Attention(AttentionShader { algorithm: Algorithm::Coop(_), .. }));
+        let is_gpu = self.device_type != DeviceType::Cpu;
+        least_rate(self.device_type) * if is_on_matrices && is_gpu { ON_MATRICES } else { 1.0 }
     }
 
     /// Whether the time that `operations` take says how fast the device is: little work takes as
@@ -74,6 +84,9 @@ impl Pace {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::backends::wgpu::shader::{AttentionRows, CoopTile, TileKeys};
+    use crate::dtype::DType;
+    use crate::score_modifiers::ModifierSet;
 
     const SHADER: Shader = Shader::PackRows;
     const OTHER: Shader = Shader::ScatterRows;
@@ -88,6 +101,30 @@ mod tests {
         assert_eq!(pace.limit(SHADER), 1_000_000_000_000);
         pace.learn(SHADER, 1_000_000_000_000, Duration::from_secs(5));
         assert_eq!((pace.limit(SHADER), pace.limit(OTHER)), (1_000_000_000_000, 20_000_000_000));
+    }
+
+    #[test]
+    fn more_is_expected_of_matrices_but_on_a_processor() {
+        let tile = CoopTile { shape: 16, subgroup_size: 32, subgroups: 8, keys: 32 };
+        let on = |algorithm| {
+            Shader::Attention(AttentionShader {
+                algorithm,
+                dtype: DType::F16,
+                head_dim: 128,
+                rows: AttentionRows::Packed,
+                ranges: false,
+                lse: false,
+                modifiers: ModifierSet::default(),
+                out_buffers: 0,
+                tiles: TileKeys::All,
+            })
+        };
+        let limits = |device_type| {
+            let pace = Pace::new(None, device_type);
+            [Algorithm::Portable, Algorithm::Coop(tile)].map(|algorithm| pace.limit(on(algorithm)))
+        };
+        assert_eq!(limits(DeviceType::DiscreteGpu), [150_000_000_000, 450_000_000_000]);
+        assert_eq!(limits(DeviceType::Cpu), [1_000_000_000; 2]);
     }
 
     #[test]
