@@ -23,6 +23,10 @@ __device__ inline void ldmatrix_x4_trans(uint32_t (&fragment)[4], uint32_t share
 
 // Stores four 8x8 matrices of 16-bit elements, one register each; lanes 8i..8i+7 give the row
 // addresses of matrix i.
+__device__ inline void stmatrix_x2(uint32_t shared, uint32_t first, uint32_t second) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x2.shared.b16 [%0], {%1, %2};" ::"r"(shared), "r"(first), "r"(second) : "memory");
+}
+
 __device__ inline void stmatrix_x4(uint32_t shared, const uint32_t (&fragment)[4]) {
     asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared), "r"(fragment[0]), "r"(fragment[1]),
                  "r"(fragment[2]), "r"(fragment[3])

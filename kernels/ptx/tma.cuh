@@ -40,6 +40,12 @@ __device__ inline void tma_store(const TensorMap* map, uint32_t shared, int colu
                  : "memory");
 }
 
+// Copies bytes in a row, sixteen or a multiple of it, from shared memory, as part of this thread's current group.
+__device__ inline void bulk_store(void* global, uint32_t shared, uint32_t bytes) {
+    asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(__cvta_generic_to_global(global)), "r"(shared), "r"(bytes)
+                 : "memory");
+}
+
 __device__ inline void tma_store_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 
 // Waits until this thread's stores have read their shared memory.

@@ -249,7 +249,7 @@ private:
     // once the output has left.
     __device__ void give_back_stored() {
         if (!is_stored) return;
-        if (threadIdx.x % 32 == 0) ptx::tma_store_wait_read();
+        if (HAS_ODD_ROWS || threadIdx.x % 32 == 0) ptx::tma_store_wait_read();
         arrive(S::empty_q(work_index - 1, warpgroup));
         is_stored = false;
     }
@@ -553,6 +553,10 @@ private:
         return true;
     }
 
+    // Whether rows of an odd number of chunks, no whole sectors of memory, leave in one piece each. Where a row
+    // is one or two panels, that takes longer.
+    static constexpr bool HAS_ODD_ROWS = S::PANELS == 3 && S::BLOCKS == 1;
+
     // The output takes the place of the queries in shared memory, and leaves by the copy engine; or
     // by 16-byte stores, where the copy engine would write rows of the next sequence, or where
     // `out_rows` lists the rows' places.
@@ -586,6 +590,11 @@ private:
 #pragma unroll
                 for (int i = 0; i < 4; ++i) acc[tile][i] = zero[i / 2] ? 0.0f : acc[tile][i];
             }
+        }
+        if (HAS_ODD_ROWS && params.head_dim % 16 != 0) {
+            store_odd_rows(mine, acc, inverse, tile_start);
+            is_stored = true;
+            return;
         }
         // Four matrices of 8 rows x 8 columns at a time: upper and lower rows of two chunks.
         const int row = warp * GROUP_ROWS + lane % 16;
@@ -631,27 +640,78 @@ private:
         }
     }
 
+    // Where a row of this warp is in the output, if it exists.
+    __device__ T* output_row(const WarpRows& mine, int row) const {
+        const Strides* strides = &params.out_strides;
+        void* start = params.out;
+        uint32_t batch = mine.batch;
+        uint32_t token = mine.first_row + row;
+        if constexpr (S::SEGMENTED) {
+            const SegmentRow at = rows_info(work_index).places[threadIdx.x / 32 - 4];
+            const SegmentOutput& output = segments->outputs[at.segment];
+            start = output.out;
+            strides = &output.strides;
+            token = at.row + row;
+        } else if (params.out_rows != nullptr && row < mine.rows) {
+            const uint32_t flat = params.out_rows[token];
+            batch = flat / params.seq_q;
+            token = flat % params.seq_q;
+        }
+        return static_cast<T*>(start) + batch * strides->batch + token * strides->token + mine.head * strides->head;
+    }
+
+    // Rows of an odd number of chunks are no whole sectors of memory. The copy engine writes each of them in one
+    // piece, since each piece costs two sectors that it has in part. In shared memory they lie in the places of
+    // this warpgroup's queries, one place a panel, one row after the other; so no two rows have chunks in the
+    // same banks.
+    __device__ void store_odd_rows(const WarpRows& mine, const float (&acc)[D / 8][4], const float (&inverse)[2], int tile_start) const {
+        constexpr int ROWS = SM90_WARPGROUP_ROWS;
+        const int lane = threadIdx.x % 32;
+        const int row_bytes = params.head_dim * ELEMENT_BYTES;
+        const int panel_rows = ROWS * ROW_BYTES / row_bytes;
+        const int row = threadIdx.x / 32 % 4 * GROUP_ROWS + lane % GROUP_ROWS;
+        int panel = 0;
+#pragma unroll
+        for (int other = 1; other < S::PANELS; ++other) panel += row >= other * panel_rows;
+        const uint32_t from = base + tile_start + (panel * S::TILE_M + warpgroup * ROWS) * ROW_BYTES + (row - panel * panel_rows) * row_bytes;
+        const int chunks = params.head_dim / 8;
+#pragma unroll
+        for (int tile = 0; tile < D / 8; tile += 2) {
+            uint32_t words[4];
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const int half = i % 2;
+                const float(&pair)[4] = acc[tile + i / 2];
+                words[i] = ptx::pack_pair<T>(pair[2 * half] * inverse[half], pair[2 * half + 1] * inverse[half]);
+            }
+            if (tile + 1 < chunks) {
+                ptx::stmatrix_x4(from + (tile + lane / 16) * 16, words);
+            } else if (tile < chunks) {
+                ptx::stmatrix_x2(from + tile * 16, words[0], words[1]);
+            }
+        }
+        ptx::fence_async_proxy();
+        __syncwarp();
+        if (lane < mine.rows) {
+            ptx::bulk_store(output_row(mine, lane), from, row_bytes);
+            ptx::tma_store_commit();
+        }
+    }
+
     // Rows of packed tensors one by one, to where they lie or, with a list, to their places in the
     // padded output.
     __device__ void store_rows(const WarpRows& mine, const unsigned char* tile, int first) const {
         constexpr int CHUNKS = D / 8;
         const int lane = threadIdx.x % 32;
-        const Strides& strides = params.out_strides;
         // This lane's row, of 16.
-        const int own = min(lane % GROUP_ROWS, max(mine.rows - 1, 0));
-        int64_t row_start = static_cast<int64_t>(mine.first_row + own) * strides.token;
-        if (params.out_rows != nullptr && mine.rows > 0) {
-            const uint32_t flat = params.out_rows[mine.first_row + own];
-            row_start = static_cast<int64_t>(flat / params.seq_q) * strides.batch + static_cast<int64_t>(flat % params.seq_q) * strides.token;
-        }
-        T* const out = static_cast<T*>(params.out) + mine.head * strides.head;
+        const auto own = reinterpret_cast<uintptr_t>(output_row(mine, min(lane % GROUP_ROWS, max(mine.rows - 1, 0))));
         const int chunks = mine.rows * CHUNKS;
         for (int before = 0; before < chunks; before += 32) {
             const int row = min((before + lane) / CHUNKS, GROUP_ROWS - 1);
             const int chunk = (before + lane) % CHUNKS;
-            const int64_t start = __shfl_sync(0xffffffff, row_start, row);
+            T* const to = reinterpret_cast<T*>(__shfl_sync(0xffffffff, own, row));
             if (before + lane < chunks && chunk * 8 < params.head_dim) {
-                *reinterpret_cast<uint4*>(out + start + chunk * 8) =
+                *reinterpret_cast<uint4*>(to + chunk * 8) =
                     *reinterpret_cast<const uint4*>(tile + S::TileQ::offset(first + row, chunk));
             }
         }
