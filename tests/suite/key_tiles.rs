@@ -12,6 +12,7 @@ pub fn register(trials: &mut Trials) {
     trials.each_path("key_tiles/self", self_attention);
     trials.each_path("key_tiles/cross", cross);
     trials.each_path("key_tiles/grouped_heads", grouped_heads);
+    trials.each_kernel("key_tiles/few_query_tiles", few_query_tiles);
 }
 
 /// Those that the widths of tiles hold, and one that fills none.
@@ -76,4 +77,17 @@ fn grouped_heads(variant: &Variant) -> Result<Completion> {
         let shape = OracleShape { batch: 36, seq_q: seq, seq_k: seq, heads: 12, kv_heads: 3, head_dim };
         Call::random(shape, Mask::Varlen(keep(36, seq)), variant.dtype, 73).check_lse(variant)
     })
+}
+
+/// Calls without a mask that leave most multiprocessors without a query tile of the usual size: `sm90` has smaller ones at head
+/// dimension 64, of as many keys.
+fn few_query_tiles(variant: &Variant) -> Result<()> {
+    let forced = Variant { tile_keys: Some(128), ..variant.clone() };
+    for (seq_q, seq_k) in [(256, 256), (300, 300), (512, 511), (1, 257), (130, 400)] {
+        for kv_heads in [2, 6] {
+            let shape = OracleShape { batch: 2, seq_q, seq_k, heads: 6, kv_heads, head_dim: 64 };
+            Call::random(shape, Mask::None, variant.dtype, 74).check_lse(&forced)?;
+        }
+    }
+    Ok(())
 }

@@ -97,7 +97,8 @@ __device__ inline void attention(const TileListParams& params, const SegmentTabl
 
 // attention_sm90_{f16, bf16}_d{head_dim}_w{warpgroups}, and the same with key ranges: .._ranged; and
 // both with tensors in segments: .._segments, .._ranged_segments. With shorter key tiles of so many
-// keys: .._k{keys}, .._k{keys}_ranged; with several blocks a multiprocessor: .._narrow_ranged
+// keys: .._k{keys}, .._k{keys}_ranged; with several blocks a multiprocessor: .._narrow_ranged,
+// .._small
 #define VARLEN_FA_ENTRY(NAME, THREADS, ...)                                                                        \
     extern "C" __global__ void __launch_bounds__(THREADS, (Shape<__VA_ARGS__>::BLOCKS))                             \
         NAME(const __grid_constant__ TileListParams params) {                                                      \
@@ -126,5 +127,8 @@ VARLEN_FA_SM90_SHORT_RANGED_TILES(VARLEN_FA_SHORT_RANGED_ENTRIES)
     VARLEN_FA_TYPES(VARLEN_FA_ENTRY, d##D##_w##WARPGROUPS##_narrow_ranged, D, WARPGROUPS, KEYS, QUERY_TILES, STAGES, true, false, \
                     BLOCKS)
 VARLEN_FA_SM90_NARROW_TILES(VARLEN_FA_NARROW_ENTRIES)
+#define VARLEN_FA_SMALL_ENTRIES(D, WARPGROUPS, KEYS, QUERY_TILES, STAGES, BLOCKS)                                              \
+    VARLEN_FA_TYPES(VARLEN_FA_ENTRY, d##D##_w##WARPGROUPS##_small, D, WARPGROUPS, KEYS, QUERY_TILES, STAGES, false, false, BLOCKS)
+VARLEN_FA_SM90_SMALL_TILES(VARLEN_FA_SMALL_ENTRIES)
 
 }  // namespace sm90

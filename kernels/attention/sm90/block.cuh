@@ -11,6 +11,7 @@
 #include "narrow_tiles.h"
 #include "short_ranged_tiles.h"
 #include "short_tiles.h"
+#include "small_tiles.h"
 #include "tiles.h"
 
 namespace sm90 {
@@ -103,6 +104,8 @@ struct Shape {
     static constexpr bool STARTS_WITH_ZEROS = D == 64 && WARPGROUPS > 1;
     // Blocks that share a multiprocessor.
     static constexpr int BLOCKS = BLOCKS_;
+    // Whether the loading warps read the ranges of a query tile, and consumers have them from shared memory.
+    static constexpr bool LOADS_RANGES = RANGED && BLOCKS > 1;
     static constexpr int THREADS = (WARPGROUPS + 1) * WARPGROUP;
     static constexpr int CONSUMER_WARPS = WARPGROUPS * 4;
     static constexpr int CONSUMERS = WARPGROUPS * WARPGROUP;
@@ -129,7 +132,9 @@ struct Shape {
     static constexpr int V = K + STAGES * TileKV::BYTES;
     static constexpr int ROWS_INFO = V + STAGES * TileKV::BYTES;
     static constexpr int KEYS_INFO = ROWS_INFO + 2 * sizeof(Rows);
-    static constexpr int BARRIERS = KEYS_INFO + STAGES * sizeof(Keys);
+    // What each row sees, of two query tiles.
+    static constexpr int RANGES = KEYS_INFO + (STAGES * sizeof(Keys) + 7) / 8 * 8;
+    static constexpr int BARRIERS = RANGES + (LOADS_RANGES ? 2 * TILE_M * 8 : 0);
     static constexpr int FULL_Q = BARRIERS;
     static constexpr int EMPTY_Q = FULL_Q + 8 * QUERY_TILES * WARPGROUPS;
     static constexpr int FULL_K = EMPTY_Q + 8 * QUERY_TILES * WARPGROUPS;

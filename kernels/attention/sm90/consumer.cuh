@@ -240,8 +240,8 @@ private:
         key_tiles = ptx::uniform(rows.key_tiles);
         masked_tiles = ptx::uniform(rows.masked_tiles);
         // The tile's groups are filled from the first on.
-        if constexpr (S::RANGED) descends = ptx::uniform(rows.descends) != 0;
-        has_rows = ptx::uniform(rows.groups[warpgroup * 4].rows) > 0;
+        if constexpr (S::RANGED && HAS_TURNS) descends = ptx::uniform(rows.descends) != 0;
+        has_rows = S::WARPGROUPS == 1 || ptx::uniform(rows.groups[warpgroup * 4].rows) > 0;
         return key_tiles >= 0;
     }
 
@@ -276,6 +276,14 @@ private:
     }
 
     __device__ unsigned char* value_tile(int stage) const { return shared + S::V + stage * S::TileKV::BYTES; }
+
+    __device__ void read_ranges() {
+        if constexpr (S::LOADS_RANGES) {
+            seen.read(reinterpret_cast<const int2*>(shared + S::RANGES) + work_index % 2 * S::TILE_M);
+        } else {
+            seen.read(params.ranges, rows_info(work_index));
+        }
+    }
 
     // How many groups of a masked tile there are up to the last one that this warpgroup needs. It waits
     // for the tile.
@@ -325,7 +333,7 @@ private:
     // The scores of a tile are issued before the product of the tile before.
     __device__ void attend(float (&acc)[D / 8][4], RowSums& sums) {
         WarpgroupSoftmax softmax(fabsf(params.score_scale));
-        if constexpr (S::RANGED) seen.read(params.ranges, rows_info(work_index));
+        if constexpr (S::RANGED) read_ranges();
         const Matrix q = queries(work_index);
         KeysState state = this->state;
         const uint32_t last_masked = state.count + max(masked_tiles, 1) - 1;
@@ -444,7 +452,7 @@ private:
     __device__ void attend_exactly(float (&acc)[D / 8][4], RowSums& sums) {
         ExactSoftmax softmax(fabsf(params.score_scale));
         if constexpr (S::RANGED) {
-            seen.read(params.ranges, rows_info(work_index));
+            read_ranges();
             sees_some[0] = sees_some[1] = masked_tiles != key_tiles;
         }
         const Matrix q = queries(work_index);

@@ -59,7 +59,7 @@ struct Producer {
             Work work;
             for (; schedule.next(work) && !(is_exact && work.part >= 0); ++work_index) {
                 if constexpr (S::RANGED) range_tile = schedule.tile;
-                needs_bits = S::BLOCKS == 1 || is_exact || work.part >= 0;
+                needs_bits = !S::RANGED || S::BLOCKS == 1 || is_exact || work.part >= 0;
                 const RowGroup group = find(work);
                 // A query tile may have no keys. With two places for queries theirs is free long before that
                 // of the first keys. With one place it is the other way round.
@@ -176,8 +176,28 @@ private:
             group.rows = min(static_cast<int>(group.rows), left);
             group.kept &= (1u << group.rows) - 1;
         }
+        int2 ranges[S::LOADS_RANGES ? S::TILE_M / 32 : 1];
+        if constexpr (S::LOADS_RANGES) {
+            // Fits: the queries of all batch rows are counted in an int.
+            const int first_query = static_cast<int>(tiles.batch * params.ranges.row_stride);
+#pragma unroll
+            for (int pass = 0; pass < S::TILE_M / 32; ++pass) {
+                const int of_group = pass * 2 + lane / GROUP_ROWS;
+                const int first_row = __shfl_sync(0xffffffff, group.first_row, of_group);
+                const int rows = __shfl_sync(0xffffffff, static_cast<int>(group.rows), of_group);
+                ranges[pass] = make_int2(0, INT32_MAX);
+                if (lane % GROUP_ROWS < rows) {
+                    ranges[pass] = __ldg(reinterpret_cast<const int2*>(params.ranges.ranges) + (first_query + first_row + lane % GROUP_ROWS));
+                }
+            }
+        }
         if (S::QUERY_TILES == 2) {
             for (int warpgroup = 0; warpgroup < S::WARPGROUPS; ++warpgroup) wait_for_room(work_index, warpgroup);
+        }
+        if constexpr (S::LOADS_RANGES) {
+            int2* const to = reinterpret_cast<int2*>(shared + S::RANGES) + work_index % 2 * S::TILE_M + lane;
+#pragma unroll
+            for (int pass = 0; pass < S::TILE_M / 32; ++pass) to[pass * 32] = ranges[pass];
         }
 #pragma unroll 1
         for (int warpgroup = 0; warpgroup < S::WARPGROUPS; ++warpgroup) {

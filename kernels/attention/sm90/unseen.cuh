@@ -40,6 +40,12 @@ struct SeenByRows {
         }
     }
 
+    // The same of those that a loading warp has read, for a warpgroup's first warp from the first on.
+    __device__ void read(const int2* ranges) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) row[half] = ranges[threadIdx.x / 32 % 4 * GROUP_ROWS + half * 8 + threadIdx.x % 32 / 4];
+    }
+
     __device__ bool has_keys(int half) const { return row[half].x < row[half].y; }
 
     __device__ bool sees(int half, int key) const { return row[half].x <= key && key < row[half].y; }

@@ -470,8 +470,9 @@ mod tests {
                         let of_ranges = |tile: Option<ListTile>| tile.filter(|_| form.has_ranges && !form.has_segments);
                         let short = of_ranges(tile.and_then(ListTile::short_ranged));
                         let narrow = of_ranges(tile.and_then(|tile| tile.narrow(head_dim)));
+                        let small = tile.and_then(|tile| tile.small(head_dim)).filter(|_| form == ListForm::PLAIN);
                         let entry = move |tile| Entry::AttentionByLists { dtype, tile, form };
-                        tile.into_iter().chain(plain).chain(short).chain(narrow).map(entry)
+                        tile.into_iter().chain(plain).chain(short).chain(narrow).chain(small).map(entry)
                     })
                 });
                 rows.chain(lists)

@@ -201,7 +201,7 @@ pub struct ListTile {
     pub splitting_warpgroups: Option<u32>,
     /// Whether it is one of the shorter ones.
     is_short: bool,
-    /// Blocks that share a multiprocessor; several only for narrow key ranges.
+    /// Blocks that share a multiprocessor; several only for narrow key ranges and for few query tiles.
     pub blocks: u32,
 }
 
@@ -210,6 +210,7 @@ impl ListTile {
     const SM90_SHORT: [[u32; 5]; count(SM90_SHORT_TILES)] = parse(SM90_SHORT_TILES);
     const SM90_SHORT_RANGED: [[u32; 5]; count(SM90_SHORT_RANGED_TILES)] = parse(SM90_SHORT_RANGED_TILES);
     const SM90_NARROW: [[u32; 6]; count(SM90_NARROW_TILES)] = parse(SM90_NARROW_TILES);
+    const SM90_SMALL: [[u32; 6]; count(SM90_SMALL_TILES)] = parse(SM90_SMALL_TILES);
     const SM100: [[u32; 2]; count(SM100_TILES)] = parse(SM100_TILES);
 
     /// The narrowest tile of a kernel that holds a head dimension.
@@ -246,6 +247,13 @@ impl ListTile {
     /// for rows as wide as the tile: others take so long to write that some calls take longer.
     pub fn narrow(self, head_dim: usize) -> Option<Self> {
         let entry = Self::SM90_NARROW.into_iter().find(|entry| entry[0] as usize == head_dim);
+        entry.filter(|_| self.kernel == Kernel::CudaSm90).map(Self::sm90_narrow)
+    }
+
+    /// The same for whole tensors without a mask and of few query tiles: the keys of a step are the same.
+    pub fn small(self, head_dim: usize) -> Option<Self> {
+        let is_like = |entry: &[u32; 6]| entry[0] as usize == head_dim && entry[2] == self.keys;
+        let entry = Self::SM90_SMALL.into_iter().find(is_like);
         entry.filter(|_| self.kernel == Kernel::CudaSm90).map(Self::sm90_narrow)
     }
 
@@ -310,10 +318,14 @@ impl ListTile {
         let Self { width, splitting_warpgroups, is_short, keys, blocks, .. } = self;
         let warpgroups = splitting_warpgroups.map_or_else(String::new, |warpgroups| format!("_w{warpgroups}"));
         let short = if is_short { format!("_k{keys}") } else { String::new() };
-        let narrow = if blocks > 1 { "_narrow" } else { "" };
+        let shared = match (blocks > 1, has_ranges) {
+            (true, true) => "_narrow",
+            (true, false) => "_small",
+            (false, _) => "",
+        };
         let ranged = if has_ranges { "_ranged" } else { "" };
         let segments = if has_segments { "_segments" } else { "" };
-        format!("d{width}{warpgroups}{short}{narrow}{ranged}{segments}")
+        format!("d{width}{warpgroups}{short}{shared}{ranged}{segments}")
     }
 
     /// Of a table of `sm90`.
@@ -342,6 +354,11 @@ const _: () = {
     let mut i = 0;
     while i < ListTile::SM90_NARROW.len() {
         ListTile::sm90_narrow(ListTile::SM90_NARROW[i]).assert_fits();
+        i += 1;
+    }
+    let mut i = 0;
+    while i < ListTile::SM90_SMALL.len() {
+        ListTile::sm90_narrow(ListTile::SM90_SMALL[i]).assert_fits();
         i += 1;
     }
     let mut i = 0;
@@ -392,6 +409,7 @@ const SM90_TILES: &[u8] = include_bytes!("../../../../kernels/attention/sm90/til
 const SM90_SHORT_TILES: &[u8] = include_bytes!("../../../../kernels/attention/sm90/short_tiles.h");
 const SM90_SHORT_RANGED_TILES: &[u8] = include_bytes!("../../../../kernels/attention/sm90/short_ranged_tiles.h");
 const SM90_NARROW_TILES: &[u8] = include_bytes!("../../../../kernels/attention/sm90/narrow_tiles.h");
+const SM90_SMALL_TILES: &[u8] = include_bytes!("../../../../kernels/attention/sm90/small_tiles.h");
 const SM100_TILES: &[u8] = include_bytes!("../../../../kernels/attention/sm100/tiles.h");
 
 /// The first entry of a table, by rising widths, that is as wide as a head dimension.
@@ -562,6 +580,22 @@ mod tests {
         // Rows that are less wide, widths without such tiles, another kernel.
         assert_eq!((narrow(48), narrow(80), narrow(128)), (None, None, None));
         assert_eq!(ListTile::of(Kernel::CudaSm100, 64).and_then(|tile| tile.narrow(64)), None);
+    }
+
+    #[test]
+    fn small_tiles_of_sm90_have_the_keys_of_the_longest() {
+        let longest = |head_dim| ListTile::of(Kernel::CudaSm90, head_dim);
+        let small = longest(64).and_then(|tile| tile.small(64));
+        let found = small.map(|tile| (tile.rows, tile.keys, tile.threads, tile.blocks, tile.shared_bytes));
+        assert_eq!(found, Some((64, 128, 256, 2, (2 * 64 + 2 * 2 * 128) * 128 + 2048)));
+        assert_eq!(small.map(|tile| tile.name(ListForm::PLAIN)).as_deref(), Some("d64_w1_small"));
+        // Shorter tiles, rows that are less wide, another kernel.
+        assert_eq!(longest(64).and_then(|tile| tile.short_of(64)).and_then(|tile| tile.small(64)), None);
+        assert_eq!(
+            (longest(48).and_then(|tile| tile.small(48)), longest(96).and_then(|tile| tile.small(96))),
+            (None, None)
+        );
+        assert_eq!(ListTile::of(Kernel::CudaSm100, 64).and_then(|tile| tile.small(64)), None);
     }
 
     #[test]
