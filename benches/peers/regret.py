@@ -11,6 +11,9 @@ kernel, and each of them is forced by turns. Times are those of CUDA-graph repla
 inputs. All outputs of a workload are compared with one another. Without peers, and on wgpu and the
 CPU too: `cargo bench --bench regret`.
 
+With `--packed`, the calls are `varlen_attention` on the valid rows of these masks, which are packed
+already: a choice is a kernel, and FlashAttention-3 works on the same rows.
+
 Prints the distribution of the regret and the ten worst. The file has one JSON object a line: the
 machine, then each workload with its masks, its tiles (kernel_tiles.py) and its times;
 `fit_cost.py` reads it.
@@ -18,6 +21,7 @@ machine, then each workload with its masks, its tiles (kernel_tiles.py) and its 
 
 import argparse
 import gc
+import itertools
 import json
 import math
 import pathlib
@@ -38,6 +42,8 @@ SETS_BYTES = 400e6
 REPLAY_MS = 0.3
 MOST_CALLS = 60
 PEER = "pack + fa3 + scatter"
+# What the choices of calls on packed rows are called: nothing is packed or scattered there.
+ROWS = "rows"
 # What a plan's text says of tiles among which it chose.
 TILE_KEYS = re.compile(r"in tiles of (\d+) keys")
 
@@ -50,6 +56,7 @@ def arguments():
     parser.add_argument("--rounds", type=int, default=5, help="timed replays, or samples, of each choice")
     parser.add_argument("--seconds", type=float, default=math.inf, help="stop after the workload that ends then")
     parser.add_argument("--dtype", choices=["bf16", "f16"], default="bf16")
+    parser.add_argument("--packed", action="store_true", help="varlen_attention on packed rows")
     parser.add_argument("--no-peers", action="store_true")
     parser.add_argument("--library", help="the C library, if it is not in target/release")
     parser.add_argument("--json", type=pathlib.Path, help="where to write the results")
@@ -66,6 +73,7 @@ class Choices:
         self.forced = {
             f"{path} by {kernel}": library.options(path=path, kernel=kernel) for kernel in kernels for path in PATHS
         }
+        self.forced_rows = {f"{ROWS} by {kernel}": library.options(kernel=kernel) for kernel in kernels}
         self.names = {
             (library.paths[path], library.kernels[kernel]): f"{path} by {kernel}" for kernel in kernels for path in PATHS
         }
@@ -77,6 +85,17 @@ class Choices:
     def meta(self, side):
         runs = [(row, start, end) for row, found in enumerate(side.runs) for start, end in found]
         return self.library.meta(self.library.key_mask_from_runs(runs, side.batch, side.seq))
+
+    def cu_seqlens(self, side):
+        """Where the sequences of packed rows start: a side's rows are the sequences."""
+        return self.library.cu_seqlens(list(itertools.accumulate(side.lengths, initial=0)))
+
+    def planned_rows(self, views, sequences):
+        """The kernel of a call on packed rows, and the plan's words."""
+        plan = varlen_fa.Plan()
+        q, k, v, out = views
+        self.device.varlen_attention(q, k, v, *sequences, out, plan=plan)
+        return self.names[plan.path, plan.kernel].replace("packed", ROWS), str(plan)
 
     def planned(self, views, mask):
         """The plan's choice, and its words."""
@@ -101,6 +120,7 @@ class Gpu:
         self.dtype = {"bf16": torch.bfloat16, "f16": torch.float16}[options.dtype]
         self.with_peers = not options.no_peers and pytorch_peers.flash_attn_varlen_func is not None
         self.rounds = options.rounds
+        self.is_packed = options.packed
         self.stream = torch.cuda.Stream()
         torch.cuda.set_stream(self.stream)
         torch.manual_seed(0)
@@ -111,6 +131,7 @@ class Gpu:
             "device": torch.cuda.get_device_name(),
             "multiprocessors": torch.cuda.get_device_properties(0).multi_processor_count,
             "dtype": options.dtype,
+            "rows": "packed" if options.packed else "padded",
             "torch": torch.__version__,
             "missing": {} if options.no_peers else pytorch_peers.missing(),
         }
@@ -123,51 +144,36 @@ class Gpu:
         return keep.view(side.batch, side.seq)
 
     def run(self, workload):
-        torch, device = self.torch, self.choices.device
+        """The times of a workload's choices, and the plan's choice."""
+        torch = self.torch
         shapes = [workload.q_shape, workload.kv_shape, workload.kv_shape]
-        set_bytes = 2 * (2 * math.prod(workload.q_shape) + 2 * math.prod(workload.kv_shape))
+        if self.is_packed:
+            # [total, H, D]
+            totals = [side.total_valid for side in (workload.query, workload.key, workload.key)]
+            shapes = [(total, *shape[2:]) for total, shape in zip(totals, shapes)]
+        set_bytes = 2 * sum(map(math.prod, [shapes[0], *shapes]))
         sets = max(2, min(6, int(SETS_BYTES // set_bytes) + 1))
         inputs = [[torch.randn(shape, dtype=self.dtype, device="cuda") for shape in shapes] for _ in range(sets)]
-        outs = [torch.empty(workload.q_shape, dtype=self.dtype, device="cuda") for _ in range(sets)]
+        outs = [torch.empty(shapes[0], dtype=self.dtype, device="cuda") for _ in range(sets)]
         views = [[self.view(tensor) for tensor in (*found, out)] for found, out in zip(inputs, outs)]
-        mask = self.choices.mask(workload)
-        record = {"plan": None, "chosen": None, "times": {}, "refused": {}, "wrong": []}
-        record["chosen"], record["plan"] = self.choices.planned(views[0], mask)
-        record["tile_keys"] = {}
-
-        def ours(name, options):
-            plan = varlen_fa.Plan()
-
-            def call(at):
-                device.forward(*views[at], mask, options=options, plan=plan)
-                if keys := TILE_KEYS.search(str(plan)):
-                    record["tile_keys"][name] = int(keys.group(1))
-                return outs[at]
-
-            return call
-
-        methods = {name: ours(name, options) for name, options in self.choices.forced.items()}
-        query_rows = self.rows(workload.query)
-        if self.with_peers:
-            sides = [None if side.is_all_valid else self.peers.ValidRows(self.rows(side)) for side in (workload.query, workload.key)]
-            if not workload.is_cross:
-                sides[1] = sides[0]
-            peer = self.peers.pack_fa3_scatter(*sides)
-            methods[PEER if any(sides) else "fa3"] = lambda at: peer(*inputs[at])
-        calls = self.calls(workload, sets)
+        record = {"plan": None, "chosen": None, "times": {}, "refused": {}, "wrong": [], "tile_keys": {}}
+        methods = (self.rows_methods if self.is_packed else self.padded_methods)(record, workload, views, inputs, outs)
+        masked = None if self.is_packed else ~self.rows(workload.query).cuda()
+        calls = self.calls(workload, set_bytes, sets)
         graphs, reference = {}, None
-        masked = ~query_rows.cuda()
         for name, call in methods.items():
             outs[0].fill_(float("nan"))
             try:
-                out = call(0).masked_fill(masked[:, :, None, None], 0) if not name.startswith(tuple(PATHS)) else call(0)
+                out = call(0)
             except Exception as error:  # a choice may not fit the call: kept, not hidden
                 record["refused"][name] = str(error).splitlines()[0][:200]
                 continue
+            if masked is not None and not name.startswith(tuple(PATHS)):
+                out = out.masked_fill(masked[:, :, None, None], 0)
             if reference is None:
                 reference = out.float()
                 allowed = 0.03 * reference.abs().max().item() + 2e-3
-                is_right = not out[masked].count_nonzero().item()
+                is_right = masked is None or not out[masked].count_nonzero().item()
             else:
                 # Not `error > allowed`: NaN is wrong.
                 is_right = (out.float() - reference).abs().max().item() <= allowed
@@ -179,9 +185,66 @@ class Gpu:
         record["calls"] = calls
         return record
 
-    def calls(self, workload, sets):
+    def padded_methods(self, record, workload, views, inputs, outs):
+        """Every path by every kernel on padded tensors, and the peer. Each takes the index of a set."""
+        device, mask = self.choices.device, self.choices.mask(workload)
+        record["chosen"], record["plan"] = self.choices.planned(views[0], mask)
+
+        def ours(name, options):
+            plan = varlen_fa.Plan()
+
+            def call(at):
+                device.forward(*views[at], mask, options=options, plan=plan)
+                self.note_tiles(record, name, plan)
+                return outs[at]
+
+            return call
+
+        methods = {name: ours(name, options) for name, options in self.choices.forced.items()}
+        if self.with_peers:
+            sides = [None if side.is_all_valid else self.peers.ValidRows(self.rows(side)) for side in (workload.query, workload.key)]
+            if not workload.is_cross:
+                sides[1] = sides[0]
+            peer = self.peers.pack_fa3_scatter(*sides)
+            methods[PEER if any(sides) else "fa3"] = lambda at: peer(*inputs[at])
+        return methods
+
+    def rows_methods(self, record, workload, views, inputs, outs):
+        """The same of packed rows: every kernel, and FlashAttention-3."""
+        device, sides = self.choices.device, (workload.query, workload.key)
+        sequences = [self.choices.cu_seqlens(side) for side in sides]
+        record["chosen"], record["plan"] = self.choices.planned_rows(views[0], sequences)
+
+        def ours(name, options):
+            plan = varlen_fa.Plan()
+
+            def call(at):
+                q, k, v, out = views[at]
+                device.varlen_attention(q, k, v, *sequences, out, options=options, plan=plan)
+                self.note_tiles(record, name, plan)
+                return outs[at]
+
+            return call
+
+        methods = {name: ours(name, options) for name, options in self.choices.forced_rows.items()}
+        if self.with_peers:
+            lengths = [self.torch.tensor(side.lengths, device="cuda") for side in sides]
+            starts = [self.torch.nn.functional.pad(found.cumsum(0), (1, 0)).int() for found in lengths]
+            longest = [max(side.lengths) for side in sides]
+
+            def peer(at):
+                out = self.peers.flash_attn_varlen_func(*inputs[at], *starts, *longest)
+                return out[0] if isinstance(out, tuple) else out
+
+            methods["fa3"] = peer
+        return methods
+
+    def note_tiles(self, record, name, plan):
+        if keys := TILE_KEYS.search(str(plan)):
+            record["tile_keys"][name] = int(keys.group(1))
+
+    def calls(self, workload, size, sets):
         """Calls of a graph, by a low estimate of the fastest call's time."""
-        size = 2 * (2 * math.prod(workload.q_shape) + 2 * math.prod(workload.kv_shape))
         estimate = max(workload.flops / 700e9, size / 3e9, 0.006)
         calls = min(max(math.ceil(REPLAY_MS / estimate), sets), MOST_CALLS)
         return -(-calls // sets) * sets
@@ -195,7 +258,7 @@ def share(values, part):
 
 def verdict(record, key):
     """Regret, and the best choice of one workload."""
-    times = {name: found[key] for name, found in record["times"].items() if name.startswith(tuple(PATHS))}
+    times = {name: found[key] for name, found in record["times"].items() if name.startswith((*PATHS, ROWS))}
     best = min(times, key=times.get)
     return times[record["chosen"]] / times[best], best
 
