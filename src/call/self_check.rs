@@ -20,6 +20,7 @@
 //!
 //! All cases allocate a few MB and take some milliseconds where a call takes microseconds.
 
+use std::iter;
 use std::ops::Range;
 use std::slice;
 #[cfg(not(target_arch = "wasm32"))]
@@ -61,11 +62,21 @@ const POISON: u16 = 0x7fff;
 pub(crate) struct Subject<'a> {
     device: &'a dyn Backend,
     kernel: Kernel,
+    shorter_tiles: fn(Kernel, usize) -> Vec<u16>,
 }
 
 impl<'a> Subject<'a> {
     pub(crate) fn new(device: &'a dyn Backend, kernel: Kernel) -> Self {
-        Self { device, kernel }
+        Self { device, kernel, shorter_tiles: |_, _| Vec::new() }
+    }
+
+    /// With tiles beside the longest ones of a head dimension, which are compared too: their keys.
+    #[cfg_attr(
+        all(not(test), any(not(feature = "cuda"), target_arch = "wasm32")),
+        expect(dead_code, reason = "only CUDA kernels have tiles of several lengths")
+    )]
+    pub(crate) fn with_shorter_tiles(self, shorter_tiles: fn(Kernel, usize) -> Vec<u16>) -> Self {
+        Self { shorter_tiles, ..self }
     }
 }
 
@@ -135,6 +146,8 @@ struct Case {
     form: Form,
     dtype: DType,
     head_dim: usize,
+    /// Keys of the kernel's tiles; the longest if it says none.
+    tile_keys: Option<u16>,
 }
 
 /// Why a kernel did not pass.
@@ -182,19 +195,23 @@ pub(crate) async fn compare(tested: Subject<'_>, reference: Subject<'_>, cases: 
             let inputs = Inputs::new(&masks, dtype, head_dim);
             tested_bench.fill(&inputs).map_err(in_words)?;
             reference_bench.fill(&inputs).map_err(in_words)?;
+            let shorter_tiles = (tested.shorter_tiles)(tested.kernel, head_dim);
             for &form in cases.forms {
-                let case = Case { form, dtype, head_dim };
-                let explain =
-                    |kernel: Kernel, why: String| format!("{form:?} {dtype}, head_dim {head_dim}: {kernel} {why}");
-                let failed =
-                    |kernel: Kernel| move |error: Error| Doubt::of(&error, explain(kernel, format!("failed: {error}")));
-                let expected = reference_bench
-                    .run(Case { form: form.of_reference(), ..case })
-                    .await
-                    .map_err(failed(reference.kernel))?;
-                let got = tested_bench.run(case).await.map_err(failed(tested.kernel))?;
-                judge(case, &masks, &got, &expected)
-                    .map_err(|why| Doubt { why: explain(tested.kernel, why), is_passing: false })?;
+                let explain = |kernel: Kernel, tile_keys: Option<u16>, why: String| {
+                    let tiles = tile_keys.map(|keys| format!(" in tiles of {keys} keys")).unwrap_or_default();
+                    format!("{form:?} {dtype}, head_dim {head_dim}: {kernel}{tiles} {why}")
+                };
+                let failed = |kernel: Kernel, tile_keys: Option<u16>| {
+                    move |error: Error| Doubt::of(&error, explain(kernel, tile_keys, format!("failed: {error}")))
+                };
+                let of_reference = Case { form: form.of_reference(), dtype, head_dim, tile_keys: None };
+                let expected = reference_bench.run(of_reference).await.map_err(failed(reference.kernel, None))?;
+                for tile_keys in iter::once(None).chain(shorter_tiles.iter().copied().map(Some)) {
+                    let case = Case { form, dtype, head_dim, tile_keys };
+                    let got = tested_bench.run(case).await.map_err(failed(tested.kernel, tile_keys))?;
+                    judge(case, &masks, &got, &expected)
+                        .map_err(|why| Doubt { why: explain(tested.kernel, tile_keys, why), is_passing: false })?;
+                }
             }
         }
     }
@@ -284,8 +301,8 @@ impl<'a> Bench<'a> {
 
     /// The output of a call.
     async fn run(&mut self, case: Case) -> Result<Vec<u16>> {
-        let Case { form, dtype, head_dim } = case;
-        let Subject { device, kernel } = self.subject;
+        let Case { form, dtype, head_dim, tile_keys } = case;
+        let Subject { device, kernel, .. } = self.subject;
         let Masks { query, key, packed: [packed_query, packed_key] } = self.masks;
         let (batch, seq_k) = if form.is_padded() { (BATCH, KEYS) } else { (1, WHOLE_KEYS) };
         let layout = |tokens, heads| match form {
@@ -320,7 +337,7 @@ impl<'a> Bench<'a> {
                 kernel,
                 reason: Reason::PathForced,
                 copies_segments: false,
-                tile_keys: None,
+                tile_keys,
                 estimate: None,
             },
             q: Segmented::One(Input { memory: self.q.source(), layout: of_queries, dtype }),
@@ -463,6 +480,7 @@ pub(crate) mod tests {
             attention.plan.kernel == KERNEL
                 && (form, problem.dtype, problem.shape.head_dim)
                     == (self.case.form, self.case.dtype, self.case.head_dim)
+                && attention.plan.tile_keys == self.case.tile_keys
         }
     }
 
@@ -538,7 +556,7 @@ pub(crate) mod tests {
     /// that does, and the kernel.
     pub(crate) fn device_of_portable_calls(is_wrong: bool) -> (impl Backend, Kernel) {
         let lie = if is_wrong { Lie::Scale } else { Lie::None };
-        let case = Case { form: Form::Masked, dtype: DType::F16, head_dim: 24 };
+        let case = Case { form: Form::Masked, dtype: DType::F16, head_dim: 24, tile_keys: None };
         (Liar { honest: CpuDevice::shared(), lie, case }, KERNEL)
     }
 
@@ -552,7 +570,7 @@ pub(crate) mod tests {
 
     #[test]
     fn an_honest_kernel_passes_at_every_width() {
-        let case = Case { form: Form::Fused, dtype: DType::F16, head_dim: 64 };
+        let case = Case { form: Form::Fused, dtype: DType::F16, head_dim: 64, tile_keys: None };
         assert_eq!(outcome(Lie::None, case), Ok(()));
         // As wide as kernels are.
         let cpu = CpuDevice::shared();
@@ -568,7 +586,7 @@ pub(crate) mod tests {
             for &form in cases.forms {
                 for &dtype in cases.dtypes {
                     for &head_dim in widths.clone() {
-                        let case = Case { form, dtype, head_dim };
+                        let case = Case { form, dtype, head_dim, tile_keys: None };
                         let liar = Liar { honest: CpuDevice::shared(), lie: Lie::Element, case };
                         let said = compare_with(&liar, cases);
                         let expected = format!("{form:?} {dtype}, head_dim {head_dim}: sm100 gives ");
@@ -580,9 +598,23 @@ pub(crate) mod tests {
     }
 
     #[test]
+    fn a_lie_in_shorter_tiles_is_noticed_and_located() {
+        let shorter = |_, head_dim| if head_dim == 128 { vec![112, 48] } else { Vec::new() };
+        for (head_dim, keys, is_compared) in [(128, 112, true), (128, 48, true), (128, 80, false), (64, 48, false)] {
+            let case = Case { form: Form::Packed, dtype: DType::Bf16, head_dim, tile_keys: Some(keys) };
+            let liar = Liar { honest: CpuDevice::shared(), lie: Lie::Element, case };
+            let tested = Subject::new(&liar, KERNEL).with_shorter_tiles(shorter);
+            let said = compare_now(tested, Subject::new(&liar, REFERENCE), &Cases::COMPLETE);
+            let expected = format!("Packed bf16, head_dim {head_dim}: sm100 in tiles of {keys} keys gives ");
+            assert_eq!(said.as_ref().is_err_and(|said| said.starts_with(&expected)), is_compared, "{case:?}: {said:?}");
+            assert_eq!(said.is_ok(), !is_compared, "{case:?}: {said:?}");
+        }
+    }
+
+    #[test]
     fn every_kind_of_lie_is_noticed() {
-        let fused = Case { form: Form::Fused, dtype: DType::Bf16, head_dim: 88 };
-        let masked = Case { form: Form::Masked, dtype: DType::F16, head_dim: 24 };
+        let fused = Case { form: Form::Fused, dtype: DType::Bf16, head_dim: 88, tile_keys: None };
+        let masked = Case { form: Form::Masked, dtype: DType::F16, head_dim: 24, tile_keys: None };
         for (case, cases) in [(fused, &Cases::COMPLETE), (masked, &Cases::QUICK)] {
             for (lie, expected) in [
                 (Lie::MaskedRow, "in the masked row 143, expected 0"),
@@ -599,7 +631,7 @@ pub(crate) mod tests {
 
     #[test]
     fn the_reference_may_be_of_another_device() {
-        let case = Case { form: Form::Masked, dtype: DType::F16, head_dim: 24 };
+        let case = Case { form: Form::Masked, dtype: DType::F16, head_dim: 24, tile_keys: None };
         let cpu = CpuDevice::shared();
         for (lie, is_noticed) in [(Lie::None, false), (Lie::Scale, true)] {
             let liar = Liar { honest: CpuDevice::shared(), lie, case };
