@@ -116,6 +116,8 @@ pub(crate) struct KernelTraits {
     pub(crate) packs_heads: bool,
     /// Whether a packed call may have one padded side, on which every token is valid.
     pub(crate) mixes_padded_and_packed: bool,
+    /// Whether such a side is taken for packed rows where its batch rows lie one after the other.
+    pub(crate) takes_valid_sides_as_rows: bool,
 }
 
 const ALL_DTYPES: &[DType] = &[DType::F32, DType::F16, DType::Bf16];
@@ -141,6 +143,7 @@ const ROWS: KernelTraits = KernelTraits {
     scatters: false,
     packs_heads: false,
     mixes_padded_and_packed: false,
+    takes_valid_sides_as_rows: false,
 };
 
 /// A CUDA kernel that works by tile lists.
@@ -153,6 +156,7 @@ const TILE_LISTS: KernelTraits = KernelTraits {
     has_bias: false,
     has_ranges: true,
     takes_all_with_device_meta: true,
+    takes_valid_sides_as_rows: true,
     ..ROWS
 };
 

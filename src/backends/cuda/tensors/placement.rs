@@ -40,6 +40,13 @@ impl Placed {
         Self { address, strides, element_bytes: dtype.size() as u64 }
     }
 
+    /// The tensor as packed rows: those of all batch rows, of so many tokens each, if they lie one after the other.
+    pub fn as_rows(&self, batch: usize, seq: usize) -> Option<Self> {
+        // Fits: the tokens lie in memory.
+        let is_one = batch <= 1 || self.strides.batch == self.strides.token * seq as i64;
+        is_one.then_some(Self { strides: Strides { batch: 0, ..self.strides }, ..*self })
+    }
+
     /// The same without its first tokens.
     pub fn after_tokens(&self, tokens: usize) -> Self {
         // Fits: the tokens lie in memory. Strides are not negative.
