@@ -183,8 +183,10 @@ pub struct VarlenOptions<'a> {
     pub softmax_scale: Option<f32>,
     /// Whether to return the log-sum-exp of every row.
     pub return_lse: bool,
-    /// The kernel to run; the device's preferred one if there is none.
+    /// The kernel to run; what the plan chooses if there is none.
     pub kernel: Option<Kernel>,
+    /// Keys of the kernel's tiles.
+    pub(crate) tile_keys: Option<usize>,
     /// Which keys of its sequence each query sees; all if there are none.
     pub ranges: Option<&'a KeyRanges>,
     /// What else happens to the scores; nothing if there are none.
@@ -217,6 +219,15 @@ impl<'a> VarlenOptions<'a> {
     #[must_use]
     pub fn with_modifiers(mut self, modifiers: &'a ScoreModifiers) -> Self {
         self.modifiers = Some(modifiers);
+        self
+    }
+
+    /// With tiles of so many keys, where the kernel has several lengths of them, as
+    /// [`MaskedAttention::with_tile_keys`](crate::MaskedAttention::with_tile_keys). For tests.
+    #[doc(hidden)]
+    #[must_use]
+    pub fn with_tile_keys(mut self, keys: usize) -> Self {
+        self.tile_keys = Some(keys);
         self
     }
 
@@ -282,11 +293,12 @@ pub fn varlen_attention_into<'a, 'o, 'l>(
         let problem = AttentionProblem::packed(device.info(), &views, cu_seqlens, on_scores, options.softmax_scale)?;
         let plan = plan_packed(
             &problem,
+            cu_seqlens,
             on_scores,
             device.capabilities(),
-            Forced { kernel: options.kernel, ..Forced::default() },
+            Forced { kernel: options.kernel, tile_keys: options.tile_keys, ..Forced::default() },
         )?;
-        log::debug!("{} {:?}: {plan}", problem.dtype, problem.shape);
+        log::debug!("{} {:?}: {}", problem.dtype, problem.shape, plan.with_estimate());
         (problem, plan)
     };
     let (out, lse) = (out.output(), lse.map(TensorViewMut::output));

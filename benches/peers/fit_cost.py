@@ -2,6 +2,7 @@
 them as rows of its tables, and tells the regret of the model's choices on calls that it was not
 fitted to.
 
+    pip install numpy
     python benches/peers/fit_cost.py regret-1.jsonl regret-2.jsonl [--write]
 
 Half of the calls, those of even number, are fitted first; the regret is that on the others. The
@@ -18,6 +19,8 @@ import math
 import pathlib
 import re
 
+import numpy
+
 from cost_model import CHIPS, NAMES, WGSL, Work, constants
 from kernel_tiles import cut, steps, tile, tiles_of
 
@@ -29,6 +32,10 @@ MOST_RUNS, MOST_CASES = 30, 60
 # What a constant costs that is e times as large as in the tables, or an e-th: so that those on which
 # few calls depend stay near.
 DRIFT = 0.01
+# By how much a logarithm moves where a slope is measured; and the damping that means that nothing helps.
+NUDGE, MOST_DAMPING = 0.02, 1e4
+# Constants that are parts of 1.
+SHARES = {"alone", "rows_idle", "lists_idle"}
 PORTABLE = NAMES["WgslPortable"]
 
 
@@ -74,20 +81,23 @@ def read(files, multiprocessors):
     """The calls of all files, and the library's estimates as (call, choice, milliseconds)."""
     calls, estimates = [], []
     for file in files:
-        on = multiprocessors
+        on, is_packed = multiprocessors, False
         for line in file.read_text().splitlines():
             entry = json.loads(line)
             if "facts" in entry:
+                is_packed = entry["facts"].get("rows") == "packed"
                 on = on or entry["facts"].get("multiprocessors")
                 continue
             features = {**entry["features"], "runs": entry["query_runs"]}
             # The plan takes the dense path where every token is valid, and nowhere else.
             paths = ["dense"] if is_all_valid(features) else ["fused", "packed"]
-            if WGSL & features["tiles"].keys() and not is_all_valid(features):
+            if is_packed:
+                paths = ["rows"]
+            elif WGSL & features["tiles"].keys() and not is_all_valid(features):
                 paths.append("dense")
             times = {name: found["median_ms"] for name, found in entry["times"].items() if name.split(" by ")[0] in paths}
             best = min(times.values())
-            every = (found["median_ms"] for name, found in entry["times"].items() if name.split(" by ")[0] in ("dense", "fused", "packed"))
+            every = (found["median_ms"] for name, found in entry["times"].items() if name.split(" by ")[0] in ("dense", "fused", "packed", "rows"))
             samples = {}
             for name, ms in times.items():
                 path, _, kernel = name.partition(" by ")
@@ -104,56 +114,63 @@ def read(files, multiprocessors):
     return calls, estimates
 
 
-def loss(samples, chip, tiles):
-    total = 0.0
-    for sample in samples:
-        off = abs(math.log(sample.work.time(chip, tiles, sample.multiprocessors) / 1e6 / sample.ms))
-        total += sample.weight * (off**2 if off < OUTLIER else OUTLIER * (2 * off - OUTLIER))
-    return total
+def logarithms(samples, chip, tiles):
+    """Of estimates over times."""
+    return numpy.array([math.log(found.work.time(chip, tiles, found.multiprocessors) / 1e6 / found.ms) for found in samples])
 
 
 def fit(calls, chip, tiles, passes):
-    """Coordinate descent: each constant by turns a little more or less, by ever smaller steps."""
-    start = chip, tiles
+    """Least squares of the logarithms, by Gauss and Newton with damping: constants are moved by
+    factors."""
     chip, tiles = dataclasses.replace(chip), {of: dataclasses.replace(cost) for of, cost in tiles.items()}
     samples = [sample for call in calls for sample in call.samples.values()]
     by_tile = {}
-    for sample in samples:
-        by_tile.setdefault((sample.work.kernel, sample.work.width, sample.work.keys), []).append(sample)
-    step = 0.2
+    for at, sample in enumerate(samples):
+        by_tile.setdefault((sample.work.kernel, sample.work.width, sample.work.keys), []).append(at)
+    # (object, field, samples that depend on it)
+    found = [(chip, range(len(samples))), *((tiles[of], at) for of, at in by_tile.items())]
+    fitted = [(of, field.name, at) for of, at in found for field in dataclasses.fields(of) if getattr(of, field.name) > 0]
+    weights = numpy.array([sample.weight for sample in samples])
+    start = now = numpy.array([math.log(getattr(of, name)) for of, name, _ in fitted])
+
+    def judged(values):
+        for (of, name, _), value in zip(fitted, values):
+            setattr(of, name, math.exp(value))
+        offs = logarithms(samples, chip, tiles)
+        size = abs(offs)
+        each = numpy.where(size < OUTLIER, size**2, OUTLIER * (2 * size - OUTLIER))
+        return offs, (weights * each).sum() + DRIFT * ((values - start) ** 2).sum()
+
+    offs, least = judged(now)
+    damping = 1e-3
     for _ in range(passes):
-        for of, found in by_tile.items():
-            improve(tiles[of], start[1][of], found, chip, tiles, step)
-        improve(chip, start[0], samples, chip, tiles, step)
-        step *= 0.8
+        slopes = numpy.zeros((len(samples), len(fitted)))
+        for column, (of, name, at) in enumerate(fitted):
+            value = getattr(of, name)
+            setattr(of, name, value * math.exp(NUDGE))
+            slopes[at, column] = (logarithms([samples[i] for i in at], chip, tiles) - offs[at]) / NUDGE
+            setattr(of, name, value)
+        pull = weights * numpy.minimum(1.0, OUTLIER / numpy.maximum(abs(offs), 1e-9))
+        square = slopes.T @ (pull[:, None] * slopes) + DRIFT * numpy.eye(len(fitted))
+        slope = slopes.T @ (pull * offs) + DRIFT * (now - start)
+        while damping < MOST_DAMPING:
+            step = -numpy.linalg.solve(square + damping * numpy.diag(numpy.diag(square)), slope)
+            tried = now + step.clip(-0.5, 0.5)
+            for column, (_, name, _) in enumerate(fitted):
+                if name in SHARES:
+                    tried[column] = min(tried[column], 0.0)
+            found_offs, total = judged(tried)
+            if total < least:
+                damping = max(damping / 5, 1e-5)
+                break
+            damping *= 5
+        else:
+            judged(now)
+            break
+        gain, now, offs, least = least - total, tried, found_offs, total
+        if gain < 1e-4 * least:
+            break
     return chip, tiles
-
-
-def improve(of, start, samples, chip, tiles, step):
-    """Improves the constants `of`, which were `start`."""
-
-    def cost():
-        return loss(samples, chip, tiles) + sum(DRIFT * math.log(now / then) ** 2 for now, then in pairs(of, start))
-
-    least = cost()
-    for name in [field.name for field in dataclasses.fields(of) if getattr(of, field.name) > 0]:
-        for factor in (1 + step, 1 / (1 + step)):
-            while True:
-                before = getattr(of, name)
-                setattr(of, name, before * factor)
-                found = cost() if is_sensible(of) else math.inf
-                if found >= least - 1e-9:
-                    setattr(of, name, before)
-                    break
-                least = found
-
-
-def pairs(of, start):
-    return [(now, then) for now, then in zip(dataclasses.astuple(of), dataclasses.astuple(start)) if then > 0]
-
-
-def is_sensible(of):
-    return not hasattr(of, "alone") or of.alone <= 1
 
 
 def takes_dense(dense, fused, tiles):
@@ -175,7 +192,9 @@ def judge(title, calls, chip, tiles, worst):
         guess = {name: s.work.time(chip, tiles, s.multiprocessors) / 1e6 for name, s in call.samples.items()}
         offs += [abs(math.log(guess[name] / sample.ms)) for name, sample in call.samples.items()]
         best = call.best_ms
-        choice = min((name for name in guess if may_take(call, name, tiles)), key=guess.get)
+        # As the plan compares them.
+        order = {name: guess[name] * call.samples[name].work.lead(chip) for name in guess if may_take(call, name, tiles)}
+        choice = min(order, key=order.get)
         regrets.append((call.samples[choice].ms / best, choice, guess, call))
         if call.chosen in call.samples:
             planned.append(call.samples[call.chosen].ms / best)
@@ -193,7 +212,7 @@ def judge(title, calls, chip, tiles, worst):
 
 def rows(chip, tiles):
     """The constants, as chips.rs has them."""
-    lines = [f"{field.name}: {getattr(chip, field.name):.1f}," for field in dataclasses.fields(chip)]
+    lines = [f"{field.name}: {getattr(chip, field.name):.{1 if getattr(chip, field.name) > 10 else 3}f}," for field in dataclasses.fields(chip)]
     kernels = {name: kernel for kernel, name in NAMES.items()}
     for (kernel, width, keys), cost in tiles.items():
         values = [f"{getattr(cost, field.name):.{2 if field.name in ('alone', 'dropped') else 1}f}" for field in dataclasses.fields(cost)]

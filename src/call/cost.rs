@@ -2,16 +2,20 @@
 //!
 //! ```text
 //!   attention   launch + √(busy² + memory² + zeros²): each hides most of the others, but none wholly
-//!     busy      items in the order of work, dealt out to the blocks that run at once: the time of the slowest block
+//!     busy      items in the order of work, dealt out to the blocks that run at once: the time of the slowest block. With sm80
+//!               on CUDA, blocks in the order of launch, each of which starts as soon as one before it has ended
 //!     item      a query tile of a head: start and end + keys of a tile · steps (+ more for a tile that is made of groups,
-//!               − what the first one has fewer keys)
+//!               − what the first one has fewer keys, − what warps without queries leave to the others)
 //!               heads that share query tiles (`packed_heads`) are an item together
-//!     memory    rows read and written / rate
+//!     memory    rows read and written, in the pieces that memory moves / rate
 //!     zeros     what one warp writes of the masked rows; with sm80 a part of busy, since the same warps compute
 //!   packed      attention + for each copy, launch + rows read and written / rate
 //! ```
 //!
 //! With key ranges a query tile has the key tiles of what its queries see, and the blocks share the items out evenly.
+//!
+//! Estimates of packed calls are the sums of more parts than others, and err by more: of two choices that are as good by the model,
+//! the one that packs loses more where it is wrong. So it is taken only with a lead (`Chip::packed_lead`).
 //!
 //! The constants are in `chips`. Everything else follows from the runs of the metadata and from the tiles of the kernels, so the
 //! model knows of waves that are not full, of tiles that are mostly holes, and of batches that are too small for a GPU.
@@ -27,6 +31,7 @@ use crate::call::problem::AttentionProblem;
 use crate::call::segments::Cuts;
 use crate::error::Result;
 use crate::kernel::{BackendKind, Kernel};
+use crate::mask::cu_seqlens::CuSeqlens;
 use crate::mask::key_mask::Run;
 use crate::mask::key_ranges::KeyRanges;
 use crate::mask::meta::{GROUP_ROWS, VarlenMeta};
@@ -87,8 +92,15 @@ const PART_TIME: f64 = 1.125;
 
 /// Kernels that work by tile lists compute the scores of a query tile's first key tile for a multiple of as many keys.
 const FIRST_KEYS: usize = 64;
-/// If at least one block in so many computes, and all of them are there at once, some multiprocessor has none that does not.
-const MIXED_BLOCKS: usize = 6;
+/// Where chance places blocks, as many multiprocessors are expected to have those that are taken to be somewhere.
+const EXPECTED: f64 = 0.5;
+/// Of a call of few batch rows, blocks that compute and those that write zeros take turns so often.
+const TURNS: usize = 8;
+/// Rows of a warp that computes with sm80, and of a warpgroup of kernels that work by tile lists.
+const WARP_ROWS: usize = 32;
+const WARPGROUP_ROWS: usize = 64;
+/// Bytes that memory moves at once.
+const SECTORS: usize = 64;
 
 /// Bytes that a warp writes at once.
 const PIECE: f64 = 512.0;
@@ -106,6 +118,13 @@ const CAPACITY: usize = 16;
 
 /// Which call the choices are of: the key's metadata, the ranges, heads, kv heads, head dimension.
 type CallKey = (u64, Option<u64>, [usize; 3]);
+
+/// Which call on packed rows the choices are of: the key's sequences, heads, kv heads, head dimension.
+type RowsKey = (CuSeqlens, [usize; 3]);
+
+/// Kept with the query's sequences.
+#[derive(Debug, Default)]
+struct KnownRows(Mutex<Vec<(RowsKey, Arc<[Choice]>)>>);
 
 /// Kept with the query's metadata.
 #[derive(Debug, Default)]
@@ -170,7 +189,8 @@ impl Machine {
         let with_dense = [Path::Fused, Path::Packed, Path::Dense];
         let paths = if self.is_assumed { &with_dense[..] } else { &with_dense[..2] };
         let listed = ranges.map(|ranges| ranges.of_packed_rows(query, key, false)).transpose()?;
-        let choices: Arc<[Choice]> = self.estimates(problem, Some((query, key)), listed.as_deref(), paths).into();
+        let tokens = Tokens { metas: Some((query, key)), sequences: Some((query.cu_seqlens(), key.cu_seqlens())) };
+        let choices: Arc<[Choice]> = self.estimates(problem, tokens, listed.as_deref(), paths).into();
         if known.len() >= CAPACITY {
             known.remove(0);
         }
@@ -180,13 +200,38 @@ impl Machine {
 
     /// The choices of a call in which every token is valid, the quickest first.
     pub fn dense_choices(&self, problem: &AttentionProblem) -> Vec<Choice> {
-        self.estimates(problem, None, None, &[Path::Dense])
+        self.estimates(problem, Tokens { metas: None, sequences: None }, None, &[Path::Dense])
+    }
+
+    /// The choices of a call on rows that are packed already, the quickest first. Kept with the sequences.
+    pub fn rows_choices(
+        &self,
+        problem: &AttentionProblem,
+        query: &CuSeqlens,
+        key: &CuSeqlens,
+    ) -> Result<Arc<[Choice]>> {
+        let shape = problem.shape;
+        let known = query.copies().get_or_make(self.id, || Ok(KnownRows::default()))?;
+        // A panic leaves the entries as they were: they are only pushed whole.
+        let mut known = known.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let call = [shape.num_heads, shape.num_kv_heads, shape.head_dim];
+        let is_call = |(of, sizes): &RowsKey| of.is_same(key) && *sizes == call;
+        if let Some((_, choices)) = known.iter().find(|(of, _)| is_call(of)) {
+            return Ok(Arc::clone(choices));
+        }
+        let tokens = Tokens { metas: None, sequences: Some((query, key)) };
+        let choices: Arc<[Choice]> = self.estimates(problem, tokens, None, &[Path::Packed]).into();
+        if known.len() >= CAPACITY {
+            known.remove(0);
+        }
+        known.push(((key.clone(), call), Arc::clone(&choices)));
+        Ok(choices)
     }
 
     fn estimates(
         &self,
         problem: &AttentionProblem,
-        metas: Option<(&VarlenMeta, &VarlenMeta)>,
+        tokens: Tokens<'_>,
         ranges: Option<&KeyRanges>,
         paths: &[Path],
     ) -> Vec<Choice> {
@@ -203,11 +248,12 @@ impl Machine {
             let has_several = tilings().nth(1).is_some();
             let call = |of, path| {
                 let (tiling, cost): &(Tiling, TileCost) = of;
-                Call { machine: self, tiling, cost, problem, metas, ranges, path }
+                let call = Call { machine: self, tiling, cost, problem, tokens, ranges, path, packed_heads: 1 };
+                Call { packed_heads: call.sharing_heads(), ..call }
             };
             for &path in paths {
                 // Work that this many multiprocessors have room for beside the rest takes time on fewer.
-                let is_padding = path == Path::Dense && metas.is_some();
+                let is_padding = path == Path::Dense && tokens.metas.is_some();
                 if is_padding && call(longest, Path::Dense).work() > call(longest, Path::Fused).work() {
                     continue;
                 }
@@ -217,9 +263,23 @@ impl Machine {
             }
         }
         // Times are finite: sums and quotients of positive constants.
-        choices.sort_by(|a, b| a.time.total_cmp(&b.time));
+        choices.sort_by(|a, b| self.with_lead(a).total_cmp(&self.with_lead(b)));
         choices
     }
+
+    /// What a choice is compared by: its time, and what it must be ahead of others.
+    fn with_lead(&self, choice: &Choice) -> f64 {
+        choice.time * if choice.path == Path::Packed { self.chip.packed_lead } else { 1.0 }
+    }
+}
+
+/// What the host knows of the tokens of a call.
+#[derive(Debug, Clone, Copy)]
+struct Tokens<'a> {
+    /// Of padded tensors in which not every token is valid: the query's and the key's.
+    metas: Option<(&'a VarlenMeta, &'a VarlenMeta)>,
+    /// Of these, and of packed rows: which rows are a batch row's. `None` where every token is valid.
+    sequences: Option<(&'a CuSeqlens, &'a CuSeqlens)>,
 }
 
 #[cfg(test)]
@@ -238,11 +298,12 @@ struct Call<'a> {
     tiling: &'a Tiling,
     cost: &'a TileCost,
     problem: &'a AttentionProblem,
-    /// `None` where every token is valid.
-    metas: Option<(&'a VarlenMeta, &'a VarlenMeta)>,
+    tokens: Tokens<'a>,
     /// Of the valid rows.
     ranges: Option<&'a KeyRanges>,
     path: Path,
+    /// Heads that share query tiles.
+    packed_heads: usize,
 }
 
 /// Items of batch rows that take the same time.
@@ -251,30 +312,57 @@ struct Items {
     count: usize,
     /// Key tiles of each.
     steps: usize,
+    /// Their time.
+    keys_time: f64,
+    /// The share of a query tile's warps, or warpgroups, that have no query.
+    idle: f64,
+    /// Of the whole item.
     time: f64,
+}
+
+/// Blocks of a batch row: how many, and how long each takes.
+#[derive(Debug, Clone, Copy)]
+struct Launched {
+    /// Those of the query tile that has the most zeros to write before it computes, and of the others.
+    computing: [(usize, f64); 2],
+    /// Those that write zeros alone.
+    zeroing: (usize, f64),
+}
+
+impl Launched {
+    fn computing(&self) -> usize {
+        self.computing.iter().map(|&(count, _)| count).sum()
+    }
 }
 
 impl Call<'_> {
     fn time(&self) -> f64 {
         let chip = self.machine.chip;
-        let items = self.items();
-        let (launch, mut busy) = (self.launch(), self.busy(&items));
-        let mut zeros = self.zeros(items.iter().map(|items| items.count).sum());
-        if !self.by_lists() {
-            busy += std::mem::take(&mut zeros);
-        }
         let memory = self.attention_bytes() / chip.memory_rate;
-        let attention = launch + busy.hypot(memory).hypot(zeros);
-        if self.path != Path::Packed {
-            return attention;
-        }
-        let (launches, bytes) = self.copies();
-        attention + launches as f64 * chip.copy_launch + bytes / chip.copy_rate
+        let is_narrow = self.problem.shape.head_dim < self.tiling.width;
+        let width = if is_narrow { chip.narrow } else { 1.0 };
+        let rows = self.batch_rows();
+        let attention = if self.is_handed_out() {
+            self.launch() + (width * self.handed_out(&rows)).hypot(memory)
+        } else {
+            let items = in_order_of_work(rows);
+            let mut busy = width * self.busy(&items);
+            let mut zeros = self.zeros(items.iter().map(|items| items.count).sum());
+            if !self.by_lists() {
+                busy += std::mem::take(&mut zeros);
+            }
+            self.launch() + busy.hypot(memory).hypot(zeros)
+        };
+        let copies = self.copies();
+        attention
+            + copies.launches as f64 * chip.copy_launch
+            + copies.bytes / chip.copy_rate
+            + copies.zeros / chip.scatter_rate
     }
 
     /// The time of all items, one after another.
     fn work(&self) -> f64 {
-        self.items().iter().map(|items| items.count as f64 * items.time).sum()
+        self.batch_rows().iter().map(|items| items.count as f64 * items.time).sum()
     }
 
     fn by_lists(&self) -> bool {
@@ -282,47 +370,73 @@ impl Call<'_> {
     }
 
     fn scatters(&self) -> bool {
-        self.path == Path::Packed && self.tiling.kernel.traits().scatters
+        let traits = self.tiling.kernel.traits();
+        let is_copied = |(query, _): (&VarlenMeta, _)| !(traits.takes_valid_sides_as_rows && query.is_all_valid());
+        self.path == Path::Packed && traits.scatters && self.tokens.metas.is_some_and(is_copied)
+    }
+
+    /// Whether a GPU hands out a block for each query tile, several to a multiprocessor. Ranges leave blocks as many steps as they
+    /// leave, and the sum counts.
+    fn is_handed_out(&self) -> bool {
+        !self.by_lists() && self.tiling.kernel.backend() == BackendKind::Cuda && self.ranges.is_none()
     }
 
     fn launch(&self) -> f64 {
-        if self.by_lists() { self.machine.chip.lists_launch } else { self.machine.chip.launch }
+        let chip = self.machine.chip;
+        let are_packed = self.tokens.metas.is_none() && self.path == Path::Packed;
+        match self.by_lists() {
+            true if are_packed => chip.lists_launch + chip.rows_launch,
+            true => chip.lists_launch,
+            false => chip.launch,
+        }
     }
 
-    /// Items of every batch row that has some, those with the most keys first.
-    fn items(&self) -> Vec<Items> {
-        let shape = self.problem.shape;
-        let packed = self.packed_heads();
-        let Some((query, key)) = self.metas else {
-            let mut items = self.batch_row(packed, shape.seq_q, self.whole_keys(shape.seq_k));
-            items.count *= shape.batch;
-            return vec![items];
+    /// Items of every batch row, or of all of them together where they are alike.
+    fn batch_rows(&self) -> Vec<Items> {
+        let (shape, packed) = (self.problem.shape, self.packed_heads);
+        let mut rows = match self.tokens.sequences {
+            None => {
+                let items = self.batch_row(packed, shape.seq_q, self.whole_keys(shape.seq_k));
+                vec![Items { count: items.count * shape.batch, ..items }]
+            }
+            Some((query, key)) => {
+                (0..query.batch()).map(|row| self.valid_row(row, query.rows(row).len(), key.rows(row).len())).collect()
+            }
         };
-        let (by_lists, is_fused) = (self.by_lists(), self.path == Path::Fused);
-        let mut all = Vec::with_capacity(query.batch());
-        for row in 0..query.batch() {
-            let (queries, keys) = (query.cu_seqlens().rows(row).len(), key.cu_seqlens().rows(row).len());
-            let items = if self.path == Path::Dense && keys > 0 {
-                // Every row; steps of which every key is dropped are passed over.
-                let steps = key_steps(key.runs(row), self.tiling.keys);
-                self.batch_row(1, shape.seq_q, (steps, steps as f64 * self.cost.step))
-            } else if is_fused && by_lists {
-                let rows = groups(query.runs(row)) * GROUP_ROWS;
-                self.batch_row(packed, rows, self.keys_in_groups(key.runs(row), keys))
-            } else if by_lists || keys > 0 {
-                self.batch_row(packed, queries, self.whole_keys(keys))
-            } else {
-                // Blocks of kernels that read single rows end at once if there is no key.
-                Items { count: 0, steps: 0, time: 0.0 }
-            };
-            match self.ranges {
-                Some(ranges) => all.extend(self.seen_items(items, ranges.row(row))),
-                None if items.count > 0 => all.push(items),
-                None => {}
+        let count: usize = rows.iter().map(|items| items.count).sum();
+        let idle: f64 = rows.iter().map(|items| items.count as f64 * items.idle).sum();
+        let chip = self.machine.chip;
+        let spared = if self.by_lists() { chip.lists_idle } else { chip.rows_idle };
+        let at_work = 1.0 - spared * idle / count.max(1) as f64;
+        for items in &mut rows {
+            items.time = self.item() + items.keys_time * at_work;
+        }
+        match self.ranges {
+            None => rows,
+            Some(ranges) => {
+                let of_row = |(row, items)| self.seen_items(items, ranges.row(row));
+                rows.into_iter().enumerate().flat_map(of_row).collect()
             }
         }
-        all.sort_by_key(|items| std::cmp::Reverse(items.steps));
-        all
+    }
+
+    /// Items of a batch row with so many valid queries and keys.
+    fn valid_row(&self, row: usize, queries: usize, keys: usize) -> Items {
+        let (by_lists, packed) = (self.by_lists(), self.packed_heads);
+        match (self.path, self.tokens.metas) {
+            (Path::Dense, Some((_, key))) if keys > 0 => {
+                // Every row; steps of which every key is dropped are passed over.
+                let steps = key_steps(key.runs(row), self.tiling.keys);
+                self.batch_row(1, self.problem.shape.seq_q, (steps, steps as f64 * self.cost.step))
+            }
+            (Path::Fused, Some((query, key))) if by_lists => {
+                let rows = groups(query.runs(row)) * GROUP_ROWS;
+                self.batch_row(packed, rows, self.keys_in_groups(key.runs(row), keys))
+            }
+            _ if by_lists || keys > 0 => self.batch_row(packed, queries, self.whole_keys(keys)),
+            // Blocks of kernels that read single rows end at once if there is no key.
+            _ => Items { count: 0, steps: 0, keys_time: 0.0, idle: 0.0, time: 0.0 },
+        }
     }
 
     /// Start and end of an item.
@@ -332,20 +446,21 @@ impl Call<'_> {
             _ if self.scatters() => self.cost.scattered,
             _ => 0.0,
         };
-        self.cost.item + more
+        let shared = if self.packed_heads > 1 { self.machine.chip.shared_heads } else { 0.0 };
+        self.cost.item + more + shared
     }
 
     /// Heads that share query tiles.
-    fn packed_heads(&self) -> usize {
+    fn sharing_heads(&self) -> usize {
         let can_pack = self.tiling.kernel.traits().packs_heads && self.ranges.is_none();
         if !can_pack || self.problem.shape.group_size() == 1 || !matches!(self.problem.cuts, Cuts::None) {
             return 1;
         }
         let (batch, is_fused) = (self.problem.shape.batch, self.path == Path::Fused);
-        let groups = (0..batch).map(|row| match self.metas {
-            None => self.problem.shape.seq_q.div_ceil(GROUP_ROWS),
-            Some((query, _)) if is_fused => groups(query.runs(row)),
-            Some((query, _)) => query.cu_seqlens().rows(row).len().div_ceil(GROUP_ROWS),
+        let groups = (0..batch).map(|row| match (self.tokens.metas, self.tokens.sequences) {
+            (Some((query, _)), _) if is_fused => groups(query.runs(row)),
+            (_, Some((query, _))) => query.rows(row).len().div_ceil(GROUP_ROWS),
+            (_, None) => self.problem.shape.seq_q.div_ceil(GROUP_ROWS),
         });
         self.heads().share(groups).packed
     }
@@ -367,7 +482,12 @@ impl Call<'_> {
             1 => rows.div_ceil(self.tiling.rows) * self.problem.shape.num_heads,
             packed => self.heads().tiles(packed, [rows.div_ceil(GROUP_ROWS)].into_iter()),
         };
-        Items { count, steps, time: self.item() + keys_time }
+        let (tile, rows) =
+            (self.tiling.rows, if packed_heads == 1 { rows } else { rows.next_multiple_of(GROUP_ROWS) * packed_heads });
+        let part = if self.by_lists() { WARPGROUP_ROWS } else { WARP_ROWS };
+        let at_work = rows.next_multiple_of(part).min(rows.next_multiple_of(tile));
+        let idle = 1.0 - at_work as f64 / rows.next_multiple_of(tile).max(1) as f64;
+        Items { count, steps, keys_time, idle, time: self.item() + keys_time }
     }
 
     /// The same with the ranges of the row's queries: each query tile steps over what its queries see.
@@ -381,7 +501,8 @@ impl Call<'_> {
             let seen = queries.iter().filter(|[first, end]| first < end);
             let (first, end) = seen.fold((u32::MAX, 0), |(a, b), &[first, end]| (a.min(first), b.max(end)));
             let steps = (end.saturating_sub(first) as usize).div_ceil(self.tiling.keys).min(items.steps);
-            Items { count: heads, steps, time: self.item() + steps as f64 * step + steps.min(2) as f64 * masked }
+            let time = self.item() + steps as f64 * step + steps.min(2) as f64 * masked;
+            Items { count: heads, steps, keys_time: time - self.item(), idle: items.idle, time }
         };
         ranges.chunks(ranges.len().div_ceil(tiles.max(1)).max(1)).take(tiles).map(of_tile).collect()
     }
@@ -426,49 +547,99 @@ impl Call<'_> {
             time += (end.div_ceil(blocks) - before.div_ceil(blocks)) as f64 * of_rows.time;
             before = end;
         }
-        if let (Some(longest), true) = (items.first(), before <= blocks && !self.tiling.splits) {
-            let all: f64 = items.iter().map(|items| items.count as f64 * items.time).sum();
-            let evenness = all / (before as f64 * longest.time).max(1.0);
-            return longest.time * self.sharing(self.computing_blocks(before), evenness);
-        }
         let tail = before % blocks;
         match items.last() {
-            Some(last) if tail > 0 => time - last.time + self.last_wave(tail, last),
+            Some(last) if tail > 0 && self.tiling.splits => time - last.time + self.last_wave(tail, last),
             _ => time,
         }
     }
 
-    /// The time of so many blocks that run at once, over that of as many as fit. Evenness is the mean of their times over the
-    /// longest.
-    fn sharing(&self, count: usize, evenness: f64) -> f64 {
-        let most = self.tiling.blocks;
-        if most == 1 {
-            return 1.0;
-        }
-        let others = count.div_ceil(self.machine.multiprocessors).clamp(1, most) - 1;
-        let share = others as f64 / (most - 1) as f64;
-        self.cost.alone + (1.0 - self.cost.alone) * share * evenness
+    /// The blocks of each batch row in the order of launch. A block writes zeros to the masked rows at its tile's place, and then
+    /// computes if there are as many valid queries.
+    fn launched(&self, rows: &[Items]) -> Vec<Launched> {
+        let (shape, chip) = (self.problem.shape, self.machine.chip);
+        let (Path::Fused, Some((query, _))) = (self.path, self.tokens.metas) else {
+            let computing = |items: &Items| [(items.count, items.time), (0, 0.0)];
+            return rows.iter().map(|items| Launched { computing: computing(items), zeroing: (0, 0.0) }).collect();
+        };
+        let (heads, mut warps) = (shape.num_heads, Vec::new());
+        let of_row = |(row, items): (usize, &Items)| {
+            let zeros = zeros_of_tiles(query.runs(row), shape.seq_q, self.tiling.rows, &mut warps);
+            let (mut most, mut beside, mut alone, mut tiles) = (0, 0, 0, 0);
+            let computing = items.count / heads;
+            for zeros in zeros {
+                if tiles < computing {
+                    most = most.max(zeros);
+                    beside += zeros;
+                } else {
+                    alone += zeros;
+                }
+                tiles += 1;
+            }
+            let mean = |zeros: usize, tiles: usize| zeros as f64 / tiles.max(1) as f64;
+            let time = |zeros: f64| items.time + zeros * chip.zero_beside;
+            let worst = if computing > 0 { heads } else { 0 };
+            let others = (items.count - worst, time(mean(beside - most, computing.saturating_sub(1))));
+            let zeroing = ((tiles - computing) * heads, mean(alone, tiles - computing) * chip.zero_alone);
+            Launched { computing: [(worst, time(most as f64)), others], zeroing }
+        };
+        rows.iter().enumerate().map(of_row).collect()
     }
 
-    /// Of a wave that is not full, the blocks among which the items are as good as dealt out: where a launch has blocks that
-    /// only write zeros, they take places of a multiprocessor too.
-    fn computing_blocks(&self, items: usize) -> usize {
-        if self.path != Path::Fused {
-            return items;
+    /// The time in which the multiprocessors compute blocks in the order of launch, each as soon as there is a place.
+    fn handed_out(&self, rows: &[Items]) -> f64 {
+        let (multiprocessors, most) = (self.machine.multiprocessors, self.tiling.blocks);
+        let launched = self.launched(rows);
+        let turns = (TURNS / launched.len().max(1)).max(1);
+        let mut places = Places::new(multiprocessors * most);
+        let mut zeros_end = 0.0_f64;
+        let (mut computing, mut all) = (Vec::with_capacity(launched.len()), 0);
+        // Of the first blocks of all multiprocessors, the second ones, ...: how many compute.
+        let mut of_levels = vec![0.0; most];
+        for row in &launched {
+            let here = row.computing() + row.zeroing.0;
+            for (level, computing) in of_levels.iter_mut().enumerate() {
+                let (first, end) = (level * multiprocessors, (level + 1) * multiprocessors);
+                let overlap = (all + here).min(end).saturating_sub(all.max(first));
+                *computing += (overlap * row.computing()) as f64 / here.max(1) as f64;
+            }
+            all += here;
+            let turns = if row.computing() > 0 && row.zeroing.0 > 0 { turns } else { 1 };
+            for turn in 0..turns {
+                let part = |count: usize| count * (turn + 1) / turns - count * turn / turns;
+                for (count, time) in row.computing {
+                    places.take(part(count), time, |start, count| computing.push((start, start + time, count)));
+                }
+                let (count, time) = row.zeroing;
+                places.take(part(count), time, |start, _| zeros_end = zeros_end.max(start + time));
+            }
         }
-        let shape = self.problem.shape;
-        let all = shape.seq_q.div_ceil(self.tiling.rows) * shape.num_heads * shape.batch;
-        let at_once = self.machine.multiprocessors * self.tiling.blocks;
-        if all <= at_once && items * MIXED_BLOCKS >= all { all } else { items }
+        // All places are taken until the last block starts.
+        let last_start = computing.iter().map(|&(start, ..)| start).fold(0.0, f64::max);
+        let running = || computing.iter().filter(|&&(_, end, _)| end > last_start);
+        let count: usize = running().map(|&(.., count)| count).sum();
+        let (longest, sum) = running().fold((0.0_f64, 0.0), |(longest, sum), &(_, end, count)| {
+            (longest.max(end - last_start), sum + (end - last_start) * count as f64)
+        });
+        let is_mixed = launched.iter().any(|row| row.zeroing.0 > 0);
+        let mut sharing = count.div_ceil(multiprocessors).clamp(1, most);
+        if is_mixed {
+            let crowd = if all > multiprocessors * most { most } else { crowd(&of_levels, multiprocessors) };
+            sharing = sharing.max(crowd);
+        }
+        let evenness = sum / (count as f64 * longest).max(1.0);
+        let share = if most == 1 {
+            1.0
+        } else {
+            let others = (sharing - 1) as f64 / (most - 1) as f64;
+            self.cost.alone + (1.0 - self.cost.alone) * others * evenness
+        };
+        zeros_end.max(last_start + longest * share)
     }
 
-    /// The time of a last wave of `tail` items, which leaves blocks idle.
+    /// The time of a last wave of `tail` items, which leaves blocks idle: they share query tiles.
     fn last_wave(&self, tail: usize, last: &Items) -> f64 {
         let (multiprocessors, blocks) = (self.machine.multiprocessors, self.tiling.blocks);
-        if !self.tiling.splits {
-            // Blocks that only write zeros are gone before.
-            return last.time * self.sharing(tail, 1.0);
-        }
         let most = (last.steps / MIN_PART_STEPS).clamp(1, MAX_PARTS);
         let in_parts = |parts: usize| {
             let rounds = (tail * parts).div_ceil(multiprocessors * blocks) as f64;
@@ -480,7 +651,7 @@ impl Call<'_> {
 
     /// The time in which the warp with the most masked rows writes them as zeros.
     fn zeros(&self, items: usize) -> f64 {
-        let Some((query, _)) = self.metas else { return 0.0 };
+        let Some((query, _)) = self.tokens.metas else { return 0.0 };
         let (shape, chip) = (self.problem.shape, self.machine.chip);
         let all_rows = shape.batch * shape.seq_q;
         let masked_rows = all_rows - query.total_valid();
@@ -495,20 +666,22 @@ impl Call<'_> {
             let rows = (taken * masked / all_rows.max(1) as f64).max(run.min(32.0));
             return rows * ((heads * self.row_bytes() / PIECE).ceil() * chip.zero_piece + chip.zero_row);
         }
-        let pieces = match self.path {
+        match self.path {
             Path::Fused if self.by_lists() => {
+                // As many rows of zeros as a warp takes at once.
                 let zero_items = (masked_rows * shape.num_heads).div_ceil(ZERO_SPAN_ROWS);
-                heads * masked * self.row_bytes() / (warps(zero_items) * PIECE)
+                let warps = warps(zero_items);
+                let pieces = heads * masked * self.row_bytes() / (warps * PIECE);
+                pieces * chip.zero_piece + zero_items as f64 / warps * chip.zero_span
             }
-            Path::Fused => return self.zeros_of_rows(),
+            Path::Fused => self.zeros_of_rows(),
             _ => 0.0,
-        };
-        pieces * chip.zero_piece
+        }
     }
 
     /// The same of kernels that read single rows, whose blocks write the masked rows at the place of their tile.
     fn zeros_of_rows(&self) -> f64 {
-        let Some((query, key)) = self.metas else { return 0.0 };
+        let Some((query, key)) = self.tokens.metas else { return 0.0 };
         let (shape, chip, rows) = (self.problem.shape, self.machine.chip, self.tiling.rows);
         let masked = shape.batch * shape.seq_q - query.total_valid();
         let beside: usize = (0..query.batch())
@@ -523,7 +696,7 @@ impl Call<'_> {
         let all = (tiles * shape.num_heads * shape.batch) as f64;
         let at_once = (self.machine.multiprocessors * self.tiling.blocks) as f64;
         // Each warp of a block has 32 rows, so warps of a short row's tile have none.
-        let of_warps = (tiles * rows) as f64 / shape.seq_q.next_multiple_of(32) as f64;
+        let of_warps = (tiles * rows) as f64 / shape.seq_q.next_multiple_of(WARP_ROWS) as f64;
         let time = beside as f64 * chip.zero_beside + (masked - beside) as f64 * chip.zero_alone;
         time * shape.num_heads as f64 * of_warps * (all / at_once).max(1.0) / all.max(1.0)
     }
@@ -536,8 +709,13 @@ impl Call<'_> {
     /// Valid and all rows of queries, and of keys.
     fn rows(&self) -> [[f64; 2]; 2] {
         let shape = self.problem.shape;
-        let all = [shape.batch * shape.seq_q, shape.batch * shape.seq_k];
-        let valid = self.metas.map_or(all, |(query, key)| [query.total_valid(), key.total_valid()]);
+        let valid = self.tokens.sequences.map(|(query, key)| [query.total(), key.total()]);
+        let all = match valid {
+            // Packed rows.
+            Some(valid) if self.tokens.metas.is_none() => valid,
+            _ => [shape.batch * shape.seq_q, shape.batch * shape.seq_k],
+        };
+        let valid = valid.unwrap_or(all);
         [[valid[0] as f64, all[0] as f64], [valid[1] as f64, all[1] as f64]]
     }
 
@@ -548,19 +726,25 @@ impl Call<'_> {
         let is_padded = self.path != Path::Packed || self.scatters();
         let read = if self.path == Path::Dense { all_queries } else { queries };
         let written = if is_padded { all_queries } else { queries };
-        self.row_bytes() * (shape.num_heads as f64 * (read + written) + 2.0 * shape.num_kv_heads as f64 * keys)
+        let row = shape.head_dim * self.problem.dtype.size();
+        // Rows of other lengths share pieces with the rows beside them, which other blocks need.
+        let moved = (row + SECTORS - gcd(row, SECTORS)) as f64;
+        moved * (shape.num_heads as f64 * (read + written) + 2.0 * shape.num_kv_heads as f64 * keys)
     }
 
-    /// Launches of the copies around attention on packed rows, and bytes that they read and write.
-    fn copies(&self) -> (usize, f64) {
+    /// The copies around attention on packed rows.
+    fn copies(&self) -> Copies {
+        let (Path::Packed, Some((query, key))) = (self.path, self.tokens.metas) else { return Copies::default() };
         let shape = self.problem.shape;
         let traits = self.tiling.kernel.traits();
         let [[queries, all_queries], [keys, all_keys]] = self.rows();
-        let packs = |valid: f64, all: f64| !(traits.mixes_padded_and_packed && valid == all);
+        // A side of padded tensors lies as packed rows do, as a rule.
+        let in_place = traits.mixes_padded_and_packed || traits.takes_valid_sides_as_rows;
+        let packs = |valid: f64, all: f64| !(in_place && valid == all);
         let (packs_queries, packs_keys) = (packs(queries, all_queries), packs(keys, all_keys));
-        let is_self_attention = self.metas.is_some_and(|(query, key)| query.id() == key.id());
+        let is_self_attention = query.id() == key.id();
         let (heads, kv_heads) = (shape.num_heads as f64, shape.num_kv_heads as f64);
-        let (mut launches, mut rows) = (usize::from(packs_queries) + usize::from(packs_keys), 0.0);
+        let (mut launches, mut rows, mut zeros) = (usize::from(packs_queries) + usize::from(packs_keys), 0.0, 0.0);
         if self.tiling.kernel.backend() == BackendKind::Wgpu {
             // Each tensor in a launch of its own, and the log-sum-exp.
             launches += usize::from(packs_keys) + usize::from(self.problem.lse);
@@ -576,10 +760,73 @@ impl Call<'_> {
         }
         if packs_queries && !traits.scatters {
             launches += 1;
-            rows += heads * (queries + all_queries);
+            rows += 2.0 * heads * queries;
+            zeros += heads * (all_queries - queries);
         }
-        (launches, rows * self.row_bytes())
+        Copies { launches, bytes: rows * self.row_bytes(), zeros: zeros * self.row_bytes() }
     }
+}
+
+/// Launches, bytes that they read and write, and bytes of zeros.
+#[derive(Debug, Clone, Copy, Default)]
+struct Copies {
+    launches: usize,
+    bytes: f64,
+    zeros: f64,
+}
+
+/// Places of multiprocessors by the time from which on they are free, the first ones last.
+struct Places(Vec<(f64, usize)>);
+
+impl Places {
+    fn new(count: usize) -> Self {
+        Self(vec![(0.0, count)])
+    }
+
+    /// Gives places to so many blocks that take so long, and tells when so many of them start.
+    fn take(&mut self, mut count: usize, time: f64, mut starts: impl FnMut(f64, usize)) {
+        while count > 0 {
+            // There is always a place: those that are taken come back.
+            let Some((start, free)) = self.0.pop() else { return };
+            let taken = free.min(count);
+            if taken < free {
+                self.0.push((start, free - taken));
+            }
+            let at = self.0.partition_point(|&(other, _)| other > start + time);
+            self.0.insert(at, (start + time, taken));
+            starts(start, taken);
+            count -= taken;
+        }
+    }
+}
+
+/// The most computing blocks of some multiprocessor, where so many of the first blocks of all multiprocessors compute, of the second
+/// ones, and so on, and chance decides which.
+fn crowd(of_levels: &[f64], multiprocessors: usize) -> usize {
+    // The chances of a multiprocessor to have none, one, two, ...
+    let mut chances = vec![1.0];
+    for computing in of_levels {
+        let part = computing / multiprocessors as f64;
+        chances.push(0.0);
+        for count in (0..chances.len()).rev() {
+            let one_less = if count > 0 { chances[count - 1] * part } else { 0.0 };
+            chances[count] = chances[count] * (1.0 - part) + one_less;
+        }
+    }
+    let expected = |most: usize| multiprocessors as f64 * chances[most..].iter().sum::<f64>();
+    (1..chances.len()).rev().find(|&most| expected(most) >= EXPECTED).unwrap_or(1)
+}
+
+/// Items of the batch rows that have some, those with the most keys first.
+fn in_order_of_work(mut rows: Vec<Items>) -> Vec<Items> {
+    rows.retain(|items| items.count > 0);
+    rows.sort_by_key(|items| std::cmp::Reverse(items.steps));
+    rows
+}
+
+/// The greatest common divisor.
+fn gcd(a: usize, b: usize) -> usize {
+    if b == 0 { a } else { gcd(b, a % b) }
 }
 
 /// Steps of `keys` neighbours of a batch row that have a valid key.
@@ -591,6 +838,22 @@ fn key_steps(runs: &[Run], keys: usize) -> usize {
         next = next.max(end);
     }
     steps
+}
+
+/// For each tile of a batch row, the masked rows of the warp that has the most of them, as if all warps had as many. `warps` is
+/// scratch.
+fn zeros_of_tiles(runs: &[Run], seq: usize, tile_rows: usize, warps: &mut Vec<usize>) -> impl Iterator<Item = usize> {
+    warps.clear();
+    warps.extend((0..seq).step_by(WARP_ROWS).map(|first| (seq - first).min(WARP_ROWS)));
+    for run in runs {
+        let (start, end) = (run.start as usize, run.end());
+        let of_warps = (0..).step_by(WARP_ROWS).zip(warps.iter_mut());
+        for (first, masked) in of_warps.take(end.div_ceil(WARP_ROWS)).skip(start / WARP_ROWS) {
+            *masked -= end.min(first + WARP_ROWS) - start.max(first);
+        }
+    }
+    let each = tile_rows.div_ceil(WARP_ROWS);
+    warps.chunks(each).map(move |warps| each * warps.iter().copied().max().unwrap_or(0))
 }
 
 /// Groups that cover the runs of a batch row, from the left.
@@ -727,7 +990,7 @@ mod tests {
         let of = |heads| machine.choices(&problem(1, 256, heads), &meta, &meta, None);
         let (first, again) = (of(8)?, of(8)?);
         assert!(Arc::ptr_eq(&first, &again));
-        assert!(first.is_sorted_by_key(|choice| choice.time) && first.len() == ALL.len());
+        assert!(first.is_sorted_by_key(|choice| machine.with_lead(choice)) && first.len() == ALL.len());
         assert!(of(800)?[0].time > first[0].time);
         // Too many heads for a launch: no choice. And a device does not use another one's.
         assert!(of(1001)?.is_empty());
@@ -810,6 +1073,36 @@ mod tests {
         assert_eq!(key_steps(&[run(0, 1), run(2, 29)], 32), 1);
         assert_eq!(key_steps(&[run(31, 1), run(33, 1), run(96, 65)], 32), 5);
         assert_eq!(key_steps(&[run(0, 320)], 32), 10);
+    }
+
+    #[test]
+    fn the_warp_with_the_most_masked_rows_has_a_tile_wait() {
+        let run = |start: u32, len: u32| Run { start, len };
+        let of = |runs: &[Run], seq| zeros_of_tiles(runs, seq, 128, &mut Vec::new()).collect::<Vec<_>>();
+        assert_eq!(of(&[], 300), [128, 128, 128]);
+        assert_eq!(of(&[run(0, 300)], 300), [0, 0, 0]);
+        // The last tile's second warp has 12 rows.
+        assert_eq!(of(&[run(0, 288)], 300), [0, 0, 48]);
+        assert_eq!(of(&[run(0, 60), run(62, 70), run(140, 116)], 256), [8, 32]);
+    }
+
+    #[test]
+    fn blocks_crowd_where_chance_places_them() {
+        // Each multiprocessor has one of those that compute at most, or they lie one over the other.
+        assert_eq!(crowd(&[100.0, 0.0, 0.0], 132), 1);
+        assert_eq!(crowd(&[100.0, 100.0, 0.0], 132), 2);
+        assert_eq!(crowd(&[50.0, 50.0, 50.0], 132), 3);
+        assert_eq!(crowd(&[4.0, 4.0, 4.0], 132), 1);
+    }
+
+    #[test]
+    fn blocks_start_as_soon_as_there_is_a_place() {
+        let mut places = Places::new(3);
+        let mut started = Vec::new();
+        places.take(2, 5.0, |start, count| started.push((start, count)));
+        places.take(3, 2.0, |start, count| started.push((start, count)));
+        places.take(1, 1.0, |start, count| started.push((start, count)));
+        assert_eq!(started, [(0.0, 2), (0.0, 1), (2.0, 1), (4.0, 1), (5.0, 1)]);
     }
 
     #[test]

@@ -12,6 +12,7 @@ use crate::config::Config;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::kernel::{BackendKind, Kernel, SegmentAccess};
+use crate::mask::cu_seqlens::CuSeqlens;
 use crate::mask::key_ranges::KeyRanges;
 use crate::score_modifiers::{ModifierSet, ScoreModifiers};
 
@@ -187,8 +188,19 @@ impl fmt::Display for WithEstimate {
 pub struct Estimate {
     /// Of the plan.
     pub time: Duration,
-    /// The quickest of the choices that were not taken, if there is another one.
+    /// The first of the choices that were not taken, if there is another one.
     pub other: Option<(Path, Kernel, Duration)>,
+}
+
+impl Estimate {
+    /// Of the choice that is taken.
+    fn of(best: Choice, choices: &[Choice], capabilities: &Capabilities) -> Self {
+        let duration = |choice: Choice| Duration::from_nanos(choice.time as u64);
+        // Of what this device runs: the model knows every kernel.
+        let is_other = |choice: &Choice| *choice != best && capabilities.kernels.contains(&choice.kernel);
+        let other = choices.iter().copied().find(is_other);
+        Self { time: duration(best), other: other.map(|choice| (choice.path, choice.kernel, duration(choice))) }
+    }
 }
 
 impl fmt::Display for Estimate {
@@ -347,11 +359,7 @@ pub(crate) fn plan_padded(
         (None, Path::Dense) if path != Path::Dense && !matches!(mask.tokens, TokenInfo::Key(_)) => Reason::FewMasked,
         _ => reason,
     };
-    let duration = |choice: Choice| Duration::from_nanos(choice.time as u64);
-    // Of what this device runs: the model knows every kernel.
-    let other = choices.iter().copied().find(|choice| *choice != best && capabilities.kernels.contains(&choice.kernel));
-    let other = other.map(|choice| (choice.path, choice.kernel, duration(choice)));
-    let estimate = Some(Estimate { time: duration(best), other });
+    let estimate = Some(Estimate::of(best, &choices, capabilities));
     Ok(plan_of(best.path, best.kernel, reason, best.tile_keys, estimate))
 }
 
@@ -398,23 +406,45 @@ fn is_suited(kernel: Kernel, preferred: Kernel, capabilities: &Capabilities, nee
         && (kernel.is_efficient_at(needs.head_dim) || !preferred.is_efficient_at(needs.head_dim))
 }
 
-/// Plans a call on packed rows.
+/// Plans a call on packed rows, whose sequences are those of the query and of the key.
 pub(crate) fn plan_packed(
     problem: &AttentionProblem,
+    (query, key): (&CuSeqlens, &CuSeqlens),
     (ranges, modifiers): (Option<&KeyRanges>, Option<&ScoreModifiers>),
     capabilities: &Capabilities,
     forced: Forced,
 ) -> Result<Plan> {
     let mask = MaskInfo { tokens: TokenInfo::All, ranges, modifiers, bias: None };
-    let kernel = pick_kernel(capabilities, forced, Needs::new(problem, &mask, false))?;
-    Ok(Plan {
+    let needs = Needs::new(problem, &mask, false);
+    let preferred = pick_kernel(capabilities, forced, needs)?;
+    let plan = Plan {
         path: Path::Packed,
-        kernel,
+        kernel: preferred,
         reason: Reason::AlreadyPacked,
         copies_segments: false,
         tile_keys: None,
         estimate: None,
-    })
+    };
+    // As of padded calls; and without a row there is nothing to choose.
+    let is_known = ranges.is_none() && modifiers.is_none() && query.total() > 0;
+    let Some(machine) = capabilities.machine.as_ref().filter(|machine| is_known && !machine.is_assumed()) else {
+        return Ok(plan);
+    };
+    let choices = machine.rows_choices(problem, query, key)?;
+    let is_free = forced.kernel.is_none();
+    let may_take = |choice: &Choice| {
+        choice.kernel == preferred || is_free && is_suited(choice.kernel, preferred, capabilities, needs)
+    };
+    let Some(best) = choices.iter().copied().find(may_take) else { return Ok(plan) };
+    let is_there = |&keys: &usize| capabilities.tilings(best.kernel, needs.head_dim).any(|tiling| tiling.keys == keys);
+    let tile_keys = match forced.tile_keys {
+        Some(keys) => Some(keys).filter(is_there),
+        None => best.tile_keys,
+    };
+    // Fits: a tile has some hundred keys at most.
+    let tile_keys = tile_keys.and_then(|keys| u16::try_from(keys).ok());
+    let estimate = Some(Estimate::of(best, &choices, capabilities));
+    Ok(Plan { kernel: best.kernel, tile_keys, estimate, ..plan })
 }
 
 fn pick_kernel(capabilities: &Capabilities, forced: Forced, needs: Needs) -> Result<Kernel> {
@@ -623,6 +653,58 @@ mod tests {
             let only = Capabilities { kernels: vec![Kernel::CudaSm80], ..device.clone() };
             assert_eq!(plan_on(&only, &mask, free)?.kernel, Kernel::CudaSm80);
         }
+        Ok(())
+    }
+
+    #[test]
+    fn packed_rows_take_the_tiles_and_the_kernel_of_their_lengths() -> Result<()> {
+        let tiling = |kernel, keys, blocks, splits| Tiling {
+            kernel,
+            width: 128,
+            rows: 128,
+            keys,
+            blocks,
+            splits,
+            max_heads: usize::MAX,
+        };
+        let tilings =
+            [(Kernel::CudaSm80, 64, 2, false), (Kernel::CudaSm90, 160, 1, true), (Kernel::CudaSm90, 64, 1, true)];
+        let machine = Machine::new(
+            (9, 0),
+            132,
+            tilings.map(|(kernel, keys, blocks, splits)| tiling(kernel, keys, blocks, splits)),
+        );
+        let kernels = [Kernel::CudaSm90, Kernel::CudaSm80];
+        let with_model = Capabilities { machine, ..device(&kernels) };
+        let plan_of = |capabilities: &Capabilities, lengths: &[usize], forced| {
+            let cu_seqlens = CuSeqlens::from_lengths(lengths)?;
+            let (batch, total) = (cu_seqlens.batch(), cu_seqlens.total());
+            let shape = AttentionShape { batch, seq_q: total, seq_k: total, ..problem().shape };
+            let problem = AttentionProblem { shape, ..problem() };
+            plan_packed(&problem, (&cu_seqlens, &cu_seqlens), (None, None), capabilities, forced)
+        };
+        let chosen = |plan: &Plan| (plan.kernel, plan.tile_keys);
+        let free = Forced::default();
+        let (long, short) = ([4000, 4000], [60; 40]);
+        let plan = plan_of(&with_model, &long, free)?;
+        assert_eq!(
+            (chosen(&plan), plan.path, plan.reason),
+            ((Kernel::CudaSm90, Some(160)), Path::Packed, Reason::AlreadyPacked)
+        );
+        assert!(plan.estimate.is_some_and(|estimate| estimate.other.is_some()), "{plan}");
+        let shorter = plan_of(&with_model, &short, Forced { kernel: Some(Kernel::CudaSm90), ..free })?;
+        assert_eq!(chosen(&shorter), (Kernel::CudaSm90, Some(64)));
+        // A few rows are launched sooner by sm80.
+        assert_eq!(chosen(&plan_of(&with_model, &[3, 9], free)?), (Kernel::CudaSm80, None));
+        // What is forced; the longest tiles are taken where there are none of so many keys.
+        for (keys, expected) in [(160, Some(160)), (48, None)] {
+            let forced = Forced { kernel: Some(Kernel::CudaSm90), tile_keys: Some(keys), ..free };
+            assert_eq!(chosen(&plan_of(&with_model, &short, forced)?), (Kernel::CudaSm90, expected));
+        }
+        // Nothing to choose by, and nothing to choose for.
+        let plain = plan_of(&device(&kernels), &long, free)?;
+        assert_eq!((chosen(&plain), plain.estimate), ((Kernel::CudaSm90, None), None));
+        assert_eq!(plan_of(&with_model, &[0, 0], free)?.estimate, None);
         Ok(())
     }
 

@@ -101,6 +101,11 @@ impl CuSeqlens {
         self.max_seqlen
     }
 
+    /// Whether the other is a clone of this one. False may be said of equal ones.
+    pub(crate) fn is_same(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.values, &other.values)
+    }
+
     pub(crate) fn copies(&self) -> &DeviceCopies {
         &self.copies
     }

@@ -8,10 +8,13 @@ use varlen_fa::{
     varlen_attention_into,
 };
 use varlen_fa_testkit::{
-    CASES, PackedOutput, PackedProblem, Tolerance, Yardsticks, attend_packed, check_close, check_relative, random,
+    CASES, OracleShape, PackedOutput, PackedProblem, Tolerance, Yardsticks, attend_packed, check_close, check_relative,
+    random,
 };
 
+use super::call::{Call, Inputs, Mask};
 use super::check::Rules;
+use super::head_dims;
 use super::masks::{LENGTHS, mask};
 use super::memory::{download, narrow, poison, precision, sentinel, upload, widen};
 use super::modifying::Modifying;
@@ -40,6 +43,8 @@ pub fn register(trials: &mut Trials) {
     trials.each_kernel("varlen_attention/overflowing_scores", overflowing_scores);
     trials.each_kernel("varlen_attention/same_bits_with_and_without_lse", same_bits_with_and_without_lse);
     trials.each_kernel("varlen_attention/is_the_packed_path", is_the_packed_path);
+    trials.each_kernel("varlen_attention/key_tiles", key_tiles);
+    trials.each_path("packed/valid_sides", valid_sides);
 }
 
 /// Bit patterns that a careless copy changes: −0.0, NaN of every kind with payloads, subnormals, infinities.
@@ -327,6 +332,7 @@ impl Packed {
 
     fn options(&self, variant: &Variant) -> VarlenOptions<'static> {
         let options = VarlenOptions::default().with_kernel(variant.kernel);
+        let options = variant.tile_keys.into_iter().fold(options, VarlenOptions::with_tile_keys);
         self.scale.map_or(options, |scale| options.with_softmax_scale(scale))
     }
 
@@ -584,6 +590,49 @@ fn varlen_attention_into_views(variant: &Variant) -> Result<()> {
     Ok(())
 }
 
+/// Kernels that have key tiles of several lengths: each of them, forced, around its own edges.
+fn key_tiles(variant: &Variant) -> Result<Completion> {
+    let mut count = 0;
+    for head_dim in head_dims::of(variant, &[64, 72, 128, 192, 256]) {
+        let tilings: Vec<_> = variant.device.capabilities().tilings(variant.kernel, head_dim).collect();
+        for keys in tilings.iter().skip(1).map(|tiling| tiling.keys) {
+            let forced = Variant { tile_keys: Some(keys), ..variant.clone() };
+            let (queries, lengths) = ([1, 130, 64, 3, 200], [keys, 3 * keys + 1, 0, keys - 1, 17]);
+            Packed::random(variant.dtype, [4, 2, head_dim], &queries, &lengths)
+                .check(&forced)
+                .with_context(|| format!("head dimension {head_dim}, tiles of {keys} keys"))?;
+            count += 1;
+        }
+    }
+    Ok(match count {
+        0 => Completion::ignored_with(format!("{} has tiles of one length", variant.kernel)),
+        _ => Completion::Completed,
+    })
+}
+
+/// Sides of which every token is valid, which kernels may read where they lie: one tensor after the other batch row, and with room
+/// between batch rows.
+fn valid_sides(variant: &Variant) -> Result<()> {
+    let shape = OracleShape { batch: 3, seq_q: 70, seq_k: 190, heads: 4, kv_heads: 2, head_dim: 64 };
+    let all = |seq: usize| vec![true; shape.batch * seq];
+    let some = |seq: usize| random::bernoulli_mask(18, shape.batch * seq, 0.6);
+    for (query, key) in [
+        (all(shape.seq_q), some(shape.seq_k)?),
+        (some(shape.seq_q)?, all(shape.seq_k)),
+        (all(shape.seq_q), all(shape.seq_k)),
+    ] {
+        for inputs in [Placement::CONTIGUOUS, Placement::ROOM_AROUND, Placement::HEADS_OUTSIDE] {
+            for output in [Placement::CONTIGUOUS, Placement::ROOM_AROUND] {
+                let mask = Mask::Cross { query: query.clone(), key: key.clone() };
+                let mut call = Call::random(shape, mask, variant.dtype, 19);
+                (call.inputs, call.output) = (Inputs::Apart([inputs; 3]), output);
+                call.check(variant).with_context(|| format!("{inputs:?}, {output:?}"))?;
+            }
+        }
+    }
+    Ok(())
+}
+
 /// pack → varlen_attention → scatter is what the packed path does, bit for bit.
 fn is_the_packed_path(variant: &Variant) -> Result<()> {
     let (shape, keep) = ([2, 90, 4, 64], random::bernoulli_mask(14, 180, 0.6)?);
@@ -597,7 +646,9 @@ fn is_the_packed_path(variant: &Variant) -> Result<()> {
     let (q, k, v) = (q?, k?, v?);
     let device = &variant.device;
     let [packed_q, packed_k, packed_v] = pack_qkv(device, &q, &k, &v, &meta)?;
-    let options = VarlenOptions::default().with_kernel(variant.kernel);
+    // The plan may choose other tiles for rows that are packed already.
+    let variant = &variant.with_longest_tiles();
+    let options = VarlenOptions::default().with_kernel(variant.kernel).with_tile_keys(Variant::LONGEST_TILES);
     let cu = meta.cu_seqlens();
     let attended = varlen_attention(device, [&packed_q, &packed_k, &packed_v], cu, cu, options)?;
     let by_hand = scatter_to_padded(device, &attended.out, &meta)?;

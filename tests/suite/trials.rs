@@ -61,7 +61,7 @@ impl Variant {
     }
 
     /// Keys of no kernel's tiles: the longest are taken.
-    const LONGEST_TILES: usize = usize::MAX;
+    pub const LONGEST_TILES: usize = usize::MAX;
 
     /// With the longest of the kernel's key tiles, which calls take on segments and under metadata of the device.
     pub fn with_longest_tiles(&self) -> Self {
