@@ -113,7 +113,7 @@ pub(crate) const ZERO_SPAN_ROWS: usize = 64;
 /// steps and copies grow alike.
 const ASSUMED_MULTIPROCESSORS: usize = 132;
 
-/// Choices of one kind of call that are kept with the metadata.
+/// Choices of one kind of call that are kept.
 const CAPACITY: usize = 16;
 
 /// Which call the choices are of: the key's metadata, the ranges, heads, kv heads, head dimension.
@@ -122,13 +122,37 @@ type CallKey = (u64, Option<u64>, [usize; 3]);
 /// Which call on packed rows the choices are of: the key's sequences, heads, kv heads, head dimension.
 type RowsKey = (CuSeqlens, [usize; 3]);
 
-/// Kept with the query's sequences.
-#[derive(Debug, Default)]
-struct KnownRows(Mutex<Vec<(RowsKey, Arc<[Choice]>)>>);
+/// Kept with the query's metadata, or its sequences.
+#[derive(Debug)]
+struct Known<K>(Mutex<Vec<(K, Arc<[Choice]>)>>);
 
-/// Kept with the query's metadata.
-#[derive(Debug, Default)]
-struct Known(Mutex<Vec<(CallKey, Arc<[Choice]>)>>);
+impl<K> Default for Known<K> {
+    fn default() -> Self {
+        Self(Mutex::default())
+    }
+}
+
+impl<K> Known<K> {
+    /// The choices of the call that `is_call` knows, or those that are made now.
+    fn get_or_make(
+        &self,
+        is_call: impl Fn(&K) -> bool,
+        make: impl FnOnce() -> Result<(K, Vec<Choice>)>,
+    ) -> Result<Arc<[Choice]>> {
+        // A panic leaves the entries as they were: they are only pushed whole.
+        let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((_, choices)) = known.iter().find(|(of, _)| is_call(of)) {
+            return Ok(Arc::clone(choices));
+        }
+        let (call, choices) = make()?;
+        let choices: Arc<[Choice]> = choices.into();
+        if known.len() >= CAPACITY {
+            known.remove(0);
+        }
+        known.push((call, Arc::clone(&choices)));
+        Ok(choices)
+    }
+}
 
 impl Machine {
     /// A GPU of a compute capability. `None` if the chip is unknown. Tilings whose costs are unknown are left out.
@@ -178,24 +202,17 @@ impl Machine {
         ranges: Option<&KeyRanges>,
     ) -> Result<Arc<[Choice]>> {
         let shape = problem.shape;
-        let known = query.copies().get_or_make(self.id, || Ok(Known::default()))?;
-        // A panic leaves the entries as they were: they are only pushed whole.
-        let mut known = known.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let known = query.copies().get_or_make(self.id, || Ok(Known::<CallKey>::default()))?;
         let call = (key.id(), ranges.map(KeyRanges::id), [shape.num_heads, shape.num_kv_heads, shape.head_dim]);
-        if let Some((_, choices)) = known.iter().find(|(of, _)| *of == call) {
-            return Ok(Arc::clone(choices));
-        }
-        // On other GPUs the dense path is the best of few masks, and by little.
-        let with_dense = [Path::Fused, Path::Packed, Path::Dense];
-        let paths = if self.is_assumed { &with_dense[..] } else { &with_dense[..2] };
-        let listed = ranges.map(|ranges| ranges.of_packed_rows(query, key, false)).transpose()?;
-        let tokens = Tokens { metas: Some((query, key)), sequences: Some((query.cu_seqlens(), key.cu_seqlens())) };
-        let choices: Arc<[Choice]> = self.estimates(problem, tokens, listed.as_deref(), paths).into();
-        if known.len() >= CAPACITY {
-            known.remove(0);
-        }
-        known.push((call, Arc::clone(&choices)));
-        Ok(choices)
+        let make = || {
+            // On other GPUs the dense path is the best of few masks, and by little.
+            let with_dense = [Path::Fused, Path::Packed, Path::Dense];
+            let paths = if self.is_assumed { &with_dense[..] } else { &with_dense[..2] };
+            let listed = ranges.map(|ranges| ranges.of_packed_rows(query, key, false)).transpose()?;
+            let tokens = Tokens { metas: Some((query, key)), sequences: Some((query.cu_seqlens(), key.cu_seqlens())) };
+            Ok((call, self.estimates(problem, tokens, listed.as_deref(), paths)))
+        };
+        known.get_or_make(|of| *of == call, make)
     }
 
     /// The choices of a call in which every token is valid, the quickest first.
@@ -211,21 +228,13 @@ impl Machine {
         key: &CuSeqlens,
     ) -> Result<Arc<[Choice]>> {
         let shape = problem.shape;
-        let known = query.copies().get_or_make(self.id, || Ok(KnownRows::default()))?;
-        // A panic leaves the entries as they were: they are only pushed whole.
-        let mut known = known.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let known = query.copies().get_or_make(self.id, || Ok(Known::<RowsKey>::default()))?;
         let call = [shape.num_heads, shape.num_kv_heads, shape.head_dim];
-        let is_call = |(of, sizes): &RowsKey| of.is_same(key) && *sizes == call;
-        if let Some((_, choices)) = known.iter().find(|(of, _)| is_call(of)) {
-            return Ok(Arc::clone(choices));
-        }
-        let tokens = Tokens { metas: None, sequences: Some((query, key)) };
-        let choices: Arc<[Choice]> = self.estimates(problem, tokens, None, &[Path::Packed]).into();
-        if known.len() >= CAPACITY {
-            known.remove(0);
-        }
-        known.push(((key.clone(), call), Arc::clone(&choices)));
-        Ok(choices)
+        let make = || {
+            let tokens = Tokens { metas: None, sequences: Some((query, key)) };
+            Ok(((key.clone(), call), self.estimates(problem, tokens, None, &[Path::Packed])))
+        };
+        known.get_or_make(|(of, sizes)| of.is_same(key) && *sizes == call, make)
     }
 
     fn estimates(

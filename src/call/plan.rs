@@ -331,13 +331,7 @@ pub(crate) fn plan_padded(
         let copies_segments = path != Path::Zero && problem.cuts != Cuts::None && !is_in_place;
         // Calls with ranges and segments have their own.
         let is_plain = !needs.ranges && problem.cuts == Cuts::None;
-        let is_there = |&keys: &usize| capabilities.tilings(kernel, needs.head_dim).any(|tiling| tiling.keys == keys);
-        let tile_keys = match forced.tile_keys {
-            Some(keys) => Some(keys).filter(is_there),
-            None => tile_keys,
-        };
-        // Fits: a tile has some hundred keys at most.
-        let tile_keys = tile_keys.filter(|_| is_plain).and_then(|keys| u16::try_from(keys).ok());
+        let tile_keys = own_tile_keys(tile_keys, (kernel, needs.head_dim), capabilities, forced).filter(|_| is_plain);
         Plan { path, kernel, reason, copies_segments, tile_keys, estimate }
     };
     let plan = plan_of(path, preferred, reason, None, None);
@@ -406,6 +400,22 @@ fn is_suited(kernel: Kernel, preferred: Kernel, capabilities: &Capabilities, nee
         && (kernel.is_efficient_at(needs.head_dim) || !preferred.is_efficient_at(needs.head_dim))
 }
 
+/// Keys of a kernel's tiles: the model's choice, or what is forced where the kernel has tiles of so many.
+fn own_tile_keys(
+    chosen: Option<usize>,
+    (kernel, head_dim): (Kernel, usize),
+    capabilities: &Capabilities,
+    forced: Forced,
+) -> Option<u16> {
+    let is_there = |&keys: &usize| capabilities.tilings(kernel, head_dim).any(|tiling| tiling.keys == keys);
+    let keys = match forced.tile_keys {
+        Some(keys) => Some(keys).filter(is_there),
+        None => chosen,
+    };
+    // Fits: a tile has some hundred keys at most.
+    keys.and_then(|keys| u16::try_from(keys).ok())
+}
+
 /// Plans a call on packed rows, whose sequences are those of the query and of the key.
 pub(crate) fn plan_packed(
     problem: &AttentionProblem,
@@ -436,13 +446,7 @@ pub(crate) fn plan_packed(
         choice.kernel == preferred || is_free && is_suited(choice.kernel, preferred, capabilities, needs)
     };
     let Some(best) = choices.iter().copied().find(may_take) else { return Ok(plan) };
-    let is_there = |&keys: &usize| capabilities.tilings(best.kernel, needs.head_dim).any(|tiling| tiling.keys == keys);
-    let tile_keys = match forced.tile_keys {
-        Some(keys) => Some(keys).filter(is_there),
-        None => best.tile_keys,
-    };
-    // Fits: a tile has some hundred keys at most.
-    let tile_keys = tile_keys.and_then(|keys| u16::try_from(keys).ok());
+    let tile_keys = own_tile_keys(best.tile_keys, (best.kernel, needs.head_dim), capabilities, forced);
     let estimate = Some(Estimate::of(best, &choices, capabilities));
     Ok(Plan { kernel: best.kernel, tile_keys, estimate, ..plan })
 }
@@ -545,7 +549,16 @@ mod tests {
 
     /// Every kernel's tiles at head dimension 128, on a chip of 132 multiprocessors.
     fn hopper() -> Option<Machine> {
-        let tiling = |kernel, keys, blocks, splits| Tiling {
+        hopper_with([
+            (Kernel::CudaSm80, 64, 2, false),
+            (Kernel::CudaSm90, 160, 1, true),
+            (Kernel::CudaSm100, 128, 1, false),
+        ])
+    }
+
+    /// With tiles of these kernels, keys and blocks, which are split or not.
+    fn hopper_with(tilings: [(Kernel, usize, usize, bool); 3]) -> Option<Machine> {
+        let tiling = |(kernel, keys, blocks, splits)| Tiling {
             kernel,
             width: 128,
             rows: 128,
@@ -554,12 +567,7 @@ mod tests {
             splits,
             max_heads: usize::MAX,
         };
-        let tilings = [
-            tiling(Kernel::CudaSm80, 64, 2, false),
-            tiling(Kernel::CudaSm90, 160, 1, true),
-            tiling(Kernel::CudaSm100, 128, 1, false),
-        ];
-        Machine::new((9, 0), 132, tilings)
+        Machine::new((9, 0), 132, tilings.map(tiling))
     }
 
     /// Half of the tokens are valid: the last half of each batch row, or every other token.
@@ -658,22 +666,11 @@ mod tests {
 
     #[test]
     fn packed_rows_take_the_tiles_and_the_kernel_of_their_lengths() -> Result<()> {
-        let tiling = |kernel, keys, blocks, splits| Tiling {
-            kernel,
-            width: 128,
-            rows: 128,
-            keys,
-            blocks,
-            splits,
-            max_heads: usize::MAX,
-        };
-        let tilings =
-            [(Kernel::CudaSm80, 64, 2, false), (Kernel::CudaSm90, 160, 1, true), (Kernel::CudaSm90, 64, 1, true)];
-        let machine = Machine::new(
-            (9, 0),
-            132,
-            tilings.map(|(kernel, keys, blocks, splits)| tiling(kernel, keys, blocks, splits)),
-        );
+        let machine = hopper_with([
+            (Kernel::CudaSm80, 64, 2, false),
+            (Kernel::CudaSm90, 160, 1, true),
+            (Kernel::CudaSm90, 64, 1, true),
+        ]);
         let kernels = [Kernel::CudaSm90, Kernel::CudaSm80];
         let with_model = Capabilities { machine, ..device(&kernels) };
         let plan_of = |capabilities: &Capabilities, lengths: &[usize], forced| {

@@ -337,6 +337,15 @@ impl ListTile {
         }
     }
 
+    /// Of a table of `sm90` whose blocks share a multiprocessor.
+    const fn assert_sm90_narrow_fits(table: &[[u32; 6]]) {
+        let mut i = 0;
+        while i < table.len() {
+            Self::sm90_narrow(table[i]).assert_fits();
+            i += 1;
+        }
+    }
+
     const fn assert_fits(self) {
         // A block alone may have all of a multiprocessor's but what the driver takes.
         let all = SM90_MAX_SHARED_BYTES + RESERVED_SHARED_BYTES;
@@ -351,16 +360,8 @@ const _: () = {
     ListTile::assert_sm90_fits(&ListTile::SM90);
     ListTile::assert_sm90_fits(&ListTile::SM90_SHORT);
     ListTile::assert_sm90_fits(&ListTile::SM90_SHORT_RANGED);
-    let mut i = 0;
-    while i < ListTile::SM90_NARROW.len() {
-        ListTile::sm90_narrow(ListTile::SM90_NARROW[i]).assert_fits();
-        i += 1;
-    }
-    let mut i = 0;
-    while i < ListTile::SM90_SMALL.len() {
-        ListTile::sm90_narrow(ListTile::SM90_SMALL[i]).assert_fits();
-        i += 1;
-    }
+    ListTile::assert_sm90_narrow_fits(&ListTile::SM90_NARROW);
+    ListTile::assert_sm90_narrow_fits(&ListTile::SM90_SMALL);
     let mut i = 0;
     while i < ListTile::SM100.len() {
         let tile = ListTile::sm100(ListTile::SM100[i]);
