@@ -166,8 +166,9 @@ fn stage(words: Words, first: u32, invocation: u32, factor: f32) -> f32 {
             let at = first + i / DIM_WORDS * STAGED_STRIDE + i % DIM_WORDS * 2u;
             staged[at] = halves(words[f], 0u, factor);
             staged[at + 1u] = halves(words[f], 1u, factor);
+            // Words beyond the step's are of keys that nobody has asked whether they are kept.
+            largest = max(largest, largest_of(words[f]));
         }
-        largest = max(largest, largest_of(words[f]));
     }
     return largest;
 }

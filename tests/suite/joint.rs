@@ -253,9 +253,11 @@ impl Layer {
                 ensure!(plan.preparation == prepares, "expected {prepares:?}, got {plan}");
                 Ok((attention, (joint, apart)))
             })?;
-            self.call
-                .judge(&joint.out, &reference, Rules::standard(variant.dtype))
-                .with_context(|| format!("{form:?}"))?;
+            self.call.judge(&joint.out, &reference, Rules::standard(variant.dtype)).with_context(|| {
+                let same = |is_same| if is_same { "the same" } else { "other" };
+                let (out, qk) = (same(joint.out == apart.out), same(joint.qk == apart.qk));
+                format!("{form:?}; the two operations apart give {out} output and {qk} q and k")
+            })?;
             ensure!(joint == apart, "{form:?}: other bits than of both operations");
             if prepares == Preparation::ValidTokens {
                 self.expect_untouched(&joint)?;
