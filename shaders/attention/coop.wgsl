@@ -284,12 +284,15 @@ fn attention(
     @builtin(subgroup_invocation_id) lane: u32,
 ) {
     let tile = locate(group); // without splits
-    let tile = split_of(locate(group), split_number(group)); // with splits
+    let tile = share_of_tile(group); // with splits
+    let leaves_split = has_split(group); // with splits
     if !tile.exists {
         return;
     }
     if tile.keys.end == tile.keys.first {
-        write_zeros(tile, invocation); // without splits
+        if !leaves_split { // with splits
+            write_zeros(tile, invocation);
+        } // with splits
         return;
     }
     let lane_row = lane / LANES;
@@ -578,17 +581,18 @@ fn attention(
         for (var distance = 1u; distance < LANES; distance *= 2u) {
             row_sum += subgroupShuffleXor(row_sum, distance);
         }
-        row_sum = spread_overflow(has_keys, base, row_sum); // without ranges // without splits
+        let left_sum = row_sum; // with splits
+        row_sum = spread_overflow(has_keys, base, row_sum); // without ranges
         row_sum = spread_overflow(row_sum == 0.0 && sees_a_key(tile, own_keys), base, row_sum); // with ranges
         // Selected, not multiplied: a dropped row may hold NaN.
-        let is_zero = row_sum == 0.0 || !row_is_kept(tile, row); // without splits
+        let is_zero = row_sum == 0.0 || !row_is_kept(tile, row);
         let sunk = with_sink(tile, base, row_sum); // with modifiers
         base = sunk.row_max; // with modifiers
         row_sum = sunk.row_sum; // with modifiers
-        let inverse_sum = 1.0 / row_sum; // without modifiers // without splits
+        let inverse_sum = 1.0 / row_sum; // without modifiers
         let inverse_sum = sunk.factor / row_sum; // with modifiers
         let inverse_factor = inverse(factors.v);
-        let own_out = out_row(tile, min(row, tile.rows - 1u)); // without splits
+        let own_out = out_row(tile, min(row, tile.rows - 1u));
         let own_split = split_row(split_slot(group, split_number(group)), row); // with splits
         for (var slice = 0u; slice < SLICES; slice++) { // unroll
             workgroupBarrier();
@@ -610,17 +614,22 @@ fn attention(
                 let of_head = head_quad(slice, word * 2u) / 2u;
                 if row < tile.rows && word < KEY_WORDS && of_head < HEAD_WORDS {
                     let at = scores_row + word * 2u;
-                    let low = select(scores[at] * inverse_sum * inverse_factor, vec4<f32>(0.0), is_zero); // without splits
-                    let high = select(scores[at + 1u] * inverse_sum * inverse_factor, vec4<f32>(0.0), is_zero); // without splits
-                    store_out(own_out, of_head, rounded(low, high)); // without splits
-                    splits[own_split + of_head * 2u] = scores[at] * inverse_factor; // with splits
-                    splits[own_split + of_head * 2u + 1u] = scores[at + 1u] * inverse_factor; // with splits
+                    if leaves_split { // with splits
+                        splits[own_split + of_head * 2u] = scores[at] * inverse_factor; // with splits
+                        splits[own_split + of_head * 2u + 1u] = scores[at + 1u] * inverse_factor; // with splits
+                    } else { // with splits
+                        let low = select(scores[at] * inverse_sum * inverse_factor, vec4<f32>(0.0), is_zero);
+                        let high = select(scores[at + 1u] * inverse_sum * inverse_factor, vec4<f32>(0.0), is_zero);
+                        store_out(own_out, of_head, rounded(low, high));
+                    } // with splits
                 }
             }
         }
         if row < tile.rows && lane_in_row == 0u {
-            write_lse(tile, row, base, row_sum); // without splits
-            splits[own_split + HEAD_DIM / 4u] = vec4<f32>(base, row_sum, 0.0, 0.0); // with splits
+            write_lse(tile, row, base, row_sum);
+            if leaves_split { // with splits
+                splits[own_split + HEAD_DIM / 4u] = vec4<f32>(base, left_sum, 0.0, 0.0); // with splits
+            } // with splits
         }
         break;
     }

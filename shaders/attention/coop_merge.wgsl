@@ -22,7 +22,7 @@ fn merge_splits(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocati
         var low = vec4<f32>(0.0);
         var high = vec4<f32>(0.0);
         for (var number = 0u; number < params.splits; number++) {
-            let keys = split_of(tile, number).keys;
+            let keys = split_keys(tile, number);
             if keys.end > keys.first {
                 let at = split_row(split_slot(group, number), row);
                 let of_row = splits[at + HEAD_DIM / 4u];

@@ -53,7 +53,7 @@ struct Tile {
 // one, which causal masks give the most keys: the longest tiles of all heads start first.
 fn in_grid(group: vec3<u32>) -> vec3<u32> {
     let place = group + vec3<u32>(params.first_group_x, params.first_group_y, params.first_group_z);
-    return vec3<u32>(place.xy, place.z / params.splits); // without ranges // with splits
+    return vec3<u32>(place.xy, head_at(place.z)); // without ranges // with splits
     return place; // without ranges // without splits
     return place.yzx; // with ranges
 }

@@ -11,6 +11,7 @@ use super::trials::{Trials, Variant};
 pub fn register(trials: &mut Trials) {
     explain(trials.device(), "long_keys/few_queries");
     trials.each_path("long_keys/few_queries", few_queries);
+    trials.each_path("long_keys/many_heads", many_heads);
     trials.each_kernel("long_keys/no_mask", no_mask);
     trials.each_path("long_keys/parts_of_unequal_scores", parts_of_unequal_scores);
     trials.each_path("long_keys/same_bits_each_time", same_bits_each_time);
@@ -18,7 +19,11 @@ pub fn register(trials: &mut Trials) {
 
 const KEYS: usize = 2500;
 
-fn head_dims(variant: &Variant) -> Vec<usize> {
+/// More tiles than those whose keys are shared out, on any device.
+pub const MANY_HEADS: OracleShape =
+    OracleShape { batch: 1, seq_q: 33, seq_k: KEYS, heads: 36, kv_heads: 2, head_dim: 64 };
+
+pub fn head_dims(variant: &Variant) -> Vec<usize> {
     let dims = match few(&variant.device, variant.kernel) {
         Some(few) => few[..1].to_vec(),
         None if variant.device.capabilities().is_software => vec![64],
@@ -32,7 +37,7 @@ fn shape(batch: usize, head_dim: usize) -> OracleShape {
 }
 
 /// Every token of a row, up to a length, but for every seventh if there are holes.
-fn keep(seq: usize, lengths: &[usize], has_holes: bool) -> Vec<bool> {
+pub fn keep(seq: usize, lengths: &[usize], has_holes: bool) -> Vec<bool> {
     let row = |length: usize| (0..seq).map(move |token| token < length && !(has_holes && token % 7 == 3));
     lengths.iter().flat_map(|&length| row(length)).collect()
 }
@@ -49,6 +54,18 @@ fn few_queries(variant: &Variant) -> Result<()> {
                 .check(variant)
                 .with_context(|| format!("head_dim {head_dim}, keys {key_lengths:?}, holes {has_holes}"))?;
         }
+    }
+    Ok(())
+}
+
+/// Whole tensors, and each of them in two segments.
+fn many_heads(variant: &Variant) -> Result<()> {
+    for head_dim in head_dims(variant) {
+        let shape = OracleShape { head_dim, ..MANY_HEADS };
+        let mask = Mask::Cross { query: keep(shape.seq_q, &[31], true), key: keep(KEYS, &[2400], true) };
+        Call::random(shape, mask, variant.dtype, 13)
+            .check_segments(variant, &[2])
+            .with_context(|| format!("head_dim {head_dim}"))?;
     }
     Ok(())
 }

@@ -12,6 +12,7 @@ use varlen_fa_testkit::{OracleShape, random};
 use super::call::{Call, Inputs, Mask};
 use super::dispatches::{Dispatches, count};
 use super::limits;
+use super::long_keys::{self, MANY_HEADS};
 use super::masks::mask;
 use super::memory::{download, narrow, sentinel, upload};
 use super::placement::Placement;
@@ -28,6 +29,7 @@ pub fn register(trials: &mut Trials) {
         return;
     }
     trials.each_path("long_work/padded_calls_are_split", padded_calls_are_split);
+    trials.each_path_of(&[DType::F16], "long_work/shared_keys_are_split", shared_keys_are_split);
     trials.each_kernel("long_work/dense_calls_are_split", dense_calls_are_split);
     trials.each_kernel("long_work/packed_rows_are_split", packed_rows_are_split);
     trials.each_kernel("long_work/beside_other_threads", beside_other_threads);
@@ -85,6 +87,28 @@ fn padded_calls_are_split(variant: &Variant) -> Result<()> {
             ensure!(limit > 1 || is_each, "{dispatches} dispatches, {others} others, {all:?} workgroups");
         }
     }
+    Ok(())
+}
+
+/// Of many tiles with many keys, which a kernel may have several workgroups share.
+fn shared_keys_are_split(variant: &Variant) -> Result<()> {
+    let Some(head_dim) = long_keys::head_dims(variant).first().copied() else { return Ok(()) };
+    let shape = OracleShape { head_dim, ..MANY_HEADS };
+    let OracleShape { seq_q, seq_k, heads, .. } = shape;
+    let query = long_keys::keep(seq_q, &[seq_q], true);
+    let key = long_keys::keep(seq_k, &[seq_k], true);
+    let call = Call::random(shape, Mask::Cross { query, key }, variant.dtype, 2);
+    let (whole, unsplit) = count(|| call.run(variant))?;
+    let limited = on_limited(variant, (4 * heads * seq_q * seq_k * head_dim / 7) as u64)?;
+    let (split, counts) = count(|| call.run(&limited))?;
+    ensure!(split == whole, "other bits");
+    let (unsplit, split) = (only(&unsplit)?, only(&counts)?);
+    ensure!(
+        split.dispatches > unsplit.dispatches + 3,
+        "{} dispatches, not split {}",
+        split.dispatches,
+        unsplit.dispatches
+    );
     Ok(())
 }
 

@@ -527,44 +527,39 @@ impl Call<'_> {
         let windows = self.windows((q, k, v, out), others);
         for heads in head_ranges(shape.num_heads, shape.group_size(), MAX_GROUPS) {
             let params = params.after_heads(heads.start);
-            let split = self.split_heads(heads.len(), [x, y], keys);
-            let whole = heads.len() - split;
-            if whole > 0 {
+            let Some((shader, split)) = self.split(heads.len(), [x, y], keys) else {
+                let heads = heads.len() as u32;
                 launches.push_attention(AttentionLaunch {
                     shader: Shader::Attention(self.shader),
                     params,
                     windows: windows(self.shader).collect(),
                     first: [0; 3],
-                    groups: if self.shader.ranges { [whole as u32, x, y] } else { [x, y, whole as u32] },
+                    groups: if self.shader.ranges { [heads, x, y] } else { [x, y, heads] },
+                    group_operations,
+                });
+                continue;
+            };
+            let (whole, planes) = ((heads.len() - split) as u32, split as u32 * SPLITS);
+            let params =
+                AttentionParams { splits: SPLITS, first_split_head: whole, split_width: x, split_height: y, ..params };
+            let tiles = u64::from(x) * u64::from(y) * split as u64;
+            let splits = launches.take_scratch(split_bytes(self.algorithm, shape.head_dim, tiles))?;
+            let merge = AttentionShader { tiles: TileKeys::Merged, ..shader };
+            // One dispatch of whole tiles and splits: wgpu would have a second one that writes the same scratch as the
+            // call before wait for the first.
+            for (shader, first, planes, group_operations) in
+                [(shader, 0, whole + planes, group_operations), (merge, whole, planes, 0)]
+            {
+                launches.push_attention(AttentionLaunch {
+                    shader: Shader::Attention(shader),
+                    params,
+                    windows: windows(shader).chain([Window::whole(&splits)]).collect(),
+                    first: [0, 0, first],
+                    groups: [x, y, planes],
                     group_operations,
                 });
             }
-            if split > 0 {
-                let params = AttentionParams {
-                    splits: SPLITS,
-                    first_split_head: whole as u32,
-                    split_width: x,
-                    split_height: y,
-                    ..params
-                };
-                let tiles = u64::from(x) * u64::from(y) * split as u64;
-                let bytes = split_bytes(self.algorithm, shape.head_dim, tiles);
-                let splits = launches.take_scratch(bytes)?;
-                for (tiles, group_operations) in
-                    [(TileKeys::Split, group_operations.div_ceil(u64::from(SPLITS))), (TileKeys::Merged, 0)]
-                {
-                    let shader = AttentionShader { tiles, ..self.shader };
-                    launches.push_attention(AttentionLaunch {
-                        shader: Shader::Attention(shader),
-                        params,
-                        windows: windows(shader).chain([Window::whole(&splits)]).collect(),
-                        first: [0, 0, whole as u32 * SPLITS],
-                        groups: [x, y, split as u32 * SPLITS],
-                        group_operations,
-                    });
-                }
-                launches.give_back([splits]);
-            }
+            launches.give_back([splits]);
         }
         Ok(())
     }
@@ -581,23 +576,23 @@ impl Call<'_> {
         let of_form: Vec<_> = [q.window, k.window, v.window, first_out].into_iter().chain(others).collect();
         let heads = self.heads.clone();
         move |shader| {
-            let further = if shader.tiles == TileKeys::Split { &[] } else { &further[..] };
             let windows: Vec<_> =
                 shader.bound(of_form.iter().cloned()).chain(further.iter().cloned()).chain(heads.clone()).collect();
             windows.into_iter()
         }
     }
 
-    /// How many of the last heads of a launch have tiles whose keys are split. Tiles that only the device knows may be
-    /// fewer than there are workgroups for.
-    fn split_heads(&self, heads: usize, [x, y]: [u32; 2], keys: usize) -> usize {
-        if !self.shader.can_split() || matches!(self.attention.rows, Rows::DeviceVarlen { .. }) {
-            return 0;
+    /// The variant that splits the keys of the last tiles of a launch, and of how many of its heads, if it does. Tiles
+    /// that only the device knows may be fewer than there are workgroups for.
+    fn split(&self, heads: usize, [x, y]: [u32; 2], keys: usize) -> Option<(AttentionShader, usize)> {
+        if matches!(self.attention.rows, Rows::DeviceVarlen { .. }) {
+            return None;
         }
+        let shader = self.shader.with_splits(self.context.max_storage_buffers)?;
         let tiles = u64::from(x) * u64::from(y);
         let split = split_heads(heads, tiles, keys.div_ceil(self.algorithm.step_keys()));
         let bytes = split_bytes(self.algorithm, self.shader.head_dim, tiles * split as u64);
-        if bytes <= self.context.max_binding_bytes { split } else { 0 }
+        (split > 0 && bytes <= self.context.max_binding_bytes).then_some((shader, split))
     }
 
     /// What every launch is told.

@@ -254,10 +254,9 @@ fn attention_snippets(shader: AttentionShader) -> Vec<&'static str> {
         Some(DType::F16) => &[snippet!("rows/bias.wgsl"), snippet!("elements/bias_f16.wgsl")],
         Some(DType::Bf16) => &[snippet!("rows/bias.wgsl"), snippet!("elements/bias_bf16.wgsl")],
     });
-    snippets.extend(match (tiles, out_buffers) {
-        (TileKeys::Split, _) => None,
-        (_, 0) => Some(snippet!("rows/output.wgsl")),
-        _ => Some(snippet!("rows/output_segments.wgsl")),
+    snippets.push(match out_buffers {
+        0 => snippet!("rows/output.wgsl"),
+        _ => snippet!("rows/output_segments.wgsl"),
     });
     snippets.push(if lse { snippet!("rows/lse.wgsl") } else { snippet!("rows/no_lse.wgsl") });
     snippets.extend((!modifiers.is_empty()).then_some(snippet!("scores/modifiers.wgsl")));
@@ -282,8 +281,8 @@ fn attention_snippets(shader: AttentionShader) -> Vec<&'static str> {
                     snippet!("attention/coop_16x16.wgsl")
                 },
                 snippet!("attention/coop.wgsl"),
+                snippet!("attention/coop_zeros.wgsl"),
             ]);
-            snippets.extend((tiles == TileKeys::All).then_some(snippet!("attention/coop_zeros.wgsl")));
             snippets.extend(ranges.then_some(snippet!("attention/coop_ranges.wgsl")));
         }
     }

@@ -78,11 +78,9 @@ fn coop_variants() -> impl Iterator<Item = AttentionShader> {
     let tiles = COOP_TILES.map(Algorithm::Coop);
     let whole = tiles.into_iter().flat_map(move |tile| dtypes.map(|dtype| attention_variants(tile, dtype))).flatten();
     whole.flat_map(|shader| {
-        let splits = shader.can_split().then_some([TileKeys::Split, TileKeys::Merged]);
-        [TileKeys::All]
-            .into_iter()
-            .chain(splits.into_iter().flatten())
-            .map(move |tiles| AttentionShader { tiles, ..shader })
+        let split = shader.with_splits(usize::MAX);
+        let merged = split.map(|split| AttentionShader { tiles: TileKeys::Merged, ..split });
+        [shader].into_iter().chain(split).chain(merged)
     })
 }
 
@@ -239,6 +237,32 @@ fn knows_its_workgroup_memory(shader: Shader, module: &naga::Module) {
     let [x, ..] = module.entry_points[0].workgroup_size;
     assert_eq!(x, tile.subgroups * tile.subgroup_size, "{shader:?}");
     assert_eq!(module.entry_points[0].name, shader.entry_point());
+}
+
+#[test]
+fn tiles_are_split_where_a_storage_buffer_is_left() {
+    let shader = |rows, out_buffers| AttentionShader {
+        algorithm: Algorithm::Coop(COOP_TILES[0]),
+        dtype: DType::F16,
+        head_dim: 128,
+        rows,
+        ranges: false,
+        lse: false,
+        modifiers: ModifierSet::default(),
+        out_buffers,
+        tiles: TileKeys::All,
+    };
+    let dense = AttentionRows::Dense { key_mask: false, zero_rows: true, bias: None };
+    let fused = AttentionRows::Fused { bias: None };
+    // Of an output in as many buffers, and the storage buffers that its splits need.
+    for (rows, out_buffers, needed) in
+        [(AttentionRows::Packed, 0, 7), (dense, 0, 6), (dense, 2, 7), (fused, 0, 8), (fused, 1, 8), (fused, 4, 11)]
+    {
+        let shader = shader(rows, out_buffers);
+        let split = shader.with_splits(needed);
+        assert_eq!(split, Some(AttentionShader { tiles: TileKeys::LastSplit, ..shader }), "{shader:?}");
+        assert_eq!(shader.with_splits(needed - 1), None, "{shader:?}");
+    }
 }
 
 #[test]

@@ -117,8 +117,8 @@ pub struct AttentionShader {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum TileKeys {
     All,
-    /// A split of them, of which it leaves what merges.
-    Split,
+    /// All of most tiles, of the last ones a split, of which it leaves what merges.
+    LastSplit,
     /// None: it merges what splits left.
     Merged,
 }
@@ -168,7 +168,6 @@ impl AttentionShader {
     fn binds(self, binding: &Binding) -> bool {
         match binding.name {
             "q" | "k" | "v" => self.tiles != TileKeys::Merged,
-            "out" | "out1" | "out2" | "out3" => self.tiles != TileKeys::Split,
             "lse" => self.lse,
             "key_bits" => self.rows.has_key_mask(),
             "row_bits" => matches!(self.rows, AttentionRows::Dense { zero_rows: true, .. }),
@@ -182,7 +181,7 @@ impl AttentionShader {
         let further = bindings::FURTHER_OUTPUTS.iter().take(self.out_buffers.saturating_sub(1) as usize);
         let splits = match self.tiles {
             TileKeys::All => None,
-            TileKeys::Split => Some(&bindings::WRITES_SPLITS),
+            TileKeys::LastSplit => Some(&bindings::WRITES_SPLITS),
             TileKeys::Merged => Some(&bindings::READS_SPLITS),
         };
         self.table().iter().chain(further).filter(|binding| self.binds(binding)).chain(splits).collect()
@@ -193,11 +192,13 @@ impl AttentionShader {
         self.dtype == DType::F16 && self.modifiers.is_empty() && self.rows.bias().is_none()
     }
 
-    /// Whether several workgroups may share the keys of a tile: where each has steps of its own, and nothing beside the
-    /// output is written.
-    pub fn can_split(self) -> bool {
+    /// The variant in which several workgroups share the keys of each of the last tiles. There is none unless each has
+    /// steps of its own, nothing beside the output is written, and one of `storage_buffers` is left for what splits leave.
+    pub fn with_splits(self, storage_buffers: usize) -> Option<Self> {
         let is_plain = !self.ranges && !self.lse && self.modifiers.is_empty() && self.rows.bias().is_none();
-        matches!(self.algorithm, Algorithm::Coop(_)) && is_plain && !self.rows.has_key_mask()
+        let can_split = matches!(self.algorithm, Algorithm::Coop(_)) && is_plain && !self.rows.has_key_mask();
+        let split = Self { tiles: TileKeys::LastSplit, ..self };
+        (can_split && split.bindings().len() <= storage_buffers).then_some(split)
     }
 
     /// Those of a form's windows that the variant binds.
