@@ -49,6 +49,7 @@ class Chip:
     zero_alone: float
     narrow: float
     shared_heads: float
+    cross_rows: float
     rows_idle: float
     lists_idle: float
     packed_lead: float
@@ -135,6 +136,8 @@ class Work:
     idle: float
     # Whether the kernel writes packed rows to their padded places.
     scatters: bool
+    # Whether a kernel by tile lists reads packed rows, and keys are those of other tokens.
+    has_cross_rows: bool
 
     @classmethod
     def of(cls, features, path, kernel, multiprocessors):
@@ -259,6 +262,7 @@ class Work:
             kernel, tiles["width"], tiles["keys"], path, slowest, all_, last, items % blocks, blocks,
             attention, launches, copied * row_bytes, zeros * row_bytes, zero_pieces, zero_spans, zero_rows,
             zero_beside, zero_alone, launched, features["head_dim"] < tiles["width"], packed > 1, idle / max(1, items), scatters,
+            by_lists and path in ("packed", "rows") and features["is_cross"],
         )  # fmt: skip
 
     def time(self, chip, tiles, multiprocessors):
@@ -292,6 +296,7 @@ class Work:
 
     def busy(self, cost, chip):
         item = cost.item + (chip.shared_heads if self.shares_heads else 0.0)
+        item += chip.cross_rows if self.has_cross_rows else 0.0
         if self.kernel not in BY_ROWS and self.path == "fused":
             item += cost.listed
         elif self.scatters:

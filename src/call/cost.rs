@@ -6,7 +6,7 @@
 //!               on CUDA, blocks in the order of launch, each of which starts as soon as one before it has ended
 //!     item      a query tile of a head: start and end + keys of a tile · steps (+ more for a tile that is made of groups,
 //!               − what the first one has fewer keys, − what warps without queries leave to the others)
-//!               heads that share query tiles (`packed_heads`) are an item together
+//!               heads that share query tiles (`packed_heads`) are an item together; packed rows with keys of other tokens cost more
 //!     memory    rows read and written, in the pieces that memory moves / rate
 //!     zeros     what one warp writes of the masked rows; with sm80 a part of busy, since the same warps compute
 //!   packed      attention + for each copy, launch + rows read and written / rate
@@ -450,13 +450,25 @@ impl Call<'_> {
 
     /// Start and end of an item.
     fn item(&self) -> f64 {
+        let chip = self.machine.chip;
         let more = match self.path {
             Path::Fused if self.by_lists() => self.cost.listed,
             _ if self.scatters() => self.cost.scattered,
             _ => 0.0,
         };
-        let shared = if self.packed_heads > 1 { self.machine.chip.shared_heads } else { 0.0 };
-        self.cost.item + more + shared
+        let shared = if self.packed_heads > 1 { chip.shared_heads } else { 0.0 };
+        let cross = if self.has_cross_rows() { chip.cross_rows } else { 0.0 };
+        self.cost.item + more + shared + cross
+    }
+
+    /// Whether a kernel that works by tile lists reads packed rows, and the keys are those of other tokens.
+    fn has_cross_rows(&self) -> bool {
+        let is_cross = match (self.tokens.metas, self.tokens.sequences) {
+            (Some((query, key)), _) => query.id() != key.id(),
+            (None, Some((query, key))) => !query.is_same(key),
+            (None, None) => false,
+        };
+        self.by_lists() && self.path == Path::Packed && is_cross
     }
 
     /// Heads that share query tiles.
