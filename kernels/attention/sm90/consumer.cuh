@@ -604,19 +604,8 @@ private:
             is_stored = true;
             return;
         }
-        // Four matrices of 8 rows x 8 columns at a time: upper and lower rows of two chunks.
         const int row = warp * GROUP_ROWS + lane % 16;
-#pragma unroll
-        for (int tile = 0; tile < D / 8; tile += 2) {
-            uint32_t words[4];
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                const int half = i % 2;
-                const float(&pair)[4] = acc[tile + i / 2];
-                words[i] = ptx::pack_pair<T>(pair[2 * half] * inverse[half], pair[2 * half + 1] * inverse[half]);
-            }
-            ptx::stmatrix_x4(base + tile_start + S::TileQ::offset(row, tile + lane / 16), words);
-        }
+        store_chunks(acc, inverse, D / 8, [&](int tile) { return base + tile_start + S::TileQ::offset(row, tile + lane / 16); });
         if (params.out_rows == nullptr && (mine.clips || mine.rows == GROUP_ROWS)) {
             ptx::fence_async_proxy();
             __syncwarp();
@@ -668,6 +657,28 @@ private:
         return static_cast<T*>(start) + batch * strides->batch + token * strides->token + mine.head * strides->head;
     }
 
+    // Writes the first `chunks` chunks of the rows of a warp's sums, over what they are divided by, to shared
+    // memory. `place` says where a lane's row of two neighbouring chunks is: that of the first one in lanes 0 to 15.
+    template <typename Place>
+    __device__ static void store_chunks(const float (&acc)[D / 8][4], const float (&inverse)[2], int chunks, Place place) {
+        // Four matrices of 8 rows x 8 columns at a time: upper and lower rows of two chunks.
+#pragma unroll
+        for (int tile = 0; tile < D / 8; tile += 2) {
+            uint32_t words[4];
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const int half = i % 2;
+                const float(&pair)[4] = acc[tile + i / 2];
+                words[i] = ptx::pack_pair<T>(pair[2 * half] * inverse[half], pair[2 * half + 1] * inverse[half]);
+            }
+            if (tile + 1 < chunks) {
+                ptx::stmatrix_x4(place(tile), words);
+            } else if (tile < chunks) {
+                ptx::stmatrix_x2(place(tile), words[0], words[1]);
+            }
+        }
+    }
+
     // Rows of an odd number of chunks are no whole sectors of memory. The copy engine writes each of them in one
     // piece, since each piece costs two sectors that it has in part. In shared memory they lie in the places of
     // this warpgroup's queries, one place a panel, one row after the other; so no two rows have chunks in the
@@ -682,22 +693,7 @@ private:
 #pragma unroll
         for (int other = 1; other < S::PANELS; ++other) panel += row >= other * panel_rows;
         const uint32_t from = base + tile_start + (panel * S::TILE_M + warpgroup * ROWS) * ROW_BYTES + (row - panel * panel_rows) * row_bytes;
-        const int chunks = params.head_dim / 8;
-#pragma unroll
-        for (int tile = 0; tile < D / 8; tile += 2) {
-            uint32_t words[4];
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                const int half = i % 2;
-                const float(&pair)[4] = acc[tile + i / 2];
-                words[i] = ptx::pack_pair<T>(pair[2 * half] * inverse[half], pair[2 * half + 1] * inverse[half]);
-            }
-            if (tile + 1 < chunks) {
-                ptx::stmatrix_x4(from + (tile + lane / 16) * 16, words);
-            } else if (tile < chunks) {
-                ptx::stmatrix_x2(from + tile * 16, words[0], words[1]);
-            }
-        }
+        store_chunks(acc, inverse, params.head_dim / 8, [&](int tile) { return from + (tile + lane / 16) * 16; });
         ptx::fence_async_proxy();
         __syncwarp();
         if (lane < mine.rows) {
