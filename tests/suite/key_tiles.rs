@@ -5,7 +5,9 @@ use libtest_mimic::Completion;
 use varlen_fa_testkit::OracleShape;
 
 use super::call::{Call, Mask};
+use super::check::Rules;
 use super::masks::mask;
+use super::rule::Rule;
 use super::trials::{Trials, Variant};
 
 pub fn register(trials: &mut Trials) {
@@ -13,6 +15,8 @@ pub fn register(trials: &mut Trials) {
     trials.each_path("key_tiles/cross", cross);
     trials.each_path("key_tiles/grouped_heads", grouped_heads);
     trials.each_kernel("key_tiles/few_query_tiles", few_query_tiles);
+    trials.each_path("key_tiles/many_query_tiles", many_query_tiles);
+    trials.each_path_with_ranges("key_tiles/many_ranged_query_tiles", many_ranged_query_tiles);
 }
 
 /// Those that the widths of tiles hold, and one that fills none.
@@ -90,4 +94,56 @@ fn few_query_tiles(variant: &Variant) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// Several query tiles for each block of a large GPU, of no keys, and of one tile of keys to four. What a block leaves in shared memory
+/// at the end of one must be gone before the next one's keys and values come there.
+fn many_query_tiles(variant: &Variant) -> Result<Completion> {
+    many(variant, |shape, keys| {
+        let (batch, seq_q, seq_k) = (shape.batch, shape.seq_q, shape.seq_k);
+        let key = mask(batch, seq_k, |row, token| token < row * keys / 8 && (row % 3 > 0 || token % 32 != 9));
+        (Mask::Cross { query: mask(batch, seq_q, |row, token| row % 5 > 0 || token < 60), key }, None)
+    })
+}
+
+/// The same under a window, whose query tiles pass some key tiles on.
+fn many_ranged_query_tiles(variant: &Variant) -> Result<Completion> {
+    many(variant, |shape, keys| {
+        let (query, key) = (vec![true; shape.batch * shape.seq_q], vec![true; shape.batch * shape.seq_k]);
+        let own = (0..shape.batch * shape.seq_q).map(|at| {
+            let (row, query) = (at / shape.seq_q, at % shape.seq_q);
+            let first = if query < 64 { 0 } else { row % 4 * keys };
+            [first, (first + row * keys / 16 + query % 3).min(shape.seq_k)]
+        });
+        (Mask::Cross { query, key }, Some(Rule::Own(own.collect())))
+    })
+}
+
+/// Runs a test of many query tiles under a mask, which may depend on how many keys the longest tiles have; also with scores so large that
+/// a block computes all of its query tiles again.
+fn many(variant: &Variant, mask: impl Fn(OracleShape, usize) -> (Mask, Option<Rule>)) -> Result<Completion> {
+    let capabilities = variant.device.capabilities();
+    if capabilities.is_software {
+        return Ok(Completion::ignored_with("no tile waits for another one on a processor"));
+    }
+    for head_dim in super::head_dims::of(variant, &[192, 256]) {
+        let Some(keys) = capabilities.tilings(variant.kernel, head_dim).map(|tiling| tiling.keys).max() else {
+            continue;
+        };
+        let shape = OracleShape { batch: 32, seq_q: 66, seq_k: 4 * keys, heads: 12, kv_heads: 12, head_dim };
+        let (mask, rule) = mask(shape, keys);
+        let mut call = Call { rule, ..Call::random(shape, mask, variant.dtype, 75) };
+        let variant = Variant { tile_keys: Some(keys), ..variant.clone() };
+        call.check_lse(&variant).with_context(|| format!("head dimension {head_dim}"))?;
+        // Of one row of the batch, the first key and a query are twins.
+        let (row, width, twin) = (19, shape.heads * head_dim, 65);
+        for (tensor, at) in [(0, row * shape.seq_q + twin), (1, row * shape.seq_k)] {
+            for (at, value) in call.values[tensor][at * width..(at + 1) * width].iter_mut().enumerate() {
+                *value = if at % 3 == 0 { -30_000.0 } else { 30_000.0 };
+            }
+        }
+        call.check_by(&variant, Rules::fixed_only(variant.dtype, 1e-2))
+            .with_context(|| format!("head dimension {head_dim}, large scores"))?;
+    }
+    Ok(Completion::Completed)
 }

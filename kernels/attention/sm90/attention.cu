@@ -4,9 +4,9 @@
 //
 //                   work list                             shared memory
 //   producer  warp 0 ────────▶ copy engine ──▶  Q Q │ K K │        two to four stages of K and V; full and empty barriers for each.
-//             warp 3 ────────▶ copy engine ─────────────▶ V V      The output of a query tile takes its place; where there is
-//             warp 1 zeroes masked rows of V ─────────────┘        room for two, the next one is loaded early
-//             warp 2 writes the rows without a query tile as zeros
+//             warp 3 ────────▶ copy engine ─────────────▶ V V      Where there is room for two query tiles, the next one is
+//             warp 1 zeroes masked rows of V ─────────────┘        loaded early, and an output takes its tile's place; else
+//             warp 2 writes the rows without a query tile as zeros  that of V
 //
 //   consumers, taking turns, S the scores of the next key tile, O the product of this one
 //     0   S₁ O₀  softmax₁  S₂ O₁  softmax₂  S₃ O₂ ...
@@ -58,6 +58,11 @@ __device__ inline void attention(const TileListParams& params, const SegmentTabl
             ptx::mbarrier_init(base + S::EMPTY_V + 8 * stage, S::CONSUMER_WARPS);
             ptx::mbarrier_init(base + S::RAW_V + 8 * stage, 1);
             if constexpr (S::RANGED) reinterpret_cast<uint32_t*>(shared + S::NONFINITE)[stage] = 0;
+        }
+        if constexpr (S::OUTPUT_IN_VALUES) {
+            for (int warpgroup = 0; warpgroup < S::WARPGROUPS; ++warpgroup) {
+                *reinterpret_cast<uint32_t*>(shared + S::outputs_left(warpgroup)) = 0;
+            }
         }
         ptx::mbarrier_init_fence();
         *reinterpret_cast<uint32_t*>(shared + S::OUT_OF_RANGE) = 0;

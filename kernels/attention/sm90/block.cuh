@@ -5,6 +5,7 @@
 
 #include "../../common/params.cuh"
 #include "../../common/shared_tile.cuh"
+#include "../../ptx/counter.cuh"
 #include "../../ptx/warpgroup.cuh"
 #include "../segments.cuh"
 #include "../tile_lists.cuh"
@@ -113,6 +114,16 @@ struct Shape {
     // Of keys and of values.
     static constexpr int STAGES = STAGES_;
     using KeysState = PipelineState<STAGES>;
+    // Where the output of a query tile lies until the copy engine has read it. Where shared memory has two
+    // places for queries, in that of the tile's own. Else their place is free for the next ones with the last
+    // scores, and each warpgroup's output takes a stage of values, the first one's that which the next query
+    // tile's first values come to.
+    static constexpr bool OUTPUT_IN_VALUES = QUERY_TILES == 1;
+    // Whether the loop gives back the place of the queries with the last scores, not the softmax after them.
+    // At head dimension 192 its few instructions cost dense calls 3 to 4 %.
+    static constexpr bool GIVES_BACK_EARLY = OUTPUT_IN_VALUES && D == 256;
+    // The next queries then come while this query tile ends, so what consumers know of it stays for longer.
+    static constexpr int ROWS_PLACES = OUTPUT_IN_VALUES ? 4 : 2;
     // Whether consumers wait for the product before they compute exponentials. Both at once need
     // more registers.
     static constexpr bool WAITS_EARLY = D == 256;
@@ -124,6 +135,8 @@ struct Shape {
 
     using TileQ = SharedTile<TILE_M, D>;
     using TileKV = SharedTile<TILE_N, D>;
+    using TileO = std::conditional_t<OUTPUT_IN_VALUES, SharedTile<SM90_WARPGROUP_ROWS, D>, TileQ>;
+    static_assert(!OUTPUT_IN_VALUES || (TileO::BYTES <= TileKV::BYTES && WARPGROUPS == STAGES));
     static constexpr int PANEL = TileQ::PANEL;
     static constexpr int PANELS = TileQ::PANELS;
     static constexpr int ROW_BYTES = TileQ::ROW_BYTES;
@@ -131,7 +144,7 @@ struct Shape {
     static constexpr int K = Q + QUERY_TILES * TileQ::BYTES;
     static constexpr int V = K + STAGES * TileKV::BYTES;
     static constexpr int ROWS_INFO = V + STAGES * TileKV::BYTES;
-    static constexpr int KEYS_INFO = ROWS_INFO + 2 * sizeof(Rows);
+    static constexpr int KEYS_INFO = ROWS_INFO + ROWS_PLACES * sizeof(Rows);
     // What each row sees, of two query tiles.
     static constexpr int RANGES = KEYS_INFO + (STAGES * sizeof(Keys) + 7) / 8 * 8;
     static constexpr int BARRIERS = RANGES + (LOADS_RANGES ? 2 * TILE_M * 8 : 0);
@@ -149,7 +162,10 @@ struct Shape {
     static constexpr int PARTS_DONE = OUT_OF_RANGE + 4;
     // With key ranges: for each stage, whether one of its values was ever NaN or infinite.
     static constexpr int NONFINITE = PARTS_DONE + 4 * WARPGROUPS;
-    static constexpr int BYTES = NONFINITE + (RANGED ? 4 * STAGES : 0);
+    // For each warpgroup, how many outputs of its warps have left. Not an mbarrier: of query tiles with few
+    // keys nobody waits for each of its phases.
+    static constexpr int OUTPUTS_LEFT = NONFINITE + (RANGED ? 4 * STAGES : 0);
+    static constexpr int BYTES = OUTPUTS_LEFT + (OUTPUT_IN_VALUES ? 4 * WARPGROUPS : 0);
     // The host asks for the tiles and SM90_EXTRA_SHARED_BYTES.
     static_assert(BYTES <= ROWS_INFO + SM90_EXTRA_SHARED_BYTES);
     // The driver takes some for each block.
@@ -157,10 +173,20 @@ struct Shape {
     static_assert(BLOCKS * (ROWS_INFO + SM90_EXTRA_SHARED_BYTES + RESERVED_BYTES) <= SM90_MAX_SHARED_BYTES + RESERVED_BYTES);
     static_assert(TILE_N % 16 == 0 && TILE_N <= 192 && TILE_M <= 192);
 
+    // What consumers know of the query tile of a work item.
+    __device__ static Rows& rows_info(unsigned char* shared, int work_index) {
+        return reinterpret_cast<Rows*>(shared + ROWS_INFO)[work_index % ROWS_PLACES];
+    }
     // Where the query tile of a work item lies, and its barriers for each warpgroup.
     __device__ static int query_tile(int work_index) { return Q + work_index % QUERY_TILES * TileQ::BYTES; }
     __device__ static int full_q(int work_index, int warpgroup) { return FULL_Q + 8 * (work_index % QUERY_TILES * WARPGROUPS + warpgroup); }
     __device__ static int empty_q(int work_index, int warpgroup) { return EMPTY_Q + 8 * (work_index % QUERY_TILES * WARPGROUPS + warpgroup); }
+    __device__ static int outputs_left(int warpgroup) { return OUTPUTS_LEFT + 4 * warpgroup; }
+    // Waits until those of a warpgroup have left that belong to work items before this one.
+    __device__ static void wait_for_outputs(uint32_t base, int warpgroup, int work_index) {
+        while (ptx::read_acquire(base + outputs_left(warpgroup)) < 4u * work_index) {
+        }
+    }
     // The parity of the phase in which the queries of a work item are there.
     __device__ static uint32_t parity_q(int work_index) { return work_index / QUERY_TILES % 2; }
 };

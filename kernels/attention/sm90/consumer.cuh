@@ -2,6 +2,7 @@
 // producer has copied.
 #pragma once
 #include "../../common/math.cuh"
+#include "../../ptx/counter.cuh"
 #include "../../ptx/mbarrier.cuh"
 #include "../../ptx/tma.cuh"
 #include "../../ptx/warpgroup.cuh"
@@ -205,12 +206,15 @@ struct Consumer {
                 state.count += key_tiles;
                 if (sums.is_whole) {
                     write_output(acc, sums);
+                } else if constexpr (S::OUTPUT_IN_VALUES) {
+                    pass_output_place();
                 } else {
                     arrive(S::empty_q(work_index, warpgroup));
                 }
             }
             give_back_stored();
             arrive(S::empty_q(work_index, warpgroup));
+            if constexpr (S::OUTPUT_IN_VALUES) pass_output_place();
             ++work_index;
             if (warpgroup == 0) wait_turn();
             // Before they are written again, or the block ends.
@@ -224,9 +228,7 @@ struct Consumer {
     }
 
 private:
-    __device__ const typename S::Rows& rows_info(int work_index) const {
-        return reinterpret_cast<const typename S::Rows*>(shared + S::ROWS_INFO)[work_index % 2];
-    }
+    __device__ const typename S::Rows& rows_info(int work_index) const { return S::rows_info(shared, work_index); }
 
     // `TileRows::part`, read where it is needed, since registers are scarce.
     __device__ int part() const { return ptx::uniform(rows_info(work_index).part); }
@@ -245,13 +247,45 @@ private:
         return key_tiles >= 0;
     }
 
-    // The output of the query tile before lies in the place of its queries, which is given back
-    // once the output has left.
+    // The place of the output of the query tile before is given back once the output has left.
     __device__ void give_back_stored() {
-        if (!is_stored) return;
+        // Also where the loops follow, whose descriptors stay in uniform registers only if the compiler knows that
+        // no lane goes another way.
+        if (!(S::OUTPUT_IN_VALUES ? ptx::uniform(static_cast<int>(is_stored)) != 0 : is_stored)) return;
         if (HAS_ODD_ROWS || threadIdx.x % 32 == 0) ptx::tma_store_wait_read();
-        arrive(S::empty_q(work_index - 1, warpgroup));
+        if constexpr (S::OUTPUT_IN_VALUES) {
+            give_back_output_place();
+        } else {
+            arrive(S::empty_q(work_index - 1, warpgroup));
+        }
         is_stored = false;
+    }
+
+    // The stage of values that this warpgroup's output takes at the end of a query tile: the first warpgroup's
+    // that of the last tile but one, the second's that of the last tile, since the first one usually ends first.
+    __device__ KeysState output_stage() const { return {state.count + warpgroup}; }
+
+    // Waits until nobody reads values there; nor the copy engine the other warpgroup's last output, after
+    // which an only tile of keys may have come to the other stage.
+    __device__ void wait_for_output_place() const {
+        ptx::mbarrier_wait(base + S::EMPTY_V + 8 * output_stage().stage(), output_stage().parity() ^ 1);
+        S::wait_for_outputs(base, 1 - warpgroup, work_index);
+    }
+
+    __device__ void give_back_output_place() const {
+        __syncwarp();
+        if (threadIdx.x % 32 == 0) ptx::add_release(base + S::outputs_left(warpgroup), 1);
+    }
+
+    // Without an output, in the same order.
+    __device__ void pass_output_place() const {
+        wait_for_output_place();
+        give_back_output_place();
+    }
+
+    // Where the output does not take their place.
+    __device__ void give_back_queries() const {
+        if constexpr (S::OUTPUT_IN_VALUES) arrive(S::empty_q(work_index, warpgroup));
     }
 
     // With key ranges: whether all consumers take values out of tiles together. A warpgroup without
@@ -273,6 +307,7 @@ private:
             ptx::mbarrier_wait(base + S::FULL_V + 8 * state.stage(), state.parity());
             arrive(S::EMPTY_V + 8 * state.stage());
         }
+        give_back_queries();
     }
 
     __device__ unsigned char* value_tile(int stage) const { return shared + S::V + stage * S::TileKV::BYTES; }
@@ -343,6 +378,8 @@ private:
         if (masked_tiles > 0 && !SEES_ALL_TILES) {
             groups = needed_groups(state);
             if constexpr (S::RANGED) {
+                // Values of tiles that are passed may come to the place of the output.
+                if (S::OUTPUT_IN_VALUES && groups == 0) give_back_stored();
                 for (; state.count != last_masked && groups == 0; groups = needed_groups(state)) {
                     pass_keys(state);
                     if (state.count != this->state.count) pass_values({state.count - 1});
@@ -364,11 +401,14 @@ private:
                     break;
                 }
             }
-            step<true>(acc, probs, softmax, q, state, state.count != first);
+            step<true>(acc, probs, softmax, q, state, state.count != first, last);
         }
-        for (; state.count != last; ++state.count) step<false>(acc, probs, softmax, q, state, state.count != first);
+        const bool ends_masked = state.count == last;
+        for (; state.count != last; ++state.count) step<false>(acc, probs, softmax, q, state, state.count != first, last);
         const Matrix v = values(state.stage());
         ptx::mbarrier_wait(base + S::FULL_V + 8 * state.stage(), state.parity());
+        // Not before the values are there: the warp that loads a block's first ones waits for its first queries.
+        if (!S::GIVES_BACK_EARLY || ends_masked) give_back_queries();
         issue_output(acc, probs, v, S::STARTS_WITH_ZEROS || state.count != first);
         const uint32_t end = this->state.count + key_tiles;
         // The next tile's keys, which `needed_groups` has waited for.
@@ -421,7 +461,7 @@ private:
     // The product of a key tile, and the probabilities of the next one.
     template <bool IS_MASKED>
     __device__ void step(float (&acc)[D / 8][4], uint32_t (&probs)[N / 16][4], WarpgroupSoftmax& softmax, Matrix q, KeysState state,
-                         bool accumulates) {
+                         bool accumulates, uint32_t last) {
         const KeysState next = {state.count + 1};
         const Matrix k = keys(next.stage());
         const Matrix v = values(state.stage());
@@ -437,6 +477,7 @@ private:
         ptx::pin_registers(scores);
         if constexpr (IS_MASKED) mask(scores, next.stage());
         arrive(S::EMPTY_K + 8 * next.stage());
+        if (S::GIVES_BACK_EARLY && !IS_MASKED && next.count == last) give_back_queries();
         softmax.raise_max(scores);
         if constexpr (!S::WAITS_EARLY) softmax.exponentiate(scores);
         ptx::wgmma_wait<0>();
@@ -463,6 +504,7 @@ private:
         give_back_stored();
         for (; state.count != masked_end; ++state.count) step_exactly<true>(acc, softmax, q, state);
         for (; state.count != end; ++state.count) step_exactly<false>(acc, softmax, q, state);
+        give_back_queries();
         softmax.finish();
         if constexpr (S::RANGED) {
             for (int half = 0; half < 2; ++half) {
@@ -565,17 +607,21 @@ private:
     // is one or two panels, that takes longer.
     static constexpr bool HAS_ODD_ROWS = S::PANELS == 3 && S::BLOCKS == 1;
 
-    // The output takes the place of the queries in shared memory, and leaves by the copy engine; or
+    // The output takes the place of the queries or of values in shared memory, and leaves by the copy engine; or
     // by 16-byte stores, where the copy engine would write rows of the next sequence, or where
     // `out_rows` lists the rows' places.
     __device__ void write_output(float (&acc)[D / 8][4], const RowSums& sums) {
         const int lane = threadIdx.x % 32;
-        const int warp = threadIdx.x / 32 - 4;
-        const int tile_start = S::query_tile(work_index);
+        const int warp = S::OUTPUT_IN_VALUES ? threadIdx.x / 32 % 4 : threadIdx.x / 32 - 4;
+        const int tile_start = S::OUTPUT_IN_VALUES ? S::V + output_stage().stage() * S::TileKV::BYTES : S::query_tile(work_index);
         WarpRows mine;
         mine.read(rows_info(work_index));
-        // Every warp is done with the query rows.
-        ptx::barrier_sync(BARRIER_WARPGROUP + warpgroup, WARPGROUP);
+        if constexpr (S::OUTPUT_IN_VALUES) {
+            wait_for_output_place();
+        } else {
+            // Every warp is done with the query rows.
+            ptx::barrier_sync(BARRIER_WARPGROUP + warpgroup, WARPGROUP);
+        }
         bool zero[2];
         float inverse[2];
 #pragma unroll
@@ -605,7 +651,7 @@ private:
             return;
         }
         const int row = warp * GROUP_ROWS + lane % 16;
-        store_chunks(acc, inverse, D / 8, [&](int tile) { return base + tile_start + S::TileQ::offset(row, tile + lane / 16); });
+        store_chunks(acc, inverse, D / 8, [&](int tile) { return base + tile_start + S::TileO::offset(row, tile + lane / 16); });
         if (params.out_rows == nullptr && (mine.clips || mine.rows == GROUP_ROWS)) {
             ptx::fence_async_proxy();
             __syncwarp();
@@ -619,7 +665,7 @@ private:
                 }
 #pragma unroll
                 for (int panel = 0; panel < S::PANELS; ++panel) {
-                    const uint32_t from = base + tile_start + (panel * S::TILE_M + warp * GROUP_ROWS) * ROW_BYTES;
+                    const uint32_t from = base + tile_start + (panel * S::TileO::ROWS + warp * GROUP_ROWS) * ROW_BYTES;
                     ptx::tma_store(map, from, panel * S::PANEL, row, mine.head, mine.batch);
                 }
                 ptx::tma_store_commit();
@@ -630,11 +676,6 @@ private:
             ptx::fence_async_proxy();
         }
         is_stored = true;
-        if constexpr (S::QUERY_TILES == 1) {
-            ++work_index;
-            give_back_stored();
-            --work_index;
-        }
     }
 
     // Where a row of this warp is in the output, if it exists.
@@ -681,7 +722,7 @@ private:
 
     // Rows of an odd number of chunks are no whole sectors of memory. The copy engine writes each of them in one
     // piece, since each piece costs two sectors that it has in part. In shared memory they lie in the places of
-    // this warpgroup's queries, one place a panel, one row after the other; so no two rows have chunks in the
+    // this warpgroup's output, one place a panel, one row after the other; so no two rows have chunks in the
     // same banks.
     __device__ void store_odd_rows(const WarpRows& mine, const float (&acc)[D / 8][4], const float (&inverse)[2], int tile_start) const {
         constexpr int ROWS = SM90_WARPGROUP_ROWS;
@@ -692,7 +733,8 @@ private:
         int panel = 0;
 #pragma unroll
         for (int other = 1; other < S::PANELS; ++other) panel += row >= other * panel_rows;
-        const uint32_t from = base + tile_start + (panel * S::TILE_M + warpgroup * ROWS) * ROW_BYTES + (row - panel * panel_rows) * row_bytes;
+        const int first = panel * S::TileO::ROWS + (S::OUTPUT_IN_VALUES ? 0 : warpgroup * ROWS);
+        const uint32_t from = base + tile_start + first * ROW_BYTES + (row - panel * panel_rows) * row_bytes;
         store_chunks(acc, inverse, params.head_dim / 8, [&](int tile) { return from + (tile + lane / 16) * 16; });
         ptx::fence_async_proxy();
         __syncwarp();
@@ -716,7 +758,7 @@ private:
             T* const to = reinterpret_cast<T*>(__shfl_sync(0xffffffff, own, row));
             if (before + lane < chunks && chunk * 8 < params.head_dim) {
                 *reinterpret_cast<uint4*>(to + chunk * 8) =
-                    *reinterpret_cast<const uint4*>(tile + S::TileQ::offset(first + row, chunk));
+                    *reinterpret_cast<const uint4*>(tile + S::TileO::offset(first + row, chunk));
             }
         }
     }

@@ -72,7 +72,7 @@ struct Producer {
                     if (loads_values && work_index == 0 && i == first_tile && i < end_tile) {
                         ptx::mbarrier_wait(base + S::full_q(0, 0), 0);
                     }
-                    if (i < end_tile) load(i, state);
+                    if (i < end_tile) load(i, state, work_index);
                     if (S::QUERY_TILES == 1 && i == first_tile && !loads_values) load_queries(work, work_index, group);
                 }
             }
@@ -131,10 +131,8 @@ private:
         }
     }
 
-    // There are two, since one warpgroup may be at the next query tile already.
-    __device__ typename S::Rows& rows_info(int work_index) const {
-        return reinterpret_cast<typename S::Rows*>(shared + S::ROWS_INFO)[work_index % 2];
-    }
+    // One warpgroup may be at the next query tile already.
+    __device__ typename S::Rows& rows_info(int work_index) const { return S::rows_info(shared, work_index); }
 
     // Waits until a warpgroup has given back the place of its queries.
     __device__ void wait_for_room(int work_index, int warpgroup) const {
@@ -314,7 +312,7 @@ private:
     }
 
     // Has key tile i copied, its keys or its values, to the next stage.
-    __device__ void load(int i, KeysState& state) {
+    __device__ void load(int i, KeysState& state, int work_index) {
         const int tile = told(tile_at(i));
         state.count = told(state.count);
         // Before the wait, which takes long. The last of a row's masked tiles is filled up with groups past
@@ -336,6 +334,10 @@ private:
         if (loads_values && has_masked_values(i, tile)) full = S::RAW_V;
         full += base + 8 * state.stage();
         ptx::mbarrier_wait(base + empty + 8 * state.stage(), state.parity() ^ 1);
+        if constexpr (S::OUTPUT_IN_VALUES) {
+            // The first two come where the outputs of the query tile before lie.
+            if (loads_values && i < first_tile + S::WARPGROUPS) S::wait_for_outputs(base, i - first_tile, work_index);
+        }
         if (!loads_values) describe_keys(i, tile, reinterpret_cast<typename S::Keys*>(shared + S::KEYS_INFO)[state.stage()], kept, start);
         __syncwarp();
         if (lane == 0) ptx::mbarrier_arrive_expect(full, groups * (S::TileKV::BYTES / KEY_GROUPS));
@@ -374,7 +376,7 @@ __device__ inline void zero_masked_values(unsigned char* shared, uint32_t base) 
     bool is_exact = false;
     for (int work_index = 0;; ++work_index) {
         ptx::mbarrier_wait(base + S::full_q(work_index, 0), S::parity_q(work_index));
-        const int key_tiles = reinterpret_cast<const typename S::Rows*>(shared + S::ROWS_INFO)[work_index % 2].key_tiles;
+        const int key_tiles = S::rows_info(shared, work_index).key_tiles;
         __syncwarp();
         if (lane == 0) ptx::mbarrier_arrive(base + S::empty_q(work_index, 0));
         if (key_tiles < 0) {
