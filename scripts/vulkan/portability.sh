@@ -83,15 +83,19 @@ for adapter in "${adapters[@]}"; do
       # It compiles a kernel on matrices in seconds to a minute; other kernels are the same on the
       # other adapters.
       if [ -z "$full" ]; then
-        # Each variant of the kernel takes it a minute. What trials of many head dimensions, of the
-        # log-sum-exp and of bf16 test beside that, the portable kernel has in common with this one. Of
-        # score modifiers, all of them together are tested; of cross-attention, masks that differ.
+        # Each variant of the kernel takes it seconds up to 32 elements, and more than a minute past
+        # them, where the output passes through workgroup memory in several slices. So the suite has
+        # 40 and 64 without more, and takes 16 where a trial is about something else. What trials of
+        # many head dimensions, of the log-sum-exp and of bf16 test beside that, the portable kernel
+        # has in common with this one. Of score modifiers, all of them together are tested; of
+        # cross-attention, masks that differ.
         many_kernels=(nan_reaches_only_queries heads_times_dim_not_a_power_of_two any_head_dim lse/ /bf16
           modifiers/with_ranges modifiers/long_rows modifiers/scores_beyond modifiers/none
           cross/lengths_that_differ grouped_heads/cross device_meta/each_side_rebuilt)
         only=(wgpu/wgsl-coop/fused/)
         for word in "${many_kernels[@]}"; do only+=(--skip "$word"); done
         echo "not run, without --full: kernels other than wgsl-coop, paths other than fused, and ${many_kernels[*]}"
+        echo "at head dimension 16 alone: segments, joint layers, a bias, modifiers, grouped heads, ranges under metadata of the device"
       fi ;;
   esac
   "${run[@]}" "$suite" "${only[@]}" "${skips[@]}"

@@ -10,6 +10,7 @@ use varlen_fa_testkit::{OracleShape, random};
 
 use super::call::{Call, Mask, device_meta};
 use super::check::Rules;
+use super::head_dims;
 use super::masks::{bernoulli, mask};
 use super::memory::{download, narrow, upload};
 use super::rule::Rule;
@@ -119,7 +120,8 @@ fn ranges(variant: &Variant) -> Result<()> {
 
 fn ranges_cross(variant: &Variant) -> Result<()> {
     for (seq_q, seq_k) in [(70, 141), (141, 70), (1, 50), (50, 1)] {
-        let shape = OracleShape { batch: 3, seq_q, seq_k, heads: 4, kv_heads: 4, head_dim: 40 };
+        let head_dim = head_dims::or_narrow(variant, 40);
+        let shape = OracleShape { batch: 3, seq_q, seq_k, heads: 4, kv_heads: 4, head_dim };
         let query = bernoulli(22, 3 * seq_q, 0.8)?;
         let key = mask(3, seq_k, |row, token| row != 0 && (token < 20 * row || token % 3 == 1));
         for rule in [Rule::Causal, Rule::Window(Some(30), Some(9)), Rule::Window(Some(0), Some(0)), Rule::Prefix(9)] {
@@ -247,7 +249,8 @@ fn bias(variant: &Variant) -> Result<Completion> {
         return Ok(Completion::ignored_with("packed rows take no bias"));
     }
     let (batch, seq) = (2, 90);
-    let shape = OracleShape { batch, seq_q: seq, seq_k: seq, heads: 2, kv_heads: 1, head_dim: 48 };
+    let head_dim = head_dims::or_narrow(variant, 48);
+    let shape = OracleShape { batch, seq_q: seq, seq_k: seq, heads: 2, kv_heads: 1, head_dim };
     let keep = bernoulli(24, batch * seq, 0.7)?;
     let meta = device_meta(&variant.device, batch, seq, &keep)?;
     let hides = |at: usize| at.is_multiple_of(7) || at / seq % seq == 20;

@@ -13,6 +13,7 @@ use varlen_fa_testkit::{OracleShape, Pairs, Turn, prepared_head, random};
 
 use super::call::{Call, Mask, tensor_shapes};
 use super::check::Rules;
+use super::head_dims::or_narrow;
 use super::limits;
 use super::memory::{download, narrow, poison, precision, sentinel, upload};
 use super::rule::Rule;
@@ -36,6 +37,10 @@ pub fn register(trials: &mut Trials) {
 const LENGTHS: [usize; 4] = [17, 0, 48, 35];
 const SEQ: usize = 100;
 const SHAPE: OracleShape = OracleShape { batch: 2, seq_q: SEQ, seq_k: SEQ, heads: 4, kv_heads: 2, head_dim: 32 };
+
+fn shape(variant: &Variant) -> OracleShape {
+    OracleShape { head_dim: or_narrow(variant, SHAPE.head_dim), ..SHAPE }
+}
 const EPS: f32 = 1e-6;
 
 /// What is done to q and k of a segment.
@@ -304,24 +309,26 @@ fn keep(seed: u64) -> Result<Vec<bool>> {
 fn layer(variant: &Variant) -> Result<()> {
     let does = [BOTH, NOTHING, NORM, TURN];
     let mask = Mask::Varlen(keep(21)?);
-    Layer::random(SHAPE, mask, variant.dtype, &LENGTHS, &does, 21).check(variant, Preparation::ValidTokens)?;
+    Layer::random(shape(variant), mask, variant.dtype, &LENGTHS, &does, 21).check(variant, Preparation::ValidTokens)?;
     // Text that is padded to the right before an image, and a batch row without a token.
     let keep = [40, SEQ].iter().flat_map(|&len| (0..SEQ).map(move |s| len < SEQ && (s < 11 || s >= len))).collect();
-    let layer = Layer::random(SHAPE, Mask::Varlen(keep), variant.dtype, &[40, 60], &[BOTH], 22);
+    let layer = Layer::random(shape(variant), Mask::Varlen(keep), variant.dtype, &[40, 60], &[BOTH], 22);
     layer.check(variant, Preparation::ValidTokens)
 }
 
 /// Two metadata do not say which rows of q and k count together.
 fn cross(variant: &Variant) -> Result<()> {
     let mask = Mask::Cross { query: keep(23)?, key: keep(24)? };
-    Layer::random(SHAPE, mask, variant.dtype, &LENGTHS, &[BOTH, TURN], 23).check(variant, Preparation::AllTokens)
+    Layer::random(shape(variant), mask, variant.dtype, &LENGTHS, &[BOTH, TURN], 23)
+        .check(variant, Preparation::AllTokens)
 }
 
 /// Only the device knows which rows count, unless its memory is the host's.
 fn device_meta(variant: &Variant) -> Result<()> {
     let is_on_host = variant.device.capabilities().backend == varlen_fa::BackendKind::Cpu;
     let prepares = if is_on_host { Preparation::ValidTokens } else { Preparation::AllTokens };
-    Layer::random(SHAPE, Mask::Device(keep(25)?), variant.dtype, &LENGTHS, &[NORM, BOTH], 25).check(variant, prepares)
+    Layer::random(shape(variant), Mask::Device(keep(25)?), variant.dtype, &LENGTHS, &[NORM, BOTH], 25)
+        .check(variant, prepares)
 }
 
 /// Where a part is absent in all segments.

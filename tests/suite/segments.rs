@@ -10,7 +10,7 @@ use varlen_fa_testkit::{OracleShape, random};
 
 use super::call::{Call, Mask, tensor_shapes};
 use super::check::Rules;
-use super::head_dims::few;
+use super::head_dims::{few, or_narrow};
 use super::layouts::ODD;
 use super::lse::{self, LseMemory};
 use super::memory::{download, narrow, poison, precision, sentinel, upload};
@@ -37,6 +37,10 @@ pub fn register(trials: &mut Trials) {
 const LENGTHS: [usize; 7] = [16, 1, 0, 17, 63, 15, 65];
 const SEQ: usize = 300;
 const SHAPE: OracleShape = OracleShape { batch: 2, seq_q: SEQ, seq_k: SEQ, heads: 4, kv_heads: 2, head_dim: 32 };
+
+fn shape(variant: &Variant) -> OracleShape {
+    OracleShape { head_dim: or_narrow(variant, SHAPE.head_dim), ..SHAPE }
+}
 
 const PLACES: [Placement; 6] =
     [Placement::CONTIGUOUS, Placement::ROOM_AROUND, ODD[0], Placement::HEADS_OUTSIDE, ODD[1], Placement::TURNED];
@@ -218,10 +222,11 @@ fn keep(seed: u64, tokens: usize) -> Result<Vec<bool>> {
 }
 
 fn numbers_and_lengths(variant: &Variant) -> Result<()> {
-    Call::random(SHAPE, Mask::Varlen(keep(1, 2 * SEQ)?), variant.dtype, 1).check_segments(variant, numbers(variant))?;
+    Call::random(shape(variant), Mask::Varlen(keep(1, 2 * SEQ)?), variant.dtype, 1)
+        .check_segments(variant, numbers(variant))?;
     // Lengths, with segments of padding alone: of 8 segments all but three, in the first batch row.
     let keep: Vec<_> = [40, 290].iter().flat_map(|&len| (0..SEQ).map(move |s| s < len)).collect();
-    Call::random(SHAPE, Mask::Varlen(keep), variant.dtype, 2).check_segments(variant, &[8])
+    Call::random(shape(variant), Mask::Varlen(keep), variant.dtype, 2).check_segments(variant, &[8])
 }
 
 /// Text of some length in a segment of its own, which the mask cuts at the same place: the bits of the call on whole tensors, by
@@ -229,7 +234,7 @@ fn numbers_and_lengths(variant: &Variant) -> Result<()> {
 fn joint_layer(variant: &Variant) -> Result<()> {
     let text = 48;
     let keep: Vec<_> = [17, 40].iter().flat_map(|&len| (0..SEQ).map(move |s| s < len || s >= text)).collect();
-    let call = Call::random(SHAPE, Mask::Varlen(keep), variant.dtype, 12);
+    let call = Call::random(shape(variant), Mask::Varlen(keep), variant.dtype, 12);
     let whole = call.run(&variant.with_longest_tiles())?;
     let cuts = Cuts([(); 4].map(|()| vec![text, SEQ - text]));
     let bits = call.under_mask(variant, |mask| call.run_in_segments(variant, mask, &cuts, None))?;
@@ -237,7 +242,7 @@ fn joint_layer(variant: &Variant) -> Result<()> {
 }
 
 fn cross(variant: &Variant) -> Result<()> {
-    let shape = OracleShape { batch: 3, seq_q: 75, seq_k: 131, ..SHAPE };
+    let shape = OracleShape { batch: 3, seq_q: 75, seq_k: 131, ..shape(variant) };
     let mask = Mask::Cross { query: keep(3, 3 * 75)?, key: keep(4, 3 * 131)? };
     Call::random(shape, mask, variant.dtype, 3).check_segments(variant, &[2, 5])
 }
@@ -246,7 +251,7 @@ fn cross(variant: &Variant) -> Result<()> {
 fn ranges(variant: &Variant) -> Result<()> {
     let counts = if is_emulated_gpu(&variant.device) { &[3][..] } else { &[2, 3, 8] };
     for rule in [Rule::Causal, Rule::Window(Some(20), Some(9)), Rule::Prefix(17)] {
-        let mut call = Call::random(SHAPE, Mask::Varlen(keep(5, 2 * SEQ)?), variant.dtype, 4);
+        let mut call = Call::random(shape(variant), Mask::Varlen(keep(5, 2 * SEQ)?), variant.dtype, 4);
         call.rule = Some(rule);
         call.check_segments(variant, counts)?;
     }
@@ -254,7 +259,7 @@ fn ranges(variant: &Variant) -> Result<()> {
 }
 
 fn device_meta(variant: &Variant) -> Result<()> {
-    Call::random(SHAPE, Mask::Device(keep(6, 2 * SEQ)?), variant.dtype, 5).check_segments(variant, &[2, 8])
+    Call::random(shape(variant), Mask::Device(keep(6, 2 * SEQ)?), variant.dtype, 5).check_segments(variant, &[2, 8])
 }
 
 fn no_mask_and_key_masks(variant: &Variant) -> Result<()> {
