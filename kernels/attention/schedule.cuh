@@ -51,7 +51,10 @@ private:
 // Called by all lanes of one warp together, each lane holding one of 32 groups. Only with PACKS_HEADS can
 // heads share query tiles, and only with HAS_DENSE are there calls without a mask: what is not asked for
 // takes no registers.
-template <int TILE_M, bool PACKS_HEADS, bool HAS_DENSE>
+//
+// With PAIRED, blocks 2b and 2b + 1 take neighbouring query tiles of one head: there is an even number of
+// tiles a head, and of blocks, and of tiles that are not split. Of those that are split, they take the same part.
+template <int TILE_M, bool PACKS_HEADS, bool HAS_DENSE, bool PAIRED = false>
 class Schedule {
 public:
     __device__ Schedule(const TileListParams& params) : params(params), item(blockIdx.x), first_group(0), first_item(0) {
@@ -65,7 +68,11 @@ public:
 
     // False when nothing is left.
     __device__ bool next(Work& work) {
-        const int part = item - params.split_from;
+        int part = item - params.split_from;
+        if (PAIRED && part >= 0) {
+            const int pair = part / 2;
+            part = (pair / params.parts * 2 + part % 2) * params.parts + pair % params.parts;
+        }
         const int whole = part < 0 ? item : params.split_from + part / params.parts;
         if (is_dense()) {
             const uint32_t tiles = lane_tiles;

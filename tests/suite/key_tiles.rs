@@ -17,6 +17,7 @@ pub fn register(trials: &mut Trials) {
     trials.each_kernel("key_tiles/few_query_tiles", few_query_tiles);
     trials.each_path("key_tiles/many_query_tiles", many_query_tiles);
     trials.each_path_with_ranges("key_tiles/many_ranged_query_tiles", many_ranged_query_tiles);
+    trials.each_kernel("key_tiles/pairs_of_query_tiles", pairs_of_query_tiles);
 }
 
 /// Those that the widths of tiles hold, and one that fills none.
@@ -146,4 +147,29 @@ fn many(variant: &Variant, mask: impl Fn(OracleShape, usize) -> (Mask, Option<Ru
             .with_context(|| format!("head dimension {head_dim}, large scores"))?;
     }
     Ok(Completion::Completed)
+}
+
+/// Calls without a mask that have an even number of query tiles for each head, twice as many in all as a large GPU has multiprocessors, and
+/// many key tiles: `sm90` computes them by pairs of blocks, and splits the last ones. Also with scores so large in one query tile of a pair
+/// that both of its blocks compute theirs again.
+fn pairs_of_query_tiles(variant: &Variant) -> Result<Completion> {
+    each(variant, |variant, head_dim, keys| {
+        if head_dim != 128 || keys < 128 {
+            return Ok(());
+        }
+        for (seq_q, seq_k, kv_heads) in [(129, 12 * keys + 1, 12), (250, 12 * keys, 3)] {
+            let shape = OracleShape { batch: 12, seq_q, seq_k, heads: 12, kv_heads, head_dim };
+            let mut call = Call::random(shape, Mask::None, variant.dtype, 76);
+            call.check_lse(variant).with_context(|| format!("{shape:?}"))?;
+            // A query and a key of one batch row are twins.
+            for (tensor, row, width) in [(0, 4 * seq_q + 128, 12 * head_dim), (1, 4 * seq_k + 9, kv_heads * head_dim)] {
+                for (at, value) in call.values[tensor][row * width..(row + 1) * width].iter_mut().enumerate() {
+                    *value = if at % 3 == 0 { -30_000.0 } else { 30_000.0 };
+                }
+            }
+            call.check_by(variant, Rules::fixed_only(variant.dtype, 1e-2))
+                .with_context(|| format!("{shape:?}, large scores"))?;
+        }
+        Ok(())
+    })
 }

@@ -6,7 +6,7 @@
 //   producer  warp 0 ────────▶ copy engine ──▶  Q Q │ K K │        two to four stages of K and V; full and empty barriers for each.
 //             warp 3 ────────▶ copy engine ─────────────▶ V V      Where there is room for two query tiles, the next one is
 //             warp 1 zeroes masked rows of V ─────────────┘        loaded early, and an output takes its tile's place; else
-//             warp 2 writes the rows without a query tile as zeros  that of V
+//             warp 2 writes the rows without a query tile as zeros that of V
 //
 //   consumers, taking turns, S the scores of the next key tile, O the product of this one
 //     0   S₁ O₀  softmax₁  S₂ O₁  softmax₂  S₃ O₂ ...
@@ -53,9 +53,9 @@ __device__ inline void attention(const TileListParams& params, const SegmentTabl
         }
         for (int stage = 0; stage < S::STAGES; ++stage) {
             ptx::mbarrier_init(base + S::FULL_K + 8 * stage, 1);
-            ptx::mbarrier_init(base + S::EMPTY_K + 8 * stage, S::CONSUMER_WARPS + helpers);
+            ptx::mbarrier_init(base + S::EMPTY_K + 8 * stage, S::RELEASING_BLOCKS * S::CONSUMER_WARPS + helpers);
             ptx::mbarrier_init(base + S::FULL_V + 8 * stage, 1);
-            ptx::mbarrier_init(base + S::EMPTY_V + 8 * stage, S::CONSUMER_WARPS);
+            ptx::mbarrier_init(base + S::EMPTY_V + 8 * stage, S::RELEASING_BLOCKS * S::CONSUMER_WARPS);
             ptx::mbarrier_init(base + S::RAW_V + 8 * stage, 1);
             if constexpr (S::RANGED) reinterpret_cast<uint32_t*>(shared + S::NONFINITE)[stage] = 0;
         }
@@ -67,7 +67,11 @@ __device__ inline void attention(const TileListParams& params, const SegmentTabl
         ptx::mbarrier_init_fence();
         *reinterpret_cast<uint32_t*>(shared + S::OUT_OF_RANGE) = 0;
     }
-    __syncthreads();
+    if constexpr (S::PAIRED) {
+        ptx::cluster_sync();
+    } else {
+        __syncthreads();
+    }
     if (warp < 4) {
         ptx::release_registers<S::PRODUCER_REGISTERS>();
         if (S::SEGMENTED && warp == 0) {
@@ -103,7 +107,8 @@ __device__ inline void attention(const TileListParams& params, const SegmentTabl
 // attention_sm90_{f16, bf16}_d{head_dim}_w{warpgroups}, and the same with key ranges: .._ranged; and
 // both with tensors in segments: .._segments, .._ranged_segments. With shorter key tiles of so many
 // keys: .._k{keys}, .._k{keys}_ranged; with several blocks a multiprocessor: .._narrow_ranged,
-// .._small
+// .._small; with pairs of blocks: .._pair,
+// .._k{keys}_pair
 #define VARLEN_FA_ENTRY(NAME, THREADS, ...)                                                                        \
     extern "C" __global__ void __launch_bounds__(THREADS, (Shape<__VA_ARGS__>::BLOCKS))                             \
         NAME(const __grid_constant__ TileListParams params) {                                                      \
@@ -135,5 +140,16 @@ VARLEN_FA_SM90_NARROW_TILES(VARLEN_FA_NARROW_ENTRIES)
 #define VARLEN_FA_SMALL_ENTRIES(D, WARPGROUPS, KEYS, QUERY_TILES, STAGES, BLOCKS)                                              \
     VARLEN_FA_TYPES(VARLEN_FA_ENTRY, d##D##_w##WARPGROUPS##_small, D, WARPGROUPS, KEYS, QUERY_TILES, STAGES, false, false, BLOCKS)
 VARLEN_FA_SM90_SMALL_TILES(VARLEN_FA_SMALL_ENTRIES)
+#define VARLEN_FA_PAIR_ENTRY(NAME, THREADS, ...)                                                \
+    extern "C" __global__ void __cluster_dims__(PAIR, 1, 1) __launch_bounds__(THREADS, 1)         \
+        NAME(const __grid_constant__ TileListParams params) {                                   \
+        attention<Shape<__VA_ARGS__, false, false, 1, true>>(params, nullptr);                  \
+    }
+#define VARLEN_FA_PAIR_ENTRIES(D, WARPGROUPS, ...) \
+    VARLEN_FA_TYPES(VARLEN_FA_PAIR_ENTRY, d##D##_w##WARPGROUPS##_pair, D, WARPGROUPS, __VA_ARGS__)
+VARLEN_FA_SM90_PAIR_TILES(VARLEN_FA_PAIR_ENTRIES)
+#define VARLEN_FA_SHORT_PAIR_ENTRIES(D, WARPGROUPS, KEYS, ...) \
+    VARLEN_FA_TYPES(VARLEN_FA_PAIR_ENTRY, d##D##_w##WARPGROUPS##_k##KEYS##_pair, D, WARPGROUPS, KEYS, __VA_ARGS__)
+VARLEN_FA_SM90_SHORT_PAIR_TILES(VARLEN_FA_SHORT_PAIR_ENTRIES)
 
 }  // namespace sm90

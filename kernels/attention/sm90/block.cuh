@@ -10,6 +10,9 @@
 #include "../segments.cuh"
 #include "../tile_lists.cuh"
 #include "narrow_tiles.h"
+#include "pair.cuh"
+#include "pair_tiles.h"
+#include "short_pair_tiles.h"
 #include "short_ranged_tiles.h"
 #include "short_tiles.h"
 #include "small_tiles.h"
@@ -78,7 +81,7 @@ struct SegmentedTileRows : Base {
 };
 
 template <typename T_, int D_, int WARPGROUPS_, int TILE_N_, int QUERY_TILES_, int STAGES_, bool RANGED_ = false, bool SEGMENTED_ = false,
-          int BLOCKS_ = 1>
+          int BLOCKS_ = 1, bool PAIRED_ = false>
 struct Shape {
     using T = T_;
     // Whether each query sees a range of keys.
@@ -105,6 +108,12 @@ struct Shape {
     static constexpr bool STARTS_WITH_ZEROS = D == 64 && WARPGROUPS > 1;
     // Blocks that share a multiprocessor.
     static constexpr int BLOCKS = BLOCKS_;
+    // Whether two blocks share what they load (`pair.cuh`).
+    static constexpr bool PAIRED = PAIRED_;
+    // The place of the values, where outputs lie with one place for queries, is not this block's alone.
+    static_assert(!PAIRED || (BLOCKS == 1 && QUERY_TILES_ == 2 && !RANGED && !SEGMENTED));
+    // Blocks whose consumers release a stage.
+    static constexpr int RELEASING_BLOCKS = PAIRED ? PAIR : 1;
     // Whether the loading warps read the ranges of a query tile, and consumers have them from shared memory.
     static constexpr bool LOADS_RANGES = RANGED && BLOCKS > 1;
     static constexpr int THREADS = (WARPGROUPS + 1) * WARPGROUP;
@@ -120,8 +129,8 @@ struct Shape {
     // tile's first values come to.
     static constexpr bool OUTPUT_IN_VALUES = QUERY_TILES == 1;
     // Whether the loop gives back the place of the queries with the last scores, not the softmax after them.
-    // At head dimension 192 its few instructions cost dense calls 3 to 4 %.
-    static constexpr bool GIVES_BACK_EARLY = OUTPUT_IN_VALUES && D == 256;
+    // At head dimension 192 and with ranges its few instructions cost as much as they save, or more.
+    static constexpr bool GIVES_BACK_EARLY = OUTPUT_IN_VALUES && D == 256 && !RANGED;
     // The next queries then come while this query tile ends, so what consumers know of it stays for longer.
     static constexpr int ROWS_PLACES = OUTPUT_IN_VALUES ? 4 : 2;
     // Whether consumers wait for the product before they compute exponentials. Both at once need
@@ -193,11 +202,26 @@ struct Shape {
 
 // At the end of all query tiles, after a barrier that every consumer has arrived at: whether scores
 // were out of the range of `WarpgroupSoftmax`, so that every tile must be computed again. `threads`
-// wait and arrive: the consumers, and at most one other warp.
+// wait and arrive: the consumers, and at most one other warp. Of a pair both blocks compute again, and all
+// threads wait: neither block ends before the other is done with its shared memory.
 template <typename S>
 __device__ inline bool must_recompute(unsigned char* shared, int barrier, int threads) {
-    ptx::barrier_sync(barrier, threads);
+    if constexpr (S::PAIRED) {
+        __syncwarp();
+        ptx::cluster_sync();
+    } else {
+        ptx::barrier_sync(barrier, threads);
+    }
     return ptx::uniform(*reinterpret_cast<volatile uint32_t*>(shared + S::OUT_OF_RANGE)) != 0;
+}
+
+// At the end of tiles that were computed again: a block of a pair waits as in `must_recompute`.
+template <typename S>
+__device__ inline void end_pair() {
+    if constexpr (S::PAIRED) {
+        __syncwarp();
+        ptx::cluster_sync();
+    }
 }
 
 }  // namespace sm90

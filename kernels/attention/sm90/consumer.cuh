@@ -34,9 +34,11 @@ struct Consumer {
 
     using Matrix = ptx::SharedMatrix<ROW_BYTES>;
 
-    __device__ Matrix queries(int work_index) const { return {base + S::query_tile(work_index) + warpgroup * 64 * ROW_BYTES, 16}; }
-    __device__ Matrix keys(int stage) const { return {base + S::K + stage * S::TileKV::BYTES, 16}; }
-    __device__ Matrix values(int stage) const { return {base + S::V + stage * S::TileKV::BYTES, N * ROW_BYTES}; }
+    // Descriptors of matrices have no room for the block's number in a pair, which is above the offset in an address.
+    __device__ uint32_t offset() const { return S::PAIRED ? base & 0xffffff : base; }
+    __device__ Matrix queries(int work_index) const { return {offset() + S::query_tile(work_index) + warpgroup * 64 * ROW_BYTES, 16}; }
+    __device__ Matrix keys(int stage) const { return {offset() + S::K + stage * S::TileKV::BYTES, 16}; }
+    __device__ Matrix values(int stage) const { return {offset() + S::V + stage * S::TileKV::BYTES, N * ROW_BYTES}; }
 
     // The results of a softmax for this lane's two rows; zeros for a query tile without keys.
     struct RowSums {
@@ -169,6 +171,16 @@ struct Consumer {
         if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(base + barrier);
     }
 
+    // Gives a stage back, to both blocks of a pair.
+    __device__ void release(int barrier) const {
+        if constexpr (S::PAIRED) {
+            __syncwarp();
+            arrive_in_pair(base + barrier);
+        } else {
+            arrive(barrier);
+        }
+    }
+
     // A query tile's key tiles are those of which its only warpgroup sees something.
     static constexpr bool SEES_ALL_TILES = S::WARPGROUPS == 1;
 
@@ -219,9 +231,11 @@ struct Consumer {
             if (warpgroup == 0) wait_turn();
             // Before they are written again, or the block ends.
             ptx::tma_store_wait();
-            if (is_exact) return;
-            ptx::barrier_arrive(BARRIER_END_COPIES, S::CONSUMERS + 32);
-            ptx::barrier_arrive(BARRIER_END_VALUES, S::CONSUMERS + 32);
+            if (is_exact) return end_pair<S>();
+            if constexpr (!S::PAIRED) {
+                ptx::barrier_arrive(BARRIER_END_COPIES, S::CONSUMERS + 32);
+                ptx::barrier_arrive(BARRIER_END_VALUES, S::CONSUMERS + 32);
+            }
             if (params.form != FORM_DENSE) ptx::barrier_arrive(BARRIER_END_ZEROING, S::CONSUMERS + 32);
             if (!must_recompute<S>(shared, BARRIER_END, S::CONSUMERS)) return;
         }
@@ -303,9 +317,9 @@ private:
                 wait_turn();
                 give_turn();
             }
-            arrive(S::EMPTY_K + 8 * state.stage());
+            release(S::EMPTY_K + 8 * state.stage());
             ptx::mbarrier_wait(base + S::FULL_V + 8 * state.stage(), state.parity());
-            arrive(S::EMPTY_V + 8 * state.stage());
+            release(S::EMPTY_V + 8 * state.stage());
         }
         give_back_queries();
     }
@@ -341,11 +355,11 @@ private:
             wait_turn();
             give_turn();
         }
-        arrive(S::EMPTY_K + 8 * state.stage());
+        release(S::EMPTY_K + 8 * state.stage());
     }
     __device__ void pass_values(KeysState state) const {
         ptx::mbarrier_wait(base + S::FULL_V + 8 * state.stage(), state.parity());
-        arrive(S::EMPTY_V + 8 * state.stage());
+        release(S::EMPTY_V + 8 * state.stage());
     }
 
     // With key ranges: whether a row's sums may hold values that it does not see. Rows that see
@@ -412,10 +426,10 @@ private:
         issue_output(acc, probs, v, S::STARTS_WITH_ZEROS || state.count != first);
         const uint32_t end = this->state.count + key_tiles;
         // The next tile's keys, which `needed_groups` has waited for.
-        if (S::RANGED && !SEES_ALL_TILES && state.count + 1 != end) arrive(S::EMPTY_K + 8 * KeysState{state.count + 1}.stage());
+        if (S::RANGED && !SEES_ALL_TILES && state.count + 1 != end) release(S::EMPTY_K + 8 * KeysState{state.count + 1}.stage());
         ptx::wgmma_wait<0>();
         ptx::pin_registers(acc);
-        arrive(S::EMPTY_V + 8 * state.stage());
+        release(S::EMPTY_V + 8 * state.stage());
         softmax.finish();
         sums.read_from(softmax);
         if constexpr (S::RANGED) {
@@ -452,7 +466,7 @@ private:
         ptx::wgmma_wait<0>();
         ptx::pin_registers(scores);
         if (KEYS < N || masked_tiles > 0) mask(scores, state.stage());
-        arrive(S::EMPTY_K + 8 * state.stage());
+        release(S::EMPTY_K + 8 * state.stage());
         softmax.raise_max(scores);
         softmax.exponentiate(scores);
         pack(probs, scores);
@@ -476,14 +490,14 @@ private:
         ptx::wgmma_wait<1>();
         ptx::pin_registers(scores);
         if constexpr (IS_MASKED) mask(scores, next.stage());
-        arrive(S::EMPTY_K + 8 * next.stage());
+        release(S::EMPTY_K + 8 * next.stage());
         if (S::GIVES_BACK_EARLY && !IS_MASKED && next.count == last) give_back_queries();
         softmax.raise_max(scores);
         if constexpr (!S::WAITS_EARLY) softmax.exponentiate(scores);
         ptx::wgmma_wait<0>();
         ptx::pin_registers(acc);
         ptx::pin_registers(probs);
-        arrive(S::EMPTY_V + 8 * state.stage());
+        release(S::EMPTY_V + 8 * state.stage());
         if constexpr (S::WAITS_EARLY) softmax.exponentiate(scores);
         rescale(acc, softmax.factor);
         pack(probs, scores);
@@ -532,7 +546,7 @@ private:
         ptx::wgmma_wait<0>();
         ptx::pin_registers(scores);
         if constexpr (IS_MASKED) mask(scores, stage);
-        if constexpr (!(IS_MASKED && S::RANGED)) arrive(S::EMPTY_K + 8 * stage);
+        if constexpr (!(IS_MASKED && S::RANGED)) release(S::EMPTY_K + 8 * stage);
         softmax.raise_max(scores);
         softmax.exponentiate(scores);
         rescale(acc, softmax.factor);
@@ -542,13 +556,13 @@ private:
             const auto& keys = keys_info(stage);
             for (int half = 0; half < 2; ++half) sees_some[half] |= seen.template sees_some<N>(half, keys);
             take_out_nonfinite<S>(shared, stage, [&] { add_nonfinite<S>(acc, value_tile(stage), keys, seen); });
-            arrive(S::EMPTY_K + 8 * stage);
+            release(S::EMPTY_K + 8 * stage);
         }
         issue_output(acc, probs, v, true);
         ptx::wgmma_wait<0>();
         ptx::pin_registers(acc);
         ptx::pin_registers(probs);
-        arrive(S::EMPTY_V + 8 * stage);
+        release(S::EMPTY_V + 8 * stage);
     }
 
     // Writes this warpgroup's share of a part to global memory. The last part of a query tile adds
@@ -629,7 +643,10 @@ private:
             const int row = half * 8 + lane / 4;
             const float sum = sums.sum[half];
             const bool is_kept = mine.kept >> row & 1;
-            if (sums.out_of_range[half] && is_kept && row < mine.rows) *reinterpret_cast<volatile uint32_t*>(shared + S::OUT_OF_RANGE) = 1;
+            if (sums.out_of_range[half] && is_kept && row < mine.rows) {
+                *reinterpret_cast<volatile uint32_t*>(shared + S::OUT_OF_RANGE) = 1;
+                if constexpr (S::PAIRED) ptx::store_mapped(ptx::address_in(base + S::OUT_OF_RANGE, ptx::cluster_rank() ^ 1), 1);
+            }
             zero[half] = sum == 0.0f || !is_kept;
             inverse[half] = zero[half] ? 0.0f : __fdividef(1.0f, sum);
             if (params.lse != nullptr && lane % 4 == 0 && row < mine.rows) {

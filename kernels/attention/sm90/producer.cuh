@@ -55,7 +55,7 @@ struct Producer {
         KeysState state;
         int work_index = 0;
         for (bool is_exact = false;; is_exact = true) {
-            std::conditional_t<S::RANGED, DealtWork, Schedule<S::TILE_M, S::PACKS_HEADS, S::HAS_DENSE>> schedule(params);
+            std::conditional_t<S::RANGED, DealtWork, Schedule<S::TILE_M, S::PACKS_HEADS, S::HAS_DENSE, S::PAIRED>> schedule(params);
             Work work;
             for (; schedule.next(work) && !(is_exact && work.part >= 0); ++work_index) {
                 if constexpr (S::RANGED) range_tile = schedule.tile;
@@ -86,7 +86,8 @@ struct Producer {
             }
             ++work_index;
             const int barrier = loads_values ? BARRIER_END_VALUES : BARRIER_END_COPIES;
-            if (is_exact || !must_recompute<S>(shared, barrier, S::CONSUMERS + 32)) return;
+            if (is_exact) return end_pair<S>();
+            if (!must_recompute<S>(shared, barrier, S::CONSUMERS + 32)) return;
         }
     }
 
@@ -347,7 +348,9 @@ private:
         if (tile >= 0) {
             const ptx::TensorMap& map = row_map(at.segment);
             const int row = S::SEGMENTED ? at.row : tile;
-            if constexpr (IS_UNIFORM) {
+            if constexpr (S::PAIRED) {
+                load_half_of_rows<typename S::TileKV>(to, map, full, ptx::policy_evict_last(), row, kv_head, tiles.batch);
+            } else if constexpr (IS_UNIFORM) {
                 load_uniform_rows<typename S::TileKV>(to, map, full, told(row), kv_head, tiles.batch);
             } else {
                 load_rows<typename S::TileKV>(to, map, full, ptx::policy_evict_last(), row, kv_head, tiles.batch);

@@ -471,8 +471,13 @@ mod tests {
                         let short = of_ranges(tile.and_then(ListTile::short_ranged));
                         let narrow = of_ranges(tile.and_then(|tile| tile.narrow(head_dim)));
                         let small = tile.and_then(|tile| tile.small(head_dim)).filter(|_| form == ListForm::PLAIN);
+                        let pairs = tile
+                            .into_iter()
+                            .chain(tile.into_iter().flat_map(ListTile::short))
+                            .filter_map(ListTile::paired);
+                        let pairs = pairs.filter(move |_| form == ListForm::PLAIN);
                         let entry = move |tile| Entry::AttentionByLists { dtype, tile, form };
-                        tile.into_iter().chain(plain).chain(short).chain(narrow).chain(small).map(entry)
+                        tile.into_iter().chain(plain).chain(short).chain(narrow).chain(small).chain(pairs).map(entry)
                     })
                 });
                 rows.chain(lists)

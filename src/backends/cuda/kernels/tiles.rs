@@ -201,6 +201,8 @@ pub struct ListTile {
     pub splitting_warpgroups: Option<u32>,
     /// Whether it is one of the shorter ones.
     is_short: bool,
+    /// Whether two blocks share what they load; only for calls without a mask.
+    pub is_paired: bool,
     /// Blocks that share a multiprocessor; several only for narrow key ranges and for few query tiles.
     pub blocks: u32,
 }
@@ -211,6 +213,8 @@ impl ListTile {
     const SM90_SHORT_RANGED: [[u32; 5]; count(SM90_SHORT_RANGED_TILES)] = parse(SM90_SHORT_RANGED_TILES);
     const SM90_NARROW: [[u32; 6]; count(SM90_NARROW_TILES)] = parse(SM90_NARROW_TILES);
     const SM90_SMALL: [[u32; 6]; count(SM90_SMALL_TILES)] = parse(SM90_SMALL_TILES);
+    const SM90_PAIR: [[u32; 5]; count(SM90_PAIR_TILES)] = parse(SM90_PAIR_TILES);
+    const SM90_SHORT_PAIR: [[u32; 5]; count(SM90_SHORT_PAIR_TILES)] = parse(SM90_SHORT_PAIR_TILES);
     const SM100: [[u32; 2]; count(SM100_TILES)] = parse(SM100_TILES);
 
     /// The narrowest tile of a kernel that holds a head dimension.
@@ -257,6 +261,14 @@ impl ListTile {
         entry.filter(|_| self.kernel == Kernel::CudaSm90).map(Self::sm90_narrow)
     }
 
+    /// The same for whole tensors without a mask, in pairs of blocks, if the kernel has it.
+    pub fn paired(self) -> Option<Self> {
+        let longest = Self::SM90_PAIR.map(Self::sm90);
+        let short = Self::SM90_SHORT_PAIR.map(Self::sm90_short);
+        let found = longest.into_iter().chain(short).find(|&tile| tile == self);
+        found.map(|tile| Self { is_paired: true, ..tile })
+    }
+
     const fn sm90_narrow([width, warpgroups, keys, query_tiles, stages, blocks]: [u32; 6]) -> Self {
         Self { blocks, ..Self::sm90([width, warpgroups, keys, query_tiles, stages]) }
     }
@@ -276,6 +288,7 @@ impl ListTile {
             shared_bytes: tile_rows * width * ELEMENT_BYTES + SM90_EXTRA_SHARED_BYTES,
             splitting_warpgroups: Some(warpgroups),
             is_short: false,
+            is_paired: false,
             blocks: 1,
         }
     }
@@ -292,6 +305,7 @@ impl ListTile {
             shared_bytes: tiles * SM100_TILE_ROWS * width * ELEMENT_BYTES + SM100_EXTRA_SHARED_BYTES,
             splitting_warpgroups: None,
             is_short: false,
+            is_paired: false,
             blocks: 1,
         }
     }
@@ -315,7 +329,7 @@ impl ListTile {
 
     /// The end of the kernel's name, after the element type.
     pub fn name(self, ListForm { has_ranges, has_segments }: ListForm) -> String {
-        let Self { width, splitting_warpgroups, is_short, keys, blocks, .. } = self;
+        let Self { width, splitting_warpgroups, is_short, is_paired, keys, blocks, .. } = self;
         let warpgroups = splitting_warpgroups.map_or_else(String::new, |warpgroups| format!("_w{warpgroups}"));
         let short = if is_short { format!("_k{keys}") } else { String::new() };
         let shared = match (blocks > 1, has_ranges) {
@@ -323,9 +337,10 @@ impl ListTile {
             (true, false) => "_small",
             (false, _) => "",
         };
+        let paired = if is_paired { "_pair" } else { "" };
         let ranged = if has_ranges { "_ranged" } else { "" };
         let segments = if has_segments { "_segments" } else { "" };
-        format!("d{width}{warpgroups}{short}{shared}{ranged}{segments}")
+        format!("d{width}{warpgroups}{short}{shared}{paired}{ranged}{segments}")
     }
 
     /// Of a table of `sm90`.
@@ -411,6 +426,8 @@ const SM90_SHORT_TILES: &[u8] = include_bytes!("../../../../kernels/attention/sm
 const SM90_SHORT_RANGED_TILES: &[u8] = include_bytes!("../../../../kernels/attention/sm90/short_ranged_tiles.h");
 const SM90_NARROW_TILES: &[u8] = include_bytes!("../../../../kernels/attention/sm90/narrow_tiles.h");
 const SM90_SMALL_TILES: &[u8] = include_bytes!("../../../../kernels/attention/sm90/small_tiles.h");
+const SM90_PAIR_TILES: &[u8] = include_bytes!("../../../../kernels/attention/sm90/pair_tiles.h");
+const SM90_SHORT_PAIR_TILES: &[u8] = include_bytes!("../../../../kernels/attention/sm90/short_pair_tiles.h");
 const SM100_TILES: &[u8] = include_bytes!("../../../../kernels/attention/sm100/tiles.h");
 
 /// The first entry of a table, by rising widths, that is as wide as a head dimension.
@@ -597,6 +614,25 @@ mod tests {
             (None, None)
         );
         assert_eq!(ListTile::of(Kernel::CudaSm100, 64).and_then(|tile| tile.small(64)), None);
+    }
+
+    #[test]
+    fn pairs_of_blocks_have_the_tiles_of_blocks_alone_and_a_name_of_their_own() {
+        let longest = |head_dim| ListTile::of(Kernel::CudaSm90, head_dim);
+        let short = |head_dim, keys| longest(head_dim).and_then(|tile| tile.short_of(keys));
+        let pair = |tile: Option<ListTile>| tile.and_then(ListTile::paired);
+        let found = [(longest(128), "d128_w2_pair"), (short(128, 128), "d128_w2_k128_pair")];
+        for (tile, name) in found {
+            assert_eq!(pair(tile).map(|tile| ListTile { is_paired: false, ..tile }), tile);
+            assert_eq!(pair(tile).map(|tile| tile.name(ListForm::PLAIN)).as_deref(), Some(name));
+            assert_eq!(pair(pair(tile)), None);
+        }
+        // Each entry of the tables is a tile that blocks have alone.
+        assert_eq!(ListTile::SM90_PAIR.len() + ListTile::SM90_SHORT_PAIR.len(), found.len());
+        // Other lengths, other widths, another kernel.
+        assert_eq!((pair(short(128, 64)), pair(short(256, 48))), (None, None));
+        assert_eq!([64, 96, 192, 256].map(|head_dim| pair(longest(head_dim))), [None; 4]);
+        assert_eq!(pair(ListTile::of(Kernel::CudaSm100, 128)), None);
     }
 
     #[test]
