@@ -50,7 +50,7 @@ pub fn poison(place: usize, dtype: DType) -> u32 {
             ([0x7fc0_0000, 0x7f80_0000, 0xff80_0001, 0xff80_0000], [0x7f7f_ffff, 0xff7f_ffff, 0x7f7f_ffff, 0x7f7f_ffff])
         }
     };
-    let patterns = if place / 64 % 2 == 0 { others } else { finite };
+    let patterns = if (place / 64).is_multiple_of(2) { others } else { finite };
     patterns[place % patterns.len()]
 }
 
