@@ -136,17 +136,22 @@ fn many(variant: &Variant, mask: impl Fn(OracleShape, usize) -> (Mask, Option<Ru
         let mut call = Call { rule, ..Call::random(shape, mask, variant.dtype, 75) };
         let variant = Variant { tile_keys: Some(keys), ..variant.clone() };
         call.check_lse(&variant).with_context(|| format!("head dimension {head_dim}"))?;
-        // Of one row of the batch, the first key and a query are twins.
-        let (row, width, twin) = (19, shape.heads * head_dim, 65);
-        for (tensor, at) in [(0, row * shape.seq_q + twin), (1, row * shape.seq_k)] {
-            for (at, value) in call.values[tensor][at * width..(at + 1) * width].iter_mut().enumerate() {
-                *value = if at % 3 == 0 { -30_000.0 } else { 30_000.0 };
-            }
-        }
+        make_twins(&mut call, 19, [65, 0]);
         call.check_by(&variant, Rules::fixed_only(variant.dtype, 1e-2))
             .with_context(|| format!("head dimension {head_dim}, large scores"))?;
     }
     Ok(Completion::Completed)
+}
+
+/// Makes a query and a key of one batch row alike and large, so that their score is beyond the range of a kernel's fast softmax.
+fn make_twins(call: &mut Call, row: usize, [query, key]: [usize; 2]) {
+    let OracleShape { seq_q, seq_k, heads, kv_heads, head_dim, .. } = call.shape;
+    let tokens = [(row * seq_q + query, heads * head_dim), (row * seq_k + key, kv_heads * head_dim)];
+    for (values, (token, width)) in call.values.iter_mut().zip(tokens) {
+        for (at, value) in values[token * width..(token + 1) * width].iter_mut().enumerate() {
+            *value = if at % 3 == 0 { -30_000.0 } else { 30_000.0 };
+        }
+    }
 }
 
 /// Calls without a mask that have an even number of query tiles for each head, twice as many in all as a large GPU has multiprocessors, and
@@ -161,12 +166,7 @@ fn pairs_of_query_tiles(variant: &Variant) -> Result<Completion> {
             let shape = OracleShape { batch: 12, seq_q, seq_k, heads: 12, kv_heads, head_dim };
             let mut call = Call::random(shape, Mask::None, variant.dtype, 76);
             call.check_lse(variant).with_context(|| format!("{shape:?}"))?;
-            // A query and a key of one batch row are twins.
-            for (tensor, row, width) in [(0, 4 * seq_q + 128, 12 * head_dim), (1, 4 * seq_k + 9, kv_heads * head_dim)] {
-                for (at, value) in call.values[tensor][row * width..(row + 1) * width].iter_mut().enumerate() {
-                    *value = if at % 3 == 0 { -30_000.0 } else { 30_000.0 };
-                }
-            }
+            make_twins(&mut call, 4, [128, 9]);
             call.check_by(variant, Rules::fixed_only(variant.dtype, 1e-2))
                 .with_context(|| format!("{shape:?}, large scores"))?;
         }
