@@ -248,10 +248,14 @@ impl<'a> Call<'a> {
     fn in_small_tiles(self) -> Self {
         let AttentionShape { batch, seq_q, seq_k, num_heads, head_dim, .. } = self.attention.problem.shape;
         let tiles = batch * num_heads * seq_q.div_ceil(self.tile.rows as usize);
-        let is_plain = self.attention.ranges.is_none() && matches!(self.tensors, Placement::Whole(_));
-        let are_few = is_plain && are_few(tiles, seq_k, self.launcher.multiprocessors);
-        let small = self.tile.small(head_dim).filter(|_| are_few);
+        let are_few = are_few(tiles, seq_k, self.launcher.multiprocessors);
+        let small = self.tile.small(head_dim).filter(|_| self.is_plain() && are_few);
         Self { tile: small.unwrap_or(self.tile), ..self }
+    }
+
+    /// Whether the call is one on whole tensors without ranges: only such ones have tiles for a number of query tiles.
+    fn is_plain(&self) -> bool {
+        self.attention.ranges.is_none() && matches!(self.tensors, Placement::Whole(_))
     }
 
     /// The parameters that every form has.
@@ -361,10 +365,9 @@ impl<'a> Call<'a> {
     fn in_pairs(self, sharing: &Sharing, extent: &Extent) -> Self {
         let sets = extent.batch * self.attention.problem.shape.num_heads / sharing.packed;
         let tiles_of_one = sharing.tiles.checked_div(sets).unwrap_or_default();
-        let is_plain = self.attention.ranges.is_none() && matches!(self.tensors, Placement::Whole(_));
         let multiprocessors = self.launcher.multiprocessors;
         let are_pairs = come_in_pairs(tiles_of_one, extent.items, extent.fewest_key_tiles, multiprocessors);
-        let paired = self.tile.paired().filter(|_| is_plain && are_pairs);
+        let paired = self.tile.paired().filter(|_| self.is_plain() && are_pairs);
         Self { tile: paired.unwrap_or(self.tile), ..self }
     }
 

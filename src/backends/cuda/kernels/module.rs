@@ -466,16 +466,13 @@ mod tests {
                     let forms = ListForm::ALL.into_iter().filter(move |form| form.is_of(row.kernel));
                     forms.flat_map(move |form| {
                         let tile = ListTile::of(row.kernel, head_dim);
-                        let plain = tile.into_iter().flat_map(ListTile::short).filter(move |_| form == ListForm::PLAIN);
+                        let of_plain = tile.filter(|_| form == ListForm::PLAIN);
+                        let plain: Vec<_> = of_plain.into_iter().flat_map(ListTile::short).collect();
                         let of_ranges = |tile: Option<ListTile>| tile.filter(|_| form.has_ranges && !form.has_segments);
                         let short = of_ranges(tile.and_then(ListTile::short_ranged));
                         let narrow = of_ranges(tile.and_then(|tile| tile.narrow(head_dim)));
-                        let small = tile.and_then(|tile| tile.small(head_dim)).filter(|_| form == ListForm::PLAIN);
-                        let pairs = tile
-                            .into_iter()
-                            .chain(tile.into_iter().flat_map(ListTile::short))
-                            .filter_map(ListTile::paired);
-                        let pairs = pairs.filter(move |_| form == ListForm::PLAIN);
+                        let small = of_plain.and_then(|tile| tile.small(head_dim));
+                        let pairs = of_plain.into_iter().chain(plain.clone()).filter_map(ListTile::paired);
                         let entry = move |tile| Entry::AttentionByLists { dtype, tile, form };
                         tile.into_iter().chain(plain).chain(short).chain(narrow).chain(small).chain(pairs).map(entry)
                     })
